@@ -1,0 +1,1 @@
+"""The Python client: declares workflows, runs them, reads what happens."""

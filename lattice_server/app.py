@@ -1,0 +1,116 @@
+"""Builds the server's parts, starts and stops them in order. The only module that knows all the others."""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from lattice.v1 import worker_pb2
+
+from lattice_server import __version__
+from lattice_server.config import ServerConfig
+from lattice_server.core.dispatch import Dispatch
+from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.ports import Executor
+from lattice_server.engine.scheduler import Scheduler
+from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.store import ArtifactStore
+from lattice_server.rpc.convert import timestamp
+from lattice_server.rpc.results import ResultsServicer
+from lattice_server.rpc.server import RpcServer
+from lattice_server.rpc.tasks import TaskServicer
+from lattice_server.rpc.workers import WorkerServicer
+from lattice_server.rpc.workflows import Intake, WorkflowServicer
+
+log = logging.getLogger(__name__)
+
+# How long one thread may hold the interpreter; the default of 5 ms would be most of a task's latency.
+SWITCH_INTERVAL_S = 0.0005
+
+
+class App:
+    """One server. Build, start and stop it on the event loop of the main thread."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.address = ""
+        self._started_s = time.time()
+        self._store = ArtifactStore()
+        self._bus = MessageBus(asyncio.get_running_loop())
+        self._sessions = Sessions()
+        self._orchestrator = Orchestrator(self._bus, self._sessions, config.retained_runs, self._store.drop)
+        self._scheduler = Scheduler(Dispatch(secrets.token_hex(4), config.session_ttl_s), self._bus)
+        self._executor = _executor(config, self._store)
+        self._join_token = secrets.token_urlsafe(32)
+        intake = Intake(self._orchestrator, config.inline_limit_bytes)
+        self._rpc = RpcServer(
+            config,
+            WorkflowServicer(self._orchestrator, intake),
+            TaskServicer(self._orchestrator, intake),
+            ResultsServicer(self._orchestrator, self._store),
+            WorkerServicer(config, self._bus, self._sessions, self._scheduler, self._join_token, self._describe),
+        )
+
+    async def start(self) -> None:
+        """Listen, then start workers. Raises PortInUseError."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        try:
+            port = await self._rpc.start()
+        except BaseException:
+            self._store.close()
+            raise
+        self.address = f"{self.config.host}:{port}"
+        self._scheduler.start()
+        await self._executor.start(self.address, self._join_token, self._bus.post)
+        await self._rpc.set_serving(True)
+
+    async def stop(self) -> None:
+        """Refuse new work, say goodbye to workers, end every process the server started."""
+        self._orchestrator.is_stopping = True
+        await self._rpc.set_serving(False)
+        self._sessions.close_all()
+        await self._executor.stop()
+        await self._rpc.stop(self.config.stop_grace_s)
+        await asyncio.to_thread(self._scheduler.stop)
+        self._store.close()
+
+    def _describe(self) -> worker_pb2.GetClusterResponse:
+        machine = self._scheduler.machine
+        return worker_pb2.GetClusterResponse(
+            version=__version__,
+            executor=self._executor.name,
+            start_time=timestamp(self._started_s),
+            ray_address=self._executor.ray_address(),
+            pid=os.getpid(),
+            active_runs=sum(not entry.run.is_terminal for entry in self._orchestrator.runs.values()),
+            queued_tasks=machine.queued_tasks(),
+            running_attempts=len(machine.leases),
+        )
+
+
+def _executor(config: ServerConfig, store: ArtifactStore) -> Executor:
+    if config.executor == "ray":
+        # Importing Ray takes a second that a local server need not spend.
+        from lattice_server.executors.ray import RayExecutor
+
+        return RayExecutor(config, store.directory)
+    from lattice_server.executors.local import LocalExecutor
+
+    return LocalExecutor(config, store.directory)
+
+
+async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
+    """Run a server until SIGINT or SIGTERM; `announce` is told its address once workers are being started."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    app = App(config)
+    await app.start()
+    announce(app.address)
+    await stopping.wait()
+    await app.stop()

@@ -1,0 +1,83 @@
+"""The commands of the head: `lattice start` and `lattice stop`. Rule: flags become one `ServerConfig`."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import psutil
+import uvloop
+
+from lattice_server.app import serve
+from lattice_server.config import ServerConfig
+from lattice_server.rpc.server import PortInUseError
+
+STOP_S = 30.0
+
+
+def _record_path(port: str) -> Path:
+    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"lattice-heads-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"{port}.json"
+
+
+@click.command()
+@click.option("--head", is_flag=True, help="Start the server.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=50051, show_default=True, help="Port to listen on; 0 picks one.")
+@click.option("--executor", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
+@click.option("--num-cpus", type=float, help="CPUs to offer instead of those this machine has.")
+@click.option("--num-gpus", type=int, help="GPUs to offer instead of those this machine has.")
+@click.option("--verbose", is_flag=True, help="Log more.")
+def start(
+    head: bool, host: str, port: int, executor: str, num_cpus: float | None, num_gpus: int | None, verbose: bool
+) -> None:
+    """Start a Lattice server on this machine and serve until Ctrl-C or `lattice stop`."""
+    if not head:
+        raise click.UsageError("say --head to start the server")
+    if host not in {"127.0.0.1", "localhost", "::1"}:
+        raise click.UsageError("only loopback addresses are served: there is no authentication yet")
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = ServerConfig(host=host, port=port, executor=executor, num_cpus=num_cpus, num_gpus=num_gpus)
+    records: list[Path] = []
+
+    def announce(address: str) -> None:
+        record = _record_path(address.rpartition(":")[2])
+        record.write_text(json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+        records.append(record)
+        click.echo(f"Lattice is listening on {address}")
+
+    try:
+        uvloop.run(serve(config, announce))
+    except PortInUseError as error:
+        raise click.ClickException(f"{error}. Choose another --port, or 0 for any.") from None
+    finally:
+        for record in records:
+            record.unlink(missing_ok=True)
+
+
+@click.command()
+@click.option("--port", default=50051, show_default=True, help="Port of the server to stop.")
+def stop(port: int) -> None:
+    """Stop the Lattice server on this machine that listens on a port."""
+    record = _record_path(str(port))
+    try:
+        known = json.loads(record.read_text())
+        process = psutil.Process(known["pid"])
+        # A process id may have been given to somebody else since.
+        if process.create_time() != known["started"]:
+            raise psutil.NoSuchProcess(known["pid"])
+    except (FileNotFoundError, psutil.NoSuchProcess):
+        record.unlink(missing_ok=True)
+        raise click.ClickException(f"no Lattice server of yours listens on port {port} here") from None
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except psutil.TimeoutExpired:
+        raise click.ClickException(f"the server (process {process.pid}) did not stop in {STOP_S:.0f} s") from None
+    click.echo(f"Stopped the server on port {port}.")

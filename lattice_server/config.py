@@ -1,0 +1,22 @@
+"""Owns every setting of the server and its default, once."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What `lattice start --head` was asked for. Sizes in bytes, times in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    executor: str = "ray"
+    num_cpus: float | None = None
+    num_gpus: int | None = None
+    ray_address: str = ""
+    session_ttl_s: float = 30.0
+    heartbeat_interval_s: float = 5.0
+    inline_limit_bytes: int = 256 * 1024
+    log_limit_bytes: int = 1024 * 1024
+    message_limit_bytes: int = 256 * 1024 * 1024
+    retained_runs: int = 1000
+    stop_grace_s: float = 2.0

@@ -1,0 +1,228 @@
+"""Owns the nouns: payloads, bindings, resources, tasks, workflows, failures. Rule: all frozen, none of them decides."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A reference to `size_bytes` encoded bytes that lie in the store of `node_id`."""
+
+    artifact_id: str
+    size_bytes: int
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """One encoded value: JSON text (str), bytes, or a reference. Never opened here."""
+
+    media_type: str
+    content: str | bytes | Artifact
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRef:
+    """One output of one task."""
+
+    task_id: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A run parameter, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class BindingList:
+    """A list bound item by item."""
+
+    items: tuple["Binding", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BindingMap:
+    """A string-keyed map bound value by value."""
+
+    entries: Mapping[str, "Binding"]
+
+
+Binding = Payload | OutputRef | Parameter | BindingList | BindingMap
+Outputs = Mapping[str, Payload]
+
+
+class Isolation(Enum):
+    """How strictly an attempt is kept apart."""
+
+    NONE = "none"
+    SUBPROCESS = "subprocess"
+    SECCOMP = "seccomp"
+    DOCKER = "docker"
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one attempt holds while it runs. Memory in bytes; `gpu` below one shares a device."""
+
+    cpu: float = 1.0
+    memory_bytes: int = 0
+    gpu: float = 0.0
+    gpu_memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One device of a node."""
+
+    index: int
+    model: str = ""
+    memory_bytes: int = 0
+    uuid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a node offers. `slots` counts attempts in processes of their own, `async_slots` coroutines."""
+
+    cpu: float
+    memory_bytes: int = 0
+    gpus: tuple[Gpu, ...] = ()
+    slots: int = 64
+    async_slots: int = 4096
+
+
+class FailureKind(Enum):
+    """The class of a failure; retry policies go by it."""
+
+    USER_ERROR = "user_error"
+    CRASHED = "crashed"
+    OUT_OF_MEMORY = "out_of_memory"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    WORKER_LOST = "worker_lost"
+    PAYLOAD = "payload"
+    RESOURCES = "resources"
+    UPSTREAM = "upstream"
+    INTERNAL = "internal"
+
+
+RETRIED_BY_DEFAULT = frozenset(
+    {FailureKind.USER_ERROR, FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY, FailureKind.TIMEOUT}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt, a task or a run did not succeed."""
+
+    kind: FailureKind
+    message: str
+    type: str = ""
+    traceback: str = ""
+    exception: Payload | None = None
+    task_id: str = ""
+    exit_status: int | None = None
+    cause: "Failure | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """When another attempt follows a failed one."""
+
+    max_attempts: int = 1
+    initial_backoff_s: float = 0.1
+    backoff_multiplier: float = 2.0
+    max_backoff_s: float = 30.0
+    retry_on: frozenset[FailureKind] = RETRIED_BY_DEFAULT
+    retry_on_types: frozenset[str] = frozenset()
+    max_worker_losses: int = 3
+
+    def allows(self, failure: Failure, failed_attempts: int) -> bool:
+        """Whether another attempt follows after `failed_attempts` attempts, the last of which ended in `failure`."""
+        if failed_attempts >= self.max_attempts or failure.kind not in self.retry_on:
+            return False
+        return not self.retry_on_types or failure.type in self.retry_on_types
+
+    def backoff_s(self, failed_attempts: int) -> float:
+        """Seconds to wait before the attempt that follows `failed_attempts` failed ones."""
+        growth = self.backoff_multiplier ** min(failed_attempts - 1, 64)
+        return float(min(self.max_backoff_s, self.initial_backoff_s * growth))
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """Code to run. `definition` is opaque here: what a worker is sent, unopened."""
+
+    digest: str
+    is_async: bool
+    definition: object
+    bundle_digest: str = ""
+
+
+DEFAULT_RETRY = RetryPolicy()
+DEFAULT_RESOURCES = Resources()
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """The definition of one task of a workflow."""
+
+    task_id: str
+    function: Function
+    display_name: str = ""
+    inputs: Mapping[str, Binding] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    resources: Resources = DEFAULT_RESOURCES
+    retry: RetryPolicy = DEFAULT_RETRY
+    attempt_timeout_s: float | None = None
+    isolation: Isolation = Isolation.NONE
+    node_selector: tuple[tuple[str, str], ...] = ()
+    priority: int = 0
+
+
+class FailurePolicy(Enum):
+    """What a failed task means for the others."""
+
+    FAIL_FAST = "fail_fast"
+    FINISH_INDEPENDENT = "finish_independent"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowSpec:
+    """The definition of a workflow."""
+
+    tasks: tuple[TaskSpec, ...]
+    display_name: str = ""
+    parameters: Mapping[str, Payload] = field(default_factory=dict)
+    failure_policy: FailurePolicy = FailurePolicy.FAIL_FAST
+
+
+def references(binding: Binding) -> list[OutputRef | Parameter]:
+    """Return every output and parameter `binding` needs, in order of appearance."""
+    match binding:
+        case OutputRef() | Parameter():
+            return [binding]
+        case BindingList(items):
+            return [found for item in items for found in references(item)]
+        case BindingMap(entries):
+            return [found for item in entries.values() for found in references(item)]
+        case Payload():
+            return []
+
+
+def resolve(binding: Binding, value_of: Callable[[OutputRef | Parameter], Payload]) -> Binding:
+    """Return `binding` with every reference replaced by the payload `value_of` gives for it."""
+    match binding:
+        case Payload():
+            return binding
+        case OutputRef() | Parameter():
+            return value_of(binding)
+        case BindingList(items):
+            return BindingList(tuple(resolve(item, value_of) for item in items))
+        case BindingMap(entries):
+            return BindingMap({key: resolve(item, value_of) for key, item in entries.items()})

@@ -1,0 +1,1 @@
+"""Threads, queues and time around the core. Knows neither grpc, protobuf nor Ray."""

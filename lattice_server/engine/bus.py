@@ -1,0 +1,69 @@
+"""Owns the two inboxes between the main thread and the scheduler's. Rule: posting never blocks; the bound is at
+admission, not here."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+
+from lattice_server.core.dispatch import Effect
+from lattice_server.core.messages import SchedulerEvent
+
+
+class MessageBus:
+    """Carries events to the scheduler's thread and effects back to the main thread's event loop, both in order."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._to_scheduler: SimpleQueue[Sequence[SchedulerEvent] | None] = SimpleQueue()
+        self._to_front: deque[Effect] = deque()
+        self._deliver: Callable[[list[Effect]], None] = lambda effects: None
+        self._is_waking = False
+
+    def subscribe(self, deliver: Callable[[list[Effect]], None]) -> None:
+        """Have `deliver` called on the main thread with the effects that piled up."""
+        self._deliver = deliver
+
+    def post(self, events: Sequence[SchedulerEvent]) -> None:
+        """Hand events to the scheduler; from any thread."""
+        if events:
+            self._to_scheduler.put(events)
+
+    def close(self) -> None:
+        """Let the scheduler's thread end once it has read everything posted before."""
+        self._to_scheduler.put(None)
+
+    def next_events(self, timeout_s: float | None) -> list[SchedulerEvent] | None:
+        """Wait for events and return all there are; an empty list after `timeout_s`, None when closed."""
+        try:
+            first = self._to_scheduler.get(timeout=timeout_s)
+        except Empty:
+            return []
+        if first is None:
+            return None
+        events = list(first)
+        while not self._to_scheduler.empty():
+            more = self._to_scheduler.get()
+            if more is None:
+                self._to_scheduler.put(None)
+                break
+            events.extend(more)
+        return events
+
+    def publish(self, effects: Sequence[Effect]) -> None:
+        """Hand effects to the main thread; from the scheduler's. Many calls may share one wake-up."""
+        if not effects:
+            return
+        self._to_front.extend(effects)
+        if not self._is_waking:
+            self._is_waking = True
+            self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        # Cleared first: an effect added after the copy finds the flag down and wakes the loop again.
+        self._is_waking = False
+        effects = []
+        while self._to_front:
+            effects.append(self._to_front.popleft())
+        if effects:
+            self._deliver(effects)

@@ -1,0 +1,61 @@
+"""Owns the event log of each run. Rule: a reader is a position in the log; the log keeps no queue for anybody."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from lattice_server.core.errors import RangeError
+from lattice_server.core.messages import Fact, RunEvent, RunFinished
+
+BATCH = 512
+
+
+class RunLog:
+    """The numbered events of one run; lives on the main thread."""
+
+    def __init__(self) -> None:
+        self.events: list[RunEvent] = []
+        self.is_complete = False
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def append(self, fact: Fact, time_s: float) -> None:
+        """Number a fact and wake the readers that wait for one."""
+        self.events.append(RunEvent(len(self.events) + 1, time_s, fact))
+        self.is_complete = isinstance(fact, RunFinished)
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def follow(self, after: int) -> AsyncIterator[list[RunEvent]]:
+        """Yield the events after number `after` in batches, to the run's end.
+
+        Raises:
+            RangeError: CURSOR_AHEAD when `after` lies beyond the newest event.
+        """
+        if after > len(self.events):
+            newest = len(self.events)
+            raise RangeError(
+                "CURSOR_AHEAD",
+                f"the run has {newest} events; there is none after {after}",
+                metadata={"oldest_sequence": "1", "last_sequence": str(newest)},
+            )
+        while True:
+            batch = self.events[after : after + BATCH]
+            after += len(batch)
+            if batch:
+                yield batch
+            elif self.is_complete:
+                return
+            else:
+                await self.changed()
+
+    async def changed(self) -> None:
+        """Wait for the next event."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+    async def completed(self) -> None:
+        """Wait for the run's end."""
+        while not self.is_complete:
+            await self.changed()

@@ -1,0 +1,78 @@
+"""Starts one worker as a process of this machine. Rule: it ends what it started, by its id, and nothing else."""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from uuid import uuid4
+
+from lattice_server.config import ServerConfig
+from lattice_server.core.messages import SchedulerEvent, WorkerLost
+from lattice_server.executors.command import worker_command
+
+log = logging.getLogger(__name__)
+
+STOP_S = 5.0
+MAX_BACKOFF_S = 5.0
+
+
+class LocalExecutor:
+    """Keeps one worker process alive beside the server."""
+
+    name = "local"
+
+    def __init__(self, config: ServerConfig, store_directory: Path) -> None:
+        self._config = config
+        self._store_directory = store_directory
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+        """Start the worker, and again whenever it dies."""
+        self._keeper = asyncio.create_task(self._keep(target, join_token, post))
+
+    async def stop(self) -> None:
+        """End the worker."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        process = self._process
+        if process is not None and process.returncode is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+    def ray_address(self) -> str:
+        """Return nothing: there is no Ray here."""
+        return ""
+
+    async def _keep(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+        backoff_s = 0.0
+        while True:
+            worker_id = f"local-{uuid4().hex[:12]}"
+            started = asyncio.get_running_loop().time()
+            self._process = await asyncio.create_subprocess_exec(
+                *worker_command(
+                    self._config,
+                    target=target,
+                    worker_id=worker_id,
+                    node_id="local",
+                    store_directory=self._store_directory,
+                ),
+                env={**os.environ, "LATTICE_JOIN_TOKEN": join_token, "LATTICE_PARENT_PID": str(os.getpid())},
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+            status = await self._process.wait()
+            log.warning("worker %s ended with status %s; starting another", worker_id, status)
+            post([WorkerLost(worker_id, f"its process ended with status {status}")])
+            lived_s = asyncio.get_running_loop().time() - started
+            backoff_s = 0.0 if lived_s > MAX_BACKOFF_S else min(MAX_BACKOFF_S, backoff_s * 2 or 0.1)
+            # A worker that cannot even start must not be started in a tight loop.
+            await asyncio.sleep(backoff_s)

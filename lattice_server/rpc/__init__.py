@@ -1,0 +1,1 @@
+"""The only server code that sees grpc and protobuf."""

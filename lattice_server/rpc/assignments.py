@@ -1,0 +1,85 @@
+"""Owns how effects become messages to a worker. Rule: everything that waits goes out coalesced; code travels once."""
+
+from collections.abc import Iterator
+from typing import assert_never
+
+from lattice.v1 import worker_pb2
+
+from lattice_server.config import ServerConfig
+from lattice_server.core.messages import Assign, CloseSession, RevokeLease, StopLease, WelcomeWorker, WorkerEffect
+from lattice_server.engine.sessions import Connection
+from lattice_server.rpc import convert
+
+
+def responses(
+    effects: list[WorkerEffect], connection: Connection, config: ServerConfig
+) -> Iterator[worker_pb2.ConnectResponse]:
+    """Yield the messages that carry `effects`, in an order that keeps the effects' meaning."""
+    assignments = worker_pb2.Assignments()
+    stopped: list[str] = []
+    revoked: list[str] = []
+    close: worker_pb2.Close | None = None
+    for effect in effects:
+        match effect:
+            case Assign():
+                _add(assignments, effect, connection)
+            case StopLease():
+                stopped.append(effect.lease_id)
+            case RevokeLease():
+                revoked.append(effect.lease_id)
+            case WelcomeWorker():
+                yield worker_pb2.ConnectResponse(welcome=_welcome(effect, config))
+            case CloseSession():
+                close = worker_pb2.Close(
+                    reason=worker_pb2.CloseReason.Value(f"CLOSE_REASON_{effect.reason}"), message=effect.message
+                )
+            case _:
+                assert_never(effect)
+    if connection.ack_sequence:
+        yield worker_pb2.ConnectResponse(ack=worker_pb2.Ack(sequence=connection.ack_sequence))
+        connection.ack_sequence = 0
+    if assignments.assignments:
+        yield worker_pb2.ConnectResponse(assignments=assignments)
+    if revoked:
+        yield worker_pb2.ConnectResponse(revoke=worker_pb2.Revoke(lease_ids=revoked))
+    if stopped:
+        yield worker_pb2.ConnectResponse(stop=worker_pb2.Stop(lease_ids=stopped))
+    if close is not None:
+        yield worker_pb2.ConnectResponse(close=close)
+
+
+def _welcome(effect: WelcomeWorker, config: ServerConfig) -> worker_pb2.Welcome:
+    return worker_pb2.Welcome(
+        session_id=effect.session_id,
+        resumed=effect.resumed,
+        heartbeat_interval=convert.duration(config.heartbeat_interval_s),
+        session_ttl=convert.duration(config.session_ttl_s),
+        drop_lease_ids=effect.drop_lease_ids,
+        inline_limit_bytes=config.inline_limit_bytes,
+        log_limit_bytes=config.log_limit_bytes,
+    )
+
+
+def _add(assignments: worker_pb2.Assignments, effect: Assign, connection: Connection) -> None:
+    session = connection.session
+    function, bundle = convert.code_to_proto(effect.function)
+    if session is not None and effect.function.digest not in session.sent_digests:
+        session.sent_digests.add(effect.function.digest)
+        assignments.functions.append(function)
+    if session is not None and bundle is not None and bundle.digest not in session.sent_digests:
+        session.sent_digests.add(bundle.digest)
+        assignments.bundles.append(bundle)
+    message = assignments.assignments.add(
+        lease_id=effect.lease_id,
+        slot=effect.slot,
+        function_digest=effect.function.digest,
+        outputs=effect.outputs,
+        isolation=convert.ISOLATION_TO_PROTO[effect.isolation],
+        resources=convert.resources_to_proto(effect.resources),
+        gpu_indices=effect.gpu_indices,
+    )
+    if effect.timeout_s is not None:
+        message.timeout.CopyFrom(convert.duration(effect.timeout_s))
+    attempt = message.attempts.add(run_id=effect.run_id, task_id=effect.task_id, number=effect.attempt)
+    for name, binding in effect.inputs.items():
+        attempt.inputs[name].CopyFrom(convert.binding_to_proto(binding))

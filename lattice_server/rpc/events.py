@@ -1,0 +1,131 @@
+"""Owns how runs, tasks and their events look on the wire. Rule: it reads, and changes nothing."""
+
+from typing import assert_never
+
+from lattice.v1 import run_pb2
+
+from lattice_server.core.messages import (
+    RunCancelling,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+    TaskCancelled,
+    TaskFailed,
+    TaskLogged,
+    TaskRetrying,
+    TaskSkipped,
+    TaskStarted,
+    TaskSucceeded,
+)
+from lattice_server.core.states import RunState, TaskState
+from lattice_server.engine.orchestrator import Orchestrator, RunEntry
+from lattice_server.rpc.convert import failure_to_proto, payloads_to_proto, timestamp
+
+RUN_STATE_TO_PROTO = {
+    RunState.RUNNING: run_pb2.RUN_STATE_RUNNING,
+    RunState.CANCELLING: run_pb2.RUN_STATE_CANCELLING,
+    RunState.SUCCEEDED: run_pb2.RUN_STATE_SUCCEEDED,
+    RunState.FAILED: run_pb2.RUN_STATE_FAILED,
+    RunState.CANCELLED: run_pb2.RUN_STATE_CANCELLED,
+}
+TASK_STATE_TO_PROTO = {
+    TaskState.BLOCKED: run_pb2.TASK_STATE_BLOCKED,
+    TaskState.QUEUED: run_pb2.TASK_STATE_QUEUED,
+    TaskState.RUNNING: run_pb2.TASK_STATE_RUNNING,
+    TaskState.SUCCEEDED: run_pb2.TASK_STATE_SUCCEEDED,
+    TaskState.FAILED: run_pb2.TASK_STATE_FAILED,
+    TaskState.CANCELLED: run_pb2.TASK_STATE_CANCELLED,
+    TaskState.SKIPPED: run_pb2.TASK_STATE_SKIPPED,
+}
+
+
+def event_to_proto(event: RunEvent) -> run_pb2.RunEvent:
+    """Return the message of one event."""
+    message = run_pb2.RunEvent(sequence=event.sequence, time=timestamp(event.time_s))
+    fact = event.fact
+    match fact:
+        case TaskStarted():
+            message.task_started.task_id = fact.task_id
+            message.task_started.attempt = fact.attempt
+            message.task_started.node_id = fact.node_id
+            message.task_started.node_ip = fact.node_ip
+            message.task_started.gpu_indices.extend(fact.gpu_indices)
+        case TaskSucceeded():
+            outputs = payloads_to_proto(fact.outputs)
+            body = run_pb2.TaskSucceeded(task_id=fact.task_id, attempt=fact.attempt, outputs=outputs)
+            message.task_succeeded.CopyFrom(body)
+        case TaskLogged():
+            stream = run_pb2.LOG_STREAM_STDERR if fact.is_error else run_pb2.LOG_STREAM_STDOUT
+            message.task_log.task_id = fact.task_id
+            message.task_log.attempt = fact.attempt
+            message.task_log.stream = stream
+            message.task_log.text = fact.text
+            message.task_log.truncated = fact.is_truncated
+        case TaskRetrying():
+            failure = failure_to_proto(fact.failure)
+            retry_time = timestamp(event.time_s + fact.delay_s)
+            retrying = run_pb2.TaskRetrying(
+                task_id=fact.task_id, attempt=fact.attempt, failure=failure, retry_time=retry_time
+            )
+            message.task_retrying.CopyFrom(retrying)
+        case TaskFailed():
+            failure = failure_to_proto(fact.failure)
+            failed = run_pb2.TaskFailed(task_id=fact.task_id, attempt=fact.attempt, failure=failure)
+            message.task_failed.CopyFrom(failed)
+        case TaskCancelled():
+            failure = failure_to_proto(fact.failure)
+            cancelled = run_pb2.TaskCancelled(task_id=fact.task_id, attempt=fact.attempt, failure=failure)
+            message.task_cancelled.CopyFrom(cancelled)
+        case TaskSkipped():
+            skipped = run_pb2.TaskSkipped(task_id=fact.task_id, failure=failure_to_proto(fact.failure))
+            message.task_skipped.CopyFrom(skipped)
+        case RunStarted():
+            started = run_pb2.RunStarted(workflow_id=fact.workflow_id, task_count=fact.task_count)
+            message.run_started.CopyFrom(started)
+        case RunCancelling():
+            message.run_cancelling.CopyFrom(run_pb2.RunCancelling(failure=failure_to_proto(fact.failure)))
+        case RunFinished():
+            finished = run_pb2.RunFinished(state=RUN_STATE_TO_PROTO[fact.state], failure=failure_to_proto(fact.failure))
+            message.run_finished.CopyFrom(finished)
+        case _:
+            assert_never(fact)
+    return message
+
+
+def run_to_proto(entry: RunEntry) -> run_pb2.Run:
+    """Return a run as it is now."""
+    run, counts = entry.run, entry.run.counts
+    return run_pb2.Run(
+        run_id=run.run_id,
+        workflow_id=run.workflow_id,
+        display_name=run.spec.display_name,
+        state=RUN_STATE_TO_PROTO[run.state],
+        failure=failure_to_proto(run.failure) if run.is_terminal else None,
+        sequence=len(entry.log.events),
+        create_time=timestamp(entry.created_s),
+        end_time=timestamp(entry.ended_s),
+        task_counts=run_pb2.TaskCounts(
+            total=len(run.tasks),
+            **{state.value: counts[state] for state in TaskState},
+        ),
+        labels=entry.labels,
+    )
+
+
+def task_to_proto(orchestrator: Orchestrator, entry: RunEntry, task_id: str) -> run_pb2.TaskRun:
+    """Return one task of a run as it is now."""
+    record = entry.run.tasks[task_id]
+    started_s = None if record.started_at is None else orchestrator.wall_time_s(record.started_at)
+    ended_s = None if record.ended_at is None else orchestrator.wall_time_s(record.ended_at)
+    return run_pb2.TaskRun(
+        run_id=entry.run.run_id,
+        task_id=task_id,
+        display_name=record.spec.display_name,
+        state=TASK_STATE_TO_PROTO[record.state],
+        attempt=record.attempt,
+        node_id=record.node_id,
+        outputs=payloads_to_proto(record.outputs or {}),
+        failure=failure_to_proto(record.failure),
+        start_time=timestamp(started_s),
+        end_time=timestamp(ended_s),
+    )

@@ -1,0 +1,81 @@
+"""Owns the one translation from errors to gRPC statuses. Rule: no servicer sets a status itself."""
+
+import logging
+from typing import Any, NoReturn
+from uuid import uuid4
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from grpc_interceptor.exception_to_status import AsyncExceptionToStatusInterceptor
+
+from lattice_server.core import errors
+from lattice_server.rpc.context import Context
+
+log = logging.getLogger(__name__)
+
+STATUS = {
+    errors.InvalidError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.ConflictError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.AbortedError: grpc.StatusCode.ABORTED,
+    errors.RangeError: grpc.StatusCode.OUT_OF_RANGE,
+    errors.ExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
+}
+# Trailers over 8 KiB may be dropped on the way, so the texts in them are kept short.
+MAX_TEXT = 1024
+MAX_VIOLATION_TEXT = 200
+
+
+def status_of(error: errors.LatticeError) -> tuple[grpc.StatusCode, str, bytes]:
+    """Return code, message and the encoded `google.rpc.Status` of an error."""
+    code = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    message = error.message[:MAX_TEXT]
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain="lattice", metadata=error.metadata)]
+    if error.violations:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(
+                field=v.field[:MAX_VIOLATION_TEXT], description=v.description[:MAX_VIOLATION_TEXT]
+            )
+            for v in error.violations
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=violations))
+    if error.retry_after_s is not None:
+        nanos = int(error.retry_after_s * 1e9)
+        delay = Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return code, message, status.SerializeToString()
+
+
+class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
+    """Ends RPCs whose handler raised. A `LatticeError` keeps its meaning; anything else is a bug with an id."""
+
+    async def handle_exception(
+        self, ex: Exception, request_or_iterator: Any, context: Context, method_name: str
+    ) -> NoReturn:
+        """Abort the RPC with the status of `ex`."""
+        if isinstance(ex, grpc.aio.AbortError):
+            raise ex
+        if not isinstance(ex, errors.LatticeError):
+            error_id = uuid4().hex
+            log.error("%s failed, error id %s", method_name, error_id, exc_info=ex)
+            text = f"internal error {error_id}; the server's log has the details"
+            ex = errors.LatticeError("INTERNAL", text, metadata={"error_id": error_id})
+            code, message = grpc.StatusCode.INTERNAL, text
+            details = status_pb2.Status(code=code.value[0], message=message)
+            info = AnyMessage()
+            info.Pack(error_details_pb2.ErrorInfo(reason="INTERNAL", domain="lattice", metadata={"error_id": error_id}))
+            details.details.append(info)
+            encoded = details.SerializeToString()
+        else:
+            code, message, encoded = status_of(ex)
+        await context.abort(code, message, (("grpc-status-details-bin", encoded),))

@@ -1,0 +1,81 @@
+"""Serves `ResultsService`: events, results and large values."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc
+
+from lattice_server.core.errors import invalid_field
+from lattice_server.core.messages import RunEvent, RunFinished, RunStarted, TaskLogged
+from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.store import HEAD, ArtifactStore
+from lattice_server.rpc import convert
+from lattice_server.rpc.context import Context
+from lattice_server.rpc.events import event_to_proto, run_to_proto, task_to_proto
+from lattice_server.rpc.tasks import MAX_WAIT_S
+
+
+class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
+    """The `ResultsService`."""
+
+    def __init__(self, orchestrator: Orchestrator, store: ArtifactStore) -> None:
+        self._orchestrator = orchestrator
+        self._store = store
+
+    async def WatchRun(
+        self, request: results_pb2.WatchRunRequest, context: Context
+    ) -> AsyncIterator[results_pb2.WatchRunResponse]:
+        """Stream the events of a run, from a number on, to its end."""
+        if request.after_sequence < 0:
+            raise invalid_field("after_sequence", "must not be negative")
+        entry = self._orchestrator.run(request.run_id)
+        wanted = frozenset(request.task_ids)
+        async for batch in entry.log.follow(request.after_sequence):
+            last = batch[-1].sequence
+            complete = entry.log.is_complete and last == len(entry.log.events)
+            shown = [event for event in batch if _is_wanted(event, wanted, request.exclude_logs)]
+            if shown or complete:
+                events = [event_to_proto(event) for event in shown]
+                yield results_pb2.WatchRunResponse(events=events, sequence=last, complete=complete)
+        if request.after_sequence == len(entry.log.events):
+            yield results_pb2.WatchRunResponse(sequence=request.after_sequence, complete=True)
+
+    async def GetResult(self, request: results_pb2.GetResultRequest, context: Context) -> results_pb2.GetResultResponse:
+        """Return a run and the outputs of its final tasks."""
+        entry = self._orchestrator.run(request.run_id)
+        try:
+            async with asyncio.timeout(min(max(0.0, convert.seconds_from(request.wait)), MAX_WAIT_S)):
+                await entry.log.completed()
+        except TimeoutError:
+            pass
+        ids = entry.run.dag.final_task_ids()
+        tasks = [task_to_proto(self._orchestrator, entry, task_id) for task_id in ids]
+        return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=tasks)
+
+    async def ReadArtifact(
+        self, request: results_pb2.ReadArtifactRequest, context: Context
+    ) -> AsyncIterator[results_pb2.ReadArtifactResponse]:
+        """Stream the bytes of an artifact."""
+        if request.offset < 0:
+            raise invalid_field("offset", "must not be negative")
+        async for data in self._store.read(request.artifact_id, request.offset):
+            yield results_pb2.ReadArtifactResponse(data=data)
+
+    async def WriteArtifact(
+        self,
+        request_iterator: AsyncIterator[results_pb2.WriteArtifactRequest],
+        context: Context,
+    ) -> results_pb2.WriteArtifactResponse:
+        """Store an artifact that inputs may then refer to."""
+        artifact_id, size = await self._store.write(request.data async for request in request_iterator)
+        artifact = payload_pb2.Artifact(artifact_id=artifact_id, size_bytes=size, node_id=HEAD)
+        return results_pb2.WriteArtifactResponse(artifact=artifact)
+
+
+def _is_wanted(event: RunEvent, task_ids: frozenset[str], exclude_logs: bool) -> bool:
+    fact = event.fact
+    if exclude_logs and isinstance(fact, TaskLogged):
+        return False
+    if not task_ids or isinstance(fact, RunStarted | RunFinished):
+        return True
+    return getattr(fact, "task_id", None) in task_ids or not hasattr(fact, "task_id")

@@ -1,0 +1,95 @@
+"""Builds the gRPC server: services, health, reflection, interceptors. Rule: a port belongs to one server."""
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from lattice.v1 import (
+    results_pb2,
+    results_pb2_grpc,
+    task_pb2,
+    task_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+    workflow_pb2,
+    workflow_pb2_grpc,
+)
+from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
+
+from lattice_server.config import ServerConfig
+from lattice_server.rpc.interceptors import ErrorInterceptor
+from lattice_server.rpc.results import ResultsServicer
+from lattice_server.rpc.tasks import TaskServicer
+from lattice_server.rpc.workers import WorkerServicer
+from lattice_server.rpc.workflows import WorkflowServicer
+
+SERVICE_NAMES = (
+    workflow_pb2.DESCRIPTOR.services_by_name["WorkflowService"].full_name,
+    task_pb2.DESCRIPTOR.services_by_name["TaskService"].full_name,
+    results_pb2.DESCRIPTOR.services_by_name["ResultsService"].full_name,
+    worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
+)
+
+
+class PortInUseError(Exception):
+    """Another process listens on the address."""
+
+
+class RpcServer:
+    """The gRPC front; lives on the main thread's event loop."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        workflows: WorkflowServicer,
+        tasks: TaskServicer,
+        results: ResultsServicer,
+        workers: WorkerServicer,
+    ) -> None:
+        self._config = config
+        # A span that lives as long as a worker tells nobody anything.
+        long_streams = filters.any_of(filters.method_name("Connect"), filters.method_name("WatchRun"))
+        self._server = grpc.aio.server(
+            interceptors=[
+                # Outermost: further in, it would not see the status an error becomes.
+                aio_server_interceptor(filter_=filters.negate(long_streams)),  # type: ignore[no-untyped-call]
+                ErrorInterceptor(),
+            ],
+            options=[
+                # grpcio lets two servers share a port and splits the calls between them, unless told not to.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", config.message_limit_bytes),
+                ("grpc.max_send_message_length", config.message_limit_bytes),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ],
+        )
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(workflows, self._server)
+        task_pb2_grpc.add_TaskServiceServicer_to_server(tasks, self._server)
+        results_pb2_grpc.add_ResultsServiceServicer_to_server(results, self._server)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(workers, self._server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*SERVICE_NAMES, health_name, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> int:
+        """Listen and serve; return the port. Raises PortInUseError."""
+        address = f"{self._config.host}:{self._config.port}"
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise PortInUseError(f"cannot listen on {address}: {error}") from None
+        await self._server.start()
+        return port
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Tell health checks whether the server takes work."""
+        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *SERVICE_NAMES):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls and end the running ones within `grace_s` seconds."""
+        await self._server.stop(grace_s)

@@ -1,0 +1,85 @@
+"""Serves `TaskService`: the tasks inside runs, and runs of one task."""
+
+import asyncio
+
+from lattice.v1 import task_pb2, task_pb2_grpc
+
+from lattice_server.core.errors import NotFoundError, invalid_field
+from lattice_server.core.model import WorkflowSpec
+from lattice_server.core.states import TASK_TERMINAL
+from lattice_server.engine.orchestrator import Orchestrator, RunEntry, fingerprint
+from lattice_server.rpc import convert
+from lattice_server.rpc.context import Context
+from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
+from lattice_server.rpc.paging import page
+from lattice_server.rpc.workflows import Intake
+
+MAX_WAIT_S = 300.0
+FUNCTION_NAME = "function"
+
+
+class TaskServicer(task_pb2_grpc.TaskServiceServicer):
+    """The `TaskService`."""
+
+    def __init__(self, orchestrator: Orchestrator, intake: Intake) -> None:
+        self._orchestrator = orchestrator
+        self._intake = intake
+
+    async def RunTask(self, request: task_pb2.RunTaskRequest, context: Context) -> task_pb2.RunTaskResponse:
+        """Run one task as a run of its own."""
+        bundles = [request.bundle] if request.HasField("bundle") else []
+        name = request.task.function or FUNCTION_NAME
+        functions = self._intake.functions({name: request.function}, bundles)
+        task = task_pb2.TaskSpec()
+        task.CopyFrom(request.task)
+        task.function = name
+        task.task_id = task.task_id or "task"
+        spec = WorkflowSpec(
+            tasks=(convert.task_from_proto(task, "task", functions, self._intake.inline_limit_bytes),),
+            display_name=task.display_name or task.task_id,
+        )
+        print_ = fingerprint(request.SerializeToString(deterministic=True)) if request.run_id else ""
+        entry, created = self._orchestrator.start_run(
+            request.run_id, spec, parameters={}, labels=dict(request.labels), priority=0, fingerprint=print_
+        )
+        await self._wait(entry, task.task_id, convert.seconds_from(request.wait))
+        shown = task_to_proto(self._orchestrator, entry, task.task_id)
+        return task_pb2.RunTaskResponse(run=run_to_proto(entry), created=created, task=shown)
+
+    async def GetTask(self, request: task_pb2.GetTaskRequest, context: Context) -> task_pb2.GetTaskResponse:
+        """Return one task of a run."""
+        entry = self._orchestrator.run(request.run_id)
+        if request.task_id not in entry.run.tasks:
+            raise NotFoundError("TASK_NOT_FOUND", f"run {request.run_id!r} has no task {request.task_id!r}")
+        await self._wait(entry, request.task_id, convert.seconds_from(request.wait))
+        return task_pb2.GetTaskResponse(task=task_to_proto(self._orchestrator, entry, request.task_id))
+
+    async def ListTasks(self, request: task_pb2.ListTasksRequest, context: Context) -> task_pb2.ListTasksResponse:
+        """List the tasks of a run."""
+        entry = self._orchestrator.run(request.run_id)
+        states = set(request.states)
+        ids = [
+            task_id
+            for task_id, record in entry.run.tasks.items()
+            if not states or TASK_STATE_TO_PROTO[record.state] in states
+        ]
+        found, token = page(ids, request.page_size, request.page_token)
+        tasks = [task_to_proto(self._orchestrator, entry, task_id) for task_id in found]
+        sequence = len(entry.log.events)
+        return task_pb2.ListTasksResponse(tasks=tasks, next_page_token=token, sequence=sequence)
+
+    async def CancelTask(self, request: task_pb2.CancelTaskRequest, context: Context) -> task_pb2.CancelTaskResponse:
+        """Cancel one task of a run."""
+        entry = self._orchestrator.cancel_task(request.run_id, request.task_id)
+        return task_pb2.CancelTaskResponse(task=task_to_proto(self._orchestrator, entry, request.task_id))
+
+    async def _wait(self, entry: RunEntry, task_id: str, wait_s: float) -> None:
+        if wait_s < 0:
+            raise invalid_field("wait", "must not be negative")
+        record = entry.run.tasks[task_id]
+        try:
+            async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
+                while record.state not in TASK_TERMINAL:
+                    await entry.log.changed()
+        except TimeoutError:
+            return

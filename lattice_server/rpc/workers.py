@@ -1,0 +1,225 @@
+"""Serves `WorkerService`: the workers' streams, and the nodes. Rule: a stream's error goes into `Close`, never into
+its status, which grpcio may lose while the other side writes."""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
+
+from lattice_server.config import ServerConfig
+from lattice_server.core import messages
+from lattice_server.core.errors import NotFoundError
+from lattice_server.core.leases import Node
+from lattice_server.core.model import Capacity, Gpu
+from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.scheduler import Scheduler
+from lattice_server.engine.sessions import Connection, Sessions
+from lattice_server.rpc import convert
+from lattice_server.rpc.assignments import responses
+from lattice_server.rpc.context import Context
+
+log = logging.getLogger(__name__)
+
+HANG_UP_S = 2.0
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """The `WorkerService`."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        bus: MessageBus,
+        sessions: Sessions,
+        scheduler: Scheduler,
+        join_token: str,
+        describe: Callable[[], worker_pb2.GetClusterResponse],
+    ) -> None:
+        self._config = config
+        self._bus = bus
+        self._sessions = sessions
+        self._scheduler = scheduler
+        self._join_token = join_token
+        self._describe = describe
+
+    async def Connect(
+        self,
+        request_iterator: AsyncIterator[worker_pb2.ConnectRequest],
+        context: Context,
+    ) -> AsyncIterator[worker_pb2.ConnectResponse]:
+        """Serve one worker's stream."""
+        requests = aiter(request_iterator)
+        first = await anext(requests, None)
+        if first is None:
+            return
+        hello = first.hello
+        refusal = self._refusal(first)
+        if refusal is not None:
+            yield worker_pb2.ConnectResponse(close=refusal)
+            await _drain(requests)
+            return
+        connection = Connection(hello.worker_id)
+        self._sessions.greet(connection)
+        self._bus.post([_hello_event(hello)])
+        reader = asyncio.create_task(self._read(requests, connection))
+        try:
+            while not connection.is_closed:
+                effects = await connection.next_effects()
+                for response in responses(effects, connection, self._config):
+                    yield response
+                    if response.WhichOneof("message") == "close":
+                        connection.is_closed = True
+            with contextlib.suppress(TimeoutError):
+                # The worker hangs up when it has read `Close`; ending first could lose it.
+                async with asyncio.timeout(HANG_UP_S):
+                    await asyncio.shield(reader)
+        finally:
+            reader.cancel()
+            self._sessions.leave(connection, lambda session: self._bus.post([messages.WorkerDetached(session)]))
+
+    def _refusal(self, first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:
+        hello = first.hello
+        if first.WhichOneof("message") != "hello" or not hello.worker_id or not hello.node_id:
+            text = "the first message must be Hello with worker_id and node_id"
+            return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_PROTOCOL_ERROR, message=text)
+        if not hmac.compare_digest(hello.join_token.encode(), self._join_token.encode()):
+            text = "the join token is not this server's"
+            return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=text)
+        return None
+
+    async def _read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
+        try:
+            async for request in requests:
+                connection.heard_at = time.time()
+                match request.WhichOneof("message"):
+                    case "reports":
+                        self._take_reports(request.reports, connection)
+                    case "draining" if connection.session is not None:
+                        self._bus.post([messages.DrainRequested(self._node_of(connection))])
+                    case _:
+                        pass
+        except grpc.RpcError as error:
+            log.debug("the stream of worker %s broke: %s", connection.worker_id, error)
+        finally:
+            connection.close()
+
+    def _node_of(self, connection: Connection) -> str:
+        nodes = list(self._scheduler.machine.nodes.values())
+        return next((node.node_id for node in nodes if node.worker_id == connection.worker_id), "")
+
+    def _take_reports(self, reports: worker_pb2.Reports, connection: Connection) -> None:
+        session = connection.session
+        if session is None:
+            return
+        events: list[messages.SchedulerEvent] = []
+        for report in reports.reports:
+            # A number seen before is a repetition after a reconnect.
+            if report.sequence > session.last_sequence:
+                session.last_sequence = report.sequence
+                if (event := _report_event(report, session.session_id)) is not None:
+                    events.append(event)
+        self._bus.post(events)
+        connection.acknowledge(session.last_sequence)
+
+    async def UploadArtifact(
+        self, request_iterator: AsyncIterator[worker_pb2.UploadArtifactRequest], context: Context
+    ) -> worker_pb2.UploadArtifactResponse:
+        """Refuse: workers on this machine share the head's store, so the server never asks for an upload."""
+        raise NotFoundError("ARTIFACT_NOT_FOUND", "this server asked for no artifact")
+
+    async def ListNodes(self, request: worker_pb2.ListNodesRequest, context: Context) -> worker_pb2.ListNodesResponse:
+        """List the nodes in the ledger."""
+        nodes = list(self._scheduler.machine.nodes.values())
+        return worker_pb2.ListNodesResponse(nodes=[self._node(node) for node in nodes])
+
+    async def DrainNode(self, request: worker_pb2.DrainNodeRequest, context: Context) -> worker_pb2.DrainNodeResponse:
+        """Let a node finish what it runs and give it nothing more."""
+        node = self._scheduler.machine.nodes.get(request.node_id)
+        if node is None:
+            raise NotFoundError("NODE_NOT_FOUND", f"there is no node {request.node_id!r}")
+        shown = self._node(node)
+        shown.state = worker_pb2.NODE_STATE_DRAINING
+        self._bus.post([messages.DrainRequested(request.node_id)])
+        return worker_pb2.DrainNodeResponse(node=shown)
+
+    async def GetCluster(
+        self, request: worker_pb2.GetClusterRequest, context: Context
+    ) -> worker_pb2.GetClusterResponse:
+        """Return facts about the server and its cluster."""
+        return self._describe()
+
+    def _node(self, node: Node) -> worker_pb2.Node:
+        state = worker_pb2.NODE_STATE_READY
+        if node.detached_at is not None:
+            state = worker_pb2.NODE_STATE_DETACHED
+        elif node.is_draining:
+            state = worker_pb2.NODE_STATE_DRAINING
+        memory = node.free_gpu_memory_bytes
+        gpus = tuple(Gpu(g.index, g.model, memory[g.index], g.uuid) for g in node.capacity.gpus)
+        free = Capacity(node.free_cpu, node.free_memory_bytes, gpus, node.free_slots, node.free_async_slots)
+        return worker_pb2.Node(
+            node_id=node.node_id,
+            hostname=node.hostname,
+            node_ip=node.node_ip,
+            state=state,
+            capacity=convert.capacity_to_proto(node.capacity),
+            free=convert.capacity_to_proto(free),
+            labels=node.labels,
+            worker_id=node.worker_id,
+            worker_pid=node.pid,
+            attempts=sum(len(slot.lease_ids) for slot in list(node.slots.values())),
+            heartbeat_time=convert.timestamp(self._sessions.heard_at(node.session_id)),
+            isolations=[convert.ISOLATION_TO_PROTO[level] for level in node.isolations],
+            runtime=node.runtime,
+        )
+
+
+def _hello_event(hello: worker_pb2.Hello) -> messages.WorkerHello:
+    return messages.WorkerHello(
+        worker_id=hello.worker_id,
+        node_id=hello.node_id,
+        session_id=hello.session_id,
+        held_lease_ids=tuple(hello.held_lease_ids),
+        hostname=hello.hostname,
+        node_ip=hello.node_ip,
+        capacity=convert.capacity_from_proto(hello.capacity),
+        labels=dict(hello.labels),
+        isolations=frozenset(convert.ISOLATION_FROM_PROTO[level] for level in hello.isolations),
+        runtime=hello.runtime,
+        pid=hello.pid,
+    )
+
+
+def _report_event(report: worker_pb2.Report, session_id: str) -> messages.SchedulerEvent | None:
+    named = (session_id, report.lease_id, report.item)
+    match report.WhichOneof("fact"):
+        case "succeeded":
+            outputs = {
+                name: convert.payload_from_proto(payload, name, 1 << 62)
+                for name, payload in report.succeeded.outputs.items()
+            }
+            return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(report.succeeded.duration))
+        case "started":
+            return messages.AttemptStarted(*named)
+        case "failed":
+            return messages.AttemptFailed(*named, convert.failure_from_proto(report.failed.failure))
+        case "log":
+            written = report.log
+            is_error = written.stream == run_pb2.LOG_STREAM_STDERR
+            return messages.AttemptLogged(*named, is_error, written.text, written.truncated)
+        case "returned":
+            return messages.LeaseReturned(session_id, report.lease_id, report.returned.reason)
+        case _:
+            return None
+
+
+async def _drain(requests: AsyncIterator[worker_pb2.ConnectRequest]) -> None:
+    with contextlib.suppress(TimeoutError, grpc.RpcError):
+        async with asyncio.timeout(HANG_UP_S):
+            async for _ in requests:
+                pass

@@ -1,0 +1,264 @@
+"""Serves `WorkflowService`: convert, ask the orchestrator, convert back."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+
+from lattice.v1 import run_pb2, task_pb2, workflow_pb2, workflow_pb2_grpc
+
+from lattice_server.core import dag
+from lattice_server.core.errors import AbortedError, ConflictError, InvalidError, invalid_field
+from lattice_server.core.model import FailurePolicy, Function, Payload, WorkflowSpec
+from lattice_server.engine.orchestrator import Orchestrator, RunEntry, WorkflowEntry, fingerprint
+from lattice_server.rpc import convert
+from lattice_server.rpc.context import Context
+from lattice_server.rpc.events import RUN_STATE_TO_PROTO, event_to_proto, run_to_proto
+from lattice_server.rpc.paging import page
+
+FAILURE_POLICY_FROM_PROTO = {
+    workflow_pb2.FAILURE_POLICY_UNSPECIFIED: FailurePolicy.FAIL_FAST,
+    workflow_pb2.FAILURE_POLICY_FAIL_FAST: FailurePolicy.FAIL_FAST,
+    workflow_pb2.FAILURE_POLICY_FINISH_INDEPENDENT: FailurePolicy.FINISH_INDEPENDENT,
+}
+LARGE_GRAPH = 1000
+
+
+class Intake:
+    """Turns graphs from the wire into specs; keeps the functions and bundles callers sent."""
+
+    def __init__(self, orchestrator: Orchestrator, inline_limit_bytes: int) -> None:
+        self.orchestrator = orchestrator
+        self.inline_limit_bytes = inline_limit_bytes
+        self._bundles: dict[str, task_pb2.CodeBundle] = {}
+
+    def functions(
+        self, messages: Mapping[str, task_pb2.Function], bundles: list[task_pb2.CodeBundle]
+    ) -> dict[str, Function]:
+        """Check and remember functions; return them by their names in the workflow."""
+        for bundle in bundles:
+            if bundle.zip:
+                self._bundles[bundle.digest] = bundle
+        known = self.orchestrator.functions
+        found = {
+            name: convert.function_from_proto(m, f'functions["{name}"]', known, self._bundles)
+            for name, m in messages.items()
+        }
+        for name, message in messages.items():
+            known[found[name].digest] = found[name]
+            # Callers may name a function by the digest they computed, which covers the same content.
+            if message.digest:
+                known[message.digest] = found[name]
+        return found
+
+    def payloads(self, messages: Mapping[str, object], field: str) -> dict[str, Payload]:
+        """Check and return named payloads."""
+        return {
+            name: convert.payload_from_proto(message, f'{field}["{name}"]', self.inline_limit_bytes)  # type: ignore[arg-type]
+            for name, message in messages.items()
+        }
+
+    def spec(self, message: workflow_pb2.WorkflowSpec) -> tuple[WorkflowSpec, dict[str, Function]]:
+        """Check and return a workflow and its functions by name."""
+        functions = self.functions(message.functions, list(message.bundles))
+        tasks = convert.tasks_from_proto(message.tasks, functions, self.inline_limit_bytes)
+        return (
+            WorkflowSpec(
+                tasks=tasks,
+                display_name=message.display_name,
+                parameters=self.payloads(message.parameters, "parameters"),
+                failure_policy=FAILURE_POLICY_FROM_PROTO[message.failure_policy],
+            ),
+            functions,
+        )
+
+
+class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
+    """The `WorkflowService`."""
+
+    def __init__(self, orchestrator: Orchestrator, intake: Intake) -> None:
+        self._orchestrator = orchestrator
+        self._intake = intake
+
+    async def CreateWorkflow(
+        self, request: workflow_pb2.CreateWorkflowRequest, context: Context
+    ) -> workflow_pb2.CreateWorkflowResponse:
+        """Store a workflow, or only check it."""
+        spec, functions = self._intake.spec(request.spec)
+        if request.validate_only:
+            dag.build(spec)
+            return workflow_pb2.CreateWorkflowResponse(workflow=workflow_pb2.Workflow(spec=_public(request.spec)))
+        print_ = fingerprint(request.spec.SerializeToString(deterministic=True))
+        entry, created = self._orchestrator.create_workflow(request.workflow_id, spec, functions, print_)
+        return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry), created=created)
+
+    async def AddTasks(self, request: workflow_pb2.AddTasksRequest, context: Context) -> workflow_pb2.AddTasksResponse:
+        """Add tasks to a stored workflow."""
+        entry = self._expect(request.workflow_id, request.expected_revision)
+        added = self._intake.functions(request.functions, list(request.bundles))
+        for name, function in added.items():
+            if name in entry.functions and entry.functions[name].digest != function.digest:
+                raise ConflictError("WORKFLOW_ID_CONFLICT", f"function {name!r} exists with other content")
+        functions = {**entry.functions, **added}
+        tasks = convert.tasks_from_proto(request.tasks, functions, self._intake.inline_limit_bytes)
+        self._store(entry, replace(entry.spec, tasks=entry.spec.tasks + tasks), functions)
+        return workflow_pb2.AddTasksResponse(revision=entry.revision)
+
+    async def AddEdges(self, request: workflow_pb2.AddEdgesRequest, context: Context) -> workflow_pb2.AddEdgesResponse:
+        """Add order-only edges to a stored workflow."""
+        entry = self._expect(request.workflow_id, request.expected_revision)
+        tasks = {task.task_id: task for task in entry.spec.tasks}
+        for index, edge in enumerate(request.edges):
+            for name in (edge.source_task_id, edge.target_task_id):
+                if name not in tasks:
+                    raise invalid_field(f"edges[{index}]", f"there is no task {name!r}")
+            target = tasks[edge.target_task_id]
+            if edge.source_task_id not in target.after:
+                tasks[target.task_id] = replace(target, after=(*target.after, edge.source_task_id))
+        self._store(entry, replace(entry.spec, tasks=tuple(tasks.values())), entry.functions)
+        return workflow_pb2.AddEdgesResponse(revision=entry.revision)
+
+    async def GetWorkflow(
+        self, request: workflow_pb2.GetWorkflowRequest, context: Context
+    ) -> workflow_pb2.GetWorkflowResponse:
+        """Return a stored workflow."""
+        entry = self._orchestrator.workflow(request.workflow_id)
+        return workflow_pb2.GetWorkflowResponse(workflow=_workflow_to_proto(entry))
+
+    async def ListWorkflows(
+        self, request: workflow_pb2.ListWorkflowsRequest, context: Context
+    ) -> workflow_pb2.ListWorkflowsResponse:
+        """List stored workflows, newest first."""
+        entries = list(reversed(self._orchestrator.workflows.values()))
+        found, token = page(entries, request.page_size, request.page_token)
+        workflows = [_workflow_to_proto(entry, with_tasks=False) for entry in found]
+        return workflow_pb2.ListWorkflowsResponse(workflows=workflows, next_page_token=token)
+
+    async def DeleteWorkflow(
+        self, request: workflow_pb2.DeleteWorkflowRequest, context: Context
+    ) -> workflow_pb2.DeleteWorkflowResponse:
+        """Delete a stored workflow."""
+        self._orchestrator.workflow(request.workflow_id)
+        del self._orchestrator.workflows[request.workflow_id]
+        return workflow_pb2.DeleteWorkflowResponse()
+
+    async def RunWorkflow(
+        self, request: workflow_pb2.RunWorkflowRequest, context: Context
+    ) -> workflow_pb2.RunWorkflowResponse:
+        """Start a run."""
+        entry, created = await self._start(request)
+        return workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
+
+    async def ExecuteWorkflow(
+        self, request: workflow_pb2.ExecuteWorkflowRequest, context: Context
+    ) -> AsyncIterator[workflow_pb2.ExecuteWorkflowResponse]:
+        """Start a run and stream its events."""
+        entry, _ = await self._start(request.run)
+        yield workflow_pb2.ExecuteWorkflowResponse(run=run_to_proto(entry))
+        async for batch in entry.log.follow(0):
+            events = [event_to_proto(event) for event in batch]
+            complete = entry.log.is_complete and batch[-1].sequence == len(entry.log.events)
+            yield workflow_pb2.ExecuteWorkflowResponse(events=events, sequence=batch[-1].sequence, complete=complete)
+
+    async def GetRun(self, request: workflow_pb2.GetRunRequest, context: Context) -> workflow_pb2.GetRunResponse:
+        """Return a run."""
+        return workflow_pb2.GetRunResponse(run=run_to_proto(self._orchestrator.run(request.run_id)))
+
+    async def ListRuns(self, request: workflow_pb2.ListRunsRequest, context: Context) -> workflow_pb2.ListRunsResponse:
+        """List runs, newest first."""
+        states = set(request.states)
+        wanted = request.labels.items()
+        entries = [
+            entry
+            for entry in reversed(self._orchestrator.runs.values())
+            if (not states or RUN_STATE_TO_PROTO[entry.run.state] in states)
+            and all(entry.labels.get(key) == value for key, value in wanted)
+        ]
+        found, token = page(entries, request.page_size, request.page_token)
+        runs: list[run_pb2.Run] = [run_to_proto(entry) for entry in found]
+        return workflow_pb2.ListRunsResponse(runs=runs, next_page_token=token)
+
+    async def CancelRun(
+        self, request: workflow_pb2.CancelRunRequest, context: Context
+    ) -> workflow_pb2.CancelRunResponse:
+        """Cancel a run."""
+        entry = self._orchestrator.cancel_run(request.run_id, request.reason)
+        return workflow_pb2.CancelRunResponse(run=run_to_proto(entry))
+
+    async def _start(self, request: workflow_pb2.RunWorkflowRequest) -> tuple[RunEntry, bool]:
+        match request.WhichOneof("source"):
+            case "workflow":
+                if len(request.workflow.tasks) > LARGE_GRAPH:
+                    # A graph this large takes long to convert; other callers and workers must not wait for it.
+                    spec, _ = await asyncio.to_thread(self._intake.spec, request.workflow)
+                else:
+                    spec, _ = self._intake.spec(request.workflow)
+            case "workflow_id":
+                spec = self._orchestrator.workflow(request.workflow_id).spec
+            case _:
+                raise invalid_field("source", "a run needs a workflow, inline or by workflow_id")
+        if not spec.tasks:
+            raise InvalidError("INVALID_WORKFLOW", "the workflow has no tasks")
+        if len(request.run_id) > convert.MAX_ID_LENGTH:
+            raise invalid_field("run_id", f"must have at most {convert.MAX_ID_LENGTH} characters")
+        # Without an id nobody can repeat the call, so there is nothing to compare later.
+        print_ = fingerprint(request.SerializeToString(deterministic=True)) if request.run_id else ""
+        return self._orchestrator.start_run(
+            request.run_id,
+            spec,
+            parameters=self._intake.payloads(request.parameters, "parameters"),
+            labels=dict(request.labels),
+            priority=request.priority,
+            fingerprint=print_,
+            workflow_id=request.workflow_id,
+        )
+
+    def _expect(self, workflow_id: str, revision: int) -> WorkflowEntry:
+        entry = self._orchestrator.workflow(workflow_id)
+        if revision and revision != entry.revision:
+            text = f"workflow {workflow_id!r} has revision {entry.revision}, not {revision}"
+            raise AbortedError("REVISION_MISMATCH", text, metadata={"revision": str(entry.revision)})
+        return entry
+
+    def _store(self, entry: WorkflowEntry, spec: WorkflowSpec, functions: dict[str, Function]) -> None:
+        dag.build(spec)
+        entry.spec, entry.functions = spec, functions
+        entry.revision += 1
+
+
+def _public(spec: workflow_pb2.WorkflowSpec) -> workflow_pb2.WorkflowSpec:
+    public = workflow_pb2.WorkflowSpec()
+    public.CopyFrom(spec)
+    for function in public.functions.values():
+        function.ClearField("code")
+    public.ClearField("bundles")
+    return public
+
+
+def _workflow_to_proto(entry: WorkflowEntry, *, with_tasks: bool = True) -> workflow_pb2.Workflow:
+    spec = workflow_pb2.WorkflowSpec(display_name=entry.spec.display_name)
+    names = {}
+    for name, function in entry.functions.items():
+        spec.functions[name].digest = function.digest
+        spec.functions[name].bundle_digest = function.bundle_digest
+        names[function.digest] = name
+    for task in entry.spec.tasks if with_tasks else ():
+        spec.tasks.append(
+            task_pb2.TaskSpec(
+                task_id=task.task_id,
+                display_name=task.display_name,
+                function=names[task.function.digest],
+                inputs={name: convert.binding_to_proto(binding) for name, binding in task.inputs.items()},
+                outputs=task.outputs,
+                after=task.after,
+                resources=convert.resources_to_proto(task.resources),
+                isolation=convert.ISOLATION_TO_PROTO[task.isolation],
+                node_selector=dict(task.node_selector),
+                priority=task.priority,
+            )
+        )
+    return workflow_pb2.Workflow(
+        workflow_id=entry.workflow_id,
+        revision=entry.revision,
+        spec=spec,
+        create_time=convert.timestamp(entry.created_s),
+    )

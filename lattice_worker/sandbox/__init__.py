@@ -1,0 +1,1 @@
+"""The isolation around an attempt."""

@@ -1,0 +1,1 @@
+"""The generated contract. Regenerate with `make proto`; never edit by hand."""

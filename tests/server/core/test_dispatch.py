@@ -1,0 +1,190 @@
+"""The scheduler's machine: examples, and random histories with every invariant checked after each step."""
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from lattice_server.core.dispatch import Dispatch, Effect
+from lattice_server.core.messages import (
+    Assign,
+    AttemptFailed,
+    AttemptStarted,
+    AttemptSucceeded,
+    CancelRequested,
+    LeaseReturned,
+    RevokeLease,
+    TaskCancelled,
+    TaskFailed,
+    TaskReady,
+    TaskRetrying,
+    TaskSucceeded,
+    WelcomeWorker,
+    WorkerDetached,
+    WorkerLost,
+)
+from lattice_server.core.model import Failure, FailureKind, Resources, RetryPolicy
+from tests.server.core.graphs import hello, task
+
+BROKEN = Failure(FailureKind.USER_ERROR, "broken")
+STOPPED = Failure(FailureKind.CANCELLED, "stopped")
+
+
+def ready(task_id: str, cpu: float = 1.0, **settings_: object) -> TaskReady:
+    return TaskReady("r", task(task_id, resources=Resources(cpu), **settings_), {}, 0)
+
+
+def assigned(effects: list[Effect]) -> list[Assign]:
+    return [effect for effect in effects if isinstance(effect, Assign)]
+
+
+def test_no_more_runs_than_there_are_cpus() -> None:
+    machine = Dispatch("e")
+    machine.handle(hello("n", cpu=2), 0.0)
+    effects = machine.handle_all([ready(f"t{i}") for i in range(5)], 0.0)
+    assert [a.task_id for a in assigned(effects)] == ["t0", "t1"]
+    first = assigned(effects)[0]
+    done = AttemptSucceeded(first.session_id, first.lease_id, 0, {}, duration_s=5.0)
+    assert [a.task_id for a in assigned(machine.handle(done, 5.0))] == ["t2"]
+    machine.check()
+
+
+def test_a_small_task_passes_a_big_one_that_waits() -> None:
+    machine = Dispatch("e")
+    machine.handle(hello("n", cpu=2), 0.0)
+    effects = machine.handle_all([ready("first", 1), ready("big", 2), ready("small", 1)], 0.0)
+    assert [a.task_id for a in assigned(effects)] == ["first", "small"]
+
+
+def test_short_work_is_sent_ahead_and_taken_back_from_behind_a_long_attempt() -> None:
+    machine = Dispatch("e")
+    machine.handle(hello("n", cpu=1), 0.0)
+    first = assigned(machine.handle(ready("first"), 0.0))[0]
+    machine.handle(AttemptSucceeded(first.session_id, first.lease_id, 0, {}, duration_s=0.001), 0.001)
+    effects = machine.handle_all([ready(f"t{i}") for i in range(3)], 1.0)
+    ahead = assigned(effects)
+    assert [a.slot for a in ahead] == [ahead[0].slot] * 3
+    deadline = machine.next_deadline()
+    assert deadline is not None
+    revoked = [e.lease_id for e in machine.tick(deadline) if isinstance(e, RevokeLease)]
+    assert revoked == [a.lease_id for a in ahead[1:]]
+    machine.handle(LeaseReturned(ahead[1].session_id, ahead[1].lease_id, ""), deadline)
+    machine.check()
+
+
+def test_a_lost_worker_is_retried_three_times() -> None:
+    machine = Dispatch("e")
+    machine.handle(ready("t"), 0.0)
+    ends: list[type] = []
+    for now in range(3):
+        lease = assigned(machine.handle(hello("n"), float(now)))[0]
+        machine.handle(AttemptStarted(lease.session_id, lease.lease_id, 0), float(now))
+        effects = machine.handle(WorkerLost("worker-of-n", "killed"), float(now))
+        ends += [type(e) for e in effects if isinstance(e, TaskRetrying | TaskFailed)]
+        machine.check()
+    assert ends == [TaskRetrying, TaskRetrying, TaskFailed]
+
+
+def test_a_worker_that_comes_back_in_time_keeps_its_leases() -> None:
+    machine = Dispatch("e", session_ttl_s=10.0)
+    effects = machine.handle_all([ready("t"), hello("n")], 0.0)
+    lease = assigned(effects)[0]
+    machine.handle(WorkerDetached(lease.session_id), 1.0)
+    welcome = machine.handle(hello("n", session_id=lease.session_id, held=[lease.lease_id, "stale"]), 2.0)
+    assert welcome == [WelcomeWorker("worker-of-n", lease.session_id, True, ("stale",))]
+    done = AttemptSucceeded(lease.session_id, lease.lease_id, 0, {}, 1.0)
+    assert any(isinstance(e, TaskSucceeded) for e in machine.handle(done, 3.0))
+
+
+def test_a_late_report_of_a_lost_session_is_ignored() -> None:
+    machine = Dispatch("e", session_ttl_s=10.0)
+    lease = assigned(machine.handle_all([ready("t"), hello("n")], 0.0))[0]
+    machine.handle(WorkerDetached(lease.session_id), 1.0)
+    machine.tick(20.0)
+    assert machine.handle(AttemptSucceeded(lease.session_id, lease.lease_id, 0, {}, 1.0), 21.0) == []
+    machine.check()
+
+
+class Histories(RuleBasedStateMachine):
+    """Random histories of tasks, reports, cancellations and lost workers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = Dispatch("e", session_ttl_s=5.0)
+        self.now = 0.0
+        self.number = 0
+        self.submitted: list[str] = []
+        self.offered: list[Assign] = []
+        self.ended: Counter[str] = Counter()
+
+    def take(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Assign):
+                self.offered.append(effect)
+            elif isinstance(effect, TaskSucceeded | TaskFailed | TaskCancelled):
+                self.ended[effect.task_id] += 1
+
+    @rule(cpu=st.sampled_from([0.0, 0.5, 1.0, 2.0, 8.0]), retries=st.integers(1, 3), many=st.integers(1, 5))
+    def submit(self, cpu: float, retries: int, many: int) -> None:
+        events = []
+        for _ in range(many):
+            self.number += 1
+            self.submitted.append(f"t{self.number}")
+            events.append(ready(f"t{self.number}", cpu, retry=RetryPolicy(max_attempts=retries)))
+        self.take(self.machine.handle_all(events, self.now))
+
+    @rule(node=st.sampled_from(["n1", "n2"]), cpu=st.sampled_from([1.0, 4.0]))
+    def join(self, node: str, cpu: float) -> None:
+        self.take(self.machine.handle(hello(node, cpu), self.now))
+
+    @precondition(lambda self: self.offered)
+    @rule(data=st.data(), duration=st.sampled_from([0.0001, 0.004, 1.0]))
+    def finish(self, data: st.DataObject, duration: float) -> None:
+        lease = data.draw(st.sampled_from(self.offered))
+        self.take(self.machine.handle(AttemptSucceeded(lease.session_id, lease.lease_id, 0, {}, duration), self.now))
+
+    @precondition(lambda self: self.offered)
+    @rule(data=st.data(), failure=st.sampled_from([BROKEN, STOPPED]))
+    def fail(self, data: st.DataObject, failure: Failure) -> None:
+        lease = data.draw(st.sampled_from(self.offered))
+        self.take(self.machine.handle(AttemptFailed(lease.session_id, lease.lease_id, 0, failure), self.now))
+
+    @precondition(lambda self: self.offered)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        lease = data.draw(st.sampled_from(self.offered))
+        self.take(self.machine.handle(LeaseReturned(lease.session_id, lease.lease_id, ""), self.now))
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        task_id = data.draw(st.sampled_from(self.submitted))
+        self.take(self.machine.handle(CancelRequested("r", (task_id,), STOPPED), self.now))
+
+    @rule(node=st.sampled_from(["n1", "n2"]))
+    def lose(self, node: str) -> None:
+        self.take(self.machine.handle(WorkerLost(f"worker-of-{node}", "killed"), self.now))
+
+    @precondition(lambda self: self.offered)
+    @rule(data=st.data())
+    def detach(self, data: st.DataObject) -> None:
+        lease = data.draw(st.sampled_from(self.offered))
+        self.take(self.machine.handle(WorkerDetached(lease.session_id), self.now))
+
+    @rule(seconds=st.sampled_from([0.01, 0.05, 1.0, 10.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.take(self.machine.tick(self.now))
+
+    @invariant()
+    def holds(self) -> None:
+        self.machine.check()
+        assert all(count == 1 for count in self.ended.values()), "a task ended twice"
+        known = {task_id for _, task_id in self.machine.tasks}
+        assert known | set(self.ended) == set(self.submitted), "a task was lost"
+        assert not known & set(self.ended)
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
