@@ -1,0 +1,5 @@
+"""`python -m lattice_worker`."""
+
+from lattice_worker.cli import main
+
+main()

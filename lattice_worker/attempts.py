@@ -1,0 +1,179 @@
+"""Owns the execution of leases: from an assignment to the reports of how it went.
+
+Rule: a lease that was taken ends in exactly one report, whatever happens to the process that ran it.
+"""
+
+import asyncio
+import time
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from lattice.v1 import resources_pb2, task_pb2, worker_pb2
+
+from lattice_worker import convert
+from lattice_worker.runners import Invocation, Key, Pool, Runner
+
+# A start is told late, so that a short attempt needs one report instead of two.
+START_DELAY_S = 0.002
+CANCEL_GRACE_S = 1.0
+
+Emit = Callable[[worker_pb2.Report], None]
+
+
+class Attempts:
+    """Runs leases on runners. `emit` takes reports, `ended` is told each lease that is over."""
+
+    def __init__(self, pool: Pool, store: str, node_id: str, emit: Emit, ended: Callable[[str], None]) -> None:
+        self.inline_limit_bytes = 256 * 1024
+        self.log_limit_bytes = 1024 * 1024
+        self._pool, self._store, self._node_id = pool, store, node_id
+        self._emit, self._ended = emit, ended
+        self._functions: dict[str, task_pb2.Function] = {}
+        self._bundles: dict[str, str] = {}
+        self._running: dict[str, tuple[Runner, Invocation]] = {}
+        self._unstarted: dict[str, None] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._starting: dict[str, asyncio.Task[None]] = {}
+        self._start_timer: asyncio.TimerHandle | None = None
+
+    def learn(self, functions: list[task_pb2.Function], bundles: list[task_pb2.CodeBundle]) -> None:
+        """Keep code for later assignments."""
+        for function in functions:
+            self._functions[function.digest] = function
+        for bundle in bundles:
+            folder = Path(self._store) / "bundles" / bundle.digest.removeprefix("sha256:")
+            with zipfile.ZipFile(BytesIO(bundle.zip)) as archive:
+                archive.extractall(folder)
+            self._bundles[bundle.digest] = str(folder)
+
+    def start(self, assignment: worker_pb2.Assignment) -> None:
+        """Start a lease whose turn has come."""
+        lease_id = assignment.lease_id
+        if assignment.isolation != resources_pb2.ISOLATION_NONE:
+            level = resources_pb2.Isolation.Name(assignment.isolation)
+            self._fail(lease_id, {"kind": "resources", "message": f"this worker cannot set up {level}"})
+            return
+        function = self._functions[assignment.function_digest]
+        bundle = self._bundles.get(function.bundle_digest, "")
+        is_async = function.concurrency == task_pb2.CONCURRENCY_ASYNC
+        key = Key(bundle, tuple(assignment.gpu_indices), is_async)
+        runner = self._pool.take_idle(key)
+        if runner is not None:
+            self._run(assignment, function, bundle, runner)
+        else:
+            task = asyncio.get_running_loop().create_task(self._start_cold(assignment, function, bundle, key))
+            self._starting[lease_id] = task
+
+    def stop(self, lease_id: str, kind: str, message: str) -> None:
+        """End a running lease as a failure of this kind."""
+        answer = {"kind": "result", "failure": {"kind": kind, "message": message}, "duration": 0.0}
+        starting = self._starting.pop(lease_id, None)
+        if starting is not None:
+            starting.cancel()
+            self._end(lease_id, answer, [])
+        found = self._running.get(lease_id)
+        if found is None:
+            return
+        runner, invocation = found
+        invocation.ending = answer
+        if runner.key.is_async:
+            runner.cancel(lease_id)
+            # A coroutine that will not end takes its process with it.
+            self._timers[lease_id] = asyncio.get_running_loop().call_later(CANCEL_GRACE_S, runner.kill)
+        else:
+            runner.kill()
+
+    def cancelled(self, lease_id: str) -> None:
+        """Report a lease that was ended before it started."""
+        self._fail(lease_id, {"kind": "cancelled", "message": "cancelled before it started"})
+
+    async def _start_cold(
+        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, key: Key
+    ) -> None:
+        try:
+            runner = await self._pool.take(key)
+        except OSError as error:
+            self._starting.pop(assignment.lease_id, None)
+            text = f"a process could not be started: {error}"
+            self._fail(assignment.lease_id, {"kind": "resources", "message": text})
+            return
+        self._starting.pop(assignment.lease_id, None)
+        self._run(assignment, function, bundle, runner)
+
+    def _run(self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, runner: Runner) -> None:
+        lease_id = assignment.lease_id
+        blobs: list[bytes] = []
+        inputs = assignment.attempts[0].inputs
+        header: dict[str, Any] = {
+            "kind": "invoke",
+            "id": lease_id,
+            "digest": function.digest,
+            "inputs": {name: convert.binding_tree(inputs[name], self._store, blobs) for name in inputs},
+            "outputs": list(assignment.outputs),
+            "store": self._store,
+            "inline_limit": self.inline_limit_bytes,
+            "log_limit": self.log_limit_bytes,
+        }
+        invocation = Invocation(
+            lease_id,
+            header,
+            blobs,
+            lambda stream, text, truncated: self._log(lease_id, stream, text, truncated),
+            lambda answer, parts: self._end(lease_id, answer, parts),
+            raw_left=self.log_limit_bytes,
+        )
+        self._running[lease_id] = (runner, invocation)
+        self._unstarted[lease_id] = None
+        if self._start_timer is None:
+            self._start_timer = asyncio.get_running_loop().call_later(START_DELAY_S, self._tell_starts)
+        if function.digest not in runner.known:
+            runner.define(function.digest, *convert.function_frame(function, bundle))
+        runner.invoke(invocation)
+        if assignment.HasField("timeout"):
+            seconds = assignment.timeout.seconds + assignment.timeout.nanos / 1e9
+            text = f"the attempt ran longer than {seconds:g} s"
+            timer = asyncio.get_running_loop().call_later(seconds, self.stop, lease_id, "timeout", text)
+            self._timers[lease_id] = timer
+
+    def _tell_starts(self) -> None:
+        self._start_timer = None
+        starts, self._unstarted = self._unstarted, {}
+        for lease_id in starts:
+            self._tell_start(lease_id)
+
+    def _tell_start(self, lease_id: str) -> None:
+        self._unstarted.pop(lease_id, None)
+        report = convert.report(lease_id, time.time_ns())
+        report.started.SetInParent()
+        self._emit(report)
+
+    def _log(self, lease_id: str, stream: str, text: str, truncated: bool) -> None:
+        report = convert.report(lease_id, time.time_ns())
+        report.log.stream = convert.log_stream(stream)
+        report.log.text = text
+        report.log.truncated = truncated
+        self._emit(report)
+
+    def _fail(self, lease_id: str, failure: dict[str, Any]) -> None:
+        self._end(lease_id, {"failure": failure, "duration": 0.0}, [])
+
+    def _end(self, lease_id: str, answer: dict[str, Any], blobs: list[bytes]) -> None:
+        self._running.pop(lease_id, None)
+        self._unstarted.pop(lease_id, None)
+        if (timer := self._timers.pop(lease_id, None)) is not None:
+            timer.cancel()
+        report = convert.report(lease_id, time.time_ns())
+        duration_ns = int(answer["duration"] * 1e9)
+        if failure := answer.get("failure"):
+            report.failed.failure.CopyFrom(convert.failure_from_answer(failure, blobs))
+            report.failed.duration.FromNanoseconds(duration_ns)
+        else:
+            report.succeeded.duration.FromNanoseconds(duration_ns)
+            for name, reference in answer["outputs"].items():
+                payload = convert.payload_from_answer(reference, blobs, self._node_id)
+                report.succeeded.outputs[name].CopyFrom(payload)
+        self._emit(report)
+        self._ended(lease_id)

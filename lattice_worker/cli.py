@@ -1,0 +1,59 @@
+"""Owns the command line of a worker: `python -m lattice_worker`. Rule: flags become one `WorkerConfig`."""
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+
+import uvloop
+
+from lattice_worker.agent import Agent
+from lattice_worker.config import WorkerConfig
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Run a worker until the server lets it go or a signal ends it."""
+    parser = argparse.ArgumentParser(prog="lattice_worker", description="Run attempts for a Lattice server.")
+    parser.add_argument("--addr", required=True, help="the server, host:port")
+    parser.add_argument("--worker-id", required=True)
+    parser.add_argument("--node-id", required=True)
+    parser.add_argument("--store-dir", required=True, help="where large values lie")
+    parser.add_argument("--num-cpus", type=float)
+    parser.add_argument("--num-gpus", type=int)
+    parser.add_argument("--exit-on-close", action="store_true", help="end when the server ends")
+    flags = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    _die_with(os.environ.get("LATTICE_PARENT_PID"))
+    config = WorkerConfig(
+        target=flags.addr,
+        worker_id=flags.worker_id,
+        node_id=flags.node_id,
+        store_directory=flags.store_dir,
+        join_token=os.environ.get("LATTICE_JOIN_TOKEN", ""),
+        num_cpus=flags.num_cpus,
+        num_gpus=flags.num_gpus,
+        exit_on_close=flags.exit_on_close,
+    )
+    uvloop.run(_run(config))
+
+
+async def _run(config: WorkerConfig) -> None:
+    task = asyncio.ensure_future(Agent(config).run())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _die_with(parent: str | None) -> None:
+    if parent is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):
+        sys.exit("the process that started this worker is gone")

@@ -1,0 +1,19 @@
+"""Owns what a worker is told at its start."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """The flags of one worker. Unset capacities are measured."""
+
+    target: str
+    worker_id: str
+    node_id: str
+    store_directory: str
+    join_token: str = ""
+    num_cpus: float | None = None
+    num_gpus: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    exit_on_close: bool = False

@@ -1,0 +1,82 @@
+"""Owns the translation between protobuf and what runners are told. Rule: payloads pass through unopened."""
+
+import os
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, worker_pb2
+
+JSON = "application/json"
+CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
+CALL_STYLES = {task_pb2.CALL_STYLE_PARAMS: "params", task_pb2.CALL_STYLE_KEYWORDS: "keywords"}
+RETURN_STYLES = {task_pb2.RETURN_STYLE_MAPPING: "mapping", task_pb2.RETURN_STYLE_VALUE: "value"}
+
+
+def function_frame(function: task_pb2.Function, bundle_path: str) -> tuple[dict[str, Any], bytes]:
+    """Return the frame that tells a runner about a function."""
+    code = function.WhichOneof("code") or "pickle"
+    header = {
+        "kind": "function",
+        "digest": function.digest,
+        "code": code,
+        "bundle": bundle_path,
+        "name": function.display_name,
+        "function": function.source.name,
+        "entrypoint": function.entrypoint,
+        "call_style": CALL_STYLES.get(function.call_style, "auto"),
+        "return_style": RETURN_STYLES.get(function.return_style, "auto"),
+    }
+    return header, function.source.code.encode() if code == "source" else function.pickle
+
+
+def binding_tree(binding: payload_pb2.Binding, store: str, blobs: list[bytes]) -> dict[str, Any]:
+    """Return a binding as a runner reads it; inline bytes are appended to `blobs`."""
+    match binding.WhichOneof("source"):
+        case "list":
+            return {"items": [binding_tree(item, store, blobs) for item in binding.list.items]}
+        case "map":
+            return {"entries": {key: binding_tree(item, store, blobs) for key, item in binding.map.entries.items()}}
+        case _:
+            payload = binding.payload
+            media_type = payload.media_type or JSON
+            if payload.WhichOneof("content") == "artifact":
+                name = os.path.basename(payload.artifact.artifact_id)
+                return {"type": media_type, "path": os.path.join(store, name)}
+            blobs.append(payload.json.encode() if payload.WhichOneof("content") == "json" else payload.data)
+            return {"type": media_type, "blob": len(blobs) - 1}
+
+
+def payload_from_answer(answer: dict[str, Any], blobs: list[bytes], node_id: str) -> payload_pb2.Payload:
+    """Return the payload a runner answered with."""
+    if "artifact" in answer:
+        artifact = payload_pb2.Artifact(artifact_id=answer["artifact"], size_bytes=answer["size"], node_id=node_id)
+        return payload_pb2.Payload(media_type=answer["type"], artifact=artifact)
+    data = blobs[answer["blob"]]
+    if answer["type"] == JSON:
+        return payload_pb2.Payload(media_type=JSON, json=data.decode())
+    return payload_pb2.Payload(media_type=answer["type"], data=data)
+
+
+def failure_from_answer(answer: dict[str, Any], blobs: list[bytes]) -> errors_pb2.Failure:
+    """Return the failure a runner answered with, or was found to have died of."""
+    exception = answer.get("exception")
+    return errors_pb2.Failure(
+        kind=errors_pb2.FailureKind.Value(f"FAILURE_KIND_{answer['kind'].upper()}"),
+        type=answer.get("type", ""),
+        message=answer["message"],
+        traceback=answer.get("traceback", ""),
+        exception=None if exception is None else payload_pb2.Payload(media_type=CLOUDPICKLE, data=blobs[exception]),
+        exit_status=answer.get("exit_status"),
+    )
+
+
+def report(lease_id: str, now_ns: int) -> worker_pb2.Report:
+    """Return an empty report of a lease at a time in nanoseconds since the epoch."""
+    message = worker_pb2.Report(lease_id=lease_id)
+    message.time.CopyFrom(Timestamp(seconds=now_ns // 10**9, nanos=now_ns % 10**9))
+    return message
+
+
+def log_stream(name: str) -> run_pb2.LogStream.ValueType:
+    """Return the stream a runner named."""
+    return run_pb2.LOG_STREAM_STDERR if name == "stderr" else run_pb2.LOG_STREAM_STDOUT

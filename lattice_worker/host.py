@@ -1,0 +1,53 @@
+"""Owns the facts about this machine."""
+
+import contextlib
+import os
+import platform
+
+import psutil
+from lattice.v1 import resources_pb2
+
+from lattice_worker.config import WorkerConfig
+
+MIN_SLOTS = 32
+SLOTS_PER_CPU = 4
+ASYNC_SLOTS = 4096
+
+
+def capacity(config: WorkerConfig) -> resources_pb2.Capacity:
+    """Return what this machine offers, or what the flags say it does. Memory in bytes."""
+    cpus = config.num_cpus if config.num_cpus is not None else float(len(os.sched_getaffinity(0)))
+    gpus = _gpus() if config.num_gpus is None else _named(config.num_gpus)
+    return resources_pb2.Capacity(
+        cpu=cpus,
+        memory_bytes=psutil.virtual_memory().total,
+        gpus=gpus,
+        slots=max(MIN_SLOTS, int(SLOTS_PER_CPU * cpus)),
+        async_slots=ASYNC_SLOTS,
+    )
+
+
+def runtime() -> str:
+    """Return what runs user code here."""
+    return f"python {platform.python_version()}"
+
+
+def _named(count: int) -> list[resources_pb2.Gpu]:
+    known = {gpu.index: gpu for gpu in _gpus()}
+    return [known.get(index, resources_pb2.Gpu(index=index)) for index in range(count)]
+
+
+def _gpus() -> list[resources_pb2.Gpu]:
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    found = []
+    with contextlib.suppress(pynvml.NVMLError):  # no driver: no GPU
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+            model, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+            found.append(resources_pb2.Gpu(index=index, model=model, memory_bytes=memory, uuid=uuid))
+    return found

@@ -1,0 +1,282 @@
+"""Owns the runner processes: starts them, hands them invocations, learns of their deaths.
+
+Rule: a runner that died, or was killed, never runs anything again; what it ran is told as one outcome each.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CHILD = Path(__file__).parent / "sandbox" / "child.py"
+RAW_READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What runners are kept apart by."""
+
+    bundle: str = ""
+    gpu_indices: tuple[int, ...] = ()
+    is_async: bool = False
+
+
+@dataclass(slots=True)
+class Invocation:
+    """One call of a function. `on_log` takes (stream, text, truncated), `on_end` the answer and its blobs."""
+
+    name: str
+    header: dict[str, Any]
+    blobs: Sequence[bytes]
+    on_log: Callable[[str, str, bool], None]
+    on_end: Callable[[dict[str, Any], list[bytes]], None]
+    raw_left: int = 0
+    ending: dict[str, Any] | None = field(default=None)
+
+
+class Runner(asyncio.Protocol):
+    """One process. All methods run on the agent's event loop."""
+
+    def __init__(self, key: Key, on_idle: Callable[["Runner"], None], on_gone: Callable[["Runner"], None]) -> None:
+        self.key = key
+        self.known: set[str] = set()
+        self.running: dict[str, Invocation] = {}
+        self._on_idle, self._on_gone = on_idle, on_gone
+        self._buffer = bytearray()
+        self._raw: dict[int, str] = {}
+        self._writer: asyncio.Transport | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the process."""
+        ours, theirs = socket.socketpair()
+        out_read, out_write = os.pipe()
+        err_read, err_write = os.pipe()
+        loop = asyncio.get_running_loop()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
+        if self.key.gpu_indices or "CUDA_VISIBLE_DEVICES" in environment:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.key.gpu_indices))
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                str(CHILD),
+                str(theirs.fileno()),
+                "async" if self.key.is_async else "process",
+                str(os.getpid()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=out_write,
+                stderr=err_write,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                start_new_session=True,
+            )
+        finally:
+            for descriptor in (out_write, err_write):
+                os.close(descriptor)
+            theirs.close()
+        self._raw = {out_read: "stdout", err_read: "stderr"}
+        for descriptor in self._raw:
+            os.set_blocking(descriptor, False)
+            loop.add_reader(descriptor, self._read_raw, descriptor)
+        ours.setblocking(False)
+        transport, _ = await loop.create_connection(lambda: self, sock=ours)
+        self._writer = transport
+        self._watcher = loop.create_task(self._watch())
+
+    def define(self, digest: str, header: dict[str, Any], blob: bytes) -> None:
+        """Send a function, once."""
+        if digest not in self.known:
+            self.known.add(digest)
+            self._send(header, [blob])
+
+    def invoke(self, invocation: Invocation) -> None:
+        """Run one invocation."""
+        self.running[invocation.name] = invocation
+        self._send(invocation.header, invocation.blobs)
+
+    def cancel(self, name: str) -> None:
+        """Ask an async invocation to end."""
+        self._send({"kind": "cancel", "id": name}, [])
+
+    def kill(self) -> None:
+        """End the process and all its descendants, those in sessions of their own included."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for descendant in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    descendant.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of the control socket."""
+        self._buffer += data
+        buffer = self._buffer
+        while len(buffer) >= 4:
+            (length,) = struct.unpack_from("<I", buffer)
+            if len(buffer) < 4 + length:
+                return
+            header = json.loads(bytes(buffer[4 : 4 + length]))
+            sizes = header["blobs"]
+            end = 4 + length + sum(sizes)
+            if len(buffer) < end:
+                return
+            blobs, offset = [], 4 + length
+            for size in sizes:
+                blobs.append(bytes(buffer[offset : offset + size]))
+                offset += size
+            del buffer[:end]
+            self._take(header, blobs)
+
+    def _take(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        invocation = self.running.get(header["id"])
+        if invocation is None:
+            return
+        if header["kind"] == "log":
+            for stream, text in header["parts"]:
+                invocation.on_log(stream, text, header["truncated"])
+            return
+        for descriptor in list(self._raw):
+            self._read_raw(descriptor)
+        del self.running[header["id"]]
+        if not self.running:
+            self._on_idle(self)
+        invocation.on_end(invocation.ending or header, [] if invocation.ending else blobs)
+
+    def _send(self, header: dict[str, Any], blobs: Sequence[bytes]) -> None:
+        header["blobs"] = [len(blob) for blob in blobs]
+        encoded = json.dumps(header).encode()
+        if self._writer is not None:
+            self._writer.write(b"".join([struct.pack("<I", len(encoded)), encoded, *blobs]))
+
+    def _read_raw(self, descriptor: int) -> None:
+        """Give what the process wrote past `sys.stdout` to the invocation that runs, if it is the only one."""
+        try:
+            data = os.read(descriptor, RAW_READ_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self._close_raw(descriptor)
+        elif len(self.running) == 1:
+            invocation = next(iter(self.running.values()))
+            if invocation.raw_left <= 0:
+                return
+            text = data.decode(errors="replace")
+            invocation.on_log(self._raw[descriptor], text, False)
+            invocation.raw_left -= len(data)
+            if invocation.raw_left <= 0:
+                invocation.on_log(self._raw[descriptor], "[output cut]\n", True)
+
+    def _close_raw(self, descriptor: int) -> None:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        if self._raw.pop(descriptor, None) is not None:
+            os.close(descriptor)
+
+    async def _watch(self) -> None:
+        process = self._process
+        assert process is not None
+        status = await process.wait()
+        for descriptor in list(self._raw):
+            self._read_raw(descriptor)
+        for descriptor in list(self._raw):
+            self._close_raw(descriptor)
+        # Whatever the process left behind in its group goes with it.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if self._writer is not None:
+            self._writer.close()
+        self._on_gone(self)
+        running, self.running = self.running, {}
+        for invocation in running.values():
+            answer = invocation.ending or _crash(status, is_alone=len(running) == 1)
+            invocation.on_end(answer, [])
+
+
+def _crash(status: int, *, is_alone: bool) -> dict[str, Any]:
+    if status < 0:
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else "unknown"
+        how = f"was killed by signal {-status} ({name})"
+    else:
+        how = f"exited with status {status}"
+    if is_alone:
+        failure = {"kind": "crashed", "type": "", "message": f"the task's process {how}", "exit_status": status}
+    else:
+        text = f"the process it shared with other async tasks {how}"
+        failure = {"kind": "worker_lost", "type": "", "message": text, "exit_status": status}
+    return {"kind": "result", "failure": failure, "duration": 0.0}
+
+
+class Pool:
+    """Runners, by key. Process runners run one invocation at a time, async runners any number."""
+
+    def __init__(self, spare: int) -> None:
+        self._spare = spare
+        self._idle: dict[Key, list[Runner]] = {}
+        self._shared: dict[Key, asyncio.Future[Runner]] = {}
+        self._all: set[Runner] = set()
+
+    async def warm(self, count: int) -> None:
+        """Start runners ahead of need."""
+        for runner in await asyncio.gather(*(self._start(Key()) for _ in range(count))):
+            self._put_back(runner)
+
+    async def take(self, key: Key) -> Runner:
+        """Return a runner that is free to run one more invocation."""
+        if key.is_async:
+            shared = self._shared.get(key)
+            if shared is None:
+                shared = asyncio.ensure_future(self._start(key))
+                self._shared[key] = shared
+            return await asyncio.shield(shared)
+        idle = self._idle.get(key)
+        return idle.pop() if idle else await self._start(key)
+
+    def take_idle(self, key: Key) -> Runner | None:
+        """Return a free runner without waiting, or None."""
+        if key.is_async:
+            shared = self._shared.get(key)
+            return shared.result() if shared is not None and shared.done() and not shared.exception() else None
+        idle = self._idle.get(key)
+        return idle.pop() if idle else None
+
+    def close(self) -> None:
+        """Kill every runner."""
+        for runner in list(self._all):
+            runner.kill()
+
+    async def _start(self, key: Key) -> Runner:
+        runner = Runner(key, self._put_back, self._forget)
+        await runner.start()
+        self._all.add(runner)
+        return runner
+
+    def _put_back(self, runner: Runner) -> None:
+        if runner.key.is_async or runner not in self._all:
+            return
+        self._idle.setdefault(runner.key, []).append(runner)
+        if sum(map(len, self._idle.values())) > self._spare:
+            # The least recently used key gives one up.
+            key = next(iter(self._idle))
+            self._idle[key].pop(0).kill()
+            if not self._idle[key]:
+                del self._idle[key]
+
+    def _forget(self, runner: Runner) -> None:
+        self._all.discard(runner)
+        if runner.key.is_async:
+            self._shared.pop(runner.key, None)
+        elif runner in (idle := self._idle.get(runner.key, [])):
+            idle.remove(runner)

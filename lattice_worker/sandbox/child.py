@@ -1,0 +1,451 @@
+"""The program inside every sandbox: runs invocations and answers with outcomes. Standard library and cloudpickle only.
+
+Rule: whatever user code does, the answer travels on the control socket and never on the user's own output.
+
+A frame, both ways: little-endian u32 length of the header, the JSON header, then the blobs whose lengths the header
+lists under `blobs`. Payloads name a blob by index or a file by path; see `_decode` and `_encode`.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import ctypes
+import functools
+import importlib
+import inspect
+import io
+import json
+import linecache
+import math
+import mmap
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import cloudpickle
+
+JSON = "application/json"
+BYTES = "application/octet-stream"
+CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
+PICKLE5 = "application/vnd.lattice.pickle5"
+MAGIC = b"LTP5"
+ALIGN = 64
+PR_SET_PDEATHSIG = 1
+FLUSH_BYTES = 8192
+
+current: contextvars.ContextVar["Output | None"] = contextvars.ContextVar("current", default=None)
+
+
+class PayloadError(Exception):
+    """A value or a function cannot be decoded, encoded or found."""
+
+
+class Channel:
+    """The control socket; frames go out whole, from any thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+
+    def send(self, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
+        """Send one frame."""
+        header["blobs"] = [len(blob) for blob in blobs]
+        encoded = json.dumps(header).encode()
+        with self._lock:
+            self._sock.sendall(b"".join([struct.pack("<I", len(encoded)), encoded, *blobs]))
+
+    def frames(self) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
+        """Yield frames until the other side hangs up."""
+        stream = self._sock.makefile("rb", buffering=1 << 16)
+        while prefix := stream.read(4):
+            header = json.loads(stream.read(struct.unpack("<I", prefix)[0]))
+            yield header, [stream.read(size) for size in header["blobs"]]
+
+
+class Output:
+    """What one invocation writes to its standard streams, up to a limit in bytes."""
+
+    def __init__(self, channel: Channel, invocation: str, limit: int) -> None:
+        self._channel = channel
+        self._invocation = invocation
+        self._left = limit
+        self._limit = limit
+        self._pending: list[tuple[str, str]] = []
+        self._pending_bytes = 0
+
+    def write(self, stream: str, text: str) -> None:
+        """Take text; it is sent by the line."""
+        if self._left < 0:
+            return
+        self._left -= len(text)
+        if self._left < 0:
+            self.flush()
+            notice = f"[output cut after {self._limit} bytes]\n"
+            self._channel.send(self._header([[stream, notice]], truncated=True))
+            return
+        self._pending.append((stream, text))
+        self._pending_bytes += len(text)
+        if "\n" in text or self._pending_bytes > FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is pending."""
+        if self._pending:
+            parts, self._pending, self._pending_bytes = self._pending, [], 0
+            self._channel.send(self._header([list(part) for part in parts], truncated=False))
+
+    def _header(self, parts: list[list[str]], *, truncated: bool) -> dict[str, Any]:
+        return {"kind": "log", "id": self._invocation, "parts": parts, "truncated": truncated}
+
+
+class Stream(io.TextIOBase):
+    """Stands in for `sys.stdout` and `sys.stderr`: text goes to the invocation that writes it."""
+
+    encoding = "utf-8"
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self._name = name
+        self._descriptor = descriptor
+        self.buffer = _Bytes(self)
+
+    def write(self, text: str) -> int:
+        """Write text; outside an invocation it goes to the process's own stream."""
+        output = current.get()
+        if output is None:
+            os.write(self._descriptor, text.encode(errors="replace"))
+        else:
+            output.write(self._name, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what is pending."""
+        if (output := current.get()) is not None:
+            output.flush()
+
+    def fileno(self) -> int:
+        """Return the descriptor of the process's own stream."""
+        return self._descriptor
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+
+class _Bytes(io.RawIOBase):
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def write(self, data: Any) -> int:
+        self._stream.write(bytes(data).decode(errors="replace"))
+        return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+
+class Program:
+    """Functions, by digest, and the invocations of them."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._definitions: dict[str, tuple[dict[str, Any], bytes]] = {}
+        self._callables: dict[str, Callable[..., Any]] = {}
+
+    def define(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        """Remember a function; it is loaded when first called."""
+        self._definitions[header["digest"]] = (header, blobs[0] if blobs else b"")
+
+    def run(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        """Run an invocation of a plain function and send its outcome."""
+        with self._outcome(header, blobs) as (call, finish):
+            value = call()
+            if inspect.iscoroutine(value):
+                value = asyncio.run(value)
+            finish(value)
+
+    async def run_async(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        """Run an invocation of a coroutine function and send its outcome."""
+        with self._outcome(header, blobs) as (call, finish):
+            value = call()
+            finish(await value if inspect.isawaitable(value) else value)
+
+    @contextlib.contextmanager
+    def _outcome(
+        self, header: dict[str, Any], blobs: list[bytes]
+    ) -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
+        output = Output(self._channel, header["id"], header["log_limit"])
+        token = current.set(output)
+        encoder = Encoder(header["store"], header["inline_limit"])
+        answer: dict[str, Any] = {"kind": "result", "id": header["id"]}
+        started = time.perf_counter()
+
+        def finish(value: Any) -> None:
+            answer["outputs"] = {name: encoder.encode(item) for name, item in self._outputs(header, value).items()}
+
+        try:
+            function = self._load(header["digest"])
+            inputs = {name: _bind(binding, blobs) for name, binding in header["inputs"].items()}
+            yield (lambda: self._call(header["digest"], function, inputs)), finish
+        except asyncio.CancelledError:
+            answer["failure"] = {"kind": "cancelled", "message": "the attempt was cancelled", "type": ""}
+        except PayloadError as error:
+            answer["failure"] = {"kind": "payload", "message": str(error), "type": "", "traceback": _trace(error)}
+        except MemoryError as error:
+            answer["failure"] = _failure("out_of_memory", error, encoder)
+        except BaseException as error:  # SystemExit too: user code must not end the runner by raising it
+            answer["failure"] = _failure("user_error", error, encoder)
+        finally:
+            answer["duration"] = time.perf_counter() - started
+            output.flush()
+            current.reset(token)
+            self._channel.send(answer, encoder.blobs)
+
+    def _load(self, digest: str) -> Callable[..., Any]:
+        if digest in self._callables:
+            return self._callables[digest]
+        definition, blob = self._definitions[digest]
+        try:
+            function = _load_code(definition, blob)
+        except BaseException as error:
+            text = f"the function {definition['name']!r} cannot be loaded here: {type(error).__name__}: {error}"
+            if isinstance(error, ModuleNotFoundError):
+                text += "; install the module where the worker runs"
+            raise PayloadError(text) from error
+        self._callables[digest] = function
+        return function
+
+    def _call(self, digest: str, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        style = self._definitions[digest][0]["call_style"]
+        if style == "params" or (style == "auto" and _takes_params(function)):
+            return function(inputs)
+        return function(**inputs)
+
+    def _outputs(self, header: dict[str, Any], value: Any) -> dict[str, Any]:
+        declared = header["outputs"]
+        style = self._definitions[header["digest"]][0]["return_style"]
+        has_all = isinstance(value, dict) and all(name in value for name in declared)
+        if style == "auto":
+            style = "mapping" if has_all and (declared or all(isinstance(k, str) for k in value)) else "value"
+            if style == "value" and len(declared) > 1:
+                style = "mapping"
+        if style == "value":
+            return {declared[0] if declared else "result": value}
+        if not isinstance(value, dict):
+            raise PayloadError(f"the task must return a dict with {declared}; it returned {type(value).__name__}")
+        if not has_all:
+            missing = ", ".join(repr(name) for name in declared if name not in value)
+            returned = ", ".join(map(str, value)) or "nothing"
+            raise PayloadError(f"the task returned no output {missing}; it returned: {returned}")
+        return {str(name): item for name, item in value.items()}
+
+
+class Encoder:
+    """Encodes the outputs of one invocation; large ones go to the store, small ones into the frame."""
+
+    def __init__(self, store: str, inline_limit: int) -> None:
+        self._store = store
+        self._inline_limit = inline_limit
+        self.blobs: list[bytes] = []
+
+    def encode(self, value: Any) -> dict[str, Any]:
+        """Return a reference to the encoded value."""
+        try:
+            media_type, parts = encode_value(value)
+        except Exception as error:
+            raise PayloadError(f"an output of type {type(value).__name__} cannot be pickled: {error}") from error
+        size = sum(len(part) for part in parts)
+        if size <= self._inline_limit:
+            self.blobs.append(b"".join(parts))
+            return {"type": media_type, "blob": len(self.blobs) - 1}
+        artifact = uuid.uuid4().hex
+        with open(os.path.join(self._store, artifact), "wb", buffering=0) as file:
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[file.write(view) :]
+        return {"type": media_type, "artifact": artifact, "size": size}
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON gives `value` back exactly."""
+    kind = type(value)
+    if kind is str:
+        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
+    if value is None or kind is bool or kind is int:
+        return True
+    if kind is float:
+        return math.isfinite(value)
+    if kind is list:
+        return all(map(is_json, value))
+    return kind is dict and all(type(key) is str and is_json(item) for key, item in value.items())
+
+
+def encode_value(value: Any) -> tuple[str, list[Any]]:
+    """Return a value's media type and its encoding, in parts."""
+    if is_json(value):
+        return JSON, [json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()]
+    if type(value) is bytes:
+        return BYTES, [value]
+    buffers: list[pickle.PickleBuffer] = []
+    stream = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    if not buffers:
+        return CLOUDPICKLE, [stream]
+    parts = [memoryview(stream), *(buffer.raw() for buffer in buffers)]
+    out: list[Any] = [MAGIC + struct.pack(f"<IQ{len(parts)}Q", 1, len(parts), *(part.nbytes for part in parts))]
+    offset = len(out[0])
+    for part in parts:
+        padding = -offset % ALIGN
+        out += [b"\0" * padding, part]
+        offset += padding + part.nbytes
+    return PICKLE5, out
+
+
+def decode_value(media_type: str, data: Any) -> Any:
+    """Return the value encoded in `data`, bytes or a memory map."""
+    if media_type == JSON:
+        return json.loads(bytes(data))
+    if media_type == BYTES:
+        return bytes(data)
+    if media_type == CLOUDPICKLE:
+        return pickle.loads(data)
+    if media_type != PICKLE5:
+        raise PayloadError(f"a value is encoded as {media_type!r}, which Python tasks cannot read")
+    view = memoryview(data)
+    (count,) = struct.unpack_from("<Q", view, 8)
+    offset = 16 + 8 * count
+    parts = []
+    for size in struct.unpack_from(f"<{count}Q", view, 16):
+        offset += -offset % ALIGN
+        parts.append(view[offset : offset + size])
+        offset += size
+    return pickle.loads(parts[0], buffers=parts[1:])
+
+
+def _bind(binding: dict[str, Any], blobs: list[bytes]) -> Any:
+    if "items" in binding:
+        return [_bind(item, blobs) for item in binding["items"]]
+    if "entries" in binding:
+        return {key: _bind(item, blobs) for key, item in binding["entries"].items()}
+    if "path" not in binding:
+        return decode_value(binding["type"], blobs[binding["blob"]])
+    try:
+        with open(binding["path"], "rb") as file:
+            # Private pages: the task may write to what it was given, and nobody else sees it.
+            return decode_value(binding["type"], mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    except FileNotFoundError:
+        raise PayloadError("an input's value is no longer in the store of this node") from None
+
+
+def _load_code(definition: dict[str, Any], blob: bytes) -> Callable[..., Any]:
+    if definition["bundle"] and definition["bundle"] not in sys.path:
+        sys.path.insert(0, definition["bundle"])
+    if definition["code"] == "pickle":
+        return pickle.loads(blob)  # type: ignore[no-any-return]
+    if definition["code"] == "entrypoint":
+        module, _, name = definition["entrypoint"].partition(":")
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        return getattr(found, "__wrapped__", found)  # type: ignore[no-any-return]
+    source, filename = blob.decode(), f"<{definition['name'] or definition['function']}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {"__name__": "__lattice_source__"}
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace[definition["function"]]  # type: ignore[no-any-return]
+
+
+def _takes_params(function: Callable[..., Any]) -> bool:
+    try:
+        return list(inspect.signature(function).parameters) == ["params"]
+    except (TypeError, ValueError):
+        return False
+
+
+def _trace(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    cause = traceback.format_exception(error.__cause__) if error.__cause__ is not None else []
+    head = ["Traceback (most recent call last):\n", *traceback.format_list(frames)] if frames else []
+    return "".join([*cause, *head, *traceback.format_exception_only(error)])
+
+
+def _failure(kind: str, error: BaseException, encoder: Encoder) -> dict[str, Any]:
+    cls = type(error)
+    name = cls.__qualname__ if cls.__module__ in {"builtins", "__main__"} else f"{cls.__module__}.{cls.__qualname__}"
+    failure: dict[str, Any] = {"kind": kind, "type": name, "message": str(error), "traceback": _trace(error)}
+    encoder.blobs.clear()
+    with contextlib.suppress(Exception):  # an exception that cannot be pickled is still told in text
+        stripped = error.with_traceback(None)
+        pickled = cloudpickle.dumps(stripped)
+        if len(pickled) <= FLUSH_BYTES * 8:
+            encoder.blobs.append(pickled)
+            failure["exception"] = 0
+    return failure
+
+
+def _serve(channel: Channel) -> None:
+    program = Program(channel)
+    for header, blobs in channel.frames():
+        if header["kind"] == "function":
+            program.define(header, blobs)
+        elif header["kind"] == "invoke":
+            program.run(header, blobs)
+
+
+async def _serve_async(channel: Channel) -> None:
+    program = Program(channel)
+    loop = asyncio.get_running_loop()
+    frames: asyncio.Queue[tuple[dict[str, Any], list[bytes]] | None] = asyncio.Queue()
+    running: dict[str, asyncio.Task[None]] = {}
+
+    def read() -> None:
+        for frame in channel.frames():
+            loop.call_soon_threadsafe(frames.put_nowait, frame)
+        loop.call_soon_threadsafe(frames.put_nowait, None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (frame := await frames.get()) is not None:
+        header, blobs = frame
+        if header["kind"] == "function":
+            program.define(header, blobs)
+        elif header["kind"] == "cancel":
+            if task := running.get(header["id"]):
+                task.cancel()
+        else:
+            task = loop.create_task(program.run_async(header, blobs))
+            running[header["id"]] = task
+            task.add_done_callback(functools.partial(lambda name, _: running.pop(name, None), header["id"]))
+
+
+def main() -> None:
+    """Serve the agent on the socket whose descriptor is the first argument; the second is `process` or `async`."""
+    descriptor, mode, parent = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the agent died before the line above
+        os._exit(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # User code finds modules as a script would: this folder is not one of its own.
+    sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
+    sock = socket.socket(fileno=descriptor)
+    sock.set_inheritable(False)
+    sys.stdout, sys.stderr = Stream("stdout", 1), Stream("stderr", 2)
+    channel = Channel(sock)
+    if mode == "async":
+        asyncio.run(_serve_async(channel))
+    else:
+        _serve(channel)
+
+
+if __name__ == "__main__":
+    # Pickles made by user code in this process name `__main__`; it must not be this program.
+    sys.modules["lattice_runner"] = sys.modules.pop("__main__")
+    sys.modules["__main__"] = type(sys)("__main__")
+    main()

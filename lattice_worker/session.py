@@ -1,0 +1,88 @@
+"""Owns what a worker holds and what it has to say. PURE: no clock, no I/O, no protobuf.
+
+Rule: leases of one slot run one after the other; a report stays in the outbox until it is acknowledged.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Work = TypeVar("Work")
+Report = TypeVar("Report")
+
+
+@dataclass(slots=True)
+class _Slot(Generic[Work]):
+    running: str = ""
+    waiting: dict[str, Work] = field(default_factory=dict)
+
+
+class Session(Generic[Work, Report]):
+    """One session of the worker. Methods that may start work return what to start."""
+
+    def __init__(self) -> None:
+        self.session_id = ""
+        self._slots: dict[int, _Slot[Work]] = {}
+        self._slot_of: dict[str, int] = {}
+        self._outbox: deque[tuple[int, Report]] = deque()
+        self._last_sequence = 0
+
+    def held(self) -> list[str]:
+        """Return all leases, started or not."""
+        return list(self._slot_of)
+
+    def running(self) -> list[str]:
+        """Return the leases that have started."""
+        return [slot.running for slot in self._slots.values() if slot.running]
+
+    def assign(self, lease_id: str, slot_number: int, work: Work) -> Work | None:
+        """Take a lease; return its work if it starts now. A lease held already is ignored."""
+        if lease_id in self._slot_of:
+            return None
+        self._slot_of[lease_id] = slot_number
+        slot = self._slots.setdefault(slot_number, _Slot())
+        if slot.running or slot.waiting:
+            slot.waiting[lease_id] = work
+            return None
+        slot.running = lease_id
+        return work
+
+    def end(self, lease_id: str) -> Work | None:
+        """Forget a lease that ended; return the work its slot starts next."""
+        number = self._slot_of.pop(lease_id)
+        slot = self._slots[number]
+        slot.waiting.pop(lease_id, None)
+        if slot.running != lease_id:
+            return None
+        slot.running = ""
+        for next_id, work in slot.waiting.items():
+            slot.running = next_id
+            del slot.waiting[next_id]
+            return work
+        del self._slots[number]
+        return None
+
+    def has_started(self, lease_id: str) -> bool | None:
+        """Whether a lease has started; None when it is not held."""
+        number = self._slot_of.get(lease_id)
+        return None if number is None else self._slots[number].running == lease_id
+
+    def add_report(self, report: Report) -> int:
+        """Put a report into the outbox; return its number."""
+        self._last_sequence += 1
+        self._outbox.append((self._last_sequence, report))
+        return self._last_sequence
+
+    def acknowledge(self, sequence: int) -> None:
+        """Forget reports up to `sequence`."""
+        while self._outbox and self._outbox[0][0] <= sequence:
+            self._outbox.popleft()
+
+    def unacknowledged(self) -> list[Report]:
+        """Return the reports to send again after a reconnect."""
+        return [report for _, report in self._outbox]
+
+    def reset(self, session_id: str) -> None:
+        """Begin a new session that holds nothing."""
+        self.__init__()  # type: ignore[misc]  # a new session is a new object in all but identity
+        self.session_id = session_id
