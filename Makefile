@@ -22,3 +22,7 @@ proto:
 	$(PYTHON) -m venv .venv-proto
 	.venv-proto/bin/pip install -q grpcio-tools==1.76.0 mypy-protobuf==3.7.0 setuptools
 	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" .venv-proto/bin/python scripts/generate_stubs.py
+
+.PHONY: demo
+demo: setup
+	$(VENV)/bin/python scripts/demo.py

@@ -1,1 +1,59 @@
 """The Python client: declares workflows, runs them, reads what happens."""
+
+from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow, AsyncRun
+from lattice_client.convert import RunEvent
+from lattice_client.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    InternalError,
+    InvalidArgumentError,
+    LatticeError,
+    NotFoundError,
+    OutOfRangeError,
+    PermissionDeniedError,
+    PreconditionError,
+    RequestError,
+    ResourceExhaustedError,
+    RunCancelledError,
+    RunError,
+    TaskDefinitionError,
+    TaskFailedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from lattice_client.langgraph import LangGraphClient
+from lattice_client.sync import LatticeClient, LatticeWorkflow, Run
+from lattice_client.task import TaskDefinition, task
+from lattice_client.workflow import LatticeTask, TaskOutput
+
+__all__ = [
+    "AbortedError",
+    "AlreadyExistsError",
+    "AsyncLatticeClient",
+    "AsyncLatticeWorkflow",
+    "AsyncRun",
+    "InternalError",
+    "InvalidArgumentError",
+    "LangGraphClient",
+    "LatticeClient",
+    "LatticeError",
+    "LatticeTask",
+    "LatticeWorkflow",
+    "NotFoundError",
+    "OutOfRangeError",
+    "PermissionDeniedError",
+    "PreconditionError",
+    "RequestError",
+    "ResourceExhaustedError",
+    "Run",
+    "RunCancelledError",
+    "RunError",
+    "RunEvent",
+    "TaskDefinition",
+    "TaskDefinitionError",
+    "TaskFailedError",
+    "TaskOutput",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "task",
+]

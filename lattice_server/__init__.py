@@ -1,3 +1,9 @@
 """The Lattice server: keeps workflows and runs, schedules attempts onto workers, streams what happens."""
 
+import os
+
+# This process starts others. With its fork handlers on, grpc starts threads between fork and exec of each of them,
+# which now and then crash it there. Read when grpc is imported, so set before.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 __version__ = "0.1.0"

@@ -64,7 +64,11 @@ class Runner(asyncio.Protocol):
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
         loop = asyncio.get_running_loop()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name != "GRPC_ENABLE_FORK_SUPPORT" and not name.startswith("LATTICE_")
+        }
         if self.key.gpu_indices or "CUDA_VISIBLE_DEVICES" in environment:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.key.gpu_indices))
         try:

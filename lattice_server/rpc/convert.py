@@ -285,6 +285,14 @@ def task_from_proto(
         raise invalid_field(f"{field}.function", f"there is no function {message.function!r}; defined: {offered}")
     if len(set(message.outputs)) != len(message.outputs):
         raise invalid_field(f"{field}.outputs", "an output is named twice")
+    if message.batch.max_size > 1:
+        raise invalid_field(f"{field}.batch", "this server does not batch yet")
+    if ISOLATION_FROM_PROTO[message.isolation] is not Isolation.NONE:
+        raise invalid_field(f"{field}.isolation", "this server has no worker that isolates more than ISOLATION_NONE")
+    if message.timeout.HasField("total"):
+        raise invalid_field(f"{field}.timeout.total", "this server limits attempts only")
+    if message.max_parallel:
+        raise invalid_field(f"{field}.max_parallel", "this server has no such limit yet")
     inputs = {
         name: binding_from_proto(binding, f'{field}.inputs["{name}"]', inline_limit_bytes)
         for name, binding in message.inputs.items()

@@ -198,6 +198,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
                 raise invalid_field("source", "a run needs a workflow, inline or by workflow_id")
         if not spec.tasks:
             raise InvalidError("INVALID_WORKFLOW", "the workflow has no tasks")
+        if request.HasField("timeout"):
+            raise invalid_field("timeout", "this server limits attempts only")
         if len(request.run_id) > convert.MAX_ID_LENGTH:
             raise invalid_field("run_id", f"must have at most {convert.MAX_ID_LENGTH} characters")
         # Without an id nobody can repeat the call, so there is nothing to compare later.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import contextvars
 import ctypes
+import faulthandler
 import functools
 import importlib
 import inspect
@@ -437,6 +438,8 @@ def main() -> None:
     sock = socket.socket(fileno=descriptor)
     sock.set_inheritable(False)
     sys.stdout, sys.stderr = Stream("stdout", 1), Stream("stderr", 2)
+    # A crash in native code then leaves its Python stack in the attempt's log.
+    faulthandler.enable(file=2, all_threads=True)
     channel = Channel(sock)
     if mode == "async":
         asyncio.run(_serve_async(channel))

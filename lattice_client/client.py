@@ -1,0 +1,263 @@
+"""Owns the connection to a server, for asyncio. The synchronous client in `sync.py` is a facade of this one.
+
+Rule: a graph is one RPC; a watch that breaks goes on after the last event it saw.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Self
+from uuid import uuid4
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from lattice.v1 import (
+    payload_pb2,
+    results_pb2,
+    results_pb2_grpc,
+    run_pb2,
+    task_pb2,
+    task_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+    workflow_pb2,
+    workflow_pb2_grpc,
+)
+
+from lattice_client import convert, errors, payloads
+from lattice_client.convert import RunEvent
+from lattice_client.workflow import Graph
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+CHUNK_BYTES = 1024 * 1024
+WAIT_S = 60.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
+MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
+SERVICE_CONFIG = """{"methodConfig": [{"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.1s",
+"maxBackoff": "2s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}"""
+OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+    ("grpc.service_config", SERVICE_CONFIG),
+    ("grpc.keepalive_time_ms", 30_000),
+]
+TERMINAL = frozenset({run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED, run_pb2.RUN_STATE_CANCELLED})
+RESUMABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
+
+
+class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
+    """A workflow being written, for asyncio."""
+
+    async def run(self, run_id: str = "", **settings: Any) -> "AsyncRun":
+        """Send the whole graph and start a run. Raises RequestError."""
+        return await self.client.run(self, run_id, **settings)
+
+
+class AsyncRun(str):
+    """A run: its id, as a string, that can also be followed."""
+
+    __slots__ = ("_client",)
+    _client: "AsyncLatticeClient"
+
+    @classmethod
+    def of(cls, run_id: str, client: "AsyncLatticeClient") -> Self:
+        """Return the run with this id."""
+        run = cls(run_id)
+        run._client = client
+        return run
+
+    async def result(self, timeout: float | None = None) -> dict[str, Any]:
+        """Wait for the end and return the final task's outputs, or those of each final task by its id.
+
+        Raises:
+            TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
+            RunCancelledError: the run was cancelled.
+            TimeoutError: `timeout` seconds passed; the run goes on.
+        """
+        async with asyncio.timeout(timeout):
+            return await self._client.result(self)
+
+    def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
+        """Yield the run's events after number `after`, to its end."""
+        return self._client.events(self, after)
+
+    async def cancel(self, reason: str = "") -> None:
+        """Cancel the run."""
+        await self._client.cancel_run(self, reason)
+
+    async def status(self) -> str:
+        """Return the run's state: running, cancelling, succeeded, failed or cancelled."""
+        run = await self._client.get_run(self)
+        return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+
+
+class AsyncLatticeClient:
+    """A connection to a server. Use it on one event loop, as a context manager or with `close`."""
+
+    def __init__(self, target: str | None = None) -> None:
+        address = target or os.environ.get("LATTICE_TARGET") or DEFAULT_TARGET
+        self.target = address.removeprefix("http://").removeprefix("grpc://").rstrip("/")
+        self._channel = grpc.aio.insecure_channel(self.target, options=OPTIONS)
+        self._workflows = workflow_pb2_grpc.WorkflowServiceStub(self._channel)
+        self._tasks = task_pb2_grpc.TaskServiceStub(self._channel)
+        self._results = results_pb2_grpc.ResultsServiceStub(self._channel)
+        self._workers = worker_pb2_grpc.WorkerServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; runs go on."""
+        await self._channel.close()
+
+    def create_workflow(self, name: str = "") -> AsyncLatticeWorkflow:
+        """Return an empty workflow; nothing is sent."""
+        return AsyncLatticeWorkflow(self, name)
+
+    async def run(
+        self,
+        graph: Graph[Any],
+        run_id: str = "",
+        *,
+        labels: Mapping[str, str] | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncRun:
+        """Send the whole graph and start a run. Raises RequestError."""
+        # An id of our own makes the call safe to repeat when its answer is lost.
+        request = workflow_pb2.RunWorkflowRequest(
+            run_id=run_id or f"run-{uuid4().hex}", labels=labels or {}, priority=priority
+        )
+        if timeout is not None:
+            request.timeout.FromNanoseconds(int(timeout * 1e9))
+        try:
+            if graph.workflow_id and not graph.tasks:
+                request.workflow_id = graph.workflow_id
+            else:
+                request.workflow.CopyFrom(await convert.spec_of(graph, self._upload))
+            response = await self._workflows.RunWorkflow(request)
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+        return AsyncRun.of(response.run.run_id, self)
+
+    async def run_task(self, task: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one task as a run of its own and return its outputs. Raises TaskFailedError, RequestError."""
+        graph: Graph[Any] = Graph(None)
+        added = graph.add_task(task, inputs)
+        function, bundle = added.definition.code
+        request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", function=function, wait=_seconds(WAIT_S))
+        request.task.CopyFrom(await convert.task_of(added, "", self._upload))
+        if bundle is not None:
+            request.bundle.CopyFrom(bundle)
+        try:
+            response = await self._tasks.RunTask(request)
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+        if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
+            return {name: await self.decode(payload) for name, payload in response.task.outputs.items()}
+        return await self.result(response.run.run_id)
+
+    async def result(self, run_id: str) -> dict[str, Any]:
+        """Wait for a run's end and return the outputs of its final tasks; see `AsyncRun.result`."""
+        request = results_pb2.GetResultRequest(run_id=run_id, wait=_seconds(WAIT_S))
+        try:
+            response = await self._results.GetResult(request)
+            while response.run.state not in TERMINAL:
+                response = await self._results.GetResult(request)
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+        if (failed := convert.error_of(response.run)) is not None:
+            raise failed
+        found = {
+            task.task_id: {name: await self.decode(payload) for name, payload in task.outputs.items()}
+            for task in response.final_tasks
+        }
+        return next(iter(found.values())) if len(found) == 1 else found
+
+    async def events(self, run_id: str, after: int = 0) -> AsyncIterator[RunEvent]:
+        """Yield a run's events after number `after`, each once, to its end. Raises RequestError."""
+        backoff_s = MIN_BACKOFF_S
+        while True:
+            try:
+                call = self._results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id, after_sequence=after))
+                async for response in call:
+                    for message in response.events:
+                        yield await convert.event_of(message, self.decode)
+                    after, backoff_s = response.sequence, MIN_BACKOFF_S
+                    if response.complete:
+                        return
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in RESUMABLE:
+                    raise errors.from_rpc(error) from None
+            # Spread, so that a server that comes back does not meet all its readers at once.
+            await asyncio.sleep(random.uniform(0, backoff_s))
+            backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
+
+    async def get_run(self, run_id: str) -> run_pb2.Run:
+        """Return a run as it is now. Raises NotFoundError."""
+        try:
+            return (await self._workflows.GetRun(workflow_pb2.GetRunRequest(run_id=run_id))).run
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+
+    async def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
+        """Return the newest runs."""
+        try:
+            response = await self._workflows.ListRuns(workflow_pb2.ListRunsRequest(page_size=limit))
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+        return list(response.runs)
+
+    async def cancel_run(self, run_id: str, reason: str = "") -> run_pb2.Run:
+        """Cancel a run. Raises NotFoundError."""
+        try:
+            request = workflow_pb2.CancelRunRequest(run_id=run_id, reason=reason)
+            return (await self._workflows.CancelRun(request)).run
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+
+    async def nodes(self) -> list[worker_pb2.Node]:
+        """Return the nodes in the ledger."""
+        try:
+            return list((await self._workers.ListNodes(worker_pb2.ListNodesRequest())).nodes)
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+
+    async def cluster(self) -> worker_pb2.GetClusterResponse:
+        """Return facts about the server and its cluster."""
+        try:
+            return await self._workers.GetCluster(worker_pb2.GetClusterRequest())
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+
+    async def decode(self, payload: payload_pb2.Payload) -> Any:
+        """Return a payload's value; a large one is fetched."""
+        match payload.WhichOneof("content"):
+            case "json":
+                return payloads.decode(payload.media_type, payload.json.encode())
+            case "data":
+                return payloads.decode(payload.media_type, payload.data)
+            case _:
+                data = bytearray()
+                request = results_pb2.ReadArtifactRequest(artifact_id=payload.artifact.artifact_id)
+                try:
+                    async for chunk in self._results.ReadArtifact(request):
+                        data += chunk.data
+                except grpc.aio.AioRpcError as error:
+                    raise errors.from_rpc(error) from None
+                return payloads.decode(payload.media_type, data)
+
+    async def _upload(self, data: bytes) -> payload_pb2.Artifact:
+        async def chunks() -> AsyncIterator[results_pb2.WriteArtifactRequest]:
+            for start in range(0, len(data), CHUNK_BYTES):
+                yield results_pb2.WriteArtifactRequest(data=data[start : start + CHUNK_BYTES])
+
+        return (await self._results.WriteArtifact(chunks())).artifact
+
+
+def _seconds(seconds: float) -> Duration:
+    return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

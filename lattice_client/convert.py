@@ -1,0 +1,152 @@
+"""Owns the translation between a graph and the contract, and between events and plain values."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, workflow_pb2
+
+from lattice_client import payloads
+from lattice_client.errors import RunCancelledError, RunError, TaskDefinitionError, TaskFailedError
+from lattice_client.workflow import Graph, LatticeTask, TaskOutput
+
+Upload = Callable[[bytes], Awaitable[payload_pb2.Artifact]]
+Decode = Callable[[payload_pb2.Payload], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """One event of a run. `type` is the event's name in the contract, such as `task_started`; `data` its fields, with
+    outputs decoded; `task_id` is empty for events of the run itself."""
+
+    sequence: int
+    time_s: float
+    type: str
+    task_id: str
+    data: Mapping[str, Any]
+
+
+async def spec_of(graph: Graph[Any], upload: Upload) -> workflow_pb2.WorkflowSpec:
+    """Return the whole graph as one message; large inputs are uploaded first."""
+    spec = workflow_pb2.WorkflowSpec(display_name=graph.name)
+    names: dict[int, str] = {}
+    bundles: set[str] = set()
+    for task in graph.tasks.values():
+        name = names.get(id(task.definition))
+        if name is None:
+            name = task.definition.name if task.definition.name not in spec.functions else task.task_id
+            names[id(task.definition)] = name
+            function, bundle = task.definition.code
+            spec.functions[name].CopyFrom(function)
+            if bundle is not None and bundle.digest not in bundles:
+                bundles.add(bundle.digest)
+                spec.bundles.append(bundle)
+        spec.tasks.append(await task_of(task, name, upload))
+    return spec
+
+
+async def task_of(task: LatticeTask, function: str, upload: Upload) -> task_pb2.TaskSpec:
+    """Return one task as a message."""
+    message = task_pb2.TaskSpec()
+    message.CopyFrom(task.definition.settings)
+    message.task_id = task.task_id
+    message.display_name = task.display_name
+    message.function = function
+    message.outputs.extend(task.definition.outputs)
+    message.after.extend(task.after)
+    message.resources.CopyFrom(task.definition.resources)
+    for name, value in task.inputs.items():
+        message.inputs[name].CopyFrom(await _binding(value, f"input {name!r} of task {task.task_id!r}", upload))
+    return message
+
+
+def _has_output(value: Any) -> bool:
+    if isinstance(value, TaskOutput):
+        return True
+    if isinstance(value, list | tuple):
+        return any(map(_has_output, value))
+    return isinstance(value, dict) and any(map(_has_output, value.values()))
+
+
+async def _binding(value: Any, where: str, upload: Upload) -> payload_pb2.Binding:
+    if isinstance(value, LatticeTask):
+        raise TaskDefinitionError(f'{where} is a task; wire one of its outputs: task.outputs["name"]')
+    if isinstance(value, TaskOutput):
+        return payload_pb2.Binding(output=payload_pb2.OutputRef(task_id=value.task_id, output=value.output))
+    if not _has_output(value):
+        return payload_pb2.Binding(payload=await payload_of(value, where, upload))
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TaskDefinitionError(f"{where} wires an output inside a dict whose keys are not all strings")
+        entries = {key: await _binding(item, where, upload) for key, item in value.items()}
+        return payload_pb2.Binding(map=payload_pb2.BindingMap(entries=entries))
+    items = [await _binding(item, where, upload) for item in value]
+    return payload_pb2.Binding(list=payload_pb2.BindingList(items=items))
+
+
+async def payload_of(value: Any, where: str, upload: Upload) -> payload_pb2.Payload:
+    """Return a value as a payload, uploaded when it is large. Raises TaskDefinitionError."""
+    try:
+        media_type, data = payloads.encode(value)
+    except Exception as error:
+        raise TaskDefinitionError(f"{where} cannot be pickled: {error}") from error
+    if len(data) <= payloads.INLINE_LIMIT_BYTES:
+        return payloads.inline(media_type, data)
+    return payload_pb2.Payload(media_type=media_type, artifact=await upload(data))
+
+
+async def event_of(message: run_pb2.RunEvent, decode: Decode) -> RunEvent:
+    """Return an event with its outputs decoded."""
+    kind = message.WhichOneof("event") or ""
+    body = getattr(message, kind)
+    data: dict[str, Any] = {}
+    for field in body.DESCRIPTOR.fields:
+        value = getattr(body, field.name)
+        match field.name:
+            case "outputs":
+                data["outputs"] = {name: await decode(payload) for name, payload in value.items()}
+            case "failure":
+                data["failure"] = failure_of(value) if body.HasField("failure") else None
+            case "gpu_indices":
+                data["gpu_indices"] = list(value)
+            case "state":
+                data["state"] = run_pb2.RunState.Name(value).removeprefix("RUN_STATE_").lower()
+            case "stream":
+                data["stream"] = "stderr" if value == run_pb2.LOG_STREAM_STDERR else "stdout"
+            case "retry_time":
+                data["retry_time_s"] = value.ToNanoseconds() / 1e9
+            case _:
+                data[field.name] = value
+    return RunEvent(message.sequence, message.time.ToNanoseconds() / 1e9, kind, data.get("task_id", ""), data)
+
+
+def failure_of(failure: errors_pb2.Failure) -> dict[str, str]:
+    """Return what people want to know of a failure."""
+    kind = errors_pb2.FailureKind.Name(failure.kind).removeprefix("FAILURE_KIND_")
+    return {
+        "kind": kind,
+        "type": failure.type,
+        "message": failure.message,
+        "traceback": failure.traceback,
+        "task_id": failure.task_id,
+    }
+
+
+def error_of(run: run_pb2.Run) -> RunError | None:
+    """Return the error of a run that ended otherwise than well, with the original exception as its cause."""
+    if run.state == run_pb2.RUN_STATE_SUCCEEDED:
+        return None
+    failure = run.failure
+    if run.state == run_pb2.RUN_STATE_CANCELLED:
+        return RunCancelledError(run.run_id, f"run {run.run_id!r} was cancelled: {failure.message}")
+    shown = failure_of(failure)
+    message = f"{failure.type}: {failure.message}" if failure.type else failure.message
+    error = TaskFailedError(run.run_id, failure.task_id, shown["kind"], message, failure.traceback)
+    if failure.HasField("exception"):
+        try:
+            cause = payloads.decode(failure.exception.media_type, failure.exception.data)
+        except Exception:  # the exception's class may not exist here; its text does
+            return error
+        if isinstance(cause, BaseException):
+            error.__cause__ = cause
+    return error

@@ -1,0 +1,145 @@
+"""Owns the errors a caller meets.
+
+    LatticeError
+    +-- TaskDefinitionError      a task or its wiring is wrong; nothing was sent
+    +-- RunError                 the run ended otherwise than well
+    |   +-- TaskFailedError      a task failed; carries the remote traceback
+    |   +-- RunCancelledError    somebody cancelled it
+    +-- RequestError             the server refused a call
+        +-- InvalidArgumentError     INVALID_ARGUMENT
+        +-- NotFoundError            NOT_FOUND
+        +-- AlreadyExistsError       ALREADY_EXISTS
+        +-- PreconditionError        FAILED_PRECONDITION
+        +-- AbortedError             ABORTED
+        +-- OutOfRangeError          OUT_OF_RANGE
+        +-- ResourceExhaustedError   RESOURCE_EXHAUSTED
+        +-- UnavailableError         UNAVAILABLE
+        +-- UnauthenticatedError     UNAUTHENTICATED
+        +-- PermissionDeniedError    PERMISSION_DENIED
+        +-- InternalError            anything else
+
+Rule: no gRPC error leaves this package.
+"""
+
+from collections.abc import Mapping
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+DETAILS = "grpc-status-details-bin"
+
+
+class LatticeError(Exception):
+    """Base of all errors of this package."""
+
+
+class TaskDefinitionError(LatticeError):
+    """A task, or the way it is wired, is wrong; nothing was sent."""
+
+
+class RunError(LatticeError):
+    """A run ended otherwise than well."""
+
+    def __init__(self, run_id: str, message: str) -> None:
+        super().__init__(message)
+        self.run_id = run_id
+
+
+class TaskFailedError(RunError):
+    """A task failed. `kind` is the class of failure, `remote_traceback` what the task's Python printed."""
+
+    def __init__(self, run_id: str, task_id: str, kind: str, message: str, remote_traceback: str) -> None:
+        text = f"task {task_id!r} of run {run_id!r} failed ({kind}): {message}"
+        super().__init__(run_id, f"{text}\n\nRemote traceback:\n{remote_traceback}" if remote_traceback else text)
+        self.task_id = task_id
+        self.kind = kind
+        self.remote_traceback = remote_traceback
+
+
+class RunCancelledError(RunError):
+    """Somebody cancelled the run."""
+
+
+class RequestError(LatticeError):
+    """The server refused a call. `reason` is stable, `violations` maps fields to what is wrong with them."""
+
+    def __init__(
+        self, message: str, reason: str = "", metadata: Mapping[str, str] | None = None, **violations: str
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.metadata = dict(metadata or {})
+        self.violations: dict[str, str] = violations
+
+
+class InvalidArgumentError(RequestError):
+    """A field is missing or malformed."""
+
+
+class NotFoundError(RequestError):
+    """The thing named does not exist."""
+
+
+class AlreadyExistsError(RequestError):
+    """The id exists with other content."""
+
+
+class PreconditionError(RequestError):
+    """The server's state does not allow the call."""
+
+
+class AbortedError(RequestError):
+    """Somebody else changed the thing first."""
+
+
+class OutOfRangeError(RequestError):
+    """A cursor lies outside what is kept."""
+
+
+class ResourceExhaustedError(RequestError):
+    """A limit is reached."""
+
+
+class UnavailableError(RequestError):
+    """The server cannot be reached, or is stopping."""
+
+
+class UnauthenticatedError(RequestError):
+    """No token, or one that is not valid here."""
+
+
+class PermissionDeniedError(RequestError):
+    """The token does not allow this call."""
+
+
+class InternalError(RequestError):
+    """A bug of the server, or a broken connection."""
+
+
+CLASSES: dict[grpc.StatusCode, type[RequestError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
+    grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
+    grpc.StatusCode.ABORTED: AbortedError,
+    grpc.StatusCode.OUT_OF_RANGE: OutOfRangeError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
+}
+
+
+def from_rpc(error: grpc.aio.AioRpcError) -> RequestError:
+    """Return this package's error for a failed call."""
+    found = CLASSES.get(error.code(), InternalError)(error.details() or error.code().name)
+    for key, value in error.trailing_metadata() or ():
+        if key != DETAILS or not isinstance(value, bytes):
+            continue
+        for detail in status_pb2.Status.FromString(value).details:
+            info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+            if detail.Unpack(info):
+                found.reason, found.metadata = info.reason, dict(info.metadata)
+            elif detail.Unpack(bad):
+                found.violations = {v.field: v.description for v in bad.field_violations}
+    return found

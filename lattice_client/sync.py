@@ -1,0 +1,193 @@
+"""Owns the synchronous client: the asyncio client, driven by one background thread for the whole process.
+
+Rule: nothing is decided here; every call waits for its asyncio twin.
+"""
+
+import asyncio
+import functools
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any, Self, TypeVar
+
+import uvloop
+from lattice.v1 import run_pb2, worker_pb2
+
+from lattice_client.client import AsyncLatticeClient
+from lattice_client.convert import RunEvent
+from lattice_client.workflow import Graph
+
+T = TypeVar("T")
+_END = object()
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = uvloop.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="lattice-client", daemon=True).start()
+    return loop
+
+
+def _wait(coroutine: Coroutine[Any, Any, T]) -> T:
+    future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    try:
+        return future.result()
+    except BaseException:
+        # Ctrl-C while waiting: the call must not go on behind the caller's back.
+        future.cancel()
+        raise
+
+
+def _iterate(source: AsyncIterator[T], timeout: float | None = None) -> Iterator[T]:
+    iterator = aiter(source)
+    deadline = None if timeout is None else _loop().time() + timeout
+
+    async def step() -> Any:
+        async with asyncio.timeout_at(deadline):
+            return await anext(iterator, _END)
+
+    while (item := _wait(step())) is not _END:
+        yield item
+
+
+class Run(str):
+    """A run: its id, as a string, that can also be followed."""
+
+    __slots__ = ("_client",)
+    _client: AsyncLatticeClient
+
+    @classmethod
+    def of(cls, run_id: str, client: AsyncLatticeClient) -> Self:
+        """Return the run with this id."""
+        run = cls(run_id)
+        run._client = client
+        return run
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return str(self)
+
+    def result(self, timeout: float | None = None) -> dict[str, Any]:
+        """Wait for the end and return the final task's outputs, or those of each final task by its id.
+
+        Raises:
+            TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
+            RunCancelledError: the run was cancelled.
+            TimeoutError: `timeout` seconds passed; the run goes on.
+        """
+        return _wait(asyncio.wait_for(self._client.result(self), timeout))
+
+    def events(self, after: int = 0, timeout: float | None = None) -> Iterator[RunEvent]:
+        """Yield the run's events after number `after`, to its end. Raises TimeoutError after `timeout` seconds."""
+        return _iterate(self._client.events(self, after), timeout)
+
+    def cancel(self, reason: str = "") -> None:
+        """Cancel the run."""
+        _wait(self._client.cancel_run(self, reason))
+
+    def status(self) -> str:
+        """Return the run's state: running, cancelling, succeeded, failed or cancelled."""
+        state = _wait(self._client.get_run(self)).state
+        return run_pb2.RunState.Name(state).removeprefix("RUN_STATE_").lower()
+
+
+class LatticeWorkflow(Graph["LatticeClient"]):
+    """A workflow being written. Nothing is sent before `run`."""
+
+    def run(self, run_id: str = "", **settings: Any) -> Run:
+        """Send the whole graph and start a run; the result is its id, and more (see `Run`). Raises RequestError."""
+        started = _wait(self.client.aio.run(self, run_id, **settings))
+        return Run.of(started, self.client.aio)
+
+    def get_results(self, run_id: str, verbose: bool = True, timeout: float | None = None) -> list[dict[str, Any]]:
+        """Follow a run to its end and return its messages, printing them when `verbose`.
+
+        Messages are `{"type": ..., "data": {...}}`, type one of `start_task`, `finish_task`, `task_exception` and,
+        last, `finish_workflow`. Raises TimeoutError when the run takes longer than `timeout` seconds.
+        """
+        messages = []
+        for event in _iterate(self.client.aio.events(run_id), timeout):
+            message = _message(event, self.workflow_id, run_id)
+            if message is not None:
+                messages.append(message)
+                if verbose:
+                    print(message)
+        return messages
+
+
+def _message(event: RunEvent, workflow_id: str, run_id: str) -> dict[str, Any] | None:
+    data: dict[str, Any] = {"workflow_id": workflow_id, "task_id": event.task_id}
+    match event.type:
+        case "task_started":
+            gpus = event.data["gpu_indices"]
+            data |= {"node_ip": event.data["node_ip"], "node_id": event.data["node_id"]}
+            return {"type": "start_task", "data": data | {"gpu_id": gpus[0] if gpus else None}}
+        case "task_succeeded":
+            return {"type": "finish_task", "data": data | {"result": event.data["outputs"]}}
+        case "task_failed":
+            return {"type": "task_exception", "data": data | {"result": event.data["failure"]["message"]}}
+        case "run_finished":
+            return {"type": "finish_workflow", "data": {"run_id": str(run_id)}}
+        case _:
+            return None
+
+
+class LatticeClient:
+    """A connection to a server; safe to use from any thread. `aio` is its asyncio twin, on the background loop."""
+
+    def __init__(self, target: str | None = None) -> None:
+        async def connect() -> AsyncLatticeClient:
+            return AsyncLatticeClient(target)
+
+        self.aio = _wait(connect())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; runs go on."""
+        _wait(self.aio.close())
+
+    def create_workflow(self, name: str = "") -> LatticeWorkflow:
+        """Return an empty workflow; nothing is sent."""
+        return LatticeWorkflow(self, name)
+
+    def get_workflow(self, workflow_id: str) -> LatticeWorkflow:
+        """Return a workflow stored on the server, to be run by its id."""
+        return LatticeWorkflow(self, workflow_id=workflow_id)
+
+    def get_run(self, run_id: str) -> Run:
+        """Return a run to follow. Raises NotFoundError."""
+        _wait(self.aio.get_run(run_id))
+        return Run.of(run_id, self.aio)
+
+    def get_ray_head_port(self) -> int:
+        """Return the port of the server's Ray head; zero without Ray."""
+        return int(self.cluster().ray_address.rpartition(":")[2] or 0)
+
+    def run_task(self, task: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run one task and return its outputs. Raises TaskFailedError, RequestError."""
+        return _wait(self.aio.run_task(task, inputs))
+
+    def describe_run(self, run_id: str) -> run_pb2.Run:
+        """Return a run as it is now. Raises NotFoundError."""
+        return _wait(self.aio.get_run(run_id))
+
+    def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
+        """Return the newest runs."""
+        return _wait(self.aio.list_runs(limit))
+
+    def cancel_run(self, run_id: str, reason: str = "") -> run_pb2.Run:
+        """Cancel a run. Raises NotFoundError."""
+        return _wait(self.aio.cancel_run(run_id, reason))
+
+    def nodes(self) -> list[worker_pb2.Node]:
+        """Return the nodes in the ledger."""
+        return _wait(self.aio.nodes())
+
+    def cluster(self) -> worker_pb2.GetClusterResponse:
+        """Return facts about the server and its cluster."""
+        return _wait(self.aio.cluster())

@@ -1,0 +1,207 @@
+"""Owns `@task`: what a function takes, gives and needs. Rule: what can be found wrong is found at the decoration."""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+from lattice.v1 import resources_pb2, task_pb2
+
+from lattice_client import payloads
+from lattice_client.bundle import bundle_for
+from lattice_client.errors import TaskDefinitionError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MIB = 1024 * 1024
+ISOLATIONS = {
+    "none": resources_pb2.ISOLATION_NONE,
+    "subprocess": resources_pb2.ISOLATION_SUBPROCESS,
+    "seccomp": resources_pb2.ISOLATION_SECCOMP,
+    "docker": resources_pb2.ISOLATION_DOCKER,
+}
+
+
+@dataclass(eq=False)
+class TaskDefinition(Generic[P, R]):
+    """A function that can be a task. Calling it runs the plain function, here."""
+
+    function: Callable[P, R]
+    name: str
+    inputs: tuple[str, ...]
+    required: frozenset[str]
+    takes_any: bool
+    outputs: tuple[str, ...]
+    call_style: task_pb2.CallStyle.ValueType
+    return_style: task_pb2.ReturnStyle.ValueType
+    resources: resources_pb2.Resources
+    settings: task_pb2.TaskSpec = field(default_factory=task_pb2.TaskSpec)
+
+    def __post_init__(self) -> None:
+        functools.update_wrapper(self, self.function, updated=())
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the plain function."""
+        return self.function(*args, **kwargs)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether it is a coroutine function."""
+        return inspect.iscoroutinefunction(self.function)
+
+    @functools.cached_property
+    def code(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
+        """The function as it travels, and the bundle it needs. Raises TaskDefinitionError."""
+        bundle = bundle_for(self.function)
+        try:
+            pickled = payloads.dump_function(self.function)
+        except Exception as error:
+            raise TaskDefinitionError(
+                f"task {self.name!r} cannot be sent to a worker: {error}. It uses something that cannot be pickled; "
+                "create it inside the function instead"
+            ) from error
+        function = task_pb2.Function(
+            pickle=pickled,
+            bundle_digest=bundle.digest if bundle else "",
+            call_style=self.call_style,
+            return_style=self.return_style,
+            concurrency=task_pb2.CONCURRENCY_ASYNC if self.is_async else task_pb2.CONCURRENCY_PROCESS,
+            display_name=self.name,
+        )
+        return function, bundle
+
+    def __reduce__(self) -> Any:
+        # A task named inside another task's code is, over there, its plain function.
+        return (_identity, (self.function,))
+
+
+def _identity(function: Any) -> Any:
+    return function
+
+
+@overload
+def task(function: Callable[P, R], /) -> TaskDefinition[P, R]: ...
+@overload
+def task(
+    *,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    resources: Mapping[str, float] | None = None,
+    batch_size: int | None = None,
+    batch_timeout: float | None = None,
+    retries: int = 0,
+    timeout: float | None = None,
+    isolation: str = "none",
+    name: str | None = None,
+    **more: float,
+) -> Callable[[Callable[P, R]], TaskDefinition[P, R]]: ...
+def task(function: Callable[P, R] | None = None, /, **settings: Any) -> Any:
+    """Make a function a task; use it bare or with settings.
+
+    Args:
+        function: the function, when used bare.
+        settings: `inputs` and `outputs`, names; with `inputs` the function takes one `params` dict and returns a dict.
+            `resources`, or the same names directly: `cpu`, `gpu`, `cpu_mem` and `gpu_mem` in MiB. `retries`: attempts
+            after the first. `timeout`: seconds an attempt may run. `isolation`: none, subprocess, seccomp or docker.
+            `batch_size` tasks at most in one call, `batch_timeout` seconds to wait for them. `name`: for people.
+
+    Raises:
+        TaskDefinitionError: a setting is unknown or out of range.
+    """
+    if function is not None:
+        return define(function)
+    return lambda decorated: define(decorated, **settings)
+
+
+def define(
+    function: Callable[P, R],
+    *,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    resources: Mapping[str, float] | None = None,
+    batch_size: int | None = None,
+    batch_timeout: float | None = None,
+    retries: int = 0,
+    timeout: float | None = None,
+    isolation: str = "none",
+    name: str | None = None,
+    **more: float,
+) -> TaskDefinition[P, R]:
+    """Return the definition `task` makes."""
+    if not callable(function):
+        raise TaskDefinitionError(f"a task must be a function, not {type(function).__name__}")
+    label: str = name or str(getattr(function, "__name__", "task"))
+    if isolation not in ISOLATIONS:
+        raise TaskDefinitionError(f"task {label!r}: isolation must be one of {', '.join(ISOLATIONS)}")
+    settings = task_pb2.TaskSpec(isolation=ISOLATIONS[isolation])
+    if retries:
+        settings.retry.max_attempts = retries + 1
+    if timeout is not None:
+        settings.timeout.attempt.FromNanoseconds(int(timeout * 1e9))
+    if batch_size is not None:
+        settings.batch.max_size = batch_size
+        settings.batch.max_wait.FromNanoseconds(int((batch_timeout or 0) * 1e9))
+    parameters = inspect.signature(function).parameters
+    is_params = inputs is not None or list(parameters) == ["params"]
+    if is_params:
+        names, required, takes_any = tuple(inputs or ()), frozenset(inputs or ()), inputs is None
+    else:
+        kinds = {p.name: p for p in parameters.values() if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
+        names = tuple(kinds)
+        required = frozenset(n for n, p in kinds.items() if p.default is inspect.Parameter.empty)
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    declared, return_style = _outputs(function, outputs, is_params)
+    return TaskDefinition(
+        function=function,
+        name=label,
+        inputs=names,
+        required=required,
+        takes_any=takes_any,
+        outputs=declared,
+        call_style=task_pb2.CALL_STYLE_PARAMS if is_params else task_pb2.CALL_STYLE_KEYWORDS,
+        return_style=return_style,
+        resources=_resources(label, {**(resources or {}), **more}, inspect.iscoroutinefunction(function)),
+        settings=settings,
+    )
+
+
+def _outputs(
+    function: Callable[..., Any], outputs: Sequence[str] | None, is_params: bool
+) -> tuple[tuple[str, ...], task_pb2.ReturnStyle.ValueType]:
+    if outputs is not None:
+        return tuple(outputs), task_pb2.RETURN_STYLE_MAPPING
+    try:
+        returned = typing.get_type_hints(function).get("return")
+    except (NameError, TypeError):
+        returned = None
+    if typing.is_typeddict(returned):
+        return tuple(returned.__annotations__), task_pb2.RETURN_STYLE_MAPPING
+    if is_params:
+        return (), task_pb2.RETURN_STYLE_MAPPING
+    return ("result",), task_pb2.RETURN_STYLE_VALUE
+
+
+def _resources(label: str, wanted: Mapping[str, float], is_async: bool) -> resources_pb2.Resources:
+    found = resources_pb2.Resources(cpu=0.0 if is_async else 1.0)
+    for name, value in wanted.items():
+        if name not in {"cpu", "gpu", "cpu_mem", "gpu_mem"}:
+            raise TaskDefinitionError(
+                f"task {label!r}: there is no setting {name!r}; resources: cpu, gpu, cpu_mem, gpu_mem"
+            )
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise TaskDefinitionError(f"task {label!r}: {name} must be a number from 0, not {value!r}")
+        match name:
+            case "cpu":
+                found.cpu = value
+            case "gpu":
+                found.gpu = value
+            case "cpu_mem":
+                found.memory_bytes = int(value * MIB)
+            case _:
+                found.gpu_memory_bytes = int(value * MIB)
+    return found
