@@ -1,0 +1,46 @@
+"""The contract: documented, and translated completely."""
+
+import re
+from enum import Enum
+from pathlib import Path
+
+import pytest
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+from lattice.v1 import errors_pb2, resources_pb2, run_pb2
+
+from lattice_server.core.model import FailureKind, Isolation
+from lattice_server.core.states import RunState, TaskState
+from lattice_server.rpc.convert import FAILURE_KIND_FROM_PROTO, FAILURE_KIND_TO_PROTO, ISOLATION_TO_PROTO
+from lattice_server.rpc.events import RUN_STATE_TO_PROTO, TASK_STATE_TO_PROTO
+
+PROTOS = sorted((Path(__file__).resolve().parent.parent.parent / "proto").rglob("*.proto"))
+DECLARATION = re.compile(r"^\s*(message|enum|service|rpc|oneof) \w+|^\s+[\w.<>, ]+ \w+ = \d+;")
+
+
+@pytest.mark.parametrize("path", PROTOS, ids=lambda path: path.name)
+def test_everything_in_the_contract_has_a_sentence(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    bare = [
+        f"{path.name}:{number + 1}: {line.strip()}"
+        for number, line in enumerate(lines)
+        if DECLARATION.match(line) and not lines[number - 1].strip().startswith("//")
+    ]
+    assert not bare
+
+
+@pytest.mark.parametrize(
+    ("wire", "table", "core"),
+    [
+        (run_pb2.RunState, RUN_STATE_TO_PROTO, RunState),
+        (run_pb2.TaskState, TASK_STATE_TO_PROTO, TaskState),
+        (errors_pb2.FailureKind, FAILURE_KIND_TO_PROTO, FailureKind),
+        (resources_pb2.Isolation, ISOLATION_TO_PROTO, Isolation),
+    ],
+)
+def test_every_enum_value_translates(wire: EnumTypeWrapper, table: dict[Enum, int], core: type[Enum]) -> None:
+    assert set(table) == set(core)
+    assert set(table.values()) == set(wire.values()) - {0}
+
+
+def test_failure_kinds_translate_both_ways() -> None:
+    assert {FAILURE_KIND_FROM_PROTO[proto]: proto for proto in FAILURE_KIND_FROM_PROTO} == FAILURE_KIND_TO_PROTO
