@@ -107,10 +107,16 @@ def _executor(config: ServerConfig, store: ArtifactStore) -> Executor:
 async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
     """Run a server until SIGINT or SIGTERM; `announce` is told its address once workers are being started."""
     stopping = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    _on_signals(stopping.set)
     app = App(config)
     await app.start()
+    # Starting Ray installs handlers of its own, which print a stack trace.
+    _on_signals(stopping.set)
     announce(app.address)
     await stopping.wait()
     await app.stop()
+
+
+def _on_signals(callback: Callable[[], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, callback)
