@@ -2,22 +2,32 @@ PYTHON ?= python3
 VENV := .venv
 
 $(VENV)/.stamp: pyproject.toml
+	PYTHON=$(PYTHON) scripts/install_missing.sh python
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -e ".[dev]"
+	$(VENV)/bin/pip install -q -e ".[dev,examples]"
 	touch $@
 
 .PHONY: setup test lint proto
-setup: $(VENV)/.stamp
+setup: $(VENV)/.stamp nodejs
 
 test: setup
 	$(VENV)/bin/python -m pytest
 
-lint: setup
+lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/buf lint
+	BUF=$(VENV)/bin/buf scripts/lint_breaking.sh
+
+# The Node.js example. On a machine that has no Node.js and may not install it, its tests are skipped.
+.PHONY: nodejs
+nodejs: examples/nodejs/node_modules/.stamp
+
+examples/nodejs/node_modules/.stamp: examples/nodejs/package.json examples/nodejs/package-lock.json
+	scripts/install_missing.sh nodejs
+	if command -v npm >/dev/null; then cd examples/nodejs && npm ci --silent && touch node_modules/.stamp; fi
 
 # The oldest generator the project supports: what it makes runs on every newer protobuf runtime.
 .venv-proto/.stamp:
@@ -32,5 +42,9 @@ proto: proto-tools
 	PATH="$(CURDIR)/.venv-proto/bin:$$PATH" .venv-proto/bin/python scripts/generate_stubs.py
 
 .PHONY: demo
-demo: setup
+demo: $(VENV)/.stamp
 	$(VENV)/bin/python scripts/demo.py
+
+.PHONY: bench
+bench: setup
+	$(VENV)/bin/python -m benchmarks

@@ -18,6 +18,7 @@ from lattice.v1 import resources_pb2, worker_pb2, worker_pb2_grpc
 from lattice_worker import host
 from lattice_worker.attempts import Attempts
 from lattice_worker.config import WorkerConfig
+from lattice_worker.convert import Outputs
 from lattice_worker.runners import Pool
 from lattice_worker.session import Session
 
@@ -122,9 +123,7 @@ class Agent:
                 work = response.assignments
                 self._attempts.learn(list(work.functions), list(work.bundles))
                 for assignment in work.assignments:
-                    started = self._session.assign(assignment.lease_id, assignment.slot, assignment)
-                    if started is not None:
-                        self._attempts.start(started)
+                    self._assign(assignment)
             case "ack":
                 self._session.acknowledge(response.ack.sequence)
             case "revoke":
@@ -141,6 +140,17 @@ class Agent:
                 self._welcome(response.welcome)
             case _:
                 pass
+
+    def _assign(self, assignment: worker_pb2.Assignment) -> None:
+        lease_id, after = assignment.lease_id, assignment.after_lease_id
+        if self._session.has_started(lease_id) is not None:
+            return
+        if after and not self._session.follow(lease_id, after):
+            self._report(worker_pb2.Report(lease_id=lease_id, returned=worker_pb2.LeaseReturned()))
+            return
+        started = self._session.assign(lease_id, assignment.slot, assignment)
+        if started is not None:
+            self._attempts.start(started)
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
         self._heartbeat_s = welcome.heartbeat_interval.ToTimedelta().total_seconds() or self._heartbeat_s
@@ -163,9 +173,8 @@ class Agent:
 
     def _revoke(self, lease_id: str) -> None:
         if self._session.has_started(lease_id) is False:
-            report = worker_pb2.Report(lease_id=lease_id, returned=worker_pb2.LeaseReturned())
-            self._emit(report)
-            self._ended(lease_id)
+            self._report(worker_pb2.Report(lease_id=lease_id, returned=worker_pb2.LeaseReturned()))
+            self._ended(lease_id, None)
 
     def _stop(self, lease_id: str) -> None:
         has_started = self._session.has_started(lease_id)
@@ -175,15 +184,22 @@ class Agent:
             self._attempts.cancelled(lease_id)
 
     def _emit(self, report: worker_pb2.Report) -> None:
-        if self._session.has_started(report.lease_id) is None:
-            return
+        if self._session.has_started(report.lease_id) is not None:
+            self._report(report)
+
+    def _report(self, report: worker_pb2.Report) -> None:
         report.sequence = self._session.add_report(report)
         self._pending.append(report)
         self._wake.set()
 
-    def _ended(self, lease_id: str) -> None:
+    def _ended(self, lease_id: str, outputs: Outputs | None) -> None:
         if self._session.has_started(lease_id) is None:
             return
+        for follower in self._session.take_followers(lease_id):
+            if outputs is None:
+                self._revoke(follower)
+            else:
+                self._attempts.feed(follower, outputs)
         following = self._session.end(lease_id)
         if following is not None:
             self._attempts.start(following)

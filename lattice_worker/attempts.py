@@ -21,18 +21,20 @@ START_DELAY_S = 0.002
 CANCEL_GRACE_S = 1.0
 
 Emit = Callable[[worker_pb2.Report], None]
+Ended = Callable[[str, convert.Outputs | None], None]
 
 
 class Attempts:
-    """Runs leases on runners. `emit` takes reports, `ended` is told each lease that is over."""
+    """Runs leases on runners. `emit` takes reports, `ended` is told each lease that is over, with what it gave."""
 
-    def __init__(self, pool: Pool, store: str, node_id: str, emit: Emit, ended: Callable[[str], None]) -> None:
+    def __init__(self, pool: Pool, store: str, node_id: str, emit: Emit, ended: Ended) -> None:
         self.inline_limit_bytes = 256 * 1024
         self.log_limit_bytes = 1024 * 1024
         self._pool, self._store, self._node_id = pool, store, node_id
         self._emit, self._ended = emit, ended
         self._functions: dict[str, task_pb2.Function] = {}
         self._bundles: dict[str, str] = {}
+        self._upstream: dict[str, convert.Outputs] = {}
         self._running: dict[str, tuple[Runner, Invocation]] = {}
         self._unstarted: dict[str, None] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -48,6 +50,10 @@ class Attempts:
             with zipfile.ZipFile(BytesIO(bundle.zip)) as archive:
                 archive.extractall(folder)
             self._bundles[bundle.digest] = str(folder)
+
+    def feed(self, lease_id: str, outputs: convert.Outputs) -> None:
+        """Keep what a lease will need when its turn comes."""
+        self._upstream[lease_id] = outputs
 
     def start(self, assignment: worker_pb2.Assignment) -> None:
         """Start a lease whose turn has come."""
@@ -107,11 +113,12 @@ class Attempts:
         lease_id = assignment.lease_id
         blobs: list[bytes] = []
         inputs = assignment.attempts[0].inputs
+        upstream = self._upstream.pop(lease_id, {})
         header: dict[str, Any] = {
             "kind": "invoke",
             "id": lease_id,
             "digest": function.digest,
-            "inputs": {name: convert.binding_tree(inputs[name], self._store, blobs) for name in inputs},
+            "inputs": {name: convert.binding_tree(inputs[name], self._store, blobs, upstream) for name in inputs},
             "outputs": list(assignment.outputs),
             "store": self._store,
             "inline_limit": self.inline_limit_bytes,
@@ -163,10 +170,12 @@ class Attempts:
     def _end(self, lease_id: str, answer: dict[str, Any], blobs: list[bytes]) -> None:
         self._running.pop(lease_id, None)
         self._unstarted.pop(lease_id, None)
+        self._upstream.pop(lease_id, None)
         if (timer := self._timers.pop(lease_id, None)) is not None:
             timer.cancel()
         report = convert.report(lease_id, time.time_ns())
         duration_ns = int(answer["duration"] * 1e9)
+        outputs: convert.Outputs | None = None
         if failure := answer.get("failure"):
             report.failed.failure.CopyFrom(convert.failure_from_answer(failure, blobs))
             report.failed.duration.FromNanoseconds(duration_ns)
@@ -175,5 +184,6 @@ class Attempts:
             for name, reference in answer["outputs"].items():
                 payload = convert.payload_from_answer(reference, blobs, self._node_id)
                 report.succeeded.outputs[name].CopyFrom(payload)
+            outputs = report.succeeded.outputs
         self._emit(report)
-        self._ended(lease_id)
+        self._ended(lease_id, outputs)

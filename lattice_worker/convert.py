@@ -1,6 +1,7 @@
 """Owns the translation between protobuf and what runners are told. Rule: payloads pass through unopened."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -29,15 +30,20 @@ def function_frame(function: task_pb2.Function, bundle_path: str) -> tuple[dict[
     return header, function.source.code.encode() if code == "source" else function.pickle
 
 
-def binding_tree(binding: payload_pb2.Binding, store: str, blobs: list[bytes]) -> dict[str, Any]:
-    """Return a binding as a runner reads it; inline bytes are appended to `blobs`."""
-    match binding.WhichOneof("source"):
+Outputs = Mapping[str, payload_pb2.Payload]
+
+
+def binding_tree(binding: payload_pb2.Binding, store: str, blobs: list[bytes], outputs: Outputs) -> dict[str, Any]:
+    """Return a binding as a runner reads it; inline bytes are appended to `blobs`, names are looked up in `outputs`."""
+    source = binding.WhichOneof("source")
+    match source:
         case "list":
-            return {"items": [binding_tree(item, store, blobs) for item in binding.list.items]}
+            return {"items": [binding_tree(item, store, blobs, outputs) for item in binding.list.items]}
         case "map":
-            return {"entries": {key: binding_tree(item, store, blobs) for key, item in binding.map.entries.items()}}
+            entries = binding.map.entries
+            return {"entries": {key: binding_tree(entries[key], store, blobs, outputs) for key in entries}}
         case _:
-            payload = binding.payload
+            payload = outputs[binding.output.output] if source == "output" else binding.payload
             media_type = payload.media_type or JSON
             if payload.WhichOneof("content") == "artifact":
                 name = os.path.basename(payload.artifact.artifact_id)

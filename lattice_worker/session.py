@@ -1,6 +1,7 @@
 """Owns what a worker holds and what it has to say. PURE: no clock, no I/O, no protobuf.
 
-Rule: leases of one slot run one after the other; a report stays in the outbox until it is acknowledged.
+Rule: leases of one slot run one after the other; a lease that follows another never outlives its failure; a report
+stays in the outbox until it is acknowledged.
 """
 
 from collections import deque
@@ -24,6 +25,7 @@ class Session(Generic[Work, Report]):
         self.session_id = ""
         self._slots: dict[int, _Slot[Work]] = {}
         self._slot_of: dict[str, int] = {}
+        self._followers: dict[str, list[str]] = {}
         self._outbox: deque[tuple[int, Report]] = deque()
         self._last_sequence = 0
 
@@ -46,6 +48,17 @@ class Session(Generic[Work, Report]):
             return None
         slot.running = lease_id
         return work
+
+    def follow(self, lease_id: str, after: str) -> bool:
+        """Note that a lease held needs `after` to succeed first; False when `after` is not held, so cannot."""
+        if after not in self._slot_of:
+            return False
+        self._followers.setdefault(after, []).append(lease_id)
+        return True
+
+    def take_followers(self, lease_id: str) -> list[str]:
+        """Return the leases still held that follow a lease directly, and forget that they do."""
+        return [follower for follower in self._followers.pop(lease_id, ()) if follower in self._slot_of]
 
     def end(self, lease_id: str) -> Work | None:
         """Forget a lease that ended; return the work its slot starts next."""

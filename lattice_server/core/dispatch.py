@@ -1,11 +1,12 @@
 """Owns what waits and what runs: queueing, placement, sending ahead, retries, lost workers. The scheduler's machine.
 
-Rule: a task is in exactly one place: waiting in a queue, backing off, or in a lease that a slot holds.
+Rule: a task is in exactly one place: following another task, waiting in a queue, backing off, or in a lease that a
+slot holds. A task in a lease may follow another as well: it was sent along with it.
 """
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from typing import assert_never
 
@@ -29,6 +30,7 @@ from lattice_server.core.messages import (
     TaskLogged,
     TaskReady,
     TaskRetrying,
+    TaskReturned,
     TaskStarted,
     TaskSucceeded,
     WelcomeWorker,
@@ -37,7 +39,7 @@ from lattice_server.core.messages import (
     WorkerHello,
     WorkerLost,
 )
-from lattice_server.core.model import Failure, FailureKind
+from lattice_server.core.model import Binding, Failure, FailureKind, OutputRef, Outputs, Parameter, resolve
 from lattice_server.core.placement import Shape, place, suits
 
 SEND_AHEAD_S = 0.010  # Work worth at most this long waits behind other work on a worker.
@@ -47,11 +49,15 @@ PATIENCE_S = 0.020  # What waits behind one attempt for longer is taken back.
 
 @dataclass(slots=True)
 class Task:
-    """One task handed over. `ticket` orders it among its equals and stays with it over retries."""
+    """One task handed over. `ticket` orders it among its equals and stays with it over retries. `follows` is the task
+    it still waits for, and `inputs` refer to that one's outputs until it succeeds."""
 
     ready: TaskReady
     shape: Shape
     ticket: int
+    inputs: Mapping[str, Binding]
+    follows: "Task | None" = None
+    followers: "dict[int, Task]" = field(default_factory=dict)
     attempt: int = 0
     failures: int = 0
     losses: int = 0
@@ -68,11 +74,12 @@ class Lease:
     task: Task
     slot: Slot
     expected_s: float
+    after_lease_id: str = ""
     is_started: bool = False
     is_revoked: bool = False
 
 
-Effect = TaskEvent | WorkerEffect
+Effect = TaskEvent | TaskReturned | WorkerEffect
 
 
 class Dispatch:
@@ -135,9 +142,15 @@ class Dispatch:
         waiting = [id(task) for queue in self._queues.values() for _, _, task in queue if task.is_waiting]
         backing_off = [id(t) for _, _, t in self._backoff if not t.lease_id and self._is_known(t)]
         leased = [id(lease.task) for lease in self.leases.values()]
-        places = waiting + backing_off + leased
+        following = [id(t) for t in self.tasks.values() if t.follows is not None and not t.lease_id]
+        places = waiting + backing_off + leased + following
         assert len(places) == len(set(places)), "a task is in two places"
         assert set(places) == {id(task) for task in self.tasks.values()}, "a task is nowhere"
+        for task in self.tasks.values():
+            assert task.follows is None or self._is_known(task.follows), "a task follows one that ended"
+            assert all(follower.follows is task for follower in task.followers.values())
+            if task.follows is not None and task.lease_id:
+                assert not self.leases[task.lease_id].is_started, "a task went ahead of its input"
 
     def _take(self, event: SchedulerEvent, now: float) -> None:
         match event:
@@ -146,20 +159,22 @@ class Dispatch:
             case TaskReady():
                 self._admit(event)
             case AttemptStarted():
-                if lease := self._lease(event.session_id, event.lease_id):
+                if lease := self._ready_lease(event.session_id, event.lease_id):
                     self._note_start(lease)
             case AttemptLogged():
-                if lease := self._lease(event.session_id, event.lease_id):
+                if lease := self._ready_lease(event.session_id, event.lease_id):
                     self._note_start(lease)
                     run_id, task_id = lease.task.ready.run_id, lease.task.ready.spec.task_id
                     logged = (event.is_error, event.text, event.is_truncated)
                     self._effects.append(TaskLogged(run_id, task_id, lease.task.attempt, *logged))
             case AttemptFailed():
-                if lease := self._lease(event.session_id, event.lease_id):
+                if lease := self._ready_lease(event.session_id, event.lease_id):
                     if event.failure.kind is not FailureKind.CANCELLED:
                         self._note_start(lease)
                     self._drop_lease(lease, now)
                     self._fail(lease.task, event.failure, now)
+                else:
+                    self._take(LeaseReturned(event.session_id, event.lease_id, ""), now)
             case LeaseReturned():
                 if lease := self._lease(event.session_id, event.lease_id):
                     self._drop_lease(lease, now)
@@ -191,17 +206,28 @@ class Dispatch:
     def _admit(self, ready: TaskReady) -> None:
         spec = ready.spec
         shape = Shape(spec.resources, spec.function.is_async, spec.isolation, spec.node_selector)
-        task = Task(ready, shape, next(self._numbers))
-        self.tasks[ready.run_id, spec.task_id] = task
-        self._wait(task)
+        task = Task(ready, shape, next(self._numbers), ready.inputs)
+        if not ready.after:
+            self.tasks[ready.run_id, spec.task_id] = task
+            self._wait(task)
+        elif (source := self.tasks.get((ready.run_id, ready.after))) is not None and source.cancelled is None:
+            self.tasks[ready.run_id, spec.task_id] = task
+            task.follows = source
+            source.followers[task.ticket] = task
+            if source.lease_id:
+                self._send_along(source)
+        else:
+            self._effects.append(TaskReturned(ready.run_id, spec.task_id))
 
     def _wait(self, task: Task) -> None:
-        if not self._is_known(task):
+        if not self._is_known(task) or task.follows is not None:
             return
         task.is_waiting = True
         heapq.heappush(self._queues.setdefault(task.shape, []), (-task.ready.priority, task.ticket, task))
 
     def _requeue(self, task: Task) -> None:
+        if not self._is_known(task):
+            return
         if task.cancelled is not None:
             self._end_cancelled(task)
         else:
@@ -231,6 +257,7 @@ class Dispatch:
             node.take(slot)
             self._running.setdefault(shape, {})[slot.slot_id] = slot
             self._assign(task, slot, self._durations.get(task.ready.spec.function.digest, 0.0))
+            self._send_along(task)
             return True
         return self._send_ahead(shape, task)
 
@@ -251,10 +278,27 @@ class Dispatch:
         self._crowded[slot.slot_id] = slot
         return True
 
+    def _send_along(self, task: Task) -> None:
+        """Send what follows a leased task to the same slot, so that the worker goes on without asking.
+
+        Only along a chain: of several followers all but one would run sooner elsewhere.
+        """
+        while len(task.followers) == 1:
+            slot = self.leases[task.lease_id].slot
+            (following,) = task.followers.values()
+            expected_s = self._durations.get(following.ready.spec.function.digest)
+            if expected_s is None or following.lease_id or following.shape != task.shape or task.shape.is_async:
+                return
+            if slot.backlog_s + expected_s > SEND_AHEAD_S or len(slot.lease_ids) >= SEND_AHEAD_LEASES:
+                return
+            self._assign(following, slot, expected_s)
+            task = following
+
     def _assign(self, task: Task, slot: Slot, expected_s: float) -> None:
         task.is_waiting = False
         task.attempt += 1
-        lease = Lease(f"{self._epoch}-{next(self._numbers)}", task, slot, expected_s)
+        after_lease_id = "" if task.follows is None else task.follows.lease_id
+        lease = Lease(f"{self._epoch}-{next(self._numbers)}", task, slot, expected_s, after_lease_id)
         task.lease_id = lease.lease_id
         self.leases[lease.lease_id] = lease
         slot.lease_ids[lease.lease_id] = None
@@ -271,12 +315,13 @@ class Dispatch:
             run_id=lease.task.ready.run_id,
             task_id=spec.task_id,
             attempt=lease.task.attempt,
-            inputs=lease.task.ready.inputs,
+            inputs=lease.task.inputs,
             outputs=spec.outputs,
             isolation=spec.isolation,
             resources=spec.resources,
             gpu_indices=lease.slot.gpu_indices,
             timeout_s=spec.attempt_timeout_s,
+            after_lease_id="" if lease.task.follows is None else lease.after_lease_id,
         )
 
     def _take_back(self, now: float) -> None:
@@ -287,7 +332,8 @@ class Dispatch:
             session_id = self.nodes[slot.node_id].session_id
             for lease_id in list(slot.lease_ids)[1:]:
                 lease = self.leases[lease_id]
-                if not (lease.is_started or lease.is_revoked):
+                # What follows another task cannot run sooner elsewhere.
+                if not (lease.is_started or lease.is_revoked or lease.task.follows is not None):
                     lease.is_revoked = True
                     self._effects.append(RevokeLease(session_id, lease_id))
 
@@ -298,6 +344,11 @@ class Dispatch:
         if lease is None or self.nodes[lease.slot.node_id].session_id != session_id:
             return None
         return lease
+
+    def _ready_lease(self, session_id: str, lease_id: str) -> Lease | None:
+        """Return a lease whose task has all its inputs; only such a one can have started."""
+        lease = self._lease(session_id, lease_id)
+        return None if lease is None or lease.task.follows is not None else lease
 
     def _note_start(self, lease: Lease) -> None:
         if lease.is_started:
@@ -325,7 +376,7 @@ class Dispatch:
             self._leave_if_done(node)
 
     def _succeed(self, event: AttemptSucceeded, now: float) -> None:
-        lease = self._lease(event.session_id, event.lease_id)
+        lease = self._ready_lease(event.session_id, event.lease_id)
         if lease is None:
             return
         self._note_start(lease)
@@ -337,6 +388,33 @@ class Dispatch:
         del self.tasks[task.ready.run_id, task.ready.spec.task_id]
         ended = (task.ready.run_id, task.ready.spec.task_id, task.attempt)
         self._effects.append(TaskSucceeded(*ended, event.outputs))
+        self._release_followers(task, event.outputs)
+
+    def _release_followers(self, task: Task, outputs: Outputs) -> None:
+        def value_of(reference: OutputRef | Parameter) -> Binding:
+            assert isinstance(reference, OutputRef), "the run resolved its parameters"
+            return outputs[reference.output]
+
+        for follower in task.followers.values():
+            follower.follows = None
+            follower.inputs = {name: resolve(binding, value_of) for name, binding in follower.inputs.items()}
+            if not follower.lease_id:
+                self._wait(follower)
+
+    def _drop_followers(self, task: Task, failure: Failure) -> None:
+        """Forget what will never have its inputs; its run knows that by itself."""
+        frontier = [task]
+        while frontier:
+            source = frontier.pop()
+            for follower in source.followers.values():
+                follower.follows = None
+                if follower.lease_id:
+                    # The worker gives it back by itself.
+                    follower.cancelled = follower.cancelled or failure
+                else:
+                    del self.tasks[follower.ready.run_id, follower.ready.spec.task_id]
+                frontier.append(follower)
+            source.followers = {}
 
     def _fail(self, task: Task, failure: Failure, now: float) -> None:
         retry = task.ready.spec.retry
@@ -355,6 +433,7 @@ class Dispatch:
         if is_final:
             del self.tasks[task.ready.run_id, task.ready.spec.task_id]
             self._effects.append(TaskFailed(*named))
+            self._drop_followers(task, failure)
         else:
             self._effects.append(TaskRetrying(*named, delay_s))
             heapq.heappush(self._backoff, (now + delay_s, next(self._numbers), task))
@@ -373,6 +452,10 @@ class Dispatch:
     def _end_cancelled(self, task: Task) -> None:
         assert task.cancelled is not None
         task.is_waiting = False
+        if task.follows is not None:
+            del task.follows.followers[task.ticket]
+            task.follows = None
+        self._drop_followers(task, task.cancelled)
         del self.tasks[task.ready.run_id, task.ready.spec.task_id]
         ended = (task.ready.run_id, task.ready.spec.task_id, task.attempt)
         self._effects.append(TaskCancelled(*ended, task.cancelled))

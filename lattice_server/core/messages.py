@@ -92,6 +92,14 @@ class TaskLogged:
     is_truncated: bool
 
 
+@dataclass(frozen=True, slots=True)
+class TaskReturned:
+    """A task handed over to follow another is back: the other had ended before."""
+
+    run_id: str
+    task_id: str
+
+
 TaskEvent = TaskStarted | TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskSkipped | TaskLogged
 
 # What happens to runs, besides what happens to their tasks.
@@ -137,12 +145,13 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True)
 class TaskReady:
-    """A task's inputs are all there."""
+    """A task's inputs are all there, or will be once task `after` of its run succeeds and gives its outputs."""
 
     run_id: str
     spec: TaskSpec
     inputs: Mapping[str, Binding]
     priority: int
+    after: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +290,7 @@ class Assign:
     resources: Resources
     gpu_indices: tuple[int, ...]
     timeout_s: float | None
+    after_lease_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,8 +215,8 @@ def references(binding: Binding) -> list[OutputRef | Parameter]:
             return []
 
 
-def resolve(binding: Binding, value_of: Callable[[OutputRef | Parameter], Payload]) -> Binding:
-    """Return `binding` with every reference replaced by the payload `value_of` gives for it."""
+def resolve(binding: Binding, value_of: Callable[[OutputRef | Parameter], Binding]) -> Binding:
+    """Return `binding` with every reference replaced by what `value_of` gives for it."""
     match binding:
         case Payload():
             return binding

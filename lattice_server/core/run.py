@@ -20,11 +20,13 @@ from lattice_server.core.messages import (
     TaskLogged,
     TaskReady,
     TaskRetrying,
+    TaskReturned,
     TaskSkipped,
     TaskStarted,
     TaskSucceeded,
 )
 from lattice_server.core.model import (
+    Binding,
     Failure,
     FailureKind,
     FailurePolicy,
@@ -49,7 +51,8 @@ from lattice_server.core.states import (
 
 @dataclass(slots=True)
 class TaskRecord:
-    """One task of the run. `missing` counts predecessors that have not succeeded; times are monotonic seconds."""
+    """One task of the run. `missing` counts predecessors that have not succeeded; `is_promised` tells that the task
+    was handed over while it waited for the last of them. Times are monotonic seconds."""
 
     spec: TaskSpec
     missing: int
@@ -60,6 +63,8 @@ class TaskRecord:
     failure: Failure | None = None
     started_at: float | None = None
     ended_at: float | None = None
+    is_promised: bool = False
+    cancelled: Failure | None = None
 
 
 Effect = Fact | TaskReady | CancelRequested
@@ -102,7 +107,7 @@ class Run:
                 self._hand_over(task_id, record)
         return self._settle(now)
 
-    def handle(self, event: TaskEvent, now: float) -> list[Effect]:
+    def handle(self, event: TaskEvent | TaskReturned, now: float) -> list[Effect]:
         """Take one fact about a task. A task that has ended ignores what comes late."""
         record = self.tasks[event.task_id]
         if record.state in TASK_TERMINAL:
@@ -135,6 +140,12 @@ class Run:
             case TaskSkipped():
                 record.failure = event.failure
                 self._end(event.task_id, record, TaskState.SKIPPED, event, now)
+            case TaskReturned():
+                record.is_promised = False
+                if record.cancelled is not None:
+                    return self.handle(TaskCancelled(self.run_id, event.task_id, 0, record.cancelled), now)
+                if record.state is TaskState.QUEUED:
+                    self._tell(record, "")
             case _:
                 assert_never(event)
         return self._settle(now)
@@ -150,11 +161,12 @@ class Run:
         """Cancel one task; what depends on it follows the workflow's failure policy."""
         record = self.tasks[task_id]
         failure = Failure(FailureKind.CANCELLED, reason, task_id=task_id)
-        if record.state is TaskState.BLOCKED:
-            return self.handle(TaskCancelled(self.run_id, task_id, 0, failure), now)
-        if record.state not in TASK_TERMINAL:
+        if record.state in TASK_TERMINAL:
+            return []
+        record.cancelled = record.cancelled or failure
+        if self._is_with_scheduler(record):
             return [CancelRequested(self.run_id, (task_id,), failure)]
-        return []
+        return self.handle(TaskCancelled(self.run_id, task_id, 0, failure), now)
 
     def check(self) -> None:
         """Assert every invariant; tests call it after each step."""
@@ -169,22 +181,57 @@ class Run:
 
     def _hand_over(self, task_id: str, record: TaskRecord) -> None:
         self._move(task_id, record, TaskState.QUEUED)
-        inputs = {name: resolve(binding, self._value_of) for name, binding in record.spec.inputs.items()}
-        self._effects.append(TaskReady(self.run_id, record.spec, inputs, self.priority + record.spec.priority))
+        if not record.is_promised:
+            self._tell(record, "")
+            self._promise_after(task_id)
 
-    def _value_of(self, reference: OutputRef | Parameter) -> Payload:
+    def _promise_after(self, task_id: str) -> None:
+        """Hand over, early, whatever waits for this task alone, and what waits for that alone, and so on.
+
+        The scheduler then goes on by itself when the task succeeds, instead of asking here first.
+        """
+        frontier = [task_id]
+        while frontier:
+            source = frontier.pop()
+            for successor in self.dag.successors[source]:
+                record = self.tasks[successor]
+                if record.missing == 1 and record.state is TaskState.BLOCKED and not record.is_promised:
+                    record.is_promised = True
+                    self._tell(record, source)
+                    frontier.append(successor)
+
+    def _tell(self, record: TaskRecord, after: str) -> None:
+        inputs = {name: resolve(binding, self._value_of) for name, binding in record.spec.inputs.items()}
+        priority = self.priority + record.spec.priority
+        self._effects.append(TaskReady(self.run_id, record.spec, inputs, priority, after))
+
+    def _value_of(self, reference: OutputRef | Parameter) -> Binding:
         if isinstance(reference, Parameter):
             return self._parameters[reference.name]
         outputs = self.tasks[reference.task_id].outputs
-        assert outputs is not None
-        return outputs[reference.output]
+        return reference if outputs is None else outputs[reference.output]
 
     def _release_successors(self, task_id: str) -> None:
         for successor in self.dag.successors[task_id]:
             record = self.tasks[successor]
             record.missing -= 1
-            if record.missing == 0 and record.state is TaskState.BLOCKED and self.state is RunState.RUNNING:
+            if record.state is not TaskState.BLOCKED or self.state is not RunState.RUNNING:
+                continue
+            if record.missing == 0:
                 self._hand_over(successor, record)
+            elif record.missing == 1 and not record.is_promised:
+                last = next(p for p in self.dag.predecessors[successor] if not self._has_succeeded(p))
+                if self._is_with_scheduler(self.tasks[last]):
+                    self._promise_after(last)
+
+    def _has_succeeded(self, task_id: str) -> bool:
+        return self.tasks[task_id].state is TaskState.SUCCEEDED
+
+    @staticmethod
+    def _is_with_scheduler(record: TaskRecord) -> bool:
+        return record.state in {TaskState.QUEUED, TaskState.RUNNING} or (
+            record.state is TaskState.BLOCKED and record.is_promised
+        )
 
     def _fail_after(self, task_id: str, failure: Failure, now: float) -> None:
         named = Failure(
@@ -205,12 +252,14 @@ class Run:
     def _stop(self, failure: Failure, now: float) -> None:
         self.failure = self.failure or failure
         self._become(RunState.CANCELLING)
-        held = tuple(t for t, r in self.tasks.items() if r.state in {TaskState.QUEUED, TaskState.RUNNING})
+        held = tuple(t for t, r in self.tasks.items() if self._is_with_scheduler(r))
+        stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
+        for task_id in held:
+            self.tasks[task_id].cancelled = stopped
         if held or self.counts[TaskState.BLOCKED]:
             self._publish(RunCancelling(self.failure))
         self._skip([t for t, r in self.tasks.items() if r.state is TaskState.BLOCKED], failure, now)
         if held:
-            stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
             self._effects.append(CancelRequested(self.run_id, held, stopped))
 
     def _skip(self, task_ids: list[str], cause: Failure, now: float) -> None:

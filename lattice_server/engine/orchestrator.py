@@ -19,6 +19,7 @@ from lattice_server.core.messages import (
     TaskLogged,
     TaskReady,
     TaskRetrying,
+    TaskReturned,
     TaskSkipped,
     TaskStarted,
     TaskSucceeded,
@@ -31,7 +32,16 @@ from lattice_server.engine.subscriptions import RunLog
 
 log = logging.getLogger(__name__)
 
-TASK_EVENTS = (TaskStarted, TaskSucceeded, TaskRetrying, TaskFailed, TaskCancelled, TaskSkipped, TaskLogged)
+TASK_EVENTS = (
+    TaskStarted,
+    TaskSucceeded,
+    TaskRetrying,
+    TaskFailed,
+    TaskCancelled,
+    TaskSkipped,
+    TaskReturned,
+    TaskLogged,
+)
 
 
 @dataclass(slots=True)

@@ -77,6 +77,7 @@ def _add(assignments: worker_pb2.Assignments, effect: Assign, connection: Connec
         isolation=convert.ISOLATION_TO_PROTO[effect.isolation],
         resources=convert.resources_to_proto(effect.resources),
         gpu_indices=effect.gpu_indices,
+        after_lease_id=effect.after_lease_id,
     )
     if effect.timeout_s is not None:
         message.timeout.CopyFrom(convert.duration(effect.timeout_s))

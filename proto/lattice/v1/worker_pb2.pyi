@@ -441,6 +441,7 @@ class Assignment(google.protobuf.message.Message):
     GPU_INDICES_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
     TRACE_CONTEXT_FIELD_NUMBER: builtins.int
+    AFTER_LEASE_ID_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease in reports; the fence."""
     slot: builtins.int
@@ -451,6 +452,10 @@ class Assignment(google.protobuf.message.Message):
     """Whether the function takes and returns lists."""
     isolation: lattice.v1.resources_pb2.Isolation.ValueType
     """How strictly to isolate."""
+    after_lease_id: builtins.str
+    """Set when the attempt needs another lease of this slot to succeed first: bindings that name an output then mean
+    that lease's. When it fails, is given back, or is not held, this lease is given back too.
+    """
     @property
     def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Attempt]:
         """The attempts; more than one only when `batched`."""
@@ -489,9 +494,10 @@ class Assignment(google.protobuf.message.Message):
         gpu_indices: collections.abc.Iterable[builtins.int] | None = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         trace_context: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        after_lease_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["resources", b"resources", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "slot", b"slot", "timeout", b"timeout", "trace_context", b"trace_context"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "slot", b"slot", "timeout", b"timeout", "trace_context", b"trace_context"]) -> None: ...
 
 Global___Assignment: typing_extensions.TypeAlias = Assignment
 
@@ -531,7 +537,7 @@ class Attempt(google.protobuf.message.Message):
     """The number of the attempt, from 1."""
     @property
     def inputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Binding]:
-        """The inputs; every leaf is a payload."""
+        """The inputs; every leaf is a payload, or an output of the lease named by `after_lease_id`."""
 
     def __init__(
         self,

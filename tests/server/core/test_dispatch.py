@@ -19,20 +19,26 @@ from lattice_server.core.messages import (
     TaskFailed,
     TaskReady,
     TaskRetrying,
+    TaskReturned,
     TaskSucceeded,
     WelcomeWorker,
     WorkerDetached,
     WorkerLost,
 )
-from lattice_server.core.model import Failure, FailureKind, Resources, RetryPolicy
-from tests.server.core.graphs import hello, task
+from lattice_server.core.model import Failure, FailureKind, OutputRef, Resources, RetryPolicy
+from tests.server.core.graphs import VALUE, hello, task
 
 BROKEN = Failure(FailureKind.USER_ERROR, "broken")
 STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 
 
-def ready(task_id: str, cpu: float = 1.0, **settings_: object) -> TaskReady:
-    return TaskReady("r", task(task_id, resources=Resources(cpu), **settings_), {}, 0)
+def ready(task_id: str, cpu: float = 1.0, after: str = "", **settings_: object) -> TaskReady:
+    inputs = {"x": OutputRef(after, "out")} if after else {}
+    return TaskReady("r", task(task_id, resources=Resources(cpu), **settings_), inputs, 0, after)
+
+
+def succeeded(lease: Assign, duration_s: float = 0.001) -> AttemptSucceeded:
+    return AttemptSucceeded(lease.session_id, lease.lease_id, 0, {"out": VALUE}, duration_s)
 
 
 def assigned(effects: list[Effect]) -> list[Assign]:
@@ -71,6 +77,60 @@ def test_short_work_is_sent_ahead_and_taken_back_from_behind_a_long_attempt() ->
     assert revoked == [a.lease_id for a in ahead[1:]]
     machine.handle(LeaseReturned(ahead[1].session_id, ahead[1].lease_id, ""), deadline)
     machine.check()
+
+
+def warmed(cpu: float = 1.0) -> Dispatch:
+    """A scheduler that knows its tasks to be short."""
+    machine = Dispatch("e")
+    machine.handle(hello("n", cpu=cpu), 0.0)
+    machine.handle(succeeded(assigned(machine.handle(ready("warm"), 0.0))[0]), 0.0)
+    return machine
+
+
+CHAIN = [ready("a"), ready("b", after="a"), ready("c", after="b")]
+
+
+def test_a_chain_of_short_tasks_goes_out_together_and_in_order() -> None:
+    machine = warmed()
+    a, b, c = assigned(machine.handle_all(CHAIN, 0.0))
+    assert (a.slot, a.after_lease_id) == (b.slot, "")
+    assert (b.after_lease_id, c.after_lease_id) == (a.lease_id, b.lease_id)
+    effects = machine.handle_all([succeeded(a), succeeded(b), succeeded(c)], 0.1)
+    assert [e.task_id for e in effects if isinstance(e, TaskSucceeded)] == ["a", "b", "c"]
+    machine.check()
+
+
+def test_what_follows_a_long_task_gets_its_outputs_when_it_starts() -> None:
+    machine = Dispatch("e")
+    machine.handle(hello("n"), 0.0)
+    (a,) = assigned(machine.handle_all(CHAIN[:2], 0.0))
+    (b,) = assigned(machine.handle(succeeded(a, duration_s=5.0), 5.0))
+    assert (b.inputs, b.after_lease_id) == ({"x": VALUE}, "")
+
+
+def test_a_chain_comes_back_when_its_first_task_fails_and_goes_out_again_with_the_retry() -> None:
+    machine = warmed()
+    retried = ready("a", retry=RetryPolicy(max_attempts=2, initial_backoff_s=1.0))
+    a, b, c = assigned(machine.handle_all([retried, *CHAIN[1:]], 0.0))
+    back = [LeaseReturned(lease.session_id, lease.lease_id, "") for lease in (b, c)]
+    machine.handle_all([AttemptFailed(a.session_id, a.lease_id, 0, BROKEN), *back], 0.1)
+    machine.check()
+    assert [(x.task_id, x.attempt) for x in assigned(machine.tick(1.2))] == [("a", 2), ("b", 1), ("c", 1)]
+
+
+def test_what_follows_a_failed_task_is_forgotten() -> None:
+    machine = warmed()
+    a, b, c = assigned(machine.handle_all(CHAIN, 0.0))
+    machine.handle(AttemptFailed(a.session_id, a.lease_id, 0, BROKEN), 0.1)
+    machine.check()
+    machine.handle_all([LeaseReturned(lease.session_id, lease.lease_id, "") for lease in (b, c)], 0.1)
+    assert not machine.tasks
+    machine.check()
+
+
+def test_a_follower_of_a_task_that_ended_is_handed_back() -> None:
+    machine = warmed()
+    assert machine.handle(ready("b", after="gone"), 0.0) == [TaskReturned("r", "b")]
 
 
 def test_a_lost_worker_is_retried_three_times() -> None:
@@ -117,13 +177,30 @@ class Histories(RuleBasedStateMachine):
         self.submitted: list[str] = []
         self.offered: list[Assign] = []
         self.ended: Counter[str] = Counter()
+        self.gone: set[str] = set()
+        self.after: dict[str, str] = {}
 
     def take(self, effects: list[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Assign):
                 self.offered.append(effect)
-            elif isinstance(effect, TaskSucceeded | TaskFailed | TaskCancelled):
+            elif isinstance(effect, TaskSucceeded):
                 self.ended[effect.task_id] += 1
+                source = self.after.get(effect.task_id)
+                assert source is None or self.ended[source], "a task ended before its input"
+            elif isinstance(effect, TaskFailed | TaskCancelled):
+                # What was sent along with a task that failed ends cancelled once the worker gave it back.
+                if effect.task_id not in self.gone:
+                    self.ended[effect.task_id] += 1
+                    self.forget_followers(effect.task_id)
+            elif isinstance(effect, TaskReturned):
+                self.gone.add(effect.task_id)
+
+    def forget_followers(self, task_id: str) -> None:
+        for follower, source in self.after.items():
+            if source == task_id and follower not in self.gone and follower not in self.ended:
+                self.gone.add(follower)
+                self.forget_followers(follower)
 
     @rule(cpu=st.sampled_from([0.0, 0.5, 1.0, 2.0, 8.0]), retries=st.integers(1, 3), many=st.integers(1, 5))
     def submit(self, cpu: float, retries: int, many: int) -> None:
@@ -134,6 +211,20 @@ class Histories(RuleBasedStateMachine):
             events.append(ready(f"t{self.number}", cpu, retry=RetryPolicy(max_attempts=retries)))
         self.take(self.machine.handle_all(events, self.now))
 
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data(), many=st.integers(1, 3))
+    def submit_chain(self, data: st.DataObject, many: int) -> None:
+        source = data.draw(st.sampled_from(self.submitted))
+        events = []
+        for _ in range(many):
+            self.number += 1
+            task_id = f"t{self.number}"
+            self.submitted.append(task_id)
+            self.after[task_id] = source
+            events.append(ready(task_id, after=source))
+            source = task_id
+        self.take(self.machine.handle_all(events, self.now))
+
     @rule(node=st.sampled_from(["n1", "n2"]), cpu=st.sampled_from([1.0, 4.0]))
     def join(self, node: str, cpu: float) -> None:
         self.take(self.machine.handle(hello(node, cpu), self.now))
@@ -142,7 +233,7 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data(), duration=st.sampled_from([0.0001, 0.004, 1.0]))
     def finish(self, data: st.DataObject, duration: float) -> None:
         lease = data.draw(st.sampled_from(self.offered))
-        self.take(self.machine.handle(AttemptSucceeded(lease.session_id, lease.lease_id, 0, {}, duration), self.now))
+        self.take(self.machine.handle(succeeded(lease, duration), self.now))
 
     @precondition(lambda self: self.offered)
     @rule(data=st.data(), failure=st.sampled_from([BROKEN, STOPPED]))
@@ -182,8 +273,9 @@ class Histories(RuleBasedStateMachine):
         self.machine.check()
         assert all(count == 1 for count in self.ended.values()), "a task ended twice"
         known = {task_id for _, task_id in self.machine.tasks}
-        assert known | set(self.ended) == set(self.submitted), "a task was lost"
+        assert known | set(self.ended) | self.gone == set(self.submitted), "a task was lost"
         assert not known & set(self.ended)
+        assert all(self.machine.tasks["r", task_id].cancelled for task_id in known & self.gone)
 
 
 TestHistories = Histories.TestCase

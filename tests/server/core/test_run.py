@@ -10,6 +10,7 @@ from lattice_server.core.messages import (
     TaskCancelled,
     TaskFailed,
     TaskReady,
+    TaskReturned,
     TaskSkipped,
     TaskStarted,
     TaskSucceeded,
@@ -28,7 +29,9 @@ def run_of(spec: WorkflowSpec) -> Run:
 
 
 def ready(effects: list[object]) -> list[str]:
-    return [effect.spec.task_id for effect in effects if isinstance(effect, TaskReady)]
+    """The tasks handed over, each with the one it still waits for."""
+    named = [(e.spec.task_id, e.after) for e in effects if isinstance(e, TaskReady)]
+    return [f"{task_id} after {after}" if after else task_id for task_id, after in named]
 
 
 def succeed(run: Run, task_id: str) -> list[object]:
@@ -38,13 +41,37 @@ def succeed(run: Run, task_id: str) -> list[object]:
     return list(effects)
 
 
-def test_tasks_become_ready_when_their_inputs_are_there() -> None:
+def test_tasks_are_handed_over_once_they_wait_for_one_other_at_most() -> None:
     run = run_of(workflow(DIAMOND))
-    assert ready(list(run.start({}, 0.0))) == ["a"]
-    assert ready(succeed(run, "a")) == ["b", "c"]
-    assert ready(succeed(run, "c")) == []
-    assert ready(succeed(run, "b")) == ["d"]
+    assert ready(list(run.start({}, 0.0))) == ["a", "b after a", "c after a"]
+    assert ready(succeed(run, "a")) == []
+    assert ready(succeed(run, "c")) == ["d after b"]
+    assert ready(succeed(run, "b")) == []
     assert succeed(run, "d")[-1] == RunFinished(RunState.SUCCEEDED, None)
+
+
+def test_a_chain_is_handed_over_whole_with_what_is_known_of_its_inputs() -> None:
+    run = run_of(workflow({"a": (), "b": ("a",), "c": ("b",)}))
+    effects = list(run.start({}, 0.0))
+    assert ready(effects) == ["a", "b after a", "c after b"]
+    assert [e.inputs for e in effects if isinstance(e, TaskReady)][1] == {"from_a": OutputRef("a", "out")}
+
+
+def test_a_task_handed_back_is_handed_over_with_its_inputs() -> None:
+    run = run_of(workflow({"a": (), "b": ("a",)}))
+    run.start({}, 0.0)
+    succeed(run, "a")
+    (again,) = run.handle(TaskReturned("r", "b"), 3.0)
+    assert again == TaskReady("r", run.tasks["b"].spec, {"from_a": VALUE}, 0)
+
+
+def test_a_task_handed_back_after_its_cancellation_ends_cancelled() -> None:
+    run = run_of(workflow({"a": (), "b": ("a",), "c": ()}, failure_policy=FailurePolicy.FINISH_INDEPENDENT))
+    run.start({}, 0.0)
+    succeed(run, "a")
+    assert [e.task_ids for e in run.cancel_task("b", "no", 2.5) if isinstance(e, CancelRequested)] == [("b",)]
+    assert any(isinstance(e, TaskCancelled) for e in run.handle(TaskReturned("r", "b"), 3.0))
+    run.check()
 
 
 def test_fail_fast_stops_what_runs_and_skips_what_waits() -> None:

@@ -1,0 +1,1 @@
+"""Speed, as ratios to raw Ray in the same run."""

@@ -1,0 +1,132 @@
+"""`python -m benchmarks`: runs all workloads on Lattice and on raw Ray, interleaved, and writes a table and a plot."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import ray
+
+from benchmarks import lattice_side, ray_side
+from benchmarks.report import write
+from lattice_client import LatticeClient
+
+CLIENTS = 16
+SCALE = (1_000, 10_000, 100_000)
+Samples = dict[str, dict[str, list[float]]]
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(prog="benchmarks")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="workloads to run, such as W1 W4")
+    parser.add_argument("--cpus", type=int, default=os.cpu_count() or 4)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    flags = parser.parse_args()
+    lattice = str(Path(sys.executable).parent / "lattice")
+    command = [lattice, "start", "--head", "--port", "0", "--num-cpus", str(flags.cpus)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    address = server.stdout.readline().strip().rpartition(" ")[2]
+    ray.init(
+        address="local", num_cpus=flags.cpus, log_to_driver=False, logging_level="ERROR", include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+    )  # fmt: skip
+    try:
+        with LatticeClient(address) as client:
+            samples = measure(client, address, flags.rounds, set(flags.only or ()), flags.cpus)
+            memory = scale(client, server.pid, samples) if not flags.only or "scale" in flags.only else {}
+    finally:
+        ray.shutdown()
+        server.terminate()
+        server.wait(30)
+    facts = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs", "rounds": flags.rounds}
+    write(flags.output, samples, memory, facts)
+    (flags.output / "samples.json").write_text(json.dumps(samples, indent=1))
+
+
+def measure(client: LatticeClient, address: str, rounds: int, only: set[str], cpus: int) -> Samples:
+    """Return the samples of each workload by side; the sides take turns within every round."""
+    tasks, actors = ray_side.Tasks(), ray_side.Actors(cpus)
+    async_actor = ray.remote(ray_side.AsyncActor).options(num_cpus=0, max_concurrency=2000).remote()
+    gcs = ray.get_runtime_context().gcs_address
+    workloads: dict[str, tuple[int, dict[str, Callable[[], float]]]] = {
+        "W1": (40, _sides(lattice_side.one, ray_side.one, client, tasks, actors)),
+        "W2": (3, _sides(lattice_side.chain, ray_side.chain, client, tasks, actors)),
+        "W3": (2, _sides(lattice_side.fan, ray_side.fan, client, tasks, actors)),
+        "W4": (
+            1,
+            {side: _many(side, a) for side, a in (("lattice", address), ("ray tasks", gcs), ("ray actors", gcs))},
+        ),
+        "W5": (2, _sides(lattice_side.agent, ray_side.agent, client, tasks, actors)),
+        "W6": (2, _sides(lattice_side.large, ray_side.large, client, tasks, actors)),
+        "W8": (
+            1,
+            {"lattice": lambda: lattice_side.waiting(client), "ray actors": lambda: ray_side.waiting(async_actor)},
+        ),
+    }
+    samples: Samples = defaultdict(lambda: defaultdict(list))
+    for number in range(-1, rounds):  # round -1 warms up
+        for name, (repeats, sides) in workloads.items():
+            if only and name not in only:
+                continue
+            if number < 0 and name == "W4":
+                continue
+            for _ in range(repeats):
+                for side, function in sides.items():
+                    value = function()
+                    if number >= 0:
+                        samples[name][side].append(value)
+            medians = {side: round(statistics.median(v), 5) for side, v in samples[name].items()}
+            print(f"round {number + 1}/{rounds} {name} {medians}", flush=True)
+    return samples
+
+
+def _sides(
+    ours: Callable[[LatticeClient], float],
+    theirs: Callable[[ray_side.Caller], float],
+    client: LatticeClient,
+    tasks: ray_side.Caller,
+    actors: ray_side.Caller,
+) -> dict[str, Callable[[], float]]:
+    return {
+        "lattice": lambda: ours(client),
+        "ray tasks": lambda: theirs(tasks),
+        "ray actors": lambda: theirs(actors),
+    }
+
+
+def _many(side: str, address: str, seconds: float = 4.0) -> Callable[[], float]:
+    def run() -> float:
+        start = time.time() + 8.0
+        command = [sys.executable, "-m", "benchmarks.clients", side, address, str(start), str(seconds)]
+        started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(CLIENTS)]
+        return sum(int(process.communicate()[0].split()[-1]) for process in started) / seconds
+
+    return run
+
+
+def scale(client: LatticeClient, pid: int, samples: Samples) -> dict[str, float]:
+    """Measure the cost of a task in larger and larger graphs; return the server's memory a task, in bytes."""
+    memory = {}
+    process = psutil.Process(pid)
+    for count in SCALE:
+        before = process.memory_info().rss
+        cost = lattice_side.scale(client, count)
+        samples[f"scale {count}"]["lattice"].append(cost)
+        memory[str(count)] = (process.memory_info().rss - before) / count
+        print(f"scale {count}: {cost * 1e6:.0f} us a task, {memory[str(count)]:.0f} bytes a task", flush=True)
+    return memory
+
+
+if __name__ == "__main__":
+    main()
