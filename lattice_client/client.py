@@ -6,8 +6,9 @@ Rule: a graph is one RPC; a watch that breaks goes on after the last event it sa
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, Self
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 import grpc
@@ -29,10 +30,14 @@ from lattice_client import convert, errors, payloads
 from lattice_client.convert import RunEvent
 from lattice_client.workflow import Graph
 
+T = TypeVar("T")
+
 DEFAULT_TARGET = "127.0.0.1:50051"
 CHUNK_BYTES = 1024 * 1024
 WAIT_S = 60.0
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
+# Runs beyond these are asked for their result by a call of their own.
+MAX_OPEN_CALLS = 64
 MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
 SERVICE_CONFIG = """{"methodConfig": [{"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.1s",
 "maxBackoff": "2s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}"""
@@ -46,6 +51,10 @@ TERMINAL = frozenset({run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED, run
 RESUMABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
 
 
+# The last message of the call that started a run; None when the call broke.
+Outcome = asyncio.Task[workflow_pb2.ExecuteWorkflowResponse | None]
+
+
 class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
     """A workflow being written, for asyncio."""
 
@@ -57,14 +66,17 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
 class AsyncRun(str):
     """A run: its id, as a string, that can also be followed."""
 
-    __slots__ = ("_client",)
     _client: "AsyncLatticeClient"
+    _outcome: Outcome | None
 
     @classmethod
-    def of(cls, run_id: str, client: "AsyncLatticeClient") -> Self:
-        """Return the run with this id."""
+    def of(cls, run_id: str, client: "AsyncLatticeClient", outcome: Outcome | None = None) -> Self:
+        """Return the run with this id; `outcome` is the end of the call that started it."""
         run = cls(run_id)
-        run._client = client
+        run._client, run._outcome = client, outcome
+        if outcome is not None:
+            # Nobody can ask for the result any more: the call that would bring it may end.
+            weakref.finalize(run, _abandon, outcome).atexit = False
         return run
 
     async def result(self, timeout: float | None = None) -> dict[str, Any]:
@@ -76,7 +88,7 @@ class AsyncRun(str):
             TimeoutError: `timeout` seconds passed; the run goes on.
         """
         async with asyncio.timeout(timeout):
-            return await self._client.result(self)
+            return await self._client.result(self, self._outcome)
 
     def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield the run's events after number `after`, to its end."""
@@ -103,6 +115,8 @@ class AsyncLatticeClient:
         self._tasks = task_pb2_grpc.TaskServiceStub(self._channel)
         self._results = results_pb2_grpc.ResultsServiceStub(self._channel)
         self._workers = worker_pb2_grpc.WorkerServiceStub(self._channel)
+        self._open: set[Outcome] = set()
+        self._known_code: set[str] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,6 +126,8 @@ class AsyncLatticeClient:
 
     async def close(self) -> None:
         """Close the connection; runs go on."""
+        for outcome in self._open:
+            outcome.cancel()
         await self._channel.close()
 
     def create_workflow(self, name: str = "") -> AsyncLatticeWorkflow:
@@ -134,42 +150,77 @@ class AsyncLatticeClient:
         )
         if timeout is not None:
             request.timeout.FromNanoseconds(int(timeout * 1e9))
-        try:
-            if graph.workflow_id and not graph.tasks:
-                request.workflow_id = graph.workflow_id
-            else:
-                request.workflow.CopyFrom(await convert.spec_of(graph, self._upload))
-            response = await self._workflows.RunWorkflow(request)
-        except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc(error) from None
-        return AsyncRun.of(response.run.run_id, self)
+        return await self._with_code(lambda: self._start(request, graph))
 
     async def run_task(self, task: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run one task as a run of its own and return its outputs. Raises TaskFailedError, RequestError."""
         graph: Graph[Any] = Graph(None)
         added = graph.add_task(task, inputs)
         function, bundle = added.definition.code
-        request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", function=function, wait=_seconds(WAIT_S))
+        request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", wait=_seconds(WAIT_S))
         request.task.CopyFrom(await convert.task_of(added, "", self._upload))
-        if bundle is not None:
-            request.bundle.CopyFrom(bundle)
-        try:
-            response = await self._tasks.RunTask(request)
-        except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc(error) from None
+
+        async def call() -> task_pb2.RunTaskResponse:
+            if function.digest in self._known_code:
+                request.function.digest = function.digest
+            else:
+                request.function.CopyFrom(function)
+                if bundle is not None:
+                    request.bundle.CopyFrom(bundle)
+            try:
+                return await self._tasks.RunTask(request)
+            except grpc.aio.AioRpcError as error:
+                raise errors.from_rpc(error) from None
+
+        response = await self._with_code(call)
+        self._known_code.add(function.digest)
         if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
             return {name: await self.decode(payload) for name, payload in response.task.outputs.items()}
         return await self.result(response.run.run_id)
 
-    async def result(self, run_id: str) -> dict[str, Any]:
-        """Wait for a run's end and return the outputs of its final tasks; see `AsyncRun.result`."""
-        request = results_pb2.GetResultRequest(run_id=run_id, wait=_seconds(WAIT_S))
+    async def _with_code(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Make a call that leaves out code the server has; with it, when the server has forgotten some."""
         try:
-            response = await self._results.GetResult(request)
-            while response.run.state not in TERMINAL:
-                response = await self._results.GetResult(request)
+            return await call()
+        except errors.PreconditionError as error:
+            if error.reason != "FUNCTION_MISSING" or not self._known_code:
+                raise
+        self._known_code.clear()
+        return await call()
+
+    async def _start(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> AsyncRun:
+        try:
+            if graph.workflow_id and not graph.tasks:
+                request.workflow_id = graph.workflow_id
+            else:
+                request.workflow.CopyFrom(await convert.spec_of(graph, self._upload, self._known_code))
+            if len(self._open) >= MAX_OPEN_CALLS:
+                run, outcome = (await self._workflows.RunWorkflow(request)).run, None
+            else:
+                run, outcome = await self._execute(request)
         except grpc.aio.AioRpcError as error:
             raise errors.from_rpc(error) from None
+        self._known_code.update(function.digest for function in request.workflow.functions.values())
+        return AsyncRun.of(run.run_id, self, outcome)
+
+    async def _execute(self, request: workflow_pb2.RunWorkflowRequest) -> tuple[run_pb2.Run, Outcome]:
+        """Start a run by a call that ends with the run and brings its result."""
+        execute = workflow_pb2.ExecuteWorkflowRequest(run=request, result_only=True)
+        call = self._workflows.ExecuteWorkflow(execute)
+        first = await call.read()
+        assert isinstance(first, workflow_pb2.ExecuteWorkflowResponse), "the server answers before it ends the call"
+        outcome = asyncio.create_task(_last(call))
+        self._open.add(outcome)
+        outcome.add_done_callback(self._open.discard)
+        return first.run, outcome
+
+    async def result(self, run_id: str, outcome: Outcome | None = None) -> dict[str, Any]:
+        """Wait for a run's end and return the outputs of its final tasks; see `AsyncRun.result`."""
+        response: results_pb2.GetResultResponse | workflow_pb2.ExecuteWorkflowResponse | None = None
+        if outcome is not None and not outcome.cancelled():
+            response = await asyncio.shield(outcome)
+        if response is None:
+            response = await self._get_result(run_id)
         if (failed := convert.error_of(response.run)) is not None:
             raise failed
         found = {
@@ -177,6 +228,16 @@ class AsyncLatticeClient:
             for task in response.final_tasks
         }
         return next(iter(found.values())) if len(found) == 1 else found
+
+    async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:
+        request = results_pb2.GetResultRequest(run_id=run_id, wait=_seconds(WAIT_S))
+        try:
+            response = await self._results.GetResult(request)
+            while response.run.state not in TERMINAL:
+                response = await self._results.GetResult(request)
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+        return response
 
     async def events(self, run_id: str, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield a run's events after number `after`, each once, to its end. Raises RequestError."""
@@ -257,6 +318,20 @@ class AsyncLatticeClient:
                 yield results_pb2.WriteArtifactRequest(data=data[start : start + CHUNK_BYTES])
 
         return (await self._results.WriteArtifact(chunks())).artifact
+
+
+async def _last(call: Any) -> workflow_pb2.ExecuteWorkflowResponse | None:
+    try:
+        last = await call.read()
+    except grpc.aio.AioRpcError:
+        return None
+    return last if isinstance(last, workflow_pb2.ExecuteWorkflowResponse) else None
+
+
+def _abandon(outcome: Outcome) -> None:
+    loop = outcome.get_loop()
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(outcome.cancel)
 
 
 def _seconds(seconds: float) -> Duration:

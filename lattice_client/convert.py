@@ -1,6 +1,6 @@
 """Owns the translation between a graph and the contract, and between events and plain values."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ class RunEvent:
     data: Mapping[str, Any]
 
 
-async def spec_of(graph: Graph[Any], upload: Upload) -> workflow_pb2.WorkflowSpec:
-    """Return the whole graph as one message; large inputs are uploaded first."""
+async def spec_of(graph: Graph[Any], upload: Upload, known: Container[str]) -> workflow_pb2.WorkflowSpec:
+    """Return the whole graph as one message. Large inputs are uploaded first; `known` code goes by its digest."""
     spec = workflow_pb2.WorkflowSpec(display_name=graph.name)
     names: dict[int, str] = {}
     bundles: set[str] = set()
@@ -37,10 +37,13 @@ async def spec_of(graph: Graph[Any], upload: Upload) -> workflow_pb2.WorkflowSpe
             name = task.definition.name if task.definition.name not in spec.functions else task.task_id
             names[id(task.definition)] = name
             function, bundle = task.definition.code
-            spec.functions[name].CopyFrom(function)
-            if bundle is not None and bundle.digest not in bundles:
-                bundles.add(bundle.digest)
-                spec.bundles.append(bundle)
+            if function.digest in known:
+                spec.functions[name].digest = function.digest
+            else:
+                spec.functions[name].CopyFrom(function)
+                if bundle is not None and bundle.digest not in bundles:
+                    bundles.add(bundle.digest)
+                    spec.bundles.append(bundle)
         spec.tasks.append(await task_of(task, name, upload))
     return spec
 

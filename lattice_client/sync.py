@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import uvloop
 from lattice.v1 import run_pb2, worker_pb2
 
-from lattice_client.client import AsyncLatticeClient
+from lattice_client.client import AsyncLatticeClient, AsyncRun
 from lattice_client.convert import RunEvent
 from lattice_client.workflow import Graph
 
@@ -52,15 +52,14 @@ def _iterate(source: AsyncIterator[T], timeout: float | None = None) -> Iterator
 class Run(str):
     """A run: its id, as a string, that can also be followed."""
 
-    __slots__ = ("_client",)
-    _client: AsyncLatticeClient
+    aio: AsyncRun
 
     @classmethod
-    def of(cls, run_id: str, client: AsyncLatticeClient) -> Self:
-        """Return the run with this id."""
-        run = cls(run_id)
-        run._client = client
-        return run
+    def of(cls, run: AsyncRun) -> Self:
+        """Return the synchronous face of a run."""
+        found = cls(run)
+        found.aio = run
+        return found
 
     @property
     def run_id(self) -> str:
@@ -75,20 +74,19 @@ class Run(str):
             RunCancelledError: the run was cancelled.
             TimeoutError: `timeout` seconds passed; the run goes on.
         """
-        return _wait(asyncio.wait_for(self._client.result(self), timeout))
+        return _wait(self.aio.result(timeout))
 
     def events(self, after: int = 0, timeout: float | None = None) -> Iterator[RunEvent]:
         """Yield the run's events after number `after`, to its end. Raises TimeoutError after `timeout` seconds."""
-        return _iterate(self._client.events(self, after), timeout)
+        return _iterate(self.aio.events(after), timeout)
 
     def cancel(self, reason: str = "") -> None:
         """Cancel the run."""
-        _wait(self._client.cancel_run(self, reason))
+        _wait(self.aio.cancel(reason))
 
     def status(self) -> str:
         """Return the run's state: running, cancelling, succeeded, failed or cancelled."""
-        state = _wait(self._client.get_run(self)).state
-        return run_pb2.RunState.Name(state).removeprefix("RUN_STATE_").lower()
+        return _wait(self.aio.status())
 
 
 class LatticeWorkflow(Graph["LatticeClient"]):
@@ -96,8 +94,7 @@ class LatticeWorkflow(Graph["LatticeClient"]):
 
     def run(self, run_id: str = "", **settings: Any) -> Run:
         """Send the whole graph and start a run; the result is its id, and more (see `Run`). Raises RequestError."""
-        started = _wait(self.client.aio.run(self, run_id, **settings))
-        return Run.of(started, self.client.aio)
+        return Run.of(_wait(self.client.aio.run(self, run_id, **settings)))
 
     def get_results(self, run_id: str, verbose: bool = True, timeout: float | None = None) -> list[dict[str, Any]]:
         """Follow a run to its end and return its messages, printing them when `verbose`.
@@ -162,7 +159,7 @@ class LatticeClient:
     def get_run(self, run_id: str) -> Run:
         """Return a run to follow. Raises NotFoundError."""
         _wait(self.aio.get_run(run_id))
-        return Run.of(run_id, self.aio)
+        return Run.of(AsyncRun.of(run_id, self.aio))
 
     def get_ray_head_port(self) -> int:
         """Return the port of the server's Ray head; zero without Ray."""

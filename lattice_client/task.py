@@ -1,6 +1,7 @@
 """Owns `@task`: what a function takes, gives and needs. Rule: what can be found wrong is found at the decoration."""
 
 import functools
+import hashlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +72,8 @@ class TaskDefinition(Generic[P, R]):
             concurrency=task_pb2.CONCURRENCY_ASYNC if self.is_async else task_pb2.CONCURRENCY_PROCESS,
             display_name=self.name,
         )
+        content = function.SerializeToString(deterministic=True)
+        function.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
         return function, bundle
 
     def __reduce__(self) -> Any:

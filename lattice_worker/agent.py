@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 VERSION = "0.1.0"
 MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
+COALESCE_S = 0.001
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
@@ -88,6 +89,8 @@ class Agent:
 
     async def _requests(self) -> AsyncIterator[worker_pb2.ConnectRequest]:
         yield worker_pb2.ConnectRequest(hello=self._hello())
+        loop = asyncio.get_running_loop()
+        sent_at = 0.0
         while True:
             try:
                 async with asyncio.timeout(self._heartbeat_s):
@@ -97,7 +100,11 @@ class Agent:
                 yield worker_pb2.ConnectRequest(heartbeat=heartbeat)
             self._wake.clear()
             if self._is_welcome and self._pending:
+                if (wait_s := sent_at + COALESCE_S - loop.time()) > 0:
+                    # A message costs both sides more than the reports in it: what comes in quick succession shares one.
+                    await asyncio.sleep(wait_s)
                 pending, self._pending = self._pending, []
+                sent_at = loop.time()
                 yield worker_pb2.ConnectRequest(reports=worker_pb2.Reports(reports=pending))
 
     def _hello(self) -> worker_pb2.Hello:

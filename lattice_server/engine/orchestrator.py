@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from lattice_server.core import dag
 from lattice_server.core.dispatch import Effect as DispatchEffect
-from lattice_server.core.errors import ConflictError, NotFoundError, PreconditionError, UnavailableError
+from lattice_server.core.errors import ConflictError, NotFoundError, UnavailableError
 from lattice_server.core.messages import (
     CancelRequested,
     SchedulerEvent,
@@ -76,7 +76,6 @@ class Orchestrator:
     ) -> None:
         self.runs: OrderedDict[str, RunEntry] = OrderedDict()
         self.workflows: OrderedDict[str, WorkflowEntry] = OrderedDict()
-        self.functions: dict[str, Function] = {}
         self.is_stopping = False
         self._bus = bus
         self._sessions = sessions
@@ -161,14 +160,6 @@ class Orchestrator:
             return self.workflows[workflow_id]
         except KeyError:
             raise NotFoundError("WORKFLOW_NOT_FOUND", f"there is no workflow {workflow_id!r}") from None
-
-    def function(self, digest: str) -> Function:
-        """Return a function sent before. Raises PreconditionError."""
-        try:
-            return self.functions[digest]
-        except KeyError:
-            message = f"function {digest} is not known here; send its code"
-            raise PreconditionError("FUNCTION_MISSING", message, metadata={"digest": digest}) from None
 
     def wall_time_s(self, monotonic_s: float) -> float:
         """Return the seconds since the epoch of a monotonic time."""

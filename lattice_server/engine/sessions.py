@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from lattice_server.core.messages import CloseSession, WelcomeWorker, WorkerEffect
 
+# An acknowledgement only lets the worker forget; on its own it would cost as much as an assignment.
+ACK_AFTER_MESSAGES = 16
+
 
 class Connection:
     """One stream of a worker: what is to be sent on it, and when it was last heard."""
@@ -18,6 +21,7 @@ class Connection:
         self._outbox: list[WorkerEffect] = []
         self._ready = asyncio.Event()
         self.ack_sequence = 0
+        self._unacknowledged = 0
 
     def send(self, effect: WorkerEffect) -> None:
         """Queue an effect."""
@@ -25,9 +29,11 @@ class Connection:
         self._ready.set()
 
     def acknowledge(self, sequence: int) -> None:
-        """Have reports up to `sequence` acknowledged with the next message."""
+        """Have reports up to `sequence` acknowledged with the next message, or by one of its own when many wait."""
         self.ack_sequence = sequence
-        self._ready.set()
+        self._unacknowledged += 1
+        if self._unacknowledged >= ACK_AFTER_MESSAGES:
+            self._ready.set()
 
     def close(self) -> None:
         """End the stream once the outbox is sent."""
@@ -38,6 +44,7 @@ class Connection:
         """Wait until there is something to send, or the connection closed; return all effects there are."""
         await self._ready.wait()
         self._ready.clear()
+        self._unacknowledged = 0
         effects, self._outbox = self._outbox, []
         return effects
 

@@ -16,11 +16,14 @@ class RunLog:
         self.events: list[RunEvent] = []
         self.is_complete = False
         self._waiting: list[asyncio.Future[None]] = []
+        self._complete: asyncio.Event = asyncio.Event()
 
     def append(self, fact: Fact, time_s: float) -> None:
         """Number a fact and wake the readers that wait for one."""
         self.events.append(RunEvent(len(self.events) + 1, time_s, fact))
-        self.is_complete = isinstance(fact, RunFinished)
+        if isinstance(fact, RunFinished):
+            self.is_complete = True
+            self._complete.set()
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             if not future.done():
@@ -57,5 +60,4 @@ class RunLog:
 
     async def completed(self) -> None:
         """Wait for the run's end."""
-        while not self.is_complete:
-            await self.changed()
+        await self._complete.wait()

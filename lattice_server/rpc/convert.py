@@ -1,13 +1,13 @@
 """Owns the translation between protobuf and the core, as pairs of functions. Rule: it checks form, no more."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, task_pb2
 
-from lattice_server.core.errors import ExhaustedError, PreconditionError, invalid_field
+from lattice_server.core.errors import ExhaustedError, invalid_field
 from lattice_server.core.model import (
     Artifact,
     Binding,
@@ -221,27 +221,14 @@ def failure_to_proto(failure: Failure | None) -> errors_pb2.Failure | None:
     )
 
 
-def function_from_proto(
-    message: task_pb2.Function, field: str, known: Mapping[str, Function], bundles: Mapping[str, task_pb2.CodeBundle]
-) -> Function:
-    """Return a function; one without code must be known. Raises InvalidError, PreconditionError."""
-    if message.WhichOneof("code") is None:
-        if not message.digest:
-            raise invalid_field(field, "a function needs pickle, entrypoint, source, or the digest of one sent before")
-        if message.digest not in known:
-            text = f"function {message.digest} is not known here; send its code"
-            raise PreconditionError("FUNCTION_MISSING", text, metadata={"digest": message.digest})
-        return known[message.digest]
-    # The server names functions by what it received: a digest a caller made up cannot stand for other code.
+def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], task_pb2.CodeBundle]) -> Function:
+    """Return a function that came with its code, named by the digest of what came."""
     stripped = task_pb2.Function()
     stripped.CopyFrom(message)
     stripped.ClearField("digest")
     content = stripped.SerializeToString(deterministic=True)
     stripped.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-    bundle = bundles.get(message.bundle_digest)
-    if message.bundle_digest and bundle is None:
-        text = f"bundle {message.bundle_digest} is not known here; send it"
-        raise PreconditionError("FUNCTION_MISSING", text, metadata={"digest": message.bundle_digest})
+    bundle = bundle_of(message.bundle_digest) if message.bundle_digest else None
     is_async = message.concurrency == task_pb2.CONCURRENCY_ASYNC
     return Function(stripped.digest, is_async, (stripped, bundle), message.bundle_digest)
 

@@ -129,3 +129,8 @@ def task_to_proto(orchestrator: Orchestrator, entry: RunEntry, task_id: str) -> 
         start_time=timestamp(started_s),
         end_time=timestamp(ended_s),
     )
+
+
+def final_tasks_to_proto(orchestrator: Orchestrator, entry: RunEntry) -> list[run_pb2.TaskRun]:
+    """Return the tasks no other task depends on, as they are now."""
+    return [task_to_proto(orchestrator, entry, task_id) for task_id in entry.run.dag.final_task_ids()]

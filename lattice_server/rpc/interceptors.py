@@ -59,6 +59,12 @@ def status_of(error: errors.LatticeError) -> tuple[grpc.StatusCode, str, bytes]:
 class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
     """Ends RPCs whose handler raised. A `LatticeError` keeps its meaning; anything else is a bug with an id."""
 
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Wrap a handler, except that of the workers' stream: its errors go in band, and it is the hot path."""
+        if handler_call_details.method.endswith("/Connect"):
+            return await continuation(handler_call_details)
+        return await super().intercept_service(continuation, handler_call_details)  # type: ignore[no-untyped-call]
+
     async def handle_exception(
         self, ex: Exception, request_or_iterator: Any, context: Context, method_name: str
     ) -> NoReturn:

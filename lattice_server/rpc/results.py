@@ -11,7 +11,7 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.store import HEAD, ArtifactStore
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.events import event_to_proto, run_to_proto, task_to_proto
+from lattice_server.rpc.events import event_to_proto, final_tasks_to_proto, run_to_proto
 from lattice_server.rpc.tasks import MAX_WAIT_S
 
 
@@ -48,9 +48,8 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
                 await entry.log.completed()
         except TimeoutError:
             pass
-        ids = entry.run.dag.final_task_ids()
-        tasks = [task_to_proto(self._orchestrator, entry, task_id) for task_id in ids]
-        return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=tasks)
+        final_tasks = final_tasks_to_proto(self._orchestrator, entry)
+        return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=final_tasks)
 
     async def ReadArtifact(
         self, request: results_pb2.ReadArtifactRequest, context: Context

@@ -11,8 +11,8 @@ from lattice_server.engine.orchestrator import Orchestrator, RunEntry, fingerpri
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
+from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import page
-from lattice_server.rpc.workflows import Intake
 
 MAX_WAIT_S = 300.0
 FUNCTION_NAME = "function"
@@ -30,6 +30,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         bundles = [request.bundle] if request.HasField("bundle") else []
         name = request.task.function or FUNCTION_NAME
         functions = self._intake.functions({name: request.function}, bundles)
+        request.ClearField("bundle")
         task = task_pb2.TaskSpec()
         task.CopyFrom(request.task)
         task.function = name

@@ -1,75 +1,22 @@
 """Serves `WorkflowService`: convert, ask the orchestrator, convert back."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from lattice.v1 import run_pb2, task_pb2, workflow_pb2, workflow_pb2_grpc
 
 from lattice_server.core import dag
 from lattice_server.core.errors import AbortedError, ConflictError, InvalidError, invalid_field
-from lattice_server.core.model import FailurePolicy, Function, Payload, WorkflowSpec
+from lattice_server.core.model import Function, WorkflowSpec
 from lattice_server.engine.orchestrator import Orchestrator, RunEntry, WorkflowEntry, fingerprint
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.events import RUN_STATE_TO_PROTO, event_to_proto, run_to_proto
+from lattice_server.rpc.events import RUN_STATE_TO_PROTO, event_to_proto, final_tasks_to_proto, run_to_proto
+from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import page
 
-FAILURE_POLICY_FROM_PROTO = {
-    workflow_pb2.FAILURE_POLICY_UNSPECIFIED: FailurePolicy.FAIL_FAST,
-    workflow_pb2.FAILURE_POLICY_FAIL_FAST: FailurePolicy.FAIL_FAST,
-    workflow_pb2.FAILURE_POLICY_FINISH_INDEPENDENT: FailurePolicy.FINISH_INDEPENDENT,
-}
 LARGE_GRAPH = 1000
-
-
-class Intake:
-    """Turns graphs from the wire into specs; keeps the functions and bundles callers sent."""
-
-    def __init__(self, orchestrator: Orchestrator, inline_limit_bytes: int) -> None:
-        self.orchestrator = orchestrator
-        self.inline_limit_bytes = inline_limit_bytes
-        self._bundles: dict[str, task_pb2.CodeBundle] = {}
-
-    def functions(
-        self, messages: Mapping[str, task_pb2.Function], bundles: list[task_pb2.CodeBundle]
-    ) -> dict[str, Function]:
-        """Check and remember functions; return them by their names in the workflow."""
-        for bundle in bundles:
-            if bundle.zip:
-                self._bundles[bundle.digest] = bundle
-        known = self.orchestrator.functions
-        found = {
-            name: convert.function_from_proto(m, f'functions["{name}"]', known, self._bundles)
-            for name, m in messages.items()
-        }
-        for name, message in messages.items():
-            known[found[name].digest] = found[name]
-            # Callers may name a function by the digest they computed, which covers the same content.
-            if message.digest:
-                known[message.digest] = found[name]
-        return found
-
-    def payloads(self, messages: Mapping[str, object], field: str) -> dict[str, Payload]:
-        """Check and return named payloads."""
-        return {
-            name: convert.payload_from_proto(message, f'{field}["{name}"]', self.inline_limit_bytes)  # type: ignore[arg-type]
-            for name, message in messages.items()
-        }
-
-    def spec(self, message: workflow_pb2.WorkflowSpec) -> tuple[WorkflowSpec, dict[str, Function]]:
-        """Check and return a workflow and its functions by name."""
-        functions = self.functions(message.functions, list(message.bundles))
-        tasks = convert.tasks_from_proto(message.tasks, functions, self.inline_limit_bytes)
-        return (
-            WorkflowSpec(
-                tasks=tasks,
-                display_name=message.display_name,
-                parameters=self.payloads(message.parameters, "parameters"),
-                failure_policy=FAILURE_POLICY_FROM_PROTO[message.failure_policy],
-            ),
-            functions,
-        )
 
 
 class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
@@ -86,7 +33,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         spec, functions = self._intake.spec(request.spec)
         if request.validate_only:
             dag.build(spec)
-            return workflow_pb2.CreateWorkflowResponse(workflow=workflow_pb2.Workflow(spec=_public(request.spec)))
+            return workflow_pb2.CreateWorkflowResponse(workflow=workflow_pb2.Workflow(spec=request.spec))
         print_ = fingerprint(request.spec.SerializeToString(deterministic=True))
         entry, created = self._orchestrator.create_workflow(request.workflow_id, spec, functions, print_)
         return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry), created=created)
@@ -94,7 +41,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     async def AddTasks(self, request: workflow_pb2.AddTasksRequest, context: Context) -> workflow_pb2.AddTasksResponse:
         """Add tasks to a stored workflow."""
         entry = self._expect(request.workflow_id, request.expected_revision)
-        added = self._intake.functions(request.functions, list(request.bundles))
+        added = self._intake.functions(request.functions, request.bundles)
         for name, function in added.items():
             if name in entry.functions and entry.functions[name].digest != function.digest:
                 raise ConflictError("WORKFLOW_ID_CONFLICT", f"function {name!r} exists with other content")
@@ -154,10 +101,18 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         """Start a run and stream its events."""
         entry, _ = await self._start(request.run)
         yield workflow_pb2.ExecuteWorkflowResponse(run=run_to_proto(entry))
-        async for batch in entry.log.follow(0):
-            events = [event_to_proto(event) for event in batch]
-            complete = entry.log.is_complete and batch[-1].sequence == len(entry.log.events)
-            yield workflow_pb2.ExecuteWorkflowResponse(events=events, sequence=batch[-1].sequence, complete=complete)
+        if request.result_only:
+            await entry.log.completed()
+        else:
+            async for batch in entry.log.follow(0):
+                events = [event_to_proto(event) for event in batch]
+                yield workflow_pb2.ExecuteWorkflowResponse(events=events, sequence=batch[-1].sequence)
+        yield workflow_pb2.ExecuteWorkflowResponse(
+            run=run_to_proto(entry),
+            sequence=len(entry.log.events),
+            complete=True,
+            final_tasks=final_tasks_to_proto(self._orchestrator, entry),
+        )
 
     async def GetRun(self, request: workflow_pb2.GetRunRequest, context: Context) -> workflow_pb2.GetRunResponse:
         """Return a run."""
@@ -225,15 +180,6 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         dag.build(spec)
         entry.spec, entry.functions = spec, functions
         entry.revision += 1
-
-
-def _public(spec: workflow_pb2.WorkflowSpec) -> workflow_pb2.WorkflowSpec:
-    public = workflow_pb2.WorkflowSpec()
-    public.CopyFrom(spec)
-    for function in public.functions.values():
-        function.ClearField("code")
-    public.ClearField("bundles")
-    return public
 
 
 def _workflow_to_proto(entry: WorkflowEntry, *, with_tasks: bool = True) -> workflow_pb2.Workflow:

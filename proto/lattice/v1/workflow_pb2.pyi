@@ -596,6 +596,9 @@ class ExecuteWorkflowRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RUN_FIELD_NUMBER: builtins.int
+    RESULT_ONLY_FIELD_NUMBER: builtins.int
+    result_only: builtins.bool
+    """Leaves out the events: the first message says that the run was accepted, the last one how it ended."""
     @property
     def run(self) -> Global___RunWorkflowRequest:
         """What to run, and how."""
@@ -604,15 +607,16 @@ class ExecuteWorkflowRequest(google.protobuf.message.Message):
         self,
         *,
         run: Global___RunWorkflowRequest | None = ...,
+        result_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["run", b"run"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["result_only", b"result_only", "run", b"run"]) -> None: ...
 
 Global___ExecuteWorkflowRequest: typing_extensions.TypeAlias = ExecuteWorkflowRequest
 
 @typing.final
 class ExecuteWorkflowResponse(google.protobuf.message.Message):
-    """Response of `WorkflowService.ExecuteWorkflow`: the run in the first message, then its events."""
+    """Response of `WorkflowService.ExecuteWorkflow`: the run in the first message, then its events, then its result."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -620,17 +624,22 @@ class ExecuteWorkflowResponse(google.protobuf.message.Message):
     EVENTS_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
     COMPLETE_FIELD_NUMBER: builtins.int
+    FINAL_TASKS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """Every event up to this number has been sent; where `WatchRun` goes on."""
     complete: builtins.bool
     """Set in the last message: the run has ended and all its events were sent."""
     @property
     def run(self) -> lattice.v1.run_pb2.Run:
-        """The run; set in the first message only."""
+        """The run; set in the first message as it was accepted and in the last as it ended."""
 
     @property
     def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.RunEvent]:
         """Events, in order, each once."""
+
+    @property
+    def final_tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.TaskRun]:
+        """The tasks no other task depends on, with their outputs; set in the last message."""
 
     def __init__(
         self,
@@ -639,9 +648,10 @@ class ExecuteWorkflowResponse(google.protobuf.message.Message):
         events: collections.abc.Iterable[lattice.v1.run_pb2.RunEvent] | None = ...,
         sequence: builtins.int = ...,
         complete: builtins.bool = ...,
+        final_tasks: collections.abc.Iterable[lattice.v1.run_pb2.TaskRun] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["complete", b"complete", "events", b"events", "run", b"run", "sequence", b"sequence"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["complete", b"complete", "events", b"events", "final_tasks", b"final_tasks", "run", b"run", "sequence", b"sequence"]) -> None: ...
 
 Global___ExecuteWorkflowResponse: typing_extensions.TypeAlias = ExecuteWorkflowResponse
 

@@ -206,7 +206,7 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     The short way: one `RunWorkflow` with the whole graph inline starts a run and returns its id; then
     `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
-    following ones its events. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
+    following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
     as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
@@ -397,7 +397,7 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
 
     The short way: one `RunWorkflow` with the whole graph inline starts a run and returns its id; then
     `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
-    following ones its events. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
+    following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
     as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`

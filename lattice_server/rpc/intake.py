@@ -1,0 +1,111 @@
+"""Owns what callers send: turns graphs from the wire into specs, and keeps their code for the next time.
+
+Rule: code is named by the digest of what was received; a name a caller made up never stands for other code.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
+
+from lattice_server.core.errors import PreconditionError, invalid_field
+from lattice_server.core.model import FailurePolicy, Function, Payload, WorkflowSpec
+from lattice_server.rpc import convert
+
+CODE_LIMIT_BYTES = 256 * 1024 * 1024
+
+FAILURE_POLICY_FROM_PROTO = {
+    workflow_pb2.FAILURE_POLICY_UNSPECIFIED: FailurePolicy.FAIL_FAST,
+    workflow_pb2.FAILURE_POLICY_FAIL_FAST: FailurePolicy.FAIL_FAST,
+    workflow_pb2.FAILURE_POLICY_FINISH_INDEPENDENT: FailurePolicy.FINISH_INDEPENDENT,
+}
+
+
+class CodeCache:
+    """Functions and bundles by digest; over the limit, those not used for longest are forgotten."""
+
+    def __init__(self, limit_bytes: int = CODE_LIMIT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._size_bytes = 0
+        self._entries: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+
+    def get(self, digest: str) -> Any:
+        """Return what has this digest. Raises PreconditionError with the reason FUNCTION_MISSING."""
+        if digest not in self._entries:
+            message = f"code {digest} is not known here; send it"
+            raise PreconditionError("FUNCTION_MISSING", message, metadata={"digest": digest})
+        self._entries.move_to_end(digest)
+        return self._entries[digest][0]
+
+    def put(self, digest: str, code: Any, size_bytes: int) -> None:
+        """Keep code under its digest."""
+        if digest in self._entries:
+            self._entries.move_to_end(digest)
+            return
+        self._entries[digest] = (code, size_bytes)
+        self._size_bytes += size_bytes
+        while self._size_bytes > self._limit_bytes and len(self._entries) > 1:
+            _, (_, freed) = self._entries.popitem(last=False)
+            self._size_bytes -= freed
+
+
+class Intake:
+    """Checks and translates what callers send."""
+
+    def __init__(self, inline_limit_bytes: int) -> None:
+        self.inline_limit_bytes = inline_limit_bytes
+        self._code = CodeCache()
+
+    def functions(
+        self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle]
+    ) -> dict[str, Function]:
+        """Check and keep functions and bundles; return the functions by their names in the workflow.
+
+        What stays in `messages` is their digests, so that requests that mean the same are the same.
+        """
+        for index, bundle in enumerate(bundles):
+            if bundle.zip:
+                digest = f"sha256:{hashlib.sha256(bundle.zip).hexdigest()}"
+                if bundle.digest != digest:
+                    raise invalid_field(f"bundles[{index}].digest", f"must be that of `zip`, {digest}")
+                self._code.put(digest, task_pb2.CodeBundle(digest=digest, zip=bundle.zip), len(bundle.zip))
+        found = {}
+        for name, message in messages.items():
+            found[name] = self._function(message, f'functions["{name}"]')
+            message.Clear()
+            message.digest = found[name].digest
+        return found
+
+    def payloads(self, messages: Mapping[str, payload_pb2.Payload], field: str) -> dict[str, Payload]:
+        """Check and return named payloads."""
+        return {
+            name: convert.payload_from_proto(message, f'{field}["{name}"]', self.inline_limit_bytes)
+            for name, message in messages.items()
+        }
+
+    def spec(self, message: workflow_pb2.WorkflowSpec) -> tuple[WorkflowSpec, dict[str, Function]]:
+        """Check and return a workflow and its functions by name."""
+        functions = self.functions(message.functions, message.bundles)
+        message.ClearField("bundles")
+        spec = WorkflowSpec(
+            tasks=convert.tasks_from_proto(message.tasks, functions, self.inline_limit_bytes),
+            display_name=message.display_name,
+            parameters=self.payloads(message.parameters, "parameters"),
+            failure_policy=FAILURE_POLICY_FROM_PROTO[message.failure_policy],
+        )
+        return spec, functions
+
+    def _function(self, message: task_pb2.Function, field: str) -> Function:
+        if message.WhichOneof("code") is None:
+            if not message.digest:
+                text = "a function needs pickle, entrypoint, source, or the digest of one sent before"
+                raise invalid_field(field, text)
+            known: Function = self._code.get(message.digest)
+            return known
+        function = convert.function_from_proto(message, self._code.get)
+        if message.digest not in {"", function.digest}:
+            raise invalid_field(f"{field}.digest", f"must be empty or that of the function, {function.digest}")
+        self._code.put(function.digest, function, message.ByteSize())
+        return function
