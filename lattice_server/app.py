@@ -47,7 +47,13 @@ class App:
         self._store = ArtifactStore()
         self._bus = MessageBus(asyncio.get_running_loop())
         self._sessions = Sessions()
-        self._orchestrator = Orchestrator(self._bus, self._sessions, config.retained_runs, self._store.drop)
+        self._orchestrator = Orchestrator(
+            self._bus,
+            self._sessions,
+            self._store,
+            retained_runs=config.retained_runs,
+            retained_artifact_bytes=config.retained_artifact_bytes,
+        )
         self._scheduler = Scheduler(Dispatch(secrets.token_hex(4), config.session_ttl_s), self._bus)
         self._executor = _executor(config, self._store)
         self._join_token = secrets.token_urlsafe(32)

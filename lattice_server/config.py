@@ -19,4 +19,5 @@ class ServerConfig:
     log_limit_bytes: int = 1024 * 1024
     message_limit_bytes: int = 256 * 1024 * 1024
     retained_runs: int = 1000
+    retained_artifact_bytes: int = 1024 * 1024 * 1024
     stop_grace_s: float = 2.0

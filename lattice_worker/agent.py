@@ -52,7 +52,7 @@ class Agent:
 
     async def run(self) -> None:
         """Serve until the server closes the session for good."""
-        Path(self._config.store_directory).mkdir(parents=True, exist_ok=True)
+        (Path(self._config.store_directory) / "spares").mkdir(parents=True, exist_ok=True)
         warming = asyncio.create_task(self._pool.warm(max(1, int(self._capacity.cpu))))
         backoff_s = MIN_BACKOFF_S
         try:

@@ -3,26 +3,33 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "agent" / "main.py"
 LATTICE = str(Path(sys.executable).parent / "lattice")
 
 
 def main() -> int:
     """Return the example's exit status."""
-    server = subprocess.Popen([LATTICE, "start", "--head", "--port", "0"], stdout=subprocess.PIPE, text=True)
+    print("Starting a server that places its workers with Ray ...", flush=True)
+    began = time.monotonic()
+    environment = {"GRPC_VERBOSITY": "ERROR", "PYTHONUNBUFFERED": "1", **os.environ}
+    command = [LATTICE, "start", "--head", "--port", "0"]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
         line = server.stdout.readline().strip()
-        print(line)
-        environment = {**os.environ, "LATTICE_TARGET": line.rpartition(" ")[2]}
-        example = [sys.executable, str(ROOT / "examples" / "agent" / "main.py")]
-        return subprocess.run(example, env=environment, check=False).returncode
+        if not line:
+            return server.wait() or 1
+        print(f"{line} after {time.monotonic() - began:.1f} s.\n\n$ lattice run examples/agent/main.py\n", flush=True)
+        command = [LATTICE, "run", "--addr", line.rpartition(" ")[2], str(EXAMPLE)]
+        return subprocess.run(command, env=environment, check=False).returncode
     finally:
         server.terminate()
         server.wait(30)
-        print("The server has stopped.")
+        print("\nThe server and its workers have stopped.")
 
 
 if __name__ == "__main__":

@@ -1,75 +1,118 @@
-"""An agent: plan, then three tools side by side, then an answer.
+"""An agent: it plans, calls three tools side by side, and answers.
 
-Run it with `lattice run examples/agent/main.py` while a server is up, or with `make demo`.
+    lattice run examples/agent/main.py ["a question, another question, and another"]
+
+The planner is plain code, not a language model: it needs no key and makes the same plan each time. The rest is
+real: this project's documents, a SQLite database of measurements, arithmetic. Workers read the files where they are.
 """
 
 import ast
+import csv
 import operator
+import re
 import sqlite3
+import sys
+import tempfile
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
-from lattice_client import LatticeClient, task
+from lattice_client import LatticeClient, RunEvent, task
 
+HERE = Path(__file__).resolve().parent
+QUESTION = "How is a crash of user code contained, how many rainy days had Seattle in 2015, what is 365 * 24 / 7?"
+TOOLS = ("topic", "sql", "formula")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+MEASURES = {"rainy": "count(*) filter (where precipitation > 0)", "warmest": "max(temp_max)"}
 
 
-@task(inputs=["question"], outputs=["words", "year", "formula"])
-def plan(params):
-    """Decide what each tool is to do."""
-    words = [word.strip("?.,").lower() for word in params["question"].split() if len(word) > 4]
-    return {"words": words, "year": 2025, "formula": "(17 + 25) * 2"}
-
-
-@task
-def search(folder: str, words: list) -> list:
-    """Return the documents that hold most of the words, best first."""
-    texts = {path.name: path.read_text().lower() for path in Path(folder).rglob("*.md")}
-    scores = {name: sum(text.count(word) for word in words) for name, text in texts.items()}
-    return sorted(scores, key=scores.get, reverse=True)[:3]
-
-
-@task
-def query(year: int) -> int:
-    """Return the sum of a year's sales, from a SQLite database."""
-    with sqlite3.connect(":memory:") as database:
-        database.execute("create table sales (year integer, amount integer)")
-        database.executemany("insert into sales values (?, ?)", [(2024, 310), (2025, 120), (2025, 95)])
-        return database.execute("select sum(amount) from sales where year = ?", (year,)).fetchone()[0]
+@task(outputs=TOOLS)
+def plan(question: str) -> dict:
+    """Give each part of the question to the tool that can answer it."""
+    chosen = dict.fromkeys(TOOLS, "")
+    for part in question.rstrip("?").split(","):
+        words = re.findall(r"\w+", part.lower())
+        measure = next((MEASURES[word] for word in words if word in MEASURES), None)
+        if formula := re.search(r"[\d(][\d\s.()*/+-]*[*/+-][\d\s.()*/+-]*[\d)]", part):
+            chosen["formula"] = formula.group()
+        elif measure:
+            year = next((word for word in words if re.fullmatch(r"20\d\d", word)), "20")
+            chosen["sql"] = f"select {measure} from weather where date like '{year}%'"
+        else:
+            chosen["topic"] = part.strip()
+    return chosen
 
 
 @task
-def calculate(formula: str) -> float:
-    """Return the value of an arithmetic expression."""
-
-    def value(node):
-        if isinstance(node, ast.BinOp):
-            return OPERATORS[type(node.op)](value(node.left), value(node.right))
-        return node.value
-
-    return value(ast.parse(formula, mode="eval").body)
+def search(folder: str, topic: str) -> str:
+    """Return the paragraph of the documents that holds most of a topic's words; rare words weigh more."""
+    files = [path for pattern in ("*.md", "docs/**/*.md") for path in Path(folder).glob(pattern)]
+    passages = [(path.name, text) for path in files for text in re.split(r"\n\s*\n|\n- ", path.read_text())]
+    stems = [{word[:5] for word in re.findall(r"[a-z]{4,}", text.lower())} for _, text in passages]
+    spread = Counter(stem for found in stems for stem in found)
+    wanted = {word[:5] for word in re.findall(r"[a-z]{4,}", topic.lower())}
+    scores = [sum(1 / spread[stem] for stem in wanted & found) for found in stems]
+    file, text = passages[scores.index(max(scores))]
+    return f"{file}: {' '.join(text.split())}" if max(scores) else "nothing found"
 
 
 @task
-def answer(question: str, documents: list, sales: int, number: float) -> str:
-    """Put the findings into one sentence."""
-    return f"{question} Read {documents[0]}; sales were {sales}; the number is {number}."
+def query(source: str, database: str, sql: str) -> float | None:
+    """Make a SQLite database of a CSV file, open it read-only and ask it."""
+    with open(source, newline="") as file, closing(sqlite3.connect(database)) as connection, connection:
+        header, *rows = csv.reader(file)
+        connection.execute("drop table if exists weather")  # a second attempt finds what the first one left
+        connection.execute(f"create table weather ({', '.join(f'{name} numeric' for name in header)})")
+        connection.executemany(f"insert into weather values ({', '.join('?' * len(header))})", rows)
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return connection.execute(sql).fetchone()[0] if sql else None
+
+
+@task
+def calculate(formula: str) -> float | None:
+    """Return the value of an arithmetic expression; anything else in it is an error."""
+
+    def value(node: ast.expr) -> float:
+        match node:
+            case ast.BinOp(left, operation, right) if type(operation) in OPERATORS:
+                return OPERATORS[type(operation)](value(left), value(right))
+            case ast.Constant(int() | float() as number):
+                return number
+        raise ValueError(f"not arithmetic: {formula}")
+
+    return value(ast.parse(formula.strip(), mode="eval").body) if formula else None
+
+
+@task
+def answer(asked: dict, found: dict) -> str:
+    """Put what was asked and what was found side by side."""
+    return "\n\n".join(f"{asked[tool]}\n  → {found[tool]}" for tool in TOOLS if asked[tool])
+
+
+def timeline(events: list[RunEvent]) -> None:
+    """Print when each task ran, as the server saw it."""
+    begin, end = events[0].time_s, events[-1].time_s
+    started = {event.task_id: event.time_s - begin for event in events if event.type == "task_started"}
+    finished = {event.task_id: event.time_s - begin for event in events if event.type == "task_succeeded"}
+    for name, start_s in started.items():
+        left, right = (round(50 * moment_s / (end - begin)) for moment_s in (start_s, finished[name]))
+        bar = " " * left + "█" * max(1, right - left)
+        print(f"{name:<10}{start_s * 1000:6.1f} to{finished[name] * 1000:6.1f} ms  {bar}")
 
 
 def main() -> None:
-    question = "Which document explains worker processes?"
-    docs = str(Path(__file__).resolve().parent.parent.parent / "docs")
-    with LatticeClient() as client:
+    with tempfile.TemporaryDirectory() as folder, LatticeClient() as client:
         workflow = client.create_workflow("agent")
-        planned = workflow.add_task(plan, {"question": question})
-        found = workflow.add_task(search, {"folder": docs, "words": planned.outputs["words"]})
-        sales = workflow.add_task(query, {"year": planned.outputs["year"]})
-        number = workflow.add_task(calculate, {"formula": planned.outputs["formula"]})
-        inputs = {"documents": found.output, "sales": sales.output, "number": number.output}
-        workflow.add_task(answer, {"question": question, **inputs})
+        asked = workflow.add_task(plan, {"question": " ".join(sys.argv[1:]) or QUESTION}).outputs
+        files = {"source": str(HERE / "data" / "seattle-weather.csv"), "database": f"{folder}/weather.sqlite"}
+        passage = workflow.add_task(search, {"folder": str(HERE.parent.parent), "topic": asked["topic"]})
+        fact = workflow.add_task(query, {**files, "sql": asked["sql"]})
+        number = workflow.add_task(calculate, {"formula": asked["formula"]})
+        found = {"topic": passage.output, "sql": fact.output, "formula": number.output}
+        workflow.add_task(answer, {"asked": dict(asked), "found": found})
         run = workflow.run()
-        for event in run.events():
-            print(f"{event.sequence:>3}  {event.type:<15} {event.task_id}")
-        print(run.result()["result"])
+        timeline(list(run.events()))
+        print(f"\n{run.result()['result']}")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 import networkx as nx
 
 from lattice_server.core.errors import FieldViolation, InvalidError
-from lattice_server.core.model import OutputRef, Parameter, TaskSpec, WorkflowSpec, references
+from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, TaskSpec, WorkflowSpec, leaves
 
 MAX_VIOLATIONS = 25
 
 
 @dataclass(frozen=True, slots=True)
 class Dag:
-    """A validated graph. `successors` and `predecessors` list each neighbour once."""
+    """A validated graph. `successors` and `predecessors` list each neighbour once; `artifacts` are those its inputs
+    and parameters refer to."""
 
     tasks: dict[str, TaskSpec]
     successors: dict[str, tuple[str, ...]]
     predecessors: dict[str, tuple[str, ...]]
+    artifacts: tuple[Artifact, ...] = ()
 
     def final_task_ids(self) -> list[str]:
         """Return the tasks no other task depends on, in the order of definition."""
@@ -53,8 +55,9 @@ def build(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Dag:
             violations.append(FieldViolation(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice"))
         tasks[task.task_id] = task
     edges: dict[str, dict[str, None]] = {}
+    artifacts = [p.content for p in spec.parameters.values() if isinstance(p.content, Artifact)]
     for index, task in enumerate(spec.tasks):
-        edges[task.task_id] = _predecessors(task, f"tasks[{index}]", tasks, known, violations)
+        edges[task.task_id] = _predecessors(task, f"tasks[{index}]", tasks, known, violations, artifacts)
     if violations:
         raise InvalidError(
             "INVALID_WORKFLOW",
@@ -62,16 +65,21 @@ def build(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Dag:
             metadata={"total_violations": str(len(violations))},
             violations=violations[:MAX_VIOLATIONS],
         )
-    return _linked(tasks, edges)
+    return _linked(tasks, edges, tuple(artifacts))
 
 
 def _predecessors(
-    task: TaskSpec, path: str, tasks: dict[str, TaskSpec], parameters: set[str] | None, violations: list[FieldViolation]
+    task: TaskSpec,
+    path: str,
+    tasks: dict[str, TaskSpec],
+    parameters: set[str] | None,
+    violations: list[FieldViolation],
+    artifacts: list[Artifact],
 ) -> dict[str, None]:
     found: dict[str, None] = {}
     for name, binding in task.inputs.items():
-        for reference in references(binding):
-            match reference:
+        for leaf in leaves(binding):
+            match leaf:
                 case OutputRef(source, output) if source not in tasks:
                     violations.append(FieldViolation(f'{path}.inputs["{name}"]', f"there is no task {source!r}"))
                 case OutputRef(source, output) if output not in tasks[source].outputs:
@@ -83,7 +91,9 @@ def _predecessors(
                 case Parameter(parameter) if parameters is not None and parameter not in parameters:
                     message = f"the run has no parameter {parameter!r}"
                     violations.append(FieldViolation(f'{path}.inputs["{name}"]', message))
-                case Parameter():
+                case Payload(content=Artifact() as artifact):
+                    artifacts.append(artifact)
+                case Parameter() | Payload():
                     pass
     for position, source in enumerate(task.after):
         if source in tasks:
@@ -93,7 +103,7 @@ def _predecessors(
     return found
 
 
-def _linked(tasks: dict[str, TaskSpec], edges: dict[str, dict[str, None]]) -> Dag:
+def _linked(tasks: dict[str, TaskSpec], edges: dict[str, dict[str, None]], artifacts: tuple[Artifact, ...]) -> Dag:
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(tasks)
     graph.add_edges_from((source, target) for target, sources in edges.items() for source in sources)
@@ -102,4 +112,5 @@ def _linked(tasks: dict[str, TaskSpec], edges: dict[str, dict[str, None]]) -> Da
         path = " -> ".join([*cycle, cycle[0]])
         raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]})
     successors = {task_id: tuple(graph.successors(task_id)) for task_id in tasks}
-    return Dag(tasks, successors, {task_id: tuple(sources) for task_id, sources in edges.items()})
+    predecessors = {task_id: tuple(sources) for task_id, sources in edges.items()}
+    return Dag(tasks, successors, predecessors, artifacts)

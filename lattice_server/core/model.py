@@ -202,17 +202,18 @@ class WorkflowSpec:
     failure_policy: FailurePolicy = FailurePolicy.FAIL_FAST
 
 
-def references(binding: Binding) -> list[OutputRef | Parameter]:
-    """Return every output and parameter `binding` needs, in order of appearance."""
+Leaf = Payload | OutputRef | Parameter
+
+
+def leaves(binding: Binding) -> list[Leaf]:
+    """Return what `binding` is made of, in order of appearance."""
     match binding:
-        case OutputRef() | Parameter():
-            return [binding]
         case BindingList(items):
-            return [found for item in items for found in references(item)]
+            return [found for item in items for found in leaves(item)]
         case BindingMap(entries):
-            return [found for item in entries.values() for found in references(item)]
-        case Payload():
-            return []
+            return [found for item in entries.values() for found in leaves(item)]
+        case _:
+            return [binding]
 
 
 def resolve(binding: Binding, value_of: Callable[[OutputRef | Parameter], Binding]) -> Binding:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from uuid import uuid4
 
@@ -28,6 +28,7 @@ from lattice_server.core.model import Artifact, Function, Payload, WorkflowSpec
 from lattice_server.core.run import Effect, Run
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.subscriptions import RunLog
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ TASK_EVENTS = (
 
 @dataclass(slots=True)
 class RunEntry:
-    """A run, its log, and what a caller may ask about it. `fingerprint` tells whether a repeated id means the same."""
+    """A run, its log, and what a caller may ask about it. `fingerprint` tells whether a repeated id means the same;
+    `artifacts` are those it keeps in the store, its inputs and its outputs."""
 
     run: Run
     fingerprint: str
@@ -54,6 +56,8 @@ class RunEntry:
     labels: Mapping[str, str]
     log: RunLog = field(default_factory=RunLog)
     ended_s: float | None = None
+    artifacts: list[Artifact] = field(default_factory=list)
+    artifact_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -65,6 +69,7 @@ class WorkflowEntry:
     functions: dict[str, Function]
     fingerprint: str
     created_s: float
+    artifacts: tuple[Artifact, ...] = ()
     revision: int = 1
 
 
@@ -72,16 +77,24 @@ class Orchestrator:
     """Starts, follows and cancels runs. Every method runs on the main thread's event loop."""
 
     def __init__(
-        self, bus: MessageBus, sessions: Sessions, retained_runs: int, drop_artifact: Callable[[str], None]
+        self,
+        bus: MessageBus,
+        sessions: Sessions,
+        store: ArtifactStore,
+        *,
+        retained_runs: int,
+        retained_artifact_bytes: int,
     ) -> None:
         self.runs: OrderedDict[str, RunEntry] = OrderedDict()
         self.workflows: OrderedDict[str, WorkflowEntry] = OrderedDict()
         self.is_stopping = False
         self._bus = bus
         self._sessions = sessions
+        self._store = store
         self._retained_runs = retained_runs
-        self._drop_artifact = drop_artifact
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._retained_artifact_bytes = retained_artifact_bytes
+        self._ended: OrderedDict[str, RunEntry] = OrderedDict()
+        self._ended_artifact_bytes = 0
         self._clock_offset_s = time.time() - time.monotonic()
         bus.subscribe(self.deliver)
 
@@ -114,6 +127,8 @@ class Orchestrator:
         run = Run(run_id or f"run-{uuid4().hex}", spec, graph, workflow_id, priority)
         entry = RunEntry(run, fingerprint, time.time(), labels)
         self.runs[run.run_id] = entry
+        given = [p.content for p in parameters.values() if isinstance(p.content, Artifact)]
+        self._keep(entry, [*graph.artifacts, *given])
         self._perform(entry, run.start(parameters, time.monotonic()))
         return entry, True
 
@@ -148,11 +163,25 @@ class Orchestrator:
             if existing.fingerprint != fingerprint:
                 raise ConflictError("WORKFLOW_ID_CONFLICT", f"workflow {workflow_id!r} exists with other content")
             return existing, False
-        dag.build(spec)
+        graph = dag.build(spec)
         named = workflow_id or f"workflow-{uuid4().hex}"
-        entry = WorkflowEntry(named, spec, functions, fingerprint, time.time())
+        entry = WorkflowEntry(named, spec, functions, fingerprint, time.time(), graph.artifacts)
+        self._store.hold(entry.artifacts)
         self.workflows[named] = entry
         return entry, True
+
+    def change_workflow(self, entry: WorkflowEntry, spec: WorkflowSpec, functions: dict[str, Function]) -> None:
+        """Replace a stored workflow's definition. Raises InvalidError."""
+        graph = dag.build(spec)
+        self._store.hold(graph.artifacts)
+        self._store.release(entry.artifacts)
+        entry.spec, entry.functions, entry.artifacts = spec, functions, graph.artifacts
+        entry.revision += 1
+
+    def delete_workflow(self, workflow_id: str) -> None:
+        """Forget a stored workflow. Raises NotFoundError."""
+        self._store.release(self.workflow(workflow_id).artifacts)
+        del self.workflows[workflow_id]
 
     def workflow(self, workflow_id: str) -> WorkflowEntry:
         """Return a stored workflow. Raises NotFoundError."""
@@ -187,21 +216,39 @@ class Orchestrator:
                 case TaskReady() | CancelRequested():
                     own.append(effect)
                 case _:
+                    if isinstance(effect, TaskSucceeded):
+                        contents = [payload.content for payload in effect.outputs.values()]
+                        self._keep(entry, [content for content in contents if isinstance(content, Artifact)])
                     entry.log.append(effect, time.time())
         if posts is None:
             self._bus.post(own)
         if entry.run.is_terminal and entry.ended_s is None:
             entry.ended_s = time.time()
-            self._ended[entry.run.run_id] = None
-            while len(self._ended) > self._retained_runs:
-                self._forget(self._ended.popitem(last=False)[0])
+            self._ended[entry.run.run_id] = entry
+            self._ended_artifact_bytes += entry.artifact_bytes
+            self._trim()
 
-    def _forget(self, run_id: str) -> None:
-        entry = self.runs.pop(run_id)
-        for record in entry.run.tasks.values():
-            for payload in (record.outputs or {}).values():
-                if isinstance(payload.content, Artifact):
-                    self._drop_artifact(payload.content.artifact_id)
+    def _keep(self, entry: RunEntry, artifacts: list[Artifact]) -> None:
+        if artifacts:
+            self._store.hold(artifacts)
+            entry.artifacts += artifacts
+            entry.artifact_bytes += sum(artifact.size_bytes for artifact in artifacts)
+
+    def _trim(self) -> None:
+        """Forget the oldest runs over their limit, and the oldest artifacts over theirs, but for the newest run."""
+        while len(self._ended) > self._retained_runs:
+            run_id, oldest = self._ended.popitem(last=False)
+            self._let_go(oldest)
+            del self.runs[run_id]
+        for entry in list(self._ended.values())[:-1]:
+            if self._ended_artifact_bytes <= self._retained_artifact_bytes:
+                break
+            self._let_go(entry)
+
+    def _let_go(self, entry: RunEntry) -> None:
+        self._ended_artifact_bytes -= entry.artifact_bytes
+        self._store.release(entry.artifacts)
+        entry.artifacts, entry.artifact_bytes = [], 0
 
 
 def fingerprint(*parts: bytes) -> str:

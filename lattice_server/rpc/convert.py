@@ -102,10 +102,14 @@ def payload_to_proto(payload: Payload) -> payload_pb2.Payload:
         return payload_pb2.Payload(media_type=payload.media_type, json=content)
     if isinstance(content, bytes):
         return payload_pb2.Payload(media_type=payload.media_type, data=content)
-    artifact = payload_pb2.Artifact(
-        artifact_id=content.artifact_id, size_bytes=content.size_bytes, node_id=content.node_id
+    return payload_pb2.Payload(media_type=payload.media_type, artifact=artifact_to_proto(content))
+
+
+def artifact_to_proto(artifact: Artifact) -> payload_pb2.Artifact:
+    """Return the message of a reference."""
+    return payload_pb2.Artifact(
+        artifact_id=artifact.artifact_id, size_bytes=artifact.size_bytes, node_id=artifact.node_id
     )
-    return payload_pb2.Payload(media_type=payload.media_type, artifact=artifact)
 
 
 def payloads_to_proto(payloads: Mapping[str, Payload]) -> dict[str, payload_pb2.Payload]:

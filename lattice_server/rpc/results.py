@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc
+from lattice.v1 import results_pb2, results_pb2_grpc
 
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.messages import RunEvent, RunFinished, RunStarted, TaskLogged
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.store import HEAD, ArtifactStore
+from lattice_server.engine.store import ArtifactStore
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import event_to_proto, final_tasks_to_proto, run_to_proto
@@ -66,9 +66,8 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
         context: Context,
     ) -> results_pb2.WriteArtifactResponse:
         """Store an artifact that inputs may then refer to."""
-        artifact_id, size = await self._store.write(request.data async for request in request_iterator)
-        artifact = payload_pb2.Artifact(artifact_id=artifact_id, size_bytes=size, node_id=HEAD)
-        return results_pb2.WriteArtifactResponse(artifact=artifact)
+        artifact = await self._store.write(request.data async for request in request_iterator)
+        return results_pb2.WriteArtifactResponse(artifact=convert.artifact_to_proto(artifact))
 
 
 def _is_wanted(event: RunEvent, task_ids: frozenset[str], exclude_logs: bool) -> bool:

@@ -8,7 +8,6 @@ from lattice.v1 import run_pb2, task_pb2, workflow_pb2, workflow_pb2_grpc
 
 from lattice_server.core import dag
 from lattice_server.core.errors import AbortedError, ConflictError, InvalidError, invalid_field
-from lattice_server.core.model import Function, WorkflowSpec
 from lattice_server.engine.orchestrator import Orchestrator, RunEntry, WorkflowEntry, fingerprint
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
@@ -47,7 +46,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
                 raise ConflictError("WORKFLOW_ID_CONFLICT", f"function {name!r} exists with other content")
         functions = {**entry.functions, **added}
         tasks = convert.tasks_from_proto(request.tasks, functions, self._intake.inline_limit_bytes)
-        self._store(entry, replace(entry.spec, tasks=entry.spec.tasks + tasks), functions)
+        self._orchestrator.change_workflow(entry, replace(entry.spec, tasks=entry.spec.tasks + tasks), functions)
         return workflow_pb2.AddTasksResponse(revision=entry.revision)
 
     async def AddEdges(self, request: workflow_pb2.AddEdgesRequest, context: Context) -> workflow_pb2.AddEdgesResponse:
@@ -61,7 +60,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             target = tasks[edge.target_task_id]
             if edge.source_task_id not in target.after:
                 tasks[target.task_id] = replace(target, after=(*target.after, edge.source_task_id))
-        self._store(entry, replace(entry.spec, tasks=tuple(tasks.values())), entry.functions)
+        self._orchestrator.change_workflow(entry, replace(entry.spec, tasks=tuple(tasks.values())), entry.functions)
         return workflow_pb2.AddEdgesResponse(revision=entry.revision)
 
     async def GetWorkflow(
@@ -84,8 +83,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request: workflow_pb2.DeleteWorkflowRequest, context: Context
     ) -> workflow_pb2.DeleteWorkflowResponse:
         """Delete a stored workflow."""
-        self._orchestrator.workflow(request.workflow_id)
-        del self._orchestrator.workflows[request.workflow_id]
+        self._orchestrator.delete_workflow(request.workflow_id)
         return workflow_pb2.DeleteWorkflowResponse()
 
     async def RunWorkflow(
@@ -175,11 +173,6 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             text = f"workflow {workflow_id!r} has revision {entry.revision}, not {revision}"
             raise AbortedError("REVISION_MISMATCH", text, metadata={"revision": str(entry.revision)})
         return entry
-
-    def _store(self, entry: WorkflowEntry, spec: WorkflowSpec, functions: dict[str, Function]) -> None:
-        dag.build(spec)
-        entry.spec, entry.functions = spec, functions
-        entry.revision += 1
 
 
 def _workflow_to_proto(entry: WorkflowEntry, *, with_tasks: bool = True) -> workflow_pb2.Workflow:

@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import ctypes
 import faulthandler
+import fcntl
 import functools
 import importlib
 import inspect
@@ -42,6 +43,8 @@ MAGIC = b"LTP5"
 ALIGN = 64
 PR_SET_PDEATHSIG = 1
 FLUSH_BYTES = 8192
+SPARES = "spares"
+MIN_SPARE_BYTES = 1024 * 1024
 
 current: contextvars.ContextVar["Output | None"] = contextvars.ContextVar("current", default=None)
 
@@ -268,12 +271,54 @@ class Encoder:
             self.blobs.append(b"".join(parts))
             return {"type": media_type, "blob": len(self.blobs) - 1}
         artifact = uuid.uuid4().hex
-        with open(os.path.join(self._store, artifact), "wb", buffering=0) as file:
+        with create_artifact(self._store, artifact, size) as file:
             for part in parts:
                 view = memoryview(part)
                 while view:
                     view = view[file.write(view) :]
+            file.truncate(size)
         return {"type": media_type, "artifact": artifact, "size": size}
+
+
+def create_artifact(store: str, name: str, size: int) -> io.FileIO:
+    """Return a file to write an artifact of `size` bytes to: a spare of the store where one is large enough, since
+    pages that are there already cost a fraction of new ones, or else a new one."""
+    path = os.path.join(store, name)
+    for spare in os.scandir(os.path.join(store, SPARES)) if size >= MIN_SPARE_BYTES else ():
+        try:
+            if not size // 2 <= spare.stat().st_size <= size * 2:
+                continue
+            file = io.FileIO(spare.path, "r+")
+        except FileNotFoundError:  # another runner took it
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(spare.path, path)
+        except BlockingIOError:  # some task still maps it, so it can never be written again
+            file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(spare.path)
+        except FileNotFoundError:
+            file.close()
+        else:
+            return file
+    return io.FileIO(path, "x")
+
+
+def open_artifact(path: str) -> mmap.mmap | bytes:
+    """Return the bytes of an artifact. The map keeps the file's lock, so its pages are not written while it lives."""
+    missing = "an input's value is no longer in the store of this node"
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            status = os.fstat(file.fileno())
+            # Dropped and written anew between the opening and the lock: not this artifact any more.
+            if not os.path.samestat(status, os.stat(path)):
+                raise PayloadError(missing)
+            # Private pages: the task may write to what it was given, and nobody else sees it.
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if status.st_size else b""
+    except FileNotFoundError:
+        raise PayloadError(missing) from None
 
 
 def is_json(value: Any) -> bool:
@@ -338,12 +383,7 @@ def _bind(binding: dict[str, Any], blobs: list[bytes]) -> Any:
         return {key: _bind(item, blobs) for key, item in binding["entries"].items()}
     if "path" not in binding:
         return decode_value(binding["type"], blobs[binding["blob"]])
-    try:
-        with open(binding["path"], "rb") as file:
-            # Private pages: the task may write to what it was given, and nobody else sees it.
-            return decode_value(binding["type"], mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    except FileNotFoundError:
-        raise PayloadError("an input's value is no longer in the store of this node") from None
+    return decode_value(binding["type"], open_artifact(binding["path"]))
 
 
 def _load_code(definition: dict[str, Any], blob: bytes) -> Callable[..., Any]:

@@ -1,15 +1,92 @@
 """The examples, as a reader runs them."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
+import pytest
+
+from tests.e2e.conftest import LATTICE
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLES = ROOT / "examples"
 
 
-def test_the_agent_answers(address: str) -> None:
-    command = [sys.executable, str(EXAMPLES / "agent" / "main.py")]
+def _run(address: str, example: str, *arguments: str) -> str:
+    """Run an example with `lattice run`, from a folder of no meaning, and return what it printed."""
+    command = [LATTICE, "run", "--addr", address, str(EXAMPLES / example / "main.py"), *arguments]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", ["agent", "data_analysis", "rag"])
+def test_an_example_runs_with_python_too(address: str, example: str) -> None:
+    command = [sys.executable, str(EXAMPLES / example / "main.py")]
     environment = {**os.environ, "LATTICE_TARGET": address}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert "0001-worker-processes.md; sales were 215; the number is 84." in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_agent_answers_with_its_three_tools(address: str) -> None:
+    answer = _run(address, "agent")
+    passage = re.search(r"→ (\S+\.md): (.*crash.*)", answer)
+    assert passage
+    assert any(
+        passage[2] in " ".join(path.read_text().split()) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    )
+    assert "like '2015%'\n  → 144\n" in answer
+    assert "365 * 24 / 7\n  → 1251.4285714285713\n" in answer
+
+
+def test_the_agent_shows_when_each_task_ran(address: str) -> None:
+    lines = re.findall(r"(\w+) +([\d.]+) to +([\d.]+) ms +█+", _run(address, "agent"))
+    begins = {name: float(begin) for name, begin, _ in lines}
+    ends = {name: float(end) for name, _, end in lines}
+    tools = {"search", "query", "calculate"}
+    assert set(begins) == {"plan", "answer", *tools}
+    assert all(ends["plan"] <= begins[tool] <= ends[tool] <= begins["answer"] for tool in tools)
+
+
+def test_the_agent_uses_only_the_tools_it_needs(address: str) -> None:
+    answer = _run(address, "agent", "the warmest day in Seattle in 2014,", "(2 + 3) * 4.5")
+    assert answer.partition("\n\n")[2] == (
+        "select max(temp_max) from weather where date like '2014%'\n  → 35.6\n\n(2 + 3) * 4.5\n  → 22.5\n"
+    )
+
+
+def test_the_analysis_reports_what_is_in_the_data(address: str) -> None:
+    report = _run(address, "data_analysis")
+    assert "392 cars (14 incomplete ones left out)" in report
+    assert re.search(r"USA +245 +9\.7 +12\.7 +15\.7", report)
+    assert re.search(r"-0\.89 \+ +0\.0090 \* weight_kg +0\.78", report)
+
+
+def test_retrieval_finds_the_passage(address: str) -> None:
+    question = "the value as bytes in the encoding media type names, at most 256 KiB"
+    path, line, text = re.findall(r"^[\d.]+  (\S+):(\d+)\n +(.*)$", _run(address, "rag", question), re.MULTILINE)[0]
+    assert path == "proto/lattice/v1/payload.proto"
+    assert "at most 256 KiB" in text
+    assert 1 < int(line) < len((ROOT / path).read_text().splitlines())
+
+
+def test_the_first_script_prints_what_the_readme_says(address: str, tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```\n\nprints.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found
+    (tmp_path / "first.py").write_text(found[1])
+    command = [LATTICE, "run", "--addr", address, str(tmp_path / "first.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    printed, promised = [line.rstrip() for line in done.stdout.splitlines()], found[2].splitlines()
+    assert sorted(printed) == sorted(promised)
+    assert [printed[0], *printed[-4:]] == [promised[0], *promised[-4:]]
+
+
+def test_the_demo_runs_and_cleans_up() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "→ 144" in done.stdout
+    assert done.stdout.endswith("The server and its workers have stopped.\n")

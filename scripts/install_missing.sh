@@ -1,0 +1,30 @@
+#!/bin/sh
+# Installs what the project needs from the system and a bare Debian machine lacks. Quick when nothing is missing.
+#
+# Usage: scripts/install_missing.sh python|nodejs
+#
+# As root with apt-get it installs; otherwise it says what to install. Without Python's venv nothing can go on;
+# without Node.js the tests of the Node.js example are skipped.
+set -eu
+
+packages=""
+case "$1" in
+python)
+    "${PYTHON:-python3}" -c "import ensurepip, venv" 2>/dev/null || packages="python3-venv"
+    ;;
+nodejs)
+    command -v node >/dev/null || packages="nodejs"
+    command -v npm >/dev/null || packages="$packages npm"
+    ;;
+esac
+[ -n "$packages" ] || exit 0
+
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    echo "Installing $packages"
+    apt-get update -qq
+    # shellcheck disable=SC2086 -- a list of packages
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
+    exit 0
+fi
+echo "Missing on this machine: $packages. On Debian or Ubuntu: apt-get install $packages" >&2
+[ "$1" = nodejs ]
