@@ -19,6 +19,8 @@ PICKLE5 = "application/vnd.lattice.pickle5"
 MAGIC = b"LTP5"
 ALIGN = 64
 INLINE_LIMIT_BYTES = 256 * 1024
+# Python refuses to print and to read integers of over 4300 digits; these have fewer or as many.
+MAX_JSON_INT_BITS = 14_284
 
 
 def is_json(value: Any) -> bool:
@@ -26,13 +28,15 @@ def is_json(value: Any) -> bool:
     kind = type(value)
     if kind is str:
         return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
-    if value is None or kind is bool or kind is int:
+    if value is None or kind is bool:
         return True
+    if kind is int:
+        return bool(value.bit_length() <= MAX_JSON_INT_BITS)
     if kind is float:
         return math.isfinite(value)
     if kind is list:
         return all(map(is_json, value))
-    return kind is dict and all(type(key) is str and is_json(item) for key, item in value.items())
+    return kind is dict and all(type(key) is str and is_json(key) and is_json(item) for key, item in value.items())
 
 
 def encode(value: Any) -> tuple[str, bytes]:
@@ -70,7 +74,8 @@ def decode(media_type: str, data: bytes | bytearray) -> Any:
         case "application/vnd.lattice.cloudpickle":
             return pickle.loads(data)
         case "application/vnd.lattice.pickle5":
-            view = memoryview(data)
+            # Over bytes, arrays could only be read.
+            view = memoryview(bytearray(data) if isinstance(data, bytes) else data)
             (count,) = struct.unpack_from("<Q", view, 8)
             offset, parts = 16 + 8 * count, []
             for size in struct.unpack_from(f"<{count}Q", view, 16):

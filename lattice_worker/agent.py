@@ -69,6 +69,8 @@ class Agent:
     async def _serve_stream(self) -> bool:
         """Hold one stream; return whether the worker is to end."""
         self._is_welcome = False
+        # A broken stream's generator may live on; what wakes this stream must not wake that one.
+        self._wake = asyncio.Event()
         async with grpc.aio.insecure_channel(self._config.target, options=CHANNEL_OPTIONS) as channel:
             call = worker_pb2_grpc.WorkerServiceStub(channel).Connect(self._requests())
             try:
@@ -91,14 +93,15 @@ class Agent:
         yield worker_pb2.ConnectRequest(hello=self._hello())
         loop = asyncio.get_running_loop()
         sent_at = 0.0
-        while True:
+        wake = self._wake
+        while wake is self._wake:
             try:
                 async with asyncio.timeout(self._heartbeat_s):
-                    await self._wake.wait()
+                    await wake.wait()
             except TimeoutError:
                 heartbeat = worker_pb2.Heartbeat(held_lease_ids=self._session.held())
                 yield worker_pb2.ConnectRequest(heartbeat=heartbeat)
-            self._wake.clear()
+            wake.clear()
             if self._is_welcome and self._pending:
                 if (wait_s := sent_at + COALESCE_S - loop.time()) > 0:
                     # A message costs both sides more than the reports in it: what comes in quick succession shares one.
@@ -195,7 +198,7 @@ class Agent:
             self._report(report)
 
     def _report(self, report: worker_pb2.Report) -> None:
-        report.sequence = self._session.add_report(report)
+        report.sequence = self._session.add_report(report.lease_id, report)
         self._pending.append(report)
         self._wake.set()
 

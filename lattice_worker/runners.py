@@ -4,6 +4,7 @@ Rule: a runner that died, or was killed, never runs anything again; what it ran 
 """
 
 import asyncio
+import codecs
 import contextlib
 import json
 import os
@@ -53,7 +54,7 @@ class Runner(asyncio.Protocol):
         self.running: dict[str, Invocation] = {}
         self._on_idle, self._on_gone = on_idle, on_gone
         self._buffer = bytearray()
-        self._raw: dict[int, str] = {}
+        self._raw: dict[int, tuple[str, codecs.IncrementalDecoder]] = {}
         self._writer: asyncio.Transport | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -89,7 +90,8 @@ class Runner(asyncio.Protocol):
             for descriptor in (out_write, err_write):
                 os.close(descriptor)
             theirs.close()
-        self._raw = {out_read: "stdout", err_read: "stderr"}
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._raw = {out_read: ("stdout", decoder("replace")), err_read: ("stderr", decoder("replace"))}
         for descriptor in self._raw:
             os.set_blocking(descriptor, False)
             loop.add_reader(descriptor, self._read_raw, descriptor)
@@ -178,11 +180,11 @@ class Runner(asyncio.Protocol):
             invocation = next(iter(self.running.values()))
             if invocation.raw_left <= 0:
                 return
-            text = data.decode(errors="replace")
-            invocation.on_log(self._raw[descriptor], text, False)
+            stream, decoder = self._raw[descriptor]
+            invocation.on_log(stream, decoder.decode(data), False)
             invocation.raw_left -= len(data)
             if invocation.raw_left <= 0:
-                invocation.on_log(self._raw[descriptor], "[output cut]\n", True)
+                invocation.on_log(stream, "[output cut]\n", True)
 
     def _close_raw(self, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)

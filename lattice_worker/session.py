@@ -26,12 +26,12 @@ class Session(Generic[Work, Report]):
         self._slots: dict[int, _Slot[Work]] = {}
         self._slot_of: dict[str, int] = {}
         self._followers: dict[str, list[str]] = {}
-        self._outbox: deque[tuple[int, Report]] = deque()
+        self._outbox: deque[tuple[int, str, Report]] = deque()
         self._last_sequence = 0
 
     def held(self) -> list[str]:
-        """Return all leases, started or not."""
-        return list(self._slot_of)
+        """Return all leases, started or not, and those with reports the server may not have."""
+        return list(dict.fromkeys([*self._slot_of, *(lease_id for _, lease_id, _ in self._outbox)]))
 
     def running(self) -> list[str]:
         """Return the leases that have started."""
@@ -80,10 +80,10 @@ class Session(Generic[Work, Report]):
         number = self._slot_of.get(lease_id)
         return None if number is None else self._slots[number].running == lease_id
 
-    def add_report(self, report: Report) -> int:
-        """Put a report into the outbox; return its number."""
+    def add_report(self, lease_id: str, report: Report) -> int:
+        """Put a report about a lease into the outbox; return its number."""
         self._last_sequence += 1
-        self._outbox.append((self._last_sequence, report))
+        self._outbox.append((self._last_sequence, lease_id, report))
         return self._last_sequence
 
     def acknowledge(self, sequence: int) -> None:
@@ -93,7 +93,7 @@ class Session(Generic[Work, Report]):
 
     def unacknowledged(self) -> list[Report]:
         """Return the reports to send again after a reconnect."""
-        return [report for _, report in self._outbox]
+        return [report for _, _, report in self._outbox]
 
     def reset(self, session_id: str) -> None:
         """Begin a new session that holds nothing."""

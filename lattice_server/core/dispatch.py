@@ -103,7 +103,7 @@ class Dispatch:
     def handle_all(self, events: Sequence[SchedulerEvent], now: float) -> list[Effect]:
         """Take events in order, then place what can be placed. One placement serves them all."""
         for event in events:
-            self._take(event, now)
+            self.take(event, now)
         return self.tick(now)
 
     def handle(self, event: SchedulerEvent, now: float) -> list[Effect]:
@@ -152,7 +152,8 @@ class Dispatch:
             if task.follows is not None and task.lease_id:
                 assert not self.leases[task.lease_id].is_started, "a task went ahead of its input"
 
-    def _take(self, event: SchedulerEvent, now: float) -> None:
+    def take(self, event: SchedulerEvent, now: float) -> None:
+        """Take one event; its effects come with the next `tick`."""
         match event:
             case AttemptSucceeded():
                 self._succeed(event, now)
@@ -174,7 +175,7 @@ class Dispatch:
                     self._drop_lease(lease, now)
                     self._fail(lease.task, event.failure, now)
                 else:
-                    self._take(LeaseReturned(event.session_id, event.lease_id, ""), now)
+                    self.take(LeaseReturned(event.session_id, event.lease_id, ""), now)
             case LeaseReturned():
                 if lease := self._lease(event.session_id, event.lease_id):
                     self._drop_lease(lease, now)
@@ -268,8 +269,8 @@ class Dispatch:
         slots = self._running.get(shape)
         if not slots:
             return False
-        slot = min(slots.values(), key=lambda s: (s.backlog_s, len(s.lease_ids)))
-        if slot.backlog_s + expected_s > SEND_AHEAD_S or len(slot.lease_ids) >= SEND_AHEAD_LEASES:
+        slot = min(slots.values(), key=lambda s: (s.is_slow, s.backlog_s, len(s.lease_ids)))
+        if slot.is_slow or slot.backlog_s + expected_s > SEND_AHEAD_S or len(slot.lease_ids) >= SEND_AHEAD_LEASES:
             return False
         node = self.nodes[slot.node_id]
         if not (node.takes_work and suits(shape, node)):
@@ -329,6 +330,7 @@ class Dispatch:
             if now < slot.progress_at + PATIENCE_S:
                 continue
             del self._crowded[slot.slot_id]
+            slot.is_slow = True
             session_id = self.nodes[slot.node_id].session_id
             for lease_id in list(slot.lease_ids)[1:]:
                 lease = self.leases[lease_id]
@@ -360,10 +362,11 @@ class Dispatch:
 
     def _drop_lease(self, lease: Lease, now: float) -> None:
         slot, lease.task.lease_id = lease.slot, ""
+        if next(iter(slot.lease_ids)) == lease.lease_id:
+            slot.progress_at, slot.is_slow = now, False
         del self.leases[lease.lease_id]
         del slot.lease_ids[lease.lease_id]
         slot.backlog_s = max(0.0, slot.backlog_s - lease.expected_s)
-        slot.progress_at = now
         if len(slot.lease_ids) < 2:
             self._crowded.pop(slot.slot_id, None)
         if not slot.lease_ids:
@@ -470,8 +473,7 @@ class Dispatch:
             ours = [lease_id for slot in node.slots.values() for lease_id in slot.lease_ids]
             self._effects.append(WelcomeWorker(node.worker_id, node.session_id, True, tuple(held.difference(ours))))
             for lease_id in ours:
-                if lease_id not in held and not self.leases[lease_id].is_started:
-                    self._effects.append(self._assignment(self.leases[lease_id]))
+                self._repeat(self.leases[lease_id], is_held=lease_id in held)
             return
         if node is not None:
             self._effects.append(CloseSession(node.session_id, "SUPERSEDED", "the worker connected again"))
@@ -491,6 +493,16 @@ class Dispatch:
         self.nodes[node.node_id] = node
         self._sessions[node.session_id] = node
         self._effects.append(WelcomeWorker(node.worker_id, node.session_id, False, hello.held_lease_ids))
+
+    def _repeat(self, lease: Lease, *, is_held: bool) -> None:
+        """Say again what a worker that was away may have missed about a lease."""
+        session_id = self.nodes[lease.slot.node_id].session_id
+        if not is_held and not lease.is_started:
+            self._effects.append(self._assignment(lease))
+        if lease.task.cancelled is not None:
+            self._effects.append(StopLease(session_id, lease.lease_id))
+        elif lease.is_revoked:
+            self._effects.append(RevokeLease(session_id, lease.lease_id))
 
     def _lose(self, node: Node, reason: str, now: float) -> None:
         leases = [self.leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]

@@ -15,7 +15,7 @@ EPSILON = 1e-9
 @dataclass(slots=True)
 class Slot:
     """One reservation. `gpu_indices` are the devices it uses; `lease_ids` run in order; `progress_at` is when the
-    first of them became first."""
+    first of them became first, and `is_slow` tells that it took longer than others were ready to wait."""
 
     slot_id: int
     node_id: str
@@ -25,6 +25,7 @@ class Slot:
     lease_ids: dict[str, None] = field(default_factory=dict)
     backlog_s: float = 0.0
     progress_at: float = 0.0
+    is_slow: bool = False
 
 
 @dataclass(slots=True)

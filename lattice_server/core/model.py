@@ -149,8 +149,11 @@ class RetryPolicy:
 
     def backoff_s(self, failed_attempts: int) -> float:
         """Seconds to wait before the attempt that follows `failed_attempts` failed ones."""
-        growth = self.backoff_multiplier ** min(failed_attempts - 1, 64)
-        return float(min(self.max_backoff_s, self.initial_backoff_s * growth))
+        try:
+            growth = self.backoff_multiplier ** (failed_attempts - 1)
+        except OverflowError:
+            return self.max_backoff_s
+        return min(self.max_backoff_s, self.initial_backoff_s * growth)
 
 
 @dataclass(frozen=True, slots=True)

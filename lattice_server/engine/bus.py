@@ -9,6 +9,8 @@ from queue import Empty, SimpleQueue
 from lattice_server.core.dispatch import Effect
 from lattice_server.core.messages import SchedulerEvent
 
+MAX_WAIT_S = 3600.0  # The operating system refuses to wait for centuries.
+
 
 class MessageBus:
     """Carries events to the scheduler's thread and effects back to the main thread's event loop, both in order."""
@@ -34,9 +36,9 @@ class MessageBus:
         self._to_scheduler.put(None)
 
     def next_events(self, timeout_s: float | None) -> list[SchedulerEvent] | None:
-        """Wait for events and return all there are; an empty list after `timeout_s`, None when closed."""
+        """Wait for events and return all there are; an empty list after `timeout_s` or an hour, None when closed."""
         try:
-            first = self._to_scheduler.get(timeout=timeout_s)
+            first = self._to_scheduler.get(timeout=None if timeout_s is None else min(timeout_s, MAX_WAIT_S))
         except Empty:
             return []
         if first is None:

@@ -67,6 +67,7 @@ class WorkflowEntry:
     workflow_id: str
     spec: WorkflowSpec
     functions: dict[str, Function]
+    definition: object
     fingerprint: str
     created_s: float
     artifacts: tuple[Artifact, ...] = ()
@@ -155,7 +156,12 @@ class Orchestrator:
         return entry
 
     def create_workflow(
-        self, workflow_id: str, spec: WorkflowSpec, functions: dict[str, Function], fingerprint: str
+        self,
+        workflow_id: str,
+        spec: WorkflowSpec,
+        functions: dict[str, Function],
+        definition: object,
+        fingerprint: str,
     ) -> tuple[WorkflowEntry, bool]:
         """Store a workflow, or return the one that has this id and content. Raises ConflictError, InvalidError."""
         existing = self.workflows.get(workflow_id)
@@ -165,17 +171,20 @@ class Orchestrator:
             return existing, False
         graph = dag.build(spec)
         named = workflow_id or f"workflow-{uuid4().hex}"
-        entry = WorkflowEntry(named, spec, functions, fingerprint, time.time(), graph.artifacts)
+        entry = WorkflowEntry(named, spec, functions, definition, fingerprint, time.time(), graph.artifacts)
         self._store.hold(entry.artifacts)
         self.workflows[named] = entry
         return entry, True
 
-    def change_workflow(self, entry: WorkflowEntry, spec: WorkflowSpec, functions: dict[str, Function]) -> None:
+    def change_workflow(
+        self, entry: WorkflowEntry, spec: WorkflowSpec, functions: dict[str, Function], definition: object
+    ) -> None:
         """Replace a stored workflow's definition. Raises InvalidError."""
         graph = dag.build(spec)
         self._store.hold(graph.artifacts)
         self._store.release(entry.artifacts)
         entry.spec, entry.functions, entry.artifacts = spec, functions, graph.artifacts
+        entry.definition = definition
         entry.revision += 1
 
     def delete_workflow(self, workflow_id: str) -> None:

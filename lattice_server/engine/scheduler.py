@@ -34,8 +34,14 @@ class Scheduler:
             events = self._bus.next_events(timeout_s)
             if events is None:
                 return
+            now = time.monotonic()
+            for event in events:
+                try:
+                    self.machine.take(event, now)
+                except Exception:
+                    # The last resort: an event that breaks an invariant must not end scheduling for everybody.
+                    log.exception("the scheduler could not take %s; it goes on", type(event).__name__)
             try:
-                self._bus.publish(self.machine.handle_all(events, time.monotonic()))
+                self._bus.publish(self.machine.tick(now))
             except Exception:
-                # The last resort: one event that breaks an invariant must not end scheduling for everybody.
-                log.exception("the scheduler could not handle %d events; it goes on", len(events))
+                log.exception("the scheduler could not place what waits; it goes on")

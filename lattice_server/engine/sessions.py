@@ -84,11 +84,12 @@ class Sessions:
 
     def leave(self, connection: Connection, detached: Callable[[str], None]) -> None:
         """Forget a connection that ended; `detached` is told the session it leaves without one."""
-        if self._greeting.get(connection.worker_id) is connection:
-            del self._greeting[connection.worker_id]
-        session = connection.session
-        if session is not None and session.connection is connection:
-            detached(session.session_id)
+        if self._greeting.get(connection.worker_id) is not connection:
+            return  # a newer connection of the worker decides
+        del self._greeting[connection.worker_id]
+        for session in self._sessions.values():
+            if session.connection.worker_id == connection.worker_id:
+                detached(session.session_id)
 
     def heard_at(self, session_id: str) -> float:
         """Return when a session was last heard, in seconds since the epoch; zero when unknown."""

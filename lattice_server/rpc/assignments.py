@@ -9,6 +9,7 @@ from lattice_server.config import ServerConfig
 from lattice_server.core.messages import Assign, CloseSession, RevokeLease, StopLease, WelcomeWorker, WorkerEffect
 from lattice_server.engine.sessions import Connection
 from lattice_server.rpc import convert
+from lattice_server.rpc.definitions import code_to_proto
 
 
 def responses(
@@ -62,7 +63,7 @@ def _welcome(effect: WelcomeWorker, config: ServerConfig) -> worker_pb2.Welcome:
 
 def _add(assignments: worker_pb2.Assignments, effect: Assign, connection: Connection) -> None:
     session = connection.session
-    function, bundle = convert.code_to_proto(effect.function)
+    function, bundle = code_to_proto(effect.function)
     if session is not None and effect.function.digest not in session.sent_digests:
         session.sent_digests.add(effect.function.digest)
         assignments.functions.append(function)

@@ -1,11 +1,10 @@
 """Owns the translation between protobuf and the core, as pairs of functions. Rule: it checks form, no more."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, task_pb2
+from lattice.v1 import errors_pb2, payload_pb2, resources_pb2
 
 from lattice_server.core.errors import ExhaustedError, invalid_field
 from lattice_server.core.model import (
@@ -16,18 +15,14 @@ from lattice_server.core.model import (
     Capacity,
     Failure,
     FailureKind,
-    Function,
     Gpu,
     Isolation,
     OutputRef,
     Parameter,
     Payload,
     Resources,
-    RetryPolicy,
-    TaskSpec,
 )
 
-MAX_ID_LENGTH = 128
 JSON = "application/json"
 
 ISOLATION_FROM_PROTO = {
@@ -79,7 +74,7 @@ def payload_from_proto(message: payload_pb2.Payload, field: str, inline_limit_by
     match message.WhichOneof("content"):
         case "json":
             content: str | bytes | Artifact = message.json
-            size = len(message.json)
+            size = len(message.json) if message.json.isascii() else len(message.json.encode())
         case "data":
             if not message.media_type:
                 raise invalid_field(f"{field}.media_type", "bytes need a media type")
@@ -223,89 +218,3 @@ def failure_to_proto(failure: Failure | None) -> errors_pb2.Failure | None:
         exit_status=failure.exit_status,
         cause=failure_to_proto(failure.cause),
     )
-
-
-def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], task_pb2.CodeBundle]) -> Function:
-    """Return a function that came with its code, named by the digest of what came."""
-    stripped = task_pb2.Function()
-    stripped.CopyFrom(message)
-    stripped.ClearField("digest")
-    content = stripped.SerializeToString(deterministic=True)
-    stripped.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-    bundle = bundle_of(message.bundle_digest) if message.bundle_digest else None
-    is_async = message.concurrency == task_pb2.CONCURRENCY_ASYNC
-    return Function(stripped.digest, is_async, (stripped, bundle), message.bundle_digest)
-
-
-def code_to_proto(function: Function) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
-    """Return a function's code and its bundle, as `function_from_proto` put them by."""
-    definition = function.definition
-    assert isinstance(definition, tuple)
-    code, bundle = definition
-    return code, bundle
-
-
-def retry_from_proto(message: task_pb2.RetryPolicy) -> RetryPolicy:
-    """Return a retry policy with defaults filled in."""
-    default = RetryPolicy()
-    return RetryPolicy(
-        max_attempts=message.max_attempts or default.max_attempts,
-        initial_backoff_s=seconds_from(message.initial_backoff) or default.initial_backoff_s,
-        backoff_multiplier=message.backoff_multiplier or default.backoff_multiplier,
-        max_backoff_s=seconds_from(message.max_backoff) or default.max_backoff_s,
-        retry_on=frozenset(FAILURE_KIND_FROM_PROTO[k] for k in message.retry_on if k in FAILURE_KIND_FROM_PROTO)
-        or default.retry_on,
-        retry_on_types=frozenset(message.retry_on_types),
-        max_worker_losses=message.max_worker_losses or default.max_worker_losses,
-    )
-
-
-DEFAULT_RETRY = RetryPolicy()
-
-
-def task_from_proto(
-    message: task_pb2.TaskSpec, field: str, functions: Mapping[str, Function], inline_limit_bytes: int
-) -> TaskSpec:
-    """Check and return one task. Raises InvalidError naming the field."""
-    task_id = message.task_id
-    if not task_id or len(task_id) > MAX_ID_LENGTH or "\n" in task_id:
-        raise invalid_field(f"{field}.task_id", f"must have 1 to {MAX_ID_LENGTH} characters and no line break")
-    function = functions.get(message.function)
-    if function is None:
-        offered = ", ".join(sorted(functions)) or "none"
-        raise invalid_field(f"{field}.function", f"there is no function {message.function!r}; defined: {offered}")
-    if len(set(message.outputs)) != len(message.outputs):
-        raise invalid_field(f"{field}.outputs", "an output is named twice")
-    if message.batch.max_size > 1:
-        raise invalid_field(f"{field}.batch", "this server does not batch yet")
-    if ISOLATION_FROM_PROTO[message.isolation] is not Isolation.NONE:
-        raise invalid_field(f"{field}.isolation", "this server has no worker that isolates more than ISOLATION_NONE")
-    if message.timeout.HasField("total"):
-        raise invalid_field(f"{field}.timeout.total", "this server limits attempts only")
-    if message.max_parallel:
-        raise invalid_field(f"{field}.max_parallel", "this server has no such limit yet")
-    inputs = {
-        name: binding_from_proto(binding, f'{field}.inputs["{name}"]', inline_limit_bytes)
-        for name, binding in message.inputs.items()
-    }
-    return TaskSpec(
-        task_id=task_id,
-        function=function,
-        display_name=message.display_name or task_id,
-        inputs=inputs,
-        outputs=tuple(message.outputs),
-        after=tuple(message.after),
-        resources=resources_from_proto(message.resources, f"{field}.resources", is_async=function.is_async),
-        retry=retry_from_proto(message.retry) if message.HasField("retry") else DEFAULT_RETRY,
-        attempt_timeout_s=(seconds_from(message.timeout.attempt) or None) if message.HasField("timeout") else None,
-        isolation=ISOLATION_FROM_PROTO[message.isolation],
-        node_selector=tuple(sorted(message.node_selector.items())),
-        priority=message.priority,
-    )
-
-
-def tasks_from_proto(
-    messages: Iterable[task_pb2.TaskSpec], functions: Mapping[str, Function], inline_limit_bytes: int
-) -> tuple[TaskSpec, ...]:
-    """Check and return tasks, in order."""
-    return tuple(task_from_proto(m, f"tasks[{i}]", functions, inline_limit_bytes) for i, m in enumerate(messages))

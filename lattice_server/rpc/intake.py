@@ -12,7 +12,7 @@ from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import PreconditionError, invalid_field
 from lattice_server.core.model import FailurePolicy, Function, Payload, WorkflowSpec
-from lattice_server.rpc import convert
+from lattice_server.rpc import convert, definitions
 
 CODE_LIMIT_BYTES = 256 * 1024 * 1024
 
@@ -87,13 +87,16 @@ class Intake:
 
     def spec(self, message: workflow_pb2.WorkflowSpec) -> tuple[WorkflowSpec, dict[str, Function]]:
         """Check and return a workflow and its functions by name."""
+        policy = FAILURE_POLICY_FROM_PROTO.get(message.failure_policy)
+        if policy is None:
+            raise invalid_field("failure_policy", f"there is no failure policy {message.failure_policy}")
         functions = self.functions(message.functions, message.bundles)
         message.ClearField("bundles")
         spec = WorkflowSpec(
-            tasks=convert.tasks_from_proto(message.tasks, functions, self.inline_limit_bytes),
+            tasks=definitions.tasks_from_proto(message.tasks, functions, self.inline_limit_bytes),
             display_name=message.display_name,
             parameters=self.payloads(message.parameters, "parameters"),
-            failure_policy=FAILURE_POLICY_FROM_PROTO[message.failure_policy],
+            failure_policy=policy,
         )
         return spec, functions
 
@@ -104,7 +107,7 @@ class Intake:
                 raise invalid_field(field, text)
             known: Function = self._code.get(message.digest)
             return known
-        function = convert.function_from_proto(message, self._code.get)
+        function = definitions.function_from_proto(message, self._code.get)
         if message.digest not in {"", function.digest}:
             raise invalid_field(f"{field}.digest", f"must be empty or that of the function, {function.digest}")
         self._code.put(function.digest, function, message.ByteSize())

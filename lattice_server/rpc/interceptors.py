@@ -26,24 +26,27 @@ STATUS = {
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
 }
-# Trailers over 8 KiB may be dropped on the way, so the texts in them are kept short.
-MAX_TEXT = 1024
-MAX_VIOLATION_TEXT = 200
+# Trailers over 8 KiB may be dropped on the way, and percent-encoding triples what is not ASCII in the message.
+MAX_TEXT_BYTES = 768
+MAX_VIOLATION_BYTES = 200
+MAX_DETAIL_BYTES = 3072
 
 
 def status_of(error: errors.LatticeError) -> tuple[grpc.StatusCode, str, bytes]:
     """Return code, message and the encoded `google.rpc.Status` of an error."""
     code = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    message = error.message[:MAX_TEXT]
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain="lattice", metadata=error.metadata)]
+    message = _cut(error.message, MAX_TEXT_BYTES)
+    metadata = {key: _cut(value, MAX_TEXT_BYTES) for key, value in error.metadata.items()}
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain="lattice", metadata=metadata)]
     if error.violations:
-        violations = [
-            error_details_pb2.BadRequest.FieldViolation(
-                field=v.field[:MAX_VIOLATION_TEXT], description=v.description[:MAX_VIOLATION_TEXT]
-            )
-            for v in error.violations
-        ]
-        details.append(error_details_pb2.BadRequest(field_violations=violations))
+        bad = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            if bad.ByteSize() < MAX_DETAIL_BYTES:
+                bad.field_violations.add(
+                    field=_cut(violation.field, MAX_VIOLATION_BYTES),
+                    description=_cut(violation.description, MAX_VIOLATION_BYTES),
+                )
+        details.append(bad)
     if error.retry_after_s is not None:
         nanos = int(error.retry_after_s * 1e9)
         delay = Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
@@ -54,6 +57,10 @@ def status_of(error: errors.LatticeError) -> tuple[grpc.StatusCode, str, bytes]:
         packed.Pack(detail)
         status.details.append(packed)
     return code, message, status.SerializeToString()
+
+
+def _cut(text: str, limit_bytes: int) -> str:
+    return text.encode(errors="replace")[:limit_bytes].decode(errors="ignore")
 
 
 class ErrorInterceptor(AsyncExceptionToStatusInterceptor):

@@ -8,7 +8,7 @@ from lattice_server.core.errors import NotFoundError, invalid_field
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.states import TASK_TERMINAL
 from lattice_server.engine.orchestrator import Orchestrator, RunEntry, fingerprint
-from lattice_server.rpc import convert
+from lattice_server.rpc import convert, definitions
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
 from lattice_server.rpc.intake import Intake
@@ -36,7 +36,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         task.function = name
         task.task_id = task.task_id or "task"
         spec = WorkflowSpec(
-            tasks=(convert.task_from_proto(task, "task", functions, self._intake.inline_limit_bytes),),
+            tasks=(definitions.task_from_proto(task, "task", functions, self._intake.inline_limit_bytes),),
             display_name=task.display_name or task.task_id,
         )
         print_ = fingerprint(request.SerializeToString(deterministic=True)) if request.run_id else ""

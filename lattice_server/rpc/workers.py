@@ -189,7 +189,9 @@ def _hello_event(hello: worker_pb2.Hello) -> messages.WorkerHello:
         node_ip=hello.node_ip,
         capacity=convert.capacity_from_proto(hello.capacity),
         labels=dict(hello.labels),
-        isolations=frozenset(convert.ISOLATION_FROM_PROTO[level] for level in hello.isolations),
+        isolations=frozenset(
+            convert.ISOLATION_FROM_PROTO[level] for level in hello.isolations if level in convert.ISOLATION_FROM_PROTO
+        ),
         runtime=hello.runtime,
         pid=hello.pid,
     )

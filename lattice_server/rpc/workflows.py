@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from lattice.v1 import run_pb2, task_pb2, workflow_pb2, workflow_pb2_grpc
+from lattice.v1 import run_pb2, workflow_pb2, workflow_pb2_grpc
 
 from lattice_server.core import dag
 from lattice_server.core.errors import AbortedError, ConflictError, InvalidError, invalid_field
 from lattice_server.engine.orchestrator import Orchestrator, RunEntry, WorkflowEntry, fingerprint
-from lattice_server.rpc import convert
+from lattice_server.rpc import convert, definitions
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import RUN_STATE_TO_PROTO, event_to_proto, final_tasks_to_proto, run_to_proto
 from lattice_server.rpc.intake import Intake
@@ -34,7 +34,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             dag.build(spec)
             return workflow_pb2.CreateWorkflowResponse(workflow=workflow_pb2.Workflow(spec=request.spec))
         print_ = fingerprint(request.spec.SerializeToString(deterministic=True))
-        entry, created = self._orchestrator.create_workflow(request.workflow_id, spec, functions, print_)
+        entry, created = self._orchestrator.create_workflow(request.workflow_id, spec, functions, request.spec, print_)
         return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry), created=created)
 
     async def AddTasks(self, request: workflow_pb2.AddTasksRequest, context: Context) -> workflow_pb2.AddTasksResponse:
@@ -45,8 +45,11 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             if name in entry.functions and entry.functions[name].digest != function.digest:
                 raise ConflictError("WORKFLOW_ID_CONFLICT", f"function {name!r} exists with other content")
         functions = {**entry.functions, **added}
-        tasks = convert.tasks_from_proto(request.tasks, functions, self._intake.inline_limit_bytes)
-        self._orchestrator.change_workflow(entry, replace(entry.spec, tasks=entry.spec.tasks + tasks), functions)
+        tasks = definitions.tasks_from_proto(request.tasks, functions, self._intake.inline_limit_bytes)
+        definition = workflow_pb2.WorkflowSpec(functions=request.functions, tasks=request.tasks)
+        definition = _merged(_definition(entry), definition)
+        changed = replace(entry.spec, tasks=entry.spec.tasks + tasks)
+        self._orchestrator.change_workflow(entry, changed, functions, definition)
         return workflow_pb2.AddTasksResponse(revision=entry.revision)
 
     async def AddEdges(self, request: workflow_pb2.AddEdgesRequest, context: Context) -> workflow_pb2.AddEdgesResponse:
@@ -60,7 +63,11 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             target = tasks[edge.target_task_id]
             if edge.source_task_id not in target.after:
                 tasks[target.task_id] = replace(target, after=(*target.after, edge.source_task_id))
-        self._orchestrator.change_workflow(entry, replace(entry.spec, tasks=tuple(tasks.values())), entry.functions)
+        definition = _merged(_definition(entry), workflow_pb2.WorkflowSpec())
+        for message in definition.tasks:
+            message.after[:] = tasks[message.task_id].after
+        changed = replace(entry.spec, tasks=tuple(tasks.values()))
+        self._orchestrator.change_workflow(entry, changed, entry.functions, definition)
         return workflow_pb2.AddEdgesResponse(revision=entry.revision)
 
     async def GetWorkflow(
@@ -153,8 +160,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             raise InvalidError("INVALID_WORKFLOW", "the workflow has no tasks")
         if request.HasField("timeout"):
             raise invalid_field("timeout", "this server limits attempts only")
-        if len(request.run_id) > convert.MAX_ID_LENGTH:
-            raise invalid_field("run_id", f"must have at most {convert.MAX_ID_LENGTH} characters")
+        if len(request.run_id) > definitions.MAX_ID_LENGTH:
+            raise invalid_field("run_id", f"must have at most {definitions.MAX_ID_LENGTH} characters")
         # Without an id nobody can repeat the call, so there is nothing to compare later.
         print_ = fingerprint(request.SerializeToString(deterministic=True)) if request.run_id else ""
         return self._orchestrator.start_run(
@@ -175,28 +182,23 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         return entry
 
 
+def _merged(first: workflow_pb2.WorkflowSpec, second: workflow_pb2.WorkflowSpec) -> workflow_pb2.WorkflowSpec:
+    merged = workflow_pb2.WorkflowSpec()
+    merged.CopyFrom(first)
+    merged.MergeFrom(second)
+    return merged
+
+
+def _definition(entry: WorkflowEntry) -> workflow_pb2.WorkflowSpec:
+    assert isinstance(entry.definition, workflow_pb2.WorkflowSpec)
+    return entry.definition
+
+
 def _workflow_to_proto(entry: WorkflowEntry, *, with_tasks: bool = True) -> workflow_pb2.Workflow:
-    spec = workflow_pb2.WorkflowSpec(display_name=entry.spec.display_name)
-    names = {}
-    for name, function in entry.functions.items():
-        spec.functions[name].digest = function.digest
-        spec.functions[name].bundle_digest = function.bundle_digest
-        names[function.digest] = name
-    for task in entry.spec.tasks if with_tasks else ():
-        spec.tasks.append(
-            task_pb2.TaskSpec(
-                task_id=task.task_id,
-                display_name=task.display_name,
-                function=names[task.function.digest],
-                inputs={name: convert.binding_to_proto(binding) for name, binding in task.inputs.items()},
-                outputs=task.outputs,
-                after=task.after,
-                resources=convert.resources_to_proto(task.resources),
-                isolation=convert.ISOLATION_TO_PROTO[task.isolation],
-                node_selector=dict(task.node_selector),
-                priority=task.priority,
-            )
-        )
+    spec = workflow_pb2.WorkflowSpec()
+    spec.CopyFrom(_definition(entry))
+    if not with_tasks:
+        spec.ClearField("tasks")
     return workflow_pb2.Workflow(
         workflow_id=entry.workflow_id,
         revision=entry.revision,

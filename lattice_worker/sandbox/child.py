@@ -41,6 +41,8 @@ CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 PICKLE5 = "application/vnd.lattice.pickle5"
 MAGIC = b"LTP5"
 ALIGN = 64
+# Python refuses to print and to read integers of over 4300 digits; these have fewer or as many.
+MAX_JSON_INT_BITS = 14_284
 PR_SET_PDEATHSIG = 1
 FLUSH_BYTES = 8192
 SPARES = "spares"
@@ -170,22 +172,20 @@ class Program:
 
     def run(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         """Run an invocation of a plain function and send its outcome."""
-        with self._outcome(header, blobs) as (call, finish):
-            value = call()
+        with self._outcome(header) as finish:
+            value = self._call(header, blobs)
             if inspect.iscoroutine(value):
                 value = asyncio.run(value)
             finish(value)
 
     async def run_async(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         """Run an invocation of a coroutine function and send its outcome."""
-        with self._outcome(header, blobs) as (call, finish):
-            value = call()
+        with self._outcome(header) as finish:
+            value = self._call(header, blobs)
             finish(await value if inspect.isawaitable(value) else value)
 
     @contextlib.contextmanager
-    def _outcome(
-        self, header: dict[str, Any], blobs: list[bytes]
-    ) -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
+    def _outcome(self, header: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
         output = Output(self._channel, header["id"], header["log_limit"])
         token = current.set(output)
         encoder = Encoder(header["store"], header["inline_limit"])
@@ -196,9 +196,7 @@ class Program:
             answer["outputs"] = {name: encoder.encode(item) for name, item in self._outputs(header, value).items()}
 
         try:
-            function = self._load(header["digest"])
-            inputs = {name: _bind(binding, blobs) for name, binding in header["inputs"].items()}
-            yield (lambda: self._call(header["digest"], function, inputs)), finish
+            yield finish
         except asyncio.CancelledError:
             answer["failure"] = {"kind": "cancelled", "message": "the attempt was cancelled", "type": ""}
         except PayloadError as error:
@@ -227,8 +225,10 @@ class Program:
         self._callables[digest] = function
         return function
 
-    def _call(self, digest: str, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        style = self._definitions[digest][0]["call_style"]
+    def _call(self, header: dict[str, Any], blobs: list[bytes]) -> Any:
+        function = self._load(header["digest"])
+        inputs = {name: _bind(binding, blobs) for name, binding in header["inputs"].items()}
+        style = self._definitions[header["digest"]][0]["call_style"]
         if style == "params" or (style == "auto" and _takes_params(function)):
             return function(inputs)
         return function(**inputs)
@@ -326,13 +326,15 @@ def is_json(value: Any) -> bool:
     kind = type(value)
     if kind is str:
         return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
-    if value is None or kind is bool or kind is int:
+    if value is None or kind is bool:
         return True
+    if kind is int:
+        return bool(value.bit_length() <= MAX_JSON_INT_BITS)
     if kind is float:
         return math.isfinite(value)
     if kind is list:
         return all(map(is_json, value))
-    return kind is dict and all(type(key) is str and is_json(item) for key, item in value.items())
+    return kind is dict and all(type(key) is str and is_json(key) and is_json(item) for key, item in value.items())
 
 
 def encode_value(value: Any) -> tuple[str, list[Any]]:
@@ -365,7 +367,8 @@ def decode_value(media_type: str, data: Any) -> Any:
         return pickle.loads(data)
     if media_type != PICKLE5:
         raise PayloadError(f"a value is encoded as {media_type!r}, which Python tasks cannot read")
-    view = memoryview(data)
+    # Over bytes, arrays could only be read.
+    view = memoryview(bytearray(data) if isinstance(data, bytes) else data)
     (count,) = struct.unpack_from("<Q", view, 8)
     offset = 16 + 8 * count
     parts = []

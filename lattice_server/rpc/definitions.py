@@ -1,0 +1,125 @@
+"""Owns the translation of what workflows are made of: functions, policies, tasks. Rule: a bad field is named."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+
+from google.protobuf.duration_pb2 import Duration
+from lattice.v1 import task_pb2
+
+from lattice_server.core.errors import invalid_field
+from lattice_server.core.model import Function, Isolation, RetryPolicy, TaskSpec
+from lattice_server.rpc.convert import (
+    FAILURE_KIND_FROM_PROTO,
+    ISOLATION_FROM_PROTO,
+    binding_from_proto,
+    resources_from_proto,
+    seconds_from,
+)
+
+MAX_ID_LENGTH = 128
+MAX_ATTEMPTS = 10_000
+MAX_WAIT_S = 30 * 24 * 3600.0
+MAX_MULTIPLIER = 1000.0
+DEFAULT_RETRY = RetryPolicy()
+
+
+def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], task_pb2.CodeBundle]) -> Function:
+    """Return a function that came with its code, named by the digest of what came."""
+    stripped = task_pb2.Function()
+    stripped.CopyFrom(message)
+    stripped.ClearField("digest")
+    content = stripped.SerializeToString(deterministic=True)
+    stripped.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    bundle = bundle_of(message.bundle_digest) if message.bundle_digest else None
+    is_async = message.concurrency == task_pb2.CONCURRENCY_ASYNC
+    return Function(stripped.digest, is_async, (stripped, bundle), message.bundle_digest)
+
+
+def code_to_proto(function: Function) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
+    """Return a function's code and its bundle, as `function_from_proto` put them by."""
+    definition = function.definition
+    assert isinstance(definition, tuple)
+    code, bundle = definition
+    return code, bundle
+
+
+def limit_from_proto(message: Duration, field: str) -> float | None:
+    """Return a limit in seconds, None for none. Raises InvalidError when it is negative or beyond a month."""
+    seconds = seconds_from(message)
+    if not 0 <= seconds <= MAX_WAIT_S:
+        raise invalid_field(field, f"must be from 0 to {MAX_WAIT_S:.0f} s")
+    return seconds or None
+
+
+def retry_from_proto(message: task_pb2.RetryPolicy, field: str) -> RetryPolicy:
+    """Return a retry policy with defaults filled in. Raises InvalidError."""
+    for name in ("max_attempts", "max_worker_losses"):
+        if not 0 <= getattr(message, name) <= MAX_ATTEMPTS:
+            raise invalid_field(f"{field}.{name}", f"must be from 0 to {MAX_ATTEMPTS}")
+    if message.backoff_multiplier and not 1 <= message.backoff_multiplier <= MAX_MULTIPLIER:
+        raise invalid_field(f"{field}.backoff_multiplier", f"must be from 1 to {MAX_MULTIPLIER:.0f}")
+    unknown = [kind for kind in message.retry_on if kind not in FAILURE_KIND_FROM_PROTO]
+    if unknown:
+        raise invalid_field(f"{field}.retry_on", f"there is no kind of failure {unknown[0]}")
+    default = DEFAULT_RETRY
+    return RetryPolicy(
+        max_attempts=message.max_attempts or default.max_attempts,
+        initial_backoff_s=limit_from_proto(message.initial_backoff, f"{field}.initial_backoff")
+        or default.initial_backoff_s,
+        backoff_multiplier=message.backoff_multiplier or default.backoff_multiplier,
+        max_backoff_s=limit_from_proto(message.max_backoff, f"{field}.max_backoff") or default.max_backoff_s,
+        retry_on=frozenset(FAILURE_KIND_FROM_PROTO[kind] for kind in message.retry_on) or default.retry_on,
+        retry_on_types=frozenset(message.retry_on_types),
+        max_worker_losses=message.max_worker_losses or default.max_worker_losses,
+    )
+
+
+def task_from_proto(
+    message: task_pb2.TaskSpec, field: str, functions: Mapping[str, Function], inline_limit_bytes: int
+) -> TaskSpec:
+    """Check and return one task. Raises InvalidError naming the field."""
+    task_id = message.task_id
+    if not task_id or len(task_id) > MAX_ID_LENGTH or "\n" in task_id:
+        raise invalid_field(f"{field}.task_id", f"must have 1 to {MAX_ID_LENGTH} characters and no line break")
+    function = functions.get(message.function)
+    if function is None:
+        offered = ", ".join(sorted(functions)) or "none"
+        raise invalid_field(f"{field}.function", f"there is no function {message.function!r}; defined: {offered}")
+    if len(set(message.outputs)) != len(message.outputs):
+        raise invalid_field(f"{field}.outputs", "an output is named twice")
+    if message.batch.max_size > 1:
+        raise invalid_field(f"{field}.batch", "this server does not batch yet")
+    if ISOLATION_FROM_PROTO.get(message.isolation) is not Isolation.NONE:
+        raise invalid_field(f"{field}.isolation", "this server has no worker that isolates more than ISOLATION_NONE")
+    if message.timeout.HasField("total"):
+        raise invalid_field(f"{field}.timeout.total", "this server limits attempts only")
+    if message.max_parallel:
+        raise invalid_field(f"{field}.max_parallel", "this server has no such limit yet")
+    inputs = {
+        name: binding_from_proto(binding, f'{field}.inputs["{name}"]', inline_limit_bytes)
+        for name, binding in message.inputs.items()
+    }
+    has_timeout, has_retry = message.HasField("timeout"), message.HasField("retry")
+    return TaskSpec(
+        task_id=task_id,
+        function=function,
+        display_name=message.display_name or task_id,
+        inputs=inputs,
+        outputs=tuple(message.outputs),
+        after=tuple(message.after),
+        resources=resources_from_proto(message.resources, f"{field}.resources", is_async=function.is_async),
+        retry=retry_from_proto(message.retry, f"{field}.retry") if has_retry else DEFAULT_RETRY,
+        attempt_timeout_s=limit_from_proto(message.timeout.attempt, f"{field}.timeout.attempt")
+        if has_timeout
+        else None,
+        isolation=Isolation.NONE,
+        node_selector=tuple(sorted(message.node_selector.items())),
+        priority=message.priority,
+    )
+
+
+def tasks_from_proto(
+    messages: Iterable[task_pb2.TaskSpec], functions: Mapping[str, Function], inline_limit_bytes: int
+) -> tuple[TaskSpec, ...]:
+    """Check and return tasks, in order."""
+    return tuple(task_from_proto(m, f"tasks[{i}]", functions, inline_limit_bytes) for i, m in enumerate(messages))

@@ -1,0 +1,215 @@
+"""The public client: its names, its errors, what travels with a function, what a run is."""
+
+import subprocess
+import sys
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
+
+import lattice_client
+from lattice_client import LangGraphClient, LatticeClient, Run, TaskFailedError, UnavailableError, errors, task
+from lattice_client.bundle import bundle_for
+
+PUBLIC = [
+    "AbortedError",
+    "AlreadyExistsError",
+    "AsyncLatticeClient",
+    "AsyncLatticeWorkflow",
+    "AsyncRun",
+    "InternalError",
+    "InvalidArgumentError",
+    "LangGraphClient",
+    "LatticeClient",
+    "LatticeError",
+    "LatticeTask",
+    "LatticeWorkflow",
+    "NotFoundError",
+    "OutOfRangeError",
+    "PermissionDeniedError",
+    "PreconditionError",
+    "RequestError",
+    "ResourceExhaustedError",
+    "Run",
+    "RunCancelledError",
+    "RunError",
+    "RunEvent",
+    "TaskDefinition",
+    "TaskDefinitionError",
+    "TaskFailedError",
+    "TaskOutput",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "task",
+]
+
+
+def test_the_public_names_are_these_and_all_documented() -> None:
+    assert sorted(PUBLIC) == sorted(lattice_client.__all__)
+    assert not [name for name in PUBLIC if not getattr(lattice_client, name).__doc__]
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
+def test_every_status_has_its_error_with_all_that_was_said(code: grpc.StatusCode) -> None:
+    status = status_pb2.Status(code=code.value[0], message="no")
+    info = error_details_pb2.ErrorInfo(reason="SOME_REASON", domain="lattice", metadata={"k": "v"})
+    violation = error_details_pb2.BadRequest.FieldViolation(field='tasks[0].inputs["x"]', description="is bad")
+    for detail in (info, error_details_pb2.BadRequest(field_violations=[violation])):
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    trailers = grpc.aio.Metadata(("other", "x"), (errors.DETAILS, status.SerializeToString()))
+    error = errors.from_rpc(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, "no"))
+    assert type(error) is errors.CLASSES.get(code, errors.InternalError)
+    assert str(error) == "no"
+    assert (error.reason, error.metadata) == ("SOME_REASON", {"k": "v"})
+    assert error.violations == {'tasks[0].inputs["x"]': "is bad"}
+
+
+def test_the_tree_of_errors_is_the_one_drawn() -> None:
+    drawn = errors.__doc__ or ""
+    for kind in errors.CLASSES.values():
+        assert kind.__name__ in drawn
+        assert issubclass(kind, errors.RequestError)
+    assert len(set(errors.CLASSES.values())) == len(errors.CLASSES)
+
+
+def test_a_server_that_is_not_there_is_unavailable() -> None:
+    with LatticeClient("127.0.0.1:1") as nobody, pytest.raises(UnavailableError):
+        nobody.cluster()
+
+
+def project(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+SCRIPT = """
+import sys
+from lattice_client.bundle import bundle_for
+{imports}
+def work():
+    pass
+bundle = bundle_for({function})
+sys.stdout.buffer.write(bundle.zip if bundle else b"")
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "imports", "function", "expected"),
+    [
+        ({}, "import json, numpy", "work", None),
+        ({"helper.py": "import other", "other.py": "", "unused.py": ""}, "import helper", "work", "helper.py other.py"),
+        (
+            {"pack/__init__.py": "", "pack/inner.py": "from . import data", "pack/data.py": "", "aside.py": ""},
+            "from pack.inner import data",
+            "work",
+            "pack/__init__.py pack/data.py pack/inner.py",
+        ),
+        ({"tasks.py": "import low\ndef f(): pass", "low.py": ""}, "import tasks", "tasks.f", "low.py tasks.py"),
+        (
+            {"pack/__init__.py": "", "pack/sub/__init__.py": "", "pack/sub/deep.py": "def f(): pass"},
+            "import pack.sub.deep",
+            "pack.sub.deep.f",
+            "pack/__init__.py pack/sub/__init__.py pack/sub/deep.py",
+        ),
+        ({"bad.py": "this is no Python"}, "if 0: import bad", "work", "bad.py"),
+    ],
+    ids=["nothing", "two files", "package", "in a module", "in a package", "unreadable"],
+)
+def test_the_users_own_modules_travel_and_no_others(
+    tmp_path: Path, files: dict[str, str], imports: str, function: str, expected: str | None
+) -> None:
+    project(tmp_path, files | {"script.py": SCRIPT.format(imports=imports, function=function)})
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, check=True, cwd="/")
+    names = zipfile.ZipFile(BytesIO(done.stdout)).namelist() if done.stdout else None
+    assert names == (expected and expected.split())
+
+
+def test_a_bundle_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
+    project(tmp_path, {"low.py": "", "script.py": SCRIPT.format(imports="import low", function="work")})
+    command = [sys.executable, str(tmp_path / "script.py")]
+    made = []
+    for _ in range(2):
+        (tmp_path / "low.py").touch()
+        made.append(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert made[0] == made[1] != b""
+
+
+def test_an_installed_function_needs_no_bundle() -> None:
+    assert bundle_for(zipfile.is_zipfile) is None
+
+
+@task
+def collect(value: Any) -> Any:
+    return value
+
+
+@task
+def one() -> int:
+    return 1
+
+
+def test_outputs_are_found_anywhere_in_lists_tuples_and_dicts(client: LatticeClient) -> None:
+    workflow = client.create_workflow()
+    wired = workflow.add_task(one).output
+    value = {"deep": [[{"x": (wired, 2, b"raw")}], wired], "plain": (1,), "none": None}
+    workflow.add_task(collect, {"value": value})
+    expected = {"deep": [[{"x": [1, 2, b"raw"]}], 1], "plain": (1,), "none": None}
+    assert workflow.run().result(timeout=60) == {"result": expected}
+
+
+def test_a_run_is_its_id(client: LatticeClient) -> None:
+    workflow = client.create_workflow("named")
+    workflow.add_task(one)
+    run = workflow.run()
+    assert isinstance(run, str)
+    assert isinstance(run, Run)
+    assert run == run.run_id == str(run) == client.get_run(run)
+    assert {run: 1}[run.run_id] == 1
+    assert run.result(timeout=60) == {"result": 1}
+    assert run.status() == "succeeded"
+    assert client.describe_run(run).display_name == "named"
+    assert run in [found.run_id for found in client.list_runs()]
+
+
+def test_functions_run_on_the_server_in_all_three_forms(address: str) -> None:
+    lattice = LangGraphClient(address)
+
+    @lattice.task
+    def bare(state: dict[str, int], *, plus: int = 1) -> dict[str, int]:
+        """Count."""
+        return {"n": state["n"] + plus}
+
+    @lattice.task(resources={"cpu": 1, "cpu_mem": 10})
+    def in_a_dict(*numbers: int) -> int:
+        return sum(numbers)
+
+    @lattice.task(cpu=0.5)
+    async def direct(text: str) -> str:
+        return text.upper()
+
+    assert bare({"n": 1}) == {"n": 2}
+    assert bare(state={"n": 1}, plus=5) == {"n": 6}
+    assert in_a_dict(1, 2, 3) == 6
+    assert direct("x") == "X"
+    assert (bare.__name__, bare.__doc__) == ("bare", "Count.")
+    with pytest.raises(TypeError, match="missing a required argument: 'state'"):
+        bare()
+
+
+def test_an_exception_of_a_node_comes_back(address: str) -> None:
+    @LangGraphClient(address).task
+    def fail(state: dict[str, int]) -> None:
+        raise LookupError("nothing there")
+
+    with pytest.raises(TaskFailedError, match="nothing there") as caught:
+        fail({})
+    assert isinstance(caught.value.__cause__, LookupError)
+    assert "in fail" in caught.value.remote_traceback

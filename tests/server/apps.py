@@ -1,0 +1,85 @@
+"""Whole servers inside a test: on the test's own event loop, or on a thread for tests that call synchronously."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+from unittest import mock
+
+from lattice_server.app import App
+from lattice_server.config import ServerConfig
+from lattice_server.core.messages import SchedulerEvent
+from lattice_server.engine.ports import Executor
+
+START_S = 60.0
+
+
+class NoWorkers:
+    """An executor that starts nothing: what is run waits."""
+
+    name = "none"
+
+    async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+        """Start nothing."""
+
+    async def stop(self) -> None:
+        """End nothing."""
+
+    def ray_address(self) -> str:
+        """Return nothing."""
+        return ""
+
+
+def build(executor: Executor | None = None, **settings: Any) -> App:
+    """Return an unstarted server on a port of its own; with its own kind of workers when `executor` is given."""
+    config = ServerConfig(**{"port": 0, "executor": "local", "num_cpus": 2} | settings)
+    if executor is None:
+        return App(config)
+    # The one place that knows how a server comes by its executor.
+    with mock.patch("lattice_server.app._executor", return_value=executor):
+        return App(config)
+
+
+@asynccontextmanager
+async def serving(executor: Executor | None = None, **settings: Any) -> AsyncIterator[App]:
+    """Serve while the block runs."""
+    app = build(executor, **settings)
+    await app.start()
+    try:
+        yield app
+    finally:
+        await app.stop()
+
+
+@contextmanager
+def serving_aside(executor: Executor | None = None, **settings: Any) -> Iterator[str]:
+    """Serve on a thread while the block runs; yield the address."""
+    addresses: list[str] = []
+    is_ready = threading.Event()
+    stops: list[Callable[[], None]] = []
+
+    async def serve() -> None:
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        stops.append(lambda: loop.call_soon_threadsafe(stopping.set))
+        async with serving(executor, **settings) as app:
+            addresses.append(app.address)
+            is_ready.set()
+            await stopping.wait()
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        finally:
+            is_ready.set()
+
+    thread = threading.Thread(target=run, name="test-server")
+    thread.start()
+    try:
+        assert is_ready.wait(START_S)
+        yield addresses[0]
+    finally:
+        stops[0]()
+        thread.join(START_S)
+        assert not thread.is_alive()

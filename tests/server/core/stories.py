@@ -1,0 +1,219 @@
+"""Plays a story: a text of events, and of the effects a machine answers with.
+
+A story begins with sentences for people and a line that names the machine. Then come steps: `@TIME EVENT; EVENT ...`,
+and below each, indented, one effect a line. Effects show the fields that say something: those that are empty, or as
+tests/server/core/graphs.py makes them, are left out.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lattice_server.core import dag, messages
+from lattice_server.core.dispatch import Dispatch
+from lattice_server.core.messages import Assign, WelcomeWorker
+from lattice_server.core.model import (
+    Failure,
+    FailureKind,
+    FailurePolicy,
+    Isolation,
+    OutputRef,
+    Payload,
+    Resources,
+    RetryPolicy,
+    TaskSpec,
+)
+from lattice_server.core.run import Run
+from tests.server.core.graphs import SYNC, VALUE, hello, task, workflow
+
+RUN_ID = "r"
+ORDINARY = (SYNC, Resources(), Isolation.NONE, ("out",), RUN_ID, "127.0.0.1")
+HEADING = re.compile(r"(dispatch|run)\b(.*)")
+
+Words = list[str]
+Settings = dict[str, str]
+Play = Callable[[float, list[tuple[str, Words, Settings]]], list[Any]]
+
+
+def rewritten(text: str) -> str:
+    """Return a story with the effects its machine really answers with."""
+    lines: list[str] = []
+    play: Play | None = None
+    for line in text.splitlines():
+        if line.startswith(" "):
+            continue
+        lines.append(line)
+        if play is None and (heading := HEADING.fullmatch(line)):
+            play = {"dispatch": dispatch, "run": run}[heading[1]](*parse(heading[2]))
+        elif line.startswith("@"):
+            assert play is not None, "the machine is named first"
+            time, _, rest = line[1:].partition(" ")
+            events = [event(part) for part in rest.split(";")]
+            lines += [f"    {show(effect)}" for effect in play(float(time), events)]
+    return "\n".join(lines) + "\n"
+
+
+def parse(text: str) -> tuple[Words, Settings]:
+    """Return the plain words and the `name=value` words of a text."""
+    words = text.split()
+    plain = [word for word in words if "=" not in word]
+    return plain, dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def event(text: str) -> tuple[str, Words, Settings]:
+    """Return an event's name, words and settings."""
+    (name, *words), settings = parse(text)
+    return name, words, settings
+
+
+def failure(settings: Settings) -> Failure:
+    """Return the failure some settings tell of."""
+    kind = FailureKind(settings.get("kind", "user_error"))
+    return Failure(kind, "stopped" if kind is FailureKind.CANCELLED else "broken")
+
+
+def dispatch(_: Words, settings: Settings) -> Play:
+    """Return a play of the scheduler's machine. `ttl` is how long a session is kept.
+
+    Events: `ready TASK...`, `hello NODE`, `started|succeeded|failed|returned TASK...` of the task's newest lease unless
+    `lease` and `session` say otherwise, `detached NODE`, `lost NODE`, `drain NODE`, `cancel TASK...`, `tick`.
+    """
+    machine = Dispatch("e", float(settings.get("ttl", 30)))
+    leases: dict[str, Assign] = {}
+    sessions: dict[str, str] = {}
+
+    def events(name: str, words: Words, given: Settings) -> list[Any]:
+        match name:
+            case "ready":
+                resources = Resources(float(given.get("cpu", 1)))
+                retry = RetryPolicy(max_attempts=int(given.get("attempts", 1)))
+                after = given.get("after", "")
+                needs = (after,) if after else ()
+                specs = [task(word, needs, resources=resources, retry=retry) for word in words]
+                priority = int(given.get("priority", 0))
+                return [messages.TaskReady(RUN_ID, spec, spec.inputs, priority, after) for spec in specs]
+            case "hello":
+                held = [lease for lease in given.get("held", "").split(",") if lease]
+                cpu = float(given.get("cpu", 1))
+                return [hello(word, cpu, given.get("session", ""), held) for word in words]
+            case "detached":
+                return [messages.WorkerDetached(sessions[word]) for word in words]
+            case "lost":
+                return [messages.WorkerLost(f"worker-of-{word}", "killed") for word in words]
+            case "drain":
+                return [messages.DrainRequested(word) for word in words]
+            case "cancel":
+                stopped = Failure(FailureKind.CANCELLED, "stopped")
+                return [messages.CancelRequested(RUN_ID, tuple(words), stopped)]
+            case "tick":
+                return []
+        return [report(name, leases[word], given) for word in words]
+
+    def report(name: str, assign: Assign, given: Settings) -> Any:
+        session_id, lease_id = given.get("session", assign.session_id), given.get("lease", assign.lease_id)
+        match name:
+            case "started":
+                return messages.AttemptStarted(session_id, lease_id, 0)
+            case "succeeded":
+                took = float(given.get("took", 1))
+                return messages.AttemptSucceeded(session_id, lease_id, 0, {"out": VALUE}, took)
+            case "failed":
+                return messages.AttemptFailed(session_id, lease_id, 0, failure(given))
+            case "returned":
+                return messages.LeaseReturned(session_id, lease_id, "")
+        raise ValueError(f"there is no event {name!r}")
+
+    def play(time: float, parts: list[tuple[str, Words, Settings]]) -> list[Any]:
+        effects = machine.handle_all([made for part in parts for made in events(*part)], time)
+        machine.check()
+        for effect in effects:
+            if isinstance(effect, Assign):
+                leases[effect.task_id] = effect
+            elif isinstance(effect, WelcomeWorker):
+                sessions[effect.worker_id.removeprefix("worker-of-")] = effect.session_id
+        return list(effects)
+
+    return play
+
+
+def run(words: Words, settings: Settings) -> Play:
+    """Return a play of one run's machine. Words are tasks, `d<b,c` one that needs b and c; `policy` is on a failure.
+
+    Events: `start`, `started|succeeded|retrying|failed|cancelled|returned TASK...`, `cancel`, `cancel-task TASK`.
+    """
+    needs = {
+        name: tuple(sources.split(",")) if sources else () for name, _, sources in (w.partition("<") for w in words)
+    }
+    spec = workflow(needs, failure_policy=FailurePolicy(settings.get("policy", "fail_fast")))
+    machine = Run(RUN_ID, spec, dag.build(spec, ()))
+    attempts: dict[str, int] = {}
+
+    def step(name: str, words: Words, given: Settings, time: float) -> list[Any]:
+        match name:
+            case "start":
+                return list(machine.start({}, time))
+            case "cancel":
+                return list(machine.cancel(" ".join(words) or "stopped", time))
+            case "cancel-task":
+                return [effect for word in words for effect in machine.cancel_task(word, "stopped", time)]
+        return [effect for word in words for effect in machine.handle(fact(name, word, given), time)]
+
+    def fact(name: str, word: str, given: Settings) -> Any:
+        if name == "started":
+            attempts[word] = attempts.get(word, 0) + 1
+            return messages.TaskStarted(RUN_ID, word, attempts[word], "n", "127.0.0.1", ())
+        named = (RUN_ID, word, attempts.get(word, 0))
+        match name:
+            case "succeeded":
+                return messages.TaskSucceeded(*named, {"out": VALUE})
+            case "retrying":
+                return messages.TaskRetrying(*named, failure(given), float(given.get("delay", 0)))
+            case "failed":
+                return messages.TaskFailed(*named, failure(given))
+            case "cancelled":
+                return messages.TaskCancelled(*named, failure({"kind": "cancelled"}))
+            case "returned":
+                return messages.TaskReturned(RUN_ID, word)
+        raise ValueError(f"there is no event {name!r}")
+
+    def play(time: float, parts: list[tuple[str, Words, Settings]]) -> list[Any]:
+        effects = [effect for part in parts for effect in step(*part, time)]
+        machine.check()
+        return effects
+
+    return play
+
+
+def show(value: Any) -> str:
+    """Return an effect, or a value in one, as a reader wants it."""
+    match value:
+        case TaskSpec():
+            return value.task_id
+        case Payload():
+            return str(value.content)
+        case OutputRef():
+            return f"{value.task_id}.{value.output}"
+        case Failure():
+            where = f" in {value.task_id}" if value.task_id else ""
+            return f"<{value.kind.value}: {value.message}{where}>"
+        case Mapping():
+            return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+        case tuple():
+            return ",".join(map(show, value))
+        case float():
+            return f"{value:g}"
+    if not dataclasses.is_dataclass(value):
+        return str(getattr(value, "value", value))
+    shown = [
+        (field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if is_telling(field, value)
+    ]
+    return " ".join([type(value).__name__, *(f"{name.removesuffix('_id')}={show(item)}" for name, item in shown)])
+
+
+def is_telling(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    """Whether a field has a value a reader would not expect."""
+    found = getattr(value, field.name)
+    has_factory = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if has_factory else field.default  # type: ignore[misc]
+    return bool(found) and found != default and not any(found is usual or found == usual for usual in ORDINARY)

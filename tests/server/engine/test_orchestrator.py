@@ -1,0 +1,227 @@
+"""What the orchestrator keeps, and for how long; whose connection a worker's session is."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from lattice_server.core.errors import InvalidError, NotFoundError
+from lattice_server.core.messages import TaskFailed, TaskStarted, TaskSucceeded, WelcomeWorker
+from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, WorkflowSpec
+from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.orchestrator import Orchestrator, RunEntry
+from lattice_server.engine.sessions import Connection, Sessions
+from tests.server.core.graphs import VALUE, workflow
+
+ONE_TASK = workflow({"t": ()})
+
+
+class Holdings:
+    """A store without a directory: it counts who holds what, and notes what it drops."""
+
+    def __init__(self) -> None:
+        self.holders: Counter[str] = Counter()
+        self.dropped: list[str] = []
+
+    def hold(self, artifacts: Iterable[Artifact]) -> None:
+        """Count a holder."""
+        self.holders.update(artifact.artifact_id for artifact in artifacts)
+
+    def release(self, artifacts: Iterable[Artifact]) -> None:
+        """Count one less; nobody may let go of what he does not hold."""
+        for artifact in artifacts:
+            assert self.holders[artifact.artifact_id] > 0
+            self.holders[artifact.artifact_id] -= 1
+            if not self.holders[artifact.artifact_id]:
+                self.dropped.append(artifact.artifact_id)
+
+
+def play(
+    scenario: Callable[[Orchestrator, Holdings], None], retained_runs: int = 2, retained_artifact_bytes: int = 1 << 30
+) -> None:
+    """Play a scenario with an orchestrator that keeps that much of ended runs, and with the store it uses."""
+
+    async def run() -> None:
+        store: Any = Holdings()
+        bus = MessageBus(asyncio.get_running_loop())
+        retained: Any = {"retained_runs": retained_runs, "retained_artifact_bytes": retained_artifact_bytes}
+        scenario(Orchestrator(bus, Sessions(), store, **retained), store)
+
+    asyncio.run(run())
+
+
+def stored(name: str, size_bytes: int = 9) -> Payload:
+    return Payload("x/y", Artifact(name, size_bytes, "head"))
+
+
+def start(orchestrator: Orchestrator, run_id: str, spec: WorkflowSpec = ONE_TASK, **parameters: Payload) -> RunEntry:
+    settings: Any = {"parameters": parameters, "labels": {}, "priority": 0, "fingerprint": run_id}
+    return orchestrator.start_run(run_id, spec, **settings)[0]
+
+
+def finish(orchestrator: Orchestrator, run_id: str, output: Payload = VALUE) -> None:
+    facts = [TaskStarted(run_id, "t", 1, "n", "ip", ()), TaskSucceeded(run_id, "t", 1, {"out": output})]
+    orchestrator.deliver(facts)
+
+
+def test_the_newest_ended_runs_are_kept_and_all_that_go_on() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        start(orchestrator, "long")
+        for number in range(5):
+            start(orchestrator, f"r{number}")
+        for number in (1, 0, 2, 3, 4):
+            finish(orchestrator, f"r{number}")
+        assert list(orchestrator.runs) == ["long", "r3", "r4"]
+        with pytest.raises(NotFoundError) as caught:
+            orchestrator.run("r0")
+        assert caught.value.reason == "RUN_NOT_FOUND"
+        assert start(orchestrator, "r0").run.tasks, "its id is free again"
+
+    play(scenario)
+
+
+def test_the_artifacts_of_a_run_go_with_it() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        for name in "abc":
+            start(orchestrator, name)
+            finish(orchestrator, name, stored(f"artifact-of-{name}"))
+        assert store.dropped == ["artifact-of-a"]
+
+    play(scenario)
+
+
+def test_what_a_run_was_given_is_kept_with_it_from_its_start() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        start(orchestrator, "a", workflow({"t": ()}, parameters={"p": stored("default")}), p=stored("given"))
+        start(orchestrator, "a", workflow({"t": ()}, parameters={"p": stored("default")}), p=stored("given"))
+        assert store.holders == {"default": 1, "given": 1}, "the same run asked for twice is one run"
+        finish(orchestrator, "a")
+        assert store.dropped == []
+        for name in "bc":
+            start(orchestrator, name)
+            finish(orchestrator, name)
+        assert sorted(store.dropped) == ["default", "given"]
+
+    play(scenario)
+
+
+def test_what_two_runs_share_goes_with_the_last_of_them() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        for name in "ab":
+            start(orchestrator, name, p=stored("shared"))
+            finish(orchestrator, name)
+        assert store.dropped == []
+        start(orchestrator, "c")
+        finish(orchestrator, "c")
+        assert store.dropped == ["shared"]
+
+    play(scenario, retained_runs=1)
+
+
+def test_over_the_limit_the_oldest_artifacts_go_and_their_runs_stay() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        start(orchestrator, "long", p=stored("of-long", 1000))
+        for name in "abc":
+            start(orchestrator, name)
+            finish(orchestrator, name, stored(f"of-{name}", 10))
+        assert store.dropped == ["of-a"]
+        start(orchestrator, "large")
+        finish(orchestrator, "large", stored("of-large", 100))
+        assert store.dropped == ["of-a", "of-b", "of-c"], "the newest run's own stay, however large"
+        assert list(orchestrator.runs) == ["long", "a", "b", "c", "large"]
+        start(orchestrator, "d")
+        finish(orchestrator, "d")
+        assert store.dropped == ["of-a", "of-b", "of-c", "of-large"]
+        assert store.holders["of-long"] == 1
+
+    play(scenario, retained_runs=9, retained_artifact_bytes=20)
+
+
+def test_a_stored_workflow_keeps_what_it_names_until_it_names_it_no_more() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        def naming(*names: str) -> WorkflowSpec:
+            return workflow({"t": ()}, parameters={name: stored(name) for name in names})
+
+        entry, _ = orchestrator.create_workflow("w", naming("x", "y"), {}, None, "print")
+        orchestrator.create_workflow("w", naming("x", "y"), {}, None, "print")
+        assert store.holders == {"x": 1, "y": 1}
+        orchestrator.change_workflow(entry, naming("y", "z"), {}, None)
+        assert store.dropped == ["x"]
+        with pytest.raises(InvalidError):
+            orchestrator.change_workflow(entry, workflow({"t": ("ghost",)}, parameters={"v": stored("v")}), {}, None)
+        assert +store.holders == {"y": 1, "z": 1}
+        start(orchestrator, "a", entry.spec)
+        orchestrator.delete_workflow("w")
+        assert store.dropped == ["x"], "a run of it goes on"
+        finish(orchestrator, "a")
+        assert sorted(store.dropped) == ["x", "y", "z"]
+
+    play(scenario, retained_runs=0)
+
+
+def test_a_reader_of_a_run_that_is_forgotten_reads_on() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        entry = start(orchestrator, "a")
+        finish(orchestrator, "a")
+        assert list(orchestrator.runs) == []
+        assert entry.log.is_complete
+        assert [event.sequence for event in entry.log.events] == [1, 2, 3, 4]
+
+    play(scenario, retained_runs=0)
+
+
+def test_a_fact_one_run_cannot_take_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        start(orchestrator, "good")
+        start(orchestrator, "bad")
+        failure = Failure(FailureKind.USER_ERROR, "broken")
+        orchestrator.deliver([TaskFailed("bad", "ghost", 1, failure), TaskFailed("unknown", "t", 1, failure)])
+        finish(orchestrator, "good")
+        assert orchestrator.run("good").run.is_terminal
+        assert not orchestrator.run("bad").run.is_terminal
+
+    play(scenario)
+    assert "run bad could not take TaskFailed" in caplog.text
+
+
+def connect(sessions: Sessions, resumed: bool) -> Connection:
+    connection = Connection("w")
+    sessions.greet(connection)
+    if not resumed:
+        sessions.perform(WelcomeWorker("w", "s", False, ()))
+    return connection
+
+
+def test_a_session_is_detached_when_its_connection_ends() -> None:
+    async def scenario() -> None:
+        sessions, detached = Sessions(), list[str]()
+        older = connect(sessions, resumed=False)
+        sessions.leave(older, detached.append)
+        assert detached == ["s"]
+
+    asyncio.run(scenario())
+
+
+def test_a_resumed_session_is_not_detached_by_the_connection_before() -> None:
+    async def scenario() -> None:
+        sessions, detached = Sessions(), list[str]()
+        older = connect(sessions, resumed=False)
+        connect(sessions, resumed=True)
+        sessions.perform(WelcomeWorker("w", "s", True, ()))
+        sessions.leave(older, detached.append)
+        assert detached == []
+
+    asyncio.run(scenario())
+
+
+def test_a_session_being_resumed_is_not_detached_by_the_connection_before() -> None:
+    async def scenario() -> None:
+        sessions, detached = Sessions(), list[str]()
+        older = connect(sessions, resumed=False)
+        connect(sessions, resumed=True)
+        sessions.leave(older, detached.append)
+        assert detached == [], "the scheduler has the newer hello already; this would detach the live session"
+
+    asyncio.run(scenario())

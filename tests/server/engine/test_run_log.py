@@ -1,0 +1,123 @@
+"""A run's log: many readers, each at its own place."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from lattice_server.core.errors import RangeError
+from lattice_server.core.messages import RunFinished, RunStarted
+from lattice_server.core.states import RunState
+from lattice_server.engine.subscriptions import RunLog
+
+FINISHED = RunFinished(RunState.SUCCEEDED, None)
+TIMEOUT_S = 60.0
+
+
+def play(scenario: Callable[[RunLog], Coroutine[Any, Any, None]]) -> None:
+    """Play a scenario with a fresh log."""
+
+    async def run() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await scenario(RunLog())
+
+    asyncio.run(run())
+
+
+def write(log: RunLog, count: int) -> None:
+    for number in range(count):
+        log.append(RunStarted("w", number), float(number))
+
+
+async def read(log: RunLog, after: int = 0) -> list[int]:
+    return [event.sequence async for batch in log.follow(after) for event in batch]
+
+
+def test_events_are_numbered_densely_from_one() -> None:
+    async def scenario(log: RunLog) -> None:
+        write(log, 3)
+        log.append(FINISHED, 3.0)
+        assert await read(log) == [1, 2, 3, 4]
+        assert [event.time_s for event in log.events] == [0.0, 1.0, 2.0, 3.0]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("after", [0, 1, 511, 512, 513, 1999, 2000])
+def test_a_reader_may_begin_anywhere(after: int) -> None:
+    async def scenario(log: RunLog) -> None:
+        write(log, 1999)
+        log.append(FINISHED, 0.0)
+        assert await read(log, after) == list(range(after + 1, 2001))
+
+    play(scenario)
+
+
+def test_a_reader_ahead_of_the_log_is_refused_with_what_there_is() -> None:
+    async def scenario(log: RunLog) -> None:
+        write(log, 2)
+        with pytest.raises(RangeError) as caught:
+            await read(log, 3)
+        assert caught.value.reason == "CURSOR_AHEAD"
+        assert caught.value.metadata == {"oldest_sequence": "1", "last_sequence": "2"}
+
+    play(scenario)
+
+
+def test_every_reader_sees_everything_whenever_it_comes() -> None:
+    async def scenario(log: RunLog) -> None:
+        readers = []
+        for _ in range(50):
+            readers += [asyncio.create_task(read(log)), asyncio.create_task(read(log, len(log.events)))]
+            write(log, 3)
+            await asyncio.sleep(0)
+        log.append(FINISHED, 0.0)
+        seen = await asyncio.gather(*readers)
+        assert all(numbers == list(range(numbers[0], 152)) for numbers in seen)
+        assert [numbers[0] for numbers in seen[::2]] == [1] * 50
+        assert [numbers[0] for numbers in seen[1::2]] == [3 * number + 1 for number in range(50)]
+
+    play(scenario)
+
+
+def test_a_reader_that_leaves_is_nobodys_business() -> None:
+    async def scenario(log: RunLog) -> None:
+        leaving, staying = asyncio.create_task(read(log)), asyncio.create_task(read(log))
+        write(log, 1)
+        await asyncio.sleep(0)
+        leaving.cancel()
+        write(log, 1)
+        log.append(FINISHED, 0.0)
+        assert await staying == [1, 2, 3]
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+
+    play(scenario)
+
+
+def test_a_slow_reader_holds_nobody_up() -> None:
+    async def scenario(log: RunLog) -> None:
+        write(log, 1)
+        slow = log.follow(0)
+        first = [event.sequence for event in await anext(slow)]
+        write(log, 5000)
+        log.append(FINISHED, 0.0)
+        assert await read(log) == list(range(1, 5003))
+        rest = [event.sequence async for batch in slow for event in batch]
+        assert first + rest == list(range(1, 5003))
+
+    play(scenario)
+
+
+def test_the_end_can_be_waited_for() -> None:
+    async def scenario(log: RunLog) -> None:
+        waiting = asyncio.create_task(log.completed())
+        write(log, 2)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        log.append(FINISHED, 0.0)
+        await waiting
+        await log.completed()
+
+    play(scenario)

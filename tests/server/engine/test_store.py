@@ -1,0 +1,215 @@
+"""The artifacts of the head: written, read from an offset, held, dropped, and never outside their directory."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lattice_server.core.errors import NotFoundError
+from lattice_server.core.model import Artifact
+from lattice_server.engine import store as store_module
+from lattice_server.engine.store import HEAD, SPARES, ArtifactStore
+from lattice_worker.sandbox import child
+
+TIMEOUT_S = 60.0
+LARGE = 3 << 20
+
+
+def play(scenario: Callable[[ArtifactStore], Coroutine[Any, Any, None]], spare_limit_bytes: int = 4 * LARGE) -> None:
+    """Play a scenario with a fresh store."""
+    store = ArtifactStore(spare_limit_bytes)
+
+    async def run() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await scenario(store)
+
+    try:
+        asyncio.run(run())
+    finally:
+        store.close()
+    assert not store.directory.exists()
+
+
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+async def read(store: ArtifactStore, artifact_id: str, offset: int = 0) -> bytes:
+    return b"".join([chunk async for chunk in store.read(artifact_id, offset)])
+
+
+async def is_there(store: ArtifactStore, artifact: Artifact) -> bool:
+    try:
+        await read(store, artifact.artifact_id)
+    except NotFoundError:
+        return False
+    return True
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def spares(store: ArtifactStore) -> list[int]:
+    """The sizes of what waits to be written again."""
+    return sorted(path.stat().st_size for path in files(store.directory / SPARES))
+
+
+def test_what_is_written_is_read_back_from_any_offset() -> None:
+    data = bytes(range(256)) * 12_289
+
+    async def scenario(store: ArtifactStore) -> None:
+        artifact = await store.write(chunks(data[:5], b"", data[5:]))
+        assert (artifact.size_bytes, artifact.node_id) == (len(data), HEAD)
+        for offset in (0, 1, 5, 1 << 20, len(data) - 1, len(data), len(data) + 1):
+            assert await read(store, artifact.artifact_id, offset) == data[offset:]
+
+    play(scenario)
+
+
+def test_it_is_read_piece_by_piece() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        artifact = await store.write(chunks(bytes(5 << 20)))
+        sizes = [len(chunk) async for chunk in store.read(artifact.artifact_id, 0)]
+        assert max(sizes) <= 1 << 20
+        assert sum(sizes) == 5 << 20
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("size", [1, LARGE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", SPARES, "../secret", "{outside}/secret", "a/../../secret"),
+        *("0" * 31, "0" * 33, "0" * 32 + "\n", "A" * 32),
+    ],
+)
+def test_an_id_is_never_a_way_out_of_the_directory(
+    name: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SHARED_MEMORY", tmp_path)
+    artifact_id = name.format(outside=tmp_path)
+
+    async def scenario(store: ArtifactStore) -> None:
+        (store.directory / "a").mkdir()
+        path = store.directory / artifact_id
+        if not path.is_dir():
+            path.write_bytes(bytes(size))
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(NotFoundError) as caught:
+            await read(store, artifact_id)
+        assert caught.value.reason == "ARTIFACT_NOT_FOUND"
+        # Workers report ids as they like: such a one is held and let go of like any other.
+        store.hold([Artifact(artifact_id, size, "n")])
+        store.release([Artifact(artifact_id, size, "n")])
+        assert sorted(tmp_path.rglob("*")) == before
+
+    play(scenario)
+
+
+def test_what_as_many_released_as_held_is_gone_and_may_be_released_again() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        artifact = await store.write(chunks(b"x"))
+        other = await store.write(chunks(b"y"))
+        store.hold([artifact, artifact])
+        for _ in range(2):
+            store.release([artifact])
+            assert await is_there(store, artifact), "its writer holds it as well"
+        store.release([artifact])
+        assert not await is_there(store, artifact)
+        store.release([artifact])
+        assert await is_there(store, other)
+
+    play(scenario)
+
+
+def test_what_lies_elsewhere_is_let_go_of_in_silence() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        elsewhere, here = Artifact("0" * 32, 9, "n"), await store.write(chunks(b"x"))
+        store.release([elsewhere])
+        store.hold([elsewhere])
+        store.release([elsewhere, here])
+        assert not await is_there(store, here)
+
+    play(scenario)
+
+
+def test_what_nobody_names_in_time_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "UPLOAD_TTL_S", 0.0)
+
+    async def scenario(store: ArtifactStore) -> None:
+        named = await store.write(chunks(b"x"))
+        store.hold([named])
+        unnamed = await store.write(chunks(b"y"))
+        while await is_there(store, unnamed):
+            await asyncio.sleep(0)
+        assert await is_there(store, named), "its time was over before the other's"
+        store.release([named])
+        assert not await is_there(store, named)
+
+    play(scenario)
+
+
+def test_what_is_large_is_written_again_under_another_name() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        artifact = await store.write(chunks(b"x" * LARGE))
+        small = await store.write(chunks(b"y"))
+        store.release([artifact, small])
+        assert not await is_there(store, artifact)
+        assert files(store.directory) == files(store.directory / SPARES)
+        assert spares(store) == [LARGE]
+        with child.create_artifact(str(store.directory), "1" * 32, LARGE - 1) as file:
+            file.write(b"z" * (LARGE - 1))
+            file.truncate(LARGE - 1)
+        assert spares(store) == []
+        assert await read(store, "1" * 32) == b"z" * (LARGE - 1)
+
+    play(scenario)
+
+
+def test_no_more_is_kept_to_be_written_again_than_the_limit() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        artifacts = [await store.write(chunks(bytes(LARGE))) for _ in range(4)]
+        store.release(artifacts)
+        assert files(store.directory) == files(store.directory / SPARES)
+        assert spares(store) == [LARGE, LARGE]
+
+    play(scenario, spare_limit_bytes=3 * LARGE - 1)
+
+
+def test_a_reader_reads_on_when_what_it_reads_is_dropped_and_its_place_is_wanted() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        artifact = await store.write(chunks(b"x" * LARGE))
+        reader = store.read(artifact.artifact_id, 0)
+        data = await anext(reader)
+        store.release([artifact])
+        with child.create_artifact(str(store.directory), "1" * 32, LARGE) as file:
+            file.write(b"z" * LARGE)
+        data += b"".join([chunk async for chunk in reader])
+        assert data == b"x" * LARGE
+
+    play(scenario)
+
+
+def test_a_writer_that_breaks_off_leaves_nothing() -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"half"
+        raise ConnectionError
+
+    async def scenario(store: ArtifactStore) -> None:
+        with pytest.raises(ConnectionError):
+            await store.write(broken())
+        assert files(store.directory) == []
+
+    play(scenario)
+
+
+def test_the_directory_is_nobody_elses() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        assert store.directory.stat().st_mode & 0o077 == 0
+
+    play(scenario)

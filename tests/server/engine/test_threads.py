@@ -1,0 +1,219 @@
+"""The bus between two real threads, and the scheduler's thread on it."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from lattice_server.core.dispatch import Dispatch
+from lattice_server.core.messages import SchedulerEvent, TaskReady, WorkerDetached, WorkerLost
+from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.scheduler import Scheduler
+from tests.server.core.graphs import hello, task
+
+TIMEOUT_S = 60.0
+
+
+def event(number: int) -> WorkerDetached:
+    return WorkerDetached(str(number))
+
+
+def play(scenario: Callable[[MessageBus], Any]) -> None:
+    """Play a scenario with a fresh bus on a loop of its own."""
+
+    async def run() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await scenario(MessageBus(asyncio.get_running_loop()))
+
+    asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def thread(target: Callable[[], None]) -> AsyncIterator[None]:
+    """Run `target` beside the block; both end before the test does."""
+    running = asyncio.create_task(asyncio.to_thread(target))
+    yield
+    await running
+
+
+def test_events_cross_in_order_from_any_number_of_threads() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        seen: list[int] = []
+
+        def consume() -> None:
+            while (events := bus.next_events(None)) is not None:
+                seen.extend(int(e.session_id) for e in events if isinstance(e, WorkerDetached))
+
+        def produce(start: int) -> None:
+            for number in range(start, start + 1000, 2):
+                bus.post([event(number), event(number + 1)])
+
+        async with thread(consume):
+            await asyncio.gather(*(asyncio.to_thread(produce, start) for start in (0, 1000, 2000)))
+            bus.close()
+        assert sorted(seen) == list(range(3000))
+        for start in (0, 1000, 2000):
+            assert [number for number in seen if start <= number < start + 1000] == list(range(start, start + 1000))
+
+    play(scenario)
+
+
+def test_effects_cross_in_order_and_share_wake_ups() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        loop_thread, batches, is_done = threading.get_ident(), list[list[Any]](), asyncio.Event()
+
+        def deliver(effects: list[Any]) -> None:
+            assert threading.get_ident() == loop_thread
+            batches.append(effects)
+            if effects[-1] == 9999:
+                is_done.set()
+
+        bus.subscribe(deliver)
+        publish: Callable[[Sequence[Any]], None] = bus.publish
+
+        def produce() -> None:
+            for number in range(0, 10_000, 2):
+                publish([number, number + 1])
+            publish([])
+
+        async with thread(produce):
+            await is_done.wait()
+        assert [effect for batch in batches for effect in batch] == list(range(10_000))
+        assert all(batches), "nobody is woken for nothing"
+
+    play(scenario)
+
+
+def test_every_publication_is_delivered_however_it_meets_the_last_one() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        delivered = asyncio.Semaphore(0)
+        asked = threading.Semaphore(0)
+        bus.subscribe(lambda effects: [delivered.release() for _ in effects] and None)
+        publish: Callable[[Sequence[Any]], None] = bus.publish
+
+        def produce() -> None:
+            for number in range(2000):
+                asked.acquire()
+                publish([number])
+
+        async with thread(produce):
+            for _ in range(2000):
+                asked.release()
+                await delivered.acquire()
+
+    play(scenario)
+
+
+def test_what_was_posted_before_the_end_is_still_read() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        bus.post([event(1)])
+        bus.post([])
+        bus.post([event(2)])
+        bus.close()
+        assert bus.next_events(None) == [event(1), event(2)]
+        assert bus.next_events(None) is None
+
+    play(scenario)
+
+
+def test_a_wait_ends_empty_when_its_time_is_over() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        assert bus.next_events(0.0) == []
+        assert bus.next_events(0.001) == []
+
+    play(scenario)
+
+
+def test_a_wait_may_be_as_long_as_a_duration_can_be() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        bus.post([event(1)])
+        assert bus.next_events(315_576_000_000.0) == [event(1)]
+
+    play(scenario)
+
+
+class Fragile(Dispatch):
+    """A machine with a bug: it cannot take the loss of a certain worker."""
+
+    def __init__(self) -> None:
+        super().__init__("e")
+        self.has_broken = threading.Event()
+
+    def take(self, event: SchedulerEvent, now: float) -> None:
+        """Raise on that event, as a broken invariant would."""
+        if event == WorkerLost("bad", ""):
+            self.has_broken.set()
+            raise AssertionError("a broken invariant")
+        super().take(event, now)
+
+
+def schedule(*batches: list[SchedulerEvent]) -> list[str]:
+    """Post batches to a fragile scheduler, the later ones when it has broken; return its effects' names by `Assign`."""
+    seen: list[str] = []
+
+    async def scenario(bus: MessageBus) -> None:
+        is_done = asyncio.Event()
+
+        def deliver(effects: list[Any]) -> None:
+            seen.extend(type(effect).__name__ for effect in effects)
+            if "Assign" in seen:
+                is_done.set()
+
+        bus.subscribe(deliver)
+        machine = Fragile()
+        scheduler = Scheduler(machine, bus)
+        scheduler.start()
+        try:
+            for batch in batches:
+                bus.post(batch)
+                await asyncio.to_thread(machine.has_broken.wait, TIMEOUT_S)
+            await is_done.wait()
+        finally:
+            await asyncio.to_thread(scheduler.stop)
+
+    before = threading.active_count()
+    play(scenario)
+    assert threading.active_count() <= before
+    return seen
+
+
+def test_the_scheduler_outlives_a_bug_of_its_machine(caplog: pytest.LogCaptureFixture) -> None:
+    seen = schedule([WorkerLost("bad", "")], [hello("n")], [TaskReady("r", task("t"), {}, 0)])
+    assert seen == ["WelcomeWorker", "Assign"]
+    assert "a broken invariant" in caplog.text
+
+
+def test_a_bug_costs_the_event_that_meets_it_and_no_other() -> None:
+    seen = schedule([WorkerLost("bad", ""), hello("n"), TaskReady("r", task("t"), {}, 0)])
+    assert seen == ["WelcomeWorker", "Assign"]
+
+
+def test_the_scheduler_wakes_by_itself_when_its_machine_is_due() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        welcomed: list[str] = []
+        is_lost = asyncio.Event()
+
+        def deliver(effects: list[Any]) -> None:
+            for effect in effects:
+                match type(effect).__name__:
+                    case "WelcomeWorker":
+                        welcomed.append(effect.session_id)
+                        bus.post([WorkerDetached(welcomed[0])])
+                    case "Assign" if effect.session_id != welcomed[0]:
+                        is_lost.set()
+
+        bus.subscribe(deliver)
+        scheduler = Scheduler(Dispatch("e", session_ttl_s=0.05), bus)
+        scheduler.start()
+        bus.post([hello("n"), TaskReady("r", task("t"), {}, 0)])
+        while not welcomed:
+            await asyncio.sleep(0)
+        # Nobody posts any more until the session's time is over; then another worker gets the task.
+        bus.post([hello("m")])
+        await is_lost.wait()
+        await asyncio.to_thread(scheduler.stop)
+
+    play(scenario)

@@ -1,0 +1,351 @@
+"""The workers' stream as the head serves it: who is let in, what is repeated, what is fenced off."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from lattice.v1 import (
+    payload_pb2,
+    resources_pb2,
+    results_pb2,
+    results_pb2_grpc,
+    run_pb2,
+    worker_pb2,
+    worker_pb2_grpc,
+    workflow_pb2,
+    workflow_pb2_grpc,
+)
+
+from lattice_server.core.messages import SchedulerEvent
+from tests.server.apps import NoWorkers, serving
+from tests.server.rpc.callers import graph, task
+
+TIMEOUT_S = 60.0
+Report = worker_pb2.Report
+
+
+class Doors(NoWorkers):
+    """An executor that starts nothing and keeps the secret for the test's own workers."""
+
+    join_token = ""
+
+    async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+        """Keep the secret."""
+        self.join_token = join_token
+
+
+class Hand:
+    """A worker whose every word a test chooses."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._call = worker_pb2_grpc.WorkerServiceStub(channel).Connect()
+        self._heard: list[worker_pb2.ConnectResponse] = []
+
+    async def say(self, **message: Any) -> None:
+        """Send one message."""
+        await self._call.write(worker_pb2.ConnectRequest(**message))
+
+    async def hear(self, kind: str) -> Any:
+        """Return the next message of a kind; others are kept for later."""
+        while True:
+            for response in self._heard:
+                if response.WhichOneof("message") == kind:
+                    self._heard.remove(response)
+                    return getattr(response, kind)
+            response = await self._call.read()
+            assert response is not grpc.aio.EOF, f"the stream ended before {kind}"
+            self._heard.append(response)
+
+    async def report(self, sequence: int, lease_id: str, **fact: Any) -> None:
+        """Send one report."""
+        report = Report(sequence=sequence, lease_id=lease_id, **fact)
+        await self.say(reports=worker_pb2.Reports(reports=[report]))
+
+    def hang_up(self) -> None:
+        """Break the stream."""
+        self._call.cancel()
+
+
+class Scene:
+    """A head without workers of its own, and a channel to it."""
+
+    def __init__(self, doors: Doors, channel: grpc.aio.Channel) -> None:
+        self.doors, self.channel = doors, channel
+        self.workflows = workflow_pb2_grpc.WorkflowServiceStub(channel)
+        self.results = results_pb2_grpc.ResultsServiceStub(channel)
+        self.workers = worker_pb2_grpc.WorkerServiceStub(channel)
+
+    def hello(self, **more: Any) -> worker_pb2.Hello:
+        """Return the greeting of a worker of one CPU."""
+        capacity = resources_pb2.Capacity(cpu=1, slots=1)
+        known = {"worker_id": "w", "node_id": "n", "capacity": capacity, "join_token": self.doors.join_token}
+        return worker_pb2.Hello(**known | {"isolations": [resources_pb2.ISOLATION_NONE]} | more)
+
+    async def hand(self, **hello: Any) -> tuple[Hand, worker_pb2.Welcome]:
+        """Connect a worker."""
+        hand = Hand(self.channel)
+        await hand.say(hello=self.hello(**hello))
+        return hand, await hand.hear("welcome")
+
+    async def run(self, *task_ids: str) -> str:
+        """Start a run."""
+        spec = graph(*(task(task_id) for task_id in task_ids))
+        return (await self.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=spec))).run.run_id
+
+    async def result(self, run_id: str, wait_s: int = 60) -> run_pb2.Run:
+        """Wait for the end of a run."""
+        request = results_pb2.GetResultRequest(run_id=run_id, wait=Duration(seconds=wait_s))
+        return (await self.results.GetResult(request)).run
+
+    async def until_event(self, run_id: str, kind: str) -> None:
+        """Wait until a run has told of something: then the head has taken what was reported before."""
+        call = self.results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id))
+        async for response in call:
+            if any(event.WhichOneof("event") == kind for event in response.events):
+                call.cancel()
+                return
+
+    async def until(self, state: worker_pb2.NodeState.ValueType) -> None:
+        """Wait until the only node is in a state."""
+        while [node.state for node in (await self.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes] != [state]:
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def on_stage(doors: Doors, **settings: Any) -> AsyncIterator[Scene]:
+    """A head while the block runs."""
+    async with serving(doors, **settings) as app, grpc.aio.insecure_channel(app.address) as channel:
+        yield Scene(doors, channel)
+
+
+def play(scenario: Callable[[Scene], Coroutine[Any, Any, None]], **settings: Any) -> None:
+    """Play a scenario with a head."""
+
+    async def run() -> None:
+        async with asyncio.timeout(TIMEOUT_S), on_stage(Doors(), **settings) as head:
+            await scenario(head)
+
+    asyncio.run(run())
+
+
+def succeeded() -> worker_pb2.AttemptSucceeded:
+    return worker_pb2.AttemptSucceeded(outputs={"out": payload_pb2.Payload(json="1")})
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"hello": {"worker_id": "w", "node_id": "n", "join_token": "guess"}}, "UNAUTHENTICATED"),
+        ({"hello": {"worker_id": "w", "node_id": "n"}}, "UNAUTHENTICATED"),
+        ({"hello": {"node_id": "n"}}, "PROTOCOL_ERROR"),
+        ({"hello": {"worker_id": "w"}}, "PROTOCOL_ERROR"),
+        ({"heartbeat": {}}, "PROTOCOL_ERROR"),
+        ({"reports": {}}, "PROTOCOL_ERROR"),
+        ({}, "PROTOCOL_ERROR"),
+    ],
+)
+def test_whoever_may_not_join_is_told_so_in_band(message: dict[str, Any], reason: str) -> None:
+    async def scenario(head: Scene) -> None:
+        hand = Hand(head.channel)
+        await hand.say(**message)
+        assert (await hand.hear("close")).reason == worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")
+        assert not (await head.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_work_goes_out_with_its_code_once_and_comes_back() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, welcome = await head.hand()
+        assert welcome.session_id
+        assert not welcome.resumed
+        run_id = await head.run("a", "b")
+        for number, task_id in enumerate("ab", 1):
+            work = await hand.hear("assignments")
+            (assignment,) = work.assignments
+            assert len(work.functions) == (number == 1)
+            assert (assignment.attempts[0].task_id, assignment.attempts[0].number) == (task_id, 1)
+            await hand.report(number, assignment.lease_id, succeeded=succeeded())
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_a_report_that_comes_again_counts_once() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, welcome = await head.hand()
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        await hand.report(1, lease_id, log=worker_pb2.AttemptLog(text="once"))
+        await head.until_event(run_id, "task_log")
+        hand.hang_up()
+        again, resumed = await head.hand(session_id=welcome.session_id, held_lease_ids=[lease_id])
+        assert resumed.resumed
+        assert not resumed.drop_lease_ids
+        await again.report(1, lease_id, log=worker_pb2.AttemptLog(text="once"))
+        await again.report(2, lease_id, succeeded=succeeded())
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        watch = head.results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id))
+        kinds = [event.WhichOneof("event") async for response in watch for event in response.events]
+        assert kinds == ["run_started", "task_started", "task_log", "task_succeeded", "run_finished"]
+        again.hang_up()
+
+    play(scenario)
+
+
+def test_an_assignment_lost_with_its_stream_is_sent_again() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, welcome = await head.hand()
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        hand.hang_up()
+        again, resumed = await head.hand(session_id=welcome.session_id)
+        assert resumed.resumed
+        work = await again.hear("assignments")
+        assert [(a.lease_id, a.attempts[0].number) for a in work.assignments] == [(lease_id, 1)]
+        assert len(work.functions) == 1, "the code as well: it may have been lost too"
+        await again.report(1, lease_id, succeeded=succeeded())
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        again.hang_up()
+
+    play(scenario)
+
+
+def test_a_cancellation_while_the_worker_is_away_reaches_it_when_it_is_back() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, welcome = await head.hand()
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        await hand.report(1, lease_id, started={})
+        await head.until_event(run_id, "task_started")
+        hand.hang_up()
+        await head.until(worker_pb2.NODE_STATE_DETACHED)
+        await head.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id))
+        again, _ = await head.hand(session_id=welcome.session_id, held_lease_ids=[lease_id])
+        assert list((await again.hear("stop")).lease_ids) == [lease_id]
+        again.hang_up()
+
+    play(scenario)
+
+
+def test_what_the_head_does_not_know_is_to_be_dropped() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, welcome = await head.hand()
+        hand.hang_up()
+        await head.until(worker_pb2.NODE_STATE_DETACHED)
+        again, resumed = await head.hand(session_id=welcome.session_id, held_lease_ids=["stale"])
+        assert list(resumed.drop_lease_ids) == ["stale"]
+        other, fresh = await head.hand(worker_id="x", node_id="x", session_id="unknown", held_lease_ids=["stale"])
+        assert not fresh.resumed
+        assert list(fresh.drop_lease_ids) == ["stale"]
+        again.hang_up()
+        other.hang_up()
+
+    play(scenario)
+
+
+def test_reports_are_acknowledged_in_time() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        for number in range(1, 101):
+            await hand.report(number, lease_id, log=worker_pb2.AttemptLog(text="x"))
+        last = 0
+        while last < 50:
+            sequence = (await hand.hear("ack")).sequence
+            assert last < sequence <= 100
+            last = sequence
+        await head.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id))
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_a_report_of_a_lease_no_longer_held_is_ignored() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        await hand.report(1, "another", succeeded=succeeded())
+        await hand.report(2, lease_id, succeeded=succeeded())
+        await hand.report(3, lease_id, failed={"failure": {"message": "late"}})
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_the_newest_life_of_a_worker_counts_and_the_older_one_is_closed() -> None:
+    async def scenario(head: Scene) -> None:
+        older, _ = await head.hand()
+        run_id = await head.run("a")
+        stale = (await older.hear("assignments")).assignments[0].lease_id
+        await older.report(1, stale, started={})
+        await head.until_event(run_id, "task_started")
+        newer, _ = await head.hand()
+        work = (await newer.hear("assignments")).assignments[0]
+        assert work.attempts[0].number == 2
+        await older.report(2, stale, succeeded=succeeded())
+        await newer.report(1, work.lease_id, failed={"failure": {"kind": "FAILURE_KIND_USER_ERROR"}})
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_FAILED, "the older one's word does not count"
+        older.hang_up()
+        newer.hang_up()
+
+    play(scenario)
+
+
+def test_a_drained_worker_finishes_what_it_has_and_is_let_go() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        run_id = await head.run("a", "b")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        drained = await head.workers.DrainNode(worker_pb2.DrainNodeRequest(node_id="n"))
+        assert drained.node.state == worker_pb2.NODE_STATE_DRAINING
+        await hand.report(1, lease_id, succeeded=succeeded())
+        assert (await hand.hear("close")).reason == worker_pb2.CLOSE_REASON_DRAINED
+        hand.hang_up()
+        other, _ = await head.hand(worker_id="other", node_id="other")
+        work = (await other.hear("assignments")).assignments[0]
+        assert work.attempts[0].task_id == "b"
+        await other.report(1, work.lease_id, succeeded=succeeded())
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        other.hang_up()
+
+    play(scenario)
+
+
+def test_a_worker_that_wants_to_leave_is_let_go() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        await hand.say(draining={})
+        assert (await hand.hear("close")).reason == worker_pb2.CLOSE_REASON_DRAINED
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_workers_are_told_that_the_head_stops() -> None:
+    hands: list[Hand] = []
+
+    class Last(Doors):
+        async def stop(self) -> None:
+            assert (await hands[0].hear("close")).reason == worker_pb2.CLOSE_REASON_SHUTDOWN
+            hands[0].hang_up()
+
+    async def scenario() -> None:
+        doors = Last()
+        async with asyncio.timeout(TIMEOUT_S), serving(doors) as app:
+            # Open beyond the server's end: the worker still reads the last word.
+            channel = grpc.aio.insecure_channel(app.address)
+            hand, _ = await Scene(doors, channel).hand()
+            hands.append(hand)
+        await channel.close()
+
+    asyncio.run(scenario())

@@ -1,0 +1,200 @@
+"""A real worker on its stream: revoking, resuming a session, losing one, hanging up."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lattice.v1 import errors_pb2, worker_pb2
+
+from tests.e2e.proxy import Gate
+from tests.worker.head import TIMEOUT_S, Pair, pair
+
+
+def play(scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path, *flags: str) -> None:
+    """Play a scenario with a worker."""
+
+    async def scene() -> None:
+        async with pair(folder, *flags) as both, asyncio.timeout(TIMEOUT_S):
+            await scenario(both)
+
+    asyncio.run(scene())
+
+
+def wait_at(gate: str) -> str:
+    with open(gate, "rb", buffering=0) as file:
+        file.read(1)
+    return "through"
+
+
+def by_value(function: Any) -> Any:
+    """Return a function that travels whole: runners cannot import this module."""
+    return type(function)(function.__code__, {"__builtins__": __builtins__}, function.__name__)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Any:
+    """A gate for attempts."""
+    made = Gate(tmp_path, "only")
+    yield made
+    made.open(100)
+    made.close()
+
+
+def test_a_worker_introduces_itself(tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        hello = both.hello
+        assert (hello.worker_id, hello.node_id, hello.session_id) == ("w", "n", "")
+        assert (hello.join_token, hello.pid) == ("secret", both.process.pid)
+        assert (hello.capacity.cpu, list(hello.capacity.gpus), list(hello.held_lease_ids)) == (2, [], [])
+
+    play(scenario, tmp_path)
+
+
+def test_what_has_not_started_can_be_taken_back(gate: Gate, tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        stream, wait = both.stream, by_value(wait_at)
+        for name in "abc":
+            stream.assign(name, wait, inputs={"gate": gate.path})
+        await stream.until("a", "started")
+        stream.say(revoke={"lease_ids": ["a", "b", "unknown"]})
+        assert (await stream.end("b")).WhichOneof("fact") == "returned"
+        gate.open(2)
+        assert await stream.value("a") == "through"
+        assert await stream.value("c") == "through"
+        assert stream.of("b") == ["returned"]
+
+    play(scenario, tmp_path)
+
+
+def test_what_has_not_started_can_be_cancelled(gate: Gate, tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        stream, wait = both.stream, by_value(wait_at)
+        for name in "ab":
+            stream.assign(name, wait, inputs={"gate": gate.path})
+        await stream.until("a", "started")
+        stream.say(stop={"lease_ids": ["b"]})
+        assert (await stream.end("b")).failed.failure.kind == errors_pb2.FAILURE_KIND_CANCELLED
+        gate.open()
+        assert await stream.value("a") == "through"
+
+    play(scenario, tmp_path)
+
+
+def test_reports_are_numbered_and_those_not_acknowledged_come_again(tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        first = both.stream
+        for name in "abc":
+            first.assign(name, lambda: None)
+        await first.end("c")
+        assert [report.sequence for report in first.reports] == list(range(1, len(first.reports) + 1))
+        seen = next(report.sequence for report in first.reports if report.lease_id == "b")
+        first.say(ack={"sequence": seen})
+        first.drop()
+        second, hello = await both.head.dialled()
+        assert (hello.session_id, hello.worker_id) == ("s1", "w")
+        second.welcome(resumed=True)
+        await second.end("c")
+        assert second.reports == first.reports[seen:]
+
+    play(scenario, tmp_path)
+
+
+def test_a_resumed_worker_works_on_what_it_holds(gate: Gate, tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        for name in "ab":
+            both.stream.assign(name, by_value(wait_at), inputs={"gate": gate.path})
+        await both.stream.until("a", "started")
+        both.stream.drop()
+        second, hello = await both.head.dialled()
+        assert list(hello.held_lease_ids) == ["a", "b"]
+        second.welcome(resumed=True)
+        second.say(ack={"sequence": 1})
+        gate.open(2)
+        assert await second.value("a") == "through"
+        assert await second.value("b") == "through"
+
+    play(scenario, tmp_path)
+
+
+def test_a_lease_whose_end_was_lost_on_the_way_is_not_run_twice(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+
+    def note(path: str) -> None:
+        with open(path, "a") as file:
+            file.write("ran\n")
+
+    async def scenario(both: Pair) -> None:
+        assignment = both.stream.assign("a", note, inputs={"path": str(journal)})
+        await both.stream.end("a")
+        both.stream.drop()
+        second, hello = await both.head.dialled()
+        second.welcome(resumed=True)
+        if "a" not in hello.held_lease_ids:
+            # What a head does that never heard of the lease's start: it takes the assignment for lost.
+            second.say(assignments=worker_pb2.Assignments(assignments=[assignment]))
+        second.assign("next in the slot", lambda: None)
+        await second.end("next in the slot")
+        assert journal.read_text() == "ran\n"
+
+    play(scenario, tmp_path)
+
+
+def test_a_worker_whose_session_is_lost_drops_what_it_held(gate: Gate, tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        for name in "ab":
+            both.stream.assign(name, by_value(wait_at), inputs={"gate": gate.path})
+        await both.stream.until("a", "started")
+        both.stream.drop()
+        second, _ = await both.head.dialled()
+        second.welcome("s2", resumed=False)
+        second.assign("c", lambda: "fresh")
+        assert await second.value("c") == "fresh"
+        assert {report.lease_id for report in second.reports} == {"c"}
+        second.drop()
+        third, hello = await both.head.dialled()
+        assert hello.session_id == "s2"
+        third.welcome(resumed=True)
+
+    play(scenario, tmp_path)
+
+
+def test_leases_the_head_does_not_know_are_dropped(gate: Gate, tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        for slot, name in enumerate("ab"):
+            both.stream.assign(name, by_value(wait_at), slot=slot, inputs={"gate": gate.path})
+        await both.stream.until("b", "started")
+        both.stream.drop()
+        second, _ = await both.head.dialled()
+        second.welcome(resumed=True, drop=("a",))
+        second.assign("c", lambda: "free", slot=0)
+        assert await second.value("c") == "free"
+
+    play(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("reason", ["SUPERSEDED", "PROTOCOL_ERROR", "VERSION", "DRAINED", "UNAUTHENTICATED"])
+def test_a_worker_that_is_closed_for_good_ends(reason: str, tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        both.stream.say(close={"reason": worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")})
+        assert await both.process.wait() == 0
+
+    play(scenario, tmp_path)
+
+
+def test_a_worker_comes_back_to_a_head_that_stopped_unless_told_otherwise(tmp_path: Path) -> None:
+    close = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_SHUTDOWN)
+
+    async def scenario(both: Pair) -> None:
+        both.stream.say(close=close)
+        second, hello = await both.head.dialled()
+        assert hello.session_id == "s1"
+        second.welcome("s2")
+
+    async def last(both: Pair) -> None:
+        both.stream.say(close=close)
+        assert await both.process.wait() == 0
+
+    play(scenario, tmp_path)
+    play(last, tmp_path, "--exit-on-close")
