@@ -62,6 +62,29 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
         """Send the whole graph and start a run. Raises RequestError."""
         return await self.client.run(self, run_id, **settings)
 
+    async def get_results(
+        self, run_id: str, verbose: bool = True, timeout: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Follow a run to its end and return its messages, printing them when `verbose`.
+
+        Messages are `{"type": ..., "data": {...}}`, type one of `start_task`, `finish_task`, `task_exception` and,
+        last, `finish_workflow`. Raises TimeoutError when the run takes longer than `timeout` seconds.
+        """
+        messages = []
+        async with asyncio.timeout(timeout):
+            async for message in self.messages(run_id):
+                messages.append(message)
+                if verbose:
+                    print(message)
+        return messages
+
+    async def messages(self, run_id: str) -> AsyncIterator[dict[str, Any]]:
+        """Yield the messages `get_results` returns, as they come."""
+        async for event in self.client.events(run_id):
+            message = convert.message_of(event, self.workflow_id, run_id)
+            if message is not None:
+                yield message
+
 
 class AsyncRun(str):
     """A run: its id, as a string, that can also be followed."""
@@ -239,15 +262,20 @@ class AsyncLatticeClient:
             raise errors.from_rpc(error) from None
         return response
 
-    async def events(self, run_id: str, after: int = 0) -> AsyncIterator[RunEvent]:
-        """Yield a run's events after number `after`, each once, to its end. Raises RequestError."""
+    async def events(
+        self, run_id: str, after: int = 0, decode: convert.Decode | None = None
+    ) -> AsyncIterator[RunEvent]:
+        """Yield a run's events after number `after`, each once, to its end. Raises RequestError.
+
+        `decode` reads the outputs in place of the method of that name, for readers that want less of them.
+        """
         backoff_s = MIN_BACKOFF_S
         while True:
             try:
                 call = self._results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id, after_sequence=after))
                 async for response in call:
                     for message in response.events:
-                        yield await convert.event_of(message, self.decode)
+                        yield await convert.event_of(message, decode or self.decode)
                     after, backoff_s = response.sequence, MIN_BACKOFF_S
                     if response.complete:
                         return
@@ -278,6 +306,20 @@ class AsyncLatticeClient:
         try:
             request = workflow_pb2.CancelRunRequest(run_id=run_id, reason=reason)
             return (await self._workflows.CancelRun(request)).run
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc(error) from None
+
+    async def list_tasks(self, run_id: str) -> list[run_pb2.TaskRun]:
+        """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""
+        request = task_pb2.ListTasksRequest(run_id=run_id)
+        found: list[run_pb2.TaskRun] = []
+        try:
+            while True:
+                response = await self._tasks.ListTasks(request)
+                found.extend(response.tasks)
+                request.page_token = response.next_page_token
+                if not request.page_token:
+                    return found
         except grpc.aio.AioRpcError as error:
             raise errors.from_rpc(error) from None
 

@@ -110,8 +110,8 @@ async def event_of(message: run_pb2.RunEvent, decode: Decode) -> RunEvent:
                 data["outputs"] = {name: await decode(payload) for name, payload in value.items()}
             case "failure":
                 data["failure"] = failure_of(value) if body.HasField("failure") else None
-            case "gpu_indices":
-                data["gpu_indices"] = list(value)
+            case "gpu_indices" | "task_ids":
+                data[field.name] = list(value)
             case "state":
                 data["state"] = run_pb2.RunState.Name(value).removeprefix("RUN_STATE_").lower()
             case "stream":
@@ -121,6 +121,24 @@ async def event_of(message: run_pb2.RunEvent, decode: Decode) -> RunEvent:
             case _:
                 data[field.name] = value
     return RunEvent(message.sequence, message.time.ToNanoseconds() / 1e9, kind, data.get("task_id", ""), data)
+
+
+def message_of(event: RunEvent, workflow_id: str, run_id: str) -> dict[str, Any] | None:
+    """Return an event as one of the messages of `get_results`; None for events it leaves out."""
+    data: dict[str, Any] = {"workflow_id": workflow_id, "task_id": event.task_id}
+    match event.type:
+        case "task_started":
+            gpus = event.data["gpu_indices"]
+            data |= {"node_ip": event.data["node_ip"], "node_id": event.data["node_id"]}
+            return {"type": "start_task", "data": data | {"gpu_id": gpus[0] if gpus else None}}
+        case "task_succeeded":
+            return {"type": "finish_task", "data": data | {"result": event.data["outputs"]}}
+        case "task_failed":
+            return {"type": "task_exception", "data": data | {"result": event.data["failure"]["message"]}}
+        case "run_finished":
+            return {"type": "finish_workflow", "data": {"run_id": str(run_id)}}
+        case _:
+            return None
 
 
 def failure_of(failure: errors_pb2.Failure) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import uvloop
 from lattice.v1 import run_pb2, worker_pb2
 
-from lattice_client.client import AsyncLatticeClient, AsyncRun
+from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow, AsyncRun
 from lattice_client.convert import RunEvent
 from lattice_client.workflow import Graph
 
@@ -102,31 +102,14 @@ class LatticeWorkflow(Graph["LatticeClient"]):
         Messages are `{"type": ..., "data": {...}}`, type one of `start_task`, `finish_task`, `task_exception` and,
         last, `finish_workflow`. Raises TimeoutError when the run takes longer than `timeout` seconds.
         """
+        twin = AsyncLatticeWorkflow(self.client.aio, workflow_id=self.workflow_id)
         messages = []
-        for event in _iterate(self.client.aio.events(run_id), timeout):
-            message = _message(event, self.workflow_id, run_id)
-            if message is not None:
-                messages.append(message)
-                if verbose:
-                    print(message)
+        for message in _iterate(twin.messages(run_id), timeout):
+            messages.append(message)
+            # Here and not by the twin: the background loop serves every client and must not wait for a terminal.
+            if verbose:
+                print(message)
         return messages
-
-
-def _message(event: RunEvent, workflow_id: str, run_id: str) -> dict[str, Any] | None:
-    data: dict[str, Any] = {"workflow_id": workflow_id, "task_id": event.task_id}
-    match event.type:
-        case "task_started":
-            gpus = event.data["gpu_indices"]
-            data |= {"node_ip": event.data["node_ip"], "node_id": event.data["node_id"]}
-            return {"type": "start_task", "data": data | {"gpu_id": gpus[0] if gpus else None}}
-        case "task_succeeded":
-            return {"type": "finish_task", "data": data | {"result": event.data["outputs"]}}
-        case "task_failed":
-            return {"type": "task_exception", "data": data | {"result": event.data["failure"]["message"]}}
-        case "run_finished":
-            return {"type": "finish_workflow", "data": {"run_id": str(run_id)}}
-        case _:
-            return None
 
 
 class LatticeClient:
@@ -176,6 +159,10 @@ class LatticeClient:
     def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
         """Return the newest runs."""
         return _wait(self.aio.list_runs(limit))
+
+    def list_tasks(self, run_id: str) -> list[run_pb2.TaskRun]:
+        """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""
+        return _wait(self.aio.list_tasks(run_id))
 
     def cancel_run(self, run_id: str, reason: str = "") -> run_pb2.Run:
         """Cancel a run. Raises NotFoundError."""

@@ -1,0 +1,134 @@
+"""Owns what the commands share: their options, how they reach a server, and how they show what they found.
+
+Rule: tables for people, one JSON document a line for programs (`--json`), one clear line on stderr when it fails.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import Any
+
+import click
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lattice_client.client import DEFAULT_TARGET
+from lattice_client.errors import LatticeError, UnavailableError
+from lattice_client.sync import LatticeClient
+
+ENTRY_POINTS = "lattice.commands"
+# Values nested deeper than this are shown as Python writes them.
+MAX_DEPTH = 50
+# Python writes no longer numbers unless told to.
+MAX_BITS = 14_000
+
+console = Console()
+address = click.option(
+    "--addr", envvar="LATTICE_TARGET", default=DEFAULT_TARGET, show_default=True, help="The server, host:port."
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
+
+
+class Commands(click.Group):
+    """The commands of this package, and those other packages announce; these are imported when they are asked for."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; this package's errors become one message."""
+        try:
+            return super().invoke(ctx)
+        except LatticeError as error:
+            raise click.ClickException(str(error)) from None
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*super().list_commands(ctx), *entry_points(group=ENTRY_POINTS).names})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name."""
+        found = super().get_command(ctx, cmd_name)
+        for entry in entry_points(group=ENTRY_POINTS, name=cmd_name) if found is None else ():
+            loaded: click.Command = entry.load()
+            return loaded
+        return found
+
+
+@contextmanager
+def reachable(addr: str) -> Iterator[None]:
+    """Say where no server answers, and what to do, when the block finds none."""
+    try:
+        yield
+    except UnavailableError as error:
+        if error.reason:  # a server did answer, and said why it cannot
+            raise
+        hint = "start one with `lattice start --head`, or name another with --addr or LATTICE_TARGET"
+        raise click.ClickException(f"no Lattice server answers at {addr}: {hint}") from None
+
+
+@contextmanager
+def connected(addr: str) -> Iterator[LatticeClient]:
+    """Connect for the length of the block."""
+    with reachable(addr), LatticeClient(addr) as client:
+        yield client
+
+
+def show(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, wrapped: str = "") -> None:
+    """Show a table; to a pipe, lines of cells separated by tabs. Only the column `wrapped` gives way to the others."""
+    # A name may hold line breaks; a row is one line all the same.
+    cells = [tuple(" ".join(cell.split()) for cell in row) for row in rows]
+    if not console.is_terminal:
+        for row in cells:
+            click.echo("\t".join(row))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=column != wrapped, overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """Return a message with all its fields, those that are zero too, so that programs find what they look for."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def print_json(document: Any) -> None:
+    """Print a document as one line; what JSON cannot say is shown as Python writes it."""
+    click.echo(json.dumps(_jsonable(document)))
+
+
+def _jsonable(value: Any, above: tuple[int, ...] = ()) -> Any:
+    """Return what JSON can say of a value; `above` are the identities of what holds it."""
+    inside = (*above, id(value))
+    match value:
+        case None | bool() | str():
+            return value
+        case int():
+            return value if value.bit_length() <= MAX_BITS else written(value)
+        case float():
+            return value if math.isfinite(value) else repr(value)
+        case dict() | list() | tuple() if id(value) in above or len(above) > MAX_DEPTH:
+            return written(value)
+        case dict():
+            return {_key(key): _jsonable(item, inside) for key, item in value.items()}
+        case list() | tuple():
+            return [_jsonable(item, inside) for item in value]
+        case _:
+            return written(value)
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else written(key)
+
+
+def written(value: Any) -> str:
+    """Return a value as Python writes it, or its class when that fails."""
+    try:
+        return repr(value)
+    except Exception:  # the class is the user's; Python itself refuses numbers of many digits
+        return f"<{type(value).__name__}>"

@@ -1,0 +1,209 @@
+"""Owns the commands `lattice runs ...`. Rule: a run that ended otherwise than well is a message and exit status 1."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import click
+from lattice.v1 import payload_pb2, run_pb2
+from rich.live import Live
+
+from lattice_client import convert
+from lattice_client.client import TERMINAL, AsyncLatticeClient
+from lattice_client.commands import (
+    address,
+    as_dict,
+    as_json,
+    connected,
+    console,
+    print_json,
+    reachable,
+    show,
+    written,
+)
+from lattice_client.convert import RunEvent
+from lattice_client.progress import Lines, Progress, span
+
+MAX_RUNS = 1000
+RUN_COLUMNS = ("run", "name", "state", "tasks", "since (UTC)")
+TASK_COLUMNS = ("task", "name", "state", "attempt", "node", "time")
+# How often the clocks of a live view move when nothing else does.
+CLOCK_S = 0.25
+
+
+@click.group()
+def runs() -> None:
+    """Look at runs, and cancel them."""
+
+
+def _state(run: run_pb2.Run) -> str:
+    return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+
+
+def _run_row(run: run_pb2.Run) -> tuple[str, ...]:
+    counts = run.task_counts
+    created = run.create_time.ToDatetime()
+    # On a terminal a name needs the room more than a year does.
+    since = f"{created:%m-%d %H:%M}" if console.is_terminal else created.isoformat(timespec="seconds")
+    return (run.run_id, run.display_name, _state(run), f"{counts.succeeded}/{counts.total}", since)
+
+
+def _task_row(task: run_pb2.TaskRun) -> tuple[str, ...]:
+    state = run_pb2.TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
+    took = ""
+    if task.HasField("start_time") and task.HasField("end_time"):
+        took = span((task.end_time.ToNanoseconds() - task.start_time.ToNanoseconds()) / 1e9)
+    return (task.task_id, task.display_name, state, str(task.attempt or ""), task.node_id, took)
+
+
+@runs.command("list")
+@address
+@as_json
+@click.option("--limit", type=click.IntRange(1, MAX_RUNS), default=100, show_default=True, help="The most to list.")
+def list_runs(addr: str, as_json: bool, limit: int) -> None:
+    """List runs, newest first."""
+    with connected(addr) as client:
+        found = client.list_runs(limit)
+    if as_json:
+        for run in found:
+            print_json(as_dict(run))
+    else:
+        show(RUN_COLUMNS, map(_run_row, found), wrapped="name")
+
+
+@runs.command("show")
+@address
+@as_json
+@click.argument("run_id")
+def show_run(addr: str, as_json: bool, run_id: str) -> None:
+    """Show one run and its tasks."""
+    with connected(addr) as client:
+        run, tasks = client.describe_run(run_id), client.list_tasks(run_id)
+    if as_json:
+        print_json(as_dict(run) | {"tasks": [as_dict(task) for task in tasks]})
+        return
+    show(RUN_COLUMNS, [_run_row(run)], wrapped="name")
+    click.echo()
+    show(TASK_COLUMNS, map(_task_row, tasks), wrapped="name")
+    if run.state in TERMINAL and (error := convert.error_of(run)) is not None:
+        click.echo(f"\n{str(error).rstrip()}")
+
+
+@runs.command()
+@address
+@as_json
+@click.argument("run_id")
+def cancel(addr: str, as_json: bool, run_id: str) -> None:
+    """Cancel a run."""
+    with connected(addr) as client:
+        run = client.cancel_run(run_id)
+    if as_json:
+        print_json(as_dict(run))
+    elif run.state in {run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED}:
+        click.echo(f"Run {run_id} had ended before: it {_state(run)}.")
+    elif run.state == run_pb2.RUN_STATE_CANCELLED:
+        click.echo(f"Run {run_id} is cancelled.")
+    else:
+        click.echo(f"Cancelling run {run_id}.")
+
+
+@runs.command()
+@address
+@as_json
+@click.argument("run_id")
+def watch(addr: str, as_json: bool, run_id: str) -> None:
+    """Follow a run to its end. Fails when the run does."""
+    try:
+        with reachable(addr):
+            asyncio.run(_watch(addr, run_id, as_json))
+    except KeyboardInterrupt:
+        click.echo(f"The run goes on; `lattice runs cancel {run_id}` would end it.", err=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+async def _watch(addr: str, run_id: str, as_json: bool) -> None:
+    async with AsyncLatticeClient(addr) as client:
+        run = await client.get_run(run_id)
+        if as_json:
+            async for event in client.events(run_id, decode=_decoder(client)):
+                print_json({"sequence": event.sequence, "type": event.type, "data": event.data})
+        elif console.is_terminal and not console.is_dumb_terminal:
+            await _watch_live(client, run)
+        else:
+            lines = Lines()
+            async for event in client.events(run_id, decode=_decoder(client)):
+                _print_plain(event, lines)
+        error = convert.error_of(await client.get_run(run_id))
+    if error is not None:
+        raise error
+
+
+def _decoder(client: AsyncLatticeClient) -> convert.Decode:
+    async def decode(payload: payload_pb2.Payload) -> Any:
+        try:
+            return await client.decode(payload)
+        except Exception as error:  # its class may not exist here, or it is gone; the events go on
+            return f"<{payload.media_type} that cannot be read here: {error}>"
+
+    return decode
+
+
+def _print_plain(event: RunEvent, lines: Lines) -> None:
+    def echo(kind: str, task_id: str, text: str) -> None:
+        click.echo(f"{event.sequence:>6}  {kind:<15} {task_id:<20} {text}".rstrip())
+
+    for task_id, line in lines.take(event):
+        echo("task_log", task_id, line.rstrip())
+    if event.type == "task_log":
+        return
+    failure = event.data.get("failure")
+    outputs = event.data.get("outputs")
+    shown = f"{failure['kind']}: {failure['message']}" if failure else written(outputs) if outputs else ""
+    if added := event.data.get("task_ids"):
+        shown = f"{len(added)} tasks"
+    echo(event.type, event.task_id, " ".join(shown.split()))
+
+
+async def _watch_live(client: AsyncLatticeClient, run: run_pb2.Run) -> None:
+    async def undecoded(payload: payload_pb2.Payload) -> payload_pb2.Payload:
+        return payload  # the picture has no outputs; large ones need not be fetched
+
+    progress = Progress(run)
+    with Live(progress, console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        async for batch in _batches(client.events(run.run_id, decode=undecoded)):
+            lines = [line for event in batch for line in progress.take(event)]
+            if lines:  # printing draws the picture again
+                console.print(*lines, sep="\n")
+            else:
+                live.refresh()
+
+
+async def _batches(events: AsyncIterator[RunEvent]) -> AsyncIterator[list[RunEvent]]:
+    """Yield events as soon as they are there, all that are there at once; nothing when a moment passed without any."""
+    queue: asyncio.Queue[RunEvent | None] = asyncio.Queue()
+
+    async def read() -> None:
+        try:
+            async for event in events:
+                queue.put_nowait(event)
+        finally:
+            queue.put_nowait(None)
+
+    reader = asyncio.create_task(read())
+    try:
+        is_open = True
+        while is_open:
+            batch: list[RunEvent | None] = []
+            try:
+                async with asyncio.timeout(CLOCK_S):
+                    batch.append(await queue.get())
+            except TimeoutError:
+                pass
+            while not queue.empty():
+                batch.append(queue.get_nowait())
+            is_open = None not in batch
+            yield [event for event in batch if event is not None]
+        await reader
+    finally:
+        reader.cancel()

@@ -1,0 +1,132 @@
+"""The command `lattice`, as people and programs use it, against a real server."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lattice_client import LatticeClient, Run
+from lattice_client.cli import main
+from tests.client.shell import LATTICE, WAIT_S, call, ended, fail, greet, terminal
+
+NOBODY = "127.0.0.1:1"
+
+
+def test_cancelling_what_has_ended_says_so(address: str, client: LatticeClient) -> None:
+    run = ended(client, greet, {"name": "you"})
+    assert call(address, "runs", "cancel", run).stdout == f"Run {run} had ended before: it succeeded.\n"
+    assert json.loads(call(address, "runs", "cancel", "--json", run).stdout)["state"] == "RUN_STATE_SUCCEEDED"
+
+
+def test_a_run_is_shown_with_its_tasks(address: str, waiting: Run, gate: Path) -> None:
+    done = call(address, "runs", "show", waiting)
+    head, _, tasks = done.stdout.partition("\n\n")
+    assert head.split("\t")[:4] == [waiting, "waiting", "running", "0/21"]
+    _, second, *_ = (line.split("\t") for line in tasks.splitlines())
+    assert second[:4] == ["greet", "greet", "blocked", ""]
+    gate.write_text("you")
+    waiting.result(timeout=WAIT_S)
+    document = json.loads(call(address, "runs", "show", "--json", waiting).stdout)
+    assert document["state"] == "RUN_STATE_SUCCEEDED"
+    assert document["task_counts"]["failed"] == 0
+    assert [found["state"] for found in document["tasks"]] == ["TASK_STATE_SUCCEEDED"] * 21
+
+
+def test_a_failed_run_is_shown_with_its_traceback(address: str, client: LatticeClient) -> None:
+    done = call(address, "runs", "show", ended(client, fail, {"name": "x"}))
+    assert done.exit_code == 0
+    assert done.stdout.endswith("LookupError: nothing [bold]there[/bold]\n")
+    assert "Remote traceback:" in done.stdout
+
+
+def test_tables_are_whole_at_a_terminal_and_lines_of_cells_in_a_pipe(address: str, client: LatticeClient) -> None:
+    run = ended(client, greet, {"name": "you"})
+    cells = call(address, "runs", "list", "--limit", "1").stdout.splitlines()
+    assert len(cells) == 1
+    assert cells[0].split("\t")[:4] == [run, "the name", "succeeded", "1/1"]
+    assert json.loads(call(address, "runs", "list", "--limit", "1", "--json").stdout)["run_id"] == run
+    with terminal(address, "runs", "list") as shown:
+        assert shown.read_all() == 0
+    row = next(line for line in shown.text.splitlines() if line.startswith(run))
+    assert row.split()[1:5] == ["the", "name", "succeeded", "1/1"]
+
+
+def test_the_server_and_its_nodes_are_shown(address: str) -> None:
+    facts = dict(line.split("\t") for line in call(address, "status").stdout.splitlines())
+    assert facts["executor"] == "local"
+    assert json.loads(call(address, "status", "--json").stdout)["queued_tasks"] == 0
+    assert call(address, "nodes").stdout.startswith("local\tready\t")
+    assert json.loads(call(address, "nodes", "--json").stdout)["state"] == "NODE_STATE_READY"
+    for command in ("status", "nodes"):
+        with terminal(address, command) as shown:
+            assert shown.read_all() == 0
+        assert "local" in shown.text
+
+
+COMMANDS = [["status"], ["nodes"], ["runs", "list"], *(["runs", verb, "x"] for verb in ("show", "watch", "cancel"))]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_server_that_is_not_there_is_one_line(command: list[str]) -> None:
+    done = call(NOBODY, *command)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"Error: no Lattice server answers at {NOBODY}: start one with")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["show", "watch", "cancel"])
+def test_an_unknown_run_is_one_line(address: str, verb: str) -> None:
+    done = call(address, "runs", verb, "nowhere")
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", "Error: there is no run 'nowhere'\n")
+
+
+def test_commands_of_other_packages_are_offered() -> None:
+    assert re.findall(r"^  (\w+) ", CliRunner().invoke(main, ["--help"]).stdout, re.MULTILINE) == [
+        "nodes",
+        "run",
+        "runs",
+        "start",
+        "status",
+        "stop",
+    ]
+
+
+def run_script(folder: Path, code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    script = folder / "script.py"
+    script.write_text(code)
+    command = [LATTICE, "run", "--addr", NOBODY, str(script), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=WAIT_S, check=False
+    )
+
+
+def test_a_script_has_its_own_arguments_and_exit_status(tmp_path: Path) -> None:
+    code = "import os, sys\nprint(sys.argv[1:], os.environ['LATTICE_TARGET'], sys.path[0], __name__)\nsys.exit(7)\n"
+    arguments = ["--addr", "x", "--help", "--", "-v"]
+    done = run_script(tmp_path, code, *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (7, f"{arguments} {NOBODY} {tmp_path} __main__\n", "")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def deep():\n    raise KeyError('x')\ndeep()\n",
+        "input()\n",
+        "from lattice_client import LatticeError\nraise LatticeError('mine')\n",
+        "raise KeyboardInterrupt\n",
+        "import sys\nsys.exit('said')\n",
+        "this is no Python\n",
+    ],
+)
+def test_a_script_fails_as_it_would_with_python(tmp_path: Path, code: str) -> None:
+    done = run_script(tmp_path, code)
+    plain = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
+    assert plain.returncode != 0
+    assert (done.returncode, done.stdout, done.stderr) == (plain.returncode, plain.stdout, plain.stderr)
