@@ -15,8 +15,11 @@ from lattice.v1 import worker_pb2
 from lattice_server import __version__
 from lattice_server.config import ServerConfig
 from lattice_server.core.dispatch import Dispatch
+from lattice_server.core.run import Bounds
+from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.library import WorkflowLibrary
+from lattice_server.engine.orchestrator import Orchestrator, Retention
 from lattice_server.engine.ports import Executor
 from lattice_server.engine.scheduler import Scheduler
 from lattice_server.engine.sessions import Sessions
@@ -51,19 +54,31 @@ class App:
             self._bus,
             self._sessions,
             self._store,
-            retained_runs=config.retained_runs,
-            retained_artifact_bytes=config.retained_artifact_bytes,
+            Retention(config.retained_runs, config.retained_tasks, config.retained_artifact_bytes),
+            Admission(
+                Bounds(config.max_run_tasks, config.max_map_items, config.max_spawn_depth), config.max_open_tasks
+            ),
         )
-        self._scheduler = Scheduler(Dispatch(secrets.token_hex(4), config.session_ttl_s), self._bus)
+        machine = Dispatch(secrets.token_hex(4), config.session_ttl_s, config.limits)
+        self._scheduler = Scheduler(machine, self._bus)
         self._executor = _executor(config, self._store)
         self._join_token = secrets.token_urlsafe(32)
-        intake = Intake(config.inline_limit_bytes)
+        intake = Intake(config.inline_limit_bytes, config.batch_rules)
+        library = WorkflowLibrary(self._store)
         self._rpc = RpcServer(
             config,
-            WorkflowServicer(self._orchestrator, intake),
+            WorkflowServicer(self._orchestrator, library, intake),
             TaskServicer(self._orchestrator, intake),
             ResultsServicer(self._orchestrator, self._store),
-            WorkerServicer(config, self._bus, self._sessions, self._scheduler, self._join_token, self._describe),
+            WorkerServicer(
+                config,
+                self._bus,
+                self._sessions,
+                self._orchestrator.inquiries,
+                intake,
+                self._join_token,
+                self._describe,
+            ),
         )
 
     async def start(self) -> None:
@@ -90,8 +105,8 @@ class App:
         await asyncio.to_thread(self._scheduler.stop)
         self._store.close()
 
-    def _describe(self) -> worker_pb2.GetClusterResponse:
-        machine = self._scheduler.machine
+    async def _describe(self) -> worker_pb2.GetClusterResponse:
+        described = await self._orchestrator.inquiries.nodes()
         return worker_pb2.GetClusterResponse(
             version=__version__,
             executor=self._executor.name,
@@ -99,8 +114,8 @@ class App:
             ray_address=self._executor.ray_address(),
             pid=os.getpid(),
             active_runs=sum(not entry.run.is_terminal for entry in self._orchestrator.runs.values()),
-            queued_tasks=machine.queued_tasks(),
-            running_attempts=len(machine.leases),
+            queued_tasks=described.waiting,
+            running_attempts=described.running,
         )
 
 

@@ -1,6 +1,9 @@
 """Owns every setting of the server and its default, once."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lattice_server.core.batching import BatchRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,5 +22,12 @@ class ServerConfig:
     log_limit_bytes: int = 1024 * 1024
     message_limit_bytes: int = 256 * 1024 * 1024
     retained_runs: int = 1000
+    retained_tasks: int = 200_000
     retained_artifact_bytes: int = 1024 * 1024 * 1024
+    max_open_tasks: int = 1_000_000
+    max_run_tasks: int = 1_000_000
+    max_map_items: int = 100_000
+    max_spawn_depth: int = 100
+    limits: Mapping[str, int] = field(default_factory=dict)
+    batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0

@@ -1,7 +1,7 @@
-"""Owns the graph of a workflow: validation, and who follows whom. Rule: networkx stays inside this file."""
+"""Owns the graph of a workflow: validation, growth, and who follows whom. Rule: networkx stays inside this file."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import networkx as nx
 
@@ -11,30 +11,43 @@ from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, T
 MAX_VIOLATIONS = 25
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Dag:
-    """A validated graph. `successors` and `predecessors` list each neighbour once; `artifacts` are those its inputs
-    and parameters refer to."""
+    """A validated graph. `successors` and `predecessors` list each neighbour once.
 
-    tasks: dict[str, TaskSpec]
-    successors: dict[str, tuple[str, ...]]
-    predecessors: dict[str, tuple[str, ...]]
-    artifacts: tuple[Artifact, ...] = ()
+    `optional` holds the edges a target can do without. `split` names, by task, the outputs others are mapped over.
+    `artifacts` are those that inputs and parameters refer to.
+    """
+
+    tasks: dict[str, TaskSpec] = field(default_factory=dict)
+    successors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    predecessors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: set[tuple[str, str]] = field(default_factory=set)
+    split: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    artifacts: list[Artifact] = field(default_factory=list)
+    _heights: dict[str, int] = field(default_factory=dict)
+
+    def height(self, task_id: str) -> int:
+        """Return how many tasks the longest path from `task_id` on has, itself included."""
+        frontier = [task_id]
+        while frontier:
+            found = frontier[-1]
+            unknown = [s for s in self.successors[found] if s not in self._heights]
+            if unknown:
+                frontier += unknown
+            else:
+                self._heights[found] = 1 + max((self._heights[s] for s in self.successors[found]), default=0)
+                frontier.pop()
+        return self._heights[task_id]
 
     def final_task_ids(self) -> list[str]:
         """Return the tasks no other task depends on, in the order of definition."""
         return [task_id for task_id in self.tasks if not self.successors[task_id]]
 
-    def descendants(self, task_id: str) -> list[str]:
-        """Return every task that depends on `task_id`, directly or not."""
-        seen: dict[str, None] = {}
-        frontier = list(self.successors[task_id])
-        while frontier:
-            found = frontier.pop()
-            if found not in seen:
-                seen[found] = None
-                frontier.extend(self.successors[found])
-        return list(seen)
+    def add_item(self, spec: TaskSpec) -> None:
+        """Add one item of a mapped task; its edges are those of the task it is an item of."""
+        self.tasks[spec.task_id] = spec
+        self.successors[spec.task_id] = self.predecessors[spec.task_id] = ()
 
 
 def build(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Dag:
@@ -47,70 +60,124 @@ def build(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Dag:
     Raises:
         InvalidError: reason INVALID_WORKFLOW with the fields at fault, or WORKFLOW_CYCLE naming the cycle.
     """
-    known = None if parameters is None else set(parameters) | set(spec.parameters)
-    tasks: dict[str, TaskSpec] = {}
-    violations: list[FieldViolation] = []
-    for index, task in enumerate(spec.tasks):
-        if task.task_id in tasks:
-            violations.append(FieldViolation(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice"))
-        tasks[task.task_id] = task
-    edges: dict[str, dict[str, None]] = {}
-    artifacts = [p.content for p in spec.parameters.values() if isinstance(p.content, Artifact)]
-    for index, task in enumerate(spec.tasks):
-        edges[task.task_id] = _predecessors(task, f"tasks[{index}]", tasks, known, violations, artifacts)
-    if violations:
-        raise InvalidError(
-            "INVALID_WORKFLOW",
-            f"{violations[0].field}: {violations[0].description}",
-            metadata={"total_violations": str(len(violations))},
-            violations=violations[:MAX_VIOLATIONS],
-        )
-    return _linked(tasks, edges, tuple(artifacts))
+    dag = Dag(artifacts=[p.content for p in spec.parameters.values() if isinstance(p.content, Artifact)])
+    extend(dag, spec.tasks, None if parameters is None else set(parameters) | set(spec.parameters))
+    return dag
 
 
-def _predecessors(
-    task: TaskSpec,
-    path: str,
-    tasks: dict[str, TaskSpec],
-    parameters: set[str] | None,
-    violations: list[FieldViolation],
-    artifacts: list[Artifact],
-) -> dict[str, None]:
-    found: dict[str, None] = {}
-    for name, binding in task.inputs.items():
-        for leaf in leaves(binding):
-            match leaf:
-                case OutputRef(source, output) if source not in tasks:
-                    violations.append(FieldViolation(f'{path}.inputs["{name}"]', f"there is no task {source!r}"))
-                case OutputRef(source, output) if output not in tasks[source].outputs:
-                    offered = ", ".join(tasks[source].outputs) or "none"
-                    message = f"task {source!r} has no output {output!r}; its outputs: {offered}"
-                    violations.append(FieldViolation(f'{path}.inputs["{name}"]', message))
-                case OutputRef(source, _):
-                    found[source] = None
-                case Parameter(parameter) if parameters is not None and parameter not in parameters:
-                    message = f"the run has no parameter {parameter!r}"
-                    violations.append(FieldViolation(f'{path}.inputs["{name}"]', message))
-                case Payload(content=Artifact() as artifact):
-                    artifacts.append(artifact)
-                case Parameter() | Payload():
-                    pass
-    for position, source in enumerate(task.after):
-        if source in tasks:
-            found[source] = None
+def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> None:
+    """Add tasks to a graph, which stays as it is when they do not fit.
+
+    Raises:
+        InvalidError: as `build` does.
+    """
+    new: dict[str, TaskSpec] = {}
+    draft = _Draft({**dag.tasks} if dag.tasks else new, parameters)
+    for index, task in enumerate(added):
+        if task.task_id in new or task.task_id in dag.tasks:
+            draft.complain(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice")
+        new[task.task_id] = draft.tasks[task.task_id] = task
+    edges = {task.task_id: draft.edges_of(task, f"tasks[{index}]") for index, task in enumerate(new.values())}
+    draft.refuse()
+    linked = _link(new, edges)
+    dag._heights.clear()
+    dag.tasks.update(new)
+    for task_id in new:
+        dag.successors[task_id] = tuple(linked.successors(task_id))
+        dag.predecessors[task_id] = tuple(edges[task_id])
+    for task_id, sources in edges.items():
+        dag.optional.update((source, task_id) for source, is_optional in sources.items() if is_optional)
+        for source in sources:
+            if source not in new:
+                dag.successors[source] = (*dag.successors[source], task_id)
+    for source, outputs in draft.split.items():
+        dag.split[source] = tuple(dict.fromkeys([*dag.split.get(source, ()), *outputs]))
+    dag.artifacts += draft.artifacts
+
+
+class _Draft:
+    """What is found while tasks are looked at, before anything is changed."""
+
+    def __init__(self, tasks: dict[str, TaskSpec], parameters: Container[str] | None) -> None:
+        self.tasks = tasks
+        self.artifacts: list[Artifact] = []
+        self.split: dict[str, list[str]] = {}
+        self._parameters = parameters
+        self._violations: list[FieldViolation] = []
+
+    def complain(self, where: str, what: str) -> None:
+        """Note that a field is wrong."""
+        self._violations.append(FieldViolation(where, what))
+
+    def refuse(self) -> None:
+        """Raise InvalidError if anything was wrong."""
+        if self._violations:
+            raise InvalidError(
+                "INVALID_WORKFLOW",
+                f"{self._violations[0].field}: {self._violations[0].description}",
+                metadata={"total_violations": str(len(self._violations))},
+                violations=self._violations[:MAX_VIOLATIONS],
+            )
+
+    def edges_of(self, task: TaskSpec, path: str) -> dict[str, bool]:
+        """Return the tasks that `task` comes after, and of each whether it can do without."""
+        found: dict[str, bool] = {}
+        for name, binding in task.inputs.items():
+            for leaf in leaves(binding):
+                self._note(leaf, f'{path}.inputs["{name}"]', found)
+        if task.over:
+            self._note_map(task, path, found)
+        if task.condition is not None and self._is_output(task.condition.output, f"{path}.condition"):
+            found[task.condition.output.task_id] = False
+        for position, source in enumerate(task.after):
+            if source in self.tasks:
+                found[source] = False
+            else:
+                self.complain(f"{path}.after[{position}]", f"there is no task {source!r}")
+        return found
+
+    def _note(self, leaf: Payload | OutputRef | Parameter, where: str, found: dict[str, bool]) -> None:
+        match leaf:
+            case OutputRef(source, _, is_optional):
+                if self._is_output(leaf, where):
+                    found[source] = is_optional and found.get(source, True)
+            case Parameter(parameter):
+                if self._parameters is not None and parameter not in self._parameters:
+                    self.complain(where, f"the run has no parameter {parameter!r}")
+            case Payload(content=Artifact() as artifact):
+                self.artifacts.append(artifact)
+            case Payload():
+                pass
+
+    def _note_map(self, task: TaskSpec, path: str, found: dict[str, bool]) -> None:
+        over = task.inputs.get(task.over)
+        if not isinstance(over, OutputRef):
+            self.complain(f"{path}.over", f"must name an input that is wired to an output; {task.over!r} is not")
+        elif over.task_id in self.tasks:
+            found[over.task_id] = False
+            if not self.tasks[over.task_id].over:
+                self.split.setdefault(over.task_id, []).append(over.output)
+
+    def _is_output(self, reference: OutputRef, where: str) -> bool:
+        source = self.tasks.get(reference.task_id)
+        if source is None:
+            self.complain(where, f"there is no task {reference.task_id!r}")
+        elif reference.output not in source.outputs:
+            offered = ", ".join(source.outputs) or "none"
+            text = f"task {reference.task_id!r} has no output {reference.output!r}; its outputs: {offered}"
+            self.complain(where, text)
         else:
-            violations.append(FieldViolation(f"{path}.after[{position}]", f"there is no task {source!r}"))
-    return found
+            return True
+        return False
 
 
-def _linked(tasks: dict[str, TaskSpec], edges: dict[str, dict[str, None]], artifacts: tuple[Artifact, ...]) -> Dag:
+def _link(tasks: Mapping[str, TaskSpec], edges: Mapping[str, Iterable[str]]) -> "nx.DiGraph[str]":
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(tasks)
-    graph.add_edges_from((source, target) for target, sources in edges.items() for source in sources)
+    # What was there before cannot depend on what is new, so a cycle lies among the new tasks.
+    graph.add_edges_from((source, target) for target, sources in edges.items() for source in sources if source in tasks)
     if not nx.is_directed_acyclic_graph(graph):
         cycle = [source for source, _ in nx.find_cycle(graph)]
         path = " -> ".join([*cycle, cycle[0]])
         raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]})
-    successors = {task_id: tuple(graph.successors(task_id)) for task_id in tasks}
-    predecessors = {task_id: tuple(sources) for task_id, sources in edges.items()}
-    return Dag(tasks, successors, predecessors, artifacts)
+    return graph

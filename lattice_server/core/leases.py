@@ -5,7 +5,8 @@ processor, the others were sent ahead. The reservation is taken with the first l
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from lattice_server.core.model import Capacity, Isolation, Resources
 
@@ -15,20 +16,49 @@ EPSILON = 1e-9
 @dataclass(slots=True)
 class Slot:
     """One reservation. `gpu_indices` are the devices it uses; `lease_ids` run in order; `progress_at` is when the
-    first of them became first, and `is_slow` tells that it took longer than others were ready to wait."""
+    first of them became first, and `is_slow` tells that it took longer than others were ready to wait. `limit_key`
+    names the limit it counts for."""
 
     slot_id: int
     node_id: str
     resources: Resources
     is_async: bool
     gpu_indices: tuple[int, ...]
+    limit_key: str = ""
     lease_ids: dict[str, None] = field(default_factory=dict)
     backlog_s: float = 0.0
     progress_at: float = 0.0
     is_slow: bool = False
 
 
-@dataclass(slots=True)
+class NodeState(Enum):
+    """Where a node is."""
+
+    READY = "ready"  # Takes work.
+    DETACHED = "detached"  # Its worker's stream broke; its leases go on until the session's time is over.
+    DRAINING = "draining"  # Finishes what it has and takes nothing new.
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node as it was at one moment; `attempts` counts those assigned to it."""
+
+    node_id: str
+    worker_id: str
+    session_id: str
+    hostname: str
+    node_ip: str
+    state: NodeState
+    capacity: Capacity
+    free: Capacity
+    labels: Mapping[str, str]
+    isolations: frozenset[Isolation]
+    runtime: str
+    pid: int
+    attempts: int
+
+
+@dataclass(slots=True, eq=False)
 class Node:
     """What one worker offers, and what of it is free. GPUs are counted by device."""
 
@@ -65,18 +95,23 @@ class Node:
         """Whether new leases may be placed here."""
         return not self.is_draining and self.detached_at is None
 
-    def devices_for(self, wanted: Resources) -> tuple[int, ...] | None:
-        """Return the devices for `wanted`, fullest first so that whole ones stay whole; None if there are none."""
+    def devices_for(
+        self, wanted: Resources, *, besides: Resources | None = None, on: tuple[int, ...] = ()
+    ) -> tuple[int, ...] | None:
+        """Return the devices for `wanted`, fullest first so that whole ones stay whole; None if there are none.
+
+        With `besides`, as if that were running `on` these devices already.
+        """
         if wanted.gpu <= 0 and wanted.gpu_memory_bytes <= 0:
             return ()
-        share = wanted.gpu if wanted.gpu < 1 else 1.0
-        count = 1 if wanted.gpu < 1 else int(wanted.gpu)
-        fitting = [
-            index
-            for index, free in self.free_gpu.items()
-            if free + EPSILON >= share and self.free_gpu_memory_bytes[index] >= wanted.gpu_memory_bytes
-        ]
-        fitting.sort(key=lambda index: (self.free_gpu[index], index))
+        share, count = share_of_device(wanted), 1 if wanted.gpu < 1 else int(wanted.gpu)
+        free, memory = self.free_gpu, self.free_gpu_memory_bytes
+        if besides is not None:
+            taken = share_of_device(besides)
+            free = {index: left - taken * (index in on) for index, left in free.items()}
+            memory = {index: left - besides.gpu_memory_bytes * (index in on) for index, left in memory.items()}
+        fitting = [i for i in free if free[i] + EPSILON >= share and memory[i] >= wanted.gpu_memory_bytes]
+        fitting.sort(key=lambda i: (free[i], memory[i], i))
         return tuple(fitting[:count]) if len(fitting) >= count else None
 
     def fits(self, wanted: Resources, is_async: bool) -> bool:
@@ -93,6 +128,10 @@ class Node:
         """Free what `slot` held."""
         del self.slots[slot.slot_id]
         self._move(slot, 1)
+        if not self.slots:
+            # Fractions added and taken away many times no longer add up to exactly what there was.
+            self.free_cpu = self.capacity.cpu
+            self.free_gpu = dict.fromkeys(self.free_gpu, 1.0)
 
     def _move(self, slot: Slot, sign: int) -> None:
         wanted = slot.resources
@@ -102,10 +141,35 @@ class Node:
             self.free_async_slots += sign
         else:
             self.free_slots += sign
-        share = wanted.gpu if wanted.gpu < 1 else 1.0
+        share = share_of_device(wanted)
         for index in slot.gpu_indices:
             self.free_gpu[index] += sign * share
             self.free_gpu_memory_bytes[index] += sign * wanted.gpu_memory_bytes
+
+    def view(self) -> NodeView:
+        """Return the node as it is now. The memory shown for each free GPU is what is left of it."""
+        state = NodeState.READY
+        if self.detached_at is not None:
+            state = NodeState.DETACHED
+        elif self.is_draining:
+            state = NodeState.DRAINING
+        memory = self.free_gpu_memory_bytes
+        gpus = tuple(replace(gpu, memory_bytes=memory[gpu.index]) for gpu in self.capacity.gpus)
+        return NodeView(
+            self.node_id,
+            self.worker_id,
+            self.session_id,
+            self.hostname,
+            self.node_ip,
+            state,
+            self.capacity,
+            Capacity(self.free_cpu, self.free_memory_bytes, gpus, self.free_slots, self.free_async_slots),
+            self.labels,
+            self.isolations,
+            self.runtime,
+            self.pid,
+            sum(len(slot.lease_ids) for slot in self.slots.values()),
+        )
 
     def check(self) -> None:
         """Assert that free and reserved add up to the capacity."""
@@ -118,13 +182,17 @@ class Node:
         assert self.free_slots + sum(not s.is_async for s in slots) == self.capacity.slots
         assert self.free_async_slots + sum(s.is_async for s in slots) == self.capacity.async_slots
         assert all(-1e-6 < free < 1 + 1e-6 for free in self.free_gpu.values())
+        for gpu in self.capacity.gpus:
+            on = [slot.resources for slot in slots if gpu.index in slot.gpu_indices]
+            assert abs(self.free_gpu[gpu.index] + sum(map(share_of_device, on)) - 1.0) < 1e-6
+            assert self.free_gpu_memory_bytes[gpu.index] + sum(r.gpu_memory_bytes for r in on) == gpu.memory_bytes
+            assert self.free_gpu_memory_bytes[gpu.index] >= 0
         assert all(slot.lease_ids for slot in slots), "a slot without a lease holds resources"
 
 
-def could_ever_fit(capacity: Capacity, wanted: Resources) -> bool:
-    """Whether an idle node with `capacity` could hold `wanted`."""
-    fresh = Node("", "", "", "", "", capacity, {}, frozenset(), "", 0)
-    return fresh.fits(wanted, is_async=False) and fresh.devices_for(wanted) is not None
+def share_of_device(wanted: Resources) -> float:
+    """Return the share of each device used: all of it for whole GPUs, none when only memory is asked for."""
+    return wanted.gpu if wanted.gpu < 1 else 1.0
 
 
 def held_leases(nodes: Mapping[str, Node]) -> Iterator[str]:

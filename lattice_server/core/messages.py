@@ -1,8 +1,10 @@
 """Owns every event and every effect that crosses between threads. Rule: events are past tense, effects imperative."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 
+from lattice_server.core.leases import Node, NodeView
 from lattice_server.core.model import (
     Binding,
     Capacity,
@@ -10,10 +12,13 @@ from lattice_server.core.model import (
     Function,
     Isolation,
     Outputs,
+    Payload,
     Resources,
     TaskSpec,
 )
 from lattice_server.core.states import RunState
+
+Split = Mapping[str, Sequence[Payload]]
 
 # What happens to tasks, told by the scheduler to the orchestrator.
 
@@ -32,12 +37,13 @@ class TaskStarted:
 
 @dataclass(frozen=True, slots=True)
 class TaskSucceeded:
-    """A task ended well."""
+    """A task ended well. `split` holds the outputs others map over, item by item."""
 
     run_id: str
     task_id: str
     attempt: int
     outputs: Outputs
+    split: Split = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +79,11 @@ class TaskCancelled:
 
 @dataclass(frozen=True, slots=True)
 class TaskSkipped:
-    """A task will never start."""
+    """A task will never start; without a failure, because its condition, or that of one it needs, was not met."""
 
     run_id: str
     task_id: str
-    failure: Failure
+    failure: Failure | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,15 @@ class TaskReturned:
     task_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class TasksSpawned:
+    """A task added others to its run while it ran."""
+
+    run_id: str
+    task_id: str
+    tasks: tuple[TaskSpec, ...]
+
+
 TaskEvent = TaskStarted | TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskSkipped | TaskLogged
 
 # What happens to runs, besides what happens to their tasks.
@@ -111,6 +126,16 @@ class RunStarted:
 
     workflow_id: str
     task_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TasksAdded:
+    """The run grew: by the items of the mapped task `parent_task_id`, by what that task spawned, or, when it is empty,
+    by a caller."""
+
+    task_ids: tuple[str, ...]
+    parent_task_id: str
+    revision: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +153,7 @@ class RunFinished:
     failure: Failure | None
 
 
-Fact = RunStarted | RunCancelling | RunFinished | TaskEvent
+Fact = RunStarted | TasksAdded | RunCancelling | RunFinished | TaskEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +170,20 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True)
 class TaskReady:
-    """A task's inputs are all there, or will be once task `after` of its run succeeds and gives its outputs."""
+    """A task's inputs are all there, or will be once task `after` of its run succeeds and gives its outputs.
+
+    `tenant` is the caller that fair share counts. Among the tasks of one caller higher `priority` goes first, then
+    lower `rank`, then the one handed over earlier. `split_outputs` names the outputs others map over.
+    """
 
     run_id: str
     spec: TaskSpec
     inputs: Mapping[str, Binding]
     priority: int
     after: str = ""
+    tenant: str = ""
+    rank: float = 0.0
+    split_outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +193,22 @@ class CancelRequested:
     run_id: str
     task_ids: tuple[str, ...]
     failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainRequested:
+    """Somebody asks why a task waits; `TaskExplained` answers."""
+
+    request_id: int
+    run_id: str
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodesRequested:
+    """Somebody asks what the ledger holds; `NodesDescribed` answers."""
+
+    request_id: int
 
 
 # What workers say.
@@ -216,13 +264,14 @@ class AttemptStarted:
 
 @dataclass(frozen=True, slots=True)
 class AttemptSucceeded:
-    """An attempt of a lease ended well after `duration_s` seconds."""
+    """An attempt of a lease ended well after `duration_s` seconds; see `TaskSucceeded` for `split`."""
 
     session_id: str
     lease_id: str
     item: int
     outputs: Outputs
     duration_s: float
+    split: Split = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +282,17 @@ class AttemptFailed:
     lease_id: str
     item: int
     failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSpawned:
+    """An attempt of a lease wants more tasks in its run; `refusal` says why what it sent cannot be taken."""
+
+    session_id: str
+    lease_id: str
+    item: int
+    tasks: tuple[TaskSpec, ...]
+    refusal: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +319,8 @@ class LeaseReturned:
 SchedulerEvent = (
     TaskReady
     | CancelRequested
+    | ExplainRequested
+    | NodesRequested
     | WorkerHello
     | WorkerDetached
     | WorkerLost
@@ -267,10 +329,21 @@ SchedulerEvent = (
     | AttemptSucceeded
     | AttemptFailed
     | AttemptLogged
+    | AttemptSpawned
     | LeaseReturned
 )
 
 # What the scheduler wants of workers.
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptInputs:
+    """One member of a lease: which attempt it is, and its inputs."""
+
+    run_id: str
+    task_id: str
+    attempt: int
+    inputs: Mapping[str, Binding]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,11 +354,10 @@ class Assign:
     lease_id: str
     slot: int
     function: Function
-    run_id: str
-    task_id: str
-    attempt: int
-    inputs: Mapping[str, Binding]
+    attempts: tuple[AttemptInputs, ...]
+    is_batched: bool
     outputs: tuple[str, ...]
+    split_outputs: tuple[str, ...]
     isolation: Isolation
     resources: Resources
     gpu_indices: tuple[int, ...]
@@ -328,4 +400,71 @@ class CloseSession:
     message: str
 
 
+# What the scheduler answers, or tells about the cluster.
+
+
+class ReasonKind(Enum):
+    """The class of a reason to wait."""
+
+    INPUT = "input"  # Another task has to succeed first.
+    TURN = "turn"  # Others go first: by priority, by age, or because their caller had less.
+    RESOURCES = "resources"  # A node does not have free what it needs.
+    NODES = "nodes"  # There is no node.
+    LIMIT = "limit"  # As many calls run as a limit allows.
+    BATCH = "batch"  # Its batch waits for more tasks.
+    RETRY = "retry"  # An attempt failed and the next one may not start yet.
+    RUNNING = "running"  # It does not wait: a worker runs it.
+    ENDED = "ended"  # It does not wait: it has ended.
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One reason why a task waits, for people and, where it applies, by name and number."""
+
+    kind: ReasonKind
+    message: str
+    task_id: str = ""
+    node_id: str = ""
+    resource: str = ""
+    wanted: float = 0.0
+    free: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a task is where it is: for `waited_s` seconds, and for a guessed `start_in_s` more when that can be told."""
+
+    reasons: tuple[Reason, ...]
+    waited_s: float
+    start_in_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskExplained:
+    """Answers `ExplainRequested`; None when the scheduler does not have the task."""
+
+    request_id: int
+    explanation: Explanation | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodesDescribed:
+    """Answers `NodesRequested`, with how many tasks wait and how many attempts workers hold."""
+
+    request_id: int
+    nodes: tuple[NodeView, ...]
+    waiting: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodesChanged:
+    """These nodes are here or may come back, as they are when nothing runs on them."""
+
+    nodes: tuple[Node, ...]
+
+
+Answer = TaskExplained | NodesDescribed
+
 WorkerEffect = Assign | StopLease | RevokeLease | WelcomeWorker | CloseSession
+SchedulerEffect = TaskEvent | TaskReturned | TasksSpawned | WorkerEffect | Answer | NodesChanged

@@ -24,10 +24,11 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class OutputRef:
-    """One output of one task."""
+    """One output of one task. When that task was skipped on purpose, an optional one is null and others skip too."""
 
     task_id: str
     output: str
+    is_optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ class Failure:
     task_id: str = ""
     exit_status: int | None = None
     cause: "Failure | None" = None
+    base_types: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ class RetryPolicy:
         """Whether another attempt follows after `failed_attempts` attempts, the last of which ended in `failure`."""
         if failed_attempts >= self.max_attempts or failure.kind not in self.retry_on:
             return False
-        return not self.retry_on_types or failure.type in self.retry_on_types
+        return not self.retry_on_types or not self.retry_on_types.isdisjoint((failure.type, *failure.base_types))
 
     def backoff_s(self, failed_attempts: int) -> float:
         """Seconds to wait before the attempt that follows `failed_attempts` failed ones."""
@@ -166,13 +168,49 @@ class Function:
     bundle_digest: str = ""
 
 
+class BatchScope(Enum):
+    """Which tasks may meet in one batch."""
+
+    SERVER = "server"
+    RUN = "run"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPolicy:
+    """At most `max_size` tasks in one call; the first of them waits at most `max_wait_s` for the others."""
+
+    max_size: int
+    max_wait_s: float = 0.0
+    scope: BatchScope = BatchScope.SERVER
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Whether a task runs at all: its `output` must be true, or equal to `equals`; the opposite when `is_negated`."""
+
+    output: OutputRef
+    equals: Payload | None = None
+    is_negated: bool = False
+
+    def is_met_by(self, payload: Payload) -> bool:
+        """Whether a value meets the condition. Only its text is compared: the value itself is never opened."""
+        if self.equals is not None:
+            is_met = (payload.media_type, payload.content) == (self.equals.media_type, self.equals.content)
+        else:
+            is_met = payload.content not in FALSE_TEXTS
+        return is_met is not self.is_negated
+
+
+# What JSON writes for everything that Python, JavaScript and shells agree to call false.
+FALSE_TEXTS = frozenset({"false", "null", "0", "0.0", "-0.0", '""', "[]", "{}"})
+
 DEFAULT_RETRY = RetryPolicy()
 DEFAULT_RESOURCES = Resources()
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """The definition of one task of a workflow."""
+    """The definition of one task of a workflow. `over` names the input whose list the task is mapped over."""
 
     task_id: str
     function: Function
@@ -183,9 +221,15 @@ class TaskSpec:
     resources: Resources = DEFAULT_RESOURCES
     retry: RetryPolicy = DEFAULT_RETRY
     attempt_timeout_s: float | None = None
+    total_timeout_s: float | None = None
     isolation: Isolation = Isolation.NONE
     node_selector: tuple[tuple[str, str], ...] = ()
     priority: int = 0
+    batch: BatchPolicy | None = None
+    max_parallel: int = 0
+    concurrency_key: str = ""
+    over: str = ""
+    condition: Condition | None = None
 
 
 class FailurePolicy(Enum):

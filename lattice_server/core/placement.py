@@ -1,32 +1,51 @@
-"""Owns the choice of a node. Rule: a pure function of what is wanted and what is free."""
+"""Owns the choice of a node. Rule: pure functions of what is wanted, what is free, and what is kept for others."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
-from lattice_server.core.leases import Node
-from lattice_server.core.model import Isolation, Resources
+from lattice_server.core.leases import EPSILON, Node
+from lattice_server.core.model import Capacity, Isolation, Resources, TaskSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """All that placement looks at; tasks of one shape are interchangeable to it."""
+    """All that placement looks at; tasks of one shape are interchangeable to it.
+
+    `limit_key` names the group whose calls `max_parallel` counts; empty when nothing limits it.
+    """
 
     resources: Resources
     is_async: bool
     isolation: Isolation
     node_selector: tuple[tuple[str, str], ...]
+    limit_key: str = ""
+    max_parallel: int = 0
+
+
+def shape_of(spec: TaskSpec) -> Shape:
+    """Return what placement looks at in a task."""
+    limit_key = spec.concurrency_key or (spec.function.digest if spec.max_parallel else "")
+    is_async = spec.function.is_async
+    return Shape(spec.resources, is_async, spec.isolation, spec.node_selector, limit_key, spec.max_parallel)
 
 
 def suits(shape: Shape, node: Node) -> bool:
-    """Whether `node` may run `shape` at all, load aside."""
+    """Whether `node` may run `shape` at all, load and size aside."""
     return shape.isolation in node.isolations and all(node.labels.get(k) == v for k, v in shape.node_selector)
 
 
-def place(shape: Shape, nodes: Iterable[Node]) -> tuple[Node, tuple[int, ...]] | None:
+def could_run(shape: Shape, node: Node) -> bool:
+    """Whether `node` could run `shape` if it were idle."""
+    return not shortages(shape, idle(node))
+
+
+def place(
+    shape: Shape, nodes: Iterable[Node], kept: Mapping[str, Resources] | None = None
+) -> tuple[Node, tuple[int, ...]] | None:
     """Return the node to run `shape` and the devices to use, or None when nothing is free.
 
-    Tasks that need GPUs go to the fullest node that has them; others spread to the node with most CPUs free, and
-    keep off GPU nodes while they can.
+    Best fit: tasks that need GPUs go to the fullest node that has them free; others spread to the node with most CPUs
+    free, and keep off GPU nodes while they can. `kept` maps nodes to what must stay, or become, free there.
     """
     best: tuple[Node, tuple[int, ...]] | None = None
     best_score: tuple[float, float] | None = None
@@ -36,7 +55,115 @@ def place(shape: Shape, nodes: Iterable[Node]) -> tuple[Node, tuple[int, ...]] |
         devices = node.devices_for(shape.resources)
         if devices is None:
             continue
+        if kept and node.node_id in kept and not leaves_room(shape, devices, node, kept[node.node_id]):
+            continue
         score = (sum(node.free_gpu.values()), -node.free_cpu)
         if best_score is None or score < best_score:
             best, best_score = (node, devices), score
     return best
+
+
+def leaves_room(shape: Shape, devices: tuple[int, ...], node: Node, kept: Resources) -> bool:
+    """Whether running `shape` on `node` takes nothing of what is kept there.
+
+    What the node has enough of may be used down to what is kept; what it is short of may not be used at all, so that
+    it gathers.
+    """
+    wanted = shape.resources
+    if not _spares(node.free_cpu, wanted.cpu, kept.cpu):
+        return False
+    if not _spares(node.free_memory_bytes, wanted.memory_bytes, kept.memory_bytes):
+        return False
+    if not devices or (kept.gpu <= 0 and kept.gpu_memory_bytes <= 0):
+        return True
+    return node.devices_for(kept, besides=wanted, on=devices) is not None
+
+
+def _spares(free: float, wanted: float, kept: float) -> bool:
+    return wanted <= 0 or free - wanted + EPSILON >= kept
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Why a node does not run something: a resource it is short of, in its unit, or a fact about it."""
+
+    node_id: str
+    what: str
+    wanted: float = 0.0
+    free: float = 0.0
+
+    def __str__(self) -> str:
+        """Return a sentence's worth of it."""
+        match self.what:
+            case "memory" | "gpu_memory":
+                amounts = f"{self.what.replace('_', ' ')}: {_mib(self.wanted)} wanted, {_mib(self.free)} free"
+            case "cpu" | "gpu":
+                amounts = f"{self.what}: {self.wanted:g} wanted, {self.free:g} free"
+            case _:
+                amounts = self.what
+        return f"node {self.node_id!r}: {amounts}"
+
+
+def shortages(shape: Shape, node: Node) -> list[Shortage]:
+    """Return why `shape` cannot start on `node`; nothing when it could."""
+    name, wanted, found = node.node_id, shape.resources, []
+    if shape.isolation not in node.isolations:
+        return [Shortage(name, f"it cannot isolate by {shape.isolation.value}")]
+    for key, value in shape.node_selector:
+        if node.labels.get(key) != value:
+            return [Shortage(name, f"its label {key} is {node.labels.get(key, '')!r}, not {value!r}")]
+    if node.is_draining:
+        return [Shortage(name, "it is being drained")]
+    if node.detached_at is not None:
+        return [Shortage(name, "its worker is not connected")]
+    if node.free_cpu + EPSILON < wanted.cpu:
+        found.append(Shortage(name, "cpu", wanted.cpu, max(0.0, node.free_cpu)))
+    if node.free_memory_bytes < wanted.memory_bytes:
+        found.append(Shortage(name, "memory", wanted.memory_bytes, node.free_memory_bytes))
+    if not node.fits(Resources(0.0), shape.is_async):
+        found.append(Shortage(name, "all of its slots are in use"))
+    if node.devices_for(wanted) is None:
+        if node.devices_for(replace(wanted, gpu_memory_bytes=0)) is not None:
+            free = max(node.free_gpu_memory_bytes.values(), default=0)
+            found.append(Shortage(name, "gpu_memory", wanted.gpu_memory_bytes, free))
+        else:
+            shares = node.free_gpu.values()
+            whole = sum(share + EPSILON >= 1 for share in shares)
+            found.append(Shortage(name, "gpu", wanted.gpu, whole if wanted.gpu >= 1 else max(shares, default=0.0)))
+    return found
+
+
+def impossibility(shape: Shape, nodes: Iterable[Node]) -> str:
+    """Return why no node could ever run `shape`, for people; empty when one could, or when no node is known."""
+    reasons: list[Shortage] = []
+    for node in nodes:
+        found = shortages(shape, idle(node))
+        if not found:
+            return ""
+        reasons += found
+    return "; ".join(map(str, reasons))
+
+
+def idle(node: Node) -> Node:
+    """Return a node like `node` that is there and on which nothing runs."""
+    fields = (node.node_id, node.worker_id, node.session_id, node.hostname, node.node_ip, node.capacity, node.labels)
+    return Node(*fields, node.isolations, node.runtime, node.pid)
+
+
+def share_of(resources: Resources, is_async: bool, total: Capacity) -> float:
+    """Return the largest share of the cluster's `total` that `resources` take: what a caller's use is counted by."""
+    slots = total.async_slots if is_async else total.slots
+    shares = [1.0 / slots if slots else 1.0]
+    if total.cpu > 0:
+        shares.append(resources.cpu / total.cpu)
+    if total.memory_bytes > 0:
+        shares.append(resources.memory_bytes / total.memory_bytes)
+    if total.gpus:
+        shares.append(resources.gpu / len(total.gpus))
+        if memory := sum(gpu.memory_bytes for gpu in total.gpus):
+            shares.append(resources.gpu_memory_bytes * max(1.0, resources.gpu) / memory)
+    return max(shares)
+
+
+def _mib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**20:g} MiB"

@@ -1,16 +1,20 @@
-"""Owns one run: its progress through its graph, its failure and its cancellation.
+"""Owns one run: its progress through its graph, its growth, its failure and its cancellation.
 
-Rule: every change of a task's state goes through `_move`, every public fact through `_publish`, in that order.
+Rule: every change of a task's state goes through `TaskTable.move`, every public fact through `_publish`, in that order.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import assert_never
 
-from lattice_server.core.dag import Dag
+from lattice_server.core import dag as graphs
+from lattice_server.core.errors import ExhaustedError, FieldViolation, InvalidError, LatticeError, PreconditionError
 from lattice_server.core.messages import (
     CancelRequested,
+    Explanation,
     Fact,
+    Reason,
+    ReasonKind,
     RunCancelling,
     RunFinished,
     RunStarted,
@@ -21,53 +25,51 @@ from lattice_server.core.messages import (
     TaskReady,
     TaskRetrying,
     TaskReturned,
+    TasksAdded,
     TaskSkipped,
     TaskStarted,
     TaskSucceeded,
 )
 from lattice_server.core.model import (
     Binding,
+    BindingList,
+    Condition,
     Failure,
     FailureKind,
     FailurePolicy,
     OutputRef,
-    Outputs,
     Parameter,
     Payload,
     TaskSpec,
     WorkflowSpec,
     resolve,
 )
+from lattice_server.core.ranking import Ranking, first_come
+from lattice_server.core.records import TaskRecord, TaskTable
 from lattice_server.core.states import (
     RUN_TERMINAL,
     RUN_TRANSITIONS,
     TASK_TERMINAL,
-    TASK_TRANSITIONS,
     InvalidTransition,
     RunState,
     TaskState,
 )
 
-
-@dataclass(slots=True)
-class TaskRecord:
-    """One task of the run. `missing` counts predecessors that have not succeeded; `is_promised` tells that the task
-    was handed over while it waited for the last of them. Times are monotonic seconds."""
-
-    spec: TaskSpec
-    missing: int
-    state: TaskState = TaskState.BLOCKED
-    attempt: int = 0
-    node_id: str = ""
-    outputs: Outputs | None = None
-    failure: Failure | None = None
-    started_at: float | None = None
-    ended_at: float | None = None
-    is_promised: bool = False
-    cancelled: Failure | None = None
-
+NULL = Payload("application/json", "null")
 
 Effect = Fact | TaskReady | CancelRequested
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How far a run may grow: its tasks in all, the items of one map, and how deep tasks may spawn tasks."""
+
+    max_tasks: int = 1_000_000
+    max_items: int = 100_000
+    max_depth: int = 100
+
+
+DEFAULT_BOUNDS = Bounds()
 
 
 class Run:
@@ -77,19 +79,35 @@ class Run:
     hand to the scheduler or take back from it.
     """
 
-    def __init__(self, run_id: str, spec: WorkflowSpec, dag: Dag, workflow_id: str = "", priority: int = 0) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        spec: WorkflowSpec,
+        dag: graphs.Dag,
+        workflow_id: str = "",
+        priority: int = 0,
+        *,
+        tenant: str = "",
+        ranking: Ranking = first_come,
+        bounds: Bounds = DEFAULT_BOUNDS,
+    ) -> None:
         self.run_id = run_id
         self.spec = spec
         self.dag = dag
         self.workflow_id = workflow_id
         self.priority = priority
+        self.tenant = tenant
         self.state = RunState.RUNNING
         self.failure: Failure | None = None
-        self.tasks = {
-            task_id: TaskRecord(task, missing=len(dag.predecessors[task_id])) for task_id, task in dag.tasks.items()
-        }
-        self.counts = dict.fromkeys(TaskState, 0)
-        self.counts[TaskState.BLOCKED] = len(self.tasks)
+        self.revision = 1
+        self.started_at = 0.0
+        self._table = TaskTable(run_id)
+        for task_id, task in dag.tasks.items():
+            self._table.add(TaskRecord(task, missing=len(dag.predecessors[task_id])))
+        self.tasks: Mapping[str, TaskRecord] = self._table.records
+        self.counts: Mapping[TaskState, int] = self._table.counts
+        self._ranking = ranking
+        self._bounds = bounds
         self._parameters: Mapping[str, Payload] = spec.parameters
         self._effects: list[Effect] = []
 
@@ -98,14 +116,29 @@ class Run:
         """Whether the run has ended."""
         return self.state in RUN_TERMINAL
 
+    @property
+    def open_tasks(self) -> int:
+        """How many tasks have not ended."""
+        return self.counts[TaskState.BLOCKED] + self.counts[TaskState.QUEUED] + self.counts[TaskState.RUNNING]
+
+    def final_task_ids(self) -> list[str]:
+        """Return the tasks no other task depends on, in the order of definition; of mapped ones their items as well."""
+        found = []
+        for task_id in self.dag.final_task_ids():
+            record = self.tasks[task_id]
+            if not record.item_of:
+                found += [task_id, *(record.items or ())]
+        return found
+
     def start(self, parameters: Mapping[str, Payload], now: float) -> list[Effect]:
         """Publish the start and hand over every task that waits for nothing."""
         self._parameters = {**self.spec.parameters, **parameters}
+        self.started_at = now
         self._publish(RunStarted(self.workflow_id, len(self.tasks)))
-        for task_id, record in self.tasks.items():
+        for task_id, record in list(self.tasks.items()):
             if record.missing == 0:
-                self._hand_over(task_id, record)
-        return self._settle(now)
+                self._become_ready(task_id, record, now)
+        return self._settle()
 
     def handle(self, event: TaskEvent | TaskReturned, now: float) -> list[Effect]:
         """Take one fact about a task. A task that has ended ignores what comes late."""
@@ -114,32 +147,32 @@ class Run:
             return []
         match event:
             case TaskStarted():
-                self._move(event.task_id, record, TaskState.RUNNING)
+                self._table.move(record, TaskState.RUNNING)
                 record.attempt, record.node_id, record.started_at = event.attempt, event.node_id, now
                 self._publish(event)
             case TaskLogged():
                 self._publish(event)
             case TaskRetrying():
                 if record.state is TaskState.RUNNING:
-                    self._move(event.task_id, record, TaskState.QUEUED)
+                    self._table.move(record, TaskState.QUEUED)
                 record.attempt, record.failure = event.attempt, event.failure
                 self._publish(event)
             case TaskSucceeded():
-                record.outputs, record.failure = event.outputs, None
-                self._end(event.task_id, record, TaskState.SUCCEEDED, event, now)
-                self._release_successors(event.task_id)
+                record.outputs, record.split, record.failure = event.outputs, event.split or None, None
+                self._end(record, TaskState.SUCCEEDED, event, now)
+                self._satisfy_successors(event.task_id, now)
             case TaskFailed():
                 record.attempt, record.failure = event.attempt, event.failure
-                self._end(event.task_id, record, TaskState.FAILED, event, now)
+                self._end(record, TaskState.FAILED, event, now)
                 self._fail_after(event.task_id, event.failure, now)
             case TaskCancelled():
                 record.failure = event.failure
-                self._end(event.task_id, record, TaskState.CANCELLED, event, now)
+                self._end(record, TaskState.CANCELLED, event, now)
                 if self.state is RunState.RUNNING:
                     self._fail_after(event.task_id, event.failure, now)
             case TaskSkipped():
                 record.failure = event.failure
-                self._end(event.task_id, record, TaskState.SKIPPED, event, now)
+                self._end(record, TaskState.SKIPPED, event, now)
             case TaskReturned():
                 record.is_promised = False
                 if record.cancelled is not None:
@@ -148,14 +181,15 @@ class Run:
                     self._tell(record, "")
             case _:
                 assert_never(event)
-        return self._settle(now)
+        return self._settle()
 
     def cancel(self, reason: str, now: float) -> list[Effect]:
         """Cancel the run; a run that has ended or is stopping stays as it is."""
-        if self.state is not RunState.RUNNING:
-            return []
-        self._stop(Failure(FailureKind.CANCELLED, reason), now)
-        return self._settle(now)
+        return self._stop_now(Failure(FailureKind.CANCELLED, reason), now)
+
+    def expire(self, limit_s: float, now: float) -> list[Effect]:
+        """Fail the run because its time is over; a run that has ended or is stopping stays as it is."""
+        return self._stop_now(Failure(FailureKind.TIMEOUT, f"the run took longer than {limit_s:g} s"), now)
 
     def cancel_task(self, task_id: str, reason: str, now: float) -> list[Effect]:
         """Cancel one task; what depends on it follows the workflow's failure policy."""
@@ -164,26 +198,110 @@ class Run:
         if record.state in TASK_TERMINAL:
             return []
         record.cancelled = record.cancelled or failure
-        if self._is_with_scheduler(record):
+        if record.items:
+            held = tuple(item for item in record.items if self.tasks[item].is_with_scheduler)
+            return [CancelRequested(self.run_id, held, failure)]
+        if record.is_with_scheduler:
             return [CancelRequested(self.run_id, (task_id,), failure)]
         return self.handle(TaskCancelled(self.run_id, task_id, 0, failure), now)
+
+    def append(self, added: Sequence[TaskSpec], now: float) -> list[Effect]:
+        """Add tasks; they may depend on any task of the run and on each other.
+
+        Raises:
+            InvalidError: they do not fit the graph.
+            PreconditionError: RUN_ENDED, the run has ended or is stopping.
+            ExhaustedError: RUN_TOO_LARGE, the run would have too many tasks.
+        """
+        self._grow(added, now)
+        return self._settle()
+
+    def spawn(self, parent: str, added: Sequence[TaskSpec], now: float) -> list[Effect]:
+        """Add tasks on behalf of a running task, which fails when they cannot be added.
+
+        What an earlier attempt of the same task added is already there, and stays as it was.
+        """
+        new = [spec for spec in added if spec.task_id not in self.tasks]
+        if self.state is not RunState.RUNNING or not new:
+            return []
+        depth = self.tasks[parent].depth + 1
+        try:
+            if depth > self._bounds.max_depth:
+                raise ExhaustedError("RUN_TOO_LARGE", f"tasks spawn tasks more than {self._bounds.max_depth} deep")
+            self._grow(new, now, parent, depth)
+        except LatticeError as error:
+            kind = FailureKind.RESOURCES if isinstance(error, ExhaustedError) else FailureKind.PAYLOAD
+            refused = Failure(kind, f"what it spawned cannot be added: {error.message}")
+            return [CancelRequested(self.run_id, (parent,), refused)]
+        return self._settle()
+
+    def explain(self, task_id: str, now: float) -> Explanation:
+        """Return why a task is where it is, as far as the run knows: what it waits for, or how it ended."""
+        record = self.tasks[task_id]
+        state = record.state.value
+        if record.state in TASK_TERMINAL:
+            return Explanation((Reason(ReasonKind.ENDED, f"it has {state}"),), now - (record.ended_at or now), None)
+        if record.items is not None:
+            text = f"{record.open_items} of its {len(record.items)} items have not ended"
+            return Explanation((Reason(ReasonKind.RUNNING, text),), now - (record.started_at or now), 0.0)
+        reasons = []
+        for source in self.dag.predecessors[task_id]:
+            other = self.tasks[source]
+            if other.state not in TASK_TERMINAL:
+                reasons.append(Reason(ReasonKind.INPUT, f"task {source!r} is {other.state.value}", task_id=source))
+        if not reasons:
+            reasons.append(Reason(ReasonKind.TURN, "it is on its way to the scheduler"))
+        return Explanation(tuple(reasons), now - self.started_at, None)
 
     def check(self) -> None:
         """Assert every invariant; tests call it after each step."""
         for task_id, record in self.tasks.items():
-            succeeded = sum(self.tasks[p].state is TaskState.SUCCEEDED for p in self.dag.predecessors[task_id])
-            assert record.missing == len(self.dag.predecessors[task_id]) - succeeded
+            sources = [(p, self.tasks[p].state) for p in self.dag.predecessors[task_id]]
+            met = [
+                s is TaskState.SUCCEEDED or (s in TASK_TERMINAL and (p, task_id) in self.dag.optional)
+                for p, s in sources
+            ]
+            if record.state is TaskState.BLOCKED:
+                assert record.missing == len(met) - sum(met)
             if record.state in {TaskState.QUEUED, TaskState.RUNNING, TaskState.SUCCEEDED}:
-                assert record.missing == 0, f"{task_id} went ahead of its inputs"
+                assert all(met), f"{task_id} went ahead of its inputs"
+            if record.items is not None:
+                states = [self.tasks[item].state for item in record.items]
+                assert record.open_items == sum(state not in TASK_TERMINAL for state in states)
+                assert (record.open_items == 0) == (record.state in TASK_TERMINAL)
         assert self.counts == {s: sum(r.state is s for r in self.tasks.values()) for s in TaskState}
-        open_tasks = sum(record.state not in TASK_TERMINAL for record in self.tasks.values())
-        assert self.is_terminal == (open_tasks == 0)
+        assert self.is_terminal == (self.open_tasks == 0)
 
-    def _hand_over(self, task_id: str, record: TaskRecord) -> None:
-        self._move(task_id, record, TaskState.QUEUED)
+    # Becoming ready.
+
+    def _become_ready(self, task_id: str, record: TaskRecord, now: float) -> None:
+        condition = record.spec.condition
+        if condition is not None:
+            is_met = self._is_met(condition)
+            if is_met is None:
+                source = f"{condition.output.task_id}.{condition.output.output}"
+                text = f"its condition, output {source}, is not JSON, so nothing but a task can read it"
+                self._fail_unstarted(record, Failure(FailureKind.PAYLOAD, text), now)
+                return
+            if not is_met:
+                self._skip(record, None, now)
+                self._pass_by(task_id, None, now)
+                return
+        if record.spec.over:
+            self._expand(task_id, record, now)
+            return
+        self._table.move(record, TaskState.QUEUED)
         if not record.is_promised:
             self._tell(record, "")
             self._promise_after(task_id)
+
+    def _is_met(self, condition: Condition) -> bool | None:
+        value = self._value_of(condition.output)
+        if isinstance(value, BindingList):
+            return bool(value.items) is not condition.is_negated
+        if not isinstance(value, Payload) or not isinstance(value.content, str):
+            return None
+        return condition.is_met_by(value)
 
     def _promise_after(self, task_id: str) -> None:
         """Hand over, early, whatever waits for this task alone, and what waits for that alone, and so on.
@@ -195,93 +313,223 @@ class Run:
             source = frontier.pop()
             for successor in self.dag.successors[source]:
                 record = self.tasks[successor]
-                if record.missing == 1 and record.state is TaskState.BLOCKED and not record.is_promised:
-                    record.is_promised = True
-                    self._tell(record, source)
-                    frontier.append(successor)
+                if record.missing != 1 or record.state is not TaskState.BLOCKED or record.is_promised:
+                    continue
+                if record.spec.over or record.spec.condition is not None or (source, successor) in self.dag.optional:
+                    continue
+                record.is_promised = True
+                self._tell(record, source)
+                frontier.append(successor)
 
     def _tell(self, record: TaskRecord, after: str) -> None:
-        inputs = {name: resolve(binding, self._value_of) for name, binding in record.spec.inputs.items()}
-        priority = self.priority + record.spec.priority
-        self._effects.append(TaskReady(self.run_id, record.spec, inputs, priority, after))
+        spec = record.spec
+        inputs = {name: resolve(binding, self._value_of) for name, binding in spec.inputs.items()}
+        self._effects.append(
+            TaskReady(
+                self.run_id,
+                spec,
+                inputs,
+                self.priority + spec.priority,
+                after,
+                self.tenant,
+                self._ranking(self, spec.task_id),
+                self.dag.split.get(spec.task_id, ()),
+            )
+        )
 
     def _value_of(self, reference: OutputRef | Parameter) -> Binding:
         if isinstance(reference, Parameter):
             return self._parameters[reference.name]
-        outputs = self.tasks[reference.task_id].outputs
-        return reference if outputs is None else outputs[reference.output]
+        record = self.tasks[reference.task_id]
+        if record.state is TaskState.SUCCEEDED and record.items is not None:
+            return BindingList(tuple(self._item_output(item, reference.output) for item in record.items))
+        if record.outputs is not None:
+            return record.outputs[reference.output]
+        return NULL if record.state in TASK_TERMINAL else reference
 
-    def _release_successors(self, task_id: str) -> None:
+    def _item_output(self, item: str, output: str) -> Payload:
+        outputs = self.tasks[item].outputs
+        assert outputs is not None, "every item of a map that succeeded has its outputs"
+        return outputs[output]
+
+    def _satisfy_successors(self, task_id: str, now: float) -> None:
         for successor in self.dag.successors[task_id]:
-            record = self.tasks[successor]
-            record.missing -= 1
-            if record.state is not TaskState.BLOCKED or self.state is not RunState.RUNNING:
-                continue
-            if record.missing == 0:
-                self._hand_over(successor, record)
-            elif record.missing == 1 and not record.is_promised:
-                last = next(p for p in self.dag.predecessors[successor] if not self._has_succeeded(p))
-                if self._is_with_scheduler(self.tasks[last]):
-                    self._promise_after(last)
+            self._satisfy(successor, now)
 
-    def _has_succeeded(self, task_id: str) -> bool:
-        return self.tasks[task_id].state is TaskState.SUCCEEDED
+    def _satisfy(self, task_id: str, now: float) -> None:
+        record = self.tasks[task_id]
+        record.missing -= 1
+        if record.state is not TaskState.BLOCKED or self.state is not RunState.RUNNING:
+            return
+        if record.missing == 0:
+            self._become_ready(task_id, record, now)
+        elif record.missing == 1 and not record.is_promised:
+            self._promise_last(task_id)
 
-    @staticmethod
-    def _is_with_scheduler(record: TaskRecord) -> bool:
-        return record.state in {TaskState.QUEUED, TaskState.RUNNING} or (
-            record.state is TaskState.BLOCKED and record.is_promised
-        )
+    def _promise_last(self, task_id: str) -> None:
+        last = next(p for p in self.dag.predecessors[task_id] if self.tasks[p].state not in TASK_TERMINAL)
+        if self.tasks[last].is_with_scheduler:
+            self._promise_after(last)
+
+    # Growing.
+
+    def _expand(self, task_id: str, record: TaskRecord, now: float) -> None:
+        """Make one task of each item of the list a task is mapped over."""
+        over = record.spec.inputs[record.spec.over]
+        assert isinstance(over, OutputRef), "the graph was validated"
+        source = self.tasks[over.task_id]
+        payloads: Sequence[Payload]
+        if source.items is not None:
+            payloads = [self._item_output(item, over.output) for item in source.items]
+        else:
+            payloads = (source.split or {})[over.output]
+        if len(payloads) > self._bounds.max_items or len(self.tasks) + len(payloads) > self._bounds.max_tasks:
+            text = f"it would become {len(payloads)} tasks; the limits are {self._bounds.max_items} items of one map"
+            text += f" and {self._bounds.max_tasks} tasks of one run"
+            self._fail_unstarted(record, Failure(FailureKind.RESOURCES, text), now)
+            return
+        record.items = []
+        record.started_at = now
+        for index, payload in enumerate(payloads):
+            item_id = f"{task_id}[{index}]"
+            inputs = {**record.spec.inputs, record.spec.over: payload}
+            spec = replace(record.spec, task_id=item_id, inputs=inputs, over="", condition=None, after=())
+            self.dag.add_item(spec)
+            self._table.add(TaskRecord(spec, missing=0, item_of=task_id, depth=record.depth))
+            record.items.append(item_id)
+        record.open_items = len(record.items)
+        self._table.move(record, TaskState.RUNNING)
+        self.revision += 1
+        self._publish(TasksAdded(tuple(record.items), task_id, self.revision))
+        for item_id in record.items:
+            self._become_ready(item_id, self.tasks[item_id], now)
+        if not record.items:
+            self._end_mapped(task_id, record, now)
+
+    def _grow(self, added: Sequence[TaskSpec], now: float, parent: str = "", depth: int = 0) -> None:
+        if self.state is not RunState.RUNNING:
+            raise PreconditionError(
+                "RUN_ENDED", f"run {self.run_id!r} is {self.state.value}; nothing can be added to it"
+            )
+        if len(self.tasks) + len(added) > self._bounds.max_tasks:
+            raise ExhaustedError("RUN_TOO_LARGE", f"a run may have at most {self._bounds.max_tasks} tasks")
+        for index, spec in enumerate(added):
+            self._refuse_late_map(spec, f"tasks[{index}].over")
+        graphs.extend(self.dag, added, self._parameters.keys())
+        for spec in added:
+            record = TaskRecord(spec, missing=len(self.dag.predecessors[spec.task_id]), spawned_by=parent, depth=depth)
+            self._table.add(record)
+        self.revision += 1
+        self._publish(TasksAdded(tuple(spec.task_id for spec in added), parent, self.revision))
+        for spec in added:
+            self._catch_up(spec.task_id, now)
+
+    def _refuse_late_map(self, spec: TaskSpec, field: str) -> None:
+        over = spec.inputs.get(spec.over) if spec.over else None
+        source = self.tasks.get(over.task_id) if isinstance(over, OutputRef) else None
+        if source is None or source.spec.over or source.state is TaskState.BLOCKED:
+            return
+        if over.output not in self.dag.split.get(over.task_id, ()):  # type: ignore[union-attr]  # it has a source
+            text = "a list that nothing was mapped over when its task started cannot be mapped over later"
+            raise InvalidError("INVALID_WORKFLOW", text, violations=[FieldViolation(field, text)])
+
+    def _catch_up(self, task_id: str, now: float) -> None:
+        """Bring a task that came late to where it would be had it been there from the start."""
+        record = self.tasks[task_id]
+        for source in self.dag.predecessors[task_id]:
+            state = self.tasks[source].state
+            if state is TaskState.SUCCEEDED or (state in TASK_TERMINAL and (source, task_id) in self.dag.optional):
+                record.missing -= 1
+            elif state in TASK_TERMINAL and record.state is TaskState.BLOCKED:
+                failure = self.tasks[source].failure
+                self._skip(record, None if failure is None else replace(failure, task_id=source), now)
+                self._pass_by(task_id, failure, now)
+        if record.state is not TaskState.BLOCKED:
+            return
+        if record.missing == 0:
+            self._become_ready(task_id, record, now)
+        elif record.missing == 1:
+            self._promise_last(task_id)
+
+    # Ending.
+
+    def _fail_unstarted(self, record: TaskRecord, failure: Failure, now: float) -> None:
+        record.failure = failure
+        self._end(record, TaskState.FAILED, TaskFailed(self.run_id, record.spec.task_id, 0, failure), now)
+        self._fail_after(record.spec.task_id, failure, now)
 
     def _fail_after(self, task_id: str, failure: Failure, now: float) -> None:
-        named = Failure(
-            failure.kind,
-            failure.message,
-            type=failure.type,
-            traceback=failure.traceback,
-            exception=failure.exception,
-            task_id=task_id,
-            exit_status=failure.exit_status,
-        )
+        named = replace(failure, task_id=failure.task_id or task_id, cause=None)
         if self.spec.failure_policy is FailurePolicy.FINISH_INDEPENDENT:
             self.failure = self.failure or named
-            self._skip(self.dag.descendants(task_id), named, now)
+            self._pass_by(task_id, named, now)
         elif self.state is RunState.RUNNING:
             self._stop(named, now)
+
+    def _pass_by(self, task_id: str, failure: Failure | None, now: float) -> None:
+        """Go on after a task that gave nothing: what can do without it does, the rest is skipped."""
+        frontier = [task_id]
+        while frontier:
+            source = frontier.pop()
+            for successor in self.dag.successors[source]:
+                record = self.tasks[successor]
+                if (source, successor) in self.dag.optional:
+                    self._satisfy(successor, now)
+                elif record.state is TaskState.BLOCKED:
+                    self._skip(record, failure, now)
+                    frontier.append(successor)
+
+    def _skip(self, record: TaskRecord, cause: Failure | None, now: float) -> None:
+        failure = None
+        if cause is not None:
+            what = f"task {cause.task_id!r} did not succeed" if cause.task_id else "the run was stopped"
+            failure = Failure(FailureKind.UPSTREAM, what, task_id=cause.task_id)
+        record.failure = failure
+        self._end(record, TaskState.SKIPPED, TaskSkipped(self.run_id, record.spec.task_id, failure), now)
+
+    def _stop_now(self, failure: Failure, now: float) -> list[Effect]:
+        if self.state is not RunState.RUNNING:
+            return []
+        self._stop(failure, now)
+        return self._settle()
 
     def _stop(self, failure: Failure, now: float) -> None:
         self.failure = self.failure or failure
         self._become(RunState.CANCELLING)
-        held = tuple(t for t, r in self.tasks.items() if self._is_with_scheduler(r))
+        held = tuple(t for t, r in self.tasks.items() if r.is_with_scheduler)
         stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
         for task_id in held:
             self.tasks[task_id].cancelled = stopped
         if held or self.counts[TaskState.BLOCKED]:
             self._publish(RunCancelling(self.failure))
-        self._skip([t for t, r in self.tasks.items() if r.state is TaskState.BLOCKED], failure, now)
+        for record in [r for r in self.tasks.values() if r.state is TaskState.BLOCKED]:
+            self._skip(record, failure, now)
         if held:
             self._effects.append(CancelRequested(self.run_id, held, stopped))
 
-    def _skip(self, task_ids: list[str], cause: Failure, now: float) -> None:
-        for task_id in task_ids:
-            record = self.tasks[task_id]
-            if record.state is TaskState.BLOCKED:
-                what = f"task {cause.task_id!r} did not succeed" if cause.task_id else "the run was cancelled"
-                record.failure = Failure(FailureKind.UPSTREAM, what, task_id=cause.task_id)
-                skipped = TaskSkipped(self.run_id, task_id, record.failure)
-                self._end(task_id, record, TaskState.SKIPPED, skipped, now)
-
-    def _end(self, task_id: str, record: TaskRecord, state: TaskState, fact: Fact, now: float) -> None:
-        self._move(task_id, record, state)
+    def _end(self, record: TaskRecord, state: TaskState, fact: Fact, now: float) -> None:
+        self._table.move(record, state)
         record.ended_at = now
         self._publish(fact)
+        if record.item_of:
+            mapped = self.tasks[record.item_of]
+            mapped.open_items -= 1
+            if mapped.failure is None and record.failure is not None:
+                mapped.failure = replace(record.failure, task_id=record.spec.task_id)
+            if mapped.open_items == 0:
+                self._end_mapped(record.item_of, mapped, now)
 
-    def _move(self, task_id: str, record: TaskRecord, state: TaskState) -> None:
-        if state not in TASK_TRANSITIONS.get(record.state, ()):
-            raise InvalidTransition(f"task {task_id} of run {self.run_id}", record.state, state)
-        self.counts[record.state] -= 1
-        self.counts[state] += 1
-        record.state = state
+    def _end_mapped(self, task_id: str, record: TaskRecord, now: float) -> None:
+        named = (self.run_id, task_id, 0)
+        if record.failure is None:
+            self._end(record, TaskState.SUCCEEDED, TaskSucceeded(*named, {}), now)
+            self._satisfy_successors(task_id, now)
+        elif self.state is RunState.CANCELLING or record.cancelled is not None:
+            self._end(record, TaskState.CANCELLED, TaskCancelled(*named, record.failure), now)
+        else:
+            self._end(record, TaskState.FAILED, TaskFailed(*named, record.failure), now)
+        if record.failure is not None and self.state is RunState.RUNNING:
+            self._fail_after(task_id, record.failure, now)
 
     def _become(self, state: RunState) -> None:
         if state not in RUN_TRANSITIONS.get(self.state, ()):
@@ -291,10 +539,8 @@ class Run:
     def _publish(self, fact: Fact) -> None:
         self._effects.append(fact)
 
-    def _settle(self, now: float) -> list[Effect]:
-        counts = self.counts
-        is_done = not (counts[TaskState.BLOCKED] or counts[TaskState.QUEUED] or counts[TaskState.RUNNING])
-        if is_done and not self.is_terminal:
+    def _settle(self) -> list[Effect]:
+        if self._table.is_done() and not self.is_terminal:
             if self.failure is None:
                 self._become(RunState.SUCCEEDED)
             elif self.failure.kind is FailureKind.CANCELLED:

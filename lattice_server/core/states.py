@@ -15,7 +15,7 @@ class RunState(Enum):
 
     RUNNING = "running"  # Tasks are waiting or running.
     CANCELLING = "cancelling"  # Nothing new starts; what runs is being stopped.
-    SUCCEEDED = "succeeded"  # Every task succeeded.
+    SUCCEEDED = "succeeded"  # Every task succeeded or was skipped on purpose.
     FAILED = "failed"  # A task failed.
     CANCELLED = "cancelled"  # Somebody cancelled it.
 
@@ -29,7 +29,7 @@ class TaskState(Enum):
     SUCCEEDED = "succeeded"  # Ended well.
     FAILED = "failed"  # Ended in a failure.
     CANCELLED = "cancelled"  # Somebody cancelled it, or its run.
-    SKIPPED = "skipped"  # Never started: a task it depends on did not succeed.
+    SKIPPED = "skipped"  # Never started: a task it depends on did not succeed, or a condition was not met.
 
 
 RUN_TRANSITIONS = {
@@ -39,7 +39,15 @@ RUN_TRANSITIONS = {
 RUN_TERMINAL = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})
 
 TASK_TRANSITIONS = {
-    TaskState.BLOCKED: {TaskState.QUEUED, TaskState.SKIPPED, TaskState.CANCELLED},
+    # A mapped task runs from when its items are known, without ever being queued. One fails unstarted when its
+    # condition cannot be read or it has too many items.
+    TaskState.BLOCKED: {
+        TaskState.QUEUED,
+        TaskState.RUNNING,
+        TaskState.SKIPPED,
+        TaskState.CANCELLED,
+        TaskState.FAILED,
+    },
     TaskState.QUEUED: {TaskState.RUNNING, TaskState.FAILED, TaskState.CANCELLED},
     TaskState.RUNNING: {TaskState.QUEUED, TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELLED},
 }

@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
-from lattice_server.core.dispatch import Effect
-from lattice_server.core.messages import SchedulerEvent
+from lattice_server.core.messages import SchedulerEffect, SchedulerEvent
 
 MAX_WAIT_S = 3600.0  # The operating system refuses to wait for centuries.
 
@@ -18,11 +17,11 @@ class MessageBus:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._to_scheduler: SimpleQueue[Sequence[SchedulerEvent] | None] = SimpleQueue()
-        self._to_front: deque[Effect] = deque()
-        self._deliver: Callable[[list[Effect]], None] = lambda effects: None
+        self._to_front: deque[SchedulerEffect] = deque()
+        self._deliver: Callable[[list[SchedulerEffect]], None] = lambda effects: None
         self._is_waking = False
 
-    def subscribe(self, deliver: Callable[[list[Effect]], None]) -> None:
+    def subscribe(self, deliver: Callable[[list[SchedulerEffect]], None]) -> None:
         """Have `deliver` called on the main thread with the effects that piled up."""
         self._deliver = deliver
 
@@ -52,7 +51,7 @@ class MessageBus:
             events.extend(more)
         return events
 
-    def publish(self, effects: Sequence[Effect]) -> None:
+    def publish(self, effects: Sequence[SchedulerEffect]) -> None:
         """Hand effects to the main thread; from the scheduler's. Many calls may share one wake-up."""
         if not effects:
             return

@@ -1,32 +1,42 @@
-"""Owns workflows and runs, on the main thread. Rule: a run changes only by what its machine decides."""
+"""Owns runs, on the main thread. Rule: a run changes only by what its machine decides."""
 
+import asyncio
 import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import uuid4
 
 from lattice_server.core import dag
-from lattice_server.core.dispatch import Effect as DispatchEffect
 from lattice_server.core.errors import ConflictError, NotFoundError, UnavailableError
 from lattice_server.core.messages import (
     CancelRequested,
+    Explanation,
+    NodesChanged,
+    NodesDescribed,
+    SchedulerEffect,
     SchedulerEvent,
     TaskCancelled,
+    TaskEvent,
+    TaskExplained,
     TaskFailed,
     TaskLogged,
     TaskReady,
     TaskRetrying,
     TaskReturned,
     TaskSkipped,
+    TasksSpawned,
     TaskStarted,
     TaskSucceeded,
 )
-from lattice_server.core.model import Artifact, Function, Payload, WorkflowSpec
+from lattice_server.core.model import Artifact, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.run import Effect, Run
+from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.inquiries import Inquiries
+from lattice_server.engine.library import expect_revision
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.subscriptions import RunLog
@@ -42,13 +52,17 @@ TASK_EVENTS = (
     TaskSkipped,
     TaskReturned,
     TaskLogged,
+    TasksSpawned,
 )
+ToRun = TaskEvent | TaskReturned | TasksSpawned
+TENANT_LABEL = "tenant"
 
 
 @dataclass(slots=True)
 class RunEntry:
     """A run, its log, and what a caller may ask about it. `fingerprint` tells whether a repeated id means the same;
-    `artifacts` are those it keeps in the store, its inputs and its outputs."""
+    `artifacts` are those it keeps in the store, its inputs and its outputs; `graph_artifacts` of its graph's are among
+    them. `open_tasks` is what admission counts for it; `expiry` ends it when its time is over."""
 
     run: Run
     fingerprint: str
@@ -58,20 +72,18 @@ class RunEntry:
     ended_s: float | None = None
     artifacts: list[Artifact] = field(default_factory=list)
     artifact_bytes: int = 0
+    graph_artifacts: int = 0
+    open_tasks: int = 0
+    expiry: asyncio.TimerHandle | None = None
 
 
-@dataclass(slots=True)
-class WorkflowEntry:
-    """A stored workflow. `definition` is what a caller gets back, opaque here."""
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What is kept of runs that ended, newest first; the newest of all is kept whatever its size."""
 
-    workflow_id: str
-    spec: WorkflowSpec
-    functions: dict[str, Function]
-    definition: object
-    fingerprint: str
-    created_s: float
-    artifacts: tuple[Artifact, ...] = ()
-    revision: int = 1
+    runs: int = 1000
+    tasks: int = 200_000
+    artifact_bytes: int = 1024 * 1024 * 1024
 
 
 class Orchestrator:
@@ -82,19 +94,19 @@ class Orchestrator:
         bus: MessageBus,
         sessions: Sessions,
         store: ArtifactStore,
-        *,
-        retained_runs: int,
-        retained_artifact_bytes: int,
+        retention: Retention,
+        admission: Admission,
     ) -> None:
         self.runs: OrderedDict[str, RunEntry] = OrderedDict()
-        self.workflows: OrderedDict[str, WorkflowEntry] = OrderedDict()
         self.is_stopping = False
         self._bus = bus
         self._sessions = sessions
         self._store = store
-        self._retained_runs = retained_runs
-        self._retained_artifact_bytes = retained_artifact_bytes
+        self.inquiries = Inquiries(bus)
+        self._retention = retention
+        self._admission = admission
         self._ended: OrderedDict[str, RunEntry] = OrderedDict()
+        self._ended_tasks = 0
         self._ended_artifact_bytes = 0
         self._clock_offset_s = time.time() - time.monotonic()
         bus.subscribe(self.deliver)
@@ -109,12 +121,15 @@ class Orchestrator:
         priority: int,
         fingerprint: str,
         workflow_id: str = "",
+        timeout_s: float | None = None,
     ) -> tuple[RunEntry, bool]:
         """Start a run, or return the one that has this id and content; the flag tells whether it is new.
 
         Raises:
             ConflictError: the id was used with other content.
+            ExhaustedError: the server has as many open tasks as it may, or the run too many of its own.
             InvalidError: the graph is not valid.
+            PreconditionError: no node could ever run one of its tasks.
             UnavailableError: the server is stopping.
         """
         if self.is_stopping:
@@ -125,13 +140,38 @@ class Orchestrator:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} exists with other content")
             return existing, False
         graph = dag.build(spec, parameters)
-        run = Run(run_id or f"run-{uuid4().hex}", spec, graph, workflow_id, priority)
+        self._admission.check(spec.tasks)
+        run = Run(
+            run_id or f"run-{uuid4().hex}",
+            spec,
+            graph,
+            workflow_id,
+            priority,
+            tenant=labels.get(TENANT_LABEL, ""),
+            bounds=self._admission.bounds,
+        )
         entry = RunEntry(run, fingerprint, time.time(), labels)
         self.runs[run.run_id] = entry
         given = [p.content for p in parameters.values() if isinstance(p.content, Artifact)]
-        self._keep(entry, [*graph.artifacts, *given])
+        self._keep(entry, given)
+        if timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            entry.expiry = loop.call_later(timeout_s, self._expire, entry, timeout_s)
         self._perform(entry, run.start(parameters, time.monotonic()))
         return entry, True
+
+    def add_tasks(self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int) -> RunEntry:
+        """Add tasks to a run that has not ended.
+
+        Raises:
+            AbortedError: the run has another revision; zero expects any.
+            ExhaustedError, InvalidError, NotFoundError, PreconditionError: see `start_run` and `Run.append`.
+        """
+        entry = self.run(run_id)
+        expect_revision(f"run {run_id!r}", entry.run.revision, expected_revision)
+        self._admission.check(tasks)
+        self._perform(entry, entry.run.append(tasks, time.monotonic()))
+        return entry
 
     def run(self, run_id: str) -> RunEntry:
         """Return a run. Raises NotFoundError."""
@@ -139,6 +179,22 @@ class Orchestrator:
             return self.runs[run_id]
         except KeyError:
             raise NotFoundError("RUN_NOT_FOUND", f"there is no run {run_id!r}", metadata={"run_id": run_id}) from None
+
+    def task(self, run_id: str, task_id: str) -> RunEntry:
+        """Return the run of a task. Raises NotFoundError when there is no such run or task."""
+        entry = self.run(run_id)
+        if task_id not in entry.run.tasks:
+            raise NotFoundError("TASK_NOT_FOUND", f"run {run_id!r} has no task {task_id!r}")
+        return entry
+
+    async def explain(self, run_id: str, task_id: str) -> Explanation:
+        """Return why a task waits. Raises NotFoundError."""
+        entry = self.task(run_id, task_id)
+        if entry.run.tasks[task_id].is_with_scheduler:
+            found = await self.inquiries.explain(run_id, task_id)
+            if found is not None:
+                return found
+        return entry.run.explain(task_id, time.monotonic())
 
     def cancel_run(self, run_id: str, reason: str) -> RunEntry:
         """Cancel a run; one that has ended stays as it is. Raises NotFoundError."""
@@ -148,75 +204,45 @@ class Orchestrator:
 
     def cancel_task(self, run_id: str, task_id: str) -> RunEntry:
         """Cancel one task. Raises NotFoundError."""
-        entry = self.run(run_id)
-        if task_id not in entry.run.tasks:
-            raise NotFoundError("TASK_NOT_FOUND", f"run {run_id!r} has no task {task_id!r}")
+        entry = self.task(run_id, task_id)
         effects = entry.run.cancel_task(task_id, "cancelled by the caller", time.monotonic())
         self._perform(entry, effects)
         return entry
-
-    def create_workflow(
-        self,
-        workflow_id: str,
-        spec: WorkflowSpec,
-        functions: dict[str, Function],
-        definition: object,
-        fingerprint: str,
-    ) -> tuple[WorkflowEntry, bool]:
-        """Store a workflow, or return the one that has this id and content. Raises ConflictError, InvalidError."""
-        existing = self.workflows.get(workflow_id)
-        if existing is not None:
-            if existing.fingerprint != fingerprint:
-                raise ConflictError("WORKFLOW_ID_CONFLICT", f"workflow {workflow_id!r} exists with other content")
-            return existing, False
-        graph = dag.build(spec)
-        named = workflow_id or f"workflow-{uuid4().hex}"
-        entry = WorkflowEntry(named, spec, functions, definition, fingerprint, time.time(), graph.artifacts)
-        self._store.hold(entry.artifacts)
-        self.workflows[named] = entry
-        return entry, True
-
-    def change_workflow(
-        self, entry: WorkflowEntry, spec: WorkflowSpec, functions: dict[str, Function], definition: object
-    ) -> None:
-        """Replace a stored workflow's definition. Raises InvalidError."""
-        graph = dag.build(spec)
-        self._store.hold(graph.artifacts)
-        self._store.release(entry.artifacts)
-        entry.spec, entry.functions, entry.artifacts = spec, functions, graph.artifacts
-        entry.definition = definition
-        entry.revision += 1
-
-    def delete_workflow(self, workflow_id: str) -> None:
-        """Forget a stored workflow. Raises NotFoundError."""
-        self._store.release(self.workflow(workflow_id).artifacts)
-        del self.workflows[workflow_id]
-
-    def workflow(self, workflow_id: str) -> WorkflowEntry:
-        """Return a stored workflow. Raises NotFoundError."""
-        try:
-            return self.workflows[workflow_id]
-        except KeyError:
-            raise NotFoundError("WORKFLOW_NOT_FOUND", f"there is no workflow {workflow_id!r}") from None
 
     def wall_time_s(self, monotonic_s: float) -> float:
         """Return the seconds since the epoch of a monotonic time."""
         return monotonic_s + self._clock_offset_s
 
-    def deliver(self, effects: list[DispatchEffect]) -> None:
-        """Take what the scheduler decided: facts about tasks go to their runs, the rest to workers."""
+    def deliver(self, effects: list[SchedulerEffect]) -> None:
+        """Take what the scheduler decided: facts about tasks go to their runs, answers to who asked, the rest to
+        workers."""
         now = time.monotonic()
         posts: list[SchedulerEvent] = []
         for effect in effects:
-            if not isinstance(effect, TASK_EVENTS):
+            if isinstance(effect, TASK_EVENTS):
+                if entry := self.runs.get(effect.run_id):
+                    self._tell_run(entry, effect, now, posts)
+            elif isinstance(effect, TaskExplained | NodesDescribed):
+                self.inquiries.answer(effect)
+            elif isinstance(effect, NodesChanged):
+                self._admission.nodes = effect.nodes
+            else:
                 self._sessions.perform(effect)
-            elif entry := self.runs.get(effect.run_id):
-                try:
-                    self._perform(entry, entry.run.handle(effect, now), posts)
-                except Exception:
-                    # The last resort: a fact that breaks one run's invariants must not stop the others.
-                    log.exception("run %s could not take %s", effect.run_id, type(effect).__name__)
         self._bus.post(posts)
+
+    def _tell_run(self, entry: RunEntry, event: ToRun, now: float, posts: list[SchedulerEvent]) -> None:
+        try:
+            if isinstance(event, TasksSpawned):
+                effects = entry.run.spawn(event.task_id, event.tasks, now)
+            else:
+                effects = entry.run.handle(event, now)
+            self._perform(entry, effects, posts)
+        except Exception:
+            # The last resort: a fact that breaks one run's invariants must not stop the others.
+            log.exception("run %s could not take %s", entry.run.run_id, type(event).__name__)
+
+    def _expire(self, entry: RunEntry, limit_s: float) -> None:
+        self._perform(entry, entry.run.expire(limit_s, time.monotonic()))
 
     def _perform(self, entry: RunEntry, effects: list[Effect], posts: list[SchedulerEvent] | None = None) -> None:
         own: list[SchedulerEvent] = [] if posts is None else posts
@@ -226,14 +252,21 @@ class Orchestrator:
                     own.append(effect)
                 case _:
                     if isinstance(effect, TaskSucceeded):
-                        contents = [payload.content for payload in effect.outputs.values()]
-                        self._keep(entry, [content for content in contents if isinstance(content, Artifact)])
+                        self._keep(entry, list(_artifacts_of(effect)))
                     entry.log.append(effect, time.time())
         if posts is None:
             self._bus.post(own)
+        if len(entry.run.dag.artifacts) > entry.graph_artifacts:
+            self._keep(entry, entry.run.dag.artifacts[entry.graph_artifacts :])
+            entry.graph_artifacts = len(entry.run.dag.artifacts)
+        self._admission.count(entry.run.open_tasks - entry.open_tasks)
+        entry.open_tasks = entry.run.open_tasks
         if entry.run.is_terminal and entry.ended_s is None:
+            if entry.expiry is not None:
+                entry.expiry.cancel()
             entry.ended_s = time.time()
             self._ended[entry.run.run_id] = entry
+            self._ended_tasks += len(entry.run.tasks)
             self._ended_artifact_bytes += entry.artifact_bytes
             self._trim()
 
@@ -245,12 +278,16 @@ class Orchestrator:
 
     def _trim(self) -> None:
         """Forget the oldest runs over their limit, and the oldest artifacts over theirs, but for the newest run."""
-        while len(self._ended) > self._retained_runs:
+        kept = self._retention
+        while len(self._ended) > kept.runs or (len(self._ended) > 1 and self._ended_tasks > kept.tasks):
             run_id, oldest = self._ended.popitem(last=False)
+            self._ended_tasks -= len(oldest.run.tasks)
             self._let_go(oldest)
             del self.runs[run_id]
+        if self._ended_artifact_bytes <= kept.artifact_bytes:
+            return
         for entry in list(self._ended.values())[:-1]:
-            if self._ended_artifact_bytes <= self._retained_artifact_bytes:
+            if self._ended_artifact_bytes <= kept.artifact_bytes:
                 break
             self._let_go(entry)
 
@@ -258,6 +295,16 @@ class Orchestrator:
         self._ended_artifact_bytes -= entry.artifact_bytes
         self._store.release(entry.artifacts)
         entry.artifacts, entry.artifact_bytes = [], 0
+
+
+def _artifacts_of(event: TaskSucceeded) -> Iterator[Artifact]:
+    for payload in event.outputs.values():
+        if isinstance(payload.content, Artifact):
+            yield payload.content
+    for items in event.split.values():
+        for payload in items:
+            if isinstance(payload.content, Artifact):
+                yield payload.content
 
 
 def fingerprint(*parts: bytes) -> str:

@@ -13,8 +13,9 @@ ACK_AFTER_MESSAGES = 16
 class Connection:
     """One stream of a worker: what is to be sent on it, and when it was last heard."""
 
-    def __init__(self, worker_id: str) -> None:
+    def __init__(self, worker_id: str, node_id: str = "") -> None:
         self.worker_id = worker_id
+        self.node_id = node_id
         self.session: Session | None = None
         self.heard_at = time.time()
         self.is_closed = False

@@ -79,9 +79,12 @@ def _add(assignments: worker_pb2.Assignments, effect: Assign, connection: Connec
         resources=convert.resources_to_proto(effect.resources),
         gpu_indices=effect.gpu_indices,
         after_lease_id=effect.after_lease_id,
+        batched=effect.is_batched,
+        split_outputs=effect.split_outputs,
     )
     if effect.timeout_s is not None:
         message.timeout.CopyFrom(convert.duration(effect.timeout_s))
-    attempt = message.attempts.add(run_id=effect.run_id, task_id=effect.task_id, number=effect.attempt)
-    for name, binding in effect.inputs.items():
-        attempt.inputs[name].CopyFrom(convert.binding_to_proto(binding))
+    for member in effect.attempts:
+        attempt = message.attempts.add(run_id=member.run_id, task_id=member.task_id, number=member.attempt)
+        for name, binding in member.inputs.items():
+            attempt.inputs[name].CopyFrom(convert.binding_to_proto(binding))

@@ -112,13 +112,18 @@ def payloads_to_proto(payloads: Mapping[str, Payload]) -> dict[str, payload_pb2.
     return {name: payload_to_proto(payload) for name, payload in payloads.items()}
 
 
+def output_from_proto(message: payload_pb2.OutputRef) -> OutputRef:
+    """Return a reference to an output."""
+    return OutputRef(message.task_id, message.output, message.optional)
+
+
 def binding_from_proto(message: payload_pb2.Binding, field: str, inline_limit_bytes: int) -> Binding:
     """Check and return a binding, nested ones included."""
     match message.WhichOneof("source"):
         case "payload":
             return payload_from_proto(message.payload, field, inline_limit_bytes)
         case "output":
-            return OutputRef(message.output.task_id, message.output.output)
+            return output_from_proto(message.output)
         case "parameter":
             return Parameter(message.parameter)
         case "list":
@@ -136,8 +141,9 @@ def binding_to_proto(binding: Binding) -> payload_pb2.Binding:
     match binding:
         case Payload():
             return payload_pb2.Binding(payload=payload_to_proto(binding))
-        case OutputRef(task_id, output):
-            return payload_pb2.Binding(output=payload_pb2.OutputRef(task_id=task_id, output=output))
+        case OutputRef(task_id, output, is_optional):
+            reference = payload_pb2.OutputRef(task_id=task_id, output=output, optional=is_optional)
+            return payload_pb2.Binding(output=reference)
         case Parameter(name):
             return payload_pb2.Binding(parameter=name)
         case BindingList(items):
@@ -201,6 +207,7 @@ def failure_from_proto(message: errors_pb2.Failure) -> Failure:
         if message.HasField("exception")
         else None,
         exit_status=message.exit_status if message.HasField("exit_status") else None,
+        base_types=tuple(message.base_types),
     )
 
 
@@ -217,4 +224,5 @@ def failure_to_proto(failure: Failure | None) -> errors_pb2.Failure | None:
         task_id=failure.task_id,
         exit_status=failure.exit_status,
         cause=failure_to_proto(failure.cause),
+        base_types=failure.base_types,
     )

@@ -1,17 +1,20 @@
 """Owns the translation of what workflows are made of: functions, policies, tasks. Rule: a bad field is named."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import task_pb2
 
+from lattice_server.core.batching import BatchRule, by_rule
 from lattice_server.core.errors import invalid_field
-from lattice_server.core.model import Function, Isolation, RetryPolicy, TaskSpec
+from lattice_server.core.model import BatchPolicy, BatchScope, Condition, Function, Isolation, RetryPolicy, TaskSpec
 from lattice_server.rpc.convert import (
     FAILURE_KIND_FROM_PROTO,
     ISOLATION_FROM_PROTO,
     binding_from_proto,
+    output_from_proto,
+    payload_from_proto,
     resources_from_proto,
     seconds_from,
 )
@@ -20,7 +23,14 @@ MAX_ID_LENGTH = 128
 MAX_ATTEMPTS = 10_000
 MAX_WAIT_S = 30 * 24 * 3600.0
 MAX_MULTIPLIER = 1000.0
+MAX_BATCH = 100_000
 DEFAULT_RETRY = RetryPolicy()
+
+BATCH_SCOPE_FROM_PROTO = {
+    task_pb2.BATCH_SCOPE_UNSPECIFIED: BatchScope.SERVER,
+    task_pb2.BATCH_SCOPE_SERVER: BatchScope.SERVER,
+    task_pb2.BATCH_SCOPE_RUN: BatchScope.RUN,
+}
 
 
 def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], task_pb2.CodeBundle]) -> Function:
@@ -75,7 +85,11 @@ def retry_from_proto(message: task_pb2.RetryPolicy, field: str) -> RetryPolicy:
 
 
 def task_from_proto(
-    message: task_pb2.TaskSpec, field: str, functions: Mapping[str, Function], inline_limit_bytes: int
+    message: task_pb2.TaskSpec,
+    field: str,
+    functions: Mapping[str, Function],
+    inline_limit_bytes: int,
+    rules: Sequence[BatchRule] = (),
 ) -> TaskSpec:
     """Check and return one task. Raises InvalidError naming the field."""
     task_id = message.task_id
@@ -87,14 +101,10 @@ def task_from_proto(
         raise invalid_field(f"{field}.function", f"there is no function {message.function!r}; defined: {offered}")
     if len(set(message.outputs)) != len(message.outputs):
         raise invalid_field(f"{field}.outputs", "an output is named twice")
-    if message.batch.max_size > 1:
-        raise invalid_field(f"{field}.batch", "this server does not batch yet")
     if ISOLATION_FROM_PROTO.get(message.isolation) is not Isolation.NONE:
         raise invalid_field(f"{field}.isolation", "this server has no worker that isolates more than ISOLATION_NONE")
-    if message.timeout.HasField("total"):
-        raise invalid_field(f"{field}.timeout.total", "this server limits attempts only")
-    if message.max_parallel:
-        raise invalid_field(f"{field}.max_parallel", "this server has no such limit yet")
+    if message.max_parallel < 0:
+        raise invalid_field(f"{field}.max_parallel", "must not be negative")
     inputs = {
         name: binding_from_proto(binding, f'{field}.inputs["{name}"]', inline_limit_bytes)
         for name, binding in message.inputs.items()
@@ -115,11 +125,51 @@ def task_from_proto(
         isolation=Isolation.NONE,
         node_selector=tuple(sorted(message.node_selector.items())),
         priority=message.priority,
+        total_timeout_s=limit_from_proto(message.timeout.total, f"{field}.timeout.total") if has_timeout else None,
+        batch=batch_from_proto(message, field, rules) if message.HasField("batch") else None,
+        max_parallel=message.max_parallel,
+        concurrency_key=message.concurrency_key,
+        over=message.over,
+        condition=condition_from_proto(message.condition, f"{field}.condition", inline_limit_bytes)
+        if message.HasField("condition")
+        else None,
     )
 
 
+def batch_from_proto(message: task_pb2.TaskSpec, field: str, rules: Sequence[BatchRule]) -> BatchPolicy | None:
+    """Return how a task is batched, by the server's rules or its own policy. Raises InvalidError."""
+    batch = message.batch
+    if not 0 <= batch.max_size <= MAX_BATCH:
+        raise invalid_field(f"{field}.batch.max_size", f"must be from 0 to {MAX_BATCH}")
+    scope = BATCH_SCOPE_FROM_PROTO.get(batch.scope)
+    if scope is None:
+        raise invalid_field(f"{field}.batch.scope", f"there is no scope {batch.scope}")
+    if batch.max_size == 0:
+        return None
+    wait_s = limit_from_proto(batch.max_wait, f"{field}.batch.max_wait") or 0.0
+    return by_rule(message.display_name or message.task_id, BatchPolicy(batch.max_size, wait_s, scope), rules)
+
+
+def condition_from_proto(message: task_pb2.Condition, field: str, inline_limit_bytes: int) -> Condition:
+    """Return a condition. Raises InvalidError."""
+    if not message.HasField("output"):
+        raise invalid_field(f"{field}.output", "a condition needs an output")
+    equals = None
+    if message.HasField("equals"):
+        equals = payload_from_proto(message.equals, f"{field}.equals", inline_limit_bytes)
+        if not isinstance(equals.content, str):
+            raise invalid_field(f"{field}.equals", "must be JSON")
+    return Condition(output_from_proto(message.output), equals, message.negated)
+
+
 def tasks_from_proto(
-    messages: Iterable[task_pb2.TaskSpec], functions: Mapping[str, Function], inline_limit_bytes: int
+    messages: Iterable[task_pb2.TaskSpec],
+    functions: Mapping[str, Function],
+    inline_limit_bytes: int,
+    rules: Sequence[BatchRule] = (),
 ) -> tuple[TaskSpec, ...]:
     """Check and return tasks, in order."""
-    return tuple(task_from_proto(m, f"tasks[{i}]", functions, inline_limit_bytes) for i, m in enumerate(messages))
+    return tuple(
+        task_from_proto(message, f"tasks[{index}]", functions, inline_limit_bytes, rules)
+        for index, message in enumerate(messages)
+    )

@@ -13,6 +13,7 @@ from lattice_server.core.messages import (
     TaskFailed,
     TaskLogged,
     TaskRetrying,
+    TasksAdded,
     TaskSkipped,
     TaskStarted,
     TaskSucceeded,
@@ -82,6 +83,10 @@ def event_to_proto(event: RunEvent) -> run_pb2.RunEvent:
         case RunStarted():
             started = run_pb2.RunStarted(workflow_id=fact.workflow_id, task_count=fact.task_count)
             message.run_started.CopyFrom(started)
+        case TasksAdded():
+            message.tasks_added.task_ids.extend(fact.task_ids)
+            message.tasks_added.parent_task_id = fact.parent_task_id
+            message.tasks_added.revision = fact.revision
         case RunCancelling():
             message.run_cancelling.CopyFrom(run_pb2.RunCancelling(failure=failure_to_proto(fact.failure)))
         case RunFinished():
@@ -109,6 +114,7 @@ def run_to_proto(entry: RunEntry) -> run_pb2.Run:
             **{state.value: counts[state] for state in TaskState},
         ),
         labels=entry.labels,
+        revision=run.revision,
     )
 
 
@@ -128,9 +134,11 @@ def task_to_proto(orchestrator: Orchestrator, entry: RunEntry, task_id: str) -> 
         failure=failure_to_proto(record.failure),
         start_time=timestamp(started_s),
         end_time=timestamp(ended_s),
+        parent_task_id=record.item_of or record.spawned_by,
+        item_count=None if record.items is None else len(record.items),
     )
 
 
 def final_tasks_to_proto(orchestrator: Orchestrator, entry: RunEntry) -> list[run_pb2.TaskRun]:
-    """Return the tasks no other task depends on, as they are now."""
-    return [task_to_proto(orchestrator, entry, task_id) for task_id in entry.run.dag.final_task_ids()]
+    """Return the tasks no other task depends on, as they are now; after a mapped one its items."""
+    return [task_to_proto(orchestrator, entry, task_id) for task_id in entry.run.final_task_ids()]

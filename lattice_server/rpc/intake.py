@@ -5,13 +5,14 @@ Rule: code is named by the digest of what was received; a name a caller made up 
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
 
+from lattice_server.core.batching import BatchRule
 from lattice_server.core.errors import PreconditionError, invalid_field
-from lattice_server.core.model import FailurePolicy, Function, Payload, WorkflowSpec
+from lattice_server.core.model import FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
 from lattice_server.rpc import convert, definitions
 
 CODE_LIMIT_BYTES = 256 * 1024 * 1024
@@ -54,8 +55,9 @@ class CodeCache:
 class Intake:
     """Checks and translates what callers send."""
 
-    def __init__(self, inline_limit_bytes: int) -> None:
+    def __init__(self, inline_limit_bytes: int, rules: Sequence[BatchRule] = ()) -> None:
         self.inline_limit_bytes = inline_limit_bytes
+        self._rules = rules
         self._code = CodeCache()
 
     def functions(
@@ -85,6 +87,10 @@ class Intake:
             for name, message in messages.items()
         }
 
+    def tasks(self, messages: Iterable[task_pb2.TaskSpec], functions: Mapping[str, Function]) -> tuple[TaskSpec, ...]:
+        """Check and return tasks, batched as the server's rules say."""
+        return definitions.tasks_from_proto(messages, functions, self.inline_limit_bytes, self._rules)
+
     def spec(self, message: workflow_pb2.WorkflowSpec) -> tuple[WorkflowSpec, dict[str, Function]]:
         """Check and return a workflow and its functions by name."""
         policy = FAILURE_POLICY_FROM_PROTO.get(message.failure_policy)
@@ -93,7 +99,7 @@ class Intake:
         functions = self.functions(message.functions, message.bundles)
         message.ClearField("bundles")
         spec = WorkflowSpec(
-            tasks=definitions.tasks_from_proto(message.tasks, functions, self.inline_limit_bytes),
+            tasks=self.tasks(message.tasks, functions),
             display_name=message.display_name,
             parameters=self.payloads(message.parameters, "parameters"),
             failure_policy=policy,

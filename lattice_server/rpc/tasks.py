@@ -2,19 +2,21 @@
 
 import asyncio
 
-from lattice.v1 import task_pb2, task_pb2_grpc
+from lattice.v1 import run_pb2, task_pb2, task_pb2_grpc
 
-from lattice_server.core.errors import NotFoundError, invalid_field
+from lattice_server.core.errors import invalid_field
+from lattice_server.core.messages import Explanation, ReasonKind
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.states import TASK_TERMINAL
 from lattice_server.engine.orchestrator import Orchestrator, RunEntry, fingerprint
-from lattice_server.rpc import convert, definitions
+from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import page
 
 MAX_WAIT_S = 300.0
+REASON_KIND_TO_PROTO = {kind: task_pb2.WaitKind.Value(f"WAIT_KIND_{kind.name}") for kind in ReasonKind}
 FUNCTION_NAME = "function"
 
 
@@ -36,7 +38,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         task.function = name
         task.task_id = task.task_id or "task"
         spec = WorkflowSpec(
-            tasks=(definitions.task_from_proto(task, "task", functions, self._intake.inline_limit_bytes),),
+            tasks=self._intake.tasks([task], functions),
             display_name=task.display_name or task.task_id,
         )
         print_ = fingerprint(request.SerializeToString(deterministic=True)) if request.run_id else ""
@@ -49,9 +51,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
 
     async def GetTask(self, request: task_pb2.GetTaskRequest, context: Context) -> task_pb2.GetTaskResponse:
         """Return one task of a run."""
-        entry = self._orchestrator.run(request.run_id)
-        if request.task_id not in entry.run.tasks:
-            raise NotFoundError("TASK_NOT_FOUND", f"run {request.run_id!r} has no task {request.task_id!r}")
+        entry = self._orchestrator.task(request.run_id, request.task_id)
         await self._wait(entry, request.task_id, convert.seconds_from(request.wait))
         return task_pb2.GetTaskResponse(task=task_to_proto(self._orchestrator, entry, request.task_id))
 
@@ -74,6 +74,13 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         entry = self._orchestrator.cancel_task(request.run_id, request.task_id)
         return task_pb2.CancelTaskResponse(task=task_to_proto(self._orchestrator, entry, request.task_id))
 
+    async def ExplainTask(self, request: task_pb2.ExplainTaskRequest, context: Context) -> task_pb2.ExplainTaskResponse:
+        """Say what a task waits for."""
+        entry = self._orchestrator.task(request.run_id, request.task_id)
+        explanation = await self._orchestrator.explain(request.run_id, request.task_id)
+        shown = task_to_proto(self._orchestrator, entry, request.task_id)
+        return _explanation_to_proto(explanation, shown)
+
     async def _wait(self, entry: RunEntry, task_id: str, wait_s: float) -> None:
         if wait_s < 0:
             raise invalid_field("wait", "must not be negative")
@@ -84,3 +91,20 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
                     await entry.log.changed()
         except TimeoutError:
             return
+
+
+def _explanation_to_proto(explanation: Explanation, task: run_pb2.TaskRun) -> task_pb2.ExplainTaskResponse:
+    response = task_pb2.ExplainTaskResponse(task=task, waited=convert.duration(explanation.waited_s))
+    if explanation.start_in_s is not None:
+        response.start_in.CopyFrom(convert.duration(explanation.start_in_s))
+    for reason in explanation.reasons:
+        response.reasons.add(
+            kind=REASON_KIND_TO_PROTO[reason.kind],
+            message=reason.message,
+            task_id=reason.task_id,
+            node_id=reason.node_id,
+            resource=reason.resource,
+            wanted=reason.wanted,
+            free=reason.free,
+        )
+    return response

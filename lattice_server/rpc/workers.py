@@ -6,26 +6,29 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_server.config import ServerConfig
 from lattice_server.core import messages
-from lattice_server.core.errors import NotFoundError
-from lattice_server.core.leases import Node
-from lattice_server.core.model import Capacity, Gpu
+from lattice_server.core.errors import LatticeError, NotFoundError
+from lattice_server.core.leases import NodeState, NodeView
+from lattice_server.core.model import Failure, FailureKind
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.scheduler import Scheduler
+from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.sessions import Connection, Sessions
 from lattice_server.rpc import convert
 from lattice_server.rpc.assignments import responses
 from lattice_server.rpc.context import Context
+from lattice_server.rpc.intake import Intake
 
 log = logging.getLogger(__name__)
 
 HANG_UP_S = 2.0
+NO_LIMIT = 1 << 62
+NODE_STATE_TO_PROTO = {state: worker_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeState}
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
@@ -36,14 +39,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         config: ServerConfig,
         bus: MessageBus,
         sessions: Sessions,
-        scheduler: Scheduler,
+        inquiries: Inquiries,
+        intake: Intake,
         join_token: str,
-        describe: Callable[[], worker_pb2.GetClusterResponse],
+        describe: Callable[[], Awaitable[worker_pb2.GetClusterResponse]],
     ) -> None:
         self._config = config
         self._bus = bus
         self._sessions = sessions
-        self._scheduler = scheduler
+        self._inquiries = inquiries
+        self._intake = intake
         self._join_token = join_token
         self._describe = describe
 
@@ -63,7 +68,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             yield worker_pb2.ConnectResponse(close=refusal)
             await _drain(requests)
             return
-        connection = Connection(hello.worker_id)
+        connection = Connection(hello.worker_id, hello.node_id)
         self._sessions.greet(connection)
         self._bus.post([_hello_event(hello)])
         reader = asyncio.create_task(self._read(requests, connection))
@@ -100,17 +105,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     case "reports":
                         self._take_reports(request.reports, connection)
                     case "draining" if connection.session is not None:
-                        self._bus.post([messages.DrainRequested(self._node_of(connection))])
+                        self._bus.post([messages.DrainRequested(connection.node_id)])
                     case _:
                         pass
         except grpc.RpcError as error:
             log.debug("the stream of worker %s broke: %s", connection.worker_id, error)
         finally:
             connection.close()
-
-    def _node_of(self, connection: Connection) -> str:
-        nodes = list(self._scheduler.machine.nodes.values())
-        return next((node.node_id for node in nodes if node.worker_id == connection.worker_id), "")
 
     def _take_reports(self, reports: worker_pb2.Reports, connection: Connection) -> None:
         session = connection.session
@@ -121,10 +122,21 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             # A number seen before is a repetition after a reconnect.
             if report.sequence > session.last_sequence:
                 session.last_sequence = report.sequence
-                if (event := _report_event(report, session.session_id)) is not None:
+                if report.WhichOneof("fact") == "spawned":
+                    events.append(self._spawned_event(report, session.session_id))
+                elif (event := _report_event(report, session.session_id)) is not None:
                     events.append(event)
         self._bus.post(events)
         connection.acknowledge(session.last_sequence)
+
+    def _spawned_event(self, report: worker_pb2.Report, session_id: str) -> messages.AttemptSpawned:
+        named = (session_id, report.lease_id, report.item)
+        try:
+            functions = self._intake.functions(report.spawned.functions, ())
+            return messages.AttemptSpawned(*named, self._intake.tasks(report.spawned.tasks, functions))
+        except LatticeError as error:
+            refusal = Failure(FailureKind.PAYLOAD, f"what it spawned cannot be added: {error.message}")
+            return messages.AttemptSpawned(*named, (), refusal)
 
     async def UploadArtifact(
         self, request_iterator: AsyncIterator[worker_pb2.UploadArtifactRequest], context: Context
@@ -134,12 +146,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def ListNodes(self, request: worker_pb2.ListNodesRequest, context: Context) -> worker_pb2.ListNodesResponse:
         """List the nodes in the ledger."""
-        nodes = list(self._scheduler.machine.nodes.values())
+        nodes = (await self._inquiries.nodes()).nodes
         return worker_pb2.ListNodesResponse(nodes=[self._node(node) for node in nodes])
 
     async def DrainNode(self, request: worker_pb2.DrainNodeRequest, context: Context) -> worker_pb2.DrainNodeResponse:
         """Let a node finish what it runs and give it nothing more."""
-        node = self._scheduler.machine.nodes.get(request.node_id)
+        nodes = (await self._inquiries.nodes()).nodes
+        node = next((node for node in nodes if node.node_id == request.node_id), None)
         if node is None:
             raise NotFoundError("NODE_NOT_FOUND", f"there is no node {request.node_id!r}")
         shown = self._node(node)
@@ -151,28 +164,20 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.GetClusterRequest, context: Context
     ) -> worker_pb2.GetClusterResponse:
         """Return facts about the server and its cluster."""
-        return self._describe()
+        return await self._describe()
 
-    def _node(self, node: Node) -> worker_pb2.Node:
-        state = worker_pb2.NODE_STATE_READY
-        if node.detached_at is not None:
-            state = worker_pb2.NODE_STATE_DETACHED
-        elif node.is_draining:
-            state = worker_pb2.NODE_STATE_DRAINING
-        memory = node.free_gpu_memory_bytes
-        gpus = tuple(Gpu(g.index, g.model, memory[g.index], g.uuid) for g in node.capacity.gpus)
-        free = Capacity(node.free_cpu, node.free_memory_bytes, gpus, node.free_slots, node.free_async_slots)
+    def _node(self, node: NodeView) -> worker_pb2.Node:
         return worker_pb2.Node(
             node_id=node.node_id,
             hostname=node.hostname,
             node_ip=node.node_ip,
-            state=state,
+            state=NODE_STATE_TO_PROTO[node.state],
             capacity=convert.capacity_to_proto(node.capacity),
-            free=convert.capacity_to_proto(free),
+            free=convert.capacity_to_proto(node.free),
             labels=node.labels,
             worker_id=node.worker_id,
             worker_pid=node.pid,
-            attempts=sum(len(slot.lease_ids) for slot in list(node.slots.values())),
+            attempts=node.attempts,
             heartbeat_time=convert.timestamp(self._sessions.heard_at(node.session_id)),
             isolations=[convert.ISOLATION_TO_PROTO[level] for level in node.isolations],
             runtime=node.runtime,
@@ -202,10 +207,14 @@ def _report_event(report: worker_pb2.Report, session_id: str) -> messages.Schedu
     match report.WhichOneof("fact"):
         case "succeeded":
             outputs = {
-                name: convert.payload_from_proto(payload, name, 1 << 62)
+                name: convert.payload_from_proto(payload, name, NO_LIMIT)
                 for name, payload in report.succeeded.outputs.items()
             }
-            return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(report.succeeded.duration))
+            split = {
+                name: [convert.payload_from_proto(item, name, NO_LIMIT) for item in items.items]
+                for name, items in report.succeeded.split.items()
+            }
+            return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(report.succeeded.duration), split)
         case "started":
             return messages.AttemptStarted(*named)
         case "failed":

@@ -7,8 +7,9 @@ from dataclasses import replace
 from lattice.v1 import run_pb2, workflow_pb2, workflow_pb2_grpc
 
 from lattice_server.core import dag
-from lattice_server.core.errors import AbortedError, ConflictError, InvalidError, invalid_field
-from lattice_server.engine.orchestrator import Orchestrator, RunEntry, WorkflowEntry, fingerprint
+from lattice_server.core.errors import ConflictError, InvalidError, invalid_field
+from lattice_server.engine.library import WorkflowEntry, WorkflowLibrary, expect_revision
+from lattice_server.engine.orchestrator import Orchestrator, RunEntry, fingerprint
 from lattice_server.rpc import convert, definitions
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import RUN_STATE_TO_PROTO, event_to_proto, final_tasks_to_proto, run_to_proto
@@ -21,8 +22,9 @@ LARGE_GRAPH = 1000
 class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     """The `WorkflowService`."""
 
-    def __init__(self, orchestrator: Orchestrator, intake: Intake) -> None:
+    def __init__(self, orchestrator: Orchestrator, library: WorkflowLibrary, intake: Intake) -> None:
         self._orchestrator = orchestrator
+        self._library = library
         self._intake = intake
 
     async def CreateWorkflow(
@@ -34,22 +36,24 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             dag.build(spec)
             return workflow_pb2.CreateWorkflowResponse(workflow=workflow_pb2.Workflow(spec=request.spec))
         print_ = fingerprint(request.spec.SerializeToString(deterministic=True))
-        entry, created = self._orchestrator.create_workflow(request.workflow_id, spec, functions, request.spec, print_)
+        entry, created = self._library.create(request.workflow_id, spec, functions, request.spec, print_)
         return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry), created=created)
 
     async def AddTasks(self, request: workflow_pb2.AddTasksRequest, context: Context) -> workflow_pb2.AddTasksResponse:
-        """Add tasks to a stored workflow."""
+        """Add tasks to a stored workflow, or to a run."""
+        if request.run_id:
+            return self._add_to_run(request)
         entry = self._expect(request.workflow_id, request.expected_revision)
         added = self._intake.functions(request.functions, request.bundles)
         for name, function in added.items():
             if name in entry.functions and entry.functions[name].digest != function.digest:
                 raise ConflictError("WORKFLOW_ID_CONFLICT", f"function {name!r} exists with other content")
         functions = {**entry.functions, **added}
-        tasks = definitions.tasks_from_proto(request.tasks, functions, self._intake.inline_limit_bytes)
+        tasks = self._intake.tasks(request.tasks, functions)
         definition = workflow_pb2.WorkflowSpec(functions=request.functions, tasks=request.tasks)
         definition = _merged(_definition(entry), definition)
         changed = replace(entry.spec, tasks=entry.spec.tasks + tasks)
-        self._orchestrator.change_workflow(entry, changed, functions, definition)
+        self._library.change(entry, changed, functions, definition)
         return workflow_pb2.AddTasksResponse(revision=entry.revision)
 
     async def AddEdges(self, request: workflow_pb2.AddEdgesRequest, context: Context) -> workflow_pb2.AddEdgesResponse:
@@ -67,21 +71,21 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         for message in definition.tasks:
             message.after[:] = tasks[message.task_id].after
         changed = replace(entry.spec, tasks=tuple(tasks.values()))
-        self._orchestrator.change_workflow(entry, changed, entry.functions, definition)
+        self._library.change(entry, changed, entry.functions, definition)
         return workflow_pb2.AddEdgesResponse(revision=entry.revision)
 
     async def GetWorkflow(
         self, request: workflow_pb2.GetWorkflowRequest, context: Context
     ) -> workflow_pb2.GetWorkflowResponse:
         """Return a stored workflow."""
-        entry = self._orchestrator.workflow(request.workflow_id)
+        entry = self._library.get(request.workflow_id)
         return workflow_pb2.GetWorkflowResponse(workflow=_workflow_to_proto(entry))
 
     async def ListWorkflows(
         self, request: workflow_pb2.ListWorkflowsRequest, context: Context
     ) -> workflow_pb2.ListWorkflowsResponse:
         """List stored workflows, newest first."""
-        entries = list(reversed(self._orchestrator.workflows.values()))
+        entries = list(reversed(self._library.workflows.values()))
         found, token = page(entries, request.page_size, request.page_token)
         workflows = [_workflow_to_proto(entry, with_tasks=False) for entry in found]
         return workflow_pb2.ListWorkflowsResponse(workflows=workflows, next_page_token=token)
@@ -90,7 +94,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request: workflow_pb2.DeleteWorkflowRequest, context: Context
     ) -> workflow_pb2.DeleteWorkflowResponse:
         """Delete a stored workflow."""
-        self._orchestrator.delete_workflow(request.workflow_id)
+        self._library.delete(request.workflow_id)
         return workflow_pb2.DeleteWorkflowResponse()
 
     async def RunWorkflow(
@@ -153,13 +157,11 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
                 else:
                     spec, _ = self._intake.spec(request.workflow)
             case "workflow_id":
-                spec = self._orchestrator.workflow(request.workflow_id).spec
+                spec = self._library.get(request.workflow_id).spec
             case _:
                 raise invalid_field("source", "a run needs a workflow, inline or by workflow_id")
         if not spec.tasks:
             raise InvalidError("INVALID_WORKFLOW", "the workflow has no tasks")
-        if request.HasField("timeout"):
-            raise invalid_field("timeout", "this server limits attempts only")
         if len(request.run_id) > definitions.MAX_ID_LENGTH:
             raise invalid_field("run_id", f"must have at most {definitions.MAX_ID_LENGTH} characters")
         # Without an id nobody can repeat the call, so there is nothing to compare later.
@@ -172,13 +174,22 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             priority=request.priority,
             fingerprint=print_,
             workflow_id=request.workflow_id,
+            timeout_s=definitions.limit_from_proto(request.timeout, "timeout") if request.HasField("timeout") else None,
         )
 
+    def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
+        if request.workflow_id:
+            raise invalid_field("run_id", "tasks are added to a workflow or to a run, not to both")
+        if not request.tasks:
+            raise invalid_field("tasks", "there is nothing to add")
+        functions = self._intake.functions(request.functions, request.bundles)
+        tasks = self._intake.tasks(request.tasks, functions)
+        entry = self._orchestrator.add_tasks(request.run_id, tasks, request.expected_revision)
+        return workflow_pb2.AddTasksResponse(revision=entry.run.revision)
+
     def _expect(self, workflow_id: str, revision: int) -> WorkflowEntry:
-        entry = self._orchestrator.workflow(workflow_id)
-        if revision and revision != entry.revision:
-            text = f"workflow {workflow_id!r} has revision {entry.revision}, not {revision}"
-            raise AbortedError("REVISION_MISMATCH", text, metadata={"revision": str(entry.revision)})
+        entry = self._library.get(workflow_id)
+        expect_revision(f"workflow {workflow_id!r}", entry.revision, revision)
         return entry
 
 

@@ -7,7 +7,9 @@ is data: an OK RPC that carries a `Failure`.
 """
 
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import lattice.v1.payload_pb2
@@ -131,6 +133,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """PERMISSION_DENIED: the token does not allow this call."""
     ERROR_REASON_RUN_ENDED: _ErrorReason.ValueType  # 23
     """FAILED_PRECONDITION: the run has ended, so nothing can be added to it."""
+    ERROR_REASON_RUN_TOO_LARGE: _ErrorReason.ValueType  # 24
+    """RESOURCE_EXHAUSTED: the run would have more tasks than a run may."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -185,6 +189,8 @@ ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 22
 """PERMISSION_DENIED: the token does not allow this call."""
 ERROR_REASON_RUN_ENDED: ErrorReason.ValueType  # 23
 """FAILED_PRECONDITION: the run has ended, so nothing can be added to it."""
+ERROR_REASON_RUN_TOO_LARGE: ErrorReason.ValueType  # 24
+"""RESOURCE_EXHAUSTED: the run would have more tasks than a run may."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final
@@ -201,6 +207,7 @@ class Failure(google.protobuf.message.Message):
     TASK_ID_FIELD_NUMBER: builtins.int
     EXIT_STATUS_FIELD_NUMBER: builtins.int
     CAUSE_FIELD_NUMBER: builtins.int
+    BASE_TYPES_FIELD_NUMBER: builtins.int
     kind: Global___FailureKind.ValueType
     """The class of the failure; what retry policies and dashboards go by."""
     type: builtins.str
@@ -221,6 +228,10 @@ class Failure(google.protobuf.message.Message):
     def cause(self) -> Global___Failure:
         """The failure that led to this one, such as an upstream task's."""
 
+    @property
+    def base_types(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The types the error's type derives from, nearest first, so that a retry policy can name a whole family."""
+
     def __init__(
         self,
         *,
@@ -232,9 +243,10 @@ class Failure(google.protobuf.message.Message):
         task_id: builtins.str = ...,
         exit_status: builtins.int | None = ...,
         cause: Global___Failure | None = ...,
+        base_types: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_exit_status", b"_exit_status", "cause", b"cause", "exception", b"exception", "exit_status", b"exit_status"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_exit_status", b"_exit_status", "cause", b"cause", "exception", b"exception", "exit_status", b"exit_status", "kind", b"kind", "message", b"message", "task_id", b"task_id", "traceback", b"traceback", "type", b"type"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_exit_status", b"_exit_status", "base_types", b"base_types", "cause", b"cause", "exception", b"exception", "exit_status", b"exit_status", "kind", b"kind", "message", b"message", "task_id", b"task_id", "traceback", b"traceback", "type", b"type"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_exit_status", b"_exit_status"]) -> typing.Literal["exit_status"] | None: ...
 
 Global___Failure: typing_extensions.TypeAlias = Failure

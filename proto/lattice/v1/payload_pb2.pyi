@@ -139,19 +139,45 @@ class OutputRef(google.protobuf.message.Message):
 
     TASK_ID_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
+    OPTIONAL_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The producing task."""
     output: builtins.str
     """The name of the output, as the task declares it."""
+    optional: builtins.bool
+    """The task that reads it can do without: when the producing task was skipped, or failed in a workflow that finishes
+    what is independent, the value is JSON `null`. Otherwise the task that reads it would be skipped as well.
+    """
     def __init__(
         self,
         *,
         task_id: builtins.str = ...,
         output: builtins.str = ...,
+        optional: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["output", b"output", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["optional", b"optional", "output", b"output", "task_id", b"task_id"]) -> None: ...
 
 Global___OutputRef: typing_extensions.TypeAlias = OutputRef
+
+@typing.final
+class PayloadList(google.protobuf.message.Message):
+    """A list of values."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: builtins.int
+    @property
+    def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Payload]:
+        """The items, in order."""
+
+    def __init__(
+        self,
+        *,
+        items: collections.abc.Iterable[Global___Payload] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["items", b"items"]) -> None: ...
+
+Global___PayloadList: typing_extensions.TypeAlias = PayloadList
 
 @typing.final
 class BindingList(google.protobuf.message.Message):

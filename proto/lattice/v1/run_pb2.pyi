@@ -79,7 +79,7 @@ class _TaskStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     TASK_STATE_CANCELLED: _TaskState.ValueType  # 6
     """Ended because somebody cancelled it."""
     TASK_STATE_SKIPPED: _TaskState.ValueType  # 7
-    """Never started, because a task it depends on did not succeed."""
+    """Never started: a task it depends on did not succeed, or a condition was not met."""
 
 class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
     """Where a task of a run is."""
@@ -99,7 +99,7 @@ TASK_STATE_FAILED: TaskState.ValueType  # 5
 TASK_STATE_CANCELLED: TaskState.ValueType  # 6
 """Ended because somebody cancelled it."""
 TASK_STATE_SKIPPED: TaskState.ValueType  # 7
-"""Never started, because a task it depends on did not succeed."""
+"""Never started: a task it depends on did not succeed, or a condition was not met."""
 Global___TaskState: typing_extensions.TypeAlias = TaskState
 
 class _LogStream:
@@ -158,6 +158,7 @@ class Run(google.protobuf.message.Message):
     END_TIME_FIELD_NUMBER: builtins.int
     TASK_COUNTS_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run."""
     workflow_id: builtins.str
@@ -168,6 +169,8 @@ class Run(google.protobuf.message.Message):
     """Where the run is."""
     sequence: builtins.int
     """The number of its newest event."""
+    revision: builtins.int
+    """Grows whenever tasks are added to the run."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
         """Why it failed or was cancelled; unset otherwise."""
@@ -201,9 +204,10 @@ class Run(google.protobuf.message.Message):
         end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         task_counts: Global___TaskCounts | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        revision: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "task_counts", b"task_counts"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "run_id", b"run_id", "sequence", b"sequence", "state", b"state", "task_counts", b"task_counts", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "state", b"state", "task_counts", b"task_counts", "workflow_id", b"workflow_id"]) -> None: ...
 
 Global___Run: typing_extensions.TypeAlias = Run
 
@@ -236,7 +240,7 @@ class TaskCounts(google.protobuf.message.Message):
     cancelled: builtins.int
     """Ended because somebody cancelled them."""
     skipped: builtins.int
-    """Never started, because a task they depend on did not succeed."""
+    """Never started: a task they depend on did not succeed, or a condition was not met."""
     def __init__(
         self,
         *,
@@ -287,6 +291,8 @@ class TaskRun(google.protobuf.message.Message):
     FAILURE_FIELD_NUMBER: builtins.int
     START_TIME_FIELD_NUMBER: builtins.int
     END_TIME_FIELD_NUMBER: builtins.int
+    PARENT_TASK_ID_FIELD_NUMBER: builtins.int
+    ITEM_COUNT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
     task_id: builtins.str
@@ -299,6 +305,12 @@ class TaskRun(google.protobuf.message.Message):
     """The number of the newest attempt, from 1; zero before the first."""
     node_id: builtins.str
     """The node the newest attempt ran on."""
+    parent_task_id: builtins.str
+    """The task that added this one to the run: the mapped task it is an item of, or the task that spawned it."""
+    item_count: builtins.int
+    """How many items a mapped task has, once its list is known. The items are tasks of their own, `TASK_ID[0]` and so on;
+    the mapped task itself never runs and has no outputs.
+    """
     @property
     def outputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Payload]:
         """The outputs by name, once it succeeded."""
@@ -328,9 +340,12 @@ class TaskRun(google.protobuf.message.Message):
         failure: lattice.v1.errors_pb2.Failure | None = ...,
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        parent_task_id: builtins.str = ...,
+        item_count: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["end_time", b"end_time", "failure", b"failure", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "node_id", b"node_id", "outputs", b"outputs", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "task_id", b"task_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_item_count", b"_item_count", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_item_count", b"_item_count", "attempt", b"attempt", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "node_id", b"node_id", "outputs", b"outputs", "parent_task_id", b"parent_task_id", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "task_id", b"task_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_item_count", b"_item_count"]) -> typing.Literal["item_count"] | None: ...
 
 Global___TaskRun: typing_extensions.TypeAlias = TaskRun
 
@@ -352,6 +367,7 @@ class RunEvent(google.protobuf.message.Message):
     TASK_CANCELLED_FIELD_NUMBER: builtins.int
     TASK_SKIPPED_FIELD_NUMBER: builtins.int
     TASK_LOG_FIELD_NUMBER: builtins.int
+    TASKS_ADDED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The event's number in its run."""
     @property
@@ -398,6 +414,10 @@ class RunEvent(google.protobuf.message.Message):
     def task_log(self) -> Global___TaskLog:
         """A task wrote to its output."""
 
+    @property
+    def tasks_added(self) -> Global___TasksAdded:
+        """The run grew."""
+
     def __init__(
         self,
         *,
@@ -413,10 +433,11 @@ class RunEvent(google.protobuf.message.Message):
         task_cancelled: Global___TaskCancelled | None = ...,
         task_skipped: Global___TaskSkipped | None = ...,
         task_log: Global___TaskLog | None = ...,
+        tasks_added: Global___TasksAdded | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["event", b"event", "run_cancelling", b"run_cancelling", "run_finished", b"run_finished", "run_started", b"run_started", "task_cancelled", b"task_cancelled", "task_failed", b"task_failed", "task_log", b"task_log", "task_retrying", b"task_retrying", "task_skipped", b"task_skipped", "task_started", b"task_started", "task_succeeded", b"task_succeeded", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["event", b"event", "run_cancelling", b"run_cancelling", "run_finished", b"run_finished", "run_started", b"run_started", "sequence", b"sequence", "task_cancelled", b"task_cancelled", "task_failed", b"task_failed", "task_log", b"task_log", "task_retrying", b"task_retrying", "task_skipped", b"task_skipped", "task_started", b"task_started", "task_succeeded", b"task_succeeded", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["run_started", "run_cancelling", "run_finished", "task_started", "task_succeeded", "task_retrying", "task_failed", "task_cancelled", "task_skipped", "task_log"] | None: ...
+    def HasField(self, field_name: typing.Literal["event", b"event", "run_cancelling", b"run_cancelling", "run_finished", b"run_finished", "run_started", b"run_started", "task_cancelled", b"task_cancelled", "task_failed", b"task_failed", "task_log", b"task_log", "task_retrying", b"task_retrying", "task_skipped", b"task_skipped", "task_started", b"task_started", "task_succeeded", b"task_succeeded", "tasks_added", b"tasks_added", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "run_cancelling", b"run_cancelling", "run_finished", b"run_finished", "run_started", b"run_started", "sequence", b"sequence", "task_cancelled", b"task_cancelled", "task_failed", b"task_failed", "task_log", b"task_log", "task_retrying", b"task_retrying", "task_skipped", b"task_skipped", "task_started", b"task_started", "task_succeeded", b"task_succeeded", "tasks_added", b"tasks_added", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["run_started", "run_cancelling", "run_finished", "task_started", "task_succeeded", "task_retrying", "task_failed", "task_cancelled", "task_skipped", "task_log", "tasks_added"] | None: ...
 
 Global___RunEvent: typing_extensions.TypeAlias = RunEvent
 
@@ -675,7 +696,7 @@ class TaskSkipped(google.protobuf.message.Message):
     """The task."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
-        """Why; names the task that stood in the way."""
+        """Why; names the task that stood in the way. Unset when a condition was not met: the task was skipped on purpose."""
 
     def __init__(
         self,
@@ -687,6 +708,34 @@ class TaskSkipped(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["failure", b"failure", "task_id", b"task_id"]) -> None: ...
 
 Global___TaskSkipped: typing_extensions.TypeAlias = TaskSkipped
+
+@typing.final
+class TasksAdded(google.protobuf.message.Message):
+    """Tasks were added to the run."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_IDS_FIELD_NUMBER: builtins.int
+    PARENT_TASK_ID_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    parent_task_id: builtins.str
+    """The mapped task they are the items of, or the task that spawned them; empty when a caller added them."""
+    revision: builtins.int
+    """The run's revision after the change."""
+    @property
+    def task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The tasks, in order."""
+
+    def __init__(
+        self,
+        *,
+        task_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        parent_task_id: builtins.str = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["parent_task_id", b"parent_task_id", "revision", b"revision", "task_ids", b"task_ids"]) -> None: ...
+
+Global___TasksAdded: typing_extensions.TypeAlias = TasksAdded
 
 @typing.final
 class TaskLog(google.protobuf.message.Message):

@@ -120,6 +120,58 @@ BATCH_SCOPE_RUN: BatchScope.ValueType  # 2
 """Tasks of one run only."""
 Global___BatchScope: typing_extensions.TypeAlias = BatchScope
 
+class _WaitKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _WaitKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_WaitKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    WAIT_KIND_UNSPECIFIED: _WaitKind.ValueType  # 0
+    """Not set; never sent by this server."""
+    WAIT_KIND_INPUT: _WaitKind.ValueType  # 1
+    """Another task has to succeed first."""
+    WAIT_KIND_TURN: _WaitKind.ValueType  # 2
+    """Others go first: by priority, by age, or because their caller had less of the cluster."""
+    WAIT_KIND_RESOURCES: _WaitKind.ValueType  # 3
+    """A node does not have free what the task needs."""
+    WAIT_KIND_NODES: _WaitKind.ValueType  # 4
+    """There is no node."""
+    WAIT_KIND_LIMIT: _WaitKind.ValueType  # 5
+    """As many calls run as a limit allows."""
+    WAIT_KIND_BATCH: _WaitKind.ValueType  # 6
+    """Its batch waits for more tasks."""
+    WAIT_KIND_RETRY: _WaitKind.ValueType  # 7
+    """An attempt failed and the next one may not start yet."""
+    WAIT_KIND_RUNNING: _WaitKind.ValueType  # 8
+    """It does not wait: a worker runs it."""
+    WAIT_KIND_ENDED: _WaitKind.ValueType  # 9
+    """It does not wait: it has ended."""
+
+class WaitKind(_WaitKind, metaclass=_WaitKindEnumTypeWrapper):
+    """The class of a reason to wait."""
+
+WAIT_KIND_UNSPECIFIED: WaitKind.ValueType  # 0
+"""Not set; never sent by this server."""
+WAIT_KIND_INPUT: WaitKind.ValueType  # 1
+"""Another task has to succeed first."""
+WAIT_KIND_TURN: WaitKind.ValueType  # 2
+"""Others go first: by priority, by age, or because their caller had less of the cluster."""
+WAIT_KIND_RESOURCES: WaitKind.ValueType  # 3
+"""A node does not have free what the task needs."""
+WAIT_KIND_NODES: WaitKind.ValueType  # 4
+"""There is no node."""
+WAIT_KIND_LIMIT: WaitKind.ValueType  # 5
+"""As many calls run as a limit allows."""
+WAIT_KIND_BATCH: WaitKind.ValueType  # 6
+"""Its batch waits for more tasks."""
+WAIT_KIND_RETRY: WaitKind.ValueType  # 7
+"""An attempt failed and the next one may not start yet."""
+WAIT_KIND_RUNNING: WaitKind.ValueType  # 8
+"""It does not wait: a worker runs it."""
+WAIT_KIND_ENDED: WaitKind.ValueType  # 9
+"""It does not wait: it has ended."""
+Global___WaitKind: typing_extensions.TypeAlias = WaitKind
+
 @typing.final
 class TaskSpec(google.protobuf.message.Message):
     """The definition of one task: what to run, with which inputs, on what, and what to do when it fails."""
@@ -175,6 +227,8 @@ class TaskSpec(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     MAX_PARALLEL_FIELD_NUMBER: builtins.int
     CONCURRENCY_KEY_FIELD_NUMBER: builtins.int
+    OVER_FIELD_NUMBER: builtins.int
+    CONDITION_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """Names the task within its workflow: 1 to 128 characters, no line breaks."""
     display_name: builtins.str
@@ -186,9 +240,15 @@ class TaskSpec(google.protobuf.message.Message):
     priority: builtins.int
     """Among waiting tasks of one caller, higher goes first; added to the run's priority."""
     max_parallel: builtins.int
-    """How many attempts with this task's function and `concurrency_key` may run at once; zero means no limit."""
+    """How many calls with this task's `concurrency_key` may run at once; a batch is one call; zero means no limit."""
     concurrency_key: builtins.str
-    """Names the group `max_parallel` counts, across runs; empty means the function itself."""
+    """Names the group `max_parallel` counts, across runs and callers; empty means the function itself. The server may have
+    a limit of its own for a name, which then holds as well.
+    """
+    over: builtins.str
+    """Maps the task over a list: names the input, wired to an output, whose items each become a task of their own with
+    that one item as the input. Whoever reads an output of this task gets the list of its items' outputs, in order.
+    """
     @property
     def inputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Binding]:
         """The function's inputs by name."""
@@ -221,6 +281,10 @@ class TaskSpec(google.protobuf.message.Message):
     def node_selector(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Labels a node must have to run this task."""
 
+    @property
+    def condition(self) -> Global___Condition:
+        """Whether the task runs at all."""
+
     def __init__(
         self,
         *,
@@ -239,11 +303,44 @@ class TaskSpec(google.protobuf.message.Message):
         priority: builtins.int = ...,
         max_parallel: builtins.int = ...,
         concurrency_key: builtins.str = ...,
+        over: builtins.str = ...,
+        condition: Global___Condition | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["batch", b"batch", "resources", b"resources", "retry", b"retry", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "display_name", b"display_name", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "priority", b"priority", "resources", b"resources", "retry", b"retry", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["batch", b"batch", "condition", b"condition", "resources", b"resources", "retry", b"retry", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "condition", b"condition", "display_name", b"display_name", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "over", b"over", "priority", b"priority", "resources", b"resources", "retry", b"retry", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
 
 Global___TaskSpec: typing_extensions.TypeAlias = TaskSpec
+
+@typing.final
+class Condition(google.protobuf.message.Message):
+    """Decides, when a task is ready, whether it runs or is skipped. The value is compared as text: it must be JSON."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OUTPUT_FIELD_NUMBER: builtins.int
+    EQUALS_FIELD_NUMBER: builtins.int
+    NEGATED_FIELD_NUMBER: builtins.int
+    negated: builtins.bool
+    """Runs the task when the condition is not met instead."""
+    @property
+    def output(self) -> lattice.v1.payload_pb2.OutputRef:
+        """The value that decides; also makes its task a predecessor."""
+
+    @property
+    def equals(self) -> lattice.v1.payload_pb2.Payload:
+        """The value it must equal. Unset, it must be true: not `false`, `null`, zero, or empty."""
+
+    def __init__(
+        self,
+        *,
+        output: lattice.v1.payload_pb2.OutputRef | None = ...,
+        equals: lattice.v1.payload_pb2.Payload | None = ...,
+        negated: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["equals", b"equals", "output", b"output"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["equals", b"equals", "negated", b"negated", "output", b"output"]) -> None: ...
+
+Global___Condition: typing_extensions.TypeAlias = Condition
 
 @typing.final
 class Function(google.protobuf.message.Message):
@@ -347,7 +444,9 @@ Global___CodeBundle: typing_extensions.TypeAlias = CodeBundle
 
 @typing.final
 class RetryPolicy(google.protobuf.message.Message):
-    """What to do when an attempt fails. Losing a worker is retried by default, other failures are not."""
+    """What to do when an attempt fails. Waits vary by up to a half, so that what failed together does not come back together.
+    Losing a worker is retried by default, other failures are not.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -361,7 +460,7 @@ class RetryPolicy(google.protobuf.message.Message):
     max_attempts: builtins.int
     """Attempts in all that may fail for reasons listed in `retry_on`; zero means 1."""
     backoff_multiplier: builtins.float
-    """Each further wait is the last one times this; zero means 2."""
+    """Each further wait is the last one times this, 1 to 1000; zero means 2."""
     max_worker_losses: builtins.int
     """How often the task may lose its worker before it fails; zero means 3."""
     @property
@@ -378,7 +477,7 @@ class RetryPolicy(google.protobuf.message.Message):
 
     @property
     def retry_on_types(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Error types worth another attempt, by the name `Failure.type` has; empty means all."""
+        """Error types worth another attempt, by the names `Failure.type` and `Failure.base_types` have; empty means all."""
 
     def __init__(
         self,
@@ -410,7 +509,7 @@ class TimeoutPolicy(google.protobuf.message.Message):
 
     @property
     def total(self) -> google.protobuf.duration_pb2.Duration:
-        """Limit of the task, queueing and all attempts included."""
+        """Limit of the task from when it could start, queueing and all attempts included."""
 
     def __init__(
         self,
@@ -425,7 +524,11 @@ Global___TimeoutPolicy: typing_extensions.TypeAlias = TimeoutPolicy
 
 @typing.final
 class BatchPolicy(google.protobuf.message.Message):
-    """Several tasks in one call of the function, which then takes a list and returns a list."""
+    """Several tasks in one call of the function, which then takes a list and returns a list, item for item. An exception in
+    the list fails its item alone. Tasks meet when function, resources, isolation, policy and caller are the same. A
+    batch that takes its process down is tried again in halves, until the item at fault is alone. What a batch writes to
+    its output is shown at its first item.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -433,7 +536,7 @@ class BatchPolicy(google.protobuf.message.Message):
     MAX_WAIT_FIELD_NUMBER: builtins.int
     SCOPE_FIELD_NUMBER: builtins.int
     max_size: builtins.int
-    """The most tasks in one call; zero or one means no batching."""
+    """The most tasks in one call; zero means no batching. With one the function still takes a list."""
     scope: Global___BatchScope.ValueType
     """Which tasks may meet in one batch."""
     @property
@@ -700,3 +803,106 @@ class CancelTaskResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["task", b"task"]) -> None: ...
 
 Global___CancelTaskResponse: typing_extensions.TypeAlias = CancelTaskResponse
+
+@typing.final
+class ExplainTaskRequest(google.protobuf.message.Message):
+    """Request of `TaskService.ExplainTask`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    TASK_ID_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    task_id: builtins.str
+    """The task."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        task_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["run_id", b"run_id", "task_id", b"task_id"]) -> None: ...
+
+Global___ExplainTaskRequest: typing_extensions.TypeAlias = ExplainTaskRequest
+
+@typing.final
+class ExplainTaskResponse(google.protobuf.message.Message):
+    """Response of `TaskService.ExplainTask`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: builtins.int
+    REASONS_FIELD_NUMBER: builtins.int
+    WAITED_FIELD_NUMBER: builtins.int
+    START_IN_FIELD_NUMBER: builtins.int
+    @property
+    def task(self) -> lattice.v1.run_pb2.TaskRun:
+        """The task as it is now."""
+
+    @property
+    def reasons(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___WaitReason]:
+        """What it waits for, the most telling first; for a task that does not wait, what it does instead."""
+
+    @property
+    def waited(self) -> google.protobuf.duration_pb2.Duration:
+        """How long it has been so."""
+
+    @property
+    def start_in(self) -> google.protobuf.duration_pb2.Duration:
+        """A guess at how much longer, from how long such tasks took before; unset when nothing can be said."""
+
+    def __init__(
+        self,
+        *,
+        task: lattice.v1.run_pb2.TaskRun | None = ...,
+        reasons: collections.abc.Iterable[Global___WaitReason] | None = ...,
+        waited: google.protobuf.duration_pb2.Duration | None = ...,
+        start_in: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["start_in", b"start_in", "task", b"task", "waited", b"waited"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["reasons", b"reasons", "start_in", b"start_in", "task", b"task", "waited", b"waited"]) -> None: ...
+
+Global___ExplainTaskResponse: typing_extensions.TypeAlias = ExplainTaskResponse
+
+@typing.final
+class WaitReason(google.protobuf.message.Message):
+    """One reason why a task waits."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    TASK_ID_FIELD_NUMBER: builtins.int
+    NODE_ID_FIELD_NUMBER: builtins.int
+    RESOURCE_FIELD_NUMBER: builtins.int
+    WANTED_FIELD_NUMBER: builtins.int
+    FREE_FIELD_NUMBER: builtins.int
+    kind: Global___WaitKind.ValueType
+    """The class of the reason."""
+    message: builtins.str
+    """One line for people."""
+    task_id: builtins.str
+    """The task waited for; for `WAIT_KIND_INPUT`."""
+    node_id: builtins.str
+    """The node that is short of something, or runs the task."""
+    resource: builtins.str
+    """What the node is short of: `cpu`, `memory`, `gpu`, `gpu_memory`, or a sentence; for `WAIT_KIND_RESOURCES`."""
+    wanted: builtins.float
+    """How much of it the task needs; memory in bytes."""
+    free: builtins.float
+    """How much of it is free; memory in bytes."""
+    def __init__(
+        self,
+        *,
+        kind: Global___WaitKind.ValueType = ...,
+        message: builtins.str = ...,
+        task_id: builtins.str = ...,
+        node_id: builtins.str = ...,
+        resource: builtins.str = ...,
+        wanted: builtins.float = ...,
+        free: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["free", b"free", "kind", b"kind", "message", b"message", "node_id", b"node_id", "resource", b"resource", "task_id", b"task_id", "wanted", b"wanted"]) -> None: ...
+
+Global___WaitReason: typing_extensions.TypeAlias = WaitReason

@@ -31,7 +31,7 @@ class TaskServiceStub(object):
     A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
     task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
     task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. All calls are unary and keep no state: a
+    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
     disconnect changes nothing for the task.
     """
 
@@ -61,6 +61,11 @@ class TaskServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_task__pb2.CancelTaskRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_task__pb2.CancelTaskResponse.FromString,
                 _registered_method=True)
+        self.ExplainTask = channel.unary_unary(
+                '/lattice.v1.TaskService/ExplainTask',
+                request_serializer=lattice_dot_v1_dot_task__pb2.ExplainTaskRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_task__pb2.ExplainTaskResponse.FromString,
+                _registered_method=True)
 
 
 class TaskServiceServicer(object):
@@ -69,7 +74,7 @@ class TaskServiceServicer(object):
     A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
     task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
     task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. All calls are unary and keep no state: a
+    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
     disconnect changes nothing for the task.
     """
 
@@ -101,6 +106,13 @@ class TaskServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainTask(self, request, context):
+        """Says what a task waits for, since when, and when it may start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TaskServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +136,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     request_deserializer=lattice_dot_v1_dot_task__pb2.CancelTaskRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_task__pb2.CancelTaskResponse.SerializeToString,
             ),
+            'ExplainTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainTask,
+                    request_deserializer=lattice_dot_v1_dot_task__pb2.ExplainTaskRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_task__pb2.ExplainTaskResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'lattice.v1.TaskService', rpc_method_handlers)
@@ -138,7 +155,7 @@ class TaskService(object):
     A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
     task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
     task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. All calls are unary and keep no state: a
+    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
     disconnect changes nothing for the task.
     """
 
@@ -240,6 +257,33 @@ class TaskService(object):
             '/lattice.v1.TaskService/CancelTask',
             lattice_dot_v1_dot_task__pb2.CancelTaskRequest.SerializeToString,
             lattice_dot_v1_dot_task__pb2.CancelTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lattice.v1.TaskService/ExplainTask',
+            lattice_dot_v1_dot_task__pb2.ExplainTaskRequest.SerializeToString,
+            lattice_dot_v1_dot_task__pb2.ExplainTaskResponse.FromString,
             options,
             channel_credentials,
             insecure,

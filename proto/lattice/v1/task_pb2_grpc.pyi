@@ -89,13 +89,29 @@ _TaskServiceCancelTaskType = typing_extensions.TypeVar(
     ],
 )
 
-class TaskServiceStub(typing.Generic[_TaskServiceRunTaskType, _TaskServiceGetTaskType, _TaskServiceListTasksType, _TaskServiceCancelTaskType]):
+_TaskServiceExplainTaskType = typing_extensions.TypeVar(
+    '_TaskServiceExplainTaskType',
+    grpc.UnaryUnaryMultiCallable[
+        lattice.v1.task_pb2.ExplainTaskRequest,
+        lattice.v1.task_pb2.ExplainTaskResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.task_pb2.ExplainTaskRequest,
+        lattice.v1.task_pb2.ExplainTaskResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lattice.v1.task_pb2.ExplainTaskRequest,
+        lattice.v1.task_pb2.ExplainTaskResponse,
+    ],
+)
+
+class TaskServiceStub(typing.Generic[_TaskServiceRunTaskType, _TaskServiceGetTaskType, _TaskServiceListTasksType, _TaskServiceCancelTaskType, _TaskServiceExplainTaskType]):
     """The tasks inside runs.
 
     A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
     task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
     task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. All calls are unary and keep no state: a
+    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
     disconnect changes nothing for the task.
     """
 
@@ -117,6 +133,10 @@ class TaskServiceStub(typing.Generic[_TaskServiceRunTaskType, _TaskServiceGetTas
             lattice.v1.task_pb2.CancelTaskRequest,
             lattice.v1.task_pb2.CancelTaskResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            lattice.v1.task_pb2.ExplainTaskRequest,
+            lattice.v1.task_pb2.ExplainTaskResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -137,6 +157,10 @@ class TaskServiceStub(typing.Generic[_TaskServiceRunTaskType, _TaskServiceGetTas
             lattice.v1.task_pb2.CancelTaskRequest,
             lattice.v1.task_pb2.CancelTaskResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lattice.v1.task_pb2.ExplainTaskRequest,
+            lattice.v1.task_pb2.ExplainTaskResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     RunTask: _TaskServiceRunTaskType
@@ -150,6 +174,9 @@ class TaskServiceStub(typing.Generic[_TaskServiceRunTaskType, _TaskServiceGetTas
 
     CancelTask: _TaskServiceCancelTaskType
     """Cancels one task of a run. A task that has ended stays as it is."""
+
+    ExplainTask: _TaskServiceExplainTaskType
+    """Says what a task waits for, since when, and when it may start."""
 
 TaskServiceAsyncStub: typing_extensions.TypeAlias = TaskServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -168,6 +195,10 @@ TaskServiceAsyncStub: typing_extensions.TypeAlias = TaskServiceStub[
         lattice.v1.task_pb2.CancelTaskRequest,
         lattice.v1.task_pb2.CancelTaskResponse,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.task_pb2.ExplainTaskRequest,
+        lattice.v1.task_pb2.ExplainTaskResponse,
+    ],
 ]
 
 class TaskServiceServicer(metaclass=abc.ABCMeta):
@@ -176,7 +207,7 @@ class TaskServiceServicer(metaclass=abc.ABCMeta):
     A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
     task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
     task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. All calls are unary and keep no state: a
+    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
     disconnect changes nothing for the task.
     """
 
@@ -211,5 +242,13 @@ class TaskServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.task_pb2.CancelTaskResponse, collections.abc.Awaitable[lattice.v1.task_pb2.CancelTaskResponse]]:
         """Cancels one task of a run. A task that has ended stays as it is."""
+
+    @abc.abstractmethod
+    def ExplainTask(
+        self,
+        request: lattice.v1.task_pb2.ExplainTaskRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lattice.v1.task_pb2.ExplainTaskResponse, collections.abc.Awaitable[lattice.v1.task_pb2.ExplainTaskResponse]]:
+        """Says what a task waits for, since when, and when it may start."""
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -442,6 +442,7 @@ class Assignment(google.protobuf.message.Message):
     TIMEOUT_FIELD_NUMBER: builtins.int
     TRACE_CONTEXT_FIELD_NUMBER: builtins.int
     AFTER_LEASE_ID_FIELD_NUMBER: builtins.int
+    SPLIT_OUTPUTS_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease in reports; the fence."""
     slot: builtins.int
@@ -480,6 +481,10 @@ class Assignment(google.protobuf.message.Message):
     def trace_context(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """W3C trace context of the run."""
 
+    @property
+    def split_outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Outputs that are lists and whose items the server needs one by one, in `AttemptSucceeded.split`."""
+
     def __init__(
         self,
         *,
@@ -495,9 +500,10 @@ class Assignment(google.protobuf.message.Message):
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         trace_context: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         after_lease_id: builtins.str = ...,
+        split_outputs: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["resources", b"resources", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "slot", b"slot", "timeout", b"timeout", "trace_context", b"trace_context"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "slot", b"slot", "split_outputs", b"split_outputs", "timeout", b"timeout", "trace_context", b"trace_context"]) -> None: ...
 
 Global___Assignment: typing_extensions.TypeAlias = Assignment
 
@@ -586,6 +592,7 @@ class Report(google.protobuf.message.Message):
     FAILED_FIELD_NUMBER: builtins.int
     LOG_FIELD_NUMBER: builtins.int
     RETURNED_FIELD_NUMBER: builtins.int
+    SPAWNED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The report's number in its session, dense from 1."""
     lease_id: builtins.str
@@ -616,6 +623,10 @@ class Report(google.protobuf.message.Message):
     def returned(self) -> Global___LeaseReturned:
         """The lease is given back; it never started. Answers `Revoke`, or a worker that is leaving."""
 
+    @property
+    def spawned(self) -> Global___AttemptSpawned:
+        """The attempt adds tasks to its run."""
+
     def __init__(
         self,
         *,
@@ -628,10 +639,11 @@ class Report(google.protobuf.message.Message):
         failed: Global___AttemptFailed | None = ...,
         log: Global___AttemptLog | None = ...,
         returned: Global___LeaseReturned | None = ...,
+        spawned: Global___AttemptSpawned | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["fact", b"fact", "failed", b"failed", "log", b"log", "returned", b"returned", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "returned", b"returned", "sequence", b"sequence", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned"] | None: ...
+    def HasField(self, field_name: typing.Literal["fact", b"fact", "failed", b"failed", "log", b"log", "returned", b"returned", "spawned", b"spawned", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned"] | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
 
@@ -671,8 +683,27 @@ class AttemptSucceeded(google.protobuf.message.Message):
         def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class SplitEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> lattice.v1.payload_pb2.PayloadList: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: lattice.v1.payload_pb2.PayloadList | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     OUTPUTS_FIELD_NUMBER: builtins.int
     DURATION_FIELD_NUMBER: builtins.int
+    SPLIT_FIELD_NUMBER: builtins.int
     @property
     def outputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Payload]:
         """The outputs by name."""
@@ -681,16 +712,67 @@ class AttemptSucceeded(google.protobuf.message.Message):
     def duration(self) -> google.protobuf.duration_pb2.Duration:
         """How long the function ran."""
 
+    @property
+    def split(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.PayloadList]:
+        """The items of each output that `Assignment.split_outputs` names."""
+
     def __init__(
         self,
         *,
         outputs: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.Payload] | None = ...,
         duration: google.protobuf.duration_pb2.Duration | None = ...,
+        split: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.PayloadList] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["duration", b"duration"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["duration", b"duration", "outputs", b"outputs"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["duration", b"duration", "outputs", b"outputs", "split", b"split"]) -> None: ...
 
 Global___AttemptSucceeded: typing_extensions.TypeAlias = AttemptSucceeded
+
+@typing.final
+class AttemptSpawned(google.protobuf.message.Message):
+    """The attempt adds tasks to its run. Their ids begin with its own and a slash, and are the same when a later attempt
+    adds them again; what is there already stays as it is.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class FunctionsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> lattice.v1.task_pb2.Function: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: lattice.v1.task_pb2.Function | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    TASKS_FIELD_NUMBER: builtins.int
+    FUNCTIONS_FIELD_NUMBER: builtins.int
+    @property
+    def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.TaskSpec]:
+        """The tasks; they may refer to any task of the run and to each other."""
+
+    @property
+    def functions(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.task_pb2.Function]:
+        """The code they call, by names that hold in this message only."""
+
+    def __init__(
+        self,
+        *,
+        tasks: collections.abc.Iterable[lattice.v1.task_pb2.TaskSpec] | None = ...,
+        functions: collections.abc.Mapping[builtins.str, lattice.v1.task_pb2.Function] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["functions", b"functions", "tasks", b"tasks"]) -> None: ...
+
+Global___AttemptSpawned: typing_extensions.TypeAlias = AttemptSpawned
 
 @typing.final
 class AttemptFailed(google.protobuf.message.Message):

@@ -270,17 +270,22 @@ class AddTasksRequest(google.protobuf.message.Message):
     FUNCTIONS_FIELD_NUMBER: builtins.int
     BUNDLES_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
+    RUN_ID_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
-    """The workflow."""
+    """The workflow; empty when `run_id` is set."""
     expected_revision: builtins.int
-    """Fails with ABORTED unless the workflow has this revision; zero means any."""
+    """Fails with ABORTED unless the workflow or run has this revision; zero means any."""
+    run_id: builtins.str
+    """The run; empty when `workflow_id` is set."""
     @property
     def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.TaskSpec]:
-        """The tasks to add; they may refer to tasks the workflow has and to each other."""
+        """The tasks to add; they may refer to tasks that are there and to each other."""
 
     @property
     def functions(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.task_pb2.Function]:
-        """Functions to add, by names not yet used in the workflow (or used with the same content)."""
+        """Functions to add, by names not yet used in the workflow (or used with the same content). Tasks added to a run may
+        name these only.
+        """
 
     @property
     def bundles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.CodeBundle]:
@@ -294,8 +299,9 @@ class AddTasksRequest(google.protobuf.message.Message):
         functions: collections.abc.Mapping[builtins.str, lattice.v1.task_pb2.Function] | None = ...,
         bundles: collections.abc.Iterable[lattice.v1.task_pb2.CodeBundle] | None = ...,
         expected_revision: builtins.int = ...,
+        run_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bundles", b"bundles", "expected_revision", b"expected_revision", "functions", b"functions", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bundles", b"bundles", "expected_revision", b"expected_revision", "functions", b"functions", "run_id", b"run_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
 
 Global___AddTasksRequest: typing_extensions.TypeAlias = AddTasksRequest
 
@@ -545,7 +551,7 @@ class RunWorkflowRequest(google.protobuf.message.Message):
 
     @property
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
-        """The run is cancelled when it takes longer; zero means no limit."""
+        """The run fails when it takes longer; zero means no limit."""
 
     def __init__(
         self,

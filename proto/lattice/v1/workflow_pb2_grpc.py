@@ -32,6 +32,7 @@ class WorkflowServiceStub(object):
     `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
     following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
     as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
+    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
@@ -110,6 +111,7 @@ class WorkflowServiceServicer(object):
     `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
     following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
     as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
+    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
@@ -126,7 +128,7 @@ class WorkflowServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AddTasks(self, request, context):
-        """Adds tasks to a stored workflow.
+        """Adds tasks to a stored workflow, or to a run that has not ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,6 +270,7 @@ class WorkflowService(object):
     `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
     following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
     as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
+    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.

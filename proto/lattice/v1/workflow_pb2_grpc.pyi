@@ -208,6 +208,7 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
     following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
     as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
+    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
@@ -316,7 +317,7 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     """Stores a workflow, complete or empty. Idempotent by `workflow_id`."""
 
     AddTasks: _WorkflowServiceAddTasksType
-    """Adds tasks to a stored workflow."""
+    """Adds tasks to a stored workflow, or to a run that has not ended."""
 
     AddEdges: _WorkflowServiceAddEdgesType
     """Adds order-only edges to a stored workflow."""
@@ -399,6 +400,7 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
     following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
     as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
+    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
@@ -421,7 +423,7 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         request: lattice.v1.workflow_pb2.AddTasksRequest,
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.AddTasksResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.AddTasksResponse]]:
-        """Adds tasks to a stored workflow."""
+        """Adds tasks to a stored workflow, or to a run that has not ended."""
 
     @abc.abstractmethod
     def AddEdges(

@@ -12,7 +12,8 @@ from typing import Any
 
 from lattice_server.core import dag, messages
 from lattice_server.core.dispatch import Dispatch
-from lattice_server.core.messages import Assign, WelcomeWorker
+from lattice_server.core.leases import Node
+from lattice_server.core.messages import Assign, AttemptInputs, WelcomeWorker
 from lattice_server.core.model import (
     Failure,
     FailureKind,
@@ -129,7 +130,7 @@ def dispatch(_: Words, settings: Settings) -> Play:
         machine.check()
         for effect in effects:
             if isinstance(effect, Assign):
-                leases[effect.task_id] = effect
+                leases.update({attempt.task_id: effect for attempt in effect.attempts})
             elif isinstance(effect, WelcomeWorker):
                 sessions[effect.worker_id.removeprefix("worker-of-")] = effect.session_id
         return list(effects)
@@ -190,6 +191,11 @@ def show(value: Any) -> str:
     match value:
         case TaskSpec():
             return value.task_id
+        case Node():
+            return value.node_id
+        case AttemptInputs():
+            inputs = f" {show(value.inputs)}" if value.inputs else ""
+            return f"{value.task_id}/{value.attempt}{inputs}"
         case Payload():
             return str(value.content)
         case OutputRef():

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lattice_server.core.dispatch import Dispatch, Effect
+from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import (
     Assign,
     AttemptFailed,
@@ -15,6 +15,7 @@ from lattice_server.core.messages import (
     CancelRequested,
     LeaseReturned,
     RevokeLease,
+    SchedulerEffect,
     TaskCancelled,
     TaskFailed,
     TaskReady,
@@ -41,18 +42,22 @@ def succeeded(lease: Assign, duration_s: float = 0.001) -> AttemptSucceeded:
     return AttemptSucceeded(lease.session_id, lease.lease_id, 0, {"out": VALUE}, duration_s)
 
 
-def assigned(effects: list[Effect]) -> list[Assign]:
+def assigned(effects: list[SchedulerEffect]) -> list[Assign]:
     return [effect for effect in effects if isinstance(effect, Assign)]
+
+
+def names(leases: list[Assign]) -> list[str]:
+    return [attempt.task_id for lease in leases for attempt in lease.attempts]
 
 
 def test_no_more_runs_than_there_are_cpus() -> None:
     machine = Dispatch("e")
     machine.handle(hello("n", cpu=2), 0.0)
     effects = machine.handle_all([ready(f"t{i}") for i in range(5)], 0.0)
-    assert [a.task_id for a in assigned(effects)] == ["t0", "t1"]
+    assert names(assigned(effects)) == ["t0", "t1"]
     first = assigned(effects)[0]
     done = AttemptSucceeded(first.session_id, first.lease_id, 0, {}, duration_s=5.0)
-    assert [a.task_id for a in assigned(machine.handle(done, 5.0))] == ["t2"]
+    assert names(assigned(machine.handle(done, 5.0))) == ["t2"]
     machine.check()
 
 
@@ -60,7 +65,7 @@ def test_a_small_task_passes_a_big_one_that_waits() -> None:
     machine = Dispatch("e")
     machine.handle(hello("n", cpu=2), 0.0)
     effects = machine.handle_all([ready("first", 1), ready("big", 2), ready("small", 1)], 0.0)
-    assert [a.task_id for a in assigned(effects)] == ["first", "small"]
+    assert names(assigned(effects)) == ["first", "small"]
 
 
 def test_short_work_is_sent_ahead_and_taken_back_from_behind_a_long_attempt() -> None:
@@ -105,7 +110,7 @@ def test_what_follows_a_long_task_gets_its_outputs_when_it_starts() -> None:
     machine.handle(hello("n"), 0.0)
     (a,) = assigned(machine.handle_all(CHAIN[:2], 0.0))
     (b,) = assigned(machine.handle(succeeded(a, duration_s=5.0), 5.0))
-    assert (b.inputs, b.after_lease_id) == ({"x": VALUE}, "")
+    assert (b.attempts[0].inputs, b.after_lease_id) == ({"x": VALUE}, "")
 
 
 def test_a_chain_comes_back_when_its_first_task_fails_and_goes_out_again_with_the_retry() -> None:
@@ -115,7 +120,11 @@ def test_a_chain_comes_back_when_its_first_task_fails_and_goes_out_again_with_th
     back = [LeaseReturned(lease.session_id, lease.lease_id, "") for lease in (b, c)]
     machine.handle_all([AttemptFailed(a.session_id, a.lease_id, 0, BROKEN), *back], 0.1)
     machine.check()
-    assert [(x.task_id, x.attempt) for x in assigned(machine.tick(1.2))] == [("a", 2), ("b", 1), ("c", 1)]
+    assert [(x.attempts[0].task_id, x.attempts[0].attempt) for x in assigned(machine.tick(1.2))] == [
+        ("a", 2),
+        ("b", 1),
+        ("c", 1),
+    ]
 
 
 def test_what_follows_a_failed_task_is_forgotten() -> None:
@@ -180,7 +189,7 @@ class Histories(RuleBasedStateMachine):
         self.gone: set[str] = set()
         self.after: dict[str, str] = {}
 
-    def take(self, effects: list[Effect]) -> None:
+    def take(self, effects: list[SchedulerEffect]) -> None:
         for effect in effects:
             if isinstance(effect, Assign):
                 self.offered.append(effect)
@@ -275,7 +284,7 @@ class Histories(RuleBasedStateMachine):
         known = {task_id for _, task_id in self.machine.tasks}
         assert known | set(self.ended) | self.gone == set(self.submitted), "a task was lost"
         assert not known & set(self.ended)
-        assert all(self.machine.tasks["r", task_id].cancelled for task_id in known & self.gone)
+        assert all(self.machine.tasks["r", task_id].ending for task_id in known & self.gone)
 
 
 TestHistories = Histories.TestCase

@@ -7,15 +7,27 @@ from typing import Any
 
 import pytest
 
-from lattice_server.core.errors import InvalidError, NotFoundError
-from lattice_server.core.messages import TaskFailed, TaskStarted, TaskSucceeded, WelcomeWorker
-from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, WorkflowSpec
+from lattice_server.core.dispatch import Dispatch
+from lattice_server.core.errors import ExhaustedError, InvalidError, NotFoundError, PreconditionError
+from lattice_server.core.messages import (
+    TaskCancelled,
+    TaskFailed,
+    TaskStarted,
+    TaskSucceeded,
+    WelcomeWorker,
+    WorkerLost,
+)
+from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, Resources, WorkflowSpec
+from lattice_server.core.run import Bounds
+from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.orchestrator import Orchestrator, RunEntry
+from lattice_server.engine.library import WorkflowLibrary
+from lattice_server.engine.orchestrator import Orchestrator, Retention, RunEntry
 from lattice_server.engine.sessions import Connection, Sessions
-from tests.server.core.graphs import VALUE, workflow
+from tests.server.core.graphs import VALUE, hello, task, workflow
 
 ONE_TASK = workflow({"t": ()})
+STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 
 
 class Holdings:
@@ -39,15 +51,19 @@ class Holdings:
 
 
 def play(
-    scenario: Callable[[Orchestrator, Holdings], None], retained_runs: int = 2, retained_artifact_bytes: int = 1 << 30
+    scenario: Callable[[Orchestrator, Holdings], None],
+    retained_runs: int = 2,
+    retained_tasks: int = 1000,
+    retained_artifact_bytes: int = 1 << 30,
+    max_open_tasks: int = 1000,
 ) -> None:
     """Play a scenario with an orchestrator that keeps that much of ended runs, and with the store it uses."""
 
     async def run() -> None:
         store: Any = Holdings()
         bus = MessageBus(asyncio.get_running_loop())
-        retained: Any = {"retained_runs": retained_runs, "retained_artifact_bytes": retained_artifact_bytes}
-        scenario(Orchestrator(bus, Sessions(), store, **retained), store)
+        retention = Retention(runs=retained_runs, tasks=retained_tasks, artifact_bytes=retained_artifact_bytes)
+        scenario(Orchestrator(bus, Sessions(), store, retention, Admission(Bounds(), max_open_tasks)), store)
 
     asyncio.run(run())
 
@@ -80,6 +96,65 @@ def test_the_newest_ended_runs_are_kept_and_all_that_go_on() -> None:
         assert start(orchestrator, "r0").run.tasks, "its id is free again"
 
     play(scenario)
+
+
+def test_large_runs_are_forgotten_sooner_but_never_the_newest() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        for name in "abc":
+            start(orchestrator, name)
+            finish(orchestrator, name)
+        assert list(orchestrator.runs) == ["b", "c"]
+        start(orchestrator, "large", workflow({f"t{number}": () for number in range(9)}))
+        orchestrator.cancel_run("large", "")
+        orchestrator.deliver([TaskCancelled("large", f"t{n}", 0, STOPPED) for n in range(9)])
+        assert list(orchestrator.runs) == ["large"]
+
+    play(scenario, retained_runs=100, retained_tasks=2)
+
+
+def test_no_more_tasks_are_open_than_may_be_and_a_place_that_is_free_is_given_again() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        start(orchestrator, "a")
+        start(orchestrator, "b")
+        with pytest.raises(ExhaustedError) as caught:
+            start(orchestrator, "c")
+        assert (caught.value.reason, caught.value.retry_after_s) == ("QUEUE_FULL", 1.0)
+        assert "c" not in orchestrator.runs
+        finish(orchestrator, "a")
+        assert start(orchestrator, "c").run.tasks
+
+    play(scenario, max_open_tasks=2)
+
+
+def test_what_no_known_node_could_ever_run_is_refused_and_what_one_could_waits() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        large = WorkflowSpec((task("t", resources=Resources(cpu=4.0)),))
+        assert start(orchestrator, "before any node is known", large).run.tasks
+        machine = Dispatch("e")
+        orchestrator.deliver(machine.handle_all([hello("n", cpu=2)], 0.0))
+        with pytest.raises(PreconditionError, match="node 'n': cpu: 4 wanted, 2 free") as caught:
+            start(orchestrator, "too large", large)
+        assert caught.value.reason == "UNSATISFIABLE_RESOURCES"
+        orchestrator.deliver(machine.handle_all([hello("m", cpu=4)], 0.0))
+        orchestrator.deliver(machine.handle_all([WorkerLost("worker-of-m", "killed")], 1.0))
+        assert start(orchestrator, "the node may come back", large).run.tasks
+
+    play(scenario)
+
+
+def test_a_run_fails_when_its_time_is_over() -> None:
+    async def scenario() -> None:
+        bus = MessageBus(asyncio.get_running_loop())
+        store: Any = Holdings()
+        orchestrator = Orchestrator(bus, Sessions(), store, Retention(), Admission(Bounds(), 10))
+        settings: Any = {"parameters": {}, "labels": {}, "priority": 0, "fingerprint": "", "timeout_s": 0.001}
+        entry, _ = orchestrator.start_run("r", ONE_TASK, **settings)
+        while entry.run.failure is None:
+            await entry.log.changed()
+        orchestrator.deliver([TaskCancelled("r", "t", 0, STOPPED)])
+        assert (entry.run.state.value, entry.run.failure.kind.value) == ("failed", "timeout")
+
+    asyncio.run(scenario())
 
 
 def test_the_artifacts_of_a_run_go_with_it() -> None:
@@ -144,16 +219,17 @@ def test_a_stored_workflow_keeps_what_it_names_until_it_names_it_no_more() -> No
         def naming(*names: str) -> WorkflowSpec:
             return workflow({"t": ()}, parameters={name: stored(name) for name in names})
 
-        entry, _ = orchestrator.create_workflow("w", naming("x", "y"), {}, None, "print")
-        orchestrator.create_workflow("w", naming("x", "y"), {}, None, "print")
+        library = WorkflowLibrary(store)  # type: ignore[arg-type]  # it counts as one
+        entry, _ = library.create("w", naming("x", "y"), {}, None, "print")
+        library.create("w", naming("x", "y"), {}, None, "print")
         assert store.holders == {"x": 1, "y": 1}
-        orchestrator.change_workflow(entry, naming("y", "z"), {}, None)
+        library.change(entry, naming("y", "z"), {}, None)
         assert store.dropped == ["x"]
         with pytest.raises(InvalidError):
-            orchestrator.change_workflow(entry, workflow({"t": ("ghost",)}, parameters={"v": stored("v")}), {}, None)
+            library.change(entry, workflow({"t": ("ghost",)}, parameters={"v": stored("v")}), {}, None)
         assert +store.holders == {"y": 1, "z": 1}
         start(orchestrator, "a", entry.spec)
-        orchestrator.delete_workflow("w")
+        library.delete("w")
         assert store.dropped == ["x"], "a run of it goes on"
         finish(orchestrator, "a")
         assert sorted(store.dropped) == ["x", "y", "z"]

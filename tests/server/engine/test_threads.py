@@ -182,13 +182,13 @@ def schedule(*batches: list[SchedulerEvent]) -> list[str]:
 
 def test_the_scheduler_outlives_a_bug_of_its_machine(caplog: pytest.LogCaptureFixture) -> None:
     seen = schedule([WorkerLost("bad", "")], [hello("n")], [TaskReady("r", task("t"), {}, 0)])
-    assert seen == ["WelcomeWorker", "Assign"]
+    assert seen == ["WelcomeWorker", "NodesChanged", "Assign"]
     assert "a broken invariant" in caplog.text
 
 
 def test_a_bug_costs_the_event_that_meets_it_and_no_other() -> None:
     seen = schedule([WorkerLost("bad", ""), hello("n"), TaskReady("r", task("t"), {}, 0)])
-    assert seen == ["WelcomeWorker", "Assign"]
+    assert seen == ["WelcomeWorker", "NodesChanged", "Assign"]
 
 
 def test_the_scheduler_wakes_by_itself_when_its_machine_is_due() -> None:

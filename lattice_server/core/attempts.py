@@ -1,0 +1,75 @@
+"""Owns what the scheduler knows of a task handed over, and of a lease in the hands of a worker."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lattice_server.core.leases import Slot
+from lattice_server.core.messages import TaskReady
+from lattice_server.core.model import Binding, Failure
+from lattice_server.core.placement import Shape
+
+if TYPE_CHECKING:
+    from lattice_server.core.batching import BatchCollector
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One task handed over.
+
+    `rank` and then `ticket` order it among its equals; both stay with it over retries. `follows` is the task it still
+    waits for, and `inputs` refer to that one's outputs until it succeeds. `collector` is where it waits. `lease_id` is
+    set while a worker holds it. `cohort` names what is left of a batch that crashed. `ending` is why it must end.
+    """
+
+    ready: TaskReady
+    shape: Shape
+    ticket: int
+    inputs: Mapping[str, Binding]
+    admitted_at: float
+    follows: "Task | None" = None
+    followers: "dict[int, Task]" = field(default_factory=dict)
+    collector: "BatchCollector | None" = None
+    waiting_since: float = 0.0
+    retry_at: float | None = None
+    lease_id: str = ""
+    attempt: int = 0
+    failures: int = 0
+    losses: int = 0
+    cohort: int = 0
+    ending: Failure | None = None
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """What orders it among the tasks of its caller: lower goes first."""
+        return (-self.ready.priority, self.ready.rank)
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """One batch in the hands of a worker. `tasks` are its members by position, `ended` the positions that are over.
+
+    `charged` is what its caller's clock was moved by when it was handed out, on the assumption of `expected_s`.
+    """
+
+    lease_id: str
+    tasks: list[Task]
+    slot: Slot
+    expected_s: float
+    shape: Shape
+    tenant: str
+    charged: float
+    after_lease_id: str = ""
+    started_at: float | None = None
+    is_revoked: bool = False
+    ended: set[int] = field(default_factory=set)
+
+    def members(self) -> list[Task]:
+        """Return the members that have not ended."""
+        if not self.ended:
+            return self.tasks
+        return [task for item, task in enumerate(self.tasks) if item not in self.ended]
+
+    def member(self, item: int) -> Task | None:
+        """Return the member at a position; None when there is none, or when it has ended."""
+        return self.tasks[item] if 0 <= item < len(self.tasks) and item not in self.ended else None

@@ -1,0 +1,89 @@
+"""Owns the answer to "why does this task wait?". Rule: it reads the scheduler's state and changes nothing."""
+
+from collections.abc import Iterator
+
+from lattice_server.core.attempts import Task
+from lattice_server.core.batching import BatchCollector
+from lattice_server.core.fleet import Fleet
+from lattice_server.core.launching import Launcher
+from lattice_server.core.messages import Explanation, Reason, ReasonKind
+from lattice_server.core.placement import shortages
+
+MAX_NODES = 20
+
+
+def explain(task: Task, launcher: Launcher, fleet: Fleet, now: float) -> Explanation:
+    """Return why a task that was handed over is not running, since when, and when it may start."""
+    if task.lease_id:
+        return _explain_leased(task, launcher, now)
+    if task.follows is not None:
+        source = task.follows.ready.spec.task_id
+        reason = Reason(ReasonKind.INPUT, f"it waits for task {source!r}", task_id=source)
+        return Explanation((reason,), now - task.admitted_at, None)
+    if task.retry_at is not None:
+        wait_s = max(0.0, task.retry_at - now)
+        text = f"attempt {task.attempt} failed; the next one may start in {wait_s:.1f} s"
+        return Explanation((Reason(ReasonKind.RETRY, text),), 0.0, wait_s)
+    assert task.collector is not None, "a task is in one place"
+    reasons = tuple(_waiting(task, task.collector, launcher, fleet, now))
+    return Explanation(reasons, now - task.waiting_since, _start_in_s(task, task.collector, launcher, fleet, now))
+
+
+def _explain_leased(task: Task, launcher: Launcher, now: float) -> Explanation:
+    lease = launcher.leases[task.lease_id]
+    node_id = lease.slot.node_id
+    if task.ending is not None:
+        text = f"it is being stopped on node {node_id!r}: {task.ending.message}"
+        return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), 0.0, None)
+    if lease.started_at is not None:
+        text = f"attempt {task.attempt} runs on node {node_id!r}"
+        return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), now - lease.started_at, 0.0)
+    ahead = list(lease.slot.lease_ids).index(lease.lease_id)
+    text = f"it was sent to node {node_id!r}, behind {ahead} short ones"
+    return Explanation((Reason(ReasonKind.TURN, text, node_id=node_id),), 0.0, lease.slot.backlog_s)
+
+
+def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: Fleet, now: float) -> Iterator[Reason]:
+    shape = collector.group.shape
+    if not fleet.nodes:
+        yield Reason(ReasonKind.NODES, "no node is connected")
+        return
+    due_s = collector.due_at() - now
+    if due_s > 0:
+        size = collector.max_size
+        yield Reason(ReasonKind.BATCH, f"its batch has {collector.count} of {size} tasks and leaves in {due_s:.1f} s")
+    if limit := launcher.limit_reached(shape):
+        running = launcher.parallel[shape.limit_key]
+        yield Reason(ReasonKind.LIMIT, f"{running} calls of {shape.limit_key!r} run, the limit is {limit}")
+    ahead = _ahead(task, collector)
+    if ahead:
+        yield Reason(ReasonKind.TURN, f"{ahead} tasks of its kind go first")
+    tenants = launcher.queue.tenants
+    mine = tenants[collector.group.tenant]
+    earlier = sorted(t.name for t in tenants.values() if t.clock < mine.clock)
+    if earlier:
+        names = ", ".join(repr(name) for name in earlier[:5])
+        yield Reason(ReasonKind.TURN, f"other callers had less of the cluster and go first: {names}")
+    for node in list(fleet.nodes.values())[:MAX_NODES]:
+        for found in shortages(shape, node):
+            fields = {"node_id": found.node_id, "resource": found.what, "wanted": found.wanted, "free": found.free}
+            yield Reason(ReasonKind.RESOURCES, str(found), **fields)  # type: ignore[arg-type]  # by name
+        keeper = launcher.kept_for(node)
+        if keeper not in {None, collector}:
+            text = f"node {node.node_id!r} gathers resources for a larger task that waited longer"
+            yield Reason(ReasonKind.TURN, text, node_id=node.node_id)
+
+
+def _ahead(task: Task, collector: BatchCollector) -> int:
+    mine = (*task.rank, task.ticket)
+    return sum((*other.rank, other.ticket) < mine for other in collector.tasks())
+
+
+def _start_in_s(task: Task, collector: BatchCollector, launcher: Launcher, fleet: Fleet, now: float) -> float | None:
+    """Return a guess: the batches ahead, side by side on what its kind uses today, each as long as the last ones."""
+    expected_s = launcher.expected_s(task)
+    if expected_s is None or not any(fleet.could_run(collector.group.shape, node) for node in fleet.nodes.values()):
+        return None
+    batches = _ahead(task, collector) // collector.max_size + 1
+    side_by_side = max(1, launcher.running_slots(collector.group.shape))
+    return max(0.0, collector.due_at() - now, batches * expected_s / side_by_side)

@@ -1,0 +1,98 @@
+"""Owns the nodes and the sessions of their workers. Rule: a node is served by one session; a newer one replaces it."""
+
+from lattice_server.core.leases import Node
+from lattice_server.core.messages import WorkerHello
+from lattice_server.core.model import Capacity
+from lattice_server.core.placement import Shape, could_run, idle, share_of
+
+MAX_GONE = 1000
+
+
+class Fleet:
+    """The nodes that are here, and those that were: what one of them could run may wait for it."""
+
+    def __init__(self, session_ttl_s: float) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.total = Capacity(0.0, slots=0, async_slots=0)
+        self._sessions: dict[str, Node] = {}
+        self._gone: dict[str, Node] = {}
+        self._session_ttl_s = session_ttl_s
+        self._could_run: dict[tuple[Shape, str], bool] = {}
+        self._shares: dict[Shape, float] = {}
+
+    def by_session(self, session_id: str) -> Node | None:
+        """Return the node a session serves."""
+        return self._sessions.get(session_id)
+
+    def join(self, hello: WorkerHello, session_id: str) -> Node:
+        """Add a node."""
+        node = Node(
+            hello.node_id,
+            hello.worker_id,
+            session_id,
+            hello.hostname,
+            hello.node_ip,
+            hello.capacity,
+            hello.labels,
+            hello.isolations,
+            hello.runtime,
+            hello.pid,
+        )
+        self.nodes[node.node_id] = node
+        self._sessions[session_id] = node
+        self._gone.pop(node.node_id, None)
+        self._count()
+        return node
+
+    def remove(self, node: Node, *, may_return: bool) -> None:
+        """Take a node out."""
+        self.nodes.pop(node.node_id, None)
+        self._sessions.pop(node.session_id, None)
+        if may_return:
+            self._gone[node.node_id] = idle(node)
+            while len(self._gone) > MAX_GONE:
+                del self._gone[next(iter(self._gone))]
+        self._count()
+
+    def known(self) -> tuple[Node, ...]:
+        """Return every node that is here or may come back, as it is when nothing runs on it."""
+        return (*(idle(node) for node in self.nodes.values() if not node.is_draining), *self._gone.values())
+
+    def could_run(self, shape: Shape, node: Node) -> bool:
+        """Whether a node could run `shape` if nothing else ran there."""
+        key = (shape, node.node_id)
+        found = self._could_run.get(key)
+        if found is None:
+            found = self._could_run[key] = could_run(shape, node)
+        return found
+
+    def share(self, shape: Shape) -> float:
+        """Return the largest share of the cluster's resources that one call of `shape` takes."""
+        found = self._shares.get(shape)
+        if found is None:
+            found = self._shares[shape] = share_of(shape.resources, shape.is_async, self.total)
+        return found
+
+    def overdue(self, now: float) -> list[Node]:
+        """Return the nodes whose worker has been away for too long."""
+        return [n for n in self.nodes.values() if n.detached_at is not None and now >= self._deadline(n.detached_at)]
+
+    def next_deadline(self) -> float | None:
+        """Return when the next detached node is overdue."""
+        away = (self._deadline(n.detached_at) for n in self.nodes.values() if n.detached_at is not None)
+        return min(away, default=None)
+
+    def _deadline(self, detached_at: float) -> float:
+        return detached_at + self._session_ttl_s
+
+    def _count(self) -> None:
+        self._could_run.clear()
+        self._shares.clear()
+        offers = [node.capacity for node in self.nodes.values()]
+        self.total = Capacity(
+            sum(offer.cpu for offer in offers),
+            sum(offer.memory_bytes for offer in offers),
+            tuple(gpu for offer in offers for gpu in offer.gpus),
+            sum(offer.slots for offer in offers),
+            sum(offer.async_slots for offer in offers),
+        )

@@ -1,0 +1,294 @@
+"""Owns the way from waiting to a worker: turns, limits, nodes kept for big tasks, work sent ahead. Part of `dispatch`.
+
+Rule: whoever is next in turn and cannot start is never made to wait longer by those behind it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from lattice_server.core.attempts import Lease, Task
+from lattice_server.core.batching import BatchCollector
+from lattice_server.core.fleet import Fleet
+from lattice_server.core.leases import Node, Slot
+from lattice_server.core.messages import Assign, AttemptInputs, RevokeLease
+from lattice_server.core.model import Resources
+from lattice_server.core.placement import Shape, place, suits
+from lattice_server.core.queue import Queue
+
+SEND_AHEAD_S = 0.010  # Work worth at most this long waits behind other work on a worker.
+SEND_AHEAD_LEASES = 64
+PATIENCE_S = 0.020  # What waits behind one attempt for longer is taken back.
+KEEP_AFTER_S = 1.0  # What others have passed for this long has a node kept for it.
+UNKNOWN_S = 0.1  # What an attempt of a function never run before is thought to take.
+
+
+class Launcher:
+    """Turns waiting tasks into leases, and gives back what leases held."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        numbers: Iterator[int],
+        epoch: str,
+        emit: Callable[[Assign | RevokeLease], None],
+        limits: Mapping[str, int],
+    ) -> None:
+        self.queue = Queue()
+        self.leases: dict[str, Lease] = {}
+        self.parallel: dict[str, int] = {}
+        self.limits = limits
+        self._fleet = fleet
+        self._numbers = numbers
+        self._epoch = epoch
+        self._emit = emit
+        self._running: dict[Shape, dict[int, Slot]] = {}
+        self._crowded: dict[int, Slot] = {}
+        self._durations: dict[str, float] = {}
+        self._kept: dict[str, BatchCollector] = {}
+
+    def place_waiting(self, now: float) -> None:
+        """Place what can be placed, in turn."""
+        turns = self.queue.turns(now)
+        full: set[Shape] = set()
+        blocked: list[BatchCollector] = []
+        passed = 0
+        while (collector := turns.next()) is not None:
+            shape = collector.group.shape
+            if (shape not in full or self._is_kept_for(collector)) and self._launch(collector, blocked, now):
+                for earlier in blocked[passed:]:
+                    earlier.was_passed = True
+                passed = len(blocked)
+                turns.served()
+                continue
+            if not self.limit_reached(shape):
+                full.add(shape)
+                blocked.append(collector)
+                self._block(collector, now)
+            turns.passed()
+
+    def limit_reached(self, shape: Shape) -> int:
+        """Return the limit that keeps `shape` from starting one more call; zero when none does."""
+        if not shape.limit_key:
+            return 0
+        running = self.parallel.get(shape.limit_key, 0)
+        if 0 < shape.max_parallel <= running:
+            return shape.max_parallel
+        limit = self.limits.get(shape.limit_key)
+        return limit if limit is not None and running >= limit else 0
+
+    def expected_s(self, task: Task) -> float | None:
+        """Return how long an attempt of the task's function usually runs; None when that is not known."""
+        return self._durations.get(task.ready.spec.function.digest)
+
+    def learn(self, task: Task, duration_s: float) -> None:
+        """Note how long an attempt ran."""
+        digest = task.ready.spec.function.digest
+        known = self._durations.get(digest, duration_s)
+        self._durations[digest] = known + 0.3 * (duration_s - known)
+
+    def running_slots(self, shape: Shape) -> int:
+        """Return how many slots run calls of this shape."""
+        return len(self._running.get(shape, ()))
+
+    def kept_for(self, node: Node) -> BatchCollector | None:
+        """Return what a node gathers its resources for."""
+        collector = self._kept.get(node.node_id)
+        return collector if collector is not None and collector.count else None
+
+    def send_along(self, task: Task) -> None:
+        """Send what follows a leased task to the same slot, so that the worker goes on without asking.
+
+        Only along a chain: of several followers all but one would run sooner elsewhere.
+        """
+        while len(task.followers) == 1:
+            slot = self.leases[task.lease_id].slot
+            (following,) = task.followers.values()
+            expected_s = self.expected_s(following)
+            if expected_s is None or following.lease_id or following.shape != task.shape or task.shape.is_async:
+                return
+            if following.ready.spec.batch is not None or not _has_room(slot, expected_s):
+                return
+            self._assign([following], slot, expected_s)
+            task = following
+
+    def take_back(self, now: float) -> None:
+        """Revoke what waits behind attempts that turned out to be long."""
+        for slot in list(self._crowded.values()):
+            if now < slot.progress_at + PATIENCE_S:
+                continue
+            del self._crowded[slot.slot_id]
+            slot.is_slow = True
+            session_id = self._fleet.nodes[slot.node_id].session_id
+            for lease_id in list(slot.lease_ids)[1:]:
+                lease = self.leases[lease_id]
+                # What follows another task cannot run sooner elsewhere.
+                follows = any(task.follows is not None for task in lease.members())
+                if lease.started_at is None and not lease.is_revoked and not follows:
+                    lease.is_revoked = True
+                    self._emit(RevokeLease(session_id, lease_id))
+
+    def next_deadline(self) -> float | None:
+        """Return when `take_back` or `place_waiting` is due next."""
+        due = [slot.progress_at + PATIENCE_S for slot in self._crowded.values()]
+        if (batch := self.queue.next_due()) is not None:
+            due.append(batch)
+        return min(due, default=None)
+
+    def release(self, lease: Lease, now: float, held_s: float) -> None:
+        """Give back what a lease held, and count what its caller really used: its share for `held_s` seconds."""
+        slot = lease.slot
+        del self.leases[lease.lease_id]
+        if next(iter(slot.lease_ids)) == lease.lease_id:
+            # What leaves from behind it says nothing about the attempt in front.
+            slot.progress_at, slot.is_slow = now, False
+        del slot.lease_ids[lease.lease_id]
+        slot.backlog_s = max(0.0, slot.backlog_s - lease.expected_s)
+        self.queue.charge(lease.tenant, self._fleet.share(lease.shape) * held_s - lease.charged)
+        if len(slot.lease_ids) < 2:
+            self._crowded.pop(slot.slot_id, None)
+        if not slot.lease_ids:
+            self._free(slot, lease.shape)
+
+    def assignment(self, lease: Lease) -> Assign:
+        """Return the message that hands a lease to its worker."""
+        first = lease.tasks[0]
+        spec = first.ready.spec
+        return Assign(
+            session_id=self._fleet.nodes[lease.slot.node_id].session_id,
+            lease_id=lease.lease_id,
+            slot=lease.slot.slot_id,
+            function=spec.function,
+            attempts=tuple(
+                AttemptInputs(t.ready.run_id, t.ready.spec.task_id, t.attempt, t.inputs) for t in lease.tasks
+            ),
+            is_batched=spec.batch is not None,
+            outputs=spec.outputs,
+            split_outputs=first.ready.split_outputs,
+            isolation=spec.isolation,
+            resources=spec.resources,
+            gpu_indices=lease.slot.gpu_indices,
+            timeout_s=spec.attempt_timeout_s,
+            after_lease_id="" if first.follows is None else lease.after_lease_id,
+        )
+
+    def check(self) -> None:
+        """Assert what must hold between leases, slots and limits."""
+        counted: dict[str, int] = {}
+        for node in self._fleet.nodes.values():
+            for slot in node.slots.values():
+                if slot.limit_key:
+                    counted[slot.limit_key] = counted.get(slot.limit_key, 0) + 1
+        assert counted == self.parallel, "a limit is miscounted"
+        for key, limit in self.limits.items():
+            assert counted.get(key, 0) <= limit, f"more than {limit} calls of {key} run"
+        for lease in self.leases.values():
+            policy = lease.tasks[0].ready.spec.batch
+            assert len(lease.tasks) <= (1 if policy is None else policy.max_size), "a batch is too large"
+
+    def _is_kept_for(self, collector: BatchCollector) -> bool:
+        return collector in self._kept.values() if self._kept else False
+
+    def _block(self, collector: BatchCollector, now: float) -> None:
+        if collector.blocked_since is None:
+            collector.blocked_since, collector.was_passed = now, False
+        elif collector.was_passed and now >= collector.blocked_since + KEEP_AFTER_S:
+            self._keep_node(collector)
+
+    def _keep_node(self, collector: BatchCollector) -> None:
+        if self._is_kept_for(collector):
+            return
+        shape = collector.group.shape
+        nodes = [
+            node
+            for node in self._fleet.nodes.values()
+            if self.kept_for(node) is None and node.takes_work and self._fleet.could_run(shape, node)
+        ]
+        if nodes:
+            best = max(
+                nodes, key=lambda node: (sum(node.free_gpu.values()) if shape.resources.gpu else 0, node.free_cpu)
+            )
+            self._kept[best.node_id] = collector
+
+    def _launch(self, collector: BatchCollector, blocked: list[BatchCollector], now: float) -> bool:
+        shape = collector.group.shape
+        if self.limit_reached(shape):
+            return self._send_ahead(collector, blocked)
+        kept: dict[str, Resources] = {}
+        if self._kept:
+            self._kept = {name: c for name, c in self._kept.items() if c.count and name in self._fleet.nodes}
+            kept = {name: c.group.shape.resources for name, c in self._kept.items() if c is not collector}
+        found = place(shape, self._fleet.nodes.values(), kept)
+        if found is None:
+            return self._send_ahead(collector, blocked)
+        node, devices = found
+        number = next(self._numbers)
+        slot = Slot(
+            number, node.node_id, shape.resources, shape.is_async, devices, limit_key=shape.limit_key, progress_at=now
+        )
+        node.take(slot)
+        self._running.setdefault(shape, {})[number] = slot
+        if shape.limit_key:
+            self.parallel[shape.limit_key] = self.parallel.get(shape.limit_key, 0) + 1
+        batch = collector.next_batch()
+        self._unblock(collector)
+        self._assign(batch, slot, self.expected_s(batch[0]) or 0.0)
+        if len(batch) == 1:
+            self.send_along(batch[0])
+        return True
+
+    def _unblock(self, collector: BatchCollector) -> None:
+        collector.blocked_since, collector.was_passed = None, False
+        if self._kept:
+            self._kept = {name: c for name, c in self._kept.items() if c is not collector}
+
+    def _send_ahead(self, collector: BatchCollector, blocked: list[BatchCollector]) -> bool:
+        shape, head = collector.group.shape, collector.head()
+        if shape.is_async or collector.group.policy is not None or head is None:
+            return False
+        expected_s = self.expected_s(head)
+        slots = self._running.get(shape)
+        if not slots or expected_s is None or expected_s > SEND_AHEAD_S:
+            return False
+        slot = min(slots.values(), key=lambda s: (s.is_slow, s.backlog_s, len(s.lease_ids)))
+        node = self._fleet.nodes[slot.node_id]
+        if slot.is_slow or not _has_room(slot, expected_s) or not (node.takes_work and suits(shape, node)):
+            return False
+        # A slot that always has something behind it is never free for whoever is earlier in turn.
+        keeper = self.kept_for(node)
+        if keeper not in {None, collector}:
+            return False
+        if any(self._fleet.could_run(earlier.group.shape, node) for earlier in blocked):
+            return False
+        self._assign([head], slot, expected_s)
+        self._crowded[slot.slot_id] = slot
+        return True
+
+    def _assign(self, tasks: list[Task], slot: Slot, expected_s: float) -> None:
+        first = tasks[0]
+        after_lease_id = "" if first.follows is None else first.follows.lease_id
+        charged = self._fleet.share(first.shape) * (expected_s or UNKNOWN_S)
+        lease_id = f"{self._epoch}-{next(self._numbers)}"
+        lease = Lease(lease_id, list(tasks), slot, expected_s, first.shape, first.ready.tenant, charged, after_lease_id)
+        for task in tasks:
+            self.queue.discard(task)
+            task.attempt += 1
+            task.lease_id = lease_id
+        self.queue.charge(lease.tenant, charged)
+        self.leases[lease_id] = lease
+        slot.lease_ids[lease_id] = None
+        slot.backlog_s += expected_s
+        self._emit(self.assignment(lease))
+
+    def _free(self, slot: Slot, shape: Shape) -> None:
+        self._fleet.nodes[slot.node_id].release(slot)
+        if shape.limit_key:
+            self.parallel[shape.limit_key] -= 1
+            if not self.parallel[shape.limit_key]:
+                del self.parallel[shape.limit_key]
+        running = self._running[shape]
+        del running[slot.slot_id]
+        if not running:
+            del self._running[shape]
+
+
+def _has_room(slot: Slot, expected_s: float) -> bool:
+    return slot.backlog_s + expected_s <= SEND_AHEAD_S and len(slot.lease_ids) < SEND_AHEAD_LEASES

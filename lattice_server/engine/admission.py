@@ -1,0 +1,47 @@
+"""Owns what is let in. Rule: what is let in is never lost; what cannot be kept, or never run, is refused at once."""
+
+from collections.abc import Sequence
+
+from lattice_server.core.errors import ExhaustedError, PreconditionError
+from lattice_server.core.leases import Node
+from lattice_server.core.model import TaskSpec
+from lattice_server.core.placement import Shape, impossibility, shape_of
+from lattice_server.core.run import Bounds
+
+RETRY_AFTER_S = 1.0
+
+
+class Admission:
+    """Counts open tasks and knows the nodes; lives on the main thread."""
+
+    def __init__(self, bounds: Bounds, max_open_tasks: int) -> None:
+        self.bounds = bounds
+        self.nodes: tuple[Node, ...] = ()
+        self._max_open_tasks = max_open_tasks
+        self._open_tasks = 0
+
+    def count(self, change: int) -> None:
+        """Note that tasks opened or, when negative, ended."""
+        self._open_tasks += change
+
+    def check(self, tasks: Sequence[TaskSpec]) -> None:
+        """Let tasks in.
+
+        Raises:
+            ExhaustedError: RUN_TOO_LARGE, or QUEUE_FULL when it is worth asking again.
+            PreconditionError: UNSATISFIABLE_RESOURCES, no node could ever run one of them.
+        """
+        if len(tasks) > self.bounds.max_tasks:
+            raise ExhaustedError("RUN_TOO_LARGE", f"a run may have at most {self.bounds.max_tasks} tasks")
+        if self._open_tasks and self._open_tasks + len(tasks) > self._max_open_tasks:
+            text = f"{self._open_tasks} tasks are open, {len(tasks)} more are over the limit of {self._max_open_tasks}"
+            raise ExhaustedError("QUEUE_FULL", text, retry_after_s=RETRY_AFTER_S)
+        possible: set[Shape] = set()
+        for index, task in enumerate(tasks):
+            shape = shape_of(task)
+            if shape in possible:
+                continue
+            if why := impossibility(shape, self.nodes):
+                text = f"no node could ever run tasks[{index}], {task.task_id!r}: {why}"
+                raise PreconditionError("UNSATISFIABLE_RESOURCES", text, metadata={"task_id": task.task_id})
+            possible.add(shape)

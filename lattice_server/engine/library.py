@@ -1,0 +1,84 @@
+"""Owns stored workflows, on the main thread. Rule: a run works on a copy, so a workflow may change at any time."""
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from uuid import uuid4
+
+from lattice_server.core import dag
+from lattice_server.core.errors import AbortedError, ConflictError, NotFoundError
+from lattice_server.core.model import Artifact, Function, WorkflowSpec
+from lattice_server.engine.store import ArtifactStore
+
+
+@dataclass(slots=True)
+class WorkflowEntry:
+    """A stored workflow. `definition` is what a caller gets back, opaque here."""
+
+    workflow_id: str
+    spec: WorkflowSpec
+    functions: dict[str, Function]
+    definition: object
+    fingerprint: str
+    created_s: float
+    artifacts: list[Artifact]
+    revision: int = 1
+
+
+class WorkflowLibrary:
+    """The stored workflows by id, oldest first."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self.workflows: OrderedDict[str, WorkflowEntry] = OrderedDict()
+        self._store = store
+
+    def create(
+        self,
+        workflow_id: str,
+        spec: WorkflowSpec,
+        functions: dict[str, Function],
+        definition: object,
+        fingerprint: str,
+    ) -> tuple[WorkflowEntry, bool]:
+        """Store a workflow, or return the one that has this id and content. Raises ConflictError, InvalidError."""
+        existing = self.workflows.get(workflow_id)
+        if existing is not None:
+            if existing.fingerprint != fingerprint:
+                raise ConflictError("WORKFLOW_ID_CONFLICT", f"workflow {workflow_id!r} exists with other content")
+            return existing, False
+        graph = dag.build(spec)
+        named = workflow_id or f"workflow-{uuid4().hex}"
+        entry = WorkflowEntry(named, spec, functions, definition, fingerprint, time.time(), graph.artifacts)
+        self._store.hold(entry.artifacts)
+        self.workflows[named] = entry
+        return entry, True
+
+    def change(
+        self, entry: WorkflowEntry, spec: WorkflowSpec, functions: dict[str, Function], definition: object
+    ) -> None:
+        """Replace a stored workflow's definition. Raises InvalidError."""
+        graph = dag.build(spec)
+        self._store.hold(graph.artifacts)
+        self._store.release(entry.artifacts)
+        entry.spec, entry.functions, entry.artifacts = spec, functions, graph.artifacts
+        entry.definition = definition
+        entry.revision += 1
+
+    def delete(self, workflow_id: str) -> None:
+        """Forget a stored workflow. Raises NotFoundError."""
+        self._store.release(self.get(workflow_id).artifacts)
+        del self.workflows[workflow_id]
+
+    def get(self, workflow_id: str) -> WorkflowEntry:
+        """Return a stored workflow. Raises NotFoundError."""
+        try:
+            return self.workflows[workflow_id]
+        except KeyError:
+            raise NotFoundError("WORKFLOW_NOT_FOUND", f"there is no workflow {workflow_id!r}") from None
+
+
+def expect_revision(what: str, revision: int, expected: int) -> None:
+    """Raise AbortedError unless something has the revision a caller expects; zero expects any."""
+    if expected and expected != revision:
+        text = f"{what} has revision {revision}, not {expected}"
+        raise AbortedError("REVISION_MISMATCH", text, metadata={"revision": str(revision)})
