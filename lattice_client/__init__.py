@@ -1,6 +1,6 @@
 """The Python client: declares workflows, runs them, reads what happens."""
 
-from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow, AsyncRun
+from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow
 from lattice_client.convert import RunEvent
 from lattice_client.errors import (
     AbortedError,
@@ -16,12 +16,14 @@ from lattice_client.errors import (
     ResourceExhaustedError,
     RunCancelledError,
     RunError,
+    RunTimeoutError,
     TaskDefinitionError,
     TaskFailedError,
     UnauthenticatedError,
     UnavailableError,
 )
 from lattice_client.langgraph import LangGraphClient
+from lattice_client.run import AsyncRun
 from lattice_client.sync import LatticeClient, LatticeWorkflow, Run
 from lattice_client.task import TaskDefinition, task
 from lattice_client.workflow import LatticeTask, TaskOutput
@@ -49,6 +51,7 @@ __all__ = [
     "RunCancelledError",
     "RunError",
     "RunEvent",
+    "RunTimeoutError",
     "TaskDefinition",
     "TaskDefinitionError",
     "TaskFailedError",

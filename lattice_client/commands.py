@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lattice_client.client import DEFAULT_TARGET
+from lattice_client.channel import DEFAULT_TARGET
 from lattice_client.errors import LatticeError, UnavailableError
 from lattice_client.sync import LatticeClient
 

@@ -1,14 +1,14 @@
 """Owns the translation between a graph and the contract, and between events and plain values."""
 
-from collections.abc import Awaitable, Callable, Container, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client import payloads
-from lattice_client.errors import RunCancelledError, RunError, TaskDefinitionError, TaskFailedError
-from lattice_client.workflow import Graph, LatticeTask, TaskOutput
+from lattice_client.errors import RunCancelledError, RunError, RunTimeoutError, TaskDefinitionError, TaskFailedError
+from lattice_client.workflow import UNSET, LatticeTask, TaskOutput
 
 Upload = Callable[[bytes], Awaitable[payload_pb2.Artifact]]
 Decode = Callable[[payload_pb2.Payload], Awaitable[Any]]
@@ -26,12 +26,18 @@ class RunEvent:
     data: Mapping[str, Any]
 
 
-async def spec_of(graph: Graph[Any], upload: Upload, known: Container[str]) -> workflow_pb2.WorkflowSpec:
-    """Return the whole graph as one message. Large inputs are uploaded first; `known` code goes by its digest."""
-    spec = workflow_pb2.WorkflowSpec(display_name=graph.name)
+FAILURE_POLICIES = {
+    "fail_fast": workflow_pb2.FAILURE_POLICY_FAIL_FAST,
+    "finish_independent": workflow_pb2.FAILURE_POLICY_FINISH_INDEPENDENT,
+}
+
+
+async def spec_of(tasks: Iterable[LatticeTask], upload: Upload, known: Container[str]) -> workflow_pb2.WorkflowSpec:
+    """Return tasks and their code as one message. Large inputs are uploaded first; `known` code goes by its digest."""
+    spec = workflow_pb2.WorkflowSpec()
     names: dict[int, str] = {}
     bundles: set[str] = set()
-    for task in graph.tasks.values():
+    for task in tasks:
         name = names.get(id(task.definition))
         if name is None:
             name = task.definition.name if task.definition.name not in spec.functions else task.task_id
@@ -58,6 +64,15 @@ async def task_of(task: LatticeTask, function: str, upload: Upload) -> task_pb2.
     message.outputs.extend(task.definition.outputs)
     message.after.extend(task.after)
     message.resources.CopyFrom(task.definition.resources)
+    message.over = task.over
+    if task.condition is not None:
+        message.condition.output.CopyFrom(_reference(task.condition.output))
+        message.condition.negated = task.condition.is_negated
+        if task.condition.equals is not UNSET:
+            where = f"what the condition of task {task.task_id!r} is compared with"
+            message.condition.equals.CopyFrom(await payload_of(task.condition.equals, where, upload))
+            if message.condition.equals.WhichOneof("content") != "json":
+                raise TaskDefinitionError(f"{where} must be JSON")
     for name, value in task.inputs.items():
         message.inputs[name].CopyFrom(await _binding(value, f"input {name!r} of task {task.task_id!r}", upload))
     return message
@@ -75,7 +90,7 @@ async def _binding(value: Any, where: str, upload: Upload) -> payload_pb2.Bindin
     if isinstance(value, LatticeTask):
         raise TaskDefinitionError(f'{where} is a task; wire one of its outputs: task.outputs["name"]')
     if isinstance(value, TaskOutput):
-        return payload_pb2.Binding(output=payload_pb2.OutputRef(task_id=value.task_id, output=value.output))
+        return payload_pb2.Binding(output=_reference(value))
     if not _has_output(value):
         return payload_pb2.Binding(payload=await payload_of(value, where, upload))
     if isinstance(value, dict):
@@ -85,6 +100,10 @@ async def _binding(value: Any, where: str, upload: Upload) -> payload_pb2.Bindin
         return payload_pb2.Binding(map=payload_pb2.BindingMap(entries=entries))
     items = [await _binding(item, where, upload) for item in value]
     return payload_pb2.Binding(list=payload_pb2.BindingList(items=items))
+
+
+def _reference(output: TaskOutput) -> payload_pb2.OutputRef:
+    return payload_pb2.OutputRef(task_id=output.task_id, output=output.output, optional=output.is_optional)
 
 
 async def payload_of(value: Any, where: str, upload: Upload) -> payload_pb2.Payload:
@@ -141,6 +160,25 @@ def message_of(event: RunEvent, workflow_id: str, run_id: str) -> dict[str, Any]
             return None
 
 
+async def outputs_of(tasks: Iterable[run_pb2.TaskRun], decode: Decode) -> dict[str, dict[str, Any]]:
+    """Return the outputs of final tasks by task and name; those of a mapped task are lists of its items'."""
+    found: dict[str, dict[str, Any]] = {}
+    mapped: set[str] = set()
+    for task in tasks:
+        if task.state == run_pb2.TASK_STATE_SKIPPED:
+            continue
+        values = {name: await decode(payload) for name, payload in task.outputs.items()}
+        if task.HasField("item_count"):
+            mapped.add(task.task_id)
+            found[task.task_id] = {}
+        elif task.parent_task_id in mapped:
+            for name, value in values.items():
+                found[task.parent_task_id].setdefault(name, []).append(value)
+        else:
+            found[task.task_id] = values
+    return found
+
+
 def failure_of(failure: errors_pb2.Failure) -> dict[str, str]:
     """Return what people want to know of a failure."""
     kind = errors_pb2.FailureKind.Name(failure.kind).removeprefix("FAILURE_KIND_")
@@ -158,6 +196,8 @@ def error_of(run: run_pb2.Run) -> RunError | None:
     if run.state == run_pb2.RUN_STATE_SUCCEEDED:
         return None
     failure = run.failure
+    if failure.kind == errors_pb2.FAILURE_KIND_TIMEOUT and not failure.task_id:
+        return RunTimeoutError(run.run_id, f"run {run.run_id!r} failed: {failure.message}")
     if run.state == run_pb2.RUN_STATE_CANCELLED:
         return RunCancelledError(run.run_id, f"run {run.run_id!r} was cancelled: {failure.message}")
     shown = failure_of(failure)

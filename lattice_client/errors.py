@@ -4,6 +4,7 @@
     +-- TaskDefinitionError      a task or its wiring is wrong; nothing was sent
     +-- RunError                 the run ended otherwise than well
     |   +-- TaskFailedError      a task failed; carries the remote traceback
+    |   +-- RunTimeoutError      the run took longer than it was given
     |   +-- RunCancelledError    somebody cancelled it
     +-- RequestError             the server refused a call
         +-- InvalidArgumentError     INVALID_ARGUMENT
@@ -56,12 +57,19 @@ class TaskFailedError(RunError):
         self.remote_traceback = remote_traceback
 
 
+class RunTimeoutError(RunError):
+    """The run took longer than it was given."""
+
+
 class RunCancelledError(RunError):
     """Somebody cancelled the run."""
 
 
 class RequestError(LatticeError):
-    """The server refused a call. `reason` is stable, `violations` maps fields to what is wrong with them."""
+    """The server refused a call. `reason` is stable, `violations` maps fields to what is wrong with them.
+
+    `retry_after_s` is set when the server says that the same call may succeed after so many seconds.
+    """
 
     def __init__(
         self, message: str, reason: str = "", metadata: Mapping[str, str] | None = None, **violations: str
@@ -70,6 +78,7 @@ class RequestError(LatticeError):
         self.reason = reason
         self.metadata = dict(metadata or {})
         self.violations: dict[str, str] = violations
+        self.retry_after_s: float | None = None
 
 
 class InvalidArgumentError(RequestError):
@@ -138,8 +147,11 @@ def from_rpc(error: grpc.aio.AioRpcError) -> RequestError:
             continue
         for detail in status_pb2.Status.FromString(value).details:
             info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+            retry = error_details_pb2.RetryInfo()
             if detail.Unpack(info):
                 found.reason, found.metadata = info.reason, dict(info.metadata)
             elif detail.Unpack(bad):
                 found.violations = {v.field: v.description for v in bad.field_violations}
+            elif detail.Unpack(retry):
+                found.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
     return found

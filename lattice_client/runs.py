@@ -124,7 +124,7 @@ def watch(addr: str, as_json: bool, run_id: str) -> None:
 
 async def _watch(addr: str, run_id: str, as_json: bool) -> None:
     async with AsyncLatticeClient(addr) as client:
-        run = await client.get_run(run_id)
+        run = await client.describe_run(run_id)
         if as_json:
             async for event in client.events(run_id, decode=_decoder(client)):
                 print_json({"sequence": event.sequence, "type": event.type, "data": event.data})
@@ -134,7 +134,7 @@ async def _watch(addr: str, run_id: str, as_json: bool) -> None:
             lines = Lines()
             async for event in client.events(run_id, decode=_decoder(client)):
                 _print_plain(event, lines)
-        error = convert.error_of(await client.get_run(run_id))
+        error = convert.error_of(await client.describe_run(run_id))
     if error is not None:
         raise error
 

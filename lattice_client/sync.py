@@ -6,15 +6,16 @@ Rule: nothing is decided here; every call waits for its asyncio twin.
 import asyncio
 import functools
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import uvloop
-from lattice.v1 import run_pb2, worker_pb2
+from lattice.v1 import run_pb2, task_pb2, worker_pb2
 
-from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow, AsyncRun
+from lattice_client.client import ADMISSION_TIMEOUT_S, AsyncLatticeClient, AsyncLatticeWorkflow
 from lattice_client.convert import RunEvent
-from lattice_client.workflow import Graph
+from lattice_client.run import AsyncRun
+from lattice_client.workflow import Graph, LatticeTask
 
 T = TypeVar("T")
 _END = object()
@@ -84,6 +85,22 @@ class Run(str):
         """Cancel the run."""
         _wait(self.aio.cancel(reason))
 
+    def cancel_task(self, task: LatticeTask | str) -> None:
+        """Cancel one task; what depends on it follows the workflow's failure policy."""
+        _wait(self.aio.cancel_task(task))
+
+    def add_tasks(self, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
+        """Add tasks, of any workflow, to the run while it goes on; return its revision after that.
+
+        They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
+        the expected revision, PreconditionError when it has ended.
+        """
+        return _wait(self.aio.add_tasks(tasks, expected_revision))
+
+    def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
+        """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""
+        return _wait(self.aio.explain(task))
+
     def status(self) -> str:
         """Return the run's state: running, cancelling, succeeded, failed or cancelled."""
         return _wait(self.aio.status())
@@ -113,11 +130,17 @@ class LatticeWorkflow(Graph["LatticeClient"]):
 
 
 class LatticeClient:
-    """A connection to a server; safe to use from any thread. `aio` is its asyncio twin, on the background loop."""
+    """A connection to a server; safe to use from any thread. `aio` is its asyncio twin, on the background loop.
 
-    def __init__(self, target: str | None = None) -> None:
+    `tenant` names the caller that fair share counts; `admission_timeout` is for how many seconds a run that finds the
+    server full is offered again before `ResourceExhaustedError` is raised.
+    """
+
+    def __init__(
+        self, target: str | None = None, *, tenant: str = "", admission_timeout: float = ADMISSION_TIMEOUT_S
+    ) -> None:
         async def connect() -> AsyncLatticeClient:
-            return AsyncLatticeClient(target)
+            return AsyncLatticeClient(target, tenant=tenant, admission_timeout=admission_timeout)
 
         self.aio = _wait(connect())
 
@@ -131,9 +154,12 @@ class LatticeClient:
         """Close the connection; runs go on."""
         _wait(self.aio.close())
 
-    def create_workflow(self, name: str = "") -> LatticeWorkflow:
-        """Return an empty workflow; nothing is sent."""
-        return LatticeWorkflow(self, name)
+    def create_workflow(self, name: str = "", failure_policy: str = "fail_fast") -> LatticeWorkflow:
+        """Return an empty workflow; nothing is sent.
+
+        When a task fails, `fail_fast` stops the run, `finish_independent` still runs what does not depend on it.
+        """
+        return LatticeWorkflow(self, name, failure_policy=failure_policy)
 
     def get_workflow(self, workflow_id: str) -> LatticeWorkflow:
         """Return a workflow stored on the server, to be run by its id."""
@@ -141,12 +167,11 @@ class LatticeClient:
 
     def get_run(self, run_id: str) -> Run:
         """Return a run to follow. Raises NotFoundError."""
-        _wait(self.aio.get_run(run_id))
-        return Run.of(AsyncRun.of(run_id, self.aio))
+        return Run.of(_wait(self.aio.get_run(run_id)))
 
     def get_ray_head_port(self) -> int:
         """Return the port of the server's Ray head; zero without Ray."""
-        return int(self.cluster().ray_address.rpartition(":")[2] or 0)
+        return _wait(self.aio.get_ray_head_port())
 
     def run_task(self, task: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run one task and return its outputs. Raises TaskFailedError, RequestError."""
@@ -154,7 +179,7 @@ class LatticeClient:
 
     def describe_run(self, run_id: str) -> run_pb2.Run:
         """Return a run as it is now. Raises NotFoundError."""
-        return _wait(self.aio.get_run(run_id))
+        return _wait(self.aio.describe_run(run_id))
 
     def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
         """Return the newest runs."""
@@ -163,6 +188,10 @@ class LatticeClient:
     def list_tasks(self, run_id: str) -> list[run_pb2.TaskRun]:
         """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""
         return _wait(self.aio.list_tasks(run_id))
+
+    def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
+        """Return why a task waits. Raises NotFoundError."""
+        return _wait(self.aio.explain(run_id, task_id))
 
     def cancel_run(self, run_id: str, reason: str = "") -> run_pb2.Run:
         """Cancel a run. Raises NotFoundError."""

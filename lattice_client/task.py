@@ -5,7 +5,8 @@ import hashlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 from lattice.v1 import resources_pb2, task_pb2
@@ -13,17 +14,12 @@ from lattice.v1 import resources_pb2, task_pb2
 from lattice_client import payloads
 from lattice_client.bundle import bundle_for
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.settings import TaskSettings
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 MIB = 1024 * 1024
-ISOLATIONS = {
-    "none": resources_pb2.ISOLATION_NONE,
-    "subprocess": resources_pb2.ISOLATION_SUBPROCESS,
-    "seccomp": resources_pb2.ISOLATION_SECCOMP,
-    "docker": resources_pb2.ISOLATION_DOCKER,
-}
 
 
 @dataclass(eq=False)
@@ -53,6 +49,16 @@ class TaskDefinition(Generic[P, R]):
         """Whether it is a coroutine function."""
         return inspect.iscoroutinefunction(self.function)
 
+    @property
+    def function_form(self) -> task_pb2.Function:
+        """All about the function but its code."""
+        return task_pb2.Function(
+            call_style=self.call_style,
+            return_style=self.return_style,
+            concurrency=task_pb2.CONCURRENCY_ASYNC if self.is_async else task_pb2.CONCURRENCY_PROCESS,
+            display_name=self.name,
+        )
+
     @functools.cached_property
     def code(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         """The function as it travels, and the bundle it needs. Raises TaskDefinitionError."""
@@ -64,25 +70,31 @@ class TaskDefinition(Generic[P, R]):
                 f"task {self.name!r} cannot be sent to a worker: {error}. It uses something that cannot be pickled; "
                 "create it inside the function instead"
             ) from error
-        function = task_pb2.Function(
-            pickle=pickled,
-            bundle_digest=bundle.digest if bundle else "",
-            call_style=self.call_style,
-            return_style=self.return_style,
-            concurrency=task_pb2.CONCURRENCY_ASYNC if self.is_async else task_pb2.CONCURRENCY_PROCESS,
-            display_name=self.name,
-        )
+        function = task_pb2.Function(pickle=pickled, bundle_digest=bundle.digest if bundle else "")
+        function.MergeFrom(self.function_form)
         content = function.SerializeToString(deterministic=True)
         function.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
         return function, bundle
 
+    @property
+    def __lattice__(self) -> dict[str, Any]:
+        """What a worker needs to know to add this task to a run; see `lattice_worker.context.spawn`."""
+        return {**self._form, "call": self.function}
+
+    @property
+    def _form(self) -> dict[str, Any]:
+        spec = task_pb2.TaskSpec(outputs=self.outputs, resources=self.resources)
+        spec.MergeFrom(self.settings)
+        return {
+            "spec": spec.SerializeToString(),
+            "function": self.function_form.SerializeToString(),
+            "outputs": self.outputs,
+        }
+
     def __reduce__(self) -> Any:
-        # A task named inside another task's code is, over there, its plain function.
-        return (_identity, (self.function,))
-
-
-def _identity(function: Any) -> Any:
-    return function
+        # A task named inside another task's code is, over there, its plain function, with a note of what it needs. Only
+        # the standard library is called: a worker need not import this package to load it.
+        return (getattr, (SimpleNamespace(task=self.function), "task"), {"__lattice__": self._form})
 
 
 @overload
@@ -95,8 +107,16 @@ def task(
     resources: Mapping[str, float] | None = None,
     batch_size: int | None = None,
     batch_timeout: float | None = None,
+    batch_within: str = "server",
     retries: int = 0,
+    retry_on: Sequence[type[BaseException] | str] = (),
+    retry_backoff: float | None = None,
     timeout: float | None = None,
+    total_timeout: float | None = None,
+    max_parallel: int = 0,
+    concurrency_key: str = "",
+    priority: int = 0,
+    node_selector: Mapping[str, str] | None = None,
     isolation: str = "none",
     name: str | None = None,
     **more: float,
@@ -106,10 +126,10 @@ def task(function: Callable[P, R] | None = None, /, **settings: Any) -> Any:
 
     Args:
         function: the function, when used bare.
-        settings: `inputs` and `outputs`, names; with `inputs` the function takes one `params` dict and returns a dict.
-            `resources`, or the same names directly: `cpu`, `gpu`, `cpu_mem` and `gpu_mem` in MiB. `retries`: attempts
-            after the first. `timeout`: seconds an attempt may run. `isolation`: none, subprocess, seccomp or docker.
-            `batch_size` tasks at most in one call, `batch_timeout` seconds to wait for them. `name`: for people.
+        settings: see `TaskSettings`, plus:
+            `inputs` and `outputs`: names; with `inputs` the function takes one `params` dict and returns a dict.
+            `resources`, or the same names directly: `cpu`, `gpu`, `cpu_mem` and `gpu_mem` in MiB.
+            `name`: for people.
 
     Raises:
         TaskDefinitionError: a setting is unknown or out of range.
@@ -125,28 +145,15 @@ def define(
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
     resources: Mapping[str, float] | None = None,
-    batch_size: int | None = None,
-    batch_timeout: float | None = None,
-    retries: int = 0,
-    timeout: float | None = None,
-    isolation: str = "none",
     name: str | None = None,
-    **more: float,
+    **more: Any,
 ) -> TaskDefinition[P, R]:
     """Return the definition `task` makes."""
     if not callable(function):
         raise TaskDefinitionError(f"a task must be a function, not {type(function).__name__}")
     label: str = name or str(getattr(function, "__name__", "task"))
-    if isolation not in ISOLATIONS:
-        raise TaskDefinitionError(f"task {label!r}: isolation must be one of {', '.join(ISOLATIONS)}")
-    settings = task_pb2.TaskSpec(isolation=ISOLATIONS[isolation])
-    if retries:
-        settings.retry.max_attempts = retries + 1
-    if timeout is not None:
-        settings.timeout.attempt.FromNanoseconds(int(timeout * 1e9))
-    if batch_size is not None:
-        settings.batch.max_size = batch_size
-        settings.batch.max_wait.FromNanoseconds(int((batch_timeout or 0) * 1e9))
+    known = {found.name for found in fields(TaskSettings)}
+    settings = TaskSettings(**{key: more.pop(key) for key in list(more) if key in known}).to_proto(label)
     parameters = inspect.signature(function).parameters
     is_params = inputs is not None or list(parameters) == ["params"]
     if is_params:
@@ -191,9 +198,9 @@ def _resources(label: str, wanted: Mapping[str, float], is_async: bool) -> resou
     found = resources_pb2.Resources(cpu=0.0 if is_async else 1.0)
     for name, value in wanted.items():
         if name not in {"cpu", "gpu", "cpu_mem", "gpu_mem"}:
-            raise TaskDefinitionError(
-                f"task {label!r}: there is no setting {name!r}; resources: cpu, gpu, cpu_mem, gpu_mem"
-            )
+            others = ", ".join(found.name for found in fields(TaskSettings))
+            text = f"there is no setting {name!r}; resources: cpu, gpu, cpu_mem, gpu_mem; other settings: {others}"
+            raise TaskDefinitionError(f"task {label!r}: {text}")
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:

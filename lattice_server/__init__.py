@@ -1,9 +1,12 @@
 """The Lattice server: keeps workflows and runs, schedules attempts onto workers, streams what happens."""
 
 import os
+import sys
 
 # This process starts others. With its fork handlers on, grpc starts threads between fork and exec of each of them,
-# which now and then crash it there. Read when grpc is imported, so set before.
+# which now and then crash it there. Read when grpc is imported, so set before; a process that has imported it already
+# must not serve.
+MAY_SERVE = "grpc" not in sys.modules or os.environ.get("GRPC_ENABLE_FORK_SUPPORT") == "0"
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 __version__ = "0.1.0"

@@ -12,6 +12,7 @@ import click
 import psutil
 import uvloop
 
+from lattice_server import MAY_SERVE
 from lattice_server.app import serve
 from lattice_server.config import ServerConfig
 from lattice_server.rpc.server import PortInUseError
@@ -39,6 +40,8 @@ def start(
     """Start a Lattice server on this machine and serve until Ctrl-C or `lattice stop`."""
     if not head:
         raise click.UsageError("say --head to start the server")
+    if not MAY_SERVE:
+        os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
     if host not in {"127.0.0.1", "localhost", "::1"}:
         raise click.UsageError("only loopback addresses are served: there is no authentication yet")
     level = logging.INFO if verbose else logging.WARNING

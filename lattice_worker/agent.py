@@ -191,7 +191,7 @@ class Agent:
         if has_started:
             self._attempts.stop(lease_id, "cancelled", "the attempt was cancelled")
         elif has_started is False:
-            self._attempts.cancelled(lease_id)
+            self._attempts.cancelled(self._session.work_of(lease_id))
 
     def _emit(self, report: worker_pb2.Report) -> None:
         if self._session.has_started(report.lease_id) is not None:

@@ -38,7 +38,7 @@ class Attempts:
         self._running: dict[str, tuple[Runner, Invocation]] = {}
         self._unstarted: dict[str, None] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._starting: dict[str, asyncio.Task[None]] = {}
+        self._starting: dict[str, tuple[asyncio.Task[None], int]] = {}
         self._start_timer: asyncio.TimerHandle | None = None
 
     def learn(self, functions: list[task_pb2.Function], bundles: list[task_pb2.CodeBundle]) -> None:
@@ -60,7 +60,8 @@ class Attempts:
         lease_id = assignment.lease_id
         if assignment.isolation != resources_pb2.ISOLATION_NONE:
             level = resources_pb2.Isolation.Name(assignment.isolation)
-            self._fail(lease_id, {"kind": "resources", "message": f"this worker cannot set up {level}"})
+            failure = {"kind": "resources", "message": f"this worker cannot set up {level}"}
+            self._fail(lease_id, failure, len(assignment.attempts))
             return
         function = self._functions[assignment.function_digest]
         bundle = self._bundles.get(function.bundle_digest, "")
@@ -71,19 +72,20 @@ class Attempts:
             self._run(assignment, function, bundle, runner)
         else:
             task = asyncio.get_running_loop().create_task(self._start_cold(assignment, function, bundle, key))
-            self._starting[lease_id] = task
+            self._starting[lease_id] = (task, len(assignment.attempts))
 
     def stop(self, lease_id: str, kind: str, message: str) -> None:
         """End a running lease as a failure of this kind."""
         answer = {"kind": "result", "failure": {"kind": kind, "message": message}, "duration": 0.0}
-        starting = self._starting.pop(lease_id, None)
-        if starting is not None:
+        found = self._starting.pop(lease_id, None)
+        if found is not None:
+            starting, size = found
             starting.cancel()
-            self._end(lease_id, answer, [])
-        found = self._running.get(lease_id)
-        if found is None:
+            self._end(lease_id, answer, [], size)
+        running = self._running.get(lease_id)
+        if running is None:
             return
-        runner, invocation = found
+        runner, invocation = running
         invocation.ending = answer
         if runner.key.is_async:
             runner.cancel(lease_id)
@@ -92,9 +94,10 @@ class Attempts:
         else:
             runner.kill()
 
-    def cancelled(self, lease_id: str) -> None:
+    def cancelled(self, assignment: worker_pb2.Assignment) -> None:
         """Report a lease that was ended before it started."""
-        self._fail(lease_id, {"kind": "cancelled", "message": "cancelled before it started"})
+        failure = {"kind": "cancelled", "message": "cancelled before it started"}
+        self._fail(assignment.lease_id, failure, len(assignment.attempts))
 
     async def _start_cold(
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, key: Key
@@ -104,7 +107,7 @@ class Attempts:
         except OSError as error:
             self._starting.pop(assignment.lease_id, None)
             text = f"a process could not be started: {error}"
-            self._fail(assignment.lease_id, {"kind": "resources", "message": text})
+            self._fail(assignment.lease_id, {"kind": "resources", "message": text}, len(assignment.attempts))
             return
         self._starting.pop(assignment.lease_id, None)
         self._run(assignment, function, bundle, runner)
@@ -112,24 +115,33 @@ class Attempts:
     def _run(self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, runner: Runner) -> None:
         lease_id = assignment.lease_id
         blobs: list[bytes] = []
-        inputs = assignment.attempts[0].inputs
         upstream = self._upstream.pop(lease_id, {})
         header: dict[str, Any] = {
             "kind": "invoke",
             "id": lease_id,
             "digest": function.digest,
-            "inputs": {name: convert.binding_tree(inputs[name], self._store, blobs, upstream) for name in inputs},
+            "attempts": [[attempt.run_id, attempt.task_id, attempt.number] for attempt in assignment.attempts],
+            "items": [
+                {name: convert.binding_tree(a.inputs[name], self._store, blobs, upstream) for name in a.inputs}
+                for a in assignment.attempts
+            ],
+            "batched": assignment.batched,
             "outputs": list(assignment.outputs),
+            "split": list(assignment.split_outputs),
+            # Coroutines share a process, where nobody can tell whose memory it is.
+            "memory_limit": 0 if runner.key.is_async else assignment.resources.memory_bytes,
             "store": self._store,
             "inline_limit": self.inline_limit_bytes,
             "log_limit": self.log_limit_bytes,
         }
+        size = len(assignment.attempts)
         invocation = Invocation(
             lease_id,
             header,
             blobs,
-            lambda stream, text, truncated: self._log(lease_id, stream, text, truncated),
-            lambda answer, parts: self._end(lease_id, answer, parts),
+            on_log=lambda stream, text, truncated: self._log(lease_id, stream, text, truncated),
+            on_spawn=lambda task, parts: self._spawn(lease_id, function, task, parts),
+            on_end=lambda answer, parts: self._end(lease_id, answer, parts, size),
             raw_left=self.log_limit_bytes,
         )
         self._running[lease_id] = (runner, invocation)
@@ -164,26 +176,26 @@ class Attempts:
         report.log.truncated = truncated
         self._emit(report)
 
-    def _fail(self, lease_id: str, failure: dict[str, Any]) -> None:
-        self._end(lease_id, {"failure": failure, "duration": 0.0}, [])
+    def _spawn(self, lease_id: str, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]) -> None:
+        report = convert.report(lease_id, time.time_ns())
+        report.spawned.CopyFrom(convert.spawned_from_frame(task, blobs, function, self._node_id))
+        self._emit(report)
 
-    def _end(self, lease_id: str, answer: dict[str, Any], blobs: list[bytes]) -> None:
+    def _fail(self, lease_id: str, failure: dict[str, Any], size: int = 1) -> None:
+        self._end(lease_id, {"failure": failure, "duration": 0.0}, [], size)
+
+    def _end(self, lease_id: str, answer: dict[str, Any], blobs: list[bytes], size: int = 1) -> None:
+        """Report the end of every member of a lease: each by its own answer, or all by the one there is."""
         self._running.pop(lease_id, None)
         self._unstarted.pop(lease_id, None)
         self._upstream.pop(lease_id, None)
         if (timer := self._timers.pop(lease_id, None)) is not None:
             timer.cancel()
-        report = convert.report(lease_id, time.time_ns())
-        duration_ns = int(answer["duration"] * 1e9)
         outputs: convert.Outputs | None = None
-        if failure := answer.get("failure"):
-            report.failed.failure.CopyFrom(convert.failure_from_answer(failure, blobs))
-            report.failed.duration.FromNanoseconds(duration_ns)
-        else:
-            report.succeeded.duration.FromNanoseconds(duration_ns)
-            for name, reference in answer["outputs"].items():
-                payload = convert.payload_from_answer(reference, blobs, self._node_id)
-                report.succeeded.outputs[name].CopyFrom(payload)
-            outputs = report.succeeded.outputs
-        self._emit(report)
+        for item, member in enumerate(answer.get("items") or [answer] * size):
+            report = convert.report(lease_id, time.time_ns())
+            report.item = item
+            convert.fill_outcome(report, member, blobs, self._node_id, int(answer["duration"] * 1e9))
+            outputs = report.succeeded.outputs if report.HasField("succeeded") else None
+            self._emit(report)
         self._ended(lease_id, outputs)

@@ -11,6 +11,7 @@ import sys
 
 import uvloop
 
+from lattice_worker import host
 from lattice_worker.agent import Agent
 from lattice_worker.config import WorkerConfig
 
@@ -30,6 +31,8 @@ def main() -> None:
     flags = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     _die_with(os.environ.get("LATTICE_PARENT_PID"))
+    # What a task's process leaves behind when it dies comes here, to be ended; see `Pool.sweep`.
+    host.adopt_orphans()
     config = WorkerConfig(
         target=flags.addr,
         worker_id=flags.worker_id,

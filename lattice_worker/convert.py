@@ -10,6 +10,7 @@ from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, worker_pb2
 JSON = "application/json"
 CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 CALL_STYLES = {task_pb2.CALL_STYLE_PARAMS: "params", task_pb2.CALL_STYLE_KEYWORDS: "keywords"}
+FUNCTION = "function"
 RETURN_STYLES = {task_pb2.RETURN_STYLE_MAPPING: "mapping", task_pb2.RETURN_STYLE_VALUE: "value"}
 
 
@@ -73,7 +74,50 @@ def failure_from_answer(answer: dict[str, Any], blobs: list[bytes]) -> errors_pb
         traceback=answer.get("traceback", ""),
         exception=None if exception is None else payload_pb2.Payload(media_type=CLOUDPICKLE, data=blobs[exception]),
         exit_status=answer.get("exit_status"),
+        base_types=answer.get("base_types", ()),
     )
+
+
+def fill_outcome(
+    report: worker_pb2.Report, answer: dict[str, Any], blobs: list[bytes], node_id: str, duration_ns: int
+) -> None:
+    """Write into a report how one attempt ended."""
+    if failure := answer.get("failure"):
+        report.failed.failure.CopyFrom(failure_from_answer(failure, blobs))
+        report.failed.duration.FromNanoseconds(duration_ns)
+        return
+    report.succeeded.duration.FromNanoseconds(duration_ns)
+    for name, reference in answer["outputs"].items():
+        report.succeeded.outputs[name].CopyFrom(payload_from_answer(reference, blobs, node_id))
+    for name, references in answer["split"].items():
+        items = [payload_from_answer(reference, blobs, node_id) for reference in references]
+        report.succeeded.split[name].CopyFrom(payload_pb2.PayloadList(items=items))
+
+
+def spawned_from_frame(
+    frame: dict[str, Any], blobs: list[bytes], parent: task_pb2.Function, node_id: str
+) -> worker_pb2.AttemptSpawned:
+    """Return the task a running one wants added. Its code comes with it and uses the same bundle as its parent's."""
+    task = task_pb2.TaskSpec.FromString(blobs[frame["spec"]])
+    task.task_id, task.display_name, task.function = frame["task_id"], frame["name"], FUNCTION
+    task.after.extend(frame["after"])
+    for name, tree in frame["inputs"].items():
+        task.inputs[name].CopyFrom(_binding_from_tree(tree, blobs, node_id))
+    function = task_pb2.Function.FromString(blobs[frame["function"]])
+    function.pickle, function.bundle_digest = blobs[frame["code"]], parent.bundle_digest
+    return worker_pb2.AttemptSpawned(tasks=[task], functions={FUNCTION: function})
+
+
+def _binding_from_tree(tree: dict[str, Any], blobs: list[bytes], node_id: str) -> payload_pb2.Binding:
+    if "task" in tree:
+        return payload_pb2.Binding(output=payload_pb2.OutputRef(task_id=tree["task"], output=tree["output"]))
+    if "items" in tree:
+        items = [_binding_from_tree(item, blobs, node_id) for item in tree["items"]]
+        return payload_pb2.Binding(list=payload_pb2.BindingList(items=items))
+    if "entries" in tree:
+        entries = {key: _binding_from_tree(item, blobs, node_id) for key, item in tree["entries"].items()}
+        return payload_pb2.Binding(map=payload_pb2.BindingMap(entries=entries))
+    return payload_pb2.Binding(payload=payload_from_answer(tree, blobs, node_id))
 
 
 def report(lease_id: str, now_ns: int) -> worker_pb2.Report:

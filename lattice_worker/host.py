@@ -1,6 +1,7 @@
 """Owns the facts about this machine."""
 
 import contextlib
+import ctypes
 import os
 import platform
 
@@ -9,6 +10,7 @@ from lattice.v1 import resources_pb2
 
 from lattice_worker.config import WorkerConfig
 
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 MIN_SLOTS = 32
 SLOTS_PER_CPU = 4
 ASYNC_SLOTS = 4096
@@ -25,6 +27,18 @@ def capacity(config: WorkerConfig) -> resources_pb2.Capacity:
         slots=max(MIN_SLOTS, int(SLOTS_PER_CPU * cpus)),
         async_slots=ASYNC_SLOTS,
     )
+
+
+def adopt_orphans() -> None:
+    """Have processes whose parents died become children of this one."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def adopts_orphans() -> bool:
+    """Whether processes whose parents died become children of this one."""
+    found = ctypes.c_int(0)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(found))
+    return bool(found.value)
 
 
 def runtime() -> str:

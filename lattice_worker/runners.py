@@ -19,8 +19,11 @@ from typing import Any
 
 import psutil
 
+from lattice_worker import host
+
 CHILD = Path(__file__).parent / "sandbox" / "child.py"
 RAW_READ_BYTES = 1 << 16
+SWEEP_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,13 @@ class Key:
 
 @dataclass(slots=True)
 class Invocation:
-    """One call of a function. `on_log` takes (stream, text, truncated), `on_end` the answer and its blobs."""
+    """One call of a function. `on_log` takes (stream, text, truncated); the others a header and its blobs."""
 
     name: str
     header: dict[str, Any]
     blobs: Sequence[bytes]
     on_log: Callable[[str, str, bool], None]
+    on_spawn: Callable[[dict[str, Any], list[bytes]], None]
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     raw_left: int = 0
     ending: dict[str, Any] | None = field(default=None)
@@ -58,6 +62,7 @@ class Runner(asyncio.Protocol):
         self._writer: asyncio.Transport | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._oom_kills = oom_kills()
 
     async def start(self) -> None:
         """Start the process."""
@@ -115,17 +120,16 @@ class Runner(asyncio.Protocol):
         """Ask an async invocation to end."""
         self._send({"kind": "cancel", "id": name}, [])
 
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None before it started."""
+        return None if self._process is None else self._process.pid
+
     def kill(self) -> None:
         """End the process and all its descendants, those in sessions of their own included."""
         process = self._process
-        if process is None or process.returncode is not None:
-            return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for descendant in psutil.Process(process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    descendant.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if process is not None and process.returncode is None:
+            kill_tree(process.pid)
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of the control socket."""
@@ -154,6 +158,9 @@ class Runner(asyncio.Protocol):
         if header["kind"] == "log":
             for stream, text in header["parts"]:
                 invocation.on_log(stream, text, header["truncated"])
+            return
+        if header["kind"] == "spawn":
+            invocation.on_spawn(header["task"], blobs)
             return
         for descriptor in list(self._raw):
             self._read_raw(descriptor)
@@ -199,25 +206,44 @@ class Runner(asyncio.Protocol):
             self._read_raw(descriptor)
         for descriptor in list(self._raw):
             self._close_raw(descriptor)
-        # Whatever the process left behind in its group goes with it.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
         if self._writer is not None:
             self._writer.close()
         self._on_gone(self)
         running, self.running = self.running, {}
+        by_kernel = status == -signal.SIGKILL and oom_kills() > self._oom_kills
         for invocation in running.values():
-            answer = invocation.ending or _crash(status, is_alone=len(running) == 1)
+            answer = invocation.ending or _crash(status, is_alone=len(running) == 1, by_kernel=by_kernel)
             invocation.on_end(answer, [])
 
 
-def _crash(status: int, *, is_alone: bool) -> dict[str, Any]:
+def kill_tree(pid: int) -> None:
+    """Kill a process and all its descendants; what one of them still starts meanwhile is found by `Pool.sweep`."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for member in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
+def oom_kills() -> int:
+    """Return how many processes of this machine the kernel has killed because memory ran out."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def _crash(status: int, *, is_alone: bool, by_kernel: bool) -> dict[str, Any]:
     if status < 0:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else "unknown"
         how = f"was killed by signal {-status} ({name})"
     else:
         how = f"exited with status {status}"
-    if is_alone:
+    if by_kernel:
+        text = "the kernel killed the task's process because memory ran out"
+        failure = {"kind": "out_of_memory", "type": "", "message": text, "exit_status": status}
+    elif is_alone:
         failure = {"kind": "crashed", "type": "", "message": f"the task's process {how}", "exit_status": status}
     else:
         text = f"the process it shared with other async tasks {how}"
@@ -233,6 +259,10 @@ class Pool:
         self._idle: dict[Key, list[Runner]] = {}
         self._shared: dict[Key, asyncio.Future[Runner]] = {}
         self._all: set[Runner] = set()
+        # A process that does not adopt orphans has children that are none of this pool's business.
+        self._adopts = host.adopts_orphans()
+        self._starting = 0
+        self._sweeping: asyncio.Task[None] | None = None
 
     async def warm(self, count: int) -> None:
         """Start runners ahead of need."""
@@ -265,8 +295,12 @@ class Pool:
 
     async def _start(self, key: Key) -> Runner:
         runner = Runner(key, self._put_back, self._forget)
-        await runner.start()
-        self._all.add(runner)
+        self._starting += 1
+        try:
+            await runner.start()
+            self._all.add(runner)
+        finally:
+            self._starting -= 1
         return runner
 
     def _put_back(self, runner: Runner) -> None:
@@ -280,8 +314,31 @@ class Pool:
             if not self._idle[key]:
                 del self._idle[key]
 
+    def sweep(self) -> None:
+        """Kill what a runner that is gone left behind, which is below this process now, if that adopts orphans."""
+        if not self._adopts:
+            return
+        if self._starting or (self._sweeping is not None and not self._sweeping.done()):
+            # A process that is being started is not known by its id yet, and would be taken for a left one.
+            asyncio.get_running_loop().call_later(SWEEP_S, self.sweep)
+            return
+        known = {runner.pid for runner in self._all}
+        left = [child.pid for child in psutil.Process().children() if child.pid not in known]
+        if left:
+            for pid in left:
+                kill_tree(pid)
+            self._sweeping = asyncio.get_running_loop().create_task(self._reap(left))
+
+    async def _reap(self, pids: list[int]) -> None:
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                await asyncio.to_thread(os.waitpid, pid, 0)
+        # What those had below them is here now.
+        asyncio.get_running_loop().call_soon(self.sweep)
+
     def _forget(self, runner: Runner) -> None:
         self._all.discard(runner)
+        self.sweep()
         if runner.key.is_async:
             self._shared.pop(runner.key, None)
         elif runner in (idle := self._idle.get(runner.key, [])):

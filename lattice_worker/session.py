@@ -80,6 +80,10 @@ class Session(Generic[Work, Report]):
         number = self._slot_of.get(lease_id)
         return None if number is None else self._slots[number].running == lease_id
 
+    def work_of(self, lease_id: str) -> Work:
+        """Return the work of a lease that is held and has not started."""
+        return self._slots[self._slot_of[lease_id]].waiting[lease_id]
+
     def add_report(self, lease_id: str, report: Report) -> int:
         """Put a report about a lease into the outbox; return its number."""
         self._last_sequence += 1

@@ -147,7 +147,9 @@ class RetryPolicy:
         """Whether another attempt follows after `failed_attempts` attempts, the last of which ended in `failure`."""
         if failed_attempts >= self.max_attempts or failure.kind not in self.retry_on:
             return False
-        return not self.retry_on_types or not self.retry_on_types.isdisjoint((failure.type, *failure.base_types))
+        if failure.kind is not FailureKind.USER_ERROR or not self.retry_on_types:
+            return True
+        return not self.retry_on_types.isdisjoint((failure.type, *failure.base_types))
 
     def backoff_s(self, failed_attempts: int) -> float:
         """Seconds to wait before the attempt that follows `failed_attempts` failed ones."""

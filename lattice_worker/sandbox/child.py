@@ -22,6 +22,7 @@ import math
 import mmap
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -31,6 +32,8 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import cloudpickle
@@ -44,6 +47,9 @@ ALIGN = 64
 # Python refuses to print and to read integers of over 4300 digits; these have fewer or as many.
 MAX_JSON_INT_BITS = 14_284
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+# What a task may use beyond the memory it asked for before it is stopped: it is counted by the page, and early.
+MEMORY_SLACK_BYTES = 64 * 1024 * 1024
 FLUSH_BYTES = 8192
 SPARES = "spares"
 MIN_SPARE_BYTES = 1024 * 1024
@@ -78,11 +84,16 @@ class Channel:
 
 
 class Output:
-    """What one invocation writes to its standard streams, up to a limit in bytes."""
+    """What one invocation tells while it runs: text on its standard streams, up to a limit in bytes, and new tasks.
 
-    def __init__(self, channel: Channel, invocation: str, limit: int) -> None:
+    `header` is the invocation's; `lattice_worker.context` reads from it what the running task may know.
+    """
+
+    def __init__(self, channel: Channel, header: dict[str, Any]) -> None:
+        self.header = header
+        limit = header["log_limit"]
         self._channel = channel
-        self._invocation = invocation
+        self._invocation = header["id"]
         self._left = limit
         self._limit = limit
         self._pending: list[tuple[str, str]] = []
@@ -106,8 +117,14 @@ class Output:
     def flush(self) -> None:
         """Send what is pending."""
         if self._pending:
-            parts, self._pending, self._pending_bytes = self._pending, [], 0
-            self._channel.send(self._header([list(part) for part in parts], truncated=False))
+            pending, self._pending, self._pending_bytes = self._pending, [], 0
+            # One `print` is several writes.
+            parts = [[stream, "".join(text for _, text in group)] for stream, group in groupby(pending, itemgetter(0))]
+            self._channel.send(self._header(parts, truncated=False))
+
+    def spawn(self, task: dict[str, Any], blobs: Sequence[bytes]) -> None:
+        """Have a task added to the run; see `lattice_worker.context`."""
+        self._channel.send({"kind": "spawn", "id": self._invocation, "task": task}, blobs)
 
     def _header(self, parts: list[list[str]], *, truncated: bool) -> dict[str, Any]:
         return {"kind": "log", "id": self._invocation, "parts": parts, "truncated": truncated}
@@ -186,25 +203,25 @@ class Program:
 
     @contextlib.contextmanager
     def _outcome(self, header: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
-        output = Output(self._channel, header["id"], header["log_limit"])
+        output = Output(self._channel, header)
         token = current.set(output)
         encoder = Encoder(header["store"], header["inline_limit"])
         answer: dict[str, Any] = {"kind": "result", "id": header["id"]}
         started = time.perf_counter()
 
         def finish(value: Any) -> None:
-            answer["outputs"] = {name: encoder.encode(item) for name, item in self._outputs(header, value).items()}
+            answer.update(
+                self._answer_batch(header, value, encoder)
+                if header["batched"]
+                else self._answer(header, value, encoder)
+            )
 
         try:
-            yield finish
-        except asyncio.CancelledError:
-            answer["failure"] = {"kind": "cancelled", "message": "the attempt was cancelled", "type": ""}
-        except PayloadError as error:
-            answer["failure"] = {"kind": "payload", "message": str(error), "type": "", "traceback": _trace(error)}
-        except MemoryError as error:
-            answer["failure"] = _failure("out_of_memory", error, encoder)
+            with memory_limit(header["memory_limit"]):
+                yield finish
         except BaseException as error:  # SystemExit too: user code must not end the runner by raising it
-            answer["failure"] = _failure("user_error", error, encoder)
+            encoder.blobs.clear()
+            answer["failure"] = _failure(error, encoder)
         finally:
             answer["duration"] = time.perf_counter() - started
             output.flush()
@@ -227,11 +244,58 @@ class Program:
 
     def _call(self, header: dict[str, Any], blobs: list[bytes]) -> Any:
         function = self._load(header["digest"])
-        inputs = {name: _bind(binding, blobs) for name, binding in header["inputs"].items()}
         style = self._definitions[header["digest"]][0]["call_style"]
-        if style == "params" or (style == "auto" and _takes_params(function)):
-            return function(inputs)
-        return function(**inputs)
+        takes_params = style == "params" or (style == "auto" and _takes_params(function))
+        if not header["batched"]:
+            (inputs,) = header["items"]
+            bound = {name: _bind(binding, blobs) for name, binding in inputs.items()}
+            return function(bound) if takes_params else function(**bound)
+        # An item whose inputs cannot be read has failed by itself; the others are called without it.
+        header["unread"] = {}
+        batch = []
+        for position, inputs in enumerate(header["items"]):
+            try:
+                batch.append({name: _bind(binding, blobs) for name, binding in inputs.items()})
+            except Exception as error:
+                header["unread"][position] = error
+        if not batch:
+            return []
+        return function(batch) if takes_params else function(**_columns(function, batch))
+
+    def _answer(self, header: dict[str, Any], value: Any, encoder: "Encoder") -> dict[str, Any]:
+        """Return the outputs in a value, and item by item those that others are mapped over."""
+        outputs = self._outputs(header, value)
+        split = {name: _items(name, outputs[name]) for name in header["split"]}
+        return {
+            "outputs": {name: encoder.encode(item) for name, item in outputs.items()},
+            "split": {name: [encoder.encode(item) for item in items] for name, items in split.items()},
+        }
+
+    def _answer_batch(self, header: dict[str, Any], value: Any, encoder: "Encoder") -> dict[str, Any]:
+        """Return one answer for each member of a batch."""
+        unread, size = header["unread"], len(header["items"])
+        try:
+            values = list(value)
+        except TypeError:
+            raise PayloadError(f"a batch of {size} must return a list; it returned {type(value).__name__}") from None
+        if len(values) != size - len(unread):
+            raise PayloadError(f"a batch of {size - len(unread)} returned {len(values)} values; one for each is needed")
+        found = iter(values)
+        return {
+            "items": [
+                self._answer_member(header, unread[i] if i in unread else next(found), encoder) for i in range(size)
+            ]
+        }
+
+    def _answer_member(self, header: dict[str, Any], value: Any, encoder: "Encoder") -> dict[str, Any]:
+        if isinstance(value, BaseException):
+            return {"failure": _failure(value, encoder)}
+        kept = len(encoder.blobs)
+        try:
+            return self._answer(header, value, encoder)
+        except PayloadError as error:
+            del encoder.blobs[kept:]
+            return {"failure": _failure(error, encoder)}
 
     def _outputs(self, header: dict[str, Any], value: Any) -> dict[str, Any]:
         declared = header["outputs"]
@@ -321,6 +385,14 @@ def open_artifact(path: str) -> mmap.mmap | bytes:
         raise PayloadError(missing) from None
 
 
+def dump(function: Callable[..., Any]) -> bytes:
+    """Return a function as it travels. Raises PayloadError."""
+    try:
+        return bytes(cloudpickle.dumps(function, protocol=5))
+    except Exception as error:
+        raise PayloadError(f"a function cannot be pickled: {error}") from error
+
+
 def is_json(value: Any) -> bool:
     """Whether JSON gives `value` back exactly."""
     kind = type(value)
@@ -379,6 +451,43 @@ def decode_value(media_type: str, data: Any) -> Any:
     return pickle.loads(parts[0], buffers=parts[1:])
 
 
+def _columns(function: Callable[..., Any], batch: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the inputs of a batch as one list for each keyword; what a member leaves out has its default."""
+    names = dict.fromkeys(name for inputs in batch for name in inputs)
+    try:
+        defaults = {
+            name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty
+        }
+    except (TypeError, ValueError):
+        defaults = {}
+    missing = [name for name in names if name not in defaults and any(name not in inputs for inputs in batch)]
+    if missing:
+        raise PayloadError(f"some members of the batch have no input {missing[0]!r}")
+    return {name: [inputs[name] if name in inputs else defaults[name] for inputs in batch] for name in names}
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    if isinstance(value, str | bytes | dict) or not hasattr(value, "__iter__"):
+        raise PayloadError(f"output {name!r} is mapped over and must be a list; it is a {type(value).__name__}")
+    return list(value)
+
+
+@contextlib.contextmanager
+def memory_limit(limit_bytes: int) -> Iterator[None]:
+    """Let this process grow by `limit_bytes` and a little; what asks for more gets a MemoryError. Zero means any."""
+    if not limit_bytes:
+        yield
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    with open("/proc/self/status") as status:
+        used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + limit_bytes + MEMORY_SLACK_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
 def _bind(binding: dict[str, Any], blobs: list[bytes]) -> Any:
     if "items" in binding:
         return [_bind(item, blobs) for item in binding["items"]]
@@ -421,18 +530,30 @@ def _trace(error: BaseException) -> str:
     return "".join([*cause, *head, *traceback.format_exception_only(error)])
 
 
-def _failure(kind: str, error: BaseException, encoder: Encoder) -> dict[str, Any]:
-    cls = type(error)
-    name = cls.__qualname__ if cls.__module__ in {"builtins", "__main__"} else f"{cls.__module__}.{cls.__qualname__}"
+def _failure(error: BaseException, encoder: Encoder) -> dict[str, Any]:
+    match error:
+        case asyncio.CancelledError():
+            return {"kind": "cancelled", "message": "the attempt was cancelled", "type": ""}
+        case PayloadError():
+            return {"kind": "payload", "message": str(error), "type": "", "traceback": _trace(error)}
+        case MemoryError():
+            kind = "out_of_memory"
+        case _:
+            kind = "user_error"
+    name, *bases = [_type_name(cls) for cls in type(error).__mro__ if cls is not object]
     failure: dict[str, Any] = {"kind": kind, "type": name, "message": str(error), "traceback": _trace(error)}
-    encoder.blobs.clear()
+    failure["base_types"] = bases
     with contextlib.suppress(Exception):  # an exception that cannot be pickled is still told in text
         stripped = error.with_traceback(None)
         pickled = cloudpickle.dumps(stripped)
         if len(pickled) <= FLUSH_BYTES * 8:
             encoder.blobs.append(pickled)
-            failure["exception"] = 0
+            failure["exception"] = len(encoder.blobs) - 1
     return failure
+
+
+def _type_name(cls: type) -> str:
+    return cls.__qualname__ if cls.__module__ in {"builtins", "__main__"} else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _serve(channel: Channel) -> None:
@@ -472,7 +593,13 @@ async def _serve_async(channel: Channel) -> None:
 def main() -> None:
     """Serve the agent on the socket whose descriptor is the first argument; the second is `process` or `async`."""
     descriptor, mode, parent = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # What a task starts and leaves behind stays below this process, where it can be found and ended.
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    # When the machine runs out of memory the kernel takes a task, not the worker or the server.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")
     if os.getppid() != parent:  # the agent died before the line above
         os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

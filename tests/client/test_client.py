@@ -39,6 +39,7 @@ PUBLIC = [
     "RunCancelledError",
     "RunError",
     "RunEvent",
+    "RunTimeoutError",
     "TaskDefinition",
     "TaskDefinitionError",
     "TaskFailedError",

@@ -477,7 +477,7 @@ class RetryPolicy(google.protobuf.message.Message):
 
     @property
     def retry_on_types(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Error types worth another attempt, by the names `Failure.type` and `Failure.base_types` have; empty means all."""
+        """Of USER_ERROR, only these types of error, by the names `Failure.type` and `Failure.base_types` have; empty means all."""
 
     def __init__(
         self,

@@ -1,0 +1,93 @@
+"""Owns the handle of a run, for asyncio. Rule: it is the run's id, and knows nothing the server does not."""
+
+import asyncio
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from lattice.v1 import run_pb2, task_pb2, workflow_pb2
+
+from lattice_client.convert import RunEvent
+from lattice_client.workflow import LatticeTask
+
+if TYPE_CHECKING:
+    from lattice_client.client import AsyncLatticeClient
+
+# The last message of the call that started a run; None when the call broke.
+Outcome = asyncio.Task[workflow_pb2.ExecuteWorkflowResponse | None]
+
+
+class AsyncRun(str):
+    """A run: its id, as a string, that can also be followed."""
+
+    _client: "AsyncLatticeClient"
+    _outcome: Outcome | None
+
+    @classmethod
+    def of(cls, run_id: str, client: "AsyncLatticeClient", outcome: Outcome | None = None) -> Self:
+        """Return the run with this id; `outcome` is the end of the call that started it."""
+        run = cls(run_id)
+        run._client, run._outcome = client, outcome
+        if outcome is not None:
+            # Nobody can ask for the result any more: the call that would bring it may end.
+            weakref.finalize(run, _abandon, outcome).atexit = False
+        return run
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return str(self)
+
+    async def result(self, timeout: float | None = None) -> dict[str, Any]:
+        """Wait for the end and return the final task's outputs, or those of each final task by its id.
+
+        The outputs of a mapped task are lists, one value for each item.
+
+        Raises:
+            TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
+            RunTimeoutError: the run took longer than its own time limit.
+            RunCancelledError: the run was cancelled.
+            TimeoutError: `timeout` seconds passed; the run goes on.
+        """
+        async with asyncio.timeout(timeout):
+            return await self._client.result(self, self._outcome)
+
+    def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
+        """Yield the run's events after number `after`, to its end."""
+        return self._client.events(self, after)
+
+    async def cancel(self, reason: str = "") -> None:
+        """Cancel the run."""
+        await self._client.cancel_run(self, reason)
+
+    async def cancel_task(self, task: LatticeTask | str) -> None:
+        """Cancel one task; what depends on it follows the workflow's failure policy."""
+        await self._client.cancel_task(self, task_id_of(task))
+
+    async def add_tasks(self, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
+        """Add tasks, of any workflow, to the run while it goes on; return its revision after that.
+
+        They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
+        the expected revision, PreconditionError when it has ended.
+        """
+        return await self._client.add_tasks(self, tasks, expected_revision)
+
+    async def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
+        """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""
+        return await self._client.explain(self, task_id_of(task))
+
+    async def status(self) -> str:
+        """Return the run's state: running, cancelling, succeeded, failed or cancelled."""
+        run = await self._client.describe_run(self)
+        return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+
+
+def task_id_of(task: LatticeTask | str) -> str:
+    """Return the id of a task, given the task or its id."""
+    return task if isinstance(task, str) else task.task_id
+
+
+def _abandon(outcome: Outcome) -> None:
+    loop = outcome.get_loop()
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(outcome.cancel)

@@ -1,0 +1,126 @@
+"""Owns the settings of a task besides its inputs, outputs and resources. Rule: what is out of range is said at once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from lattice.v1 import errors_pb2, resources_pb2, task_pb2
+
+from lattice_client.errors import TaskDefinitionError
+
+ISOLATIONS = {
+    "none": resources_pb2.ISOLATION_NONE,
+    "subprocess": resources_pb2.ISOLATION_SUBPROCESS,
+    "seccomp": resources_pb2.ISOLATION_SECCOMP,
+    "docker": resources_pb2.ISOLATION_DOCKER,
+}
+BATCH_SCOPES = {"server": task_pb2.BATCH_SCOPE_SERVER, "run": task_pb2.BATCH_SCOPE_RUN}
+Choice = TypeVar("Choice")
+RETRIED_KINDS = {
+    "error": errors_pb2.FAILURE_KIND_USER_ERROR,
+    "crash": errors_pb2.FAILURE_KIND_CRASHED,
+    "out_of_memory": errors_pb2.FAILURE_KIND_OUT_OF_MEMORY,
+    "timeout": errors_pb2.FAILURE_KIND_TIMEOUT,
+}
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How a task is run. Times in seconds.
+
+    Attributes:
+        retries: attempts after the first. Losing a worker is no fault of the task and does not count.
+        retry_on: what is worth another attempt: exception classes, and `error` (any), `crash`, `out_of_memory`,
+            `timeout`; all of them when empty.
+        retry_backoff: the wait before the second attempt; each further one is twice as long, and all vary by up to a
+            half.
+        timeout: how long an attempt may run; its process is ended then.
+        total_timeout: how long the task may take from when it could start, queueing and all attempts included.
+        batch_size: at most so many tasks in one call. A function that takes `params` then gets a list of them, any
+            other one list for each argument; it returns a list, in which an exception fails its item alone.
+        batch_timeout: how long the first task of a batch may wait for others.
+        batch_within: `server`, tasks of all your runs may meet, or `run`.
+        max_parallel: at most so many calls at once, over all runs and callers.
+        concurrency_key: what `max_parallel` counts, such as the name of an API; the function when empty. The server may
+            have a limit of its own for a name.
+        priority: among your waiting tasks, higher goes first.
+        node_selector: labels a node must have.
+        isolation: none, subprocess, seccomp or docker.
+    """
+
+    retries: int = 0
+    retry_on: Sequence[type[BaseException] | str] = ()
+    retry_backoff: float | None = None
+    timeout: float | None = None
+    total_timeout: float | None = None
+    batch_size: int | None = None
+    batch_timeout: float | None = None
+    batch_within: str = "server"
+    max_parallel: int = 0
+    concurrency_key: str = ""
+    priority: int = 0
+    node_selector: Mapping[str, str] | None = field(default=None)
+    isolation: str = "none"
+
+    def to_proto(self, label: str) -> task_pb2.TaskSpec:
+        """Return the settings as part of a task. Raises TaskDefinitionError naming the task and the setting."""
+        for name in ("retries", "max_parallel"):
+            if not isinstance(value := getattr(self, name), int) or value < 0:
+                raise _bad(label, name, f"a whole number from 0, not {value!r}")
+        if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise _bad(label, "batch_size", f"a whole number from 1, not {self.batch_size!r}")
+        spec = task_pb2.TaskSpec(
+            isolation=_choice(label, "isolation", self.isolation, ISOLATIONS),
+            max_parallel=self.max_parallel,
+            concurrency_key=self.concurrency_key,
+            priority=self.priority,
+            node_selector=self.node_selector or {},
+        )
+        if self.retries:
+            spec.retry.CopyFrom(self._retry(label))
+        if self.timeout is not None:
+            spec.timeout.attempt.CopyFrom(_duration(label, "timeout", self.timeout))
+        if self.total_timeout is not None:
+            spec.timeout.total.CopyFrom(_duration(label, "total_timeout", self.total_timeout))
+        if self.batch_size is not None:
+            spec.batch.max_size = self.batch_size
+            spec.batch.max_wait.CopyFrom(_duration(label, "batch_timeout", self.batch_timeout or 0.0))
+            spec.batch.scope = _choice(label, "batch_within", self.batch_within, BATCH_SCOPES)
+        elif self.batch_timeout is not None:
+            raise _bad(label, "batch_timeout", "used together with batch_size")
+        return spec
+
+    def _retry(self, label: str) -> task_pb2.RetryPolicy:
+        policy = task_pb2.RetryPolicy(max_attempts=self.retries + 1)
+        if self.retry_backoff is not None:
+            policy.initial_backoff.CopyFrom(_duration(label, "retry_backoff", self.retry_backoff))
+        for cause in self.retry_on:
+            if isinstance(cause, type) and issubclass(cause, BaseException):
+                name = cause.__qualname__ if cause.__module__ in {"builtins", "__main__"} else _full_name(cause)
+                policy.retry_on_types.append(name)
+            else:
+                policy.retry_on.append(_choice(label, "retry_on", cause, RETRIED_KINDS))
+        if policy.retry_on_types and errors_pb2.FAILURE_KIND_USER_ERROR not in policy.retry_on:
+            policy.retry_on.append(errors_pb2.FAILURE_KIND_USER_ERROR)
+        return policy
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _choice(label: str, name: str, value: object, choices: Mapping[str, Choice]) -> Choice:
+    if not isinstance(value, str) or value not in choices:
+        raise _bad(label, name, f"one of {', '.join(choices)}, not {value!r}")
+    return choices[value]
+
+
+def _duration(label: str, name: str, seconds: float) -> Duration:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
+        raise _bad(label, name, f"seconds from 0, not {seconds!r}")
+    return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
+
+
+def _bad(label: str, name: str, expected: str) -> TaskDefinitionError:
+    return TaskDefinitionError(f"task {label!r}: {name} must be {expected}")
