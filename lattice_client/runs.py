@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import click
-from lattice.v1 import payload_pb2, run_pb2
+from lattice.v1 import payload_pb2, run_pb2, task_pb2
 from rich.live import Live
 
 from lattice_client import convert
@@ -106,6 +106,26 @@ def cancel(addr: str, as_json: bool, run_id: str) -> None:
         click.echo(f"Run {run_id} is cancelled.")
     else:
         click.echo(f"Cancelling run {run_id}.")
+
+
+@runs.command()
+@address
+@as_json
+@click.argument("run_id")
+@click.argument("task_id")
+def explain(addr: str, as_json: bool, run_id: str, task_id: str) -> None:
+    """Say what a task waits for, since when, and when it may start."""
+    with connected(addr) as client:
+        found = client.explain(run_id, task_id)
+    if as_json:
+        print_json(as_dict(found))
+        return
+    state = run_pb2.TaskState.Name(found.task.state).removeprefix("TASK_STATE_").lower()
+    since = f", for {span(found.waited.ToNanoseconds() / 1e9)}" if found.HasField("waited") else ""
+    soon = f"; it may start in {span(found.start_in.ToNanoseconds() / 1e9)}" if found.start_in.ToNanoseconds() else ""
+    click.echo(f"Task {task_id} is {state}{since}{soon}:")
+    for reason in found.reasons:
+        click.echo(f"  {task_pb2.WaitKind.Name(reason.kind).removeprefix('WAIT_KIND_').lower()}: {reason.message}")
 
 
 @runs.command()

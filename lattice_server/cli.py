@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,9 +16,12 @@ import uvloop
 from lattice_server import MAY_SERVE
 from lattice_server.app import serve
 from lattice_server.config import ServerConfig
+from lattice_server.configfile import ConfigError, read_config
 from lattice_server.rpc.server import PortInUseError
 
 STOP_S = 30.0
+MIB = 1024 * 1024
+CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/scheduling.md."
 
 
 def _record_path(port: str) -> Path:
@@ -33,9 +37,23 @@ def _record_path(port: str) -> Path:
 @click.option("--executor", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
 @click.option("--num-cpus", type=float, help="CPUs to offer instead of those this machine has.")
 @click.option("--num-gpus", type=int, help="GPUs to offer instead of those this machine has.")
+@click.option("--memory", type=int, metavar="MIB", help="Memory to offer instead of all this machine has.")
+@click.option("--gpu-memory", type=int, metavar="MIB", help="Memory of each GPU, where it cannot be measured.")
+@click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label of this node; may be repeated.")
+@click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
 @click.option("--verbose", is_flag=True, help="Log more.")
 def start(
-    head: bool, host: str, port: int, executor: str, num_cpus: float | None, num_gpus: int | None, verbose: bool
+    head: bool,
+    host: str,
+    port: int,
+    executor: str,
+    num_cpus: float | None,
+    num_gpus: int | None,
+    memory: int | None,
+    gpu_memory: int | None,
+    labels: tuple[str, ...],
+    config_file: Path | None,
+    verbose: bool,
 ) -> None:
     """Start a Lattice server on this machine and serve until Ctrl-C or `lattice stop`."""
     if not head:
@@ -46,7 +64,19 @@ def start(
         raise click.UsageError("only loopback addresses are served: there is no authentication yet")
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config = ServerConfig(host=host, port=port, executor=executor, num_cpus=num_cpus, num_gpus=num_gpus)
+    if wrong := [label for label in labels if "=" not in label]:
+        raise click.UsageError(f"a label is NAME=VALUE, not {wrong[0]!r}")
+    config = replace(
+        ServerConfig() if config_file is None else _read(config_file),
+        host=host,
+        port=port,
+        executor=executor,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        memory_bytes=None if memory is None else memory * MIB,
+        gpu_memory_bytes=None if gpu_memory is None else gpu_memory * MIB,
+        labels=dict(label.split("=", 1) for label in labels),
+    )
     records: list[Path] = []
 
     def announce(address: str) -> None:
@@ -62,6 +92,13 @@ def start(
     finally:
         for record in records:
             record.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> ServerConfig:
+    try:
+        return read_config(path.read_text(encoding="utf-8"))
+    except ConfigError as error:
+        raise click.ClickException(f"{path}: {error}") from None
 
 
 @click.command()

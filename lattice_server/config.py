@@ -15,6 +15,9 @@ class ServerConfig:
     executor: str = "ray"
     num_cpus: float | None = None
     num_gpus: int | None = None
+    memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
     ray_address: str = ""
     session_ttl_s: float = 30.0
     heartbeat_interval_s: float = 5.0

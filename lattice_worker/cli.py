@@ -27,6 +27,9 @@ def main() -> None:
     parser.add_argument("--store-dir", required=True, help="where large values lie")
     parser.add_argument("--num-cpus", type=float)
     parser.add_argument("--num-gpus", type=int)
+    parser.add_argument("--memory-bytes", type=int)
+    parser.add_argument("--gpu-memory-bytes", type=int, help="of each device, where it cannot be measured")
+    parser.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--exit-on-close", action="store_true", help="end when the server ends")
     flags = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
@@ -41,6 +44,9 @@ def main() -> None:
         join_token=os.environ.get("LATTICE_JOIN_TOKEN", ""),
         num_cpus=flags.num_cpus,
         num_gpus=flags.num_gpus,
+        memory_bytes=flags.memory_bytes,
+        gpu_memory_bytes=flags.gpu_memory_bytes,
+        labels=dict(label.split("=", 1) for label in flags.label),
         exit_on_close=flags.exit_on_close,
     )
     uvloop.run(_run(config))

@@ -15,5 +15,7 @@ class WorkerConfig:
     join_token: str = ""
     num_cpus: float | None = None
     num_gpus: int | None = None
+    memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     exit_on_close: bool = False

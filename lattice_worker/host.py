@@ -19,10 +19,10 @@ ASYNC_SLOTS = 4096
 def capacity(config: WorkerConfig) -> resources_pb2.Capacity:
     """Return what this machine offers, or what the flags say it does. Memory in bytes."""
     cpus = config.num_cpus if config.num_cpus is not None else float(len(os.sched_getaffinity(0)))
-    gpus = _gpus() if config.num_gpus is None else _named(config.num_gpus)
+    gpus = _gpus() if config.num_gpus is None else _named(config.num_gpus, config.gpu_memory_bytes or 0)
     return resources_pb2.Capacity(
         cpu=cpus,
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=config.memory_bytes or psutil.virtual_memory().total,
         gpus=gpus,
         slots=max(MIN_SLOTS, int(SLOTS_PER_CPU * cpus)),
         async_slots=ASYNC_SLOTS,
@@ -46,9 +46,9 @@ def runtime() -> str:
     return f"python {platform.python_version()}"
 
 
-def _named(count: int) -> list[resources_pb2.Gpu]:
+def _named(count: int, memory_bytes: int) -> list[resources_pb2.Gpu]:
     known = {gpu.index: gpu for gpu in _gpus()}
-    return [known.get(index, resources_pb2.Gpu(index=index)) for index in range(count)]
+    return [known.get(i, resources_pb2.Gpu(index=i, memory_bytes=memory_bytes)) for i in range(count)]
 
 
 def _gpus() -> list[resources_pb2.Gpu]:

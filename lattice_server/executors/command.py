@@ -16,4 +16,10 @@ def worker_command(
         command += ["--num-cpus", str(config.num_cpus)]
     if config.num_gpus is not None:
         command += ["--num-gpus", str(config.num_gpus)]
+    if config.memory_bytes is not None:
+        command += ["--memory-bytes", str(config.memory_bytes)]
+    if config.gpu_memory_bytes is not None:
+        command += ["--gpu-memory-bytes", str(config.gpu_memory_bytes)]
+    for name, value in config.labels.items():
+        command += ["--label", f"{name}={value}"]
     return command

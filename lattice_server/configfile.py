@@ -1,0 +1,82 @@
+"""Owns the reading of `lattice start --config FILE`. Rule: a key that means nothing is an error, never ignored.
+
+max_open_tasks = 100_000          # any number or text of `ServerConfig`, by its name
+
+[limits]                          # calls at once, by concurrency key
+openai = 8
+
+[[batch]]                         # how tasks that can be batched are, by name; the first that fits counts
+match = "prefix"                  # or "exact", "regex"
+pattern = "embed"
+max_size = 32
+max_wait_s = 0.05
+"""
+
+import re
+import tomllib
+from dataclasses import fields
+from typing import Any
+
+from lattice_server.config import ServerConfig
+from lattice_server.core.batching import BatchRule, NameMatch
+
+PLAIN = {found.name: found.type for found in fields(ServerConfig) if found.type in {int, float, str}}
+FLAGS = frozenset({"host", "port", "executor"})
+RULE_KEYS = frozenset({"match", "pattern", "max_size", "max_wait_s"})
+
+
+class ConfigError(Exception):
+    """The file does not say what it must; the message names the key."""
+
+
+def read_config(text: str) -> ServerConfig:
+    """Return the configuration a file asks for, the rest as by default. Raises ConfigError."""
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(str(error)) from None
+    settings: dict[str, Any] = {
+        "limits": _limits(found.pop("limits", {})),
+        "batch_rules": tuple(_rule(rule, f"batch[{i}]") for i, rule in enumerate(found.pop("batch", []))),
+    }
+    for key, value in found.items():
+        kind = PLAIN.get(key)
+        if kind is None or key in FLAGS:
+            known = ", ".join(sorted(PLAIN.keys() - FLAGS))
+            raise ConfigError(f"there is no setting {key!r}; there are limits, batch, {known}")
+        is_right = isinstance(value, kind | int if kind is float else kind) and not isinstance(value, bool)
+        if not is_right or (isinstance(value, int | float) and value < 0):
+            raise ConfigError(f"{key} must be a {kind.__name__} from 0, not {value!r}")
+        settings[key] = value
+    return ServerConfig(**settings)
+
+
+def _limits(found: Any) -> dict[str, int]:
+    if not isinstance(found, dict):
+        raise ConfigError("limits must be a table of numbers by name")
+    for name, limit in found.items():
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ConfigError(f"limits.{name} must be a whole number from 1, not {limit!r}")
+    return found
+
+
+def _rule(found: Any, where: str) -> BatchRule:
+    if not isinstance(found, dict) or (wrong := found.keys() ^ RULE_KEYS):
+        raise ConfigError(f"{where} must have {', '.join(sorted(RULE_KEYS))}; look at {', '.join(sorted(wrong))}")
+    try:
+        match = NameMatch(found["match"])
+    except ValueError:
+        raise ConfigError(f"{where}.match must be one of {', '.join(m.value for m in NameMatch)}") from None
+    pattern, size, wait_s = found["pattern"], found["max_size"], found["max_wait_s"]
+    if not isinstance(pattern, str):
+        raise ConfigError(f"{where}.pattern must be a text")
+    if match is NameMatch.REGEX:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{where}.pattern is no regular expression: {error}") from None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ConfigError(f"{where}.max_size must be a whole number from 1, not {size!r}")
+    if not isinstance(wait_s, int | float) or isinstance(wait_s, bool) or wait_s < 0:
+        raise ConfigError(f"{where}.max_wait_s must be a number from 0, not {wait_s!r}")
+    return BatchRule(match, pattern, size, float(wait_s))
