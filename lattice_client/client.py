@@ -130,6 +130,7 @@ class AsyncLatticeClient:
             timeout: seconds after which the run fails.
 
         Raises:
+            TaskDefinitionError: a setting, a task or its wiring is wrong; nothing was sent.
             RequestError: the server refused it.
         """
         labels = {**({"tenant": self._tenant} if self._tenant else {}), **(labels or {})}
@@ -138,6 +139,8 @@ class AsyncLatticeClient:
             run_id=run_id or f"run-{uuid4().hex}", labels=labels, priority=priority
         )
         if timeout is not None:
+            if not timeout > 0:  # which the contract reads as no limit
+                raise errors.TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")
             request.timeout.CopyFrom(_duration(timeout))
         return await self._offer(lambda: self._start(request, graph))
 

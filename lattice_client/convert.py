@@ -170,7 +170,7 @@ async def outputs_of(tasks: Iterable[run_pb2.TaskRun], decode: Decode) -> dict[s
         values = {name: await decode(payload) for name, payload in task.outputs.items()}
         if task.HasField("item_count"):
             mapped.add(task.task_id)
-            found[task.task_id] = {}
+            found[task.task_id] = values  # empty lists when it has no items, or else nothing
         elif task.parent_task_id in mapped:
             for name, value in values.items():
                 found[task.parent_task_id].setdefault(name, []).append(value)

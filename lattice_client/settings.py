@@ -16,6 +16,7 @@ ISOLATIONS = {
     "docker": resources_pb2.ISOLATION_DOCKER,
 }
 BATCH_SCOPES = {"server": task_pb2.BATCH_SCOPE_SERVER, "run": task_pb2.BATCH_SCOPE_RUN}
+MAX_INT = 2**31 - 1
 Choice = TypeVar("Choice")
 RETRIED_KINDS = {
     "error": errors_pb2.FAILURE_KIND_USER_ERROR,
@@ -31,8 +32,8 @@ class TaskSettings:
 
     Attributes:
         retries: attempts after the first. Losing a worker is no fault of the task and does not count.
-        retry_on: what is worth another attempt: exception classes, and `error` (any), `crash`, `out_of_memory`,
-            `timeout`; all of them when empty.
+        retry_on: what is worth another attempt, one or several: exception classes, `error` (any exception), `crash`,
+            `out_of_memory`, `timeout`; all of them when empty.
         retry_backoff: the wait before the second attempt; each further one is twice as long, and all vary by up to a
             half.
         timeout: how long an attempt may run; its process is ended then.
@@ -50,7 +51,7 @@ class TaskSettings:
     """
 
     retries: int = 0
-    retry_on: Sequence[type[BaseException] | str] = ()
+    retry_on: type[BaseException] | str | Sequence[type[BaseException] | str] = ()
     retry_backoff: float | None = None
     timeout: float | None = None
     total_timeout: float | None = None
@@ -65,24 +66,32 @@ class TaskSettings:
 
     def to_proto(self, label: str) -> task_pb2.TaskSpec:
         """Return the settings as part of a task. Raises TaskDefinitionError naming the task and the setting."""
-        for name in ("retries", "max_parallel"):
-            if not isinstance(value := getattr(self, name), int) or value < 0:
-                raise _bad(label, name, f"a whole number from 0, not {value!r}")
-        if self.batch_size is not None and (not isinstance(self.batch_size, int) or self.batch_size < 1):
-            raise _bad(label, "batch_size", f"a whole number from 1, not {self.batch_size!r}")
+        for name, least in (("retries", 0), ("max_parallel", 0), ("priority", -MAX_INT), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is None and name == "batch_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < MAX_INT:
+                raise _bad(label, name, f"a whole number from {least}, not {value!r}")
+        if not isinstance(self.concurrency_key, str):
+            raise _bad(label, "concurrency_key", f"a text, not {self.concurrency_key!r}")
+        labels = dict(self.node_selector or {})
+        if not all(isinstance(text, str) for pair in labels.items() for text in pair):
+            raise _bad(label, "node_selector", f"texts by text, not {labels!r}")
         spec = task_pb2.TaskSpec(
             isolation=_choice(label, "isolation", self.isolation, ISOLATIONS),
             max_parallel=self.max_parallel,
             concurrency_key=self.concurrency_key,
             priority=self.priority,
-            node_selector=self.node_selector or {},
+            node_selector=labels,
         )
         if self.retries:
             spec.retry.CopyFrom(self._retry(label))
+        elif self.retry_on or self.retry_backoff is not None:
+            raise _bad(label, "retry_on" if self.retry_on else "retry_backoff", "used together with retries")
         if self.timeout is not None:
-            spec.timeout.attempt.CopyFrom(_duration(label, "timeout", self.timeout))
+            spec.timeout.attempt.CopyFrom(_limit(label, "timeout", self.timeout))
         if self.total_timeout is not None:
-            spec.timeout.total.CopyFrom(_duration(label, "total_timeout", self.total_timeout))
+            spec.timeout.total.CopyFrom(_limit(label, "total_timeout", self.total_timeout))
         if self.batch_size is not None:
             spec.batch.max_size = self.batch_size
             spec.batch.max_wait.CopyFrom(_duration(label, "batch_timeout", self.batch_timeout or 0.0))
@@ -95,13 +104,17 @@ class TaskSettings:
         policy = task_pb2.RetryPolicy(max_attempts=self.retries + 1)
         if self.retry_backoff is not None:
             policy.initial_backoff.CopyFrom(_duration(label, "retry_backoff", self.retry_backoff))
-        for cause in self.retry_on:
+        causes = (self.retry_on,) if isinstance(self.retry_on, str | type) else tuple(self.retry_on)
+        for cause in causes:
             if isinstance(cause, type) and issubclass(cause, BaseException):
                 name = cause.__qualname__ if cause.__module__ in {"builtins", "__main__"} else _full_name(cause)
                 policy.retry_on_types.append(name)
             else:
                 policy.retry_on.append(_choice(label, "retry_on", cause, RETRIED_KINDS))
-        if policy.retry_on_types and errors_pb2.FAILURE_KIND_USER_ERROR not in policy.retry_on:
+        if errors_pb2.FAILURE_KIND_USER_ERROR in policy.retry_on:
+            # Types narrow down which errors count; here all do.
+            policy.ClearField("retry_on_types")
+        elif policy.retry_on_types:
             policy.retry_on.append(errors_pb2.FAILURE_KIND_USER_ERROR)
         return policy
 
@@ -120,6 +133,13 @@ def _duration(label: str, name: str, seconds: float) -> Duration:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
         raise _bad(label, name, f"seconds from 0, not {seconds!r}")
     return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
+
+
+def _limit(label: str, name: str, seconds: float) -> Duration:
+    duration = _duration(label, name, seconds)
+    if not duration.ToNanoseconds():  # which the contract reads as no limit
+        raise _bad(label, name, f"seconds above 0, not {seconds!r}")
+    return duration
 
 
 def _bad(label: str, name: str, expected: str) -> TaskDefinitionError:

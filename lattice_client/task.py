@@ -20,6 +20,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MIB = 1024 * 1024
+# Of anything, in its unit; what fits the contract in bytes.
+MAX_AMOUNT = 2**40
 
 
 @dataclass(eq=False)
@@ -109,7 +111,7 @@ def task(
     batch_timeout: float | None = None,
     batch_within: str = "server",
     retries: int = 0,
-    retry_on: Sequence[type[BaseException] | str] = (),
+    retry_on: type[BaseException] | str | Sequence[type[BaseException] | str] = (),
     retry_backoff: float | None = None,
     timeout: float | None = None,
     total_timeout: float | None = None,
@@ -203,7 +205,7 @@ def _resources(label: str, wanted: Mapping[str, float], is_async: bool) -> resou
             raise TaskDefinitionError(f"task {label!r}: {text}")
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_AMOUNT:
             raise TaskDefinitionError(f"task {label!r}: {name} must be a number from 0, not {value!r}")
         match name:
             case "cpu":

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 import platform
 
@@ -47,8 +48,10 @@ def runtime() -> str:
 
 
 def _named(count: int, memory_bytes: int) -> list[resources_pb2.Gpu]:
-    known = {gpu.index: gpu for gpu in _gpus()}
-    return [known.get(i, resources_pb2.Gpu(index=i, memory_bytes=memory_bytes)) for i in range(count)]
+    found = _gpus()[:count]
+    unused = (i for i in itertools.count() if all(gpu.index != i for gpu in found))
+    missing = itertools.islice(unused, count - len(found))
+    return [*found, *(resources_pb2.Gpu(index=i, memory_bytes=memory_bytes) for i in missing)]
 
 
 def _gpus() -> list[resources_pb2.Gpu]:
@@ -64,4 +67,9 @@ def _gpus() -> list[resources_pb2.Gpu]:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
             model, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
             found.append(resources_pb2.Gpu(index=index, model=model, memory_bytes=memory, uuid=uuid))
-    return found
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    # The others were given to somebody else.
+    names = {name.strip() for name in visible.split(",")}
+    return [gpu for gpu in found if not names.isdisjoint({str(gpu.index), gpu.uuid})]

@@ -75,8 +75,10 @@ class Runner(asyncio.Protocol):
             for name, value in os.environ.items()
             if name != "GRPC_ENABLE_FORK_SUPPORT" and not name.startswith("LATTICE_")
         }
-        if self.key.gpu_indices or "CUDA_VISIBLE_DEVICES" in environment:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.key.gpu_indices))
+        # Always: a task that asked for no device must not find one that others count on.
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.key.gpu_indices))
+        # The order in which the indices were counted; CUDA's own puts the fastest first.
+        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -18,9 +18,13 @@ from lattice_server.core.messages import (
     TaskStarted,
     TaskSucceeded,
 )
+from lattice_server.core.model import Payload
+from lattice_server.core.records import TaskRecord
 from lattice_server.core.states import RunState, TaskState
 from lattice_server.engine.orchestrator import Orchestrator, RunEntry
-from lattice_server.rpc.convert import failure_to_proto, payloads_to_proto, timestamp
+from lattice_server.rpc.convert import JSON, failure_to_proto, payloads_to_proto, timestamp
+
+EMPTY_LIST = Payload(JSON, "[]")
 
 RUN_STATE_TO_PROTO = {
     RunState.RUNNING: run_pb2.RUN_STATE_RUNNING,
@@ -130,13 +134,19 @@ def task_to_proto(orchestrator: Orchestrator, entry: RunEntry, task_id: str) -> 
         state=TASK_STATE_TO_PROTO[record.state],
         attempt=record.attempt,
         node_id=record.node_id,
-        outputs=payloads_to_proto(record.outputs or {}),
+        outputs=payloads_to_proto(record.outputs or _no_items(record)),
         failure=failure_to_proto(record.failure),
         start_time=timestamp(started_s),
         end_time=timestamp(ended_s),
         parent_task_id=record.item_of or record.spawned_by,
         item_count=None if record.items is None else len(record.items),
     )
+
+
+def _no_items(record: TaskRecord) -> dict[str, Payload]:
+    """Return the outputs of a task mapped over an empty list: there is no item that could show them."""
+    is_empty = record.items is not None and not record.items and record.state is TaskState.SUCCEEDED
+    return dict.fromkeys(record.spec.outputs, EMPTY_LIST) if is_empty else {}
 
 
 def final_tasks_to_proto(orchestrator: Orchestrator, entry: RunEntry) -> list[run_pb2.TaskRun]:

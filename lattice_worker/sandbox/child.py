@@ -234,6 +234,8 @@ class Program:
         definition, blob = self._definitions[digest]
         try:
             function = _load_code(definition, blob)
+        except MemoryError:
+            raise
         except BaseException as error:
             text = f"the function {definition['name']!r} cannot be loaded here: {type(error).__name__}: {error}"
             if isinstance(error, ModuleNotFoundError):
@@ -328,6 +330,8 @@ class Encoder:
         """Return a reference to the encoded value."""
         try:
             media_type, parts = encode_value(value)
+        except MemoryError:
+            raise
         except Exception as error:
             raise PayloadError(f"an output of type {type(value).__name__} cannot be pickled: {error}") from error
         size = sum(len(part) for part in parts)

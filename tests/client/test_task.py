@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 import pytest
-from lattice.v1 import resources_pb2, task_pb2
+from lattice.v1 import errors_pb2, resources_pb2, task_pb2
 
 from lattice_client import LatticeClient, LatticeWorkflow, TaskDefinitionError, TaskOutput, task
 
@@ -68,12 +68,48 @@ def test_a_task_is_still_its_function() -> None:
         ({"cpu": -1}, "cpu must be a number from 0"),
         ({"gpu": "one"}, "gpu must be a number from 0"),
         ({"cpu": True}, "cpu must be a number from 0"),
+        ({"cpu_mem": float("inf")}, "cpu_mem must be a number from 0"),
         ({"isolation": "jail"}, "isolation must be one of none, subprocess, seccomp, docker"),
+        ({"retries": -1}, "retries must be a whole number from 0, not -1"),
+        ({"retries": True}, "retries must be a whole number from 0, not True"),
+        ({"retry_on": ValueError}, "retry_on must be used together with retries"),
+        ({"retry_backoff": 1.0}, "retry_backoff must be used together with retries"),
+        ({"retries": 1, "retry_on": "often"}, "retry_on must be one of error, crash, out_of_memory, timeout"),
+        ({"timeout": 0}, "timeout must be seconds above 0"),
+        ({"total_timeout": -1}, "total_timeout must be seconds from 0"),
+        ({"priority": "high"}, "priority must be a whole number"),
+        ({"max_parallel": 2**40}, "max_parallel must be a whole number from 0"),
+        ({"concurrency_key": 3}, "concurrency_key must be a text, not 3"),
+        ({"node_selector": {"zone": 1}}, "node_selector must be texts by text"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
+        ({"batch_timeout": 1.0}, "batch_timeout must be used together with batch_size"),
+        ({"batch_size": 2, "batch_within": "room"}, "batch_within must be one of server, run"),
     ],
 )
 def test_a_wrong_setting_is_found_at_the_decoration(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(TaskDefinitionError, match=text):
         task(**settings)(plain)
+
+
+class Flaky(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("causes", "kinds", "types"),
+    [
+        ((), [], []),
+        (ValueError, ["USER_ERROR"], ["ValueError"]),
+        ([Flaky, "crash"], ["CRASHED", "USER_ERROR"], [f"{__name__}.Flaky"]),
+        (["timeout"], ["TIMEOUT"], []),
+        (["error", ValueError], ["USER_ERROR"], []),
+    ],
+)
+def test_what_is_retried_is_named_as_workers_name_it(causes: Any, kinds: list[str], types: list[str]) -> None:
+    policy = task(retries=2, retry_on=causes)(plain).settings.retry
+    assert policy.max_attempts == 3
+    assert policy.retry_on == [errors_pb2.FailureKind.Value(f"FAILURE_KIND_{kind}") for kind in kinds]
+    assert policy.retry_on_types == types
 
 
 def test_only_functions_are_tasks() -> None:

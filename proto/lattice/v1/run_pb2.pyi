@@ -309,7 +309,7 @@ class TaskRun(google.protobuf.message.Message):
     """The task that added this one to the run: the mapped task it is an item of, or the task that spawned it."""
     item_count: builtins.int
     """How many items a mapped task has, once its list is known. The items are tasks of their own, `TASK_ID[0]` and so on;
-    the mapped task itself never runs and has no outputs.
+    the mapped task itself never runs. It has no outputs, or empty lists when it has no items.
     """
     @property
     def outputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Payload]:

@@ -1,0 +1,51 @@
+"""What a worker says of its GPUs, with a driver that knows two."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from lattice_worker import host
+from lattice_worker.config import WorkerConfig
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that knows two devices of 80 GiB."""
+    known = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=80 * GIB),
+        nvmlDeviceGetName=lambda handle: "a model",
+        nvmlDeviceGetUUID=lambda handle: f"GPU-{handle}",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", known)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def offered(num_gpus: int | None = None) -> list[tuple[int, int]]:
+    """Return the index and the memory in GiB of each device a worker offers."""
+    config = WorkerConfig("", "", "", "", num_gpus=num_gpus, gpu_memory_bytes=8 * GIB)
+    return [(gpu.index, gpu.memory_bytes // GIB) for gpu in host.capacity(config).gpus]
+
+
+def test_devices_are_measured() -> None:
+    assert offered() == [(0, 80), (1, 80)]
+    assert offered(1) == [(0, 80)]
+
+
+@pytest.mark.parametrize(("visible", "devices"), [("1", [1]), ("GPU-1, 0", [0, 1]), ("", []), ("-1", [])])
+def test_devices_that_were_given_to_others_are_not_offered(
+    visible: str, devices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [index for index, _ in offered()] == devices
+
+
+def test_devices_that_cannot_be_measured_are_as_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert offered(3) == [(1, 80), (0, 8), (2, 8)]
