@@ -18,8 +18,9 @@ class Task:
     """One task handed over.
 
     `rank` and then `ticket` order it among its equals; both stay with it over retries. `follows` is the task it still
-    waits for, and `inputs` refer to that one's outputs until it succeeds. `collector` is where it waits. `lease_id` is
-    set while a worker holds it. `cohort` names what is left of a batch that crashed. `ending` is why it must end.
+    waits for, and `inputs` refer to that one's outputs until it succeeds. `collector` is where it waits, `entry` which
+    of its stays in a line is the present one. `lease_id` is set while a worker holds it. `cohort` names what is left of
+    a batch that crashed. `ending` is why it must end, `is_over` that it has.
     """
 
     ready: TaskReady
@@ -30,6 +31,7 @@ class Task:
     follows: "Task | None" = None
     followers: "dict[int, Task]" = field(default_factory=dict)
     collector: "BatchCollector | None" = None
+    entry: int = 0
     waiting_since: float = 0.0
     retry_at: float | None = None
     lease_id: str = ""
@@ -38,6 +40,7 @@ class Task:
     losses: int = 0
     cohort: int = 0
     ending: Failure | None = None
+    is_over: bool = False
 
     @property
     def rank(self) -> tuple[int, float]:
@@ -49,7 +52,8 @@ class Task:
 class Lease:
     """One batch in the hands of a worker. `tasks` are its members by position, `ended` the positions that are over.
 
-    `charged` is what its caller's clock was moved by when it was handed out, on the assumption of `expected_s`.
+    `sent_at` is no later than when it was handed out. `charged` is what its caller's clock was moved by then, on the
+    assumption of `expected_s`.
     """
 
     lease_id: str
@@ -59,6 +63,7 @@ class Lease:
     shape: Shape
     tenant: str
     charged: float
+    sent_at: float
     after_lease_id: str = ""
     started_at: float | None = None
     is_revoked: bool = False

@@ -14,11 +14,13 @@ from lattice_server.core.model import BatchPolicy, BatchScope
 from lattice_server.core.placement import Shape
 
 INFINITY = float("inf")
+SLACK = 64  # How many entries of tasks that left may stay beyond the number of those that wait.
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What tasks must share to meet in one batch: the caller, the code, what they need, and how they are batched.
+    """What tasks must share to meet in one batch: the caller, the code and how it is called, what they need, and how
+    they are batched. Never the name.
 
     `run_id` is set for batches within one run. `cohort` is set for what is left of a batch that crashed: its members
     meet again with each other and with nobody else, so that the one at fault is found.
@@ -27,6 +29,9 @@ class Group:
     tenant: str
     shape: Shape
     digest: str = ""
+    outputs: tuple[str, ...] = ()
+    split_outputs: tuple[str, ...] = ()
+    timeout_s: float | None = None
     policy: BatchPolicy | None = None
     run_id: str = ""
     cohort: int = 0
@@ -39,7 +44,8 @@ def group_of(task: Task) -> Group:
     if policy is None or policy.max_size <= 1:
         return Group(ready.tenant, task.shape)
     run_id = ready.run_id if policy.scope is BatchScope.RUN else ""
-    return Group(ready.tenant, task.shape, spec.function.digest, policy, run_id, task.cohort)
+    call = (spec.function.digest, spec.outputs, ready.split_outputs, spec.attempt_timeout_s)
+    return Group(ready.tenant, task.shape, *call, policy, run_id, task.cohort)
 
 
 class NameMatch(Enum):
@@ -76,6 +82,11 @@ def by_rule(name: str, policy: BatchPolicy, rules: Iterable[BatchRule]) -> Batch
     return policy if rule is None else replace(policy, max_size=rule.max_size, max_wait_s=rule.max_wait_s)
 
 
+# A task's stay in a line, by its place and by its time: what orders it, which stay it is, and the task.
+_Ordered = tuple[int, float, int, int, Task]
+_Dated = tuple[float, int, int, Task]
+
+
 @dataclass(slots=True, eq=False)
 class BatchCollector:
     """The tasks of one group that wait, in the order they will leave.
@@ -88,8 +99,8 @@ class BatchCollector:
     count: int = 0
     blocked_since: float | None = None
     was_passed: bool = False
-    _order: list[tuple[int, float, int, Task]] = field(default_factory=list)
-    _since: list[tuple[float, int, Task]] = field(default_factory=list)
+    _order: list[_Ordered] = field(default_factory=list)
+    _since: list[_Dated] = field(default_factory=list)
 
     @property
     def max_size(self) -> int:
@@ -98,24 +109,32 @@ class BatchCollector:
 
     def add(self, task: Task, now: float) -> None:
         """Let a task wait here."""
+        # A task that comes back finds entries of its last stay, which must not count again.
+        task.entry += 1
         task.collector, task.waiting_since = self, now
         self.count += 1
-        heapq.heappush(self._order, (*task.rank, task.ticket, task))
+        heapq.heappush(self._order, (*task.rank, task.ticket, task.entry, task))
         if self.group.policy is not None:
-            heapq.heappush(self._since, (now, task.ticket, task))
+            heapq.heappush(self._since, (now, task.ticket, task.entry, task))
 
     def remove(self, task: Task) -> None:
         """Let a task wait no longer."""
         assert task.collector is self
         task.collector = None
         self.count -= 1
+        if len(self._order) > 2 * self.count + SLACK:
+            self._order = [entry for entry in self._order if self._holds(entry)]
+            heapq.heapify(self._order)
+        if len(self._since) > 2 * self.count + SLACK:
+            self._since = [entry for entry in self._since if self._holds(entry)]
+            heapq.heapify(self._since)
 
     def head(self) -> Task | None:
         """Return the task that leaves first."""
         order = self._order
-        while order and order[0][3].collector is not self:
+        while order and not self._holds(order[0]):
             heapq.heappop(order)
-        return order[0][3] if order else None
+        return order[0][-1] if order else None
 
     def due_at(self) -> float:
         """Return when the next batch may leave: at once when it is full, or when its first task waited long enough."""
@@ -124,7 +143,7 @@ class BatchCollector:
         if self.group.policy is None or self.group.cohort or self.count >= self.max_size:
             return -INFINITY
         since = self._since
-        while since[0][2].collector is not self:
+        while not self._holds(since[0]):
             heapq.heappop(since)
         return since[0][0] + self.group.policy.max_wait_s
 
@@ -133,17 +152,19 @@ class BatchCollector:
         if self.max_size == 1:
             head = self.head()
             return [] if head is None else [head]
-        found: list[Task] = []
-        kept: list[tuple[int, float, int, Task]] = []
+        found: list[_Ordered] = []
         while self._order and len(found) < self.max_size:
             entry = heapq.heappop(self._order)
-            if entry[3].collector is self:
-                found.append(entry[3])
-                kept.append(entry)
-        for entry in kept:
+            if self._holds(entry):
+                found.append(entry)
+        for entry in found:
             heapq.heappush(self._order, entry)
-        return found
+        return [entry[-1] for entry in found]
 
     def tasks(self) -> list[Task]:
         """Return all that wait, in no order."""
-        return [entry[3] for entry in self._order if entry[3].collector is self]
+        return [entry[-1] for entry in self._order if self._holds(entry)]
+
+    def _holds(self, entry: _Ordered | _Dated) -> bool:
+        task = entry[-1]
+        return task.collector is self and task.entry == entry[-2]

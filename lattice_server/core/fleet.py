@@ -2,10 +2,11 @@
 
 from lattice_server.core.leases import Node
 from lattice_server.core.messages import WorkerHello
-from lattice_server.core.model import Capacity
-from lattice_server.core.placement import Shape, could_run, idle, share_of
+from lattice_server.core.model import Capacity, TaskSpec
+from lattice_server.core.placement import Shape, could_run, idle, shape_of, share_of
 
 MAX_GONE = 1000
+MAX_SHAPES = 100_000
 
 
 class Fleet:
@@ -19,6 +20,7 @@ class Fleet:
         self._session_ttl_s = session_ttl_s
         self._could_run: dict[tuple[Shape, str], bool] = {}
         self._shares: dict[Shape, float] = {}
+        self._shapes: dict[Shape, Shape] = {}
 
     def by_session(self, session_id: str) -> Node | None:
         """Return the node a session serves."""
@@ -58,11 +60,21 @@ class Fleet:
         """Return every node that is here or may come back, as it is when nothing runs on it."""
         return (*(idle(node) for node in self.nodes.values() if not node.is_draining), *self._gone.values())
 
+    def shape(self, spec: TaskSpec) -> Shape:
+        """Return what placement looks at in a task: the same object for the same, which is quick to look up."""
+        made = shape_of(spec)
+        found = self._shapes.get(made)
+        if found is None:
+            self._forget_shapes()
+            found = self._shapes[made] = made
+        return found
+
     def could_run(self, shape: Shape, node: Node) -> bool:
         """Whether a node could run `shape` if nothing else ran there."""
         key = (shape, node.node_id)
         found = self._could_run.get(key)
         if found is None:
+            self._forget_shapes()
             found = self._could_run[key] = could_run(shape, node)
         return found
 
@@ -84,6 +96,13 @@ class Fleet:
 
     def _deadline(self, detached_at: float) -> float:
         return detached_at + self._session_ttl_s
+
+    def _forget_shapes(self) -> None:
+        """Callers make up shapes without end; work out anew what is asked for after many others."""
+        if len(self._could_run) + len(self._shapes) > MAX_SHAPES:
+            self._could_run.clear()
+            self._shares.clear()
+            self._shapes.clear()
 
     def _count(self) -> None:
         self._could_run.clear()

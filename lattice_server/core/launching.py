@@ -3,6 +3,7 @@
 Rule: whoever is next in turn and cannot start is never made to wait longer by those behind it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from lattice_server.core.attempts import Lease, Task
@@ -10,7 +11,6 @@ from lattice_server.core.batching import BatchCollector
 from lattice_server.core.fleet import Fleet
 from lattice_server.core.leases import Node, Slot
 from lattice_server.core.messages import Assign, AttemptInputs, RevokeLease
-from lattice_server.core.model import Resources
 from lattice_server.core.placement import Shape, place, suits
 from lattice_server.core.queue import Queue
 
@@ -19,6 +19,7 @@ SEND_AHEAD_LEASES = 64
 PATIENCE_S = 0.020  # What waits behind one attempt for longer is taken back.
 KEEP_AFTER_S = 1.0  # What others have passed for this long has a node kept for it.
 UNKNOWN_S = 0.1  # What an attempt of a function never run before is thought to take.
+MAX_FUNCTIONS = 10_000  # Of how many functions it is known how long they take.
 
 
 class Launcher:
@@ -34,7 +35,7 @@ class Launcher:
     ) -> None:
         self.queue = Queue()
         self.leases: dict[str, Lease] = {}
-        self.parallel: dict[str, int] = {}
+        self.parallel: dict[str, Counter[int]] = {}
         self.limits = limits
         self._fleet = fleet
         self._numbers = numbers
@@ -44,36 +45,53 @@ class Launcher:
         self._crowded: dict[int, Slot] = {}
         self._durations: dict[str, float] = {}
         self._kept: dict[str, BatchCollector] = {}
+        self._placed_at = 0.0
 
     def place_waiting(self, now: float) -> None:
         """Place what can be placed, in turn."""
+        self._placed_at = now
+        self._forget_kept()
         turns = self.queue.turns(now)
         full: set[Shape] = set()
+        limited: set[str] = set()
         blocked: list[BatchCollector] = []
         passed = 0
         while (collector := turns.next()) is not None:
             shape = collector.group.shape
-            if (shape not in full or self._is_kept_for(collector)) and self._launch(collector, blocked, now):
+            if shape.limit_key in limited or (shape in full and not self._is_kept_for(collector)):
+                turns.passed()
+            elif self._launch(collector, blocked, now):
                 for earlier in blocked[passed:]:
                     earlier.was_passed = True
                 passed = len(blocked)
                 turns.served()
-                continue
-            if not self.limit_reached(shape):
-                full.add(shape)
-                blocked.append(collector)
-                self._block(collector, now)
-            turns.passed()
+            else:
+                if self.limit_reached(shape) is None:
+                    full.add(shape)
+                    blocked.append(collector)
+                    self._block(collector, now)
+                else:
+                    self._unblock(collector)
+                    if any(self._fleet.could_run(shape, node) for node in self._fleet.nodes.values()):
+                        # Calls that a limit allows more of must not keep one that it allows fewer of out for good.
+                        limited.add(shape.limit_key)
+                turns.passed()
 
-    def limit_reached(self, shape: Shape) -> int:
-        """Return the limit that keeps `shape` from starting one more call; zero when none does."""
+    def limit_reached(self, shape: Shape) -> int | None:
+        """Return the limit that keeps `shape` from starting one more call; None when none does.
+
+        Calls of one key may disagree on how many of them may run; the strictest of those that would run holds.
+        """
         if not shape.limit_key:
-            return 0
-        running = self.parallel.get(shape.limit_key, 0)
-        if 0 < shape.max_parallel <= running:
-            return shape.max_parallel
-        limit = self.limits.get(shape.limit_key)
-        return limit if limit is not None and running >= limit else 0
+            return None
+        calls = self.parallel.get(shape.limit_key)
+        running = calls.total() if calls is not None else 0
+        limits = [shape.max_parallel, *(calls or ())]
+        least = min((limit for limit in limits if limit > 0), default=None)
+        allowed = self.limits.get(shape.limit_key)
+        if allowed is not None and (least is None or allowed < least):
+            least = allowed
+        return least if least is not None and running >= least else None
 
     def expected_s(self, task: Task) -> float | None:
         """Return how long an attempt of the task's function usually runs; None when that is not known."""
@@ -82,8 +100,10 @@ class Launcher:
     def learn(self, task: Task, duration_s: float) -> None:
         """Note how long an attempt ran."""
         digest = task.ready.spec.function.digest
-        known = self._durations.get(digest, duration_s)
+        known = self._durations.pop(digest, duration_s)
         self._durations[digest] = known + 0.3 * (duration_s - known)
+        if len(self._durations) > MAX_FUNCTIONS:
+            del self._durations[next(iter(self._durations))]
 
     def running_slots(self, shape: Shape) -> int:
         """Return how many slots run calls of this shape."""
@@ -100,7 +120,10 @@ class Launcher:
         Only along a chain: of several followers all but one would run sooner elsewhere.
         """
         while len(task.followers) == 1:
-            slot = self.leases[task.lease_id].slot
+            lease = self.leases[task.lease_id]
+            slot = lease.slot
+            if lease.is_revoked or len(lease.tasks) > 1 or not self._fleet.nodes[slot.node_id].takes_work:
+                return
             (following,) = task.followers.values()
             expected_s = self.expected_s(following)
             if expected_s is None or following.lease_id or following.shape != task.shape or task.shape.is_async:
@@ -129,7 +152,7 @@ class Launcher:
     def next_deadline(self) -> float | None:
         """Return when `take_back` or `place_waiting` is due next."""
         due = [slot.progress_at + PATIENCE_S for slot in self._crowded.values()]
-        if (batch := self.queue.next_due()) is not None:
+        if (batch := self.queue.next_due(self._placed_at)) is not None:
             due.append(batch)
         return min(due, default=None)
 
@@ -177,12 +200,26 @@ class Launcher:
             for slot in node.slots.values():
                 if slot.limit_key:
                     counted[slot.limit_key] = counted.get(slot.limit_key, 0) + 1
-        assert counted == self.parallel, "a limit is miscounted"
-        for key, limit in self.limits.items():
-            assert counted.get(key, 0) <= limit, f"more than {limit} calls of {key} run"
+        assert counted == {key: calls.total() for key, calls in self.parallel.items()}, "a limit is miscounted"
+        for key, running in counted.items():
+            allowed = [*self.parallel[key], self.limits.get(key, running)]
+            assert all(limit == 0 or running <= limit for limit in allowed[:-1]), f"{running} calls of {key} run"
+            assert running <= allowed[-1], f"{running} calls of {key} run"
         for lease in self.leases.values():
             policy = lease.tasks[0].ready.spec.batch
             assert len(lease.tasks) <= (1 if policy is None else policy.max_size), "a batch is too large"
+
+    def _forget_kept(self) -> None:
+        """Keep no node for what no longer waits, nor one that cannot run what it is kept for."""
+        if self._kept:
+            self._kept = {
+                name: collector
+                for name, collector in self._kept.items()
+                if collector.count
+                and (node := self._fleet.nodes.get(name)) is not None
+                and node.takes_work
+                and self._fleet.could_run(collector.group.shape, node)
+            }
 
     def _is_kept_for(self, collector: BatchCollector) -> bool:
         return collector in self._kept.values() if self._kept else False
@@ -210,12 +247,9 @@ class Launcher:
 
     def _launch(self, collector: BatchCollector, blocked: list[BatchCollector], now: float) -> bool:
         shape = collector.group.shape
-        if self.limit_reached(shape):
+        if self.limit_reached(shape) is not None:
             return self._send_ahead(collector, blocked)
-        kept: dict[str, Resources] = {}
-        if self._kept:
-            self._kept = {name: c for name, c in self._kept.items() if c.count and name in self._fleet.nodes}
-            kept = {name: c.group.shape.resources for name, c in self._kept.items() if c is not collector}
+        kept = {name: c.group.shape.resources for name, c in self._kept.items() if c is not collector}
         found = place(shape, self._fleet.nodes.values(), kept)
         if found is None:
             return self._send_ahead(collector, blocked)
@@ -227,10 +261,11 @@ class Launcher:
         node.take(slot)
         self._running.setdefault(shape, {})[number] = slot
         if shape.limit_key:
-            self.parallel[shape.limit_key] = self.parallel.get(shape.limit_key, 0) + 1
+            self.parallel.setdefault(shape.limit_key, Counter())[shape.max_parallel] += 1
         batch = collector.next_batch()
         self._unblock(collector)
-        self._assign(batch, slot, self.expected_s(batch[0]) or 0.0)
+        expected_s = self.expected_s(batch[0])
+        self._assign(batch, slot, UNKNOWN_S if expected_s is None else expected_s)
         if len(batch) == 1:
             self.send_along(batch[0])
         return True
@@ -265,9 +300,10 @@ class Launcher:
     def _assign(self, tasks: list[Task], slot: Slot, expected_s: float) -> None:
         first = tasks[0]
         after_lease_id = "" if first.follows is None else first.follows.lease_id
-        charged = self._fleet.share(first.shape) * (expected_s or UNKNOWN_S)
+        charged = self._fleet.share(first.shape) * expected_s
         lease_id = f"{self._epoch}-{next(self._numbers)}"
-        lease = Lease(lease_id, list(tasks), slot, expected_s, first.shape, first.ready.tenant, charged, after_lease_id)
+        counted = (first.shape, first.ready.tenant, charged, self._placed_at)
+        lease = Lease(lease_id, list(tasks), slot, expected_s, *counted, after_lease_id)
         for task in tasks:
             self.queue.discard(task)
             task.attempt += 1
@@ -281,7 +317,10 @@ class Launcher:
     def _free(self, slot: Slot, shape: Shape) -> None:
         self._fleet.nodes[slot.node_id].release(slot)
         if shape.limit_key:
-            self.parallel[shape.limit_key] -= 1
+            calls = self.parallel[shape.limit_key]
+            calls[shape.max_parallel] -= 1
+            # Unary plus drops what is at zero: its limit no longer counts.
+            self.parallel[shape.limit_key] = +calls
             if not self.parallel[shape.limit_key]:
                 del self.parallel[shape.limit_key]
         running = self._running[shape]

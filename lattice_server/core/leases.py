@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from lattice_server.core.model import Capacity, Isolation, Resources
+from lattice_server.core.model import Capacity, Gpu, Isolation, Resources
 
 EPSILON = 1e-9
 
@@ -100,19 +100,27 @@ class Node:
     ) -> tuple[int, ...] | None:
         """Return the devices for `wanted`, fullest first so that whole ones stay whole; None if there are none.
 
-        With `besides`, as if that were running `on` these devices already.
+        A whole device is one nobody else uses, not even for its memory alone. With `besides`, as if that were running
+        `on` these devices already.
         """
         if wanted.gpu <= 0 and wanted.gpu_memory_bytes <= 0:
             return ()
-        share, count = share_of_device(wanted), 1 if wanted.gpu < 1 else int(wanted.gpu)
+        count = 1 if wanted.gpu < 1 else int(wanted.gpu)
         free, memory = self.free_gpu, self.free_gpu_memory_bytes
         if besides is not None:
             taken = share_of_device(besides)
             free = {index: left - taken * (index in on) for index, left in free.items()}
             memory = {index: left - besides.gpu_memory_bytes * (index in on) for index, left in memory.items()}
-        fitting = [i for i in free if free[i] + EPSILON >= share and memory[i] >= wanted.gpu_memory_bytes]
+        fitting = [i for i in self.sharing(wanted, free, memory) if memory[i] >= wanted.gpu_memory_bytes]
         fitting.sort(key=lambda i: (free[i], memory[i], i))
         return tuple(fitting[:count]) if len(fitting) >= count else None
+
+    def sharing(self, wanted: Resources, free: Mapping[int, float], memory: Mapping[int, int]) -> list[int]:
+        """Return the devices of which `wanted` can have its share, memory aside."""
+        if wanted.gpu >= 1:
+            return [gpu.index for gpu in self.capacity.gpus if _is_whole(gpu, free, memory)]
+        least = max(wanted.gpu, 2 * EPSILON)
+        return [index for index, left in free.items() if left + EPSILON >= least]
 
     def fits(self, wanted: Resources, is_async: bool) -> bool:
         """Whether `wanted` is free here, devices aside."""
@@ -187,7 +195,12 @@ class Node:
             assert abs(self.free_gpu[gpu.index] + sum(map(share_of_device, on)) - 1.0) < 1e-6
             assert self.free_gpu_memory_bytes[gpu.index] + sum(r.gpu_memory_bytes for r in on) == gpu.memory_bytes
             assert self.free_gpu_memory_bytes[gpu.index] >= 0
+            assert len(on) <= 1 or all(wanted.gpu < 1 for wanted in on), "a whole device is shared"
         assert all(slot.lease_ids for slot in slots), "a slot without a lease holds resources"
+
+
+def _is_whole(gpu: Gpu, free: Mapping[int, float], memory: Mapping[int, int]) -> bool:
+    return free[gpu.index] + EPSILON >= 1 and memory[gpu.index] == gpu.memory_bytes
 
 
 def share_of_device(wanted: Resources) -> float:

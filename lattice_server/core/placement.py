@@ -1,7 +1,7 @@
 """Owns the choice of a node. Rule: pure functions of what is wanted, what is free, and what is kept for others."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 from lattice_server.core.leases import EPSILON, Node
 from lattice_server.core.model import Capacity, Isolation, Resources, TaskSpec
@@ -20,6 +20,15 @@ class Shape:
     node_selector: tuple[tuple[str, str], ...]
     limit_key: str = ""
     max_parallel: int = 0
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # It is looked up several times for every task, and made once.
+        key = (self.resources, self.is_async, self.isolation, self.node_selector, self.limit_key, self.max_parallel)
+        object.__setattr__(self, "_hash", hash(key))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def shape_of(spec: TaskSpec) -> Shape:
@@ -123,14 +132,20 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
     if not node.fits(Resources(0.0), shape.is_async):
         found.append(Shortage(name, "all of its slots are in use"))
     if node.devices_for(wanted) is None:
-        if node.devices_for(replace(wanted, gpu_memory_bytes=0)) is not None:
-            free = max(node.free_gpu_memory_bytes.values(), default=0)
-            found.append(Shortage(name, "gpu_memory", wanted.gpu_memory_bytes, free))
-        else:
-            shares = node.free_gpu.values()
-            whole = sum(share + EPSILON >= 1 for share in shares)
-            found.append(Shortage(name, "gpu", wanted.gpu, whole if wanted.gpu >= 1 else max(shares, default=0.0)))
+        found.append(_gpu_shortage(name, wanted, node))
     return found
+
+
+def _gpu_shortage(name: str, wanted: Resources, node: Node) -> Shortage:
+    memory = node.free_gpu_memory_bytes
+    sharing = node.sharing(wanted, node.free_gpu, memory)
+    if len(sharing) < wanted.gpu:
+        shares = node.free_gpu.values()
+        return Shortage(name, "gpu", wanted.gpu, len(sharing) if wanted.gpu >= 1 else max(shares, default=0.0))
+    # Each of as many devices needs that much, so the scarcest of the best ones tells.
+    most = sorted((memory[index] for index in sharing), reverse=True)
+    count = max(1, int(wanted.gpu))
+    return Shortage(name, "gpu_memory", wanted.gpu_memory_bytes, most[count - 1] if len(most) >= count else 0)
 
 
 def impossibility(shape: Shape, nodes: Iterable[Node]) -> str:

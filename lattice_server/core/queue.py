@@ -1,8 +1,9 @@
 """Owns who is next: fair between callers, by priority and age within one. Rule: whoever has had least goes first.
 
 Each caller has a clock that runs while its tasks hold a share of the cluster: by the share, times the time it is held.
-The caller whose clock is furthest behind is next. One that comes, or comes back, starts where the clocks are: it can
-neither save up turns nor be made to pay for the time before it came.
+The caller whose clock is furthest behind is next. One that comes, or comes back, starts where the clock of the one
+served last was before its turn: it can neither save up turns nor be made to pay for the time before it came. When
+nobody waits, nobody is owed a turn, and all clocks are made equal.
 """
 
 import heapq
@@ -17,10 +18,11 @@ MAX_CLOCKS = 1000
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """One caller: its clock, and what it has waiting by group."""
+    """One caller that waits: its clock, where the clocks were when it came, and what it has waiting by group."""
 
     name: str
-    clock: float = 0.0
+    floor: float
+    clock: float
     collectors: dict[Group, BatchCollector] = field(default_factory=dict)
 
 
@@ -30,6 +32,7 @@ class Queue:
     def __init__(self) -> None:
         self.tenants: dict[str, Tenant] = {}
         self._clocks: dict[str, float] = {}
+        self._max_clocks = MAX_CLOCKS
         self._now = 0.0
 
     def push(self, task: Task, now: float) -> None:
@@ -37,7 +40,10 @@ class Queue:
         name = task.ready.tenant
         tenant = self.tenants.get(name)
         if tenant is None:
-            tenant = Tenant(name, max(self._now, self._clocks.pop(name, 0.0)))
+            if not self.tenants and self._clocks:
+                self._now = max(self._now, *self._clocks.values())
+                self._clocks.clear()
+            tenant = Tenant(name, self._now, max(self._now, self._clocks.pop(name, 0.0)))
             self.tenants[name] = tenant
         group = group_of(task)
         collector = tenant.collectors.get(group)
@@ -62,34 +68,39 @@ class Queue:
         """Move a caller's clock by a share of the cluster times seconds; back, when it was charged too much."""
         tenant = self.tenants.get(name)
         if tenant is not None:
-            tenant.clock += amount
-        elif amount > 0:
-            self._remember(name, self._clocks.get(name, self._now) + amount)
+            # What is paid back may be from before it came, when it counted for nothing.
+            tenant.clock = max(tenant.floor, tenant.clock + amount)
+        else:
+            self._remember(name, self._clocks.pop(name, self._now) + amount)
 
     def turns(self, now: float) -> "Turns":
         """Return the turns of one round of placing."""
         return Turns(self, now)
 
-    def serve(self, tenant: Tenant) -> None:
-        """Note whose turn it was; whoever comes later starts from there."""
-        self._now = max(self._now, tenant.clock)
+    def serve(self, clock: float) -> None:
+        """Note where the clock was of the caller whose turn it was; whoever comes later starts from there."""
+        self._now = max(self._now, clock)
 
     def collectors(self) -> Iterator[BatchCollector]:
         """Yield everything that waits, by group."""
         for tenant in self.tenants.values():
             yield from tenant.collectors.values()
 
-    def next_due(self) -> float | None:
-        """Return when a batch that waits for more tasks will wait no longer."""
+    def next_due(self, after: float) -> float | None:
+        """Return when, after a time, a batch that waits for more tasks will wait no longer.
+
+        One that was due before waits for resources, and no time will give it those.
+        """
         due = (collector.due_at() for collector in self.collectors() if collector.group.policy is not None)
-        return min((at for at in due if at > -float("inf")), default=None)
+        return min((at for at in due if at > after), default=None)
 
     def _remember(self, name: str, clock: float) -> None:
         # Only a caller that is ahead must not be forgotten: it would come back with its clock set back.
-        if len(self._clocks) > MAX_CLOCKS:
-            self._clocks = {n: c for n, c in self._clocks.items() if c > self._now}
         if clock > self._now:
             self._clocks[name] = clock
+        if len(self._clocks) > self._max_clocks:
+            self._clocks = {n: c for n, c in self._clocks.items() if c > self._now}
+            self._max_clocks = max(MAX_CLOCKS, 2 * len(self._clocks))
 
 
 class Turns:
@@ -116,24 +127,22 @@ class Turns:
 
     def served(self) -> None:
         """Note that the group whose turn it was had a batch placed."""
-        collector = self._leave()
+        clock, collector = self._leave()
+        self._queue.serve(clock)
         tenant = self._queue.tenants.get(collector.group.tenant)
-        if tenant is None:
-            return
-        self._queue.serve(tenant)
-        if collector.count:
-            self._offer(tenant, collector)
-        self._line_up(tenant)
+        if tenant is not None:
+            if collector.count:
+                self._offer(tenant, collector)
+            self._line_up(tenant)
 
     def passed(self) -> None:
         """Note that the group whose turn it was could not be placed in this round."""
-        tenant = self._queue.tenants.get(self._leave().group.tenant)
-        if tenant is not None:
-            self._line_up(tenant)
+        _, collector = self._leave()
+        self._line_up(self._queue.tenants[collector.group.tenant])
 
-    def _leave(self) -> BatchCollector:
-        _, _, tenant = heapq.heappop(self._tenants)
-        return heapq.heappop(self._groups[tenant.name])[2]
+    def _leave(self) -> tuple[float, BatchCollector]:
+        clock, _, tenant = heapq.heappop(self._tenants)
+        return clock, heapq.heappop(self._groups[tenant.name])[2]
 
     def _offer(self, tenant: Tenant, collector: BatchCollector) -> None:
         head = collector.head()

@@ -25,6 +25,7 @@ from lattice_server.core.model import (
     RetryPolicy,
     TaskSpec,
 )
+from lattice_server.core.ranking import first_come
 from lattice_server.core.run import Run
 from tests.server.core.graphs import SYNC, VALUE, hello, task, workflow
 
@@ -147,7 +148,7 @@ def run(words: Words, settings: Settings) -> Play:
         name: tuple(sources.split(",")) if sources else () for name, _, sources in (w.partition("<") for w in words)
     }
     spec = workflow(needs, failure_policy=FailurePolicy(settings.get("policy", "fail_fast")))
-    machine = Run(RUN_ID, spec, dag.build(spec, ()))
+    machine = Run(RUN_ID, spec, dag.build(spec, ()), ranking=first_come)
     attempts: dict[str, int] = {}
 
     def step(name: str, words: Words, given: Settings, time: float) -> list[Any]:

@@ -162,7 +162,7 @@ def test_a_worker_that_comes_back_in_time_keeps_its_leases() -> None:
     machine.handle(WorkerDetached(lease.session_id), 1.0)
     welcome = machine.handle(hello("n", session_id=lease.session_id, held=[lease.lease_id, "stale"]), 2.0)
     assert welcome == [WelcomeWorker("worker-of-n", lease.session_id, True, ("stale",))]
-    done = AttemptSucceeded(lease.session_id, lease.lease_id, 0, {}, 1.0)
+    done = succeeded(lease, 1.0)
     assert any(isinstance(e, TaskSucceeded) for e in machine.handle(done, 3.0))
 
 

@@ -1,0 +1,51 @@
+"""Owns what waits for another task of its run. Rule: it goes on when that one succeeds, and never without it."""
+
+from lattice_server.core.attempts import Task
+from lattice_server.core.model import Binding, Failure, FailureKind, OutputRef, Outputs, Parameter, resolve
+
+
+def follow(task: Task, source: Task) -> None:
+    """Let a task wait for another."""
+    task.follows = source
+    source.followers[task.ticket] = task
+
+
+def leave(task: Task) -> None:
+    """Let a task wait for another no longer."""
+    if task.follows is not None:
+        del task.follows.followers[task.ticket]
+        task.follows = None
+
+
+def release(source: Task, outputs: Outputs) -> list[Task]:
+    """Give what follows a task that succeeded its outputs, and return it."""
+
+    def value_of(reference: OutputRef | Parameter) -> Binding:
+        assert isinstance(reference, OutputRef), "the run resolved its parameters"
+        return outputs[reference.output]
+
+    released, source.followers = list(source.followers.values()), {}
+    for follower in released:
+        follower.follows = None
+        follower.inputs = {name: resolve(binding, value_of) for name, binding in follower.inputs.items()}
+    return released
+
+
+def drop(source: Task, failure: Failure) -> list[Task]:
+    """Return all that will never have its inputs now, however far behind, and that no worker holds.
+
+    What a worker holds of it must end once the worker gave it back, which it does by itself.
+    """
+    dropped = []
+    frontier = [source]
+    while frontier:
+        task = frontier.pop()
+        for follower in task.followers.values():
+            follower.follows = None
+            if follower.lease_id:
+                follower.ending = follower.ending or Failure(FailureKind.CANCELLED, failure.message)
+            else:
+                dropped.append(follower)
+            frontier.append(follower)
+        task.followers = {}
+    return dropped

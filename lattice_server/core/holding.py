@@ -1,0 +1,79 @@
+"""Owns what workers hold: the leases reports are about, their start, and their release. Part of `dispatch`.
+
+Rule: a report counts only for a lease that the session it comes from still holds.
+"""
+
+from collections.abc import Callable
+
+from lattice_server.core.attempts import Lease, Task
+from lattice_server.core.fleet import Fleet
+from lattice_server.core.launching import Launcher
+from lattice_server.core.leases import Node
+from lattice_server.core.messages import CloseSession, TaskStarted
+
+
+class Holding:
+    """The leases in the hands of workers."""
+
+    def __init__(self, fleet: Fleet, launcher: Launcher, emit: Callable[[TaskStarted | CloseSession], None]) -> None:
+        self._fleet = fleet
+        self._launcher = launcher
+        self._leases = launcher.leases
+        self._emit = emit
+
+    def find(self, session_id: str, lease_id: str) -> Lease | None:
+        """Return a lease that a session holds."""
+        lease = self._leases.get(lease_id)
+        if lease is None or self._fleet.nodes[lease.slot.node_id].session_id != session_id:
+            return None
+        return lease
+
+    def started(self, session_id: str, lease_id: str, item: int, now: float) -> tuple[Lease, Task] | None:
+        """Return the member of a lease that a report is about, which has started by that; None when there is none.
+
+        Only a lease whose tasks have all their inputs can have started.
+        """
+        lease = self.find(session_id, lease_id)
+        if lease is None or lease.tasks[0].follows is not None or not 0 <= item < len(lease.tasks):
+            return None
+        if lease.started_at is None:
+            self.note_start(lease, now)
+        task = lease.member(item)
+        return None if task is None else (lease, task)
+
+    def note_start(self, lease: Lease, now: float) -> None:
+        """Note that a lease has started, unless that is known."""
+        if lease.started_at is not None:
+            return
+        lease.started_at = now
+        node = self._fleet.nodes[lease.slot.node_id]
+        where = (node.node_id, node.node_ip, lease.slot.gpu_indices)
+        for task in lease.members():
+            self._emit(TaskStarted(task.ready.run_id, task.ready.spec.task_id, task.attempt, *where))
+
+    def leave(self, lease: Lease, task: Task, now: float, held_s: float | None = None) -> None:
+        """Note that one member of a lease is over; with the last one the lease is released."""
+        task.lease_id = ""
+        lease.ended.add(lease.tasks.index(task))
+        if len(lease.ended) == len(lease.tasks):
+            self._release(lease, now, held_s)
+
+    def dissolve(self, lease: Lease, now: float) -> list[Task]:
+        """Release a lease and return the members that had not ended."""
+        members = list(lease.members())
+        for task in members:
+            task.lease_id = ""
+        self._release(lease, now, None)
+        return members
+
+    def let_go(self, node: Node) -> None:
+        """Close the session of a node that is drained, once it holds nothing any more."""
+        if node.is_draining and not node.slots and node.node_id in self._fleet.nodes:
+            self._fleet.remove(node, may_return=False)
+            self._emit(CloseSession(node.session_id, "DRAINED", "the node was drained"))
+
+    def _release(self, lease: Lease, now: float, held_s: float | None) -> None:
+        if held_s is None:
+            held_s = 0.0 if lease.started_at is None else now - lease.started_at
+        self._launcher.release(lease, now, held_s)
+        self.let_go(self._fleet.nodes[lease.slot.node_id])
