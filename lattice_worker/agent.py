@@ -161,6 +161,8 @@ class Agent:
         started = self._session.assign(lease_id, assignment.slot, assignment)
         if started is not None:
             self._attempts.start(started)
+        elif not after:
+            self._send_ahead(self._session.running_before(lease_id))
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
         self._heartbeat_s = welcome.heartbeat_interval.ToTimedelta().total_seconds() or self._heartbeat_s
@@ -179,10 +181,18 @@ class Agent:
         if self._session.has_started(lease_id):
             self._attempts.stop(lease_id, "cancelled", "the server forgot the lease")
         elif self._session.has_started(lease_id) is False:
+            if not self._attempts.take_back(lease_id):
+                self._attempts.stop(lease_id, "cancelled", "the server forgot the lease")
             self._session.end(lease_id)
 
+    def _send_ahead(self, running: str) -> None:
+        """Send what waits behind a running lease to its process, as far as it needs nothing of what is before it."""
+        for lease_id in self._session.behind(running):
+            if not self._attempts.send_ahead(self._session.work_of(lease_id), running):
+                return
+
     def _revoke(self, lease_id: str) -> None:
-        if self._session.has_started(lease_id) is False:
+        if self._session.has_started(lease_id) is False and self._attempts.take_back(lease_id):
             self._report(worker_pb2.Report(lease_id=lease_id, returned=worker_pb2.LeaseReturned()))
             self._ended(lease_id, None)
 
@@ -190,8 +200,10 @@ class Agent:
         has_started = self._session.has_started(lease_id)
         if has_started:
             self._attempts.stop(lease_id, "cancelled", "the attempt was cancelled")
-        elif has_started is False:
+        elif has_started is False and self._attempts.take_back(lease_id):
             self._attempts.cancelled(self._session.work_of(lease_id))
+        elif has_started is False:
+            self._attempts.stop(lease_id, "cancelled", "the attempt was cancelled")
 
     def _emit(self, report: worker_pb2.Report) -> None:
         if self._session.has_started(report.lease_id) is not None:
@@ -213,3 +225,5 @@ class Agent:
         following = self._session.end(lease_id)
         if following is not None:
             self._attempts.start(following)
+            if not self._attempts.has_ahead(following.lease_id):
+                self._send_ahead(following.lease_id)

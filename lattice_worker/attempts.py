@@ -14,7 +14,7 @@ from typing import Any
 from lattice.v1 import resources_pb2, task_pb2, worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.runners import Invocation, Key, Pool, Runner
+from lattice_worker.runners import MAX_AHEAD, Invocation, Key, Pool, Runner
 
 # A start is told late, so that a short attempt needs one report instead of two.
 START_DELAY_S = 0.002
@@ -36,6 +36,7 @@ class Attempts:
         self._bundles: dict[str, str] = {}
         self._upstream: dict[str, convert.Outputs] = {}
         self._running: dict[str, tuple[Runner, Invocation]] = {}
+        self._ahead: dict[str, Runner] = {}
         self._unstarted: dict[str, None] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._starting: dict[str, tuple[asyncio.Task[None], int]] = {}
@@ -63,16 +64,48 @@ class Attempts:
             failure = {"kind": "resources", "message": f"this worker cannot set up {level}"}
             self._fail(lease_id, failure, len(assignment.attempts))
             return
-        function = self._functions[assignment.function_digest]
-        bundle = self._bundles.get(function.bundle_digest, "")
-        is_async = function.concurrency == task_pb2.CONCURRENCY_ASYNC
-        key = Key(bundle, tuple(assignment.gpu_indices), is_async)
+        if (sent := self._ahead.pop(lease_id, None)) is not None and lease_id in sent.ahead:
+            self._begin(assignment, sent, sent.begin(lease_id))
+            return
+        function, bundle, key = self._needs(assignment)
         runner = self._pool.take_idle(key)
         if runner is not None:
             self._run(assignment, function, bundle, runner)
         else:
             task = asyncio.get_running_loop().create_task(self._start_cold(assignment, function, bundle, key))
             self._starting[lease_id] = (task, len(assignment.attempts))
+
+    def send_ahead(self, assignment: worker_pb2.Assignment, running: str) -> bool:
+        """Send a lease whose turn will come to the process of the one that is running; False when it has to wait."""
+        lease_id = assignment.lease_id
+        if lease_id in self._ahead:
+            return True
+        found = self._running.get(running)
+        if found is None or (assignment.after_lease_id and lease_id not in self._upstream):
+            return False
+        runner = found[0]
+        function, bundle, key = self._needs(assignment)
+        if key != runner.key or key.is_async or not runner.is_fit or len(runner.ahead) >= MAX_AHEAD:
+            return False
+        if assignment.isolation != resources_pb2.ISOLATION_NONE:
+            return False
+        self._ahead[lease_id] = runner
+        invocation = self._prepare(assignment, function, bundle, runner)
+        runner.send_ahead(invocation)
+        return True
+
+    def has_ahead(self, lease_id: str) -> bool:
+        """Whether leases were sent to the process of a running one, to come after it."""
+        found = self._running.get(lease_id)
+        return found is not None and bool(found[0].ahead)
+
+    def take_back(self, lease_id: str) -> bool:
+        """Make sure that a lease whose turn has not come is not begun; False when it was."""
+        runner = self._ahead.get(lease_id)
+        if runner is None or lease_id not in runner.ahead or runner.take_back(lease_id):
+            self._ahead.pop(lease_id, None)
+            return True
+        return False
 
     def stop(self, lease_id: str, kind: str, message: str) -> None:
         """End a running lease as a failure of this kind."""
@@ -84,7 +117,9 @@ class Attempts:
             self._end(lease_id, answer, [], size)
         running = self._running.get(lease_id)
         if running is None:
-            return
+            if (sent := self._ahead.get(lease_id)) is None or lease_id not in sent.ahead:
+                return
+            running = (sent, sent.ahead[lease_id])
         runner, invocation = running
         invocation.ending = answer
         if runner.key.is_async:
@@ -112,8 +147,23 @@ class Attempts:
         self._starting.pop(assignment.lease_id, None)
         self._run(assignment, function, bundle, runner)
 
+    def _needs(self, assignment: worker_pb2.Assignment) -> tuple[task_pb2.Function, str, Key]:
+        function = self._functions[assignment.function_digest]
+        bundle = self._bundles.get(function.bundle_digest, "")
+        is_async = function.concurrency == task_pb2.CONCURRENCY_ASYNC
+        return function, bundle, Key(bundle, tuple(assignment.gpu_indices), is_async)
+
     def _run(self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, runner: Runner) -> None:
+        invocation = self._prepare(assignment, function, bundle, runner)
+        self._begin(assignment, runner, invocation)
+        runner.invoke(invocation)
+
+    def _prepare(
+        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, runner: Runner
+    ) -> Invocation:
         lease_id = assignment.lease_id
+        if function.digest not in runner.known:
+            runner.define(function.digest, *convert.function_frame(function, bundle))
         blobs: list[bytes] = []
         upstream = self._upstream.pop(lease_id, {})
         header: dict[str, Any] = {
@@ -135,7 +185,7 @@ class Attempts:
             "log_limit": self.log_limit_bytes,
         }
         size = len(assignment.attempts)
-        invocation = Invocation(
+        return Invocation(
             lease_id,
             header,
             blobs,
@@ -144,13 +194,13 @@ class Attempts:
             on_end=lambda answer, parts: self._end(lease_id, answer, parts, size),
             raw_left=self.log_limit_bytes,
         )
+
+    def _begin(self, assignment: worker_pb2.Assignment, runner: Runner, invocation: Invocation) -> None:
+        lease_id = assignment.lease_id
         self._running[lease_id] = (runner, invocation)
         self._unstarted[lease_id] = None
         if self._start_timer is None:
             self._start_timer = asyncio.get_running_loop().call_later(START_DELAY_S, self._tell_starts)
-        if function.digest not in runner.known:
-            runner.define(function.digest, *convert.function_frame(function, bundle))
-        runner.invoke(invocation)
         if assignment.HasField("timeout"):
             seconds = assignment.timeout.seconds + assignment.timeout.nanos / 1e9
             text = f"the attempt ran longer than {seconds:g} s"
@@ -187,6 +237,7 @@ class Attempts:
     def _end(self, lease_id: str, answer: dict[str, Any], blobs: list[bytes], size: int = 1) -> None:
         """Report the end of every member of a lease: each by its own answer, or all by the one there is."""
         self._running.pop(lease_id, None)
+        self._ahead.pop(lease_id, None)
         self._unstarted.pop(lease_id, None)
         self._upstream.pop(lease_id, None)
         if (timer := self._timers.pop(lease_id, None)) is not None:

@@ -14,6 +14,7 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from lattice_worker import host
 CHILD = Path(__file__).parent / "sandbox" / "child.py"
 RAW_READ_BYTES = 1 << 16
 SWEEP_S = 0.1
+HANG_UP_S = 0.5
+MAX_AHEAD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,10 @@ class Key:
 
 @dataclass(slots=True)
 class Invocation:
-    """One call of a function. `on_log` takes (stream, text, truncated); the others a header and its blobs."""
+    """One call of a function. `on_log` takes (stream, text, truncated); the others a header and its blobs.
+
+    `claim` numbers one that was sent ahead; `ending` is the answer of one that is being ended, whatever it says itself.
+    """
 
     name: str
     header: dict[str, Any]
@@ -47,18 +53,30 @@ class Invocation:
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     raw_left: int = 0
     ending: dict[str, Any] | None = field(default=None)
+    claim: int = 0
 
 
 class Runner(asyncio.Protocol):
-    """One process. All methods run on the agent's event loop."""
+    """One process. All methods run on the agent's event loop.
+
+    Invocations may be sent ahead, so that the process goes on without waiting for the agent. Their numbers lie in a
+    pipe that both sides can read: the process reads one before it runs its invocation, the agent reads them to take
+    back what has not begun. Whoever has read a number, and the kernel gives each to one reader only, owns it.
+    """
 
     def __init__(self, key: Key, on_idle: Callable[["Runner"], None], on_gone: Callable[["Runner"], None]) -> None:
         self.key = key
         self.known: set[str] = set()
         self.running: dict[str, Invocation] = {}
+        self.ahead: dict[str, Invocation] = {}
+        self._claims = count(1)
+        self._claim_read, self._claim_write = -1, -1
+        self._has_hung_up = asyncio.Event()
+        self._is_killed = False
         self._on_idle, self._on_gone = on_idle, on_gone
         self._buffer = bytearray()
         self._raw: dict[int, tuple[str, codecs.IncrementalDecoder]] = {}
+        self._control: socket.socket | None = None
         self._writer: asyncio.Transport | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -69,6 +87,9 @@ class Runner(asyncio.Protocol):
         ours, theirs = socket.socketpair()
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe()
+        self._claim_read, self._claim_write = os.pipe()
+        for descriptor in (self._claim_read, self._claim_write):
+            os.set_blocking(descriptor, False)
         loop = asyncio.get_running_loop()
         environment = {
             name: value
@@ -84,12 +105,13 @@ class Runner(asyncio.Protocol):
                 sys.executable,
                 str(CHILD),
                 str(theirs.fileno()),
+                str(self._claim_read),
                 "async" if self.key.is_async else "process",
                 str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=out_write,
                 stderr=err_write,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), self._claim_read],
                 env=environment,
                 start_new_session=True,
             )
@@ -101,7 +123,8 @@ class Runner(asyncio.Protocol):
         self._raw = {out_read: ("stdout", decoder("replace")), err_read: ("stderr", decoder("replace"))}
         for descriptor in self._raw:
             os.set_blocking(descriptor, False)
-            loop.add_reader(descriptor, self._read_raw, descriptor)
+            loop.add_reader(descriptor, self._on_raw, descriptor)
+        self._control = ours
         ours.setblocking(False)
         transport, _ = await loop.create_connection(lambda: self, sock=ours)
         self._writer = transport
@@ -118,6 +141,36 @@ class Runner(asyncio.Protocol):
         self.running[invocation.name] = invocation
         self._send(invocation.header, invocation.blobs)
 
+    def send_ahead(self, invocation: Invocation) -> None:
+        """Have an invocation run after those that run or were sent ahead before; `begin` tells when its turn comes."""
+        invocation.claim = invocation.header["claim"] = next(self._claims)
+        self.ahead[invocation.name] = invocation
+        os.write(self._claim_write, struct.pack("<Q", invocation.claim))
+        self._send(invocation.header, invocation.blobs)
+
+    def begin(self, name: str) -> Invocation:
+        """Note that it is the turn of an invocation sent ahead."""
+        invocation = self.running[name] = self.ahead.pop(name)
+        return invocation
+
+    def take_back(self, name: str) -> bool:
+        """Take back an invocation sent ahead; False when the process has begun it."""
+        unread = self._unread_claims()
+        invocation = self.ahead[name]
+        kept = [claim for claim in unread if claim != invocation.claim]
+        os.write(self._claim_write, struct.pack(f"<{len(kept)}Q", *kept))
+        if len(kept) == len(unread):
+            return False
+        del self.ahead[name]
+        return True
+
+    def _unread_claims(self) -> list[int]:
+        try:
+            data = os.read(self._claim_read, 8 * MAX_AHEAD)
+        except BlockingIOError:
+            return []
+        return list(struct.unpack(f"<{len(data) // 8}Q", data))
+
     def cancel(self, name: str) -> None:
         """Ask an async invocation to end."""
         self._send({"kind": "cancel", "id": name}, [])
@@ -130,8 +183,14 @@ class Runner(asyncio.Protocol):
     def kill(self) -> None:
         """End the process and all its descendants, those in sessions of their own included."""
         process = self._process
+        self._is_killed = True
         if process is not None and process.returncode is None:
             kill_tree(process.pid)
+
+    @property
+    def is_fit(self) -> bool:
+        """Whether the process takes invocations, as far as is known: it is not being killed and has not hung up."""
+        return not (self._is_killed or self._has_hung_up.is_set())
 
     def data_received(self, data: bytes) -> None:
         """Take bytes of the control socket."""
@@ -164,18 +223,29 @@ class Runner(asyncio.Protocol):
         if header["kind"] == "spawn":
             invocation.on_spawn(header["task"], blobs)
             return
-        for descriptor in list(self._raw):
-            self._read_raw(descriptor)
+        if header["has_raw"]:
+            # The process waits, so what there is to read is all of this invocation's.
+            for descriptor in list(self._raw):
+                self._read_raw(descriptor)
+            self._send({"kind": "drained"}, [])
         del self.running[header["id"]]
-        if not self.running:
+        if not self.running and not self.ahead:
             self._on_idle(self)
         invocation.on_end(invocation.ending or header, [] if invocation.ending else blobs)
 
     def _send(self, header: dict[str, Any], blobs: Sequence[bytes]) -> None:
         header["blobs"] = [len(blob) for blob in blobs]
         encoded = json.dumps(header).encode()
-        if self._writer is not None:
+        if self._writer is not None and not self._has_hung_up.is_set():
             self._writer.write(b"".join([struct.pack("<I", len(encoded)), encoded, *blobs]))
+
+    def _on_raw(self, descriptor: int) -> None:
+        # If the process has gone on to the next invocation, it has said so: then this is what that one writes.
+        if self._control is not None:
+            with contextlib.suppress(BlockingIOError, OSError):
+                self.data_received(self._control.recv(RAW_READ_BYTES))
+        if descriptor in self._raw:
+            self._read_raw(descriptor)
 
     def _read_raw(self, descriptor: int) -> None:
         """Give what the process wrote past `sys.stdout` to the invocation that runs, if it is the only one."""
@@ -200,16 +270,28 @@ class Runner(asyncio.Protocol):
         if self._raw.pop(descriptor, None) is not None:
             os.close(descriptor)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Note that the process will say nothing more."""
+        self._has_hung_up.set()
+
     async def _watch(self) -> None:
         process = self._process
         assert process is not None
         status = await process.wait()
+        # What it said before it died is still to be read. A child of it may hold the socket open for longer.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HANG_UP_S):
+                await self._has_hung_up.wait()
         for descriptor in list(self._raw):
             self._read_raw(descriptor)
         for descriptor in list(self._raw):
             self._close_raw(descriptor)
         if self._writer is not None:
             self._writer.close()
+        # What it had not begun has its turn elsewhere.
+        self.ahead.clear()
+        for descriptor in (self._claim_read, self._claim_write):
+            os.close(descriptor)
         self._on_gone(self)
         running, self.running = self.running, {}
         by_kernel = status == -signal.SIGKILL and oom_kills() > self._oom_kills
@@ -279,16 +361,18 @@ class Pool:
                 shared = asyncio.ensure_future(self._start(key))
                 self._shared[key] = shared
             return await asyncio.shield(shared)
-        idle = self._idle.get(key)
-        return idle.pop() if idle else await self._start(key)
+        return self.take_idle(key) or await self._start(key)
 
     def take_idle(self, key: Key) -> Runner | None:
         """Return a free runner without waiting, or None."""
         if key.is_async:
             shared = self._shared.get(key)
             return shared.result() if shared is not None and shared.done() and not shared.exception() else None
-        idle = self._idle.get(key)
-        return idle.pop() if idle else None
+        idle = self._idle.get(key, [])
+        while idle:
+            if (runner := idle.pop()).is_fit:
+                return runner
+        return None
 
     def close(self) -> None:
         """Kill every runner."""

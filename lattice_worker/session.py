@@ -80,6 +80,14 @@ class Session(Generic[Work, Report]):
         number = self._slot_of.get(lease_id)
         return None if number is None else self._slots[number].running == lease_id
 
+    def behind(self, lease_id: str) -> list[str]:
+        """Return the leases that wait in the slot of a lease that has started, in order."""
+        return list(self._slots[self._slot_of[lease_id]].waiting)
+
+    def running_before(self, lease_id: str) -> str:
+        """Return the lease that has started in the slot of one that waits."""
+        return self._slots[self._slot_of[lease_id]].running
+
     def work_of(self, lease_id: str) -> Work:
         """Return the work of a lease that is held and has not started."""
         return self._slots[self._slot_of[lease_id]].waiting[lease_id]

@@ -27,10 +27,12 @@ import signal
 import socket
 import struct
 import sys
+import termios
 import threading
 import time
 import traceback
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -176,10 +178,11 @@ class _Bytes(io.RawIOBase):
 
 
 class Program:
-    """Functions, by digest, and the invocations of them."""
+    """Functions, by digest, and the invocations of them; `is_alone` tells that they run one at a time."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, *, is_alone: bool) -> None:
         self._channel = channel
+        self._is_alone = is_alone
         self._definitions: dict[str, tuple[dict[str, Any], bytes]] = {}
         self._callables: dict[str, Callable[..., Any]] = {}
 
@@ -187,13 +190,14 @@ class Program:
         """Remember a function; it is loaded when first called."""
         self._definitions[header["digest"]] = (header, blobs[0] if blobs else b"")
 
-    def run(self, header: dict[str, Any], blobs: list[bytes]) -> None:
-        """Run an invocation of a plain function and send its outcome."""
+    def run(self, header: dict[str, Any], blobs: list[bytes]) -> bool:
+        """Run an invocation of a plain function and send its outcome; return whether output is left to be read."""
         with self._outcome(header) as finish:
             value = self._call(header, blobs)
             if inspect.iscoroutine(value):
                 value = asyncio.run(value)
             finish(value)
+        return bool(header["has_raw"])
 
     async def run_async(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         """Run an invocation of a coroutine function and send its outcome."""
@@ -224,6 +228,7 @@ class Program:
             answer["failure"] = _failure(error, encoder)
         finally:
             answer["duration"] = time.perf_counter() - started
+            header["has_raw"] = answer["has_raw"] = self._is_alone and has_unread_output()
             output.flush()
             current.reset(token)
             self._channel.send(answer, encoder.blobs)
@@ -476,6 +481,17 @@ def _items(name: str, value: Any) -> list[Any]:
     return list(value)
 
 
+def has_unread_output() -> bool:
+    """Whether something this process wrote past `sys.stdout` and `sys.stderr` still lies in their pipes."""
+    size = bytearray(4)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # the task may have closed it
+            fcntl.ioctl(descriptor, termios.FIONREAD, size)
+            if any(size):
+                return True
+    return False
+
+
 @contextlib.contextmanager
 def memory_limit(limit_bytes: int) -> Iterator[None]:
     """Let this process grow by `limit_bytes` and a little; what asks for more gets a MemoryError. Zero means any."""
@@ -560,17 +576,41 @@ def _type_name(cls: type) -> str:
     return cls.__qualname__ if cls.__module__ in {"builtins", "__main__"} else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _serve(channel: Channel) -> None:
-    program = Program(channel)
-    for header, blobs in channel.frames():
+class Claims:
+    """The numbers of the invocations that were sent ahead and not taken back; the agent reads the same pipe."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._held = 0
+
+    def owns(self, number: int) -> bool:
+        """Whether this process may run the invocation `number`. Asked in order of the numbers."""
+        while self._held < number:
+            try:
+                self._held = int.from_bytes(os.read(self._descriptor, 8), "little")
+            except BlockingIOError:
+                return False
+        return self._held == number
+
+
+def _serve(channel: Channel, claims: Claims) -> None:
+    program = Program(channel, is_alone=True)
+    frames = channel.frames()
+    waiting: deque[tuple[dict[str, Any], list[bytes]]] = deque()
+    while (frame := waiting.popleft() if waiting else next(frames, None)) is not None:
+        header, blobs = frame
         if header["kind"] == "function":
             program.define(header, blobs)
-        elif header["kind"] == "invoke":
-            program.run(header, blobs)
+        elif ("claim" not in header or claims.owns(header["claim"])) and program.run(header, blobs):
+            # What the agent has not read yet it would take for the next invocation's.
+            for later in frames:
+                if later[0]["kind"] == "drained":
+                    break
+                waiting.append(later)
 
 
 async def _serve_async(channel: Channel) -> None:
-    program = Program(channel)
+    program = Program(channel, is_alone=False)
     loop = asyncio.get_running_loop()
     frames: asyncio.Queue[tuple[dict[str, Any], list[bytes]] | None] = asyncio.Queue()
     running: dict[str, asyncio.Task[None]] = {}
@@ -595,8 +635,9 @@ async def _serve_async(channel: Channel) -> None:
 
 
 def main() -> None:
-    """Serve the agent on the socket whose descriptor is the first argument; the second is `process` or `async`."""
-    descriptor, mode, parent = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    """Serve the agent on a socket, by the arguments: its descriptor, that of the pipe of claims, `process` or `async`,
+    and the agent's process id."""
+    descriptor, claims, mode, parent = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # What a task starts and leaves behind stays below this process, where it can be found and ended.
@@ -611,6 +652,7 @@ def main() -> None:
     sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
     sock = socket.socket(fileno=descriptor)
     sock.set_inheritable(False)
+    os.set_inheritable(claims, False)
     sys.stdout, sys.stderr = Stream("stdout", 1), Stream("stderr", 2)
     # A crash in native code then leaves its Python stack in the attempt's log.
     faulthandler.enable(file=2, all_threads=True)
@@ -618,7 +660,7 @@ def main() -> None:
     if mode == "async":
         asyncio.run(_serve_async(channel))
     else:
-        _serve(channel)
+        _serve(channel, Claims(claims))
 
 
 if __name__ == "__main__":

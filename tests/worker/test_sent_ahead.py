@@ -1,0 +1,131 @@
+"""What is sent to a runner before its turn: it goes on by itself, and nothing is run twice, lost or mixed up."""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lattice.v1 import errors_pb2
+
+from tests.e2e.proxy import Gate
+from tests.worker.head import TIMEOUT_S, Pair, pair
+
+
+def play(scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path) -> None:
+    """Play a scenario with a worker."""
+
+    async def scene() -> None:
+        async with pair(folder) as both, asyncio.timeout(TIMEOUT_S):
+            await scenario(both)
+
+    asyncio.run(scene())
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Any:
+    """A gate for attempts."""
+    made = Gate(tmp_path, "only")
+    yield made
+    made.open(100)
+    made.close()
+
+
+def test_a_slot_runs_its_leases_in_order_in_one_process(tmp_path: Path) -> None:
+    def note(path: str, number: int) -> int:
+        with open(path, "a") as file:
+            file.write(f"{number} ")
+        return os.getpid()
+
+    async def scenario(both: Pair) -> None:
+        path = tmp_path / "order"
+        for number in range(50):
+            both.stream.assign(f"l{number}", note, inputs={"path": str(path), "number": number})
+        pids = {await both.stream.value(f"l{number}") for number in range(50)}
+        assert len(pids) == 1
+        assert path.read_text().split() == [str(number) for number in range(50)]
+
+    play(scenario, tmp_path)
+
+
+def test_what_was_sent_ahead_of_a_crash_runs_once_elsewhere(gate: Gate, tmp_path: Path) -> None:
+    def crash(gate: str) -> None:
+        with open(gate, "rb", buffering=0) as file:
+            file.read(1)
+        os._exit(7)
+
+    def note(path: str) -> str:
+        with open(path, "a") as file:
+            file.write("ran ")
+        return "fine"
+
+    async def scenario(both: Pair) -> None:
+        stream, path = both.stream, tmp_path / "runs"
+        stream.assign("crash", crash, inputs={"gate": gate.path})
+        for name in "abc":
+            stream.assign(name, note, inputs={"path": str(path)})
+        await stream.until("crash", "started")
+        gate.open(1)
+        assert (await stream.end("crash")).failed.failure.kind == errors_pb2.FAILURE_KIND_CRASHED
+        assert [await stream.value(name) for name in "abc"] == ["fine"] * 3
+        assert path.read_text().split() == ["ran"] * 3
+
+    play(scenario, tmp_path)
+
+
+def test_a_result_given_just_before_a_crash_counts(tmp_path: Path) -> None:
+    def fine() -> str:
+        return "fine"
+
+    def crash() -> None:
+        os._exit(1)
+
+    async def scenario(both: Pair) -> None:
+        for number in range(20):
+            both.stream.assign(f"fine{number}", fine, slot=number)
+            both.stream.assign(f"crash{number}", crash, slot=number)
+        ends = 0
+        while ends < 40:
+            ends += (await both.stream.report()).WhichOneof("fact") in {"succeeded", "failed"}
+        for number in range(20):
+            assert both.stream.of(f"fine{number}")[-1] == "succeeded"
+            assert both.stream.of(f"crash{number}")[-1] == "failed"
+
+    play(scenario, tmp_path)
+
+
+def test_some_of_what_was_sent_ahead_can_be_taken_back(gate: Gate, tmp_path: Path) -> None:
+    def wait_at(gate: str) -> str:
+        with open(gate, "rb", buffering=0) as file:
+            file.read(1)
+        return "through"
+
+    async def scenario(both: Pair) -> None:
+        stream = both.stream
+        stream.assign("first", wait_at, inputs={"gate": gate.path})
+        for name in "abcd":
+            stream.assign(name, lambda: "ran")
+        await stream.until("first", "started")
+        stream.say(revoke={"lease_ids": ["b", "d"]})
+        for name in "bd":
+            assert (await stream.end(name)).HasField("returned")
+        gate.open(1)
+        assert await stream.value("first") == "through"
+        assert [await stream.value(name) for name in "ac"] == ["ran", "ran"]
+
+    play(scenario, tmp_path)
+
+
+def test_output_past_python_belongs_to_the_attempt_that_wrote_it(tmp_path: Path) -> None:
+    def shout(word: str) -> None:
+        os.write(1, f"{word}\n".encode())
+
+    async def scenario(both: Pair) -> None:
+        for number in range(40):
+            both.stream.assign(f"l{number}", shout, inputs={"word": f"word{number}"})
+        for number in range(40):
+            await both.stream.end(f"l{number}")
+            assert both.stream.logs(f"l{number}").split() == [f"word{number}"]
+
+    play(scenario, tmp_path)
