@@ -13,10 +13,11 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import payload_pb2, results_pb2, run_pb2, task_pb2, worker_pb2, workflow_pb2
 
-from lattice_client import convert, errors, payloads
+from lattice_client import brevity, convert, errors, payloads
+from lattice_client.brevity import Brevity, Kind
 from lattice_client.channel import Channel
 from lattice_client.convert import RunEvent
-from lattice_client.run import AsyncRun, Outcome
+from lattice_client.run import Answer, AsyncRun, Outcome
 from lattice_client.workflow import Graph, LatticeTask
 
 T = TypeVar("T")
@@ -79,6 +80,7 @@ class AsyncLatticeClient:
         self._admission_timeout_s = admission_timeout
         self._open: set[Outcome] = set()
         self._known_code: set[str] = set()
+        self._brevity = Brevity()
 
     async def __aenter__(self) -> Self:
         return self
@@ -166,7 +168,7 @@ class AsyncLatticeClient:
         self._known_code.add(function.digest)
         if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
             return {name: await self.decode(payload) for name, payload in response.task.outputs.items()}
-        return await self.result(response.run.run_id)
+        return await self.result_in(await self.ended(response.run.run_id))
 
     async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
         """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
@@ -214,12 +216,22 @@ class AsyncLatticeClient:
             spec.display_name = graph.name
             spec.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
             request.workflow.CopyFrom(spec)
-        if len(self._open) >= MAX_OPEN_CALLS:
-            run, outcome = (await self._rpc.call(self._rpc.workflows.RunWorkflow(request))).run, None
+        digests = frozenset(function.digest for function in request.workflow.functions.values())
+        kind = (digests, len(graph.tasks))
+        is_brief = self._brevity.is_brief(kind)
+        if is_brief or len(self._open) >= MAX_OPEN_CALLS:
+            if is_brief:
+                request.wait.CopyFrom(_duration(brevity.WAIT_S))
+            answer = await self._rpc.call(self._rpc.workflows.RunWorkflow(request))
+            has_ended = answer.run.state in TERMINAL
+            if has_ended or is_brief:
+                self._brevity.learn(kind, answer.run)
+            run = AsyncRun.of(answer.run.run_id, self, answer=answer if has_ended else None, kind=kind)
         else:
-            run, outcome = await self._rpc.call(self._execute(request))
-        self._known_code.update(function.digest for function in request.workflow.functions.values())
-        return AsyncRun.of(run.run_id, self, outcome)
+            first, outcome = await self._rpc.call(self._execute(request))
+            run = AsyncRun.of(first.run_id, self, outcome, kind=kind)
+        self._known_code.update(digests)
+        return run
 
     async def _execute(self, request: workflow_pb2.RunWorkflowRequest) -> tuple[run_pb2.Run, Outcome]:
         """Start a run by a call that ends with the run and brings its result."""
@@ -234,16 +246,22 @@ class AsyncLatticeClient:
 
     # Following.
 
-    async def result(self, run_id: str, outcome: Outcome | None = None) -> dict[str, Any]:
-        """Wait for a run's end and return the outputs of its final tasks; see `AsyncRun.result`."""
-        response: results_pb2.GetResultResponse | workflow_pb2.ExecuteWorkflowResponse | None = None
+    async def ended(self, run_id: str, outcome: Outcome | None = None, kind: Kind | None = None) -> Answer:
+        """Wait for a run's end; return what the server says of it. Raises RequestError."""
+        answer: Answer | None = None
         if outcome is not None and not outcome.cancelled():
-            response = await asyncio.shield(outcome)
-        if response is None:
-            response = await self._get_result(run_id)
-        if (failed := convert.error_of(response.run)) is not None:
+            answer = await asyncio.shield(outcome)
+        if answer is None:
+            answer = await self._get_result(run_id)
+        if kind is not None:
+            self._brevity.learn(kind, answer.run)
+        return answer
+
+    async def result_in(self, answer: Answer) -> dict[str, Any]:
+        """Return the outputs in what the server says of a run that ended; see `AsyncRun.result`."""
+        if (failed := convert.error_of(answer.run)) is not None:
             raise failed
-        found = await convert.outputs_of(response.final_tasks, self.decode)
+        found = await convert.outputs_of(answer.final_tasks, self.decode)
         return next(iter(found.values())) if len(found) == 1 else found
 
     async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:

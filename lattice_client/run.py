@@ -5,14 +5,16 @@ import weakref
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from lattice.v1 import run_pb2, task_pb2, workflow_pb2
+from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
 
+from lattice_client.brevity import Kind
 from lattice_client.convert import RunEvent
 from lattice_client.workflow import LatticeTask
 
 if TYPE_CHECKING:
     from lattice_client.client import AsyncLatticeClient
 
+Answer = workflow_pb2.ExecuteWorkflowResponse | workflow_pb2.RunWorkflowResponse | results_pb2.GetResultResponse
 # The last message of the call that started a run; None when the call broke.
 Outcome = asyncio.Task[workflow_pb2.ExecuteWorkflowResponse | None]
 
@@ -22,12 +24,25 @@ class AsyncRun(str):
 
     _client: "AsyncLatticeClient"
     _outcome: Outcome | None
+    answer: Answer | None
+    kind: Kind | None
 
     @classmethod
-    def of(cls, run_id: str, client: "AsyncLatticeClient", outcome: Outcome | None = None) -> Self:
-        """Return the run with this id; `outcome` is the end of the call that started it."""
+    def of(
+        cls,
+        run_id: str,
+        client: "AsyncLatticeClient",
+        outcome: Outcome | None = None,
+        answer: Answer | None = None,
+        kind: Kind | None = None,
+    ) -> Self:
+        """Return the run with this id.
+
+        `outcome` is the end of the call that started it, `answer` what that said when the run has ended already, and
+        `kind` what it has in common with others like it.
+        """
         run = cls(run_id)
-        run._client, run._outcome = client, outcome
+        run._client, run._outcome, run.answer, run.kind = client, outcome, answer, kind
         if outcome is not None:
             # Nobody can ask for the result any more: the call that would bring it may end.
             weakref.finalize(run, _abandon, outcome).atexit = False
@@ -49,8 +64,10 @@ class AsyncRun(str):
             RunCancelledError: the run was cancelled.
             TimeoutError: `timeout` seconds passed; the run goes on.
         """
-        async with asyncio.timeout(timeout):
-            return await self._client.result(self, self._outcome)
+        if self.answer is None:
+            async with asyncio.timeout(timeout):
+                self.answer = await self._client.ended(self, self._outcome, self.kind)
+        return await self._client.result_in(self.answer)
 
     def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield the run's events after number `after`, to its end."""

@@ -78,7 +78,7 @@ class Attempts:
     def send_ahead(self, assignment: worker_pb2.Assignment, running: str) -> bool:
         """Send a lease whose turn will come to the process of the one that is running; False when it has to wait."""
         lease_id = assignment.lease_id
-        if lease_id in self._ahead:
+        if (sent := self._ahead.get(lease_id)) is not None and lease_id in sent.ahead:
             return True
         found = self._running.get(running)
         if found is None or (assignment.after_lease_id and lease_id not in self._upstream):

@@ -61,7 +61,8 @@ class Runner(asyncio.Protocol):
 
     Invocations may be sent ahead, so that the process goes on without waiting for the agent. Their numbers lie in a
     pipe that both sides can read: the process reads one before it runs its invocation, the agent reads them to take
-    back what has not begun. Whoever has read a number, and the kernel gives each to one reader only, owns it.
+    back what has not begun. Whoever has read a number, and the kernel gives each to one reader only, owns it; an
+    invocation whose number is not there any more is not run.
     """
 
     def __init__(self, key: Key, on_idle: Callable[["Runner"], None], on_gone: Callable[["Runner"], None]) -> None:
@@ -154,22 +155,23 @@ class Runner(asyncio.Protocol):
         return invocation
 
     def take_back(self, name: str) -> bool:
-        """Take back an invocation sent ahead; False when the process has begun it."""
-        unread = self._unread_claims()
-        invocation = self.ahead[name]
-        kept = [claim for claim in unread if claim != invocation.claim]
-        os.write(self._claim_write, struct.pack(f"<{len(kept)}Q", *kept))
-        if len(kept) == len(unread):
-            return False
-        del self.ahead[name]
-        return True
+        """Take back an invocation sent ahead; False when the process has begun it.
 
-    def _unread_claims(self) -> list[int]:
+        What else it has not begun comes back too, to be sent anew: a number put back into the pipe could come too late
+        for a process that has found the pipe empty.
+        """
         try:
             data = os.read(self._claim_read, 8 * MAX_AHEAD)
         except BlockingIOError:
-            return []
-        return list(struct.unpack(f"<{len(data) // 8}Q", data))
+            return False
+        unread = frozenset(struct.unpack(f"<{len(data) // 8}Q", data))
+        self.ahead = {other: found for other, found in self.ahead.items() if found.claim not in unread}
+        for invocation in self.running.values():
+            if invocation.claim in unread:
+                # Its turn has come, and the process has not got to it yet.
+                del invocation.header["claim"]
+                self._send(invocation.header, invocation.blobs)
+        return name not in self.ahead
 
     def cancel(self, name: str) -> None:
         """Ask an async invocation to end."""

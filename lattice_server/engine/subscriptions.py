@@ -1,6 +1,7 @@
 """Owns the event log of each run. Rule: a reader is a position in the log; the log keeps no queue for anybody."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 from lattice_server.core.errors import RangeError
@@ -58,6 +59,8 @@ class RunLog:
         self._waiting.append(future)
         await future
 
-    async def completed(self) -> None:
-        """Wait for the run's end."""
-        await self._complete.wait()
+    async def completed(self, wait_s: float | None = None) -> None:
+        """Wait for the run's end, for `wait_s` seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._complete.wait()

@@ -1,6 +1,5 @@
 """Serves `ResultsService`: events, results and large values."""
 
-import asyncio
 from collections.abc import AsyncIterator
 
 from lattice.v1 import results_pb2, results_pb2_grpc
@@ -12,7 +11,7 @@ from lattice_server.engine.store import ArtifactStore
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import event_to_proto, final_tasks_to_proto, run_to_proto
-from lattice_server.rpc.tasks import MAX_WAIT_S
+from lattice_server.rpc.waiting import wait_from_proto
 
 
 class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
@@ -43,11 +42,7 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
     async def GetResult(self, request: results_pb2.GetResultRequest, context: Context) -> results_pb2.GetResultResponse:
         """Return a run and the outputs of its final tasks."""
         entry = self._orchestrator.run(request.run_id)
-        try:
-            async with asyncio.timeout(min(max(0.0, convert.seconds_from(request.wait)), MAX_WAIT_S)):
-                await entry.log.completed()
-        except TimeoutError:
-            pass
+        await entry.log.completed(wait_from_proto(request.wait, "wait"))
         final_tasks = final_tasks_to_proto(self._orchestrator, entry)
         return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=final_tasks)
 

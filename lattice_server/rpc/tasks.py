@@ -4,7 +4,6 @@ import asyncio
 
 from lattice.v1 import run_pb2, task_pb2, task_pb2_grpc
 
-from lattice_server.core.errors import invalid_field
 from lattice_server.core.messages import Explanation, ReasonKind
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.states import TASK_TERMINAL
@@ -14,8 +13,8 @@ from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import page
+from lattice_server.rpc.waiting import wait_from_proto
 
-MAX_WAIT_S = 300.0
 REASON_KIND_TO_PROTO = {kind: task_pb2.WaitKind.Value(f"WAIT_KIND_{kind.name}") for kind in ReasonKind}
 FUNCTION_NAME = "function"
 
@@ -29,6 +28,8 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
 
     async def RunTask(self, request: task_pb2.RunTaskRequest, context: Context) -> task_pb2.RunTaskResponse:
         """Run one task as a run of its own."""
+        wait_s = wait_from_proto(request.wait, "wait")
+        request.ClearField("wait")  # how long a caller waits makes it no other run
         bundles = [request.bundle] if request.HasField("bundle") else []
         name = request.task.function or FUNCTION_NAME
         functions = self._intake.functions({name: request.function}, bundles)
@@ -45,14 +46,14 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         entry, created = self._orchestrator.start_run(
             request.run_id, spec, parameters={}, labels=dict(request.labels), priority=0, fingerprint=print_
         )
-        await self._wait(entry, task.task_id, convert.seconds_from(request.wait))
+        await self._wait(entry, task.task_id, wait_s)
         shown = task_to_proto(self._orchestrator, entry, task.task_id)
         return task_pb2.RunTaskResponse(run=run_to_proto(entry), created=created, task=shown)
 
     async def GetTask(self, request: task_pb2.GetTaskRequest, context: Context) -> task_pb2.GetTaskResponse:
         """Return one task of a run."""
         entry = self._orchestrator.task(request.run_id, request.task_id)
-        await self._wait(entry, request.task_id, convert.seconds_from(request.wait))
+        await self._wait(entry, request.task_id, wait_from_proto(request.wait, "wait"))
         return task_pb2.GetTaskResponse(task=task_to_proto(self._orchestrator, entry, request.task_id))
 
     async def ListTasks(self, request: task_pb2.ListTasksRequest, context: Context) -> task_pb2.ListTasksResponse:
@@ -82,11 +83,9 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         return _explanation_to_proto(explanation, shown)
 
     async def _wait(self, entry: RunEntry, task_id: str, wait_s: float) -> None:
-        if wait_s < 0:
-            raise invalid_field("wait", "must not be negative")
         record = entry.run.tasks[task_id]
         try:
-            async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
+            async with asyncio.timeout(wait_s):
                 while record.state not in TASK_TERMINAL:
                     await entry.log.changed()
         except TimeoutError:

@@ -15,6 +15,7 @@ from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import RUN_STATE_TO_PROTO, event_to_proto, final_tasks_to_proto, run_to_proto
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import page
+from lattice_server.rpc.waiting import wait_from_proto
 
 LARGE_GRAPH = 1000
 
@@ -101,8 +102,13 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request: workflow_pb2.RunWorkflowRequest, context: Context
     ) -> workflow_pb2.RunWorkflowResponse:
         """Start a run."""
+        wait_s = wait_from_proto(request.wait, "wait") if request.HasField("wait") else 0.0
+        request.ClearField("wait")  # how long a caller waits makes it no other run
         entry, created = await self._start(request)
-        return workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
+        if wait_s and not entry.run.is_terminal:
+            await entry.log.completed(wait_s)
+        final_tasks = final_tasks_to_proto(self._orchestrator, entry) if entry.run.is_terminal else ()
+        return workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created, final_tasks=final_tasks)
 
     async def ExecuteWorkflow(
         self, request: workflow_pb2.ExecuteWorkflowRequest, context: Context

@@ -129,3 +129,21 @@ def test_output_past_python_belongs_to_the_attempt_that_wrote_it(tmp_path: Path)
             assert both.stream.logs(f"l{number}").split() == [f"word{number}"]
 
     play(scenario, tmp_path)
+
+
+def test_nothing_is_lost_while_leases_are_taken_back_from_a_busy_process(tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        stream, back = both.stream, list[str]()
+        for number in range(600):
+            stream.assign(f"l{number}", lambda: "ran", slot=number % 2)
+            if number % 3 == 2:
+                stream.say(revoke={"lease_ids": [f"l{number - 1}", f"l{number}"]})
+        ends = 0
+        while ends < 600:
+            report = await stream.report()
+            back += [report.lease_id] if report.HasField("returned") else []
+            ends += report.WhichOneof("fact") in {"succeeded", "returned"}
+        assert all(stream.of(f"l{number}").count("succeeded") <= 1 for number in range(600))
+        assert all(stream.of(name)[-1] == "returned" for name in back)
+
+    play(scenario, tmp_path)

@@ -531,6 +531,7 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    WAIT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     workflow_id: builtins.str
@@ -553,6 +554,12 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
         """The run fails when it takes longer; zero means no limit."""
 
+    @property
+    def wait(self) -> google.protobuf.duration_pb2.Duration:
+        """`RunWorkflow` waits up to this long for the run to end before answering; at most 5 minutes. For runs known to be
+        short, which then cost one call in all.
+        """
+
     def __init__(
         self,
         *,
@@ -563,9 +570,10 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         priority: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        wait: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "run_id", b"run_id", "source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["source", b"source", "timeout", b"timeout", "wait", b"wait", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "run_id", b"run_id", "source", b"source", "timeout", b"timeout", "wait", b"wait", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["workflow_id", "workflow"] | None: ...
 
 Global___RunWorkflowRequest: typing_extensions.TypeAlias = RunWorkflowRequest
@@ -578,20 +586,26 @@ class RunWorkflowResponse(google.protobuf.message.Message):
 
     RUN_FIELD_NUMBER: builtins.int
     CREATED_FIELD_NUMBER: builtins.int
+    FINAL_TASKS_FIELD_NUMBER: builtins.int
     created: builtins.bool
     """Whether this call created it."""
     @property
     def run(self) -> lattice.v1.run_pb2.Run:
         """The run."""
 
+    @property
+    def final_tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.TaskRun]:
+        """The tasks no other task depends on, with their outputs; set when the run has ended."""
+
     def __init__(
         self,
         *,
         run: lattice.v1.run_pb2.Run | None = ...,
         created: builtins.bool = ...,
+        final_tasks: collections.abc.Iterable[lattice.v1.run_pb2.TaskRun] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["created", b"created", "run", b"run"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["created", b"created", "final_tasks", b"final_tasks", "run", b"run"]) -> None: ...
 
 Global___RunWorkflowResponse: typing_extensions.TypeAlias = RunWorkflowResponse
 
