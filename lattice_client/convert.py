@@ -50,23 +50,26 @@ async def spec_of(tasks: Iterable[LatticeTask], upload: Upload, known: Container
                 if bundle is not None and bundle.digest not in bundles:
                     bundles.add(bundle.digest)
                     spec.bundles.append(bundle)
-        spec.tasks.append(await task_of(task, name, upload))
+        await _fill_task(spec.tasks.add(), task, name, upload)
     return spec
 
 
 async def task_of(task: LatticeTask, function: str, upload: Upload) -> task_pb2.TaskSpec:
     """Return one task as a message."""
     message = task_pb2.TaskSpec()
-    message.CopyFrom(task.definition.settings)
+    await _fill_task(message, task, function, upload)
+    return message
+
+
+async def _fill_task(message: task_pb2.TaskSpec, task: LatticeTask, function: str, upload: Upload) -> None:
+    message.CopyFrom(task.definition.form)
     message.task_id = task.task_id
     message.display_name = task.display_name
     message.function = function
-    message.outputs.extend(task.definition.outputs)
     message.after.extend(task.after)
-    message.resources.CopyFrom(task.definition.resources)
     message.over = task.over
     if task.condition is not None:
-        message.condition.output.CopyFrom(_reference(task.condition.output))
+        _fill_reference(message.condition.output, task.condition.output)
         message.condition.negated = task.condition.is_negated
         if task.condition.equals is not UNSET:
             where = f"what the condition of task {task.task_id!r} is compared with"
@@ -74,8 +77,7 @@ async def task_of(task: LatticeTask, function: str, upload: Upload) -> task_pb2.
             if message.condition.equals.WhichOneof("content") != "json":
                 raise TaskDefinitionError(f"{where} must be JSON")
     for name, value in task.inputs.items():
-        message.inputs[name].CopyFrom(await _binding(value, f"input {name!r} of task {task.task_id!r}", upload))
-    return message
+        await _fill_binding(message.inputs[name], value, f"input {name!r} of task {task.task_id!r}", upload)
 
 
 def _has_output(value: Any) -> bool:
@@ -86,24 +88,25 @@ def _has_output(value: Any) -> bool:
     return isinstance(value, dict) and any(map(_has_output, value.values()))
 
 
-async def _binding(value: Any, where: str, upload: Upload) -> payload_pb2.Binding:
+async def _fill_binding(message: payload_pb2.Binding, value: Any, where: str, upload: Upload) -> None:
     if isinstance(value, LatticeTask):
         raise TaskDefinitionError(f'{where} is a task; wire one of its outputs: task.outputs["name"]')
     if isinstance(value, TaskOutput):
-        return payload_pb2.Binding(output=_reference(value))
-    if not _has_output(value):
-        return payload_pb2.Binding(payload=await payload_of(value, where, upload))
-    if isinstance(value, dict):
+        _fill_reference(message.output, value)
+    elif not _has_output(value):
+        message.payload.CopyFrom(await payload_of(value, where, upload))
+    elif isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise TaskDefinitionError(f"{where} wires an output inside a dict whose keys are not all strings")
-        entries = {key: await _binding(item, where, upload) for key, item in value.items()}
-        return payload_pb2.Binding(map=payload_pb2.BindingMap(entries=entries))
-    items = [await _binding(item, where, upload) for item in value]
-    return payload_pb2.Binding(list=payload_pb2.BindingList(items=items))
+        for key, item in value.items():
+            await _fill_binding(message.map.entries[key], item, where, upload)
+    else:
+        for item in value:
+            await _fill_binding(message.list.items.add(), item, where, upload)
 
 
-def _reference(output: TaskOutput) -> payload_pb2.OutputRef:
-    return payload_pb2.OutputRef(task_id=output.task_id, output=output.output, optional=output.is_optional)
+def _fill_reference(message: payload_pb2.OutputRef, output: TaskOutput) -> None:
+    message.task_id, message.output, message.optional = output.task_id, output.output, output.is_optional
 
 
 async def payload_of(value: Any, where: str, upload: Upload) -> payload_pb2.Payload:

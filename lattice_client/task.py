@@ -83,12 +83,17 @@ class TaskDefinition(Generic[P, R]):
         """What a worker needs to know to add this task to a run; see `lattice_worker.context.spawn`."""
         return {**self._form, "call": self.function}
 
-    @property
-    def _form(self) -> dict[str, Any]:
+    @functools.cached_property
+    def form(self) -> task_pb2.TaskSpec:
+        """All about a task of this definition but its id, its wiring and its code."""
         spec = task_pb2.TaskSpec(outputs=self.outputs, resources=self.resources)
         spec.MergeFrom(self.settings)
+        return spec
+
+    @property
+    def _form(self) -> dict[str, Any]:
         return {
-            "spec": spec.SerializeToString(),
+            "spec": self.form.SerializeToString(),
             "function": self.function_form.SerializeToString(),
             "outputs": self.outputs,
         }

@@ -87,4 +87,4 @@ def _add(assignments: worker_pb2.Assignments, effect: Assign, connection: Connec
     for member in effect.attempts:
         attempt = message.attempts.add(run_id=member.run_id, task_id=member.task_id, number=member.attempt)
         for name, binding in member.inputs.items():
-            attempt.inputs[name].CopyFrom(convert.binding_to_proto(binding))
+            convert.fill_binding(attempt.inputs[name], binding)

@@ -92,12 +92,20 @@ def payload_from_proto(message: payload_pb2.Payload, field: str, inline_limit_by
 
 def payload_to_proto(payload: Payload) -> payload_pb2.Payload:
     """Return the message of a payload."""
+    message = payload_pb2.Payload()
+    _fill_payload(message, payload)
+    return message
+
+
+def _fill_payload(message: payload_pb2.Payload, payload: Payload) -> None:
+    message.media_type = payload.media_type
     content = payload.content
     if isinstance(content, str):
-        return payload_pb2.Payload(media_type=payload.media_type, json=content)
-    if isinstance(content, bytes):
-        return payload_pb2.Payload(media_type=payload.media_type, data=content)
-    return payload_pb2.Payload(media_type=payload.media_type, artifact=artifact_to_proto(content))
+        message.json = content
+    elif isinstance(content, bytes):
+        message.data = content
+    else:
+        message.artifact.CopyFrom(artifact_to_proto(content))
 
 
 def artifact_to_proto(artifact: Artifact) -> payload_pb2.Artifact:
@@ -136,21 +144,23 @@ def binding_from_proto(message: payload_pb2.Binding, field: str, inline_limit_by
             raise invalid_field(field, "a binding needs a source: payload, output, parameter, list or map")
 
 
-def binding_to_proto(binding: Binding) -> payload_pb2.Binding:
-    """Return the message of a binding."""
+def fill_binding(message: payload_pb2.Binding, binding: Binding) -> None:
+    """Write a binding into an empty message."""
     match binding:
         case Payload():
-            return payload_pb2.Binding(payload=payload_to_proto(binding))
+            _fill_payload(message.payload, binding)
         case OutputRef(task_id, output, is_optional):
-            reference = payload_pb2.OutputRef(task_id=task_id, output=output, optional=is_optional)
-            return payload_pb2.Binding(output=reference)
+            message.output.task_id, message.output.output, message.output.optional = task_id, output, is_optional
         case Parameter(name):
-            return payload_pb2.Binding(parameter=name)
+            message.parameter = name
         case BindingList(items):
-            return payload_pb2.Binding(list=payload_pb2.BindingList(items=[binding_to_proto(i) for i in items]))
+            message.list.SetInParent()
+            for item in items:
+                fill_binding(message.list.items.add(), item)
         case BindingMap(entries):
-            nested = {key: binding_to_proto(item) for key, item in entries.items()}
-            return payload_pb2.Binding(map=payload_pb2.BindingMap(entries=nested))
+            message.map.SetInParent()
+            for key, item in entries.items():
+                fill_binding(message.map.entries[key], item)
 
 
 def resources_from_proto(message: resources_pb2.Resources, field: str, *, is_async: bool) -> Resources:
