@@ -19,7 +19,7 @@ from lattice_worker import host
 from lattice_worker.attempts import Attempts
 from lattice_worker.config import WorkerConfig
 from lattice_worker.convert import Outputs
-from lattice_worker.runners import Pool
+from lattice_worker.pool import Pool
 from lattice_worker.session import Session
 
 log = logging.getLogger(__name__)

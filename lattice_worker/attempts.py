@@ -14,7 +14,8 @@ from typing import Any
 from lattice.v1 import resources_pb2, task_pb2, worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.runners import MAX_AHEAD, Invocation, Key, Pool, Runner
+from lattice_worker.pool import Pool
+from lattice_worker.runners import MAX_AHEAD, Invocation, Key, Runner
 
 # A start is told late, so that a short attempt needs one report instead of two.
 START_DELAY_S = 0.002
