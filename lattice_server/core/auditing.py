@@ -1,12 +1,20 @@
-"""Owns what must hold of the scheduler's machine at any time. Rule: it reads everything and changes nothing."""
+"""Owns what must hold of the machines at any time. Rule: it reads everything and changes nothing."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from lattice_server.core.attempts import Lease, Task
 from lattice_server.core.leases import Node, held_leases
 from lattice_server.core.placement import suits
 from lattice_server.core.queue import Queue
+from lattice_server.core.states import TASK_TERMINAL, RunState, TaskState
 from lattice_server.core.timers import Timers
+
+if TYPE_CHECKING:
+    from lattice_server.core.records import TaskRecord
+    from lattice_server.core.run import Run
+
+AHEAD_OF_INPUTS = frozenset({TaskState.QUEUED, TaskState.RUNNING, TaskState.SUCCEEDED})
 
 
 def check(
@@ -36,7 +44,7 @@ def check(
     timed = {id(task) for task in timeouts.tasks()}
     for key, task in tasks.items():
         assert key == (task.ready.run_id, task.ready.spec.task_id)
-        _check_task(task, tasks)
+        _check_task(task)
         if task.ready.spec.total_timeout_s is not None and task.follows is None and task.ending is None:
             assert id(task) in timed, "nobody watches the time of a task"
 
@@ -55,14 +63,53 @@ def _check_lease(lease: Lease, node: Node) -> None:
         assert lease.tasks[0].follows is None, "a task went ahead of its input"
 
 
-def _check_task(task: Task, tasks: Mapping[tuple[str, str], Task]) -> None:
+def _check_task(task: Task) -> None:
     retry = task.ready.spec.retry
     assert not task.is_over
     assert task.failures < retry.max_attempts
     assert task.losses < retry.max_worker_losses
     assert task.attempt >= 0
-    if task.follows is not None:
+    if task.follows is not None and task.ending is None:
         assert not task.follows.is_over, "a task follows one that ended"
         assert task.follows.followers[task.ticket] is task
     assert all(follower.follows is task for follower in task.followers.values())
     assert task.ending is None or task.lease_id, "a task that must end, and that nobody holds, has not ended"
+
+
+def check_run(run: "Run") -> None:
+    """Assert what must hold of a run that has started."""
+    assert run.counts == {state: sum(r.state is state for r in run.tasks.values()) for state in TaskState}
+    assert run.is_terminal == (run.open_tasks == 0), "a run ends with its last task"
+    assert run.tasks.keys() == run.dag.tasks.keys()
+    for task_id, record in run.tasks.items():
+        _check_record(run, task_id, record)
+    failed = {TaskState.FAILED, TaskState.CANCELLED}
+    if run.state is RunState.SUCCEEDED:
+        assert run.failure is None
+        assert not any(record.state in failed for record in run.tasks.values())
+    if run.state is RunState.FAILED:
+        assert run.failure is not None
+
+
+def _check_record(run: "Run", task_id: str, record: "TaskRecord") -> None:
+    sources = [(source, run.tasks[source].state) for source in run.dag.predecessors[task_id]]
+    met = [
+        state is TaskState.SUCCEEDED or (state in TASK_TERMINAL and (source, task_id) in run.dag.optional)
+        for source, state in sources
+    ]
+    if record.state is TaskState.BLOCKED:
+        assert record.missing == len(met) - sum(met)
+        assert record.missing > 0, f"{task_id} is ready and nobody was told"
+        assert run.state is RunState.RUNNING, f"{task_id} waits in a run that is over"
+        assert all(state not in TASK_TERMINAL or ok for (_, state), ok in zip(sources, met, strict=True))
+    if record.state in AHEAD_OF_INPUTS:
+        assert all(met), f"{task_id} went ahead of its inputs"
+    if record.state is TaskState.SUCCEEDED:
+        assert record.failure is None
+        assert record.items is not None or record.outputs is not None
+    if record.items is not None:
+        states = [run.tasks[item].state for item in record.items]
+        assert record.open_items == sum(state not in TASK_TERMINAL for state in states)
+        assert (record.open_items == 0) == (record.state in TASK_TERMINAL)
+        assert (record.state is TaskState.SUCCEEDED) == all(state is TaskState.SUCCEEDED for state in states)
+    assert (record.ended_at is not None) == (record.state in TASK_TERMINAL)

@@ -1,5 +1,7 @@
 """Owns the graph of a workflow: validation, growth, and who follows whom. Rule: networkx stays inside this file."""
 
+import re
+from collections import ChainMap
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +11,7 @@ from lattice_server.core.errors import FieldViolation, InvalidError
 from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, TaskSpec, WorkflowSpec, leaves
 
 MAX_VIOLATIONS = 25
+ITEM_ID = re.compile(r"(.+)\[\d+\]", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -39,6 +42,17 @@ class Dag:
                 self._heights[found] = 1 + max((self._heights[s] for s in self.successors[found]), default=0)
                 frontier.pop()
         return self._heights[task_id]
+
+    def descendants(self, task_id: str) -> list[str]:
+        """Return the tasks that depend on a task, each once, however far behind."""
+        found: dict[str, None] = {}
+        frontier = [task_id]
+        while frontier:
+            for successor in self.successors[frontier.pop()]:
+                if successor not in found:
+                    found[successor] = None
+                    frontier.append(successor)
+        return list(found)
 
     def final_task_ids(self) -> list[str]:
         """Return the tasks no other task depends on, in the order of definition."""
@@ -72,11 +86,12 @@ def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | Non
         InvalidError: as `build` does.
     """
     new: dict[str, TaskSpec] = {}
-    draft = _Draft({**dag.tasks} if dag.tasks else new, parameters)
+    draft = _Draft(ChainMap(new, dag.tasks), parameters)
     for index, task in enumerate(added):
-        if task.task_id in new or task.task_id in dag.tasks:
+        if task.task_id in draft.tasks:
             draft.complain(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice")
-        new[task.task_id] = draft.tasks[task.task_id] = task
+        new[task.task_id] = task
+    draft.check_item_ids(new)
     edges = {task.task_id: draft.edges_of(task, f"tasks[{index}]") for index, task in enumerate(new.values())}
     draft.refuse()
     linked = _link(new, edges)
@@ -98,7 +113,7 @@ def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | Non
 class _Draft:
     """What is found while tasks are looked at, before anything is changed."""
 
-    def __init__(self, tasks: dict[str, TaskSpec], parameters: Container[str] | None) -> None:
+    def __init__(self, tasks: Mapping[str, TaskSpec], parameters: Container[str] | None) -> None:
         self.tasks = tasks
         self.artifacts: list[Artifact] = []
         self.split: dict[str, list[str]] = {}
@@ -119,6 +134,17 @@ class _Draft:
                 violations=self._violations[:MAX_VIOLATIONS],
             )
 
+    def check_item_ids(self, new: Mapping[str, TaskSpec]) -> None:
+        """Complain about ids that items of mapped tasks may come to have."""
+        named = self.tasks if any(task.over for task in new.values()) else new
+        for task_id in named:
+            found = ITEM_ID.fullmatch(task_id)
+            mapped = found and self.tasks.get(found[1])
+            if found and mapped and mapped.over and (task_id in new or found[1] in new):
+                position = next(i for i, added in enumerate(new) if added in {task_id, found[1]})
+                text = f"task id {task_id!r} is that of an item of the mapped task {found[1]!r}"
+                self.complain(f"tasks[{position}].task_id", text)
+
     def edges_of(self, task: TaskSpec, path: str) -> dict[str, bool]:
         """Return the tasks that `task` comes after, and of each whether it can do without."""
         found: dict[str, bool] = {}
@@ -129,6 +155,9 @@ class _Draft:
             self._note_map(task, path, found)
         if task.condition is not None and self._is_output(task.condition.output, f"{path}.condition"):
             found[task.condition.output.task_id] = False
+            if task.condition.equals is not None and self.tasks[task.condition.output.task_id].over:
+                text = "the outputs of a mapped task are not one value to compare; have a task look at them"
+                self.complain(f"{path}.condition.equals", text)
         for position, source in enumerate(task.after):
             if source in self.tasks:
                 found[source] = False

@@ -98,7 +98,7 @@ class Dispatch:
         return effects
 
     def next_deadline(self) -> float | None:
-        """Return when `tick` is due next, or None.."""
+        """Return when `tick` is due next, or None."""
         due = [self._launcher.next_deadline(), self._fleet.next_deadline()]
         due += [self._backoff.next_at(), self._timeouts.next_at()]
         return min((at for at in due if at is not None), default=None)
@@ -233,6 +233,7 @@ class Dispatch:
     def _succeed(self, event: AttemptSucceeded, now: float) -> None:
         found = self._holding.started(event.session_id, event.lease_id, event.item, now)
         if found is None:
+            self._refuse_unready(event, now)
             return
         lease, task = found
         held_s = min(max(0.0, event.duration_s), now - lease.sent_at)
@@ -253,12 +254,10 @@ class Dispatch:
                     self._wait(follower, now)
 
     def _take_failure(self, event: AttemptFailed, now: float) -> None:
+        self._refuse_unready(event, now)
         lease = self._holding.find(event.session_id, event.lease_id)
         task = None if lease is None else lease.member(event.item)
         if lease is None or task is None:
-            return
-        if lease.tasks[0].follows is not None:
-            self._give_back(lease, now)
             return
         if event.failure.kind is not FailureKind.CANCELLED:
             self._holding.note_start(lease, now)
@@ -267,6 +266,12 @@ class Dispatch:
             return
         self._holding.leave(lease, task, now)
         self._fail(task, event.failure, now)
+
+    def _refuse_unready(self, event: AttemptSucceeded | AttemptFailed, now: float) -> None:
+        """Take back what cannot have ended, because its inputs were not there."""
+        lease = self._holding.find(event.session_id, event.lease_id)
+        if lease is not None and lease.tasks[0].follows is not None:
+            self._give_back(lease, now)
 
     def _bisect(self, members: list[Task], failure: Failure, now: float) -> None:
         """Try the members of a batch that crashed again, in halves, until one that was alone has failed by itself."""

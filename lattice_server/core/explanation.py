@@ -1,6 +1,7 @@
-"""Owns the answer to "why does this task wait?". Rule: it reads the scheduler's state and changes nothing."""
+"""Owns the answer to "why does this task wait?". Rule: it reads the machines' state and changes nothing."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from lattice_server.core.attempts import Task
 from lattice_server.core.batching import BatchCollector
@@ -8,6 +9,10 @@ from lattice_server.core.fleet import Fleet
 from lattice_server.core.launching import Launcher
 from lattice_server.core.messages import Explanation, Reason, ReasonKind
 from lattice_server.core.placement import shortages
+from lattice_server.core.states import TASK_TERMINAL, TaskState
+
+if TYPE_CHECKING:
+    from lattice_server.core.run import Run
 
 MAX_NODES = 20
 
@@ -38,9 +43,17 @@ def _explain_leased(task: Task, launcher: Launcher, now: float) -> Explanation:
     if lease.started_at is not None:
         text = f"attempt {task.attempt} runs on node {node_id!r}"
         return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), now - lease.started_at, 0.0)
+    waited_s = now - lease.sent_at
+    if task.follows is not None:
+        source = task.follows.ready.spec.task_id
+        text = f"it was sent to node {node_id!r} along with task {source!r}, which it waits for"
+        return Explanation((Reason(ReasonKind.INPUT, text, source, node_id),), waited_s, None)
     ahead = list(lease.slot.lease_ids).index(lease.lease_id)
+    if ahead == 0:
+        text = f"it was sent to node {node_id!r}, which has not said that it started"
+        return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), waited_s, 0.0)
     text = f"it was sent to node {node_id!r}, behind {ahead} short ones"
-    return Explanation((Reason(ReasonKind.TURN, text, node_id=node_id),), 0.0, lease.slot.backlog_s)
+    return Explanation((Reason(ReasonKind.TURN, text, node_id=node_id),), waited_s, lease.slot.backlog_s)
 
 
 def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: Fleet, now: float) -> Iterator[Reason]:
@@ -52,10 +65,11 @@ def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: F
     if due_s > 0:
         size = collector.max_size
         yield Reason(ReasonKind.BATCH, f"its batch has {collector.count} of {size} tasks and leaves in {due_s:.1f} s")
-    if limit := launcher.limit_reached(shape):
-        running = launcher.parallel[shape.limit_key]
+    limit = launcher.limit_reached(shape)
+    if limit is not None:
+        running = launcher.running_calls(shape.limit_key)
         yield Reason(ReasonKind.LIMIT, f"{running} calls of {shape.limit_key!r} run, the limit is {limit}")
-    ahead = _ahead(task, collector)
+    ahead = _batches_ahead(task, collector) * collector.max_size
     if ahead:
         yield Reason(ReasonKind.TURN, f"{ahead} tasks of its kind go first")
     tenants = launcher.queue.tenants
@@ -74,9 +88,9 @@ def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: F
             yield Reason(ReasonKind.TURN, text, node_id=node.node_id)
 
 
-def _ahead(task: Task, collector: BatchCollector) -> int:
+def _batches_ahead(task: Task, collector: BatchCollector) -> int:
     mine = (*task.rank, task.ticket)
-    return sum((*other.rank, other.ticket) < mine for other in collector.tasks())
+    return sum((*other.rank, other.ticket) < mine for other in collector.tasks()) // collector.max_size
 
 
 def _start_in_s(task: Task, collector: BatchCollector, launcher: Launcher, fleet: Fleet, now: float) -> float | None:
@@ -84,6 +98,32 @@ def _start_in_s(task: Task, collector: BatchCollector, launcher: Launcher, fleet
     expected_s = launcher.expected_s(task)
     if expected_s is None or not any(fleet.could_run(collector.group.shape, node) for node in fleet.nodes.values()):
         return None
-    batches = _ahead(task, collector) // collector.max_size + 1
+    batches = _batches_ahead(task, collector) + 1
     side_by_side = max(1, launcher.running_slots(collector.group.shape))
     return max(0.0, collector.due_at() - now, batches * expected_s / side_by_side)
+
+
+def explain_in_run(run: "Run", task_id: str, now: float) -> Explanation:
+    """Return why a task that the scheduler does not have is where it is."""
+    record = run.tasks[task_id]
+    if record.state in TASK_TERMINAL:
+        waited_s = 0.0 if record.ended_at is None else now - record.ended_at
+        what = "it was skipped" if record.state is TaskState.SKIPPED else f"it has {record.state.value}"
+        if record.state is TaskState.CANCELLED:
+            what = "it was cancelled"
+        if record.failure is not None:
+            what = f"{what}: {record.failure.message}"
+        elif record.state is TaskState.SKIPPED:
+            what = f"{what}: a condition, its own or that of a task it needs, was not met"
+        return Explanation((Reason(ReasonKind.ENDED, what),), waited_s, None)
+    if record.items is not None:
+        text = f"{record.open_items} of its {len(record.items)} items have not ended"
+        return Explanation((Reason(ReasonKind.RUNNING, text),), now - (record.started_at or now), 0.0)
+    reasons = []
+    for source in run.dag.predecessors[task_id]:
+        other = run.tasks[source]
+        if other.state not in TASK_TERMINAL:
+            reasons.append(Reason(ReasonKind.INPUT, f"task {source!r} is {other.state.value}", task_id=source))
+    if not reasons:
+        reasons.append(Reason(ReasonKind.TURN, "it is on its way to the scheduler"))
+    return Explanation(tuple(reasons), now - run.started_at, None)

@@ -13,7 +13,7 @@ def follow(task: Task, source: Task) -> None:
 def leave(task: Task) -> None:
     """Let a task wait for another no longer."""
     if task.follows is not None:
-        del task.follows.followers[task.ticket]
+        task.follows.followers.pop(task.ticket, None)
         task.follows = None
 
 
@@ -34,17 +34,18 @@ def release(source: Task, outputs: Outputs) -> list[Task]:
 def drop(source: Task, failure: Failure) -> list[Task]:
     """Return all that will never have its inputs now, however far behind, and that no worker holds.
 
-    What a worker holds of it must end once the worker gave it back, which it does by itself.
+    What a worker holds of it must end once the worker gave it back, which it does by itself; until then it goes on
+    waiting, for what will not come, so that nothing else is believed of it.
     """
     dropped = []
     frontier = [source]
     while frontier:
         task = frontier.pop()
         for follower in task.followers.values():
-            follower.follows = None
             if follower.lease_id:
                 follower.ending = follower.ending or Failure(FailureKind.CANCELLED, failure.message)
             else:
+                follower.follows = None
                 dropped.append(follower)
             frontier.append(follower)
         task.followers = {}

@@ -84,9 +84,8 @@ class Launcher:
         """
         if not shape.limit_key:
             return None
-        calls = self.parallel.get(shape.limit_key)
-        running = calls.total() if calls is not None else 0
-        limits = [shape.max_parallel, *(calls or ())]
+        running = self.running_calls(shape.limit_key)
+        limits = [shape.max_parallel, *self.parallel.get(shape.limit_key, ())]
         least = min((limit for limit in limits if limit > 0), default=None)
         allowed = self.limits.get(shape.limit_key)
         if allowed is not None and (least is None or allowed < least):
@@ -108,6 +107,11 @@ class Launcher:
     def running_slots(self, shape: Shape) -> int:
         """Return how many slots run calls of this shape."""
         return len(self._running.get(shape, ()))
+
+    def running_calls(self, limit_key: str) -> int:
+        """Return how many calls run that count for a limit."""
+        calls = self.parallel.get(limit_key)
+        return 0 if calls is None else calls.total()
 
     def kept_for(self, node: Node) -> BatchCollector | None:
         """Return what a node gathers its resources for."""
@@ -283,9 +287,9 @@ class Launcher:
         slots = self._running.get(shape)
         if not slots or expected_s is None or expected_s > SEND_AHEAD_S:
             return False
-        slot = min(slots.values(), key=lambda s: (s.is_slow, s.backlog_s, len(s.lease_ids)))
+        slot = min(slots.values(), key=lambda s: (self._is_long(s), s.backlog_s, len(s.lease_ids)))
         node = self._fleet.nodes[slot.node_id]
-        if slot.is_slow or not _has_room(slot, expected_s) or not (node.takes_work and suits(shape, node)):
+        if self._is_long(slot) or not _has_room(slot, expected_s) or not (node.takes_work and suits(shape, node)):
             return False
         # A slot that always has something behind it is never free for whoever is earlier in turn.
         keeper = self.kept_for(node)
@@ -296,6 +300,10 @@ class Launcher:
         self._assign([head], slot, expected_s)
         self._crowded[slot.slot_id] = slot
         return True
+
+    def _is_long(self, slot: Slot) -> bool:
+        """Whether the attempt in front takes, or took already, longer than what is behind it should wait."""
+        return slot.is_slow or self._placed_at >= slot.progress_at + PATIENCE_S
 
     def _assign(self, tasks: list[Task], slot: Slot, expected_s: float) -> None:
         first = tasks[0]

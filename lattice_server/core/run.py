@@ -3,18 +3,19 @@
 Rule: every change of a task's state goes through `TaskTable.move`, every public fact through `_publish`, in that order.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
 from lattice_server.core import dag as graphs
+from lattice_server.core.auditing import check_run
 from lattice_server.core.errors import ExhaustedError, FieldViolation, InvalidError, LatticeError, PreconditionError
+from lattice_server.core.explanation import explain_in_run
 from lattice_server.core.messages import (
     CancelRequested,
     Explanation,
     Fact,
-    Reason,
-    ReasonKind,
     RunCancelling,
     RunFinished,
     RunStarted,
@@ -109,6 +110,7 @@ class Run:
         self._ranking = ranking
         self._bounds = bounds
         self._parameters: Mapping[str, Payload] = spec.parameters
+        self._due: deque[str] = deque()
         self._effects: list[Effect] = []
 
     @property
@@ -135,10 +137,8 @@ class Run:
         self._parameters = {**self.spec.parameters, **parameters}
         self.started_at = now
         self._publish(RunStarted(self.workflow_id, len(self.tasks)))
-        for task_id, record in list(self.tasks.items()):
-            if record.missing == 0:
-                self._become_ready(task_id, record, now)
-        return self._settle()
+        self._due += [task_id for task_id, record in self.tasks.items() if record.missing == 0]
+        return self._settle(now)
 
     def handle(self, event: TaskEvent | TaskReturned, now: float) -> list[Effect]:
         """Take one fact about a task. A task that has ended ignores what comes late."""
@@ -158,9 +158,13 @@ class Run:
                 record.attempt, record.failure = event.attempt, event.failure
                 self._publish(event)
             case TaskSucceeded():
-                record.outputs, record.split, record.failure = event.outputs, event.split or None, None
-                self._end(record, TaskState.SUCCEEDED, event, now)
-                self._satisfy_successors(event.task_id, now)
+                refusal = record.cancelled
+                if refusal is not None and refusal.kind is not FailureKind.CANCELLED:
+                    self._refuse_success(event, refusal, now)
+                else:
+                    record.outputs, record.split, record.failure = event.outputs, event.split or None, None
+                    self._end(record, TaskState.SUCCEEDED, event, now)
+                    self._satisfy_successors(event.task_id)
             case TaskFailed():
                 record.attempt, record.failure = event.attempt, event.failure
                 self._end(record, TaskState.FAILED, event, now)
@@ -181,7 +185,7 @@ class Run:
                     self._tell(record, "")
             case _:
                 assert_never(event)
-        return self._settle()
+        return self._settle(now)
 
     def cancel(self, reason: str, now: float) -> list[Effect]:
         """Cancel the run; a run that has ended or is stopping stays as it is."""
@@ -214,63 +218,37 @@ class Run:
             ExhaustedError: RUN_TOO_LARGE, the run would have too many tasks.
         """
         self._grow(added, now)
-        return self._settle()
+        return self._settle(now)
 
     def spawn(self, parent: str, added: Sequence[TaskSpec], now: float) -> list[Effect]:
         """Add tasks on behalf of a running task, which fails when they cannot be added.
 
         What an earlier attempt of the same task added is already there, and stays as it was.
         """
-        new = [spec for spec in added if spec.task_id not in self.tasks]
-        if self.state is not RunState.RUNNING or not new:
+        record = self.tasks[parent]
+        new = [spec for spec in added if not self._is_spawn_of(parent, spec.task_id)]
+        if self.state is not RunState.RUNNING or record.state in TASK_TERMINAL or not new:
             return []
-        depth = self.tasks[parent].depth + 1
+        depth = record.depth + 1
         try:
             if depth > self._bounds.max_depth:
                 raise ExhaustedError("RUN_TOO_LARGE", f"tasks spawn tasks more than {self._bounds.max_depth} deep")
             self._grow(new, now, parent, depth)
         except LatticeError as error:
             kind = FailureKind.RESOURCES if isinstance(error, ExhaustedError) else FailureKind.PAYLOAD
-            refused = Failure(kind, f"what it spawned cannot be added: {error.message}")
-            return [CancelRequested(self.run_id, (parent,), refused)]
-        return self._settle()
+            refusal = Failure(kind, f"what it spawned cannot be added: {error.message}")
+            # It may have succeeded before the scheduler hears of this.
+            record.cancelled = record.cancelled or refusal
+            return [CancelRequested(self.run_id, (parent,), refusal)]
+        return self._settle(now)
 
     def explain(self, task_id: str, now: float) -> Explanation:
         """Return why a task is where it is, as far as the run knows: what it waits for, or how it ended."""
-        record = self.tasks[task_id]
-        state = record.state.value
-        if record.state in TASK_TERMINAL:
-            return Explanation((Reason(ReasonKind.ENDED, f"it has {state}"),), now - (record.ended_at or now), None)
-        if record.items is not None:
-            text = f"{record.open_items} of its {len(record.items)} items have not ended"
-            return Explanation((Reason(ReasonKind.RUNNING, text),), now - (record.started_at or now), 0.0)
-        reasons = []
-        for source in self.dag.predecessors[task_id]:
-            other = self.tasks[source]
-            if other.state not in TASK_TERMINAL:
-                reasons.append(Reason(ReasonKind.INPUT, f"task {source!r} is {other.state.value}", task_id=source))
-        if not reasons:
-            reasons.append(Reason(ReasonKind.TURN, "it is on its way to the scheduler"))
-        return Explanation(tuple(reasons), now - self.started_at, None)
+        return explain_in_run(self, task_id, now)
 
     def check(self) -> None:
         """Assert every invariant; tests call it after each step."""
-        for task_id, record in self.tasks.items():
-            sources = [(p, self.tasks[p].state) for p in self.dag.predecessors[task_id]]
-            met = [
-                s is TaskState.SUCCEEDED or (s in TASK_TERMINAL and (p, task_id) in self.dag.optional)
-                for p, s in sources
-            ]
-            if record.state is TaskState.BLOCKED:
-                assert record.missing == len(met) - sum(met)
-            if record.state in {TaskState.QUEUED, TaskState.RUNNING, TaskState.SUCCEEDED}:
-                assert all(met), f"{task_id} went ahead of its inputs"
-            if record.items is not None:
-                states = [self.tasks[item].state for item in record.items]
-                assert record.open_items == sum(state not in TASK_TERMINAL for state in states)
-                assert (record.open_items == 0) == (record.state in TASK_TERMINAL)
-        assert self.counts == {s: sum(r.state is s for r in self.tasks.values()) for s in TaskState}
-        assert self.is_terminal == (self.open_tasks == 0)
+        check_run(self)
 
     # Becoming ready.
 
@@ -352,24 +330,26 @@ class Run:
         assert outputs is not None, "every item of a map that succeeded has its outputs"
         return outputs[output]
 
-    def _satisfy_successors(self, task_id: str, now: float) -> None:
+    def _satisfy_successors(self, task_id: str) -> None:
         for successor in self.dag.successors[task_id]:
-            self._satisfy(successor, now)
+            self._satisfy(successor)
 
-    def _satisfy(self, task_id: str, now: float) -> None:
+    def _satisfy(self, task_id: str) -> None:
         record = self.tasks[task_id]
         record.missing -= 1
+        self._advance(task_id, record)
+
+    def _advance(self, task_id: str, record: TaskRecord) -> None:
+        """See whether a task that waits is ready, or waits for one other only."""
         if record.state is not TaskState.BLOCKED or self.state is not RunState.RUNNING:
             return
         if record.missing == 0:
-            self._become_ready(task_id, record, now)
+            self._due.append(task_id)
         elif record.missing == 1 and not record.is_promised:
-            self._promise_last(task_id)
-
-    def _promise_last(self, task_id: str) -> None:
-        last = next(p for p in self.dag.predecessors[task_id] if self.tasks[p].state not in TASK_TERMINAL)
-        if self.tasks[last].is_with_scheduler:
-            self._promise_after(last)
+            sources = self.dag.predecessors[task_id]
+            last = next((source for source in sources if self.tasks[source].state not in TASK_TERMINAL), None)
+            if last is not None and self.tasks[last].is_with_scheduler:
+                self._promise_after(last)
 
     # Growing.
 
@@ -382,7 +362,12 @@ class Run:
         if source.items is not None:
             payloads = [self._item_output(item, over.output) for item in source.items]
         else:
-            payloads = (source.split or {})[over.output]
+            split = source.split or {}
+            if over.output not in split:
+                text = f"output {over.task_id}.{over.output} came without its items"
+                self._fail_unstarted(record, Failure(FailureKind.PAYLOAD, text), now)
+                return
+            payloads = split[over.output]
         if len(payloads) > self._bounds.max_items or len(self.tasks) + len(payloads) > self._bounds.max_tasks:
             text = f"it would become {len(payloads)} tasks; the limits are {self._bounds.max_items} items of one map"
             text += f" and {self._bounds.max_tasks} tasks of one run"
@@ -417,39 +402,46 @@ class Run:
             self._refuse_late_map(spec, f"tasks[{index}].over")
         graphs.extend(self.dag, added, self._parameters.keys())
         for spec in added:
-            record = TaskRecord(spec, missing=len(self.dag.predecessors[spec.task_id]), spawned_by=parent, depth=depth)
-            self._table.add(record)
+            sources = self.dag.predecessors[spec.task_id]
+            missing = sum(not self._is_enough(source, spec.task_id) for source in sources)
+            self._table.add(TaskRecord(spec, missing, spawned_by=parent, depth=depth))
         self.revision += 1
         self._publish(TasksAdded(tuple(spec.task_id for spec in added), parent, self.revision))
         for spec in added:
             self._catch_up(spec.task_id, now)
 
+    def _is_enough(self, source: str, task_id: str) -> bool:
+        """Whether a task need not wait for another any more. Tasks that are yet to be added have not ended."""
+        record = self.tasks.get(source)
+        if record is None or record.state not in TASK_TERMINAL:
+            return False
+        return record.state is TaskState.SUCCEEDED or (source, task_id) in self.dag.optional
+
     def _refuse_late_map(self, spec: TaskSpec, field: str) -> None:
         over = spec.inputs.get(spec.over) if spec.over else None
         source = self.tasks.get(over.task_id) if isinstance(over, OutputRef) else None
-        if source is None or source.spec.over or source.state is TaskState.BLOCKED:
+        if source is None or source.spec.over or (source.state is TaskState.BLOCKED and not source.is_promised):
             return
         if over.output not in self.dag.split.get(over.task_id, ()):  # type: ignore[union-attr]  # it has a source
-            text = "a list that nothing was mapped over when its task started cannot be mapped over later"
+            text = "a list that nothing was mapped over when its task was handed out cannot be mapped over later"
             raise InvalidError("INVALID_WORKFLOW", text, violations=[FieldViolation(field, text)])
 
     def _catch_up(self, task_id: str, now: float) -> None:
         """Bring a task that came late to where it would be had it been there from the start."""
         record = self.tasks[task_id]
         for source in self.dag.predecessors[task_id]:
-            state = self.tasks[source].state
-            if state is TaskState.SUCCEEDED or (state in TASK_TERMINAL and (source, task_id) in self.dag.optional):
-                record.missing -= 1
-            elif state in TASK_TERMINAL and record.state is TaskState.BLOCKED:
-                failure = self.tasks[source].failure
-                self._skip(record, None if failure is None else replace(failure, task_id=source), now)
-                self._pass_by(task_id, failure, now)
-        if record.state is not TaskState.BLOCKED:
-            return
-        if record.missing == 0:
-            self._become_ready(task_id, record, now)
-        elif record.missing == 1:
-            self._promise_last(task_id)
+            other = self.tasks[source]
+            is_lost = other.state in TASK_TERMINAL and not self._is_enough(source, task_id)
+            if is_lost and record.state is TaskState.BLOCKED:
+                failure = other.failure
+                cause = None if failure is None else replace(failure, task_id=failure.task_id or source)
+                self._skip(record, cause, now)
+                self._pass_by(task_id, cause, now)
+        self._advance(task_id, record)
+
+    def _is_spawn_of(self, parent: str, task_id: str) -> bool:
+        record = self.tasks.get(task_id)
+        return record is not None and record.spawned_by == parent
 
     # Ending.
 
@@ -457,6 +449,18 @@ class Run:
         record.failure = failure
         self._end(record, TaskState.FAILED, TaskFailed(self.run_id, record.spec.task_id, 0, failure), now)
         self._fail_after(record.spec.task_id, failure, now)
+
+    def _refuse_success(self, event: TaskSucceeded, refusal: Failure, now: float) -> None:
+        """Fail a task that succeeded before it could be told that it must not."""
+        # The scheduler lets go on what waits for this one alone.
+        promised = [t for t in self.dag.descendants(event.task_id) if self.tasks[t].is_promised]
+        record = self.tasks[event.task_id]
+        record.failure = refusal
+        self._end(record, TaskState.FAILED, TaskFailed(self.run_id, event.task_id, event.attempt, refusal), now)
+        self._fail_after(event.task_id, refusal, now)
+        if promised and self.state is RunState.RUNNING:
+            stopped = Failure(FailureKind.CANCELLED, refusal.message)
+            self._effects.append(CancelRequested(self.run_id, tuple(promised), stopped))
 
     def _fail_after(self, task_id: str, failure: Failure, now: float) -> None:
         named = replace(failure, task_id=failure.task_id or task_id, cause=None)
@@ -474,7 +478,7 @@ class Run:
             for successor in self.dag.successors[source]:
                 record = self.tasks[successor]
                 if (source, successor) in self.dag.optional:
-                    self._satisfy(successor, now)
+                    self._satisfy(successor)
                 elif record.state is TaskState.BLOCKED:
                     self._skip(record, failure, now)
                     frontier.append(successor)
@@ -491,7 +495,7 @@ class Run:
         if self.state is not RunState.RUNNING:
             return []
         self._stop(failure, now)
-        return self._settle()
+        return self._settle(now)
 
     def _stop(self, failure: Failure, now: float) -> None:
         self.failure = self.failure or failure
@@ -523,8 +527,8 @@ class Run:
         named = (self.run_id, task_id, 0)
         if record.failure is None:
             self._end(record, TaskState.SUCCEEDED, TaskSucceeded(*named, {}), now)
-            self._satisfy_successors(task_id, now)
-        elif self.state is RunState.CANCELLING or record.cancelled is not None:
+            self._satisfy_successors(task_id)
+        elif record.failure.kind is FailureKind.CANCELLED:
             self._end(record, TaskState.CANCELLED, TaskCancelled(*named, record.failure), now)
         else:
             self._end(record, TaskState.FAILED, TaskFailed(*named, record.failure), now)
@@ -539,7 +543,13 @@ class Run:
     def _publish(self, fact: Fact) -> None:
         self._effects.append(fact)
 
-    def _settle(self) -> list[Effect]:
+    def _settle(self, now: float) -> list[Effect]:
+        # Step by step instead of each within the last: a chain of tasks that need no worker may be long.
+        while self._due:
+            task_id = self._due.popleft()
+            record = self.tasks[task_id]
+            if record.state is TaskState.BLOCKED and self.state is RunState.RUNNING:
+                self._become_ready(task_id, record, now)
         if self._table.is_done() and not self.is_terminal:
             if self.failure is None:
                 self._become(RunState.SUCCEEDED)

@@ -1,0 +1,167 @@
+"""Watches what the scheduler's machine does, from outside: keeps books of its own and compares."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import ceil, log2
+
+from lattice_server.core.attempts import Lease
+from lattice_server.core.dispatch import Dispatch
+from lattice_server.core.leases import Node
+from lattice_server.core.messages import (
+    Assign,
+    SchedulerEffect,
+    TaskCancelled,
+    TaskFailed,
+    TaskReady,
+    TaskRetrying,
+    TaskReturned,
+    TaskStarted,
+    TaskSucceeded,
+)
+from lattice_server.core.model import Resources
+
+Key = tuple[str, str]
+CLOSE = 1e-6
+
+
+class Watcher:
+    """Follows every task handed over to its one end. `gone` are those that were handed back or need not end."""
+
+    def __init__(self, machine: Dispatch, limits: Mapping[str, int] | None = None) -> None:
+        self.machine = machine
+        self.limits = limits or {}
+        self.submitted: dict[Key, TaskReady] = {}
+        self.offered: list[Assign] = []
+        self.ended: dict[Key, SchedulerEffect] = {}
+        self.gone: set[Key] = set()
+        self.starts: Counter[Key] = Counter()
+        self._running: set[Key] = set()
+        self._leases: dict[str, Assign] = {}
+
+    def submit(self, ready: TaskReady) -> TaskReady:
+        """Note that a task is handed over."""
+        self.submitted[ready.run_id, ready.spec.task_id] = ready
+        return ready
+
+    def take(self, effects: Iterable[SchedulerEffect]) -> None:
+        """Look at what the machine did. Call it after every step, before the next."""
+        for effect in effects:
+            match effect:
+                case Assign():
+                    self._take_assignment(effect)
+                case TaskStarted():
+                    key = self._open(effect)
+                    assert key not in self._running, f"{key} started twice"
+                    self._running.add(key)
+                    self.starts[key] += 1
+                case TaskRetrying():
+                    key = self._open(effect)
+                    assert key in self._running, f"{key} is tried again before it was tried"
+                    self._running.remove(key)
+                case TaskSucceeded():
+                    key = self._open(effect)
+                    assert key in self._running, f"{key} succeeded before it started"
+                    source = (key[0], self.submitted[key].after)
+                    assert not source[1] or isinstance(self.ended[source], TaskSucceeded), f"{key} had no input"
+                    self.ended[key] = effect
+                case TaskFailed() | TaskCancelled():
+                    self._take_failure(effect)
+                case TaskReturned():
+                    assert self.submitted[effect.run_id, effect.task_id].after
+                    self.gone.add((effect.run_id, effect.task_id))
+                case _:
+                    pass
+
+    def _open(self, effect: TaskStarted | TaskRetrying | TaskSucceeded) -> Key:
+        key = (effect.run_id, effect.task_id)
+        assert key in self.submitted
+        assert key not in self.ended, f"{key} goes on after its end"
+        return key
+
+    def _take_failure(self, effect: TaskFailed | TaskCancelled) -> None:
+        key = (effect.run_id, effect.task_id)
+        assert key not in self.ended, f"{key} ended twice"
+        # What was sent along with a task that failed ends cancelled once the worker gave it back.
+        if key in self.gone:
+            return
+        self.ended[key] = effect
+        frontier = [key]
+        while frontier:
+            run_id, source = frontier.pop()
+            for follower, ready in self.submitted.items():
+                if follower[0] == run_id and ready.after == source and follower not in self.gone | self.ended.keys():
+                    self.gone.add(follower)
+                    frontier.append(follower)
+
+    def _take_assignment(self, assign: Assign) -> None:
+        self.offered.append(assign)
+        members = [self.submitted[a.run_id, a.task_id] for a in assign.attempts]
+        first = members[0].spec
+        known = self._leases.setdefault(assign.lease_id, assign)
+        same = [(a.run_id, a.task_id, a.attempt) for a in assign.attempts]
+        assert same == [(a.run_id, a.task_id, a.attempt) for a in known.attempts], "a lease was handed out twice"
+        assert len({a.task_id + a.run_id for a in assign.attempts}) == len(assign.attempts)
+        assert len(members) <= (first.batch.max_size if first.batch else 1), "a batch is too large"
+        for member in members:
+            spec = member.spec
+            assert (spec.function, spec.resources, spec.batch) == (first.function, first.resources, first.batch)
+            assert (spec.outputs, spec.attempt_timeout_s) == (assign.outputs, assign.timeout_s)
+            assert (member.tenant, member.split_outputs) == (members[0].tenant, assign.split_outputs)
+            if first.batch and first.batch.scope.value == "run":
+                assert member.run_id == members[0].run_id
+        node = next((n for n in self.machine.nodes.values() if n.session_id == assign.session_id), None)
+        if node is not None and known is assign:
+            assert node.takes_work, "a node that takes nothing was given something"
+            assert all(node.labels.get(key) == value for key, value in first.node_selector)
+
+    def check(self, now: float) -> None:
+        """Assert what must hold after every step."""
+        self.machine.check()
+        at = self.machine.next_deadline()
+        assert at is None or at > now, "something is due, and was not done"
+        known = set(self.machine.tasks)
+        assert known | set(self.ended) | self.gone == set(self.submitted), "a task was lost"
+        assert not known & set(self.ended)
+        assert all(self.machine.tasks[key].ending for key in known & self.gone)
+        for node in self.machine.nodes.values():
+            self._check_node(node)
+        self._check_limits()
+        for key, starts in self.starts.items():
+            ready = self.submitted[key]
+            halvings = ceil(log2(ready.spec.batch.max_size)) + 1 if ready.spec.batch else 0
+            tries = ready.spec.retry.max_attempts + ready.spec.retry.max_worker_losses
+            assert starts <= tries * (halvings + 1), f"{key} is tried without end"
+
+    def _check_node(self, node: Node) -> None:
+        slots: dict[int, Lease] = {}
+        for lease in self.machine.leases.values():
+            if lease.slot.node_id == node.node_id:
+                slots[lease.slot.slot_id] = lease
+        held = [(lease.tasks[0].ready.spec, lease.slot.gpu_indices) for lease in slots.values()]
+        assert sum(spec.resources.cpu for spec, _ in held) <= node.capacity.cpu + CLOSE
+        assert sum(spec.resources.memory_bytes for spec, _ in held) <= node.capacity.memory_bytes
+        assert sum(not spec.function.is_async for spec, _ in held) <= node.capacity.slots
+        assert sum(spec.function.is_async for spec, _ in held) <= node.capacity.async_slots
+        on_device: dict[int, list[Resources]] = {gpu.index: [] for gpu in node.capacity.gpus}
+        for spec, indices in held:
+            wanted = spec.resources
+            count = int(wanted.gpu) if wanted.gpu >= 1 else int(wanted.gpu > 0 or wanted.gpu_memory_bytes > 0)
+            assert len(set(indices)) == len(indices) == count
+            for index in indices:
+                on_device[index].append(wanted)
+        for gpu in node.capacity.gpus:
+            sharing = on_device[gpu.index]
+            assert sum(min(1.0, wanted.gpu) for wanted in sharing) <= 1 + CLOSE
+            assert sum(wanted.gpu_memory_bytes for wanted in sharing) <= gpu.memory_bytes
+            assert len(sharing) <= 1 or all(wanted.gpu < 1 for wanted in sharing), "a whole device is shared"
+
+    def _check_limits(self) -> None:
+        calls: dict[str, dict[int, int]] = {}
+        for lease in self.machine.leases.values():
+            spec = lease.tasks[0].ready.spec
+            name = spec.concurrency_key or (spec.function.digest if spec.max_parallel else "")
+            if name:
+                calls.setdefault(name, {})[lease.slot.slot_id] = spec.max_parallel
+        for name, found in calls.items():
+            allowed = [limit for limit in (*found.values(), self.limits.get(name, 0)) if limit]
+            assert len(found) <= min(allowed, default=len(found)), f"too many calls of {name}"
