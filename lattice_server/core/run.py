@@ -45,7 +45,7 @@ from lattice_server.core.model import (
     WorkflowSpec,
     resolve,
 )
-from lattice_server.core.ranking import Ranking, first_come
+from lattice_server.core.ranking import Ranking, least_left_aged
 from lattice_server.core.records import TaskRecord, TaskTable
 from lattice_server.core.states import (
     RUN_TERMINAL,
@@ -89,7 +89,7 @@ class Run:
         priority: int = 0,
         *,
         tenant: str = "",
-        ranking: Ranking = first_come,
+        ranking: Ranking = least_left_aged,
         bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
         self.run_id = run_id

@@ -16,6 +16,7 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Failure, FailureKind, FailurePolicy, OutputRef, TaskSpec, WorkflowSpec
+from lattice_server.core.ranking import least_left_aged
 from lattice_server.core.run import Run
 from lattice_server.core.states import RunState
 from tests.server.core.graphs import SYNC, VALUE, task, workflow
@@ -62,7 +63,7 @@ def test_a_task_handed_back_is_handed_over_with_its_inputs() -> None:
     run.start({}, 0.0)
     succeed(run, "a")
     (again,) = run.handle(TaskReturned("r", "b"), 3.0)
-    assert again == TaskReady("r", run.tasks["b"].spec, {"from_a": VALUE}, 0)
+    assert again == TaskReady("r", run.tasks["b"].spec, {"from_a": VALUE}, 0, rank=least_left_aged(run, "b"))
 
 
 def test_a_task_handed_back_after_its_cancellation_ends_cancelled() -> None:

@@ -1,0 +1,38 @@
+"""Owns what goes into a simulation and what comes out of it. Rule: what is not simulated is not compared."""
+
+from dataclasses import dataclass, field
+
+from lattice_server.core.ranking import Ranking
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a simulation schedules: the order among the tasks of one caller, and whether callers share fairly."""
+
+    name: str
+    ranking: Ranking
+    is_fair: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRun:
+    """How long a run took, and how long it would have taken alone on an endless cluster."""
+
+    caller: str
+    kind: str
+    completion_s: float
+    critical_path_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one simulation. `cpu` and `gpu` are used shares of the cluster. The seconds the machines took are
+    real ones, of a processor: what else runs on the computer does not count, and still no two measurements agree."""
+
+    runs: tuple[EndedRun, ...]
+    tasks: int
+    makespan_s: float
+    cpu: float
+    gpu: float
+    scheduler_s: float = field(compare=False)
+    orchestrator_s: float = field(compare=False)
