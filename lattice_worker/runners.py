@@ -300,7 +300,7 @@ class Runner(asyncio.Protocol):
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process and all its descendants; what one of them still starts meanwhile is found by the pool's `sweep`."""
+    """Kill a process and its descendants; what one of them still starts meanwhile is found by the pool's `sweep`."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for member in [*process.children(recursive=True), process]:
