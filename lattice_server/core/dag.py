@@ -86,7 +86,7 @@ def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | Non
         InvalidError: as `build` does.
     """
     new: dict[str, TaskSpec] = {}
-    draft = _Draft(ChainMap(new, dag.tasks), parameters)
+    draft = _Draft(ChainMap(new, dag.tasks) if dag.tasks else new, parameters)
     for index, task in enumerate(added):
         if task.task_id in draft.tasks:
             draft.complain(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice")
@@ -98,7 +98,7 @@ def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | Non
     dag._heights.clear()
     dag.tasks.update(new)
     for task_id in new:
-        dag.successors[task_id] = tuple(linked.successors(task_id))
+        dag.successors[task_id] = linked.get(task_id, ())
         dag.predecessors[task_id] = tuple(edges[task_id])
     for task_id, sources in edges.items():
         dag.optional.update((source, task_id) for source, is_optional in sources.items() if is_optional)
@@ -200,13 +200,17 @@ class _Draft:
         return False
 
 
-def _link(tasks: Mapping[str, TaskSpec], edges: Mapping[str, Iterable[str]]) -> "nx.DiGraph[str]":
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    graph.add_nodes_from(tasks)
-    # What was there before cannot depend on what is new, so a cycle lies among the new tasks.
-    graph.add_edges_from((source, target) for target, sources in edges.items() for source in sources if source in tasks)
+def _link(tasks: Mapping[str, TaskSpec], edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    """Return the successors of those tasks that have any among each other. Raises InvalidError when there is a cycle.
+
+    What was there before cannot depend on what is new, so a cycle lies among the new tasks.
+    """
+    inner = [(source, target) for target, sources in edges.items() for source in sources if source in tasks]
+    if not inner:
+        return {}
+    graph: nx.DiGraph[str] = nx.DiGraph(inner)
     if not nx.is_directed_acyclic_graph(graph):
         cycle = [source for source, _ in nx.find_cycle(graph)]
         path = " -> ".join([*cycle, cycle[0]])
         raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]})
-    return graph
+    return {task_id: tuple(graph.successors(task_id)) for task_id in graph}
