@@ -52,8 +52,8 @@ class Task:
 class Lease:
     """One batch in the hands of a worker. `tasks` are its members by position, `ended` the positions that are over.
 
-    `sent_at` is no later than when it was handed out. `charged` is what its caller's clock was moved by then, on the
-    assumption of `expected_s`.
+    `sent_at` is no later than when it was handed out. `share` is the part of the cluster its caller holds by it while
+    it is the first of its slot.
     """
 
     lease_id: str
@@ -62,7 +62,7 @@ class Lease:
     expected_s: float
     shape: Shape
     tenant: str
-    charged: float
+    share: float
     sent_at: float
     after_lease_id: str = ""
     started_at: float | None = None

@@ -37,12 +37,12 @@ class Group:
     cohort: int = 0
 
 
-def group_of(task: Task) -> Group:
-    """Return the group of a task."""
+def line_of(task: Task) -> Group | Shape:
+    """Return what tells the line in which a task waits: its group, or its shape alone when it is not batched."""
     ready, spec = task.ready, task.ready.spec
     policy = spec.batch
     if policy is None or policy.max_size <= 1:
-        return Group(ready.tenant, task.shape)
+        return task.shape
     run_id = ready.run_id if policy.scope is BatchScope.RUN else ""
     call = (spec.function.digest, spec.outputs, ready.split_outputs, spec.attempt_timeout_s)
     return Group(ready.tenant, task.shape, *call, policy, run_id, task.cohort)

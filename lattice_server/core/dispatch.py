@@ -236,10 +236,10 @@ class Dispatch:
             self._refuse_unready(event, now)
             return
         lease, task = found
-        held_s = min(max(0.0, event.duration_s), now - lease.sent_at)
         if event.item == 0:
-            self._launcher.learn(task, held_s)
-        self._holding.leave(lease, task, now, held_s)
+            # It cannot have taken longer than it was away, whatever its worker says.
+            self._launcher.learn(task, min(max(0.0, event.duration_s), now - lease.sent_at))
+        self._holding.leave(lease, task, now)
         if task.ending is not None and task.ending.kind is not FailureKind.CANCELLED:
             # It is too late, or was refused what it wanted; only who was asked to stop may have been done already.
             self._end(task)

@@ -72,9 +72,9 @@ def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: F
     ahead = _batches_ahead(task, collector) * collector.max_size
     if ahead:
         yield Reason(ReasonKind.TURN, f"{ahead} tasks of its kind go first")
-    tenants = launcher.queue.tenants
-    mine = tenants[collector.group.tenant]
-    earlier = sorted(t.name for t in tenants.values() if t.clock < mine.clock)
+    clocks = launcher.queue.clocks
+    mine = clocks.turn(collector.group.tenant, now)
+    earlier = sorted(name for name in launcher.queue.tenants if clocks.turn(name, now) < mine)
     if earlier:
         names = ", ".join(repr(name) for name in earlier[:5])
         yield Reason(ReasonKind.TURN, f"other callers had less of the cluster and go first: {names}")

@@ -51,19 +51,19 @@ class Holding:
         for task in lease.members():
             self._emit(TaskStarted(task.ready.run_id, task.ready.spec.task_id, task.attempt, *where))
 
-    def leave(self, lease: Lease, task: Task, now: float, held_s: float | None = None) -> None:
+    def leave(self, lease: Lease, task: Task, now: float) -> None:
         """Note that one member of a lease is over; with the last one the lease is released."""
         task.lease_id = ""
         lease.ended.add(lease.tasks.index(task))
         if len(lease.ended) == len(lease.tasks):
-            self._release(lease, now, held_s)
+            self._release(lease, now)
 
     def dissolve(self, lease: Lease, now: float) -> list[Task]:
         """Release a lease and return the members that had not ended."""
         members = list(lease.members())
         for task in members:
             task.lease_id = ""
-        self._release(lease, now, None)
+        self._release(lease, now)
         return members
 
     def let_go(self, node: Node) -> None:
@@ -72,8 +72,6 @@ class Holding:
             self._fleet.remove(node, may_return=False)
             self._emit(CloseSession(node.session_id, "DRAINED", "the node was drained"))
 
-    def _release(self, lease: Lease, now: float, held_s: float | None) -> None:
-        if held_s is None:
-            held_s = 0.0 if lease.started_at is None else now - lease.started_at
-        self._launcher.release(lease, now, held_s)
+    def _release(self, lease: Lease, now: float) -> None:
+        self._launcher.release(lease, now)
         self.let_go(self._fleet.nodes[lease.slot.node_id])

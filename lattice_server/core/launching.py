@@ -18,7 +18,8 @@ SEND_AHEAD_S = 0.010  # Work worth at most this long waits behind other work on 
 SEND_AHEAD_LEASES = 64
 PATIENCE_S = 0.020  # What waits behind one attempt for longer is taken back.
 KEEP_AFTER_S = 1.0  # What others have passed for this long has a node kept for it.
-UNKNOWN_S = 0.1  # What an attempt of a function never run before is thought to take.
+SHARED_AHEAD_S = 0.002  # The same while callers share the cluster: none waits long for what others sent ahead.
+SHARED_FOR_S = 0.1  # How long after the last change from one caller to another they are thought to share it.
 MAX_FUNCTIONS = 10_000  # Of how many functions it is known how long they take.
 
 
@@ -46,6 +47,8 @@ class Launcher:
         self._durations: dict[str, float] = {}
         self._kept: dict[str, BatchCollector] = {}
         self._placed_at = 0.0
+        self._last_tenant = ""
+        self._shared_at = -SHARED_FOR_S
 
     def place_waiting(self, now: float) -> None:
         """Place what can be placed, in turn."""
@@ -132,7 +135,7 @@ class Launcher:
             expected_s = self.expected_s(following)
             if expected_s is None or following.lease_id or following.shape != task.shape or task.shape.is_async:
                 return
-            if following.ready.spec.batch is not None or not _has_room(slot, expected_s):
+            if following.ready.spec.batch is not None or not self._has_room(slot, expected_s):
                 return
             self._assign([following], slot, expected_s)
             task = following
@@ -160,16 +163,23 @@ class Launcher:
             due.append(batch)
         return min(due, default=None)
 
-    def release(self, lease: Lease, now: float, held_s: float) -> None:
-        """Give back what a lease held, and count what its caller really used: its share for `held_s` seconds."""
-        slot = lease.slot
+    def release(self, lease: Lease, now: float) -> None:
+        """Give back what a lease held."""
+        slot, clocks = lease.slot, self.queue.clocks
         del self.leases[lease.lease_id]
-        if next(iter(slot.lease_ids)) == lease.lease_id:
-            # What leaves from behind it says nothing about the attempt in front.
-            slot.progress_at, slot.is_slow = now, False
+        is_first = next(iter(slot.lease_ids)) == lease.lease_id
         del slot.lease_ids[lease.lease_id]
         slot.backlog_s = max(0.0, slot.backlog_s - lease.expected_s)
-        self.queue.charge(lease.tenant, self._fleet.share(lease.shape) * held_s - lease.charged)
+        if is_first:
+            # What leaves from behind it says nothing about the attempt in front.
+            slot.progress_at, slot.is_slow = now, False
+            clocks.hold(lease.tenant, -lease.share, now)
+            if slot.lease_ids:
+                following = self.leases[next(iter(slot.lease_ids))]
+                clocks.send_ahead(following.tenant, -following.share * following.expected_s, now)
+                clocks.hold(following.tenant, following.share, now)
+        else:
+            clocks.send_ahead(lease.tenant, -lease.share * lease.expected_s, now)
         if len(slot.lease_ids) < 2:
             self._crowded.pop(slot.slot_id, None)
         if not slot.lease_ids:
@@ -269,7 +279,8 @@ class Launcher:
         batch = collector.next_batch()
         self._unblock(collector)
         expected_s = self.expected_s(batch[0])
-        self._assign(batch, slot, UNKNOWN_S if expected_s is None else expected_s)
+        # Nothing is sent behind what may take any time.
+        self._assign(batch, slot, 2 * SEND_AHEAD_S if expected_s is None else expected_s)
         if len(batch) == 1:
             self.send_along(batch[0])
         return True
@@ -289,7 +300,7 @@ class Launcher:
             return False
         slot = min(slots.values(), key=lambda s: (self._is_long(s), s.backlog_s, len(s.lease_ids)))
         node = self._fleet.nodes[slot.node_id]
-        if self._is_long(slot) or not _has_room(slot, expected_s) or not (node.takes_work and suits(shape, node)):
+        if self._is_long(slot) or not self._has_room(slot, expected_s) or not (node.takes_work and suits(shape, node)):
             return False
         # A slot that always has something behind it is never free for whoever is earlier in turn.
         keeper = self.kept_for(node)
@@ -301,6 +312,12 @@ class Launcher:
         self._crowded[slot.slot_id] = slot
         return True
 
+    def _has_room(self, slot: Slot, expected_s: float) -> bool:
+        """Whether more may be sent behind what a slot has."""
+        is_shared = len(self.queue.tenants) > 1 or self._placed_at < self._shared_at + SHARED_FOR_S
+        limit_s = SHARED_AHEAD_S if is_shared else SEND_AHEAD_S
+        return slot.backlog_s + expected_s <= limit_s and len(slot.lease_ids) < SEND_AHEAD_LEASES
+
     def _is_long(self, slot: Slot) -> bool:
         """Whether the attempt in front takes, or took already, longer than what is behind it should wait."""
         return slot.is_slow or self._placed_at >= slot.progress_at + PATIENCE_S
@@ -308,15 +325,19 @@ class Launcher:
     def _assign(self, tasks: list[Task], slot: Slot, expected_s: float) -> None:
         first = tasks[0]
         after_lease_id = "" if first.follows is None else first.follows.lease_id
-        charged = self._fleet.share(first.shape) * expected_s
+        share, tenant, now = self._fleet.share(first.shape), first.ready.tenant, self._placed_at
         lease_id = f"{self._epoch}-{next(self._numbers)}"
-        counted = (first.shape, first.ready.tenant, charged, self._placed_at)
-        lease = Lease(lease_id, list(tasks), slot, expected_s, *counted, after_lease_id)
+        lease = Lease(lease_id, list(tasks), slot, expected_s, first.shape, tenant, share, now, after_lease_id)
         for task in tasks:
             self.queue.discard(task)
             task.attempt += 1
             task.lease_id = lease_id
-        self.queue.charge(lease.tenant, charged)
+        if slot.lease_ids:
+            self.queue.clocks.send_ahead(tenant, share * expected_s, now)
+        else:
+            self.queue.clocks.hold(tenant, share, now)
+        if tenant != self._last_tenant:
+            self._last_tenant, self._shared_at = tenant, now
         self.leases[lease_id] = lease
         slot.lease_ids[lease_id] = None
         slot.backlog_s += expected_s
@@ -335,7 +356,3 @@ class Launcher:
         del running[slot.slot_id]
         if not running:
             del self._running[shape]
-
-
-def _has_room(slot: Slot, expected_s: float) -> bool:
-    return slot.backlog_s + expected_s <= SEND_AHEAD_S and len(slot.lease_ids) < SEND_AHEAD_LEASES

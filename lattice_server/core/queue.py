@@ -1,29 +1,21 @@
-"""Owns who is next: fair between callers, by priority and age within one. Rule: whoever has had least goes first.
-
-Each caller has a clock that runs while its tasks hold a share of the cluster: by the share, times the time it is held.
-The caller whose clock is furthest behind is next. One that comes, or comes back, starts where the clock of the one
-served last was before its turn: it can neither save up turns nor be made to pay for the time before it came. When
-nobody waits, nobody is owed a turn, and all clocks are made equal.
-"""
+"""Owns who is next: fair between callers, by priority and age within one. Rule: whoever has had least goes first."""
 
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lattice_server.core.attempts import Task
-from lattice_server.core.batching import BatchCollector, Group, group_of
-
-MAX_CLOCKS = 1000
+from lattice_server.core.batching import BatchCollector, Group, line_of
+from lattice_server.core.clocks import Clocks
+from lattice_server.core.placement import Shape
 
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """One caller that waits: its clock, where the clocks were when it came, and what it has waiting by group."""
+    """One caller that waits, and what it has waiting by line."""
 
     name: str
-    floor: float
-    clock: float
-    collectors: dict[Group, BatchCollector] = field(default_factory=dict)
+    collectors: dict[Group | Shape, BatchCollector] = field(default_factory=dict)
 
 
 class Queue:
@@ -31,24 +23,22 @@ class Queue:
 
     def __init__(self) -> None:
         self.tenants: dict[str, Tenant] = {}
-        self._clocks: dict[str, float] = {}
-        self._max_clocks = MAX_CLOCKS
-        self._now = 0.0
+        self.clocks = Clocks()
 
     def push(self, task: Task, now: float) -> None:
         """Let a task wait."""
         name = task.ready.tenant
         tenant = self.tenants.get(name)
         if tenant is None:
-            if not self.tenants and self._clocks:
-                self._now = max(self._now, *self._clocks.values())
-                self._clocks.clear()
-            tenant = Tenant(name, self._now, max(self._now, self._clocks.pop(name, 0.0)))
-            self.tenants[name] = tenant
-        group = group_of(task)
-        collector = tenant.collectors.get(group)
+            if not self.tenants:
+                self.clocks.level(now)
+            self.clocks.come(name, now)
+            tenant = self.tenants[name] = Tenant(name)
+        line = line_of(task)
+        collector = tenant.collectors.get(line)
         if collector is None:
-            collector = tenant.collectors[group] = BatchCollector(group)
+            group = line if isinstance(line, Group) else Group(name, line)
+            collector = tenant.collectors[line] = BatchCollector(group)
         collector.add(task, now)
 
     def discard(self, task: Task) -> None:
@@ -59,27 +49,13 @@ class Queue:
         collector.remove(task)
         if collector.count == 0:
             tenant = self.tenants[collector.group.tenant]
-            del tenant.collectors[collector.group]
+            del tenant.collectors[line_of(task)]
             if not tenant.collectors:
                 del self.tenants[tenant.name]
-                self._remember(tenant.name, tenant.clock)
-
-    def charge(self, name: str, amount: float) -> None:
-        """Move a caller's clock by a share of the cluster times seconds; back, when it was charged too much."""
-        tenant = self.tenants.get(name)
-        if tenant is not None:
-            # What is paid back may be from before it came, when it counted for nothing.
-            tenant.clock = max(tenant.floor, tenant.clock + amount)
-        else:
-            self._remember(name, self._clocks.pop(name, self._now) + amount)
 
     def turns(self, now: float) -> "Turns":
         """Return the turns of one round of placing."""
         return Turns(self, now)
-
-    def serve(self, clock: float) -> None:
-        """Note where the clock was of the caller whose turn it was; whoever comes later starts from there."""
-        self._now = max(self._now, clock)
 
     def collectors(self) -> Iterator[BatchCollector]:
         """Yield everything that waits, by group."""
@@ -93,14 +69,6 @@ class Queue:
         """
         due = (collector.due_at() for collector in self.collectors() if collector.group.policy is not None)
         return min((at for at in due if at > after), default=None)
-
-    def _remember(self, name: str, clock: float) -> None:
-        # Only a caller that is ahead must not be forgotten: it would come back with its clock set back.
-        if clock > self._now:
-            self._clocks[name] = clock
-        if len(self._clocks) > self._max_clocks:
-            self._clocks = {n: c for n, c in self._clocks.items() if c > self._now}
-            self._max_clocks = max(MAX_CLOCKS, 2 * len(self._clocks))
 
 
 class Turns:
@@ -127,8 +95,8 @@ class Turns:
 
     def served(self) -> None:
         """Note that the group whose turn it was had a batch placed."""
-        clock, collector = self._leave()
-        self._queue.serve(clock)
+        collector = self._leave()
+        self._queue.clocks.serve(collector.group.tenant, self._now)
         tenant = self._queue.tenants.get(collector.group.tenant)
         if tenant is not None:
             if collector.count:
@@ -137,12 +105,11 @@ class Turns:
 
     def passed(self) -> None:
         """Note that the group whose turn it was could not be placed in this round."""
-        _, collector = self._leave()
-        self._line_up(self._queue.tenants[collector.group.tenant])
+        self._line_up(self._queue.tenants[self._leave().group.tenant])
 
-    def _leave(self) -> tuple[float, BatchCollector]:
-        clock, _, tenant = heapq.heappop(self._tenants)
-        return clock, heapq.heappop(self._groups[tenant.name])[2]
+    def _leave(self) -> BatchCollector:
+        _, _, tenant = heapq.heappop(self._tenants)
+        return heapq.heappop(self._groups[tenant.name])[2]
 
     def _offer(self, tenant: Tenant, collector: BatchCollector) -> None:
         head = collector.head()
@@ -153,4 +120,5 @@ class Turns:
     def _line_up(self, tenant: Tenant) -> None:
         if self._groups[tenant.name]:
             self._numbers += 1
-            heapq.heappush(self._tenants, (tenant.clock, self._numbers, tenant))
+            turn = self._queue.clocks.turn(tenant.name, self._now)
+            heapq.heappush(self._tenants, (turn, self._numbers, tenant))

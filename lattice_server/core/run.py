@@ -238,7 +238,7 @@ class Run:
             kind = FailureKind.RESOURCES if isinstance(error, ExhaustedError) else FailureKind.PAYLOAD
             refusal = Failure(kind, f"what it spawned cannot be added: {error.message}")
             # It may have succeeded before the scheduler hears of this.
-            record.cancelled = record.cancelled or refusal
+            record.cancelled = refusal
             return [CancelRequested(self.run_id, (parent,), refusal)]
         return self._settle(now)
 

@@ -1,8 +1,20 @@
-"""Random histories of the machines, with every invariant checked after each step."""
+"""Random histories of the machines, alone and together, with every invariant checked after each step."""
 
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.server.core.histories import DispatchHistories
+from tests.server.core.run_histories import RunHistories
+from tests.server.core.worlds import World
 
 TestDispatchHistories = DispatchHistories.TestCase
 TestDispatchHistories.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+TestRunHistories = RunHistories.TestCase
+TestRunHistories.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 1 << 32), latency_s=st.sampled_from([0.0, 0.0005, 0.02]))
+def test_whatever_befalls_a_cluster_everything_ends_and_every_result_is_right(seed: int, latency_s: float) -> None:
+    World(seed, latency_s).play()

@@ -1,0 +1,73 @@
+"""Rooms: folders in which running tasks and a test meet. Rule: nobody sleeps to wait for the other.
+
+A task that enters a room notes its name, stays until the test opens the room, and notes that it leaves.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from lattice_client import Run
+
+WAIT_S = 60.0
+
+
+def enter(room: str, name: str) -> None:
+    """Stay in a room until it is open; called by tasks."""
+    note(room, f"+{name}")
+    print(f"{name} is in the room")
+    deadline = time.monotonic() + WAIT_S
+    while not (Path(room) / "open").exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nobody opened {room}")
+        time.sleep(0.01)
+    note(room, f"-{name}")
+
+
+def note(room: str, text: str) -> None:
+    """Write a line that everybody who has this room can read; called by tasks."""
+    descriptor = os.open(Path(room) / "notes", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, f"{text}\n".encode())
+    os.close(descriptor)
+
+
+class Room(str):
+    """The folder, as the test has it; tasks get it as a string."""
+
+    def open(self) -> None:
+        """Let everybody go on, now and later."""
+        (Path(self) / "open").touch()
+
+    def notes(self) -> list[str]:
+        """Return what was noted, in order."""
+        path = Path(self) / "notes"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def crowd(self) -> int:
+        """Return how many were in the room at most at the same time."""
+        most = inside = 0
+        for line in self.notes():
+            inside += {"+": 1, "-": -1}.get(line[0], 0)
+            most = max(most, inside)
+        return most
+
+
+def until(run: Run, type_: str, *task_ids: str) -> None:
+    """Wait until each of these tasks had an event of this type; it is an error when the run ends before."""
+    missing = set(task_ids)
+    for event in run.events(timeout=WAIT_S):
+        if event.type == type_:
+            missing.discard(event.task_id)
+        if not missing:
+            return
+    raise AssertionError(f"no {type_} of {', '.join(missing)}")
+
+
+def entered(run: Run, *task_ids: str) -> None:
+    """Wait until each of these tasks is in a room."""
+    until(run, "task_log", *task_ids)
+
+
+def started(run: Run, *task_ids: str) -> None:
+    """Wait until each of these tasks has started."""
+    until(run, "task_started", *task_ids)

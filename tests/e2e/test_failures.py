@@ -1,0 +1,276 @@
+"""What becomes of a task that fails, and of what it started: retries, cancellation, failure policies, orphans."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lattice_client import (
+    LatticeClient,
+    LatticeWorkflow,
+    RunCancelledError,
+    TaskDefinitionError,
+    TaskFailedError,
+    task,
+)
+from tests.e2e.rooms import WAIT_S, Room, enter, note, started, until
+
+
+class Flaky(Exception):
+    """What a test retries."""
+
+
+class Overloaded(Flaky):
+    """A kind of it."""
+
+
+def fail_at_first(room: str, times: int, how: str) -> int:
+    """Fail as often as said, then return how often it was tried."""
+    note(room, "tried")
+    tried = len((Path(room) / "notes").read_text().splitlines())
+    if tried <= times:
+        match how:
+            case "exit":
+                os._exit(7)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "sleep":
+                time.sleep(60)
+            case "memory":
+                bytearray(2**40)
+            case "lookup":
+                raise KeyError("nothing there")
+            case _:
+                raise Overloaded("try later")
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("how", "settings"),
+    [
+        ("overloaded", {}),
+        ("overloaded", {"retry_on": Overloaded}),
+        ("overloaded", {"retry_on": [TypeError, Flaky]}),
+        ("lookup", {"retry_on": [LookupError]}),
+        ("lookup", {"retry_on": "error"}),
+        ("exit", {"retry_on": "crash"}),
+        ("kill", {"retry_on": ["crash", TypeError]}),
+        ("sleep", {"retry_on": "timeout", "timeout": 0.3}),
+        ("memory", {"retry_on": "out_of_memory"}),
+    ],
+)
+def test_what_is_retried_runs_again(client: LatticeClient, room: Room, how: str, settings: dict[str, Any]) -> None:
+    flaky = task(retries=2, retry_backoff=0.01, **settings)(fail_at_first)
+    workflow = client.create_workflow()
+    workflow.add_task(flaky, {"room": room, "times": 2, "how": how})
+    run = workflow.run()
+    assert run.result(timeout=WAIT_S) == {"result": 3}
+    events = list(run.events(timeout=WAIT_S))
+    assert [event.data["attempt"] for event in events if event.type == "task_retrying"] == [1, 2]
+    assert [event.data["attempt"] for event in events if event.type == "task_started"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("how", "settings"),
+    [
+        ("overloaded", {"retry_on": ValueError}),
+        ("overloaded", {"retry_on": ["crash", "timeout", "out_of_memory"]}),
+        ("lookup", {"retry_on": [IndexError, Flaky]}),
+        ("exit", {"retry_on": ["error", "timeout"]}),
+        ("exit", {"retry_on": OSError}),
+    ],
+)
+def test_what_is_not_retried_fails_at_once(
+    client: LatticeClient, room: Room, how: str, settings: dict[str, Any]
+) -> None:
+    flaky = task(retries=2, retry_backoff=0.01, **settings)(fail_at_first)
+    with pytest.raises(TaskFailedError):
+        client.run_task(flaky, {"room": room, "times": 1, "how": how})
+    assert room.notes() == ["tried"]
+
+
+def test_a_task_fails_with_its_last_failure_when_its_retries_are_used_up(client: LatticeClient, room: Room) -> None:
+    flaky = task(retries=1, retry_backoff=0.01)(fail_at_first)
+    with pytest.raises(TaskFailedError, match="try later") as caught:
+        client.run_task(flaky, {"room": room, "times": 9, "how": ""})
+    assert isinstance(caught.value.__cause__, Overloaded)
+    assert len(room.notes()) == 2
+
+
+def test_each_wait_is_twice_as_long_and_varies_by_up_to_a_half(client: LatticeClient) -> None:
+    @task(retries=3, retry_backoff=0.2)
+    def stumble() -> None:
+        raise LookupError("always")
+
+    workflow = client.create_workflow()
+    workflow.add_task(stumble)
+    retrying = [event for event in workflow.run().events(timeout=WAIT_S) if event.type == "task_retrying"]
+    waits = [event.data["retry_time_s"] - event.time_s for event in retrying]
+    assert len(waits) == 3
+    for number, wait_s in enumerate(waits):
+        assert 0.5 * 0.2 * 2**number - 0.001 <= wait_s <= 0.2 * 2**number + 0.001
+
+
+def with_children(room: str, how: str) -> None:
+    """Start children that do what they can to survive, note who they are, and stay or die."""
+    code = "import os, sys, time; os.write(1, str(os.getpid()).encode() + b'\\n'); time.sleep(600)"
+    child = [sys.executable, "-c", code]
+    kinds: list[dict[str, Any]] = [{}, {"start_new_session": True}, {"preexec_fn": lambda: os.fork() and os._exit(0)}]
+    kinds.append({"preexec_fn": lambda: (os.setsid(), os.fork() and os._exit(0))})
+    for kind in kinds:
+        process = subprocess.Popen(child, stdout=subprocess.PIPE, text=True, **kind)
+        assert process.stdout is not None
+        note(room, process.stdout.readline().strip())
+    print("all are there")
+    if how == "exit":
+        os._exit(1)
+    enter(room, "parent")
+
+
+@pytest.fixture
+def children(room: Room) -> Iterator[list[psutil.Process]]:
+    """The children, as far as they were started; none is left when the test ends."""
+    found: list[psutil.Process] = []
+    yield found
+    for process in found:
+        if process.is_running():
+            process.kill()
+
+
+def _meet(room: Room, children: list[psutil.Process]) -> None:
+    """Find the children once all are there."""
+    for line in room.notes():
+        if line.isdigit():
+            try:
+                children.append(psutil.Process(int(line)))
+            except psutil.NoSuchProcess:
+                continue
+
+
+def _are_gone(children: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(children, timeout=WAIT_S)
+    return not alive
+
+
+@pytest.mark.parametrize("how", ["run", "task", "timeout"])
+def test_children_die_with_an_attempt_that_is_stopped(
+    client: LatticeClient, room: Room, children: list[psutil.Process], how: str
+) -> None:
+    workflow = client.create_workflow()
+    parent = workflow.add_task(
+        task(timeout=2.0 if how == "timeout" else None)(with_children), {"room": room, "how": "stay"}
+    )
+    run = workflow.run()
+    until(run, "task_log", "with_children")
+    _meet(room, children)
+    assert len(children) == 4
+    if how == "run":
+        run.cancel("enough")
+    elif how == "task":
+        run.cancel_task(parent)
+    error = TaskFailedError if how == "timeout" else RunCancelledError
+    with pytest.raises(error):
+        run.result(timeout=WAIT_S)
+    assert _are_gone(children)
+
+
+def test_children_die_with_a_process_that_dies(
+    client: LatticeClient, room: Room, children: list[psutil.Process]
+) -> None:
+    with pytest.raises(TaskFailedError) as caught:
+        client.run_task(task(with_children), {"room": room, "how": "exit"})
+    assert caught.value.kind == "CRASHED"
+    assert len(room.notes()) == 4
+    _meet(room, children)
+    assert _are_gone(children)
+
+
+@task
+def stay(room: str, name: str) -> str:
+    enter(room, name)
+    return name
+
+
+@task
+def one_more(value: Any) -> Any:
+    return [value]
+
+
+@task
+def stumble(value: Any = None) -> None:
+    raise LookupError("a reason")
+
+
+def test_a_cancelled_task_ends_and_a_waiting_one_never_starts(client: LatticeClient, room: Room) -> None:
+    workflow = client.create_workflow(failure_policy="finish_independent")
+    first = workflow.add_task(stay, {"room": room, "name": "first"})
+    second = workflow.add_task(stay, {"room": room, "name": "second"})
+    workflow.add_task(one_more, {"value": first.output})
+    workflow.add_task(one_more, {"value": second.output})
+    last = workflow.add_task(task(cpu=4)(stay.function), {"room": room, "name": "third"})
+    run = workflow.run()
+    started(run, "stay", "stay-2")
+    run.cancel_task(first)
+    run.cancel_task(last.task_id)
+    room.open()
+    with pytest.raises(RunCancelledError):
+        run.result(timeout=WAIT_S)
+    ended = {event.task_id: event.type for event in run.events(timeout=WAIT_S) if event.task_id}
+    assert ended == {
+        "stay": "task_cancelled",
+        "stay-2": "task_succeeded",
+        "one_more": "task_skipped",
+        "one_more-2": "task_succeeded",
+        "stay-3": "task_cancelled",
+    }
+    assert "+third" not in room.notes()
+
+
+def _with_a_failure(client: LatticeClient, policy: str, room: Room) -> LatticeWorkflow:
+    """Return a workflow in which one task fails while another one waits."""
+    workflow = client.create_workflow(failure_policy=policy)
+    aside = workflow.add_task(stay, {"room": room, "name": "aside"})
+    workflow.add_task(one_more, {"value": aside.output})
+    failing = workflow.add_task(stumble)
+    workflow.add_task(one_more, {"value": failing.output})
+    return workflow
+
+
+def test_what_is_independent_of_a_failure_is_finished(client: LatticeClient, room: Room) -> None:
+    run = _with_a_failure(client, "finish_independent", room).run()
+    for event in run.events(timeout=WAIT_S):
+        if event.type == "task_failed":
+            room.open()
+    states = {event.task_id: event.type for event in run.events(timeout=WAIT_S) if event.task_id}
+    assert states == {
+        "stay": "task_succeeded",
+        "one_more": "task_succeeded",
+        "stumble": "task_failed",
+        "one_more-2": "task_skipped",
+    }
+    with pytest.raises(TaskFailedError, match="a reason") as caught:
+        run.result(timeout=WAIT_S)
+    assert caught.value.task_id == "stumble"
+
+
+def test_a_failure_stops_the_run(client: LatticeClient, room: Room) -> None:
+    run = _with_a_failure(client, "fail_fast", room).run()
+    with pytest.raises(TaskFailedError, match="a reason"):
+        run.result(timeout=WAIT_S)
+    states = {event.task_id: event.type for event in run.events(timeout=WAIT_S) if event.task_id}
+    assert states["stumble"] == "task_failed"
+    assert states["stay"] == "task_cancelled"
+    assert states["one_more"] == "task_skipped"
+    assert "-aside" not in room.notes()
+
+
+def test_there_is_no_other_failure_policy(client: LatticeClient) -> None:
+    with pytest.raises(TaskDefinitionError, match="fail_fast, finish_independent"):
+        client.create_workflow(failure_policy="carry_on")

@@ -1,0 +1,129 @@
+"""Turns between callers: who is next, and how long a small caller waits for a big one."""
+
+from typing import Any
+
+import pytest
+
+from lattice_server.core.messages import AttemptSucceeded, TaskSucceeded
+from lattice_server.core.model import Resources, WorkflowSpec
+from tests.server.core.cluster import Cluster
+from tests.server.core.graphs import VALUE, hello, task
+from tests.server.core.scenes import Scene, node, ready
+from tests.server.core.workers import Outcome
+
+
+def big_and_small(seconds: float, arrives_at: float, *, known: bool = False, small_s: float | None = None) -> float:
+    """Return how long a chain of three took that met 10,000 tasks of another caller on two CPUs."""
+
+    def behave(assign: Any, attempt: Any, inputs: Any) -> Outcome:
+        return Outcome(seconds if attempt.run_id == "big" else small_s or seconds, {"out": VALUE})
+
+    cluster = Cluster(behave, is_checked=False)
+    cluster.join(hello("n", cpu=2))
+    chain = WorkflowSpec((task("a"), task("b", ["a"]), task("c", ["b"])))
+    if known:
+        cluster.start("before", chain, tenant="small")
+        cluster.go_on(lambda: cluster.runs["before"].is_terminal)
+    start = cluster.now
+    cluster.start("big", WorkflowSpec(tuple(task(f"t{i}") for i in range(10_000))), tenant="big")
+    cluster.go_on(most_s=start + arrives_at)
+    cluster.now = start + arrives_at
+    run = cluster.start("small", chain, tenant="small")
+    cluster.go_on(lambda: run.is_terminal)
+    return cluster.now - start - arrives_at
+
+
+@pytest.mark.parametrize("arrives_at", [0.0, 0.3, 7.5])
+@pytest.mark.parametrize("known", [False, True])
+def test_ten_thousand_long_tasks_delay_a_small_agent_by_one_of_them(arrives_at: float, known: bool) -> None:
+    assert big_and_small(1.0, arrives_at, known=known) <= 3.0 + 1.0 + 1e-6
+
+
+@pytest.mark.parametrize("arrives_at", [0.0, 0.0105, 0.5])
+@pytest.mark.parametrize("known", [False, True])
+def test_ten_thousand_short_tasks_delay_a_small_agent_by_what_was_sent_ahead(arrives_at: float, known: bool) -> None:
+    assert big_and_small(0.001, arrives_at, known=known) <= 0.003 + 0.010 + 0.002
+
+
+def test_a_small_agent_with_short_tasks_waits_for_one_long_one() -> None:
+    assert big_and_small(1.0, 7.5, small_s=0.001) <= 1.0 + 0.003 + 1e-6
+
+
+def test_callers_take_turns() -> None:
+    scene = Scene(node(cpu=1))
+    order = scene.tell(*[ready(f"{who}{n}", tenant=who) for who in "xy" for n in range(3)])
+    while scene.machine.leases:
+        order += scene.succeed(order[-1], at=scene.now + 1)
+    assert order == ["x0", "y0", "x1", "y1", "x2", "y2"]
+
+
+def test_who_uses_more_of_the_cluster_has_fewer_turns() -> None:
+    scene = Scene(node(cpu=4))
+    order = scene.tell(*[ready(f"x{n}", tenant="x", resources=Resources(4.0)) for n in range(4)])
+    scene.tell(*[ready(f"y{n}", tenant="y", resources=Resources(4.0)) for n in range(4)])
+    while scene.machine.leases:
+        took = 3.0 if order[-1].startswith("x") else 1.0
+        order += scene.succeed(order[-1], at=scene.now + took, took=took)
+    assert order == ["x0", "y0", "y1", "y2", "x1", "y3", "x2", "x3"]
+
+
+def test_nobody_pays_for_the_time_when_nobody_else_waited() -> None:
+    scene = Scene(node(cpu=1))
+    for n in range(100):
+        scene.tell(ready(f"x{n}", tenant="x"))
+        scene.succeed(f"x{n}", at=scene.now + 10, took=10)
+    order = scene.tell(ready("x", tenant="x"))
+    scene.tell(*[ready(f"y{n}", tenant="y") for n in range(50)])
+    scene.tell(*[ready(f"x-more{n}", tenant="x") for n in range(3)])
+    while "x-more2" not in order:
+        order += scene.succeed(order[-1], at=scene.now + 10, took=10)
+    assert len(order) <= 9, order
+
+
+def test_nobody_saves_up_turns_by_staying_away() -> None:
+    scene = Scene(node(cpu=1))
+    order = scene.tell(ready("y", tenant="y"))
+    scene.tell(*[ready(f"x{n}", tenant="x") for n in range(50)])
+    for _ in range(20):
+        order += scene.succeed(order[-1], at=scene.now + 1)
+    scene.tell(*[ready(f"y{n}", tenant="y") for n in range(20)])
+    order = order[-1:]
+    for _ in range(8):
+        order += scene.succeed(order[-1], at=scene.now + 1)
+    assert sum(name.startswith("x") for name in order[1:]) >= 3, order
+
+
+def test_what_was_charged_too_much_is_paid_back() -> None:
+    scene = Scene(node(cpu=1))
+    scene.tell(ready("long", tenant="x", function="sha256:f"))
+    scene.succeed("long", at=100.0, took=100.0)
+    # A task of the same function is thought to take as long, and does not.
+    order = scene.tell(ready("x0", tenant="x", function="sha256:f"))
+    scene.tell(*[ready(f"y{n}", tenant="y") for n in range(9)], *[ready(f"x{n}", tenant="x") for n in range(1, 9)])
+    for _ in range(6):
+        order += scene.succeed(order[-1], at=scene.now + 1)
+    assert sum(name.startswith("x") for name in order) >= 3, order
+
+
+def test_within_a_caller_priority_goes_before_age() -> None:
+    scene = Scene(node(cpu=1))
+    scene.tell(ready("first"))
+    scene.tell(ready("old"), ready("urgent", priority=5), ready("other", tenant="x", priority=9))
+    order = scene.succeed("first", at=1.0)
+    while scene.machine.leases:
+        order += scene.succeed(order[-1], at=scene.now + 1)
+    assert [name for name in order if name != "other"] == ["urgent", "old"]
+    assert order.index("other") <= 1
+
+
+@pytest.mark.parametrize("duration", [float("nan"), float("inf"), -5.0, 1e300])
+def test_a_worker_that_tells_nonsense_of_a_duration_upsets_no_clock(duration: float) -> None:
+    scene = Scene(node(cpu=1))
+    scene.tell(ready("x0", tenant="x"))
+    scene.tell(*[ready(f"{who}{n}", tenant=who) for n in range(1, 4) for who in "xy"])
+    lease = scene.leases["x0"]
+    order = scene.tell(AttemptSucceeded(lease.session_id, lease.lease_id, 0, {"out": VALUE}, duration), at=1.0)
+    assert any(isinstance(effect, TaskSucceeded) for effect in scene.effects)
+    for _ in range(3):
+        order += scene.succeed(order[-1], at=scene.now + 1)
+    assert {name[0] for name in order} == {"x", "y"}
