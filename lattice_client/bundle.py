@@ -4,6 +4,7 @@ Rule: what is found by reading import statements below the script's folder trave
 """
 
 import ast
+import functools
 import hashlib
 import io
 import sys
@@ -40,16 +41,29 @@ def bundle_for(function: Callable[..., Any]) -> task_pb2.CodeBundle | None:
         files.update(_files_of(root, function.__module__.split(".")[0]))
     pending = [start]
     seen: set[Path] = set()
+    named: set[str] = set()
     while pending:
         path = pending.pop()
         if path in seen:
             continue
         seen.add(path)
-        for name in _imports(path):
+        for name in _imports(path, _state(path)):
+            if name in named:
+                continue
+            named.add(name)
             found = _files_of(root, name)
             files.update(found)
             pending.extend(found.values())
-    return _zip(files) if files else None
+    return _zip(tuple((name, files[name], _state(files[name])) for name in sorted(files))) if files else None
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return what changes with a file's content: a long session may edit what it sent before."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
 
 
 def _root(start: Path, module: str) -> Path:
@@ -61,11 +75,16 @@ def _is_installed(path: Path) -> bool:
     return str(path).startswith(INSTALLED) or "site-packages" in path.parts
 
 
-def _imports(path: Path) -> Iterator[str]:
+@functools.lru_cache(maxsize=4096)
+def _imports(path: Path, state: tuple[int, int]) -> tuple[str, ...]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError):
-        return
+        return ()
+    return tuple(dict.fromkeys(_imported(tree)))
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -84,8 +103,9 @@ def _files_of(root: Path, name: str) -> dict[str, Path]:
     return {}
 
 
-def _zip(files: dict[str, Path]) -> task_pb2.CodeBundle:
-    total = sum(path.stat().st_size for path in files.values())
+@functools.lru_cache(maxsize=16)
+def _zip(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> task_pb2.CodeBundle:
+    total = sum(size for _, _, (_, size) in files)
     if total > LIMIT_BYTES:
         raise TaskDefinitionError(
             f"the modules beside your script are {total} bytes, the limit is {LIMIT_BYTES}; "
@@ -93,7 +113,7 @@ def _zip(files: dict[str, Path]) -> task_pb2.CodeBundle:
         )
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in sorted(files):
-            archive.writestr(zipfile.ZipInfo(name, EPOCH), files[name].read_bytes())
+        for name, path, _ in files:
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), path.read_bytes())
     data = buffer.getvalue()
     return task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", zip=data)

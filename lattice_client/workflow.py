@@ -99,6 +99,7 @@ class Graph(Generic[Client]):
         self.failure_policy = failure_policy
         self.tasks: dict[str, LatticeTask] = {}
         self._counts: dict[str, int] = {}
+        self._definitions: dict[int, TaskDefinition[..., Any]] = {}
 
     def add_task(
         self,
@@ -124,7 +125,7 @@ class Graph(Generic[Client]):
         Raises:
             TaskDefinitionError: an input is missing or unknown.
         """
-        definition = _definition(task_func)
+        definition = self._definition(task_func)
         return self._add(definition, dict(inputs or {}), task_name, condition=_condition(when, unless, equals))
 
     def map(
@@ -147,7 +148,7 @@ class Graph(Generic[Client]):
         Raises:
             TaskDefinitionError: an input is missing or unknown, or what it is to be mapped over is not an output.
         """
-        definition, given = _definition(task_func), dict(inputs or {})
+        definition, given = self._definition(task_func), dict(inputs or {})
         if isinstance(over, TaskOutput):
             free = [name for name in definition.inputs if name not in given]
             if not free:
@@ -169,6 +170,15 @@ class Graph(Generic[Client]):
                 raise TaskDefinitionError(f"task {member.task_id!r} belongs to another workflow")
         target_task.after.append(source_task.task_id)
 
+    def _definition(self, task_func: TaskDefinition[..., Any] | Callable[..., Any]) -> TaskDefinition[..., Any]:
+        if isinstance(task_func, TaskDefinition):
+            return task_func
+        # One for all tasks of a function: its code is looked at, and sent, once.
+        known = self._definitions.get(id(task_func))
+        if known is None or known.function is not task_func:
+            known = self._definitions[id(task_func)] = define(task_func)
+        return known
+
     def _add(
         self,
         definition: TaskDefinition[..., Any],
@@ -188,10 +198,6 @@ class Graph(Generic[Client]):
         added = LatticeTask(task_id, definition, given, task_name or definition.name, over=over, condition=condition)
         self.tasks[task_id] = added
         return added
-
-
-def _definition(task_func: TaskDefinition[..., Any] | Callable[..., Any]) -> TaskDefinition[..., Any]:
-    return task_func if isinstance(task_func, TaskDefinition) else define(task_func)
 
 
 def _condition(when: TaskOutput | None, unless: TaskOutput | None, equals: Any) -> Condition | None:

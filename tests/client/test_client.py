@@ -143,6 +143,26 @@ def test_a_bundle_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
     assert made[0] == made[1] != b""
 
 
+def test_a_bundle_has_what_was_edited_since_the_last_one(tmp_path: Path) -> None:
+    edit = "work()\nopen(low.__file__, 'w').write('import extra')\nopen(low.__file__[:-6] + 'extra.py', 'w').close()"
+    body = SCRIPT.format(imports="import low", function="work").replace(
+        "bundle =", f"bundle_for(work)\n{edit}\nbundle ="
+    )
+    project(tmp_path, {"low.py": "", "script.py": body})
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, check=True, cwd="/")
+    assert zipfile.ZipFile(BytesIO(done.stdout)).namelist() == ["extra.py", "low.py"]
+
+
+def test_a_plain_function_is_one_definition_however_often_it_is_added(client: LatticeClient) -> None:
+    def double(x: int) -> int:
+        return 2 * x
+
+    workflow = client.create_workflow()
+    added = [workflow.add_task(double, {"x": number}) for number in range(3)]
+    assert len({id(member.definition) for member in added}) == 1
+    assert len(workflow.run().result(timeout=60)) == 3
+
+
 def test_an_installed_function_needs_no_bundle() -> None:
     assert bundle_for(zipfile.is_zipfile) is None
 
