@@ -50,14 +50,14 @@ class App:
         self._store = ArtifactStore()
         self._bus = MessageBus(asyncio.get_running_loop())
         self._sessions = Sessions()
+        bounds = Bounds(config.max_run_tasks, config.max_map_items, config.max_spawn_depth)
+        admission = Admission(bounds, config.max_open_tasks)
         self._orchestrator = Orchestrator(
             self._bus,
             self._sessions,
             self._store,
             Retention(config.retained_runs, config.retained_tasks, config.retained_artifact_bytes),
-            Admission(
-                Bounds(config.max_run_tasks, config.max_map_items, config.max_spawn_depth), config.max_open_tasks
-            ),
+            admission,
         )
         machine = Dispatch(secrets.token_hex(4), config.session_ttl_s, config.limits)
         self._scheduler = Scheduler(machine, self._bus)
@@ -78,6 +78,7 @@ class App:
                 intake,
                 self._join_token,
                 self._describe,
+                admission.check_possible,
             ),
         )
 

@@ -36,6 +36,10 @@ class Admission:
         if self._open_tasks and self._open_tasks + len(tasks) > self._max_open_tasks:
             text = f"{self._open_tasks} tasks are open, {len(tasks)} more are over the limit of {self._max_open_tasks}"
             raise ExhaustedError("QUEUE_FULL", text, retry_after_s=RETRY_AFTER_S)
+        self.check_possible(tasks)
+
+    def check_possible(self, tasks: Sequence[TaskSpec]) -> None:
+        """Raise PreconditionError, UNSATISFIABLE_RESOURCES, when no node could ever run one of these tasks."""
         possible: set[Shape] = set()
         for index, task in enumerate(tasks):
             shape = shape_of(task)

@@ -6,7 +6,7 @@ import contextlib
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import grpc
 from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
@@ -15,7 +15,7 @@ from lattice_server.config import ServerConfig
 from lattice_server.core import messages
 from lattice_server.core.errors import LatticeError, NotFoundError
 from lattice_server.core.leases import NodeState, NodeView
-from lattice_server.core.model import Failure, FailureKind
+from lattice_server.core.model import Failure, FailureKind, TaskSpec
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.sessions import Connection, Sessions
@@ -43,6 +43,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         intake: Intake,
         join_token: str,
         describe: Callable[[], Awaitable[worker_pb2.GetClusterResponse]],
+        check_possible: Callable[[Sequence[TaskSpec]], None],
     ) -> None:
         self._config = config
         self._bus = bus
@@ -51,6 +52,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._intake = intake
         self._join_token = join_token
         self._describe = describe
+        self._check_possible = check_possible
 
     async def Connect(
         self,
@@ -133,9 +135,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         named = (session_id, report.lease_id, report.item)
         try:
             functions = self._intake.functions(report.spawned.functions, ())
-            return messages.AttemptSpawned(*named, self._intake.tasks(report.spawned.tasks, functions))
+            tasks = self._intake.tasks(report.spawned.tasks, functions)
+            self._check_possible(tasks)
+            return messages.AttemptSpawned(*named, tasks)
         except LatticeError as error:
-            refusal = Failure(FailureKind.PAYLOAD, f"what it spawned cannot be added: {error.message}")
+            is_impossible = error.reason == "UNSATISFIABLE_RESOURCES"
+            kind = FailureKind.RESOURCES if is_impossible else FailureKind.PAYLOAD
+            refusal = Failure(kind, f"what it spawned cannot be added: {error.message}")
             return messages.AttemptSpawned(*named, (), refusal)
 
     async def UploadArtifact(
