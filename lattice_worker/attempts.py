@@ -204,6 +204,11 @@ class Attempts:
             self._start_timer = asyncio.get_running_loop().call_later(START_DELAY_S, self._tell_starts)
         if assignment.HasField("timeout"):
             seconds = assignment.timeout.seconds + assignment.timeout.nanos / 1e9
+            # What a process takes to start up is not the attempt's time.
+            runner.when_ready(lambda: self._start_clock(lease_id, seconds))
+
+    def _start_clock(self, lease_id: str, seconds: float) -> None:
+        if lease_id in self._running and lease_id not in self._timers:
             text = f"the attempt ran longer than {seconds:g} s"
             timer = asyncio.get_running_loop().call_later(seconds, self.stop, lease_id, "timeout", text)
             self._timers[lease_id] = timer

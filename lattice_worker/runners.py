@@ -71,6 +71,8 @@ class Runner(asyncio.Protocol):
         self._claim_read, self._claim_write = -1, -1
         self._has_hung_up = asyncio.Event()
         self._is_killed = False
+        self._is_ready = False
+        self._when_ready: list[Callable[[], None]] = []
         self._on_idle, self._on_gone = on_idle, on_gone
         self._buffer = bytearray()
         self._raw: dict[int, tuple[str, codecs.IncrementalDecoder]] = {}
@@ -127,6 +129,13 @@ class Runner(asyncio.Protocol):
         transport, _ = await loop.create_connection(lambda: self, sock=ours)
         self._writer = transport
         self._watcher = loop.create_task(self._watch())
+
+    def when_ready(self, call: Callable[[], None]) -> None:
+        """Call once the process has started up and can run something; at once when it has."""
+        if self._is_ready:
+            call()
+        else:
+            self._when_ready.append(call)
 
     def define(self, digest: str, header: dict[str, Any], blob: bytes) -> None:
         """Send a function, once."""
@@ -212,6 +221,12 @@ class Runner(asyncio.Protocol):
             self._take(header, blobs)
 
     def _take(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        if header["kind"] == "ready":
+            self._is_ready = True
+            for call in self._when_ready:
+                call()
+            self._when_ready.clear()
+            return
         invocation = self.running.get(header["id"])
         if invocation is None:
             return

@@ -657,6 +657,7 @@ def main() -> None:
     # A crash in native code then leaves its Python stack in the attempt's log.
     faulthandler.enable(file=2, all_threads=True)
     channel = Channel(sock)
+    channel.send({"kind": "ready"})
     if mode == "async":
         asyncio.run(_serve_async(channel))
     else:

@@ -265,6 +265,18 @@ def test_an_attempt_over_its_time_ends_and_the_next_one_starts(tmp_path: Path) -
     play(scenario, tmp_path)
 
 
+def test_what_a_process_takes_to_start_is_not_the_time_of_an_attempt(tmp_path: Path) -> None:
+    async def at_once() -> int:
+        return 1
+
+    async def scenario(both: Pair) -> None:
+        # Python alone takes longer than this to start.
+        both.stream.assign("cold", at_once, is_async=True, timeout=Duration(nanos=20_000_000))
+        assert await both.stream.value("cold") == 1
+
+    play(scenario, tmp_path)
+
+
 def test_a_worker_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         both.stream.assign("a", lambda: time.sleep(600))
