@@ -35,10 +35,17 @@ def _record_path(port: str) -> Path:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=50051, show_default=True, help="Port to listen on; 0 picks one.")
 @click.option("--executor", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
-@click.option("--num-cpus", type=float, help="CPUs to offer instead of those this machine has.")
-@click.option("--num-gpus", type=int, help="GPUs to offer instead of those this machine has.")
-@click.option("--memory", type=int, metavar="MIB", help="Memory to offer instead of all this machine has.")
-@click.option("--gpu-memory", type=int, metavar="MIB", help="Memory of each GPU, where it cannot be measured.")
+@click.option("--num-cpus", type=click.FloatRange(0, 2**20), help="CPUs to offer instead of those this machine has.")
+@click.option("--num-gpus", type=click.IntRange(0, 1024), help="GPUs to offer instead of those this machine has.")
+@click.option(
+    "--memory", type=click.IntRange(1, 2**40), metavar="MIB", help="Memory to offer instead of all this machine has."
+)
+@click.option(
+    "--gpu-memory",
+    type=click.IntRange(0, 2**40),
+    metavar="MIB",
+    help="Memory of each GPU, where it cannot be measured.",
+)
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label of this node; may be repeated.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
 @click.option("--verbose", is_flag=True, help="Log more.")
@@ -97,7 +104,9 @@ def start(
 def _read(path: Path) -> ServerConfig:
     try:
         return read_config(path.read_text(encoding="utf-8"))
-    except ConfigError as error:
+    except UnicodeDecodeError:
+        raise click.ClickException(f"{path}: it is not UTF-8") from None
+    except (ConfigError, OSError) as error:
         raise click.ClickException(f"{path}: {error}") from None
 
 

@@ -12,6 +12,7 @@ max_size = 32
 max_wait_s = 0.05
 """
 
+import math
 import re
 import tomllib
 from dataclasses import fields
@@ -22,6 +23,7 @@ from lattice_server.core.batching import BatchRule, NameMatch
 
 PLAIN = {found.name: found.type for found in fields(ServerConfig) if found.type in {int, float, str}}
 FLAGS = frozenset({"host", "port", "executor"})
+KINDS = {int: "a whole number from 0", float: "a number from 0", str: "a text"}
 RULE_KEYS = frozenset({"match", "pattern", "max_size", "max_wait_s"})
 
 
@@ -37,7 +39,7 @@ def read_config(text: str) -> ServerConfig:
         raise ConfigError(str(error)) from None
     settings: dict[str, Any] = {
         "limits": _limits(found.pop("limits", {})),
-        "batch_rules": tuple(_rule(rule, f"batch[{i}]") for i, rule in enumerate(found.pop("batch", []))),
+        "batch_rules": _rules(found.pop("batch", [])),
     }
     for key, value in found.items():
         kind = PLAIN.get(key)
@@ -45,8 +47,8 @@ def read_config(text: str) -> ServerConfig:
             known = ", ".join(sorted(PLAIN.keys() - FLAGS))
             raise ConfigError(f"there is no setting {key!r}; there are limits, batch, {known}")
         is_right = isinstance(value, kind | int if kind is float else kind) and not isinstance(value, bool)
-        if not is_right or (isinstance(value, int | float) and value < 0):
-            raise ConfigError(f"{key} must be a {kind.__name__} from 0, not {value!r}")
+        if not is_right or (isinstance(value, int | float) and not 0 <= value < math.inf):
+            raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}")
         settings[key] = value
     return ServerConfig(**settings)
 
@@ -60,8 +62,14 @@ def _limits(found: Any) -> dict[str, int]:
     return found
 
 
-def _rule(found: Any, where: str) -> BatchRule:
-    if not isinstance(found, dict) or (wrong := found.keys() ^ RULE_KEYS):
+def _rules(found: Any) -> tuple[BatchRule, ...]:
+    if not isinstance(found, list) or not all(isinstance(rule, dict) for rule in found):
+        raise ConfigError("batch must be a list of tables, each under [[batch]]")
+    return tuple(_rule(rule, f"batch[{index}]") for index, rule in enumerate(found))
+
+
+def _rule(found: dict[str, Any], where: str) -> BatchRule:
+    if wrong := found.keys() ^ RULE_KEYS:
         raise ConfigError(f"{where} must have {', '.join(sorted(RULE_KEYS))}; look at {', '.join(sorted(wrong))}")
     try:
         match = NameMatch(found["match"])
@@ -77,6 +85,6 @@ def _rule(found: Any, where: str) -> BatchRule:
             raise ConfigError(f"{where}.pattern is no regular expression: {error}") from None
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ConfigError(f"{where}.max_size must be a whole number from 1, not {size!r}")
-    if not isinstance(wait_s, int | float) or isinstance(wait_s, bool) or wait_s < 0:
+    if not isinstance(wait_s, int | float) or isinstance(wait_s, bool) or not 0 <= wait_s < math.inf:
         raise ConfigError(f"{where}.max_wait_s must be a number from 0, not {wait_s!r}")
     return BatchRule(match, pattern, size, float(wait_s))

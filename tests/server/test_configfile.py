@@ -1,0 +1,114 @@
+"""What a configuration file may say, and what is said of one that says something else."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lattice_server.config import ServerConfig
+from lattice_server.configfile import ConfigError, read_config
+from lattice_server.core.batching import BatchRule, NameMatch
+from tests.client.shell import LATTICE
+
+RULE = '[[batch]]\nmatch = "prefix"\npattern = "embed"\nmax_size = 32\nmax_wait_s = 0.05\n'
+
+
+def test_a_file_that_says_nothing_changes_nothing() -> None:
+    assert read_config("") == ServerConfig()
+
+
+def test_a_file_sets_what_it_names() -> None:
+    text = f'max_open_tasks = 5\nsession_ttl_s = 7\nstop_grace_s = 0.5\n[limits]\nopenai = 8\n"my api" = 1\n{RULE}'
+    expected = ServerConfig(
+        max_open_tasks=5,
+        session_ttl_s=7,
+        stop_grace_s=0.5,
+        limits={"openai": 8, "my api": 1},
+        batch_rules=(BatchRule(NameMatch.PREFIX, "embed", 32, 0.05),),
+    )
+    assert read_config(text) == expected
+
+
+def test_rules_keep_their_order() -> None:
+    text = RULE.replace("prefix", "regex").replace("embed", "embed-[0-9]+") + RULE.replace("prefix", "exact") + RULE
+    assert [rule.match for rule in read_config(text).batch_rules] == [
+        NameMatch.REGEX,
+        NameMatch.EXACT,
+        NameMatch.PREFIX,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_open_tasks =", "Invalid value"),
+        ("max_open_task = 5", "there is no setting 'max_open_task'; there are limits, batch, .*max_open_tasks"),
+        ("port = 5", "there is no setting 'port'"),
+        ("labels = {a = 'b'}", "there is no setting 'labels'"),
+        ("max_open_tasks = '5'", "max_open_tasks must be a whole number from 0, not '5'"),
+        ("max_open_tasks = true", "max_open_tasks must be a whole number from 0, not True"),
+        ("max_open_tasks = -1", "max_open_tasks must be a whole number from 0, not -1"),
+        ("max_open_tasks = 1.5", "max_open_tasks must be a whole number from 0"),
+        ("session_ttl_s = 'long'", "session_ttl_s must be a number from 0"),
+        ("session_ttl_s = nan", "session_ttl_s must be a number from 0, not nan"),
+        ("limits = 3", "limits must be a table of numbers by name"),
+        ("[limits]\nopenai = 0", "limits.openai must be a whole number from 1, not 0"),
+        ("[limits]\nopenai = 1.5", "limits.openai must be a whole number from 1, not 1.5"),
+        ("[limits.openai]\nmax = 1", "limits.openai must be a whole number from 1"),
+        ("batch = 3", "batch must be a list of tables"),
+        ("[batch]\nmatch = 'exact'", "batch must be a list of tables"),
+        ("batch = ['embed']", "batch must be a list of tables"),
+        (RULE.replace("max_wait_s = 0.05", ""), r"batch\[0\] must have .*; look at max_wait_s"),
+        (RULE + "scope = 'run'", r"batch\[0\] must have .*; look at scope"),
+        (RULE + RULE.replace("prefix", "suffix"), r"batch\[1\].match must be one of exact, prefix, regex"),
+        (RULE.replace('"prefix"', "[1]"), r"batch\[0\].match must be one of exact, prefix, regex"),
+        (RULE.replace('"embed"', "3"), r"batch\[0\].pattern must be a text"),
+        (RULE.replace("prefix", "regex").replace("embed", "("), r"batch\[0\].pattern is no regular expression"),
+        (RULE.replace("32", "0"), r"batch\[0\].max_size must be a whole number from 1, not 0"),
+        (RULE.replace("32", "1.5"), r"batch\[0\].max_size must be a whole number from 1, not 1.5"),
+        (RULE.replace("0.05", "-1"), r"batch\[0\].max_wait_s must be a number from 0, not -1"),
+        (RULE.replace("0.05", "inf"), r"batch\[0\].max_wait_s must be a number from 0, not inf"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.toml", b"max_open_task = 5", r"bad\.toml: there is no setting 'max_open_task'"),
+        ("bytes.toml", b"\xff\xfe", r"bytes\.toml: .*not UTF-8"),
+        ("missing.toml", None, r"missing\.toml' does not exist"),
+    ],
+)
+def test_a_server_does_not_start_with_a_wrong_file(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--config", str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert re.search(message, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--label", "zone"], "a label is NAME=VALUE, not 'zone'"),
+        (["--num-gpus", "-1"], "--num-gpus"),
+        (["--num-cpus", "-1"], "--num-cpus"),
+        (["--memory", "-5"], "--memory"),
+        (["--gpu-memory", "-5"], "--gpu-memory"),
+    ],
+)
+def test_a_server_does_not_start_with_wrong_flags(flags: list[str], message: str) -> None:
+    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr
