@@ -69,6 +69,9 @@ def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: F
     if limit is not None:
         running = launcher.running_calls(shape.limit_key)
         yield Reason(ReasonKind.LIMIT, f"{running} calls of {shape.limit_key!r} run, the limit is {limit}")
+    elif launcher.limited.get(shape.limit_key, collector) is not collector:
+        text = f"a call of {shape.limit_key!r} that allows fewer of them waited longer and goes first"
+        yield Reason(ReasonKind.LIMIT, text)
     ahead = _batches_ahead(task, collector) * collector.max_size
     if ahead:
         yield Reason(ReasonKind.TURN, f"{ahead} tasks of its kind go first")

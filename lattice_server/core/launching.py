@@ -24,7 +24,10 @@ MAX_FUNCTIONS = 10_000  # Of how many functions it is known how long they take.
 
 
 class Launcher:
-    """Turns waiting tasks into leases, and gives back what leases held."""
+    """Turns waiting tasks into leases, and gives back what leases held.
+
+    `parallel` counts the calls that run, by limit and by how many they allow; `limited` is what waits longest for each.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class Launcher:
         self.leases: dict[str, Lease] = {}
         self.parallel: dict[str, Counter[int]] = {}
         self.limits = limits
+        self.limited: dict[str, BatchCollector] = {}
         self._fleet = fleet
         self._numbers = numbers
         self._epoch = epoch
@@ -56,12 +60,12 @@ class Launcher:
         self._forget_kept()
         turns = self.queue.turns(now)
         full: set[Shape] = set()
-        limited: set[str] = set()
+        self.limited.clear()
         blocked: list[BatchCollector] = []
         passed = 0
         while (collector := turns.next()) is not None:
             shape = collector.group.shape
-            if shape.limit_key in limited or (shape in full and not self._is_kept_for(collector)):
+            if shape.limit_key in self.limited or (shape in full and not self._is_kept_for(collector)):
                 turns.passed()
             elif self._launch(collector, blocked, now):
                 for earlier in blocked[passed:]:
@@ -77,7 +81,7 @@ class Launcher:
                     self._unblock(collector)
                     if any(self._fleet.could_run(shape, node) for node in self._fleet.nodes.values()):
                         # Calls that a limit allows more of must not keep one that it allows fewer of out for good.
-                        limited.add(shape.limit_key)
+                        self.limited[shape.limit_key] = collector
                 turns.passed()
 
     def limit_reached(self, shape: Shape) -> int | None:

@@ -5,13 +5,14 @@ Rule: every change of a task's state goes through `TaskTable.move`, every public
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
 
 from lattice_server.core import dag as graphs
 from lattice_server.core.auditing import check_run
-from lattice_server.core.errors import ExhaustedError, FieldViolation, InvalidError, LatticeError, PreconditionError
+from lattice_server.core.errors import ExhaustedError, LatticeError, PreconditionError
 from lattice_server.core.explanation import explain_in_run
+from lattice_server.core.growth import DEFAULT_BOUNDS, Bounds, items_of, refuse_late_maps
 from lattice_server.core.messages import (
     CancelRequested,
     Explanation,
@@ -32,14 +33,9 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import (
-    Binding,
-    BindingList,
-    Condition,
     Failure,
     FailureKind,
     FailurePolicy,
-    OutputRef,
-    Parameter,
     Payload,
     TaskSpec,
     WorkflowSpec,
@@ -55,22 +51,11 @@ from lattice_server.core.states import (
     RunState,
     TaskState,
 )
+from lattice_server.core.values import Values
 
-NULL = Payload("application/json", "null")
+__all__ = ["Bounds", "Effect", "Run"]
 
 Effect = Fact | TaskReady | CancelRequested
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """How far a run may grow: its tasks in all, the items of one map, and how deep tasks may spawn tasks."""
-
-    max_tasks: int = 1_000_000
-    max_items: int = 100_000
-    max_depth: int = 100
-
-
-DEFAULT_BOUNDS = Bounds()
 
 
 class Run:
@@ -109,7 +94,7 @@ class Run:
         self.counts: Mapping[TaskState, int] = self._table.counts
         self._ranking = ranking
         self._bounds = bounds
-        self._parameters: Mapping[str, Payload] = spec.parameters
+        self._values = Values(self.tasks, spec.parameters)
         self._due: deque[str] = deque()
         self._effects: list[Effect] = []
 
@@ -134,7 +119,7 @@ class Run:
 
     def start(self, parameters: Mapping[str, Payload], now: float) -> list[Effect]:
         """Publish the start and hand over every task that waits for nothing."""
-        self._parameters = {**self.spec.parameters, **parameters}
+        self._values.parameters = {**self.spec.parameters, **parameters}
         self.started_at = now
         self._publish(RunStarted(self.workflow_id, len(self.tasks)))
         self._due += [task_id for task_id, record in self.tasks.items() if record.missing == 0]
@@ -229,11 +214,8 @@ class Run:
         new = [spec for spec in added if not self._is_spawn_of(parent, spec.task_id)]
         if self.state is not RunState.RUNNING or record.state in TASK_TERMINAL or not new:
             return []
-        depth = record.depth + 1
         try:
-            if depth > self._bounds.max_depth:
-                raise ExhaustedError("RUN_TOO_LARGE", f"tasks spawn tasks more than {self._bounds.max_depth} deep")
-            self._grow(new, now, parent, depth)
+            self._grow(new, now, parent, record.depth + 1)
         except LatticeError as error:
             kind = FailureKind.RESOURCES if isinstance(error, ExhaustedError) else FailureKind.PAYLOAD
             refusal = Failure(kind, f"what it spawned cannot be added: {error.message}")
@@ -255,7 +237,7 @@ class Run:
     def _become_ready(self, task_id: str, record: TaskRecord, now: float) -> None:
         condition = record.spec.condition
         if condition is not None:
-            is_met = self._is_met(condition)
+            is_met = self._values.is_met(condition)
             if is_met is None:
                 source = f"{condition.output.task_id}.{condition.output.output}"
                 text = f"its condition, output {source}, is not JSON, so nothing but a task can read it"
@@ -272,14 +254,6 @@ class Run:
         if not record.is_promised:
             self._tell(record, "")
             self._promise_after(task_id)
-
-    def _is_met(self, condition: Condition) -> bool | None:
-        value = self._value_of(condition.output)
-        if isinstance(value, BindingList):
-            return bool(value.items) is not condition.is_negated
-        if not isinstance(value, Payload) or not isinstance(value.content, str):
-            return None
-        return condition.is_met_by(value)
 
     def _promise_after(self, task_id: str) -> None:
         """Hand over, early, whatever waits for this task alone, and what waits for that alone, and so on.
@@ -301,7 +275,7 @@ class Run:
 
     def _tell(self, record: TaskRecord, after: str) -> None:
         spec = record.spec
-        inputs = {name: resolve(binding, self._value_of) for name, binding in spec.inputs.items()}
+        inputs = {name: resolve(binding, self._values.of) for name, binding in spec.inputs.items()}
         self._effects.append(
             TaskReady(
                 self.run_id,
@@ -314,21 +288,6 @@ class Run:
                 self.dag.split.get(spec.task_id, ()),
             )
         )
-
-    def _value_of(self, reference: OutputRef | Parameter) -> Binding:
-        if isinstance(reference, Parameter):
-            return self._parameters[reference.name]
-        record = self.tasks[reference.task_id]
-        if record.state is TaskState.SUCCEEDED and record.items is not None:
-            return BindingList(tuple(self._item_output(item, reference.output) for item in record.items))
-        if record.outputs is not None:
-            return record.outputs[reference.output]
-        return NULL if record.state in TASK_TERMINAL else reference
-
-    def _item_output(self, item: str, output: str) -> Payload:
-        outputs = self.tasks[item].outputs
-        assert outputs is not None, "every item of a map that succeeded has its outputs"
-        return outputs[output]
 
     def _satisfy_successors(self, task_id: str) -> None:
         for successor in self.dag.successors[task_id]:
@@ -355,33 +314,20 @@ class Run:
 
     def _expand(self, task_id: str, record: TaskRecord, now: float) -> None:
         """Make one task of each item of the list a task is mapped over."""
-        over = record.spec.inputs[record.spec.over]
-        assert isinstance(over, OutputRef), "the graph was validated"
-        source = self.tasks[over.task_id]
-        payloads: Sequence[Payload]
-        if source.items is not None:
-            payloads = [self._item_output(item, over.output) for item in source.items]
-        else:
-            split = source.split or {}
-            if over.output not in split:
-                text = f"output {over.task_id}.{over.output} came without its items"
-                self._fail_unstarted(record, Failure(FailureKind.PAYLOAD, text), now)
-                return
-            payloads = split[over.output]
-        if len(payloads) > self._bounds.max_items or len(self.tasks) + len(payloads) > self._bounds.max_tasks:
-            text = f"it would become {len(payloads)} tasks; the limits are {self._bounds.max_items} items of one map"
-            text += f" and {self._bounds.max_tasks} tasks of one run"
-            self._fail_unstarted(record, Failure(FailureKind.RESOURCES, text), now)
+        payloads = self._values.mapped_over(record.spec)
+        if payloads is None:
+            text = "the list it is mapped over came without its items"
+            self._fail_unstarted(record, Failure(FailureKind.PAYLOAD, text), now)
+            return
+        if excess := self._bounds.excess(len(payloads), len(self.tasks)):
+            self._fail_unstarted(record, Failure(FailureKind.RESOURCES, excess), now)
             return
         record.items = []
         record.started_at = now
-        for index, payload in enumerate(payloads):
-            item_id = f"{task_id}[{index}]"
-            inputs = {**record.spec.inputs, record.spec.over: payload}
-            spec = replace(record.spec, task_id=item_id, inputs=inputs, over="", condition=None, after=())
+        for spec in items_of(record.spec, payloads):
             self.dag.add_item(spec)
             self._table.add(TaskRecord(spec, missing=0, item_of=task_id, depth=record.depth))
-            record.items.append(item_id)
+            record.items.append(spec.task_id)
         record.open_items = len(record.items)
         self._table.move(record, TaskState.RUNNING)
         self.revision += 1
@@ -396,11 +342,9 @@ class Run:
             raise PreconditionError(
                 "RUN_ENDED", f"run {self.run_id!r} is {self.state.value}; nothing can be added to it"
             )
-        if len(self.tasks) + len(added) > self._bounds.max_tasks:
-            raise ExhaustedError("RUN_TOO_LARGE", f"a run may have at most {self._bounds.max_tasks} tasks")
-        for index, spec in enumerate(added):
-            self._refuse_late_map(spec, f"tasks[{index}].over")
-        graphs.extend(self.dag, added, self._parameters.keys())
+        self._bounds.refuse(len(self.tasks) + len(added), depth)
+        refuse_late_maps(added, self.tasks, self.dag.split)
+        graphs.extend(self.dag, added, self._values.parameters.keys())
         for spec in added:
             sources = self.dag.predecessors[spec.task_id]
             missing = sum(not self._is_enough(source, spec.task_id) for source in sources)
@@ -416,15 +360,6 @@ class Run:
         if record is None or record.state not in TASK_TERMINAL:
             return False
         return record.state is TaskState.SUCCEEDED or (source, task_id) in self.dag.optional
-
-    def _refuse_late_map(self, spec: TaskSpec, field: str) -> None:
-        over = spec.inputs.get(spec.over) if spec.over else None
-        source = self.tasks.get(over.task_id) if isinstance(over, OutputRef) else None
-        if source is None or source.spec.over or (source.state is TaskState.BLOCKED and not source.is_promised):
-            return
-        if over.output not in self.dag.split.get(over.task_id, ()):  # type: ignore[union-attr]  # it has a source
-            text = "a list that nothing was mapped over when its task was handed out cannot be mapped over later"
-            raise InvalidError("INVALID_WORKFLOW", text, violations=[FieldViolation(field, text)])
 
     def _catch_up(self, task_id: str, now: float) -> None:
         """Bring a task that came late to where it would be had it been there from the start."""

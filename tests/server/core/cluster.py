@@ -9,6 +9,7 @@ from typing import Any
 
 from lattice_server.core import dag
 from lattice_server.core.dispatch import Dispatch
+from lattice_server.core.growth import Bounds
 from lattice_server.core.messages import (
     Assign,
     CancelRequested,
@@ -24,7 +25,7 @@ from lattice_server.core.messages import (
     WorkerLost,
 )
 from lattice_server.core.model import Payload, WorkflowSpec
-from lattice_server.core.run import Bounds, Run
+from lattice_server.core.run import Run
 from tests.server.core.watching import Watcher
 from tests.server.core.workers import Behaviour, Worker
 

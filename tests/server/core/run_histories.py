@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lattice_server.core import dag, messages
 from lattice_server.core.errors import LatticeError
+from lattice_server.core.growth import Bounds
 from lattice_server.core.messages import (
     CancelRequested,
     RunFinished,
@@ -24,7 +25,7 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import BindingList, Failure, FailureKind, Payload
-from lattice_server.core.run import Bounds, Run
+from lattice_server.core.run import Run
 from lattice_server.core.states import RunState
 from tests.server.core.worlds import items_of, outputs_of, random_task, random_workflow
 

@@ -1,0 +1,54 @@
+"""Owns what references mean in a run: outputs, parameters, items, conditions. Rule: no value is ever opened."""
+
+from collections.abc import Mapping, Sequence
+
+from lattice_server.core.model import Binding, BindingList, Condition, OutputRef, Parameter, Payload, TaskSpec
+from lattice_server.core.records import TaskRecord
+from lattice_server.core.states import TASK_TERMINAL, TaskState
+
+NULL = Payload("application/json", "null")
+
+
+class Values:
+    """The values of one run, as far as they are known."""
+
+    def __init__(self, tasks: Mapping[str, TaskRecord], parameters: Mapping[str, Payload]) -> None:
+        self.parameters = parameters
+        self._tasks = tasks
+
+    def of(self, reference: OutputRef | Parameter) -> Binding:
+        """Return what a reference means; the reference itself while its task has not ended."""
+        if isinstance(reference, Parameter):
+            return self.parameters[reference.name]
+        record = self._tasks[reference.task_id]
+        if record.state is TaskState.SUCCEEDED and record.items is not None:
+            return BindingList(tuple(self._of_items(record.items, reference.output)))
+        if record.outputs is not None:
+            return record.outputs[reference.output]
+        return NULL if record.state in TASK_TERMINAL else reference
+
+    def is_met(self, condition: Condition) -> bool | None:
+        """Whether a task runs; None when that cannot be told without opening the value."""
+        value = self.of(condition.output)
+        if isinstance(value, BindingList):
+            return bool(value.items) is not condition.is_negated
+        if not isinstance(value, Payload) or not isinstance(value.content, str):
+            return None
+        return condition.is_met_by(value)
+
+    def mapped_over(self, spec: TaskSpec) -> Sequence[Payload] | None:
+        """Return the items of the list a task is mapped over; None when they did not come one by one."""
+        over = spec.inputs[spec.over]
+        assert isinstance(over, OutputRef), "the graph was validated"
+        source = self._tasks[over.task_id]
+        if source.items is not None:
+            return self._of_items(source.items, over.output)
+        return (source.split or {}).get(over.output)
+
+    def _of_items(self, items: Sequence[str], output: str) -> list[Payload]:
+        found = []
+        for item in items:
+            outputs = self._tasks[item].outputs
+            assert outputs is not None, "every item of a map that succeeded has its outputs"
+            found.append(outputs[output])
+        return found

@@ -1,0 +1,223 @@
+"""Graphs that depend on values: maps over lists known at run time, conditions, references one can do without."""
+
+import pytest
+
+from lattice_server.core import dag
+from lattice_server.core.errors import InvalidError
+from lattice_server.core.growth import Bounds
+from lattice_server.core.messages import (
+    CancelRequested,
+    RunFinished,
+    TaskFailed,
+    TaskReady,
+    TaskSkipped,
+)
+from lattice_server.core.model import (
+    BindingList,
+    Condition,
+    FailureKind,
+    FailurePolicy,
+    OutputRef,
+    Payload,
+    TaskSpec,
+    WorkflowSpec,
+)
+from lattice_server.core.states import RunState, TaskState
+from tests.server.core.cluster import value
+from tests.server.core.graphs import SYNC, task
+from tests.server.core.run_scenes import ANYWAY, RunScene, mapped, optional, when
+
+# Maps.
+
+
+def test_a_mapped_task_becomes_one_for_each_item_and_gives_the_list_of_their_outputs() -> None:
+    story = RunScene(task("a"), mapped("m", "a"), task("sum", ["m"]))
+    assert [e.split_outputs for e in story.effects if isinstance(e, TaskReady)] == [("out",)]
+    assert story.succeed("a", ["1", "2", "3"]) == ["m[0]", "m[1]", "m[2]"]
+    assert story.inputs("m[1]") == {"from_a": value("2")}
+    for index in (2, 0):
+        assert story.succeed(f"m[{index}]", outputs={"out": value(f"{index}")}) == []
+    assert story.succeed("m[1]", outputs={"out": value("1")}) == ["sum"]
+    assert story.inputs("sum") == {"from_m": BindingList((value("0"), value("1"), value("2")))}
+    assert story.run.final_task_ids() == ["sum"]
+
+
+def test_a_map_over_a_map_pairs_items() -> None:
+    story = RunScene(task("a"), mapped("m", "a"), mapped("n", "m"))
+    story.succeed("a", ["1", "2"])
+    story.succeed("m[0]")
+    assert story.succeed("m[1]") == ["n[0]", "n[1]"]
+    assert story.run.final_task_ids() == ["n", "n[0]", "n[1]"]
+
+
+def test_a_map_over_an_empty_list_succeeds_at_once() -> None:
+    story = RunScene(task("a"), mapped("m", "a"), mapped("n", "m"), task("sum", ["n"]))
+    assert story.succeed("a", []) == ["sum"]
+    assert story.inputs("sum") == {"from_n": BindingList(())}
+
+
+def test_a_map_over_too_many_items_fails_and_says_so() -> None:
+    story = RunScene(task("a"), mapped("m", "a"), bounds=Bounds(max_items=2))
+    story.succeed("a", ["1", "2", "3"])
+    (failed,) = [e for e in story.effects if isinstance(e, TaskFailed)]
+    assert failed.failure.kind is FailureKind.RESOURCES
+    assert "3 tasks" in failed.failure.message
+    assert story.run.state is RunState.FAILED
+
+
+def test_the_tasks_of_the_run_bound_a_map_too() -> None:
+    story = RunScene(task("a"), mapped("m", "a"), bounds=Bounds(max_tasks=4))
+    story.succeed("a", ["1", "2", "3"])
+    assert story.run.state is RunState.FAILED
+
+
+def test_a_list_that_came_without_its_items_fails_the_map() -> None:
+    story = RunScene(task("a"), mapped("m", "a"))
+    story.succeed("a")
+    assert story.states(TaskState.FAILED) == ["m"]
+
+
+@pytest.mark.parametrize("policy", list(FailurePolicy))
+def test_a_failed_item_fails_the_map(policy: FailurePolicy) -> None:
+    story = RunScene(task("a"), mapped("m", "a"), task("sum", ["m"]), policy=policy)
+    story.succeed("a", ["1", "2"])
+    story.fail("m[0]")
+    if policy is ANYWAY:
+        assert not any(isinstance(e, CancelRequested) for e in story.effects), "the other items go on"
+        story.succeed("m[1]")
+    else:
+        assert [e.task_ids for e in story.effects if isinstance(e, CancelRequested)] == [("m[1]",)]
+        story.cancelled("m[1]")
+    assert story.states(TaskState.FAILED) == ["m", "m[0]"]
+    assert story.states(TaskState.SKIPPED) == ["sum"]
+    assert story.run.failure is not None
+    assert story.run.failure.task_id == "m[0]"
+    assert story.run.state is RunState.FAILED
+
+
+@pytest.mark.parametrize("policy", list(FailurePolicy))
+def test_cancelling_a_mapped_task_cancels_its_items(policy: FailurePolicy) -> None:
+    story = RunScene(task("a"), mapped("m", "a"), task("sum", ["m"]), policy=policy)
+    story.succeed("a", ["1", "2", "3"])
+    story.succeed("m[0]")
+    story.take(story.run.cancel_task("m", "enough", 2.0))
+    assert [e.task_ids for e in story.effects if isinstance(e, CancelRequested)] == [("m[1]", "m[2]")]
+    story.cancelled("m[1]")
+    story.cancelled("m[2]")
+    assert story.states(TaskState.CANCELLED) == ["m", "m[1]", "m[2]"]
+    assert story.run.state is RunState.CANCELLED
+
+
+def test_a_mapped_task_that_is_cancelled_before_its_list_is_there_never_grows() -> None:
+    story = RunScene(task("a"), mapped("m", "a"), policy=ANYWAY)
+    story.take(story.run.cancel_task("m", "enough", 0.5))
+    story.succeed("a", ["1"])
+    assert list(story.run.tasks) == ["a", "m"]
+    assert story.run.state is RunState.CANCELLED
+
+
+def test_a_map_over_a_parameter_is_refused() -> None:
+    with pytest.raises(InvalidError, match="wired to an output"):
+        RunScene(task("a"), TaskSpec("m", SYNC, inputs={"x": value("[]")}, over="x"))
+
+
+@pytest.mark.parametrize("ids", [("m", "m[0]"), ("m[0]", "m")])
+def test_no_task_may_have_the_id_of_an_item(ids: tuple[str, str]) -> None:
+    tasks = {"m": mapped("m", "a"), "m[0]": task("m[0]")}
+    with pytest.raises(InvalidError, match="item of the mapped task"):
+        RunScene(task("a"), *[tasks[name] for name in ids])
+    graph = dag.build(WorkflowSpec((task("a"), tasks[ids[0]])))
+    with pytest.raises(InvalidError, match="item of the mapped task"):
+        dag.extend(graph, [tasks[ids[1]]], ())
+
+
+def test_brackets_alone_are_fine() -> None:
+    story = RunScene(task("x[0]"), task("m[a]", ["x[0]"]))
+    assert story.ready() == ["x[0]", "m[a] after x[0]"]
+
+
+# Conditions.
+
+
+@pytest.mark.parametrize(
+    ("text", "is_met"),
+    [("true", True), ("1", True), ('"no"', True), ("false", False), ("null", False), ("0", False), ('""', False)],
+)
+@pytest.mark.parametrize("is_negated", [False, True])
+def test_a_condition_is_met_by_what_is_true(text: str, is_met: bool, is_negated: bool) -> None:
+    story = RunScene(task("a"), when("b", "a", is_negated=is_negated))
+    assert story.ready() == ["a"], "what hangs on a condition is not handed over early"
+    assert story.succeed("a", outputs={"out": value(text)}) == (["b"] if is_met is not is_negated else [])
+
+
+@pytest.mark.parametrize("is_negated", [False, True])
+def test_a_condition_may_compare(is_negated: bool) -> None:
+    right = {"equals": value('"yes"'), "is_negated": is_negated}
+    story = RunScene(task("a"), when("b", "a", **right))
+    assert story.succeed("a", outputs={"out": value('"yes"')}) == ([] if is_negated else ["b"])
+    assert story.run.is_terminal is is_negated
+
+
+def test_skipping_on_purpose_goes_on_and_the_run_succeeds() -> None:
+    story = RunScene(task("a"), when("b", "a"), task("c", ["b"]), task("d", ["c"]))
+    story.succeed("a", outputs={"out": value("false")})
+    assert [(e.task_id, e.failure) for e in story.effects if isinstance(e, TaskSkipped)] == [
+        ("b", None),
+        ("c", None),
+        ("d", None),
+    ]
+    assert story.effects[-1] == RunFinished(RunState.SUCCEEDED, None)
+
+
+def test_who_can_do_without_gets_null() -> None:
+    story = RunScene(
+        task("a"), when("left", "a"), when("right", "a", is_negated=True), optional("join", "left", "right")
+    )
+    assert story.succeed("a", outputs={"out": value("1")}) == ["left"]
+    assert story.succeed("left", outputs={"out": value('"l"')}) == ["join"]
+    assert story.inputs("join") == {"from_left": value('"l"'), "from_right": value("null")}
+
+
+def test_who_can_do_without_one_and_not_without_the_other_is_skipped() -> None:
+    both = TaskSpec("x", SYNC, inputs={"a": OutputRef("a", "out", True), "b": OutputRef("b", "out")}, outputs=("out",))
+    story = RunScene(task("a"), task("b", ["a"]), both, policy=ANYWAY)
+    story.fail("a")
+    assert story.states(TaskState.SKIPPED) == ["b", "x"]
+
+
+def test_a_failed_task_is_null_to_who_can_do_without_when_the_rest_goes_on() -> None:
+    story = RunScene(task("a"), optional("b", "a"), policy=ANYWAY)
+    assert story.fail("a") == ["b"]
+    assert story.inputs("b") == {"from_a": value("null")}
+
+
+def test_a_condition_that_nobody_can_read_fails_its_task() -> None:
+    story = RunScene(task("a"), when("b", "a"))
+    story.succeed("a", outputs={"out": Payload("application/octet-stream", b"?")})
+    assert "not JSON" in next(e.failure.message for e in story.effects if isinstance(e, TaskFailed))
+
+
+@pytest.mark.parametrize(("items", "runs"), [(["1"], True), ([], False)])
+def test_a_mapped_task_is_true_when_it_has_items(items: list[str], runs: bool) -> None:
+    story = RunScene(task("a"), mapped("m", "a"), when("b", "m"))
+    ready = story.succeed("a", items)
+    ready = story.succeed("m[0]") if items else ready
+    assert ready == (["b"] if runs else [])
+
+
+def test_a_mapped_task_is_nothing_to_compare() -> None:
+    with pytest.raises(InvalidError, match="not one value to compare"):
+        RunScene(task("a"), mapped("m", "a"), when("b", "m", equals=value("[]")))
+
+
+def test_a_long_chain_of_what_needs_no_worker_is_no_trouble() -> None:
+    chain = [mapped("m0", "a"), *[mapped(f"m{n}", f"m{n - 1}") for n in range(1, 2000)]]
+    story = RunScene(task("a"), *chain)
+    story.succeed("a", [])
+    assert story.run.state is RunState.SUCCEEDED
+    skips = [
+        optional(f"s{n}", f"s{n - 1}" if n else "a", condition=Condition(OutputRef("a", "out"))) for n in range(2000)
+    ]
+    story = RunScene(task("a"), *skips)
+    story.succeed("a", outputs={"out": value("0")})
+    assert len(story.states(TaskState.SKIPPED)) == 2000
