@@ -8,7 +8,8 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from lattice.v1 import worker_pb2
 
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 # How long one thread may hold the interpreter; the default of 5 ms would be most of a task's latency.
 SWITCH_INTERVAL_S = 0.0005
+WORKER_START_S = 30.0
 # Collections of a heap that holds whole graphs take long, and find little: almost nothing here forms cycles.
 GC_THRESHOLDS = (50_000, 50, 100)
 
@@ -51,7 +53,7 @@ class App:
         self._bus = MessageBus(asyncio.get_running_loop())
         self._sessions = Sessions()
         bounds = Bounds(config.max_run_tasks, config.max_map_items, config.max_spawn_depth)
-        admission = Admission(bounds, config.max_open_tasks)
+        self._admission = admission = Admission(bounds, config.max_open_tasks)
         self._orchestrator = Orchestrator(
             self._bus,
             self._sessions,
@@ -96,6 +98,14 @@ class App:
         await self._executor.start(self.address, self._join_token, self._bus.post)
         await self._rpc.set_serving(True)
 
+    async def ready(self) -> None:
+        """Wait until the first worker is there, or for as long as one may need to start."""
+        try:
+            async with asyncio.timeout(WORKER_START_S):
+                await self._admission.has_nodes()
+        except TimeoutError:
+            log.warning("no worker has connected within %.0f s", WORKER_START_S)
+
     async def stop(self) -> None:
         """Refuse new work, say goodbye to workers, end every process the server started."""
         self._orchestrator.is_stopping = True
@@ -132,16 +142,25 @@ def _executor(config: ServerConfig, store: ArtifactStore) -> Executor:
 
 
 async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
-    """Run a server until SIGINT or SIGTERM; `announce` is told its address once workers are being started."""
+    """Run a server until SIGINT or SIGTERM; `announce` is told its address once there is a worker."""
     stopping = asyncio.Event()
     _on_signals(stopping.set)
     app = App(config)
     await app.start()
     # Starting Ray installs handlers of its own, which print a stack trace.
     _on_signals(stopping.set)
-    announce(app.address)
+    await _first(app.ready(), stopping.wait())
+    if not stopping.is_set():
+        announce(app.address)
     await stopping.wait()
     await app.stop()
+
+
+async def _first(*waits: Coroutine[Any, Any, object]) -> None:
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 def _on_signals(callback: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """Owns what is let in. Rule: what is let in is never lost; what cannot be kept, or never run, is refused at once."""
 
+import asyncio
 from collections.abc import Sequence
 
 from lattice_server.core.errors import ExhaustedError, PreconditionError
@@ -16,9 +17,20 @@ class Admission:
 
     def __init__(self, bounds: Bounds, max_open_tasks: int) -> None:
         self.bounds = bounds
-        self.nodes: tuple[Node, ...] = ()
+        self._nodes: tuple[Node, ...] = ()
+        self._has_nodes = asyncio.Event()
         self._max_open_tasks = max_open_tasks
         self._open_tasks = 0
+
+    def know(self, nodes: tuple[Node, ...]) -> None:
+        """Take the nodes there are, as they are when nothing runs on them."""
+        self._nodes = nodes
+        if nodes:
+            self._has_nodes.set()
+
+    async def has_nodes(self) -> None:
+        """Wait for the first node: before it is there, nobody can tell what could never run."""
+        await self._has_nodes.wait()
 
     def count(self, change: int) -> None:
         """Note that tasks opened or, when negative, ended."""
@@ -45,7 +57,7 @@ class Admission:
             shape = shape_of(task)
             if shape in possible:
                 continue
-            if why := impossibility(shape, self.nodes):
+            if why := impossibility(shape, self._nodes):
                 text = f"no node could ever run tasks[{index}], {task.task_id!r}: {why}"
                 raise PreconditionError("UNSATISFIABLE_RESOURCES", text, metadata={"task_id": task.task_id})
             possible.add(shape)

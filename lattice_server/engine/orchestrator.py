@@ -225,7 +225,7 @@ class Orchestrator:
             elif isinstance(effect, TaskExplained | NodesDescribed):
                 self.inquiries.answer(effect)
             elif isinstance(effect, NodesChanged):
-                self._admission.nodes = effect.nodes
+                self._admission.know(effect.nodes)
             else:
                 self._sessions.perform(effect)
         self._bus.post(posts)

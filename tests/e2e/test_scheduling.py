@@ -9,7 +9,7 @@ from lattice.v1 import task_pb2
 
 from lattice_client import LatticeClient, PreconditionError, Run, task
 from tests.client.shell import call
-from tests.e2e.conftest import OFFERS
+from tests.e2e.conftest import OFFERS, served
 from tests.e2e.rooms import WAIT_S, Room, enter, note, started, until
 
 
@@ -126,6 +126,15 @@ def test_what_could_never_run_is_refused_with_what_is_missing(
         workflow.run()
     assert caught.value.reason == "UNSATISFIABLE_RESOURCES"
     assert caught.value.metadata == {"task_id": "devices-2"}
+
+
+def test_what_could_never_run_is_refused_from_the_start() -> None:
+    with (
+        served("--executor", "local", "--num-cpus", "1") as fresh,
+        LatticeClient(fresh) as client,
+        pytest.raises(PreconditionError, match="cpu: 2 wanted, 1 free"),
+    ):
+        client.run_task(using(cpu=2), {})
 
 
 def test_a_task_runs_where_the_labels_are_right(client: LatticeClient) -> None:
