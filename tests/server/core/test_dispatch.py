@@ -1,22 +1,14 @@
 """The scheduler's machine: examples, and random histories with every invariant checked after each step."""
 
-from collections import Counter
-
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
 from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import (
     Assign,
     AttemptFailed,
     AttemptStarted,
     AttemptSucceeded,
-    CancelRequested,
     LeaseReturned,
     RevokeLease,
     SchedulerEffect,
-    TaskCancelled,
     TaskFailed,
     TaskReady,
     TaskRetrying,
@@ -173,119 +165,3 @@ def test_a_late_report_of_a_lost_session_is_ignored() -> None:
     machine.tick(20.0)
     assert machine.handle(AttemptSucceeded(lease.session_id, lease.lease_id, 0, {}, 1.0), 21.0) == []
     machine.check()
-
-
-class Histories(RuleBasedStateMachine):
-    """Random histories of tasks, reports, cancellations and lost workers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.machine = Dispatch("e", session_ttl_s=5.0)
-        self.now = 0.0
-        self.number = 0
-        self.submitted: list[str] = []
-        self.offered: list[Assign] = []
-        self.ended: Counter[str] = Counter()
-        self.gone: set[str] = set()
-        self.after: dict[str, str] = {}
-
-    def take(self, effects: list[SchedulerEffect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Assign):
-                self.offered.append(effect)
-            elif isinstance(effect, TaskSucceeded):
-                self.ended[effect.task_id] += 1
-                source = self.after.get(effect.task_id)
-                assert source is None or self.ended[source], "a task ended before its input"
-            elif isinstance(effect, TaskFailed | TaskCancelled):
-                # What was sent along with a task that failed ends cancelled once the worker gave it back.
-                if effect.task_id not in self.gone:
-                    self.ended[effect.task_id] += 1
-                    self.forget_followers(effect.task_id)
-            elif isinstance(effect, TaskReturned):
-                self.gone.add(effect.task_id)
-
-    def forget_followers(self, task_id: str) -> None:
-        for follower, source in self.after.items():
-            if source == task_id and follower not in self.gone and follower not in self.ended:
-                self.gone.add(follower)
-                self.forget_followers(follower)
-
-    @rule(cpu=st.sampled_from([0.0, 0.5, 1.0, 2.0, 8.0]), retries=st.integers(1, 3), many=st.integers(1, 5))
-    def submit(self, cpu: float, retries: int, many: int) -> None:
-        events = []
-        for _ in range(many):
-            self.number += 1
-            self.submitted.append(f"t{self.number}")
-            events.append(ready(f"t{self.number}", cpu, retry=RetryPolicy(max_attempts=retries)))
-        self.take(self.machine.handle_all(events, self.now))
-
-    @precondition(lambda self: self.submitted)
-    @rule(data=st.data(), many=st.integers(1, 3))
-    def submit_chain(self, data: st.DataObject, many: int) -> None:
-        source = data.draw(st.sampled_from(self.submitted))
-        events = []
-        for _ in range(many):
-            self.number += 1
-            task_id = f"t{self.number}"
-            self.submitted.append(task_id)
-            self.after[task_id] = source
-            events.append(ready(task_id, after=source))
-            source = task_id
-        self.take(self.machine.handle_all(events, self.now))
-
-    @rule(node=st.sampled_from(["n1", "n2"]), cpu=st.sampled_from([1.0, 4.0]))
-    def join(self, node: str, cpu: float) -> None:
-        self.take(self.machine.handle(hello(node, cpu), self.now))
-
-    @precondition(lambda self: self.offered)
-    @rule(data=st.data(), duration=st.sampled_from([0.0001, 0.004, 1.0]))
-    def finish(self, data: st.DataObject, duration: float) -> None:
-        lease = data.draw(st.sampled_from(self.offered))
-        self.take(self.machine.handle(succeeded(lease, duration), self.now))
-
-    @precondition(lambda self: self.offered)
-    @rule(data=st.data(), failure=st.sampled_from([BROKEN, STOPPED]))
-    def fail(self, data: st.DataObject, failure: Failure) -> None:
-        lease = data.draw(st.sampled_from(self.offered))
-        self.take(self.machine.handle(AttemptFailed(lease.session_id, lease.lease_id, 0, failure), self.now))
-
-    @precondition(lambda self: self.offered)
-    @rule(data=st.data())
-    def give_back(self, data: st.DataObject) -> None:
-        lease = data.draw(st.sampled_from(self.offered))
-        self.take(self.machine.handle(LeaseReturned(lease.session_id, lease.lease_id, ""), self.now))
-
-    @precondition(lambda self: self.submitted)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        task_id = data.draw(st.sampled_from(self.submitted))
-        self.take(self.machine.handle(CancelRequested("r", (task_id,), STOPPED), self.now))
-
-    @rule(node=st.sampled_from(["n1", "n2"]))
-    def lose(self, node: str) -> None:
-        self.take(self.machine.handle(WorkerLost(f"worker-of-{node}", "killed"), self.now))
-
-    @precondition(lambda self: self.offered)
-    @rule(data=st.data())
-    def detach(self, data: st.DataObject) -> None:
-        lease = data.draw(st.sampled_from(self.offered))
-        self.take(self.machine.handle(WorkerDetached(lease.session_id), self.now))
-
-    @rule(seconds=st.sampled_from([0.01, 0.05, 1.0, 10.0]))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-        self.take(self.machine.tick(self.now))
-
-    @invariant()
-    def holds(self) -> None:
-        self.machine.check()
-        assert all(count == 1 for count in self.ended.values()), "a task ended twice"
-        known = {task_id for _, task_id in self.machine.tasks}
-        assert known | set(self.ended) | self.gone == set(self.submitted), "a task was lost"
-        assert not known & set(self.ended)
-        assert all(self.machine.tasks["r", task_id].ending for task_id in known & self.gone)
-
-
-TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
