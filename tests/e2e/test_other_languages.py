@@ -1,5 +1,6 @@
 """Clients that share nothing with this project but the contract: Node.js from the .proto files, buf by reflection."""
 
+import functools
 import json
 import os
 import re
@@ -28,19 +29,20 @@ def nodejs() -> None:
     subprocess.run(["make", "nodejs"], cwd=ROOT, check=True, capture_output=True, timeout=300)
 
 
+def curl(address: str, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Call a method, `Service/Method`, with a request as JSON; returns the messages of the answer."""
+    url = f"http://{address}/lattice.v1.{method}"
+    command = [BUF, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--reflect", "-d", "@-", url]
+    text = json.dumps(request)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return _documents(done.stdout)
+
+
 @pytest.fixture
 def call(address: str) -> Call:
-    """Call a method, `Service/Method`, with a request as JSON; returns the messages of the answer."""
-
-    def curl(method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-        url = f"http://{address}/lattice.v1.{method}"
-        command = [BUF, "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--reflect", "-d", "@-", url]
-        text = json.dumps(request)
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        return _documents(done.stdout)
-
-    return curl
+    """Call a method of the server."""
+    return functools.partial(curl, address)
 
 
 def _documents(text: str) -> list[dict[str, Any]]:

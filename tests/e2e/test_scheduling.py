@@ -148,9 +148,9 @@ def hold(room: str) -> None:
 
 
 @task(cpu=4)
-def jot(room: str, text: str) -> None:
+def jot(room: str, text: str, seconds: float = 0.02) -> None:
     note(room, text)
-    time.sleep(0.02)
+    time.sleep(seconds)
 
 
 def held(client: LatticeClient, room: Room) -> Run:
@@ -190,6 +190,23 @@ def test_what_came_first_goes_first(client: LatticeClient, room: Room) -> None:
     for text in texts:
         workflow.add_task(jot, {"room": room, "text": text})
     assert jotted(room, holding, workflow.run()) == texts
+
+
+def test_a_large_task_is_not_passed_by_small_ones_forever(client: LatticeClient, room: Room) -> None:
+    workflow = client.create_workflow()
+    workflow.add_task(using(hold, cpu=1), {"room": room})
+    holding = workflow.run()
+    started(holding, "hold")
+    workflow = client.create_workflow()
+    workflow.add_task(jot, {"room": room, "text": "large"})
+    for number in range(45):
+        # Never at the end together, so that four CPUs are not free by chance.
+        inputs = {"room": room, "text": "small", "seconds": 0.07 + number % 7 / 50}
+        workflow.add_task(using(jot, cpu=1), inputs)
+    order = jotted(room, holding, workflow.run())
+    assert len(order) == 46
+    assert order[0] == "small"
+    assert order[-1] != "large"
 
 
 def test_a_caller_with_little_work_does_not_wait_for_one_with_much(

@@ -126,6 +126,15 @@ def test_no_more_tasks_are_open_than_may_be_and_a_place_that_is_free_is_given_ag
     play(scenario, max_open_tasks=2)
 
 
+def test_a_run_that_finds_nothing_open_is_taken_whatever_its_size() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        start(orchestrator, "large", workflow({f"t{number}": () for number in range(9)}))
+        with pytest.raises(ExhaustedError):
+            start(orchestrator, "a")
+
+    play(scenario, max_open_tasks=2)
+
+
 def test_what_no_known_node_could_ever_run_is_refused_and_what_one_could_waits() -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         large = WorkflowSpec((task("t", resources=Resources(cpu=4.0)),))

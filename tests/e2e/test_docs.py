@@ -1,0 +1,92 @@
+"""The page on scheduling, as a reader follows it: its server, every script and what it prints, every call."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import served
+from tests.e2e.test_other_languages import curl
+
+PAGE = (Path(__file__).resolve().parent.parent.parent / "docs" / "scheduling.md").read_text()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the page: its language, its text, the section it is in, and what is shown right after it."""
+
+    language: str
+    text: str
+    section: str
+    shown: str
+
+
+def _blocks() -> list[Block]:
+    found: list[Block] = []
+    pieces = list(re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+    for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+        section = re.findall(r"^#+ (.*)$", PAGE[: piece.start()], re.MULTILINE)[-1]
+        is_next = following is not None and PAGE[piece.end() : following.start()].strip() == ""
+        shown = following[2] if following and is_next and following[1] in {"text", "json"} else ""
+        found.append(Block(piece[1], piece[2], section, shown))
+    return found
+
+
+BLOCKS = _blocks()
+SCRIPTS = [block for block in BLOCKS if block.language == "python"]
+CALL = re.compile(r"-d '(.*?)' (?:\\\n)?\s*127\.0\.0\.1:50051 lattice\.v1\.(\S+)", re.DOTALL)
+CALLS = [block for block in BLOCKS if block.text.startswith("grpcurl")]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the server the page tells to start."""
+    (start,) = [block.text for block in BLOCKS if block.text.startswith("lattice start")]
+    (config,) = [block.text for block in BLOCKS if block.language == "toml"]
+    path = tmp_path_factory.mktemp("docs") / "lattice.toml"
+    path.write_text(config)
+    flags = shlex.split(start)[3:]
+    assert flags[flags.index("--config") + 1] == path.name
+    flags[flags.index("--config") + 1] = str(path)
+    with served(*flags) as found:
+        yield found
+
+
+@pytest.mark.parametrize("block", SCRIPTS, ids=[f"{block.section}-{n}" for n, block in enumerate(SCRIPTS)])
+def test_a_script_prints_what_the_page_shows(address: str, block: Block, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(block.text)
+    environment = {**os.environ, "LATTICE_TARGET": address}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == block.shown
+
+
+def test_the_calls_answer_what_the_page_shows(address: str) -> None:
+    for block in CALLS:
+        answers: list[Any] = []
+        for request, method in CALL.findall(block.text):
+            answers = curl(address, method, json.loads(request))
+        assert any(_has(answer, json.loads(block.shown)) for answer in answers), answers
+
+
+def _has(found: Any, shown: Any) -> bool:
+    """Whether all that is shown is found: keys of objects may be left out, items of lists too."""
+    if isinstance(shown, dict):
+        return isinstance(found, dict) and all(key in found and _has(found[key], shown[key]) for key in shown)
+    if isinstance(shown, list):
+        return isinstance(found, list) and all(any(_has(item, wanted) for item in found) for wanted in shown)
+    return bool(found == shown)
+
+
+def test_the_page_has_what_is_tested_here() -> None:
+    assert len(SCRIPTS) >= 10
+    assert all(block.shown for block in SCRIPTS + CALLS)
