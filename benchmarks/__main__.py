@@ -7,7 +7,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -107,12 +106,29 @@ def _sides(
 
 def _many(side: str, address: str, seconds: float = 4.0) -> Callable[[], float]:
     def run() -> float:
-        start = time.time() + 8.0
-        command = [sys.executable, "-m", "benchmarks.clients", side, address, str(start), str(seconds)]
-        started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(CLIENTS)]
-        return sum(int(process.communicate()[0].split()[-1]) for process in started) / seconds
+        command = [sys.executable, "-m", "benchmarks.clients", side, address, str(seconds)]
+        pipes: dict[str, int] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started = [subprocess.Popen(command, text=True, **pipes) for _ in range(CLIENTS)]  # type: ignore[call-overload]
+        for process in started:
+            _said(process, "ready")
+        for process in started:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        done = sum(int(_said(process, "done")) for process in started)
+        for process in started:
+            process.communicate()
+        return done / seconds
 
     return run
+
+
+def _said(process: "subprocess.Popen[str]", word: str) -> str:
+    """Return what a client says after a word at the start of a line; whatever else it prints is passed over."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(word):
+            return line.removeprefix(word).strip()
+    raise RuntimeError(f"a client ended with status {process.wait()} before it said {word!r}")
 
 
 def scale(client: LatticeClient, pid: int, samples: Samples) -> dict[str, float]:
