@@ -21,6 +21,8 @@ from typing import Any
 import psutil
 
 CHILD = Path(__file__).parent / "sandbox" / "child.py"
+# Names the worker to all that its tasks start; whoever started the worker finds them by it when the worker is killed.
+MARK = "LATTICE_WORKER_ID"
 RAW_READ_BYTES = 1 << 16
 HANG_UP_S = 0.5
 MAX_AHEAD = 64
@@ -94,7 +96,7 @@ class Runner(asyncio.Protocol):
         environment = {
             name: value
             for name, value in os.environ.items()
-            if name != "GRPC_ENABLE_FORK_SUPPORT" and not name.startswith("LATTICE_")
+            if name != "GRPC_ENABLE_FORK_SUPPORT" and (name == MARK or not name.startswith("LATTICE_"))
         }
         # Always: a task that asked for no device must not find one that others count on.
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.key.gpu_indices))

@@ -11,6 +11,7 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.executors.command import worker_command
+from lattice_server.executors.leftovers import MARK, end_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class LocalExecutor:
         self._store_directory = store_directory
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._worker_id = ""
 
     async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         """Start the worker, and again whenever it dies."""
@@ -48,6 +50,7 @@ class LocalExecutor:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+                await asyncio.to_thread(end_leftovers, self._worker_id)
 
     def ray_address(self) -> str:
         """Return nothing: there is no Ray here."""
@@ -56,7 +59,7 @@ class LocalExecutor:
     async def _keep(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         backoff_s = 0.0
         while True:
-            worker_id = f"local-{uuid4().hex[:12]}"
+            worker_id = self._worker_id = f"local-{uuid4().hex[:12]}"
             started = asyncio.get_running_loop().time()
             self._process = await asyncio.create_subprocess_exec(
                 *worker_command(
@@ -66,10 +69,16 @@ class LocalExecutor:
                     node_id="local",
                     store_directory=self._store_directory,
                 ),
-                env={**os.environ, "LATTICE_JOIN_TOKEN": join_token, "LATTICE_PARENT_PID": str(os.getpid())},
+                env={
+                    **os.environ,
+                    "LATTICE_JOIN_TOKEN": join_token,
+                    "LATTICE_PARENT_PID": str(os.getpid()),
+                    MARK: worker_id,
+                },
                 stdin=asyncio.subprocess.DEVNULL,
             )
             status = await self._process.wait()
+            await asyncio.to_thread(end_leftovers, worker_id)
             log.warning("worker %s ended with status %s; starting another", worker_id, status)
             post([WorkerLost(worker_id, f"its process ended with status {status}")])
             lived_s = asyncio.get_running_loop().time() - started

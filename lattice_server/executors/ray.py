@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.executors.command import worker_command
+from lattice_server.executors.leftovers import MARK, end_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ class WorkerHost:
         """Run a worker as a child of this actor and return its exit status."""
         # The worker ends with the actor, whichever way the actor ends.
         environment = {**os.environ, **environment, "LATTICE_PARENT_PID": str(os.getpid())}
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL).wait()
+        status = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL).wait()
+        end_leftovers(environment[MARK])
+        return status
 
 
 class RayExecutor:
@@ -114,7 +117,7 @@ class RayExecutor:
                 .remote()
             )
             self._left.clear()
-            reference = host.serve.remote(command, {"LATTICE_JOIN_TOKEN": join_token})  # type: ignore[attr-defined]
+            reference = host.serve.remote(command, {"LATTICE_JOIN_TOKEN": join_token, MARK: worker_id})  # type: ignore[attr-defined]
             try:
                 status = await asyncio.wrap_future(reference.future())
                 reason = f"its process ended with status {status}"

@@ -181,6 +181,23 @@ def test_children_die_with_an_attempt_that_is_stopped(
     assert _are_gone(children)
 
 
+def test_children_die_with_a_worker_that_is_killed(
+    client: LatticeClient, room: Room, children: list[psutil.Process]
+) -> None:
+    workflow = client.create_workflow()
+    workflow.add_task(task(with_children), {"room": room, "how": "stay"})
+    run = workflow.run()
+    until(run, "task_log", "with_children")
+    _meet(room, children)
+    assert len(children) == 4
+    psutil.Process(client.nodes()[0].worker_pid).kill()
+    assert _are_gone(children)
+    # It was not the task's fault, so it runs again.
+    until(run, "task_retrying", "with_children")
+    room.open()
+    run.result(timeout=WAIT_S)
+
+
 def test_children_die_with_a_process_that_dies(
     client: LatticeClient, room: Room, children: list[psutil.Process]
 ) -> None:
