@@ -29,10 +29,12 @@ def write(folder: Path, samples: dict[str, dict[str, list[float]]], memory: dict
         middle = {side: statistics.median(values) for side, values in sides.items()}
         shown = [f"{middle[side]:.5g}" if side in middle else "" for side in ("lattice", "ray tasks", "ray actors")]
         ratio = middle["lattice"] / middle["ray tasks"] if "ray tasks" in middle else None
+        shown_ratio = ""
         if ratio is not None:
             ratios[name] = ratio
+            shown_ratio = f"{ratio:.2f}"
         goal = f"{'≥' if name == 'W4' else '≤'} {GOALS[name]}" if name in GOALS else ""
-        lines.append(f"| {name} | {MEANING.get(name, 's a task')} | {' | '.join(shown)} | {ratio or 0:.2f} | {goal} |")
+        lines.append(f"| {name} | {MEANING.get(name, 's a task')} | {' | '.join(shown)} | {shown_ratio} | {goal} |")
     lines += ["", *(f"Server memory a task at {count} tasks: {size:.0f} bytes." for count, size in memory.items())]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
     (folder / "ratios.svg").write_text(_plot(ratios))

@@ -29,6 +29,7 @@ class LocalExecutor:
         self._store_directory = store_directory
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._is_stopping = False
         self._worker_id = ""
 
     async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
@@ -37,6 +38,7 @@ class LocalExecutor:
 
     async def stop(self) -> None:
         """End the worker."""
+        self._is_stopping = True
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -79,6 +81,8 @@ class LocalExecutor:
             )
             status = await self._process.wait()
             await asyncio.to_thread(end_leftovers, worker_id)
+            if self._is_stopping:
+                return
             log.warning("worker %s ended with status %s; starting another", worker_id, status)
             post([WorkerLost(worker_id, f"its process ended with status {status}")])
             lived_s = asyncio.get_running_loop().time() - started

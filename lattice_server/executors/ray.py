@@ -53,6 +53,7 @@ class RayExecutor:
         self._address = ""
         self._keeper: asyncio.Task[None] | None = None
         self._left = asyncio.Event()
+        self._is_stopping = False
 
     async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         """Start Ray, reserve, and start the worker, again whenever it dies."""
@@ -62,6 +63,7 @@ class RayExecutor:
 
     async def stop(self) -> None:
         """End the worker and the Ray this executor started."""
+        self._is_stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S):
                 await self._left.wait()
@@ -124,6 +126,8 @@ class RayExecutor:
             except ray.exceptions.RayError as error:
                 reason = f"Ray lost its process: {error}"
             self._left.set()
+            if self._is_stopping:
+                return
             log.warning("worker %s is gone: %s; starting another", worker_id, reason)
             post([WorkerLost(worker_id, reason)])
             # A worker that cannot even start must not be started in a tight loop.
