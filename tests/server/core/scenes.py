@@ -6,7 +6,7 @@ from typing import Any
 
 from lattice_server.core import messages
 from lattice_server.core.dispatch import Dispatch
-from lattice_server.core.messages import Assign, Reason, TaskExplained, TaskReady
+from lattice_server.core.messages import Assign, Explanation, Reason, TaskExplained, TaskReady
 from lattice_server.core.model import Capacity, Failure, FailureKind, Function, Gpu, OutputRef
 from tests.server.core.graphs import VALUE, hello, task
 
@@ -67,11 +67,16 @@ class Scene:
         ended = messages.TaskSucceeded | messages.TaskFailed | messages.TaskCancelled
         return {e.task_id: type(e).__name__.removeprefix("Task").lower() for e in self.effects if isinstance(e, ended)}
 
-    def why(self, task_id: str, run_id: str = "r") -> list[Reason]:
-        """Return the reasons why a task is not running."""
-        (answer,) = self.machine.handle(messages.ExplainRequested(1, run_id, task_id), self.now)
+    def explanation(self, task_id: str) -> Explanation | None:
+        """Return what the scheduler says of a task of run `r`."""
+        (answer,) = self.machine.handle(messages.ExplainRequested(1, "r", task_id), self.now)
         assert isinstance(answer, TaskExplained)
-        return [] if answer.explanation is None else list(answer.explanation.reasons)
+        return answer.explanation
+
+    def why(self, task_id: str) -> list[Reason]:
+        """Return the reasons why a task is not running."""
+        found = self.explanation(task_id)
+        return [] if found is None else list(found.reasons)
 
     def devices(self, task_id: str) -> tuple[int, ...]:
         """Return the GPUs a task was given."""

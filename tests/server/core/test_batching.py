@@ -172,25 +172,15 @@ def test_a_batch_that_was_only_sent_comes_back_whole() -> None:
     assert [attempt.attempt for attempt in scene.leases["a"].attempts] == [1, 1, 1, 1]
 
 
-def test_a_task_that_comes_back_to_its_line_is_in_it_once() -> None:
-    scene = Scene(node(cpu=1))
-    retried = RetryPolicy(max_attempts=2, initial_backoff_s=0.01)
-    scene.tell(*many("abcdefgh", batch=BatchPolicy(4, 100.0), retry=retried))
-    for name in "abcd":
-        scene.fail(name)
-    scene.tell(at=1.0)
-    scene.succeed("e", at=2.0)
-    assert [a.task_id for a in scene.leases["a"].attempts] == ["a", "b", "c", "d"]
-
-
 def test_waiting_starts_anew_for_a_task_that_comes_back() -> None:
-    scene = Scene(node())
-    scene.tell(*many("abcd", batch=BatchPolicy(3, 10.0), retry=RetryPolicy(max_attempts=2)))
-    scene.fail("a", at=3.0)
+    scene = Scene(node(cpu=1))
+    waits = {"batch": BatchPolicy(2, 10.0), "retry": RetryPolicy(max_attempts=2)}
+    scene.tell(*many("fg", priority=1, **waits), *many("ab", **waits))
+    scene.fail("f", at=3.0)
     scene.tell(at=4.0)
-    scene.cancel("d")
-    scene.succeed("b")
-    assert scene.tick_when_due() == ["a"]
+    scene.cancel("a", "b")
+    scene.succeed("g")
+    assert scene.tick_when_due() == ["f"]
     assert scene.now == 14.0
 
 

@@ -136,6 +136,17 @@ def test_it_runs_or_is_being_stopped() -> None:
     assert told(scene, "a") == [(ReasonKind.RUNNING, "it is being stopped on node 'n': stopped")]
 
 
+def test_how_long_it_has_been_so_and_how_much_longer_it_may_be() -> None:
+    scene = Scene(node(cpu=1))
+    scene.tell(ready("a"))
+    scene.succeed("a", at=4.0, took=4.0)
+    scene.tell(*[ready(name) for name in "bcd"], at=10.0)
+    scene.start("b")
+    scene.tell(at=11.0)
+    found = {name: scene.explanation(name) for name in "bd"}
+    assert [(f.waited_s, f.start_in_s) for f in found.values() if f] == [(1.0, 0.0), (1.0, 8.0)]
+
+
 def test_nothing_is_said_of_what_the_scheduler_does_not_have() -> None:
     assert told(Scene(), "nobody") == []
 

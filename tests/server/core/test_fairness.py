@@ -80,6 +80,17 @@ def test_nobody_pays_for_the_time_when_nobody_else_waited() -> None:
     assert len(order) <= 9, order
 
 
+def test_nobody_pays_for_what_it_had_while_nobody_waited() -> None:
+    scene = Scene(node(cpu=1))
+    scene.tell(ready("x0", tenant="x"))
+    scene.tell(*[ready(f"y{n}", tenant="y") for n in range(50)], at=99.0)
+    scene.tell(ready("x1", tenant="x"))
+    order = scene.succeed("x0", at=100.0, took=100.0)
+    for _ in range(4):
+        order += scene.succeed(order[-1], at=scene.now + 1)
+    assert "x1" in order
+
+
 def test_nobody_saves_up_turns_by_staying_away() -> None:
     scene = Scene(node(cpu=1))
     order = scene.tell(ready("y", tenant="y"))

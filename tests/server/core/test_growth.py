@@ -134,7 +134,7 @@ def test_a_task_of_a_run_that_stops_spawns_nothing() -> None:
     story = RunScene(task("a"))
     story.run.cancel("enough", 1.0)
     story.take(story.run.spawn("a", [task("b")], 1.0))
-    assert list(story.run.tasks) == ["a"]
+    assert (list(story.run.tasks), story.effects) == (["a"], [])
 
 
 def test_what_was_handed_back_is_handed_over_again() -> None:

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 
+from lattice_server.core.fleet import Fleet
 from lattice_server.core.launching import KEEP_AFTER_S
 from lattice_server.core.messages import DrainRequested, WorkerLost
 from lattice_server.core.model import Resources
+from lattice_server.core.placement import shape_of
+from tests.server.core.graphs import task
 from tests.server.core.scenes import Scene, node, ready
 
 BIG = Resources(4.0)
@@ -80,11 +83,22 @@ def kept(scene: Scene) -> list[str]:
     return [reason.node_id for reason in scene.why("asks") if "gathers" in reason.message]
 
 
-def test_a_limit_is_no_reason_to_keep_a_node() -> None:
-    scene = Scene(node("n", cpu=4))
-    scene.tell(ready("one", concurrency_key="k", max_parallel=1, resources=Resources(1.0)))
-    scene.tell(ready("two", concurrency_key="k", max_parallel=1, resources=Resources(4.0)))
-    running = scene.tell(*[ready(f"s{n}") for n in range(6)])
-    for _ in range(3):
-        running += scene.succeed(running[-1], at=scene.now + 1)
-    assert len(running) == 6, "the others use what is free"
+def test_no_node_is_kept_for_what_a_limit_keeps_from_starting() -> None:
+    scene = Scene(node())
+    scene.tell(*[ready(f"s{n}") for n in range(4)])
+    scene.tell(ready("big", resources=BIG, concurrency_key="k", max_parallel=1))
+    scene.tell(ready("pass"))
+    scene.succeed("s0", at=0.5)
+    scene.tell(at=KEEP_AFTER_S + 0.5)
+    assert scene.succeed("s1") == []
+    scene.tell(ready("light", resources=Resources(0.0), priority=1, concurrency_key="k", max_parallel=1))
+    assert scene.tell(ready("small")) == ["small"]
+
+
+def test_what_a_node_can_run_is_looked_at_anew_when_it_comes_back() -> None:
+    fleet = Fleet(session_ttl_s=1.0)
+    shape = shape_of(task("t", resources=BIG))
+    small = fleet.join(node("n", cpu=2), "s1")
+    assert (fleet.could_run(shape, small), fleet.share(shape)) == (False, 2.0)
+    large = fleet.join(node("n", cpu=8), "s2")
+    assert (fleet.could_run(shape, large), fleet.share(shape)) == (True, 0.5)

@@ -185,6 +185,21 @@ def test_who_can_do_without_one_and_not_without_the_other_is_skipped() -> None:
     assert story.states(TaskState.SKIPPED) == ["b", "x"]
 
 
+@pytest.mark.parametrize("is_first_optional", [False, True])
+def test_who_can_do_without_a_value_in_one_place_only_needs_it(is_first_optional: bool) -> None:
+    inputs = {f"i{n}": OutputRef("a", "out", is_first_optional is (n == 0)) for n in range(2)}
+    story = RunScene(task("a"), TaskSpec("x", SYNC, inputs=inputs, outputs=("out",)), policy=ANYWAY)
+    story.fail("a")
+    assert story.states(TaskState.SKIPPED) == ["x"]
+
+
+def test_nobody_can_do_without_what_it_is_mapped_over() -> None:
+    inputs = {"i": OutputRef("a", "out", is_optional=True)}
+    story = RunScene(task("a"), TaskSpec("m", SYNC, inputs=inputs, outputs=("out",), over="i"), policy=ANYWAY)
+    story.fail("a")
+    assert story.states(TaskState.SKIPPED) == ["m"]
+
+
 def test_a_failed_task_is_null_to_who_can_do_without_when_the_rest_goes_on() -> None:
     story = RunScene(task("a"), optional("b", "a"), policy=ANYWAY)
     assert story.fail("a") == ["b"]

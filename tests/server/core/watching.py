@@ -18,7 +18,7 @@ from lattice_server.core.messages import (
     TaskStarted,
     TaskSucceeded,
 )
-from lattice_server.core.model import Resources
+from lattice_server.core.model import OutputRef, Resources
 
 Key = tuple[str, str]
 CLOSE = 1e-6
@@ -109,6 +109,12 @@ class Watcher:
             assert (member.tenant, member.split_outputs) == (members[0].tenant, assign.split_outputs)
             if first.batch and first.batch.scope.value == "run":
                 assert member.run_id == members[0].run_id
+        refers = any(isinstance(binding, OutputRef) for a in assign.attempts for binding in a.inputs.values())
+        assert assign.after_lease_id or not refers, "a lease does not say where its inputs come from"
+        if assign.after_lease_id:
+            source = self._leases[assign.after_lease_id]
+            assert (source.session_id, source.slot, len(source.attempts)) == (assign.session_id, assign.slot, 1)
+            assert source.attempts[0].task_id == members[0].after
         node = next((n for n in self.machine.nodes.values() if n.session_id == assign.session_id), None)
         if node is not None and known is assign:
             assert node.takes_work, "a node that takes nothing was given something"

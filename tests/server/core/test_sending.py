@@ -1,0 +1,128 @@
+"""What is sent to a worker before it can start, and what never is."""
+
+from lattice_server.core.messages import (
+    CloseSession,
+    DrainRequested,
+    NodesChanged,
+    RevokeLease,
+    TaskReturned,
+    WorkerDetached,
+    WorkerLost,
+)
+from lattice_server.core.model import BatchPolicy, Resources
+from tests.server.core.graphs import hello
+from tests.server.core.scenes import Scene, node, ready, successes
+
+
+def warmed(cpu: float = 1.0) -> Scene:
+    """Return a scene whose scheduler knows that the function is quick."""
+    scene = Scene(node(cpu=cpu))
+    scene.tell(ready("warm"))
+    scene.succeed("warm", at=0.001, took=0.001)
+    return scene
+
+
+def revoked(scene: Scene) -> list[str]:
+    names = {lease.lease_id: name for name, lease in scene.leases.items()}
+    return [names[effect.lease_id] for effect in scene.effects if isinstance(effect, RevokeLease)]
+
+
+def test_what_follows_is_not_sent_along_with_a_batch() -> None:
+    scene = warmed()
+    scene.tell(*[ready(name, batch=BatchPolicy(2)) for name in "ab"], ready("c", after="a"))
+    assert "c" not in scene.leases
+    assert scene.tell(ready("d", after="b")) == []
+
+
+def test_what_follows_is_not_sent_along_to_a_node_that_takes_nothing() -> None:
+    scene = warmed()
+    scene.tell(ready("a"))
+    scene.tell(DrainRequested("n"))
+    assert scene.tell(ready("b", after="a")) == []
+
+
+def test_what_follows_is_not_sent_along_with_what_is_being_taken_back() -> None:
+    scene = warmed()
+    scene.tell(ready("long"), ready("a"))
+    scene.tick_when_due()
+    assert revoked(scene) == ["a"]
+    assert scene.tell(ready("b", after="a")) == []
+
+
+def test_what_follows_what_is_being_stopped_is_handed_back() -> None:
+    scene = warmed()
+    scene.tell(ready("a"))
+    scene.cancel("a")
+    scene.tell(ready("b", after="a"))
+    assert scene.effects == [TaskReturned("r", "b")]
+
+
+def test_what_follows_is_not_taken_back_because_it_cannot_run_sooner_elsewhere() -> None:
+    scene = warmed()
+    scene.tell(ready("long"), ready("a"))
+    scene.tell(ready("b", after="a"))
+    scene.tick_when_due()
+    assert revoked(scene) == ["a"]
+
+
+def test_nothing_is_sent_ahead_to_where_somebody_earlier_waits() -> None:
+    scene = warmed(cpu=2)
+    scene.tell(ready("a"), ready("b"))
+    assert scene.tell(ready("big", resources=Resources(2.0)), ready("c")) == []
+    assert scene.tell(ready("elsewhere", resources=Resources(9.0))) == []
+
+
+def test_a_task_that_could_not_run_there_keeps_nobody_from_being_sent_ahead() -> None:
+    scene = warmed(cpu=2)
+    scene.tell(ready("a"), ready("b"))
+    assert scene.tell(ready("huge", resources=Resources(9.0)), ready("c")) == ["c"]
+
+
+def test_nothing_is_sent_ahead_to_a_node_that_is_kept_however_urgent() -> None:
+    scene = warmed(cpu=2)
+    scene.tell(ready("a"), ready("b", function="sha256:long"))
+    scene.tell(ready("big", resources=Resources(2.0)))
+    scene.tell(ready("pass", resources=Resources(0.0)))
+    scene.tell(ready("urgent", priority=9), *successes(scene.leases["a"], 0.001), at=1.2)
+    assert "urgent" in scene.leases
+    assert scene.tell(ready("next", priority=9), at=1.205) == []
+    assert any("gathers" in reason.message for reason in scene.why("next"))
+
+
+def test_a_slot_is_as_good_as_new_when_its_long_attempt_is_over() -> None:
+    scene = warmed()
+    scene.tell(ready("long"), ready("a"))
+    scene.tick_when_due()
+    # It had started before it could be taken back.
+    scene.succeed("long", at=1.0, took=0.001)
+    assert scene.tell(ready("b")) == ["b"]
+
+
+def test_a_worker_that_was_away_is_asked_again_for_what_was_taken_back() -> None:
+    scene = warmed()
+    scene.tell(ready("long"), ready("a"))
+    session_id = scene.leases["a"].session_id
+    scene.tell(WorkerDetached(session_id))
+    scene.tick_when_due()
+    scene.tell(hello("n", 1.0, session_id, [scene.leases[name].lease_id for name in ("long", "a")]))
+    assert revoked(scene) == ["a"]
+
+
+def test_a_worker_that_was_away_gets_what_it_never_got_with_what_is_known_by_now() -> None:
+    scene = warmed()
+    scene.tell(ready("a"), ready("b", after="a"))
+    a, b = scene.leases["a"], scene.leases["b"]
+    assert b.after_lease_id == a.lease_id
+    scene.succeed("a")
+    scene.tell(WorkerDetached(a.session_id))
+    assert scene.tell(hello("n", 1.0, a.session_id)) == ["b"]
+    assert (scene.leases["b"].lease_id, scene.leases["b"].after_lease_id) == (b.lease_id, "")
+
+
+def test_a_node_that_is_lost_while_it_is_drained_has_not_left_by_itself() -> None:
+    scene = Scene(node())
+    scene.tell(ready("a"))
+    scene.tell(DrainRequested("n"))
+    scene.tell(WorkerLost("worker-of-n", "killed"))
+    assert not any(isinstance(effect, CloseSession) for effect in scene.effects)
+    assert sum(isinstance(effect, NodesChanged) for effect in scene.effects) == 1
