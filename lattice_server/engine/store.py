@@ -113,7 +113,11 @@ class ArtifactStore:
             raise self._missing(path.name) from None
         fcntl.flock(file, fcntl.LOCK_SH)
         # Dropped and written anew between the opening and the lock: not this artifact any more.
-        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+        try:
+            is_same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except FileNotFoundError:
+            is_same = False
+        if not is_same:
             file.close()
             raise self._missing(path.name)
         return file
