@@ -92,7 +92,7 @@ class BatchCollector:
     """The tasks of one group that wait, in the order they will leave.
 
     `blocked_since` is when its first batch last began to wait for resources only; `was_passed` tells that others, later
-    in turn, were placed since.
+    in turn or earlier only by their rank, were placed since.
     """
 
     group: Group
@@ -135,6 +135,11 @@ class BatchCollector:
         while order and not self._holds(order[0]):
             heapq.heappop(order)
         return order[0][-1] if order else None
+
+    def priority(self) -> int:
+        """Return the priority of the task that leaves first; zero when there is none."""
+        head = self.head()
+        return 0 if head is None else head.ready.priority
 
     def due_at(self) -> float:
         """Return when the next batch may leave: at once when it is full, or when its first task waited long enough."""

@@ -63,14 +63,18 @@ class Launcher:
         self.limited.clear()
         blocked: list[BatchCollector] = []
         passed = 0
+        placed: list[tuple[str, int]] = []
         while (collector := turns.next()) is not None:
-            shape = collector.group.shape
+            shape, priority = collector.group.shape, collector.priority()
+            if len(full) == len(self.queue.shapes) and not self._kept:
+                break
             if shape.limit_key in self.limited or (shape in full and not self._is_kept_for(collector)):
                 turns.passed()
             elif self._launch(collector, blocked, now):
                 for earlier in blocked[passed:]:
                     earlier.was_passed = True
                 passed = len(blocked)
+                placed.append((collector.group.tenant, priority))
                 turns.served()
             else:
                 if self.limit_reached(shape) is None:
@@ -83,6 +87,11 @@ class Launcher:
                         # Calls that a limit allows more of must not keep one that it allows fewer of out for good.
                         self.limited[shape.limit_key] = collector
                 turns.passed()
+        for waiting in blocked if placed else ():
+            # Some go first by rank alone; that must not go on for ever either.
+            mine, least = waiting.group.tenant, waiting.priority()
+            if any(tenant == mine and priority <= least for tenant, priority in placed):
+                waiting.was_passed = True
 
     def limit_reached(self, shape: Shape) -> int | None:
         """Return the limit that keeps `shape` from starting one more call; None when none does.

@@ -1,6 +1,7 @@
 """Owns who is next: fair between callers, by priority and age within one. Rule: whoever has had least goes first."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -19,10 +20,11 @@ class Tenant:
 
 
 class Queue:
-    """All that waits for resources."""
+    """All that waits for resources. `shapes` counts the lines of each shape."""
 
     def __init__(self) -> None:
         self.tenants: dict[str, Tenant] = {}
+        self.shapes: Counter[Shape] = Counter()
         self.clocks = Clocks()
 
     def push(self, task: Task, now: float) -> None:
@@ -39,6 +41,7 @@ class Queue:
         if collector is None:
             group = line if isinstance(line, Group) else Group(name, line)
             collector = tenant.collectors[line] = BatchCollector(group)
+            self.shapes[group.shape] += 1
         collector.add(task, now)
 
     def discard(self, task: Task) -> None:
@@ -50,6 +53,9 @@ class Queue:
         if collector.count == 0:
             tenant = self.tenants[collector.group.tenant]
             del tenant.collectors[line_of(task)]
+            self.shapes[task.shape] -= 1
+            if not self.shapes[task.shape]:
+                del self.shapes[task.shape]
             if not tenant.collectors:
                 del self.tenants[tenant.name]
 

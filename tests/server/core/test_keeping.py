@@ -1,5 +1,6 @@
 """Big tasks among small ones: neither passed for ever nor in the way."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,6 +40,20 @@ def test_a_big_task_does_not_starve() -> None:
     assert "big" in running
     assert scene.now < KEEP_AFTER_S + 1.0
     assert passed >= 5, "until then others pass"
+
+
+@pytest.mark.parametrize(("priority", "starves"), [(0, False), (1, True)])
+def test_a_big_task_does_not_starve_behind_those_that_go_first_by_rank_alone(priority: int, starves: bool) -> None:
+    scene = Scene(node())
+    running = scene.tell(*[ready(f"t{n}") for n in range(4)])
+    scene.tell(replace(ready("big", resources=BIG), rank=100.0))
+    for number in range(4, 100):
+        scene.tell(replace(ready(f"t{number}", priority=priority), rank=float(-number)))
+        running += scene.succeed(running.pop(0), at=scene.now + 0.1)
+        if "big" in running:
+            break
+    assert ("big" not in running) is starves
+    assert starves or scene.now < KEEP_AFTER_S + 1.0
 
 
 def test_what_takes_nothing_of_what_is_gathered_goes_on() -> None:
