@@ -8,26 +8,34 @@ tests/server/core/graphs.py makes them, are left out.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lattice_server.core import dag, messages
 from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.leases import Node
-from lattice_server.core.messages import Assign, AttemptInputs, WelcomeWorker
+from lattice_server.core.messages import Assign, AttemptInputs, Explanation, WelcomeWorker
 from lattice_server.core.model import (
+    BatchPolicy,
+    Binding,
+    BindingList,
+    Capacity,
+    Condition,
     Failure,
     FailureKind,
     FailurePolicy,
+    Gpu,
     Isolation,
     OutputRef,
     Payload,
     Resources,
     RetryPolicy,
     TaskSpec,
+    WorkflowSpec,
 )
 from lattice_server.core.ranking import first_come
 from lattice_server.core.run import Run
-from tests.server.core.graphs import SYNC, VALUE, hello, task, workflow
+from tests.server.core.graphs import SYNC, VALUE, hello, task
 
 RUN_ID = "r"
 ORDINARY = (SYNC, Resources(), Isolation.NONE, ("out",), RUN_ID, "127.0.0.1")
@@ -76,29 +84,26 @@ def failure(settings: Settings) -> Failure:
 
 
 def dispatch(_: Words, settings: Settings) -> Play:
-    """Return a play of the scheduler's machine. `ttl` is how long a session is kept.
+    """Return a play of the scheduler's machine. `ttl` is how long a session is kept, `limits` are such as `db:2`.
 
     Events: `ready TASK...`, `hello NODE`, `started|succeeded|failed|returned TASK...` of the task's newest lease unless
-    `lease` and `session` say otherwise, `detached NODE`, `lost NODE`, `drain NODE`, `cancel TASK...`, `tick`.
+    `lease` and `session` say otherwise, `detached NODE`, `lost NODE`, `drain NODE`, `cancel TASK...`, `explain TASK`,
+    `tick`.
     """
-    machine = Dispatch("e", float(settings.get("ttl", 30)))
+    limits = {name: int(most) for name, _, most in (pair.partition(":") for pair in listed(settings, "limits"))}
+    machine = Dispatch("e", float(settings.get("ttl", 30)), limits)
     leases: dict[str, Assign] = {}
     sessions: dict[str, str] = {}
 
     def events(name: str, words: Words, given: Settings) -> list[Any]:
         match name:
             case "ready":
-                resources = Resources(float(given.get("cpu", 1)))
-                retry = RetryPolicy(max_attempts=int(given.get("attempts", 1)))
-                after = given.get("after", "")
-                needs = (after,) if after else ()
-                specs = [task(word, needs, resources=resources, retry=retry) for word in words]
-                priority = int(given.get("priority", 0))
-                return [messages.TaskReady(RUN_ID, spec, spec.inputs, priority, after) for spec in specs]
+                return [ready(word, given) for word in words]
             case "hello":
-                held = [lease for lease in given.get("held", "").split(",") if lease]
-                cpu = float(given.get("cpu", 1))
-                return [hello(word, cpu, given.get("session", ""), held) for word in words]
+                held = listed(given, "held")
+                cpu, gpus = float(given.get("cpu", 1)), int(given.get("gpus", 0))
+                capacity = Capacity(cpu, 1 << 30, tuple(Gpu(index) for index in range(gpus)))
+                return [replace(hello(word, cpu, given.get("session", ""), held), capacity=capacity) for word in words]
             case "detached":
                 return [messages.WorkerDetached(sessions[word]) for word in words]
             case "lost":
@@ -108,23 +113,11 @@ def dispatch(_: Words, settings: Settings) -> Play:
             case "cancel":
                 stopped = Failure(FailureKind.CANCELLED, "stopped")
                 return [messages.CancelRequested(RUN_ID, tuple(words), stopped)]
+            case "explain":
+                return [messages.ExplainRequested(0, RUN_ID, word) for word in words]
             case "tick":
                 return []
-        return [report(name, leases[word], given) for word in words]
-
-    def report(name: str, assign: Assign, given: Settings) -> Any:
-        session_id, lease_id = given.get("session", assign.session_id), given.get("lease", assign.lease_id)
-        match name:
-            case "started":
-                return messages.AttemptStarted(session_id, lease_id, 0)
-            case "succeeded":
-                took = float(given.get("took", 1))
-                return messages.AttemptSucceeded(session_id, lease_id, 0, {"out": VALUE}, took)
-            case "failed":
-                return messages.AttemptFailed(session_id, lease_id, 0, failure(given))
-            case "returned":
-                return messages.LeaseReturned(session_id, lease_id, "")
-        raise ValueError(f"there is no event {name!r}")
+        return [report(name, word, leases[word], given) for word in words]
 
     def play(time: float, parts: list[tuple[str, Words, Settings]]) -> list[Any]:
         effects = machine.handle_all([made for part in parts for made in events(*part)], time)
@@ -139,15 +132,46 @@ def dispatch(_: Words, settings: Settings) -> Play:
     return play
 
 
-def run(words: Words, settings: Settings) -> Play:
-    """Return a play of one run's machine. Words are tasks, `d<b,c` one that needs b and c; `policy` is on a failure.
+def ready(word: str, given: Settings) -> messages.TaskReady:
+    """Return that a task is ready; `batch` is such as `4/1.5`, its size and wait, `total` the task's time in all."""
+    size, _, wait = given.get("batch", "").partition("/")
+    after = given.get("after", "")
+    spec = task(
+        word,
+        (after,) if after else (),
+        resources=Resources(float(given.get("cpu", 1)), gpu=float(given.get("gpu", 0))),
+        retry=RetryPolicy(max_attempts=int(given.get("attempts", 1))),
+        batch=BatchPolicy(int(size), float(wait or 0)) if size else None,
+        concurrency_key=given.get("key", ""),
+        total_timeout_s=float(given["total"]) if "total" in given else None,
+    )
+    return messages.TaskReady(RUN_ID, spec, spec.inputs, int(given.get("priority", 0)), after, given.get("tenant", ""))
 
-    Events: `start`, `started|succeeded|retrying|failed|cancelled|returned TASK...`, `cancel`, `cancel-task TASK`.
+
+def report(name: str, word: str, assign: Assign, given: Settings) -> Any:
+    """Return what a worker says of one task of a lease."""
+    item = [attempt.task_id for attempt in assign.attempts].index(word)
+    session_id, lease_id = given.get("session", assign.session_id), given.get("lease", assign.lease_id)
+    match name:
+        case "started":
+            return messages.AttemptStarted(session_id, lease_id, item)
+        case "succeeded":
+            return messages.AttemptSucceeded(session_id, lease_id, item, {"out": VALUE}, float(given.get("took", 1)))
+        case "failed":
+            return messages.AttemptFailed(session_id, lease_id, item, failure(given))
+        case "returned":
+            return messages.LeaseReturned(session_id, lease_id, "")
+    raise ValueError(f"there is no event {name!r}")
+
+
+def run(words: Words, settings: Settings) -> Play:
+    """Return a play of one run's machine; `policy` is on a failure. Words are tasks: `d<b,c` is one that needs b and c,
+    `d<b?` can do without b, `d<b!` runs when b's output is true, `d<b*` is mapped over it.
+
+    Events: `start`, `started|succeeded|retrying|failed|cancelled|returned TASK...`, `cancel`, `cancel-task TASK`,
+    `append WORD...`, `spawn TASK WORD...`. `succeeded` may say the `value`, or the `items` of a list.
     """
-    needs = {
-        name: tuple(sources.split(",")) if sources else () for name, _, sources in (w.partition("<") for w in words)
-    }
-    spec = workflow(needs, failure_policy=FailurePolicy(settings.get("policy", "fail_fast")))
+    spec = WorkflowSpec(tuple(map(wired, words)), failure_policy=FailurePolicy(settings.get("policy", "fail_fast")))
     machine = Run(RUN_ID, spec, dag.build(spec, ()), ranking=first_come)
     attempts: dict[str, int] = {}
 
@@ -159,6 +183,10 @@ def run(words: Words, settings: Settings) -> Play:
                 return list(machine.cancel(" ".join(words) or "stopped", time))
             case "cancel-task":
                 return [effect for word in words for effect in machine.cancel_task(word, "stopped", time)]
+            case "append":
+                return list(machine.append([wired(word) for word in words], time))
+            case "spawn":
+                return list(machine.spawn(words[0], [wired(word) for word in words[1:]], time))
         return [effect for word in words for effect in machine.handle(fact(name, word, given), time)]
 
     def fact(name: str, word: str, given: Settings) -> Any:
@@ -168,7 +196,9 @@ def run(words: Words, settings: Settings) -> Play:
         named = (RUN_ID, word, attempts.get(word, 0))
         match name:
             case "succeeded":
-                return messages.TaskSucceeded(*named, {"out": VALUE})
+                items = [Payload(VALUE.media_type, item) for item in listed(given, "items")]
+                output = Payload(VALUE.media_type, given.get("value", "1"))
+                return messages.TaskSucceeded(*named, {"out": output}, {"out": items} if "items" in given else {})
             case "retrying":
                 return messages.TaskRetrying(*named, failure(given), float(given.get("delay", 0)))
             case "failed":
@@ -187,6 +217,26 @@ def run(words: Words, settings: Settings) -> Play:
     return play
 
 
+def wired(word: str) -> TaskSpec:
+    """Return the task a word of a run's story stands for."""
+    name, _, sources = word.partition("<")
+    inputs: dict[str, Binding] = {}
+    over, condition = "", None
+    for source in sources.split(",") if sources else ():
+        plain = source.rstrip("?!*")
+        if source.endswith("!"):
+            condition = Condition(OutputRef(plain, "out"))
+        else:
+            inputs[f"from_{plain}"] = OutputRef(plain, "out", source.endswith("?"))
+            over = f"from_{plain}" if source.endswith("*") else over
+    return replace(task(name), inputs=inputs, over=over, condition=condition)
+
+
+def listed(settings: Settings, name: str) -> Words:
+    """Return the words of a setting, which a comma parts."""
+    return [word for word in settings.get(name, "").split(",") if word]
+
+
 def show(value: Any) -> str:
     """Return an effect, or a value in one, as a reader wants it."""
     match value:
@@ -201,12 +251,16 @@ def show(value: Any) -> str:
             return str(value.content)
         case OutputRef():
             return f"{value.task_id}.{value.output}"
+        case BindingList():
+            return f"[{show(value.items)}]"
+        case Explanation():
+            return "; ".join(f"{reason.kind.value}: {reason.message}" for reason in value.reasons)
         case Failure():
             where = f" in {value.task_id}" if value.task_id else ""
             return f"<{value.kind.value}: {value.message}{where}>"
         case Mapping():
             return "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
-        case tuple():
+        case tuple() | list():
             return ",".join(map(show, value))
         case float():
             return f"{value:g}"

@@ -23,4 +23,4 @@ def test_a_story_still_goes_as_it_is_told(path: Path, request: pytest.FixtureReq
 
 
 def test_there_are_stories() -> None:
-    assert len(STORIES) >= 10
+    assert len(STORIES) >= 20
