@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 from lattice_server.core.leases import Slot
 from lattice_server.core.messages import TaskReady
@@ -46,6 +47,16 @@ class Task:
     def rank(self) -> tuple[int, float]:
         """What orders it among the tasks of its caller: lower goes first."""
         return (-self.ready.priority, self.ready.rank)
+
+    @property
+    def named(self) -> tuple[str, str, int]:
+        """Its run, its id, and the number of its newest attempt: how effects name it."""
+        return self.ready.run_id, self.ready.spec.task_id, self.attempt
+
+    def jitter(self) -> float:
+        """Return a factor from a half to one, different for each task and attempt and the same when played again."""
+        name = f"{self.ready.run_id}/{self.ready.spec.task_id}/{self.attempt}"
+        return 0.5 + crc32(name.encode()) / 2**33
 
 
 @dataclass(slots=True, eq=False)

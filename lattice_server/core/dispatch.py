@@ -9,7 +9,6 @@ slot holds. A task in a lease may follow another as well: it was sent along with
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import assert_never
-from zlib import crc32
 
 from lattice_server.core import auditing, following
 from lattice_server.core.attempts import Lease, Task
@@ -130,7 +129,7 @@ class Dispatch:
             case AttemptLogged():
                 if found := self._holding.started(event.session_id, event.lease_id, event.item, now):
                     text = (event.is_error, event.text, event.is_truncated)
-                    self._effects.append(TaskLogged(*_named(found[1]), *text))
+                    self._effects.append(TaskLogged(*found[1].named, *text))
             case AttemptFailed():
                 self._take_failure(event, now)
             case LeaseReturned():
@@ -141,7 +140,7 @@ class Dispatch:
                     if event.refusal is not None:
                         self._end_early(found[1], event.refusal, now)
                     else:
-                        self._effects.append(TasksSpawned(*_named(found[1])[:2], event.tasks))
+                        self._effects.append(TasksSpawned(*found[1].named[:2], event.tasks))
             case CancelRequested():
                 for task_id in event.task_ids:
                     if task := self.tasks.get((event.run_id, task_id)):
@@ -247,7 +246,7 @@ class Dispatch:
             self._fail(task, Failure(FailureKind.PAYLOAD, f"the worker reported a success without {lacking}"), now)
         else:
             self._forget(task)
-            self._effects.append(TaskSucceeded(*_named(task), event.outputs, event.split))
+            self._effects.append(TaskSucceeded(*task.named, event.outputs, event.split))
             for follower in following.release(task, event.outputs):
                 self._start_clock(follower, now)
                 if not follower.lease_id:
@@ -281,7 +280,7 @@ class Dispatch:
             for task in half:
                 if task.ending is None:
                     task.cohort = cohort
-                    self._effects.append(TaskRetrying(*_named(task), failure, 0.0))
+                    self._effects.append(TaskRetrying(*task.named, failure, 0.0))
                 self._requeue(task, now)
 
     def _fail(self, task: Task, failure: Failure, now: float) -> None:
@@ -296,12 +295,12 @@ class Dispatch:
         else:
             task.failures += 1
             is_final = not retry.allows(failure, task.failures)
-            delay_s = 0.0 if is_final else retry.backoff_s(task.failures) * _jitter(task)
+            delay_s = 0.0 if is_final else retry.backoff_s(task.failures) * task.jitter()
         if is_final:
             task.ending = failure
             self._end(task)
             return
-        self._effects.append(TaskRetrying(*_named(task), failure, delay_s))
+        self._effects.append(TaskRetrying(*task.named, failure, delay_s))
         # What took its process down alone must not take others with it the next time.
         is_batched = task.ready.spec.batch is not None
         task.cohort = next(self._numbers) if is_batched and failure.kind in BISECTED else 0
@@ -334,7 +333,7 @@ class Dispatch:
             self._forget(dropped)
         self._forget(task)
         is_cancelled = task.ending.kind is FailureKind.CANCELLED
-        self._effects.append((TaskCancelled if is_cancelled else TaskFailed)(*_named(task), task.ending))
+        self._effects.append((TaskCancelled if is_cancelled else TaskFailed)(*task.named, task.ending))
 
     def _forget(self, task: Task) -> None:
         task.is_over = True
@@ -385,10 +384,6 @@ class Dispatch:
             self._redo(lease, members, failure, now)
 
 
-def _named(task: Task) -> tuple[str, str, int]:
-    return task.ready.run_id, task.ready.spec.task_id, task.attempt
-
-
 def _lacking(task: Task, event: AttemptSucceeded) -> str:
     """Return what others could count on and a success does not bring."""
     for output in task.ready.spec.outputs:
@@ -398,9 +393,3 @@ def _lacking(task: Task, event: AttemptSucceeded) -> str:
         if output not in event.split:
             return f"the items of its output {output!r}"
     return ""
-
-
-def _jitter(task: Task) -> float:
-    """Return a factor from a half to one, different for each task and attempt and the same when played again."""
-    name = f"{task.ready.run_id}/{task.ready.spec.task_id}/{task.attempt}"
-    return 0.5 + crc32(name.encode()) / 2**33

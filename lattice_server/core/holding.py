@@ -49,7 +49,7 @@ class Holding:
         node = self._fleet.nodes[lease.slot.node_id]
         where = (node.node_id, node.node_ip, lease.slot.gpu_indices)
         for task in lease.members():
-            self._emit(TaskStarted(task.ready.run_id, task.ready.spec.task_id, task.attempt, *where))
+            self._emit(TaskStarted(*task.named, *where))
 
     def leave(self, lease: Lease, task: Task, now: float) -> None:
         """Note that one member of a lease is over; with the last one the lease is released."""

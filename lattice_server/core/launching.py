@@ -352,7 +352,7 @@ class Launcher:
         if tenant != self._last_tenant:
             self._last_tenant, self._shared_at = tenant, now
         self.leases[lease_id] = lease
-        slot.lease_ids[lease_id] = None
+        slot.lease_ids[lease_id] = len(tasks)
         slot.backlog_s += expected_s
         self._emit(self.assignment(lease))
 

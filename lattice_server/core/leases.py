@@ -15,9 +15,9 @@ EPSILON = 1e-9
 
 @dataclass(slots=True)
 class Slot:
-    """One reservation. `gpu_indices` are the devices it uses; `lease_ids` run in order; `progress_at` is when the
-    first of them became first, and `is_slow` tells that it took longer than others were ready to wait. `limit_key`
-    names the limit it counts for."""
+    """One reservation. `gpu_indices` are the devices it uses; `lease_ids` run in order, and tell how many attempts each
+    has; `progress_at` is when the first of them became first, and `is_slow` tells that it took longer than others were
+    ready to wait. `limit_key` names the limit it counts for."""
 
     slot_id: int
     node_id: str
@@ -25,7 +25,7 @@ class Slot:
     is_async: bool
     gpu_indices: tuple[int, ...]
     limit_key: str = ""
-    lease_ids: dict[str, None] = field(default_factory=dict)
+    lease_ids: dict[str, int] = field(default_factory=dict)
     backlog_s: float = 0.0
     progress_at: float = 0.0
     is_slow: bool = False
@@ -176,7 +176,7 @@ class Node:
             self.isolations,
             self.runtime,
             self.pid,
-            sum(len(slot.lease_ids) for slot in self.slots.values()),
+            sum(sum(slot.lease_ids.values()) for slot in self.slots.values()),
         )
 
     def check(self) -> None:

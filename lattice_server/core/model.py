@@ -24,7 +24,8 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class OutputRef:
-    """One output of one task. When that task was skipped on purpose, an optional one is null and others skip too."""
+    """One output of one task. An optional one is null when that task was skipped, or failed in a run that finishes what
+    is independent; whoever needs it otherwise is skipped too."""
 
     task_id: str
     output: str

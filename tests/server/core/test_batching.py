@@ -1,6 +1,6 @@
 """What meets in a batch, when it leaves, and what becomes of its members."""
 
-from lattice_server.core.messages import StopLease, TaskRetrying, WorkerLost
+from lattice_server.core.messages import NodesDescribed, NodesRequested, StopLease, TaskRetrying, WorkerLost
 from lattice_server.core.model import BatchPolicy, BatchScope, Failure, FailureKind, Resources, RetryPolicy
 from tests.server.core.scenes import BROKEN, CRASHED, Scene, node, ready, successes
 
@@ -16,6 +16,16 @@ def test_a_full_batch_leaves_at_once() -> None:
     scene = Scene(node())
     assert scene.tell(*many("abc")) == []
     assert scene.tell(*many("d")) == ["a+b+c+d"]
+
+
+def test_each_member_of_a_batch_counts_as_an_attempt_of_its_node() -> None:
+    scene = Scene(node())
+    scene.tell(*many("abcd"), NodesRequested(1))
+    (described,) = [effect for effect in scene.effects if isinstance(effect, NodesDescribed)]
+    assert ([view.attempts for view in described.nodes], described.waiting, described.running) == ([0], 4, 0)
+    scene.tell(NodesRequested(2))
+    (described,) = [effect for effect in scene.effects if isinstance(effect, NodesDescribed)]
+    assert ([view.attempts for view in described.nodes], described.waiting, described.running) == ([4], 0, 4)
 
 
 def test_size_is_a_hard_maximum() -> None:
