@@ -11,9 +11,11 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 from uuid import uuid4
 
 import ray
+import ray._private.services
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -24,6 +26,7 @@ from lattice_server.executors.leftovers import MARK, end_leftovers
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = "127.0.0.1"
 RESERVE_S = 60.0
 LEAVE_S = 5.0
 RESTART_S = 0.2
@@ -78,16 +81,22 @@ class RayExecutor:
         return self._address
 
     def _reserve(self) -> dict[str, float]:
-        ray.init(
-            # Never a stranger's cluster that happens to run here.
-            address="local",
-            num_cpus=None if self._config.num_cpus is None else max(1, int(self._config.num_cpus)),
-            num_gpus=self._config.num_gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
-        )
+        # Ray takes the loopback address for a mistake, puts one of this machine's network in its place, and then
+        # listens to everybody.
+        with mock.patch.object(ray._private.services, "resolve_ip_for_localhost", lambda host: host):
+            ray.init(
+                # Never a stranger's cluster that happens to run here.
+                address="local",
+                num_cpus=None if self._config.num_cpus is None else max(1, int(self._config.num_cpus)),
+                num_gpus=self._config.num_gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                _node_ip_address=LOOPBACK,
+            )
+        if not ray.get_runtime_context().gcs_address.startswith(f"{LOOPBACK}:"):
+            ray.shutdown()
+            raise RuntimeError(f"Ray {ray.__version__} cannot be bound to loopback; use --executor local")
         self._address = ray.get_runtime_context().gcs_address
         total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         bundle = {name: total[name] for name in ("CPU", "GPU") if total.get(name)}
