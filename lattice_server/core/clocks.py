@@ -6,6 +6,7 @@ save up turns nor be made to pay for the time before it came. When nobody waits,
 are set to the same.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 LOOK_AHEAD_S = 0.01  # Who holds more is that much further ahead already; it orders those whose clocks are the same.
@@ -67,6 +68,13 @@ class Clocks:
         """Return what orders callers: the one with the least is next."""
         account = self._account(name, now)
         return account.had + account.share * LOOK_AHEAD_S + account.ahead
+
+    def check(self, held: Mapping[str, float], ahead: Mapping[str, float]) -> None:
+        """Assert that callers hold, and were sent ahead, what is counted for them."""
+        assert held.keys() | ahead.keys() <= self._accounts.keys()
+        for name, account in self._accounts.items():
+            assert abs(account.share - held.get(name, 0.0)) < 1e-6, "a caller's clock runs at the wrong pace"
+            assert abs(account.ahead - ahead.get(name, 0.0)) < 1e-6, "what a caller was sent ahead is miscounted"
 
     def _account(self, name: str, now: float) -> Account:
         account = self._accounts.get(name)

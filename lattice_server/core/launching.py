@@ -232,6 +232,15 @@ class Launcher:
             allowed = [*self.parallel[key], self.limits.get(key, running)]
             assert all(limit == 0 or running <= limit for limit in allowed[:-1]), f"{running} calls of {key} run"
             assert running <= allowed[-1], f"{running} calls of {key} run"
+        held: dict[str, float] = {}
+        ahead: dict[str, float] = {}
+        for lease in self.leases.values():
+            name, is_first = lease.tenant, next(iter(lease.slot.lease_ids)) == lease.lease_id
+            if is_first:
+                held[name] = held.get(name, 0.0) + lease.share
+            else:
+                ahead[name] = ahead.get(name, 0.0) + lease.share * lease.expected_s
+        self.queue.clocks.check(held, ahead)
         for lease in self.leases.values():
             policy = lease.tasks[0].ready.spec.batch
             assert len(lease.tasks) <= (1 if policy is None else policy.max_size), "a batch is too large"

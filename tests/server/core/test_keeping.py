@@ -25,11 +25,12 @@ def crowd(scene: Scene) -> None:
     scene.tell(at=KEEP_AFTER_S + 0.5)
 
 
-def test_a_big_task_does_not_starve() -> None:
+@pytest.mark.parametrize("tenant", ["", "other"])
+def test_a_big_task_does_not_starve(tenant: str) -> None:
     scene = Scene(node())
     number, passed = 0, 0
     running = scene.tell(*[ready(f"t{n}") for n in range(4)])
-    scene.tell(ready("big", resources=BIG))
+    scene.tell(ready("big", resources=BIG, tenant=tenant))
     for number in range(4, 200):
         scene.tell(ready(f"t{number}"))
         started = scene.succeed(running.pop(0), at=scene.now + 0.1)
@@ -68,6 +69,15 @@ def test_other_nodes_stay_open() -> None:
     crowd(scene)
     assert scene.tell(node("m", cpu=1)) == []
     assert scene.tell(ready("small")) == ["small"]
+
+
+def test_who_comes_earlier_with_the_same_needs_does_not_take_what_was_gathered() -> None:
+    scene = Scene(node())
+    crowd(scene)
+    for name in ("s1", "s2", "s3"):
+        scene.succeed(name, at=scene.now + 1)
+    scene.tell(ready("same", resources=BIG, tenant="had less"))
+    assert scene.succeed("pass", at=scene.now + 1) == ["big"]
 
 
 def test_a_node_is_kept_no_longer_for_a_task_that_was_cancelled() -> None:

@@ -1,5 +1,7 @@
 """What is sent to a worker before it can start, and what never is."""
 
+import pytest
+
 from lattice_server.core.messages import (
     CloseSession,
     DrainRequested,
@@ -20,6 +22,14 @@ def warmed(cpu: float = 1.0) -> Scene:
     scene.tell(ready("warm"))
     scene.succeed("warm", at=0.001, took=0.001)
     return scene
+
+
+@pytest.mark.parametrize("duration", [float("nan"), float("inf"), 1e300, -1.0])
+def test_nonsense_about_a_duration_is_forgotten_soon(duration: float) -> None:
+    scene = Scene(node(cpu=1))
+    scene.tell(ready("warm"))
+    scene.succeed("warm", at=0.001, took=duration)
+    assert scene.tell(ready("a"), ready("b")) == ["a", "b"]
 
 
 def revoked(scene: Scene) -> list[str]:
