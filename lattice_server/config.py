@@ -23,6 +23,7 @@ class ServerConfig:
     heartbeat_interval_s: float = 5.0
     inline_limit_bytes: int = 256 * 1024
     log_limit_bytes: int = 1024 * 1024
+    min_ping_interval_s: float = 10.0
     message_limit_bytes: int = 256 * 1024 * 1024
     retained_runs: int = 1000
     retained_tasks: int = 200_000

@@ -101,10 +101,11 @@ class Attempts:
         return found is not None and bool(found[0].ahead)
 
     def take_back(self, lease_id: str) -> bool:
-        """Make sure that a lease whose turn has not come is not begun; False when it was."""
+        """Make sure that a lease whose turn has not come is never begun, and forget it; False when it was."""
         runner = self._ahead.get(lease_id)
         if runner is None or lease_id not in runner.ahead or runner.take_back(lease_id):
             self._ahead.pop(lease_id, None)
+            self._upstream.pop(lease_id, None)
             return True
         return False
 
@@ -166,7 +167,8 @@ class Attempts:
         if function.digest not in runner.known:
             runner.define(function.digest, *convert.function_frame(function, bundle))
         blobs: list[bytes] = []
-        upstream = self._upstream.pop(lease_id, {})
+        # Kept until the lease is over: one that was sent ahead may come back and be sent again.
+        upstream = self._upstream.get(lease_id, {})
         header: dict[str, Any] = {
             "kind": "invoke",
             "id": lease_id,

@@ -67,8 +67,8 @@ class RpcServer:
                 ("grpc.max_send_message_length", config.message_limit_bytes),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
-                # Callers ping every 30 s; more than two pings in a shorter time than this end a connection.
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                # Callers ping every 30 s; more than two pings each sooner than this after the last end a connection.
+                ("grpc.http2.min_ping_interval_without_data_ms", int(config.min_ping_interval_s * 1000)),
             ],
         )
         self._health = health_aio.HealthServicer()

@@ -135,6 +135,14 @@ def give_back_too_much(mebibytes: int) -> list[str]:
     return ["x" * MIB] * mebibytes
 
 
+def test_memory_of_async_tasks_is_counted_and_not_bounded(client: LatticeClient) -> None:
+    @task(cpu_mem=64)
+    async def hoard(mebibytes: int) -> int:
+        return len(bytearray(mebibytes * 2**20))
+
+    assert client.run_task(hoard, {"mebibytes": 300}) == {"result": 300 * MIB}
+
+
 @pytest.mark.parametrize("function", [allocate, allocate_in_numpy, give_back_too_much])
 def test_a_task_that_takes_far_more_memory_fails_alone(client: LatticeClient, room: Room, function: Any) -> None:
     workers = [node.worker_pid for node in client.nodes()]

@@ -58,6 +58,7 @@ class Stream:
     ) -> worker_pb2.Assignment:
         """Assign a call of `function`; `inputs` are values or payloads, `more` fields of the assignment."""
         inputs = {name: payload_pb2.Binding(payload=payload_of(v)) for name, v in more.pop("inputs", {}).items()}
+        inputs |= more.pop("bindings", {})
         assignment = worker_pb2.Assignment(
             lease_id=lease_id,
             slot=slot,

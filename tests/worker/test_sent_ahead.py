@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lattice.v1 import errors_pb2
+from lattice.v1 import errors_pb2, payload_pb2
 
 from tests.e2e.proxy import Gate
 from tests.worker.head import TIMEOUT_S, Pair, pair
@@ -145,5 +145,30 @@ def test_nothing_is_lost_while_leases_are_taken_back_from_a_busy_process(tmp_pat
             ends += report.WhichOneof("fact") in {"succeeded", "returned"}
         assert all(stream.of(f"l{number}").count("succeeded") <= 1 for number in range(600))
         assert all(stream.of(name)[-1] == "returned" for name in back)
+
+    play(scenario, tmp_path)
+
+
+def test_what_was_fed_before_it_came_back_still_has_its_inputs(gate: Gate, tmp_path: Path) -> None:
+    def wait_at(gate: str) -> str:
+        with open(gate, "rb", buffering=0) as file:
+            file.read(1)
+        return "through"
+
+    def echo(value: str) -> str:
+        return value
+
+    async def scenario(both: Pair) -> None:
+        stream = both.stream
+        stream.assign("source", lambda: "given")
+        stream.assign("long", wait_at, inputs={"gate": gate.path})
+        given = payload_pb2.Binding(output=payload_pb2.OutputRef(task_id="source", output="out"))
+        stream.assign("follower", echo, after_lease_id="source", bindings={"value": given})
+        stream.assign("other", lambda: "ran")
+        await stream.until("long", "started")
+        stream.say(revoke={"lease_ids": ["other"]})
+        assert (await stream.end("other")).HasField("returned")
+        gate.open(1)
+        assert await stream.value("follower") == "given"
 
     play(scenario, tmp_path)
