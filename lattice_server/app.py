@@ -21,7 +21,7 @@ from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator, Retention
-from lattice_server.engine.ports import Executor
+from lattice_server.engine.ports import Contact, Executor
 from lattice_server.engine.scheduler import Scheduler
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.store import ArtifactStore
@@ -69,6 +69,7 @@ class App:
         library = WorkflowLibrary(self._store)
         self._rpc = RpcServer(
             config,
+            str(self._store.directory / "head.sock"),
             WorkflowServicer(self._orchestrator, library, intake),
             TaskServicer(self._orchestrator, intake),
             ResultsServicer(self._orchestrator, self._store),
@@ -78,7 +79,6 @@ class App:
                 self._sessions,
                 self._orchestrator.inquiries,
                 intake,
-                self._join_token,
                 self._describe,
                 admission.check_possible,
             ),
@@ -95,7 +95,8 @@ class App:
             raise
         self.address = f"{self.config.host}:{port}"
         self._scheduler.start()
-        await self._executor.start(self.address, self._join_token, self._bus.post)
+        contact = Contact(self._rpc.local_target, self.address, self._join_token)
+        await self._executor.start(contact, self._bus.post)
         await self._rpc.set_serving(True)
 
     async def ready(self) -> None:

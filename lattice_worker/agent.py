@@ -72,7 +72,7 @@ class Agent:
         # A broken stream's generator may live on; what wakes this stream must not wake that one.
         self._wake = asyncio.Event()
         async with grpc.aio.insecure_channel(self._config.target, options=CHANNEL_OPTIONS) as channel:
-            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect(self._requests())
+            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect(self._requests(), metadata=self._credentials())
             try:
                 async for response in call:
                     if response.WhichOneof("message") == "close":
@@ -110,6 +110,10 @@ class Agent:
                 sent_at = loop.time()
                 yield worker_pb2.ConnectRequest(reports=worker_pb2.Reports(reports=pending))
 
+    def _credentials(self) -> tuple[tuple[str, str], ...]:
+        token = self._config.token
+        return (("authorization", f"Bearer {token}"),) if token else ()
+
     def _hello(self) -> worker_pb2.Hello:
         return worker_pb2.Hello(
             worker_id=self._config.worker_id,
@@ -124,7 +128,6 @@ class Agent:
             version=VERSION,
             held_lease_ids=self._session.held(),
             pid=os.getpid(),
-            join_token=self._config.join_token,
         )
 
     def _take(self, response: worker_pb2.ConnectResponse) -> None:

@@ -41,7 +41,7 @@ def main() -> None:
         worker_id=flags.worker_id,
         node_id=flags.node_id,
         store_directory=flags.store_dir,
-        join_token=os.environ.get("LATTICE_JOIN_TOKEN", ""),
+        token=os.environ.get("LATTICE_TOKEN", ""),
         num_cpus=flags.num_cpus,
         num_gpus=flags.num_gpus,
         memory_bytes=flags.memory_bytes,

@@ -12,7 +12,7 @@ class WorkerConfig:
     worker_id: str
     node_id: str
     store_directory: str
-    join_token: str = ""
+    token: str = ""
     num_cpus: float | None = None
     num_gpus: int | None = None
     memory_bytes: int | None = None

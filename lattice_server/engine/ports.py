@@ -1,9 +1,51 @@
 """Owns what the engine needs from outside, as protocols. Rule: the engine names no implementation."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from lattice_server.core.messages import SchedulerEvent
+from lattice_server.core.model import Capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """How workers reach the server: beside it by `local_target`, a socket that only the server's user may open; from
+    other machines by `target`, where they show `join_token`."""
+
+    local_target: str
+    target: str
+    join_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine somebody offers to the cluster, and the node it is to be."""
+
+    node_id: str
+    hostname: str
+    node_ip: str
+    capacity: Capacity
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class RayCluster:
+    """How a machine joins Ray: where the head listens, its token, and the resource its Ray node offers one of."""
+
+    address: str
+    token: str
+    resource: str
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """What a machine that joined has to do. `over` is given the name of a `CloseReason` when it is no longer needed:
+    DRAINED for good, SHUTDOWN when it should join again."""
+
+    ray: RayCluster | None
+    over: asyncio.Future[str]
 
 
 class Executor(Protocol):
@@ -11,11 +53,17 @@ class Executor(Protocol):
 
     name: str
 
-    async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
-        """Start workers that dial `target`; `post` is told when one is gone for certain."""
+    async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+        """Start workers that dial `contact`; `post` is told when one is gone for certain."""
 
     async def stop(self) -> None:
         """End every process this executor started, and only those."""
 
     def ray_address(self) -> str:
         """Return where Ray's head listens, `host:port`; empty without Ray."""
+
+    async def join(self, machine: Machine) -> Membership:
+        """Take in a machine; without Ray it has to serve its node itself. One that joined before is taken in anew."""
+
+    def leave(self, node_id: str) -> None:
+        """Note that a machine's stream ended; it may join again."""

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
+from lattice_server.engine.ports import Contact, Machine, Membership
 from lattice_server.executors.command import worker_command
 from lattice_server.executors.leftovers import MARK, end_leftovers
 
@@ -32,9 +33,9 @@ class LocalExecutor:
         self._is_stopping = False
         self._worker_id = ""
 
-    async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+    async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         """Start the worker, and again whenever it dies."""
-        self._keeper = asyncio.create_task(self._keep(target, join_token, post))
+        self._keeper = asyncio.create_task(self._keep(contact, post))
 
     async def stop(self) -> None:
         """End the worker."""
@@ -58,7 +59,14 @@ class LocalExecutor:
         """Return nothing: there is no Ray here."""
         return ""
 
-    async def _keep(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+    async def join(self, machine: Machine) -> Membership:
+        """Let the machine serve its node itself."""
+        return Membership(None, asyncio.get_running_loop().create_future())
+
+    def leave(self, node_id: str) -> None:
+        """Do nothing: the worker's own stream tells."""
+
+    async def _keep(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         backoff_s = 0.0
         while True:
             worker_id = self._worker_id = f"local-{uuid4().hex[:12]}"
@@ -66,14 +74,13 @@ class LocalExecutor:
             self._process = await asyncio.create_subprocess_exec(
                 *worker_command(
                     self._config,
-                    target=target,
+                    target=contact.local_target,
                     worker_id=worker_id,
                     node_id="local",
                     store_directory=self._store_directory,
                 ),
                 env={
                     **os.environ,
-                    "LATTICE_JOIN_TOKEN": join_token,
                     "LATTICE_PARENT_PID": str(os.getpid()),
                     MARK: worker_id,
                 },

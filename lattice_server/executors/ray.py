@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
+from lattice_server.engine.ports import Contact, Machine, Membership
 from lattice_server.executors.command import worker_command
 from lattice_server.executors.leftovers import MARK, end_leftovers
 
@@ -58,11 +59,11 @@ class RayExecutor:
         self._left = asyncio.Event()
         self._is_stopping = False
 
-    async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+    async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         """Start Ray, reserve, and start the worker, again whenever it dies."""
         bundle = await asyncio.to_thread(self._reserve)
         offered = replace(self._config, num_cpus=bundle["CPU"], num_gpus=int(bundle.get("GPU", 0)))
-        self._keeper = asyncio.create_task(self._keep(offered, target, join_token, post))
+        self._keeper = asyncio.create_task(self._keep(offered, contact, post))
 
     async def stop(self) -> None:
         """End the worker and the Ray this executor started."""
@@ -79,6 +80,13 @@ class RayExecutor:
     def ray_address(self) -> str:
         """Return where Ray's head listens."""
         return self._address
+
+    async def join(self, machine: Machine) -> Membership:
+        """Let the machine serve its node itself."""
+        return Membership(None, asyncio.get_running_loop().create_future())
+
+    def leave(self, node_id: str) -> None:
+        """Do nothing: the worker's own stream tells."""
 
     def _reserve(self) -> dict[str, float]:
         # Ray takes the loopback address for a mistake, puts one of this machine's network in its place, and then
@@ -107,8 +115,7 @@ class RayExecutor:
     async def _keep(
         self,
         config: ServerConfig,
-        target: str,
-        join_token: str,
+        contact: Contact,
         post: Callable[[Sequence[SchedulerEvent]], None],
     ) -> None:
         group = self._group
@@ -116,7 +123,11 @@ class RayExecutor:
         while True:
             worker_id = f"ray-{uuid4().hex[:12]}"
             command = worker_command(
-                config, target=target, worker_id=worker_id, node_id="ray-head", store_directory=self._store_directory
+                config,
+                target=contact.local_target,
+                worker_id=worker_id,
+                node_id="ray-head",
+                store_directory=self._store_directory,
             )
             host = (
                 ray.remote(WorkerHost)
@@ -128,7 +139,7 @@ class RayExecutor:
                 .remote()
             )
             self._left.clear()
-            reference = host.serve.remote(command, {"LATTICE_JOIN_TOKEN": join_token, MARK: worker_id})  # type: ignore[attr-defined]
+            reference = host.serve.remote(command, {MARK: worker_id})  # type: ignore[attr-defined]
             try:
                 status = await asyncio.wrap_future(reference.future())
                 reason = f"its process ended with status {status}"

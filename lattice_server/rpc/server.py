@@ -44,12 +44,14 @@ class RpcServer:
     def __init__(
         self,
         config: ServerConfig,
+        local_path: str,
         workflows: WorkflowServicer,
         tasks: TaskServicer,
         results: ResultsServicer,
         workers: WorkerServicer,
     ) -> None:
         self._config = config
+        self.local_target = f"unix:{local_path}"
         interceptors: list[Any] = [ErrorInterceptor()]
         # Without a provider spans go nowhere, and the interceptor would only cost every call a quarter of its time.
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
@@ -87,6 +89,8 @@ class RpcServer:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise PortInUseError(f"cannot listen on {address}: {error}") from None
+        # In a folder that is this user's alone.
+        self._server.add_insecure_port(self.local_target)
         await self._server.start()
         return port
 

@@ -3,7 +3,6 @@ its status, which grpcio may lose while the other side writes."""
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -41,7 +40,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         sessions: Sessions,
         inquiries: Inquiries,
         intake: Intake,
-        join_token: str,
         describe: Callable[[], Awaitable[worker_pb2.GetClusterResponse]],
         check_possible: Callable[[Sequence[TaskSpec]], None],
     ) -> None:
@@ -50,7 +48,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._sessions = sessions
         self._inquiries = inquiries
         self._intake = intake
-        self._join_token = join_token
         self._describe = describe
         self._check_possible = check_possible
 
@@ -94,9 +91,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if first.WhichOneof("message") != "hello" or not hello.worker_id or not hello.node_id:
             text = "the first message must be Hello with worker_id and node_id"
             return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_PROTOCOL_ERROR, message=text)
-        if not hmac.compare_digest(hello.join_token.encode(), self._join_token.encode()):
-            text = "the join token is not this server's"
-            return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=text)
         return None
 
     async def _read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:

@@ -14,9 +14,10 @@ from lattice_client import AsyncLatticeClient, RunEvent, task
 from lattice_server.app import App
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent
+from lattice_server.engine.ports import Contact
 from lattice_server.executors.command import worker_command
 from tests.e2e.proxy import Gate, Proxy
-from tests.server.apps import serving
+from tests.server.apps import NoWorkers, serving
 
 TIMEOUT_S = 60.0
 
@@ -37,7 +38,7 @@ def note(journal: str, name: str) -> str:
     return name
 
 
-class Apart:
+class Apart(NoWorkers):
     """An executor that keeps one worker of four CPUs behind a proxy. It never tells that a worker is gone."""
 
     name = "apart"
@@ -50,11 +51,11 @@ class Apart:
         self.proxy: Proxy | None = None
         self.process: asyncio.subprocess.Process | None = None
 
-    async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+    async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         """Start the proxy and the first worker."""
-        self.proxy = Proxy(target)
+        self.proxy = Proxy(contact.target)
         self._target = await self.proxy.start()
-        self._environment = {"LATTICE_JOIN_TOKEN": join_token, "LATTICE_PARENT_PID": str(os.getpid())}
+        self._environment = {"LATTICE_PARENT_PID": str(os.getpid())}
         await self.start_worker()
 
     async def start_worker(self) -> None:
@@ -82,10 +83,6 @@ class Apart:
             self.process.terminate()
             await self.process.wait()
         await self.proxy.stop()
-
-    def ray_address(self) -> str:
-        """Return nothing."""
-        return ""
 
 
 @pytest.fixture

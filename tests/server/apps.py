@@ -10,7 +10,7 @@ from unittest import mock
 from lattice_server.app import App
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent
-from lattice_server.engine.ports import Executor
+from lattice_server.engine.ports import Contact, Executor, Machine, Membership
 
 START_S = 60.0
 
@@ -20,7 +20,7 @@ class NoWorkers:
 
     name = "none"
 
-    async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+    async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         """Start nothing."""
 
     async def stop(self) -> None:
@@ -29,6 +29,13 @@ class NoWorkers:
     def ray_address(self) -> str:
         """Return nothing."""
         return ""
+
+    async def join(self, machine: Machine) -> Membership:
+        """Let the machine serve its node itself."""
+        return Membership(None, asyncio.get_running_loop().create_future())
+
+    def leave(self, node_id: str) -> None:
+        """Do nothing."""
 
 
 def build(executor: Executor | None = None, **settings: Any) -> App:

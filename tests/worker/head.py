@@ -24,7 +24,8 @@ TIMEOUT_S = 60.0
 class Stream:
     """One stream of the worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: str = "") -> None:
+        self.credentials = credentials
         self.requests: asyncio.Queue[worker_pb2.ConnectRequest] = asyncio.Queue()
         self.responses: asyncio.Queue[worker_pb2.ConnectResponse | None] = asyncio.Queue()
         self.is_over = asyncio.Event()
@@ -127,7 +128,7 @@ class Head(worker_pb2_grpc.WorkerServiceServicer):
         self, request_iterator: AsyncIterator[worker_pb2.ConnectRequest], context: Any
     ) -> AsyncIterator[worker_pb2.ConnectResponse]:
         """Hold one stream."""
-        stream = Stream()
+        stream = Stream(str(dict(context.invocation_metadata()).get("authorization", "")))
 
         async def read() -> None:
             async for request in request_iterator:
@@ -167,7 +168,7 @@ async def pair(folder: Path, *flags: str) -> AsyncIterator[Pair]:
     await server.start()
     command = [sys.executable, "-m", "lattice_worker", "--addr", f"127.0.0.1:{port}", "--worker-id", "w"]
     command += ["--node-id", "n", "--store-dir", str(folder), "--num-cpus", "2", "--num-gpus", "0", *flags]
-    environment = {**os.environ, "LATTICE_JOIN_TOKEN": "secret"}
+    environment = {**os.environ, "LATTICE_TOKEN": "secret"}
     process = await asyncio.create_subprocess_exec(*command, env=environment)
     try:
         async with asyncio.timeout(TIMEOUT_S):

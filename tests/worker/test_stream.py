@@ -46,7 +46,7 @@ def test_a_worker_introduces_itself(tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         hello = both.hello
         assert (hello.worker_id, hello.node_id, hello.session_id) == ("w", "n", "")
-        assert (hello.join_token, hello.pid) == ("secret", both.process.pid)
+        assert (both.stream.credentials, hello.pid) == ("Bearer secret", both.process.pid)
         assert (hello.capacity.cpu, list(hello.capacity.gpus), list(hello.held_lease_ids)) == (2, [], [])
 
     play(scenario, tmp_path)

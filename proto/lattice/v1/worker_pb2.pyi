@@ -104,6 +104,7 @@ class ConnectRequest(google.protobuf.message.Message):
     HEARTBEAT_FIELD_NUMBER: builtins.int
     REPORTS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    JOIN_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello:
         """The first message of every stream."""
@@ -118,7 +119,11 @@ class ConnectRequest(google.protobuf.message.Message):
 
     @property
     def draining(self) -> Global___Draining:
-        """The worker wants to leave: it finishes what it holds and takes nothing new."""
+        """The worker or the machine wants to leave: it finishes what it holds and takes nothing new."""
+
+    @property
+    def join(self) -> Global___Join:
+        """Offers a machine; the first message of a stream, instead of `Hello`."""
 
     def __init__(
         self,
@@ -127,10 +132,11 @@ class ConnectRequest(google.protobuf.message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         reports: Global___Reports | None = ...,
         draining: Global___Draining | None = ...,
+        join: Global___Join | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "reports", b"reports"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "reports", b"reports"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "heartbeat", "reports", "draining"] | None: ...
+    def HasField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "message", b"message", "reports", b"reports"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "message", b"message", "reports", b"reports"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "heartbeat", "reports", "draining", "join"] | None: ...
 
 Global___ConnectRequest: typing_extensions.TypeAlias = ConnectRequest
 
@@ -150,6 +156,7 @@ class ConnectResponse(google.protobuf.message.Message):
     DRAIN_FIELD_NUMBER: builtins.int
     CLOSE_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
+    JOINED_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___Welcome:
         """Answers `Hello`."""
@@ -180,7 +187,7 @@ class ConnectResponse(google.protobuf.message.Message):
 
     @property
     def drain(self) -> Global___Drain:
-        """Finish what is held, then hang up."""
+        """Nothing more will come; finish what is held."""
 
     @property
     def close(self) -> Global___Close:
@@ -189,6 +196,10 @@ class ConnectResponse(google.protobuf.message.Message):
     @property
     def heartbeat(self) -> Global___Heartbeat:
         """Sign of life."""
+
+    @property
+    def joined(self) -> Global___Joined:
+        """Answers `Join`."""
 
     def __init__(
         self,
@@ -203,12 +214,131 @@ class ConnectResponse(google.protobuf.message.Message):
         drain: Global___Drain | None = ...,
         close: Global___Close | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        joined: Global___Joined | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ack", b"ack", "assignments", b"assignments", "close", b"close", "drain", b"drain", "drop_artifacts", b"drop_artifacts", "heartbeat", b"heartbeat", "message", b"message", "revoke", b"revoke", "send_artifact", b"send_artifact", "stop", b"stop", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assignments", b"assignments", "close", b"close", "drain", b"drain", "drop_artifacts", b"drop_artifacts", "heartbeat", b"heartbeat", "message", b"message", "revoke", b"revoke", "send_artifact", b"send_artifact", "stop", b"stop", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["welcome", "assignments", "stop", "revoke", "ack", "drop_artifacts", "send_artifact", "drain", "close", "heartbeat"] | None: ...
+    def HasField(self, field_name: typing.Literal["ack", b"ack", "assignments", b"assignments", "close", b"close", "drain", b"drain", "drop_artifacts", b"drop_artifacts", "heartbeat", b"heartbeat", "joined", b"joined", "message", b"message", "revoke", b"revoke", "send_artifact", b"send_artifact", "stop", b"stop", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assignments", b"assignments", "close", b"close", "drain", b"drain", "drop_artifacts", b"drop_artifacts", "heartbeat", b"heartbeat", "joined", b"joined", "message", b"message", "revoke", b"revoke", "send_artifact", b"send_artifact", "stop", b"stop", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["welcome", "assignments", "stop", "revoke", "ack", "drop_artifacts", "send_artifact", "drain", "close", "heartbeat", "joined"] | None: ...
 
 Global___ConnectResponse: typing_extensions.TypeAlias = ConnectResponse
+
+@typing.final
+class Join(google.protobuf.message.Message):
+    """Offers a machine to the cluster."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    HOSTNAME_FIELD_NUMBER: builtins.int
+    NODE_IP_FIELD_NUMBER: builtins.int
+    CAPACITY_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    """The node the machine is to be; unique in the cluster."""
+    hostname: builtins.str
+    """Its host name."""
+    node_ip: builtins.str
+    """Its address, as other nodes see it."""
+    version: builtins.str
+    """Version of the machine's software."""
+    @property
+    def capacity(self) -> lattice.v1.resources_pb2.Capacity:
+        """What it offers."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Labels of the node."""
+
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        hostname: builtins.str = ...,
+        node_ip: builtins.str = ...,
+        capacity: lattice.v1.resources_pb2.Capacity | None = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        version: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["capacity", b"capacity"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "hostname", b"hostname", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "version", b"version"]) -> None: ...
+
+Global___Join: typing_extensions.TypeAlias = Join
+
+@typing.final
+class Joined(google.protobuf.message.Message):
+    """Takes a machine into the cluster."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RAY_FIELD_NUMBER: builtins.int
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: builtins.int
+    SILENCE_LIMIT_FIELD_NUMBER: builtins.int
+    @property
+    def ray(self) -> Global___RayCluster:
+        """The Ray cluster to start a node of; unset when the machine is to serve its node itself."""
+
+    @property
+    def heartbeat_interval(self) -> google.protobuf.duration_pb2.Duration:
+        """How often either side sends a heartbeat."""
+
+    @property
+    def silence_limit(self) -> google.protobuf.duration_pb2.Duration:
+        """How long either side may be silent before the stream counts as broken."""
+
+    def __init__(
+        self,
+        *,
+        ray: Global___RayCluster | None = ...,
+        heartbeat_interval: google.protobuf.duration_pb2.Duration | None = ...,
+        silence_limit: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "ray", b"ray", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "ray", b"ray", "silence_limit", b"silence_limit"]) -> None: ...
+
+Global___Joined: typing_extensions.TypeAlias = Joined
+
+@typing.final
+class RayCluster(google.protobuf.message.Message):
+    """How to join a Ray cluster."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: builtins.int
+    TOKEN_FIELD_NUMBER: builtins.int
+    RESOURCE_FIELD_NUMBER: builtins.int
+    address: builtins.str
+    """Where its head listens, `host:port`."""
+    token: builtins.str
+    """What Ray's own authentication asks for."""
+    resource: builtins.str
+    """The custom resource the Ray node must offer one of, so that its worker is placed there."""
+    def __init__(
+        self,
+        *,
+        address: builtins.str = ...,
+        token: builtins.str = ...,
+        resource: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "resource", b"resource", "token", b"token"]) -> None: ...
+
+Global___RayCluster: typing_extensions.TypeAlias = RayCluster
 
 @typing.final
 class Hello(google.protobuf.message.Message):
@@ -245,7 +375,6 @@ class Hello(google.protobuf.message.Message):
     HELD_LEASE_IDS_FIELD_NUMBER: builtins.int
     PID_FIELD_NUMBER: builtins.int
     ENTRYPOINTS_FIELD_NUMBER: builtins.int
-    JOIN_TOKEN_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Names the worker; stable over its reconnects, unique among workers."""
     session_id: builtins.str
@@ -262,8 +391,6 @@ class Hello(google.protobuf.message.Message):
     """Version of the worker's software."""
     pid: builtins.int
     """The operating system's id of the worker process."""
-    join_token: builtins.str
-    """The secret the server gave to whoever started this worker."""
     @property
     def capacity(self) -> lattice.v1.resources_pb2.Capacity:
         """What the node offers."""
@@ -282,7 +409,7 @@ class Hello(google.protobuf.message.Message):
 
     @property
     def entrypoints(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Entry points the worker has of its own, for workers in other languages."""
+        """Entry points the worker has of its own, for workers in other languages. A worker that names any runs those only."""
 
     def __init__(
         self,
@@ -300,10 +427,9 @@ class Hello(google.protobuf.message.Message):
         held_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         pid: builtins.int = ...,
         entrypoints: collections.abc.Iterable[builtins.str] | None = ...,
-        join_token: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "join_token", b"join_token", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "runtime", b"runtime", "session_id", b"session_id", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "runtime", b"runtime", "session_id", b"session_id", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -320,6 +446,8 @@ class Welcome(google.protobuf.message.Message):
     DROP_LEASE_IDS_FIELD_NUMBER: builtins.int
     INLINE_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     LOG_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    SILENCE_LIMIT_FIELD_NUMBER: builtins.int
+    SERVER_ID_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
@@ -328,6 +456,8 @@ class Welcome(google.protobuf.message.Message):
     """Values longer than this are kept as artifacts, in bytes."""
     log_limit_bytes: builtins.int
     """Output beyond this is cut, in bytes for each attempt."""
+    server_id: builtins.str
+    """Names this life of the server. Artifacts that were kept for another one are of no use any more."""
     @property
     def heartbeat_interval(self) -> google.protobuf.duration_pb2.Duration:
         """How often either side sends a heartbeat."""
@@ -340,6 +470,10 @@ class Welcome(google.protobuf.message.Message):
     def drop_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Leases the worker holds and the server does not know: end them, report nothing."""
 
+    @property
+    def silence_limit(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the server may be silent before the stream counts as broken; it takes a silent worker for gone as early."""
+
     def __init__(
         self,
         *,
@@ -350,9 +484,11 @@ class Welcome(google.protobuf.message.Message):
         drop_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         inline_limit_bytes: builtins.int = ...,
         log_limit_bytes: builtins.int = ...,
+        silence_limit: google.protobuf.duration_pb2.Duration | None = ...,
+        server_id: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "resumed", b"resumed", "session_id", b"session_id", "session_ttl", b"session_ttl"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 
@@ -363,6 +499,11 @@ class Heartbeat(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HELD_LEASE_IDS_FIELD_NUMBER: builtins.int
+    ASSIGNMENT_SEQUENCE_FIELD_NUMBER: builtins.int
+    assignment_sequence: builtins.int
+    """From the worker: the number of the last assignment it received in this session. Of leases assigned up to it, those
+    not held are lost; later ones are still on their way.
+    """
     @property
     def held_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """From the worker: all leases it holds, started or not. From the server: empty."""
@@ -371,8 +512,9 @@ class Heartbeat(google.protobuf.message.Message):
         self,
         *,
         held_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        assignment_sequence: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["held_lease_ids", b"held_lease_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids"]) -> None: ...
 
 Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
 
@@ -443,6 +585,7 @@ class Assignment(google.protobuf.message.Message):
     TRACE_CONTEXT_FIELD_NUMBER: builtins.int
     AFTER_LEASE_ID_FIELD_NUMBER: builtins.int
     SPLIT_OUTPUTS_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease in reports; the fence."""
     slot: builtins.int
@@ -457,6 +600,8 @@ class Assignment(google.protobuf.message.Message):
     """Set when the attempt needs another lease of this slot to succeed first: bindings that name an output then mean
     that lease's. When it fails, is given back, or is not held, this lease is given back too.
     """
+    sequence: builtins.int
+    """The assignment's number in its session, rising from 1."""
     @property
     def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Attempt]:
         """The attempts; more than one only when `batched`."""
@@ -501,9 +646,10 @@ class Assignment(google.protobuf.message.Message):
         trace_context: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         after_lease_id: builtins.str = ...,
         split_outputs: collections.abc.Iterable[builtins.str] | None = ...,
+        sequence: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["resources", b"resources", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "slot", b"slot", "split_outputs", b"split_outputs", "timeout", b"timeout", "trace_context", b"trace_context"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "timeout", b"timeout", "trace_context", b"trace_context"]) -> None: ...
 
 Global___Assignment: typing_extensions.TypeAlias = Assignment
 
@@ -951,14 +1097,14 @@ Global___SendArtifact: typing_extensions.TypeAlias = SendArtifact
 
 @typing.final
 class Drain(google.protobuf.message.Message):
-    """Finish what is held, then hang up."""
+    """Nothing more will come. The server closes the stream with DRAINED once the worker holds nothing."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DEADLINE_FIELD_NUMBER: builtins.int
     @property
     def deadline(self) -> google.protobuf.duration_pb2.Duration:
-        """Attempts that still run after this are given up; unset means they may finish."""
+        """Attempts that still run after this are moved; unset means they may finish."""
 
     def __init__(
         self,
@@ -972,13 +1118,22 @@ Global___Drain: typing_extensions.TypeAlias = Drain
 
 @typing.final
 class Draining(google.protobuf.message.Message):
-    """The worker wants to leave."""
+    """The worker or the machine wants to leave. The server closes the stream with DRAINED once nothing runs there."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    DEADLINE_FIELD_NUMBER: builtins.int
+    @property
+    def deadline(self) -> google.protobuf.duration_pb2.Duration:
+        """Attempts that still run after this are moved; unset means they may finish."""
+
     def __init__(
         self,
+        *,
+        deadline: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
+    def HasField(self, field_name: typing.Literal["deadline", b"deadline"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["deadline", b"deadline"]) -> None: ...
 
 Global___Draining: typing_extensions.TypeAlias = Draining
 

@@ -1,7 +1,7 @@
 """The workers' stream as the head serves it: who is let in, what is repeated, what is fenced off."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,22 +20,11 @@ from lattice.v1 import (
     workflow_pb2_grpc,
 )
 
-from lattice_server.core.messages import SchedulerEvent
 from tests.server.apps import NoWorkers, serving
 from tests.server.rpc.callers import graph, task
 
 TIMEOUT_S = 60.0
 Report = worker_pb2.Report
-
-
-class Doors(NoWorkers):
-    """An executor that starts nothing and keeps the secret for the test's own workers."""
-
-    join_token = ""
-
-    async def start(self, target: str, join_token: str, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
-        """Keep the secret."""
-        self.join_token = join_token
 
 
 class Hand:
@@ -73,8 +62,8 @@ class Hand:
 class Scene:
     """A head without workers of its own, and a channel to it."""
 
-    def __init__(self, doors: Doors, channel: grpc.aio.Channel) -> None:
-        self.doors, self.channel = doors, channel
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
         self.workflows = workflow_pb2_grpc.WorkflowServiceStub(channel)
         self.results = results_pb2_grpc.ResultsServiceStub(channel)
         self.workers = worker_pb2_grpc.WorkerServiceStub(channel)
@@ -82,7 +71,7 @@ class Scene:
     def hello(self, **more: Any) -> worker_pb2.Hello:
         """Return the greeting of a worker of one CPU."""
         capacity = resources_pb2.Capacity(cpu=1, slots=1)
-        known = {"worker_id": "w", "node_id": "n", "capacity": capacity, "join_token": self.doors.join_token}
+        known = {"worker_id": "w", "node_id": "n", "capacity": capacity}
         return worker_pb2.Hello(**known | {"isolations": [resources_pb2.ISOLATION_NONE]} | more)
 
     async def hand(self, **hello: Any) -> tuple[Hand, worker_pb2.Welcome]:
@@ -116,17 +105,17 @@ class Scene:
 
 
 @asynccontextmanager
-async def on_stage(doors: Doors, **settings: Any) -> AsyncIterator[Scene]:
+async def on_stage(**settings: Any) -> AsyncIterator[Scene]:
     """A head while the block runs."""
-    async with serving(doors, **settings) as app, grpc.aio.insecure_channel(app.address) as channel:
-        yield Scene(doors, channel)
+    async with serving(NoWorkers(), **settings) as app, grpc.aio.insecure_channel(app.address) as channel:
+        yield Scene(channel)
 
 
 def play(scenario: Callable[[Scene], Coroutine[Any, Any, None]], **settings: Any) -> None:
     """Play a scenario with a head."""
 
     async def run() -> None:
-        async with asyncio.timeout(TIMEOUT_S), on_stage(Doors(), **settings) as head:
+        async with asyncio.timeout(TIMEOUT_S), on_stage(**settings) as head:
             await scenario(head)
 
     asyncio.run(run())
@@ -139,8 +128,6 @@ def succeeded() -> worker_pb2.AttemptSucceeded:
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ({"hello": {"worker_id": "w", "node_id": "n", "join_token": "guess"}}, "UNAUTHENTICATED"),
-        ({"hello": {"worker_id": "w", "node_id": "n"}}, "UNAUTHENTICATED"),
         ({"hello": {"node_id": "n"}}, "PROTOCOL_ERROR"),
         ({"hello": {"worker_id": "w"}}, "PROTOCOL_ERROR"),
         ({"heartbeat": {}}, "PROTOCOL_ERROR"),
@@ -334,7 +321,7 @@ def test_a_worker_that_wants_to_leave_is_let_go() -> None:
 def test_workers_are_told_that_the_head_stops() -> None:
     hands: list[Hand] = []
 
-    class Last(Doors):
+    class Last(NoWorkers):
         async def stop(self) -> None:
             assert (await hands[0].hear("close")).reason == worker_pb2.CLOSE_REASON_SHUTDOWN
             hands[0].hang_up()
@@ -344,7 +331,7 @@ def test_workers_are_told_that_the_head_stops() -> None:
         async with asyncio.timeout(TIMEOUT_S), serving(doors) as app:
             # Open beyond the server's end: the worker still reads the last word.
             channel = grpc.aio.insecure_channel(app.address)
-            hand, _ = await Scene(doors, channel).hand()
+            hand, _ = await Scene(channel).hand()
             hands.append(hand)
         await channel.close()
 
