@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
 
 import uvloop
 
@@ -16,6 +18,8 @@ from lattice_worker.agent import Agent
 from lattice_worker.config import WorkerConfig
 
 PR_SET_PDEATHSIG = 1
+HEAD_STORE = "head"
+SHARED_MEMORY = "/dev/shm"
 
 
 def main() -> None:
@@ -24,7 +28,7 @@ def main() -> None:
     parser.add_argument("--addr", required=True, help="the server, host:port")
     parser.add_argument("--worker-id", required=True)
     parser.add_argument("--node-id", required=True)
-    parser.add_argument("--store-dir", required=True, help="where large values lie")
+    parser.add_argument("--store-dir", help="the server's own store of large values; without it the worker has its own")
     parser.add_argument("--num-cpus", type=float)
     parser.add_argument("--num-gpus", type=int)
     parser.add_argument("--memory-bytes", type=int)
@@ -36,11 +40,17 @@ def main() -> None:
     _die_with(os.environ.get("LATTICE_PARENT_PID"))
     # What a task's process leaves behind when it dies comes here, to be ended; see `Pool.sweep`.
     host.adopt_orphans()
-    config = WorkerConfig(
+    with store(flags.store_dir) as directory:
+        uvloop.run(_run(_config(flags, directory)))
+
+
+def _config(flags: argparse.Namespace, directory: str) -> WorkerConfig:
+    return WorkerConfig(
         target=flags.addr,
         worker_id=flags.worker_id,
         node_id=flags.node_id,
-        store_directory=flags.store_dir,
+        store_directory=directory,
+        store_name=HEAD_STORE if flags.store_dir else flags.node_id,
         token=os.environ.get("LATTICE_TOKEN", ""),
         num_cpus=flags.num_cpus,
         num_gpus=flags.num_gpus,
@@ -49,7 +59,20 @@ def main() -> None:
         labels=dict(label.split("=", 1) for label in flags.label),
         exit_on_close=flags.exit_on_close,
     )
-    uvloop.run(_run(config))
+
+
+@contextlib.contextmanager
+def store(directory: str | None) -> Iterator[str]:
+    """A directory for large values: the given one, or a new one in memory that goes with the worker."""
+    if directory is not None:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(
+        prefix="lattice-worker-",
+        dir=SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None,
+        ignore_cleanup_errors=True,
+    ) as made:
+        yield made
 
 
 async def _run(config: WorkerConfig) -> None:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """The flags of one worker. Unset capacities are measured."""
+    """The flags of one worker. Unset capacities are measured. `store_name` is whose store of large values it uses:
+    `head`, or its own node's."""
 
     target: str
     worker_id: str
     node_id: str
     store_directory: str
+    store_name: str = "head"
     token: str = ""
     num_cpus: float | None = None
     num_gpus: int | None = None
