@@ -25,6 +25,7 @@ from lattice_server.engine.ports import Contact, Executor
 from lattice_server.engine.scheduler import Scheduler
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.store import ArtifactStore
+from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc.convert import timestamp
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.results import ResultsServicer
@@ -61,27 +62,34 @@ class App:
             Retention(config.retained_runs, config.retained_tasks, config.retained_artifact_bytes),
             admission,
         )
-        machine = Dispatch(secrets.token_hex(4), config.session_ttl_s, config.limits)
+        epoch = secrets.token_hex(4)
+        transfers = Transfers(self._store, self._sessions)
+        self._store.on_drop = self._sessions.drop_artifact
+        self._watching: asyncio.Task[None] | None = None
+        machine = Dispatch(epoch, config.session_ttl_s, config.limits)
         self._scheduler = Scheduler(machine, self._bus)
         self._executor = _executor(config, self._store)
         self._join_token = secrets.token_urlsafe(32)
         intake = Intake(config.inline_limit_bytes, config.batch_rules)
         library = WorkflowLibrary(self._store)
+        self._workers = WorkerServicer(
+            config,
+            self._bus,
+            self._sessions,
+            self._orchestrator.inquiries,
+            intake,
+            transfers,
+            epoch,
+            self._describe,
+            admission.check_possible,
+        )
         self._rpc = RpcServer(
             config,
             str(self._store.directory / "head.sock"),
             WorkflowServicer(self._orchestrator, library, intake),
             TaskServicer(self._orchestrator, intake),
-            ResultsServicer(self._orchestrator, self._store),
-            WorkerServicer(
-                config,
-                self._bus,
-                self._sessions,
-                self._orchestrator.inquiries,
-                intake,
-                self._describe,
-                admission.check_possible,
-            ),
+            ResultsServicer(self._orchestrator, self._store, transfers),
+            self._workers,
         )
 
     async def start(self) -> None:
@@ -95,6 +103,9 @@ class App:
             raise
         self.address = f"{self.config.host}:{port}"
         self._scheduler.start()
+        config = self.config
+        watching = self._sessions.watch(config.heartbeat_interval_s, config.silence_limit_s, self._workers.detached)
+        self._watching = asyncio.create_task(watching)
         contact = Contact(self._rpc.local_target, self.address, self._join_token)
         await self._executor.start(contact, self._bus.post)
         await self._rpc.set_serving(True)
@@ -114,6 +125,8 @@ class App:
         self._sessions.close_all()
         await self._executor.stop()
         await self._rpc.stop(self.config.stop_grace_s)
+        if self._watching is not None:
+            self._watching.cancel()
         await asyncio.to_thread(self._scheduler.stop)
         self._store.close()
 

@@ -8,7 +8,10 @@ from lattice_server.core.batching import BatchRule
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What `lattice start --head` was asked for. Sizes in bytes, times in seconds."""
+    """What `lattice start --head` was asked for. Sizes in bytes, times in seconds.
+
+    A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere.
+    """
 
     host: str = "127.0.0.1"
     port: int = 50051
@@ -19,8 +22,7 @@ class ServerConfig:
     gpu_memory_bytes: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     ray_address: str = ""
-    session_ttl_s: float = 30.0
-    heartbeat_interval_s: float = 5.0
+    session_ttl_s: float = 3.0
     inline_limit_bytes: int = 256 * 1024
     log_limit_bytes: int = 1024 * 1024
     min_ping_interval_s: float = 10.0
@@ -35,3 +37,13 @@ class ServerConfig:
     limits: Mapping[str, int] = field(default_factory=dict)
     batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0
+
+    @property
+    def heartbeat_interval_s(self) -> float:
+        """How often workers and the server give signs of life."""
+        return self.session_ttl_s / 6
+
+    @property
+    def silence_limit_s(self) -> float:
+        """How long a stream may be silent before it counts as broken; the rest of the time is for coming back."""
+        return self.session_ttl_s * 2 / 3

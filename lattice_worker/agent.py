@@ -1,38 +1,44 @@
 """Owns the worker's stream: dials, says hello, holds the session, comes back after a break.
 
-Rule: `Close` is the truth about why a stream ended; a stream that ends without it is dialled again.
+Rule: `Close` is the truth about why a stream ended; a stream that ends without it, or falls silent, is dialled again.
 """
 
 import asyncio
-import contextlib
 import logging
+import math
 import os
 import random
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
-from lattice.v1 import resources_pb2, worker_pb2, worker_pb2_grpc
+from google.protobuf.duration_pb2 import Duration
+from lattice.v1 import resources_pb2, results_pb2_grpc, worker_pb2, worker_pb2_grpc
 
-from lattice_worker import host
+from lattice_worker import convert, host
 from lattice_worker.attempts import Attempts
-from lattice_worker.config import WorkerConfig
-from lattice_worker.convert import Outputs
+from lattice_worker.config import HEAD_STORE, WorkerConfig
+from lattice_worker.leasing import Leasing
+from lattice_worker.materials import Materials
 from lattice_worker.pool import Pool
-from lattice_worker.session import Session
 
 log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
 MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
-MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
+CHUNK_BYTES = 1024 * 1024
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 COALESCE_S = 0.001
+DIAL_S = 10.0  # How long a server may take to say anything at all.
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # This module dials again by itself, soon; the channel's own pauses between tries grow to minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
 ]
 
 
@@ -43,15 +49,26 @@ class Agent:
         self._config = config
         self._capacity = host.capacity(config)
         self._pool = Pool(spare=max(1, int(self._capacity.cpu)) * 2)
-        self._session: Session[worker_pb2.Assignment, worker_pb2.Report] = Session()
-        self._attempts = Attempts(self._pool, config.store_directory, config.node_id, self._emit, self._ended)
+        self._materials = Materials(config.store_directory, config.store_name, lambda: self._results)
+        self._attempts = Attempts(self._pool, self._materials, self._emit, self._ended)
+        self._leasing: Leasing[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs] = Leasing(
+            self._attempts, self._say, convert.returned
+        )
         self._pending: list[worker_pb2.Report] = []
         self._wake = asyncio.Event()
         self._heartbeat_s = 5.0
+        self._silence_limit_s = DIAL_S
+        self._heard_at = 0.0
+        self._beat_is_due = False
         self._is_welcome = False
+        self._server_id = ""
+        self._leaving: worker_pb2.Draining | None = None
+        self._results: results_pb2_grpc.ResultsServiceAsyncStub | None = None
+        self._uploads: set[asyncio.Task[None]] = set()
+        self.refusal = ""
 
     async def run(self) -> None:
-        """Serve until the server closes the session for good."""
+        """Serve until the server closes the session for good; `refusal` says why if it would not have the worker."""
         (Path(self._config.store_directory) / "spares").mkdir(parents=True, exist_ok=True)
         warming = asyncio.create_task(self._pool.warm(max(1, int(self._capacity.cpu))))
         backoff_s = MIN_BACKOFF_S
@@ -66,49 +83,88 @@ class Agent:
             warming.cancel()
             self._pool.close()
 
+    def leave(self, deadline_s: float) -> None:
+        """Ask the server for no more work, and for the end once what is held is over or moved after `deadline_s`."""
+        self._leaving = worker_pb2.Draining(deadline=Duration(nanos=int(deadline_s % 1 * 1e9), seconds=int(deadline_s)))
+        self._wake.set()
+
     async def _serve_stream(self) -> bool:
         """Hold one stream; return whether the worker is to end."""
         self._is_welcome = False
+        self._silence_limit_s, self._heard_at = DIAL_S, asyncio.get_running_loop().time()
         # A broken stream's generator may live on; what wakes this stream must not wake that one.
         self._wake = asyncio.Event()
         async with grpc.aio.insecure_channel(self._config.target, options=CHANNEL_OPTIONS) as channel:
-            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect(self._requests(), metadata=self._credentials())
+            self._results = results_pb2_grpc.ResultsServiceStub(channel)
+            workers = worker_pb2_grpc.WorkerServiceStub(channel)
+            call = workers.Connect(self._requests(), metadata=self._credentials())
+            beating = asyncio.create_task(self._beat(call))
             try:
                 async for response in call:
+                    self._heard_at = asyncio.get_running_loop().time()
                     if response.WhichOneof("message") == "close":
                         return self._closed(response.close)
-                    self._take(response)
+                    if response.WhichOneof("message") == "send_artifact":
+                        self._upload(workers, response.send_artifact)
+                    else:
+                        self._take(response)
             except grpc.aio.AioRpcError as error:
                 log.info("the stream broke: %s", error.details())
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                log.info("nothing was heard for %.1f s", self._silence_limit_s)
+            finally:
+                beating.cancel()
+                self._results = None
         return False
 
+    async def _beat(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
+        """Give signs of life, and break a stream that gives none."""
+        loop = asyncio.get_running_loop()
+        while loop.time() - self._heard_at <= self._silence_limit_s:
+            # Signs of life are for when nothing else happens: nothing could wake this.
+            await asyncio.sleep(self._heartbeat_s)
+            self._beat_is_due = True
+            self._wake.set()
+        call.cancel()
+
     def _closed(self, close: worker_pb2.Close) -> bool:
-        reason = worker_pb2.CloseReason.Name(close.reason)
+        reason = worker_pb2.CloseReason.Name(close.reason).removeprefix("CLOSE_REASON_")
         log.info("the server closed the stream: %s: %s", reason, close.message)
-        if close.reason != worker_pb2.CLOSE_REASON_SHUTDOWN:
-            return True
-        return self._config.exit_on_close
+        if close.reason == worker_pb2.CLOSE_REASON_SHUTDOWN:
+            return self._config.exit_on_close
+        if close.reason != worker_pb2.CLOSE_REASON_DRAINED:
+            self.refusal = f"{reason}: {close.message}"
+        return True
 
     async def _requests(self) -> AsyncIterator[worker_pb2.ConnectRequest]:
         yield worker_pb2.ConnectRequest(hello=self._hello())
         loop = asyncio.get_running_loop()
         sent_at = 0.0
         wake = self._wake
+        has_said_leaving = False
         while wake is self._wake:
-            try:
-                async with asyncio.timeout(self._heartbeat_s):
-                    await wake.wait()
-            except TimeoutError:
-                heartbeat = worker_pb2.Heartbeat(held_lease_ids=self._session.held())
-                yield worker_pb2.ConnectRequest(heartbeat=heartbeat)
+            await wake.wait()
             wake.clear()
-            if self._is_welcome and self._pending:
+            if not self._is_welcome:
+                continue
+            if self._pending:
                 if (wait_s := sent_at + COALESCE_S - loop.time()) > 0:
                     # A message costs both sides more than the reports in it: what comes in quick succession shares one.
                     await asyncio.sleep(wait_s)
                 pending, self._pending = self._pending, []
                 sent_at = loop.time()
                 yield worker_pb2.ConnectRequest(reports=worker_pb2.Reports(reports=pending))
+            if self._beat_is_due:
+                self._beat_is_due = False
+                held, received = self._leasing.session.held(), self._leasing.received
+                heartbeat = worker_pb2.Heartbeat(held_lease_ids=held, assignment_sequence=received)
+                yield worker_pb2.ConnectRequest(heartbeat=heartbeat)
+            if self._leaving is not None and not has_said_leaving:
+                has_said_leaving = True
+                yield worker_pb2.ConnectRequest(draining=self._leaving)
 
     def _credentials(self) -> tuple[tuple[str, str], ...]:
         token = self._config.token
@@ -117,16 +173,16 @@ class Agent:
     def _hello(self) -> worker_pb2.Hello:
         return worker_pb2.Hello(
             worker_id=self._config.worker_id,
-            session_id=self._session.session_id,
+            session_id=self._leasing.session.session_id,
             node_id=self._config.node_id,
             hostname=socket.gethostname(),
-            node_ip="127.0.0.1",
+            node_ip=host.address_towards(self._config.target),
             capacity=self._capacity,
             labels=self._config.labels,
             isolations=[resources_pb2.ISOLATION_NONE],
             runtime=host.runtime(),
             version=VERSION,
-            held_lease_ids=self._session.held(),
+            held_lease_ids=self._leasing.session.held(),
             pid=os.getpid(),
         )
 
@@ -136,97 +192,79 @@ class Agent:
                 work = response.assignments
                 self._attempts.learn(list(work.functions), list(work.bundles))
                 for assignment in work.assignments:
-                    self._assign(assignment)
+                    named = (assignment.lease_id, assignment.slot, assignment.after_lease_id, assignment.sequence)
+                    self._leasing.assign(*named, assignment)
             case "ack":
-                self._session.acknowledge(response.ack.sequence)
+                self._leasing.session.acknowledge(response.ack.sequence)
             case "revoke":
                 for lease_id in response.revoke.lease_ids:
-                    self._revoke(lease_id)
+                    self._leasing.revoke(lease_id)
             case "stop":
                 for lease_id in response.stop.lease_ids:
-                    self._stop(lease_id)
+                    self._leasing.stop(lease_id)
             case "drop_artifacts":
                 for artifact_id in response.drop_artifacts.artifact_ids:
-                    with contextlib.suppress(FileNotFoundError):
-                        (Path(self._config.store_directory) / os.path.basename(artifact_id)).unlink()
+                    self._materials.drop(artifact_id)
             case "welcome":
                 self._welcome(response.welcome)
             case _:
                 pass
 
-    def _assign(self, assignment: worker_pb2.Assignment) -> None:
-        lease_id, after = assignment.lease_id, assignment.after_lease_id
-        if self._session.has_started(lease_id) is not None:
-            return
-        if after and not self._session.follow(lease_id, after):
-            self._report(worker_pb2.Report(lease_id=lease_id, returned=worker_pb2.LeaseReturned()))
-            return
-        started = self._session.assign(lease_id, assignment.slot, assignment)
-        if started is not None:
-            self._attempts.start(started)
-        elif not after:
-            self._send_ahead(self._session.running_before(lease_id))
-
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
-        self._heartbeat_s = welcome.heartbeat_interval.ToTimedelta().total_seconds() or self._heartbeat_s
+        self._heartbeat_s = seconds(welcome.heartbeat_interval) or self._heartbeat_s
+        self._silence_limit_s = seconds(welcome.silence_limit) or math.inf
         self._attempts.inline_limit_bytes = welcome.inline_limit_bytes
         self._attempts.log_limit_bytes = welcome.log_limit_bytes
-        dropped = list(welcome.drop_lease_ids) if welcome.resumed else self._session.held()
-        for lease_id in dropped:
-            self._drop(lease_id)
-        if not welcome.resumed:
-            self._session.reset(welcome.session_id)
-        self._pending = self._session.unacknowledged()
+        self._pending = self._leasing.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
+        if self._server_id not in {"", welcome.server_id} and self._config.store_name != HEAD_STORE:
+            self._materials.clear()
+        self._server_id = welcome.server_id
         self._is_welcome = True
         self._wake.set()
 
-    def _drop(self, lease_id: str) -> None:
-        if self._session.has_started(lease_id):
-            self._attempts.stop(lease_id, "cancelled", "the server forgot the lease")
-        elif self._session.has_started(lease_id) is False:
-            if not self._attempts.take_back(lease_id):
-                self._attempts.stop(lease_id, "cancelled", "the server forgot the lease")
-            self._session.end(lease_id)
-
-    def _send_ahead(self, running: str) -> None:
-        """Send what waits behind a running lease to its process, as far as it needs nothing of what is before it."""
-        for lease_id in self._session.behind(running):
-            if not self._attempts.send_ahead(self._session.work_of(lease_id), running):
-                return
-
-    def _revoke(self, lease_id: str) -> None:
-        if self._session.has_started(lease_id) is False and self._attempts.take_back(lease_id):
-            self._report(worker_pb2.Report(lease_id=lease_id, returned=worker_pb2.LeaseReturned()))
-            self._ended(lease_id, None)
-
-    def _stop(self, lease_id: str) -> None:
-        has_started = self._session.has_started(lease_id)
-        if has_started:
-            self._attempts.stop(lease_id, "cancelled", "the attempt was cancelled")
-        elif has_started is False and self._attempts.take_back(lease_id):
-            self._attempts.cancelled(self._session.work_of(lease_id))
-        elif has_started is False:
-            self._attempts.stop(lease_id, "cancelled", "the attempt was cancelled")
+    def _upload(self, workers: "worker_pb2_grpc.WorkerServiceAsyncStub", wanted: worker_pb2.SendArtifact) -> None:
+        task = asyncio.create_task(_send(workers, wanted, self._materials, self._credentials()))
+        self._uploads.add(task)
+        task.add_done_callback(self._uploads.discard)
 
     def _emit(self, report: worker_pb2.Report) -> None:
-        if self._session.has_started(report.lease_id) is not None:
-            self._report(report)
+        if self._leasing.session.has_started(report.lease_id) is not None:
+            self._leasing.report(report.lease_id, report)
 
-    def _report(self, report: worker_pb2.Report) -> None:
-        report.sequence = self._session.add_report(report.lease_id, report)
+    def _say(self, sequence: int, report: worker_pb2.Report) -> None:
+        report.sequence = sequence
         self._pending.append(report)
         self._wake.set()
 
-    def _ended(self, lease_id: str, outputs: Outputs | None) -> None:
-        if self._session.has_started(lease_id) is None:
-            return
-        for follower in self._session.take_followers(lease_id):
-            if outputs is None:
-                self._revoke(follower)
-            else:
-                self._attempts.feed(follower, outputs)
-        following = self._session.end(lease_id)
-        if following is not None:
-            self._attempts.start(following)
-            if not self._attempts.has_ahead(following.lease_id):
-                self._send_ahead(following.lease_id)
+    def _ended(self, lease_id: str, outputs: convert.Outputs | None) -> None:
+        self._leasing.ended(lease_id, outputs)
+
+
+def seconds(duration: Duration) -> float:
+    """Return a duration in seconds."""
+    return duration.seconds + duration.nanos / 1e9
+
+
+async def _send(
+    workers: "worker_pb2_grpc.WorkerServiceAsyncStub",
+    wanted: worker_pb2.SendArtifact,
+    materials: Materials,
+    metadata: tuple[tuple[str, str], ...],
+) -> None:
+    """Send the server a large value of this node."""
+
+    async def chunks() -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
+        yield worker_pb2.UploadArtifactRequest(transfer_id=wanted.transfer_id)
+        try:
+            with materials.open(wanted.artifact_id) as file:
+                file.seek(wanted.offset)
+                # Reads from memory.
+                while data := file.read(CHUNK_BYTES):
+                    yield worker_pb2.UploadArtifactRequest(data=data)
+        except FileNotFoundError:
+            yield worker_pb2.UploadArtifactRequest(not_found=True)
+
+    try:
+        await workers.UploadArtifact(chunks(), metadata=metadata)
+    except grpc.aio.AioRpcError as error:
+        log.info("artifact %s was not sent: %s", wanted.artifact_id, error.details())

@@ -7,13 +7,12 @@ import asyncio
 import time
 import zipfile
 from collections.abc import Callable
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 from lattice.v1 import resources_pb2, task_pb2, worker_pb2
 
 from lattice_worker import convert
+from lattice_worker.materials import Materials, MissingError
 from lattice_worker.pool import Pool
 from lattice_worker.runners import MAX_AHEAD, Invocation, Key, Runner
 
@@ -28,13 +27,12 @@ Ended = Callable[[str, convert.Outputs | None], None]
 class Attempts:
     """Runs leases on runners. `emit` takes reports, `ended` is told each lease that is over, with what it gave."""
 
-    def __init__(self, pool: Pool, store: str, node_id: str, emit: Emit, ended: Ended) -> None:
+    def __init__(self, pool: Pool, materials: Materials, emit: Emit, ended: Ended) -> None:
         self.inline_limit_bytes = 256 * 1024
         self.log_limit_bytes = 1024 * 1024
-        self._pool, self._store, self._node_id = pool, store, node_id
+        self._pool, self._materials = pool, materials
         self._emit, self._ended = emit, ended
         self._functions: dict[str, task_pb2.Function] = {}
-        self._bundles: dict[str, str] = {}
         self._upstream: dict[str, convert.Outputs] = {}
         self._running: dict[str, tuple[Runner, Invocation]] = {}
         self._ahead: dict[str, Runner] = {}
@@ -47,11 +45,7 @@ class Attempts:
         """Keep code for later assignments."""
         for function in functions:
             self._functions[function.digest] = function
-        for bundle in bundles:
-            folder = Path(self._store) / "bundles" / bundle.digest.removeprefix("sha256:")
-            with zipfile.ZipFile(BytesIO(bundle.zip)) as archive:
-                archive.extractall(folder)
-            self._bundles[bundle.digest] = str(folder)
+        self._materials.learn(bundles)
 
     def feed(self, lease_id: str, outputs: convert.Outputs) -> None:
         """Keep what a lease will need when its turn comes."""
@@ -69,12 +63,13 @@ class Attempts:
             self._begin(assignment, sent, sent.begin(lease_id))
             return
         function, bundle, key = self._needs(assignment)
-        runner = self._pool.take_idle(key)
+        missing = self._missing(assignment, function)
+        runner = None if missing else self._pool.take_idle(key)
         if runner is not None:
             self._run(assignment, function, bundle, runner)
         else:
-            task = asyncio.get_running_loop().create_task(self._start_cold(assignment, function, bundle, key))
-            self._starting[lease_id] = (task, len(assignment.attempts))
+            cold = self._start_cold(assignment, function, bundle, key, missing)
+            self._starting[lease_id] = (asyncio.get_running_loop().create_task(cold), len(assignment.attempts))
 
     def send_ahead(self, assignment: worker_pb2.Assignment, running: str) -> bool:
         """Send a lease whose turn will come to the process of the one that is running; False when it has to wait."""
@@ -88,7 +83,7 @@ class Attempts:
         function, bundle, key = self._needs(assignment)
         if key != runner.key or key.is_async or not runner.is_fit or len(runner.ahead) >= MAX_AHEAD:
             return False
-        if assignment.isolation != resources_pb2.ISOLATION_NONE:
+        if assignment.isolation != resources_pb2.ISOLATION_NONE or self._missing(assignment, function):
             return False
         self._ahead[lease_id] = runner
         invocation = self._prepare(assignment, function, bundle, runner)
@@ -137,23 +132,39 @@ class Attempts:
         self._fail(assignment.lease_id, failure, len(assignment.attempts))
 
     async def _start_cold(
-        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, key: Key
+        self,
+        assignment: worker_pb2.Assignment,
+        function: task_pb2.Function,
+        bundle: str,
+        key: Key,
+        missing: list[asyncio.Task[None]],
     ) -> None:
+        failure = {}
         try:
+            for wait in missing:
+                # Others may wait for the same.
+                await asyncio.shield(wait)
             runner = await self._pool.take(key)
         except OSError as error:
+            failure = {"kind": "resources", "message": f"a process could not be started: {error}"}
+        except (MissingError, zipfile.BadZipFile) as error:
+            failure = {"kind": "payload", "message": str(error)}
+        if failure:
             self._starting.pop(assignment.lease_id, None)
-            text = f"a process could not be started: {error}"
-            self._fail(assignment.lease_id, {"kind": "resources", "message": text}, len(assignment.attempts))
+            self._fail(assignment.lease_id, failure, len(assignment.attempts))
             return
         self._starting.pop(assignment.lease_id, None)
         self._run(assignment, function, bundle, runner)
 
     def _needs(self, assignment: worker_pb2.Assignment) -> tuple[task_pb2.Function, str, Key]:
         function = self._functions[assignment.function_digest]
-        bundle = self._bundles.get(function.bundle_digest, "")
+        bundle = self._materials.bundle_path(function.bundle_digest)
         is_async = function.concurrency == task_pb2.CONCURRENCY_ASYNC
         return function, bundle, Key(bundle, tuple(assignment.gpu_indices), is_async)
+
+    def _missing(self, assignment: worker_pb2.Assignment, function: task_pb2.Function) -> list[asyncio.Task[None]]:
+        upstream = self._upstream.get(assignment.lease_id, {})
+        return self._materials.missing(function.bundle_digest, assignment, upstream)
 
     def _run(self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, runner: Runner) -> None:
         invocation = self._prepare(assignment, function, bundle, runner)
@@ -167,6 +178,7 @@ class Attempts:
         if function.digest not in runner.known:
             runner.define(function.digest, *convert.function_frame(function, bundle))
         blobs: list[bytes] = []
+        store = self._materials.directory
         # Kept until the lease is over: one that was sent ahead may come back and be sent again.
         upstream = self._upstream.get(lease_id, {})
         header: dict[str, Any] = {
@@ -175,7 +187,7 @@ class Attempts:
             "digest": function.digest,
             "attempts": [[attempt.run_id, attempt.task_id, attempt.number] for attempt in assignment.attempts],
             "items": [
-                {name: convert.binding_tree(a.inputs[name], self._store, blobs, upstream) for name in a.inputs}
+                {name: convert.binding_tree(a.inputs[name], store, blobs, upstream) for name in a.inputs}
                 for a in assignment.attempts
             ],
             "batched": assignment.batched,
@@ -183,7 +195,7 @@ class Attempts:
             "split": list(assignment.split_outputs),
             # Coroutines share a process, where nobody can tell whose memory it is.
             "memory_limit": 0 if runner.key.is_async else assignment.resources.memory_bytes,
-            "store": self._store,
+            "store": store,
             "inline_limit": self.inline_limit_bytes,
             "log_limit": self.log_limit_bytes,
         }
@@ -236,7 +248,7 @@ class Attempts:
 
     def _spawn(self, lease_id: str, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]) -> None:
         report = convert.report(lease_id, time.time_ns())
-        report.spawned.CopyFrom(convert.spawned_from_frame(task, blobs, function, self._node_id))
+        report.spawned.CopyFrom(convert.spawned_from_frame(task, blobs, function, self._materials.name))
         self._emit(report)
 
     def _fail(self, lease_id: str, failure: dict[str, Any], size: int = 1) -> None:
@@ -254,7 +266,7 @@ class Attempts:
         for item, member in enumerate(answer.get("items") or [answer] * size):
             report = convert.report(lease_id, time.time_ns())
             report.item = item
-            convert.fill_outcome(report, member, blobs, self._node_id, int(answer["duration"] * 1e9))
+            convert.fill_outcome(report, member, blobs, self._materials.name, int(answer["duration"] * 1e9))
             outputs = report.succeeded.outputs if report.HasField("succeeded") else None
             self._emit(report)
         self._ended(lease_id, outputs)

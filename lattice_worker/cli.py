@@ -15,10 +15,9 @@ import uvloop
 
 from lattice_worker import host
 from lattice_worker.agent import Agent
-from lattice_worker.config import WorkerConfig
+from lattice_worker.config import HEAD_STORE, WorkerConfig
 
 PR_SET_PDEATHSIG = 1
-HEAD_STORE = "head"
 SHARED_MEMORY = "/dev/shm"
 
 

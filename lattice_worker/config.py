@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+HEAD_STORE = "head"  # What the server calls its own store.
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
@@ -13,7 +15,7 @@ class WorkerConfig:
     worker_id: str
     node_id: str
     store_directory: str
-    store_name: str = "head"
+    store_name: str = HEAD_STORE
     token: str = ""
     num_cpus: float | None = None
     num_gpus: int | None = None

@@ -127,6 +127,11 @@ def report(lease_id: str, now_ns: int) -> worker_pb2.Report:
     return message
 
 
+def returned(lease_id: str) -> worker_pb2.Report:
+    """Return the report that gives a lease back unstarted."""
+    return worker_pb2.Report(lease_id=lease_id, returned=worker_pb2.LeaseReturned())
+
+
 def log_stream(name: str) -> run_pb2.LogStream.ValueType:
     """Return the stream a runner named."""
     return run_pb2.LOG_STREAM_STDERR if name == "stderr" else run_pb2.LOG_STREAM_STDOUT

@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import os
 import platform
+import socket
 
 import psutil
 from lattice.v1 import resources_pb2
@@ -40,6 +41,21 @@ def adopts_orphans() -> bool:
     found = ctypes.c_int(0)
     ctypes.CDLL(None, use_errno=True).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(found))
     return bool(found.value)
+
+
+def address_towards(target: str) -> str:
+    """Return this machine's address as whoever listens on `target` sees it."""
+    if target.startswith("unix:"):
+        return "127.0.0.1"
+    name, _, port = target.rpartition(":")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(name.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # Nothing is sent: it only asks for the route.
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
 
 
 def runtime() -> str:

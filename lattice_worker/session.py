@@ -37,6 +37,15 @@ class Session(Generic[Work, Report]):
         """Return the leases that have started."""
         return [slot.running for slot in self._slots.values() if slot.running]
 
+    def slot_of(self, lease_id: str) -> int:
+        """Return the slot of a lease that is held."""
+        return self._slot_of[lease_id]
+
+    def running_in(self, slot_number: int) -> str:
+        """Return the lease that has started in a slot; empty when none has."""
+        slot = self._slots.get(slot_number)
+        return "" if slot is None else slot.running
+
     def assign(self, lease_id: str, slot_number: int, work: Work) -> Work | None:
         """Take a lease; return its work if it starts now. A lease held already is ignored."""
         if lease_id in self._slot_of:

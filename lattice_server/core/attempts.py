@@ -64,7 +64,7 @@ class Lease:
     """One batch in the hands of a worker. `tasks` are its members by position, `ended` the positions that are over.
 
     `sent_at` is no later than when it was handed out. `share` is the part of the cluster its caller holds by it while
-    it is the first of its slot.
+    it is the first of its slot. `sequence` numbers its last assignment.
     """
 
     lease_id: str
@@ -78,6 +78,7 @@ class Lease:
     after_lease_id: str = ""
     started_at: float | None = None
     is_revoked: bool = False
+    sequence: int = 0
     ended: set[int] = field(default_factory=set)
 
     def members(self) -> list[Task]:

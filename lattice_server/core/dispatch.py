@@ -26,7 +26,9 @@ from lattice_server.core.messages import (
     CancelRequested,
     CloseSession,
     DrainRequested,
+    DrainWorker,
     ExplainRequested,
+    ForgetSession,
     LeaseReturned,
     NodesChanged,
     NodesDescribed,
@@ -46,6 +48,7 @@ from lattice_server.core.messages import (
     TaskSucceeded,
     WelcomeWorker,
     WorkerDetached,
+    WorkerHeartbeat,
     WorkerHello,
     WorkerLost,
 )
@@ -85,6 +88,8 @@ class Dispatch:
         """Do what is due and place what can be placed."""
         for node in self._fleet.overdue(now):
             self._lose(node, "its worker did not come back", now)
+        for node in self._fleet.outstaying(now):
+            self._move_all(node, now)
         for task in self._timeouts.due(now):
             limit_s = task.ready.spec.total_timeout_s
             self._end_early(task, Failure(FailureKind.TIMEOUT, f"the task took longer than {limit_s:g} s in all"), now)
@@ -149,15 +154,16 @@ class Dispatch:
                 self._greet(event, now)
             case WorkerDetached():
                 if node := self._fleet.by_session(event.session_id):
-                    node.detached_at = now
+                    node.detached_at = now - event.silent_s
+            case WorkerHeartbeat():
+                if node := self._fleet.by_session(event.session_id):
+                    self._compare(node, event, now)
             case WorkerLost():
                 for node in [n for n in self.nodes.values() if n.worker_id == event.worker_id]:
                     self._lose(node, event.reason, now)
             case DrainRequested():
                 if node := self.nodes.get(event.node_id):
-                    node.is_draining = True
-                    self._effects.append(NodesChanged(self._fleet.known()))
-                    self._holding.let_go(node)
+                    self._drain(node, event.deadline_s, now)
             case NodesRequested():
                 running = sum(len(lease.members()) for lease in self._leases.values())
                 nodes = tuple(node.view() for node in self.nodes.values())
@@ -372,12 +378,45 @@ class Dispatch:
         elif lease.is_revoked:
             self._effects.append(RevokeLease(session_id, lease.lease_id))
 
+    def _compare(self, node: Node, heartbeat: WorkerHeartbeat, now: float) -> None:
+        """Repair what a worker and the ledger disagree on; what is still on its way is no disagreement."""
+        ours = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
+        for lease in ours:
+            if lease.lease_id not in heartbeat.held_lease_ids and lease.sequence <= heartbeat.assignment_sequence:
+                failure = Failure(FailureKind.WORKER_LOST, "its worker no longer knew of the task")
+                self._redo(lease, self._holding.dissolve(lease, now), failure, now)
+        for lease_id in sorted(heartbeat.held_lease_ids.difference(lease.lease_id for lease in ours)):
+            self._effects.append(StopLease(node.session_id, lease_id))
+
+    def _drain(self, node: Node, deadline_s: float | None, now: float) -> None:
+        node.is_draining = True
+        if deadline_s is not None:
+            # Asked again, it may have to be quicker, and is never given more time.
+            node.drain_at = min(now + deadline_s, now + deadline_s if node.drain_at is None else node.drain_at)
+        self._effects.append(NodesChanged(self._fleet.known()))
+        self._effects.append(DrainWorker(node.session_id, deadline_s))
+        self._launcher.vacate(node)
+        self._holding.let_go(node)
+
+    def _move_all(self, node: Node, now: float) -> None:
+        """Have done elsewhere what a node that is drained has not got done in time; no fault of the tasks."""
+        failure = Failure(FailureKind.WORKER_LOST, f"node {node.node_id!r} was drained before the task ended")
+        leases = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
+        for lease in leases:
+            for task in self._holding.dissolve(lease, now):
+                if lease.started_at is None:
+                    task.attempt -= 1
+                elif task.ending is None:
+                    self._effects.append(TaskRetrying(*task.named, failure, 0.0))
+                self._requeue(task, now)
+
     def _lose(self, node: Node, reason: str, now: float) -> None:
         leases = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
         # A node that is lost does not leave for being drained.
         may_return, node.is_draining = not node.is_draining, False
         lost = [(lease, self._holding.dissolve(lease, now)) for lease in leases]
         self._fleet.remove(node, may_return=may_return)
+        self._effects.append(ForgetSession(node.session_id))
         self._effects.append(NodesChanged(self._fleet.known()))
         failure = Failure(FailureKind.WORKER_LOST, f"node {node.node_id!r} was lost: {reason}")
         for lease, members in lost:

@@ -89,10 +89,15 @@ class Fleet:
         """Return the nodes whose worker has been away for too long."""
         return [n for n in self.nodes.values() if n.detached_at is not None and now >= self._deadline(n.detached_at)]
 
+    def outstaying(self, now: float) -> list[Node]:
+        """Return the nodes that are drained and on which things run for too long."""
+        return [n for n in self.nodes.values() if n.drain_at is not None and now >= n.drain_at]
+
     def next_deadline(self) -> float | None:
-        """Return when the next detached node is overdue."""
-        away = (self._deadline(n.detached_at) for n in self.nodes.values() if n.detached_at is not None)
-        return min(away, default=None)
+        """Return when the next node is overdue or outstays its time."""
+        due = [self._deadline(n.detached_at) for n in self.nodes.values() if n.detached_at is not None]
+        due += [n.drain_at for n in self.nodes.values() if n.drain_at is not None]
+        return min(due, default=None)
 
     def _deadline(self, detached_at: float) -> float:
         return detached_at + self._session_ttl_s

@@ -160,14 +160,12 @@ class Launcher:
                 continue
             del self._crowded[slot.slot_id]
             slot.is_slow = True
-            session_id = self._fleet.nodes[slot.node_id].session_id
-            for lease_id in list(slot.lease_ids)[1:]:
-                lease = self.leases[lease_id]
-                # What follows another task cannot run sooner elsewhere.
-                follows = any(task.follows is not None for task in lease.members())
-                if lease.started_at is None and not lease.is_revoked and not follows:
-                    lease.is_revoked = True
-                    self._emit(RevokeLease(session_id, lease_id))
+            self._revoke(slot)
+
+    def vacate(self, node: Node) -> None:
+        """Revoke what a node has not come to."""
+        for slot in node.slots.values():
+            self._revoke(slot)
 
     def next_deadline(self) -> float | None:
         """Return when `take_back` or `place_waiting` is due next."""
@@ -202,9 +200,13 @@ class Launcher:
         """Return the message that hands a lease to its worker."""
         first = lease.tasks[0]
         spec = first.ready.spec
+        node = self._fleet.nodes[lease.slot.node_id]
+        node.assignments += 1
+        lease.sequence = node.assignments
         return Assign(
-            session_id=self._fleet.nodes[lease.slot.node_id].session_id,
+            session_id=node.session_id,
             lease_id=lease.lease_id,
+            sequence=lease.sequence,
             slot=lease.slot.slot_id,
             function=spec.function,
             attempts=tuple(
@@ -244,6 +246,17 @@ class Launcher:
         for lease in self.leases.values():
             policy = lease.tasks[0].ready.spec.batch
             assert len(lease.tasks) <= (1 if policy is None else policy.max_size), "a batch is too large"
+
+    def _revoke(self, slot: Slot) -> None:
+        """Revoke what waits behind the first lease of a slot."""
+        session_id = self._fleet.nodes[slot.node_id].session_id
+        for lease_id in list(slot.lease_ids)[1:]:
+            lease = self.leases[lease_id]
+            # What follows another task cannot run sooner elsewhere.
+            follows = any(task.follows is not None for task in lease.members())
+            if lease.started_at is None and not lease.is_revoked and not follows:
+                lease.is_revoked = True
+                self._emit(RevokeLease(session_id, lease_id))
 
     def _forget_kept(self) -> None:
         """Keep no node for what no longer waits, nor one that cannot run what it is kept for."""

@@ -60,7 +60,11 @@ class NodeView:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """What one worker offers, and what of it is free. GPUs are counted by device."""
+    """What one worker offers, and what of it is free. GPUs are counted by device.
+
+    `drain_at` is when what still runs on a node that is drained goes elsewhere; `assignments` counts those sent in the
+    worker's session.
+    """
 
     node_id: str
     worker_id: str
@@ -73,7 +77,9 @@ class Node:
     runtime: str
     pid: int
     is_draining: bool = False
+    drain_at: float | None = None
     detached_at: float | None = None
+    assignments: int = 0
     free_cpu: float = 0.0
     free_memory_bytes: int = 0
     free_slots: int = 0

@@ -233,9 +233,19 @@ class WorkerHello:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDetached:
-    """A session's stream broke."""
+    """A session's stream broke, or nothing came on it for `silent_s` seconds."""
 
     session_id: str
+    silent_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHeartbeat:
+    """A worker said which leases it holds, of those assigned to its session up to number `assignment_sequence`."""
+
+    session_id: str
+    held_lease_ids: frozenset[str]
+    assignment_sequence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,9 +258,10 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """A node must take nothing new."""
+    """A node must take nothing new; what still runs there in `deadline_s` seconds goes elsewhere."""
 
     node_id: str
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +334,7 @@ SchedulerEvent = (
     | NodesRequested
     | WorkerHello
     | WorkerDetached
+    | WorkerHeartbeat
     | WorkerLost
     | DrainRequested
     | AttemptStarted
@@ -348,10 +360,11 @@ class AttemptInputs:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Send a lease to a worker."""
+    """Send a lease to a worker; `sequence` rises from 1 in its session."""
 
     session_id: str
     lease_id: str
+    sequence: int
     slot: int
     function: Function
     attempts: tuple[AttemptInputs, ...]
@@ -389,6 +402,39 @@ class WelcomeWorker:
     session_id: str
     resumed: bool
     drop_lease_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DrainWorker:
+    """Tell a worker that nothing more will come, and how long what it holds may still run."""
+
+    session_id: str
+    deadline_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetSession:
+    """A session was lost: nothing more is sent to it, and nothing it says counts."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendArtifact:
+    """Have a worker upload an artifact of its node, from a byte on, as the transfer of this name."""
+
+    session_id: str
+    transfer_id: str
+    artifact_id: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropArtifact:
+    """Tell a worker that nobody needs an artifact any more."""
+
+    session_id: str
+    artifact_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,5 +512,6 @@ class NodesChanged:
 
 Answer = TaskExplained | NodesDescribed
 
-WorkerEffect = Assign | StopLease | RevokeLease | WelcomeWorker | CloseSession
+ToSession = Assign | StopLease | RevokeLease | DrainWorker | SendArtifact | DropArtifact | CloseSession
+WorkerEffect = WelcomeWorker | ForgetSession | ToSession
 SchedulerEffect = TaskEvent | TaskReturned | TasksSpawned | WorkerEffect | Answer | NodesChanged

@@ -1,39 +1,61 @@
-"""Owns the connected workers' outboxes. Rule: an outbox belongs to a connection; a session may outlive several."""
+"""Owns the connected workers' outboxes, and when one was last heard.
+
+Rule: an outbox belongs to a connection; a session may outlive several.
+"""
 
 import asyncio
 import time
 from collections.abc import Callable
 
-from lattice_server.core.messages import CloseSession, WelcomeWorker, WorkerEffect
+from lattice_server.core.messages import (
+    CloseSession,
+    DropArtifact,
+    ForgetSession,
+    ToSession,
+    WelcomeWorker,
+    WorkerEffect,
+)
 
 # An acknowledgement only lets the worker forget; on its own it would cost as much as an assignment.
 ACK_AFTER_MESSAGES = 16
 
+Detached = Callable[[str, float], None]
+
 
 class Connection:
-    """One stream of a worker: what is to be sent on it, and when it was last heard."""
+    """One stream of a worker: what is to be sent on it, and when it was last heard.
 
-    def __init__(self, worker_id: str, node_id: str = "") -> None:
+    `shares_store` tells that the worker uses the head's own store of large values. `silent_s` is how long it has been
+    silent when it was given up for that; `abort` then ends the stream, where even a word of farewell could get stuck.
+    """
+
+    def __init__(self, worker_id: str, node_id: str = "", shares_store: bool = True) -> None:
         self.worker_id = worker_id
         self.node_id = node_id
+        self.shares_store = shares_store
         self.session: Session | None = None
-        self.heard_at = time.time()
+        self.heard_at = time.monotonic()
         self.is_closed = False
-        self._outbox: list[WorkerEffect] = []
+        self.is_beat_due = False
+        self.silent_s = 0.0
+        self.abort: Callable[[], object] = lambda: None
+        self.on_end: list[Callable[[], None]] = []
+        self._outbox: list[WelcomeWorker | ToSession] = []
         self._ready = asyncio.Event()
         self.ack_sequence = 0
         self._unacknowledged = 0
+        self._has_sent = False
 
-    def send(self, effect: WorkerEffect) -> None:
+    def send(self, effect: WelcomeWorker | ToSession) -> None:
         """Queue an effect."""
         self._outbox.append(effect)
         self._ready.set()
 
-    def acknowledge(self, sequence: int) -> None:
+    def acknowledge(self, sequence: int, *, at_once: bool = False) -> None:
         """Have reports up to `sequence` acknowledged with the next message, or by one of its own when many wait."""
         self.ack_sequence = sequence
         self._unacknowledged += 1
-        if self._unacknowledged >= ACK_AFTER_MESSAGES:
+        if at_once or self._unacknowledged >= ACK_AFTER_MESSAGES:
             self._ready.set()
 
     def close(self) -> None:
@@ -41,11 +63,19 @@ class Connection:
         self.is_closed = True
         self._ready.set()
 
-    async def next_effects(self) -> list[WorkerEffect]:
+    def beat(self) -> None:
+        """Give a sign of life, if nothing was sent since the last time."""
+        if not self._has_sent:
+            self.is_beat_due = True
+            self._ready.set()
+        self._has_sent = False
+
+    async def next_effects(self) -> list[WelcomeWorker | ToSession]:
         """Wait until there is something to send, or the connection closed; return all effects there are."""
         await self._ready.wait()
         self._ready.clear()
         self._unacknowledged = 0
+        self._has_sent = True
         effects, self._outbox = self._outbox, []
         return effects
 
@@ -56,8 +86,17 @@ class Session:
     def __init__(self, session_id: str, connection: Connection) -> None:
         self.session_id = session_id
         self.connection = connection
+        self.is_connected = True
         self.last_sequence = 0
         self.sent_digests: set[str] = set()
+        self.drops: list[DropArtifact] = []
+
+    def is_news(self, sequence: int) -> bool:
+        """Whether a report has not been seen before; one that has is a repetition after a reconnect."""
+        if sequence <= self.last_sequence:
+            return False
+        self.last_sequence = sequence
+        return True
 
 
 class Sessions:
@@ -78,24 +117,64 @@ class Sessions:
         """Route an effect to its worker's connection. What a detached worker misses is sent again when it resumes."""
         if isinstance(effect, WelcomeWorker):
             self._welcome(effect)
+        elif isinstance(effect, ForgetSession):
+            self._sessions.pop(effect.session_id, None)
         elif session := self._sessions.get(effect.session_id):
             session.connection.send(effect)
             if isinstance(effect, CloseSession):
                 del self._sessions[effect.session_id]
 
-    def leave(self, connection: Connection, detached: Callable[[str], None]) -> None:
-        """Forget a connection that ended; `detached` is told the session it leaves without one."""
+    def leave(self, connection: Connection, detached: Detached) -> None:
+        """Forget a connection that ended; `detached` is told the session it leaves without one, and its silence."""
+        for call in connection.on_end:
+            call()
         if self._greeting.get(connection.worker_id) is not connection:
             return  # a newer connection of the worker decides
         del self._greeting[connection.worker_id]
         for session in self._sessions.values():
             if session.connection.worker_id == connection.worker_id:
-                detached(session.session_id)
+                session.is_connected = False
+                detached(session.session_id, connection.silent_s)
+
+    async def watch(self, interval_s: float, silence_limit_s: float, detached: Detached) -> None:
+        """Give signs of life on every connection, and give up those without any; for ever."""
+        looked_at = time.monotonic()
+        while True:
+            # Signs of life are for when nothing else happens: nothing could wake this.
+            await asyncio.sleep(interval_s)
+            now = time.monotonic()
+            late_s = now - looked_at - interval_s
+            looked_at = now
+            for connection in list(self._greeting.values()):
+                if late_s > interval_s:
+                    # This thread was busy, and what came meanwhile is still to be read.
+                    connection.heard_at = min(now, connection.heard_at + late_s)
+                connection.silent_s = now - connection.heard_at
+                if connection.silent_s <= silence_limit_s:
+                    connection.silent_s = 0.0
+                    connection.beat()
+                else:
+                    self.leave(connection, detached)
+                    connection.abort()
 
     def heard_at(self, session_id: str) -> float:
         """Return when a session was last heard, in seconds since the epoch; zero when unknown."""
         session = self._sessions.get(session_id)
-        return session.connection.heard_at if session else 0.0
+        return time.time() - (time.monotonic() - session.connection.heard_at) if session else 0.0
+
+    def of_node(self, node_id: str) -> Session | None:
+        """Return the session that serves a node."""
+        return next((s for s in self._sessions.values() if s.connection.node_id == node_id), None)
+
+    def drop_artifact(self, artifact_id: str) -> None:
+        """Tell every worker with a store of its own that nobody needs an artifact any more."""
+        for session in self._sessions.values():
+            if not session.connection.shares_store:
+                drop = DropArtifact(session.session_id, artifact_id)
+                if session.is_connected:
+                    session.connection.send(drop)
+                else:
+                    session.drops.append(drop)
 
     def close_all(self) -> None:
         """Tell every worker that the server stops."""
@@ -111,6 +190,10 @@ class Sessions:
             session = Session(effect.session_id, connection)
             self._sessions[effect.session_id] = session
         session.connection = connection
+        session.is_connected = True
         session.sent_digests.clear()
         connection.session = session
         connection.send(effect)
+        drops, session.drops = session.drops, []
+        for drop in drops:
+            connection.send(drop)

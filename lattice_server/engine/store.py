@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -37,9 +37,13 @@ class _Holding:
 
 
 class ArtifactStore:
-    """A directory of artifacts and who still needs them; reads and writes run off the event loop."""
+    """A directory of artifacts and who still needs them; reads and writes run off the event loop.
+
+    It also knows who needs those that lie on other nodes; `on_drop` is told each that nobody needs any more.
+    """
 
     def __init__(self, spare_limit_bytes: int = 512 * 1024 * 1024) -> None:
+        self.on_drop: Callable[[str], None] = lambda artifact_id: None
         parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         self.directory = Path(tempfile.mkdtemp(prefix="lattice-", dir=parent))
         self._spares = self.directory / SPARES
@@ -86,7 +90,13 @@ class ArtifactStore:
             holding.holders -= 1
             if holding.holders == 0:
                 del self._held[artifact.artifact_id]
+                self.on_drop(artifact.artifact_id)
                 self._drop(artifact.artifact_id)
+
+    def node_of(self, artifact_id: str) -> str:
+        """Return whose store has an artifact that somebody holds; this one's name otherwise."""
+        holding = self._held.get(artifact_id)
+        return HEAD if holding is None else holding.artifact.node_id
 
     def close(self) -> None:
         """Delete the directory."""

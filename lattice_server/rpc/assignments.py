@@ -6,19 +6,30 @@ from typing import assert_never
 from lattice.v1 import worker_pb2
 
 from lattice_server.config import ServerConfig
-from lattice_server.core.messages import Assign, CloseSession, RevokeLease, StopLease, WelcomeWorker, WorkerEffect
+from lattice_server.core.messages import (
+    Assign,
+    CloseSession,
+    DrainWorker,
+    DropArtifact,
+    RevokeLease,
+    SendArtifact,
+    StopLease,
+    ToSession,
+    WelcomeWorker,
+)
 from lattice_server.engine.sessions import Connection
 from lattice_server.rpc import convert
 from lattice_server.rpc.definitions import code_to_proto
 
 
 def responses(
-    effects: list[WorkerEffect], connection: Connection, config: ServerConfig
+    effects: list[WelcomeWorker | ToSession], connection: Connection, config: ServerConfig, server_id: str
 ) -> Iterator[worker_pb2.ConnectResponse]:
     """Yield the messages that carry `effects`, in an order that keeps the effects' meaning."""
     assignments = worker_pb2.Assignments()
     stopped: list[str] = []
     revoked: list[str] = []
+    dropped: list[str] = []
     close: worker_pb2.Close | None = None
     for effect in effects:
         match effect:
@@ -29,7 +40,17 @@ def responses(
             case RevokeLease():
                 revoked.append(effect.lease_id)
             case WelcomeWorker():
-                yield worker_pb2.ConnectResponse(welcome=_welcome(effect, config))
+                yield worker_pb2.ConnectResponse(welcome=_welcome(effect, config, server_id))
+            case DrainWorker():
+                deadline = None if effect.deadline_s is None else convert.duration(effect.deadline_s)
+                yield worker_pb2.ConnectResponse(drain=worker_pb2.Drain(deadline=deadline))
+            case SendArtifact():
+                wanted = worker_pb2.SendArtifact(
+                    transfer_id=effect.transfer_id, artifact_id=effect.artifact_id, offset=effect.offset
+                )
+                yield worker_pb2.ConnectResponse(send_artifact=wanted)
+            case DropArtifact():
+                dropped.append(effect.artifact_id)
             case CloseSession():
                 close = worker_pb2.Close(
                     reason=worker_pb2.CloseReason.Value(f"CLOSE_REASON_{effect.reason}"), message=effect.message
@@ -45,11 +66,16 @@ def responses(
         yield worker_pb2.ConnectResponse(revoke=worker_pb2.Revoke(lease_ids=revoked))
     if stopped:
         yield worker_pb2.ConnectResponse(stop=worker_pb2.Stop(lease_ids=stopped))
+    if dropped:
+        yield worker_pb2.ConnectResponse(drop_artifacts=worker_pb2.DropArtifacts(artifact_ids=dropped))
+    if not effects and connection.is_beat_due:
+        yield worker_pb2.ConnectResponse(heartbeat=worker_pb2.Heartbeat())
+    connection.is_beat_due = False
     if close is not None:
         yield worker_pb2.ConnectResponse(close=close)
 
 
-def _welcome(effect: WelcomeWorker, config: ServerConfig) -> worker_pb2.Welcome:
+def _welcome(effect: WelcomeWorker, config: ServerConfig, server_id: str) -> worker_pb2.Welcome:
     return worker_pb2.Welcome(
         session_id=effect.session_id,
         resumed=effect.resumed,
@@ -58,6 +84,8 @@ def _welcome(effect: WelcomeWorker, config: ServerConfig) -> worker_pb2.Welcome:
         drop_lease_ids=effect.drop_lease_ids,
         inline_limit_bytes=config.inline_limit_bytes,
         log_limit_bytes=config.log_limit_bytes,
+        silence_limit=convert.duration(config.silence_limit_s),
+        server_id=server_id,
     )
 
 
@@ -81,6 +109,7 @@ def _add(assignments: worker_pb2.Assignments, effect: Assign, connection: Connec
         after_lease_id=effect.after_lease_id,
         batched=effect.is_batched,
         split_outputs=effect.split_outputs,
+        sequence=effect.sequence,
     )
     if effect.timeout_s is not None:
         message.timeout.CopyFrom(convert.duration(effect.timeout_s))

@@ -8,6 +8,7 @@ from lattice_server.core.errors import invalid_field
 from lattice_server.core.messages import RunEvent, RunFinished, RunStarted, TaskLogged
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.store import ArtifactStore
+from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import event_to_proto, final_tasks_to_proto, run_to_proto
@@ -17,9 +18,10 @@ from lattice_server.rpc.waiting import wait_from_proto
 class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
     """The `ResultsService`."""
 
-    def __init__(self, orchestrator: Orchestrator, store: ArtifactStore) -> None:
+    def __init__(self, orchestrator: Orchestrator, store: ArtifactStore, transfers: Transfers) -> None:
         self._orchestrator = orchestrator
         self._store = store
+        self._transfers = transfers
 
     async def WatchRun(
         self, request: results_pb2.WatchRunRequest, context: Context
@@ -52,7 +54,7 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
         """Stream the bytes of an artifact."""
         if request.offset < 0:
             raise invalid_field("offset", "must not be negative")
-        async for data in self._store.read(request.artifact_id, request.offset):
+        async for data in self._transfers.read(request.artifact_id, request.offset):
             yield results_pb2.ReadArtifactResponse(data=data)
 
     async def WriteArtifact(

@@ -12,12 +12,13 @@ from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_server.config import ServerConfig
 from lattice_server.core import messages
-from lattice_server.core.errors import LatticeError, NotFoundError
+from lattice_server.core.errors import LatticeError, NotFoundError, invalid_field
 from lattice_server.core.leases import NodeState, NodeView
 from lattice_server.core.model import Failure, FailureKind, TaskSpec
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.sessions import Connection, Sessions
+from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
 from lattice_server.rpc.assignments import responses
 from lattice_server.rpc.context import Context
@@ -40,6 +41,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         sessions: Sessions,
         inquiries: Inquiries,
         intake: Intake,
+        transfers: Transfers,
+        server_id: str,
         describe: Callable[[], Awaitable[worker_pb2.GetClusterResponse]],
         check_possible: Callable[[Sequence[TaskSpec]], None],
     ) -> None:
@@ -48,6 +51,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._sessions = sessions
         self._inquiries = inquiries
         self._intake = intake
+        self._transfers = transfers
+        self._server_id = server_id
         self._describe = describe
         self._check_possible = check_possible
 
@@ -67,14 +72,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             yield worker_pb2.ConnectResponse(close=refusal)
             await _drain(requests)
             return
-        connection = Connection(hello.worker_id, hello.node_id)
+        # Whoever is beside the head shares its store.
+        connection = Connection(hello.worker_id, hello.node_id, context.peer().startswith("unix:"))
+        if (task := asyncio.current_task()) is not None:
+            connection.abort = task.cancel
         self._sessions.greet(connection)
         self._bus.post([_hello_event(hello)])
         reader = asyncio.create_task(self._read(requests, connection))
         try:
             while not connection.is_closed:
                 effects = await connection.next_effects()
-                for response in responses(effects, connection, self._config):
+                for response in responses(effects, connection, self._config, self._server_id):
                     yield response
                     if response.WhichOneof("message") == "close":
                         connection.is_closed = True
@@ -84,7 +92,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     await asyncio.shield(reader)
         finally:
             reader.cancel()
-            self._sessions.leave(connection, lambda session: self._bus.post([messages.WorkerDetached(session)]))
+            self._sessions.leave(connection, self.detached)
+
+    def detached(self, session_id: str, silent_s: float) -> None:
+        """Tell that a session's stream ended after a silence."""
+        self._bus.post([messages.WorkerDetached(session_id, silent_s)])
 
     def _refusal(self, first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:
         hello = first.hello
@@ -96,12 +108,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def _read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
         try:
             async for request in requests:
-                connection.heard_at = time.time()
+                connection.heard_at = time.monotonic()
                 match request.WhichOneof("message"):
                     case "reports":
                         self._take_reports(request.reports, connection)
+                    case "heartbeat":
+                        self._take_heartbeat(request.heartbeat, connection)
                     case "draining" if connection.session is not None:
-                        self._bus.post([messages.DrainRequested(connection.node_id)])
+                        deadline_s = deadline_from_proto(request.draining)
+                        self._bus.post([messages.DrainRequested(connection.node_id, deadline_s)])
                     case _:
                         pass
         except grpc.RpcError as error:
@@ -115,15 +130,23 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             return
         events: list[messages.SchedulerEvent] = []
         for report in reports.reports:
-            # A number seen before is a repetition after a reconnect.
-            if report.sequence > session.last_sequence:
-                session.last_sequence = report.sequence
+            if session.is_news(report.sequence):
                 if report.WhichOneof("fact") == "spawned":
                     events.append(self._spawned_event(report, session.session_id))
                 elif (event := _report_event(report, session.session_id)) is not None:
                     events.append(event)
         self._bus.post(events)
         connection.acknowledge(session.last_sequence)
+
+    def _take_heartbeat(self, heartbeat: worker_pb2.Heartbeat, connection: Connection) -> None:
+        session = connection.session
+        if session is None:
+            return
+        held = frozenset(heartbeat.held_lease_ids)
+        self._bus.post([messages.WorkerHeartbeat(session.session_id, held, heartbeat.assignment_sequence)])
+        if session.last_sequence:
+            # What waits to be acknowledged would be listed as held until then.
+            connection.acknowledge(session.last_sequence, at_once=bool(held))
 
     def _spawned_event(self, report: worker_pb2.Report, session_id: str) -> messages.AttemptSpawned:
         named = (session_id, report.lease_id, report.item)
@@ -141,8 +164,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def UploadArtifact(
         self, request_iterator: AsyncIterator[worker_pb2.UploadArtifactRequest], context: Context
     ) -> worker_pb2.UploadArtifactResponse:
-        """Refuse: workers on this machine share the head's store, so the server never asks for an upload."""
-        raise NotFoundError("ARTIFACT_NOT_FOUND", "this server asked for no artifact")
+        """Take an artifact somebody reads from the node that has it."""
+        requests = aiter(request_iterator)
+        first = await anext(requests, None)
+        transfer_id = "" if first is None else first.transfer_id
+        await self._transfers.take(transfer_id, _chunks(requests))
+        return worker_pb2.UploadArtifactResponse()
 
     async def ListNodes(self, request: worker_pb2.ListNodesRequest, context: Context) -> worker_pb2.ListNodesResponse:
         """List the nodes in the ledger."""
@@ -157,7 +184,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             raise NotFoundError("NODE_NOT_FOUND", f"there is no node {request.node_id!r}")
         shown = self._node(node)
         shown.state = worker_pb2.NODE_STATE_DRAINING
-        self._bus.post([messages.DrainRequested(request.node_id)])
+        deadline_s = deadline_from_proto(request)
+        if deadline_s is not None and deadline_s < 0:
+            raise invalid_field("deadline", "must not be negative")
+        self._bus.post([messages.DrainRequested(request.node_id, deadline_s)])
         return worker_pb2.DrainNodeResponse(node=shown)
 
     async def GetCluster(
@@ -227,6 +257,16 @@ def _report_event(report: worker_pb2.Report, session_id: str) -> messages.Schedu
             return messages.LeaseReturned(session_id, report.lease_id, report.returned.reason)
         case _:
             return None
+
+
+def deadline_from_proto(message: worker_pb2.Draining | worker_pb2.DrainNodeRequest) -> float | None:
+    """Return how long what runs may still run, in seconds; None when it may finish."""
+    return convert.seconds_from(message.deadline) if message.HasField("deadline") else None
+
+
+async def _chunks(requests: AsyncIterator[worker_pb2.UploadArtifactRequest]) -> AsyncIterator[bytes | None]:
+    async for request in requests:
+        yield None if request.not_found else request.data
 
 
 async def _drain(requests: AsyncIterator[worker_pb2.ConnectRequest]) -> None:

@@ -14,6 +14,8 @@ from lattice_server.core.messages import (
     Assign,
     CancelRequested,
     CloseSession,
+    DrainWorker,
+    ForgetSession,
     NodesChanged,
     RevokeLease,
     StopLease,
@@ -167,7 +169,7 @@ class Cluster:
                         if worker.session_id == effect.session_id:
                             worker.is_gone = True
                             del self.workers[node_id]
-                case NodesChanged():
+                case NodesChanged() | DrainWorker() | ForgetSession():
                     pass
                 case TasksSpawned():
                     run = self.runs[effect.run_id]

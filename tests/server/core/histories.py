@@ -197,9 +197,22 @@ class DispatchHistories(RuleBasedStateMachine):
     def lose(self, node: str) -> None:
         self.tell(messages.WorkerLost(f"worker-of-{node}", "killed"))
 
-    @rule(node=st.sampled_from(NODES))
-    def drain(self, node: str) -> None:
-        self.tell(messages.DrainRequested(node))
+    @rule(node=st.sampled_from(NODES), deadline_s=st.sampled_from([None, None, 0.0, 0.5]))
+    def drain(self, node: str, deadline_s: float | None) -> None:
+        self.tell(messages.DrainRequested(node, deadline_s))
+
+    @precondition(lambda self: self.machine.nodes)
+    @rule(data=st.data(), behind=st.integers(0, 2))
+    def heartbeat(self, data: st.DataObject, behind: int) -> None:
+        """A worker lists what it holds, while some of what was assigned to it may still be on its way."""
+        node = data.draw(st.sampled_from(list(self.machine.nodes.values())))
+        ours = [lease_id for slot in node.slots.values() for lease_id in slot.lease_ids]
+        held = frozenset(data.draw(st.lists(st.sampled_from([*ours, "unheard-of"]), unique=True)))
+        on_its_way = {name for name in ours if self.machine.leases[name].sequence > node.assignments - behind}
+        self.tell(messages.WorkerHeartbeat(node.session_id, held, node.assignments - behind))
+        forgotten = set(ours) - held - on_its_way
+        assert not forgotten.intersection(self.machine.leases), "what a worker has forgotten is still thought to run"
+        assert on_its_way <= self.machine.leases.keys(), "what is on its way was given up"
 
     @precondition(lambda self: self.machine.nodes)
     @rule(data=st.data())

@@ -124,7 +124,7 @@ class World:
                 cluster.detach(node_id)
                 cluster.after(rng.choice([0.01, 1.0, 8.0]), lambda: self.resume(node_id))
             case "drain":
-                cluster._post(DrainRequested(node_id))
+                cluster._post(DrainRequested(node_id, rng.choice([None, 0.0, 0.3])))
             case "join" if node_id not in cluster.workers:
                 self.join(node_id)
             case "cancel" if run and rng.random() < 0.3:

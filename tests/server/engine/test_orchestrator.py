@@ -281,21 +281,21 @@ def connect(sessions: Sessions, resumed: bool) -> Connection:
 
 def test_a_session_is_detached_when_its_connection_ends() -> None:
     async def scenario() -> None:
-        sessions, detached = Sessions(), list[str]()
+        sessions, detached = Sessions(), list[tuple[str, float]]()
         older = connect(sessions, resumed=False)
-        sessions.leave(older, detached.append)
-        assert detached == ["s"]
+        sessions.leave(older, lambda *left: detached.append(left))
+        assert detached == [("s", 0.0)]
 
     asyncio.run(scenario())
 
 
 def test_a_resumed_session_is_not_detached_by_the_connection_before() -> None:
     async def scenario() -> None:
-        sessions, detached = Sessions(), list[str]()
+        sessions, detached = Sessions(), list[tuple[str, float]]()
         older = connect(sessions, resumed=False)
         connect(sessions, resumed=True)
         sessions.perform(WelcomeWorker("w", "s", True, ()))
-        sessions.leave(older, detached.append)
+        sessions.leave(older, lambda *left: detached.append(left))
         assert detached == []
 
     asyncio.run(scenario())
@@ -303,10 +303,10 @@ def test_a_resumed_session_is_not_detached_by_the_connection_before() -> None:
 
 def test_a_session_being_resumed_is_not_detached_by_the_connection_before() -> None:
     async def scenario() -> None:
-        sessions, detached = Sessions(), list[str]()
+        sessions, detached = Sessions(), list[tuple[str, float]]()
         older = connect(sessions, resumed=False)
         connect(sessions, resumed=True)
-        sessions.leave(older, detached.append)
+        sessions.leave(older, lambda *left: detached.append(left))
         assert detached == [], "the scheduler has the newer hello already; this would detach the live session"
 
     asyncio.run(scenario())

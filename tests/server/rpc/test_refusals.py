@@ -249,7 +249,7 @@ def test_a_task_the_run_does_not_have_is_not_found(idle: Caller, call: str) -> N
 
 
 def test_nobody_asked_for_an_upload(idle: Caller) -> None:
-    with refused(Code.NOT_FOUND, "ARTIFACT_NOT_FOUND"):
+    with refused(Code.NOT_FOUND, "TRANSFER_NOT_FOUND"):
         idle.workers.UploadArtifact(iter([worker_pb2.UploadArtifactRequest(transfer_id="x")]))
 
 

@@ -1,0 +1,115 @@
+"""Owns the way of large values from the nodes that have them to whoever reads them.
+
+Rule: nothing is stored on the way; a reader that is slow slows the node down that sends.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from lattice_server.core.errors import LatticeError, NotFoundError, UnavailableError
+from lattice_server.core.messages import SendArtifact
+from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.store import HEAD, ArtifactStore
+
+AHEAD = 4  # Chunks that lie between the node and the reader.
+RETRY_AFTER_S = 0.5
+
+
+@dataclass(slots=True)
+class _Transfer:
+    chunks: "asyncio.Queue[bytes]" = field(default_factory=lambda: asyncio.Queue(AHEAD))
+    end: "asyncio.Future[LatticeError | None]" = field(default_factory=asyncio.Future)
+
+    def finish(self, error: LatticeError | None) -> None:
+        if not self.end.done():
+            self.end.set_result(error)
+
+
+class Transfers:
+    """Reads artifacts wherever they lie; lives on the main thread."""
+
+    def __init__(self, store: ArtifactStore, sessions: Sessions) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._open: dict[str, _Transfer] = {}
+
+    async def read(self, artifact_id: str, offset: int) -> AsyncIterator[bytes]:
+        """Yield the bytes of an artifact from `offset` on.
+
+        Raises:
+            NotFoundError: nobody has it, or the node that had it is gone.
+            UnavailableError: the node that has it is not connected right now, or went away meanwhile.
+        """
+        node_id = self._store.node_of(artifact_id)
+        if node_id == HEAD:
+            async for chunk in self._store.read(artifact_id, offset):
+                yield chunk
+            return
+        session = self._sessions.of_node(node_id)
+        if session is None:
+            text = f"artifact {artifact_id!r} lay on node {node_id!r}, which is gone"
+            raise NotFoundError("ARTIFACT_NOT_FOUND", text, metadata={"node_id": node_id})
+        if not session.is_connected:
+            raise _unavailable(node_id)
+        transfer_id, transfer = uuid4().hex, _Transfer()
+        self._open[transfer_id] = transfer
+        connection = session.connection
+
+        def give_up() -> None:
+            transfer.finish(_unavailable(node_id))
+
+        connection.on_end.append(give_up)
+        connection.send(SendArtifact(session.session_id, transfer_id, artifact_id, offset))
+        try:
+            async for chunk in _until_end(transfer):
+                yield chunk
+        finally:
+            del self._open[transfer_id]
+            with suppress(ValueError):
+                connection.on_end.remove(give_up)
+
+    async def take(self, transfer_id: str, chunks: AsyncIterator[bytes | None]) -> None:
+        """Hand the chunks of an upload to the reader who waits for them; None stands for an artifact that is not there.
+
+        Raises NotFoundError when nobody waits for them.
+        """
+        transfer = self._open.get(transfer_id)
+        if transfer is None:
+            raise NotFoundError("TRANSFER_NOT_FOUND", "nobody waits for this transfer")
+        try:
+            async for chunk in chunks:
+                if chunk is None:
+                    text = "the node that should have the artifact has it no longer"
+                    transfer.finish(NotFoundError("ARTIFACT_NOT_FOUND", text))
+                    return
+                await transfer.chunks.put(chunk)
+                if transfer_id not in self._open:
+                    return
+            transfer.finish(None)
+        finally:
+            transfer.finish(UnavailableError("NODE_UNAVAILABLE", "the upload broke off", retry_after_s=RETRY_AFTER_S))
+
+
+async def _until_end(transfer: _Transfer) -> AsyncIterator[bytes]:
+    while True:
+        while not transfer.chunks.empty():
+            yield transfer.chunks.get_nowait()
+        if transfer.end.done():
+            if (error := transfer.end.result()) is not None:
+                raise error
+            return
+        coming = asyncio.ensure_future(transfer.chunks.get())
+        try:
+            await asyncio.wait((coming, transfer.end), return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                yield coming.result()
+        finally:
+            coming.cancel()
+
+
+def _unavailable(node_id: str) -> UnavailableError:
+    text = f"node {node_id!r} is not connected"
+    return UnavailableError("NODE_UNAVAILABLE", text, retry_after_s=RETRY_AFTER_S)

@@ -1,0 +1,138 @@
+"""Owns what attempts need to have on this machine before they start: code bundles, and large values made elsewhere.
+
+Rule: a file is in the store whole or not at all.
+"""
+
+import asyncio
+import os
+import zipfile
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import grpc
+from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, task_pb2, worker_pb2
+
+from lattice_worker import convert
+
+RETRIES = 10
+RETRY_S = 0.5
+RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN})
+
+
+class MissingError(Exception):
+    """Something an attempt needs cannot be had; the message is for people."""
+
+
+class Materials:
+    """The store of one worker. `connect` gives the server's results service, from which large values come."""
+
+    def __init__(
+        self, directory: str, name: str, connect: "Callable[[], results_pb2_grpc.ResultsServiceAsyncStub | None]"
+    ) -> None:
+        self.directory, self.name = directory, name
+        self._connect = connect
+        self._bundles: dict[str, asyncio.Task[None]] = {}
+        self._fetching: dict[str, asyncio.Task[None]] = {}
+
+    def learn(self, bundles: Iterable[task_pb2.CodeBundle]) -> None:
+        """Unpack code, off the event loop: a worker that is not heard for a while is taken for lost."""
+        for bundle in bundles:
+            folder = Path(self.bundle_path(bundle.digest))
+            self._bundles[bundle.digest] = asyncio.create_task(asyncio.to_thread(_unpack, bundle.zip, folder))
+
+    def bundle_path(self, digest: str) -> str:
+        """Return where a bundle is, or will be, unpacked; nothing for no bundle."""
+        return os.path.join(self.directory, "bundles", digest.removeprefix("sha256:")) if digest else ""
+
+    def missing(
+        self, bundle_digest: str, assignment: worker_pb2.Assignment, upstream: convert.Outputs
+    ) -> list[asyncio.Task[None]]:
+        """Return what has to be done before an assignment can start; nothing in most cases."""
+        waits = []
+        bundle = self._bundles.get(bundle_digest)
+        if bundle is not None and not (bundle.done() and bundle.exception() is None):
+            waits.append(bundle)
+        for attempt in assignment.attempts:
+            for binding in attempt.inputs.values():
+                waits += [self._fetch(artifact) for artifact in self._absent(binding, upstream)]
+        return waits
+
+    def drop(self, artifact_id: str) -> None:
+        """Delete a large value that nobody needs any more."""
+        self._path(artifact_id).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete all large values: they were kept for a server that is gone."""
+        for entry in os.scandir(self.directory):
+            if entry.is_file():
+                os.unlink(entry.path)
+
+    def open(self, artifact_id: str) -> BinaryIO:
+        """Open a large value of this store. Raises FileNotFoundError."""
+        return self._path(artifact_id).open("rb")
+
+    def _absent(self, binding: payload_pb2.Binding, upstream: convert.Outputs) -> list[payload_pb2.Artifact]:
+        match binding.WhichOneof("source"):
+            case "list":
+                return [found for item in binding.list.items for found in self._absent(item, upstream)]
+            case "map":
+                return [found for item in binding.map.entries.values() for found in self._absent(item, upstream)]
+            case "output":
+                payload = upstream[binding.output.output]
+            case _:
+                payload = binding.payload
+        if payload.WhichOneof("content") != "artifact" or payload.artifact.node_id == self.name:
+            return []
+        return [] if self._path(payload.artifact.artifact_id).exists() else [payload.artifact]
+
+    def _fetch(self, artifact: payload_pb2.Artifact) -> asyncio.Task[None]:
+        artifact_id = artifact.artifact_id
+        found = self._fetching.get(artifact_id)
+        if found is None:
+            found = self._fetching[artifact_id] = asyncio.create_task(self._download(artifact))
+            found.add_done_callback(lambda _: self._fetching.pop(artifact_id, None))
+        return found
+
+    async def _download(self, artifact: payload_pb2.Artifact) -> None:
+        path = self._path(artifact.artifact_id)
+        part = path.with_suffix(".part")
+        for attempt in range(RETRIES):
+            stub = self._connect()
+            try:
+                if stub is None:
+                    raise MissingError("the server is not connected")
+                with part.open("wb") as file:
+                    request = results_pb2.ReadArtifactRequest(artifact_id=artifact.artifact_id)
+                    async for response in stub.ReadArtifact(request):
+                        # A write into memory, at most 1 MiB of it.
+                        file.write(response.data)
+                    size = file.tell()
+                if size == artifact.size_bytes:
+                    part.rename(path)
+                    return
+                text = f"{size} of {artifact.size_bytes} bytes came"
+            except grpc.aio.AioRpcError as error:
+                text = error.details() or error.code().name
+                if error.code() not in RETRIED:
+                    raise MissingError(self._lost(artifact, text)) from None
+            except MissingError as error:
+                text = str(error)
+            finally:
+                part.unlink(missing_ok=True)
+            if attempt + 1 < RETRIES:
+                # The node that has it, or the server, may be back in a moment; its event is the next attempt's success.
+                await asyncio.sleep(RETRY_S)
+        raise MissingError(self._lost(artifact, text))
+
+    def _lost(self, artifact: payload_pb2.Artifact, why: str) -> str:
+        return f"a value of {artifact.size_bytes} bytes that lies on node {artifact.node_id!r} cannot be had: {why}"
+
+    def _path(self, artifact_id: str) -> Path:
+        return Path(self.directory) / os.path.basename(artifact_id)
+
+
+def _unpack(data: bytes, folder: Path) -> None:
+    with zipfile.ZipFile(BytesIO(data)) as archive:
+        archive.extractall(folder)
