@@ -364,7 +364,10 @@ class Function(google.protobuf.message.Message):
     pickle: builtins.bytes
     """A Python callable as cloudpickle wrote it."""
     entrypoint: builtins.str
-    """An importable callable, `package.module:name`."""
+    """A function by its name where it runs. `package.module:name`, dotted Python names around one colon, is an importable
+    callable that any Python worker runs; any other name, such as `js/word_count`, is run by a worker whose `Hello`
+    names it. A worker in another language may name what looks like Python too: both then run it.
+    """
     bundle_digest: builtins.str
     """The digest of the bundle of modules the code imports; empty when it needs none."""
     call_style: Global___CallStyle.ValueType

@@ -1264,6 +1264,7 @@ class Node(google.protobuf.message.Message):
     HEARTBEAT_TIME_FIELD_NUMBER: builtins.int
     ISOLATIONS_FIELD_NUMBER: builtins.int
     RUNTIME_FIELD_NUMBER: builtins.int
+    ENTRYPOINTS_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     """Names the node."""
     hostname: builtins.str
@@ -1300,6 +1301,10 @@ class Node(google.protobuf.message.Message):
     def isolations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.resources_pb2.Isolation.ValueType]:
         """The isolation levels it can set up."""
 
+    @property
+    def entrypoints(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The entry points its worker has of its own, and runs alone; empty for a worker that runs Python."""
+
     def __init__(
         self,
         *,
@@ -1316,9 +1321,10 @@ class Node(google.protobuf.message.Message):
         heartbeat_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         isolations: collections.abc.Iterable[lattice.v1.resources_pb2.Isolation.ValueType] | None = ...,
         runtime: builtins.str = ...,
+        entrypoints: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity", "free", b"free", "heartbeat_time", b"heartbeat_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "capacity", b"capacity", "free", b"free", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "runtime", b"runtime", "state", b"state", "worker_id", b"worker_id", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "capacity", b"capacity", "entrypoints", b"entrypoints", "free", b"free", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "runtime", b"runtime", "state", b"state", "worker_id", b"worker_id", "worker_pid", b"worker_pid"]) -> None: ...
 
 Global___Node: typing_extensions.TypeAlias = Node
 
