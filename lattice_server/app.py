@@ -112,6 +112,8 @@ class App:
 
     async def ready(self) -> None:
         """Wait until the first worker is there, or for as long as one may need to start."""
+        if self.config.num_cpus == 0:
+            return
         try:
             async with asyncio.timeout(WORKER_START_S):
                 await self._admission.has_nodes()
@@ -146,7 +148,6 @@ class App:
 
 def _executor(config: ServerConfig, store: ArtifactStore) -> Executor:
     if config.executor == "ray":
-        # Importing Ray takes a second that a local server need not spend.
         from lattice_server.executors.ray import RayExecutor
 
         return RayExecutor(config, store.directory)
@@ -161,8 +162,6 @@ async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
     _on_signals(stopping.set)
     app = App(config)
     await app.start()
-    # Starting Ray installs handlers of its own, which print a stack trace.
-    _on_signals(stopping.set)
     await _first(app.ready(), stopping.wait())
     if not stopping.is_set():
         announce(app.address)

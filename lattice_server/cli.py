@@ -35,6 +35,15 @@ def _record_path(port: str) -> Path:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=50051, show_default=True, help="Port to listen on; 0 picks one.")
 @click.option("--executor", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
+@click.option("--node-ip", metavar="ADDRESS", help="Where Ray listens, instead of where the server does.")
+@click.option("--ray-address", metavar="HOST:PORT", help="Place workers in this Ray cluster instead of starting Ray.")
+@click.option(
+    "--ray-workers",
+    type=click.IntRange(1, 10_000),
+    default=1,
+    show_default=True,
+    help="With --ray-address: how many workers, each with --num-cpus and --num-gpus.",
+)
 @click.option("--num-cpus", type=click.FloatRange(0, 2**20), help="CPUs to offer instead of those this machine has.")
 @click.option("--num-gpus", type=click.IntRange(0, 1024), help="GPUs to offer instead of those this machine has.")
 @click.option(
@@ -54,6 +63,9 @@ def start(
     host: str,
     port: int,
     executor: str,
+    node_ip: str | None,
+    ray_address: str | None,
+    ray_workers: int,
     num_cpus: float | None,
     num_gpus: int | None,
     memory: int | None,
@@ -69,6 +81,8 @@ def start(
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
     if host not in {"127.0.0.1", "localhost", "::1"}:
         raise click.UsageError("only loopback addresses are served: there is no authentication yet")
+    if ray_address and (executor != "ray" or not num_cpus):
+        raise click.UsageError("with --ray-address, which needs --executor ray, say what to reserve: --num-cpus")
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if wrong := [label for label in labels if "=" not in label]:
@@ -78,6 +92,9 @@ def start(
         host=host,
         port=port,
         executor=executor,
+        node_ip=node_ip or "",
+        ray_address=ray_address or "",
+        ray_workers=ray_workers,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
         memory_bytes=None if memory is None else memory * MIB,

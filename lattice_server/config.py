@@ -10,7 +10,9 @@ from lattice_server.core.batching import BatchRule
 class ServerConfig:
     """What `lattice start --head` was asked for. Sizes in bytes, times in seconds.
 
-    A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere.
+    A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`, by
+    default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are placed,
+    each with `num_cpus` and `num_gpus`.
     """
 
     host: str = "127.0.0.1"
@@ -21,7 +23,9 @@ class ServerConfig:
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    node_ip: str = ""
     ray_address: str = ""
+    ray_workers: int = 1
     session_ttl_s: float = 3.0
     inline_limit_bytes: int = 256 * 1024
     log_limit_bytes: int = 1024 * 1024

@@ -1,25 +1,54 @@
 """Owns the command that starts a worker process. Rule: every executor starts the same program."""
 
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lattice_server.config import ServerConfig
+from lattice_server.core.model import Capacity
 
 
-def worker_command(
-    config: ServerConfig, *, target: str, worker_id: str, node_id: str, store_directory: Path
-) -> list[str]:
-    """Return the command line of a worker that dials `target` and serves `node_id`."""
-    command = [sys.executable, "-m", "lattice_worker", "--addr", target, "--worker-id", worker_id]
-    command += ["--node-id", node_id, "--store-dir", str(store_directory), "--exit-on-close"]
-    if config.num_cpus is not None:
-        command += ["--num-cpus", str(config.num_cpus)]
-    if config.num_gpus is not None:
-        command += ["--num-gpus", str(config.num_gpus)]
-    if config.memory_bytes is not None:
-        command += ["--memory-bytes", str(config.memory_bytes)]
-    if config.gpu_memory_bytes is not None:
-        command += ["--gpu-memory-bytes", str(config.gpu_memory_bytes)]
-    for name, value in config.labels.items():
-        command += ["--label", f"{name}={value}"]
-    return command
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a worker is to offer of its machine. What is None it measures; sizes in bytes."""
+
+    num_cpus: float | None = None
+    num_gpus: int | None = None
+    memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    labels: Mapping[str, str] | None = None
+
+
+def offer_of_head(config: ServerConfig) -> Offer:
+    """Return what the server was told to offer of its own machine."""
+    return Offer(config.num_cpus, config.num_gpus, config.memory_bytes, config.gpu_memory_bytes, config.labels)
+
+
+def offer_of_machine(capacity: Capacity, labels: Mapping[str, str]) -> Offer:
+    """Return what a machine said it offers."""
+    gpu_memory_bytes = capacity.gpus[0].memory_bytes if capacity.gpus else None
+    return Offer(capacity.cpu, len(capacity.gpus), capacity.memory_bytes or None, gpu_memory_bytes, labels)
+
+
+def worker_flags(offer: Offer, *, worker_id: str, node_id: str, store_directory: Path | None) -> list[str]:
+    """Return the flags of a worker that serves `node_id`; without a store it makes one of its own."""
+    flags = ["--worker-id", worker_id, "--node-id", node_id, "--exit-on-close"]
+    if store_directory is not None:
+        flags += ["--store-dir", str(store_directory)]
+    if offer.num_cpus is not None:
+        flags += ["--num-cpus", str(offer.num_cpus)]
+    if offer.num_gpus is not None:
+        flags += ["--num-gpus", str(offer.num_gpus)]
+    if offer.memory_bytes is not None:
+        flags += ["--memory-bytes", str(offer.memory_bytes)]
+    if offer.gpu_memory_bytes is not None:
+        flags += ["--gpu-memory-bytes", str(offer.gpu_memory_bytes)]
+    for name, value in (offer.labels or {}).items():
+        flags += ["--label", f"{name}={value}"]
+    return flags
+
+
+def worker_command(target: str, flags: list[str]) -> list[str]:
+    """Return the command line of a worker that dials `target`."""
+    return [sys.executable, "-m", "lattice_worker", "--addr", target, *flags]

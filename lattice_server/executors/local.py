@@ -11,7 +11,7 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, Machine, Membership
-from lattice_server.executors.command import worker_command
+from lattice_server.executors.command import offer_of_head, worker_command, worker_flags
 from lattice_server.executors.leftovers import MARK, end_leftovers
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,9 @@ class LocalExecutor:
         self._worker_id = ""
 
     async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
-        """Start the worker, and again whenever it dies."""
+        """Start the worker, and again whenever it dies; none where nothing is offered."""
+        if self._config.num_cpus == 0:
+            return
         self._keeper = asyncio.create_task(self._keep(contact, post))
 
     async def stop(self) -> None:
@@ -73,11 +75,13 @@ class LocalExecutor:
             started = asyncio.get_running_loop().time()
             self._process = await asyncio.create_subprocess_exec(
                 *worker_command(
-                    self._config,
-                    target=contact.local_target,
-                    worker_id=worker_id,
-                    node_id="local",
-                    store_directory=self._store_directory,
+                    contact.local_target,
+                    worker_flags(
+                        offer_of_head(self._config),
+                        worker_id=worker_id,
+                        node_id="local",
+                        store_directory=self._store_directory,
+                    ),
                 ),
                 env={
                     **os.environ,

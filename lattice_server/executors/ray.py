@@ -1,154 +1,252 @@
-"""Has Ray place and start the worker. Rule: Ray reserves, places and starts; attempts travel over the worker's stream.
+"""Has Ray place and start workers. Rule: Ray reserves, places and starts; attempts travel over the workers' streams.
 
-The worker runs inside a placement group's bundle that holds all it offers, so Ray's own books stay true.
+A worker runs inside a placement group's bundle that holds all it offers, so Ray's own books stay true. Ray itself runs
+in other processes; when it dies, another is started and everybody comes back.
 """
 
 import asyncio
 import contextlib
 import logging
-import os
-import subprocess
+import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from unittest import mock
+from typing import Any
 from uuid import uuid4
-
-import ray
-import ray._private.services
-from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
-from lattice_server.engine.ports import Contact, Machine, Membership
-from lattice_server.executors.command import worker_command
+from lattice_server.engine.ports import Contact, Machine, Membership, RayCluster
+from lattice_server.executors.command import offer_of_machine, worker_flags
 from lattice_server.executors.leftovers import MARK, end_leftovers
+from lattice_server.executors.ray_child import RayChild, ray_child
+from lattice_server.executors.reservation import (
+    Member,
+    Reservation,
+    bundle_of,
+    own_reservations,
+    resource_of,
+)
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
-RESERVE_S = 60.0
 LEAVE_S = 5.0
-RESTART_S = 0.2
-
-
-class WorkerHost:
-    """The actor Ray places; it holds the reservation for as long as the worker lives."""
-
-    def serve(self, command: list[str], environment: dict[str, str]) -> int:
-        """Run a worker as a child of this actor and return its exit status."""
-        # The worker ends with the actor, whichever way the actor ends.
-        environment = {**os.environ, **environment, "LATTICE_PARENT_PID": str(os.getpid())}
-        status = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL).wait()
-        end_leftovers(environment[MARK])
-        return status
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 
 
 class RayExecutor:
-    """Starts Ray on this machine, reserves its CPUs and GPUs, and keeps one worker alive in the reservation."""
+    """Starts a Ray or joins one, reserves there, and keeps one worker alive in each reservation."""
 
     name = "ray"
 
     def __init__(self, config: ServerConfig, store_directory: Path) -> None:
         self._config = config
         self._store_directory = store_directory
-        self._group: PlacementGroup | None = None
+        self._is_owner = not config.ray_address
+        self._token = secrets.token_hex(32)
         self._address = ""
+        self._is_up = asyncio.Event()
+        self._child: RayChild | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._left = asyncio.Event()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._reservations: dict[str, Reservation] = {}
+        self._members: dict[str, Member] = {}
+        self._change = asyncio.Event()
+        self._has_begun = False
         self._is_stopping = False
 
     async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
-        """Start Ray, reserve, and start the worker, again whenever it dies."""
-        bundle = await asyncio.to_thread(self._reserve)
-        offered = replace(self._config, num_cpus=bundle["CPU"], num_gpus=int(bundle.get("GPU", 0)))
-        self._keeper = asyncio.create_task(self._keep(offered, contact, post))
+        """Start Ray and the workers, again whenever one dies. Raises RuntimeError when Ray cannot be started at all."""
+        self._contact, self._post = contact, post
+        self._keeper = asyncio.create_task(self._keep())
+        up = asyncio.create_task(self._is_up.wait())
+        await asyncio.wait({self._keeper, up}, return_when=asyncio.FIRST_COMPLETED)
+        up.cancel()
+        if self._keeper.done():
+            self._keeper.result()
 
     async def stop(self) -> None:
-        """End the worker and the Ray this executor started."""
+        """End the workers and the Ray this executor started; leave another's as it was."""
         self._is_stopping = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S):
-                await self._left.wait()
+                while any(reservation.is_placed for reservation in self._reservations.values()):
+                    self._change.clear()
+                    await self._change.wait()
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
-        await asyncio.to_thread(ray.shutdown)
 
     def ray_address(self) -> str:
         """Return where Ray's head listens."""
         return self._address
 
     async def join(self, machine: Machine) -> Membership:
-        """Let the machine serve its node itself."""
-        return Membership(None, asyncio.get_running_loop().create_future())
+        """Take a machine into Ray, once there is one. In another's Ray it has to serve its node itself."""
+        over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        if not self._is_owner:
+            return Membership(None, over)
+        await self._is_up.wait()
+        resource = resource_of(machine.node_id)
+        offer = offer_of_machine(machine.capacity, machine.labels)
+        member = self._members.get(machine.node_id)
+        if member is not None and member.reservation.offer != offer:
+            self._expire(member)
+            member = None
+        if member is None:
+            reservation = Reservation(
+                resource,
+                machine.node_id,
+                bundle_of(machine.capacity.cpu, len(machine.capacity.gpus), resource),
+                offer,
+                self._contact.target,
+                self._contact.join_token,
+                follows_node=True,
+            )
+            member = self._members[machine.node_id] = Member(reservation)
+            self._reserve(reservation)
+        member.streams += 1
+        member.waiting.append(over)
+        if member.expiry is not None:
+            member.expiry.cancel()
+        return Membership(RayCluster(self._address, self._token, resource), over)
 
     def leave(self, node_id: str) -> None:
-        """Do nothing: the worker's own stream tells."""
+        """Give up the machine's reservation unless it joins again in time."""
+        member = self._members.get(node_id)
+        if member is None:
+            return
+        member.streams -= 1
+        if member.streams <= 0:
+            loop = asyncio.get_running_loop()
+            member.expiry = loop.call_later(self._config.session_ttl_s, self._expire, member)
 
-    def _reserve(self) -> dict[str, float]:
-        # Ray takes the loopback address for a mistake, puts one of this machine's network in its place, and then
-        # listens to everybody.
-        with mock.patch.object(ray._private.services, "resolve_ip_for_localhost", lambda host: host):
-            ray.init(
-                # Never a stranger's cluster that happens to run here.
-                address="local",
-                num_cpus=None if self._config.num_cpus is None else max(1, int(self._config.num_cpus)),
-                num_gpus=self._config.num_gpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                _node_ip_address=LOOPBACK,
-            )
-        if not ray.get_runtime_context().gcs_address.startswith(f"{LOOPBACK}:"):
-            ray.shutdown()
-            raise RuntimeError(f"Ray {ray.__version__} cannot be bound to loopback; use --executor local")
-        self._address = ray.get_runtime_context().gcs_address
-        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        bundle = {name: total[name] for name in ("CPU", "GPU") if total.get(name)}
-        self._group = placement_group([bundle], strategy="STRICT_PACK")
-        ray.get(self._group.ready(), timeout=RESERVE_S)
-        return bundle
+    def _expire(self, member: Member) -> None:
+        reservation = member.reservation
+        if reservation.is_placed:
+            self._post([WorkerLost(reservation.worker_id, "its machine left")])
+        self._release(reservation)
 
-    async def _keep(
-        self,
-        config: ServerConfig,
-        contact: Contact,
-        post: Callable[[Sequence[SchedulerEvent]], None],
-    ) -> None:
-        group = self._group
-        assert group is not None, "reserved before"
+    # Ray.
+
+    async def _keep(self) -> None:
+        """Keep a Ray up."""
+        loop = asyncio.get_running_loop()
+        backoff_s = 0.0
         while True:
-            worker_id = f"ray-{uuid4().hex[:12]}"
-            command = worker_command(
-                config,
-                target=contact.local_target,
-                worker_id=worker_id,
-                node_id="ray-head",
-                store_directory=self._store_directory,
-            )
-            host = (
-                ray.remote(WorkerHost)
-                .options(
-                    num_cpus=config.num_cpus,
-                    num_gpus=config.num_gpus,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
-                )
-                .remote()
-            )
-            self._left.clear()
-            reference = host.serve.remote(command, {MARK: worker_id})  # type: ignore[attr-defined]
+            started = loop.time()
+            child = self._child = ray_child(self._config, self._token)
+            reason = "its driver ended"
             try:
-                status = await asyncio.wrap_future(reference.future())
-                reason = f"its process ended with status {status}"
-            except ray.exceptions.RayError as error:
-                reason = f"Ray lost its process: {error}"
-            self._left.set()
-            if self._is_stopping:
-                return
+                async for event in child.events():
+                    if event["event"] == "over":
+                        reason = event["reason"]
+                    else:
+                        self._take(event)
+            finally:
+                self._is_up.clear()
+                self._address = ""
+                await child.stop()
+            if not self._has_begun:
+                raise RuntimeError(reason)
+            log.error("Ray is gone: %s; starting another", reason)
+            await self._lose_all(f"Ray is gone: {reason}")
+            lived_s = loop.time() - started
+            backoff_s = 0.0 if lived_s > MAX_BACKOFF_S else min(MAX_BACKOFF_S, max(MIN_BACKOFF_S, backoff_s * 2))
+            await asyncio.sleep(backoff_s)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["event"] == "started":
+            self._begin(event["address"], event["total"])
+            return
+        reservation = self._reservations.get(event["key"])
+        if reservation is None or reservation.worker_id != event["worker_id"]:
+            return
+        if event["event"] == "placed":
+            reservation.placed_at = asyncio.get_running_loop().time()
+        else:
+            ending = asyncio.create_task(self._end(reservation, event["status"], event["reason"]))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+
+    def _begin(self, address: str, total: dict[str, float]) -> None:
+        self._address = address
+        if not self._has_begun:
+            self._has_begun = True
+            own = own_reservations(self._config, self._contact, total, self._store_directory)
+            for reservation in own:
+                self._reservations[reservation.key] = reservation
+        for reservation in self._reservations.values():
+            self._reserve(reservation)
+        self._is_up.set()
+
+    # Reservations.
+
+    def _reserve(self, reservation: Reservation) -> None:
+        self._reservations[reservation.key] = reservation
+        self._order("reserve", reservation, bundle=reservation.bundle)
+        self._serve(reservation)
+
+    def _serve(self, reservation: Reservation) -> None:
+        worker_id = reservation.worker_id = f"ray-{uuid4().hex[:12]}"
+        reservation.wait_no_more()
+        self._order(
+            "serve",
+            reservation,
+            bundle=reservation.bundle,
+            worker_id=worker_id,
+            flags=worker_flags(
+                reservation.offer,
+                worker_id=worker_id,
+                node_id=reservation.node_id,
+                store_directory=reservation.store_directory,
+            ),
+            target=reservation.target,
+            environment={MARK: worker_id} | ({"LATTICE_TOKEN": reservation.token} if reservation.token else {}),
+            follows_node=reservation.follows_node,
+        )
+
+    async def _end(self, reservation: Reservation, status: int | None, reason: str) -> None:
+        """Release the reservation of a worker that was to leave; start another for one that was not."""
+        worker_id = reservation.worker_id
+        if reservation.store_directory is not None:
+            # Whoever killed the actor left that to us; elsewhere Ray's own processes see to it.
+            await asyncio.to_thread(end_leftovers, worker_id)
+        if reservation.worker_id != worker_id or self._is_stopping:
+            reservation.placed_at = None
+        elif status == 0:
+            log.info("worker %s of node %s left", worker_id, reservation.node_id)
+            reservation.placed_at = None
+            self._release(reservation)
+        else:
             log.warning("worker %s is gone: %s; starting another", worker_id, reason)
-            post([WorkerLost(worker_id, reason)])
-            # A worker that cannot even start must not be started in a tight loop.
-            await asyncio.sleep(RESTART_S)
+            self._post([WorkerLost(worker_id, reason)])
+            loop = asyncio.get_running_loop()
+            reservation.again = loop.call_later(reservation.lost(loop.time()), self._serve, reservation)
+        self._change.set()
+
+    def _release(self, reservation: Reservation) -> None:
+        self._reservations.pop(reservation.key, None)
+        reservation.wait_no_more()
+        self._order("release", reservation)
+        member = self._members.get(reservation.node_id)
+        if member is not None and member.reservation is reservation:
+            del self._members[reservation.node_id]
+            if member.expiry is not None:
+                member.expiry.cancel()
+            member.end("DRAINED")
+
+    async def _lose_all(self, reason: str) -> None:
+        for reservation in list(self._reservations.values()):
+            reservation.wait_no_more()
+            if reservation.is_placed:
+                if reservation.store_directory is not None:
+                    await asyncio.to_thread(end_leftovers, reservation.worker_id)
+                self._post([WorkerLost(reservation.worker_id, reason)])
+            reservation.placed_at = None
+        for member in self._members.values():
+            member.end("SHUTDOWN")
+
+    def _order(self, do: str, reservation: Reservation, **details: Any) -> None:
+        if self._child is not None:
+            self._child.order(do=do, key=reservation.key, **details)

@@ -12,10 +12,9 @@ import pytest
 
 from lattice_client import AsyncLatticeClient, RunEvent, task
 from lattice_server.app import App
-from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent
 from lattice_server.engine.ports import Contact
-from lattice_server.executors.command import worker_command
+from lattice_server.executors.command import Offer, worker_command, worker_flags
 from tests.e2e.proxy import Gate, Proxy
 from tests.server.apps import NoWorkers, serving
 
@@ -62,10 +61,8 @@ class Apart(NoWorkers):
         """Start a worker; each has an id and a node of its own."""
         self._count += 1
         name = f"apart-{self._count}"
-        config = ServerConfig(num_cpus=4)
-        command = worker_command(
-            config, target=self._target, worker_id=name, node_id=name, store_directory=self._folder
-        )
+        flags = worker_flags(Offer(num_cpus=4), worker_id=name, node_id=name, store_directory=self._folder)
+        command = worker_command(self._target, flags)
         environment = {**os.environ, **self._environment}
         self.process = await asyncio.create_subprocess_exec(*command, env=environment)
 

@@ -1,0 +1,35 @@
+"""Owns the choice of the address at which Ray listens. Rule: never more open than the server itself."""
+
+import socket
+
+import psutil
+
+LOOPBACK = "127.0.0.1"
+LOOPBACK_NAMES = {LOOPBACK, "localhost", "::1"}
+ANY = {"0.0.0.0", "::", "[::]"}
+# Nothing is sent there: it only asks for the route that leads to other networks.
+ELSEWHERE = ("192.0.2.1", 9)
+
+
+def ray_interface(host: str) -> str:
+    """Return the IPv4 address for Ray of a server that listens on `host`. Raises OSError for a name without one."""
+    if host in LOOPBACK_NAMES:
+        return LOOPBACK
+    if host in ANY:
+        return _machine_address()
+    return str(socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0])
+
+
+def _machine_address() -> str:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(ELSEWHERE)
+            return str(probe.getsockname()[0])
+    except OSError:  # no route leads anywhere: a network of its own
+        found = [
+            address.address
+            for name, addresses in psutil.net_if_addrs().items()
+            for address in addresses
+            if address.family == socket.AF_INET and not address.address.startswith("127.")
+        ]
+        return found[0] if found else LOOPBACK
