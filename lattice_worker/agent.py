@@ -31,6 +31,7 @@ MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
 CHUNK_BYTES = 1024 * 1024
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 COALESCE_S = 0.001
+FIRST_BEAT_S = 0.5  # Until the server says how often.
 DIAL_S = 10.0  # How long a server may take to say anything at all.
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
@@ -56,7 +57,7 @@ class Agent:
         )
         self._pending: list[worker_pb2.Report] = []
         self._wake = asyncio.Event()
-        self._heartbeat_s = 5.0
+        self._heartbeat_s = FIRST_BEAT_S
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0
         self._beat_is_due = False
@@ -97,13 +98,15 @@ class Agent:
         async with grpc.aio.insecure_channel(self._config.target, options=CHANNEL_OPTIONS) as channel:
             self._results = results_pb2_grpc.ResultsServiceStub(channel)
             workers = worker_pb2_grpc.WorkerServiceStub(channel)
-            call = workers.Connect(self._requests(), metadata=self._credentials())
+            call = workers.Connect(self._requests(), metadata=credentials(self._config))
             beating = asyncio.create_task(self._beat(call))
             try:
                 async for response in call:
                     self._heard_at = asyncio.get_running_loop().time()
                     if response.WhichOneof("message") == "close":
                         return self._closed(response.close)
+                    if not self._is_welcome and response.WhichOneof("message") != "welcome":
+                        continue
                     if response.WhichOneof("message") == "send_artifact":
                         self._upload(workers, response.send_artifact)
                     else:
@@ -159,16 +162,14 @@ class Agent:
                 yield worker_pb2.ConnectRequest(reports=worker_pb2.Reports(reports=pending))
             if self._beat_is_due:
                 self._beat_is_due = False
+                if late := self._leasing.session.overdue():
+                    yield worker_pb2.ConnectRequest(reports=worker_pb2.Reports(reports=late))
                 held, received = self._leasing.session.held(), self._leasing.received
                 heartbeat = worker_pb2.Heartbeat(held_lease_ids=held, assignment_sequence=received)
                 yield worker_pb2.ConnectRequest(heartbeat=heartbeat)
             if self._leaving is not None and not has_said_leaving:
                 has_said_leaving = True
                 yield worker_pb2.ConnectRequest(draining=self._leaving)
-
-    def _credentials(self) -> tuple[tuple[str, str], ...]:
-        token = self._config.token
-        return (("authorization", f"Bearer {token}"),) if token else ()
 
     def _hello(self) -> worker_pb2.Hello:
         return worker_pb2.Hello(
@@ -223,7 +224,7 @@ class Agent:
         self._wake.set()
 
     def _upload(self, workers: "worker_pb2_grpc.WorkerServiceAsyncStub", wanted: worker_pb2.SendArtifact) -> None:
-        task = asyncio.create_task(_send(workers, wanted, self._materials, self._credentials()))
+        task = asyncio.create_task(_send(workers, wanted, self._materials, credentials(self._config)))
         self._uploads.add(task)
         task.add_done_callback(self._uploads.discard)
 
@@ -238,6 +239,11 @@ class Agent:
 
     def _ended(self, lease_id: str, outputs: convert.Outputs | None) -> None:
         self._leasing.ended(lease_id, outputs)
+
+
+def credentials(config: WorkerConfig) -> tuple[tuple[str, str], ...]:
+    """Return the metadata by which the server knows who calls."""
+    return (("authorization", f"Bearer {config.token}"),) if config.token else ()
 
 
 def seconds(duration: Duration) -> float:

@@ -118,6 +118,8 @@ class Attempts:
                 return
             running = (sent, sent.ahead[lease_id])
         runner, invocation = running
+        if invocation.ending is not None:
+            return
         invocation.ending = answer
         if runner.key.is_async:
             runner.cancel(lease_id)

@@ -10,23 +10,29 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from uuid import uuid4
 
 import uvloop
 
 from lattice_worker import host
 from lattice_worker.agent import Agent
 from lattice_worker.config import HEAD_STORE, WorkerConfig
+from lattice_worker.joining import Joiner
 
 PR_SET_PDEATHSIG = 1
 SHARED_MEMORY = "/dev/shm"
+LET_GO_S = 5.0
 
 
 def main() -> None:
     """Run a worker until the server lets it go or a signal ends it."""
     parser = argparse.ArgumentParser(prog="lattice_worker", description="Run attempts for a Lattice server.")
     parser.add_argument("--addr", required=True, help="the server, host:port")
-    parser.add_argument("--worker-id", required=True)
     parser.add_argument("--node-id", required=True)
+    parser.add_argument("--worker-id", help="by default one that nobody else has")
+    parser.add_argument("--join", action="store_true", help="offer this machine, and let the server say what to do")
+    parser.add_argument("--drain-deadline", type=float, default=30.0, help="seconds for what runs when told to stop")
+    parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--store-dir", help="the server's own store of large values; without it the worker has its own")
     parser.add_argument("--num-cpus", type=float)
     parser.add_argument("--num-gpus", type=int)
@@ -35,18 +41,22 @@ def main() -> None:
     parser.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--exit-on-close", action="store_true", help="end when the server ends")
     flags = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if flags.verbose else logging.WARNING, stream=sys.stderr)
     _die_with(os.environ.get("LATTICE_PARENT_PID"))
     # What a task's process leaves behind when it dies comes here, to be ended; see `Pool.sweep`.
     host.adopt_orphans()
     with store(flags.store_dir) as directory:
-        uvloop.run(_run(_config(flags, directory)))
+        config = _config(flags, directory)
+        worker = Joiner(config) if flags.join else Agent(config)
+        uvloop.run(_run(worker, None if config.exit_on_close else flags.drain_deadline))
+    if worker.refusal and not config.exit_on_close:
+        sys.exit(f"the server would not have this worker: {worker.refusal}")
 
 
 def _config(flags: argparse.Namespace, directory: str) -> WorkerConfig:
     return WorkerConfig(
         target=flags.addr,
-        worker_id=flags.worker_id,
+        worker_id=flags.worker_id or f"{flags.node_id}-{uuid4().hex[:12]}",
         node_id=flags.node_id,
         store_directory=directory,
         store_name=HEAD_STORE if flags.store_dir else flags.node_id,
@@ -74,10 +84,24 @@ def store(directory: str | None) -> Iterator[str]:
         yield made
 
 
-async def _run(config: WorkerConfig) -> None:
-    task = asyncio.ensure_future(Agent(config).run())
+async def _run(worker: Agent | Joiner, drain_deadline_s: float | None) -> None:
+    """Run a worker until it is over. The first signal asks it to leave, if it may take its time; the next ends it."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(worker.run())
+    is_leaving = False
+
+    def leave() -> None:
+        nonlocal is_leaving
+        if is_leaving or drain_deadline_s is None:
+            task.cancel()
+            return
+        is_leaving = True
+        worker.leave(drain_deadline_s)
+        # A server that cannot be reached cannot let it go.
+        loop.call_later(drain_deadline_s + LET_GO_S, task.cancel)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, leave)
     with contextlib.suppress(asyncio.CancelledError):
         await task
 

@@ -28,6 +28,7 @@ class Session(Generic[Work, Report]):
         self._followers: dict[str, list[str]] = {}
         self._outbox: deque[tuple[int, str, Report]] = deque()
         self._last_sequence = 0
+        self._marks = (0, 0)
 
     def held(self) -> list[str]:
         """Return all leases, started or not, and those with reports the server may not have."""
@@ -111,6 +112,12 @@ class Session(Generic[Work, Report]):
         """Forget reports up to `sequence`."""
         while self._outbox and self._outbox[0][0] <= sequence:
             self._outbox.popleft()
+
+    def overdue(self) -> list[Report]:
+        """Return the reports that were there when this was called before last and are still not acknowledged."""
+        late = [report for sequence, _, report in self._outbox if sequence <= self._marks[0]]
+        self._marks = (self._marks[1], self._last_sequence)
+        return late
 
     def unacknowledged(self) -> list[Report]:
         """Return the reports to send again after a reconnect."""

@@ -64,7 +64,8 @@ class Lease:
     """One batch in the hands of a worker. `tasks` are its members by position, `ended` the positions that are over.
 
     `sent_at` is no later than when it was handed out. `share` is the part of the cluster its caller holds by it while
-    it is the first of its slot. `sequence` numbers its last assignment.
+    it is the first of its slot. `sequence` numbers its last assignment, which was sent again at
+    `repeated_at`.
     """
 
     lease_id: str
@@ -79,6 +80,7 @@ class Lease:
     started_at: float | None = None
     is_revoked: bool = False
     sequence: int = 0
+    repeated_at: float = 0.0
     ended: set[int] = field(default_factory=set)
 
     def members(self) -> list[Task]:

@@ -366,13 +366,17 @@ class Dispatch:
 
     def _repeat(self, lease: Lease, is_held: bool, now: float) -> None:
         """Say again what a worker that was away may have missed about a lease; what it has forgotten is lost."""
-        session_id = self.nodes[lease.slot.node_id].session_id
         if not is_held and lease.started_at is not None:
             failure = Failure(FailureKind.WORKER_LOST, "the worker came back and had forgotten the task")
             self._redo(lease, self._holding.dissolve(lease, now), failure, now)
             return
         if not is_held:
             self._effects.append(self._launcher.assignment(lease))
+        self._repeat_end(lease)
+
+    def _repeat_end(self, lease: Lease) -> None:
+        """Say again that a lease is to end, if it is."""
+        session_id = self.nodes[lease.slot.node_id].session_id
         if all(task.ending is not None for task in lease.members()):
             self._effects.append(StopLease(session_id, lease.lease_id))
         elif lease.is_revoked:
@@ -382,9 +386,14 @@ class Dispatch:
         """Repair what a worker and the ledger disagree on; what is still on its way is no disagreement."""
         ours = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
         for lease in ours:
-            if lease.lease_id not in heartbeat.held_lease_ids and lease.sequence <= heartbeat.assignment_sequence:
+            if lease.lease_id in heartbeat.held_lease_ids:
+                self._repeat_end(lease)
+            elif lease.sequence <= heartbeat.assignment_sequence:
                 failure = Failure(FailureKind.WORKER_LOST, "its worker no longer knew of the task")
                 self._redo(lease, self._holding.dissolve(lease, now), failure, now)
+            elif now >= max(lease.sent_at, lease.repeated_at) + self._fleet.session_ttl_s:
+                lease.repeated_at = now
+                self._effects.append(self._launcher.assignment(lease))
         for lease_id in sorted(heartbeat.held_lease_ids.difference(lease.lease_id for lease in ours)):
             self._effects.append(StopLease(node.session_id, lease_id))
 

@@ -68,7 +68,11 @@ class UnavailableError(LatticeError):
 
 
 class AuthenticationError(LatticeError):
-    """The caller is not who it must be."""
+    """The caller does not show who it is."""
+
+
+class AuthorizationError(LatticeError):
+    """The caller is known and may not do this."""
 
 
 def invalid_field(field: str, description: str) -> InvalidError:

@@ -17,7 +17,7 @@ class Fleet:
         self.total = Capacity(0.0, slots=0, async_slots=0)
         self._sessions: dict[str, Node] = {}
         self._gone: dict[str, Node] = {}
-        self._session_ttl_s = session_ttl_s
+        self.session_ttl_s = session_ttl_s
         self._could_run: dict[tuple[Shape, str], bool] = {}
         self._shares: dict[Shape, float] = {}
         self._shapes: dict[Shape, Shape] = {}
@@ -100,7 +100,7 @@ class Fleet:
         return min(due, default=None)
 
     def _deadline(self, detached_at: float) -> float:
-        return detached_at + self._session_ttl_s
+        return detached_at + self.session_ttl_s
 
     def _forget_shapes(self) -> None:
         """Callers make up shapes without end; work out anew what is asked for after many others."""

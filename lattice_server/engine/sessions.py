@@ -92,8 +92,9 @@ class Session:
         self.drops: list[DropArtifact] = []
 
     def is_news(self, sequence: int) -> bool:
-        """Whether a report has not been seen before; one that has is a repetition after a reconnect."""
-        if sequence <= self.last_sequence:
+        """Whether a report is the next one. Others are repetitions, or come after one that was lost on the way: the
+        worker sends again what is not acknowledged."""
+        if sequence != self.last_sequence + 1:
             return False
         self.last_sequence = sequence
         return True

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -177,6 +178,8 @@ async def pair(folder: Path, *flags: str) -> AsyncIterator[Pair]:
             yield Pair(head, process, stream, hello)
     finally:
         if process.returncode is None:
+            # The first signal asks it to leave, which this head would have to agree to; the second ends it.
+            process.send_signal(signal.SIGINT)
             process.terminate()
         await process.wait()
         await server.stop(None)

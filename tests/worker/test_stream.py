@@ -178,7 +178,7 @@ def test_leases_the_head_does_not_know_are_dropped(gate: Gate, tmp_path: Path) -
 def test_a_worker_that_is_closed_for_good_ends(reason: str, tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         both.stream.say(close={"reason": worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")})
-        assert await both.process.wait() == 0
+        assert await both.process.wait() == (0 if reason == "DRAINED" else 1)
 
     play(scenario, tmp_path)
 

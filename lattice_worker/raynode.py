@@ -1,0 +1,93 @@
+"""Owns the Ray node of this machine: a child that is started, watched and ended here, and nothing else of Ray.
+
+Rule: it ends with this process, however that ends.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+
+from lattice.v1 import worker_pb2
+
+from lattice_worker import host
+from lattice_worker.config import WorkerConfig
+from lattice_worker.runners import kill_tree
+
+log = logging.getLogger(__name__)
+
+RESTART_S = 1.0
+STOP_S = 5.0
+# Becomes the command after the first argument, which gets SIGTERM when its parent, the process named there, is gone.
+DIE_WITH_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class RayNode:
+    """One Ray node, kept alive until it is stopped."""
+
+    def __init__(self, config: WorkerConfig, cluster: worker_pb2.RayCluster) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeping: asyncio.Task[None] | None = None
+
+    def is_of(self, cluster: worker_pb2.RayCluster) -> bool:
+        """Whether this is a node of that cluster."""
+        return bool(self._cluster == cluster)
+
+    def start(self) -> None:
+        """Start the node, and again whenever it ends."""
+        self._keeping = asyncio.create_task(self._keep())
+
+    async def stop(self) -> None:
+        """End the node and all it started."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeping
+        process = self._process
+        if process is not None and process.returncode is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await process.wait()
+            except TimeoutError:
+                kill_tree(process.pid)
+                await process.wait()
+
+    async def _keep(self) -> None:
+        while True:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command(),
+                env=self._environment(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.stderr,
+            )
+            status = await self._process.wait()
+            log.warning("the Ray node of this machine ended with status %s; starting another", status)
+            # One that cannot even start must not be started in a tight loop.
+            await asyncio.sleep(RESTART_S)
+
+    def _command(self) -> list[str]:
+        capacity = host.capacity(self._config)
+        command = [sys.executable, "-c", DIE_WITH_PARENT, str(os.getpid()), sys.executable, "-m", "ray.scripts.scripts"]
+        command += ["start", "--address", self._cluster.address]
+        command += ["--node-ip-address", host.address_towards(self._cluster.address)]
+        command += ["--num-cpus", str(max(1, int(capacity.cpu))), "--num-gpus", str(len(capacity.gpus))]
+        command += ["--resources", json.dumps({self._cluster.resource: 1}), "--disable-usage-stats", "--block"]
+        return command
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "LATTICE_TARGET": self._config.target,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self._cluster.token,
+        }

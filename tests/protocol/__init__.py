@@ -1,0 +1,1 @@
+"""The worker protocol, both of its sides together."""

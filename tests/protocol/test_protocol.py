@@ -1,0 +1,310 @@
+"""Both sides of the worker protocol on a wire that loses, delays, repeats, reorders, and breaks anywhere.
+
+The head is the scheduler's machine behind the sessions, the worker its leases; only what runs an attempt is made up.
+"""
+
+from collections.abc import Coroutine
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from lattice_server.core import messages
+from lattice_server.core.dispatch import Dispatch
+from lattice_server.core.messages import Assign, CancelRequested, TaskCancelled, TaskFailed, TaskReady, TaskSucceeded
+from lattice_server.core.model import Failure, FailureKind, Payload
+from lattice_server.engine.sessions import Connection, Sessions
+from lattice_worker.leasing import Leasing
+from tests.server.core.scenes import node, ready
+
+TTL_S = 3.0
+VALUE = {"out": Payload("application/json", "1")}
+STOPPED = Failure(FailureKind.CANCELLED, "the attempt was cancelled")
+ENDS = (TaskSucceeded, TaskFailed, TaskCancelled)
+
+
+class Attempts:
+    """What runs leases: nothing does, until a test says how one ended."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, Assign] = {}
+        self.started: list[str] = []
+        self.fed: set[str] = set()
+        self.leasing: Leasing[Assign, Any, Any]
+
+    def start(self, work: Assign) -> None:
+        assert not work.after_lease_id or work.lease_id in self.fed, "a lease started without its inputs"
+        self.running[work.lease_id] = work
+        self.started.append(work.lease_id)
+
+    def send_ahead(self, work: Assign, running: str) -> bool:
+        return False
+
+    def has_ahead(self, lease_id: str) -> bool:
+        return False
+
+    def take_back(self, lease_id: str) -> bool:
+        return True
+
+    def feed(self, lease_id: str, outputs: Any) -> None:
+        self.fed.add(lease_id)
+
+    def stop(self, lease_id: str, kind: str, message: str) -> None:
+        self.end(lease_id, messages.AttemptFailed("", lease_id, 0, STOPPED))
+
+    def cancelled(self, work: Assign) -> None:
+        self.leasing.report(work.lease_id, messages.AttemptFailed("", work.lease_id, 0, STOPPED))
+        self.leasing.ended(work.lease_id, None)
+
+    def end(self, lease_id: str, report: Any) -> None:
+        if self.running.pop(lease_id, None) is not None and self.leasing.session.has_started(lease_id) is not None:
+            self.leasing.report(lease_id, report)
+            self.leasing.ended(lease_id, VALUE if isinstance(report, messages.AttemptSucceeded) else None)
+
+
+class Stream:
+    """One stream: what is on its way, in both directions."""
+
+    def __init__(self) -> None:
+        self.connection = Connection("worker-of-n", "n")
+        self.to_head: list[Any] = []
+        self.to_worker: list[Any] = []
+
+
+class Protocol:
+    """A head, a worker, and every stream there was between them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.machine = Dispatch("e", TTL_S)
+        self.sessions = Sessions()
+        self.attempts = Attempts()
+        self.leasing: Leasing[Assign, Any, Any] = Leasing(
+            self.attempts, self.say, lambda lease_id: messages.LeaseReturned("", lease_id, "")
+        )
+        self.attempts.leasing = self.leasing
+        self.streams: list[Stream] = []
+        self.stream: Stream | None = None  # As the worker sees it.
+        self.is_welcome = False
+        self.ends: dict[str, list[str]] = {}
+
+    # The head.
+
+    def tell(self, *events: Any) -> None:
+        """Let the scheduler take events, and send what it wants."""
+        for effect in self.machine.handle_all(events, self.now):
+            if isinstance(effect, ENDS):
+                self.ends[effect.task_id].append(type(effect).__name__)
+            elif isinstance(effect, messages.WorkerEffect):
+                self.sessions.perform(effect)
+        self.machine.check()
+        for stream in self.streams:
+            connection = stream.connection
+            if connection._ready.is_set():  # what the stream's own loop waits for
+                stream.to_worker += at_once(connection.next_effects())
+                if connection.ack_sequence:
+                    stream.to_worker.append(connection.ack_sequence)
+                    connection.ack_sequence = 0
+
+    def hear(self, stream: Stream, message: Any) -> None:
+        """Take what came from the worker."""
+        session = stream.connection.session
+        match message:
+            case messages.WorkerHello():
+                self.sessions.greet(stream.connection)
+                self.tell(message)
+            case ("reports", reports) if session is not None:
+                news = [report for number, report in reports if session.is_news(number)]
+                stream.connection.acknowledge(session.last_sequence)
+                self.tell(*[of_session(report, session.session_id) for report in news])
+            case ("heartbeat", held, received) if session is not None:
+                if session.last_sequence:
+                    stream.connection.acknowledge(session.last_sequence, at_once=True)
+                self.tell(messages.WorkerHeartbeat(session.session_id, frozenset(held), received))
+
+    def leave(self, stream: Stream) -> None:
+        """Learn that a stream is over."""
+        self.streams.remove(stream)
+        left: list[str] = []
+        self.sessions.leave(stream.connection, lambda session_id, _: left.append(session_id))
+        self.tell(*map(messages.WorkerDetached, left))
+
+    # The worker.
+
+    def dial(self) -> None:
+        """Open a new stream; the worker gives the old one up."""
+        self.stream = Stream()
+        self.streams.append(self.stream)
+        self.is_welcome = False
+        session = self.leasing.session
+        greeting = node("n", 2.0, session_id=session.session_id, held_lease_ids=tuple(session.held()))
+        self.stream.to_head.append(greeting)
+
+    def say(self, sequence: int, report: Any) -> None:
+        """Send a report; what is said while there is no session goes out with the next welcome."""
+        if self.stream is not None and self.is_welcome:
+            self.stream.to_head.append(("reports", [(sequence, report)]))
+
+    def beat(self) -> None:
+        """Send a heartbeat."""
+        if self.stream is not None and self.is_welcome:
+            session = self.leasing.session
+            if session.overdue():
+                self.say_again()
+            self.stream.to_head.append(("heartbeat", session.held(), self.leasing.received))
+
+    def say_again(self) -> None:
+        """Send all that is not acknowledged."""
+        assert self.stream is not None
+        outbox = [(sequence, report) for sequence, _, report in self.leasing.session._outbox]
+        self.stream.to_head.append(("reports", outbox))
+
+    def take(self, message: Any) -> None:
+        """Take what came from the head, on the present stream."""
+        if isinstance(message, messages.WelcomeWorker):
+            self.is_welcome = True
+            if not message.resumed:
+                self.attempts.running.clear()
+                self.attempts.fed.clear()
+            self.leasing.welcome(message.session_id, message.resumed, message.drop_lease_ids)
+            self.say_again()
+        elif self.is_welcome:
+            match message:
+                case Assign():
+                    named = (message.lease_id, message.slot, message.after_lease_id, message.sequence)
+                    self.leasing.assign(*named, message)
+                case messages.StopLease():
+                    self.leasing.stop(message.lease_id)
+                case messages.RevokeLease():
+                    self.leasing.revoke(message.lease_id)
+                case int():
+                    self.leasing.session.acknowledge(message)
+
+    def deliver(self, queue: list[Any], index: int, stream: Stream, *, again: bool = False) -> None:
+        """Let something arrive."""
+        message = queue[index] if again else queue.pop(index)
+        if queue is stream.to_head:
+            self.hear(stream, message)
+        elif stream is self.stream:
+            self.take(message)
+
+
+def of_session(report: Any, session_id: str) -> Any:
+    """Return a report as one of a session."""
+    return type(report)(session_id, *[getattr(report, name) for name in report.__dataclass_fields__][1:])
+
+
+def at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine returns that has nothing to wait for."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("it waits")
+
+
+class Wire(RuleBasedStateMachine):
+    """Anything may happen on the wire; when it calms down, every task has ended, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = Protocol()
+        self.both.dial()
+        self.number = 0
+        self.after: dict[str, str] = {}
+
+    def queues(self) -> list[tuple[Stream, list[Any]]]:
+        return [
+            (stream, queue) for stream in self.both.streams for queue in (stream.to_head, stream.to_worker) if queue
+        ]
+
+    @rule(chain=st.integers(1, 3))
+    def submit(self, chain: int) -> None:
+        events: list[TaskReady] = []
+        for link in range(chain):
+            self.number += 1
+            name = f"t{self.number}"
+            self.both.ends[name] = []
+            before = f"t{self.number - 1}" if link else ""
+            self.after[name] = before
+            events.append(ready(name, after=before))
+        self.both.tell(*events)
+
+    @precondition(lambda self: self.both.attempts.running)
+    @rule(data=st.data(), is_well=st.booleans())
+    def finish(self, data: st.DataObject, is_well: bool) -> None:
+        lease_id = data.draw(st.sampled_from(sorted(self.both.attempts.running)))
+        failure = Failure(FailureKind.USER_ERROR, "bad")
+        good = messages.AttemptSucceeded("", lease_id, 0, VALUE, 0.001)
+        self.both.attempts.end(lease_id, good if is_well else messages.AttemptFailed("", lease_id, 0, failure))
+
+    @precondition(lambda self: self.both.ends)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        task_id = data.draw(st.sampled_from(sorted(self.both.ends)))
+        self.both.tell(CancelRequested("r", (task_id,), STOPPED))
+
+    @precondition(lambda self: self.queues())
+    @rule(data=st.data(), many=st.integers(1, 4))
+    def deliver_in_order(self, data: st.DataObject, many: int) -> None:
+        stream, queue = data.draw(st.sampled_from(self.queues()))
+        for _ in range(min(many, len(queue))):
+            self.both.deliver(queue, 0, stream)
+
+    @precondition(lambda self: self.queues())
+    @rule(data=st.data(), how=st.sampled_from(["drop", "repeat", "reorder"]))
+    def disturb(self, data: st.DataObject, how: str) -> None:
+        stream, queue = data.draw(st.sampled_from(self.queues()))
+        index = data.draw(st.integers(0, len(queue) - 1))
+        if how == "drop":
+            del queue[index]
+        else:
+            self.both.deliver(queue, index, stream, again=how == "repeat")
+
+    @rule()
+    def dial(self) -> None:
+        self.both.dial()
+
+    @precondition(lambda self: self.both.streams)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        self.both.leave(data.draw(st.sampled_from(self.both.streams)))
+
+    @rule()
+    def beat(self) -> None:
+        self.both.beat()
+
+    @rule(seconds=st.sampled_from([0.01, 0.5, 2.0, 5.0]))
+    def wait(self, seconds: float) -> None:
+        self.both.now += seconds
+        self.both.tell()
+
+    def teardown(self) -> None:
+        both = self.both
+        for stream in list(both.streams):
+            both.leave(stream)
+        both.dial()
+        for _ in range(60):
+            both.now += TTL_S / 6
+            both.tell()
+            for stream, queue in self.queues():
+                while queue:
+                    both.deliver(queue, 0, stream)
+            for lease_id in sorted(both.attempts.running):
+                both.attempts.end(lease_id, messages.AttemptSucceeded("", lease_id, 0, VALUE, 0.001))
+            both.beat()
+            if not both.machine.tasks:
+                break
+        assert not both.machine.tasks, "a task was lost"
+        assert not both.machine.leases, "the ledger holds what nobody runs"
+        for name, ends in both.ends.items():
+            # What follows a task that did not succeed is dropped without a word: its run knows.
+            is_dropped = both.ends.get(self.after[name], ["TaskSucceeded"]) != ["TaskSucceeded"]
+            assert len(ends) == 1 or (is_dropped and not ends), both.ends
+        started = both.attempts.started
+        assert len(started) == len(set(started)), "a lease ran twice"
+
+
+TestWire = Wire.TestCase
+TestWire.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
