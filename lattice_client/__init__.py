@@ -2,6 +2,7 @@
 
 from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow
 from lattice_client.convert import RunEvent
+from lattice_client.entrypoint import entrypoint
 from lattice_client.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -58,5 +59,6 @@ __all__ = [
     "TaskOutput",
     "UnauthenticatedError",
     "UnavailableError",
+    "entrypoint",
     "task",
 ]

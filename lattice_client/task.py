@@ -26,7 +26,10 @@ MAX_AMOUNT = 2**40
 
 @dataclass(eq=False)
 class TaskDefinition(Generic[P, R]):
-    """A function that can be a task. Calling it runs the plain function, here."""
+    """A function that can be a task. Calling it runs the plain function, here.
+
+    With an `entrypoint` it is one that workers have, and `function` only stands for it.
+    """
 
     function: Callable[P, R]
     name: str
@@ -38,6 +41,7 @@ class TaskDefinition(Generic[P, R]):
     return_style: task_pb2.ReturnStyle.ValueType
     resources: resources_pb2.Resources
     settings: task_pb2.TaskSpec = field(default_factory=task_pb2.TaskSpec)
+    entrypoint: str = ""
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.function, updated=())
@@ -64,19 +68,25 @@ class TaskDefinition(Generic[P, R]):
     @functools.cached_property
     def code(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         """The function as it travels, and the bundle it needs. Raises TaskDefinitionError."""
-        bundle = bundle_for(self.function)
+        bundle = None
+        if self.entrypoint:
+            function = task_pb2.Function(entrypoint=self.entrypoint)
+        else:
+            bundle = bundle_for(self.function)
+            function = task_pb2.Function(pickle=self._pickled(), bundle_digest=bundle.digest if bundle else "")
+        function.MergeFrom(self.function_form)
+        content = function.SerializeToString(deterministic=True)
+        function.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        return function, bundle
+
+    def _pickled(self) -> bytes:
         try:
-            pickled = payloads.dump_function(self.function)
+            return payloads.dump_function(self.function)
         except Exception as error:
             raise TaskDefinitionError(
                 f"task {self.name!r} cannot be sent to a worker: {error}. It uses something that cannot be pickled; "
                 "create it inside the function instead"
             ) from error
-        function = task_pb2.Function(pickle=pickled, bundle_digest=bundle.digest if bundle else "")
-        function.MergeFrom(self.function_form)
-        content = function.SerializeToString(deterministic=True)
-        function.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-        return function, bundle
 
     @property
     def __lattice__(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Fleet:
             hello.isolations,
             hello.runtime,
             hello.pid,
+            hello.entrypoints,
         )
         self.nodes[node.node_id] = node
         self._sessions[session_id] = node

@@ -56,14 +56,15 @@ class NodeView:
     runtime: str
     pid: int
     attempts: int
+    entrypoints: frozenset[str]
 
 
 @dataclass(slots=True, eq=False)
 class Node:
     """What one worker offers, and what of it is free. GPUs are counted by device.
 
-    `drain_at` is when what still runs on a node that is drained goes elsewhere; `assignments` counts those sent in the
-    worker's session.
+    `entrypoints` are the functions its worker has, and runs alone; empty for one that runs Python. `drain_at` is when
+    what still runs on a node that is drained goes elsewhere; `assignments` counts those sent in the worker's session.
     """
 
     node_id: str
@@ -76,6 +77,7 @@ class Node:
     isolations: frozenset[Isolation]
     runtime: str
     pid: int
+    entrypoints: frozenset[str] = frozenset()
     is_draining: bool = False
     drain_at: float | None = None
     detached_at: float | None = None
@@ -183,6 +185,7 @@ class Node:
             self.runtime,
             self.pid,
             sum(sum(slot.lease_ids.values()) for slot in self.slots.values()),
+            self.entrypoints,
         )
 
     def check(self) -> None:

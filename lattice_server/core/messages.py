@@ -216,7 +216,7 @@ class NodesRequested:
 
 @dataclass(frozen=True, slots=True)
 class WorkerHello:
-    """A worker introduced itself."""
+    """A worker introduced itself. One that names `entrypoints` runs those only, one that names none runs Python."""
 
     worker_id: str
     node_id: str
@@ -229,6 +229,7 @@ class WorkerHello:
     isolations: frozenset[Isolation]
     runtime: str
     pid: int
+    entrypoints: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

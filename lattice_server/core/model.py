@@ -163,12 +163,14 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """Code to run. `definition` is opaque here: what a worker is sent, unopened."""
+    """Code to run. `definition` is opaque here: what a worker is sent, unopened. `entrypoint` is the name by which
+    workers have it; empty when it travels."""
 
     digest: str
     is_async: bool
     definition: object
     bundle_digest: str = ""
+    entrypoint: str = ""
 
 
 class BatchScope(Enum):

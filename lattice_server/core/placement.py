@@ -1,17 +1,22 @@
 """Owns the choice of a node. Rule: pure functions of what is wanted, what is free, and what is kept for others."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lattice_server.core.leases import EPSILON, Node
 from lattice_server.core.model import Capacity, Isolation, Resources, TaskSpec
 
+NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+PYTHON = re.compile(f"{NAME}:{NAME}")
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """All that placement looks at; tasks of one shape are interchangeable to it.
 
-    `limit_key` names the group whose calls `max_parallel` counts; empty when nothing limits it.
+    `limit_key` names the group whose calls `max_parallel` counts; empty when nothing limits it. `entrypoint` is the
+    function by the name workers have for it; empty when its code travels.
     """
 
     resources: Resources
@@ -20,12 +25,13 @@ class Shape:
     node_selector: tuple[tuple[str, str], ...]
     limit_key: str = ""
     max_parallel: int = 0
+    entrypoint: str = ""
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # It is looked up several times for every task, and made once.
         key = (self.resources, self.is_async, self.isolation, self.node_selector, self.limit_key, self.max_parallel)
-        object.__setattr__(self, "_hash", hash(key))
+        object.__setattr__(self, "_hash", hash((*key, self.entrypoint)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -33,14 +39,27 @@ class Shape:
 
 def shape_of(spec: TaskSpec) -> Shape:
     """Return what placement looks at in a task."""
-    limit_key = spec.concurrency_key or (spec.function.digest if spec.max_parallel else "")
-    is_async = spec.function.is_async
-    return Shape(spec.resources, is_async, spec.isolation, spec.node_selector, limit_key, spec.max_parallel)
+    function = spec.function
+    limit_key = spec.concurrency_key or (function.digest if spec.max_parallel else "")
+    where = (spec.isolation, spec.node_selector, limit_key, spec.max_parallel)
+    return Shape(spec.resources, function.is_async, *where, function.entrypoint)
 
 
 def suits(shape: Shape, node: Node) -> bool:
     """Whether `node` may run `shape` at all, load and size aside."""
-    return shape.isolation in node.isolations and all(node.labels.get(k) == v for k, v in shape.node_selector)
+    if shape.isolation not in node.isolations or not has_code(shape, node):
+        return False
+    return all(node.labels.get(k) == v for k, v in shape.node_selector)
+
+
+def has_code(shape: Shape, node: Node) -> bool:
+    """Whether the worker of `node` can call what `shape` calls.
+
+    One with entry points of its own runs those only; any other runs Python, be it sent or named `module:function`.
+    """
+    if node.entrypoints:
+        return shape.entrypoint in node.entrypoints
+    return not shape.entrypoint or PYTHON.fullmatch(shape.entrypoint) is not None
 
 
 def could_run(shape: Shape, node: Node) -> bool:
@@ -118,6 +137,10 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
     name, wanted, found = node.node_id, shape.resources, []
     if shape.isolation not in node.isolations:
         return [Shortage(name, f"it cannot isolate by {shape.isolation.value}")]
+    if not has_code(shape, node):
+        if not shape.entrypoint:
+            return [Shortage(name, "it runs its own entry points only")]
+        return [Shortage(name, f"it has no entry point {shape.entrypoint!r}")]
     for key, value in shape.node_selector:
         if node.labels.get(key) != value:
             return [Shortage(name, f"its label {key} is {node.labels.get(key, '')!r}, not {value!r}")]
@@ -162,7 +185,7 @@ def impossibility(shape: Shape, nodes: Iterable[Node]) -> str:
 def idle(node: Node) -> Node:
     """Return a node like `node` that is there and on which nothing runs."""
     fields = (node.node_id, node.worker_id, node.session_id, node.hostname, node.node_ip, node.capacity, node.labels)
-    return Node(*fields, node.isolations, node.runtime, node.pid)
+    return Node(*fields, node.isolations, node.runtime, node.pid, node.entrypoints)
 
 
 def share_of(resources: Resources, is_async: bool, total: Capacity) -> float:

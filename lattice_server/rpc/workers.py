@@ -211,6 +211,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             heartbeat_time=convert.timestamp(self._sessions.heard_at(node.session_id)),
             isolations=[convert.ISOLATION_TO_PROTO[level] for level in node.isolations],
             runtime=node.runtime,
+            entrypoints=sorted(node.entrypoints),
         )
 
 
@@ -229,6 +230,7 @@ def _hello_event(hello: worker_pb2.Hello) -> messages.WorkerHello:
         ),
         runtime=hello.runtime,
         pid=hello.pid,
+        entrypoints=frozenset(hello.entrypoints),
     )
 
 

@@ -1,5 +1,6 @@
 """Random histories of the scheduler's machine: everything it can be told, in any order, sensible or not."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,8 @@ from tests.server.core.watching import Watcher
 GIB = 1 << 30
 ASYNC = Function("sha256:async", is_async=True, definition=None)
 OTHER = Function("sha256:other", is_async=False, definition=None)
+NAMED = Function("sha256:named", is_async=False, definition=None, entrypoint="package:call")
+FOREIGN = Function("sha256:foreign", is_async=False, definition=None, entrypoint="js/count")
 STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 LIMITS = {"db": 2, "api": 1}
 NODES = ["n1", "n2", "n3"]
@@ -66,6 +69,8 @@ failures = st.builds(
     type=st.sampled_from(["", "Error", "Other"]),
     base_types=st.sampled_from([(), ("Error",)]),
 )
+BOTH = ("js/count", "package:call")
+own = st.sampled_from([(), (), (), ("js/count",), BOTH, ("js/other",)])
 durations = st.sampled_from([0.0, 0.0001, 0.004, 1.0, -1.0, 1e12, float("nan"), float("inf")])
 
 
@@ -84,7 +89,7 @@ def specs(draw: st.DrawFn) -> TaskSpec:
         attempt_timeout_s=draw(st.sampled_from([None, 1.0])),
         node_selector=draw(st.sampled_from([(), (), (("zone", "a"),)])),
     )
-    return replace(made, function=draw(st.sampled_from([SYNC, SYNC, OTHER, ASYNC])))
+    return replace(made, function=draw(st.sampled_from([SYNC, SYNC, SYNC, OTHER, ASYNC, NAMED, FOREIGN])))
 
 
 class DispatchHistories(RuleBasedStateMachine):
@@ -141,9 +146,9 @@ class DispatchHistories(RuleBasedStateMachine):
             source = made.task_id
         self.tell(*events)
 
-    @rule(node=st.sampled_from(NODES), cpu=st.sampled_from([1.0, 4.0]), gpus=st.integers(0, 3))
-    def join(self, node: str, cpu: float, gpus: int) -> None:
-        self.tell(worker(node, cpu, gpus))
+    @rule(node=st.sampled_from(NODES), cpu=st.sampled_from([1.0, 4.0]), gpus=st.integers(0, 3), own=own)
+    def join(self, node: str, cpu: float, gpus: int, own: tuple[str, ...]) -> None:
+        self.tell(worker(node, cpu, gpus, own))
 
     @precondition(lambda self: self.watcher.offered)
     @rule(data=st.data(), duration=durations, outputs=st.sampled_from([{"out": VALUE}] * 4 + [{}]))
@@ -252,8 +257,8 @@ class DispatchHistories(RuleBasedStateMachine):
         self.watcher.check(self.now)
 
     def teardown(self) -> None:
-        """With a node that can run anything, and whose worker succeeds in all, everything ends."""
-        self.tell(*[worker(node_id, 8.0, 3) for node_id in [*NODES, "z"]])
+        """With nodes that can run anything, and whose workers succeed in all, everything ends."""
+        self.tell(*[worker(node_id, 8.0, 3) for node_id in [*NODES, "z"]], worker("foreign", 8.0, 3, BOTH))
         for _ in range(10 * len(self.watcher.submitted) + 10):
             if not self.machine.tasks:
                 return
@@ -266,11 +271,12 @@ class DispatchHistories(RuleBasedStateMachine):
         raise AssertionError(f"never ends: {why}")
 
 
-def worker(node_id: str, cpu: float, gpus: int) -> WorkerHello:
-    """A worker's greeting, of a node with GPUs and labels."""
+def worker(node_id: str, cpu: float, gpus: int, own: Sequence[str] = ()) -> WorkerHello:
+    """A worker's greeting, of a node with GPUs and labels; `own` are the entry points it names."""
     devices = tuple(Gpu(index, "model", 8 * GIB) for index in range(gpus))
     capacity = Capacity(cpu, 4 * GIB, devices, slots=6, async_slots=4)
-    return replace(hello(node_id), capacity=capacity, labels={"zone": "b" if node_id == "n2" else "a"})
+    labels = {"zone": "b" if node_id == "n2" else "a"}
+    return replace(hello(node_id), capacity=capacity, labels=labels, entrypoints=frozenset(own))
 
 
 def succeeded(lease: Assign, item: int, duration_s: float = 0.001) -> messages.AttemptSucceeded:

@@ -97,11 +97,13 @@ def ready(
     priority: int = 0,
     after: str = "",
     function: str = "sha256:sync",
+    entrypoint: str = "",
     split: tuple[str, ...] = (),
     **settings: Any,
 ) -> TaskReady:
     """Return that a task is ready, or will be `after` another."""
-    spec = replace(task(task_id, **settings), function=Function(function, is_async=False, definition=None))
+    code = Function(function, is_async=False, definition=None, entrypoint=entrypoint)
+    spec = replace(task(task_id, **settings), function=code)
     inputs = {"x": OutputRef(after, "out")} if after else {}
     return TaskReady(run, spec, inputs, priority, after, tenant, split_outputs=split)
 

@@ -119,6 +119,9 @@ class Watcher:
         if node is not None and known is assign:
             assert node.takes_work, "a node that takes nothing was given something"
             assert all(node.labels.get(key) == value for key, value in first.node_selector)
+            is_python = first.function.entrypoint in {"", "package:call"}
+            has_code = first.function.entrypoint in node.entrypoints if node.entrypoints else is_python
+            assert has_code, "a worker was given what it cannot call"
 
     def check(self, now: float) -> None:
         """Assert what must hold after every step."""

@@ -41,7 +41,9 @@ from tests.server.core.graphs import hello
 from tests.server.core.workers import Outcome
 
 GIB = 1 << 30
-FUNCTIONS = [Function(f"sha256:{n}", is_async=n == "async", definition=None) for n in ("f", "g", "h", "async")]
+CODE = [Function(f"sha256:{n}", is_async=n == "async", definition=None) for n in ("f", "g", "h", "async")]
+FOREIGN = Function("sha256:foreign", is_async=False, definition=None, entrypoint="js/count")
+FUNCTIONS = [*CODE, *CODE, FOREIGN]
 NEEDS = [
     *[Resources(1.0)] * 6,
     Resources(0.5),
@@ -69,14 +71,14 @@ class World:
     def play(self) -> None:
         """Start everything, let trouble come for a while, then let things end."""
         rng, cluster = self.rng, self.cluster
-        for node_id in ("n1", "n2"):
+        for node_id in ("n1", "n2", "n4"):
             self.join(node_id)
         for number in range(rng.randint(1, 4)):
             cluster.after(rng.uniform(0, 3), lambda n=number: self.start(f"r{n}"))  # type: ignore[misc]
         for _ in range(rng.randint(0, 12)):
             cluster.after(rng.uniform(0, TROUBLE_S), self.trouble)
         cluster.go_on(most_s=TROUBLE_S)
-        for node_id in ("n1", "n2", "n3"):
+        for node_id in ("n1", "n2", "n3", "n4"):
             self.join(node_id)
         most_s = 2 * TROUBLE_S + self.work_s + 60
         cluster.go_on(self.is_over, most_s=most_s)
@@ -107,7 +109,9 @@ class World:
     def join(self, node_id: str) -> None:
         gpus = tuple(Gpu(i, "model", 8 * GIB) for i in range(2))
         capacity = Capacity(4.0, 4 * GIB, gpus, slots=8, async_slots=8)
-        self.cluster.join(replace(hello(node_id), capacity=capacity))
+        # One speaks another language, and runs nothing but what it names.
+        own = frozenset({FOREIGN.entrypoint} if node_id == "n4" else ())
+        self.cluster.join(replace(hello(node_id), capacity=capacity, entrypoints=own))
 
     def start(self, run_id: str) -> None:
         spec = random_workflow(self.rng, self.rng.randint(1, 12))
@@ -115,7 +119,7 @@ class World:
 
     def trouble(self) -> None:
         rng, cluster = self.rng, self.cluster
-        node_id = rng.choice(["n1", "n2", "n3"])
+        node_id = rng.choice(["n1", "n2", "n3", "n4"])
         run = rng.choice(list(cluster.runs.values())) if cluster.runs else None
         match rng.choice(["kill", "detach", "resume", "drain", "join", "cancel", "cancel task", "append", "append"]):
             case "kill" if node_id in cluster.workers:

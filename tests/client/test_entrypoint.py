@@ -1,0 +1,47 @@
+"""`entrypoint`: tasks made of functions that workers have by name."""
+
+from typing import Any
+
+import pytest
+from lattice.v1 import task_pb2
+
+from lattice_client import LatticeClient, PreconditionError, TaskDefinitionError, entrypoint
+
+
+def test_what_is_called_and_what_it_takes_and_gives() -> None:
+    found = entrypoint("js/word_count", inputs=["text"], outputs=["words", "lines"], cpu=0.5, retries=2)
+    assert (found.name, found.inputs, found.required, found.takes_any) == ("word_count", ("text",), {"text"}, False)
+    assert (found.outputs, found.return_style) == (("words", "lines"), task_pb2.RETURN_STYLE_MAPPING)
+    assert (found.resources.cpu, found.settings.retry.max_attempts) == (0.5, 3)
+    function, bundle = found.code
+    assert (function.entrypoint, function.call_style, bundle) == ("js/word_count", task_pb2.CALL_STYLE_KEYWORDS, None)
+    plain = entrypoint("statistics:mean")
+    assert (plain.name, plain.takes_any, plain.outputs) == ("mean", True, ("result",))
+    assert function.digest not in {"", plain.code[0].digest}
+
+
+@pytest.mark.parametrize(("path", "settings"), [("", {}), (7, {}), ("js/x", {"cpus": 1}), ("js/x", {"retries": -1})])
+def test_what_is_wrong_is_found_at_once(path: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(TaskDefinitionError):
+        entrypoint(path, **settings)
+
+
+def test_it_cannot_be_called_here() -> None:
+    with pytest.raises(TypeError, match="'js/word_count' is an entry point"):
+        entrypoint("js/word_count")(text="a")
+
+
+def test_a_python_worker_runs_what_it_can_import(client: LatticeClient) -> None:
+    workflow = client.create_workflow("entry points")
+    mean = workflow.add_task(entrypoint("statistics:mean", inputs=["data"]), {"data": [1, 2, 6]})
+    workflow.add_task(entrypoint("statistics:mean"), {"data": [mean.output, 5]})
+    assert workflow.run().result() == {"result": 4}
+
+
+def test_what_nobody_has_is_refused(client: LatticeClient) -> None:
+    workflow = client.create_workflow("entry points")
+    workflow.add_task(entrypoint("js/word_count", inputs=["text"]), {"text": "a"})
+    with pytest.raises(PreconditionError, match="it has no entry point 'js/word_count'"):
+        workflow.run()
+    with pytest.raises(TaskDefinitionError, match="needs input 'text'"):
+        workflow.add_task(entrypoint("js/word_count", inputs=["text"]))

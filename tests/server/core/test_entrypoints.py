@@ -1,0 +1,66 @@
+"""Workers with functions of their own: which tasks they are given, and what is said when nobody has a function."""
+
+import pytest
+
+from lattice_server.core.messages import NodesDescribed, NodesRequested, WorkerLost
+from lattice_server.core.placement import Shape, impossibility, shape_of
+from tests.server.core.scenes import Scene, node, ready
+
+OWN = frozenset({"js/count", "js/sleep"})
+
+
+def shape(entrypoint: str) -> Shape:
+    return shape_of(ready("a", entrypoint=entrypoint).spec)
+
+
+def test_a_worker_that_names_entry_points_runs_those_only() -> None:
+    scene = Scene(node("js", entrypoints=OWN))
+    assert (
+        scene.tell(ready("sent"), ready("named", entrypoint="statistics:mean"), ready("other", entrypoint="js/x")) == []
+    )
+    assert scene.tell(ready("own", entrypoint="js/count")) == ["own"]
+    assert [reason.message for reason in scene.why("sent")] == ["node 'js': it runs its own entry points only"]
+    assert [reason.message for reason in scene.why("named")] == ["node 'js': it has no entry point 'statistics:mean'"]
+    assert scene.tell(node("py")) == ["sent", "named"]
+    assert scene.tell(ready("more", entrypoint="js/sleep")) == ["more"]
+    assert scene.leases["more"].session_id == scene.leases["own"].session_id
+
+
+@pytest.mark.parametrize("name", ["statistics:mean", "a.b.c:d.e", "_x1:y", "größe:maß"])
+def test_a_python_worker_runs_what_python_can_import(name: str) -> None:
+    assert Scene(node()).tell(ready("a", entrypoint=name)) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["js/count", "mean", "a:b:c", "a.:b", ".a:b", "1a:b", "a:", ":b", "a b:c", "a:b\n"])
+def test_a_python_worker_does_not_run_other_names(name: str) -> None:
+    scene = Scene(node())
+    assert scene.tell(ready("a", entrypoint=name)) == []
+    assert [reason.message for reason in scene.why("a")] == [f"node 'n': it has no entry point {name!r}"]
+
+
+def test_a_name_of_pythons_form_may_be_another_workers_too() -> None:
+    scene = Scene(node("js", cpu=1, entrypoints=frozenset({"package:call"})), node("py", cpu=1))
+    assert scene.tell(*[ready(name, entrypoint="package:call") for name in "ab"]) == ["a", "b"]
+    assert scene.leases["a"].session_id != scene.leases["b"].session_id
+
+
+def test_it_is_impossible_when_nobody_has_it() -> None:
+    scene = Scene(node("py"), node("js", entrypoints=OWN))
+    nodes = list(scene.machine.nodes.values())
+    text = "node 'py': it has no entry point 'js/x'; node 'js': it has no entry point 'js/x'"
+    assert impossibility(shape("js/x"), nodes) == text
+    assert impossibility(shape("js/count"), nodes) == impossibility(shape(""), nodes) == ""
+
+
+def test_what_a_lost_worker_had_is_still_known() -> None:
+    scene = Scene(node("py"), node("js", entrypoints=OWN))
+    scene.tell(WorkerLost("worker-of-js", "killed"))
+    changed = [effect for effect in scene.effects if type(effect).__name__ == "NodesChanged"]
+    assert impossibility(shape("js/count"), changed[-1].nodes) == ""
+
+
+def test_nodes_are_shown_with_what_they_have() -> None:
+    scene = Scene(node("py"), node("js", entrypoints=OWN))
+    scene.tell(NodesRequested(1))
+    (answer,) = [effect for effect in scene.effects if isinstance(effect, NodesDescribed)]
+    assert {shown.node_id: shown.entrypoints for shown in answer.nodes} == {"py": frozenset(), "js": OWN}
