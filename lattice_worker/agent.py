@@ -19,6 +19,7 @@ from lattice.v1 import resources_pb2, results_pb2_grpc, worker_pb2, worker_pb2_g
 
 from lattice_worker import convert, host
 from lattice_worker.attempts import Attempts
+from lattice_worker.channel import opened
 from lattice_worker.config import HEAD_STORE, WorkerConfig
 from lattice_worker.leasing import Leasing
 from lattice_worker.materials import Materials
@@ -27,20 +28,11 @@ from lattice_worker.pool import Pool
 log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
-MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
 CHUNK_BYTES = 1024 * 1024
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 COALESCE_S = 0.001
 FIRST_BEAT_S = 0.5  # Until the server says how often.
 DIAL_S = 10.0  # How long a server may take to say anything at all.
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
-    ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
-    # This module dials again by itself, soon; the channel's own pauses between tries grow to minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 2000),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-]
 
 
 class Agent:
@@ -95,10 +87,10 @@ class Agent:
         self._silence_limit_s, self._heard_at = DIAL_S, asyncio.get_running_loop().time()
         # A broken stream's generator may live on; what wakes this stream must not wake that one.
         self._wake = asyncio.Event()
-        async with grpc.aio.insecure_channel(self._config.target, options=CHANNEL_OPTIONS) as channel:
+        async with opened(self._config) as channel:
             self._results = results_pb2_grpc.ResultsServiceStub(channel)
             workers = worker_pb2_grpc.WorkerServiceStub(channel)
-            call = workers.Connect(self._requests(), metadata=credentials(self._config))
+            call = workers.Connect(self._requests())
             beating = asyncio.create_task(self._beat(call))
             try:
                 async for response in call:
@@ -224,7 +216,7 @@ class Agent:
         self._wake.set()
 
     def _upload(self, workers: "worker_pb2_grpc.WorkerServiceAsyncStub", wanted: worker_pb2.SendArtifact) -> None:
-        task = asyncio.create_task(_send(workers, wanted, self._materials, credentials(self._config)))
+        task = asyncio.create_task(_send(workers, wanted, self._materials))
         self._uploads.add(task)
         task.add_done_callback(self._uploads.discard)
 
@@ -241,11 +233,6 @@ class Agent:
         self._leasing.ended(lease_id, outputs)
 
 
-def credentials(config: WorkerConfig) -> tuple[tuple[str, str], ...]:
-    """Return the metadata by which the server knows who calls."""
-    return (("authorization", f"Bearer {config.token}"),) if config.token else ()
-
-
 def seconds(duration: Duration) -> float:
     """Return a duration in seconds."""
     return duration.seconds + duration.nanos / 1e9
@@ -255,7 +242,6 @@ async def _send(
     workers: "worker_pb2_grpc.WorkerServiceAsyncStub",
     wanted: worker_pb2.SendArtifact,
     materials: Materials,
-    metadata: tuple[tuple[str, str], ...],
 ) -> None:
     """Send the server a large value of this node."""
 
@@ -271,6 +257,6 @@ async def _send(
             yield worker_pb2.UploadArtifactRequest(not_found=True)
 
     try:
-        await workers.UploadArtifact(chunks(), metadata=metadata)
+        await workers.UploadArtifact(chunks())
     except grpc.aio.AioRpcError as error:
         log.info("artifact %s was not sent: %s", wanted.artifact_id, error.details())

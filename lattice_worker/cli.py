@@ -16,6 +16,7 @@ import uvloop
 
 from lattice_worker import host
 from lattice_worker.agent import Agent
+from lattice_worker.channel import ChannelError, check
 from lattice_worker.config import HEAD_STORE, WorkerConfig
 from lattice_worker.joining import Joiner
 
@@ -27,7 +28,7 @@ LET_GO_S = 5.0
 def main() -> None:
     """Run a worker until the server lets it go or a signal ends it."""
     parser = argparse.ArgumentParser(prog="lattice_worker", description="Run attempts for a Lattice server.")
-    parser.add_argument("--addr", required=True, help="the server, host:port")
+    parser.add_argument("--addr", required=True, help="the server, host:port or, for TLS, grpcs://host:port")
     parser.add_argument("--node-id", required=True)
     parser.add_argument("--worker-id", help="by default one that nobody else has")
     parser.add_argument("--join", action="store_true", help="offer this machine, and let the server say what to do")
@@ -47,6 +48,10 @@ def main() -> None:
     host.adopt_orphans()
     with store(flags.store_dir) as directory:
         config = _config(flags, directory)
+        try:
+            check(config)
+        except ChannelError as error:
+            sys.exit(f"lattice_worker: {error}")
         worker = Joiner(config) if flags.join else Agent(config)
         uvloop.run(_run(worker, None if config.exit_on_close else flags.drain_deadline))
     if worker.refusal and not config.exit_on_close:
@@ -61,6 +66,10 @@ def _config(flags: argparse.Namespace, directory: str) -> WorkerConfig:
         store_directory=directory,
         store_name=HEAD_STORE if flags.store_dir else flags.node_id,
         token=os.environ.get("LATTICE_TOKEN", ""),
+        tls_ca=os.environ.get("LATTICE_TLS_CA", ""),
+        tls_cert=os.environ.get("LATTICE_TLS_CERT", ""),
+        tls_key=os.environ.get("LATTICE_TLS_KEY", ""),
+        insecure=os.environ.get("LATTICE_INSECURE") == "1",
         num_cpus=flags.num_cpus,
         num_gpus=flags.num_gpus,
         memory_bytes=flags.memory_bytes,

@@ -47,7 +47,7 @@ def address_towards(target: str) -> str:
     """Return this machine's address as whoever listens on `target` sees it."""
     if target.startswith("unix:"):
         return "127.0.0.1"
-    name, _, port = target.rpartition(":")
+    name, _, port = target.rpartition("://")[2].rpartition(":")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(name.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:

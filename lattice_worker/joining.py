@@ -16,15 +16,14 @@ from lattice.v1 import worker_pb2, worker_pb2_grpc
 
 from lattice_worker import host
 from lattice_worker.agent import (
-    CHANNEL_OPTIONS,
     DIAL_S,
     MAX_BACKOFF_S,
     MIN_BACKOFF_S,
     VERSION,
     Agent,
-    credentials,
     seconds,
 )
+from lattice_worker.channel import opened
 from lattice_worker.config import WorkerConfig
 from lattice_worker.raynode import RayNode
 
@@ -69,10 +68,8 @@ class Joiner:
         """Offer the machine and do what the server asks for; return whether that was all."""
         self._is_member = False
         self._wake = asyncio.Event()
-        async with grpc.aio.insecure_channel(self._config.target, options=CHANNEL_OPTIONS) as channel:
-            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect(
-                self._requests(self._wake), metadata=credentials(self._config)
-            )
+        async with opened(self._config) as channel:
+            call = worker_pb2_grpc.WorkerServiceStub(channel).Connect(self._requests(self._wake))
             silence_s = DIAL_S
             try:
                 while True:
