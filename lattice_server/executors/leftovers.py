@@ -22,8 +22,8 @@ def end_leftovers(worker_id: str) -> None:
 
 
 def end_session(leader: int) -> None:
-    """Kill every process of the session that process `leader` began. Blocks until they are gone."""
-    _end(lambda process: os.getsid(process.pid) == leader)
+    """Kill every process of the session that process `leader` began, but not the caller. Blocks until they are gone."""
+    _end(lambda process: os.getsid(process.pid) == leader and process.pid != os.getpid())
 
 
 def _end(is_left: Callable[[psutil.Process], bool]) -> None:

@@ -31,8 +31,7 @@ TUNING = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
-    # Nobody reads these, and they would be open to everybody.
-    "RAY_enable_metrics_collection": "false",
+    # What else the head would show to everybody; these are no ports, so it shows nothing.
     "AUTOSCALER_METRIC_PORT": "-1",
     "DASHBOARD_METRIC_PORT": "-1",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -21,6 +21,7 @@ import ray._private.worker
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lattice_server.executors.leftovers import end_session
 from lattice_server.executors.worker_host import WorkerHost
 
 PR_SET_PDEATHSIG = 1
@@ -48,6 +49,8 @@ class Driver:
                 "resources": order["resources"],
                 "include_dashboard": False,
                 "_node_ip_address": order["node_ip"],
+                # Nobody reads these, and every node would show them to everybody.
+                "_system_config": {"enable_metrics_collection": False},
             }
         # Ray takes the loopback address for a mistake, puts one of this machine's network in its place, and then
         # listens to everybody.
@@ -64,7 +67,6 @@ class Driver:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=LINE_LIMIT_BYTES)
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._orders)
-        loop.add_signal_handler(signal.SIGTERM, reader.feed_eof)
         if is_owner:
             self._watch_processes()
         while line := await reader.readline():
@@ -152,8 +154,12 @@ def main() -> None:
     except Exception as error:
         driver.say("over", reason=f"Ray did not start: {error}")
         sys.exit(1)
+    # From here on the end of stdin is the end; the signal that comes with it would interrupt what is to be done then.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     asyncio.run(driver.run(first["address"] == "local"))
     ray.shutdown()
+    # Its agents would look for it for another minute.
+    end_session(os.getpid())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""What Ray's deaths cost, and how a Ray of somebody else is used: runs end well, and its owner notices nothing."""
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lattice_client import LatticeClient, Run, task
+from tests.e2e.conftest import LATTICE, served
+from tests.e2e.rays import ACCESS, free_resources, machine_address, ray_head
+from tests.e2e.rooms import WAIT_S, Room, enter, entered, until
+
+pytestmark = pytest.mark.timeout(240)
+
+SCALE_S = 120.0
+STAYED = {"result": "stayed"}
+
+
+@task(resources={"cpu": 2})
+def stay(room: str) -> str:
+    enter(room, "task")
+    return "stayed"
+
+
+@contextmanager
+def two_cpus(*flags: str) -> Iterator[LatticeClient]:
+    """A client of a server that has two CPUs of a Ray."""
+    with served("--executor", "ray", "--num-cpus", "2", *flags) as address, LatticeClient(address) as client:
+        yield client
+
+
+def submit(client: LatticeClient, room: str) -> Run:
+    """Start a run of one task that takes all there is."""
+    workflow = client.create_workflow()
+    workflow.add_task(stay, {"room": room})
+    return workflow.run()
+
+
+def processes(client: LatticeClient) -> list[psutil.Process]:
+    """Return every process the server started."""
+    return psutil.Process(client.cluster().pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("victim", ["ray::WorkerHost", "raylet", "gcs_server", "ray_driver"])
+def test_no_death_of_ray_is_the_end_of_a_run(victim: str, room: Room) -> None:
+    with two_cpus() as client:
+        server = client.cluster().pid
+        running = submit(client, room)
+        entered(running, "stay")
+        queued = submit(client, room)
+        killed = next(p for p in processes(client) if victim in " ".join([p.name(), *p.cmdline()[:3]]))
+        killed.send_signal(signal.SIGKILL)
+        until(running, "task_retrying", "stay")
+        room.open()
+        assert running.result(timeout=WAIT_S) == queued.result(timeout=WAIT_S) == STAYED
+        failures = [e.data["failure"]["kind"] for e in running.events() if e.type == "task_retrying"]
+        assert failures == ["WORKER_LOST"]
+        assert client.cluster().pid == server
+        names = {process.name() for process in processes(client)}
+        assert {"gcs_server", "raylet"} <= names
+        ours = processes(client)
+    # The Ray that died left nothing either: what is gone now is all there was.
+    assert not [p for p in ours if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_ray_ends_with_a_server_that_is_killed() -> None:
+    command = [LATTICE, "start", "--head", "--port", "0", "--num-cpus", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert "listening" in server.stdout.readline()
+        started = psutil.Process(server.pid).children(recursive=True)
+        assert {"gcs_server", "raylet"} <= {process.name() for process in started}
+        server.kill()
+    _, alive = psutil.wait_procs(started, timeout=WAIT_S / 2)
+    assert not alive
+
+
+@pytest.fixture
+def access(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token of the Ray of somebody else, in the environment of the server."""
+    for name, value in ACCESS.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("access")
+def test_a_ray_of_somebody_else_is_shared_and_left_running(tmp_path: Path, room: Room) -> None:
+    with ray_head(tmp_path, "127.0.0.11", "--num-cpus", "5") as address:
+        with two_cpus("--ray-address", address, "--ray-workers", "2") as client:
+            runs = [submit(client, room) for _ in range(2)]
+            for run in runs:
+                entered(run, "stay")
+            assert free_resources(address)["CPU"] == 1
+            assert {node.node_id for node in client.nodes()} == {"ray-1", "ray-2"}
+            worker = psutil.Process(client.nodes()[0].worker_pid)
+            assert client.cluster().pid not in {parent.pid for parent in worker.parents()}
+            room.open()
+            assert [run.result(timeout=WAIT_S) for run in runs] == [STAYED] * 2
+        assert free_resources(address)["CPU"] == 5
+
+
+@pytest.mark.usefixtures("access")
+def test_what_is_missing_is_demand_for_the_autoscaler(tmp_path: Path, room: Room) -> None:
+    kinds = {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "small": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    }
+    scaling = {"available_node_types": kinds, "head_node_type": "ray.head.default", "max_workers": 2}
+    with ray_head(tmp_path, machine_address(), "--num-cpus", "0", autoscaling=scaling) as address:
+        assert "CPU" not in free_resources(address)
+        with two_cpus("--ray-address", address) as client:
+            run = submit(client, room)
+            room.open()
+            assert run.result(timeout=SCALE_S) == STAYED
+
+
+def test_a_head_may_offer_nothing() -> None:
+    with served("--executor", "ray", "--num-cpus", "0") as address, LatticeClient(address) as client:
+        assert client.nodes() == []
