@@ -1,6 +1,6 @@
 """Owns the command `lattice`. Commands of the other packages are found by their entry points, never imported by name.
 
-Rule: `lattice run` is `python` with a server's address, and nothing else.
+Rule: `lattice run` is `python` with how to reach a server, and nothing else.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 import click
 from lattice.v1 import worker_pb2
 
-from lattice_client.commands import Commands, address, as_dict, as_json, connected, print_json, show
+from lattice_client.commands import Commands, Server, address, as_dict, as_json, connected, print_json, show
 from lattice_client.runs import runs
 
 
@@ -24,9 +24,9 @@ main.add_command(runs)
 @main.command()
 @address
 @as_json
-def status(addr: str, as_json: bool) -> None:
+def status(server: Server, as_json: bool) -> None:
     """Show the server and its load."""
-    with connected(addr) as client:
+    with connected(server) as client:
         cluster = client.cluster()
     if as_json:
         print_json(as_dict(cluster))
@@ -45,9 +45,9 @@ def status(addr: str, as_json: bool) -> None:
 @main.command()
 @address
 @as_json
-def nodes(addr: str, as_json: bool) -> None:
+def nodes(server: Server, as_json: bool) -> None:
     """List the nodes and what is free on them."""
-    with connected(addr) as client:
+    with connected(server) as client:
         found = client.nodes()
     if as_json:
         for node in found:
@@ -72,8 +72,8 @@ def nodes(addr: str, as_json: bool) -> None:
 @address
 @click.argument("script", type=click.Path(exists=True, dir_okay=False))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def run(addr: str, script: str, arguments: tuple[str, ...]) -> None:
+def run(server: Server, script: str, arguments: tuple[str, ...]) -> None:
     """Run a Python script against the server, as `python SCRIPT` would."""
     sys.stdout.flush()
     # A fresh interpreter in this very process: exit status, signals, tracebacks and `__main__` are the script's own.
-    os.execve(sys.executable, [sys.executable, script, *arguments], {**os.environ, "LATTICE_TARGET": addr})
+    os.execve(sys.executable, [sys.executable, script, *arguments], {**os.environ, **server.environment()})

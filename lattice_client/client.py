@@ -6,7 +6,7 @@ Rule: a graph is one RPC; a watch that breaks goes on after the last event it sa
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 from uuid import uuid4
 
 import grpc
@@ -18,6 +18,7 @@ from lattice_client.brevity import Brevity, Kind
 from lattice_client.channel import Channel
 from lattice_client.convert import RunEvent
 from lattice_client.run import Answer, AsyncRun, Outcome
+from lattice_client.security import SecurityOptions
 from lattice_client.workflow import Graph, LatticeTask
 
 T = TypeVar("T")
@@ -68,13 +69,19 @@ class AsyncLatticeClient:
     """A connection to a server. Use it on one event loop, as a context manager or with `close`.
 
     `tenant` names the caller that fair share counts; `admission_timeout` is for how many seconds a run that finds the
-    server full is offered again before `ResourceExhaustedError` is raised.
+    server full is offered again before `ResourceExhaustedError` is raised. The rest makes the connection safe; see
+    `SecurityOptions`. Raises SecurityError when it would not be.
     """
 
     def __init__(
-        self, target: str | None = None, *, tenant: str = "", admission_timeout: float = ADMISSION_TIMEOUT_S
+        self,
+        target: str | None = None,
+        *,
+        tenant: str = "",
+        admission_timeout: float = ADMISSION_TIMEOUT_S,
+        **security: Unpack[SecurityOptions],
     ) -> None:
-        self._rpc = Channel(target)
+        self._rpc = Channel(target, **security)
         self.target = self._rpc.target
         self._tenant = tenant
         self._admission_timeout_s = admission_timeout

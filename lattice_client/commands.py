@@ -3,10 +3,12 @@
 Rule: tables for people, one JSON document a line for programs (`--json`), one clear line on stderr when it fails.
 """
 
+import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -19,6 +21,7 @@ from rich.text import Text
 
 from lattice_client.channel import DEFAULT_TARGET
 from lattice_client.errors import LatticeError, UnavailableError
+from lattice_client.security import SecurityOptions
 from lattice_client.sync import LatticeClient
 
 ENTRY_POINTS = "lattice.commands"
@@ -28,9 +31,6 @@ MAX_DEPTH = 50
 MAX_BITS = 14_000
 
 console = Console()
-address = click.option(
-    "--addr", envvar="LATTICE_TARGET", default=DEFAULT_TARGET, show_default=True, help="The server, host:port."
-)
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
 
 
@@ -57,6 +57,48 @@ class Commands(click.Group):
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The server a command asks, and how it is reached. The token comes from the environment, never by a flag."""
+
+    target: str
+    tls_ca: str | None
+    insecure: bool
+
+    def security(self) -> SecurityOptions:
+        """Return what clients take."""
+        return SecurityOptions(tls_ca=self.tls_ca, insecure=self.insecure)
+
+    def environment(self) -> dict[str, str]:
+        """Return what says the same to another program."""
+        found = {"LATTICE_TARGET": self.target}
+        if self.tls_ca is not None:
+            found["LATTICE_TLS_CA"] = self.tls_ca
+        if self.insecure:
+            found["LATTICE_INSECURE"] = "1"
+        return found
+
+
+def address(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which server, as its argument `server`."""
+
+    @click.option(
+        "--addr", envvar="LATTICE_TARGET", default=DEFAULT_TARGET, show_default=True, help="The server, host:port."
+    )
+    @click.option(
+        "--tls-ca",
+        envvar="LATTICE_TLS_CA",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Use TLS and trust this authority's certificate.",
+    )
+    @click.option("--insecure", envvar="LATTICE_INSECURE", is_flag=True, help="Do without TLS or a token.")
+    @functools.wraps(command)
+    def wrapped(addr: str, tls_ca: str | None, insecure: bool, **others: Any) -> None:
+        command(server=Server(addr, tls_ca, insecure), **others)
+
+    return wrapped
+
+
 @contextmanager
 def reachable(addr: str) -> Iterator[None]:
     """Say where no server answers, and what to do, when the block finds none."""
@@ -65,14 +107,14 @@ def reachable(addr: str) -> Iterator[None]:
     except UnavailableError as error:
         if error.reason:  # a server did answer, and said why it cannot
             raise
-        hint = "start one with `lattice start --head`, or name another with --addr or LATTICE_TARGET"
+        hint = error.advice or "start one with `lattice start --head`, or name another with --addr or LATTICE_TARGET"
         raise click.ClickException(f"no Lattice server answers at {addr}: {hint}") from None
 
 
 @contextmanager
-def connected(addr: str) -> Iterator[LatticeClient]:
+def connected(server: Server) -> Iterator[LatticeClient]:
     """Connect for the length of the block."""
-    with reachable(addr), LatticeClient(addr) as client:
+    with reachable(server.target), LatticeClient(server.target, **server.security()) as client:
         yield client
 
 

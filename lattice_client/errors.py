@@ -2,6 +2,7 @@
 
     LatticeError
     +-- TaskDefinitionError      a task or its wiring is wrong; nothing was sent
+    +-- SecurityError            the connection would not be safe; nothing was sent
     +-- RunError                 the run ended otherwise than well
     |   +-- TaskFailedError      a task failed; carries the remote traceback
     |   +-- RunTimeoutError      the run took longer than it was given
@@ -22,6 +23,7 @@
 Rule: no gRPC error leaves this package.
 """
 
+import re
 from collections.abc import Mapping
 
 import grpc
@@ -36,6 +38,10 @@ class LatticeError(Exception):
 
 class TaskDefinitionError(LatticeError):
     """A task, or the way it is wired, is wrong; nothing was sent."""
+
+
+class SecurityError(LatticeError):
+    """The connection would not be safe, or not as safe as was asked; nothing was sent."""
 
 
 class RunError(LatticeError):
@@ -68,13 +74,15 @@ class RunCancelledError(RunError):
 class RequestError(LatticeError):
     """The server refused a call. `reason` is stable, `violations` maps fields to what is wrong with them.
 
-    `retry_after_s` is set when the server says that the same call may succeed after so many seconds.
+    `retry_after_s` is set when the server says that the same call may succeed after so many seconds, `advice` when this
+    side knows what to do; it is part of the message.
     """
 
     def __init__(
         self, message: str, reason: str = "", metadata: Mapping[str, str] | None = None, **violations: str
     ) -> None:
         super().__init__(message)
+        self.advice = ""
         self.reason = reason
         self.metadata = dict(metadata or {})
         self.violations: dict[str, str] = violations
@@ -137,11 +145,24 @@ CLASSES: dict[grpc.StatusCode, type[RequestError]] = {
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
 }
+# How gRPC says that two sides did not agree on TLS. A server that asks for a certificate, or for TLS, and gets none
+# hangs up without a word.
+HANDSHAKES = {
+    "CERTIFICATE_VERIFY_FAILED": "the certificate it shows is not signed by an authority trusted here: "
+    "set LATTICE_TLS_CA, or `tls_ca`, to the one that signed it",
+    "Hostname Verification Check failed": "the certificate it shows is for another name: dial a name that is in it",
+    "WRONG_VERSION_NUMBER": "what listens there does not speak TLS",
+    "failed to connect.*Socket closed": "it hangs up: if it speaks TLS set LATTICE_TLS_CA, or `tls_ca`; "
+    "if it asks for certificates, LATTICE_TLS_CERT and LATTICE_TLS_KEY too",
+}
 
 
 def from_rpc(error: grpc.aio.AioRpcError) -> RequestError:
     """Return this package's error for a failed call."""
-    found = CLASSES.get(error.code(), InternalError)(error.details() or error.code().name)
+    text = error.details() or error.code().name
+    advice = _advice(error.code(), text)
+    found = CLASSES.get(error.code(), InternalError)(f"{text}; {advice}" if advice else text)
+    found.advice = advice
     for key, value in error.trailing_metadata() or ():
         if key != DETAILS or not isinstance(value, bytes):
             continue
@@ -155,3 +176,12 @@ def from_rpc(error: grpc.aio.AioRpcError) -> RequestError:
             elif detail.Unpack(retry):
                 found.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
     return found
+
+
+def _advice(code: grpc.StatusCode, text: str) -> str:
+    """Return what the caller can do about an error whose text says only what went wrong."""
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return "set LATTICE_TOKEN, or `token`, to the server's token"
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return next((advice for sign, advice in HANDSHAKES.items() if re.search(sign, text)), "")
+    return ""

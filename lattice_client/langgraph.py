@@ -3,17 +3,21 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
+from lattice_client.security import SecurityOptions
 from lattice_client.sync import LatticeClient
 from lattice_client.task import TaskDefinition, define
 
 
 class LangGraphClient:
-    """Wraps functions so that a call runs on a server and returns what the function returns."""
+    """Wraps functions so that a call runs on a server and returns what the function returns.
 
-    def __init__(self, target: str | None = None) -> None:
-        self._client = LatticeClient(target)
+    Connects as `LatticeClient` does.
+    """
+
+    def __init__(self, target: str | None = None, **security: Unpack[SecurityOptions]) -> None:
+        self._client = LatticeClient(target, **security)
 
     def task(self, function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
         """Wrap a function; bare, with `resources={...}`, or with resources directly, such as `cpu=2`."""

@@ -12,6 +12,7 @@ from rich.live import Live
 from lattice_client import convert
 from lattice_client.client import TERMINAL, AsyncLatticeClient
 from lattice_client.commands import (
+    Server,
     address,
     as_dict,
     as_json,
@@ -61,9 +62,9 @@ def _task_row(task: run_pb2.TaskRun) -> tuple[str, ...]:
 @address
 @as_json
 @click.option("--limit", type=click.IntRange(1, MAX_RUNS), default=100, show_default=True, help="The most to list.")
-def list_runs(addr: str, as_json: bool, limit: int) -> None:
+def list_runs(server: Server, as_json: bool, limit: int) -> None:
     """List runs, newest first."""
-    with connected(addr) as client:
+    with connected(server) as client:
         found = client.list_runs(limit)
     if as_json:
         for run in found:
@@ -76,9 +77,9 @@ def list_runs(addr: str, as_json: bool, limit: int) -> None:
 @address
 @as_json
 @click.argument("run_id")
-def show_run(addr: str, as_json: bool, run_id: str) -> None:
+def show_run(server: Server, as_json: bool, run_id: str) -> None:
     """Show one run and its tasks."""
-    with connected(addr) as client:
+    with connected(server) as client:
         run, tasks = client.describe_run(run_id), client.list_tasks(run_id)
     if as_json:
         print_json(as_dict(run) | {"tasks": [as_dict(task) for task in tasks]})
@@ -94,9 +95,9 @@ def show_run(addr: str, as_json: bool, run_id: str) -> None:
 @address
 @as_json
 @click.argument("run_id")
-def cancel(addr: str, as_json: bool, run_id: str) -> None:
+def cancel(server: Server, as_json: bool, run_id: str) -> None:
     """Cancel a run."""
-    with connected(addr) as client:
+    with connected(server) as client:
         run = client.cancel_run(run_id)
     if as_json:
         print_json(as_dict(run))
@@ -113,9 +114,9 @@ def cancel(addr: str, as_json: bool, run_id: str) -> None:
 @as_json
 @click.argument("run_id")
 @click.argument("task_id")
-def explain(addr: str, as_json: bool, run_id: str, task_id: str) -> None:
+def explain(server: Server, as_json: bool, run_id: str, task_id: str) -> None:
     """Say what a task waits for, since when, and when it may start."""
-    with connected(addr) as client:
+    with connected(server) as client:
         found = client.explain(run_id, task_id)
     if as_json:
         print_json(as_dict(found))
@@ -132,18 +133,18 @@ def explain(addr: str, as_json: bool, run_id: str, task_id: str) -> None:
 @address
 @as_json
 @click.argument("run_id")
-def watch(addr: str, as_json: bool, run_id: str) -> None:
+def watch(server: Server, as_json: bool, run_id: str) -> None:
     """Follow a run to its end. Fails when the run does."""
     try:
-        with reachable(addr):
-            asyncio.run(_watch(addr, run_id, as_json))
+        with reachable(server.target):
+            asyncio.run(_watch(server, run_id, as_json))
     except KeyboardInterrupt:
         click.echo(f"The run goes on; `lattice runs cancel {run_id}` would end it.", err=True)
         raise SystemExit(128 + signal.SIGINT) from None
 
 
-async def _watch(addr: str, run_id: str, as_json: bool) -> None:
-    async with AsyncLatticeClient(addr) as client:
+async def _watch(server: Server, run_id: str, as_json: bool) -> None:
+    async with AsyncLatticeClient(server.target, **server.security()) as client:
         run = await client.describe_run(run_id)
         if as_json:
             async for event in client.events(run_id, decode=_decoder(client)):

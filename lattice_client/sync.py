@@ -7,7 +7,7 @@ import asyncio
 import functools
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import uvloop
 from lattice.v1 import run_pb2, task_pb2, worker_pb2
@@ -15,6 +15,7 @@ from lattice.v1 import run_pb2, task_pb2, worker_pb2
 from lattice_client.client import ADMISSION_TIMEOUT_S, AsyncLatticeClient, AsyncLatticeWorkflow
 from lattice_client.convert import RunEvent
 from lattice_client.run import AsyncRun
+from lattice_client.security import SecurityOptions
 from lattice_client.workflow import Graph, LatticeTask
 
 T = TypeVar("T")
@@ -133,14 +134,20 @@ class LatticeClient:
     """A connection to a server; safe to use from any thread. `aio` is its asyncio twin, on the background loop.
 
     `tenant` names the caller that fair share counts; `admission_timeout` is for how many seconds a run that finds the
-    server full is offered again before `ResourceExhaustedError` is raised.
+    server full is offered again before `ResourceExhaustedError` is raised. The rest makes the connection safe; see
+    `SecurityOptions`. Raises SecurityError when it would not be.
     """
 
     def __init__(
-        self, target: str | None = None, *, tenant: str = "", admission_timeout: float = ADMISSION_TIMEOUT_S
+        self,
+        target: str | None = None,
+        *,
+        tenant: str = "",
+        admission_timeout: float = ADMISSION_TIMEOUT_S,
+        **security: Unpack[SecurityOptions],
     ) -> None:
         async def connect() -> AsyncLatticeClient:
-            return AsyncLatticeClient(target, tenant=tenant, admission_timeout=admission_timeout)
+            return AsyncLatticeClient(target, tenant=tenant, admission_timeout=admission_timeout, **security)
 
         self.aio = _wait(connect())
 

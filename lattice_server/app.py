@@ -26,6 +26,7 @@ from lattice_server.engine.scheduler import Scheduler
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.transfers import Transfers
+from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.convert import timestamp
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.results import ResultsServicer
@@ -70,6 +71,8 @@ class App:
         self._scheduler = Scheduler(machine, self._bus)
         self._executor = _executor(config, self._store)
         self._join_token = secrets.token_urlsafe(32)
+        token = config.token
+        authentication = None if token is None else Authentication(token, worker_token=self._join_token)
         intake = Intake(config.inline_limit_bytes, config.batch_rules)
         library = WorkflowLibrary(self._store)
         self._workers = WorkerServicer(
@@ -82,6 +85,7 @@ class App:
             epoch,
             self._describe,
             admission.check_possible,
+            authentication,
         )
         self._rpc = RpcServer(
             config,
@@ -90,6 +94,7 @@ class App:
             TaskServicer(self._orchestrator, intake),
             ResultsServicer(self._orchestrator, self._store, transfers),
             self._workers,
+            authentication,
         )
 
     async def start(self) -> None:
@@ -101,7 +106,7 @@ class App:
         except BaseException:
             self._store.close()
             raise
-        self.address = f"{self.config.host}:{port}"
+        self.address = self.config.address(port)
         self._scheduler.start()
         config = self.config
         watching = self._sessions.watch(config.heartbeat_interval_s, config.silence_limit_s, self._workers.detached)

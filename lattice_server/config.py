@@ -7,16 +7,27 @@ from lattice_server.core.batching import BatchRule
 
 
 @dataclass(frozen=True, slots=True)
+class ServerTls:
+    """What the server shows callers, and, with `client_ca`, who must have signed what they show; all PEM."""
+
+    certificate: bytes
+    key: bytes = field(repr=False)
+    client_ca: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerConfig:
     """What `lattice start --head` was asked for. Sizes in bytes, times in seconds.
 
     A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`, by
     default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are placed,
-    each with `num_cpus` and `num_gpus`.
+    each with `num_cpus` and `num_gpus`. Without a `token` whoever reaches the server may do everything.
     """
 
     host: str = "127.0.0.1"
     port: int = 50051
+    tls: ServerTls | None = None
+    token: str | None = field(default=None, repr=False)
     executor: str = "ray"
     num_cpus: float | None = None
     num_gpus: int | None = None
@@ -41,6 +52,10 @@ class ServerConfig:
     limits: Mapping[str, int] = field(default_factory=dict)
     batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0
+
+    def address(self, port: int) -> str:
+        """Return `host:port`."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
     @property
     def heartbeat_interval_s(self) -> float:

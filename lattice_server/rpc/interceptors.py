@@ -25,6 +25,7 @@ STATUS = {
     errors.ExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
     errors.AuthenticationError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.AuthorizationError: grpc.StatusCode.PERMISSION_DENIED,
 }
 # Trailers over 8 KiB may be dropped on the way, and percent-encoding triples what is not ASCII in the message.
 MAX_TEXT_BYTES = 768

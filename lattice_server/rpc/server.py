@@ -19,7 +19,8 @@ from lattice.v1 import (
 from opentelemetry import trace
 from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
-from lattice_server.config import ServerConfig
+from lattice_server.config import ServerConfig, ServerTls
+from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor
 from lattice_server.rpc.interceptors import ErrorInterceptor
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.tasks import TaskServicer
@@ -49,10 +50,13 @@ class RpcServer:
         tasks: TaskServicer,
         results: ResultsServicer,
         workers: WorkerServicer,
+        authentication: Authentication | None,
     ) -> None:
         self._config = config
         self.local_target = f"unix:{local_path}"
         interceptors: list[Any] = [ErrorInterceptor()]
+        if authentication is not None:
+            interceptors.append(AuthenticationInterceptor(authentication))
         # Without a provider spans go nowhere, and the interceptor would only cost every call a quarter of its time.
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             # A span that lives as long as a worker tells nobody anything.
@@ -84,12 +88,16 @@ class RpcServer:
 
     async def start(self) -> int:
         """Listen and serve; return the port. Raises PortInUseError."""
-        address = f"{self._config.host}:{self._config.port}"
+        address = self._config.address(self._config.port)
+        tls = self._config.tls
         try:
-            port = self._server.add_insecure_port(address)
+            if tls is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, _credentials(tls))
         except RuntimeError as error:
             raise PortInUseError(f"cannot listen on {address}: {error}") from None
-        # In a folder that is this user's alone.
+        # In a folder that is this user's alone, so plain and open to all who get there.
         self._server.add_insecure_port(self.local_target)
         await self._server.start()
         return port
@@ -103,3 +111,8 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls and end the running ones within `grace_s` seconds."""
         await self._server.stop(grace_s)
+
+
+def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
+    pairs = [(tls.key, tls.certificate)]
+    return grpc.ssl_server_credentials(pairs, tls.client_ca, require_client_auth=tls.client_ca is not None)

@@ -21,6 +21,7 @@ from lattice_server.engine.sessions import Connection, Sessions
 from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
 from lattice_server.rpc.assignments import responses
+from lattice_server.rpc.authentication import CONNECT, Authentication
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.intake import Intake
 
@@ -45,6 +46,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         server_id: str,
         describe: Callable[[], Awaitable[worker_pb2.GetClusterResponse]],
         check_possible: Callable[[Sequence[TaskSpec]], None],
+        authentication: Authentication | None,
     ) -> None:
         self._config = config
         self._bus = bus
@@ -55,6 +57,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._server_id = server_id
         self._describe = describe
         self._check_possible = check_possible
+        self._authentication = authentication
 
     async def Connect(
         self,
@@ -67,7 +70,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if first is None:
             return
         hello = first.hello
-        refusal = self._refusal(first)
+        refusal = self._rejection(context) or self._refusal(first)
         if refusal is not None:
             yield worker_pb2.ConnectResponse(close=refusal)
             await _drain(requests)
@@ -97,6 +100,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def detached(self, session_id: str, silent_s: float) -> None:
         """Tell that a session's stream ended after a silence."""
         self._bus.post([messages.WorkerDetached(session_id, silent_s)])
+
+    def _rejection(self, context: Context) -> worker_pb2.Close | None:
+        if self._authentication is not None:
+            try:
+                self._authentication.check_call(CONNECT, context)
+            except LatticeError as error:
+                return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=error.message)
+        return None
 
     def _refusal(self, first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:
         hello = first.hello

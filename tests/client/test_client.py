@@ -40,12 +40,14 @@ PUBLIC = [
     "RunError",
     "RunEvent",
     "RunTimeoutError",
+    "SecurityError",
     "TaskDefinition",
     "TaskDefinitionError",
     "TaskFailedError",
     "TaskOutput",
     "UnauthenticatedError",
     "UnavailableError",
+    "entrypoint",
     "task",
 ]
 
@@ -67,7 +69,8 @@ def test_every_status_has_its_error_with_all_that_was_said(code: grpc.StatusCode
     trailers = grpc.aio.Metadata(("other", "x"), (errors.DETAILS, status.SerializeToString()))
     error = errors.from_rpc(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, "no"))
     assert type(error) is errors.CLASSES.get(code, errors.InternalError)
-    assert str(error) == "no"
+    assert str(error) == (f"no; {error.advice}" if error.advice else "no")
+    assert bool(error.advice) is (code is grpc.StatusCode.UNAUTHENTICATED)
     assert (error.reason, error.metadata) == ("SOME_REASON", {"k": "v"})
     assert error.violations == {'tasks[0].inputs["x"]': "is bad"}
 

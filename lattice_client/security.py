@@ -1,0 +1,141 @@
+"""Owns what makes a connection safe: TLS, the token, and which servers need them.
+
+Rule: beyond this machine nothing is dialled without both, unless the caller says so.
+"""
+
+import functools
+import logging
+import os
+import re
+import ssl
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TypedDict
+
+import grpc
+
+from lattice_client.errors import SecurityError
+
+log = logging.getLogger(__name__)
+
+PLAIN_SCHEMES = ("http://", "grpc://")
+TLS_SCHEMES = ("https://", "grpcs://")
+RESOLVERS = ("dns:///", "dns:", "ipv4:", "ipv6:")
+PRINTABLE = re.compile(r"[!-~]+")
+
+
+class SecurityOptions(TypedDict, total=False):
+    """What makes a connection safe. What is left out, or None, comes from the environment.
+
+    Attributes:
+        token: what the server was given as its token; LATTICE_TOKEN.
+        tls_ca: a PEM file of who may have signed the server's certificate; LATTICE_TLS_CA. Without it a target
+            `grpcs://host:port` trusts whom this system trusts.
+        tls_cert: a PEM file with the caller's own certificate, for servers that ask for one; LATTICE_TLS_CERT.
+        tls_key: its key; LATTICE_TLS_KEY.
+        insecure: go beyond this machine without TLS or a token; LATTICE_INSECURE=1.
+    """
+
+    token: str | None
+    tls_ca: str | Path | None
+    tls_cert: str | Path | None
+    tls_key: str | Path | None
+    insecure: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """How to dial a server: its address as gRPC reads it, credentials unless it is plain, the token if any."""
+
+    address: str
+    credentials: grpc.ChannelCredentials | None
+    token: str | None = field(repr=False)
+    is_local: bool
+
+
+def secure(
+    target: str,
+    *,
+    token: str | None = None,
+    tls_ca: str | Path | None = None,
+    tls_cert: str | Path | None = None,
+    tls_key: str | Path | None = None,
+    insecure: bool | None = None,
+) -> Security:
+    """Return how to dial a target; see `SecurityOptions`. Raises SecurityError when that would not be safe."""
+    token = token or os.environ.get("LATTICE_TOKEN") or None
+    if token is not None and not PRINTABLE.fullmatch(token):
+        raise SecurityError("the token, or LATTICE_TOKEN, must be printable ASCII without spaces or line breaks")
+    address, has_tls_scheme = _split(target)
+    is_local = is_on_this_machine(address)
+    credentials = None
+    if not address.startswith("unix:"):
+        authority = tls_ca or os.environ.get("LATTICE_TLS_CA")
+        certificate = tls_cert or os.environ.get("LATTICE_TLS_CERT")
+        key = tls_key or os.environ.get("LATTICE_TLS_KEY")
+        if has_tls_scheme or authority or certificate or key:
+            credentials = _credentials(authority, certificate, key)
+    missing = [name for name, found in (("TLS", credentials), ("a token", token)) if found is None]
+    if missing and not is_local:
+        if not (os.environ.get("LATTICE_INSECURE") == "1" if insecure is None else insecure):
+            ways = {
+                "TLS": "LATTICE_TLS_CA (tls_ca) to its authority's certificate, or the target to grpcs://host:port",
+                "a token": "LATTICE_TOKEN (token) to its token",
+            }
+            wanted = ", and ".join(ways[name] for name in missing)
+            text = f"{address} is not this machine and would be dialled without {' and '.join(missing)}: set {wanted}"
+            raise SecurityError(f"{text}; LATTICE_INSECURE=1 (insecure) dials it anyway")
+        _warn(address, " and ".join(missing))
+    return Security(address, credentials, token, is_local)
+
+
+def is_on_this_machine(address: str) -> bool:
+    """Whether an address, as gRPC reads it, cannot lead to another machine. What is not understood may."""
+    if address.startswith("unix:"):
+        return True
+    for prefix in RESOLVERS:
+        if address.startswith(prefix):
+            address = address.removeprefix(prefix)
+            break
+    # Several colons without brackets are an address without a port.
+    host = address if address.count(":") > 1 and not address.startswith("[") else re.sub(r":\d+$", "", address)
+    try:
+        return host == "localhost" or ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _split(target: str) -> tuple[str, bool]:
+    for scheme in (*PLAIN_SCHEMES, *TLS_SCHEMES):
+        if target.startswith(scheme):
+            return target.removeprefix(scheme).rstrip("/"), scheme in TLS_SCHEMES
+    return target.rstrip("/"), False
+
+
+def _credentials(
+    authority: str | Path | None, certificate: str | Path | None, key: str | Path | None
+) -> grpc.ChannelCredentials:
+    if (certificate is None) != (key is None):
+        given, missing = ("KEY", "CERT") if certificate is None else ("CERT", "KEY")
+        raise SecurityError(f"LATTICE_TLS_{given} (tls_{given.lower()}) needs LATTICE_TLS_{missing}")
+    # gRPC would say only when dialling that something is wrong, and not what.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if authority is not None:
+        try:
+            context.load_verify_locations(authority)
+        except (OSError, ValueError) as error:
+            raise SecurityError(f"LATTICE_TLS_CA (tls_ca) {authority}: no certificates in PEM: {error}") from None
+    if certificate is not None and key is not None:
+        try:
+            context.load_cert_chain(certificate, key, password=lambda: "")
+        except (OSError, ValueError) as error:
+            names = f"LATTICE_TLS_CERT (tls_cert) {certificate}, LATTICE_TLS_KEY (tls_key) {key}"
+            raise SecurityError(f"{names}: no certificate with its key, in PEM and unencrypted: {error}") from None
+    read = [None if path is None else Path(path).read_bytes() for path in (authority, key, certificate)]
+    return grpc.ssl_channel_credentials(*read)
+
+
+@functools.cache
+def _warn(address: str, missing: str) -> None:
+    log.warning("%s is dialled without %s: others may read what is sent, or answer in its place", address, missing)

@@ -1,0 +1,201 @@
+"""How the client decides what is safe to dial, and what it then sends."""
+
+import logging
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lattice_client import LangGraphClient, LatticeClient, SecurityError, UnauthenticatedError, task
+from lattice_client.security import is_on_this_machine, secure
+from tests.certificates import Certificates, certificates
+from tests.client.shell import LATTICE, call
+from tests.server.apps import serving_aside
+
+TOKEN = "se-cret"
+FAR = "10.1.2.3:1"
+VARIABLES = ("LATTICE_TOKEN", "LATTICE_TLS_CA", "LATTICE_TLS_CERT", "LATTICE_TLS_KEY", "LATTICE_INSECURE")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates of two authorities."""
+    return certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(autouse=True)
+def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[str]:
+    """The address of a server with a token and a worker, on loopback without TLS."""
+    with serving_aside(token=TOKEN) as address:
+        yield address
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1:50051",
+        "127.9.9.9",
+        "localhost:1",
+        "localhost",
+        "[::1]:50051",
+        "::1",
+        "dns:///localhost:1",
+        "ipv4:127.0.0.1:1",
+        "ipv6:[::1]:1",
+        "unix:/x/y",
+        "unix:///x/y",
+    ],
+)
+def test_what_is_on_this_machine(address: str) -> None:
+    assert is_on_this_machine(address)
+    assert secure(address).credentials is None
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        FAR,
+        "0.0.0.0:1",
+        "example.org:1",
+        "localhost.example.org:1",
+        "127.0.0.1.example.org",
+        "127.0.0.1:1,10.1.2.3:1",
+        "ipv4:127.0.0.1:1,10.1.2.3:1",
+        "dns://10.1.2.3/localhost:1",
+        "::1:50051",
+        "localhost:1@example.org",
+        "xds:localhost:1",
+        "",
+    ],
+)
+def test_what_may_be_on_another_machine(address: str) -> None:
+    assert not is_on_this_machine(address)
+    with pytest.raises(SecurityError, match="not this machine"):
+        secure(address)
+
+
+def test_beyond_this_machine_both_are_needed(made: Certificates) -> None:
+    for arguments, missing in (
+        ({}, "without TLS and a token: set LATTICE_TLS_CA .*, and LATTICE_TOKEN"),
+        ({"token": TOKEN}, "without TLS: set LATTICE_TLS_CA"),
+        ({"tls_ca": made.ca}, "without a token: set LATTICE_TOKEN"),
+        ({"token": TOKEN, "insecure": False}, "LATTICE_INSECURE=1 .* dials it anyway"),
+    ):
+        with pytest.raises(SecurityError, match=missing) as caught:
+            secure(FAR, **arguments)
+        assert TOKEN not in str(caught.value)
+    for target in (f"grpcs://{FAR}", f"https://{FAR}/"):
+        found = secure(target, token=TOKEN)
+        assert found.address == FAR
+        assert found.credentials is not None
+        assert TOKEN not in repr(found)
+    assert secure(FAR, token=TOKEN, tls_ca=made.ca).credentials is not None
+
+
+def test_the_environment_says_what_arguments_leave_out(made: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_TOKEN", TOKEN)
+    with pytest.raises(SecurityError, match="without TLS"):
+        secure(FAR)
+    monkeypatch.setenv("LATTICE_TLS_CA", str(made.ca))
+    assert secure(FAR).token == TOKEN
+    assert secure(FAR, token="other").token == "other"
+    assert secure("unix:/x").credentials is None
+    monkeypatch.setenv("LATTICE_TLS_CERT", str(made.caller_cert))
+    with pytest.raises(SecurityError, match=r"LATTICE_TLS_CERT .* needs LATTICE_TLS_KEY"):
+        secure(FAR)
+    monkeypatch.setenv("LATTICE_TLS_KEY", str(made.caller_key))
+    assert secure(FAR).credentials is not None
+
+
+@pytest.mark.parametrize("value", ["0", "", "true"])
+def test_only_a_one_in_the_environment_goes_without(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("LATTICE_INSECURE", value)
+    with pytest.raises(SecurityError):
+        secure(FAR)
+
+
+def test_going_without_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("LATTICE_INSECURE", "1")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert secure("10.9.9.9:1").credentials is None
+        assert secure("127.0.0.1:1").credentials is None
+    (record,) = caplog.records
+    assert "10.9.9.9:1 is dialled without TLS and a token" in record.getMessage()
+
+
+def test_what_cannot_be_used_is_named(made: Certificates, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    for arguments, text in (
+        ({"tls_ca": tmp_path / "ghost"}, "LATTICE_TLS_CA .*No such file"),
+        ({"tls_ca": tmp_path / "empty"}, "LATTICE_TLS_CA .*no certificates"),
+        ({"tls_cert": made.cert, "tls_key": made.caller_key}, "LATTICE_TLS_CERT .*LATTICE_TLS_KEY"),
+        ({"tls_key": made.key}, "LATTICE_TLS_KEY .* needs LATTICE_TLS_CERT"),
+        ({"token": "two words"}, "LATTICE_TOKEN, must be printable"),
+        ({"token": "line\n"}, "LATTICE_TOKEN, must be printable"),
+    ):
+        with pytest.raises(SecurityError, match=text):
+            secure("127.0.0.1:1", **arguments)
+
+
+def test_every_client_and_command_refuses_what_is_not_safe() -> None:
+    for kind in (LatticeClient, LangGraphClient):
+        with pytest.raises(SecurityError, match=FAR):
+            kind(FAR)
+    for command in (["status"], ["nodes"], ["runs", "list"], ["runs", "watch", "r"]):
+        done = call(FAR, *command)
+        assert done.exit_code == 1
+        assert f"{FAR} is not this machine" in done.stderr
+
+
+@task
+def echo(text: str) -> str:
+    return text
+
+
+def test_a_token_goes_with_every_kind_of_call(guarded: str) -> None:
+    large = "x" * 1_500_000
+    with LatticeClient(guarded, token=TOKEN) as client:
+        assert client.run_task(echo, {"text": large}) == {"result": large}
+        workflow = client.create_workflow()
+        workflow.add_task(echo, {"text": large})
+        run = workflow.run()
+        assert run.result(timeout=60) == {"result": large}
+        assert [event.type for event in run.events(timeout=60)][-1] == "run_finished"
+    assert LangGraphClient(guarded, token=TOKEN).task(len)(large) == len(large)
+
+
+def test_without_the_right_token_it_is_said_what_to_set(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in (None, "wrong"):
+        with LatticeClient(guarded, token=token) as client, pytest.raises(UnauthenticatedError) as caught:
+            client.cluster()
+        assert caught.value.reason == "UNAUTHENTICATED"
+        assert "set LATTICE_TOKEN" in str(caught.value)
+    done = call(guarded, "status")
+    assert done.exit_code == 1
+    assert "set LATTICE_TOKEN" in done.stderr
+    monkeypatch.setenv("LATTICE_TOKEN", TOKEN)
+    assert call(guarded, "status").exit_code == 0
+
+
+def test_a_script_run_by_the_command_gets_what_it_needs(made: Certificates, tmp_path: Path) -> None:
+    names = ["LATTICE_TARGET", "LATTICE_TLS_CA", "LATTICE_INSECURE"]
+    (tmp_path / "script.py").write_text(f"import os; print(*map(os.environ.get, {names}))\n")
+    command = [LATTICE, "run", "--addr", FAR, "--tls-ca", str(made.ca), "--insecure", str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [FAR, str(made.ca), "1"]
+
+
+def test_a_proxy_is_no_way_to_this_machine(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with LatticeClient(guarded, token=TOKEN) as client:
+        assert client.cluster().executor == "local"

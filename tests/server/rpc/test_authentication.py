@@ -1,0 +1,220 @@
+"""Who may call what on a server with a token: every method, every way to be wrong, and what stays open."""
+
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message_factory import GetMessageClass
+from grpc import StatusCode as Code
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from lattice.v1 import results_pb2, task_pb2, worker_pb2, workflow_pb2
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from lattice_server.core.messages import SchedulerEvent
+from lattice_server.engine.ports import Contact
+from tests.server.apps import NoWorkers, serving_aside
+from tests.server.rpc.callers import Caller, calling, fresh, refused, run
+
+TOKEN = "se-cret"
+FILES = (workflow_pb2, task_pb2, results_pb2, worker_pb2)
+METHODS = [m for file in FILES for s in file.DESCRIPTOR.services_by_name.values() for m in s.methods]
+CONNECT = "lattice.v1.WorkerService.Connect"
+REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].methods
+GUARDED = [method for method in (*METHODS, *REFLECTION) if method.full_name != CONNECT]
+READ = "lattice.v1.ResultsService.ReadArtifact"
+FOR_WORKERS = {READ, *(method.full_name for method in GUARDED if ".WorkerService." in method.full_name)}
+
+Metadata = Sequence[tuple[str, str]]
+
+
+class Witness(NoWorkers):
+    """Starts nothing, and remembers how workers would reach the server."""
+
+    def __init__(self) -> None:
+        self.contact: Contact | None = None
+
+    async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+        """Remember."""
+        self.contact = contact
+
+
+@pytest.fixture(scope="module")
+def witness() -> Witness:
+    """The executor of the server."""
+    return Witness()
+
+
+@pytest.fixture(scope="module")
+def guarded(witness: Witness) -> Iterator[Caller]:
+    """A caller, without a token, of a server that has one."""
+    with serving_aside(witness, token=TOKEN) as address, calling(address) as caller:
+        yield caller
+
+
+def bearer(token: str) -> Metadata:
+    return (("authorization", f"Bearer {token}"),)
+
+
+def call(channel: grpc.Channel, method: MethodDescriptor, metadata: Metadata) -> None:
+    """Call a method with an empty request and read the answer to its end."""
+    service, _, name = method.full_name.rpartition(".")
+    kind = "stream" if method.client_streaming else "unary", "stream" if method.server_streaming else "unary"
+    make: Any = getattr(channel, "_".join(kind))
+    response = GetMessageClass(method.output_type)
+    stub = make(
+        f"/{service}/{name}",
+        request_serializer=lambda request: request.SerializeToString(),
+        response_deserializer=response.FromString,
+    )
+    request = GetMessageClass(method.input_type)()
+    answer = stub(iter([request]) if method.client_streaming else request, metadata=metadata, timeout=30)
+    if method.server_streaming:
+        for _ in answer:
+            pass
+
+
+def outcome(channel: grpc.Channel, method: MethodDescriptor, metadata: Metadata) -> Code:
+    """Return the status a call ends with."""
+    try:
+        call(channel, method, metadata)
+    except grpc.RpcError as error:
+        found: Any = error
+        return found.code()
+    return Code.OK
+
+
+@pytest.mark.parametrize("method", GUARDED, ids=lambda method: method.full_name)
+@pytest.mark.parametrize(
+    ("metadata", "text"),
+    [
+        ((), "asks for a token"),
+        (bearer("wrong"), "not valid"),
+        (bearer(""), "not valid"),
+        (bearer(TOKEN[:-1]), "not valid"),
+        ((("authorization", TOKEN),), "not valid"),
+        ((("authorization", f"Basic {TOKEN}"),), "not valid"),
+        ((("token", TOKEN),), "asks for a token"),
+    ],
+)
+def test_every_method_refuses_whoever_has_no_token(
+    guarded: Caller, method: MethodDescriptor, metadata: Metadata, text: str
+) -> None:
+    with refused(Code.UNAUTHENTICATED, "UNAUTHENTICATED") as refusal:
+        call(guarded.channel, method, metadata)
+    assert text in refusal.message
+    assert TOKEN not in refusal.message
+
+
+@pytest.mark.parametrize("method", GUARDED, ids=lambda method: method.full_name)
+def test_every_method_is_there_for_whoever_has_it(guarded: Caller, method: MethodDescriptor) -> None:
+    code = outcome(guarded.channel, method, bearer(TOKEN))
+    assert code in {Code.OK, Code.INVALID_ARGUMENT, Code.NOT_FOUND}
+
+
+@pytest.mark.parametrize("method", GUARDED, ids=lambda method: method.full_name)
+def test_a_workers_token_is_for_workers(guarded: Caller, witness: Witness, method: MethodDescriptor) -> None:
+    assert witness.contact is not None
+    metadata = bearer(witness.contact.join_token)
+    if method.full_name not in FOR_WORKERS:
+        with refused(Code.PERMISSION_DENIED, "PERMISSION_DENIED"):
+            call(guarded.channel, method, metadata)
+        return
+    assert outcome(guarded.channel, method, metadata) in {Code.OK, Code.NOT_FOUND}
+
+
+def test_whoever_comes_by_the_servers_own_socket_needs_none(guarded: Caller, witness: Witness) -> None:
+    assert witness.contact is not None
+    with calling(witness.contact.local_target) as beside:
+        created = run(beside, run_id=fresh()).run
+        request = results_pb2.GetResultRequest(run_id=created.run_id, wait=Duration(nanos=1))
+        assert beside.results.GetResult(request).run.run_id == created.run_id
+        list(reflected(beside.channel, ()))
+        with refused(Code.NOT_FOUND, "ARTIFACT_NOT_FOUND"):
+            list(beside.results.ReadArtifact(results_pb2.ReadArtifactRequest(artifact_id="sha256:0")))
+        assert first_answer(beside, ()).WhichOneof("message") == "welcome"
+
+
+def test_health_needs_no_token(guarded: Caller) -> None:
+    health = health_pb2_grpc.HealthStub(guarded.channel)
+    assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+    watch = health.Watch(health_pb2.HealthCheckRequest())
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    watch.cancel()
+
+
+def reflected(channel: grpc.Channel, metadata: Metadata) -> list[str]:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    asked = reflection_pb2.ServerReflectionRequest(list_services="*")
+    (answer,) = stub.ServerReflectionInfo(iter([asked]), metadata=metadata)
+    return [service.name for service in answer.list_services_response.service]
+
+
+def test_reflection_tells_whoever_has_the_token(guarded: Caller) -> None:
+    assert "lattice.v1.WorkflowService" in reflected(guarded.channel, bearer(TOKEN))
+
+
+def first_answer(caller: Caller, metadata: Metadata) -> worker_pb2.ConnectResponse:
+    """Return the first thing the server says to a worker, and hang up."""
+    hello = worker_pb2.Hello(worker_id=fresh("w"), node_id=fresh("n"))
+    said: SimpleQueue[worker_pb2.ConnectRequest | None] = SimpleQueue()
+    said.put(worker_pb2.ConnectRequest(hello=hello))
+    # The stream stays open: a worker that hangs up at once is not spoken to.
+    call = caller.workers.Connect(iter(said.get, None), metadata=metadata)
+    answer: worker_pb2.ConnectResponse = next(call)
+    said.put(None)
+    call.cancel()
+    return answer
+
+
+@pytest.mark.parametrize("metadata", [(), bearer("wrong")])
+@pytest.mark.parametrize("first", ["hello", "join", ""])
+def test_a_worker_without_the_token_is_refused_in_band(guarded: Caller, metadata: Metadata, first: str) -> None:
+    messages = {
+        "hello": worker_pb2.ConnectRequest(hello=worker_pb2.Hello(worker_id="w", node_id="n")),
+        "join": worker_pb2.ConnectRequest(join=worker_pb2.Join(node_id="n")),
+        "": worker_pb2.ConnectRequest(),
+    }
+    (answer,) = guarded.workers.Connect(iter([messages[first]]), metadata=metadata)
+    assert answer.close.reason == worker_pb2.CLOSE_REASON_UNAUTHENTICATED
+    assert TOKEN not in answer.close.message
+    nodes = guarded.workers.ListNodes(worker_pb2.ListNodesRequest(), metadata=bearer(TOKEN)).nodes
+    assert "n" not in {node.node_id for node in nodes}
+
+
+def test_a_worker_with_either_token_is_welcome(guarded: Caller, witness: Witness) -> None:
+    assert witness.contact is not None
+    for token in (TOKEN, witness.contact.join_token):
+        assert first_answer(guarded, bearer(token)).WhichOneof("message") == "welcome"
+
+
+def test_the_name_of_the_scheme_may_be_written_small(guarded: Caller) -> None:
+    metadata = (("authorization", f"bearer {TOKEN}"),)
+    assert guarded.workers.GetCluster(worker_pb2.GetClusterRequest(), metadata=metadata).executor == "none"
+
+
+def test_what_a_server_does_not_have_is_unimplemented_all_the_same(guarded: Caller) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        guarded.channel.unary_unary("/lattice.v1.WorkflowService/Nothing")(b"")
+    assert caught.value.code() is Code.UNIMPLEMENTED
+
+
+def test_refused_calls_are_traced_with_their_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    with (
+        serving_aside(NoWorkers(), token=TOKEN) as address,
+        calling(address) as caller,
+        refused(Code.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    ):
+        caller.workers.GetCluster(worker_pb2.GetClusterRequest())
+    codes = [(span.attributes or {}).get("rpc.grpc.status_code") for span in exporter.get_finished_spans()]
+    assert codes == [Code.UNAUTHENTICATED.value[0]]
