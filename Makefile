@@ -21,13 +21,13 @@ lint: $(VENV)/.stamp
 	$(VENV)/bin/buf lint
 	BUF=$(VENV)/bin/buf scripts/lint_breaking.sh
 
-# The Node.js example. On a machine that has no Node.js and may not install it, its tests are skipped.
+# The Node.js examples. On a machine that has no Node.js and may not install it, their tests are skipped.
 .PHONY: nodejs
-nodejs: examples/nodejs/node_modules/.stamp
+nodejs: examples/nodejs/node_modules/.stamp examples/nodejs-worker/node_modules/.stamp
 
-examples/nodejs/node_modules/.stamp: examples/nodejs/package.json examples/nodejs/package-lock.json
+examples/%/node_modules/.stamp: examples/%/package.json examples/%/package-lock.json
 	scripts/install_missing.sh nodejs
-	if command -v npm >/dev/null; then cd examples/nodejs && npm ci --silent && touch node_modules/.stamp; fi
+	if command -v npm >/dev/null; then cd examples/$* && npm ci --silent && touch node_modules/.stamp; fi
 
 # The oldest generator the project supports: what it makes runs on every newer protobuf runtime.
 .venv-proto/.stamp:

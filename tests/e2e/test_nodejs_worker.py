@@ -1,0 +1,351 @@
+"""A worker that shares nothing with this project but the contract: Node.js runs tasks of a Python client's runs."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from lattice.v1 import worker_pb2, worker_pb2_grpc
+
+from lattice_client import (
+    AsyncLatticeClient,
+    LatticeClient,
+    PreconditionError,
+    RunCancelledError,
+    TaskFailedError,
+    entrypoint,
+    task,
+)
+from tests.e2e.conftest import served
+from tests.e2e.proxy import Proxy
+from tests.e2e.rooms import WAIT_S, Room, entered
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLE = ROOT / "examples" / "nodejs-worker"
+FUNCTIONS = Path(__file__).parent / "rooms.js"
+NODE = "nodejs"
+
+ENTER = entrypoint("js/enter", inputs=["room", "name"])
+SUM = entrypoint("js/sum", inputs=["numbers"])
+BOTH = entrypoint("js/both", inputs=["number"], outputs=["half", "double"])
+
+
+@task
+def numbers_to(most: int) -> list[int]:
+    return list(range(1, most + 1))
+
+
+@task
+def told(**values: Any) -> dict[str, Any]:
+    return values
+
+
+@task
+def repeated(text: str, times: int) -> str:
+    return text * times
+
+
+@task
+def length(text: str) -> int:
+    return len(text)
+
+
+class NodejsWorker:
+    """The worker as a process of its own, with the functions of `rooms.js` and two CPUs."""
+
+    def __init__(self, address: str, functions: Path = FUNCTIONS) -> None:
+        flags = ["--addr", address, "--node-id", NODE, "--num-cpus", "2", "--functions", str(functions)]
+        command = ["node", str(EXAMPLE / "worker.js"), *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def welcomed(self) -> str:
+        """Wait until the server welcomes the worker, once more; return what it says then."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def leave(self) -> int:
+        """Ask it to go, and return how it went."""
+        self.process.terminate()
+        return self.process.wait(WAIT_S)
+
+    def kill(self) -> None:
+        """End it as the kernel would, unless it is over."""
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """The address of a server with a Python worker of two CPUs beside it."""
+    if shutil.which("npm") is None:
+        pytest.skip("needs Node.js")
+    subprocess.run(["make", "nodejs"], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    with served("--executor", "local", "--num-cpus", "2") as found:
+        yield found
+
+
+@pytest.fixture
+def worker(address: str) -> Iterator[NodejsWorker]:
+    """The worker, connected."""
+    started = NodejsWorker(address)
+    assert started.welcomed().startswith("began session")
+    yield started
+    started.kill()
+
+
+def node_of(client: LatticeClient) -> worker_pb2.Node:
+    """Return the worker's node as the server shows it."""
+    (found,) = [node for node in client.nodes() if node.node_id == NODE]
+    return found
+
+
+def attempts_of(client: LatticeClient, run: str) -> dict[str, tuple[int, str]]:
+    """Return the number of each task's last attempt, and where it ran."""
+    return {found.task_id: (found.attempt, found.node_id) for found in client.list_tasks(run)}
+
+
+def test_what_needs_no_server(address: str) -> None:
+    done = subprocess.run(["npm", "test"], cwd=EXAMPLE, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_lock_names_no_place_to_download_from() -> None:
+    assert "http" not in (EXAMPLE / "package-lock.json").read_text()
+
+
+def test_what_the_example_has(address: str, client: LatticeClient) -> None:
+    example = NodejsWorker(address, EXAMPLE / "functions.js")
+    try:
+        example.welcomed()
+        node = node_of(client)
+        assert list(node.entrypoints) == ["js/sleep", "js/square_root", "js/word_count"]
+        assert (node.runtime[:6], node.worker_pid, node.capacity.cpu) == ("node v", example.process.pid, 2)
+        words = client.run_task(entrypoint("js/word_count", inputs=["text"]), {"text": "Ein Wort, ein Satz"})
+        assert words == {"result": {"ein": 2, "wort": 1, "satz": 1}}
+        assert client.run_task(entrypoint("js/square_root"), {"x": 9}) == {"result": 3}
+        assert client.run_task(entrypoint("js/sleep"), {"seconds": 0.01}) == {"result": 0.01}
+        with pytest.raises(TaskFailedError, match="-1 has no square root"):
+            client.run_task(entrypoint("js/square_root"), {"x": -1})
+        with pytest.raises(PreconditionError, match="node 'nodejs': it has no entry point 'js/other'"):
+            client.run_task(entrypoint("js/other"), {})
+        assert example.leave() == 0
+    finally:
+        example.kill()
+
+
+@pytest.mark.usefixtures("worker")
+def test_values_go_from_one_language_to_the_other_and_back(client: LatticeClient) -> None:
+    workflow = client.create_workflow("two languages")
+    numbers = workflow.add_task(numbers_to, {"most": 4})
+    both = workflow.add_task(BOTH, {"number": 10})
+    wired = {"numbers": [numbers.output, both.outputs["half"]], "text": "ä\u2028"}
+    shown = workflow.add_task(told, {"wired": wired, "double": both.outputs["double"]})
+    total = workflow.add_task(
+        entrypoint("js/sum", inputs=["numbers", "more"]),
+        {"numbers": [both.outputs["double"], 1, both.outputs["half"]], "more": {"x": 0.5, "y": both.outputs["half"]}},
+    )
+    workflow.add_task(told, {"shown": shown.output, "total": total.output}, "end")
+    run = workflow.run()
+    shown_there = {"wired": {"numbers": [[1, 2, 3, 4], 5], "text": "ä\u2028"}, "double": 20}
+    assert run.result(WAIT_S) == {"result": {"shown": shown_there, "total": 31.5}}
+    places = {task_id: place for task_id, (_, place) in attempts_of(client, run).items()}
+    assert {places[both.task_id], places[total.task_id]} == {NODE}
+    assert NODE not in {places[numbers.task_id], places[shown.task_id]}
+
+
+@pytest.mark.usefixtures("worker")
+def test_maps_and_batches(client: LatticeClient) -> None:
+    workflow = client.create_workflow("squares")
+    sizes = workflow.add_task(entrypoint("js/range", inputs=["size"]), {"size": 10})
+    squares = entrypoint("js/squares", inputs=["x"], batch_size=4, batch_timeout=0.05)
+    total = workflow.add_task(SUM, {"numbers": workflow.map(squares, sizes.output).output})
+    workflow.add_task(told, {"total": total.output})
+    assert workflow.run().result(WAIT_S) == {"result": {"total": 285}}
+    # An error in the list fails its item alone.
+    workflow = client.create_workflow("squares", failure_policy="finish_independent")
+    squares = entrypoint("js/squares", inputs=["x"], batch_size=3, batch_timeout=1.0)
+    members = [workflow.add_task(squares, {"x": x}) for x in (2, -1, 3)]
+    run = workflow.run()
+    with pytest.raises(TaskFailedError, match="RangeError: -1 is below zero"):
+        run.result(WAIT_S)
+    states = {found.task_id: found.outputs["result"].json for found in client.list_tasks(run) if found.outputs}
+    assert states == {members[0].task_id: "4", members[2].task_id: "9"}
+
+
+@pytest.mark.usefixtures("worker")
+def test_chains_of_short_tasks_go_out_together(client: LatticeClient) -> None:
+    # Once it is known how long they take, a task is sent along with the one it needs.
+    for _ in range(3):
+        workflow = client.create_workflow("chain")
+        last: Any = 0
+        for _ in range(20):
+            last = workflow.add_task(SUM, {"numbers": [last, 1]}).output
+        assert workflow.run().result(WAIT_S) == {"result": 20}
+
+
+@pytest.mark.usefixtures("worker")
+def test_large_values_stay_where_they_were_made_until_somebody_reads_them(client: LatticeClient) -> None:
+    js_length = entrypoint("js/length", inputs=["text"])
+    workflow = client.create_workflow("large")
+    theirs = workflow.add_task(entrypoint("js/repeat", inputs=["text", "times"]), {"text": "é", "times": 400_000})
+    ours = workflow.add_task(repeated, {"text": "é", "times": 2_000_000})
+    found = [
+        workflow.add_task(length, {"text": theirs.output}),
+        workflow.add_task(js_length, {"text": theirs.output}),
+        workflow.add_task(js_length, {"text": ours.output}),
+        workflow.add_task(js_length, {"text": "é" * 300_000}),
+    ]
+    workflow.add_task(told, {"text": theirs.output, "found": [one.output for one in found]})
+    text = {"text": "é" * 400_000, "found": [400_000, 400_000, 2_000_000, 300_000]}
+    assert workflow.run().result(WAIT_S) == {"result": text}
+    again = client.create_workflow("large")
+    again.add_task(entrypoint("js/repeat"), {"text": "é", "times": 400_000})
+    assert again.run().result(WAIT_S) == {"result": "é" * 400_000}
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_error_comes_with_its_type_and_stack(client: LatticeClient) -> None:
+    with pytest.raises(TaskFailedError) as caught:
+        client.run_task(entrypoint("js/fail"), {"message": "no such wolf"})
+    assert (caught.value.kind, caught.value.task_id) == ("USER_ERROR", "fail")
+    assert "TypeError: no such wolf" in str(caught.value)
+    assert "rooms.js" in caught.value.remote_traceback
+    workflow = client.create_workflow("again")
+    again = entrypoint("js/fail", retries=1, retry_on=TypeError, retry_backoff=0.01)
+    workflow.add_task(again, {"message": "no"})
+    run = workflow.run()
+    with pytest.raises(TaskFailedError):
+        run.result(WAIT_S)
+    assert attempts_of(client, run)["fail"] == (2, NODE)
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize(
+    ("path", "outputs", "inputs"),
+    [("js/sum", ["a"], {"numbers": [1]}), ("js/sum", None, {"numbers": {1, 2}})],
+)
+def test_what_cannot_travel_is_a_failure_of_its_own_kind(
+    client: LatticeClient, path: str, outputs: list[str] | None, inputs: dict[str, Any]
+) -> None:
+    with pytest.raises(TaskFailedError) as caught:
+        client.run_task(entrypoint(path, outputs=outputs), inputs)
+    assert caught.value.kind == "PAYLOAD"
+
+
+@pytest.mark.usefixtures("worker")
+def test_as_many_run_side_by_side_as_it_has_cpus(client: LatticeClient, room: Room) -> None:
+    workflow = client.create_workflow("crowd")
+    tasks = [workflow.add_task(ENTER, {"room": str(room), "name": name}) for name in "abc"]
+    run = workflow.run()
+    entered(run, tasks[0].task_id, tasks[1].task_id)
+    room.open()
+    run.result(WAIT_S)
+    assert room.crowd() == 2
+    assert len(room.notes()) == 6
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize("path", ["js/enter", "js/stay"])
+def test_a_cancelled_task_ends_whether_it_listens_or_not(client: LatticeClient, room: Room, path: str) -> None:
+    workflow = client.create_workflow("cancelled")
+    added = workflow.add_task(entrypoint(path), {"room": str(room), "name": "a"})
+    run = workflow.run()
+    entered(run, added.task_id)
+    run.cancel("enough")
+    with pytest.raises(RunCancelledError, match="enough"):
+        run.result(WAIT_S)
+    # Its slot is free again.
+    assert client.run_task(SUM, {"numbers": [1, 2]}) == {"result": 3}
+    assert room.notes() == (["+a", "!a"] if path == "js/enter" else ["+a"])
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_attempt_has_its_time(client: LatticeClient, room: Room) -> None:
+    with pytest.raises(TaskFailedError) as caught:
+        client.run_task(entrypoint("js/enter", timeout=0.2), {"room": str(room), "name": "a"})
+    assert caught.value.kind == "TIMEOUT"
+    assert room.notes() == ["+a", "!a"]
+
+
+def test_what_a_killed_worker_ran_is_run_by_the_next(
+    address: str, client: LatticeClient, worker: NodejsWorker, room: Room
+) -> None:
+    workflow = client.create_workflow("killed")
+    added = workflow.add_task(ENTER, {"room": str(room), "name": "a"})
+    workflow.add_task(told, {"found": added.output})
+    run = workflow.run()
+    entered(run, added.task_id)
+    worker.kill()
+    second = NodejsWorker(address)
+    try:
+        second.welcomed()
+        room.open()
+        assert run.result(WAIT_S) == {"result": {"found": "a"}}
+        retries = [event.data["failure"] for event in run.events() if event.type == "task_retrying"]
+        assert [failure["kind"] for failure in retries] == ["WORKER_LOST"]
+        assert attempts_of(client, run)[added.task_id] == (2, NODE)
+        assert room.notes() == ["+a", "+a", "-a"]
+    finally:
+        second.kill()
+
+
+def test_a_broken_stream_is_resumed_and_nothing_runs_twice(address: str, room: Room) -> None:
+    async def scenario() -> None:
+        proxy = Proxy(address)
+        worker = NodejsWorker(await proxy.start())
+        try:
+            async with asyncio.timeout(WAIT_S), AsyncLatticeClient(address) as client:
+                first = await asyncio.to_thread(worker.welcomed)
+                workflow = client.create_workflow("cut")
+                for name in "abc":
+                    workflow.add_task(ENTER, {"room": str(room), "name": name})
+                run = await workflow.run()
+                logs = 0
+                async for event in run.events():
+                    if event.type == "task_log" and (logs := logs + 1) == 2:
+                        break
+                # Once it comes back to work that goes on, once what it did ends while it is away.
+                proxy.cut()
+                session = first.split()[2]
+                assert (await asyncio.to_thread(worker.welcomed)).startswith(f"resumed session {session}")
+                await proxy.cut_and_refuse(1)
+                room.open()
+                proxy.is_refusing = False
+                assert (await asyncio.to_thread(worker.welcomed)).startswith(f"resumed session {session}")
+                assert len(await run.result()) == 3
+                assert not [event async for event in run.events() if event.type == "task_retrying"]
+            assert sorted(room.notes()) == ["+a", "+b", "+c", "-a", "-b", "-c"]
+            assert await asyncio.to_thread(worker.leave) == 0
+        finally:
+            worker.kill()
+            await proxy.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("how", ["drained", "asked to leave"])
+def test_a_worker_that_leaves_finishes_what_it_has(
+    address: str, client: LatticeClient, worker: NodejsWorker, room: Room, how: str
+) -> None:
+    workflow = client.create_workflow("leaving")
+    added = workflow.add_task(ENTER, {"room": str(room), "name": "a"})
+    run = workflow.run()
+    entered(run, added.task_id)
+    if how == "drained":
+        with grpc.insecure_channel(address) as channel:
+            request = worker_pb2.DrainNodeRequest(node_id=NODE)
+            answer = worker_pb2_grpc.WorkerServiceStub(channel).DrainNode(request, timeout=WAIT_S)
+        assert answer.node.state == worker_pb2.NODE_STATE_DRAINING
+    else:
+        os.kill(worker.process.pid, signal.SIGTERM)
+    room.open()
+    assert run.result(WAIT_S) == {"result": "a"}
+    assert worker.process.wait(WAIT_S) == 0
+    assert NODE not in {node.node_id for node in client.nodes()}
+    assert room.notes() == ["+a", "-a"]
