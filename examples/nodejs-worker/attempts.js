@@ -4,6 +4,7 @@ import { PayloadError } from "./values.js";
 
 // How long a function that was told to stop may take before it is no longer waited for.
 const STOP_GRACE_MS = 1000;
+const MAX_TIMER_MS = 2 ** 31 - 1; // what is to come later would come at once
 
 /** Runs assignments with the functions of `registry`, by name; `values` reads inputs and writes outputs. */
 export class Attempts {
@@ -43,7 +44,11 @@ export class Attempts {
     if (assignment.timeout) {
       const limitS = assignment.timeout.seconds + assignment.timeout.nanos / 1e9;
       const text = `the attempt ran longer than ${limitS} s`;
-      timers.push(setTimeout(() => stop("FAILURE_KIND_TIMEOUT", text), limitS * 1000));
+      const wait = (ms) => {
+        const next = () => (ms > MAX_TIMER_MS ? wait(ms - MAX_TIMER_MS) : stop("FAILURE_KIND_TIMEOUT", text));
+        timers.push(setTimeout(next, Math.min(ms, MAX_TIMER_MS)));
+      };
+      wait(limitS * 1000);
     }
     const log = this.#logger(report);
     this.#facts(assignment, upstream, report, { signal: aborting.signal, log }).then(finish);

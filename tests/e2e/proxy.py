@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks connections on command, and gates that hold tasks until the test lets them go."""
+"""A TCP proxy that breaks or silences connections on command, and gates that hold tasks until the test lets them go."""
 
 import asyncio
 import os
@@ -11,6 +11,7 @@ class Proxy:
     def __init__(self, target: str) -> None:
         self._host, _, self._port = target.rpartition(":")
         self._open: set[asyncio.StreamWriter] = set()
+        self._mute: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
         self._refused = asyncio.Condition()
         self._server: asyncio.Server | None = None
@@ -36,6 +37,10 @@ class Proxy:
         """Reset all connections."""
         for writer in self._open:
             writer.transport.abort()
+
+    def silence(self) -> None:
+        """Let nothing through on the connections there are, and leave them open; new ones work."""
+        self._mute |= self._open
 
     async def cut_and_refuse(self, dials: int) -> None:
         """Reset all connections and each new one; return when that many have been turned away."""
@@ -63,12 +68,14 @@ class Proxy:
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         try:
             while data := await source.read(1 << 16):
-                sink.write(data)
-                await sink.drain()
+                if sink not in self._mute:
+                    sink.write(data)
+                    await sink.drain()
         except ConnectionError:
             pass
         finally:
             self._open.discard(sink)
+            self._mute.discard(sink)
             sink.transport.abort()
 
 

@@ -22,6 +22,7 @@ from lattice_client import (
     entrypoint,
     task,
 )
+from tests.certificates import certificates
 from tests.e2e.conftest import served
 from tests.e2e.proxy import Proxy
 from tests.e2e.rooms import WAIT_S, Room, entered
@@ -273,6 +274,48 @@ def test_an_attempt_has_its_time(client: LatticeClient, room: Room) -> None:
     assert room.notes() == ["+a", "!a"]
 
 
+@pytest.mark.usefixtures("worker")
+def test_a_time_limit_may_be_longer_than_a_timer_can_wait(client: LatticeClient, room: Room) -> None:
+    workflow = client.create_workflow("patient")
+    added = workflow.add_task(entrypoint("js/enter", timeout=29 * 86400), {"room": str(room), "name": "a"})
+    run = workflow.run()
+    entered(run, added.task_id)
+    room.open()
+    assert run.result(WAIT_S) == {"result": "a"}
+
+
+def test_a_server_on_this_machine_is_dialled_by_no_proxy(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("grpc_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    worker = NodejsWorker(address)
+    try:
+        assert worker.welcomed().startswith("began session")
+        assert worker.leave() == 0
+    finally:
+        worker.kill()
+
+
+def test_a_server_that_asks_for_a_token_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = certificates(tmp_path)
+    monkeypatch.setenv("LATTICE_TOKEN", "the-right-one")
+    monkeypatch.setenv("LATTICE_TLS_CA", str(found.ca))
+    flags = ["--executor", "local", "--num-cpus", "1", "--tls-cert", str(found.cert), "--tls-key", str(found.key)]
+    with served(*flags) as address, LatticeClient(address) as client:
+        worker = NodejsWorker(address)
+        try:
+            assert worker.welcomed().startswith("began session")
+            # What is too long for a message goes by calls of its own, which show the token as well.
+            text = client.run_task(entrypoint("js/repeat"), {"text": "a", "times": 400_000})
+            assert client.run_task(entrypoint("js/length"), {"text": text["result"]}) == {"result": 400_000}
+            monkeypatch.setenv("LATTICE_TOKEN", "another")
+            stranger = NodejsWorker(address)
+            assert stranger.process.wait(WAIT_S) == 1
+            assert worker.leave() == 0
+        finally:
+            worker.kill()
+
+
 def test_what_a_killed_worker_ran_is_run_by_the_next(
     address: str, client: LatticeClient, worker: NodejsWorker, room: Room
 ) -> None:
@@ -321,6 +364,32 @@ def test_a_broken_stream_is_resumed_and_nothing_runs_twice(address: str, room: R
                 assert len(await run.result()) == 3
                 assert not [event async for event in run.events() if event.type == "task_retrying"]
             assert sorted(room.notes()) == ["+a", "+b", "+c", "-a", "-b", "-c"]
+            assert await asyncio.to_thread(worker.leave) == 0
+        finally:
+            worker.kill()
+            await proxy.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_silent_stream_is_left_for_another_in_time(address: str, room: Room) -> None:
+    async def scenario() -> None:
+        proxy = Proxy(address)
+        worker = NodejsWorker(await proxy.start())
+        try:
+            async with asyncio.timeout(WAIT_S), AsyncLatticeClient(address) as client:
+                session = (await asyncio.to_thread(worker.welcomed)).split()[2]
+                workflow = client.create_workflow("silent")
+                workflow.add_task(ENTER, {"room": str(room), "name": "a"})
+                run = await workflow.run()
+                async for event in run.events():
+                    if event.type == "task_log":
+                        break
+                proxy.silence()
+                assert (await asyncio.to_thread(worker.welcomed)).startswith(f"resumed session {session}")
+                room.open()
+                assert await run.result() == {"result": "a"}
+            assert room.notes() == ["+a", "-a"]
             assert await asyncio.to_thread(worker.leave) == 0
         finally:
             worker.kill()
