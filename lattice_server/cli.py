@@ -13,14 +13,17 @@ import click
 import psutil
 import uvloop
 
-from lattice_server import MAY_SERVE
+from lattice_server import MAY_SERVE, security
 from lattice_server.app import serve
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.rpc.server import PortInUseError
 
+log = logging.getLogger(__name__)
+
 STOP_S = 30.0
 MIB = 1024 * 1024
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/scheduling.md."
 
 
@@ -56,6 +59,11 @@ def _record_path(port: str) -> Path:
     help="Memory of each GPU, where it cannot be measured.",
 )
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label of this node; may be repeated.")
+@click.option("--tls-cert", type=FILE, help="Serve TLS with this certificate chain, in PEM.")
+@click.option("--tls-key", type=FILE, help="The certificate's key, in PEM.")
+@click.option("--tls-ca", type=FILE, help="Callers need certificates signed by this one.")
+@click.option("--token-file", type=FILE, help="The token callers must show, or LATTICE_TOKEN.")
+@click.option("--insecure", is_flag=True, help="Serve beyond this machine without TLS or a token.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
 @click.option("--verbose", is_flag=True, help="Log more.")
 def start(
@@ -71,6 +79,11 @@ def start(
     memory: int | None,
     gpu_memory: int | None,
     labels: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_ca: Path | None,
+    token_file: Path | None,
+    insecure: bool,
     config_file: Path | None,
     verbose: bool,
 ) -> None:
@@ -79,18 +92,27 @@ def start(
         raise click.UsageError("say --head to start the server")
     if not MAY_SERVE:
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
-    if host not in {"127.0.0.1", "localhost", "::1"}:
-        raise click.UsageError("only loopback addresses are served: there is no authentication yet")
+    try:
+        token, tls = security.read_token(token_file, os.environ), security.read_tls(tls_cert, tls_key, tls_ca)
+        warning = security.check_exposure(host, tls, token, is_allowed=insecure)
+    except security.SecurityError as error:
+        raise click.UsageError(str(error)) from None
+    # What this process starts has no use for it: workers beside the server come by its own socket.
+    os.environ.pop(security.TOKEN, None)
     if ray_address and (executor != "ray" or not num_cpus):
         raise click.UsageError("with --ray-address, which needs --executor ray, say what to reserve: --num-cpus")
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if wrong := [label for label in labels if "=" not in label]:
         raise click.UsageError(f"a label is NAME=VALUE, not {wrong[0]!r}")
+    if warning is not None:
+        log.warning("%s", warning)
     config = replace(
         ServerConfig() if config_file is None else _read(config_file),
         host=host,
         port=port,
+        tls=tls,
+        token=token,
         executor=executor,
         node_ip=node_ip or "",
         ray_address=ray_address or "",

@@ -19,9 +19,9 @@ class ServerTls:
 class ServerConfig:
     """What `lattice start --head` was asked for. Sizes in bytes, times in seconds.
 
-    A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`, by
-    default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are placed,
-    each with `num_cpus` and `num_gpus`. Without a `token` whoever reaches the server may do everything.
+    A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`,
+    by default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are
+    placed, each with `num_cpus` and `num_gpus`. Without a `token` whoever reaches the server may do everything.
     """
 
     host: str = "127.0.0.1"

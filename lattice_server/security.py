@@ -1,0 +1,87 @@
+"""Owns what the flags that make a server safe must be. Rule: what cannot be as safe as it was asked to be is an error.
+
+Messages name the flag, and never what a secret is.
+"""
+
+import re
+import ssl
+from collections.abc import Mapping
+from ipaddress import ip_address
+from pathlib import Path
+
+from lattice_server.config import ServerTls
+
+TOKEN = "LATTICE_TOKEN"
+PRINTABLE = re.compile(r"[!-~]+")
+
+
+class SecurityError(Exception):
+    """A flag is not what it must be, or one is missing."""
+
+
+def read_token(path: Path | None, environment: Mapping[str, str]) -> str | None:
+    """Return the token in a file, or else in the environment; None when neither is given. Raises SecurityError."""
+    if path is None:
+        if TOKEN not in environment:
+            return None
+        source, text = TOKEN, environment[TOKEN]
+    else:
+        source = f"--token-file {path}"
+        try:
+            text = path.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SecurityError(f"{source}: {_reason(error)}") from None
+    if not text:
+        raise SecurityError(f"{source}: it is empty, and an empty token is none")
+    if not PRINTABLE.fullmatch(text):
+        raise SecurityError(f"{source}: a token is printable ASCII without spaces or line breaks")
+    return text
+
+
+def read_tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> ServerTls | None:
+    """Return what the files hold once they fit each other; None when there are none. Raises SecurityError."""
+    if certificate is None and key is None:
+        if client_ca is not None:
+            raise SecurityError("--tls-ca asks callers for certificates: that needs --tls-cert and --tls-key")
+        return None
+    if certificate is None or key is None:
+        given, missing = ("--tls-key", "--tls-cert") if certificate is None else ("--tls-cert", "--tls-key")
+        raise SecurityError(f"{given} needs {missing}")
+    pair, callers = f"--tls-cert {certificate} --tls-key {key}", f"--tls-ca {client_ca}"
+    try:
+        # Python would ask the terminal for the password of a key that has one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise SecurityError(f"{pair}: no certificate with its key, in PEM and unencrypted: {_reason(error)}") from None
+    if client_ca is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(client_ca)
+        except (OSError, ValueError) as error:
+            raise SecurityError(f"{callers}: no certificates in PEM: {_reason(error)}") from None
+    return ServerTls(certificate.read_bytes(), key.read_bytes(), None if client_ca is None else client_ca.read_bytes())
+
+
+def check_exposure(host: str, tls: ServerTls | None, token: str | None, *, is_allowed: bool) -> str | None:
+    """Return a warning about what serving on an address exposes, if that is allowed. Raises SecurityError if not."""
+    missing = [name for name, found in (("TLS", tls), ("a token", token)) if found is None]
+    if is_loopback(host) or not missing:
+        return None
+    what = f"serving on {host} without {' and '.join(missing)}"
+    if not is_allowed:
+        flags = {"TLS": "--tls-cert and --tls-key", "a token": f"--token-file or {TOKEN}"}
+        wanted = ", and ".join(flags[name] for name in missing)
+        raise SecurityError(f"{what} would let others run code here: give {wanted}, or --insecure to do it anyway")
+    return f"{what}: whoever reaches this address can run code here, or read what others send"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine only."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+    return reason.lower().replace("_", " ") if isinstance(error, ssl.SSLError) else reason

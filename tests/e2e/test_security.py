@@ -1,0 +1,335 @@
+"""TLS and a token between real processes: what gets through, what is refused and how, and where no token shows."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lattice_client import LatticeClient, UnavailableError, task
+from lattice_server.config import ServerTls
+from lattice_server.core.messages import SchedulerEvent
+from lattice_server.engine.ports import Contact
+from tests.certificates import Certificates, certificates
+from tests.e2e.conftest import LATTICE
+from tests.server.apps import NoWorkers, serving_aside
+
+TOKEN = "se-cret-0123456789"
+FAR = "10.1.2.3:1"
+WAIT_S = 60
+LARGE_BYTES = 3_000_000
+BARE = {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
+SCRIPT = """
+from lattice_client import LatticeClient, task
+
+@task
+def make(size: int) -> str:
+    return "x" * size
+
+@task
+def measure(text: str) -> int:
+    return len(text)
+
+with LatticeClient() as client:
+    workflow = client.create_workflow()
+    made = workflow.add_task(make, {"size": 3_000_000})
+    workflow.add_task(measure, {"text": made.output})
+    print(workflow.run().result(), len(client.run_task(make, {"size": 3_000_000})["result"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Certificates of two authorities."""
+    return certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the token."""
+    path = tmp_path_factory.mktemp("token") / "token"
+    path.write_text(f"{TOKEN}\n")
+    return path
+
+
+@dataclass
+class Served:
+    """A server of a process of its own."""
+
+    address: str
+    process: "subprocess.Popen[str]"
+    errors: Path
+
+    def line(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """Run a `lattice` command against it, with nothing in the environment but what is given."""
+        environment = {**BARE, "LATTICE_TARGET": self.address, **environment}
+        command = [LATTICE, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
+
+
+@contextmanager
+def served(errors: Path, *flags: str, **environment: str) -> Iterator[Served]:
+    command = [LATTICE, "start", "--head", "--executor", "local", "--num-cpus", "2", "--port", "0", *flags]
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            command, env={**BARE, **environment}, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"Lattice is listening on (\S+)\n", line)
+        assert found, f"the server said {line!r} and {errors.read_text()!r}"
+        try:
+            yield Served(found[1], process, errors)
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def safe(made: Certificates, token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with TLS and a token that tells all it does."""
+    errors = tmp_path_factory.mktemp("safe") / "stderr"
+    flags = ["--tls-cert", str(made.cert), "--tls-key", str(made.key), "--token-file", str(token_file), "--verbose"]
+    with served(errors, *flags) as found:
+        yield found
+
+
+def test_a_script_gets_through_with_large_values(safe: Served, made: Certificates, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    flags = ["--tls-ca", str(made.ca), str(tmp_path / "script.py")]
+    done = safe.line("run", *flags, LATTICE_TOKEN=TOKEN)
+    assert (done.stdout, done.stderr) == (f"{{'result': {LARGE_BYTES}}} {LARGE_BYTES}\n", "")
+
+
+def test_every_command_gets_through(safe: Served, made: Certificates) -> None:
+    known = {"LATTICE_TLS_CA": str(made.ca), "LATTICE_TOKEN": TOKEN}
+    with LatticeClient(safe.address, token=TOKEN, tls_ca=made.ca) as client:
+        run = client.create_workflow()
+        run.add_task(environment, {"names": []})
+        run_id = run.run()
+        run_id.result(timeout=WAIT_S)
+    for command in (
+        "status",
+        "nodes",
+        "runs list",
+        f"runs show {run_id}",
+        f"runs watch {run_id}",
+        f"runs cancel {run_id}",
+    ):
+        done = safe.line(*command.split(), **known)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+@task
+def environment(names: list[str]) -> dict[str, str]:
+    return dict(os.environ)
+
+
+def test_the_token_shows_nowhere(safe: Served, made: Certificates) -> None:
+    with LatticeClient(safe.address, token=TOKEN, tls_ca=made.ca) as client:
+        seen = client.run_task(environment, {"names": []})["result"]
+        with pytest.raises(UnavailableError):
+            LatticeClient(safe.address, token=TOKEN).cluster()
+    assert TOKEN not in json.dumps(seen)
+    assert not [name for name in seen if name.startswith("LATTICE_") and name != "LATTICE_WORKER_ID"]
+    server = psutil.Process(safe.process.pid)
+    family = [server, *server.children(recursive=True)]
+    assert len(family) >= 3
+    for process in family:
+        assert TOKEN not in " ".join(process.cmdline())
+        assert TOKEN not in json.dumps(process.environ())
+    for command in (["status"], ["status", "--json"], ["nodes", "--json"]):
+        done = safe.line(*command, "--tls-ca", str(made.ca), LATTICE_TOKEN=TOKEN)
+        assert done.returncode == 0
+        assert TOKEN not in done.stdout + done.stderr
+    assert safe.line("status", "--tls-ca", str(made.ca), LATTICE_TOKEN=f"{TOKEN}x").returncode == 1
+    assert TOKEN not in safe.errors.read_text()
+
+
+def test_the_environments_token_reaches_nothing_the_server_starts(tmp_path: Path) -> None:
+    with served(tmp_path / "stderr", LATTICE_TOKEN=TOKEN) as found:
+        children = psutil.Process(found.process.pid).children(recursive=True)
+        assert len(children) >= 2
+        assert not [process for process in children if TOKEN in json.dumps(process.environ())]
+        assert found.line("status").returncode == 1
+        assert found.line("status", LATTICE_TOKEN=TOKEN).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "text"),
+    [
+        (["--tls-ca", "CA"], {}, "asks for a token: .*set LATTICE_TOKEN"),
+        (["--tls-ca", "CA"], {"LATTICE_TOKEN": "wrong"}, "not valid here; set LATTICE_TOKEN"),
+        (["--tls-ca", "STRANGER"], {"LATTICE_TOKEN": TOKEN}, "not signed by an authority trusted here"),
+        (["--addr", "grpcs://ADDRESS"], {"LATTICE_TOKEN": TOKEN}, "not signed by an authority trusted here"),
+        ([], {"LATTICE_TOKEN": TOKEN}, "it hangs up: if it speaks TLS set LATTICE_TLS_CA"),
+        (["--tls-ca", "KEY"], {"LATTICE_TOKEN": TOKEN}, "LATTICE_TLS_CA .* no certificates"),
+    ],
+)
+def test_whoever_is_wrong_is_told_what_to_set(
+    safe: Served, made: Certificates, flags: Sequence[str], environment: dict[str, str], text: str
+) -> None:
+    known = {"CA": made.ca, "STRANGER": made.stranger_ca, "KEY": made.key, "grpcs://ADDRESS": f"grpcs://{safe.address}"}
+    done = safe.line("status", *(str(known.get(flag, flag)) for flag in flags), **environment)
+    assert done.returncode == 1
+    assert re.search(text, done.stderr), done.stderr
+    assert TOKEN not in done.stderr
+
+
+def test_a_name_the_certificate_is_not_for_is_refused(made: Certificates, tmp_path: Path) -> None:
+    with served(
+        tmp_path / "stderr", "--host", "127.0.0.2", "--tls-cert", str(made.cert), "--tls-key", str(made.key)
+    ) as found:
+        done = found.line("status", "--tls-ca", str(made.ca))
+        assert done.returncode == 1
+        assert "is for another name" in done.stderr
+
+
+def test_a_server_may_ask_for_certificates(made: Certificates, tmp_path: Path) -> None:
+    pair = ["--tls-cert", str(made.cert), "--tls-key", str(made.key)]
+    with served(tmp_path / "stderr", *pair, "--tls-ca", str(made.ca)) as found:
+        own = {"LATTICE_TLS_CERT": str(made.caller_cert), "LATTICE_TLS_KEY": str(made.caller_key)}
+        assert found.line("status", "--tls-ca", str(made.ca), **own).returncode == 0
+        done = found.line("status", "--tls-ca", str(made.ca))
+        assert done.returncode == 1
+        assert "if it asks for certificates, LATTICE_TLS_CERT and LATTICE_TLS_KEY" in done.stderr
+        unsigned = certificates(tmp_path)
+        own = {"LATTICE_TLS_CERT": str(unsigned.caller_cert), "LATTICE_TLS_KEY": str(unsigned.caller_key)}
+        assert found.line("status", "--tls-ca", str(made.ca), **own).returncode == 1
+
+
+def test_health_is_told_without_a_token(safe: Served, made: Certificates) -> None:
+    credentials = grpc.ssl_channel_credentials(made.ca.read_bytes())
+    with grpc.secure_channel(safe.address, credentials) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_nothing_is_served_or_dialled_beyond_this_machine_without_both(made: Certificates, token_file: Path) -> None:
+    pair = ["--tls-cert", str(made.cert), "--tls-key", str(made.key)]
+    for command, text in (
+        (["start", "--head", "--host", "0.0.0.0"], "without TLS and a token"),
+        (["start", "--head", "--host", "0.0.0.0", *pair], "without a token"),
+        (["start", "--head", "--host", "0.0.0.0", "--token-file", str(token_file)], "without TLS"),
+        (["status", "--addr", FAR], "would be dialled without TLS and a token"),
+    ):
+        done = subprocess.run(
+            [LATTICE, *command], env=BARE, capture_output=True, text=True, timeout=WAIT_S, check=False
+        )
+        assert done.returncode != 0
+        assert text in " ".join(done.stderr.split())
+        assert "insecure" in done.stderr.lower()
+        assert TOKEN not in done.stderr
+
+
+def test_serving_others_in_plain_is_possible_and_warned_of(token_file: Path, tmp_path: Path) -> None:
+    flags = ["--host", "0.0.0.0", "--insecure", "--token-file", str(token_file)]
+    with served(tmp_path / "stderr", *flags) as found:
+        assert "WARNING" in found.errors.read_text()
+        assert "serving on 0.0.0.0 without TLS: whoever reaches this address" in found.errors.read_text()
+        port = found.address.rpartition(":")[2]
+        assert found.line("status", "--addr", f"127.0.0.1:{port}", LATTICE_TOKEN=TOKEN).returncode == 0
+        assert found.line("status", "--addr", f"127.0.0.1:{port}").returncode == 1
+        done = found.line("status", "--addr", f"0.0.0.0:{port}", "--insecure", LATTICE_TOKEN=TOKEN)
+        assert done.returncode == 0
+        assert "is dialled without TLS" in done.stderr
+
+
+class Elsewhere(NoWorkers):
+    """Starts nothing; the test starts a worker as if on another machine."""
+
+    token = ""
+
+    async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+        """Remember what a worker shows."""
+        self.token = contact.join_token
+
+
+@task
+def large(size: int) -> bytes:
+    return b"x" * size
+
+
+def test_a_workers_token_is_all_a_worker_needs(made: Certificates) -> None:
+    tls = ServerTls(made.cert.read_bytes(), made.key.read_bytes(), made.ca.read_bytes())
+    caller = {"tls_ca": made.ca, "tls_cert": made.caller_cert, "tls_key": made.caller_key}
+    elsewhere = Elsewhere()
+    with serving_aside(elsewhere, token=TOKEN, tls=tls) as address:
+        command = [sys.executable, "-m", "lattice_worker", "--addr", address, "--node-id", "far", "--num-cpus", "1"]
+        known = {f"LATTICE_{name.upper()}": str(path) for name, path in caller.items()}
+        worker = subprocess.Popen(command, env={**BARE, **known, "LATTICE_TOKEN": elsewhere.token})
+        try:
+            with LatticeClient(address, token=TOKEN, **caller) as client:
+                size = LARGE_BYTES
+                workflow = client.create_workflow()
+                first = workflow.add_task(large, {"size": size})
+                workflow.add_task(len_of, {"data": first.output, "more": b"y" * size})
+                assert workflow.run().result(timeout=WAIT_S) == {"result": 2 * size}
+                assert client.run_task(large, {"size": size}) == {"result": b"x" * size}
+            refused = subprocess.run(
+                [*command, "--worker-id", "other"],
+                env={**BARE, **known, "LATTICE_TOKEN": "wrong"},
+                capture_output=True,
+                text=True,
+                timeout=WAIT_S,
+                check=False,
+            )
+            assert refused.returncode == 1
+            assert "UNAUTHENTICATED: the token is not valid here" in refused.stderr
+        finally:
+            worker.kill()
+            worker.wait()
+
+
+@task
+def len_of(data: bytes, more: bytes) -> int:
+    return len(data) + len(more)
+
+
+def blocks() -> tuple[str, str]:
+    """Return what the README tells to do where the server is, and where callers are; all of it on this machine."""
+    section = (Path(__file__).resolve().parent.parent.parent / "README.md").read_text().split("## Security")[1]
+    server, caller, *_ = re.findall(r"```sh\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    return server.replace("10.1.2.3", "127.0.0.1").replace("0.0.0.0", "127.0.0.1"), caller
+
+
+def test_the_readme_leads_to_a_safe_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, caller = blocks()
+    prepare, _, start = server.partition("lattice start --head ")
+    subprocess.run(["bash", "-euc", prepare], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    with served(tmp_path / "stderr", *shlex.split(start)) as found:
+        assert found.line("status").returncode == 1
+        caller = caller.replace("10.1.2.3:50051", found.address)
+        # The same flags by another name: grpcurl itself cannot be had everywhere.
+        caller, count = re.subn(
+            r'grpcurl -cacert (\S+) -H ("[^"]+") \$LATTICE_TARGET list',
+            r"buf curl --protocol grpc --cacert \1 --reflect-header \2 --list-services https://$LATTICE_TARGET",
+            caller,
+        )
+        assert count == 1
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-euc", caller],
+            env={**BARE, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "executor\tlocal" in done.stdout
+        assert "lattice.v1.WorkflowService" in done.stdout.split()
