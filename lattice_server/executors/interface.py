@@ -1,23 +1,26 @@
 """Owns the choice of the address at which Ray listens. Rule: never more open than the server itself."""
 
 import socket
+from ipaddress import ip_address
 
 import psutil
 
 LOOPBACK = "127.0.0.1"
-LOOPBACK_NAMES = {LOOPBACK, "localhost", "::1"}
-ANY = {"0.0.0.0", "::", "[::]"}
+ANY = {"", "0.0.0.0", "::", "[::]"}
 # Nothing is sent there: it only asks for the route that leads to other networks.
 ELSEWHERE = ("192.0.2.1", 9)
 
 
 def ray_interface(host: str) -> str:
     """Return the IPv4 address for Ray of a server that listens on `host`. Raises OSError for a name without one."""
-    if host in LOOPBACK_NAMES:
-        return LOOPBACK
     if host in ANY:
         return _machine_address()
-    return str(socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0])
+    plain = host.strip("[]")
+    if plain == "::1":
+        return LOOPBACK
+    found = str(socket.getaddrinfo(plain, None, socket.AF_INET)[0][4][0])
+    # Of all loopback addresses this is the only one for which Ray does not listen to everybody.
+    return LOOPBACK if ip_address(found).is_loopback else found
 
 
 def _machine_address() -> str:
@@ -28,7 +31,7 @@ def _machine_address() -> str:
     except OSError:  # no route leads anywhere: a network of its own
         found = [
             address.address
-            for name, addresses in psutil.net_if_addrs().items()
+            for addresses in psutil.net_if_addrs().values()
             for address in addresses
             if address.family == socket.AF_INET and not address.address.startswith("127.")
         ]

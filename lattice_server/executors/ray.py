@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lattice_server.executors.reservation import (
     bundle_of,
     own_reservations,
     resource_of,
+    way_from_afar,
 )
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class RayExecutor:
         self._ending: set[asyncio.Task[None]] = set()
         self._reservations: dict[str, Reservation] = {}
         self._members: dict[str, Member] = {}
+        self._streams: Counter[str] = Counter()  # By node; they may overlap when a machine comes back.
         self._change = asyncio.Event()
         self._has_begun = False
         self._is_stopping = False
@@ -99,13 +102,13 @@ class RayExecutor:
                 machine.node_id,
                 bundle_of(machine.capacity.cpu, len(machine.capacity.gpus), resource),
                 offer,
-                self._contact.target,
-                self._contact.join_token,
+                *way_from_afar(self._config, self._contact),
                 follows_node=True,
             )
             member = self._members[machine.node_id] = Member(reservation)
+            self._reservations[resource] = reservation
             self._reserve(reservation)
-        member.streams += 1
+        self._streams[machine.node_id] += 1
         member.waiting.append(over)
         if member.expiry is not None:
             member.expiry.cancel()
@@ -113,11 +116,9 @@ class RayExecutor:
 
     def leave(self, node_id: str) -> None:
         """Give up the machine's reservation unless it joins again in time."""
+        self._streams -= Counter([node_id])
         member = self._members.get(node_id)
-        if member is None:
-            return
-        member.streams -= 1
-        if member.streams <= 0:
+        if member is not None and not self._streams[node_id]:
             loop = asyncio.get_running_loop()
             member.expiry = loop.call_later(self._config.session_ttl_s, self._expire, member)
 
@@ -174,8 +175,7 @@ class RayExecutor:
         if not self._has_begun:
             self._has_begun = True
             own = own_reservations(self._config, self._contact, total, self._store_directory)
-            for reservation in own:
-                self._reservations[reservation.key] = reservation
+            self._reservations.update({reservation.key: reservation for reservation in own})
         for reservation in self._reservations.values():
             self._reserve(reservation)
         self._is_up.set()
@@ -183,7 +183,6 @@ class RayExecutor:
     # Reservations.
 
     def _reserve(self, reservation: Reservation) -> None:
-        self._reservations[reservation.key] = reservation
         self._order("reserve", reservation, bundle=reservation.bundle)
         self._serve(reservation)
 
@@ -202,7 +201,7 @@ class RayExecutor:
                 store_directory=reservation.store_directory,
             ),
             target=reservation.target,
-            environment={MARK: worker_id} | ({"LATTICE_TOKEN": reservation.token} if reservation.token else {}),
+            environment={**reservation.environment, MARK: worker_id},
             follows_node=reservation.follows_node,
         )
 
@@ -210,15 +209,16 @@ class RayExecutor:
         """Release the reservation of a worker that was to leave; start another for one that was not."""
         worker_id = reservation.worker_id
         if reservation.store_directory is not None:
-            # Whoever killed the actor left that to us; elsewhere Ray's own processes see to it.
+            # The actor sees to it, unless it was killed. On other machines nobody else could.
             await asyncio.to_thread(end_leftovers, worker_id)
-        if reservation.worker_id != worker_id or self._is_stopping:
+        is_news = self._reservations.get(reservation.key) is reservation and reservation.worker_id == worker_id
+        if self._is_stopping:
             reservation.placed_at = None
-        elif status == 0:
+        elif is_news and status == 0:
             log.info("worker %s of node %s left", worker_id, reservation.node_id)
             reservation.placed_at = None
             self._release(reservation)
-        else:
+        elif is_news:
             log.warning("worker %s is gone: %s; starting another", worker_id, reason)
             self._post([WorkerLost(worker_id, reason)])
             loop = asyncio.get_running_loop()

@@ -11,6 +11,7 @@ from pathlib import Path
 from lattice_server.config import ServerConfig
 from lattice_server.engine.ports import Contact
 from lattice_server.executors.command import Offer, offer_of_head
+from lattice_server.executors.interface import ANY, ray_interface
 
 HEAD = "lattice-head"  # The resource that only the head's own Ray node has.
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
@@ -29,7 +30,7 @@ class Reservation:
     bundle: Mapping[str, float]
     offer: Offer
     target: str
-    token: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
     store_directory: Path | None = None
     follows_node: bool = False
     worker_id: str = ""
@@ -60,10 +61,9 @@ class Reservation:
 
 @dataclass(slots=True)
 class Member:
-    """A machine that joined: its streams, which may overlap when it comes back, and who waits for its end."""
+    """A machine that joined, and who waits for its end."""
 
     reservation: Reservation
-    streams: int = 0
     waiting: list[asyncio.Future[str]] = field(default_factory=list)
     expiry: asyncio.TimerHandle | None = None
 
@@ -89,7 +89,19 @@ def own_reservations(
         return [Reservation(HEAD, "ray-head", bundle, offer, contact.local_target, store_directory=store_directory)]
     bundle = bundle_of(config.num_cpus or 1, config.num_gpus or 0)
     names = [f"ray-{number}" for number in range(1, config.ray_workers + 1)]
-    return [Reservation(name, name, bundle, offer, contact.target, contact.join_token) for name in names]
+    return [Reservation(name, name, bundle, offer, *way_from_afar(config, contact)) for name in names]
+
+
+def way_from_afar(config: ServerConfig, contact: Contact) -> tuple[str, dict[str, str]]:
+    """Return what a worker on another machine dials, and the environment in which it may."""
+    host, _, port = contact.target.rpartition(":")
+    if host in ANY:
+        host = ray_interface(config.node_ip or host)
+    environment = {"LATTICE_TOKEN": contact.join_token}
+    if config.tls is not None:
+        return f"grpcs://{host}:{port}", environment
+    # Whoever started the server without TLS has said so; its workers would ask again.
+    return f"{host}:{port}", {**environment, "LATTICE_INSECURE": "1"}
 
 
 def bundle_of(cpus: float, gpus: int, resource: str | None = None) -> dict[str, float]:

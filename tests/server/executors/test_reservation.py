@@ -1,0 +1,105 @@
+"""What is reserved of Ray, for whom, and how soon after a loss."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lattice_server.config import ServerConfig, ServerTls
+from lattice_server.core.model import Capacity, Gpu
+from lattice_server.engine.ports import Contact
+from lattice_server.executors.command import Offer, offer_of_machine, worker_flags
+from lattice_server.executors.interface import ray_interface
+from lattice_server.executors.reservation import (
+    HEAD,
+    MAX_BACKOFF_S,
+    MIN_BACKOFF_S,
+    Reservation,
+    bundle_of,
+    own_reservations,
+    resource_of,
+    way_from_afar,
+)
+
+CONTACT = Contact("unix:/head.sock", "10.0.0.1:50051", "secret")
+
+
+def own(**settings: object) -> list[Reservation]:
+    config = ServerConfig(**settings)  # type: ignore[arg-type]
+    return own_reservations(config, CONTACT, {"CPU": 8.0, "GPU": 2.0}, Path("/store"))
+
+
+def test_of_its_own_node_the_head_reserves_everything() -> None:
+    (reservation,) = own()
+    assert reservation.bundle == {"CPU": 8.0, "GPU": 2.0, HEAD: 1.0}
+    assert (reservation.offer.num_cpus, reservation.offer.num_gpus) == (8.0, 2)
+    assert (reservation.target, reservation.environment, reservation.follows_node) == (CONTACT.local_target, {}, False)
+    assert reservation.store_directory == Path("/store")
+
+
+def test_a_head_without_cpus_reserves_nothing() -> None:
+    assert own(num_cpus=0) == []
+
+
+def test_of_somebody_elses_ray_only_what_was_asked_for_is_reserved() -> None:
+    found = own(ray_address="10.0.0.9:6379", ray_workers=3, num_cpus=2, num_gpus=1)
+    assert [reservation.bundle for reservation in found] == [{"CPU": 2.0, "GPU": 1.0}] * 3
+    assert len({reservation.node_id for reservation in found}) == 3
+    assert {(r.target, r.environment["LATTICE_TOKEN"], r.store_directory) for r in found} == {
+        (CONTACT.target, "secret", None)
+    }
+
+
+def test_a_worker_far_away_dials_what_it_can_reach() -> None:
+    everywhere = Contact("unix:/head.sock", "0.0.0.0:50051", "secret")
+    plain = ServerConfig(host="0.0.0.0", node_ip="10.0.0.7")
+    assert way_from_afar(plain, everywhere) == (
+        "10.0.0.7:50051",
+        {"LATTICE_TOKEN": "secret", "LATTICE_INSECURE": "1"},
+    )
+    safe = ServerConfig(tls=ServerTls(b"", b""))
+    assert way_from_afar(safe, CONTACT) == ("grpcs://10.0.0.1:50051", {"LATTICE_TOKEN": "secret"})
+
+
+@pytest.mark.parametrize(("cpus", "whole"), [(0.5, 1.0), (2.0, 2.0), (2.9, 2.0)])
+def test_ray_counts_whole_cpus(cpus: float, whole: float) -> None:
+    assert bundle_of(cpus, 0) == {"CPU": whole}
+
+
+def test_names_of_resources_have_nothing_in_them_that_ray_separates_by() -> None:
+    assert resource_of("gpu-1.rack") == "lattice-node-gpu-1.rack"
+    odd = [resource_of(name) for name in ("a,b", "a=b", "a b", "ä", "")]
+    assert len(set(odd)) == len(odd)
+    assert all(name.isascii() and not set(name) & set(",= ") for name in odd)
+
+
+def test_a_machine_offers_what_it_said() -> None:
+    gpus = (Gpu(0, memory_bytes=7), Gpu(1, memory_bytes=7))
+    offer = offer_of_machine(Capacity(2.5, 9, gpus), {"zone": "eu"})
+    assert offer == Offer(2.5, 2, 9, 7, {"zone": "eu"})
+    flags = worker_flags(offer, worker_id="w", node_id="n", store_directory=None)
+    assert "--store-dir" not in flags
+    assert flags[-2:] == ["--label", "zone=eu"]
+
+
+def test_a_worker_that_cannot_start_is_tried_more_and_more_seldom() -> None:
+    (reservation,) = own()
+    waits = [reservation.lost(0.0) for _ in range(8)]
+    assert waits[:2] == [MIN_BACKOFF_S, 2 * MIN_BACKOFF_S]
+    assert waits == sorted(waits)
+    assert waits[-1] == MAX_BACKOFF_S
+    reservation.placed_at = 10.0
+    assert reservation.lost(11.0 + MAX_BACKOFF_S) == MIN_BACKOFF_S
+    assert not reservation.is_placed
+
+
+@pytest.mark.parametrize(
+    ("host", "is_expected"),
+    [
+        *((host, "127.0.0.1".__eq__) for host in ("127.0.0.1", "127.0.0.5", "localhost", "::1", "[::1]")),
+        ("10.1.2.3", "10.1.2.3".__eq__),
+        ("0.0.0.0", lambda found: found not in {"0.0.0.0", ""}),
+    ],
+)
+def test_ray_listens_where_the_server_does(host: str, is_expected: Callable[[str], bool]) -> None:
+    assert is_expected(ray_interface(host))
