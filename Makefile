@@ -8,7 +8,7 @@ $(VENV)/.stamp: pyproject.toml
 	touch $@
 
 .PHONY: setup test lint proto
-setup: $(VENV)/.stamp nodejs
+setup: $(VENV)/.stamp nodejs network
 
 test: setup
 	$(VENV)/bin/python -m pytest
@@ -28,6 +28,11 @@ nodejs: examples/nodejs/node_modules/.stamp examples/nodejs-worker/node_modules/
 examples/%/node_modules/.stamp: examples/%/package.json examples/%/package-lock.json
 	scripts/install_missing.sh nodejs
 	if command -v npm >/dev/null; then cd examples/$* && npm ci --silent && touch node_modules/.stamp; fi
+
+# Tests of clusters build a network of hosts. Where that is impossible they are skipped.
+.PHONY: network
+network:
+	scripts/install_missing.sh network
 
 # The oldest generator the project supports: what it makes runs on every newer protobuf runtime.
 .venv-proto/.stamp:

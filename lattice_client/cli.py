@@ -42,11 +42,14 @@ def status(server: Server, as_json: bool) -> None:
     show(("fact", "value"), rows, wrapped="value")
 
 
-@main.command()
+@main.group(invoke_without_command=True)
 @address
 @as_json
-def nodes(server: Server, as_json: bool) -> None:
-    """List the nodes and what is free on them."""
+@click.pass_context
+def nodes(context: click.Context, server: Server, as_json: bool) -> None:
+    """List the nodes and what is free on them, or drain one."""
+    if context.invoked_subcommand is not None:
+        return
     with connected(server) as client:
         found = client.nodes()
     if as_json:
@@ -56,7 +59,8 @@ def nodes(server: Server, as_json: bool) -> None:
     rows = [
         (
             node.node_id,
-            worker_pb2.NodeState.Name(node.state).removeprefix("NODE_STATE_").lower(),
+            _state(node),
+            node.node_ip,
             f"{node.free.cpu:g}/{node.capacity.cpu:g}",
             f"{node.free.memory_bytes / 2**30:.1f}/{node.capacity.memory_bytes / 2**30:.1f}",
             str(len(node.capacity.gpus)),
@@ -64,7 +68,22 @@ def nodes(server: Server, as_json: bool) -> None:
         )
         for node in found
     ]
-    show(("node", "state", "cpu free", "GiB free", "gpus", "attempts"), rows, wrapped="node")
+    show(("node", "state", "address", "cpu free", "GiB free", "gpus", "attempts"), rows, wrapped="node")
+
+
+@nodes.command()
+@address
+@click.argument("node_id")
+@click.option("--deadline", type=click.FloatRange(0), help="Seconds after which what still runs there is moved.")
+def drain(server: Server, node_id: str, deadline: float | None) -> None:
+    """Let a node finish what it runs and leave."""
+    with connected(server) as client:
+        node = client.drain_node(node_id, deadline)
+    click.echo(f"{node.node_id} is {_state(node)}; attempts that run there: {node.attempts}")
+
+
+def _state(node: worker_pb2.Node) -> str:
+    return worker_pb2.NodeState.Name(node.state).removeprefix("NODE_STATE_").lower()
 
 
 # What follows the script is the script's, also when it looks like an option of ours.

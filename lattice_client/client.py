@@ -355,6 +355,16 @@ class AsyncLatticeClient:
         """Return the nodes in the ledger."""
         return list((await self._rpc.call(self._rpc.workers.ListNodes(worker_pb2.ListNodesRequest()))).nodes)
 
+    async def drain_node(self, node_id: str, deadline: float | None = None) -> worker_pb2.Node:
+        """Let a node finish what it runs and leave; what still runs after `deadline` seconds moves to other nodes.
+
+        Returns the node as it is now. Raises NotFoundError.
+        """
+        request = worker_pb2.DrainNodeRequest(node_id=node_id)
+        if deadline is not None:
+            request.deadline.FromNanoseconds(int(deadline * 1e9))
+        return (await self._rpc.call(self._rpc.workers.DrainNode(request))).node
+
     async def cluster(self) -> worker_pb2.GetClusterResponse:
         """Return facts about the server and its cluster."""
         return await self._rpc.call(self._rpc.workers.GetCluster(worker_pb2.GetClusterRequest()))

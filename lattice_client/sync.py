@@ -208,6 +208,10 @@ class LatticeClient:
         """Return the nodes in the ledger."""
         return _wait(self.aio.nodes())
 
+    def drain_node(self, node_id: str, deadline: float | None = None) -> worker_pb2.Node:
+        """As `AsyncLatticeClient.drain_node`."""
+        return _wait(self.aio.drain_node(node_id, deadline))
+
     def cluster(self) -> worker_pb2.GetClusterResponse:
         """Return facts about the server and its cluster."""
         return _wait(self.aio.cluster())

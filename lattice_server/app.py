@@ -29,6 +29,7 @@ from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.convert import timestamp
 from lattice_server.rpc.intake import Intake
+from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.server import RpcServer
 from lattice_server.rpc.tasks import TaskServicer
@@ -82,6 +83,7 @@ class App:
             self._orchestrator.inquiries,
             intake,
             transfers,
+            Machines(config, self._executor, self._bus, self._orchestrator.inquiries),
             epoch,
             self._describe,
             admission.check_possible,
@@ -129,7 +131,7 @@ class App:
         """Refuse new work, say goodbye to workers, end every process the server started."""
         self._orchestrator.is_stopping = True
         await self._rpc.set_serving(False)
-        self._sessions.close_all()
+        self._workers.close_all()
         await self._executor.stop()
         await self._rpc.stop(self.config.stop_grace_s)
         if self._watching is not None:

@@ -1,19 +1,21 @@
-"""The commands of the head: `lattice start` and `lattice stop`. Rule: flags become one `ServerConfig`."""
+"""The commands `lattice start` and `lattice stop`. Rule: flags become one `ServerConfig`, or those of a worker."""
 
-import json
 import logging
 import os
-import signal
+import secrets
+import socket
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import click
 import psutil
 import uvloop
 
-from lattice_server import MAY_SERVE, security
+from lattice_server import MAY_SERVE, records, security
 from lattice_server.app import serve
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
@@ -21,20 +23,23 @@ from lattice_server.rpc.server import PortInUseError
 
 log = logging.getLogger(__name__)
 
-STOP_S = 30.0
 MIB = 1024 * 1024
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/scheduling.md."
 
 
-def _record_path(port: str) -> Path:
-    folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"lattice-heads-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder / f"{port}.json"
-
-
 @click.command()
 @click.option("--head", is_flag=True, help="Start the server.")
+@click.option("--worker", is_flag=True, help="Have this machine join a server.")
+@click.option("--addr", metavar="HOST:PORT", envvar="LATTICE_TARGET", help="The server to join.")
+@click.option("--node-id", help="The node this machine is to be; by default its host name and some digits.")
+@click.option(
+    "--drain-deadline",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="How many seconds what runs on a worker that is stopped may still take before it is moved.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=50051, show_default=True, help="Port to listen on; 0 picks one.")
 @click.option("--executor", type=click.Choice(["ray", "local"]), default="ray", show_default=True)
@@ -61,13 +66,17 @@ def _record_path(port: str) -> Path:
 @click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help="A label of this node; may be repeated.")
 @click.option("--tls-cert", type=FILE, help="Serve TLS with this certificate chain, in PEM.")
 @click.option("--tls-key", type=FILE, help="The certificate's key, in PEM.")
-@click.option("--tls-ca", type=FILE, help="Callers need certificates signed by this one.")
-@click.option("--token-file", type=FILE, help="The token callers must show, or LATTICE_TOKEN.")
-@click.option("--insecure", is_flag=True, help="Serve beyond this machine without TLS or a token.")
+@click.option("--tls-ca", type=FILE, help="Callers need certificates signed by this one; for a worker: the server.")
+@click.option("--token-file", type=FILE, help="The token callers must show, or LATTICE_TOKEN; a worker shows it.")
+@click.option("--insecure", is_flag=True, help="Serve, or join, beyond this machine without TLS or a token.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
 @click.option("--verbose", is_flag=True, help="Log more.")
 def start(
     head: bool,
+    worker: bool,
+    addr: str | None,
+    node_id: str | None,
+    drain_deadline: float,
     host: str,
     port: int,
     executor: str,
@@ -87,24 +96,43 @@ def start(
     config_file: Path | None,
     verbose: bool,
 ) -> None:
-    """Start a Lattice server on this machine and serve until Ctrl-C or `lattice stop`."""
-    if not head:
-        raise click.UsageError("say --head to start the server")
+    """Start a Lattice server on this machine, or have the machine join one, until Ctrl-C or `lattice stop`."""
+    if head == worker:
+        raise click.UsageError("say --head to start the server, or --worker to join one")
+    if wrong := [label for label in labels if "=" not in label]:
+        raise click.UsageError(f"a label is NAME=VALUE, not {wrong[0]!r}")
+    if worker:
+        if not addr:
+            raise click.UsageError("say which server to join: --addr HOST:PORT")
+        flags = {
+            "--num-cpus": num_cpus,
+            "--num-gpus": num_gpus,
+            "--memory-bytes": None if memory is None else memory * MIB,
+            "--gpu-memory-bytes": None if gpu_memory is None else gpu_memory * MIB,
+        }
+        known = [part for name, value in flags.items() if value is not None for part in (name, str(value))]
+        known += [part for label in labels for part in ("--label", label)]
+        node_id = node_id or f"{socket.gethostname()}-{secrets.token_hex(2)}"
+        files = {"LATTICE_TLS_CA": tls_ca, "LATTICE_TLS_CERT": tls_cert, "LATTICE_TLS_KEY": tls_key}
+        # By the environment: everybody on this machine may read a command line.
+        os.environ.update({name: str(path.absolute()) for name, path in files.items() if path is not None})
+        if insecure:
+            os.environ["LATTICE_INSECURE"] = "1"
+        with _secured():
+            if (token := security.read_token(token_file, os.environ)) is not None:
+                os.environ[security.TOKEN] = token
+        _become_worker(addr, node_id, drain_deadline, known, verbose)
     if not MAY_SERVE:
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
-    try:
+    with _secured():
         token, tls = security.read_token(token_file, os.environ), security.read_tls(tls_cert, tls_key, tls_ca)
         warning = security.check_exposure(host, tls, token, is_allowed=insecure)
-    except security.SecurityError as error:
-        raise click.UsageError(str(error)) from None
     # What this process starts has no use for it: workers beside the server come by its own socket.
     os.environ.pop(security.TOKEN, None)
     if ray_address and (executor != "ray" or not num_cpus):
         raise click.UsageError("with --ray-address, which needs --executor ray, say what to reserve: --num-cpus")
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if wrong := [label for label in labels if "=" not in label]:
-        raise click.UsageError(f"a label is NAME=VALUE, not {wrong[0]!r}")
     if warning is not None:
         log.warning("%s", warning)
     config = replace(
@@ -123,12 +151,11 @@ def start(
         gpu_memory_bytes=None if gpu_memory is None else gpu_memory * MIB,
         labels=dict(label.split("=", 1) for label in labels),
     )
-    records: list[Path] = []
+    noted: list[str] = []
 
     def announce(address: str) -> None:
-        record = _record_path(address.rpartition(":")[2])
-        record.write_text(json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
-        records.append(record)
+        noted.append(f"head-{address.rpartition(':')[2]}")
+        records.note(noted[0])
         click.echo(f"Lattice is listening on {address}")
 
     try:
@@ -136,8 +163,25 @@ def start(
     except PortInUseError as error:
         raise click.ClickException(f"{error}. Choose another --port, or 0 for any.") from None
     finally:
-        for record in records:
-            record.unlink(missing_ok=True)
+        for name in noted:
+            records.forget(name)
+
+
+@contextmanager
+def _secured() -> Iterator[None]:
+    try:
+        yield
+    except security.SecurityError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _become_worker(addr: str, node_id: str, drain_deadline_s: float, flags: list[str], verbose: bool) -> NoReturn:
+    """Go on as the worker's program, in this very process: signals and exit status are its own."""
+    records.note(f"node-{node_id}")
+    command = [sys.executable, "-m", "lattice_worker", "--join", "--addr", addr, "--node-id", node_id]
+    command += ["--drain-deadline", str(drain_deadline_s), *flags, *(["--verbose"] if verbose else [])]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
 
 
 def _read(path: Path) -> ServerConfig:
@@ -151,21 +195,20 @@ def _read(path: Path) -> ServerConfig:
 
 @click.command()
 @click.option("--port", default=50051, show_default=True, help="Port of the server to stop.")
-def stop(port: int) -> None:
-    """Stop the Lattice server on this machine that listens on a port."""
-    record = _record_path(str(port))
+@click.option("--node", "node_id", help="Stop this node's worker on this machine instead.")
+@click.option(
+    "--wait", type=click.FloatRange(0), default=60.0, show_default=True, help="How many seconds stopping may take."
+)
+def stop(port: int, node_id: str | None, wait: float) -> None:
+    """Stop the Lattice server on this machine that listens on a port, or the worker of a node.
+
+    What runs on a worker ends first, or is moved after the deadline the worker was started with.
+    """
+    what = f"server on port {port}" if node_id is None else f"worker of node {node_id}"
     try:
-        known = json.loads(record.read_text())
-        process = psutil.Process(known["pid"])
-        # A process id may have been given to somebody else since.
-        if process.create_time() != known["started"]:
-            raise psutil.NoSuchProcess(known["pid"])
-    except (FileNotFoundError, psutil.NoSuchProcess):
-        record.unlink(missing_ok=True)
-        raise click.ClickException(f"no Lattice server of yours listens on port {port} here") from None
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_S)
+        records.stop(f"head-{port}" if node_id is None else f"node-{node_id}", wait)
+    except records.NotRunningError:
+        raise click.ClickException(f"no {what} runs here that is yours") from None
     except psutil.TimeoutExpired:
-        raise click.ClickException(f"the server (process {process.pid}) did not stop in {STOP_S:.0f} s") from None
-    click.echo(f"Stopped the server on port {port}.")
+        raise click.ClickException(f"the {what} did not stop in {wait:.0f} s") from None
+    click.echo(f"Stopped the {what}.")

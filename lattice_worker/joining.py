@@ -110,7 +110,7 @@ class Joiner:
         self._heartbeat_s = seconds(joined.heartbeat_interval) or 1.0
         if self._ray is None or not self._ray.is_of(joined.ray):
             if self._ray is not None:
-                await self._ray.stop()
+                await self._ray.stop(at_once=True)
             self._ray = RayNode(self._config, joined.ray)
             self._ray.start()
         if not self._is_member:

@@ -46,21 +46,22 @@ class RayNode:
         """Start the node, and again whenever it ends."""
         self._keeping = asyncio.create_task(self._keep())
 
-    async def stop(self) -> None:
-        """End the node and all it started."""
+    async def stop(self, *, at_once: bool = False) -> None:
+        """End the node and all it started; `at_once` when its cluster is gone, and would be waited for in vain."""
         if self._keeping is not None:
             self._keeping.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeping
         process = self._process
-        if process is not None and process.returncode is None:
+        if process is None or process.returncode is not None:
+            return
+        if not at_once:
             process.terminate()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STOP_S):
                     await process.wait()
-            except TimeoutError:
-                kill_tree(process.pid)
-                await process.wait()
+        kill_tree(process.pid)
+        await process.wait()
 
     async def _keep(self) -> None:
         while True:
@@ -68,7 +69,8 @@ class RayNode:
                 *self._command(),
                 env=self._environment(),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=sys.stderr,
+                # It tells newcomers how to use Ray by hand.
+                stdout=sys.stderr if log.isEnabledFor(logging.INFO) else asyncio.subprocess.DEVNULL,
             )
             status = await self._process.wait()
             log.warning("the Ray node of this machine ended with status %s; starting another", status)

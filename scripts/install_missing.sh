@@ -1,10 +1,10 @@
 #!/bin/sh
 # Installs what the project needs from the system and a bare Debian machine lacks. Quick when nothing is missing.
 #
-# Usage: scripts/install_missing.sh python|nodejs
+# Usage: scripts/install_missing.sh python|nodejs|network
 #
 # As root with apt-get it installs; otherwise it says what to install. Without Python's venv nothing can go on;
-# without Node.js the tests of the Node.js example are skipped.
+# without Node.js the tests of the Node.js examples are skipped, without a network of namespaces those of clusters.
 set -eu
 
 packages=""
@@ -15,6 +15,10 @@ python)
 nodejs)
     command -v node >/dev/null || packages="nodejs"
     command -v npm >/dev/null || packages="$packages npm"
+    ;;
+network)
+    command -v ip >/dev/null && command -v ss >/dev/null || packages="iproute2"
+    command -v openssl >/dev/null || packages="$packages openssl"
     ;;
 esac
 [ -n "$packages" ] || exit 0
@@ -27,4 +31,4 @@ if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
     exit 0
 fi
 echo "Missing on this machine: $packages. On Debian or Ubuntu: apt-get install $packages" >&2
-[ "$1" = nodejs ]
+[ "$1" != python ]

@@ -24,6 +24,7 @@ from lattice_server.rpc.assignments import responses
 from lattice_server.rpc.authentication import CONNECT, Authentication
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.intake import Intake
+from lattice_server.rpc.machines import Machines
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         inquiries: Inquiries,
         intake: Intake,
         transfers: Transfers,
+        machines: Machines,
         server_id: str,
         describe: Callable[[], Awaitable[worker_pb2.GetClusterResponse]],
         check_possible: Callable[[Sequence[TaskSpec]], None],
@@ -54,10 +56,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._inquiries = inquiries
         self._intake = intake
         self._transfers = transfers
+        self._machines = machines
+        self._is_stopping = False
         self._server_id = server_id
         self._describe = describe
         self._check_possible = check_possible
         self._authentication = authentication
+
+    def close_all(self) -> None:
+        """Tell every worker that the server stops, and those that dial again as well."""
+        self._is_stopping = True
+        self._sessions.close_all()
 
     async def Connect(
         self,
@@ -71,9 +80,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             return
         hello = first.hello
         refusal = self._rejection(context) or self._refusal(first)
+        if refusal is None and self._is_stopping:
+            refusal = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_SHUTDOWN, message="the server stops")
         if refusal is not None:
             yield worker_pb2.ConnectResponse(close=refusal)
             await _drain(requests)
+            return
+        if first.WhichOneof("message") == "join":
+            async with contextlib.aclosing(self._machines.serve(first.join, requests)) as served:
+                async for response in served:
+                    yield response
             return
         # Whoever is beside the head shares its store.
         connection = Connection(hello.worker_id, hello.node_id, context.peer().startswith("unix:"))
@@ -110,9 +126,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         return None
 
     def _refusal(self, first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:
-        hello = first.hello
-        if first.WhichOneof("message") != "hello" or not hello.worker_id or not hello.node_id:
-            text = "the first message must be Hello with worker_id and node_id"
+        is_hello = first.WhichOneof("message") == "hello" and first.hello.worker_id and first.hello.node_id
+        is_join = first.WhichOneof("message") == "join" and first.join.node_id
+        if not is_hello and not is_join:
+            text = "the first message must be Hello with worker_id and node_id, or Join with node_id"
             return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_PROTOCOL_ERROR, message=text)
         return None
 

@@ -4,8 +4,10 @@ Rule: nothing outside the namespaces is touched, and they go with all that was s
 """
 
 import contextlib
+import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
+import pytest
 
+# Namespaces are root's to make.
+needs_network = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2")
 LATTICE = str(Path(sys.executable).parent / "lattice")
 START_S = 120.0
-GONE_S = 30.0
+RAY_FOLDER = Path("/tmp/ray")
+NUMBERS = itertools.count(1)
+GONE_S = 60.0
 
 
 def ip(*words: str) -> None:
@@ -40,7 +47,7 @@ class Host:
         log = self._folder / f"{self._namespace}-{len(self._processes)}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self._namespace, *command],
+                self._on_host(command),
                 env={**os.environ, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -59,7 +66,7 @@ class Host:
     def run(self, *command: str, env: Mapping[str, str] | None = None, timeout_s: float = 60.0) -> str:
         """Run a program on the host to its end; return what it printed."""
         done = subprocess.run(
-            ["ip", "netns", "exec", self._namespace, *command],
+            self._on_host(command),
             env={**os.environ, **(env or {})},
             capture_output=True,
             text=True,
@@ -68,6 +75,14 @@ class Host:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def _on_host(self, command: tuple[str, ...]) -> list[str]:
+        own = self._folder / f"{self._namespace}-ray"
+        own.mkdir(exist_ok=True)
+        RAY_FOLDER.mkdir(exist_ok=True)
+        # Ray nodes of one cluster quarrel over the names of sockets in a folder that machines do not share.
+        script = 'mount --bind "$0" "$1" && shift && exec "$@"'
+        return ["ip", "netns", "exec", self._namespace, "sh", "-c", script, str(own), str(RAY_FOLDER), *command]
 
     def said(self, process: subprocess.Popen[bytes]) -> str:
         """Return what a program has printed so far."""
@@ -148,7 +163,7 @@ class Host:
 @contextlib.contextmanager
 def network(count: int, folder: Path) -> Iterator[list[Host]]:
     """Hosts that reach each other while the block runs."""
-    prefix = f"lattice{os.getpid()}"
+    prefix = f"lattice{os.getpid()}-{next(NUMBERS)}"
     switch = f"{prefix}-switch"
     ip("netns", "add", switch)
     hosts: list[Host] = []

@@ -248,6 +248,31 @@ def test_serving_others_in_plain_is_possible_and_warned_of(token_file: Path, tmp
         assert "is dialled without TLS" in done.stderr
 
 
+def test_a_machine_joins_by_flags_that_show_no_token(
+    safe: Served, made: Certificates, token_file: Path, tmp_path: Path
+) -> None:
+    shown = ["--token-file", str(token_file), "--tls-ca", str(made.ca)]
+    for address, flags, text in (
+        (FAR, shown[:2], "would be dialled without TLS"),
+        (FAR, shown[2:], "would be dialled without a token"),
+        (safe.address, shown[2:], "UNAUTHENTICATED: this server asks for a token"),
+    ):
+        done = safe.line("start", "--worker", "--node-id", "another", "--addr", address, *flags)
+        assert done.returncode == 1
+        assert text in done.stderr
+    command = [LATTICE, "start", "--worker", "--node-id", "another", "--num-cpus", "1", "--addr", safe.address, *shown]
+    with (
+        (tmp_path / "stderr").open("w") as stderr,
+        subprocess.Popen(command, env=BARE, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"Joined {safe.address} as node another\n"
+        assert TOKEN not in " ".join(psutil.Process(process.pid).cmdline())
+        process.terminate()
+        assert process.wait(WAIT_S) == 0
+    assert (tmp_path / "stderr").read_text() == ""
+
+
 class Elsewhere(NoWorkers):
     """Starts nothing; the test starts a worker as if on another machine."""
 

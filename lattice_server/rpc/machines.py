@@ -1,0 +1,90 @@
+"""Serves the streams of machines that joined: those on which Ray starts the workers.
+
+Rule: a machine is part of the cluster for as long as its stream lives, and is told why when it no longer is.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc
+from lattice.v1 import worker_pb2
+
+from lattice_server.config import ServerConfig
+from lattice_server.core.messages import DrainRequested
+from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.inquiries import Inquiries
+from lattice_server.engine.ports import Executor, Machine, Membership
+from lattice_server.rpc import convert
+
+HANG_UP_S = 2.0
+REASONS = {"DRAINED": "the node was drained", "SHUTDOWN": "the cluster starts anew; join again"}
+
+Requests = AsyncIterator[worker_pb2.ConnectRequest]
+
+
+class Machines:
+    """The machines that joined; lives on the main thread."""
+
+    def __init__(self, config: ServerConfig, executor: Executor, bus: MessageBus, inquiries: Inquiries) -> None:
+        self._config = config
+        self._executor = executor
+        self._bus = bus
+        self._inquiries = inquiries
+
+    async def serve(self, join: worker_pb2.Join, requests: Requests) -> AsyncGenerator[worker_pb2.ConnectResponse]:
+        """Take a machine in and hold its stream."""
+        machine = Machine(
+            join.node_id, join.hostname, join.node_ip, convert.capacity_from_proto(join.capacity), dict(join.labels)
+        )
+        membership = await self._executor.join(machine)
+        yield worker_pb2.ConnectResponse(joined=self._joined(membership))
+        reading = asyncio.create_task(self._read(machine.node_id, requests, membership))
+        waits: set[asyncio.Future[Any]] = {reading, membership.over}
+        try:
+            while membership.ray is not None:
+                beat_s = self._config.heartbeat_interval_s
+                await asyncio.wait(waits, timeout=beat_s, return_when=asyncio.FIRST_COMPLETED)
+                if membership.over.done():
+                    reason = membership.over.result()
+                    code = worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")
+                    yield worker_pb2.ConnectResponse(close=worker_pb2.Close(reason=code, message=REASONS[reason]))
+                    break
+                if reading.done():
+                    return
+                yield worker_pb2.ConnectResponse(heartbeat=worker_pb2.Heartbeat())
+            # The machine hangs up when it has read the last word; ending first could lose it.
+            await asyncio.wait({reading}, timeout=HANG_UP_S)
+        finally:
+            reading.cancel()
+            if membership.ray is not None:
+                self._executor.leave(machine.node_id)
+
+    def _joined(self, membership: Membership) -> worker_pb2.Joined:
+        ray = membership.ray
+        return worker_pb2.Joined(
+            ray=None
+            if ray is None
+            else worker_pb2.RayCluster(address=ray.address, token=ray.token, resource=ray.resource),
+            heartbeat_interval=convert.duration(self._config.heartbeat_interval_s),
+            silence_limit=convert.duration(self._config.silence_limit_s),
+        )
+
+    async def _read(self, node_id: str, requests: Requests, membership: Membership) -> None:
+        """Read until the stream breaks, ends or falls silent."""
+        with contextlib.suppress(grpc.RpcError, TimeoutError, StopAsyncIteration):
+            while True:
+                async with asyncio.timeout(self._config.silence_limit_s):
+                    request = await anext(requests)
+                if request.WhichOneof("message") == "draining":
+                    await self._drain(node_id, request.draining, membership)
+
+    async def _drain(self, node_id: str, draining: worker_pb2.Draining, membership: Membership) -> None:
+        known = (await self._inquiries.nodes()).nodes
+        if any(node.node_id == node_id for node in known):
+            deadline_s = convert.seconds_from(draining.deadline) if draining.HasField("deadline") else None
+            self._bus.post([DrainRequested(node_id, deadline_s)])
+        elif not membership.over.done():
+            # Its worker has not come yet, or is gone: nothing runs there.
+            membership.over.set_result("DRAINED")

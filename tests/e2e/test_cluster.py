@@ -1,0 +1,311 @@
+"""A head and workers on hosts of their own: how they join, leave, die and come back, and what that costs nobody."""
+
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from lattice.v1 import worker_pb2
+
+from lattice_client import TaskFailedError, task
+from lattice_client.sync import Run
+from tests.e2e.clusters import Cluster, cluster
+from tests.e2e.net import GONE_S, LATTICE, Host, needs_network
+from tests.e2e.rooms import WAIT_S, Room, enter, entered, started, until
+
+READY, DETACHED, DRAINING = (worker_pb2.NodeState.Value(f"NODE_STATE_{n}") for n in ("READY", "DETACHED", "DRAINING"))
+LARGE_BYTES = 3_000_000
+README = Path(__file__).parent.parent.parent / "README.md"
+
+
+pytestmark = needs_network
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Cluster]:
+    """A head and two workers of two CPUs, on hosts called `a` and `b`."""
+    with cluster(tmp_path, "local") as found:
+        for machine, name in zip(found.machines, "ab", strict=True):
+            found.join(machine, name)
+        yield found
+
+
+@task
+def stay(room: str, name: str) -> str:
+    enter(room, name)
+    return name
+
+
+def four_in(found: Cluster, room: Room) -> Run:
+    """Start a run of four tasks, and wait until all are in the room: two on each host."""
+    workflow = found.client.create_workflow()
+    for index in range(4):
+        workflow.add_task(stay, {"room": room, "name": f"t{index}"}, f"t{index}")
+    run = workflow.run()
+    entered(run, *(record.task_id for record in found.client.list_tasks(run)))
+    assert {node.attempts for node in found.nodes().values()} == {2}
+    return run
+
+
+def retried(run: Run) -> list[str]:
+    """Return the kinds of failures after which tasks of a run were tried again."""
+    return [e.data["failure"]["kind"] for e in run.events(timeout=WAIT_S) if e.type == "task_retrying"]
+
+
+def nodes_that_finished(run: Run) -> set[str]:
+    """Return the nodes on which the last attempts of a run's tasks started."""
+    last = {e.task_id: e.data["node_id"] for e in run.events(timeout=WAIT_S) if e.type == "task_started"}
+    return set(last.values())
+
+
+def all_outputs(run: Run) -> set[str]:
+    """Return what the tasks of a run gave, each of which ended once."""
+    ends = [e for e in run.events(timeout=WAIT_S) if e.type == "task_succeeded"]
+    assert len(ends) == len({e.task_id for e in ends})
+    return {e.data["outputs"]["result"] for e in ends}
+
+
+def test_a_machine_that_joins_takes_what_waited_for_one(tmp_path: Path, room: Room) -> None:
+    with cluster(tmp_path, "local", machines=1) as found:
+        assert not found.nodes()
+        workflow = found.client.create_workflow()
+        workflow.add_task(stay, {"room": room, "name": "early"})
+        run = workflow.run()
+        found.join(found.machines[0], "a", "--num-cpus", "2", "--label", "zone=eu", "--memory", "1000")
+        started(run, "stay")
+        room.open()
+        assert run.result(timeout=WAIT_S) == {"result": "early"}
+        node = found.nodes()["a"]
+        assert (node.node_ip, node.capacity.cpu, dict(node.labels)["zone"]) == (found.machines[0].address, 2, "eu")
+        assert node.capacity.memory_bytes == 1000 * 2**20
+        assert "a" in found.command("nodes")
+
+
+def kill_worker(host: Host, worker: "subprocess.Popen[bytes]") -> None:
+    """Kill the worker's process, and nothing else of its host."""
+    worker.kill()
+
+
+def crash(host: Host, worker: "subprocess.Popen[bytes]") -> None:
+    """Cut the power."""
+    host.crash()
+
+
+def cut(host: Host, worker: "subprocess.Popen[bytes]") -> None:
+    """Cut the cable; the host goes on."""
+    host.cut()
+
+
+def stop_all(host: Host, worker: "subprocess.Popen[bytes]") -> None:
+    """Freeze everything on the host."""
+    host.signal_all(signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("befall", [kill_worker, crash, cut, stop_all])
+def test_what_a_lost_worker_ran_is_run_elsewhere(
+    befall: Callable[[Host, "subprocess.Popen[bytes]"], None], tmp_path: Path, room: Room
+) -> None:
+    with cluster(tmp_path, "local") as found:
+        worker = found.join(found.machines[0], "a")
+        found.join(found.machines[1], "b")
+        run = four_in(found, room)
+        befall(found.machines[0], worker)
+        found.until_node("a")
+        room.open()
+        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+        assert retried(run) == ["WORKER_LOST"] * 2
+        assert nodes_that_finished(run) == {"b"}
+        node = found.nodes()["b"]
+        assert (node.attempts, node.free.cpu) == (0, 2), "the ledger is not true"
+
+
+@pytest.mark.parametrize("befall", [cut, stop_all])
+def test_a_worker_that_comes_back_too_late_serves_anew_and_what_it_ran_is_ended(
+    befall: Callable[[Host, "subprocess.Popen[bytes]"], None], tmp_path: Path, room: Room
+) -> None:
+    with cluster(tmp_path, "local") as found:
+        worker = found.join(found.machines[0], "a")
+        found.join(found.machines[1], "b")
+        run = four_in(found, room)
+        befall(found.machines[0], worker)
+        found.until_node("a")
+        if befall is cut:
+            found.machines[0].mend()
+        else:
+            found.machines[0].signal_all(signal.SIGCONT)
+        found.until_node("a", READY)
+        # Two of them wait for room: the two that the worker has forgotten, and runs again.
+        while len([line for line in room.notes() if line.startswith("+")]) < 6:
+            entered(run, "stay")
+        room.open()
+        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+        left = [line for line in room.notes() if line.startswith("-")]
+        assert len(left) == 4, "an attempt went on although its lease was lost"
+
+
+def test_a_short_break_of_the_cable_costs_nothing(two: Cluster, room: Room) -> None:
+    run = four_in(two, room)
+    two.machines[0].cut()
+    two.machines[0].mend()
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert retried(run) == []
+    assert len(room.notes()) == 8
+
+
+def test_without_any_node_work_waits_for_one(tmp_path: Path, room: Room) -> None:
+    with cluster(tmp_path, "local") as found:
+        worker = found.join(found.machines[0], "a")
+        workflow = found.client.create_workflow()
+        workflow.add_task(stay, {"room": room, "name": "patient"})
+        run = workflow.run()
+        entered(run, "stay")
+        worker.kill()
+        found.until_node("a")
+        later = workflow.run()
+        found.join(found.machines[1], "b")
+        room.open()
+        assert run.result(timeout=WAIT_S) == later.result(timeout=WAIT_S) == {"result": "patient"}
+        assert retried(run) == ["WORKER_LOST"]
+
+
+def test_a_task_that_loses_three_workers_fails(tmp_path: Path, room: Room) -> None:
+    with cluster(tmp_path, "local", machines=1) as found:
+        workflow = found.client.create_workflow()
+        workflow.add_task(stay, {"room": room, "name": "poison"})
+        run = workflow.run()
+        for number in range(1, 4):
+            worker = found.join(found.machines[0], f"n{number}")
+            while len(room.notes()) < number:
+                entered(run, "stay")
+            worker.kill()
+            found.until_node(f"n{number}")
+        with pytest.raises(TaskFailedError, match="lost"):
+            run.result(timeout=WAIT_S)
+
+
+def test_a_node_that_is_drained_finishes_what_it_runs_and_leaves(tmp_path: Path, room: Room) -> None:
+    with cluster(tmp_path, "local") as found:
+        worker = found.join(found.machines[0], "a")
+        found.join(found.machines[1], "b")
+        run = four_in(found, room)
+        assert "draining" in found.command("nodes", "drain", "a")
+        found.until_node("a", DRAINING)
+        room.open()
+        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+        assert retried(run) == []
+        assert worker.wait(GONE_S) == 0
+        assert set(found.nodes()) == {"b"}
+
+
+def test_what_outstays_the_deadline_of_a_drained_node_moves(tmp_path: Path, room: Room) -> None:
+    with cluster(tmp_path, "local") as found:
+        worker = found.join(found.machines[0], "a")
+        found.join(found.machines[1], "b")
+        run = four_in(found, room)
+        found.command("nodes", "drain", "a", "--deadline", "0.2")
+        assert worker.wait(GONE_S) == 0
+        room.open()
+        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+        assert retried(run) == ["WORKER_LOST"] * 2
+        assert nodes_that_finished(run) == {"b"}
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "lattice stop"])
+def test_a_worker_that_is_stopped_leaves_first(how: str, tmp_path: Path, room: Room) -> None:
+    with cluster(tmp_path, "local") as found:
+        worker = found.join(found.machines[0], "a", "--num-cpus", "2", "--drain-deadline", "0.2")
+        found.join(found.machines[1], "b")
+        run = four_in(found, room)
+        if how == "lattice stop":
+            stopping = found.machines[0].lattice("stop", "--node", "a")
+            assert worker.wait(GONE_S) == stopping.wait(GONE_S) == 0
+        else:
+            worker.send_signal(signal.Signals[how])
+            assert worker.wait(GONE_S) == 0
+        room.open()
+        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+        assert nodes_that_finished(run) == {"b"}
+
+
+def test_workers_come_back_to_a_head_that_starts_anew(two: Cluster, room: Room) -> None:
+    four_in(two, room)
+    two.head.kill_all()
+    two.start_head()
+    for name in "ab":
+        two.until_node(name, READY)
+    workflow = two.client.create_workflow()
+    for index in range(4):
+        workflow.add_task(two_words, {"index": index}, f"t{index}")
+    # The four CPUs are free: what the head forgot was ended.
+    assert all_outputs(workflow.run()) == {"word 0", "word 1", "word 2", "word 3"}
+    assert not [line for line in room.notes() if line.startswith("-")]
+
+
+@task
+def two_words(index: int) -> str:
+    return f"word {index}"
+
+
+@task(node_selector={"at": "a"})
+def make(size: int) -> bytes:
+    return b"x" * size
+
+
+@task(node_selector={"at": "b"})
+def measure(data: bytes) -> int:
+    return len(data)
+
+
+@task(node_selector={"at": "b"})
+def wait_and_measure(room: str, data: bytes, after: str) -> int:
+    return len(data)
+
+
+def test_large_values_move_between_nodes_and_to_clients(two: Cluster) -> None:
+    workflow = two.client.create_workflow()
+    made = workflow.add_task(make, {"size": LARGE_BYTES}, "make")
+    workflow.add_task(measure, {"data": made.output}, "measure")
+    assert workflow.run().result(timeout=WAIT_S) == {"result": LARGE_BYTES}
+    assert two.client.run_task(make, {"size": LARGE_BYTES}) == {"result": b"x" * LARGE_BYTES}
+    assert two.client.run_task(measure, {"data": b"y" * LARGE_BYTES}) == {"result": LARGE_BYTES}
+
+
+def test_a_value_that_died_with_its_node_fails_typed(tmp_path: Path, room: Room) -> None:
+    with cluster(tmp_path, "local") as found:
+        worker = found.join(found.machines[0], "a")
+        found.join(found.machines[1], "b")
+        workflow = found.client.create_workflow()
+        made = workflow.add_task(make, {"size": LARGE_BYTES}, "make")
+        waits = workflow.add_task(stay, {"room": room, "name": "later"}, "stay")
+        workflow.add_task(wait_and_measure, {"room": room, "data": made.output, "after": waits.output}, "measure")
+        run = workflow.run()
+        until(run, "task_succeeded", "make")
+        entered(run, "stay")
+        worker.kill()
+        found.until_node("a")
+        room.open()
+        with pytest.raises(TaskFailedError, match=r"node 'a'.*gone") as failed:
+            run.result(timeout=WAIT_S)
+        assert failed.value.kind == "PAYLOAD"
+
+
+def test_the_readme_s_cluster_works_as_it_is_typed(tmp_path: Path) -> None:
+    section = re.findall(r"^## A cluster\n(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)[0]
+    join, look = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    variables, start = join.splitlines()
+    with cluster(tmp_path, "ray", machines=1) as found:
+        path = f"PATH={Path(LATTICE).parent}:$PATH"
+        typed = variables.replace("10.1.2.3:50051", found.address).replace("cert.pem", found.env["LATTICE_TLS_CA"])
+        (tmp_path / "token").write_text(found.env["LATTICE_TOKEN"])
+        machine = found.machines[0]
+        worker = machine.start("sh", "-c", f"cd {tmp_path}; {path}; {typed}; exec {start}")
+        machine.hear(worker, "as node second")
+        found.until_node("second", READY)
+        shown = found.head.run("sh", "-c", f"cd {tmp_path}; {path}; {typed}; {look}")
+        assert "second" in shown.splitlines()[0]
+        assert "draining" in shown
+        assert worker.wait(GONE_S) == 0
+        assert not found.nodes()

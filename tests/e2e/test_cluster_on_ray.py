@@ -1,0 +1,128 @@
+"""The same cluster on Ray: machines start Ray nodes, Ray starts the workers, and any part of it may die."""
+
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+from lattice.v1 import worker_pb2
+
+from lattice_client import task
+from tests.e2e.clusters import Cluster, cluster
+from tests.e2e.net import GONE_S, Host, needs_network
+from tests.e2e.rooms import WAIT_S, Room
+from tests.e2e.test_cluster import LARGE_BYTES, all_outputs, four_in, make, measure, retried
+
+READY = worker_pb2.NODE_STATE_READY
+
+pytestmark = [needs_network, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def cluster_of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head and two machines of two CPUs, `a` and `b`; Ray takes its time to start."""
+    with cluster(tmp_path_factory.mktemp("cluster"), "ray", machines=3) as found:
+        yield found
+
+
+@pytest.fixture
+def two(cluster_of_two: Cluster) -> Cluster:
+    """That cluster, whole, whatever befell it before."""
+    for machine, name in zip(cluster_of_two.machines, "ab", strict=False):
+        machine.mend()
+        machine.signal_all(signal.SIGCONT)
+        if not any("--join" in process.cmdline() for process in machine.processes()):
+            cluster_of_two.join(machine, name)
+    for name in "ab":
+        cluster_of_two.until_node(name, READY)
+    return cluster_of_two
+
+
+@task
+def devices() -> str:
+    import os
+
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def kill(host: Host, words: str, number: signal.Signals = signal.SIGKILL) -> None:
+    """Send a signal to the processes of a host whose command lines contain some words."""
+    found = [process for process in host.processes() if words in " ".join(process.cmdline())]
+    assert found, f"nothing on the host is called {words}"
+    for process in found:
+        process.send_signal(number)
+
+
+def test_machines_join_ray_and_exchange_values(two: Cluster, room: Room) -> None:
+    run = four_in(two, room)
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    workflow = two.client.create_workflow()
+    made = workflow.add_task(make, {"size": LARGE_BYTES}, "make")
+    workflow.add_task(measure, {"data": made.output}, "measure")
+    assert workflow.run().result(timeout=WAIT_S) == {"result": LARGE_BYTES}
+    assert two.client.cluster().ray_address.startswith(f"{two.head.address}:")
+    assert {node.node_ip for node in two.nodes().values()} == {machine.address for machine in two.machines[:2]}
+
+
+def test_a_machine_offers_its_gpus_through_ray(two: Cluster) -> None:
+    agent = two.join(two.machines[2], "c", "--num-cpus", "1", "--num-gpus", "2", "--gpu-memory", "8192")
+    node = two.nodes()["c"]
+    assert [(gpu.index, gpu.memory_bytes) for gpu in node.capacity.gpus] == [(0, 2**33), (1, 2**33)]
+    assert two.client.run_task(devices, {}) == {"result": ""}
+    whole = task(gpu=2)(devices.function)
+    assert two.client.run_task(whole, {}) == {"result": "0,1"}
+    agent.terminate()
+    assert agent.wait(GONE_S) == 0
+
+
+BEFALL: dict[str, Callable[[Host], None]] = {
+    "worker": lambda host: kill(host, "-m lattice_worker --addr"),
+    "actor": lambda host: kill(host, "ray::WorkerHost"),
+    "raylet": lambda host: kill(host, "raylet/raylet"),
+    "agent": lambda host: kill(host, "-m lattice_worker --join"),
+    "power": Host.crash,
+    "cable": Host.cut,
+    "frozen": lambda host: host.signal_all(signal.SIGSTOP),
+}
+
+
+@pytest.mark.parametrize("what", BEFALL)
+def test_what_a_machine_ran_when_part_of_it_died_runs_again(what: str, two: Cluster, room: Room) -> None:
+    run = four_in(two, room)
+    session = two.nodes()["a"].worker_id
+    BEFALL[what](two.machines[0])
+    two.until(lambda: (found := two.nodes().get("a")) is None or found.worker_id != session)
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert retried(run) == ["WORKER_LOST"] * 2
+    if what in {"worker", "actor", "raylet"}:
+        two.until_node("a", READY)
+
+
+@pytest.mark.parametrize("what", ["gcs_server", "raylet/raylet", "ray_driver"])
+def test_when_rays_head_dies_another_is_started_and_everybody_comes_back(what: str, two: Cluster, room: Room) -> None:
+    run = four_in(two, room)
+    before = two.client.cluster()
+    kill(two.head, what)
+    two.until(lambda: two.client.cluster().ray_address not in {"", before.ray_address})
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert set(retried(run)) == {"WORKER_LOST"}
+    assert two.client.cluster().pid == before.pid
+    for name in "ab":
+        two.until_node(name, READY)
+
+
+@pytest.mark.parametrize("how", ["drain", "stop"])
+def test_a_machine_leaves_when_it_is_told_to(how: str, two: Cluster, room: Room) -> None:
+    run = four_in(two, room)
+    if how == "drain":
+        two.command("nodes", "drain", "a")
+    else:
+        kill(two.machines[0], "-m lattice_worker --join", signal.SIGTERM)
+    two.until_node("a", worker_pb2.NODE_STATE_DRAINING)
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert retried(run) == []
+    two.until(lambda: not two.machines[0].processes())
+    assert set(two.nodes()) == {"b"}
