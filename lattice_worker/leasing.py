@@ -16,6 +16,9 @@ Doable_contra = TypeVar("Doable_contra", contravariant=True)
 Given_contra = TypeVar("Given_contra", contravariant=True)
 
 
+MAX_SEEN = 10_000  # How many leases are remembered, so that one that comes again is known.
+
+
 class Attempts(Protocol[Doable_contra, Given_contra]):
     """Runs what leases are about. Each lease that was started is told once, by `Leasing.ended`."""
 
@@ -50,23 +53,31 @@ class Leasing(Generic[Work, Report, Outputs]):
     ) -> None:
         self.session: Session[Work, Report] = Session()
         self.received = 0
+        self._seen: dict[str, None] = {}
         self._attempts = attempts
         self._say, self._returned = say, returned
 
     def welcome(self, session_id: str, resumed: bool, dropped: Iterable[str]) -> list[Report]:
         """Take the server's answer to a hello; return the reports to send again."""
+        if session_id == self.session.session_id and not resumed:
+            # Said twice: it is under way.
+            return self.session.unacknowledged()
         for lease_id in dropped if resumed else self.session.held():
             self._drop(lease_id)
         if not resumed:
             self.session.reset(session_id)
             self.received = 0
+            self._seen.clear()
         return self.session.unacknowledged()
 
     def assign(self, lease_id: str, slot: int, after: str, sequence: int, work: Work) -> None:
         """Take a lease; `after` is the one it needs to succeed first, if any."""
         self.received = max(self.received, sequence)
-        if self.session.has_started(lease_id) is not None:
+        if lease_id in self._seen:
             return
+        self._seen[lease_id] = None
+        if len(self._seen) > MAX_SEEN:
+            del self._seen[next(iter(self._seen))]
         if after and not self.session.follow(lease_id, after):
             self.report(lease_id, self._returned(lease_id))
             return

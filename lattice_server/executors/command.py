@@ -8,6 +8,8 @@ from pathlib import Path
 from lattice_server.config import ServerConfig
 from lattice_server.core.model import Capacity
 
+PROGRAM = ("-m", "lattice_worker")  # What Python runs, whichever Python it is.
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -51,4 +53,4 @@ def worker_flags(offer: Offer, *, worker_id: str, node_id: str, store_directory:
 
 def worker_command(target: str, flags: list[str]) -> list[str]:
     """Return the command line of a worker that dials `target`."""
-    return [sys.executable, "-m", "lattice_worker", "--addr", target, *flags]
+    return [sys.executable, *PROGRAM, "--addr", target, *flags]

@@ -17,7 +17,7 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, Machine, Membership, RayCluster
-from lattice_server.executors.command import offer_of_machine, worker_flags
+from lattice_server.executors.command import PROGRAM, offer_of_machine, worker_flags
 from lattice_server.executors.leftovers import MARK, end_leftovers
 from lattice_server.executors.ray_child import RayChild, ray_child
 from lattice_server.executors.reservation import (
@@ -189,17 +189,14 @@ class RayExecutor:
     def _serve(self, reservation: Reservation) -> None:
         worker_id = reservation.worker_id = f"ray-{uuid4().hex[:12]}"
         reservation.wait_no_more()
+        node_id, store = reservation.node_id, reservation.store_directory
+        flags = worker_flags(reservation.offer, worker_id=worker_id, node_id=node_id, store_directory=store)
         self._order(
             "serve",
             reservation,
             bundle=reservation.bundle,
             worker_id=worker_id,
-            flags=worker_flags(
-                reservation.offer,
-                worker_id=worker_id,
-                node_id=reservation.node_id,
-                store_directory=reservation.store_directory,
-            ),
+            arguments=[*PROGRAM, *flags],
             target=reservation.target,
             environment={**reservation.environment, MARK: worker_id},
             follows_node=reservation.follows_node,

@@ -70,6 +70,7 @@ class Stream:
         self.connection = Connection("worker-of-n", "n")
         self.to_head: list[Any] = []
         self.to_worker: list[Any] = []
+        self.has_greeted = False  # Only the first message of a stream can be a hello.
 
 
 class Protocol:
@@ -111,7 +112,8 @@ class Protocol:
         """Take what came from the worker."""
         session = stream.connection.session
         match message:
-            case messages.WorkerHello():
+            case messages.WorkerHello() if not stream.has_greeted:
+                stream.has_greeted = True
                 self.sessions.greet(stream.connection)
                 self.tell(message)
             case ("reports", reports) if session is not None:
@@ -164,7 +166,7 @@ class Protocol:
         """Take what came from the head, on the present stream."""
         if isinstance(message, messages.WelcomeWorker):
             self.is_welcome = True
-            if not message.resumed:
+            if not message.resumed and message.session_id != self.leasing.session.session_id:
                 self.attempts.running.clear()
                 self.attempts.fed.clear()
             self.leasing.welcome(message.session_id, message.resumed, message.drop_lease_ids)
@@ -285,7 +287,7 @@ class Wire(RuleBasedStateMachine):
         for stream in list(both.streams):
             both.leave(stream)
         both.dial()
-        for _ in range(60):
+        for _ in range(60 + 4 * self.number):
             both.now += TTL_S / 6
             both.tell()
             for stream, queue in self.queues():
@@ -307,4 +309,4 @@ class Wire(RuleBasedStateMachine):
 
 
 TestWire = Wire.TestCase
-TestWire.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestWire.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
