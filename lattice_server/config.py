@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from lattice_server.core.batching import BatchRule
 
+MIN_BEAT_S = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
@@ -60,7 +62,7 @@ class ServerConfig:
     @property
     def heartbeat_interval_s(self) -> float:
         """How often workers and the server give signs of life."""
-        return self.session_ttl_s / 6
+        return max(MIN_BEAT_S, self.session_ttl_s / 6)
 
     @property
     def silence_limit_s(self) -> float:

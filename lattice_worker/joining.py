@@ -41,6 +41,7 @@ class Joiner:
         self._wake = asyncio.Event()
         self._is_member = False
         self._heartbeat_s = 1.0
+        self._complaint = ""
         self.refusal = ""
 
     async def run(self) -> None:
@@ -75,6 +76,7 @@ class Joiner:
                 while True:
                     async with asyncio.timeout(silence_s):
                         response: Any = await call.read()
+                    self._complaint = ""
                     match None if response is grpc.aio.EOF else response.WhichOneof("message"):
                         case "joined" if not response.joined.HasField("ray"):
                             break
@@ -87,8 +89,11 @@ class Joiner:
                             return False
                         case _:
                             pass
-            except (grpc.aio.AioRpcError, TimeoutError) as error:
-                log.info("the stream broke: %s", error)
+            except grpc.aio.AioRpcError as error:
+                self._complain(error.details() or error.code().name)
+                return False
+            except TimeoutError:
+                self._complain("nothing was heard")
                 return False
             finally:
                 call.cancel()
@@ -117,6 +122,12 @@ class Joiner:
             self._say_joined()
         self._is_member = True
         self._wake.set()
+
+    def _complain(self, why: str) -> None:
+        """Say once why the server cannot be reached; it is tried again and again."""
+        if why != self._complaint:
+            log.warning("%s cannot be reached: %s; trying again", self._config.target, why)
+        self._complaint = why
 
     def _say_joined(self) -> None:
         print(f"Joined {self._config.target} as node {self._config.node_id}", flush=True)
