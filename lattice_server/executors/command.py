@@ -1,14 +1,11 @@
-"""Owns the command that starts a worker process. Rule: every executor starts the same program."""
+"""Owns what a worker is told at its start. Rule: what nobody said is left to the worker, which measures it."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.model import Capacity
-
-PROGRAM = ("-m", "lattice_worker")  # What Python runs, whichever Python it is.
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +46,3 @@ def worker_flags(offer: Offer, *, worker_id: str, node_id: str, store_directory:
     for name, value in (offer.labels or {}).items():
         flags += ["--label", f"{name}={value}"]
     return flags
-
-
-def worker_command(target: str, flags: list[str]) -> list[str]:
-    """Return the command line of a worker that dials `target`."""
-    return [sys.executable, *PROGRAM, "--addr", target, *flags]

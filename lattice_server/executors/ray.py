@@ -17,7 +17,7 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, Machine, Membership, RayCluster
-from lattice_server.executors.command import PROGRAM, offer_of_machine, worker_flags
+from lattice_server.executors.command import offer_of_machine, worker_flags
 from lattice_server.executors.leftovers import MARK, end_leftovers
 from lattice_server.executors.ray_child import RayChild, ray_child
 from lattice_server.executors.reservation import (
@@ -196,7 +196,7 @@ class RayExecutor:
             reservation,
             bundle=reservation.bundle,
             worker_id=worker_id,
-            arguments=[*PROGRAM, *flags],
+            flags=flags,
             target=reservation.target,
             environment={**reservation.environment, MARK: worker_id},
             follows_node=reservation.follows_node,

@@ -97,7 +97,7 @@ class Driver:
             # Done once Ray has room for the reservation; so long it waits, and Ray's autoscaler sees it.
             pid = await asyncio.wrap_future(host.pid.remote().future())
             self.say("placed", key=key, worker_id=worker_id, pid=pid)
-            arguments = (order["arguments"], order["target"], order["environment"], order["follows_node"])
+            arguments = (order["flags"], order["target"], order["environment"], order["follows_node"])
             status = await asyncio.wrap_future(host.serve.remote(*arguments).future())
             reason = f"its process ended with status {status}"
         except ray.exceptions.RayError as error:

@@ -5,9 +5,9 @@ Each worker waits until this is imported, so it imports little.
 
 import os
 import subprocess
-import sys
 
 from lattice_server.executors.leftovers import MARK, end_leftovers
+from lattice_server.executors.program import worker_command
 
 TARGET = "LATTICE_TARGET"
 # Of use to Ray's own processes alone.
@@ -21,11 +21,11 @@ class WorkerHost:
         """Say that the reservation is there and this process in it."""
         return os.getpid()
 
-    def serve(self, arguments: list[str], target: str, environment: dict[str, str], follows_node: bool) -> int:
+    def serve(self, flags: list[str], target: str, environment: dict[str, str], follows_node: bool) -> int:
         """Run a worker as a child and return its exit status.
 
         Args:
-            arguments: What to start with the Python of this node, without the server's address.
+            flags: Those of the worker, without the server's address.
             target: The server's address.
             environment: What the worker needs beside the environment of this process.
             follows_node: Whether this Ray node was started by an agent that knows better how to reach the server: it
@@ -37,7 +37,6 @@ class WorkerHost:
             environment = {MARK: environment[MARK]}
         # The worker ends with the actor, whichever way the actor ends.
         environment = {**inherited, **environment, "LATTICE_PARENT_PID": str(os.getpid())}
-        command = [sys.executable, *arguments, "--addr", target]
-        status = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL).wait()
+        status = subprocess.Popen(worker_command(target, flags), env=environment, stdin=subprocess.DEVNULL).wait()
         end_leftovers(environment[MARK])
         return status
