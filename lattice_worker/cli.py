@@ -4,12 +4,16 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import uvloop
@@ -22,6 +26,8 @@ from lattice_worker.joining import Joiner
 
 PR_SET_PDEATHSIG = 1
 SHARED_MEMORY = "/dev/shm"
+STORE_PREFIX = "lattice-worker-"
+NEW_S = 10.0
 LET_GO_S = 5.0
 
 
@@ -85,12 +91,28 @@ def store(directory: str | None) -> Iterator[str]:
     if directory is not None:
         yield directory
         return
-    with tempfile.TemporaryDirectory(
-        prefix="lattice-worker-",
-        dir=SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None,
-        ignore_cleanup_errors=True,
-    ) as made:
+    parent = Path(SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else tempfile.gettempdir())
+    for left in parent.glob(f"{STORE_PREFIX}*"):
+        # Whoever was killed could not delete its own; one that is new may not be locked yet.
+        with contextlib.suppress(OSError), _locked(left):
+            if time.time() - left.stat().st_mtime > NEW_S:
+                shutil.rmtree(left, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=STORE_PREFIX, dir=parent, ignore_cleanup_errors=True) as made,
+        _locked(Path(made)),
+    ):
         yield made
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory as long as this process lives, or the block runs. Raises OSError when somebody else does."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 async def _run(worker: Agent | Joiner, drain_deadline_s: float | None) -> None:

@@ -20,12 +20,16 @@ log = logging.getLogger(__name__)
 
 RESTART_S = 1.0
 STOP_S = 5.0
-# Becomes the command after the first argument, which gets SIGTERM when its parent, the process named there, is gone.
-DIE_WITH_PARENT = """
+# `ray`, which ends at once when its parent is gone, named by the first argument. Ray takes a loopback address for a
+# mistake and puts one of this machine's network in its place; a head on this machine is found at loopback only.
+RAY = """
 import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() != int(sys.argv.pop(1)):
+    sys.exit("its parent is gone")
+import ray._private.services, ray.scripts.scripts
+ray._private.services.resolve_ip_for_localhost = lambda host: host
+ray.scripts.scripts.main()
 """
 
 
@@ -79,8 +83,7 @@ class RayNode:
 
     def _command(self) -> list[str]:
         capacity = host.capacity(self._config)
-        command = [sys.executable, "-c", DIE_WITH_PARENT, str(os.getpid()), sys.executable, "-m", "ray.scripts.scripts"]
-        command += ["start", "--address", self._cluster.address]
+        command = [sys.executable, "-c", RAY, str(os.getpid()), "start", "--address", self._cluster.address]
         command += ["--node-ip-address", host.address_towards(self._cluster.address)]
         command += ["--num-cpus", str(max(1, int(capacity.cpu))), "--num-gpus", str(len(capacity.gpus))]
         command += ["--resources", json.dumps({self._cluster.resource: 1}), "--disable-usage-stats", "--block"]

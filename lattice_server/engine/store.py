@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +25,8 @@ from lattice_server.core.model import Artifact
 
 HEAD = "head"
 SPARES = "spares"
+PREFIX = "lattice-head-"
+NEW_S = 10.0
 CHUNK_BYTES = 1024 * 1024
 MIN_SPARE_BYTES = 1024 * 1024
 UPLOAD_TTL_S = 3600.0
@@ -44,8 +48,10 @@ class ArtifactStore:
 
     def __init__(self, spare_limit_bytes: int = 512 * 1024 * 1024) -> None:
         self.on_drop: Callable[[str], None] = lambda artifact_id: None
-        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-        self.directory = Path(tempfile.mkdtemp(prefix="lattice-", dir=parent))
+        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        _delete_left(parent)
+        self.directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self._lock = _lock(self.directory)
         self._spares = self.directory / SPARES
         self._spares.mkdir()
         self._spare_limit_bytes = spare_limit_bytes
@@ -101,6 +107,7 @@ class ArtifactStore:
     def close(self) -> None:
         """Delete the directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        os.close(self._lock)
 
     def _drop(self, artifact_id: str) -> None:
         if not _ID.fullmatch(artifact_id):
@@ -139,3 +146,27 @@ class ArtifactStore:
 
     def _missing(self, artifact_id: str) -> NotFoundError:
         return NotFoundError("ARTIFACT_NOT_FOUND", f"there is no artifact {artifact_id!r}, or it is no longer kept")
+
+
+def _lock(directory: Path) -> int:
+    """Hold a directory until the descriptor returned is closed. Raises OSError when somebody else does."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _delete_left(parent: Path) -> None:
+    """Delete the directories of servers that were killed: they hold memory, and nobody else deletes them.
+
+    One that is new may not be locked yet.
+    """
+    for left in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            descriptor = _lock(left)
+            if time.time() - left.stat().st_mtime > NEW_S:
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)

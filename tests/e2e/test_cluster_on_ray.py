@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from lattice.v1 import worker_pb2
@@ -126,3 +127,18 @@ def test_a_machine_leaves_when_it_is_told_to(how: str, two: Cluster, room: Room)
     assert retried(run) == []
     two.until(lambda: not two.machines[0].processes())
     assert set(two.nodes()) == {"b"}
+
+
+def test_machines_come_back_to_a_head_that_starts_anew(two: Cluster, room: Room) -> None:
+    four_in(two, room)
+    two.head.kill_all()
+    two.start_head()
+    for name in "ab":
+        two.until_node(name, READY)
+    room.open()
+    again = Room(room + "/again")
+    Path(again).mkdir()
+    run = four_in(two, again)
+    again.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert not [line for line in room.notes() if line.startswith("-")], "what the head forgot went on"

@@ -1,6 +1,7 @@
 """The artifacts of the head: written, read from an offset, held, dropped, and never outside their directory."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,20 @@ def test_the_directory_is_nobody_elses() -> None:
         assert store.directory.stat().st_mode & 0o077 == 0
 
     play(scenario)
+
+
+def test_what_a_server_that_was_killed_left_is_deleted_and_nobody_else_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SHARED_MEMORY", tmp_path)
+    left, new = tmp_path / "lattice-head-left", tmp_path / "lattice-head-new"
+    for directory in (left, new):
+        directory.mkdir()
+        (directory / "large").write_bytes(b"x")
+    os.utime(left, (0, 0))
+    first = ArtifactStore()
+    os.utime(first.directory, (0, 0))
+    second = ArtifactStore()
+    assert sorted(tmp_path.iterdir()) == sorted([new, first.directory, second.directory])
+    for store in (first, second):
+        store.close()
