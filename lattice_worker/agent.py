@@ -21,6 +21,7 @@ from lattice_worker import convert, host
 from lattice_worker.attempts import Attempts
 from lattice_worker.channel import opened
 from lattice_worker.config import HEAD_STORE, WorkerConfig
+from lattice_worker.courier import Courier
 from lattice_worker.leasing import Leasing
 from lattice_worker.materials import Materials
 from lattice_worker.pool import Pool
@@ -42,7 +43,8 @@ class Agent:
         self._config = config
         self._capacity = host.capacity(config)
         self._pool = Pool(spare=max(1, int(self._capacity.cpu)) * 2)
-        self._materials = Materials(config.store_directory, config.store_name, lambda: self._results)
+        self._courier = None if config.host_fd is None else Courier(config.host_fd, config.store_directory)
+        self._materials = Materials(config.store_directory, config.store_name, lambda: self._results, self._courier)
         self._attempts = Attempts(self._pool, self._materials, self._emit, self._ended)
         self._leasing: Leasing[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs] = Leasing(
             self._attempts, self._say, convert.returned
@@ -63,6 +65,8 @@ class Agent:
     async def run(self) -> None:
         """Serve until the server closes the session for good; `refusal` says why if it would not have the worker."""
         (Path(self._config.store_directory) / "spares").mkdir(parents=True, exist_ok=True)
+        if self._courier is not None:
+            await self._courier.start()
         warming = asyncio.create_task(self._pool.warm(max(1, int(self._capacity.cpu))))
         backoff_s = MIN_BACKOFF_S
         try:
@@ -75,6 +79,8 @@ class Agent:
         finally:
             warming.cancel()
             self._pool.close()
+            if self._courier is not None:
+                self._courier.close()
 
     def leave(self, deadline_s: float) -> None:
         """Ask the server for no more work, and for the end once what is held is over or moved after `deadline_s`."""

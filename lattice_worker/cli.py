@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--gpu-memory-bytes", type=int, help="of each device, where it cannot be measured")
     parser.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--exit-on-close", action="store_true", help="end when the server ends")
+    parser.add_argument("--host-fd", type=int, help="a socket to who started the worker, and fetches large values")
     flags = parser.parse_args()
     logging.basicConfig(level=logging.INFO if flags.verbose else logging.WARNING, stream=sys.stderr)
     _die_with(os.environ.get("LATTICE_PARENT_PID"))
@@ -82,6 +83,7 @@ def _config(flags: argparse.Namespace, directory: str) -> WorkerConfig:
         gpu_memory_bytes=flags.gpu_memory_bytes,
         labels=dict(label.split("=", 1) for label in flags.label),
         exit_on_close=flags.exit_on_close,
+        host_fd=flags.host_fd,
     )
 
 

@@ -9,7 +9,8 @@ HEAD_STORE = "head"  # What the server calls its own store.
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """The flags of one worker. Unset capacities are measured. `store_name` is whose store of large values it uses:
-    `head`, or its own node's. `tls_ca`, `tls_cert` and `tls_key` are PEM files."""
+    `head`, or its own node's. `host_fd` is a socket to who started it and fetches large values. `tls_ca`, `tls_cert`
+    and `tls_key` are PEM files."""
 
     target: str
     worker_id: str
@@ -27,3 +28,4 @@ class WorkerConfig:
     gpu_memory_bytes: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     exit_on_close: bool = False
+    host_fd: int | None = None

@@ -15,6 +15,7 @@ import grpc
 from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, task_pb2, worker_pb2
 
 from lattice_worker import convert
+from lattice_worker.courier import Courier
 
 RETRIES = 10
 RETRY_S = 0.5
@@ -26,13 +27,18 @@ class MissingError(Exception):
 
 
 class Materials:
-    """The store of one worker. `connect` gives the server's results service, from which large values come."""
+    """The store of one worker. `connect` gives the server's results service, from which large values
+    come that `courier` does not bring."""
 
     def __init__(
-        self, directory: str, name: str, connect: "Callable[[], results_pb2_grpc.ResultsServiceAsyncStub | None]"
+        self,
+        directory: str,
+        name: str,
+        connect: "Callable[[], results_pb2_grpc.ResultsServiceAsyncStub | None]",
+        courier: Courier | None = None,
     ) -> None:
         self.directory, self.name = directory, name
-        self._connect = connect
+        self._connect, self._courier = connect, courier
         self._bundles: dict[str, asyncio.Task[None]] = {}
         self._fetching: dict[str, asyncio.Task[None]] = {}
 
@@ -91,9 +97,15 @@ class Materials:
         artifact_id = artifact.artifact_id
         found = self._fetching.get(artifact_id)
         if found is None:
-            found = self._fetching[artifact_id] = asyncio.create_task(self._download(artifact))
+            found = self._fetching[artifact_id] = asyncio.create_task(self._obtain(artifact))
             found.add_done_callback(lambda _: self._fetching.pop(artifact_id, None))
         return found
+
+    async def _obtain(self, artifact: payload_pb2.Artifact) -> None:
+        path = self._path(artifact.artifact_id)
+        if self._courier is None or not await self._courier.bring(artifact.node_id, path, artifact.size_bytes):
+            # The server knows best whether it can still be had, and says so.
+            await self._download(artifact)
 
     async def _download(self, artifact: payload_pb2.Artifact) -> None:
         path = self._path(artifact.artifact_id)

@@ -196,6 +196,7 @@ class RayExecutor:
             reservation,
             bundle=reservation.bundle,
             worker_id=worker_id,
+            store=reservation.store_name,
             flags=flags,
             target=reservation.target,
             environment={**reservation.environment, MARK: worker_id},

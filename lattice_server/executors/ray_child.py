@@ -3,7 +3,8 @@
 Ray's driver ends its own process when Ray's head is gone. So it is not the server's process.
 
 An order is a JSON object a line on the child's stdin: first the settings of `Settings`, then `{"do": "reserve", "key",
-"bundle"}`, `{"do": "serve", "key", "bundle", "worker_id", "flags", "target", "environment", "follows_node"}` and
+"bundle"}`, `{"do": "serve", "key", "bundle", "worker_id", "store", "flags", "target", "environment",
+"follows_node"}` and
 `{"do": "release", "key"}`. An event is one on its stdout: `started` (address, total), `placed` (key, worker_id, pid),
 `ended` (key, worker_id, status, reason) and, last, `over` (reason).
 """

@@ -1,4 +1,5 @@
-"""The process that is Ray's driver: `python -m lattice_server.executors.ray_driver`. The only importer of Ray.
+"""The process that is Ray's driver: `python -m lattice_server.executors.ray_driver`. It imports Ray, as does what it
+has Ray run, and nobody else.
 
 It reads orders from stdin and writes what happened to stdout, a JSON object a line; see `ray_child`. Rule: it ends when
 the server does, and when the Ray it started does.
@@ -21,12 +22,14 @@ import ray._private.worker
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lattice_server.executors.exchange import host_name
 from lattice_server.executors.leftovers import end_session
 from lattice_server.executors.worker_host import WorkerHost
 
 PR_SET_PDEATHSIG = 1
 LINE_LIMIT_BYTES = 1024 * 1024
 WATCHED = ("gcs_server", "raylet")
+CALLS = 8  # Of a host at a time: one that lasts as long as its worker, and those of other hosts that read.
 
 
 class Driver:
@@ -82,18 +85,10 @@ class Driver:
 
     async def _serve(self, order: dict[str, Any]) -> None:
         key, worker_id = order["key"], order["worker_id"]
-        host: Any = (
-            ray.remote(WorkerHost)
-            .options(
-                num_cpus=order["bundle"].get("CPU", 0),
-                num_gpus=order["bundle"].get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._groups[key], 0),
-            )
-            .remote()
-        )
-        self._hosts[key] = host
-        status = None
+        status = host = None
         try:
+            # Off the loop: Ray's head has to say that nobody has the name.
+            host = self._hosts[key] = await asyncio.to_thread(_placed, order, self._groups[key])
             # Done once Ray has room for the reservation; so long it waits, and Ray's autoscaler sees it.
             pid = await asyncio.wrap_future(host.pid.remote().future())
             self.say("placed", key=key, worker_id=worker_id, pid=pid)
@@ -102,7 +97,10 @@ class Driver:
             reason = f"its process ended with status {status}"
         except ray.exceptions.RayError as error:
             reason = f"Ray lost its process: {str(error).splitlines()[0]}"
-        ray.kill(host)
+        except ValueError as error:
+            reason = f"Ray still has the one before it: {error}"
+        if host is not None:
+            ray.kill(host)
         self.say("ended", key=key, worker_id=worker_id, status=status, reason=reason)
 
     def _release(self, key: str) -> None:
@@ -134,6 +132,21 @@ class Driver:
         """Tell the server that something happened."""
         with contextlib.suppress(BrokenPipeError):
             self._messages.write(json.dumps({"event": event, **details}).encode() + b"\n")
+
+
+def _placed(order: dict[str, Any], group: PlacementGroup) -> Any:
+    """Have Ray place a host, whenever it has room for it. Raises ValueError when its name is taken."""
+    return (
+        ray.remote(WorkerHost)
+        .options(
+            name=host_name(order["store"]),
+            max_concurrency=CALLS,
+            num_cpus=order["bundle"].get("CPU", 0),
+            num_gpus=order["bundle"].get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
+        )
+        .remote()
+    )
 
 
 def main() -> None:

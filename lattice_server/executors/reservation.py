@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lattice_server.config import ServerConfig
 from lattice_server.engine.ports import Contact
+from lattice_server.engine.store import HEAD as HEAD_STORE
 from lattice_server.executors.command import Offer, offer_of_head
 from lattice_server.executors.interface import ANY, ray_interface
 
@@ -37,6 +38,11 @@ class Reservation:
     placed_at: float | None = None
     backoff_s: float = 0.0
     again: asyncio.TimerHandle | None = None
+
+    @property
+    def store_name(self) -> str:
+        """What its worker calls the store it uses."""
+        return self.node_id if self.store_directory is None else HEAD_STORE
 
     @property
     def is_placed(self) -> bool:

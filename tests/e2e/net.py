@@ -148,6 +148,25 @@ class Host:
         """Mend the cable."""
         ip("-n", self._switch, "link", "set", self._port, "up")
 
+    @contextlib.contextmanager
+    def strangers_to(self, other: "Host") -> Iterator[None]:
+        """Have this host and another not reach each other while the block runs; everybody else reaches both."""
+        ip("-n", self._namespace, "route", "add", "blackhole", f"{other.address}/32")
+        try:
+            yield
+        finally:
+            ip("-n", self._namespace, "route", "delete", "blackhole", f"{other.address}/32")
+
+    def carried_bytes(self) -> int:
+        """Return how many bytes have gone over its cable, either way."""
+        folder = "/sys/class/net/cable/statistics"
+        return sum(map(int, self.run("cat", f"{folder}/rx_bytes", f"{folder}/tx_bytes").split()))
+
+    def sent_bytes(self, port: int) -> int:
+        """Return how many bytes a server on the host has sent to those who are connected."""
+        told = self.run("ss", "-tniO", "state", "established", f"sport = :{port}")
+        return sum(map(int, re.findall(r"bytes_sent:(\d+)", told)))
+
     def listening(self) -> list[str]:
         """Return the addresses on which anything listens, `address:port`."""
         return re.findall(r"LISTEN\s+\d+\s+\d+\s+(\S+)", self.run("ss", "-ltn"))

@@ -7,13 +7,25 @@ from pathlib import Path
 import pytest
 from lattice.v1 import worker_pb2
 
-from lattice_client import task
-from tests.e2e.clusters import Cluster, cluster
-from tests.e2e.net import GONE_S, Host, needs_network
-from tests.e2e.rooms import WAIT_S, Room
-from tests.e2e.test_cluster import LARGE_BYTES, all_outputs, four_in, make, measure, retried
+from lattice_client import TaskFailedError, task
+from lattice_client.sync import Run
+from tests.e2e.clusters import PORT, Cluster, cluster
+from tests.e2e.net import GONE_S, Host, needs_network, network
+from tests.e2e.rooms import WAIT_S, Room, entered, until
+from tests.e2e.test_cluster import (
+    LARGE_BYTES,
+    all_outputs,
+    four_in,
+    make,
+    measure,
+    retried,
+    stay,
+    wait_and_measure,
+)
 
 READY = worker_pb2.NODE_STATE_READY
+# Several parts, and far more than what machines tell each other anyway.
+MANY_BYTES = 30_000_000
 
 pytestmark = [needs_network, pytest.mark.timeout(240)]
 
@@ -36,6 +48,9 @@ def two(cluster_of_two: Cluster) -> Cluster:
     for name in "ab":
         cluster_of_two.until_node(name, READY)
     return cluster_of_two
+
+
+stay_on_b = task(node_selector={"at": "b"})(stay.function)
 
 
 @task
@@ -142,3 +157,56 @@ def test_machines_come_back_to_a_head_that_starts_anew(two: Cluster, room: Room)
     again.open()
     assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
     assert not [line for line in room.notes() if line.startswith("-")], "what the head forgot went on"
+
+
+def passed_on(found: Cluster) -> Run:
+    """Start a run that makes a large value on `a` and measures it on `b`."""
+    workflow = found.client.create_workflow()
+    made = workflow.add_task(make, {"size": MANY_BYTES}, "make")
+    workflow.add_task(measure, {"data": made.output}, "measure")
+    return workflow.run()
+
+
+def test_a_large_value_goes_from_node_to_node_and_not_through_the_head(two: Cluster) -> None:
+    before = two.head.carried_bytes()
+    assert passed_on(two).result(timeout=WAIT_S) == {"result": MANY_BYTES}
+    assert two.head.carried_bytes() - before < MANY_BYTES / 10
+
+
+def test_nodes_that_do_not_reach_each_other_get_large_values_through_the_head(two: Cluster) -> None:
+    before = two.head.carried_bytes()
+    with two.machines[0].strangers_to(two.machines[1]):
+        assert passed_on(two).result(timeout=WAIT_S) == {"result": MANY_BYTES}
+    assert two.head.carried_bytes() - before > 2 * MANY_BYTES
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("what", ["worker", "power"])
+def test_a_large_value_that_died_with_its_node_fails_typed(what: str, is_known: bool, two: Cluster, room: Room) -> None:
+    session = two.nodes()["a"].worker_id
+    workflow = two.client.create_workflow()
+    made = workflow.add_task(make, {"size": MANY_BYTES}, "make")
+    waits = workflow.add_task(stay_on_b, {"room": room, "name": "later"}, "stay")
+    workflow.add_task(wait_and_measure, {"room": room, "data": made.output, "after": waits.output}, "measure")
+    run = workflow.run()
+    until(run, "task_succeeded", "make")
+    entered(run, "stay")
+    BEFALL[what](two.machines[0])
+    if is_known:
+        two.until(lambda: (found := two.nodes().get("a")) is None or found.worker_id != session)
+    room.open()
+    with pytest.raises(TaskFailedError, match="node 'a'") as failed:
+        run.result(timeout=WAIT_S)
+    assert failed.value.kind == "PAYLOAD"
+
+
+def test_a_large_value_of_the_head_s_own_node_does_not_pass_the_server(tmp_path: Path) -> None:
+    with network(2, tmp_path) as hosts:
+        found = Cluster(hosts, tmp_path, "ray")
+        found.start_head("--num-cpus", "1", "--label", "at=a")
+        found.join(found.machines[0], "b")
+        before = found.head.carried_bytes()
+        assert passed_on(found).result(timeout=WAIT_S) == {"result": MANY_BYTES}
+        assert found.head.sent_bytes(PORT) < MANY_BYTES / 10
+        assert found.head.carried_bytes() - before > MANY_BYTES
+        found.close()

@@ -1,0 +1,114 @@
+"""Owns the worker's way to large values that bypasses the server: who started the worker fetches them from other nodes.
+
+Rule: a value is brought whole or not at all, and nobody waits for long on what does not come.
+
+Over a socket that the worker inherits go JSON objects, one a line; `Exchange` in the server's package is the other end.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 5.0  # For every step, some MiB.
+AT_A_TIME = 4
+# Machines that cannot reach each other would cost every value that patience.
+SHUN_S = 60.0
+
+
+class CourierError(Exception):
+    """Something was not brought."""
+
+
+class Courier:
+    """The values on their way here. Everything runs on one event loop."""
+
+    def __init__(self, descriptor: int, store_directory: str, patience_s: float = PATIENCE_S) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        # What tasks start has no business with it.
+        self._socket.set_inheritable(False)
+        self._store_directory, self._patience_s = store_directory, patience_s
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Queue[dict[str, Any]]] = {}
+        self._shunned: dict[str, float] = {}
+        self._turns = asyncio.Semaphore(AT_A_TIME)
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Say where this node's large values lie, and listen."""
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
+        self._say(store=self._store_directory)
+        self._reading = asyncio.create_task(self._listen(reader))
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._writer is not None:
+            self._writer.close()
+
+    async def bring(self, node_id: str, path: Path, size_bytes: int) -> bool:
+        """Bring the value called as `path` from a node's store to `path`; return whether it is there.
+
+        A node from which nothing came is not asked again for a while.
+        """
+        loop = asyncio.get_running_loop()
+        if self._shunned.get(node_id, 0.0) > loop.time():
+            return False
+        number = next(self._numbers)
+        part = path.with_suffix(f".{number}.part")
+        answers = self._answers[number] = asyncio.Queue()
+        try:
+            async with self._turns:
+                part.touch()
+                wanted = {"node": node_id, "artifact": path.name, "size": size_bytes, "part": str(part)}
+                self._say(id=number, **wanted, patience_s=self._patience_s)
+                await self._ended(answers)
+            part.rename(path)
+            self._shunned.pop(node_id, None)
+        except TimeoutError:
+            log.warning("nothing came from node %s for %g s; the server is asked instead", node_id, self._patience_s)
+            self._shunned[node_id] = loop.time() + SHUN_S
+            return False
+        except (CourierError, OSError) as error:
+            log.info("%s was not fetched from node %s: %s", path.name, node_id, error)
+            return False
+        finally:
+            del self._answers[number]
+            # Whoever still writes to it learns by this that nobody waits any more.
+            part.unlink(missing_ok=True)
+        return True
+
+    async def _ended(self, answers: "asyncio.Queue[dict[str, Any]]") -> None:
+        while True:
+            async with asyncio.timeout(self._patience_s):
+                answer = await answers.get()
+            if answer.get("end"):
+                raise CourierError(answer["end"])
+            if "end" in answer:
+                return
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(OSError):
+            while line := await reader.readline():
+                answer = json.loads(line)
+                if (answers := self._answers.get(answer["id"])) is not None:
+                    answers.put_nowait(answer)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        self._writer = None
+        for answers in self._answers.values():
+            answers.put_nowait({"end": "who would fetch it is gone"})
+
+    def _say(self, **words: Any) -> None:
+        if self._writer is None:
+            raise CourierError("who would fetch it is gone")
+        self._writer.write(json.dumps(words).encode() + b"\n")
