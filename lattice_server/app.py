@@ -111,7 +111,7 @@ class App:
         self.address = self.config.address(port)
         self._scheduler.start()
         config = self.config
-        watching = self._sessions.watch(config.heartbeat_interval_s, config.silence_limit_s, self._workers.detached)
+        watching = self._sessions.watch(config.heartbeat_interval_s, config.silence_limit_s)
         self._watching = asyncio.create_task(watching)
         contact = Contact(self._rpc.local_target, self.address, self._join_token)
         await self._executor.start(contact, self._bus.post)

@@ -353,7 +353,8 @@ class Dispatch:
             node.detached_at = None
             held = set(hello.held_lease_ids)
             ours = [lease_id for slot in node.slots.values() for lease_id in slot.lease_ids]
-            self._effects.append(WelcomeWorker(node.worker_id, node.session_id, True, tuple(held.difference(ours))))
+            dropped = tuple(held.difference(ours))
+            self._effects.append(WelcomeWorker(node.worker_id, node.session_id, True, dropped, hello.greeting))
             for lease_id in ours:
                 self._repeat(self._leases[lease_id], lease_id in held, now)
             return
@@ -361,7 +362,8 @@ class Dispatch:
             self._effects.append(CloseSession(node.session_id, "SUPERSEDED", "the worker connected again"))
             self._lose(node, "its worker connected again and had forgotten its work", now)
         node = self._fleet.join(hello, f"{self._epoch}-{next(self._numbers)}")
-        self._effects.append(WelcomeWorker(node.worker_id, node.session_id, False, hello.held_lease_ids))
+        dropped = hello.held_lease_ids
+        self._effects.append(WelcomeWorker(node.worker_id, node.session_id, False, dropped, hello.greeting))
         self._effects.append(NodesChanged(self._fleet.known()))
 
     def _repeat(self, lease: Lease, is_held: bool, now: float) -> None:

@@ -216,7 +216,10 @@ class NodesRequested:
 
 @dataclass(frozen=True, slots=True)
 class WorkerHello:
-    """A worker introduced itself. One that names `entrypoints` runs those only, one that names none runs Python."""
+    """A worker introduced itself. One that names `entrypoints` runs those only, one that names none runs Python.
+
+    `greeting` names this hello among all; the welcome that answers it carries it back.
+    """
 
     worker_id: str
     node_id: str
@@ -230,6 +233,7 @@ class WorkerHello:
     runtime: str
     pid: int
     entrypoints: frozenset[str] = frozenset()
+    greeting: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +407,7 @@ class WelcomeWorker:
     session_id: str
     resumed: bool
     drop_lease_ids: tuple[str, ...]
+    greeting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Rule: an outbox belongs to a connection; a session may outlive several.
 import asyncio
 import time
 from collections.abc import Callable
+from itertools import count
 
 from lattice_server.core.messages import (
     CloseSession,
@@ -34,6 +35,7 @@ class Connection:
         self.node_id = node_id
         self.shares_store = shares_store
         self.session: Session | None = None
+        self.greeting = 0
         self.heard_at = time.monotonic()
         self.is_closed = False
         self.is_beat_due = False
@@ -101,14 +103,22 @@ class Session:
 
 
 class Sessions:
-    """All connections and sessions; lives on the main thread."""
+    """All connections and sessions; lives on the main thread.
+
+    `on_detached` is told each session that is left without a connection, and how long that had been silent.
+    """
 
     def __init__(self) -> None:
+        self.on_detached: Detached = lambda session_id, silent_s: None
+        self._numbers = count(1)
+        self._unwelcome: dict[int, Connection] = {}
         self._greeting: dict[str, Connection] = {}
         self._sessions: dict[str, Session] = {}
 
     def greet(self, connection: Connection) -> None:
-        """Remember who said hello; the newest connection of a worker counts."""
+        """Remember who said hello, and number it; the newest connection of a worker counts."""
+        connection.greeting = next(self._numbers)
+        self._unwelcome[connection.greeting] = connection
         older = self._greeting.get(connection.worker_id)
         self._greeting[connection.worker_id] = connection
         if older is not None:
@@ -125,8 +135,9 @@ class Sessions:
             if isinstance(effect, CloseSession):
                 del self._sessions[effect.session_id]
 
-    def leave(self, connection: Connection, detached: Detached) -> None:
-        """Forget a connection that ended; `detached` is told the session it leaves without one, and its silence."""
+    def leave(self, connection: Connection) -> None:
+        """Forget a connection that ended."""
+        self._unwelcome.pop(connection.greeting, None)
         for call in connection.on_end:
             call()
         if self._greeting.get(connection.worker_id) is not connection:
@@ -135,9 +146,9 @@ class Sessions:
         for session in self._sessions.values():
             if session.connection.worker_id == connection.worker_id:
                 session.is_connected = False
-                detached(session.session_id, connection.silent_s)
+                self.on_detached(session.session_id, connection.silent_s)
 
-    async def watch(self, interval_s: float, silence_limit_s: float, detached: Detached) -> None:
+    async def watch(self, interval_s: float, silence_limit_s: float) -> None:
         """Give signs of life on every connection, and give up those without any; for ever."""
         looked_at = time.monotonic()
         while True:
@@ -155,7 +166,7 @@ class Sessions:
                     connection.silent_s = 0.0
                     connection.beat()
                 else:
-                    self.leave(connection, detached)
+                    self.leave(connection)
                     connection.abort()
 
     def heard_at(self, session_id: str) -> float:
@@ -183,8 +194,11 @@ class Sessions:
             self.perform(CloseSession(session_id, "SHUTDOWN", "the server stops"))
 
     def _welcome(self, effect: WelcomeWorker) -> None:
-        connection = self._greeting.get(effect.worker_id)
+        # The connection whose hello this answers: another one of the same worker has a welcome of its own coming.
+        connection = self._unwelcome.pop(effect.greeting, None)
         if connection is None:
+            # It hung up before it was welcome, and the scheduler takes it for connected.
+            self.on_detached(effect.session_id, 0.0)
             return
         session = self._sessions.get(effect.session_id) if effect.resumed else None
         if session is None:

@@ -53,6 +53,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._config = config
         self._bus = bus
         self._sessions = sessions
+        sessions.on_detached = self._detached
         self._inquiries = inquiries
         self._intake = intake
         self._transfers = transfers
@@ -96,7 +97,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if (task := asyncio.current_task()) is not None:
             connection.abort = task.cancel
         self._sessions.greet(connection)
-        self._bus.post([_hello_event(hello)])
+        self._bus.post([_hello_event(hello, connection.greeting)])
         reader = asyncio.create_task(self._read(requests, connection))
         try:
             while not connection.is_closed:
@@ -111,10 +112,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     await asyncio.shield(reader)
         finally:
             reader.cancel()
-            self._sessions.leave(connection, self.detached)
+            self._sessions.leave(connection)
 
-    def detached(self, session_id: str, silent_s: float) -> None:
-        """Tell that a session's stream ended after a silence."""
+    def _detached(self, session_id: str, silent_s: float) -> None:
         self._bus.post([messages.WorkerDetached(session_id, silent_s)])
 
     def _rejection(self, context: Context) -> worker_pb2.Close | None:
@@ -243,7 +243,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         )
 
 
-def _hello_event(hello: worker_pb2.Hello) -> messages.WorkerHello:
+def _hello_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHello:
     return messages.WorkerHello(
         worker_id=hello.worker_id,
         node_id=hello.node_id,
@@ -259,6 +259,7 @@ def _hello_event(hello: worker_pb2.Hello) -> messages.WorkerHello:
         runtime=hello.runtime,
         pid=hello.pid,
         entrypoints=frozenset(hello.entrypoints),
+        greeting=greeting,
     )
 
 

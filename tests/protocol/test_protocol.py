@@ -4,6 +4,7 @@ The head is the scheduler's machine behind the sessions, the worker its leases; 
 """
 
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import settings
@@ -80,6 +81,8 @@ class Protocol:
         self.now = 0.0
         self.machine = Dispatch("e", TTL_S)
         self.sessions = Sessions()
+        self.sessions.on_detached = lambda session_id, _: self.left.append(session_id)
+        self.left: list[str] = []
         self.attempts = Attempts()
         self.leasing: Leasing[Assign, Any, Any] = Leasing(
             self.attempts, self.say, lambda lease_id: messages.LeaseReturned("", lease_id, "")
@@ -94,7 +97,8 @@ class Protocol:
 
     def tell(self, *events: Any) -> None:
         """Let the scheduler take events, and send what it wants."""
-        for effect in self.machine.handle_all(events, self.now):
+        left, self.left = self.left, []
+        for effect in self.machine.handle_all([*map(messages.WorkerDetached, left), *events], self.now):
             if isinstance(effect, ENDS):
                 self.ends[effect.task_id].append(type(effect).__name__)
             elif isinstance(effect, messages.WorkerEffect):
@@ -115,7 +119,7 @@ class Protocol:
             case messages.WorkerHello() if not stream.has_greeted:
                 stream.has_greeted = True
                 self.sessions.greet(stream.connection)
-                self.tell(message)
+                self.tell(replace(message, greeting=stream.connection.greeting))
             case ("reports", reports) if session is not None:
                 news = [report for number, report in reports if session.is_news(number)]
                 stream.connection.acknowledge(session.last_sequence)
@@ -128,9 +132,8 @@ class Protocol:
     def leave(self, stream: Stream) -> None:
         """Learn that a stream is over."""
         self.streams.remove(stream)
-        left: list[str] = []
-        self.sessions.leave(stream.connection, lambda session_id, _: left.append(session_id))
-        self.tell(*map(messages.WorkerDetached, left))
+        self.sessions.leave(stream.connection)
+        self.tell()
 
     # The worker.
 

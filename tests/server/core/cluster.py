@@ -69,7 +69,7 @@ class Cluster:
         """Start a worker."""
         worker = Worker(hello, self._post, self.after, self._behave)
         self.workers[hello.node_id] = worker
-        self._post(hello)
+        self._greet(worker)
         return worker
 
     def kill(self, node_id: str) -> None:
@@ -89,7 +89,13 @@ class Cluster:
         """Let a worker dial again."""
         worker = self.workers[node_id]
         if not worker.is_connected:
-            self._post(replace(worker.hello, session_id=worker.session_id, held_lease_ids=tuple(worker.held())))
+            self._greet(worker)
+
+    def _greet(self, worker: Worker) -> None:
+        worker.greeting = next(self._numbers)
+        held = tuple(worker.held())
+        hello = replace(worker.hello, session_id=worker.session_id, held_lease_ids=held, greeting=worker.greeting)
+        self._post(hello)
 
     def start(self, run_id: str, spec: WorkflowSpec, *, bounds: Bounds | None = None, **settings: Any) -> Run:
         """Start a run."""
@@ -181,7 +187,7 @@ class Cluster:
     def _tell_worker(self, effect: Assign | StopLease | RevokeLease | WelcomeWorker) -> None:
         for worker in list(self.workers.values()):
             if isinstance(effect, WelcomeWorker):
-                if worker.hello.worker_id == effect.worker_id:
+                if worker.greeting == effect.greeting:
                     worker.take(effect)
             elif worker.session_id == effect.session_id and worker.is_connected:
                 worker.take(effect)

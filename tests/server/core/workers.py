@@ -56,6 +56,7 @@ class Worker:
     ) -> None:
         self.hello = hello
         self.session_id = ""
+        self.greeting = 0
         self.is_connected = False
         self.is_gone = False
         self.calls: dict[str, int] = {}

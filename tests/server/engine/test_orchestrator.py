@@ -10,6 +10,7 @@ import pytest
 from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.errors import ExhaustedError, InvalidError, NotFoundError, PreconditionError
 from lattice_server.core.messages import (
+    CloseSession,
     TaskCancelled,
     TaskFailed,
     TaskStarted,
@@ -275,7 +276,7 @@ def connect(sessions: Sessions, resumed: bool) -> Connection:
     connection = Connection("w")
     sessions.greet(connection)
     if not resumed:
-        sessions.perform(WelcomeWorker("w", "s", False, ()))
+        sessions.perform(WelcomeWorker("w", "s", False, (), connection.greeting))
     return connection
 
 
@@ -283,8 +284,34 @@ def test_a_session_is_detached_when_its_connection_ends() -> None:
     async def scenario() -> None:
         sessions, detached = Sessions(), list[tuple[str, float]]()
         older = connect(sessions, resumed=False)
-        sessions.leave(older, lambda *left: detached.append(left))
+        sessions.on_detached = lambda *left: detached.append(left)
+        sessions.leave(older)
         assert detached == [("s", 0.0)]
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_hung_up_before_it_was_welcome_is_detached() -> None:
+    async def scenario() -> None:
+        sessions, detached = Sessions(), list[tuple[str, float]]()
+        sessions.on_detached = lambda *left: detached.append(left)
+        connection = connect(sessions, resumed=True)
+        sessions.leave(connection)
+        assert detached == []
+        sessions.perform(WelcomeWorker("w", "s", False, (), connection.greeting))
+        assert detached == [("s", 0.0)]
+
+    asyncio.run(scenario())
+
+
+def test_the_welcome_and_the_end_of_an_older_session_do_not_reach_a_newer_connection() -> None:
+    async def scenario() -> None:
+        sessions = Sessions()
+        older, newer = connect(sessions, resumed=True), connect(sessions, resumed=True)
+        sessions.perform(WelcomeWorker("w", "a", False, (), older.greeting))
+        sessions.perform(CloseSession("a", "SUPERSEDED", "the worker connected again"))
+        sessions.perform(WelcomeWorker("w", "b", False, (), newer.greeting))
+        assert [effect.session_id for effect in await newer.next_effects()] == ["b"]
 
     asyncio.run(scenario())
 
@@ -293,9 +320,10 @@ def test_a_resumed_session_is_not_detached_by_the_connection_before() -> None:
     async def scenario() -> None:
         sessions, detached = Sessions(), list[tuple[str, float]]()
         older = connect(sessions, resumed=False)
-        connect(sessions, resumed=True)
-        sessions.perform(WelcomeWorker("w", "s", True, ()))
-        sessions.leave(older, lambda *left: detached.append(left))
+        newer = connect(sessions, resumed=True)
+        sessions.perform(WelcomeWorker("w", "s", True, (), newer.greeting))
+        sessions.on_detached = lambda *left: detached.append(left)
+        sessions.leave(older)
         assert detached == []
 
     asyncio.run(scenario())
@@ -306,7 +334,8 @@ def test_a_session_being_resumed_is_not_detached_by_the_connection_before() -> N
         sessions, detached = Sessions(), list[tuple[str, float]]()
         older = connect(sessions, resumed=False)
         connect(sessions, resumed=True)
-        sessions.leave(older, lambda *left: detached.append(left))
+        sessions.on_detached = lambda *left: detached.append(left)
+        sessions.leave(older)
         assert detached == [], "the scheduler has the newer hello already; this would detach the live session"
 
     asyncio.run(scenario())
