@@ -1,0 +1,70 @@
+"""Nodes that leave, and workers that were silent before their stream broke."""
+
+from lattice_server.core.dispatch import Dispatch
+from lattice_server.core.messages import (
+    CloseSession,
+    DrainRequested,
+    DrainWorker,
+    RevokeLease,
+    TaskRetrying,
+    WorkerDetached,
+    WorkerHeartbeat,
+)
+from tests.server.core.scenes import Scene, node, ready
+from tests.server.core.test_sending import revoked, warmed
+
+
+def test_silence_counts_towards_the_time_a_session_has() -> None:
+    machine = Dispatch("e", session_ttl_s=10.0)
+    machine.handle(node(), 0.0)
+    machine.handle(WorkerDetached(machine.nodes["n"].session_id, silent_s=6.0), 100.0)
+    assert machine.next_deadline() == 104.0
+    machine.tick(103.9)
+    assert machine.nodes
+    machine.tick(104.0)
+    assert not machine.nodes
+
+
+def test_a_node_that_is_drained_gives_back_what_it_has_not_begun() -> None:
+    scene = warmed()
+    scene.tell(ready("long"), ready("a"))
+    scene.tell(DrainRequested("n", 5.0))
+    assert revoked(scene) == ["a"]
+    session_id = scene.leases["a"].session_id
+    assert DrainWorker(session_id, 5.0) in scene.effects
+
+
+def test_what_outstays_the_deadline_goes_elsewhere_and_has_not_failed() -> None:
+    scene = Scene(node("old", cpu=2.0))
+    scene.tell(ready("started"), ready("assigned"))
+    scene.start("started")
+    scene.tell(DrainRequested("old", 5.0), at=10.0)
+    scene.tell(DrainRequested("old", 60.0), at=11.0)
+    scene.tell(node("new", cpu=2.0), at=14.9)
+    assert set(scene.machine.nodes) == {"old", "new"}
+    assert scene.tell(at=15.0) == ["started", "assigned"]
+    retried = [effect.task_id for effect in scene.effects if isinstance(effect, TaskRetrying)]
+    assert retried == ["started"]
+    assert [scene.leases[name].attempts[0].attempt for name in ("started", "assigned")] == [2, 1]
+    assert any(isinstance(effect, CloseSession) and effect.reason == "DRAINED" for effect in scene.effects)
+    assert all(task.losses == 0 for task in scene.machine.tasks.values())
+
+
+def test_a_lease_that_does_not_arrive_is_sent_again_after_a_while() -> None:
+    scene = Scene(node())
+    scene.tell(ready("a"))
+    lease = scene.leases["a"]
+    silent = WorkerHeartbeat(lease.session_id, frozenset(), 0)
+    assert scene.tell(silent, at=1.0) == []
+    assert scene.tell(silent, at=31.0) == ["a"]
+    assert (scene.leases["a"].lease_id, scene.leases["a"].sequence) == (lease.lease_id, 2)
+    assert scene.tell(silent, at=32.0) == []
+
+
+def test_what_is_to_end_is_said_with_every_heartbeat_that_does_not_show_it_ended() -> None:
+    scene = warmed()
+    scene.tell(ready("long"), ready("a"))
+    scene.tick_when_due()
+    held = frozenset(scene.leases[name].lease_id for name in ("long", "a"))
+    scene.tell(WorkerHeartbeat(scene.leases["a"].session_id, held, 99))
+    assert [type(effect) for effect in scene.effects] == [RevokeLease]

@@ -1,0 +1,74 @@
+"""Connections and sessions: who is given up for silence, and what those that come back are told."""
+
+import asyncio
+import time
+
+from lattice_server.core.messages import DropArtifact, ForgetSession, WelcomeWorker
+from lattice_server.engine.sessions import Connection, Sessions
+
+INTERVAL_S, LIMIT_S = 0.05, 0.2
+
+
+def connect(sessions: Sessions, resumed: bool = False) -> Connection:
+    """Connect the worker of a node with a store of its own, and welcome it to session `s`."""
+    connection = Connection("w", "n", shares_store=False)
+    sessions.greet(connection)
+    sessions.perform(WelcomeWorker("w", "s", resumed, (), connection.greeting))
+    return connection
+
+
+def test_whoever_falls_silent_is_given_up_and_its_stream_ended() -> None:
+    async def scenario() -> None:
+        sessions, told = Sessions(), asyncio.Queue[tuple[str, float]]()
+        sessions.on_detached = lambda *left: told.put_nowait(left)
+        connection, is_aborted = connect(sessions), asyncio.Event()
+        connection.abort = is_aborted.set
+        watching = asyncio.create_task(sessions.watch(INTERVAL_S, LIMIT_S))
+        session_id, silent_s = await asyncio.wait_for(told.get(), 30)
+        assert session_id == "s"
+        assert silent_s > LIMIT_S
+        await asyncio.wait_for(is_aborted.wait(), 30)
+        watching.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_stall_of_this_thread_is_nobody_s_silence() -> None:
+    async def scenario() -> None:
+        sessions, detached = Sessions(), list[str]()
+        sessions.on_detached = lambda session_id, _: detached.append(session_id)
+        connection = connect(sessions)
+        watching = asyncio.create_task(sessions.watch(INTERVAL_S, LIMIT_S))
+        await asyncio.sleep(INTERVAL_S / 5)
+        time.sleep(5 * LIMIT_S)  # that is the point
+        # The watch looks first; what came meanwhile is read after it.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert detached == []
+        connection.heard_at = time.monotonic()
+        watching.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_dropped_while_a_worker_is_away_it_is_told_when_it_is_back() -> None:
+    async def scenario() -> None:
+        sessions = Sessions()
+        sessions.leave(connect(sessions))
+        sessions.drop_artifact("large")
+        back = connect(sessions, resumed=True)
+        effects = await back.next_effects()
+        assert [type(effect) for effect in effects] == [WelcomeWorker, DropArtifact]
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_session_serves_no_node() -> None:
+    async def scenario() -> None:
+        sessions = Sessions()
+        connect(sessions)
+        assert sessions.of_node("n") is not None
+        sessions.perform(ForgetSession("s"))
+        assert sessions.of_node("n") is None
+
+    asyncio.run(scenario())
