@@ -154,6 +154,7 @@ class RayExecutor:
             await self._lose_all(f"Ray is gone: {reason}")
             lived_s = loop.time() - started
             backoff_s = 0.0 if lived_s > MAX_BACKOFF_S else min(MAX_BACKOFF_S, max(MIN_BACKOFF_S, backoff_s * 2))
+            # One that cannot even start must not be started in a tight loop.
             await asyncio.sleep(backoff_s)
 
     def _take(self, event: dict[str, Any]) -> None:
