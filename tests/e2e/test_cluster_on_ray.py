@@ -125,8 +125,10 @@ def test_when_rays_head_dies_another_is_started_and_everybody_comes_back(what: s
     assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
     assert set(retried(run)) == {"WORKER_LOST"}
     assert two.client.cluster().pid == before.pid
-    for name in "ab":
+    for machine, name in zip(two.machines, "ab", strict=False):
         two.until_node(name, READY)
+        started = [process for process in machine.processes() if before.ray_address in process.cmdline()]
+        assert not started, "a node of the Ray that is gone was left"
 
 
 @pytest.mark.parametrize("how", ["drain", "stop"])
