@@ -29,6 +29,7 @@ CPUS = 4
 FAULTS = ("kill", "crash", "cut", "freeze", "leave")
 AT_ONCE = 24
 RESULT_S = 180.0
+SLOWEST = 10
 
 
 @task
@@ -58,6 +59,7 @@ class Report:
     detect_p99_s: float = math.nan
     recover_p50_s: float = math.nan
     recover_p99_s: float = math.nan
+    slowest: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
 
@@ -68,8 +70,8 @@ class Chaos:
         self.cluster = found
         self.rng = random.Random(seed)
         self.report = Report()
-        self.fault_times: dict[str, list[float]] = {}
-        self.detections: list[float] = []
+        self.faults: dict[str, list[tuple[float, str]]] = {}
+        self.detections: list[tuple[float, str]] = []
         self.recoveries: list[float] = []
         self.is_over = threading.Event()
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
@@ -88,7 +90,7 @@ class Chaos:
 
     def _befall(self, host: Host, node_id: str, how: str) -> None:
         if how != "leave":
-            self.fault_times.setdefault(node_id, []).append(time.time())
+            self.faults.setdefault(node_id, []).append((time.time(), how))
         match how:
             case "kill":
                 self._workers[node_id].kill()
@@ -158,23 +160,25 @@ class Chaos:
         last = 0
         ends: Counter[str] = Counter()
         results: dict[str, int] = {}
-        nodes: dict[str, str] = {}
+        starts: dict[str, tuple[str, float]] = {}
         lost_at: dict[str, float] = {}
         async for event in run.events():
             self.report.gaps += event.sequence != last + 1
             last = event.sequence
             match event.type:
                 case "task_started":
-                    nodes[event.task_id] = event.data["node_id"]
+                    starts[event.task_id] = (event.data["node_id"], event.time_s)
                     if (fault := lost_at.pop(event.task_id, None)) is not None:
                         self.recoveries.append(event.time_s - fault)
                 case "task_retrying" if event.data["failure"]["kind"] == "WORKER_LOST":
                     self.report.retries_after_loss += 1
-                    faults = self.fault_times.get(nodes.get(event.task_id, ""), [])
-                    before = [at for at in faults if at <= event.time_s]
-                    if before and event.time_s - before[-1] < RESULT_S:
-                        lost_at[event.task_id] = before[-1]
-                        self.detections.append(event.time_s - before[-1])
+                    node_id, started = starts.get(event.task_id, ("", 0.0))
+                    before = [(at, how) for at, how in self.faults.get(node_id, []) if at <= event.time_s]
+                    if before and event.time_s - before[-1][0] < RESULT_S:
+                        at, how = before[-1]
+                        lost_at[event.task_id] = at
+                        told = f"{how} of {node_id}, started {started - at:+.2f} s: {event.data['failure']['message']}"
+                        self.detections.append((event.time_s - at, told))
                 case "task_succeeded":
                     ends[event.task_id] += 1
                     results[event.task_id] = event.data["outputs"]["result"]
@@ -212,8 +216,10 @@ def main() -> None:
             chaos.is_over.set()
             trouble.join()
     report = chaos.report
-    report.detect_p50_s = statistics.median(chaos.detections) if chaos.detections else math.nan
-    report.detect_p99_s = percentile(chaos.detections, 0.99)
+    detections = [seconds for seconds, _ in chaos.detections]
+    report.detect_p50_s = statistics.median(detections) if detections else math.nan
+    report.detect_p99_s = percentile(detections, 0.99)
+    report.slowest = [f"{seconds:.2f} s after {told}" for seconds, told in sorted(chaos.detections)[-SLOWEST:][::-1]]
     report.recover_p50_s = statistics.median(chaos.recoveries) if chaos.recoveries else math.nan
     report.recover_p99_s = percentile(chaos.recoveries, 0.99)
     flags.output.parent.mkdir(parents=True, exist_ok=True)

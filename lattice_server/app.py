@@ -54,7 +54,7 @@ class App:
         self._started_s = time.time()
         self._store = ArtifactStore()
         self._bus = MessageBus(asyncio.get_running_loop())
-        self._sessions = Sessions()
+        self._sessions = Sessions(config.silence_limit_s)
         bounds = Bounds(config.max_run_tasks, config.max_map_items, config.max_spawn_depth)
         self._admission = admission = Admission(bounds, config.max_open_tasks)
         self._orchestrator = Orchestrator(
@@ -111,7 +111,7 @@ class App:
         self.address = self.config.address(port)
         self._scheduler.start()
         config = self.config
-        watching = self._sessions.watch(config.heartbeat_interval_s, config.silence_limit_s)
+        watching = self._sessions.watch(config.heartbeat_interval_s)
         self._watching = asyncio.create_task(watching)
         contact = Contact(self._rpc.local_target, self.address, self._join_token)
         await self._executor.start(contact, self._bus.post)

@@ -67,3 +67,6 @@ class Executor(Protocol):
 
     def leave(self, node_id: str) -> None:
         """Note that a machine's stream ended; it may join again."""
+
+    def has_given_up(self, worker_id: str) -> bool:
+        """Whether `post` was told that a worker is gone: if it comes back it must not be let in."""

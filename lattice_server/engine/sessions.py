@@ -26,8 +26,8 @@ Detached = Callable[[str, float], None]
 class Connection:
     """One stream of a worker: what is to be sent on it, and when it was last heard.
 
-    `shares_store` tells that the worker uses the head's own store of large values. `silent_s` is how long it has been
-    silent when it was given up for that; `abort` then ends the stream, where even a word of farewell could get stuck.
+    `shares_store` tells that the worker uses the head's own store of large values. `abort` ends the stream of one that
+    is given up for its silence, where even a word of farewell could get stuck.
     """
 
     def __init__(self, worker_id: str, node_id: str = "", shares_store: bool = True) -> None:
@@ -39,7 +39,6 @@ class Connection:
         self.heard_at = time.monotonic()
         self.is_closed = False
         self.is_beat_due = False
-        self.silent_s = 0.0
         self.abort: Callable[[], object] = lambda: None
         self.on_end: list[Callable[[], None]] = []
         self._outbox: list[WelcomeWorker | ToSession] = []
@@ -105,10 +104,12 @@ class Session:
 class Sessions:
     """All connections and sessions; lives on the main thread.
 
-    `on_detached` is told each session that is left without a connection, and how long that had been silent.
+    `on_detached` is told each session that is left without a connection, and how long that had been silent. Whoever is
+    silent for more than `silence_limit_s` is given up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, silence_limit_s: float) -> None:
+        self._silence_limit_s = silence_limit_s
         self.on_detached: Detached = lambda session_id, silent_s: None
         self._numbers = count(1)
         self._unwelcome: dict[int, Connection] = {}
@@ -137,6 +138,10 @@ class Sessions:
 
     def leave(self, connection: Connection) -> None:
         """Forget a connection that ended."""
+        # This thread may have been too busy to listen: whoever hung up meanwhile needs time to come back.
+        self._forget(connection, min(time.monotonic() - connection.heard_at, self._silence_limit_s))
+
+    def _forget(self, connection: Connection, silent_s: float) -> None:
         self._unwelcome.pop(connection.greeting, None)
         for call in connection.on_end:
             call()
@@ -146,9 +151,9 @@ class Sessions:
         for session in self._sessions.values():
             if session.connection.worker_id == connection.worker_id:
                 session.is_connected = False
-                self.on_detached(session.session_id, connection.silent_s)
+                self.on_detached(session.session_id, silent_s)
 
-    async def watch(self, interval_s: float, silence_limit_s: float) -> None:
+    async def watch(self, interval_s: float) -> None:
         """Give signs of life on every connection, and give up those without any; for ever."""
         looked_at = time.monotonic()
         while True:
@@ -161,12 +166,10 @@ class Sessions:
                 if late_s > interval_s:
                     # This thread was busy, and what came meanwhile is still to be read.
                     connection.heard_at = min(now, connection.heard_at + late_s)
-                connection.silent_s = now - connection.heard_at
-                if connection.silent_s <= silence_limit_s:
-                    connection.silent_s = 0.0
+                if now - connection.heard_at <= self._silence_limit_s:
                     connection.beat()
                 else:
-                    self.leave(connection)
+                    self._forget(connection, now - connection.heard_at)
                     connection.abort()
 
     def heard_at(self, session_id: str) -> float:

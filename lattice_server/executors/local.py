@@ -69,6 +69,10 @@ class LocalExecutor:
     def leave(self, node_id: str) -> None:
         """Do nothing: the worker's own stream tells."""
 
+    def has_given_up(self, worker_id: str) -> bool:
+        """Return False: a process of this machine that ended does not come back."""
+        return False
+
     async def _keep(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         backoff_s = 0.0
         while True:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ from lattice_server.executors.reservation import (
 log = logging.getLogger(__name__)
 
 LEAVE_S = 5.0
+# A reservation that waits costs nothing; one that is made anew costs the start of a worker.
+AWAY_S = 30.0
+MAX_GIVEN_UP = 1000
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 
 
@@ -52,6 +55,7 @@ class RayExecutor:
         self._ending: set[asyncio.Task[None]] = set()
         self._reservations: dict[str, Reservation] = {}
         self._members: dict[str, Member] = {}
+        self._given_up: deque[str] = deque(maxlen=MAX_GIVEN_UP)
         self._streams: Counter[str] = Counter()  # By node; they may overlap when a machine comes back.
         self._change = asyncio.Event()
         self._has_begun = False
@@ -120,13 +124,15 @@ class RayExecutor:
         member = self._members.get(node_id)
         if member is not None and not self._streams[node_id]:
             loop = asyncio.get_running_loop()
-            member.expiry = loop.call_later(self._config.session_ttl_s, self._expire, member)
+            member.expiry = loop.call_later(AWAY_S, self._expire, member)
+
+    def has_given_up(self, worker_id: str) -> bool:
+        """Whether a worker was given up: it may come back before Ray can end it."""
+        return worker_id in self._given_up
 
     def _expire(self, member: Member) -> None:
-        reservation = member.reservation
-        if reservation.is_placed:
-            self._post([WorkerLost(reservation.worker_id, "its machine left")])
-        self._release(reservation)
+        self._give_up(member.reservation, "its machine left")
+        self._release(member.reservation)
 
     # Ray.
 
@@ -219,10 +225,14 @@ class RayExecutor:
             self._release(reservation)
         elif is_news:
             log.warning("worker %s is gone: %s; starting another", worker_id, reason)
-            self._post([WorkerLost(worker_id, reason)])
+            self._give_up(reservation, reason)
             loop = asyncio.get_running_loop()
             reservation.again = loop.call_later(reservation.lost(loop.time()), self._serve, reservation)
         self._change.set()
+
+    def _give_up(self, reservation: Reservation, reason: str) -> None:
+        self._given_up.append(reservation.worker_id)
+        self._post([WorkerLost(reservation.worker_id, reason)])
 
     def _release(self, reservation: Reservation) -> None:
         self._reservations.pop(reservation.key, None)
@@ -238,10 +248,9 @@ class RayExecutor:
     async def _lose_all(self, reason: str) -> None:
         for reservation in list(self._reservations.values()):
             reservation.wait_no_more()
-            if reservation.is_placed:
-                if reservation.store_directory is not None:
-                    await asyncio.to_thread(end_leftovers, reservation.worker_id)
-                self._post([WorkerLost(reservation.worker_id, reason)])
+            if reservation.is_placed and reservation.store_directory is not None:
+                await asyncio.to_thread(end_leftovers, reservation.worker_id)
+            self._give_up(reservation, reason)
             reservation.placed_at = None
         for member in self._members.values():
             member.end("SHUTDOWN")

@@ -33,6 +33,10 @@ class Machines:
         self._bus = bus
         self._inquiries = inquiries
 
+    def has_given_up(self, worker_id: str) -> bool:
+        """Whether a worker must not be let in, because it was given up."""
+        return self._executor.has_given_up(worker_id)
+
     async def serve(self, join: worker_pb2.Join, requests: Requests) -> AsyncGenerator[worker_pb2.ConnectResponse]:
         """Take a machine in and hold its stream."""
         machine = Machine(

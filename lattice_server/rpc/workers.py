@@ -131,6 +131,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if not is_hello and not is_join:
             text = "the first message must be Hello with worker_id and node_id, or Join with node_id"
             return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_PROTOCOL_ERROR, message=text)
+        if is_hello and self._machines.has_given_up(first.hello.worker_id):
+            text = f"worker {first.hello.worker_id} was away for too long, and another is to take its place"
+            return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_LOST, message=text)
         return None
 
     async def _read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:

@@ -1,6 +1,7 @@
 """The same cluster on Ray: machines start Ray nodes, Ray starts the workers, and any part of it may die."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tests.e2e.test_cluster import (
 READY = worker_pb2.NODE_STATE_READY
 # Several parts, and far more than what machines tell each other anyway.
 MANY_BYTES = 30_000_000
+AWAY_S = 3.0
 
 pytestmark = [needs_network, pytest.mark.timeout(240)]
 
@@ -113,6 +115,23 @@ def test_what_a_machine_ran_when_part_of_it_died_runs_again(what: str, two: Clus
     assert retried(run) == ["WORKER_LOST"] * 2
     if what in {"worker", "actor", "raylet"}:
         two.until_node("a", READY)
+
+
+def test_a_machine_that_comes_back_before_ray_has_missed_it_goes_on_with_the_same_worker(
+    two: Cluster, room: Room
+) -> None:
+    run = four_in(two, room)
+    two.machines[0].cut()
+    two.until_node("a")
+    time.sleep(AWAY_S)  # That is the point: for longer than a session waits.
+    two.machines[0].mend()
+    two.until_node("a", READY)
+    # Two of them wait for room, and a worker that is about to be ended would take them.
+    while len([line for line in room.notes() if line.startswith("+")]) < 6:
+        entered(run, "stay")
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert retried(run) == ["WORKER_LOST"] * 2
 
 
 @pytest.mark.parametrize("what", ["gcs_server", "raylet/raylet", "ray_driver"])

@@ -19,6 +19,7 @@ from lattice_server.engine.sessions import Connection, Sessions
 from lattice_worker.leasing import Leasing
 from tests.server.core.scenes import node, ready
 
+SILENCE_LIMIT_S = 2.0
 TTL_S = 3.0
 VALUE = {"out": Payload("application/json", "1")}
 STOPPED = Failure(FailureKind.CANCELLED, "the attempt was cancelled")
@@ -80,7 +81,7 @@ class Protocol:
     def __init__(self) -> None:
         self.now = 0.0
         self.machine = Dispatch("e", TTL_S)
-        self.sessions = Sessions()
+        self.sessions = Sessions(SILENCE_LIMIT_S)
         self.sessions.on_detached = lambda session_id, _: self.left.append(session_id)
         self.left: list[str] = []
         self.attempts = Attempts()

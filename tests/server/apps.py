@@ -19,6 +19,7 @@ class NoWorkers:
     """An executor that starts nothing: what is run waits."""
 
     name = "none"
+    given_up: frozenset[str] = frozenset()
 
     async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
         """Start nothing."""
@@ -36,6 +37,10 @@ class NoWorkers:
 
     def leave(self, node_id: str) -> None:
         """Do nothing."""
+
+    def has_given_up(self, worker_id: str) -> bool:
+        """Say what a test wants."""
+        return worker_id in self.given_up
 
 
 def build(executor: Executor | None = None, **settings: Any) -> App:

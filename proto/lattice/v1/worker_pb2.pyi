@@ -46,6 +46,8 @@ class _CloseReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """The worker was drained. Do not come back."""
     CLOSE_REASON_UNAUTHENTICATED: _CloseReason.ValueType  # 6
     """The worker may not join. Do not come back."""
+    CLOSE_REASON_LOST: _CloseReason.ValueType  # 7
+    """The worker was away for too long and given up; another may be in its place. Do not come back."""
 
 class CloseReason(_CloseReason, metaclass=_CloseReasonEnumTypeWrapper):
     """Why a stream ends."""
@@ -64,6 +66,8 @@ CLOSE_REASON_DRAINED: CloseReason.ValueType  # 5
 """The worker was drained. Do not come back."""
 CLOSE_REASON_UNAUTHENTICATED: CloseReason.ValueType  # 6
 """The worker may not join. Do not come back."""
+CLOSE_REASON_LOST: CloseReason.ValueType  # 7
+"""The worker was away for too long and given up; another may be in its place. Do not come back."""
 Global___CloseReason: typing_extensions.TypeAlias = CloseReason
 
 class _NodeState:

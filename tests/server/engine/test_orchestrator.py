@@ -27,6 +27,7 @@ from lattice_server.engine.orchestrator import Orchestrator, Retention, RunEntry
 from lattice_server.engine.sessions import Connection, Sessions
 from tests.server.core.graphs import VALUE, hello, task, workflow
 
+SILENCE_LIMIT_S = 2.0
 ONE_TASK = workflow({"t": ()})
 STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 
@@ -64,7 +65,8 @@ def play(
         store: Any = Holdings()
         bus = MessageBus(asyncio.get_running_loop())
         retention = Retention(runs=retained_runs, tasks=retained_tasks, artifact_bytes=retained_artifact_bytes)
-        scenario(Orchestrator(bus, Sessions(), store, retention, Admission(Bounds(), max_open_tasks)), store)
+        admission = Admission(Bounds(), max_open_tasks)
+        scenario(Orchestrator(bus, Sessions(SILENCE_LIMIT_S), store, retention, admission), store)
 
     asyncio.run(run())
 
@@ -156,7 +158,7 @@ def test_a_run_fails_when_its_time_is_over() -> None:
     async def scenario() -> None:
         bus = MessageBus(asyncio.get_running_loop())
         store: Any = Holdings()
-        orchestrator = Orchestrator(bus, Sessions(), store, Retention(), Admission(Bounds(), 10))
+        orchestrator = Orchestrator(bus, Sessions(SILENCE_LIMIT_S), store, Retention(), Admission(Bounds(), 10))
         settings: Any = {"parameters": {}, "labels": {}, "priority": 0, "fingerprint": "", "timeout_s": 0.001}
         entry, _ = orchestrator.start_run("r", ONE_TASK, **settings)
         while entry.run.failure is None:
@@ -282,31 +284,31 @@ def connect(sessions: Sessions, resumed: bool) -> Connection:
 
 def test_a_session_is_detached_when_its_connection_ends() -> None:
     async def scenario() -> None:
-        sessions, detached = Sessions(), list[tuple[str, float]]()
+        sessions, detached = Sessions(SILENCE_LIMIT_S), list[str]()
         older = connect(sessions, resumed=False)
-        sessions.on_detached = lambda *left: detached.append(left)
+        sessions.on_detached = lambda session_id, _: detached.append(session_id)
         sessions.leave(older)
-        assert detached == [("s", 0.0)]
+        assert detached == ["s"]
 
     asyncio.run(scenario())
 
 
 def test_a_worker_that_hung_up_before_it_was_welcome_is_detached() -> None:
     async def scenario() -> None:
-        sessions, detached = Sessions(), list[tuple[str, float]]()
-        sessions.on_detached = lambda *left: detached.append(left)
+        sessions, detached = Sessions(SILENCE_LIMIT_S), list[str]()
+        sessions.on_detached = lambda session_id, _: detached.append(session_id)
         connection = connect(sessions, resumed=True)
         sessions.leave(connection)
         assert detached == []
         sessions.perform(WelcomeWorker("w", "s", False, (), connection.greeting))
-        assert detached == [("s", 0.0)]
+        assert detached == ["s"]
 
     asyncio.run(scenario())
 
 
 def test_the_welcome_and_the_end_of_an_older_session_do_not_reach_a_newer_connection() -> None:
     async def scenario() -> None:
-        sessions = Sessions()
+        sessions = Sessions(SILENCE_LIMIT_S)
         older, newer = connect(sessions, resumed=True), connect(sessions, resumed=True)
         sessions.perform(WelcomeWorker("w", "a", False, (), older.greeting))
         sessions.perform(CloseSession("a", "SUPERSEDED", "the worker connected again"))
@@ -318,11 +320,11 @@ def test_the_welcome_and_the_end_of_an_older_session_do_not_reach_a_newer_connec
 
 def test_a_resumed_session_is_not_detached_by_the_connection_before() -> None:
     async def scenario() -> None:
-        sessions, detached = Sessions(), list[tuple[str, float]]()
+        sessions, detached = Sessions(SILENCE_LIMIT_S), list[str]()
         older = connect(sessions, resumed=False)
         newer = connect(sessions, resumed=True)
         sessions.perform(WelcomeWorker("w", "s", True, (), newer.greeting))
-        sessions.on_detached = lambda *left: detached.append(left)
+        sessions.on_detached = lambda session_id, _: detached.append(session_id)
         sessions.leave(older)
         assert detached == []
 
@@ -331,10 +333,10 @@ def test_a_resumed_session_is_not_detached_by_the_connection_before() -> None:
 
 def test_a_session_being_resumed_is_not_detached_by_the_connection_before() -> None:
     async def scenario() -> None:
-        sessions, detached = Sessions(), list[tuple[str, float]]()
+        sessions, detached = Sessions(SILENCE_LIMIT_S), list[str]()
         older = connect(sessions, resumed=False)
         connect(sessions, resumed=True)
-        sessions.on_detached = lambda *left: detached.append(left)
+        sessions.on_detached = lambda session_id, _: detached.append(session_id)
         sessions.leave(older)
         assert detached == [], "the scheduler has the newer hello already; this would detach the live session"
 

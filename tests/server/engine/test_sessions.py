@@ -19,11 +19,11 @@ def connect(sessions: Sessions, resumed: bool = False) -> Connection:
 
 def test_whoever_falls_silent_is_given_up_and_its_stream_ended() -> None:
     async def scenario() -> None:
-        sessions, told = Sessions(), asyncio.Queue[tuple[str, float]]()
+        sessions, told = Sessions(LIMIT_S), asyncio.Queue[tuple[str, float]]()
         sessions.on_detached = lambda *left: told.put_nowait(left)
         connection, is_aborted = connect(sessions), asyncio.Event()
         connection.abort = is_aborted.set
-        watching = asyncio.create_task(sessions.watch(INTERVAL_S, LIMIT_S))
+        watching = asyncio.create_task(sessions.watch(INTERVAL_S))
         session_id, silent_s = await asyncio.wait_for(told.get(), 30)
         assert session_id == "s"
         assert silent_s > LIMIT_S
@@ -33,12 +33,26 @@ def test_whoever_falls_silent_is_given_up_and_its_stream_ended() -> None:
     asyncio.run(scenario())
 
 
+def test_whoever_hangs_up_after_a_silence_has_been_away_since_it_began() -> None:
+    async def scenario() -> None:
+        sessions, told = Sessions(LIMIT_S), list[float]()
+        sessions.on_detached = lambda _, silent_s: told.append(silent_s)
+        for silent_s in (LIMIT_S / 2, 100 * LIMIT_S):
+            connection = connect(sessions)
+            connection.heard_at = time.monotonic() - silent_s
+            sessions.leave(connection)
+        assert told[0] >= LIMIT_S / 2
+        assert told[1] == LIMIT_S, "no time is left to come back"
+
+    asyncio.run(scenario())
+
+
 def test_a_stall_of_this_thread_is_nobody_s_silence() -> None:
     async def scenario() -> None:
-        sessions, detached = Sessions(), list[str]()
+        sessions, detached = Sessions(LIMIT_S), list[str]()
         sessions.on_detached = lambda session_id, _: detached.append(session_id)
         connection = connect(sessions)
-        watching = asyncio.create_task(sessions.watch(INTERVAL_S, LIMIT_S))
+        watching = asyncio.create_task(sessions.watch(INTERVAL_S))
         await asyncio.sleep(INTERVAL_S / 5)
         time.sleep(5 * LIMIT_S)  # that is the point
         # The watch looks first; what came meanwhile is read after it.
@@ -53,7 +67,7 @@ def test_a_stall_of_this_thread_is_nobody_s_silence() -> None:
 
 def test_what_is_dropped_while_a_worker_is_away_it_is_told_when_it_is_back() -> None:
     async def scenario() -> None:
-        sessions = Sessions()
+        sessions = Sessions(LIMIT_S)
         sessions.leave(connect(sessions))
         sessions.drop_artifact("large")
         back = connect(sessions, resumed=True)
@@ -65,7 +79,7 @@ def test_what_is_dropped_while_a_worker_is_away_it_is_told_when_it_is_back() -> 
 
 def test_a_lost_session_serves_no_node() -> None:
     async def scenario() -> None:
-        sessions = Sessions()
+        sessions = Sessions(LIMIT_S)
         connect(sessions)
         assert sessions.of_node("n") is not None
         sessions.perform(ForgetSession("s"))

@@ -59,6 +59,12 @@ class Hand:
         self._call.cancel()
 
 
+class Searched(NoWorkers):
+    """An executor that has lost a worker."""
+
+    given_up = frozenset({"lost"})
+
+
 class Scene:
     """A head without workers of its own, and a channel to it."""
 
@@ -107,7 +113,7 @@ class Scene:
 @asynccontextmanager
 async def on_stage(**settings: Any) -> AsyncIterator[Scene]:
     """A head while the block runs."""
-    async with serving(NoWorkers(), **settings) as app, grpc.aio.insecure_channel(app.address) as channel:
+    async with serving(Searched(), **settings) as app, grpc.aio.insecure_channel(app.address) as channel:
         yield Scene(channel)
 
 
@@ -133,6 +139,7 @@ def succeeded() -> worker_pb2.AttemptSucceeded:
         ({"heartbeat": {}}, "PROTOCOL_ERROR"),
         ({"reports": {}}, "PROTOCOL_ERROR"),
         ({}, "PROTOCOL_ERROR"),
+        ({"hello": {"worker_id": "lost", "node_id": "n"}}, "LOST"),
     ],
 )
 def test_whoever_may_not_join_is_told_so_in_band(message: dict[str, Any], reason: str) -> None:
