@@ -39,7 +39,7 @@ class ServerConfig:
     node_ip: str = ""
     ray_address: str = ""
     ray_workers: int = 1
-    session_ttl_s: float = 3.0
+    session_ttl_s: float = 2.8
     inline_limit_bytes: int = 256 * 1024
     log_limit_bytes: int = 1024 * 1024
     min_ping_interval_s: float = 10.0
