@@ -7,9 +7,9 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 import psutil
@@ -71,86 +71,96 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 @click.option("--insecure", is_flag=True, help="Serve, or join, beyond this machine without TLS or a token.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
 @click.option("--verbose", is_flag=True, help="Log more.")
-def start(
-    head: bool,
-    worker: bool,
-    addr: str | None,
-    node_id: str | None,
-    drain_deadline: float,
-    host: str,
-    port: int,
-    executor: str,
-    node_ip: str | None,
-    ray_address: str | None,
-    ray_workers: int,
-    num_cpus: float | None,
-    num_gpus: int | None,
-    memory: int | None,
-    gpu_memory: int | None,
-    labels: tuple[str, ...],
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    tls_ca: Path | None,
-    token_file: Path | None,
-    insecure: bool,
-    config_file: Path | None,
-    verbose: bool,
-) -> None:
+def start(**given: Any) -> None:
     """Start a Lattice server on this machine, or have the machine join one, until Ctrl-C or `lattice stop`."""
-    if head == worker:
+    flags = Flags(**given)
+    if flags.head == flags.worker:
         raise click.UsageError("say --head to start the server, or --worker to join one")
-    if wrong := [label for label in labels if "=" not in label]:
+    if wrong := [label for label in flags.labels if "=" not in label]:
         raise click.UsageError(f"a label is NAME=VALUE, not {wrong[0]!r}")
-    if worker:
-        if not addr:
-            raise click.UsageError("say which server to join: --addr HOST:PORT")
-        flags = {
-            "--num-cpus": num_cpus,
-            "--num-gpus": num_gpus,
-            "--memory-bytes": None if memory is None else memory * MIB,
-            "--gpu-memory-bytes": None if gpu_memory is None else gpu_memory * MIB,
-        }
-        known = [part for name, value in flags.items() if value is not None for part in (name, str(value))]
-        known += [part for label in labels for part in ("--label", label)]
-        node_id = node_id or f"{socket.gethostname()}-{secrets.token_hex(2)}"
-        files = {"LATTICE_TLS_CA": tls_ca, "LATTICE_TLS_CERT": tls_cert, "LATTICE_TLS_KEY": tls_key}
-        # By the environment: everybody on this machine may read a command line.
-        os.environ.update({name: str(path.absolute()) for name, path in files.items() if path is not None})
-        if insecure:
-            os.environ["LATTICE_INSECURE"] = "1"
-        with _secured():
-            if (token := security.read_token(token_file, os.environ)) is not None:
-                os.environ[security.TOKEN] = token
-        _become_worker(addr, node_id, drain_deadline, known, verbose)
+    if flags.worker:
+        _become_worker(flags)
     if not MAY_SERVE:
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
-    with _secured():
-        token, tls = security.read_token(token_file, os.environ), security.read_tls(tls_cert, tls_key, tls_ca)
-        warning = security.check_exposure(host, tls, token, is_allowed=insecure)
-    # What this process starts has no use for it: workers beside the server come by its own socket.
-    os.environ.pop(security.TOKEN, None)
-    if ray_address and (executor != "ray" or not num_cpus):
+    logging.basicConfig(
+        level=logging.INFO if flags.verbose else logging.WARNING,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    _serve(_config(flags))
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """The flags of `lattice start`; None where one was not given. Each is explained where it is declared."""
+
+    head: bool
+    worker: bool
+    addr: str | None
+    node_id: str | None
+    drain_deadline: float
+    host: str
+    port: int
+    executor: str
+    node_ip: str | None
+    ray_address: str | None
+    ray_workers: int
+    num_cpus: float | None
+    num_gpus: int | None
+    memory: int | None
+    gpu_memory: int | None
+    labels: tuple[str, ...]
+    tls_cert: Path | None
+    tls_key: Path | None
+    tls_ca: Path | None
+    token_file: Path | None
+    insecure: bool
+    config_file: Path | None
+    verbose: bool
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory to offer, in bytes."""
+        return None if self.memory is None else self.memory * MIB
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """The memory of each GPU, in bytes."""
+        return None if self.gpu_memory is None else self.gpu_memory * MIB
+
+
+def _config(flags: Flags) -> ServerConfig:
+    """Return how the server is to be. Raises click.ClickException."""
+    if flags.ray_address and (flags.executor != "ray" or not flags.num_cpus):
         raise click.UsageError("with --ray-address, which needs --executor ray, say what to reserve: --num-cpus")
-    level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _secured():
+        token = security.read_token(flags.token_file, os.environ)
+        tls = security.read_tls(flags.tls_cert, flags.tls_key, flags.tls_ca)
+        warning = security.check_exposure(flags.host, tls, token, is_allowed=flags.insecure)
     if warning is not None:
         log.warning("%s", warning)
-    config = replace(
-        ServerConfig() if config_file is None else _read(config_file),
-        host=host,
-        port=port,
+    # What this process starts has no use for it: workers beside the server come by its own socket.
+    os.environ.pop(security.TOKEN, None)
+    return replace(
+        ServerConfig() if flags.config_file is None else _read(flags.config_file),
+        host=flags.host,
+        port=flags.port,
         tls=tls,
         token=token,
-        executor=executor,
-        node_ip=node_ip or "",
-        ray_address=ray_address or "",
-        ray_workers=ray_workers,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        memory_bytes=None if memory is None else memory * MIB,
-        gpu_memory_bytes=None if gpu_memory is None else gpu_memory * MIB,
-        labels=dict(label.split("=", 1) for label in labels),
+        executor=flags.executor,
+        node_ip=flags.node_ip or "",
+        ray_address=flags.ray_address or "",
+        ray_workers=flags.ray_workers,
+        num_cpus=flags.num_cpus,
+        num_gpus=flags.num_gpus,
+        memory_bytes=flags.memory_bytes,
+        gpu_memory_bytes=flags.gpu_memory_bytes,
+        labels=dict(label.split("=", 1) for label in flags.labels),
     )
+
+
+def _serve(config: ServerConfig) -> None:
+    """Be the server until a signal ends it, noted for `lattice stop`. Raises click.ClickException."""
     noted: list[str] = []
 
     def announce(address: str) -> None:
@@ -167,21 +177,42 @@ def start(
             records.forget(name)
 
 
+def _become_worker(flags: Flags) -> NoReturn:
+    """Go on as the worker's program, in this very process: signals and exit status are its own."""
+    if not flags.addr:
+        raise click.UsageError("say which server to join: --addr HOST:PORT")
+    # By the environment: everybody on this machine may read a command line.
+    files = {"LATTICE_TLS_CA": flags.tls_ca, "LATTICE_TLS_CERT": flags.tls_cert, "LATTICE_TLS_KEY": flags.tls_key}
+    os.environ.update({name: str(path.absolute()) for name, path in files.items() if path is not None})
+    if flags.insecure:
+        os.environ["LATTICE_INSECURE"] = "1"
+    with _secured():
+        if (token := security.read_token(flags.token_file, os.environ)) is not None:
+            os.environ[security.TOKEN] = token
+    node_id = flags.node_id or f"{socket.gethostname()}-{secrets.token_hex(2)}"
+    words = {
+        "--addr": flags.addr,
+        "--node-id": node_id,
+        "--drain-deadline": flags.drain_deadline,
+        "--num-cpus": flags.num_cpus,
+        "--num-gpus": flags.num_gpus,
+        "--memory-bytes": flags.memory_bytes,
+        "--gpu-memory-bytes": flags.gpu_memory_bytes,
+    }
+    command = [sys.executable, "-m", "lattice_worker", "--join", *(["--verbose"] if flags.verbose else [])]
+    command += [part for name, value in words.items() if value is not None for part in (name, str(value))]
+    command += [part for label in flags.labels for part in ("--label", label)]
+    records.note(f"node-{node_id}")
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
 @contextmanager
 def _secured() -> Iterator[None]:
     try:
         yield
     except security.SecurityError as error:
         raise click.UsageError(str(error)) from None
-
-
-def _become_worker(addr: str, node_id: str, drain_deadline_s: float, flags: list[str], verbose: bool) -> NoReturn:
-    """Go on as the worker's program, in this very process: signals and exit status are its own."""
-    records.note(f"node-{node_id}")
-    command = [sys.executable, "-m", "lattice_worker", "--join", "--addr", addr, "--node-id", node_id]
-    command += ["--drain-deadline", str(drain_deadline_s), *flags, *(["--verbose"] if verbose else [])]
-    sys.stdout.flush()
-    os.execv(sys.executable, command)
 
 
 def _read(path: Path) -> ServerConfig:
