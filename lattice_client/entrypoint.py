@@ -36,13 +36,14 @@ def entrypoint(
     if not isinstance(path, str) or not path:
         raise TaskDefinitionError(f"an entry point is a name, such as 'js/word_count', not {path!r}")
     label = name or path.replace(":", "/").rpartition("/")[2] or path
-    made = define(_elsewhere(path), outputs=outputs, resources=resources, name=label, **settings)
+    made = define(_elsewhere(path, label), outputs=outputs, resources=resources, name=label, **settings)
     names = tuple(inputs or ())
     return replace(made, entrypoint=path, inputs=names, required=frozenset(names), takes_any=inputs is None)
 
 
-def _elsewhere(path: str) -> Callable[..., Any]:
+def _elsewhere(path: str, name: str) -> Callable[..., Any]:
     def call(**inputs: Any) -> Any:
         raise TypeError(f"{path!r} is an entry point: only a worker that has it can call it")
 
+    call.__name__ = name
     return call

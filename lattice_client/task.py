@@ -57,24 +57,24 @@ class TaskDefinition(Generic[P, R]):
 
     @property
     def function_form(self) -> task_pb2.Function:
-        """All about the function but its code."""
-        return task_pb2.Function(
+        """All about the function but its code; where workers have that, its name."""
+        form = task_pb2.Function(
             call_style=self.call_style,
             return_style=self.return_style,
             concurrency=task_pb2.CONCURRENCY_ASYNC if self.is_async else task_pb2.CONCURRENCY_PROCESS,
             display_name=self.name,
         )
+        if self.entrypoint:
+            form.entrypoint = self.entrypoint
+        return form
 
     @functools.cached_property
     def code(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         """The function as it travels, and the bundle it needs. Raises TaskDefinitionError."""
-        bundle = None
-        if self.entrypoint:
-            function = task_pb2.Function(entrypoint=self.entrypoint)
-        else:
+        function, bundle = self.function_form, None
+        if not self.entrypoint:
             bundle = bundle_for(self.function)
-            function = task_pb2.Function(pickle=self._pickled(), bundle_digest=bundle.digest if bundle else "")
-        function.MergeFrom(self.function_form)
+            function.pickle, function.bundle_digest = self._pickled(), bundle.digest if bundle else ""
         content = function.SerializeToString(deterministic=True)
         function.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
         return function, bundle
@@ -106,6 +106,7 @@ class TaskDefinition(Generic[P, R]):
             "spec": self.form.SerializeToString(),
             "function": self.function_form.SerializeToString(),
             "outputs": self.outputs,
+            "has_code": not self.entrypoint,
         }
 
     def __reduce__(self) -> Any:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 RUNNER = "lattice_runner"
+PLAIN: Mapping[str, Any] = {"spec": b"", "function": b"", "outputs": ("result",), "has_code": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def spawn(
     """Add a task to the run; it starts as soon as its inputs are there, this task need not end first.
 
     Args:
-        task: a `@task` or a plain function; what it needs (resources, retries, ...) is kept.
+        task: a `@task`, an `entrypoint` or a plain function; what it needs (resources, retries, ...) is kept.
         inputs: by name; outputs of other spawned tasks may stand anywhere inside them.
         name: names it below this task; by default the function's name, numbered when it is not the first. A later
             attempt of this task that spawns the same name means the same task, which is then not added again.
@@ -88,10 +89,10 @@ def spawn(
     label = name or str(getattr(task, "__name__", "task"))
     number = names[label] = names.get(label, 0) + 1
     task_id = f"{attempt.task_id}/{label}" if number == 1 else f"{attempt.task_id}/{label}-{number}"
-    form = getattr(task, "__lattice__", None) or {"spec": b"", "function": b"", "outputs": ("result",)}
+    form = getattr(task, "__lattice__", None) or PLAIN
     encoder = runner.Encoder(output.header["store"], output.header["inline_limit"])
     tree = {key: _tree(value, encoder) for key, value in (inputs or {}).items()}
-    code = runner.dump(form.get("call", task))
+    code = runner.dump(form.get("call", task)) if form["has_code"] else b""
     blobs = [*encoder.blobs, form["spec"], form["function"], code]
     first = len(encoder.blobs)
     frame = {

@@ -97,14 +97,16 @@ def fill_outcome(
 def spawned_from_frame(
     frame: dict[str, Any], blobs: list[bytes], parent: task_pb2.Function, node_id: str
 ) -> worker_pb2.AttemptSpawned:
-    """Return the task a running one wants added. Its code comes with it and uses the same bundle as its parent's."""
+    """Return the task a running one wants added. Its code comes with it and uses the same bundle as its parent's, or it
+    is an entry point."""
     task = task_pb2.TaskSpec.FromString(blobs[frame["spec"]])
     task.task_id, task.display_name, task.function = frame["task_id"], frame["name"], FUNCTION
     task.after.extend(frame["after"])
     for name, tree in frame["inputs"].items():
         task.inputs[name].CopyFrom(_binding_from_tree(tree, blobs, node_id))
     function = task_pb2.Function.FromString(blobs[frame["function"]])
-    function.pickle, function.bundle_digest = blobs[frame["code"]], parent.bundle_digest
+    if not function.entrypoint:
+        function.pickle, function.bundle_digest = blobs[frame["code"]], parent.bundle_digest
     return worker_pb2.AttemptSpawned(tasks=[task], functions={FUNCTION: function})
 
 

@@ -19,9 +19,12 @@ const OPTIONS = {
 
 export const isLoopback = (target) => /^(localhost|127(\.\d+){3}|\[::1\]):\d+$/.test(target);
 
-/** TLS when there is a certificate to know the server by; plain is for this machine only. */
-function credentialsFor(target, { LATTICE_TLS_CA: ca, LATTICE_TLS_CERT: cert, LATTICE_TLS_KEY: key }) {
+/** TLS when there is a certificate to know the server by; plain, or without a token, is for this machine only. */
+function credentialsFor(target, { LATTICE_TLS_CA: ca, LATTICE_TLS_CERT: cert, LATTICE_TLS_KEY: key, LATTICE_TOKEN: token }) {
   const bytes = (file) => (file ? readFileSync(file) : null);
+  if (!token && !isLoopback(target)) {
+    throw new Error(`${target} is beyond this machine: set LATTICE_TOKEN to the token that its server asks for`);
+  }
   if (ca) return grpc.credentials.createSsl(bytes(ca), bytes(key), bytes(cert));
   if (isLoopback(target)) return grpc.credentials.createInsecure();
   throw new Error(`${target} is beyond this machine: set LATTICE_TLS_CA to the certificate it is known by`);

@@ -14,6 +14,7 @@ from lattice_client import (
     LatticeClient,
     PreconditionError,
     TaskFailedError,
+    entrypoint,
     task,
 )
 from lattice_worker import context
@@ -224,6 +225,20 @@ def test_another_attempt_means_the_same_tasks(client: LatticeClient, room: Room)
     ]
 
 
+def test_a_task_spawns_what_workers_have_by_name(client: LatticeClient) -> None:
+    mean = entrypoint("statistics:mean", inputs=["data"])
+
+    @task
+    def parent() -> int:
+        first = context.spawn(mean, {"data": [1, 2, 6]})
+        context.spawn(mean, {"data": [first.output, 5]}, name="again")
+        return 0
+
+    workflow = client.create_workflow()
+    workflow.add_task(parent, {})
+    assert workflow.run().result(timeout=WAIT_S) == {"parent": {"result": 0}, "parent/again": {"result": 4}}
+
+
 def test_what_cannot_be_spawned_fails_the_task_that_tried(client: LatticeClient) -> None:
     def impossible() -> None:
         context.spawn(greedy, {"a": 1})
@@ -234,9 +249,13 @@ def test_what_cannot_be_spawned_fails_the_task_that_tried(client: LatticeClient)
     def unpicklable() -> None:
         context.spawn(add, {"a": (number for number in range(3))})
 
+    def unheard_of() -> None:
+        context.spawn(entrypoint("js/nobody"), {})
+
     for function, text in (
         (impossible, "gpu: 7 wanted"),
         (unknown, "nobody"),
+        (unheard_of, "no entry point 'js/nobody'"),
         (unpicklable, "cannot pickle|cannot be pickled"),
     ):
         with pytest.raises(TaskFailedError, match=text):
