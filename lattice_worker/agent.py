@@ -132,7 +132,7 @@ class Agent:
         call.cancel()
 
     def _closed(self, close: worker_pb2.Close) -> bool:
-        reason = worker_pb2.CloseReason.Name(close.reason).removeprefix("CLOSE_REASON_")
+        reason = convert.close_reason(close)
         log.info("the server closed the stream: %s: %s", reason, close.message)
         if close.reason == worker_pb2.CLOSE_REASON_SHUTDOWN:
             return self._config.exit_on_close

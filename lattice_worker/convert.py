@@ -122,6 +122,13 @@ def _binding_from_tree(tree: dict[str, Any], blobs: list[bytes], node_id: str) -
     return payload_pb2.Binding(payload=payload_from_answer(tree, blobs, node_id))
 
 
+def close_reason(close: worker_pb2.Close) -> str:
+    """Return why a stream was closed; a server may know reasons that this worker does not."""
+    known = worker_pb2.CloseReason.values()
+    name = worker_pb2.CloseReason.Name(close.reason) if close.reason in known else f"reason {close.reason}"
+    return name.removeprefix("CLOSE_REASON_")
+
+
 def report(lease_id: str, now_ns: int) -> worker_pb2.Report:
     """Return an empty report of a lease at a time in nanoseconds since the epoch."""
     message = worker_pb2.Report(lease_id=lease_id)

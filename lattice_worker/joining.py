@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import worker_pb2, worker_pb2_grpc
 
-from lattice_worker import host
+from lattice_worker import convert, host
 from lattice_worker.agent import (
     DIAL_S,
     MAX_BACKOFF_S,
@@ -133,7 +133,7 @@ class Joiner:
         print(f"Joined {self._config.target} as node {self._config.node_id}", flush=True)
 
     def _closed(self, close: worker_pb2.Close) -> bool:
-        reason = worker_pb2.CloseReason.Name(close.reason).removeprefix("CLOSE_REASON_")
+        reason = convert.close_reason(close)
         log.info("the server closed the stream: %s: %s", reason, close.message)
         if close.reason == worker_pb2.CLOSE_REASON_SHUTDOWN:
             return False

@@ -174,11 +174,15 @@ def test_leases_the_head_does_not_know_are_dropped(gate: Gate, tmp_path: Path) -
     play(scenario, tmp_path)
 
 
-@pytest.mark.parametrize("reason", ["SUPERSEDED", "PROTOCOL_ERROR", "VERSION", "DRAINED", "UNAUTHENTICATED"])
-def test_a_worker_that_is_closed_for_good_ends(reason: str, tmp_path: Path) -> None:
+DRAINED, SHUTDOWN = worker_pb2.CLOSE_REASON_DRAINED, worker_pb2.CLOSE_REASON_SHUTDOWN
+OF_ANOTHER_VERSION = 1000
+
+
+@pytest.mark.parametrize("reason", [*set(worker_pb2.CloseReason.values()) - {SHUTDOWN}, OF_ANOTHER_VERSION])
+def test_a_worker_that_is_closed_for_good_ends(reason: int, tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
-        both.stream.say(close={"reason": worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")})
-        assert await both.process.wait() == (0 if reason == "DRAINED" else 1)
+        both.stream.say(close={"reason": reason, "message": "so it is"})
+        assert await both.process.wait() == (0 if reason == DRAINED else 1)
 
     play(scenario, tmp_path)
 
