@@ -197,17 +197,6 @@ class Condition:
     equals: Payload | None = None
     is_negated: bool = False
 
-    def is_met_by(self, payload: Payload) -> bool:
-        """Whether a value meets the condition. Only its text is compared: the value itself is never opened."""
-        if self.equals is not None:
-            is_met = (payload.media_type, payload.content) == (self.equals.media_type, self.equals.content)
-        else:
-            is_met = payload.content not in FALSE_TEXTS
-        return is_met is not self.is_negated
-
-
-# What JSON writes for everything that Python, JavaScript and shells agree to call false.
-FALSE_TEXTS = frozenset({"false", "null", "0", "0.0", "-0.0", '""', "[]", "{}"})
 
 DEFAULT_RETRY = RetryPolicy()
 DEFAULT_RESOURCES = Resources()

@@ -1,7 +1,9 @@
-"""Owns what references mean in a run: outputs, parameters, items, conditions. Rule: no value is ever opened."""
+"""Owns what references mean in a run: outputs, parameters, items, conditions. Rule: no value is opened,
+but that of a condition, if it is JSON."""
 
 from collections.abc import Mapping, Sequence
 
+from lattice_server.core.conditions import is_met
 from lattice_server.core.model import Binding, BindingList, Condition, OutputRef, Parameter, Payload, TaskSpec
 from lattice_server.core.records import TaskRecord
 from lattice_server.core.states import TASK_TERMINAL, TaskState
@@ -34,7 +36,7 @@ class Values:
             return bool(value.items) is not condition.is_negated
         if not isinstance(value, Payload) or not isinstance(value.content, str):
             return None
-        return condition.is_met_by(value)
+        return is_met(condition, value.content)
 
     def mapped_over(self, spec: TaskSpec) -> Sequence[Payload] | None:
         """Return the items of the list a task is mapped over; None when they did not come one by one."""

@@ -328,7 +328,9 @@ class Condition(google.protobuf.message.Message):
 
     @property
     def equals(self) -> lattice.v1.payload_pb2.Payload:
-        """The value it must equal. Unset, it must be true: not `false`, `null`, zero, or empty."""
+        """The value it must equal, in JSON; how it is spelled does not matter. Unset, it must be true: not `false`, `null`,
+        zero, or empty.
+        """
 
     def __init__(
         self,

@@ -150,6 +150,33 @@ def test_a_condition_is_met_by_what_is_true(text: str, is_met: bool, is_negated:
     assert story.succeed("a", outputs={"out": value(text)}) == (["b"] if is_met is not is_negated else [])
 
 
+@pytest.mark.parametrize(
+    ("text", "equals", "is_met"),
+    [
+        ("8.0", "8", True),
+        ("8", "8.5", False),
+        ("1", "true", False),
+        ("0", "false", False),
+        ('"1"', "1", False),
+        ("9007199254740993", "9007199254740992", False),
+        ('{"a":1,"b":[2,3]}', '{ "b": [2, 3.0], "a": 1 }', True),
+        ("[1,2]", "[2,1]", False),
+        ('"\u00e9"', '"\\u00e9"', True),
+        ("no json", "no", False),
+        ("[" * 100_000, "[]", False),
+    ],
+)
+def test_a_condition_compares_what_json_means(text: str, equals: str, is_met: bool) -> None:
+    story = RunScene(task("a"), when("b", "a", equals=value(equals)))
+    assert story.succeed("a", outputs={"out": value(text)}) == (["b"] if is_met else [])
+
+
+@pytest.mark.parametrize("text", ["0.0", "-0.0", "0e5", " false", "[ ]", "{\n}"])
+def test_a_condition_is_not_met_by_what_means_nothing(text: str) -> None:
+    story = RunScene(task("a"), when("b", "a"))
+    assert story.succeed("a", outputs={"out": value(text)}) == []
+
+
 @pytest.mark.parametrize("is_negated", [False, True])
 def test_a_condition_may_compare(is_negated: bool) -> None:
     right = {"equals": value('"yes"'), "is_negated": is_negated}
