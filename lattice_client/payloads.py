@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import struct
+import sys
 from typing import Any
 
 import cloudpickle
@@ -18,6 +19,8 @@ CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 PICKLE5 = "application/vnd.lattice.pickle5"
 MAGIC = b"LTP5"
 ALIGN = 64
+# What cloudpickle names wherever it holds code itself, and not only where that is imported from.
+BY_VALUE = b"cloudpickle.cloudpickle"
 INLINE_LIMIT_BYTES = 256 * 1024
 # Python refuses to print and to read integers of over 4300 digits; these have fewer or as many.
 MAX_JSON_INT_BITS = 14_284
@@ -90,3 +93,8 @@ def decode(media_type: str, data: bytes | bytearray) -> Any:
 def dump_function(function: Any) -> bytes:
     """Return a function as cloudpickle writes it: by reference when its module can be imported, whole otherwise."""
     return bytes(cloudpickle.dumps(function, protocol=5))
+
+
+def runtime_of(pickled: bytes) -> str:
+    """Return what a pickled function needs to run it: this version of Python if it holds bytecode, else anything."""
+    return f"python {sys.version_info.major}.{sys.version_info.minor}" if BY_VALUE in pickled else ""

@@ -75,6 +75,7 @@ class TaskDefinition(Generic[P, R]):
         if not self.entrypoint:
             bundle = bundle_for(self.function)
             function.pickle, function.bundle_digest = self._pickled(), bundle.digest if bundle else ""
+            function.runtime = payloads.runtime_of(function.pickle)
         content = function.SerializeToString(deterministic=True)
         function.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
         return function, bundle

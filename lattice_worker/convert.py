@@ -1,6 +1,7 @@
 """Owns the translation between protobuf and what runners are told. Rule: payloads pass through unopened."""
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ JSON = "application/json"
 CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 CALL_STYLES = {task_pb2.CALL_STYLE_PARAMS: "params", task_pb2.CALL_STYLE_KEYWORDS: "keywords"}
 FUNCTION = "function"
+# What cloudpickle names wherever it holds code itself, and not only where that is imported from.
+BY_VALUE = b"cloudpickle.cloudpickle"
 RETURN_STYLES = {task_pb2.RETURN_STYLE_MAPPING: "mapping", task_pb2.RETURN_STYLE_VALUE: "value"}
 
 
@@ -107,6 +110,8 @@ def spawned_from_frame(
     function = task_pb2.Function.FromString(blobs[frame["function"]])
     if not function.entrypoint:
         function.pickle, function.bundle_digest = blobs[frame["code"]], parent.bundle_digest
+        if BY_VALUE in function.pickle:
+            function.runtime = f"python {sys.version_info.major}.{sys.version_info.minor}"
     return worker_pb2.AttemptSpawned(tasks=[task], functions={FUNCTION: function})
 
 

@@ -164,13 +164,14 @@ class RetryPolicy:
 @dataclass(frozen=True, slots=True)
 class Function:
     """Code to run. `definition` is opaque here: what a worker is sent, unopened. `entrypoint` is the name by which
-    workers have it; empty when it travels."""
+    workers have it; empty when it travels. `runtime` is what must run it, such as `python 3.11`; empty when any may."""
 
     digest: str
     is_async: bool
     definition: object
     bundle_digest: str = ""
     entrypoint: str = ""
+    runtime: str = ""
 
 
 class BatchScope(Enum):

@@ -16,7 +16,7 @@ class Shape:
     """All that placement looks at; tasks of one shape are interchangeable to it.
 
     `limit_key` names the group whose calls `max_parallel` counts; empty when nothing limits it. `entrypoint` is the
-    function by the name workers have for it; empty when its code travels.
+    function by the name workers have for it; empty when its code travels. `runtime` is what must run that.
     """
 
     resources: Resources
@@ -26,12 +26,13 @@ class Shape:
     limit_key: str = ""
     max_parallel: int = 0
     entrypoint: str = ""
+    runtime: str = ""
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # It is looked up several times for every task, and made once.
         key = (self.resources, self.is_async, self.isolation, self.node_selector, self.limit_key, self.max_parallel)
-        object.__setattr__(self, "_hash", hash((*key, self.entrypoint)))
+        object.__setattr__(self, "_hash", hash((*key, self.entrypoint, self.runtime)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -42,7 +43,7 @@ def shape_of(spec: TaskSpec) -> Shape:
     function = spec.function
     limit_key = spec.concurrency_key or (function.digest if spec.max_parallel else "")
     where = (spec.isolation, spec.node_selector, limit_key, spec.max_parallel)
-    return Shape(spec.resources, function.is_async, *where, function.entrypoint)
+    return Shape(spec.resources, function.is_async, *where, function.entrypoint, function.runtime)
 
 
 def suits(shape: Shape, node: Node) -> bool:
@@ -57,9 +58,17 @@ def has_code(shape: Shape, node: Node) -> bool:
 
     One with entry points of its own runs those only; any other runs Python, be it sent or named `module:function`.
     """
+    if not has_runtime(shape, node):
+        return False
     if node.entrypoints:
         return shape.entrypoint in node.entrypoints
     return not shape.entrypoint or PYTHON.fullmatch(shape.entrypoint) is not None
+
+
+def has_runtime(shape: Shape, node: Node) -> bool:
+    """Whether the worker of `node` is of the language, and of the version of it, that the code of `shape` is for."""
+    after = node.runtime.removeprefix(shape.runtime)
+    return not shape.runtime or (node.runtime.startswith(shape.runtime) and after[:1] in {"", " ", "."})
 
 
 def could_run(shape: Shape, node: Node) -> bool:
@@ -137,6 +146,8 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
     name, wanted, found = node.node_id, shape.resources, []
     if shape.isolation not in node.isolations:
         return [Shortage(name, f"it cannot isolate by {shape.isolation.value}")]
+    if not has_runtime(shape, node):
+        return [Shortage(name, f"it runs {node.runtime}, and the function is for {shape.runtime}")]
     if not has_code(shape, node):
         if not shape.entrypoint:
             return [Shortage(name, "it runs its own entry points only")]

@@ -42,7 +42,8 @@ def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], t
     stripped.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     bundle = bundle_of(message.bundle_digest) if message.bundle_digest else None
     is_async = message.concurrency == task_pb2.CONCURRENCY_ASYNC
-    return Function(stripped.digest, is_async, (stripped, bundle), message.bundle_digest, message.entrypoint)
+    needs = (message.bundle_digest, message.entrypoint, message.runtime)
+    return Function(stripped.digest, is_async, (stripped, bundle), *needs)
 
 
 def code_to_proto(function: Function) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:

@@ -1,7 +1,10 @@
 """Values on the wire: JSON when it gives the value back exactly, and everything back as it was."""
 
+import functools
 import json
 import math
+import statistics
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_client import payloads
+from lattice_client import entrypoint, payloads, task
 from lattice_worker.sandbox import child
 
 plain = st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.floats() | st.text()
@@ -130,3 +133,12 @@ def test_an_array_can_be_written_to_however_small_it_is() -> None:
 
 def test_an_unknown_encoding_comes_back_as_bytes() -> None:
     assert payloads.decode("image/png", b"\x89PNG") == b"\x89PNG"
+
+
+def test_code_needs_its_own_version_of_python_and_a_name_none() -> None:
+    here = f"python {sys.version_info.major}.{sys.version_info.minor}"
+    assert payloads.runtime_of(payloads.dump_function(statistics.mean)) == ""
+    for code in (lambda: 1, functools.partial(statistics.mean, key=lambda: 1), type("Local", (), {})):
+        assert payloads.runtime_of(payloads.dump_function(code)) == here
+    assert task(lambda: 1).code[0].runtime == here
+    assert task(statistics.mean).code[0].runtime == entrypoint("statistics:mean").code[0].runtime == ""

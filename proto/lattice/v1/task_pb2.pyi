@@ -359,6 +359,7 @@ class Function(google.protobuf.message.Message):
     RETURN_STYLE_FIELD_NUMBER: builtins.int
     CONCURRENCY_FIELD_NUMBER: builtins.int
     DISPLAY_NAME_FIELD_NUMBER: builtins.int
+    RUNTIME_FIELD_NUMBER: builtins.int
     digest: builtins.str
     """`sha256:` and the digest of the content, in lower-case hex. A caller that leaves `code` out names a function it
     sent before by this digest; one that sends code may leave it empty.
@@ -380,6 +381,10 @@ class Function(google.protobuf.message.Message):
     """How attempts share a process."""
     display_name: builtins.str
     """The function's name, for people."""
+    runtime: builtins.str
+    """What must run it: what `Node.runtime` says, or the beginning of that up to a blank or a dot. `python 3.11` for a
+    pickle that holds bytecode, which is of one version of Python. Empty when any will do.
+    """
     @property
     def source(self) -> Global___PythonSource:
         """Python source text that defines the function."""
@@ -396,9 +401,10 @@ class Function(google.protobuf.message.Message):
         return_style: Global___ReturnStyle.ValueType = ...,
         concurrency: Global___Concurrency.ValueType = ...,
         display_name: builtins.str = ...,
+        runtime: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["code", b"code", "entrypoint", b"entrypoint", "pickle", b"pickle", "source", b"source"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bundle_digest", b"bundle_digest", "call_style", b"call_style", "code", b"code", "concurrency", b"concurrency", "digest", b"digest", "display_name", b"display_name", "entrypoint", b"entrypoint", "pickle", b"pickle", "return_style", b"return_style", "source", b"source"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bundle_digest", b"bundle_digest", "call_style", b"call_style", "code", b"code", "concurrency", b"concurrency", "digest", b"digest", "display_name", b"display_name", "entrypoint", b"entrypoint", "pickle", b"pickle", "return_style", b"return_style", "runtime", b"runtime", "source", b"source"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["code", b"code"]) -> typing.Literal["pickle", "entrypoint", "source"] | None: ...
 
 Global___Function: typing_extensions.TypeAlias = Function

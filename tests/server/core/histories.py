@@ -31,6 +31,7 @@ ASYNC = Function("sha256:async", is_async=True, definition=None)
 OTHER = Function("sha256:other", is_async=False, definition=None)
 NAMED = Function("sha256:named", is_async=False, definition=None, entrypoint="package:call")
 FOREIGN = Function("sha256:foreign", is_async=False, definition=None, entrypoint="js/count")
+NEWER = Function("sha256:newer", is_async=False, definition=None, runtime="python 3.12")
 STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 LIMITS = {"db": 2, "api": 1}
 NODES = ["n1", "n2", "n3"]
@@ -89,7 +90,7 @@ def specs(draw: st.DrawFn) -> TaskSpec:
         attempt_timeout_s=draw(st.sampled_from([None, 1.0])),
         node_selector=draw(st.sampled_from([(), (), (("zone", "a"),)])),
     )
-    return replace(made, function=draw(st.sampled_from([SYNC, SYNC, SYNC, OTHER, ASYNC, NAMED, FOREIGN])))
+    return replace(made, function=draw(st.sampled_from([SYNC, SYNC, SYNC, OTHER, ASYNC, NAMED, FOREIGN, NEWER])))
 
 
 class DispatchHistories(RuleBasedStateMachine):
@@ -276,7 +277,9 @@ def worker(node_id: str, cpu: float, gpus: int, own: Sequence[str] = ()) -> Work
     devices = tuple(Gpu(index, "model", 8 * GIB) for index in range(gpus))
     capacity = Capacity(cpu, 4 * GIB, devices, slots=6, async_slots=4)
     labels = {"zone": "b" if node_id == "n2" else "a"}
-    return replace(hello(node_id), capacity=capacity, labels=labels, entrypoints=frozenset(own))
+    runtime = "python 3.12.1" if node_id == "n1" else "python 3.1.2"
+    more = {"labels": labels, "entrypoints": frozenset(own), "runtime": runtime}
+    return replace(hello(node_id), capacity=capacity, **more)
 
 
 def succeeded(lease: Assign, item: int, duration_s: float = 0.001) -> messages.AttemptSucceeded:

@@ -98,11 +98,12 @@ def ready(
     after: str = "",
     function: str = "sha256:sync",
     entrypoint: str = "",
+    runtime: str = "",
     split: tuple[str, ...] = (),
     **settings: Any,
 ) -> TaskReady:
     """Return that a task is ready, or will be `after` another."""
-    code = Function(function, is_async=False, definition=None, entrypoint=entrypoint)
+    code = Function(function, is_async=False, definition=None, entrypoint=entrypoint, runtime=runtime)
     spec = replace(task(task_id, **settings), function=code)
     inputs = {"x": OutputRef(after, "out")} if after else {}
     return TaskReady(run, spec, inputs, priority, after, tenant, split_outputs=split)

@@ -44,6 +44,22 @@ def test_a_name_of_pythons_form_may_be_another_workers_too() -> None:
     assert scene.leases["a"].session_id != scene.leases["b"].session_id
 
 
+@pytest.mark.parametrize("runtime", ["python", "python 3.11", "python 3.11.7", ""])
+def test_code_of_one_version_of_python_runs_there(runtime: str) -> None:
+    scene = Scene(node("new", runtime="python 3.12.1"), node("js", runtime="node 18.1", entrypoints=OWN))
+    if runtime.startswith("python 3"):
+        assert scene.tell(ready("a", runtime=runtime)) == []
+    assert scene.tell(node("old", runtime="python 3.11.7"), ready("b", runtime=runtime))[-1] == "b"
+
+
+@pytest.mark.parametrize("runtime", ["python 3.1", "python 3.11.70", "python 3.12", "node 18", "3.11"])
+def test_code_of_another_version_does_not(runtime: str) -> None:
+    scene = Scene(node(runtime="python 3.11.7"))
+    assert scene.tell(ready("a", runtime=runtime)) == []
+    reason = f"node 'n': it runs python 3.11.7, and the function is for {runtime}"
+    assert [found.message for found in scene.why("a")] == [reason]
+
+
 def test_it_is_impossible_when_nobody_has_it() -> None:
     scene = Scene(node("py"), node("js", entrypoints=OWN))
     nodes = list(scene.machine.nodes.values())

@@ -298,6 +298,19 @@ def test_a_function_named_by_an_unknown_digest_is_missing(idle: Caller) -> None:
     assert refusal.metadata == {"digest": "sha256:unknown"}
 
 
+def test_code_of_a_python_that_no_node_has_is_refused() -> None:
+    code = function()
+    code.runtime = "python 2.7"
+    spec = workflow_pb2.WorkflowSpec(functions={"work": code}, tasks=[task()])
+    with serving_aside(num_cpus=1) as address, calling(address) as caller:
+        ended = results_pb2.GetResultRequest(run_id=run(caller).run.run_id, wait=Duration(seconds=60))
+        caller.results.GetResult(ended)  # so the node is there
+        with refused(Code.FAILED_PRECONDITION, "UNSATISFIABLE_RESOURCES") as refusal:
+            caller.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=spec))
+    assert "it runs python 3" in refusal.message
+    assert "the function is for python 2.7" in refusal.message
+
+
 def test_a_bundle_named_by_an_unknown_digest_is_missing(idle: Caller) -> None:
     code = function()
     code.bundle_digest = "sha256:unknown"
