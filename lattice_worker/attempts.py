@@ -5,7 +5,6 @@ Rule: a lease that was taken ends in exactly one report, whatever happens to the
 
 import asyncio
 import time
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -149,8 +148,12 @@ class Attempts:
             runner = await self._pool.take(key)
         except OSError as error:
             failure = {"kind": "resources", "message": f"a process could not be started: {error}"}
-        except (MissingError, zipfile.BadZipFile) as error:
+        except MissingError as error:
             failure = {"kind": "payload", "message": str(error)}
+        except Exception as error:
+            # Such as a bundle that is no archive. Whatever it is, a lease that was taken has to end.
+            text = f"what it needs could not be made ready: {type(error).__name__}: {error}"
+            failure = {"kind": "payload", "message": text}
         if failure:
             self._starting.pop(assignment.lease_id, None)
             self._fail(assignment.lease_id, failure, len(assignment.attempts))

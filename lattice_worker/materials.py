@@ -67,7 +67,9 @@ class Materials:
 
     def drop(self, artifact_id: str) -> None:
         """Delete a large value that nobody needs any more."""
-        self._path(artifact_id).unlink(missing_ok=True)
+        # Whatever a server may ask for, only a value is deleted.
+        if (path := self._path(artifact_id)).is_file():
+            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete all large values: they were kept for a server that is gone."""
@@ -129,8 +131,13 @@ class Materials:
                 text = error.details() or error.code().name
                 if error.code() not in RETRIED:
                     raise MissingError(self._lost(artifact, text)) from None
-            except MissingError as error:
+            except (MissingError, OSError) as error:
                 text = str(error)
+            except asyncio.CancelledError:
+                # Its channel was closed along with the worker's stream; nobody has cancelled this.
+                if (task := asyncio.current_task()) is None or task.cancelling():
+                    raise
+                text = "the stream broke"
             finally:
                 part.unlink(missing_ok=True)
             if attempt + 1 < RETRIES:

@@ -36,23 +36,29 @@ class Pool:
     async def take(self, key: Key) -> Runner:
         """Return a runner that is free to run one more invocation."""
         if key.is_async:
-            shared = self._shared.get(key)
+            shared = self._usable(key)
             if shared is None:
-                shared = asyncio.ensure_future(self._start(key))
-                self._shared[key] = shared
+                shared = self._shared[key] = asyncio.ensure_future(self._start(key))
             return await asyncio.shield(shared)
         return self.take_idle(key) or await self._start(key)
 
     def take_idle(self, key: Key) -> Runner | None:
         """Return a free runner without waiting, or None."""
         if key.is_async:
-            shared = self._shared.get(key)
-            return shared.result() if shared is not None and shared.done() and not shared.exception() else None
+            shared = self._usable(key)
+            return shared.result() if shared is not None and shared.done() else None
         idle = self._idle.get(key, [])
         while idle:
             if (runner := idle.pop()).is_fit:
                 return runner
         return None
+
+    def _usable(self, key: Key) -> asyncio.Future[Runner] | None:
+        """Return the shared runner of a key, or the one that is being started; none that failed or is being killed."""
+        shared = self._shared.get(key)
+        if shared is not None and shared.done() and (shared.exception() or not shared.result().is_fit):
+            return None
+        return shared
 
     def close(self) -> None:
         """Kill every runner."""
@@ -106,6 +112,8 @@ class Pool:
         self._all.discard(runner)
         self.sweep()
         if runner.key.is_async:
-            self._shared.pop(runner.key, None)
+            shared = self._shared.get(runner.key)
+            if shared is not None and shared.done() and not shared.exception() and shared.result() is runner:
+                del self._shared[runner.key]
         elif runner in (idle := self._idle.get(runner.key, [])):
             idle.remove(runner)

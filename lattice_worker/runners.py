@@ -85,14 +85,35 @@ class Runner(asyncio.Protocol):
         self._oom_kills = oom_kills()
 
     async def start(self) -> None:
-        """Start the process."""
+        """Start the process. Raises OSError, and leaves nothing behind then."""
+        with contextlib.ExitStack() as undo:
+            await self._start(undo)
+            undo.pop_all()
+
+    async def _start(self, undo: contextlib.ExitStack) -> None:
         ours, theirs = socket.socketpair()
-        out_read, out_write = os.pipe()
-        err_read, err_write = os.pipe()
-        self._claim_read, self._claim_write = os.pipe()
-        for descriptor in (self._claim_read, self._claim_write):
-            os.set_blocking(descriptor, False)
+        undo.callback(ours.close)
+        undo.callback(self.kill)
+        with theirs, contextlib.ExitStack() as done:
+            out_read, out_write = _pipe(undo, done)
+            err_read, err_write = _pipe(undo, done)
+            self._claim_read, self._claim_write = _pipe(undo, undo)
+            for descriptor in (self._claim_read, self._claim_write):
+                os.set_blocking(descriptor, False)
+            self._process = await self._spawn(theirs.fileno(), out_write, err_write)
         loop = asyncio.get_running_loop()
+        self._control = ours
+        ours.setblocking(False)
+        transport, _ = await loop.create_connection(lambda: self, sock=ours)
+        self._writer = transport
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._raw = {out_read: ("stdout", decoder("replace")), err_read: ("stderr", decoder("replace"))}
+        for descriptor in self._raw:
+            os.set_blocking(descriptor, False)
+            loop.add_reader(descriptor, self._on_raw, descriptor)
+        self._watcher = loop.create_task(self._watch())
+
+    async def _spawn(self, control: int, out: int, err: int) -> asyncio.subprocess.Process:
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -102,35 +123,20 @@ class Runner(asyncio.Protocol):
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.key.gpu_indices))
         # The order in which the indices were counted; CUDA's own puts the fastest first.
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                str(CHILD),
-                str(theirs.fileno()),
-                str(self._claim_read),
-                "async" if self.key.is_async else "process",
-                str(os.getpid()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=out_write,
-                stderr=err_write,
-                pass_fds=[theirs.fileno(), self._claim_read],
-                env=environment,
-                start_new_session=True,
-            )
-        finally:
-            for descriptor in (out_write, err_write):
-                os.close(descriptor)
-            theirs.close()
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self._raw = {out_read: ("stdout", decoder("replace")), err_read: ("stderr", decoder("replace"))}
-        for descriptor in self._raw:
-            os.set_blocking(descriptor, False)
-            loop.add_reader(descriptor, self._on_raw, descriptor)
-        self._control = ours
-        ours.setblocking(False)
-        transport, _ = await loop.create_connection(lambda: self, sock=ours)
-        self._writer = transport
-        self._watcher = loop.create_task(self._watch())
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(CHILD),
+            str(control),
+            str(self._claim_read),
+            "async" if self.key.is_async else "process",
+            str(os.getpid()),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            pass_fds=[control, self._claim_read],
+            env=environment,
+            start_new_session=True,
+        )
 
     def when_ready(self, call: Callable[[], None]) -> None:
         """Call once the process has started up and can run something; at once when it has."""
@@ -314,6 +320,14 @@ class Runner(asyncio.Protocol):
         for invocation in running.values():
             answer = invocation.ending or _crash(status, is_alone=len(running) == 1, by_kernel=by_kernel)
             invocation.on_end(answer, [])
+
+
+def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[int, int]:
+    """Return a pipe whose ends are closed by these."""
+    read, write = os.pipe()
+    reading.callback(os.close, read)
+    writing.callback(os.close, write)
+    return read, write
 
 
 def kill_tree(pid: int) -> None:

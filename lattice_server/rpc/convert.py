@@ -1,5 +1,6 @@
 """Owns the translation between protobuf and the core, as pairs of functions. Rule: it checks form, no more."""
 
+import re
 from collections.abc import Mapping
 
 from google.protobuf.duration_pb2 import Duration
@@ -24,6 +25,8 @@ from lattice_server.core.model import (
 )
 
 JSON = "application/json"
+# What every store can call a file.
+FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\x00-\x1f\x7f]{1,255}")
 
 ISOLATION_FROM_PROTO = {
     resources_pb2.ISOLATION_UNSPECIFIED: Isolation.NONE,
@@ -80,14 +83,22 @@ def payload_from_proto(message: payload_pb2.Payload, field: str, inline_limit_by
                 raise invalid_field(f"{field}.media_type", "bytes need a media type")
             content, size = message.data, len(message.data)
         case "artifact":
-            artifact = message.artifact
-            content, size = Artifact(artifact.artifact_id, artifact.size_bytes, artifact.node_id), 0
+            content, size = artifact_from_proto(message.artifact, f"{field}.artifact"), 0
         case _:
             raise invalid_field(field, "a payload needs json, data or artifact")
     if size > inline_limit_bytes:
         text = f"{field}: {size} bytes inline, the limit is {inline_limit_bytes}; store it with WriteArtifact"
         raise ExhaustedError("PAYLOAD_TOO_LARGE", text, metadata={"field": field})
     return Payload(message.media_type or JSON, content)
+
+
+def artifact_from_proto(message: payload_pb2.Artifact, field: str) -> Artifact:
+    """Check and return a reference to a large value. Raises InvalidError."""
+    if not FILE_NAME.fullmatch(message.artifact_id):
+        raise invalid_field(f"{field}.artifact_id", "must be the name of a file: up to 255 characters, no slash")
+    if message.size_bytes < 0:
+        raise invalid_field(f"{field}.size_bytes", "must not be negative")
+    return Artifact(message.artifact_id, message.size_bytes, message.node_id)
 
 
 def payload_to_proto(payload: Payload) -> payload_pb2.Payload:

@@ -32,6 +32,12 @@ NESTED = Binding(list=payload_pb2.BindingList(items=[value("1"), Binding()]))
 MAPPED = Binding(map=payload_pb2.BindingMap(entries={"k": Binding()}))
 
 
+def stored(artifact_id: str, size_bytes: int = 1) -> Binding:
+    """Return a binding to a large value."""
+    artifact = payload_pb2.Artifact(artifact_id=artifact_id, size_bytes=size_bytes, node_id="n")
+    return Binding(payload=payload_pb2.Payload(artifact=artifact))
+
+
 @pytest.mark.parametrize(
     ("bad", "field"),
     [
@@ -43,6 +49,11 @@ MAPPED = Binding(map=payload_pb2.BindingMap(entries={"k": Binding()}))
         (task(inputs={"x": Binding()}), 'tasks[0].inputs["x"]'),
         (task(inputs={"x": Binding(payload=NOTHING)}), 'tasks[0].inputs["x"]'),
         (task(inputs={"x": Binding(payload=BARE_BYTES)}), 'tasks[0].inputs["x"].media_type'),
+        (task(inputs={"x": stored("")}), 'tasks[0].inputs["x"].artifact.artifact_id'),
+        (task(inputs={"x": stored("..")}), 'tasks[0].inputs["x"].artifact.artifact_id'),
+        (task(inputs={"x": stored("a/b")}), 'tasks[0].inputs["x"].artifact.artifact_id'),
+        (task(inputs={"x": stored("a" * 256)}), 'tasks[0].inputs["x"].artifact.artifact_id'),
+        (task(inputs={"x": stored("a", -1)}), 'tasks[0].inputs["x"].artifact.size_bytes'),
         (task(inputs={"x": NESTED}), 'tasks[0].inputs["x"][1]'),
         (task(inputs={"x": MAPPED}), 'tasks[0].inputs["x"]["k"]'),
         (task(resources=Resources(cpu=-1)), "tasks[0].resources"),

@@ -1,0 +1,39 @@
+"""The pool of runners when processes cannot be started."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from lattice_worker.pool import Pool
+from lattice_worker.runners import Key
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_could_not_be_started_leaves_nothing_behind_and_is_tried_again(
+    is_async: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        pool, key = Pool(spare=1), Key(is_async=is_async)
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", str(tmp_path / "missing"))
+            before = descriptors()
+            for _ in range(3):
+                with pytest.raises(FileNotFoundError):
+                    await pool.take(key)
+            assert pool.take_idle(key) is None
+            assert descriptors() == before
+        runner = await pool.take(key)
+        assert runner.is_fit
+        pool.close()
+        assert pool.take_idle(key) is None
+        assert (await pool.take(key)).is_fit
+        pool.close()
+
+    asyncio.run(scenario())
