@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from lattice.v1 import worker_pb2
 
 from lattice_server.config import ServerConfig
@@ -76,8 +77,8 @@ class Machines:
         )
 
     async def _read(self, node_id: str, requests: Requests, membership: Membership) -> None:
-        """Read until the stream breaks, ends or falls silent."""
-        with contextlib.suppress(grpc.RpcError, TimeoutError, StopAsyncIteration):
+        """Read until the stream breaks, ends, falls silent or cannot be read."""
+        with contextlib.suppress(grpc.RpcError, TimeoutError, StopAsyncIteration, DecodeError):
             while True:
                 async with asyncio.timeout(self._config.silence_limit_s):
                     request = await anext(requests)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import grpc
+from google.protobuf.message import DecodeError
 from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_server.config import ServerConfig
@@ -21,9 +22,9 @@ from lattice_server.engine.sessions import Connection, Sessions
 from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
 from lattice_server.rpc.assignments import responses
-from lattice_server.rpc.authentication import CONNECT, Authentication
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.intake import Intake
+from lattice_server.rpc.interceptors import unreadable
 from lattice_server.rpc.machines import Machines
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         server_id: str,
         describe: Callable[[], Awaitable[worker_pb2.GetClusterResponse]],
         check_possible: Callable[[Sequence[TaskSpec]], None],
-        authentication: Authentication | None,
     ) -> None:
         self._config = config
         self._bus = bus
@@ -62,7 +62,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._server_id = server_id
         self._describe = describe
         self._check_possible = check_possible
-        self._authentication = authentication
 
     def close_all(self) -> None:
         """Tell every worker that the server stops, and those that dial again as well."""
@@ -76,11 +75,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.ConnectResponse]:
         """Serve one worker's stream."""
         requests = aiter(request_iterator)
-        first = await anext(requests, None)
-        if first is None:
-            return
+        try:
+            first = await anext(requests, None)
+            if first is None:
+                return
+            refusal = self._refusal(first)
+        except DecodeError as error:
+            first, refusal = worker_pb2.ConnectRequest(), protocol_error(unreadable(error))
         hello = first.hello
-        refusal = self._rejection(context) or self._refusal(first)
         if refusal is None and self._is_stopping:
             refusal = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_SHUTDOWN, message="the server stops")
         if refusal is not None:
@@ -117,14 +119,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def _detached(self, session_id: str, silent_s: float) -> None:
         self._bus.post([messages.WorkerDetached(session_id, silent_s)])
 
-    def _rejection(self, context: Context) -> worker_pb2.Close | None:
-        if self._authentication is not None:
-            try:
-                self._authentication.check_call(CONNECT, context)
-            except LatticeError as error:
-                return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=error.message)
-        return None
-
     def _refusal(self, first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:
         is_hello = first.WhichOneof("message") == "hello" and first.hello.worker_id and first.hello.node_id
         is_join = first.WhichOneof("message") == "join" and first.join.node_id
@@ -152,6 +146,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                         pass
         except grpc.RpcError as error:
             log.debug("the stream of worker %s broke: %s", connection.worker_id, error)
+        except DecodeError as error:
+            connection.send(messages.CloseSession("", "PROTOCOL_ERROR", unreadable(error).message))
+            # Nothing more can be read; the worker hangs up when it has read why.
+            await asyncio.sleep(HANG_UP_S)
         finally:
             connection.close()
 
@@ -246,6 +244,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         )
 
 
+def protocol_error(error: LatticeError) -> worker_pb2.Close:
+    """Return the last word to a worker or a machine that says what it must not."""
+    return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_PROTOCOL_ERROR, message=error.message)
+
+
 def _hello_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHello:
     return messages.WorkerHello(
         worker_id=hello.worker_id,
@@ -304,7 +307,7 @@ async def _chunks(requests: AsyncIterator[worker_pb2.UploadArtifactRequest]) -> 
 
 
 async def _drain(requests: AsyncIterator[worker_pb2.ConnectRequest]) -> None:
-    with contextlib.suppress(TimeoutError, grpc.RpcError):
+    with contextlib.suppress(TimeoutError, grpc.RpcError, DecodeError):
         async with asyncio.timeout(HANG_UP_S):
             async for _ in requests:
                 pass

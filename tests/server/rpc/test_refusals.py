@@ -409,3 +409,27 @@ def ask(caller: Caller, call: str, request: Any) -> None:
     answer = getattr(getattr(caller, service), method)(request)
     if hasattr(answer, "__next__"):
         list(answer)
+
+
+NOT_A_MESSAGE = b"\xff"
+NOT_TEXT = b"\x0a\x01\xff"  # a text in field 1 that is not UTF-8
+
+
+@pytest.mark.parametrize("data", [NOT_A_MESSAGE, NOT_TEXT])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "WorkflowService/GetRun",
+        "WorkflowService/ExecuteWorkflow",
+        "ResultsService/WatchRun",
+        "WorkerService/UploadArtifact",
+    ],
+)
+def test_what_cannot_be_read_is_refused_and_not_logged(
+    idle: Caller, method: str, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = idle.channel.stream_stream(f"/lattice.v1.{method}")
+    with refused(Code.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+        list(stub(iter([data]), timeout=30))
+    assert list(refusal.violations) == ["request"]
+    assert not caplog.records

@@ -153,6 +153,25 @@ def test_whoever_may_not_join_is_told_so_in_band(message: dict[str, Any], reason
     play(scenario)
 
 
+@pytest.mark.parametrize("is_welcome", [False, True])
+def test_a_worker_that_cannot_be_understood_is_told_so_in_band(
+    is_welcome: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(head: Scene) -> None:
+        call = head.channel.stream_stream("/lattice.v1.WorkerService/Connect")()
+        if is_welcome:
+            await call.write(worker_pb2.ConnectRequest(hello=head.hello()).SerializeToString())
+            assert worker_pb2.ConnectResponse.FromString(await call.read()).HasField("welcome")
+        await call.write(b"\xff")
+        close = worker_pb2.ConnectResponse.FromString(await call.read()).close
+        assert close.reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
+        assert "ConnectRequest" in close.message
+        call.cancel()
+
+    play(scenario)
+    assert not caplog.records
+
+
 def test_work_goes_out_with_its_code_once_and_comes_back() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
