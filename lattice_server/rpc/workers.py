@@ -22,7 +22,7 @@ from lattice_server.engine.sessions import Connection, Sessions
 from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
 from lattice_server.rpc.assignments import responses
-from lattice_server.rpc.context import Context
+from lattice_server.rpc.context import Context, whole
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.interceptors import unreadable
 from lattice_server.rpc.machines import Machines
@@ -194,7 +194,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request_iterator: AsyncIterator[worker_pb2.UploadArtifactRequest], context: Context
     ) -> worker_pb2.UploadArtifactResponse:
         """Take an artifact somebody reads from the node that has it."""
-        requests = aiter(request_iterator)
+        requests = aiter(whole(request_iterator, context))
         first = await anext(requests, None)
         transfer_id = "" if first is None else first.transfer_id
         await self._transfers.take(transfer_id, _chunks(requests))

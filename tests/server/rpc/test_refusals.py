@@ -192,6 +192,7 @@ def test_a_bundle_whose_digest_is_not_its_own_is_refused(idle: Caller) -> None:
         ("workflows.ListWorkflows", workflow_pb2.ListWorkflowsRequest(page_token="-1"), "page_token"),
         ("results.WatchRun", results_pb2.WatchRunRequest(run_id="any", after_sequence=-1), "after_sequence"),
         ("results.ReadArtifact", results_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=-1), "offset"),
+        ("results.ReadArtifact", results_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=2**63 - 1), "offset"),
     ],
 )
 def test_a_malformed_question_is_refused_by_its_field(idle: Caller, call: str, request_: Any, field: str) -> None:

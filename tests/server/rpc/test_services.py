@@ -3,14 +3,25 @@
 import asyncio
 import contextlib
 import hashlib
+from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from lattice.v1 import errors_pb2, payload_pb2, results_pb2, run_pb2, task_pb2, worker_pb2, workflow_pb2
+from lattice.v1 import (
+    errors_pb2,
+    payload_pb2,
+    results_pb2,
+    results_pb2_grpc,
+    run_pb2,
+    task_pb2,
+    worker_pb2,
+    workflow_pb2,
+)
 
+from lattice_server.engine.ports import Contact
 from lattice_server.rpc.server import PortInUseError
 from tests.server.apps import NoWorkers, build, serving, serving_aside
 from tests.server.rpc.callers import (
@@ -258,6 +269,32 @@ def test_an_artifact_is_written_and_read_from_any_offset(idle: Caller) -> None:
     for offset in (0, 1, 1_048_576, len(data) - 1, len(data), len(data) + 5):
         request = results_pb2.ReadArtifactRequest(artifact_id=artifact.artifact_id, offset=offset)
         assert b"".join(chunk.data for chunk in idle.results.ReadArtifact(request)) == data[offset:]
+
+
+def test_nothing_stays_of_an_artifact_whose_writing_broke_off() -> None:
+    class Beside(NoWorkers):
+        async def start(self, contact: Contact, post: object) -> None:
+            self.store = Path(contact.local_target.removeprefix("unix:")).parent
+
+        def artifacts(self) -> list[Path]:
+            return [path for path in self.store.iterdir() if len(path.name) == 32]
+
+    async def scenario() -> None:
+        beside = Beside()
+        async with (
+            asyncio.timeout(60),
+            serving(beside) as app,
+            grpc.aio.insecure_channel(app.address) as channel,
+        ):
+            writing = results_pb2_grpc.ResultsServiceStub(channel).WriteArtifact()
+            await writing.write(results_pb2.WriteArtifactRequest(data=b"x"))
+            while not beside.artifacts():
+                await asyncio.sleep(0.01)
+            writing.cancel()
+            while beside.artifacts():
+                await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("size", [1_000_000, 1, 0])

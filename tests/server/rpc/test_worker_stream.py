@@ -344,6 +344,95 @@ def test_a_worker_that_wants_to_leave_is_let_go() -> None:
     play(scenario)
 
 
+ARTIFACT = "ab" * 16
+CHUNK = worker_pb2.UploadArtifactRequest(data=b"12345")
+
+
+async def sending(head: Scene, size_bytes: int = 10) -> tuple[Hand, Any, Any]:
+    """Have a worker make a value that stays with it, and a client read it; return the worker, the reading and the
+    upload it is asked for."""
+    hand, _ = await head.hand()
+    run_id = await head.run("a")
+    lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+    artifact = payload_pb2.Artifact(artifact_id=ARTIFACT, size_bytes=size_bytes, node_id="n")
+    made = payload_pb2.Payload(media_type="application/octet-stream", artifact=artifact)
+    await hand.report(1, lease_id, succeeded={"outputs": {"out": made}})
+    await head.result(run_id)
+    reading = head.results.ReadArtifact(results_pb2.ReadArtifactRequest(artifact_id=ARTIFACT))
+    transfer_id = (await hand.hear("send_artifact")).transfer_id
+    upload = head.workers.UploadArtifact()
+    await upload.write(worker_pb2.UploadArtifactRequest(transfer_id=transfer_id))
+    return hand, reading, upload
+
+
+async def read(reading: Any) -> bytes:
+    return b"".join([response.data async for response in reading])
+
+
+def test_a_value_that_stayed_with_its_worker_is_read_through_the_head() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, reading, upload = await sending(head)
+        for _ in range(2):
+            await upload.write(CHUNK)
+        await upload.done_writing()
+        assert await read(reading) == b"1234512345"
+        await upload
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_an_upload_that_breaks_off_is_not_taken_for_the_value() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, reading, upload = await sending(head)
+        await upload.write(CHUNK)
+        assert (await reading.read()).data == CHUNK.data
+        upload.cancel()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reading.read()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_other_bytes_than_were_reported_are_not_taken_for_the_value(count: int) -> None:
+    async def scenario(head: Scene) -> None:
+        hand, reading, upload = await sending(head)
+        for _ in range(count):
+            await upload.write(CHUNK)
+        await upload.done_writing()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read(reading)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert "has not the 10 bytes" in str(caught.value.details())
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("count", [0, 100])
+def test_an_upload_ends_when_its_reader_has_left(count: int) -> None:
+    async def scenario(head: Scene) -> None:
+        hand, reading, upload = await sending(head, size_bytes=count * 2**20 + 10)
+        await upload.write(CHUNK)
+        await reading.read()
+
+        async def more() -> None:
+            for _ in range(count):  # more than lies on the way to a reader who does not read
+                await upload.write(worker_pb2.UploadArtifactRequest(data=bytes(2**20)))
+
+        writing = asyncio.create_task(more())
+        await asyncio.wait({writing}, timeout=0.2)
+        reading.cancel()
+        await upload
+        await asyncio.wait({writing})
+        hand.hang_up()
+
+    play(scenario)
+
+
 def test_workers_are_told_that_the_head_stops() -> None:
     hands: list[Hand] = []
 
