@@ -81,6 +81,8 @@ def payload_from_proto(message: payload_pb2.Payload, field: str, inline_limit_by
             content, size = message.data, len(message.data)
         case "artifact":
             artifact = message.artifact
+            if artifact.size_bytes < 0:
+                raise invalid_field(f"{field}.artifact.size_bytes", "must not be negative")
             content, size = Artifact(artifact.artifact_id, artifact.size_bytes, artifact.node_id), 0
         case _:
             raise invalid_field(field, "a payload needs json, data or artifact")

@@ -13,7 +13,7 @@ from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_server.config import ServerConfig
 from lattice_server.core import messages
-from lattice_server.core.errors import LatticeError, NotFoundError, invalid_field
+from lattice_server.core.errors import InvalidError, LatticeError, NotFoundError
 from lattice_server.core.leases import NodeState, NodeView
 from lattice_server.core.model import Failure, FailureKind, TaskSpec
 from lattice_server.engine.bus import MessageBus
@@ -26,6 +26,7 @@ from lattice_server.rpc.context import Context, whole
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.interceptors import unreadable
 from lattice_server.rpc.machines import Machines
+from lattice_server.rpc.offers import check_first, deadline_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -75,16 +76,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.ConnectResponse]:
         """Serve one worker's stream."""
         requests = aiter(request_iterator)
+        # Whoever is beside the head shares its store.
+        is_beside = context.peer().startswith("unix:")
+        first: worker_pb2.ConnectRequest | None = worker_pb2.ConnectRequest()
+        refusal: worker_pb2.Close | None
         try:
             first = await anext(requests, None)
-            if first is None:
-                return
-            refusal = self._refusal(first)
         except DecodeError as error:
-            first, refusal = worker_pb2.ConnectRequest(), protocol_error(unreadable(error))
-        hello = first.hello
-        if refusal is None and self._is_stopping:
-            refusal = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_SHUTDOWN, message="the server stops")
+            refusal = protocol_error(unreadable(error))
+        else:
+            refusal = None if first is None else self._refusal(first, is_beside)
+        if first is None:
+            return
         if refusal is not None:
             yield worker_pb2.ConnectResponse(close=refusal)
             await _drain(requests)
@@ -94,8 +97,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 async for response in served:
                     yield response
             return
-        # Whoever is beside the head shares its store.
-        connection = Connection(hello.worker_id, hello.node_id, context.peer().startswith("unix:"))
+        hello = first.hello
+        connection = Connection(hello.worker_id, hello.node_id, is_beside)
         if (task := asyncio.current_task()) is not None:
             connection.abort = task.cancel
         self._sessions.greet(connection)
@@ -119,15 +122,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def _detached(self, session_id: str, silent_s: float) -> None:
         self._bus.post([messages.WorkerDetached(session_id, silent_s)])
 
-    def _refusal(self, first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:
-        is_hello = first.WhichOneof("message") == "hello" and first.hello.worker_id and first.hello.node_id
-        is_join = first.WhichOneof("message") == "join" and first.join.node_id
-        if not is_hello and not is_join:
-            text = "the first message must be Hello with worker_id and node_id, or Join with node_id"
-            return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_PROTOCOL_ERROR, message=text)
-        if is_hello and self._machines.has_given_up(first.hello.worker_id):
+    def _refusal(self, first: worker_pb2.ConnectRequest, is_beside: bool) -> worker_pb2.Close | None:
+        try:
+            check_first(first, is_beside=is_beside)
+        except LatticeError as error:
+            return protocol_error(error)
+        if first.WhichOneof("message") == "hello" and self._machines.has_given_up(first.hello.worker_id):
             text = f"worker {first.hello.worker_id} was away for too long, and another is to take its place"
             return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_LOST, message=text)
+        if self._is_stopping:
+            return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_SHUTDOWN, message="the server stops")
         return None
 
     async def _read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
@@ -146,9 +150,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                         pass
         except grpc.RpcError as error:
             log.debug("the stream of worker %s broke: %s", connection.worker_id, error)
-        except DecodeError as error:
-            connection.send(messages.CloseSession("", "PROTOCOL_ERROR", unreadable(error).message))
-            # Nothing more can be read; the worker hangs up when it has read why.
+        except (DecodeError, InvalidError) as error:
+            text = error.message if isinstance(error, InvalidError) else unreadable(error).message
+            connection.send(messages.CloseSession("", "PROTOCOL_ERROR", text))
+            # Nothing more is read; the worker hangs up when it has read why.
             await asyncio.sleep(HANG_UP_S)
         finally:
             connection.close()
@@ -214,8 +219,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         shown = self._node(node)
         shown.state = worker_pb2.NODE_STATE_DRAINING
         deadline_s = deadline_from_proto(request)
-        if deadline_s is not None and deadline_s < 0:
-            raise invalid_field("deadline", "must not be negative")
         self._bus.post([messages.DrainRequested(request.node_id, deadline_s)])
         return worker_pb2.DrainNodeResponse(node=shown)
 
@@ -273,15 +276,12 @@ def _report_event(report: worker_pb2.Report, session_id: str) -> messages.Schedu
     named = (session_id, report.lease_id, report.item)
     match report.WhichOneof("fact"):
         case "succeeded":
-            outputs = {
-                name: convert.payload_from_proto(payload, name, NO_LIMIT)
-                for name, payload in report.succeeded.outputs.items()
-            }
-            split = {
-                name: [convert.payload_from_proto(item, name, NO_LIMIT) for item in items.items]
-                for name, items in report.succeeded.split.items()
-            }
-            return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(report.succeeded.duration), split)
+            try:
+                return _success_event(report.succeeded, named)
+            except InvalidError as error:
+                # Its sequence number is taken: what it means must not get lost, nor what came with it.
+                text = f"the worker reported a success that cannot be read: {error.message}"
+                return messages.AttemptFailed(*named, Failure(FailureKind.PAYLOAD, text))
         case "started":
             return messages.AttemptStarted(*named)
         case "failed":
@@ -296,9 +296,16 @@ def _report_event(report: worker_pb2.Report, session_id: str) -> messages.Schedu
             return None
 
 
-def deadline_from_proto(message: worker_pb2.Draining | worker_pb2.DrainNodeRequest) -> float | None:
-    """Return how long what runs may still run, in seconds; None when it may finish."""
-    return convert.seconds_from(message.deadline) if message.HasField("deadline") else None
+def _success_event(succeeded: worker_pb2.AttemptSucceeded, named: tuple[str, str, int]) -> messages.AttemptSucceeded:
+    outputs = {
+        name: convert.payload_from_proto(payload, f'outputs["{name}"]', NO_LIMIT)
+        for name, payload in succeeded.outputs.items()
+    }
+    split = {
+        name: [convert.payload_from_proto(item, f'split["{name}"]', NO_LIMIT) for item in items.items]
+        for name, items in succeeded.split.items()
+    }
+    return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(succeeded.duration), split)
 
 
 async def _chunks(requests: AsyncIterator[worker_pb2.UploadArtifactRequest]) -> AsyncIterator[bytes | None]:

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import (
+    errors_pb2,
     payload_pb2,
     resources_pb2,
     results_pb2,
@@ -170,6 +171,103 @@ def test_a_worker_that_cannot_be_understood_is_told_so_in_band(
 
     play(scenario)
     assert not caplog.records
+
+
+NAN = float("nan")
+GPUS = {"gpus": [{"index": 0}, {"index": 0}]}
+
+
+@pytest.mark.parametrize(
+    ("offer", "field"),
+    [
+        ({"node_id": "n" * 129}, "node_id"),
+        ({"node_id": "a\nb"}, "node_id"),
+        ({"node_id": "\x1b[2J"}, "node_id"),
+        ({"node_id": "head"}, "node_id"),
+        ({"capacity": {"cpu": NAN}}, "capacity.cpu"),
+        ({"capacity": {"cpu": float("inf")}}, "capacity.cpu"),
+        ({"capacity": {"cpu": -1}}, "capacity.cpu"),
+        ({"capacity": {"memory_bytes": -1}}, "capacity.memory_bytes"),
+        ({"capacity": {"slots": -1}}, "capacity.slots"),
+        ({"capacity": {"async_slots": -1}}, "capacity.async_slots"),
+        ({"capacity": GPUS}, "capacity.gpus[1].index"),
+        ({"capacity": {"gpus": [{"index": -1}]}}, "capacity.gpus[0].index"),
+        ({"capacity": {"gpus": [{"memory_bytes": -1}]}}, "capacity.gpus[0].memory_bytes"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["hello", "join"])
+def test_an_offer_nobody_could_count_with_is_refused_by_its_field(kind: str, offer: dict[str, Any], field: str) -> None:
+    async def scenario(head: Scene) -> None:
+        hand = Hand(head.channel)
+        named = {"node_id": "n"} | ({"worker_id": "w"} if kind == "hello" else {})
+        await hand.say(**{kind: named | offer})
+        close = await hand.hear("close")
+        assert close.reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
+        assert close.message.startswith(f"{kind}.{field}: ")
+        assert not (await head.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        ({}, 'outputs["out"]'),
+        ({"data": b"x"}, 'outputs["out"].media_type'),
+        ({"media_type": "x/y", "artifact": {"size_bytes": -1}}, 'outputs["out"].artifact.size_bytes'),
+    ],
+)
+def test_a_success_that_cannot_be_read_fails_the_task_and_loses_nothing_else(
+    payload: dict[str, Any], field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(capacity=resources_pb2.Capacity(cpu=2, slots=2))
+        run_ids = [await head.run("a"), await head.run("a")]
+        lease_ids: list[str] = []
+        while len(lease_ids) < 2:
+            lease_ids += [assigned.lease_id for assigned in (await hand.hear("assignments")).assignments]
+        unreadable = worker_pb2.AttemptSucceeded(outputs={"out": payload_pb2.Payload(**payload)})
+        facts = zip(lease_ids, (succeeded(), unreadable), strict=True)
+        reports = [Report(sequence=n, lease_id=lease, succeeded=fact) for n, (lease, fact) in enumerate(facts, 1)]
+        await hand.say(reports=worker_pb2.Reports(reports=reports))
+        good, bad = [await head.result(run_id) for run_id in run_ids]
+        assert good.state == run_pb2.RUN_STATE_SUCCEEDED
+        assert (bad.state, bad.failure.kind) == (run_pb2.RUN_STATE_FAILED, errors_pb2.FAILURE_KIND_PAYLOAD)
+        assert field in bad.failure.message
+        hand.hang_up()
+
+    play(scenario)
+    assert not caplog.records
+
+
+def test_a_deadline_before_now_is_refused_in_band() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        await hand.say(draining={"deadline": Duration(seconds=-1)})
+        close = await hand.hear("close")
+        assert (close.reason, close.message) == (
+            worker_pb2.CLOSE_REASON_PROTOCOL_ERROR,
+            "deadline: must not be negative",
+        )
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_a_deadline_in_ages_is_one_in_a_month() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        await head.run("a")
+        await hand.hear("assignments")
+        ages = Duration(seconds=2**63 - 1)
+        await head.workers.DrainNode(worker_pb2.DrainNodeRequest(node_id="n", deadline=ages))
+        assert (await hand.hear("drain")).deadline == Duration(seconds=30 * 24 * 3600)
+        await hand.say(draining={"deadline": ages})
+        assert (await hand.hear("drain")).deadline == Duration(seconds=30 * 24 * 3600)
+        hand.hang_up()
+
+    play(scenario)
 
 
 def test_work_goes_out_with_its_code_once_and_comes_back() -> None:
