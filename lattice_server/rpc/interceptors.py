@@ -111,7 +111,8 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
         self, ex: Exception, request_or_iterator: Any, context: Context, method_name: str
     ) -> NoReturn:
         """Abort the RPC with the status of `ex`."""
-        if isinstance(ex, grpc.aio.AbortError):
+        if isinstance(ex, grpc.aio.AbortError | grpc.aio.InternalError):
+            # The call is over: by somebody's decision, or because the caller has left.
             raise ex
         if isinstance(ex, DecodeError):
             ex = unreadable(ex)

@@ -1,6 +1,7 @@
 """Builds the gRPC servers: services, health, reflection, interceptors. Rule: a port belongs to one server."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,17 @@ SERVICE_NAMES = (
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
 )
 HANDSHAKE_MS = 10_000
+
+
+class _WithoutWhoLeft(logging.Filter):
+    """Leaves out the traceback that grpcio logs for each caller who leaves while it is written to."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log something. The class of what was raised can be had by its name only."""
+        return record.exc_info is None or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_WithoutWhoLeft())
 
 
 class PortInUseError(Exception):

@@ -350,3 +350,20 @@ def test_a_port_belongs_to_one_server() -> None:
                 await refused.start()
 
     asyncio.run(second())
+
+
+def test_nothing_is_logged_of_readers_that_leave_in_the_middle(caplog: pytest.LogCaptureFixture) -> None:
+    chunk = results_pb2.WriteArtifactRequest(data=bytes(2**20))
+    with serving_aside(NoWorkers()) as address, calling(address) as caller:
+        # More than fits on the way to a reader: the server comes to wait until it can write.
+        artifact = caller.results.WriteArtifact(iter([chunk] * 50)).artifact
+        request = results_pb2.ReadArtifactRequest(artifact_id=artifact.artifact_id)
+        with calling(address) as leaving:
+            readings = [leaving.results.ReadArtifact(request) for _ in range(5)]
+            for reading in readings:
+                next(reading)
+            for _ in range(100):
+                caller.workers.ListNodes(worker_pb2.ListNodesRequest())
+            for reading in readings:
+                reading.cancel()
+    assert not caplog.records
