@@ -412,6 +412,19 @@ def test_the_newest_life_of_a_worker_counts_and_the_older_one_is_closed() -> Non
     play(scenario)
 
 
+def test_whoever_loses_its_node_to_another_worker_is_told_to_which() -> None:
+    async def scenario(head: Scene) -> None:
+        older, _ = await head.hand()
+        newer, _ = await head.hand(worker_id="other", hostname="elsewhere")
+        close = await older.hear("close")
+        assert close.reason == worker_pb2.CLOSE_REASON_SUPERSEDED
+        assert close.message == "worker 'other' on host 'elsewhere' serves node 'n' now"
+        older.hang_up()
+        newer.hang_up()
+
+    play(scenario)
+
+
 def test_a_drained_worker_finishes_what_it_has_and_is_let_go() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
