@@ -13,6 +13,7 @@ from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context, whole
 from lattice_server.rpc.events import event_to_proto, final_tasks_to_proto, run_to_proto
+from lattice_server.rpc.parts import in_parts
 from lattice_server.rpc.waiting import wait_from_proto
 
 MAX_OFFSET = 1 << 62  # No file is as long, and the operating system refuses to go much further.
@@ -38,9 +39,12 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
             last = batch[-1].sequence
             complete = entry.log.is_complete and last == len(entry.log.events)
             shown = [event for event in batch if _is_wanted(event, wanted, request.exclude_logs)]
+            # The last part closes the batch; one without events moves the watermark.
+            *parts, closing = [*in_parts(map(event_to_proto, shown))] or [[]]
+            for events in parts:
+                yield results_pb2.WatchRunResponse(events=events, sequence=events[-1].sequence)
             if shown or complete:
-                events = [event_to_proto(event) for event in shown]
-                yield results_pb2.WatchRunResponse(events=events, sequence=last, complete=complete)
+                yield results_pb2.WatchRunResponse(events=closing, sequence=last, complete=complete)
         if request.after_sequence == len(entry.log.events):
             yield results_pb2.WatchRunResponse(sequence=request.after_sequence, complete=True)
 

@@ -107,7 +107,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         try:
             while not connection.is_closed:
                 effects = await connection.next_effects()
-                for response in responses(effects, connection, self._config, self._server_id):
+                for response in responses(effects, connection, self._config, self._server_id, self._too_large):
                     yield response
                     if response.WhichOneof("message") == "close":
                         connection.is_closed = True
@@ -118,6 +118,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         finally:
             reader.cancel()
             self._sessions.leave(connection)
+
+    def _too_large(self, effect: messages.Assign, why: str) -> None:
+        # A batch is halved when its worker crashes, and what is left of it may fit; one alone never will.
+        kind = FailureKind.CRASHED if len(effect.attempts) > 1 else FailureKind.PAYLOAD
+        self._bus.post([messages.AttemptFailed(effect.session_id, effect.lease_id, 0, Failure(kind, why))])
 
     def _detached(self, session_id: str, silent_s: float) -> None:
         self._bus.post([messages.WorkerDetached(session_id, silent_s)])

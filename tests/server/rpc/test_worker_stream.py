@@ -1,6 +1,7 @@
 """The workers' stream as the head serves it: who is let in, what is repeated, what is fenced off."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from lattice.v1 import (
     results_pb2,
     results_pb2_grpc,
     run_pb2,
+    task_pb2,
     worker_pb2,
     worker_pb2_grpc,
     workflow_pb2,
@@ -22,7 +24,7 @@ from lattice.v1 import (
 )
 
 from tests.server.apps import NoWorkers, serving
-from tests.server.rpc.callers import graph, task
+from tests.server.rpc.callers import graph, output, task
 
 TIMEOUT_S = 60.0
 Report = worker_pb2.Report
@@ -542,6 +544,93 @@ def test_an_upload_ends_when_its_reader_has_left(count: int) -> None:
         hand.hang_up()
 
     play(scenario)
+
+
+TEXT = json.dumps("x" * 200_000)
+TEXTS = 30  # together more than gRPC accepts in one message by default
+MANY = resources_pb2.Capacity(cpu=TEXTS, slots=TEXTS)
+
+
+async def taken(hand: Hand, count: int) -> list[worker_pb2.Assignment]:
+    """Return the next so many leases."""
+    found: list[worker_pb2.Assignment] = []
+    while len(found) < count:
+        found += (await hand.hear("assignments")).assignments
+    return found
+
+
+async def given(head: Scene, *specs: task_pb2.TaskSpec) -> str:
+    """Start a run of tasks that may need what task `source` makes."""
+    spec = graph(task("source"), *specs)
+    return (await head.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=spec))).run.run_id
+
+
+def made() -> worker_pb2.AttemptSucceeded:
+    return worker_pb2.AttemptSucceeded(outputs={"out": payload_pb2.Payload(json=TEXT)})
+
+
+def test_work_that_adds_up_to_more_than_a_message_goes_out_in_several_and_so_do_its_events() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(capacity=MANY)
+        run_id = await given(head, *(task(f"t{n}", inputs={"x": output("source")}) for n in range(TEXTS)))
+        (source,) = await taken(hand, 1)
+        await hand.report(1, source.lease_id, succeeded=made())
+        leases = await taken(hand, TEXTS)
+        assert {lease.attempts[0].task_id for lease in leases} == {f"t{n}" for n in range(TEXTS)}
+        assert all(lease.attempts[0].inputs["x"].payload.json == TEXT for lease in leases)
+        for number, lease in enumerate(leases, 2):
+            await hand.report(number, lease.lease_id, succeeded=made())
+        watch = head.results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id))
+        responses = [response async for response in watch]
+        events = [event for response in responses for event in response.events]
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        assert sum(event.HasField("task_succeeded") for event in events) == TEXTS + 1
+        assert [response.sequence for response in responses] == [r.events[-1].sequence for r in responses]
+        assert [response.complete for response in responses][-2:] == [False, True]
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_a_task_given_more_than_a_message_can_carry_fails_and_holds_nobody_up() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        items = payload_pb2.BindingList(items=[output("source")] * 6)
+        run_id = await given(head, task("t", inputs={"x": payload_pb2.Binding(list=items)}))
+        (source,) = await taken(hand, 1)
+        await hand.report(1, source.lease_id, succeeded=made())
+        ended = await head.result(run_id)
+        assert (ended.state, ended.failure.kind) == (run_pb2.RUN_STATE_FAILED, errors_pb2.FAILURE_KIND_PAYLOAD)
+        assert "a message to a worker may have" in ended.failure.message
+        next_id = await head.run("next")
+        (work,) = await taken(hand, 1)
+        await hand.report(2, work.lease_id, succeeded=succeeded())
+        assert (await head.result(next_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        hand.hang_up()
+
+    play(scenario, message_limit_bytes=2**20)
+
+
+def test_a_batch_given_more_than_a_message_can_carry_is_halved() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(capacity=MANY)
+        batch = task_pb2.BatchPolicy(max_size=6)
+        specs = (task(f"t{n}", inputs={"x": output("source")}, batch=batch) for n in range(6))
+        run_id = await given(head, *specs)
+        (source,) = await taken(hand, 1)
+        await hand.report(1, source.lease_id, succeeded=made())
+        number = 1
+        for lease in await taken(hand, 2):
+            assert len(lease.attempts) == 3
+            reports = []
+            for item in range(3):
+                number += 1
+                reports.append(Report(sequence=number, lease_id=lease.lease_id, item=item, succeeded=succeeded()))
+            await hand.say(reports=worker_pb2.Reports(reports=reports))
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        hand.hang_up()
+
+    play(scenario, message_limit_bytes=2**20)
 
 
 def test_workers_are_told_that_the_head_stops() -> None:
