@@ -114,6 +114,9 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
         if isinstance(ex, grpc.aio.AbortError | grpc.aio.InternalError):
             # The call is over: by somebody's decision, or because the caller has left.
             raise ex
+        if isinstance(ex, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
+            # A method of a newer contract than its servicer, such as `Health/List`.
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, str(ex))
         if isinstance(ex, DecodeError):
             ex = unreadable(ex)
         if not isinstance(ex, errors.LatticeError):

@@ -237,10 +237,15 @@ def test_the_name_of_the_scheme_may_be_written_small(guarded: Caller) -> None:
     assert guarded.workers.GetCluster(worker_pb2.GetClusterRequest(), metadata=metadata).executor == "none"
 
 
-def test_what_a_server_does_not_have_is_unimplemented_all_the_same(guarded: Caller) -> None:
+@pytest.mark.parametrize("metadata", [(), bearer(TOKEN)])
+@pytest.mark.parametrize("method", ["/lattice.v1.WorkflowService/Nothing", "/grpc.health.v1.Health/List"])
+def test_what_a_server_does_not_have_is_unimplemented_all_the_same(
+    guarded: Caller, method: str, metadata: Metadata, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        guarded.channel.unary_unary("/lattice.v1.WorkflowService/Nothing")(b"")
+        guarded.channel.unary_unary(method)(b"", metadata=metadata)
     assert caught.value.code() is Code.UNIMPLEMENTED
+    assert not caplog.records
 
 
 def test_refused_calls_are_traced_with_their_status(monkeypatch: pytest.MonkeyPatch) -> None:
