@@ -6,6 +6,7 @@ Rule: tables for people, one JSON document a line for programs (`--json`), one c
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ ENTRY_POINTS = "lattice.commands"
 MAX_DEPTH = 50
 # Python writes no longer numbers unless told to.
 MAX_BITS = 14_000
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 console = Console()
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
@@ -120,8 +122,8 @@ def connected(server: Server) -> Iterator[LatticeClient]:
 
 def show(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, wrapped: str = "") -> None:
     """Show a table; to a pipe, lines of cells separated by tabs. Only the column `wrapped` gives way to the others."""
-    # A name may hold line breaks; a row is one line all the same.
-    cells = [tuple(" ".join(cell.split()) for cell in row) for row in rows]
+    # A name may hold line breaks, or what terminals obey; a row is one line of text all the same.
+    cells = [tuple(CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(cell.split())) for cell in row) for row in rows]
     if not console.is_terminal:
         for row in cells:
             click.echo("\t".join(row))

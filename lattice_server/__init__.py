@@ -8,5 +8,7 @@ import sys
 # must not serve.
 MAY_SERVE = "grpc" not in sys.modules or os.environ.get("GRPC_ENABLE_FORK_SUPPORT") == "0"
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+# Left to itself gRPC writes a line for each caller with whom no TLS comes about: whoever finds the port fills the disk.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 __version__ = "0.1.0"

@@ -87,7 +87,6 @@ class App:
             epoch,
             self._describe,
             admission.check_possible,
-            authentication,
         )
         self._rpc = RpcServer(
             config,

@@ -162,6 +162,8 @@ def _config(flags: Flags) -> ServerConfig:
 def _serve(config: ServerConfig) -> None:
     """Be the server until a signal ends it, noted for `lattice stop`. Raises click.ClickException."""
     noted: list[str] = []
+    with _noting():
+        records.check()
 
     def announce(address: str) -> None:
         noted.append(f"head-{address.rpartition(':')[2]}")
@@ -202,9 +204,18 @@ def _become_worker(flags: Flags) -> NoReturn:
     command = [sys.executable, "-m", "lattice_worker", "--join", *(["--verbose"] if flags.verbose else [])]
     command += [part for name, value in words.items() if value is not None for part in (name, str(value))]
     command += [part for label in flags.labels for part in ("--label", label)]
-    records.note(f"node-{node_id}")
+    with _noting():
+        records.note(f"node-{node_id}")
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+@contextmanager
+def _noting() -> Iterator[None]:
+    try:
+        yield
+    except records.UnsafeError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @contextmanager
@@ -237,7 +248,8 @@ def stop(port: int, node_id: str | None, wait: float) -> None:
     """
     what = f"server on port {port}" if node_id is None else f"worker of node {node_id}"
     try:
-        records.stop(f"head-{port}" if node_id is None else f"node-{node_id}", wait)
+        with _noting():
+            records.stop(f"head-{port}" if node_id is None else f"node-{node_id}", wait)
     except records.NotRunningError:
         raise click.ClickException(f"no {what} runs here that is yours") from None
     except psutil.TimeoutExpired:

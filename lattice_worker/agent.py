@@ -9,7 +9,7 @@ import math
 import os
 import random
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lattice.v1 import resources_pb2, results_pb2_grpc, worker_pb2, worker_pb2_g
 
 from lattice_worker import convert, host
 from lattice_worker.attempts import Attempts
-from lattice_worker.channel import opened
+from lattice_worker.channel import MESSAGE_LIMIT_BYTES, opened
 from lattice_worker.config import HEAD_STORE, WorkerConfig
 from lattice_worker.courier import Courier
 from lattice_worker.leasing import Leasing
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
 CHUNK_BYTES = 1024 * 1024
+PART_BYTES = 2 * CHUNK_BYTES
+MAX_REPORT_BYTES = MESSAGE_LIMIT_BYTES - CHUNK_BYTES
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 COALESCE_S = 0.001
 FIRST_BEAT_S = 0.5  # Until the server says how often.
@@ -157,11 +159,12 @@ class Agent:
                     await asyncio.sleep(wait_s)
                 pending, self._pending = self._pending, []
                 sent_at = loop.time()
-                yield worker_pb2.ConnectRequest(reports=worker_pb2.Reports(reports=pending))
+                for reports in _in_parts(pending):
+                    yield worker_pb2.ConnectRequest(reports=reports)
             if self._beat_is_due:
                 self._beat_is_due = False
-                if late := self._leasing.session.overdue():
-                    yield worker_pb2.ConnectRequest(reports=worker_pb2.Reports(reports=late))
+                for reports in _in_parts(self._leasing.session.overdue()):
+                    yield worker_pb2.ConnectRequest(reports=reports)
                 held, received = self._leasing.session.held(), self._leasing.received
                 heartbeat = worker_pb2.Heartbeat(held_lease_ids=held, assignment_sequence=received)
                 yield worker_pb2.ConnectRequest(heartbeat=heartbeat)
@@ -228,6 +231,8 @@ class Agent:
 
     def _emit(self, report: worker_pb2.Report) -> None:
         if self._leasing.session.has_started(report.lease_id) is not None:
+            if (size := report.ByteSize()) > MAX_REPORT_BYTES:
+                convert.refuse(report, f"what it returned takes {size} bytes, and a report may have {MAX_REPORT_BYTES}")
             self._leasing.report(report.lease_id, report)
 
     def _say(self, sequence: int, report: worker_pb2.Report) -> None:
@@ -237,6 +242,21 @@ class Agent:
 
     def _ended(self, lease_id: str, outputs: convert.Outputs | None) -> None:
         self._leasing.ended(lease_id, outputs)
+
+
+def _in_parts(reports: list[worker_pb2.Report]) -> Iterator[worker_pb2.Reports]:
+    """Yield reports in messages of at most `PART_BYTES`, one that is larger alone: all that waits may be too much."""
+    part: list[worker_pb2.Report] = []
+    size = 0
+    for report in reports:
+        own = report.ByteSize()
+        if part and size + own > PART_BYTES:
+            yield worker_pb2.Reports(reports=part)
+            part, size = [], 0
+        part.append(report)
+        size += own
+    if part:
+        yield worker_pb2.Reports(reports=part)
 
 
 def seconds(duration: Duration) -> float:

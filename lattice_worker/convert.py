@@ -97,6 +97,12 @@ def fill_outcome(
         report.succeeded.split[name].CopyFrom(payload_pb2.PayloadList(items=items))
 
 
+def refuse(report: worker_pb2.Report, why: str) -> None:
+    """Have a report that cannot be sent say that its attempt failed."""
+    failure = errors_pb2.Failure(kind=errors_pb2.FAILURE_KIND_PAYLOAD, message=why)
+    report.failed.CopyFrom(worker_pb2.AttemptFailed(failure=failure))
+
+
 def spawned_from_frame(
     frame: dict[str, Any], blobs: list[bytes], parent: task_pb2.Function, node_id: str
 ) -> worker_pb2.AttemptSpawned:

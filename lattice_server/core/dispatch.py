@@ -359,8 +359,12 @@ class Dispatch:
                 self._repeat(self._leases[lease_id], lease_id in held, now)
             return
         if node is not None:
-            self._effects.append(CloseSession(node.session_id, "SUPERSEDED", "the worker connected again"))
-            self._lose(node, "its worker connected again and had forgotten its work", now)
+            why = "the worker connected again and had forgotten its work"
+            if node.worker_id != hello.worker_id:
+                # Two machines under one name would do this to each other: each should learn of the other.
+                why = f"worker {hello.worker_id!r} on host {hello.hostname!r} serves node {hello.node_id!r} now"
+            self._effects.append(CloseSession(node.session_id, "SUPERSEDED", why))
+            self._lose(node, why, now)
         node = self._fleet.join(hello, f"{self._epoch}-{next(self._numbers)}")
         dropped = hello.held_lease_ids
         self._effects.append(WelcomeWorker(node.worker_id, node.session_id, False, dropped, hello.greeting))

@@ -99,10 +99,10 @@ class ArtifactStore:
                 self.on_drop(artifact.artifact_id)
                 self._drop(artifact.artifact_id)
 
-    def node_of(self, artifact_id: str) -> str:
-        """Return whose store has an artifact that somebody holds; this one's name otherwise."""
+    def held(self, artifact_id: str) -> Artifact | None:
+        """Return an artifact that somebody holds, here or elsewhere."""
         holding = self._held.get(artifact_id)
-        return HEAD if holding is None else holding.artifact.node_id
+        return None if holding is None else holding.artifact
 
     def close(self) -> None:
         """Delete the directory."""

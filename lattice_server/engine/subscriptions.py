@@ -16,7 +16,7 @@ class RunLog:
     def __init__(self) -> None:
         self.events: list[RunEvent] = []
         self.is_complete = False
-        self._waiting: list[asyncio.Future[None]] = []
+        self._waiting: dict[asyncio.Future[None], None] = {}
         self._complete: asyncio.Event = asyncio.Event()
 
     def append(self, fact: Fact, time_s: float) -> None:
@@ -25,7 +25,7 @@ class RunLog:
         if isinstance(fact, RunFinished):
             self.is_complete = True
             self._complete.set()
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, {}
         for future in waiting:
             if not future.done():
                 future.set_result(None)
@@ -56,8 +56,12 @@ class RunLog:
     async def changed(self) -> None:
         """Wait for the next event."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(future)
-        await future
+        self._waiting[future] = None
+        try:
+            await future
+        finally:
+            # Readers may come and leave without end before the next event.
+            self._waiting.pop(future, None)
 
     async def completed(self, wait_s: float | None = None) -> None:
         """Wait for the run's end, for `wait_s` seconds at most."""

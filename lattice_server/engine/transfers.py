@@ -4,7 +4,7 @@ Rule: nothing is stored on the way; a reader that is slow slows the node down th
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -22,6 +22,7 @@ RETRY_AFTER_S = 0.5
 class _Transfer:
     chunks: "asyncio.Queue[bytes]" = field(default_factory=lambda: asyncio.Queue(AHEAD))
     end: "asyncio.Future[LatticeError | None]" = field(default_factory=asyncio.Future)
+    left: "asyncio.Future[None]" = field(default_factory=asyncio.Future)
 
     def finish(self, error: LatticeError | None) -> None:
         if not self.end.done():
@@ -36,18 +37,19 @@ class Transfers:
         self._sessions = sessions
         self._open: dict[str, _Transfer] = {}
 
-    async def read(self, artifact_id: str, offset: int) -> AsyncIterator[bytes]:
+    async def read(self, artifact_id: str, offset: int) -> AsyncGenerator[bytes]:
         """Yield the bytes of an artifact from `offset` on.
 
         Raises:
-            NotFoundError: nobody has it, or the node that had it is gone.
+            NotFoundError: nobody has it, or the node that had it is gone or sends something else.
             UnavailableError: the node that has it is not connected right now, or went away meanwhile.
         """
-        node_id = self._store.node_of(artifact_id)
-        if node_id == HEAD:
+        artifact = self._store.held(artifact_id)
+        if artifact is None or artifact.node_id == HEAD:
             async for chunk in self._store.read(artifact_id, offset):
                 yield chunk
             return
+        node_id = artifact.node_id
         session = self._sessions.of_node(node_id)
         if session is None:
             text = f"artifact {artifact_id!r} lay on node {node_id!r}, which is gone"
@@ -63,11 +65,20 @@ class Transfers:
 
         connection.on_end.append(give_up)
         connection.send(SendArtifact(session.session_id, transfer_id, artifact_id, offset))
+        lacking = max(0, artifact.size_bytes - offset)
         try:
             async for chunk in _until_end(transfer):
+                lacking -= len(chunk)
+                if lacking < 0:
+                    break
                 yield chunk
+            if lacking:
+                # Other bytes than were reported, which no reader may take for the value.
+                text = f"node {node_id!r} has not the {artifact.size_bytes} bytes of it that it reported"
+                raise NotFoundError("ARTIFACT_NOT_FOUND", text, metadata={"node_id": node_id})
         finally:
             del self._open[transfer_id]
+            transfer.left.set_result(None)
             with suppress(ValueError):
                 connection.on_end.remove(give_up)
 
@@ -79,18 +90,25 @@ class Transfers:
         transfer = self._open.get(transfer_id)
         if transfer is None:
             raise NotFoundError("TRANSFER_NOT_FOUND", "nobody waits for this transfer")
+        receiving = asyncio.ensure_future(_receive(transfer, chunks))
         try:
-            async for chunk in chunks:
-                if chunk is None:
-                    text = "the node that should have the artifact has it no longer"
-                    transfer.finish(NotFoundError("ARTIFACT_NOT_FOUND", text))
-                    return
-                await transfer.chunks.put(chunk)
-                if transfer_id not in self._open:
-                    return
-            transfer.finish(None)
+            # Nobody has to send, or to wait, for a reader who has left.
+            await asyncio.wait({receiving, transfer.left}, return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done():
+                receiving.result()
         finally:
+            receiving.cancel()
             transfer.finish(UnavailableError("NODE_UNAVAILABLE", "the upload broke off", retry_after_s=RETRY_AFTER_S))
+
+
+async def _receive(transfer: _Transfer, chunks: AsyncIterator[bytes | None]) -> None:
+    async for chunk in chunks:
+        if chunk is None:
+            text = "the node that should have the artifact has it no longer"
+            transfer.finish(NotFoundError("ARTIFACT_NOT_FOUND", text))
+            return
+        await transfer.chunks.put(chunk)
+    transfer.finish(None)
 
 
 async def _until_end(transfer: _Transfer) -> AsyncIterator[bytes]:

@@ -1,6 +1,6 @@
 """Owns how effects become messages to a worker. Rule: everything that waits goes out coalesced; code travels once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import assert_never
 
 from lattice.v1 import worker_pb2
@@ -20,13 +20,21 @@ from lattice_server.core.messages import (
 from lattice_server.engine.sessions import Connection
 from lattice_server.rpc import convert
 from lattice_server.rpc.definitions import code_to_proto
+from lattice_server.rpc.parts import ENVELOPE_BYTES, PART_BYTES
 
 
 def responses(
-    effects: list[WelcomeWorker | ToSession], connection: Connection, config: ServerConfig, server_id: str
+    effects: list[WelcomeWorker | ToSession],
+    connection: Connection,
+    config: ServerConfig,
+    server_id: str,
+    too_large: Callable[[Assign, str], None],
 ) -> Iterator[worker_pb2.ConnectResponse]:
-    """Yield the messages that carry `effects`, in an order that keeps the effects' meaning."""
-    assignments = worker_pb2.Assignments()
+    """Yield the messages that carry `effects`, in an order that keeps the effects' meaning.
+
+    `too_large` is told each lease that no message can carry, and why.
+    """
+    assigned: list[Assign] = []
     stopped: list[str] = []
     revoked: list[str] = []
     dropped: list[str] = []
@@ -34,7 +42,7 @@ def responses(
     for effect in effects:
         match effect:
             case Assign():
-                _add(assignments, effect, connection)
+                assigned.append(effect)
             case StopLease():
                 stopped.append(effect.lease_id)
             case RevokeLease():
@@ -60,7 +68,7 @@ def responses(
     if connection.ack_sequence:
         yield worker_pb2.ConnectResponse(ack=worker_pb2.Ack(sequence=connection.ack_sequence))
         connection.ack_sequence = 0
-    if assignments.assignments:
+    for assignments in _assignments(assigned, connection, config.message_limit_bytes - ENVELOPE_BYTES, too_large):
         yield worker_pb2.ConnectResponse(assignments=assignments)
     if revoked:
         yield worker_pb2.ConnectResponse(revoke=worker_pb2.Revoke(lease_ids=revoked))
@@ -89,15 +97,45 @@ def _welcome(effect: WelcomeWorker, config: ServerConfig, server_id: str) -> wor
     )
 
 
-def _add(assignments: worker_pb2.Assignments, effect: Assign, connection: Connection) -> None:
-    session = connection.session
+def _assignments(
+    assigned: list[Assign], connection: Connection, limit_bytes: int, too_large: Callable[[Assign, str], None]
+) -> Iterator[worker_pb2.Assignments]:
+    part, size = worker_pb2.Assignments(), 0
+    for effect in assigned:
+        size += _add_code(part, effect, connection)
+        own = _add(part, effect)
+        if size and size + own > min(PART_BYTES, limit_bytes):
+            # It goes with the next, behind its code.
+            last = part.assignments.pop()
+            yield part
+            part, size = worker_pb2.Assignments(assignments=[last]), 0
+        if own > limit_bytes:
+            part.assignments.pop()
+            why = f"what it is given takes {own} bytes, and a message to a worker may have {limit_bytes}"
+            too_large(effect, why)
+        else:
+            size += own
+    if size:
+        yield part
+
+
+def _add_code(assignments: worker_pb2.Assignments, effect: Assign, connection: Connection) -> int:
+    """Add the code of a lease that its session has not been sent; return its size in bytes."""
+    session, size = connection.session, 0
     function, bundle = code_to_proto(effect.function)
     if session is not None and effect.function.digest not in session.sent_digests:
         session.sent_digests.add(effect.function.digest)
         assignments.functions.append(function)
+        size += function.ByteSize()
     if session is not None and bundle is not None and bundle.digest not in session.sent_digests:
         session.sent_digests.add(bundle.digest)
         assignments.bundles.append(bundle)
+        size += bundle.ByteSize()
+    return size
+
+
+def _add(assignments: worker_pb2.Assignments, effect: Assign) -> int:
+    """Add a lease; return its size in bytes."""
     message = assignments.assignments.add(
         lease_id=effect.lease_id,
         slot=effect.slot,
@@ -117,3 +155,4 @@ def _add(assignments: worker_pb2.Assignments, effect: Assign, connection: Connec
         attempt = message.attempts.add(run_id=member.run_id, task_id=member.task_id, number=member.attempt)
         for name, binding in member.inputs.items():
             convert.fill_binding(attempt.inputs[name], binding)
+    return message.ByteSize()

@@ -1,16 +1,18 @@
-"""Owns who may call what. Rule: whoever comes by the network shows a token, and may do what that token is for.
+"""Owns who may call what. Rule: whoever comes by the network shows a token, and may do what that token is for; of what
+a stranger sends nothing is read.
 
 The server's own socket asks for nothing: it lies in a folder that only the server's user may enter.
 """
 
+import asyncio
 import hmac
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 from grpc_health.v1 import health_pb2
-from grpc_interceptor.server import AsyncServerInterceptor
 from lattice.v1 import results_pb2, worker_pb2
 
 from lattice_server.core.errors import AuthenticationError, AuthorizationError
@@ -24,10 +26,11 @@ HEALTH = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}"
 WORKERS = f"/{worker_pb2.DESCRIPTOR.services_by_name['WorkerService'].full_name}"
 RESULTS = f"/{results_pb2.DESCRIPTOR.services_by_name['ResultsService'].full_name}"
 CONNECT = f"{WORKERS}/Connect"
+HANG_UP_S = 2.0
 # What each subject may call, services and single methods; None is everything.
 MAY_CALL: Mapping[str, frozenset[str] | None] = {
     "operator": None,
-    "worker": frozenset({WORKERS, f"{RESULTS}/ReadArtifact"}),
+    "worker": frozenset({WORKERS, f"{RESULTS}/ReadArtifact", HEALTH}),
 }
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -42,21 +45,9 @@ class Authentication:
 
     def check(self, method: str, metadata: Metadata) -> None:
         """Let a call pass that comes with the right token. Raises AuthenticationError, AuthorizationError."""
-        if method.startswith(f"{HEALTH}/"):
-            return
         allowed = MAY_CALL[self._subject(metadata)]
         if allowed is not None and method not in allowed and method.rpartition("/")[0] not in allowed:
             raise AuthorizationError("PERMISSION_DENIED", f"a worker's token does not allow {method}")
-
-    def check_call(self, method: str, context: Context) -> None:
-        """Do the same for a call that has begun; one over the server's own socket passes without a token."""
-        if context.peer().startswith("unix:"):
-            return
-        try:
-            self.check(method, context.invocation_metadata() or ())
-        except (AuthenticationError, AuthorizationError) as error:
-            log.info("refused %s to %s: %s", method, context.peer(), error.message)
-            raise
 
     def _subject(self, metadata: Metadata) -> str:
         shown = next((value for key, value in metadata if key == HEADER), None)
@@ -76,25 +67,49 @@ class Authentication:
         return subject
 
 
-class AuthenticationInterceptor(AsyncServerInterceptor):
-    """Checks calls before they reach a servicer, except `Connect`, whose servicer refuses in band."""
+class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
+    """Checks calls by their headers alone: a message could be large, and costs much more memory than it has bytes."""
 
     def __init__(self, authentication: Authentication) -> None:
         self._authentication = authentication
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Let a call with the right token go its way as if this were not here; look closer at any other."""
+        """Let a call with the right token go its way as if this were not here; refuse any other."""
         method = handler_call_details.method
-        if method == CONNECT:
-            return await continuation(handler_call_details)
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
         try:
             self._authentication.check(method, handler_call_details.invocation_metadata or ())
-        except (AuthenticationError, AuthorizationError):
-            # Only the call itself knows where it comes from, and only inside it an error becomes a status.
-            return await super().intercept_service(continuation, handler_call_details)  # type: ignore[no-untyped-call]
-        return await continuation(handler_call_details)
+        except (AuthenticationError, AuthorizationError) as error:
+            # On the wire every call is a stream of messages, and only one declared as such may end before it is read.
+            if method.startswith(f"{HEALTH}/"):
+                serialize = handler.response_serializer
+                return grpc.stream_stream_rpc_method_handler(_health(handler), response_serializer=serialize)
+            return grpc.stream_stream_rpc_method_handler(_refusal(method, error))
+        return handler
 
-    async def intercept(self, method: Any, request_or_iterator: Any, context: Context, method_name: str) -> Any:
-        """Make the call, if it may be made."""
-        self._authentication.check_call(method_name, context)
-        return await super().intercept(method, request_or_iterator, context, method_name)
+
+def _health(handler: Any) -> Any:
+    """Tell strangers of the server as a whole: which service they ask for is in what is not read."""
+
+    async def tell(requests: AsyncIterator[bytes], context: Context) -> None:
+        response = await (handler.unary_unary or handler.unary_stream)(health_pb2.HealthCheckRequest(), context)
+        if response is not None:  # a watch writes by itself
+            await context.write(response)
+
+    return tell
+
+
+def _refusal(method: str, error: AuthenticationError | AuthorizationError) -> Any:
+    async def refuse(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        log.info("refused %s to %s: %s", method, context.peer(), error.message)
+        if method != CONNECT:
+            raise error
+        # In band, as all errors of that stream.
+        close = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=error.message)
+        yield worker_pb2.ConnectResponse(close=close).SerializeToString()
+        # The worker hangs up when it has read that; ending first could lose it.
+        await asyncio.sleep(HANG_UP_S)
+
+    return refuse

@@ -1,12 +1,15 @@
 """Owns the one translation from errors to gRPC statuses. Rule: no servicer sets a status itself."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 from uuid import uuid4
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_interceptor.exception_to_status import AsyncExceptionToStatusInterceptor
 
@@ -60,8 +63,30 @@ def status_of(error: errors.LatticeError) -> tuple[grpc.StatusCode, str, bytes]:
     return code, message, status.SerializeToString()
 
 
+def unreadable(error: DecodeError) -> errors.InvalidError:
+    """Return the error for bytes that are not the message they should be, or hold text that is not UTF-8."""
+    return errors.invalid_field("request", str(error))
+
+
+def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return _Unreadable(error)
+
+    return read
+
+
 def _cut(text: str, limit_bytes: int) -> str:
     return text.encode(errors="replace")[:limit_bytes].decode(errors="ignore")
+
+
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    """Stands for a request that could not be read, for which grpcio would log a traceback: a line a byte."""
+
+    error: DecodeError
 
 
 class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
@@ -71,14 +96,29 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
         """Wrap a handler, except that of the workers' stream: its errors go in band, and it is the hot path."""
         if handler_call_details.method.endswith("/Connect"):
             return await continuation(handler_call_details)
-        return await super().intercept_service(continuation, handler_call_details)  # type: ignore[no-untyped-call]
+        handler = await super().intercept_service(continuation, handler_call_details)  # type: ignore[no-untyped-call]
+        if handler is None or handler.request_streaming:
+            return handler
+        return handler._replace(request_deserializer=_reading(handler.request_deserializer))
+
+    async def intercept(self, method: Any, request_or_iterator: Any, context: Context, method_name: str) -> Any:
+        """Make the call, if its request could be read."""
+        if isinstance(request_or_iterator, _Unreadable):
+            await self.handle_exception(request_or_iterator.error, request_or_iterator, context, method_name)
+        return await super().intercept(method, request_or_iterator, context, method_name)
 
     async def handle_exception(
         self, ex: Exception, request_or_iterator: Any, context: Context, method_name: str
     ) -> NoReturn:
         """Abort the RPC with the status of `ex`."""
-        if isinstance(ex, grpc.aio.AbortError):
+        if isinstance(ex, grpc.aio.AbortError | grpc.aio.InternalError):
+            # The call is over: by somebody's decision, or because the caller has left.
             raise ex
+        if isinstance(ex, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
+            # A method of a newer contract than its servicer, such as `Health/List`.
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, str(ex))
+        if isinstance(ex, DecodeError):
+            ex = unreadable(ex)
         if not isinstance(ex, errors.LatticeError):
             error_id = uuid4().hex
             log.error("%s failed, error id %s", method_name, error_id, exc_info=ex)

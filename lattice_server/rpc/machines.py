@@ -9,14 +9,17 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from lattice.v1 import worker_pb2
 
 from lattice_server.config import ServerConfig
+from lattice_server.core.errors import InvalidError
 from lattice_server.core.messages import DrainRequested
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.ports import Executor, Machine, Membership
 from lattice_server.rpc import convert
+from lattice_server.rpc.offers import deadline_from_proto
 
 HANG_UP_S = 2.0
 REASONS = {"DRAINED": "the node was drained", "SHUTDOWN": "the cluster starts anew; join again"}
@@ -76,8 +79,8 @@ class Machines:
         )
 
     async def _read(self, node_id: str, requests: Requests, membership: Membership) -> None:
-        """Read until the stream breaks, ends or falls silent."""
-        with contextlib.suppress(grpc.RpcError, TimeoutError, StopAsyncIteration):
+        """Read until the stream breaks, ends, falls silent or cannot be read."""
+        with contextlib.suppress(grpc.RpcError, TimeoutError, StopAsyncIteration, DecodeError, InvalidError):
             while True:
                 async with asyncio.timeout(self._config.silence_limit_s):
                     request = await anext(requests)
@@ -87,8 +90,7 @@ class Machines:
     async def _drain(self, node_id: str, draining: worker_pb2.Draining, membership: Membership) -> None:
         known = (await self._inquiries.nodes()).nodes
         if any(node.node_id == node_id for node in known):
-            deadline_s = convert.seconds_from(draining.deadline) if draining.HasField("deadline") else None
-            self._bus.post([DrainRequested(node_id, deadline_s)])
+            self._bus.post([DrainRequested(node_id, deadline_from_proto(draining))])
         elif not membership.over.done():
             # Its worker has not come yet, or is gone: nothing runs there.
             membership.over.set_result("DRAINED")

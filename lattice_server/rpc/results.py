@@ -1,5 +1,6 @@
 """Serves `ResultsService`: events, results and large values."""
 
+import contextlib
 from collections.abc import AsyncIterator
 
 from lattice.v1 import results_pb2, results_pb2_grpc
@@ -10,9 +11,12 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
-from lattice_server.rpc.context import Context
+from lattice_server.rpc.context import Context, whole
 from lattice_server.rpc.events import event_to_proto, final_tasks_to_proto, run_to_proto
+from lattice_server.rpc.parts import in_parts
 from lattice_server.rpc.waiting import wait_from_proto
+
+MAX_OFFSET = 1 << 62  # No file is as long, and the operating system refuses to go much further.
 
 
 class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
@@ -35,9 +39,12 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
             last = batch[-1].sequence
             complete = entry.log.is_complete and last == len(entry.log.events)
             shown = [event for event in batch if _is_wanted(event, wanted, request.exclude_logs)]
+            # The last part closes the batch; one without events moves the watermark.
+            *parts, closing = [*in_parts(map(event_to_proto, shown))] or [[]]
+            for events in parts:
+                yield results_pb2.WatchRunResponse(events=events, sequence=events[-1].sequence)
             if shown or complete:
-                events = [event_to_proto(event) for event in shown]
-                yield results_pb2.WatchRunResponse(events=events, sequence=last, complete=complete)
+                yield results_pb2.WatchRunResponse(events=closing, sequence=last, complete=complete)
         if request.after_sequence == len(entry.log.events):
             yield results_pb2.WatchRunResponse(sequence=request.after_sequence, complete=True)
 
@@ -48,14 +55,16 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
         final_tasks = final_tasks_to_proto(self._orchestrator, entry)
         return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=final_tasks)
 
-    async def ReadArtifact(
+    async def ReadArtifact(  # type: ignore[override]  # the stubs know only handlers that yield
         self, request: results_pb2.ReadArtifactRequest, context: Context
-    ) -> AsyncIterator[results_pb2.ReadArtifactResponse]:
+    ) -> None:
         """Stream the bytes of an artifact."""
-        if request.offset < 0:
-            raise invalid_field("offset", "must not be negative")
-        async for data in self._transfers.read(request.artifact_id, request.offset):
-            yield results_pb2.ReadArtifactResponse(data=data)
+        if not 0 <= request.offset <= MAX_OFFSET:
+            raise invalid_field("offset", f"must be from 0 to {MAX_OFFSET}")
+        async with contextlib.aclosing(self._transfers.read(request.artifact_id, request.offset)) as chunks:
+            async for data in chunks:
+                # Not yielded: grpcio leaves a generator whose reader has left to be collected as garbage, sometime.
+                await context.write(results_pb2.ReadArtifactResponse(data=data))
 
     async def WriteArtifact(
         self,
@@ -63,7 +72,8 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
         context: Context,
     ) -> results_pb2.WriteArtifactResponse:
         """Store an artifact that inputs may then refer to."""
-        artifact = await self._store.write(request.data async for request in request_iterator)
+        requests = whole(request_iterator, context)
+        artifact = await self._store.write(request.data async for request in requests)
         return results_pb2.WriteArtifactResponse(artifact=convert.artifact_to_proto(artifact))
 
 

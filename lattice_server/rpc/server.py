@@ -1,5 +1,8 @@
-"""Builds the gRPC server: services, health, reflection, interceptors. Rule: a port belongs to one server."""
+"""Builds the gRPC servers: services, health, reflection, interceptors. Rule: a port belongs to one server."""
 
+import asyncio
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -33,6 +36,18 @@ SERVICE_NAMES = (
     results_pb2.DESCRIPTOR.services_by_name["ResultsService"].full_name,
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
 )
+HANDSHAKE_MS = 10_000
+
+
+class _WithoutWhoLeft(logging.Filter):
+    """Leaves out the traceback that grpcio logs for each caller who leaves while it is written to."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log something. The class of what was raised can be had by its name only."""
+        return record.exc_info is None or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_WithoutWhoLeft())
 
 
 class PortInUseError(Exception):
@@ -40,7 +55,11 @@ class PortInUseError(Exception):
 
 
 class RpcServer:
-    """The gRPC front; lives on the main thread's event loop."""
+    """The gRPC front; lives on the main thread's event loop.
+
+    Two servers of the same services: who may call is asked at the network's door and not at that of the server's own
+    socket, and which one a call came by is known before any of it is read.
+    """
 
     def __init__(
         self,
@@ -55,8 +74,6 @@ class RpcServer:
         self._config = config
         self.local_target = f"unix:{local_path}"
         interceptors: list[Any] = [ErrorInterceptor()]
-        if authentication is not None:
-            interceptors.append(AuthenticationInterceptor(authentication))
         # Without a provider spans go nowhere, and the interceptor would only cost every call a quarter of its time.
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             # A span that lives as long as a worker tells nobody anything.
@@ -64,27 +81,18 @@ class RpcServer:
             tracing = aio_server_interceptor(filter_=filters.negate(long_streams))  # type: ignore[no-untyped-call]
             # Outermost: further in, it would not see the status an error becomes.
             interceptors.insert(0, tracing)
-        self._server = grpc.aio.server(
-            interceptors=interceptors,
-            options=[
-                # grpcio lets two servers share a port and splits the calls between them, unless told not to.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", config.message_limit_bytes),
-                ("grpc.max_send_message_length", config.message_limit_bytes),
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-                # Callers ping every 30 s; more than two pings each sooner than this after the last end a connection.
-                ("grpc.http2.min_ping_interval_without_data_ms", int(config.min_ping_interval_s * 1000)),
-            ],
-        )
+        guards = [] if authentication is None else [AuthenticationInterceptor(authentication)]
+        self._server = _server(config, [*interceptors, *guards])
+        self._local_server = _server(config, interceptors)
         self._health = health_aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(workflows, self._server)
-        task_pb2_grpc.add_TaskServiceServicer_to_server(tasks, self._server)
-        results_pb2_grpc.add_ResultsServiceServicer_to_server(results, self._server)
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(workers, self._server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection((*SERVICE_NAMES, health_name, reflection.SERVICE_NAME), self._server)
+        for server in (self._server, self._local_server):
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(workflows, server)
+            task_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
+            results_pb2_grpc.add_ResultsServiceServicer_to_server(results, server)
+            worker_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
+            reflection.enable_server_reflection((*SERVICE_NAMES, health_name, reflection.SERVICE_NAME), server)
 
     async def start(self) -> int:
         """Listen and serve; return the port. Raises PortInUseError."""
@@ -98,8 +106,9 @@ class RpcServer:
         except RuntimeError as error:
             raise PortInUseError(f"cannot listen on {address}: {error}") from None
         # In a folder that is this user's alone, so plain and open to all who get there.
-        self._server.add_insecure_port(self.local_target)
+        self._local_server.add_insecure_port(self.local_target)
         await self._server.start()
+        await self._local_server.start()
         return port
 
     async def set_serving(self, is_serving: bool) -> None:
@@ -110,7 +119,25 @@ class RpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls and end the running ones within `grace_s` seconds."""
-        await self._server.stop(grace_s)
+        await asyncio.gather(self._server.stop(grace_s), self._local_server.stop(grace_s))
+
+
+def _server(config: ServerConfig, interceptors: Sequence[Any]) -> grpc.aio.Server:
+    return grpc.aio.server(
+        interceptors=interceptors,
+        options=[
+            # grpcio lets two servers share a port and splits the calls between them, unless told not to.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", config.message_limit_bytes),
+            ("grpc.max_send_message_length", config.message_limit_bytes),
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            # Callers ping every 30 s; more than two pings each sooner than this after the last end a connection.
+            ("grpc.http2.min_ping_interval_without_data_ms", int(config.min_ping_interval_s * 1000)),
+            # Whoever connects and says nothing holds a file for as long; by default two minutes.
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ],
+    )
 
 
 def _credentials(tls: ServerTls) -> grpc.ServerCredentials:

@@ -8,11 +8,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import grpc
+from google.protobuf.message import DecodeError
 from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_server.config import ServerConfig
 from lattice_server.core import messages
-from lattice_server.core.errors import LatticeError, NotFoundError, invalid_field
+from lattice_server.core.errors import InvalidError, LatticeError, NotFoundError
 from lattice_server.core.leases import NodeState, NodeView
 from lattice_server.core.model import Failure, FailureKind, TaskSpec
 from lattice_server.engine.bus import MessageBus
@@ -21,10 +22,11 @@ from lattice_server.engine.sessions import Connection, Sessions
 from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
 from lattice_server.rpc.assignments import responses
-from lattice_server.rpc.authentication import CONNECT, Authentication
-from lattice_server.rpc.context import Context
+from lattice_server.rpc.context import Context, whole
 from lattice_server.rpc.intake import Intake
+from lattice_server.rpc.interceptors import unreadable
 from lattice_server.rpc.machines import Machines
+from lattice_server.rpc.offers import check_first, deadline_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         server_id: str,
         describe: Callable[[], Awaitable[worker_pb2.GetClusterResponse]],
         check_possible: Callable[[Sequence[TaskSpec]], None],
-        authentication: Authentication | None,
     ) -> None:
         self._config = config
         self._bus = bus
@@ -62,7 +63,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._server_id = server_id
         self._describe = describe
         self._check_possible = check_possible
-        self._authentication = authentication
 
     def close_all(self) -> None:
         """Tell every worker that the server stops, and those that dial again as well."""
@@ -76,13 +76,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.ConnectResponse]:
         """Serve one worker's stream."""
         requests = aiter(request_iterator)
-        first = await anext(requests, None)
+        # Whoever is beside the head shares its store.
+        is_beside = context.peer().startswith("unix:")
+        first: worker_pb2.ConnectRequest | None = worker_pb2.ConnectRequest()
+        refusal: worker_pb2.Close | None
+        try:
+            first = await anext(requests, None)
+        except DecodeError as error:
+            refusal = protocol_error(unreadable(error))
+        else:
+            refusal = None if first is None else self._refusal(first, is_beside)
         if first is None:
             return
-        hello = first.hello
-        refusal = self._rejection(context) or self._refusal(first)
-        if refusal is None and self._is_stopping:
-            refusal = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_SHUTDOWN, message="the server stops")
         if refusal is not None:
             yield worker_pb2.ConnectResponse(close=refusal)
             await _drain(requests)
@@ -92,8 +97,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 async for response in served:
                     yield response
             return
-        # Whoever is beside the head shares its store.
-        connection = Connection(hello.worker_id, hello.node_id, context.peer().startswith("unix:"))
+        hello = first.hello
+        connection = Connection(hello.worker_id, hello.node_id, is_beside)
         if (task := asyncio.current_task()) is not None:
             connection.abort = task.cancel
         self._sessions.greet(connection)
@@ -102,7 +107,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         try:
             while not connection.is_closed:
                 effects = await connection.next_effects()
-                for response in responses(effects, connection, self._config, self._server_id):
+                for response in responses(effects, connection, self._config, self._server_id, self._too_large):
                     yield response
                     if response.WhichOneof("message") == "close":
                         connection.is_closed = True
@@ -114,26 +119,24 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             reader.cancel()
             self._sessions.leave(connection)
 
+    def _too_large(self, effect: messages.Assign, why: str) -> None:
+        # A batch is halved when its worker crashes, and what is left of it may fit; one alone never will.
+        kind = FailureKind.CRASHED if len(effect.attempts) > 1 else FailureKind.PAYLOAD
+        self._bus.post([messages.AttemptFailed(effect.session_id, effect.lease_id, 0, Failure(kind, why))])
+
     def _detached(self, session_id: str, silent_s: float) -> None:
         self._bus.post([messages.WorkerDetached(session_id, silent_s)])
 
-    def _rejection(self, context: Context) -> worker_pb2.Close | None:
-        if self._authentication is not None:
-            try:
-                self._authentication.check_call(CONNECT, context)
-            except LatticeError as error:
-                return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=error.message)
-        return None
-
-    def _refusal(self, first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:
-        is_hello = first.WhichOneof("message") == "hello" and first.hello.worker_id and first.hello.node_id
-        is_join = first.WhichOneof("message") == "join" and first.join.node_id
-        if not is_hello and not is_join:
-            text = "the first message must be Hello with worker_id and node_id, or Join with node_id"
-            return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_PROTOCOL_ERROR, message=text)
-        if is_hello and self._machines.has_given_up(first.hello.worker_id):
+    def _refusal(self, first: worker_pb2.ConnectRequest, is_beside: bool) -> worker_pb2.Close | None:
+        try:
+            check_first(first, is_beside=is_beside)
+        except LatticeError as error:
+            return protocol_error(error)
+        if first.WhichOneof("message") == "hello" and self._machines.has_given_up(first.hello.worker_id):
             text = f"worker {first.hello.worker_id} was away for too long, and another is to take its place"
             return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_LOST, message=text)
+        if self._is_stopping:
+            return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_SHUTDOWN, message="the server stops")
         return None
 
     async def _read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
@@ -152,6 +155,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                         pass
         except grpc.RpcError as error:
             log.debug("the stream of worker %s broke: %s", connection.worker_id, error)
+        except (DecodeError, InvalidError) as error:
+            text = error.message if isinstance(error, InvalidError) else unreadable(error).message
+            connection.send(messages.CloseSession("", "PROTOCOL_ERROR", text))
+            # Nothing more is read; the worker hangs up when it has read why.
+            await asyncio.sleep(HANG_UP_S)
         finally:
             connection.close()
 
@@ -196,7 +204,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request_iterator: AsyncIterator[worker_pb2.UploadArtifactRequest], context: Context
     ) -> worker_pb2.UploadArtifactResponse:
         """Take an artifact somebody reads from the node that has it."""
-        requests = aiter(request_iterator)
+        requests = aiter(whole(request_iterator, context))
         first = await anext(requests, None)
         transfer_id = "" if first is None else first.transfer_id
         await self._transfers.take(transfer_id, _chunks(requests))
@@ -216,8 +224,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         shown = self._node(node)
         shown.state = worker_pb2.NODE_STATE_DRAINING
         deadline_s = deadline_from_proto(request)
-        if deadline_s is not None and deadline_s < 0:
-            raise invalid_field("deadline", "must not be negative")
         self._bus.post([messages.DrainRequested(request.node_id, deadline_s)])
         return worker_pb2.DrainNodeResponse(node=shown)
 
@@ -246,6 +252,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         )
 
 
+def protocol_error(error: LatticeError) -> worker_pb2.Close:
+    """Return the last word to a worker or a machine that says what it must not."""
+    return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_PROTOCOL_ERROR, message=error.message)
+
+
 def _hello_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHello:
     return messages.WorkerHello(
         worker_id=hello.worker_id,
@@ -270,15 +281,12 @@ def _report_event(report: worker_pb2.Report, session_id: str) -> messages.Schedu
     named = (session_id, report.lease_id, report.item)
     match report.WhichOneof("fact"):
         case "succeeded":
-            outputs = {
-                name: convert.payload_from_proto(payload, name, NO_LIMIT)
-                for name, payload in report.succeeded.outputs.items()
-            }
-            split = {
-                name: [convert.payload_from_proto(item, name, NO_LIMIT) for item in items.items]
-                for name, items in report.succeeded.split.items()
-            }
-            return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(report.succeeded.duration), split)
+            try:
+                return _success_event(report.succeeded, named)
+            except InvalidError as error:
+                # Its sequence number is taken: what it means must not get lost, nor what came with it.
+                text = f"the worker reported a success that cannot be read: {error.message}"
+                return messages.AttemptFailed(*named, Failure(FailureKind.PAYLOAD, text))
         case "started":
             return messages.AttemptStarted(*named)
         case "failed":
@@ -293,9 +301,16 @@ def _report_event(report: worker_pb2.Report, session_id: str) -> messages.Schedu
             return None
 
 
-def deadline_from_proto(message: worker_pb2.Draining | worker_pb2.DrainNodeRequest) -> float | None:
-    """Return how long what runs may still run, in seconds; None when it may finish."""
-    return convert.seconds_from(message.deadline) if message.HasField("deadline") else None
+def _success_event(succeeded: worker_pb2.AttemptSucceeded, named: tuple[str, str, int]) -> messages.AttemptSucceeded:
+    outputs = {
+        name: convert.payload_from_proto(payload, f'outputs["{name}"]', NO_LIMIT)
+        for name, payload in succeeded.outputs.items()
+    }
+    split = {
+        name: [convert.payload_from_proto(item, f'split["{name}"]', NO_LIMIT) for item in items.items]
+        for name, items in succeeded.split.items()
+    }
+    return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(succeeded.duration), split)
 
 
 async def _chunks(requests: AsyncIterator[worker_pb2.UploadArtifactRequest]) -> AsyncIterator[bytes | None]:
@@ -304,7 +319,7 @@ async def _chunks(requests: AsyncIterator[worker_pb2.UploadArtifactRequest]) -> 
 
 
 async def _drain(requests: AsyncIterator[worker_pb2.ConnectRequest]) -> None:
-    with contextlib.suppress(TimeoutError, grpc.RpcError):
+    with contextlib.suppress(TimeoutError, grpc.RpcError, DecodeError):
         async with asyncio.timeout(HANG_UP_S):
             async for _ in requests:
                 pass

@@ -15,6 +15,7 @@ from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import RUN_STATE_TO_PROTO, event_to_proto, final_tasks_to_proto, run_to_proto
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import page
+from lattice_server.rpc.parts import in_parts
 from lattice_server.rpc.waiting import wait_from_proto
 
 LARGE_GRAPH = 1000
@@ -120,8 +121,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             await entry.log.completed()
         else:
             async for batch in entry.log.follow(0):
-                events = [event_to_proto(event) for event in batch]
-                yield workflow_pb2.ExecuteWorkflowResponse(events=events, sequence=batch[-1].sequence)
+                for events in in_parts(map(event_to_proto, batch)):
+                    yield workflow_pb2.ExecuteWorkflowResponse(events=events, sequence=events[-1].sequence)
         yield workflow_pb2.ExecuteWorkflowResponse(
             run=run_to_proto(entry),
             sequence=len(entry.log.events),

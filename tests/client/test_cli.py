@@ -55,6 +55,18 @@ def test_tables_are_whole_at_a_terminal_and_lines_of_cells_in_a_pipe(address: st
     assert row.split()[1:5] == ["the", "name", "succeeded", "1/1"]
 
 
+def test_a_name_does_nothing_to_the_terminal_of_who_reads_it(address: str, client: LatticeClient) -> None:
+    workflow = client.create_workflow("\x1b[2Jtwo\nlines\x9b")
+    workflow.add_task(greet, {"name": "you"})
+    run = workflow.run()
+    run.result(timeout=WAIT_S)
+    shown = "\N{REPLACEMENT CHARACTER}[2Jtwo lines\N{REPLACEMENT CHARACTER}"
+    assert call(address, "runs", "list", "--limit", "1").stdout.split("\t")[:2] == [run, shown]
+    with terminal(address, "runs", "list", "--limit", "1") as seen:
+        assert seen.read_all() == 0
+    assert shown in seen.text
+
+
 def test_the_server_and_its_nodes_are_shown(address: str) -> None:
     facts = dict(line.split("\t") for line in call(address, "status").stdout.splitlines())
     assert facts["executor"] == "local"

@@ -1,9 +1,11 @@
 """TLS and a token between real processes: what gets through, what is refused and how, and where no token shows."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -209,6 +211,21 @@ def test_a_server_may_ask_for_certificates(made: Certificates, tmp_path: Path) -
         unsigned = certificates(tmp_path)
         own = {"LATTICE_TLS_CERT": str(unsigned.caller_cert), "LATTICE_TLS_KEY": str(unsigned.caller_key)}
         assert found.line("status", "--tls-ca", str(made.ca), **own).returncode == 1
+
+
+def test_nothing_is_written_of_whoever_does_not_speak_tls(made: Certificates, tmp_path: Path) -> None:
+    pair = ["--tls-cert", str(made.cert), "--tls-key", str(made.key)]
+    with served(tmp_path / "stderr", *pair, LATTICE_TOKEN=TOKEN) as found:
+        host, _, port = found.address.rpartition(":")
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01nothing", b"\x00" * 100):
+            with socket.create_connection((host, int(port)), timeout=WAIT_S) as stranger:
+                stranger.sendall(said)
+                stranger.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionError):
+                    while stranger.recv(1000):  # the server hangs up when it has had enough
+                        pass
+        assert found.line("status", "--tls-ca", str(made.ca), LATTICE_TOKEN=TOKEN).returncode == 0
+    assert (tmp_path / "stderr").read_text() == ""
 
 
 def test_health_is_told_without_a_token(safe: Served, made: Certificates) -> None:

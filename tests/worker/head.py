@@ -42,7 +42,13 @@ class Stream:
         """Send one message."""
         self.responses.put_nowait(worker_pb2.ConnectResponse(**message))
 
-    def welcome(self, session_id: str = "s1", resumed: bool = False, drop: tuple[str, ...] = ()) -> None:
+    def welcome(
+        self,
+        session_id: str = "s1",
+        resumed: bool = False,
+        drop: tuple[str, ...] = (),
+        inline_limit_bytes: int = LIMIT_BYTES,
+    ) -> None:
         """Accept the worker."""
         message = worker_pb2.Welcome(
             session_id=session_id,
@@ -50,7 +56,7 @@ class Stream:
             heartbeat_interval=Duration(seconds=5),
             session_ttl=Duration(seconds=30),
             drop_lease_ids=drop,
-            inline_limit_bytes=LIMIT_BYTES,
+            inline_limit_bytes=inline_limit_bytes,
             log_limit_bytes=LIMIT_BYTES,
         )
         self.say(welcome=message)

@@ -28,7 +28,7 @@ def test_what_could_not_be_started_leaves_nothing_behind_and_is_tried_again(
                 with pytest.raises(FileNotFoundError):
                     await pool.take(key)
             assert pool.take_idle(key) is None
-            assert descriptors() == before
+            assert descriptors() <= before
         runner = await pool.take(key)
         assert runner.is_fit
         pool.close()

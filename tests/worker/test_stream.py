@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lattice.v1 import errors_pb2, worker_pb2
+from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
 
+from lattice_worker import convert
 from tests.e2e.proxy import Gate
 from tests.worker.head import TIMEOUT_S, Pair, pair
 
@@ -99,6 +100,30 @@ def test_reports_are_numbered_and_those_not_acknowledged_come_again(tmp_path: Pa
         assert second.reports == first.reports[seen:]
 
     play(scenario, tmp_path)
+
+
+def test_reports_that_add_up_to_more_than_a_message_come_in_several(tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        both.stream.drop()
+        second, _ = await both.head.dialled()
+        second.welcome(resumed=True, inline_limit_bytes=300_000)
+        for number in range(30):  # more than gRPC accepts in one message by default
+            second.assign(f"{number}", lambda: "x" * 200_000)
+        await second.end("29")
+        second.drop()
+        third, _ = await both.head.dialled()
+        third.welcome(resumed=True)
+        await third.end("29")
+        assert third.reports == second.reports
+
+    play(scenario, tmp_path)
+
+
+def test_a_report_that_cannot_be_sent_says_instead_that_its_attempt_failed() -> None:
+    report = worker_pb2.Report(lease_id="a", item=2, succeeded={"outputs": {"out": payload_pb2.Payload(json="1")}})
+    convert.refuse(report, "why")
+    assert (report.lease_id, report.item, report.WhichOneof("fact")) == ("a", 2, "failed")
+    assert (report.failed.failure.kind, report.failed.failure.message) == (errors_pb2.FAILURE_KIND_PAYLOAD, "why")
 
 
 def test_a_resumed_worker_works_on_what_it_holds(gate: Gate, tmp_path: Path) -> None:

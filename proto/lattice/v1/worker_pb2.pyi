@@ -35,7 +35,7 @@ class _CloseReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     CLOSE_REASON_UNSPECIFIED: _CloseReason.ValueType  # 0
     """Not set; never sent by this server."""
     CLOSE_REASON_SUPERSEDED: _CloseReason.ValueType  # 1
-    """The same worker connected again; the newer stream counts."""
+    """The same worker connected again, or another one for the same node; the newer stream counts."""
     CLOSE_REASON_SHUTDOWN: _CloseReason.ValueType  # 2
     """The server stops. Reconnect with backoff."""
     CLOSE_REASON_PROTOCOL_ERROR: _CloseReason.ValueType  # 3
@@ -55,7 +55,7 @@ class CloseReason(_CloseReason, metaclass=_CloseReasonEnumTypeWrapper):
 CLOSE_REASON_UNSPECIFIED: CloseReason.ValueType  # 0
 """Not set; never sent by this server."""
 CLOSE_REASON_SUPERSEDED: CloseReason.ValueType  # 1
-"""The same worker connected again; the newer stream counts."""
+"""The same worker connected again, or another one for the same node; the newer stream counts."""
 CLOSE_REASON_SHUTDOWN: CloseReason.ValueType  # 2
 """The server stops. Reconnect with backoff."""
 CLOSE_REASON_PROTOCOL_ERROR: CloseReason.ValueType  # 3

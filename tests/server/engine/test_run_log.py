@@ -1,6 +1,8 @@
 """A run's log: many readers, each at its own place."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -92,6 +94,32 @@ def test_a_reader_that_leaves_is_nobodys_business() -> None:
         assert await staying == [1, 2, 3]
         with pytest.raises(asyncio.CancelledError):
             await leaving
+
+    play(scenario)
+
+
+def test_nothing_is_kept_of_readers_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(log: RunLog) -> None:
+        loop = asyncio.get_running_loop()
+        made: weakref.WeakSet[asyncio.Future[None]] = weakref.WeakSet()
+        create = loop.create_future
+
+        def watched() -> asyncio.Future[None]:
+            future = create()
+            made.add(future)
+            return future
+
+        monkeypatch.setattr(loop, "create_future", watched)
+        for _ in range(10):
+            leaving = asyncio.create_task(read(log))
+            await asyncio.sleep(0)
+            assert made
+            leaving.cancel()
+            while not leaving.done():
+                await asyncio.sleep(0)
+        del leaving
+        gc.collect()
+        assert not made
 
     play(scenario)
 

@@ -164,8 +164,16 @@ def test_reflection_tells_whoever_has_the_token(guarded: Caller) -> None:
 def first_answer(caller: Caller, metadata: Metadata) -> worker_pb2.ConnectResponse:
     """Return the first thing the server says to a worker, and hang up."""
     hello = worker_pb2.Hello(worker_id=fresh("w"), node_id=fresh("n"))
+    return said_first(caller, worker_pb2.ConnectRequest(hello=hello), metadata)
+
+
+def said_first(
+    caller: Caller, message: worker_pb2.ConnectRequest | None, metadata: Metadata
+) -> worker_pb2.ConnectResponse:
+    """Return the first thing the server says on a stream that begins with a message, or without any."""
     said: SimpleQueue[worker_pb2.ConnectRequest | None] = SimpleQueue()
-    said.put(worker_pb2.ConnectRequest(hello=hello))
+    if message is not None:
+        said.put(message)
     # The stream stays open: a worker that hangs up at once is not spoken to.
     call = caller.workers.Connect(iter(said.get, None), metadata=metadata)
     answer: worker_pb2.ConnectResponse = next(call)
@@ -182,11 +190,40 @@ def test_a_worker_without_the_token_is_refused_in_band(guarded: Caller, metadata
         "join": worker_pb2.ConnectRequest(join=worker_pb2.Join(node_id="n")),
         "": worker_pb2.ConnectRequest(),
     }
-    (answer,) = guarded.workers.Connect(iter([messages[first]]), metadata=metadata)
+    answer = said_first(guarded, messages[first], metadata)
     assert answer.close.reason == worker_pb2.CLOSE_REASON_UNAUTHENTICATED
     assert TOKEN not in answer.close.message
     nodes = guarded.workers.ListNodes(worker_pb2.ListNodesRequest(), metadata=bearer(TOKEN)).nodes
     assert "n" not in {node.node_id for node in nodes}
+
+
+def test_a_stranger_is_refused_before_it_has_said_anything(guarded: Caller) -> None:
+    answer = said_first(guarded, None, bearer("wrong"))
+    assert answer.close.reason == worker_pb2.CLOSE_REASON_UNAUTHENTICATED
+
+
+NOT_A_MESSAGE = b"\xff"
+
+
+@pytest.mark.parametrize("method", GUARDED, ids=lambda method: method.full_name)
+def test_what_a_stranger_sends_is_not_read(guarded: Caller, method: MethodDescriptor) -> None:
+    service, _, name = method.full_name.rpartition(".")
+    stub = guarded.channel.stream_stream(f"/{service}/{name}")
+    with refused(Code.UNAUTHENTICATED, "UNAUTHENTICATED"):
+        list(stub(iter([NOT_A_MESSAGE]), timeout=30))
+
+
+def test_a_stranger_is_told_of_the_whole_servers_health_whatever_it_asks(guarded: Caller) -> None:
+    check = guarded.channel.unary_unary(
+        "/grpc.health.v1.Health/Check", response_deserializer=health_pb2.HealthCheckResponse.FromString
+    )
+    assert check(NOT_A_MESSAGE, timeout=30).status == health_pb2.HealthCheckResponse.SERVING
+    request = health_pb2.HealthCheckRequest(service="nothing")
+    health = health_pb2_grpc.HealthStub(guarded.channel)
+    assert health.Check(request).status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as caught:
+        health.Check(request, metadata=bearer(TOKEN))
+    assert caught.value.code() is Code.NOT_FOUND
 
 
 def test_a_worker_with_either_token_is_welcome(guarded: Caller, witness: Witness) -> None:
@@ -200,10 +237,15 @@ def test_the_name_of_the_scheme_may_be_written_small(guarded: Caller) -> None:
     assert guarded.workers.GetCluster(worker_pb2.GetClusterRequest(), metadata=metadata).executor == "none"
 
 
-def test_what_a_server_does_not_have_is_unimplemented_all_the_same(guarded: Caller) -> None:
+@pytest.mark.parametrize("metadata", [(), bearer(TOKEN)])
+@pytest.mark.parametrize("method", ["/lattice.v1.WorkflowService/Nothing", "/grpc.health.v1.Health/List"])
+def test_what_a_server_does_not_have_is_unimplemented_all_the_same(
+    guarded: Caller, method: str, metadata: Metadata, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        guarded.channel.unary_unary("/lattice.v1.WorkflowService/Nothing")(b"")
+        guarded.channel.unary_unary(method)(b"", metadata=metadata)
     assert caught.value.code() is Code.UNIMPLEMENTED
+    assert not caplog.records
 
 
 def test_refused_calls_are_traced_with_their_status(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,7 @@ def test_a_bundle_whose_digest_is_not_its_own_is_refused(idle: Caller) -> None:
         ("workflows.ListWorkflows", workflow_pb2.ListWorkflowsRequest(page_token="-1"), "page_token"),
         ("results.WatchRun", results_pb2.WatchRunRequest(run_id="any", after_sequence=-1), "after_sequence"),
         ("results.ReadArtifact", results_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=-1), "offset"),
+        ("results.ReadArtifact", results_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=2**63 - 1), "offset"),
     ],
 )
 def test_a_malformed_question_is_refused_by_its_field(idle: Caller, call: str, request_: Any, field: str) -> None:
@@ -420,3 +421,27 @@ def ask(caller: Caller, call: str, request: Any) -> None:
     answer = getattr(getattr(caller, service), method)(request)
     if hasattr(answer, "__next__"):
         list(answer)
+
+
+NOT_A_MESSAGE = b"\xff"
+NOT_TEXT = b"\x0a\x01\xff"  # a text in field 1 that is not UTF-8
+
+
+@pytest.mark.parametrize("data", [NOT_A_MESSAGE, NOT_TEXT])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "WorkflowService/GetRun",
+        "WorkflowService/ExecuteWorkflow",
+        "ResultsService/WatchRun",
+        "WorkerService/UploadArtifact",
+    ],
+)
+def test_what_cannot_be_read_is_refused_and_not_logged(
+    idle: Caller, method: str, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = idle.channel.stream_stream(f"/lattice.v1.{method}")
+    with refused(Code.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+        list(stub(iter([data]), timeout=30))
+    assert list(refusal.violations) == ["request"]
+    assert not caplog.records

@@ -3,14 +3,25 @@
 import asyncio
 import contextlib
 import hashlib
+from pathlib import Path
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from lattice.v1 import errors_pb2, payload_pb2, results_pb2, run_pb2, task_pb2, worker_pb2, workflow_pb2
+from lattice.v1 import (
+    errors_pb2,
+    payload_pb2,
+    results_pb2,
+    results_pb2_grpc,
+    run_pb2,
+    task_pb2,
+    worker_pb2,
+    workflow_pb2,
+)
 
+from lattice_server.engine.ports import Contact
 from lattice_server.rpc.server import PortInUseError
 from tests.server.apps import NoWorkers, build, serving, serving_aside
 from tests.server.rpc.callers import (
@@ -260,6 +271,32 @@ def test_an_artifact_is_written_and_read_from_any_offset(idle: Caller) -> None:
         assert b"".join(chunk.data for chunk in idle.results.ReadArtifact(request)) == data[offset:]
 
 
+def test_nothing_stays_of_an_artifact_whose_writing_broke_off() -> None:
+    class Beside(NoWorkers):
+        async def start(self, contact: Contact, post: object) -> None:
+            self.store = Path(contact.local_target.removeprefix("unix:")).parent
+
+        def artifacts(self) -> list[Path]:
+            return [path for path in self.store.iterdir() if len(path.name) == 32]
+
+    async def scenario() -> None:
+        beside = Beside()
+        async with (
+            asyncio.timeout(60),
+            serving(beside) as app,
+            grpc.aio.insecure_channel(app.address) as channel,
+        ):
+            writing = results_pb2_grpc.ResultsServiceStub(channel).WriteArtifact()
+            await writing.write(results_pb2.WriteArtifactRequest(data=b"x"))
+            while not beside.artifacts():
+                await asyncio.sleep(0.01)
+            writing.cancel()
+            while beside.artifacts():
+                await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("size", [1_000_000, 1, 0])
 def test_an_artifact_is_an_input_and_an_output(busy: Caller, size: int) -> None:
     data = bytes(size)
@@ -313,3 +350,20 @@ def test_a_port_belongs_to_one_server() -> None:
                 await refused.start()
 
     asyncio.run(second())
+
+
+def test_nothing_is_logged_of_readers_that_leave_in_the_middle(caplog: pytest.LogCaptureFixture) -> None:
+    chunk = results_pb2.WriteArtifactRequest(data=bytes(2**20))
+    with serving_aside(NoWorkers()) as address, calling(address) as caller:
+        # More than fits on the way to a reader: the server comes to wait until it can write.
+        artifact = caller.results.WriteArtifact(iter([chunk] * 50)).artifact
+        request = results_pb2.ReadArtifactRequest(artifact_id=artifact.artifact_id)
+        with calling(address) as leaving:
+            readings = [leaving.results.ReadArtifact(request) for _ in range(5)]
+            for reading in readings:
+                next(reading)
+            for _ in range(100):
+                caller.workers.ListNodes(worker_pb2.ListNodesRequest())
+            for reading in readings:
+                reading.cancel()
+    assert not caplog.records

@@ -1,6 +1,7 @@
 """The workers' stream as the head serves it: who is let in, what is repeated, what is fenced off."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,11 +10,13 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import (
+    errors_pb2,
     payload_pb2,
     resources_pb2,
     results_pb2,
     results_pb2_grpc,
     run_pb2,
+    task_pb2,
     worker_pb2,
     worker_pb2_grpc,
     workflow_pb2,
@@ -21,7 +24,7 @@ from lattice.v1 import (
 )
 
 from tests.server.apps import NoWorkers, serving
-from tests.server.rpc.callers import graph, task
+from tests.server.rpc.callers import graph, output, task
 
 TIMEOUT_S = 60.0
 Report = worker_pb2.Report
@@ -148,6 +151,123 @@ def test_whoever_may_not_join_is_told_so_in_band(message: dict[str, Any], reason
         await hand.say(**message)
         assert (await hand.hear("close")).reason == worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")
         assert not (await head.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("is_welcome", [False, True])
+def test_a_worker_that_cannot_be_understood_is_told_so_in_band(
+    is_welcome: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(head: Scene) -> None:
+        call = head.channel.stream_stream("/lattice.v1.WorkerService/Connect")()
+        if is_welcome:
+            await call.write(worker_pb2.ConnectRequest(hello=head.hello()).SerializeToString())
+            assert worker_pb2.ConnectResponse.FromString(await call.read()).HasField("welcome")
+        await call.write(b"\xff")
+        close = worker_pb2.ConnectResponse.FromString(await call.read()).close
+        assert close.reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
+        assert "ConnectRequest" in close.message
+        call.cancel()
+
+    play(scenario)
+    assert not caplog.records
+
+
+NAN = float("nan")
+GPUS = {"gpus": [{"index": 0}, {"index": 0}]}
+
+
+@pytest.mark.parametrize(
+    ("offer", "field"),
+    [
+        ({"node_id": "n" * 129}, "node_id"),
+        ({"node_id": "a\nb"}, "node_id"),
+        ({"node_id": "\x1b[2J"}, "node_id"),
+        ({"node_id": "head"}, "node_id"),
+        ({"capacity": {"cpu": NAN}}, "capacity.cpu"),
+        ({"capacity": {"cpu": float("inf")}}, "capacity.cpu"),
+        ({"capacity": {"cpu": -1}}, "capacity.cpu"),
+        ({"capacity": {"memory_bytes": -1}}, "capacity.memory_bytes"),
+        ({"capacity": {"slots": -1}}, "capacity.slots"),
+        ({"capacity": {"async_slots": -1}}, "capacity.async_slots"),
+        ({"capacity": GPUS}, "capacity.gpus[1].index"),
+        ({"capacity": {"gpus": [{"index": -1}]}}, "capacity.gpus[0].index"),
+        ({"capacity": {"gpus": [{"memory_bytes": -1}]}}, "capacity.gpus[0].memory_bytes"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["hello", "join"])
+def test_an_offer_nobody_could_count_with_is_refused_by_its_field(kind: str, offer: dict[str, Any], field: str) -> None:
+    async def scenario(head: Scene) -> None:
+        hand = Hand(head.channel)
+        named = {"node_id": "n"} | ({"worker_id": "w"} if kind == "hello" else {})
+        await hand.say(**{kind: named | offer})
+        close = await hand.hear("close")
+        assert close.reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
+        assert close.message.startswith(f"{kind}.{field}: ")
+        assert not (await head.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        ({}, 'outputs["out"]'),
+        ({"data": b"x"}, 'outputs["out"].media_type'),
+        ({"artifact": {"artifact_id": "a", "size_bytes": -1}}, 'outputs["out"].artifact.size_bytes'),
+        ({"artifact": {"artifact_id": "../a"}}, 'outputs["out"].artifact.artifact_id'),
+    ],
+)
+def test_a_success_that_cannot_be_read_fails_the_task_and_loses_nothing_else(
+    payload: dict[str, Any], field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(capacity=resources_pb2.Capacity(cpu=2, slots=2))
+        run_ids = [await head.run("a"), await head.run("a")]
+        lease_ids: list[str] = []
+        while len(lease_ids) < 2:
+            lease_ids += [assigned.lease_id for assigned in (await hand.hear("assignments")).assignments]
+        unreadable = worker_pb2.AttemptSucceeded(outputs={"out": payload_pb2.Payload(**payload)})
+        facts = zip(lease_ids, (succeeded(), unreadable), strict=True)
+        reports = [Report(sequence=n, lease_id=lease, succeeded=fact) for n, (lease, fact) in enumerate(facts, 1)]
+        await hand.say(reports=worker_pb2.Reports(reports=reports))
+        good, bad = [await head.result(run_id) for run_id in run_ids]
+        assert good.state == run_pb2.RUN_STATE_SUCCEEDED
+        assert (bad.state, bad.failure.kind) == (run_pb2.RUN_STATE_FAILED, errors_pb2.FAILURE_KIND_PAYLOAD)
+        assert field in bad.failure.message
+        hand.hang_up()
+
+    play(scenario)
+    assert not caplog.records
+
+
+def test_a_deadline_before_now_is_refused_in_band() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        await hand.say(draining={"deadline": Duration(seconds=-1)})
+        close = await hand.hear("close")
+        assert (close.reason, close.message) == (
+            worker_pb2.CLOSE_REASON_PROTOCOL_ERROR,
+            "deadline: must not be negative",
+        )
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_a_deadline_in_ages_is_one_in_a_month() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        await head.run("a")
+        await hand.hear("assignments")
+        ages = Duration(seconds=2**63 - 1)
+        await head.workers.DrainNode(worker_pb2.DrainNodeRequest(node_id="n", deadline=ages))
+        assert (await hand.hear("drain")).deadline == Duration(seconds=30 * 24 * 3600)
+        await hand.say(draining={"deadline": ages})
+        assert (await hand.hear("drain")).deadline == Duration(seconds=30 * 24 * 3600)
         hand.hang_up()
 
     play(scenario)
@@ -295,6 +415,19 @@ def test_the_newest_life_of_a_worker_counts_and_the_older_one_is_closed() -> Non
     play(scenario)
 
 
+def test_whoever_loses_its_node_to_another_worker_is_told_to_which() -> None:
+    async def scenario(head: Scene) -> None:
+        older, _ = await head.hand()
+        newer, _ = await head.hand(worker_id="other", hostname="elsewhere")
+        close = await older.hear("close")
+        assert close.reason == worker_pb2.CLOSE_REASON_SUPERSEDED
+        assert close.message == "worker 'other' on host 'elsewhere' serves node 'n' now"
+        older.hang_up()
+        newer.hang_up()
+
+    play(scenario)
+
+
 def test_a_drained_worker_finishes_what_it_has_and_is_let_go() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
@@ -323,6 +456,182 @@ def test_a_worker_that_wants_to_leave_is_let_go() -> None:
         hand.hang_up()
 
     play(scenario)
+
+
+ARTIFACT = "ab" * 16
+CHUNK = worker_pb2.UploadArtifactRequest(data=b"12345")
+
+
+async def sending(head: Scene, size_bytes: int = 10) -> tuple[Hand, Any, Any]:
+    """Have a worker make a value that stays with it, and a client read it; return the worker, the reading and the
+    upload it is asked for."""
+    hand, _ = await head.hand()
+    run_id = await head.run("a")
+    lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+    artifact = payload_pb2.Artifact(artifact_id=ARTIFACT, size_bytes=size_bytes, node_id="n")
+    made = payload_pb2.Payload(media_type="application/octet-stream", artifact=artifact)
+    await hand.report(1, lease_id, succeeded={"outputs": {"out": made}})
+    await head.result(run_id)
+    reading = head.results.ReadArtifact(results_pb2.ReadArtifactRequest(artifact_id=ARTIFACT))
+    transfer_id = (await hand.hear("send_artifact")).transfer_id
+    upload = head.workers.UploadArtifact()
+    await upload.write(worker_pb2.UploadArtifactRequest(transfer_id=transfer_id))
+    return hand, reading, upload
+
+
+async def read(reading: Any) -> bytes:
+    return b"".join([response.data async for response in reading])
+
+
+def test_a_value_that_stayed_with_its_worker_is_read_through_the_head() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, reading, upload = await sending(head)
+        for _ in range(2):
+            await upload.write(CHUNK)
+        await upload.done_writing()
+        assert await read(reading) == b"1234512345"
+        await upload
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_an_upload_that_breaks_off_is_not_taken_for_the_value() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, reading, upload = await sending(head)
+        await upload.write(CHUNK)
+        assert (await reading.read()).data == CHUNK.data
+        upload.cancel()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reading.read()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_other_bytes_than_were_reported_are_not_taken_for_the_value(count: int) -> None:
+    async def scenario(head: Scene) -> None:
+        hand, reading, upload = await sending(head)
+        for _ in range(count):
+            await upload.write(CHUNK)
+        await upload.done_writing()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read(reading)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert "has not the 10 bytes" in str(caught.value.details())
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("count", [0, 100])
+def test_an_upload_ends_when_its_reader_has_left(count: int) -> None:
+    async def scenario(head: Scene) -> None:
+        hand, reading, upload = await sending(head, size_bytes=count * 2**20 + 10)
+        await upload.write(CHUNK)
+        await reading.read()
+
+        async def more() -> None:
+            for _ in range(count):  # more than lies on the way to a reader who does not read
+                await upload.write(worker_pb2.UploadArtifactRequest(data=bytes(2**20)))
+
+        writing = asyncio.create_task(more())
+        await asyncio.wait({writing}, timeout=0.2)
+        reading.cancel()
+        await upload
+        await asyncio.wait({writing})
+        hand.hang_up()
+
+    play(scenario)
+
+
+TEXT = json.dumps("x" * 200_000)
+TEXTS = 30  # together more than gRPC accepts in one message by default
+MANY = resources_pb2.Capacity(cpu=TEXTS, slots=TEXTS)
+
+
+async def taken(hand: Hand, count: int) -> list[worker_pb2.Assignment]:
+    """Return the next so many leases."""
+    found: list[worker_pb2.Assignment] = []
+    while len(found) < count:
+        found += (await hand.hear("assignments")).assignments
+    return found
+
+
+async def given(head: Scene, *specs: task_pb2.TaskSpec) -> str:
+    """Start a run of tasks that may need what task `source` makes."""
+    spec = graph(task("source"), *specs)
+    return (await head.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=spec))).run.run_id
+
+
+def made() -> worker_pb2.AttemptSucceeded:
+    return worker_pb2.AttemptSucceeded(outputs={"out": payload_pb2.Payload(json=TEXT)})
+
+
+def test_work_that_adds_up_to_more_than_a_message_goes_out_in_several_and_so_do_its_events() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(capacity=MANY)
+        run_id = await given(head, *(task(f"t{n}", inputs={"x": output("source")}) for n in range(TEXTS)))
+        (source,) = await taken(hand, 1)
+        await hand.report(1, source.lease_id, succeeded=made())
+        leases = await taken(hand, TEXTS)
+        assert {lease.attempts[0].task_id for lease in leases} == {f"t{n}" for n in range(TEXTS)}
+        assert all(lease.attempts[0].inputs["x"].payload.json == TEXT for lease in leases)
+        for number, lease in enumerate(leases, 2):
+            await hand.report(number, lease.lease_id, succeeded=made())
+        watch = head.results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id))
+        responses = [response async for response in watch]
+        events = [event for response in responses for event in response.events]
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        assert sum(event.HasField("task_succeeded") for event in events) == TEXTS + 1
+        assert [response.sequence for response in responses] == [r.events[-1].sequence for r in responses]
+        assert [response.complete for response in responses][-2:] == [False, True]
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_a_task_given_more_than_a_message_can_carry_fails_and_holds_nobody_up() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        items = payload_pb2.BindingList(items=[output("source")] * 6)
+        run_id = await given(head, task("t", inputs={"x": payload_pb2.Binding(list=items)}))
+        (source,) = await taken(hand, 1)
+        await hand.report(1, source.lease_id, succeeded=made())
+        ended = await head.result(run_id)
+        assert (ended.state, ended.failure.kind) == (run_pb2.RUN_STATE_FAILED, errors_pb2.FAILURE_KIND_PAYLOAD)
+        assert "a message to a worker may have" in ended.failure.message
+        next_id = await head.run("next")
+        (work,) = await taken(hand, 1)
+        await hand.report(2, work.lease_id, succeeded=succeeded())
+        assert (await head.result(next_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        hand.hang_up()
+
+    play(scenario, message_limit_bytes=2**20)
+
+
+def test_a_batch_given_more_than_a_message_can_carry_is_halved() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(capacity=MANY)
+        batch = task_pb2.BatchPolicy(max_size=6)
+        specs = (task(f"t{n}", inputs={"x": output("source")}, batch=batch) for n in range(6))
+        run_id = await given(head, *specs)
+        (source,) = await taken(hand, 1)
+        await hand.report(1, source.lease_id, succeeded=made())
+        number = 1
+        for lease in await taken(hand, 2):
+            assert len(lease.attempts) == 3
+            reports = []
+            for item in range(3):
+                number += 1
+                reports.append(Report(sequence=number, lease_id=lease.lease_id, item=item, succeeded=succeeded()))
+            await hand.say(reports=worker_pb2.Reports(reports=reports))
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        hand.hang_up()
+
+    play(scenario, message_limit_bytes=2**20)
 
 
 def test_workers_are_told_that_the_head_stops() -> None:
