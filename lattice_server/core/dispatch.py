@@ -357,6 +357,10 @@ class Dispatch:
             self._effects.append(WelcomeWorker(node.worker_id, node.session_id, True, dropped, hello.greeting))
             for lease_id in ours:
                 self._repeat(self._leases[lease_id], lease_id in held, now)
+            if node.is_draining:
+                deadline_s = None if node.drain_at is None else max(0.0, node.drain_at - now)
+                self._effects.append(DrainWorker(node.session_id, deadline_s))
+                self._holding.let_go(node)
             return
         if node is not None:
             why = "the worker connected again and had forgotten its work"
@@ -369,6 +373,8 @@ class Dispatch:
         dropped = hello.held_lease_ids
         self._effects.append(WelcomeWorker(node.worker_id, node.session_id, False, dropped, hello.greeting))
         self._effects.append(NodesChanged(self._fleet.known()))
+        if not self._fleet.wants(hello.worker_id):
+            self._drain(node, None, now)
 
     def _repeat(self, lease: Lease, is_held: bool, now: float) -> None:
         """Say again what a worker that was away may have missed about a lease; what it has forgotten is lost."""
@@ -415,6 +421,7 @@ class Dispatch:
 
     def _move_all(self, node: Node, now: float) -> None:
         """Have done elsewhere what a node that is drained has not got done in time; no fault of the tasks."""
+        node.drain_at = None
         failure = Failure(FailureKind.WORKER_LOST, f"node {node.node_id!r} was drained before the task ended")
         leases = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
         for lease in leases:
@@ -429,6 +436,8 @@ class Dispatch:
         leases = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
         # A node that is lost does not leave for being drained.
         may_return, node.is_draining = not node.is_draining, False
+        if not may_return:
+            self._fleet.unwant(node.worker_id)
         lost = [(lease, self._holding.dissolve(lease, now)) for lease in leases]
         self._fleet.remove(node, may_return=may_return)
         self._effects.append(ForgetSession(node.session_id))

@@ -17,6 +17,7 @@ class Fleet:
         self.total = Capacity(0.0, slots=0, async_slots=0)
         self._sessions: dict[str, Node] = {}
         self._gone: dict[str, Node] = {}
+        self._unwanted: dict[str, None] = {}
         self.session_ttl_s = session_ttl_s
         self._could_run: dict[tuple[Shape, str], bool] = {}
         self._shares: dict[Shape, float] = {}
@@ -56,6 +57,16 @@ class Fleet:
             while len(self._gone) > MAX_GONE:
                 del self._gone[next(iter(self._gone))]
         self._count()
+
+    def unwant(self, worker_id: str) -> None:
+        """Remember a worker that is to leave, and is lost before it is told so."""
+        self._unwanted[worker_id] = None
+        while len(self._unwanted) > MAX_GONE:
+            del self._unwanted[next(iter(self._unwanted))]
+
+    def wants(self, worker_id: str) -> bool:
+        """Whether a worker may serve, as far as is known."""
+        return worker_id not in self._unwanted
 
     def known(self) -> tuple[Node, ...]:
         """Return every node that is here or may come back, as it is when nothing runs on it."""

@@ -67,8 +67,9 @@ class Holding:
         return members
 
     def let_go(self, node: Node) -> None:
-        """Close the session of a node that is drained, once it holds nothing any more."""
-        if node.is_draining and not node.slots and node.node_id in self._fleet.nodes:
+        """Close the session of a node that is drained, once it holds nothing any more and can be told so."""
+        is_known = node.node_id in self._fleet.nodes
+        if is_known and node.is_draining and node.detached_at is None and not node.slots:
             self._fleet.remove(node, may_return=False)
             self._emit(CloseSession(node.session_id, "DRAINED", "the node was drained"))
 

@@ -43,6 +43,7 @@ class Connection:
         self.on_end: list[Callable[[], None]] = []
         self._outbox: list[WelcomeWorker | ToSession] = []
         self._ready = asyncio.Event()
+        self.sent_digests: set[str] = set()
         self.ack_sequence = 0
         self._unacknowledged = 0
         self._has_sent = False
@@ -89,7 +90,6 @@ class Session:
         self.connection = connection
         self.is_connected = True
         self.last_sequence = 0
-        self.sent_digests: set[str] = set()
         self.drops: list[DropArtifact] = []
 
     def is_news(self, sequence: int) -> bool:
@@ -130,7 +130,10 @@ class Sessions:
         if isinstance(effect, WelcomeWorker):
             self._welcome(effect)
         elif isinstance(effect, ForgetSession):
-            self._sessions.pop(effect.session_id, None)
+            session = self._sessions.pop(effect.session_id, None)
+            if session is not None and session.is_connected:
+                # Whoever is there all the same learns by dialling again that the session is lost.
+                session.connection.close()
         elif session := self._sessions.get(effect.session_id):
             session.connection.send(effect)
             if isinstance(effect, CloseSession):
@@ -166,6 +169,8 @@ class Sessions:
                 if late_s > interval_s:
                     # This thread was busy, and what came meanwhile is still to be read.
                     connection.heard_at = min(now, connection.heard_at + late_s)
+                if connection.session is None:
+                    continue  # Whoever is not welcome yet has nothing to say.
                 if now - connection.heard_at <= self._silence_limit_s:
                     connection.beat()
                 else:
@@ -200,16 +205,17 @@ class Sessions:
         # The connection whose hello this answers: another one of the same worker has a welcome of its own coming.
         connection = self._unwelcome.pop(effect.greeting, None)
         if connection is None:
-            # It hung up before it was welcome, and the scheduler takes it for connected.
-            self.on_detached(effect.session_id, 0.0)
+            # It hung up before it was welcome, and the scheduler takes it for connected; or for resumed by a newer one.
+            if effect.worker_id not in self._greeting:
+                self.on_detached(effect.session_id, 0.0)
             return
+        connection.heard_at = time.monotonic()
         session = self._sessions.get(effect.session_id) if effect.resumed else None
         if session is None:
             session = Session(effect.session_id, connection)
             self._sessions[effect.session_id] = session
         session.connection = connection
         session.is_connected = True
-        session.sent_digests.clear()
         connection.session = session
         connection.send(effect)
         drops, session.drops = session.drops, []

@@ -120,15 +120,15 @@ def _assignments(
 
 
 def _add_code(assignments: worker_pb2.Assignments, effect: Assign, connection: Connection) -> int:
-    """Add the code of a lease that its session has not been sent; return its size in bytes."""
-    session, size = connection.session, 0
+    """Add the code of a lease that its stream has not carried; return its size in bytes."""
+    sent, size = connection.sent_digests, 0
     function, bundle = code_to_proto(effect.function)
-    if session is not None and effect.function.digest not in session.sent_digests:
-        session.sent_digests.add(effect.function.digest)
+    if effect.function.digest not in sent:
+        sent.add(effect.function.digest)
         assignments.functions.append(function)
         size += function.ByteSize()
-    if session is not None and bundle is not None and bundle.digest not in session.sent_digests:
-        session.sent_digests.add(bundle.digest)
+    if bundle is not None and bundle.digest not in sent:
+        sent.add(bundle.digest)
         assignments.bundles.append(bundle)
         size += bundle.ByteSize()
     return size

@@ -259,7 +259,9 @@ class DispatchHistories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """With nodes that can run anything, and whose workers succeed in all, everything ends."""
-        self.tell(*[worker(node_id, 8.0, 3) for node_id in [*NODES, "z"]], worker("foreign", 8.0, 3, BOTH))
+        # Those that were drained do not come back.
+        new = [worker(node_id, 8.0, 3) for node_id in [*NODES, "z"]] + [worker("foreign", 8.0, 3, BOTH)]
+        self.tell(*[replace(hello, worker_id=f"new-{hello.worker_id}") for hello in new])
         for _ in range(10 * len(self.watcher.submitted) + 10):
             if not self.machine.tasks:
                 return

@@ -1,5 +1,7 @@
 """Nodes that leave, and workers that were silent before their stream broke."""
 
+from dataclasses import replace
+
 from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import (
     CloseSession,
@@ -9,6 +11,7 @@ from lattice_server.core.messages import (
     TaskRetrying,
     WorkerDetached,
     WorkerHeartbeat,
+    WorkerHello,
 )
 from tests.server.core.scenes import Scene, node, ready
 from tests.server.core.test_sending import revoked, warmed
@@ -68,3 +71,64 @@ def test_what_is_to_end_is_said_with_every_heartbeat_that_does_not_show_it_ended
     held = frozenset(scene.leases[name].lease_id for name in ("long", "a"))
     scene.tell(WorkerHeartbeat(scene.leases["a"].session_id, held, 99))
     assert [type(effect) for effect in scene.effects] == [RevokeLease]
+
+
+def detach(scene: Scene, node_id: str, at: float) -> None:
+    scene.tell(WorkerDetached(scene.machine.nodes[node_id].session_id), at=at)
+
+
+def back(scene: Scene, node_id: str) -> WorkerHello:
+    """Return the greeting of a worker that comes back to its session."""
+    known = scene.machine.nodes[node_id]
+    return replace(node(node_id), session_id=known.session_id)
+
+
+def closed(scene: Scene) -> list[str]:
+    return [effect.reason for effect in scene.effects if isinstance(effect, CloseSession)]
+
+
+def test_a_node_that_is_drained_while_it_is_away_leaves_when_it_is_back() -> None:
+    scene = Scene(node())
+    detach(scene, "n", at=1.0)
+    scene.tell(DrainRequested("n"), at=2.0)
+    assert closed(scene) == []
+    scene.tell(back(scene, "n"), at=3.0)
+    assert closed(scene) == ["DRAINED"]
+    assert not scene.machine.nodes
+
+
+def test_a_node_that_is_drained_and_away_when_its_time_is_up_leaves_when_it_is_back() -> None:
+    scene = Scene(node())
+    scene.tell(ready("a"))
+    scene.start("a")
+    scene.tell(DrainRequested("n", 5.0), at=1.0)
+    detach(scene, "n", at=2.0)
+    scene.tell(at=6.0)
+    assert "n" in scene.machine.nodes
+    assert scene.tell(node("m"), at=7.0) == ["a"]
+    scene.tell(back(scene, "n"), at=8.0)
+    assert closed(scene) == ["DRAINED"]
+
+
+def test_a_worker_that_resumes_is_told_again_that_it_is_drained() -> None:
+    scene = Scene(node())
+    scene.tell(ready("a"))
+    scene.start("a")
+    scene.tell(DrainRequested("n", 5.0), at=1.0)
+    detach(scene, "n", at=2.0)
+    scene.tell(back(scene, "n"), at=3.0)
+    drains = [effect.deadline_s for effect in scene.effects if isinstance(effect, DrainWorker)]
+    assert drains == [3.0]
+
+
+def test_a_worker_that_was_lost_while_it_was_drained_is_not_taken_back() -> None:
+    scene = Scene(node())
+    scene.tell(ready("a"))
+    scene.start("a")
+    scene.tell(DrainRequested("n"), at=1.0)
+    detach(scene, "n", at=2.0)
+    scene.tell(at=100.0)
+    assert not scene.machine.nodes
+    assert scene.tell(node(), at=101.0) == []
+    assert closed(scene) == ["DRAINED"]
+    assert scene.tell(replace(node(), worker_id="started anew"), at=102.0) == ["a"]

@@ -77,6 +77,51 @@ def test_what_is_dropped_while_a_worker_is_away_it_is_told_when_it_is_back() -> 
     asyncio.run(scenario())
 
 
+def test_whoever_is_there_although_it_was_lost_dials_again() -> None:
+    async def scenario() -> None:
+        sessions = Sessions(LIMIT_S)
+        connection = connect(sessions)
+        sessions.perform(ForgetSession("s"))
+        assert connection.is_closed
+
+    asyncio.run(scenario())
+
+
+def test_whoever_waits_to_be_welcome_is_not_taken_for_silent() -> None:
+    async def scenario() -> None:
+        sessions, detached = Sessions(LIMIT_S), list[str]()
+        sessions.on_detached = lambda session_id, _: detached.append(session_id)
+        connection = Connection("w", "n")
+        sessions.greet(connection)
+        watching = asyncio.create_task(sessions.watch(INTERVAL_S))
+        connection.heard_at -= 100 * LIMIT_S
+        await asyncio.sleep(3 * INTERVAL_S)
+        sessions.perform(WelcomeWorker("w", "s", False, (), connection.greeting))
+        await asyncio.sleep(2 * INTERVAL_S)
+        assert detached == []
+        watching.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_an_older_connection_does_not_detach_the_session_that_a_newer_one_resumed() -> None:
+    async def scenario() -> None:
+        sessions, detached = Sessions(LIMIT_S), list[str]()
+        sessions.leave(connect(sessions))
+        older = Connection("w", "n")
+        sessions.greet(older)
+        sessions.leave(older)
+        sessions.on_detached = lambda session_id, _: detached.append(session_id)
+        newer = Connection("w", "n")
+        sessions.greet(newer)
+        for connection in (older, newer):
+            sessions.perform(WelcomeWorker("w", "s", True, (), connection.greeting))
+        assert detached == []
+        assert newer.session is not None
+
+    asyncio.run(scenario())
+
+
 def test_a_lost_session_serves_no_node() -> None:
     async def scenario() -> None:
         sessions = Sessions(LIMIT_S)
