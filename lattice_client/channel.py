@@ -15,8 +15,11 @@ T = TypeVar("T")
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
-SERVICE_CONFIG = """{"methodConfig": [{"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.1s",
-"maxBackoff": "2s", "backoffMultiplier": 2, "retryableStatusCodes": ["UNAVAILABLE"]}}]}"""
+# Every call may be repeated but one: tasks that were added, and whose answer was lost, would be refused as known.
+SERVICE_CONFIG = """{"methodConfig": [
+{"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.1s", "maxBackoff": "2s", "backoffMultiplier": 2,
+"retryableStatusCodes": ["UNAVAILABLE"]}},
+{"name": [{"service": "lattice.v1.WorkflowService", "method": "AddTasks"}]}]}"""
 OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),

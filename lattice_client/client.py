@@ -151,6 +151,13 @@ class AsyncLatticeClient:
             if not timeout > 0:  # which the contract reads as no limit
                 raise errors.TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")
             request.timeout.CopyFrom(_duration(timeout))
+        if graph.workflow_id and not graph.tasks:
+            request.workflow_id = graph.workflow_id
+        else:
+            # Once, however often it is offered: large inputs would be uploaded each time.
+            request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), self._upload))
+            request.workflow.display_name = graph.name
+            request.workflow.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
         return await self._offer(lambda: self._start(request, graph))
 
     async def run_task(self, task: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,8 +187,11 @@ class AsyncLatticeClient:
     async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
         """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
 
+        # Once, however often it is offered: large inputs would be uploaded each time.
+        spec = await convert.tasks_of(tasks, self._upload)
+
         async def call() -> int:
-            spec = await convert.spec_of(tasks, self._upload, self._known_code)
+            convert.fill_code(spec, tasks, self._known_code)
             request = workflow_pb2.AddTasksRequest(
                 run_id=run_id,
                 tasks=spec.tasks,
@@ -216,13 +226,8 @@ class AsyncLatticeClient:
                 await asyncio.sleep(wait_s)
 
     async def _start(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> AsyncRun:
-        if graph.workflow_id and not graph.tasks:
-            request.workflow_id = graph.workflow_id
-        else:
-            spec = await convert.spec_of(graph.tasks.values(), self._upload, self._known_code)
-            spec.display_name = graph.name
-            spec.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
-            request.workflow.CopyFrom(spec)
+        if request.HasField("workflow"):
+            convert.fill_code(request.workflow, graph.tasks.values(), self._known_code)
         digests = frozenset(function.digest for function in request.workflow.functions.values())
         kind = (digests, len(graph.tasks))
         is_brief = self._brevity.is_brief(kind)
@@ -296,8 +301,10 @@ class AsyncLatticeClient:
                     if response.complete:
                         return
             except grpc.aio.AioRpcError as error:
-                if error.code() not in RESUMABLE:
-                    raise errors.from_rpc(error) from None
+                found = errors.from_rpc(error)
+                # What the server itself says is wrong stays wrong; without a reason gRPC speaks of a broken stream.
+                if error.code() not in RESUMABLE or (isinstance(found, errors.InternalError) and found.reason):
+                    raise found from None
             # Spread, so that a server that comes back does not meet all its readers at once.
             await asyncio.sleep(random.uniform(0, backoff_s))
             backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)

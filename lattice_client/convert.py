@@ -1,6 +1,6 @@
 """Owns the translation between a graph and the contract, and between events and plain values."""
 
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,26 +32,42 @@ FAILURE_POLICIES = {
 }
 
 
-async def spec_of(tasks: Iterable[LatticeTask], upload: Upload, known: Container[str]) -> workflow_pb2.WorkflowSpec:
-    """Return tasks and their code as one message. Large inputs are uploaded first; `known` code goes by its digest."""
-    spec = workflow_pb2.WorkflowSpec()
-    names: dict[int, str] = {}
-    bundles: set[str] = set()
+async def tasks_of(tasks: Collection[LatticeTask], upload: Upload) -> workflow_pb2.WorkflowSpec:
+    """Return tasks as one message, without their code; see `fill_code`. Large inputs are uploaded."""
+    spec, names = workflow_pb2.WorkflowSpec(), _names(tasks)
     for task in tasks:
-        name = names.get(id(task.definition))
-        if name is None:
-            name = task.definition.name if task.definition.name not in spec.functions else task.task_id
-            names[id(task.definition)] = name
-            function, bundle = task.definition.code
-            if function.digest in known:
-                spec.functions[name].digest = function.digest
-            else:
-                spec.functions[name].CopyFrom(function)
-                if bundle is not None and bundle.digest not in bundles:
-                    bundles.add(bundle.digest)
-                    spec.bundles.append(bundle)
-        await _fill_task(spec.tasks.add(), task, name, upload)
+        await _fill_task(spec.tasks.add(), task, names[id(task.definition)], upload)
     return spec
+
+
+def fill_code(spec: workflow_pb2.WorkflowSpec, tasks: Collection[LatticeTask], known: Container[str]) -> None:
+    """Put the code of `tasks` into their message, in place of what was there; what is `known` goes by its digest."""
+    spec.ClearField("functions")
+    spec.ClearField("bundles")
+    bundles: set[str] = set()
+    names = _names(tasks)
+    for definition in {id(task.definition): task.definition for task in tasks}.values():
+        function, bundle = definition.code
+        name = names[id(definition)]
+        if function.digest in known:
+            spec.functions[name].digest = function.digest
+        else:
+            spec.functions[name].CopyFrom(function)
+            if bundle is not None and bundle.digest not in bundles:
+                bundles.add(bundle.digest)
+                spec.bundles.append(bundle)
+
+
+def _names(tasks: Iterable[LatticeTask]) -> dict[int, str]:
+    """Return what the definitions of tasks are called in their message, by the definitions' identity."""
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    for task in tasks:
+        if id(task.definition) not in names:
+            name = task.definition.name if task.definition.name not in taken else task.task_id
+            names[id(task.definition)] = name
+            taken.add(name)
+    return names
 
 
 async def task_of(task: LatticeTask, function: str, upload: Upload) -> task_pb2.TaskSpec:

@@ -1,0 +1,139 @@
+"""What a client does when a server refuses or fails: what is repeated, and what is not. A test chooses every answer."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, NoReturn
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as Detail
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, run_pb2, workflow_pb2, workflow_pb2_grpc
+
+from lattice_client import AsyncLatticeClient, InternalError, UnavailableError, task
+
+LARGE = b"x" * 1_000_000
+
+
+@task
+def size(data: bytes) -> int:
+    return len(data)
+
+
+class Server(workflow_pb2_grpc.WorkflowServiceServicer, results_pb2_grpc.ResultsServiceServicer):
+    """Counts calls and refuses as many as a test wants."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.is_full = 0
+
+    async def WriteArtifact(
+        self, request_iterator: AsyncIterator[results_pb2.WriteArtifactRequest], context: grpc.aio.ServicerContext
+    ) -> results_pb2.WriteArtifactResponse:
+        """Take an upload."""
+        self.calls["WriteArtifact"] += 1
+        total = sum([len(part.data) async for part in request_iterator])
+        artifact = payload_pb2.Artifact(artifact_id="a", size_bytes=total, node_id="head")
+        return results_pb2.WriteArtifactResponse(artifact=artifact)
+
+    async def ExecuteWorkflow(
+        self, request: workflow_pb2.ExecuteWorkflowRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[workflow_pb2.ExecuteWorkflowResponse]:
+        """Take a run, unless the server is full."""
+        self.calls["ExecuteWorkflow"] += 1
+        if self.calls["ExecuteWorkflow"] <= self.is_full:
+            again = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=1_000_000))
+            await fail(context, code_pb2.RESOURCE_EXHAUSTED, again)
+        spec = request.run.workflow
+        assert [found.WhichOneof("code") for found in spec.functions.values()] == ["pickle"]
+        assert spec.tasks[0].inputs["data"].payload.artifact.size_bytes >= len(LARGE)
+        yield workflow_pb2.ExecuteWorkflowResponse(run=run_pb2.Run(run_id=request.run.run_id))
+
+    async def AddTasks(
+        self, request: workflow_pb2.AddTasksRequest, context: grpc.aio.ServicerContext
+    ) -> workflow_pb2.AddTasksResponse:
+        """Add tasks, and break off before the answer."""
+        self.calls["AddTasks"] += 1
+        await fail(context, code_pb2.UNAVAILABLE)
+
+    async def ListRuns(
+        self, request: workflow_pb2.ListRunsRequest, context: grpc.aio.ServicerContext
+    ) -> workflow_pb2.ListRunsResponse:
+        """Be there at the second try."""
+        self.calls["ListRuns"] += 1
+        if self.calls["ListRuns"] == 1:
+            await fail(context, code_pb2.UNAVAILABLE)
+        return workflow_pb2.ListRunsResponse()
+
+    async def WatchRun(
+        self, request: results_pb2.WatchRunRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[results_pb2.WatchRunResponse]:
+        """Break once, and then have an error of its own."""
+        self.calls["WatchRun"] += 1
+        yield results_pb2.WatchRunResponse(sequence=self.calls["WatchRun"])
+        if self.calls["WatchRun"] == 1:
+            await context.abort(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2")
+        await fail(context, code_pb2.INTERNAL, error_details_pb2.ErrorInfo(reason="INTERNAL", domain="lattice"))
+
+
+async def fail(context: grpc.aio.ServicerContext, code: int, *details: Any) -> NoReturn:
+    """End a call as the server does."""
+    status = status_pb2.Status(code=code, message="no")
+    for detail in details:
+        packed = Detail()
+        packed.Pack(detail)
+        status.details.append(packed)
+    found: Any = rpc_status.to_status(status)
+    await context.abort(found.code, found.details, found.trailing_metadata)
+    raise AssertionError
+
+
+def play(scenario: Callable[[AsyncLatticeClient, Server], Coroutine[Any, Any, None]]) -> None:
+    """Play a scenario with a server."""
+
+    async def run() -> None:
+        server, served = grpc.aio.server(), Server()
+        workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(served, server)
+        results_pb2_grpc.add_ResultsServiceServicer_to_server(served, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with asyncio.timeout(60), AsyncLatticeClient(f"127.0.0.1:{port}") as client:
+            await scenario(client, served)
+        await server.stop(None)
+
+    asyncio.run(run())
+
+
+def test_a_large_input_is_uploaded_once_however_often_a_run_is_offered() -> None:
+    async def scenario(client: AsyncLatticeClient, server: Server) -> None:
+        server.is_full = 3
+        workflow = client.create_workflow()
+        workflow.add_task(size, {"data": LARGE})
+        await workflow.run()
+        assert server.calls == {"WriteArtifact": 1, "ExecuteWorkflow": 4}
+
+    play(scenario)
+
+
+def test_tasks_are_added_once_and_other_calls_are_repeated() -> None:
+    async def scenario(client: AsyncLatticeClient, server: Server) -> None:
+        workflow = client.create_workflow()
+        with pytest.raises(UnavailableError):
+            await client.add_tasks("r", [workflow.add_task(size, {"data": b""})])
+        assert await client.list_runs() == []
+        assert server.calls == {"AddTasks": 1, "ListRuns": 2}
+
+    play(scenario)
+
+
+def test_events_go_on_after_a_break_and_end_with_an_error_of_the_server_s_own() -> None:
+    async def scenario(client: AsyncLatticeClient, server: Server) -> None:
+        with pytest.raises(InternalError):
+            async for _ in client.events("r"):
+                pass
+        assert server.calls == {"WatchRun": 2}
+
+    play(scenario)
