@@ -69,15 +69,18 @@ class RayNode:
 
     async def _keep(self) -> None:
         while True:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command(),
-                env=self._environment(),
-                stdin=asyncio.subprocess.DEVNULL,
-                # It tells newcomers how to use Ray by hand.
-                stdout=sys.stderr if log.isEnabledFor(logging.INFO) else asyncio.subprocess.DEVNULL,
-            )
-            status = await self._process.wait()
-            log.warning("the Ray node of this machine ended with status %s; starting another", status)
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command(),
+                    env=self._environment(),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    # It tells newcomers how to use Ray by hand.
+                    stdout=sys.stderr if log.isEnabledFor(logging.INFO) else asyncio.subprocess.DEVNULL,
+                )
+                status = await self._process.wait()
+                log.warning("the Ray node of this machine ended with status %s; starting another", status)
+            except OSError as error:
+                log.warning("a Ray node could not be started on this machine: %s; trying again", error)
             # One that cannot even start must not be started in a tight loop.
             await asyncio.sleep(RESTART_S)
 

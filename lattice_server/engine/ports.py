@@ -65,8 +65,8 @@ class Executor(Protocol):
     async def join(self, machine: Machine) -> Membership:
         """Take in a machine; without Ray it has to serve its node itself. One that joined before is taken in anew."""
 
-    def leave(self, node_id: str) -> None:
-        """Note that a machine's stream ended; it may join again."""
+    def leave(self, node_id: str, membership: Membership) -> None:
+        """Note that the stream of a machine, by which it got this membership, ended; it may join again."""
 
     def has_given_up(self, worker_id: str) -> bool:
         """Whether `post` was told that a worker is gone: if it comes back it must not be let in."""

@@ -66,7 +66,7 @@ class LocalExecutor:
         """Let the machine serve its node itself."""
         return Membership(None, asyncio.get_running_loop().create_future())
 
-    def leave(self, node_id: str) -> None:
+    def leave(self, node_id: str, membership: Membership) -> None:
         """Do nothing: the worker's own stream tells."""
 
     def has_given_up(self, worker_id: str) -> bool:
@@ -78,30 +78,28 @@ class LocalExecutor:
         while True:
             worker_id = self._worker_id = f"local-{uuid4().hex[:12]}"
             started = asyncio.get_running_loop().time()
-            self._process = await asyncio.create_subprocess_exec(
-                *worker_command(
-                    contact.local_target,
-                    worker_flags(
-                        offer_of_head(self._config),
-                        worker_id=worker_id,
-                        node_id="local",
-                        store_directory=self._store_directory,
-                    ),
-                ),
-                env={
-                    **os.environ,
-                    "LATTICE_PARENT_PID": str(os.getpid()),
-                    MARK: worker_id,
-                },
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-            status = await self._process.wait()
-            await asyncio.to_thread(end_leftovers, worker_id)
+            try:
+                reason = await self._run_worker(worker_id, contact)
+            except OSError as error:
+                reason = f"its process could not be started: {error}"
             if self._is_stopping:
                 return
-            log.warning("worker %s ended with status %s; starting another", worker_id, status)
-            post([WorkerLost(worker_id, f"its process ended with status {status}")])
+            log.warning("worker %s is gone: %s; starting another", worker_id, reason)
+            post([WorkerLost(worker_id, reason)])
             lived_s = asyncio.get_running_loop().time() - started
             backoff_s = 0.0 if lived_s > MAX_BACKOFF_S else min(MAX_BACKOFF_S, backoff_s * 2 or 0.1)
             # A worker that cannot even start must not be started in a tight loop.
             await asyncio.sleep(backoff_s)
+
+    async def _run_worker(self, worker_id: str, contact: Contact) -> str:
+        """Run a worker to its end and return how it ended. Raises OSError."""
+        offer, store = offer_of_head(self._config), self._store_directory
+        flags = worker_flags(offer, worker_id=worker_id, node_id="local", store_directory=store)
+        self._process = await asyncio.create_subprocess_exec(
+            *worker_command(contact.local_target, flags),
+            env={**os.environ, "LATTICE_PARENT_PID": str(os.getpid()), MARK: worker_id},
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+        status = await self._process.wait()
+        await asyncio.to_thread(end_leftovers, worker_id)
+        return f"its process ended with status {status}"

@@ -47,7 +47,7 @@ class RayExecutor:
         self._config = config
         self._store_directory = store_directory
         self._is_owner = not config.ray_address
-        self._token = secrets.token_hex(32)
+        self._token = ""
         self._address = ""
         self._is_up = asyncio.Event()
         self._child: RayChild | None = None
@@ -118,10 +118,12 @@ class RayExecutor:
             member.expiry.cancel()
         return Membership(RayCluster(self._address, self._token, resource), over)
 
-    def leave(self, node_id: str) -> None:
+    def leave(self, node_id: str, membership: Membership) -> None:
         """Give up the machine's reservation unless it joins again in time."""
         self._streams -= Counter([node_id])
         member = self._members.get(node_id)
+        if member is not None and membership.over in member.waiting:
+            member.waiting.remove(membership.over)
         if member is not None and not self._streams[node_id]:
             loop = asyncio.get_running_loop()
             member.expiry = loop.call_later(AWAY_S, self._expire, member)
@@ -142,18 +144,10 @@ class RayExecutor:
         backoff_s = 0.0
         while True:
             started = loop.time()
-            child = self._child = ray_child(self._config, self._token)
-            reason = "its driver ended"
             try:
-                async for event in child.events():
-                    if event["event"] == "over":
-                        reason = event["reason"]
-                    else:
-                        self._take(event)
-            finally:
-                self._is_up.clear()
-                self._address = ""
-                await child.stop()
+                reason = await self._run_ray()
+            except OSError as error:
+                reason = f"its driver could not be started: {error}"
             if not self._has_begun:
                 raise RuntimeError(reason)
             log.error("Ray is gone: %s; starting another", reason)
@@ -162,6 +156,23 @@ class RayExecutor:
             backoff_s = 0.0 if lived_s > MAX_BACKOFF_S else min(MAX_BACKOFF_S, max(MIN_BACKOFF_S, backoff_s * 2))
             # One that cannot even start must not be started in a tight loop.
             await asyncio.sleep(backoff_s)
+
+    async def _run_ray(self) -> str:
+        """Run a Ray to its end and return how it ended. Raises OSError."""
+        reason = "its driver ended"
+        self._token = secrets.token_hex(32)
+        child = self._child = ray_child(self._config, self._token)
+        try:
+            async for event in child.events():
+                if event["event"] == "over":
+                    reason = event["reason"]
+                else:
+                    self._take(event)
+        finally:
+            self._is_up.clear()
+            self._address = ""
+            await child.stop()
+        return reason
 
     def _take(self, event: dict[str, Any]) -> None:
         if event["event"] == "started":

@@ -35,7 +35,7 @@ class NoWorkers:
         """Let the machine serve its node itself."""
         return Membership(None, asyncio.get_running_loop().create_future())
 
-    def leave(self, node_id: str) -> None:
+    def leave(self, node_id: str, membership: Membership) -> None:
         """Do nothing."""
 
     def has_given_up(self, worker_id: str) -> bool:
