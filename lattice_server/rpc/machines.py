@@ -46,10 +46,10 @@ class Machines:
             join.node_id, join.hostname, join.node_ip, convert.capacity_from_proto(join.capacity), dict(join.labels)
         )
         membership = await self._executor.join(machine)
-        yield worker_pb2.ConnectResponse(joined=self._joined(membership))
         reading = asyncio.create_task(self._read(machine.node_id, requests, membership))
         waits: set[asyncio.Future[Any]] = {reading, membership.over}
         try:
+            yield worker_pb2.ConnectResponse(joined=self._joined(membership))
             while membership.ray is not None:
                 beat_s = self._config.heartbeat_interval_s
                 await asyncio.wait(waits, timeout=beat_s, return_when=asyncio.FIRST_COMPLETED)
