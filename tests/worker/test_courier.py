@@ -15,7 +15,10 @@ from lattice_worker.courier import AT_A_TIME, SHUN_S, Courier
 
 NAME = "0" * 32
 BYTES = b"some bytes"
+# Nobody waits as long: a test lets it pass.
 PATIENCE_S = 1000.0
+
+pytestmark = pytest.mark.timeout(20)
 
 
 class Clock(asyncio.SelectorEventLoop):
