@@ -115,6 +115,8 @@ def test_what_a_machine_ran_when_part_of_it_died_runs_again(what: str, two: Clus
     assert retried(run) == ["WORKER_LOST"] * 2
     if what in {"worker", "actor", "raylet"}:
         two.until_node("a", READY)
+    if what == "agent":
+        two.until(lambda: not two.machines[0].processes())
 
 
 def test_a_machine_that_comes_back_before_ray_has_missed_it_goes_on_with_the_same_worker(

@@ -52,7 +52,8 @@ def test_no_death_of_ray_is_the_end_of_a_run(victim: str, room: Room) -> None:
         running = submit(client, room)
         entered(running, "stay")
         queued = submit(client, room)
-        killed = next(p for p in processes(client) if victim in " ".join([p.name(), *p.cmdline()[:3]]))
+        before = processes(client)
+        killed = next(p for p in before if victim in " ".join([p.name(), *p.cmdline()[:3]]))
         killed.send_signal(signal.SIGKILL)
         until(running, "task_retrying", "stay")
         room.open()
@@ -62,7 +63,7 @@ def test_no_death_of_ray_is_the_end_of_a_run(victim: str, room: Room) -> None:
         assert client.cluster().pid == server
         names = {process.name() for process in processes(client)}
         assert {"gcs_server", "raylet"} <= names
-        ours = processes(client)
+        ours = [*before, *processes(client)]
     # The Ray that died left nothing either: what is gone now is all there was.
     assert not [p for p in ours if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 

@@ -2,12 +2,27 @@
 
 import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lattice_server import records
+
+WAIT_S = 30.0
+# Takes a signal for what its argument says.
+PROGRAM = """
+import signal, sys
+from lattice_server import records
+if sys.argv[1] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+records.note("it")
+print("noted", flush=True)
+signal.pause()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +79,43 @@ def test_a_number_given_to_another_process_since_is_not_signalled(folder: Path) 
     note.write_text(json.dumps(json.loads(note.read_text()) | {"started": 1.0}))
     with pytest.raises(records.NotRunningError):
         records.stop("head-1", 0.0)
+
+
+@pytest.fixture
+def program(request: pytest.FixtureRequest) -> Iterator["subprocess.Popen[str]"]:
+    """A process that noted itself as `it`."""
+    how = getattr(request, "param", "")
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, how], stdout=subprocess.PIPE, text=True) as found:
+        assert found.stdout is not None
+        assert found.stdout.readline() == "noted\n"
+        yield found
+        found.kill()
+
+
+def test_who_is_noted_is_stopped_and_its_note_goes(program: "subprocess.Popen[str]", folder: Path) -> None:
+    records.note("another")
+    records.stop("it", WAIT_S)
+    assert not psutil.pid_exists(program.pid)
+    assert [note.name for note in folder.iterdir()] == ["another.json"]
+    with pytest.raises(records.NotRunningError):
+        records.stop("it", WAIT_S)
+
+
+def test_who_is_gone_is_not_found_and_its_note_goes(program: "subprocess.Popen[str]", folder: Path) -> None:
+    program.kill()
+    program.wait()
+    with pytest.raises(records.NotRunningError):
+        records.find("it")
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("program", ["deaf"], indirect=True)
+def test_who_does_not_stop_in_time_stays_noted(program: "subprocess.Popen[str]") -> None:
+    with pytest.raises(psutil.TimeoutExpired):
+        records.stop("it", 0.1)
+    assert records.find("it").pid == program.pid
+
+
+def test_a_folder_for_notes_is_nobody_elses(folder: Path) -> None:
+    records.note("it")
+    assert folder.stat().st_mode & 0o777 == 0o700

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -10,11 +11,24 @@ from typing import Any
 
 import pytest
 
-from lattice_worker.courier import Courier
+from lattice_worker.courier import AT_A_TIME, SHUN_S, Courier
 
 NAME = "0" * 32
 BYTES = b"some bytes"
-PATIENCE_S = 0.2
+# Nobody waits as long: a test lets it pass.
+PATIENCE_S = 1000.0
+
+pytestmark = pytest.mark.timeout(20)
+
+
+class Clock(asyncio.SelectorEventLoop):
+    """A loop whose time a test lets pass."""
+
+    passed_s = 0.0
+
+    def time(self) -> float:
+        """Return the time."""
+        return super().time() + self.passed_s
 
 
 class Fetcher:
@@ -24,9 +38,9 @@ class Fetcher:
         self.courier, self.path = courier, folder / NAME
         self._reader, self._writer = reader, writer
 
-    def ask(self) -> "asyncio.Task[bool]":
-        """Have the value brought from node `a`."""
-        return asyncio.create_task(self.courier.bring("a", self.path, len(BYTES)))
+    def ask(self, node: str = "a") -> "asyncio.Task[bool]":
+        """Have the value brought from a node."""
+        return asyncio.create_task(self.courier.bring(node, self.path, len(BYTES)))
 
     async def hear(self) -> dict[str, Any]:
         """Return what was said next."""
@@ -37,9 +51,28 @@ class Fetcher:
         """Answer."""
         self._writer.write(json.dumps(words).encode() + b"\n")
 
+    async def bring(self, wanted: dict[str, Any]) -> None:
+        """Do what was asked for."""
+        Path(wanted["part"]).write_bytes(BYTES)
+        self.say(id=wanted["id"], end="")
+
+    async def let_pass(self, seconds: float) -> None:
+        """Let time pass once all that was said is heard."""
+        await settle()
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Clock)
+        loop.passed_s += seconds
+        await settle()
+
     def go(self) -> None:
         """Be gone."""
         self._writer.close()
+
+
+async def settle() -> None:
+    """Let everybody do what can be done without waiting."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -64,7 +97,8 @@ def play(scenario: Callable[[Fetcher], Coroutine[Any, Any, None]], folder: Path)
             assert await found.hear() == {"store": str(folder)}
             await scenario(found)
 
-    asyncio.run(scene())
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(scene())
     assert {entry.name for entry in folder.iterdir()} <= {NAME}
 
 
@@ -92,6 +126,8 @@ def test_what_does_not_come_whole_is_not_there(how: str, tmp_path: Path) -> None
         match how:
             case "it fails":
                 other.say(id=wanted["id"], end="Ray has lost it")
+            case "nothing is said":
+                await other.let_pass(PATIENCE_S)
             case "nobody is there":
                 other.go()
         assert not await asked
@@ -115,12 +151,79 @@ def test_a_node_from_which_nothing_came_is_not_asked_again_soon(tmp_path: Path) 
     async def scenario(other: Fetcher) -> None:
         asked = other.ask()
         late = await other.hear()
+        await other.let_pass(PATIENCE_S)
         assert not await asked
         assert not await other.ask()
         other.say(id=late["id"], end="")
-        elsewhere = asyncio.create_task(other.courier.bring("b", other.path, len(BYTES)))
+        elsewhere = other.ask("b")
         assert (await other.hear())["node"] == "b"
         other.go()
         assert not await elsewhere
 
     play(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["it has lost a value", "something else came from it", "a while is over"])
+def test_a_node_is_asked_again_when(how: str, tmp_path: Path) -> None:
+    async def scenario(other: Fetcher) -> None:
+        first, second = other.ask(), other.ask()
+        lost, late = await other.hear(), await other.hear()
+        match how:
+            case "it has lost a value":
+                other.say(id=lost["id"], end="there is no such file")
+                other.say(id=late["id"], end="there is no such file")
+            case "something else came from it":
+                await other.let_pass(PATIENCE_S / 2)
+                other.say(id=late["id"])
+                await other.let_pass(PATIENCE_S / 2)
+                assert first.done()
+                await other.bring(late)
+            case "a while is over":
+                await other.let_pass(PATIENCE_S)
+                await other.let_pass(SHUN_S)
+        assert not await first
+        assert await second is (how == "something else came from it")
+        again = other.ask()
+        await other.bring(await other.hear())
+        assert await again
+
+    play(scenario, tmp_path)
+
+
+def test_what_comes_slowly_comes(tmp_path: Path) -> None:
+    async def scenario(other: Fetcher) -> None:
+        asked = other.ask()
+        wanted = await other.hear()
+        for _ in range(3):
+            await other.let_pass(PATIENCE_S * 0.9)
+            other.say(id=wanted["id"])
+        await other.bring(wanted)
+        assert await asked
+
+    play(scenario, tmp_path)
+
+
+def test_only_some_are_on_their_way_at_a_time(tmp_path: Path) -> None:
+    async def scenario(other: Fetcher) -> None:
+        asked = [other.ask() for _ in range(AT_A_TIME + 1)]
+        first = [await other.hear() for _ in range(AT_A_TIME)]
+        last = asyncio.create_task(other.hear())
+        await settle()
+        assert not last.done()
+        for wanted in first:
+            await other.bring(wanted)
+        await other.bring(await last)
+        assert all(await asyncio.gather(*asked))
+
+    play(scenario, tmp_path)
+
+
+def test_what_the_worker_starts_has_nothing_of_it(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    # As it came to the worker from whoever started it.
+    theirs.set_inheritable(True)
+    descriptor = theirs.detach()
+    courier = Courier(descriptor, str(tmp_path))
+    assert not os.get_inheritable(descriptor)
+    courier.close()
+    ours.close()

@@ -1,16 +1,231 @@
-"""Large values from the server: what a break of the worker's stream does to one that is on its way."""
+"""What attempts need before they start: whole or not there, fetched once, and tried again only where that may help."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import zipfile
+from collections.abc import AsyncIterator, Callable, Coroutine
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
-from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, worker_pb2
+from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, task_pb2, worker_pb2
 
-from lattice_worker.materials import Materials
+from lattice_worker import materials
+from lattice_worker.courier import Courier
+from lattice_worker.materials import Materials, MissingError
 
-ARTIFACT = payload_pb2.Artifact(artifact_id="large", size_bytes=3, node_id="other")
+BYTES = b"some bytes"
+DIGEST = "sha256:code"
+ELSEWHERE = payload_pb2.Artifact(artifact_id="value", size_bytes=len(BYTES), node_id="a")
+LARGE = payload_pb2.Artifact(artifact_id="large", size_bytes=3, node_id="a")
+HERE = payload_pb2.Artifact(artifact_id="value", size_bytes=len(BYTES), node_id="b")
+
+Answer = bytes | grpc.StatusCode
+StatusCode = grpc.StatusCode
+
+
+class Server:
+    """The server's results service: answers each question with the next of these, the last one for ever."""
+
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.asked: list[str] = []
+
+    async def ReadArtifact(
+        self, request: results_pb2.ReadArtifactRequest
+    ) -> AsyncIterator[results_pb2.ReadArtifactResponse]:
+        """Send bytes, in two pieces, or end with a status."""
+        self.asked.append(request.artifact_id)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, grpc.StatusCode):
+            raise grpc.aio.AioRpcError(answer, grpc.aio.Metadata(), grpc.aio.Metadata(), "a reason")
+        for data in (answer[:4], answer[4:]):
+            yield results_pb2.ReadArtifactResponse(data=data)
+
+
+class Bringer(Courier):
+    """A courier that always, or never, brings what it is asked for."""
+
+    def __init__(self, *, brings: bool) -> None:
+        self.brings = brings
+
+    async def bring(self, node_id: str, path: Path, size_bytes: int) -> bool:
+        """Bring it, or not."""
+        assert (node_id, size_bytes) == (ELSEWHERE.node_id, len(BYTES))
+        if self.brings:
+            path.write_bytes(BYTES)
+        return self.brings
+
+
+class Scene:
+    """The materials of node `b`, and the server; `is_connected` is whether that can be asked."""
+
+    def __init__(self, folder: Path, *answers: Answer, courier: Courier | None = None) -> None:
+        self.server = Server(*answers)
+        self.connected: list[bool] = []
+        self.materials = Materials(str(folder), "b", self._connect, courier)
+
+    def _connect(self) -> Any:
+        return self.server if not self.connected or self.connected.pop(0) else None
+
+    async def fetch(self, *bindings: payload_pb2.Binding) -> int:
+        """Do what is to be done for attempts with these inputs; return how much that was."""
+        attempts = [worker_pb2.Attempt(inputs={"x": binding}) for binding in bindings or (value(ELSEWHERE),)]
+        upstream = {"out": payload_pb2.Payload(artifact=ELSEWHERE)}
+        waits = self.materials.missing("", worker_pb2.Assignment(attempts=attempts), upstream)
+        await asyncio.gather(*waits)
+        return len(waits)
+
+
+@pytest.fixture(autouse=True)
+def is_hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(materials, "RETRY_S", 0.0)
+
+
+def play(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(scenario())
+
+
+def value(artifact: payload_pb2.Artifact) -> payload_pb2.Binding:
+    """Return a binding to a large value."""
+    return payload_pb2.Binding(payload=payload_pb2.Payload(artifact=artifact))
+
+
+def bundle(data: bytes) -> task_pb2.CodeBundle:
+    return task_pb2.CodeBundle(digest=DIGEST, zip=data)
+
+
+def zipped() -> bytes:
+    """Return an archive of one module."""
+    data = BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("module.py", "x = 1")
+    return data.getvalue()
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def test_what_several_attempts_need_is_fetched_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        scene = Scene(tmp_path, BYTES)
+        await asyncio.gather(scene.fetch(value(ELSEWHERE), value(ELSEWHERE)), scene.fetch())
+        assert scene.server.asked == ["value"]
+        assert await scene.fetch() == 0, "it is there"
+        with scene.materials.open("value") as file:
+            assert file.read() == BYTES
+        assert names(tmp_path) == {"value"}
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("binding", "count"),
+    [
+        (payload_pb2.Binding(list=payload_pb2.BindingList(items=[value(ELSEWHERE)])), 1),
+        (payload_pb2.Binding(map=payload_pb2.BindingMap(entries={"a": value(ELSEWHERE)})), 1),
+        (payload_pb2.Binding(output=payload_pb2.OutputRef(output="out")), 1),
+        (payload_pb2.Binding(payload=payload_pb2.Payload(json="1")), 0),
+        (value(HERE), 0),
+    ],
+)
+def test_it_is_found_wherever_an_input_has_it(binding: payload_pb2.Binding, count: int, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        scene = Scene(tmp_path, BYTES)
+        assert await scene.fetch(binding) == count
+        assert len(scene.server.asked) == count
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("answer", [BYTES[:5], BYTES + b"!", StatusCode.UNAVAILABLE, StatusCode.CANCELLED])
+def test_what_may_come_later_is_asked_for_again(answer: Answer, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        scene = Scene(tmp_path, answer, BYTES)
+        scene.connected = [False, True]
+        await scene.fetch()
+        assert len(scene.server.asked) == 2
+        assert (tmp_path / "value").read_bytes() == BYTES
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("answer", "count"),
+    [(StatusCode.NOT_FOUND, 1), (StatusCode.UNAVAILABLE, materials.RETRIES), (BYTES[:5], materials.RETRIES)],
+)
+def test_what_cannot_be_had_is_missing_and_leaves_nothing(answer: Answer, count: int, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        scene = Scene(tmp_path, answer)
+        with pytest.raises(MissingError, match="node 'a'"):
+            await scene.fetch()
+        assert len(scene.server.asked) == count
+        assert not names(tmp_path)
+        # Somebody else may be luckier.
+        scene.server.answers = [BYTES]
+        assert await scene.fetch() == 1
+        assert names(tmp_path) == {"value"}
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("brings", [True, False])
+def test_the_server_is_asked_for_what_the_courier_does_not_bring(brings: bool, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        scene = Scene(tmp_path, BYTES, courier=Bringer(brings=brings))
+        await scene.fetch()
+        assert len(scene.server.asked) == (0 if brings else 1)
+        assert names(tmp_path) == {"value"}
+
+    play(scenario)
+
+
+def test_values_are_dropped_alone_or_all_together_and_code_stays(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+
+    async def scenario() -> None:
+        found = Scene(store).materials
+        found.learn([bundle(zipped())])
+        await asyncio.gather(*found.missing(DIGEST, worker_pb2.Assignment(), {}))
+        for name in ("store/one", "store/two", "store/three", "beside"):
+            (tmp_path / name).write_bytes(BYTES)
+        found.drop("one")
+        found.drop("one")
+        found.drop("../beside")
+        assert names(store) == {"two", "three", "bundles"}
+        found.clear()
+        assert names(store) == {"bundles"}
+        assert names(tmp_path) == {"store", "beside"}
+
+    play(scenario)
+
+
+def test_code_is_waited_for_until_it_is_there(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        found = Scene(tmp_path).materials
+        assert found.bundle_path("") == ""
+        found.learn([bundle(zipped())])
+        (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
+        await wait
+        assert not found.missing(DIGEST, worker_pb2.Assignment(), {})
+        assert names(Path(found.bundle_path(DIGEST))) == {"module.py"}
+
+    play(scenario)
+
+
+def test_nothing_starts_with_code_that_cannot_be_unpacked(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        found = Scene(tmp_path).materials
+        found.learn([bundle(b"no archive")])
+        for _ in range(2):
+            (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
+            with pytest.raises(zipfile.BadZipFile):
+                await wait
+
+    play(scenario)
 
 
 class Results(results_pb2_grpc.ResultsServiceServicer):
@@ -39,7 +254,7 @@ def test_a_value_on_its_way_when_the_stream_breaks_comes_by_the_next_one(tmp_pat
         channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}") for _ in range(2)]
         stubs = [results_pb2_grpc.ResultsServiceStub(channel) for channel in channels]
         materials = Materials(str(tmp_path), "here", lambda: stubs[0])
-        attempt = worker_pb2.Attempt(inputs={"x": payload_pb2.Binding(payload=payload_pb2.Payload(artifact=ARTIFACT))})
+        attempt = worker_pb2.Attempt(inputs={"x": value(LARGE)})
         (fetching,) = materials.missing("", worker_pb2.Assignment(attempts=[attempt]), {})
         await results.is_asked.wait()
         del stubs[0]

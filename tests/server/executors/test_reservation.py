@@ -1,13 +1,18 @@
 """What is reserved of Ray, for whom, and how soon after a loss."""
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from lattice_server.config import ServerConfig, ServerTls
 from lattice_server.core.model import Capacity, Gpu
 from lattice_server.engine.ports import Contact
+from lattice_server.engine.store import HEAD as HEAD_STORE
+from lattice_server.executors import interface
 from lattice_server.executors.command import Offer, offer_of_machine, worker_flags
 from lattice_server.executors.interface import ray_interface
 from lattice_server.executors.reservation import (
@@ -34,7 +39,7 @@ def test_of_its_own_node_the_head_reserves_everything() -> None:
     assert reservation.bundle == {"CPU": 8.0, "GPU": 2.0, HEAD: 1.0}
     assert (reservation.offer.num_cpus, reservation.offer.num_gpus) == (8.0, 2)
     assert (reservation.target, reservation.environment, reservation.follows_node) == (CONTACT.local_target, {}, False)
-    assert reservation.store_directory == Path("/store")
+    assert (reservation.store_directory, reservation.store_name) == (Path("/store"), HEAD_STORE)
 
 
 def test_a_head_without_cpus_reserves_nothing() -> None:
@@ -45,6 +50,7 @@ def test_of_somebody_elses_ray_only_what_was_asked_for_is_reserved() -> None:
     found = own(ray_address="10.0.0.9:6379", ray_workers=3, num_cpus=2, num_gpus=1)
     assert [reservation.bundle for reservation in found] == [{"CPU": 2.0, "GPU": 1.0}] * 3
     assert len({reservation.node_id for reservation in found}) == 3
+    assert [reservation.store_name for reservation in found] == [reservation.node_id for reservation in found]
     assert {(r.target, r.environment["LATTICE_TOKEN"], r.store_directory) for r in found} == {
         (CONTACT.target, "secret", None)
     }
@@ -78,8 +84,23 @@ def test_a_machine_offers_what_it_said() -> None:
     offer = offer_of_machine(Capacity(2.5, 9, gpus), {"zone": "eu"})
     assert offer == Offer(2.5, 2, 9, 7, {"zone": "eu"})
     flags = worker_flags(offer, worker_id="w", node_id="n", store_directory=None)
-    assert "--store-dir" not in flags
-    assert flags[-2:] == ["--label", "zone=eu"]
+    told = dict(zip(flags[:4:2], flags[1:4:2], strict=True)) | dict(zip(flags[5::2], flags[6::2], strict=True))
+    assert flags[4] == "--exit-on-close"
+    assert told == {
+        "--worker-id": "w",
+        "--node-id": "n",
+        "--num-cpus": "2.5",
+        "--num-gpus": "2",
+        "--memory-bytes": "9",
+        "--gpu-memory-bytes": "7",
+        "--label": "zone=eu",
+    }
+
+
+def test_what_a_machine_did_not_say_is_measured_and_what_it_has_not_is_not() -> None:
+    offer = offer_of_machine(Capacity(1.0), {})
+    flags = worker_flags(offer, worker_id="w", node_id="n", store_directory=Path("/store"))
+    assert flags[5:] == ["--store-dir", "/store", "--num-cpus", "1.0", "--num-gpus", "0"]
 
 
 def test_a_worker_that_cannot_start_is_tried_more_and_more_seldom() -> None:
@@ -88,6 +109,9 @@ def test_a_worker_that_cannot_start_is_tried_more_and_more_seldom() -> None:
     assert waits[:2] == [MIN_BACKOFF_S, 2 * MIN_BACKOFF_S]
     assert waits == sorted(waits)
     assert waits[-1] == MAX_BACKOFF_S
+    # One that lives only for a moment has hardly started.
+    reservation.placed_at = 10.0
+    assert reservation.lost(10.0 + MIN_BACKOFF_S) == MAX_BACKOFF_S
     reservation.placed_at = 10.0
     assert reservation.lost(11.0 + MAX_BACKOFF_S) == MIN_BACKOFF_S
     assert not reservation.is_placed
@@ -103,3 +127,16 @@ def test_a_worker_that_cannot_start_is_tried_more_and_more_seldom() -> None:
 )
 def test_ray_listens_where_the_server_does(host: str, is_expected: Callable[[str], bool]) -> None:
     assert is_expected(ray_interface(host))
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"), [(["127.0.0.1", "10.1.2.3"], "10.1.2.3"), (["127.0.0.1"], "127.0.0.1")]
+)
+def test_on_a_network_that_leads_nowhere_ray_listens_there(
+    addresses: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody may connect to it, as without a route.
+    monkeypatch.setattr(interface, "ELSEWHERE", ("255.255.255.255", 9))
+    found = {address: [SimpleNamespace(family=socket.AF_INET, address=address)] for address in addresses}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    assert ray_interface("0.0.0.0") == expected

@@ -23,6 +23,7 @@ from lattice.v1 import (
     workflow_pb2_grpc,
 )
 
+from lattice_server.engine.ports import Executor
 from tests.server.apps import NoWorkers, serving
 from tests.server.rpc.callers import graph, output, task
 
@@ -112,19 +113,27 @@ class Scene:
         while [node.state for node in (await self.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes] != [state]:
             await asyncio.sleep(0.01)
 
+    async def until_states(self, **states: worker_pb2.NodeState.ValueType) -> None:
+        """Wait until the nodes are in these states."""
+        request = worker_pb2.ListNodesRequest()
+        while {node.node_id: node.state for node in (await self.workers.ListNodes(request)).nodes} != states:
+            await asyncio.sleep(0.01)
+
 
 @asynccontextmanager
-async def on_stage(**settings: Any) -> AsyncIterator[Scene]:
+async def on_stage(executor: Executor, **settings: Any) -> AsyncIterator[Scene]:
     """A head while the block runs."""
-    async with serving(Searched(), **settings) as app, grpc.aio.insecure_channel(app.address) as channel:
+    async with serving(executor, **settings) as app, grpc.aio.insecure_channel(app.address) as channel:
         yield Scene(channel)
 
 
-def play(scenario: Callable[[Scene], Coroutine[Any, Any, None]], **settings: Any) -> None:
+def play(
+    scenario: Callable[[Scene], Coroutine[Any, Any, None]], executor: Executor | None = None, **settings: Any
+) -> None:
     """Play a scenario with a head."""
 
     async def run() -> None:
-        async with asyncio.timeout(TIMEOUT_S), on_stage(**settings) as head:
+        async with asyncio.timeout(TIMEOUT_S), on_stage(executor or Searched(), **settings) as head:
             await scenario(head)
 
     asyncio.run(run())

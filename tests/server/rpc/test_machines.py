@@ -1,0 +1,211 @@
+"""The streams of machines on which Ray starts the workers: who is kept, who is told to go, and who is missed."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from lattice.v1 import worker_pb2
+
+from lattice_server.config import ServerConfig
+from lattice_server.engine.ports import Machine, Membership, RayCluster
+from lattice_server.rpc.machines import Machines
+from tests.server.apps import NoWorkers
+from tests.server.rpc.test_worker_stream import Hand, Scene, play
+
+TTL_S = 0.9
+# Longer than any test: nothing falls silent.
+LONG_S = 3600.0
+RAY = RayCluster("10.0.0.1:6379", "token", "resource")
+
+
+class TakesMachines(NoWorkers):
+    """An executor with a Ray that machines join, and that starts nothing there."""
+
+    def __init__(self) -> None:
+        self.joined: asyncio.Queue[tuple[Machine, Membership]] = asyncio.Queue()
+        self.left: asyncio.Queue[str] = asyncio.Queue()
+
+    async def join(self, machine: Machine) -> Membership:
+        """Take a machine in."""
+        membership = Membership(RAY, asyncio.get_running_loop().create_future())
+        self.joined.put_nowait((machine, membership))
+        return membership
+
+    def leave(self, node_id: str) -> None:
+        """Note that a machine left."""
+        self.left.put_nowait(node_id)
+
+
+async def join(head: Scene, node_id: str = "m") -> tuple[Hand, worker_pb2.Joined]:
+    """Have a machine join."""
+    hand = Hand(head.channel)
+    await hand.say(join={"node_id": node_id, "node_ip": "10.0.0.2", "labels": {"zone": "eu"}})
+    return hand, await hand.hear("joined")
+
+
+def test_a_machine_is_told_how_to_join_and_belongs_while_its_stream_lives() -> None:
+    executor = TakesMachines()
+
+    async def scenario(head: Scene) -> None:
+        hand, joined = await join(head)
+        assert (joined.ray.address, joined.ray.token, joined.ray.resource) == (RAY.address, RAY.token, RAY.resource)
+        assert joined.silence_limit.ToTimedelta().total_seconds() == pytest.approx(LONG_S * 2 / 3)
+        machine, _ = await executor.joined.get()
+        assert (machine.node_id, machine.node_ip, machine.labels) == ("m", "10.0.0.2", {"zone": "eu"})
+        assert executor.left.empty()
+        hand.hang_up()
+        assert await executor.left.get() == "m"
+
+    play(scenario, executor, session_ttl_s=LONG_S)
+
+
+def test_a_machine_that_falls_silent_has_left() -> None:
+    executor = TakesMachines()
+
+    async def scenario(head: Scene) -> None:
+        hand, _ = await join(head)
+        assert await executor.left.get() == "m"
+        hand.hang_up()
+
+    play(scenario, executor, session_ttl_s=TTL_S)
+
+
+def test_heartbeats_keep_a_machine_and_are_answered() -> None:
+    executor = TakesMachines()
+
+    async def scenario(head: Scene) -> None:
+        hand, joined = await join(head)
+        interval_s = joined.heartbeat_interval.ToTimedelta().total_seconds()
+        for _ in range(int(3 * TTL_S / interval_s)):
+            await hand.say(heartbeat={})
+            await asyncio.sleep(interval_s)
+        await hand.hear("heartbeat")
+        assert executor.left.empty()
+        hand.hang_up()
+        assert await executor.left.get() == "m"
+
+    play(scenario, executor, session_ttl_s=TTL_S)
+
+
+@pytest.mark.parametrize("reason", ["DRAINED", "SHUTDOWN"])
+def test_a_machine_learns_why_it_is_no_longer_needed(reason: str) -> None:
+    executor = TakesMachines()
+
+    async def scenario(head: Scene) -> None:
+        hand, _ = await join(head)
+        _, membership = await executor.joined.get()
+        membership.over.set_result(reason)
+        close = await hand.hear("close")
+        assert close.reason == worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")
+        assert close.message
+        hand.hang_up()
+        assert await executor.left.get() == "m"
+
+    play(scenario, executor, session_ttl_s=LONG_S)
+
+
+def test_a_machine_that_leaves_is_drained_by_its_own_deadline() -> None:
+    executor = TakesMachines()
+
+    async def scenario(head: Scene) -> None:
+        hand, _ = await join(head)
+        worker, _ = await head.hand(node_id="m")
+        await head.run("a")
+        await worker.hear("assignments")
+        other, _ = await head.hand(worker_id="other", node_id="other")
+        await hand.say(draining={"deadline": Duration(seconds=7)})
+        drain = await worker.hear("drain")
+        assert drain.deadline.ToTimedelta().total_seconds() == 7
+        await head.until_states(m=worker_pb2.NODE_STATE_DRAINING, other=worker_pb2.NODE_STATE_READY)
+        for each in (worker, other, hand):
+            each.hang_up()
+
+    play(scenario, executor, session_ttl_s=LONG_S)
+
+
+def test_a_machine_on_which_no_worker_runs_may_leave_at_once() -> None:
+    executor = TakesMachines()
+
+    async def scenario(head: Scene) -> None:
+        other, _ = await head.hand(worker_id="other", node_id="other")
+        hand, _ = await join(head)
+        await hand.say(draining={})
+        assert (await hand.hear("close")).reason == worker_pb2.CLOSE_REASON_DRAINED
+        hand.hang_up()
+        other.hang_up()
+        assert await executor.left.get() == "m"
+
+    play(scenario, executor, session_ttl_s=LONG_S)
+
+
+def test_a_machine_that_serves_its_node_itself_has_nothing_to_leave() -> None:
+    class Refers(TakesMachines):
+        async def join(self, machine: Machine) -> Membership:
+            return Membership(None, asyncio.get_running_loop().create_future())
+
+    executor = Refers()
+
+    async def scenario(head: Scene) -> None:
+        hand, joined = await join(head)
+        assert not joined.HasField("ray")
+        hand.hang_up()
+        # A stream that was served later is over as well.
+        again, _ = await join(head, "n")
+        again.hang_up()
+        assert executor.left.empty()
+
+    play(scenario, executor, session_ttl_s=LONG_S)
+
+
+class Stream:
+    """A machine's stream without a network: what it says, and that it hangs up, is for a test to choose."""
+
+    def __init__(self, *said: worker_pb2.ConnectRequest) -> None:
+        self.executor = TakesMachines()
+        self.has_hung_up, self.is_read_no_more = asyncio.Event(), asyncio.Event()
+        nobody: Any = SimpleNamespace(nodes=self._nodes)
+        machines = Machines(ServerConfig(session_ttl_s=LONG_S), self.executor, nobody, nobody)
+        self.responses = machines.serve(worker_pb2.Join(node_id="m"), self._requests(said))
+
+    async def _nodes(self) -> Any:
+        return SimpleNamespace(nodes=[])
+
+    async def _requests(self, said: Iterable[worker_pb2.ConnectRequest]) -> AsyncIterator[worker_pb2.ConnectRequest]:
+        try:
+            for request in said:
+                yield request
+            await self.has_hung_up.wait()
+        finally:
+            self.is_read_no_more.set()
+
+
+def test_a_machine_that_hangs_up_while_it_is_told_how_to_join_has_left() -> None:
+    async def scenario() -> None:
+        stream = Stream()
+        await anext(stream.responses)
+        await asyncio.sleep(0)
+        await stream.responses.aclose()
+        assert stream.executor.left.get_nowait() == "m"
+        await asyncio.wait_for(stream.is_read_no_more.wait(), 30)
+
+    asyncio.run(scenario())
+
+
+def test_a_machine_has_time_to_read_the_last_word() -> None:
+    async def scenario() -> None:
+        leaving = worker_pb2.ConnectRequest(draining=worker_pb2.Draining())
+        stream = Stream(leaving, leaving)
+        heard = [(await anext(stream.responses)).WhichOneof("message") for _ in range(2)]
+        assert heard == ["joined", "close"]
+        end = asyncio.ensure_future(anext(stream.responses, None))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not end.done()
+        stream.has_hung_up.set()
+        assert await end is None
+        assert stream.executor.left.get_nowait() == "m"
+
+    asyncio.run(scenario())

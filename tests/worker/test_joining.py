@@ -1,0 +1,229 @@
+"""A machine that joins: whose it is, what it runs for whom, and how it goes."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from lattice.v1 import worker_pb2, worker_pb2_grpc
+
+from lattice_worker import joining
+from lattice_worker.config import WorkerConfig
+from lattice_worker.joining import Joiner
+from lattice_worker.raynode import RayNode
+from tests.worker.head import Head, Stream
+
+TIMEOUT_S = 30.0
+LONG = Duration(seconds=3600)
+SOON = Duration(nanos=50_000_000)
+FIRST, SECOND = (worker_pb2.RayCluster(address=f"10.0.0.1:{n}", token="t", resource="r") for n in (1, 2))
+
+
+class Node(RayNode):
+    """A Ray node that only notes what is done with it."""
+
+    notes: ClassVar[list[str]] = []
+
+    def start(self) -> None:
+        """Note it."""
+        self.notes.append(f"start {self._cluster.address}")
+
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Note it."""
+        self.notes.append(f"stop {self._cluster.address}{' at once' if at_once else ''}")
+
+
+class Scene:
+    """A head and a machine that joins it."""
+
+    def __init__(self, head: Head, target: str, folder: Path) -> None:
+        self.head = head
+        config = WorkerConfig(target, "w", "m", str(folder), num_cpus=2, num_gpus=0, labels={"zone": "eu"})
+        self.joiner = Joiner(config)
+        self.running = asyncio.create_task(self.joiner.run())
+
+    async def dialled(self) -> tuple[Stream, worker_pb2.Join]:
+        """Wait for the machine's next stream; return it and the offer."""
+        stream = await self.head.streams.get()
+        return stream, (await stream.requests.get()).join
+
+    async def joined(self, cluster: worker_pb2.RayCluster = FIRST, **more: Duration) -> Stream:
+        """Take the machine in, on its next stream."""
+        stream, _ = await self.dialled()
+        take_in(stream, cluster, **more)
+        return stream
+
+
+def take_in(stream: Stream, cluster: worker_pb2.RayCluster | None, **more: Duration) -> None:
+    known = {"heartbeat_interval": LONG, "silence_limit": LONG}
+    stream.say(joined=worker_pb2.Joined(ray=cluster, **known | more))
+
+
+def close(stream: Stream, reason: str) -> None:
+    stream.say(close=worker_pb2.Close(reason=worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}"), message="so"))
+
+
+@asynccontextmanager
+async def scene(folder: Path) -> AsyncIterator[Scene]:
+    """A head and a machine while the block runs."""
+    head, server = Head(), grpc.aio.server()
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(head, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    found = Scene(head, f"127.0.0.1:{port}", folder)
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            yield found
+    finally:
+        found.running.cancel()
+        await asyncio.wait({found.running})
+        await server.stop(None)
+
+
+def play(
+    scenario: Callable[[Scene], Coroutine[Any, Any, None]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Play a scenario; return what was done with Ray nodes."""
+    monkeypatch.setattr(joining, "RayNode", Node)
+    # Whoever took it in says how long it may be silent.
+    monkeypatch.setattr(joining, "DIAL_S", 2 * TIMEOUT_S)
+    monkeypatch.setattr(Node, "notes", [])
+
+    async def run() -> None:
+        async with scene(folder) as found:
+            await scenario(found)
+
+    asyncio.run(run())
+    return Node.notes
+
+
+def test_a_machine_offers_itself_and_starts_ray_for_whoever_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(found: Scene) -> None:
+        stream, offer = await found.dialled()
+        assert (offer.node_id, offer.node_ip, offer.capacity.cpu) == ("m", "127.0.0.1", 2)
+        assert dict(offer.labels) == {"zone": "eu"}
+        take_in(stream, FIRST, heartbeat_interval=SOON)
+        for _ in range(2):
+            assert (await stream.requests.get()).WhichOneof("message") == "heartbeat"
+        assert Node.notes == ["start 10.0.0.1:1"]
+        close(stream, "DRAINED")
+        await found.running
+        assert found.joiner.refusal == ""
+
+    assert play(scenario, tmp_path, monkeypatch) == ["start 10.0.0.1:1", "stop 10.0.0.1:1"]
+    assert capsys.readouterr().out.count("as node m") == 1
+
+
+@pytest.mark.parametrize("how", ["the stream breaks", "nothing is heard", "the cluster starts anew"])
+def test_a_machine_comes_back_and_keeps_what_it_runs_for_the_same_cluster(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(found: Scene) -> None:
+        stream = await found.joined(silence_limit=SOON if how == "nothing is heard" else LONG)
+        match how:
+            case "the stream breaks":
+                stream.drop()
+            case "the cluster starts anew":
+                close(stream, "SHUTDOWN")
+        stream = await found.joined()
+        stream.drop()
+        await found.joined(SECOND)
+        while "start 10.0.0.1:2" not in Node.notes:
+            await asyncio.sleep(0.01)
+
+    notes = play(scenario, tmp_path, monkeypatch)
+    assert notes == ["start 10.0.0.1:1", "stop 10.0.0.1:1 at once", "start 10.0.0.1:2", "stop 10.0.0.1:2"]
+    assert capsys.readouterr().out.count("as node m") == 3
+
+
+def test_a_machine_that_is_refused_says_why_and_does_not_ask_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(found: Scene) -> None:
+        stream, _ = await found.dialled()
+        close(stream, "PROTOCOL_ERROR")
+        await found.running
+        assert found.joiner.refusal == "PROTOCOL_ERROR: so"
+
+    assert play(scenario, tmp_path, monkeypatch) == []
+
+
+def test_a_machine_asks_to_leave_once_on_every_stream_on_which_it_belongs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(found: Scene) -> None:
+        stream, _ = await found.dialled()
+        found.joiner.leave(7.5)
+        await asyncio.sleep(0.1)
+        assert stream.requests.empty(), "it does not belong yet"
+        take_in(stream, FIRST, heartbeat_interval=SOON)
+        for _ in range(2):
+            # A heartbeat may come first: it knows how often only once it belongs.
+            heard = [await stream.requests.get() for _ in range(3)]
+            wishes = [request.draining for request in heard if request.WhichOneof("message") == "draining"]
+            assert [wish.deadline.ToTimedelta().total_seconds() for wish in wishes] == [7.5]
+            stream.drop()
+            stream = await found.joined(heartbeat_interval=SOON)
+        close(stream, "DRAINED")
+        await found.running
+
+    play(scenario, tmp_path, monkeypatch)
+
+
+def test_a_machine_that_is_to_serve_its_node_itself_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(found: Scene) -> None:
+        stream = await found.joined()
+        stream.drop()
+        stream, _ = await found.dialled()
+        take_in(stream, None)
+        served = await found.head.streams.get()
+        hello = (await served.requests.get()).hello
+        assert hello.node_id == "m"
+        assert Node.notes == ["start 10.0.0.1:1", "stop 10.0.0.1:1"]
+        await stream.is_over.wait()
+        close(served, "UNAUTHENTICATED")
+        await found.running
+        assert found.joiner.refusal
+
+    play(scenario, tmp_path, monkeypatch)
+
+
+def test_a_machine_that_is_leaving_does_not_begin_to_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(found: Scene) -> None:
+        stream, _ = await found.dialled()
+        found.joiner.leave(1.0)
+        take_in(stream, None)
+        await found.running
+        assert found.head.streams.empty()
+
+    assert play(scenario, tmp_path, monkeypatch) == []
+
+
+def test_that_nobody_is_there_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Counting(Joiner):
+        """Counts how often it dials."""
+
+        dials = 0
+
+        async def _hold_stream(self) -> bool:
+            self.dials += 1
+            return await super()._hold_stream()
+
+    async def run() -> None:
+        # Nothing listens there.
+        joiner = Counting(WorkerConfig("unix:" + str(tmp_path / "nobody.sock"), "w", "m", str(tmp_path)))
+        running = asyncio.create_task(joiner.run())
+        async with asyncio.timeout(TIMEOUT_S):
+            while joiner.dials < 3:
+                await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.wait({running})
+
+    asyncio.run(run())
+    assert [record.levelname for record in caplog.records if "cannot be reached" in record.message] == ["WARNING"]
