@@ -34,7 +34,7 @@ class TakesMachines(NoWorkers):
         self.joined.put_nowait((machine, membership))
         return membership
 
-    def leave(self, node_id: str) -> None:
+    def leave(self, node_id: str, membership: Membership) -> None:
         """Note that a machine left."""
         self.left.put_nowait(node_id)
 
