@@ -45,15 +45,21 @@ WORKER_START_S = 30.0
 GC_THRESHOLDS = (50_000, 50, 100)
 
 
+class SchedulerError(Exception):
+    """The scheduler failed for good, and the server was stopped."""
+
+
 class App:
-    """One server. Build, start and stop it on the event loop of the main thread."""
+    """One server. Build, start and stop it on the event loop of the main thread. Once it `has_failed`, stop it."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.address = ""
         self._started_s = time.time()
         self._store = ArtifactStore()
-        self._bus = MessageBus(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        self._bus = MessageBus(loop)
+        self.has_failed = asyncio.Event()
         self._sessions = Sessions(config.silence_limit_s)
         bounds = Bounds(config.max_run_tasks, config.max_map_items, config.max_spawn_depth)
         self._admission = admission = Admission(bounds, config.max_open_tasks)
@@ -69,7 +75,7 @@ class App:
         self._store.on_drop = self._sessions.drop_artifact
         self._watching: asyncio.Task[None] | None = None
         machine = Dispatch(epoch, config.session_ttl_s, config.limits)
-        self._scheduler = Scheduler(machine, self._bus)
+        self._scheduler = Scheduler(machine, self._bus, lambda: loop.call_soon_threadsafe(self.has_failed.set))
         self._executor = _executor(config, self._store)
         self._join_token = secrets.token_urlsafe(32)
         token = config.token
@@ -163,16 +169,21 @@ def _executor(config: ServerConfig, store: ArtifactStore) -> Executor:
 
 
 async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
-    """Run a server until SIGINT or SIGTERM; `announce` is told its address once there is a worker."""
+    """Run a server until SIGINT or SIGTERM; `announce` is told its address once there is a worker.
+
+    Raises SchedulerError when the server had to stop by itself.
+    """
     stopping = asyncio.Event()
     _on_signals(stopping.set)
     app = App(config)
     await app.start()
-    await _first(app.ready(), stopping.wait())
-    if not stopping.is_set():
+    await _first(app.ready(), stopping.wait(), app.has_failed.wait())
+    if not stopping.is_set() and not app.has_failed.is_set():
         announce(app.address)
-    await stopping.wait()
+    await _first(stopping.wait(), app.has_failed.wait())
     await app.stop()
+    if app.has_failed.is_set():
+        raise SchedulerError("the scheduler failed and the server stopped; its log says why")
 
 
 async def _first(*waits: Coroutine[Any, Any, object]) -> None:

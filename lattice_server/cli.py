@@ -16,7 +16,7 @@ import psutil
 import uvloop
 
 from lattice_server import MAY_SERVE, records, security
-from lattice_server.app import serve
+from lattice_server.app import SchedulerError, serve
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.rpc.server import PortInUseError
@@ -174,6 +174,8 @@ def _serve(config: ServerConfig) -> None:
         uvloop.run(serve(config, announce))
     except PortInUseError as error:
         raise click.ClickException(f"{error}. Choose another --port, or 0 for any.") from None
+    except SchedulerError as error:
+        raise click.ClickException(str(error)) from None
     finally:
         for name in noted:
             records.forget(name)

@@ -180,6 +180,26 @@ class Run:
         """Fail the run because its time is over; a run that has ended or is stopping stays as it is."""
         return self._stop_now(Failure(FailureKind.TIMEOUT, f"the run took longer than {limit_s:g} s"), now)
 
+    def abandon(self, failure: Failure, now: float) -> list[Effect]:
+        """Fail the run at once, whatever state a bug has left it in; facts that come later are ignored.
+
+        It does not wait for the scheduler to say how each task ends: that it was told already may be what was lost.
+        """
+        stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
+        held = tuple(task_id for task_id, record in self.tasks.items() if record.is_with_scheduler)
+        self._due.clear()
+        self._effects = [CancelRequested(self.run_id, held, stopped)] if held else []
+        for task_id, record in self.tasks.items():
+            if record.state not in TASK_TERMINAL:
+                self._table.move(record, TaskState.CANCELLED)
+                record.failure, record.ended_at, record.open_items = stopped, now, 0
+                self._publish(TaskCancelled(self.run_id, task_id, record.attempt, stopped))
+        # No transition: it may have ended in a way that nobody has been told.
+        self.state, self.failure = RunState.FAILED, failure
+        self._publish(RunFinished(self.state, failure))
+        effects, self._effects = self._effects, []
+        return effects
+
     def cancel_task(self, task_id: str, reason: str, now: float) -> list[Effect]:
         """Cancel one task; what depends on it follows the workflow's failure policy."""
         record = self.tasks[task_id]

@@ -5,12 +5,12 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import uuid4
 
 from lattice_server.core import dag
-from lattice_server.core.errors import ConflictError, NotFoundError, UnavailableError
+from lattice_server.core.errors import ConflictError, LatticeError, NotFoundError, UnavailableError
 from lattice_server.core.messages import (
     CancelRequested,
     Explanation,
@@ -31,7 +31,7 @@ from lattice_server.core.messages import (
     TaskStarted,
     TaskSucceeded,
 )
-from lattice_server.core.model import Artifact, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.run import Effect, Run
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
@@ -157,7 +157,7 @@ class Orchestrator:
         if timeout_s is not None:
             loop = asyncio.get_running_loop()
             entry.expiry = loop.call_later(timeout_s, self._expire, entry, timeout_s)
-        self._perform(entry, run.start(parameters, time.monotonic()))
+        self._change(entry, lambda: run.start(parameters, time.monotonic()))
         return entry, True
 
     def add_tasks(self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int) -> RunEntry:
@@ -170,7 +170,7 @@ class Orchestrator:
         entry = self.run(run_id)
         expect_revision(f"run {run_id!r}", entry.run.revision, expected_revision)
         self._admission.check(tasks)
-        self._perform(entry, entry.run.append(tasks, time.monotonic()))
+        self._change(entry, lambda: entry.run.append(tasks, time.monotonic()))
         return entry
 
     def run(self, run_id: str) -> RunEntry:
@@ -199,14 +199,13 @@ class Orchestrator:
     def cancel_run(self, run_id: str, reason: str) -> RunEntry:
         """Cancel a run; one that has ended stays as it is. Raises NotFoundError."""
         entry = self.run(run_id)
-        self._perform(entry, entry.run.cancel(reason or "cancelled by the caller", time.monotonic()))
+        self._change(entry, lambda: entry.run.cancel(reason or "cancelled by the caller", time.monotonic()))
         return entry
 
     def cancel_task(self, run_id: str, task_id: str) -> RunEntry:
         """Cancel one task. Raises NotFoundError."""
         entry = self.task(run_id, task_id)
-        effects = entry.run.cancel_task(task_id, "cancelled by the caller", time.monotonic())
-        self._perform(entry, effects)
+        self._change(entry, lambda: entry.run.cancel_task(task_id, "cancelled by the caller", time.monotonic()))
         return entry
 
     def wall_time_s(self, monotonic_s: float) -> float:
@@ -231,18 +230,41 @@ class Orchestrator:
         self._bus.post(posts)
 
     def _tell_run(self, entry: RunEntry, event: ToRun, now: float, posts: list[SchedulerEvent]) -> None:
-        try:
+        def decide() -> list[Effect]:
             if isinstance(event, TasksSpawned):
-                effects = entry.run.spawn(event.task_id, event.tasks, now)
-            else:
-                effects = entry.run.handle(event, now)
-            self._perform(entry, effects, posts)
+                return entry.run.spawn(event.task_id, event.tasks, now)
+            return entry.run.handle(event, now)
+
+        try:
+            self._change(entry, decide, posts)
         except Exception:
             # The last resort: a fact that breaks one run's invariants must not stop the others.
             log.exception("run %s could not take %s", entry.run.run_id, type(event).__name__)
 
     def _expire(self, entry: RunEntry, limit_s: float) -> None:
-        self._perform(entry, entry.run.expire(limit_s, time.monotonic()))
+        self._change(entry, lambda: entry.run.expire(limit_s, time.monotonic()))
+
+    def _change(
+        self, entry: RunEntry, decide: Callable[[], list[Effect]], posts: list[SchedulerEvent] | None = None
+    ) -> None:
+        """Do what a run's machine decides; a machine that raises ends its run, or its readers would wait for ever.
+
+        Raises LatticeError when the machine refuses, which changes nothing, and whatever else it raises.
+        """
+        try:
+            self._perform(entry, decide(), posts)
+        except LatticeError:
+            raise
+        except Exception:
+            if not entry.log.is_complete:
+                self._abandon(entry, posts)
+            raise
+
+    def _abandon(self, entry: RunEntry, posts: list[SchedulerEvent] | None) -> None:
+        error_id = uuid4().hex
+        log.exception("run %s ends by a bug, error id %s", entry.run.run_id, error_id)
+        failure = Failure(FailureKind.INTERNAL, f"internal error {error_id}; the server's log has the details")
+        self._perform(entry, entry.run.abandon(failure, time.monotonic()), posts)
 
     def _perform(self, entry: RunEntry, effects: list[Effect], posts: list[SchedulerEvent] | None = None) -> None:
         own: list[SchedulerEvent] = [] if posts is None else posts

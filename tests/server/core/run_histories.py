@@ -166,13 +166,16 @@ class RunHistories(RuleBasedStateMachine):
 
     # Callers.
 
-    @rule(what=st.sampled_from(["append"] * 6 + ["cancel task"] * 3 + ["cancel", "expire"]))
+    @rule(what=st.sampled_from(["append"] * 6 + ["cancel task"] * 3 + ["cancel", "expire", "abandon"]))
     def caller(self, what: str) -> None:
         match what:
             case "cancel":
                 self.perform(self.run.cancel("enough", self.now))
             case "expire":
                 self.perform(self.run.expire(1.0, self.now))
+            case "abandon" if not self.run.is_terminal:
+                self.perform(self.run.abandon(Failure(FailureKind.INTERNAL, "a bug"), self.now))
+                assert self.run.is_terminal, "it waits for nobody"
             case "cancel task" if self.run.tasks:
                 task_id = self.rng.choice(list(self.run.tasks))
                 self.perform(self.run.cancel_task(task_id, "enough", self.now))

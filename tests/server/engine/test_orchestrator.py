@@ -1,16 +1,19 @@
 """What the orchestrator keeps, and for how long; whose connection a worker's session is."""
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.errors import ExhaustedError, InvalidError, NotFoundError, PreconditionError
 from lattice_server.core.messages import (
+    CancelRequested,
     CloseSession,
+    RunFinished,
     TaskCancelled,
     TaskFailed,
     TaskStarted,
@@ -19,7 +22,8 @@ from lattice_server.core.messages import (
     WorkerLost,
 )
 from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, Resources, WorkflowSpec
-from lattice_server.core.run import Bounds
+from lattice_server.core.run import Bounds, Run
+from lattice_server.core.states import RunState
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.library import WorkflowLibrary
@@ -260,18 +264,64 @@ def test_a_reader_of_a_run_that_is_forgotten_reads_on() -> None:
     play(scenario, retained_runs=0)
 
 
-def test_a_fact_one_run_cannot_take_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
-    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+def test_a_fact_one_run_cannot_take_ends_that_run_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        bus, store = MessageBus(asyncio.get_running_loop()), Holdings()
+        sessions, admission = Sessions(SILENCE_LIMIT_S), Admission(Bounds(), 10)
+        orchestrator = Orchestrator(bus, sessions, store, Retention(), admission)  # type: ignore[arg-type]  # counts
         start(orchestrator, "good")
-        start(orchestrator, "bad")
-        failure = Failure(FailureKind.USER_ERROR, "broken")
-        orchestrator.deliver([TaskFailed("bad", "ghost", 1, failure), TaskFailed("unknown", "t", 1, failure)])
+        entry = start(orchestrator, "bad", workflow({"t": (), "u": ("t",)}))
+        unknown = TaskFailed("bad", "ghost", 1, Failure(FailureKind.USER_ERROR, "broken"))
+        orchestrator.deliver([unknown])
         finish(orchestrator, "good")
-        assert orchestrator.run("good").run.is_terminal
-        assert not orchestrator.run("bad").run.is_terminal
+        assert orchestrator.run("good").run.state is RunState.SUCCEEDED
+        assert entry.run.state is RunState.FAILED
+        last = entry.log.events[-1].fact
+        assert isinstance(last, RunFinished), "its readers wait no longer"
+        assert last.failure is not None
+        assert last.failure.kind is FailureKind.INTERNAL
+        (named,) = re.findall("internal error (.*);", last.failure.message)
+        assert f"run bad ends by a bug, error id {named}" in caplog.text
+        asked = [event for event in bus.next_events(0.0) or [] if isinstance(event, CancelRequested)]
+        assert [(event.run_id, event.task_ids) for event in asked] == [("bad", ("t", "u"))]
+        finish(orchestrator, "bad")
+        orchestrator.deliver([unknown])
+        assert entry.log.events[-1].fact is last, "what comes late is ignored"
+        entry.run.check()
+
+    asyncio.run(scenario())
+
+
+def test_a_run_that_cannot_start_or_be_cancelled_for_a_bug_ends_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        def fail(*_: Any) -> NoReturn:
+            raise AssertionError("a broken invariant")
+
+        start(orchestrator, "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "start", fail)
+            patch.setattr(Run, "cancel", fail)
+            with pytest.raises(AssertionError):
+                start(orchestrator, "b")
+            with pytest.raises(AssertionError):
+                orchestrator.cancel_run("a", "")
+        assert [(entry.run.state, entry.log.is_complete) for entry in orchestrator.runs.values()] == [
+            (RunState.FAILED, True),
+            (RunState.FAILED, True),
+        ]
+        assert start(orchestrator, "c", workflow({"t": (), "u": ()})).run.tasks, "what ended counts as open no more"
+
+    play(scenario, max_open_tasks=2)
+
+
+def test_a_refusal_changes_nothing() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        entry = start(orchestrator, "a")
+        with pytest.raises(InvalidError):
+            orchestrator.add_tasks("a", [task("t")], 0)
+        assert entry.run.state is RunState.RUNNING
 
     play(scenario)
-    assert "run bad could not take TaskFailed" in caplog.text
 
 
 def connect(sessions: Sessions, resumed: bool) -> Connection:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from lattice_server.core.dispatch import Dispatch
-from lattice_server.core.messages import SchedulerEvent, TaskReady, WorkerDetached, WorkerLost
+from lattice_server.core.messages import (
+    Assign,
+    SchedulerEffect,
+    SchedulerEvent,
+    TaskReady,
+    WorkerDetached,
+    WorkerLost,
+)
+from lattice_server.engine import scheduler as scheduling
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.scheduler import Scheduler
 from tests.server.core.graphs import hello, task
@@ -135,6 +143,10 @@ def test_a_wait_may_be_as_long_as_a_duration_can_be() -> None:
     play(scenario)
 
 
+def unexpected() -> None:
+    raise AssertionError("the scheduler gave up")
+
+
 class Fragile(Dispatch):
     """A machine with a bug: it cannot take the loss of a certain worker."""
 
@@ -164,7 +176,7 @@ def schedule(*batches: list[SchedulerEvent]) -> list[str]:
 
         bus.subscribe(deliver)
         machine = Fragile()
-        scheduler = Scheduler(machine, bus)
+        scheduler = Scheduler(machine, bus, unexpected)
         scheduler.start()
         try:
             for batch in batches:
@@ -191,6 +203,71 @@ def test_a_bug_costs_the_event_that_meets_it_and_no_other() -> None:
     assert seen == ["WelcomeWorker", "NodesChanged", "Assign"]
 
 
+class Overdue(Dispatch):
+    """A machine with a bug: something is due, and so many times in a row it raises instead of doing it."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__("e")
+        self.ticks = 0
+        self._times = times
+
+    def next_deadline(self) -> float | None:
+        """Return a time that is over, until it is done."""
+        return 0.0 if self.ticks <= self._times else None
+
+    def tick(self, now: float) -> list[SchedulerEffect]:
+        """Raise, or do it."""
+        self.ticks += 1
+        if self.ticks <= self._times:
+            raise AssertionError("a broken invariant")
+        return super().tick(now)
+
+
+def test_a_scheduler_that_cannot_tick_any_more_gives_up_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "PAUSES_S", (0.0, 0.001))
+
+    async def scenario(bus: MessageBus) -> None:
+        has_failed = threading.Event()
+        machine = Overdue(1_000_000)
+        scheduler = Scheduler(machine, bus, has_failed.set)
+        scheduler.start()
+        await asyncio.to_thread(has_failed.wait, TIMEOUT_S)
+        await asyncio.to_thread(scheduler.stop)
+        assert machine.ticks == 3, "once, and once after each pause"
+
+    play(scenario)
+    assert len(caplog.records) == 4
+    assert "the scheduler has failed 3 times in a row and gives up" in caplog.text
+
+
+def test_a_scheduler_goes_on_when_what_raised_is_out_of_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "PAUSES_S", (0.0, 0.0))
+
+    async def scenario(bus: MessageBus) -> None:
+        is_assigned = asyncio.Event()
+        bus.subscribe(lambda effects: is_assigned.set() if isinstance(effects[-1], Assign) else None)
+        scheduler = Scheduler(Overdue(2), bus, unexpected)
+        scheduler.start()
+        bus.post([hello("n"), TaskReady("r", task("t"), {}, 0)])
+        await is_assigned.wait()
+        await asyncio.to_thread(scheduler.stop)
+
+    play(scenario)
+
+
+def test_a_scheduler_that_pauses_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "PAUSES_S", (TIMEOUT_S,))
+
+    async def scenario(bus: MessageBus) -> None:
+        scheduler = Scheduler(Overdue(1), bus, unexpected)
+        scheduler.start()
+        await asyncio.to_thread(scheduler.stop)
+
+    play(scenario)
+
+
 def test_the_scheduler_wakes_by_itself_when_its_machine_is_due() -> None:
     async def scenario(bus: MessageBus) -> None:
         welcomed: list[str] = []
@@ -206,7 +283,7 @@ def test_the_scheduler_wakes_by_itself_when_its_machine_is_due() -> None:
                         is_lost.set()
 
         bus.subscribe(deliver)
-        scheduler = Scheduler(Dispatch("e", session_ttl_s=0.05), bus)
+        scheduler = Scheduler(Dispatch("e", session_ttl_s=0.05), bus, unexpected)
         scheduler.start()
         bus.post([hello("n"), TaskReady("r", task("t"), {}, 0)])
         while not welcomed:

@@ -1,0 +1,50 @@
+"""A server that cannot go on stops by itself."""
+
+import asyncio
+from typing import Any, NoReturn
+
+import grpc
+import pytest
+from lattice.v1 import results_pb2, results_pb2_grpc, workflow_pb2, workflow_pb2_grpc
+
+from lattice_server import app
+from lattice_server.config import ServerConfig
+from lattice_server.core.dispatch import Dispatch
+from lattice_server.engine import scheduler
+from tests.server.apps import NoWorkers
+from tests.server.rpc import callers
+
+TIMEOUT_S = 60.0
+
+
+def test_a_server_whose_scheduler_fails_ends_and_so_do_the_calls_of_its_readers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise AssertionError("a broken invariant")
+
+    async def read(address: str) -> grpc.StatusCode | None:
+        async with grpc.aio.insecure_channel(address) as channel:
+            runs, results = workflow_pb2_grpc.WorkflowServiceStub(channel), results_pb2_grpc.ResultsServiceStub(channel)
+            graph = callers.graph(callers.task())
+            request = workflow_pb2.RunWorkflowRequest(workflow=graph)
+            run_id = (await runs.RunWorkflow(request)).run.run_id
+            try:
+                async for _ in results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id)):
+                    monkeypatch.setattr(Dispatch, "tick", fail)
+                    await runs.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id))
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+        return None
+
+    async def scenario() -> None:
+        reading: list[asyncio.Task[grpc.StatusCode | None]] = []
+        config = ServerConfig(port=0, num_cpus=0, stop_grace_s=0.0)
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(app.SchedulerError, match="the scheduler failed"):
+                await app.serve(config, lambda address: reading.append(asyncio.create_task(read(address))))
+            assert await reading[0] is not None
+
+    monkeypatch.setattr(app, "_executor", lambda *_: NoWorkers())
+    monkeypatch.setattr(scheduler, "PAUSES_S", (0.0, 0.0))
+    asyncio.run(scenario())
