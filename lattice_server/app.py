@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from typing import Any
 
 from lattice.v1 import worker_pb2
@@ -134,15 +135,17 @@ class App:
 
     async def stop(self) -> None:
         """Refuse new work, say goodbye to workers, end every process the server started."""
-        self._orchestrator.is_stopping = True
-        await self._rpc.set_serving(False)
-        self._workers.close_all()
-        await self._executor.stop()
-        await self._rpc.stop(self.config.stop_grace_s)
-        if self._watching is not None:
-            self._watching.cancel()
-        await asyncio.to_thread(self._scheduler.stop)
-        self._store.close()
+        # From the last to the first, each whatever became of those before it.
+        async with AsyncExitStack() as ending:
+            ending.callback(self._store.close)
+            ending.push_async_callback(asyncio.to_thread, self._scheduler.stop)
+            if self._watching is not None:
+                ending.callback(self._watching.cancel)
+            ending.push_async_callback(self._rpc.stop, self.config.stop_grace_s)
+            ending.push_async_callback(self._executor.stop)
+            ending.callback(self._workers.close_all)
+            self._orchestrator.is_stopping = True
+            await self._rpc.set_serving(False)
 
     async def _describe(self) -> worker_pb2.GetClusterResponse:
         described = await self._orchestrator.inquiries.nodes()
