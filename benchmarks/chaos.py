@@ -87,12 +87,10 @@ class Chaos:
 
     def trouble(self, every_s: float) -> None:
         """Befall one machine after the other, until it is over."""
-        counts: Counter[str] = Counter()
-        self.report.faults = counts
         while not self.is_over.wait(self.rng.uniform(0.5, 1.5) * every_s):
             index = self.rng.randrange(len(self.cluster.machines))
             how = self.rng.choice(FAULTS)
-            counts[how] += 1
+            self.report.faults[how] = self.report.faults.get(how, 0) + 1
             try:
                 self._befall(self.cluster.machines[index], f"m{index}", how)
             except Exception as error:
