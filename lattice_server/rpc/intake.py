@@ -93,18 +93,21 @@ class Intake:
 
     def spec(self, message: workflow_pb2.WorkflowSpec) -> tuple[WorkflowSpec, dict[str, Function]]:
         """Check and return a workflow and its functions by name."""
+        functions = self.functions(message.functions, message.bundles)
+        return self.graph(message, functions), functions
+
+    def graph(self, message: workflow_pb2.WorkflowSpec, functions: Mapping[str, Function]) -> WorkflowSpec:
+        """Check and return a workflow of functions that were taken in before. May be called from any thread."""
         policy = FAILURE_POLICY_FROM_PROTO.get(message.failure_policy)
         if policy is None:
             raise invalid_field("failure_policy", f"there is no failure policy {message.failure_policy}")
-        functions = self.functions(message.functions, message.bundles)
         message.ClearField("bundles")
-        spec = WorkflowSpec(
+        return WorkflowSpec(
             tasks=self.tasks(message.tasks, functions),
             display_name=message.display_name,
             parameters=self.payloads(message.parameters, "parameters"),
             failure_policy=policy,
         )
-        return spec, functions
 
     def _function(self, message: task_pb2.Function, field: str) -> Function:
         if message.WhichOneof("code") is None:

@@ -158,11 +158,12 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     async def _start(self, request: workflow_pb2.RunWorkflowRequest) -> tuple[RunEntry, bool]:
         match request.WhichOneof("source"):
             case "workflow":
+                functions = self._intake.functions(request.workflow.functions, request.workflow.bundles)
                 if len(request.workflow.tasks) > LARGE_GRAPH:
                     # A graph this large takes long to convert; other callers and workers must not wait for it.
-                    spec, _ = await asyncio.to_thread(self._intake.spec, request.workflow)
+                    spec = await asyncio.to_thread(self._intake.graph, request.workflow, functions)
                 else:
-                    spec, _ = self._intake.spec(request.workflow)
+                    spec = self._intake.graph(request.workflow, functions)
             case "workflow_id":
                 spec = self._library.get(request.workflow_id).spec
             case _:
