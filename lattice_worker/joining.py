@@ -25,7 +25,7 @@ from lattice_worker.agent import (
 )
 from lattice_worker.channel import opened
 from lattice_worker.config import WorkerConfig
-from lattice_worker.raynode import RayNode
+from lattice_worker.raynode import RayNode, version
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,10 @@ class Joiner:
                     match None if response is grpc.aio.EOF else response.WhichOneof("message"):
                         case "joined" if not response.joined.HasField("ray"):
                             break
+                        case "joined" if response.joined.ray.version not in {"", version()}:
+                            needed = response.joined.ray.version
+                            self.refusal = f"its cluster runs {needed}, this machine has {version()}; install the same"
+                            return True
                         case "joined":
                             silence_s = seconds(response.joined.silence_limit) or DIAL_S
                             await self._start_ray(response.joined)

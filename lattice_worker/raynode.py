@@ -8,7 +8,9 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import sys
+from importlib import metadata
 
 from lattice.v1 import worker_pb2
 
@@ -31,6 +33,15 @@ import ray._private.services, ray.scripts.scripts
 ray._private.services.resolve_ip_for_localhost = lambda host: host
 ray.scripts.scripts.main()
 """
+
+
+def version() -> str:
+    """Return what would run Ray here."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    try:
+        return f"ray {metadata.version('ray')} on python {python}"
+    except metadata.PackageNotFoundError:
+        return f"no ray on python {python}"
 
 
 class RayNode:
@@ -96,6 +107,7 @@ class RayNode:
         return {
             **os.environ,
             "LATTICE_TARGET": self._config.target,
+            "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._cluster.token,
         }

@@ -32,11 +32,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class RayCluster:
-    """How a machine joins Ray: where the head listens, its token, and the resource its Ray node offers one of."""
+    """How a machine joins Ray: where the head listens, its token, the resource its Ray node offers one of, and the
+    version it has to have."""
 
     address: str
     token: str
     resource: str
+    version: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,11 @@ in other processes; when it dies, another is started and everybody comes back.
 import asyncio
 import contextlib
 import logging
+import platform
 import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -116,7 +118,7 @@ class RayExecutor:
         member.waiting.append(over)
         if member.expiry is not None:
             member.expiry.cancel()
-        return Membership(RayCluster(self._address, self._token, resource), over)
+        return Membership(RayCluster(self._address, self._token, resource, _version()), over)
 
     def leave(self, node_id: str, membership: Membership) -> None:
         """Give up the machine's reservation unless it joins again in time."""
@@ -269,3 +271,9 @@ class RayExecutor:
     def _order(self, do: str, reservation: Reservation, **details: Any) -> None:
         if self._child is not None:
             self._child.order(do=do, key=reservation.key, **details)
+
+
+def _version() -> str:
+    """Return what runs Ray here."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return f"ray {metadata.version('ray')} on python {python}"

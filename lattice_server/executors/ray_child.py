@@ -36,6 +36,8 @@ TUNING = {
     "AUTOSCALER_METRIC_PORT": "-1",
     "DASHBOARD_METRIC_PORT": "-1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Patch releases of one Python get along; by default Ray does not let them.
+    "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
 }
 # What is for the commands of the user who started the server, and not for what Ray runs.
 PRIVATE = ("LATTICE_TARGET", "LATTICE_TOKEN")

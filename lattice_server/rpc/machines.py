@@ -73,7 +73,9 @@ class Machines:
         return worker_pb2.Joined(
             ray=None
             if ray is None
-            else worker_pb2.RayCluster(address=ray.address, token=ray.token, resource=ray.resource),
+            else worker_pb2.RayCluster(
+                address=ray.address, token=ray.token, resource=ray.resource, version=ray.version
+            ),
             heartbeat_interval=convert.duration(self._config.heartbeat_interval_s),
             silence_limit=convert.duration(self._config.silence_limit_s),
         )

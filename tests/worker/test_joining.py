@@ -14,7 +14,7 @@ from lattice.v1 import worker_pb2, worker_pb2_grpc
 from lattice_worker import joining
 from lattice_worker.config import WorkerConfig
 from lattice_worker.joining import Joiner
-from lattice_worker.raynode import RayNode
+from lattice_worker.raynode import RayNode, version
 from tests.worker.head import Head, Stream
 
 TIMEOUT_S = 30.0
@@ -140,6 +140,21 @@ def test_a_machine_comes_back_and_keeps_what_it_runs_for_the_same_cluster(
     notes = play(scenario, tmp_path, monkeypatch)
     assert notes == ["start 10.0.0.1:1", "stop 10.0.0.1:1 at once", "start 10.0.0.1:2", "stop 10.0.0.1:2"]
     assert capsys.readouterr().out.count("as node m") == 3
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_machine_joins_a_ray_of_its_own_version_only(
+    is_known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(found: Scene) -> None:
+        other = worker_pb2.RayCluster(address="10.0.0.1:1", version=version() if is_known else "ray 0.1 on python 2.7")
+        stream = await found.joined(other)
+        if is_known:
+            close(stream, "DRAINED")
+        await found.running
+        assert ("ray 0.1 on python 2.7" in found.joiner.refusal) is not is_known
+
+    assert bool(play(scenario, tmp_path, monkeypatch)) is is_known
 
 
 def test_a_machine_that_is_refused_says_why_and_does_not_ask_again(

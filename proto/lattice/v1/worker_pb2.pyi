@@ -327,20 +327,24 @@ class RayCluster(google.protobuf.message.Message):
     ADDRESS_FIELD_NUMBER: builtins.int
     TOKEN_FIELD_NUMBER: builtins.int
     RESOURCE_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
     address: builtins.str
     """Where its head listens, `host:port`."""
     token: builtins.str
     """What Ray's own authentication asks for."""
     resource: builtins.str
     """The custom resource the Ray node must offer one of, so that its worker is placed there."""
+    version: builtins.str
+    """What runs there, such as `ray 2.60.0 on python 3.11`: a Ray node of any other version could not join."""
     def __init__(
         self,
         *,
         address: builtins.str = ...,
         token: builtins.str = ...,
         resource: builtins.str = ...,
+        version: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "resource", b"resource", "token", b"token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "resource", b"resource", "token", b"token", "version", b"version"]) -> None: ...
 
 Global___RayCluster: typing_extensions.TypeAlias = RayCluster
 

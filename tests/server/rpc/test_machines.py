@@ -18,7 +18,7 @@ from tests.server.rpc.test_worker_stream import Hand, Scene, play
 TTL_S = 0.9
 # Longer than any test: nothing falls silent.
 LONG_S = 3600.0
-RAY = RayCluster("10.0.0.1:6379", "token", "resource")
+RAY = RayCluster("10.0.0.1:6379", "token", "resource", "ray 1 on python 3")
 
 
 class TakesMachines(NoWorkers):
