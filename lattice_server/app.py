@@ -68,7 +68,9 @@ class App:
             self._bus,
             self._sessions,
             self._store,
-            Retention(config.retained_runs, config.retained_tasks, config.retained_artifact_bytes),
+            Retention(
+                config.retained_runs, config.retained_tasks, config.retained_bytes, config.retained_artifact_bytes
+            ),
             admission,
         )
         epoch = secrets.token_hex(4)
