@@ -84,7 +84,7 @@ class App:
         token = config.token
         authentication = None if token is None else Authentication(token, worker_token=self._join_token)
         intake = Intake(config.inline_limit_bytes, config.batch_rules)
-        library = WorkflowLibrary(self._store)
+        library = WorkflowLibrary(self._store, config.max_workflows)
         self._workers = WorkerServicer(
             config,
             self._bus,

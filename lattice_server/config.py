@@ -48,6 +48,7 @@ class ServerConfig:
     retained_tasks: int = 200_000
     retained_bytes: int = 1024 * 1024 * 1024
     retained_artifact_bytes: int = 1024 * 1024 * 1024
+    max_workflows: int = 10_000
     max_open_tasks: int = 1_000_000
     max_run_tasks: int = 1_000_000
     max_map_items: int = 100_000

@@ -240,7 +240,7 @@ def test_a_stored_workflow_keeps_what_it_names_until_it_names_it_no_more() -> No
         def naming(*names: str) -> WorkflowSpec:
             return workflow({"t": ()}, parameters={name: stored(name) for name in names})
 
-        library = WorkflowLibrary(store)  # type: ignore[arg-type]  # it counts as one
+        library = WorkflowLibrary(store, 9)  # type: ignore[arg-type]  # it counts as one
         entry, _ = library.create("w", naming("x", "y"), {}, None, "print")
         library.create("w", naming("x", "y"), {}, None, "print")
         assert store.holders == {"x": 1, "y": 1}
@@ -286,6 +286,18 @@ def test_runs_that_keep_many_bytes_are_forgotten_sooner_but_never_the_newest(tol
         assert list(orchestrator.runs) == ["d"]
 
     play(scenario, retained_runs=100, retained_bytes=40_000)
+
+
+def test_no_more_workflows_are_stored_than_may_be_and_a_place_that_is_free_is_given_again() -> None:
+    library = WorkflowLibrary(Holdings(), 2)  # type: ignore[arg-type]  # it counts as one
+    for name in "ab":
+        library.create(name, ONE_TASK, {}, None, "print")
+    with pytest.raises(ExhaustedError) as caught:
+        library.create("c", ONE_TASK, {}, None, "print")
+    assert (caught.value.reason, caught.value.retry_after_s) == ("TOO_MANY_WORKFLOWS", None)
+    assert library.create("a", ONE_TASK, {}, None, "print")[1] is False, "what is there may be asked for again"
+    library.delete("b")
+    assert library.create("c", ONE_TASK, {}, None, "print")[1]
 
 
 def test_a_reader_of_a_run_that_is_forgotten_reads_on() -> None:
