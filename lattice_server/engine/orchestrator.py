@@ -18,6 +18,7 @@ from lattice_server.core.messages import (
     NodesDescribed,
     SchedulerEffect,
     SchedulerEvent,
+    SettleArtifacts,
     TaskCancelled,
     TaskEvent,
     TaskExplained,
@@ -237,6 +238,8 @@ class Orchestrator:
                 self.inquiries.answer(effect)
             elif isinstance(effect, NodesChanged):
                 self._admission.know(effect.nodes)
+            elif isinstance(effect, SettleArtifacts):
+                self._store.settle(effect.artifacts)
             else:
                 self._sessions.perform(effect)
         self._bus.post(posts)

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +98,11 @@ class ArtifactStore:
                 del self._held[artifact.artifact_id]
                 self.on_drop(artifact.artifact_id)
                 self._drop(artifact.artifact_id)
+
+    def settle(self, artifacts: Sequence[Artifact]) -> None:
+        """Drop those artifacts that nobody holds."""
+        self.hold(artifacts)
+        self.release(artifacts)
 
     def held(self, artifact_id: str) -> Artifact | None:
         """Return an artifact that somebody holds, here or elsewhere."""
