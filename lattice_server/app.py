@@ -76,6 +76,7 @@ class App:
         epoch = secrets.token_hex(4)
         transfers = Transfers(self._store, self._sessions)
         self._store.on_drop = self._sessions.drop_artifact
+        self._sessions.unneeded = self._store.unneeded
         self._watching: asyncio.Task[None] | None = None
         machine = Dispatch(epoch, config.session_ttl_s, config.limits)
         self._scheduler = Scheduler(machine, self._bus, lambda: loop.call_soon_threadsafe(self.has_failed.set))

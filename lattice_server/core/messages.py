@@ -410,13 +410,15 @@ class RevokeLease:
 
 @dataclass(frozen=True, slots=True)
 class WelcomeWorker:
-    """Answer a hello; `resumed` tells whether the session goes on."""
+    """Answer a hello; `resumed` tells whether the session goes on. What the hello said of artifacts is judged last, by
+    who knows them."""
 
     worker_id: str
     session_id: str
     resumed: bool
     drop_lease_ids: tuple[str, ...]
     greeting: int = 0
+    drop_artifact_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -446,6 +446,44 @@ def test_a_large_value_that_no_run_keeps_is_dropped_where_it_lies() -> None:
     play(scenario)
 
 
+def test_a_worker_that_comes_back_is_told_which_of_its_large_values_nobody_needs() -> None:
+    """What a report that may come again names is judged only when the session is over."""
+
+    async def scenario(head: Scene) -> None:
+        hand, welcome = await head.hand(stored_artifact_ids=["older"])
+        assert list(welcome.drop_artifact_ids) == ["older"]
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        await hand.report(1, lease_id, succeeded={"outputs": {"out": large("kept")}})
+        hand.hang_up()
+        await head.result(run_id)
+        listed = {"stored_artifact_ids": ["kept", "lost"], "reported_artifact_ids": ["kept", "unsaid"]}
+        again, resumed = await head.hand(session_id=welcome.session_id, **listed)
+        assert (resumed.resumed, list(resumed.drop_artifact_ids)) == (True, ["lost"])
+        again.hang_up()
+        other, fresh = await head.hand(**listed)
+        assert (fresh.resumed, list(fresh.drop_artifact_ids)) == (False, ["lost", "unsaid"])
+        other.hang_up()
+
+    play(scenario)
+
+
+def test_what_a_report_named_is_dropped_again_when_the_report_comes_again() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, welcome = await head.hand()
+        stale = {"succeeded": {"outputs": {"out": large("stale")}}}
+        await hand.report(1, "unknown", **stale)
+        assert list((await hand.hear("drop_artifacts")).artifact_ids) == ["stale"]
+        hand.hang_up()
+        again, _ = await head.hand(session_id=welcome.session_id, reported_artifact_ids=["stale"])
+        await again.report(3, "unknown", succeeded={"outputs": {"out": large("after one that is missing")}})
+        await again.report(1, "unknown", **stale)
+        assert list((await again.hear("drop_artifacts")).artifact_ids) == ["stale"]
+        again.hang_up()
+
+    play(scenario)
+
+
 def test_a_large_input_of_a_task_that_is_not_added_is_dropped_where_it_lies() -> None:
     """Whether the task is there already, cannot be, or its parent has ended."""
 
