@@ -68,12 +68,15 @@ class App:
             self._bus,
             self._sessions,
             self._store,
-            Retention(config.retained_runs, config.retained_tasks, config.retained_artifact_bytes),
+            Retention(
+                config.retained_runs, config.retained_tasks, config.retained_bytes, config.retained_artifact_bytes
+            ),
             admission,
         )
         epoch = secrets.token_hex(4)
         transfers = Transfers(self._store, self._sessions)
         self._store.on_drop = self._sessions.drop_artifact
+        self._sessions.unneeded = self._store.unneeded
         self._watching: asyncio.Task[None] | None = None
         machine = Dispatch(epoch, config.session_ttl_s, config.limits)
         self._scheduler = Scheduler(machine, self._bus, lambda: loop.call_soon_threadsafe(self.has_failed.set))
@@ -82,7 +85,7 @@ class App:
         token = config.token
         authentication = None if token is None else Authentication(token, worker_token=self._join_token)
         intake = Intake(config.inline_limit_bytes, config.batch_rules)
-        library = WorkflowLibrary(self._store)
+        library = WorkflowLibrary(self._store, config.max_workflows)
         self._workers = WorkerServicer(
             config,
             self._bus,

@@ -46,7 +46,9 @@ class ServerConfig:
     message_limit_bytes: int = 256 * 1024 * 1024
     retained_runs: int = 1000
     retained_tasks: int = 200_000
+    retained_bytes: int = 1024 * 1024 * 1024
     retained_artifact_bytes: int = 1024 * 1024 * 1024
+    max_workflows: int = 10_000
     max_open_tasks: int = 1_000_000
     max_run_tasks: int = 1_000_000
     max_map_items: int = 100_000

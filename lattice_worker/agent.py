@@ -20,8 +20,9 @@ from lattice.v1 import resources_pb2, results_pb2_grpc, worker_pb2, worker_pb2_g
 from lattice_worker import convert, host
 from lattice_worker.attempts import Attempts
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES, opened
-from lattice_worker.config import HEAD_STORE, WorkerConfig
+from lattice_worker.config import WorkerConfig
 from lattice_worker.courier import Courier
+from lattice_worker.drafts import Drafts
 from lattice_worker.leasing import Leasing
 from lattice_worker.materials import Materials
 from lattice_worker.pool import Pool
@@ -44,9 +45,12 @@ class Agent:
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._capacity = host.capacity(config)
-        self._pool = Pool(spare=max(1, int(self._capacity.cpu)) * 2)
-        self._courier = None if config.host_fd is None else Courier(config.host_fd, config.store_directory)
-        self._materials = Materials(config.store_directory, config.store_name, lambda: self._results, self._courier)
+        self._drafts = Drafts(config.store_directory)
+        self._pool = Pool(max(1, int(self._capacity.cpu)) * 2, self._drafts)
+        store = config.store_directory
+        incoming = self._drafts.incoming
+        self._courier = None if config.host_fd is None else Courier(config.host_fd, store, incoming)
+        self._materials = Materials(store, config.store_name, self._drafts, lambda: self._results, self._courier)
         self._attempts = Attempts(self._pool, self._materials, self._emit, self._ended)
         self._leasing: Leasing[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs] = Leasing(
             self._attempts, self._say, convert.returned
@@ -58,7 +62,7 @@ class Agent:
         self._heard_at = 0.0
         self._beat_is_due = False
         self._is_welcome = False
-        self._server_id = ""
+        self._listed: frozenset[str] = frozenset()
         self._leaving: worker_pb2.Draining | None = None
         self._results: results_pb2_grpc.ResultsServiceAsyncStub | None = None
         self._uploads: set[asyncio.Task[None]] = set()
@@ -67,6 +71,10 @@ class Agent:
     async def run(self) -> None:
         """Serve until the server closes the session for good; `refusal` says why if it would not have the worker."""
         (Path(self._config.store_directory) / "spares").mkdir(parents=True, exist_ok=True)
+        with self._drafts.opened():
+            await self._serve()
+
+    async def _serve(self) -> None:
         if self._courier is not None:
             await self._courier.start()
         warming = asyncio.create_task(self._pool.warm(max(1, int(self._capacity.cpu))))
@@ -173,6 +181,7 @@ class Agent:
                 yield worker_pb2.ConnectRequest(draining=self._leaving)
 
     def _hello(self) -> worker_pb2.Hello:
+        self._listed = frozenset(self._drafts.reported)
         return worker_pb2.Hello(
             worker_id=self._config.worker_id,
             session_id=self._leasing.session.session_id,
@@ -186,6 +195,8 @@ class Agent:
             version=VERSION,
             held_lease_ids=self._leasing.session.held(),
             pid=os.getpid(),
+            stored_artifact_ids=self._materials.stored(),
+            reported_artifact_ids=self._listed,
         )
 
     def _take(self, response: worker_pb2.ConnectResponse) -> None:
@@ -197,7 +208,10 @@ class Agent:
                     named = (assignment.lease_id, assignment.slot, assignment.after_lease_id, assignment.sequence)
                     self._leasing.assign(*named, assignment)
             case "ack":
-                self._leasing.session.acknowledge(response.ack.sequence)
+                acknowledged = self._leasing.session.acknowledge(response.ack.sequence)
+                if self._drafts.reported:
+                    for report in acknowledged:
+                        self._drafts.settle(convert.artifacts_in(report))
             case "revoke":
                 for lease_id in response.revoke.lease_ids:
                     self._leasing.revoke(lease_id)
@@ -205,8 +219,7 @@ class Agent:
                 for lease_id in response.stop.lease_ids:
                     self._leasing.stop(lease_id)
             case "drop_artifacts":
-                for artifact_id in response.drop_artifacts.artifact_ids:
-                    self._materials.drop(artifact_id)
+                self._materials.drop(response.drop_artifacts.artifact_ids)
             case "welcome":
                 self._welcome(response.welcome)
             case _:
@@ -217,10 +230,13 @@ class Agent:
         self._silence_limit_s = seconds(welcome.silence_limit) or math.inf
         self._attempts.inline_limit_bytes = welcome.inline_limit_bytes
         self._attempts.log_limit_bytes = welcome.log_limit_bytes
+        is_new = not welcome.resumed and welcome.session_id != self._leasing.session.session_id
         self._pending = self._leasing.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
-        if self._server_id not in {"", welcome.server_id} and self._config.store_name != HEAD_STORE:
-            self._materials.clear()
-        self._server_id = welcome.server_id
+        self._materials.drop(welcome.drop_artifact_ids)
+        if is_new:
+            # Of what was made since the hello nobody was told, and nobody will be.
+            self._materials.drop(self._drafts.reported - self._listed)
+            self._drafts.settle(self._listed)
         self._is_welcome = True
         self._wake.set()
 
@@ -232,8 +248,11 @@ class Agent:
     def _emit(self, report: worker_pb2.Report) -> None:
         if self._leasing.session.has_started(report.lease_id) is not None:
             if (size := report.ByteSize()) > MAX_REPORT_BYTES:
+                self._materials.drop(convert.artifacts_in(report))
                 convert.refuse(report, f"what it returned takes {size} bytes, and a report may have {MAX_REPORT_BYTES}")
             self._leasing.report(report.lease_id, report)
+        else:
+            self._materials.drop(convert.artifacts_in(report))
 
     def _say(self, sequence: int, report: worker_pb2.Report) -> None:
         report.sequence = sequence

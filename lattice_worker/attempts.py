@@ -201,6 +201,7 @@ class Attempts:
             # Coroutines share a process, where nobody can tell whose memory it is.
             "memory_limit": 0 if runner.key.is_async else assignment.resources.memory_bytes,
             "store": store,
+            "folder": runner.folder,
             "inline_limit": self.inline_limit_bytes,
             "log_limit": self.log_limit_bytes,
         }

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from lattice_worker import host
 from lattice_worker.agent import Agent
 from lattice_worker.channel import ChannelError, check
 from lattice_worker.config import HEAD_STORE, WorkerConfig
+from lattice_worker.drafts import locked
 from lattice_worker.joining import Joiner
 
 PR_SET_PDEATHSIG = 1
@@ -96,25 +96,14 @@ def store(directory: str | None) -> Iterator[str]:
     parent = Path(SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else tempfile.gettempdir())
     for left in parent.glob(f"{STORE_PREFIX}*"):
         # Whoever was killed could not delete its own; one that is new may not be locked yet.
-        with contextlib.suppress(OSError), _locked(left):
+        with contextlib.suppress(OSError), locked(left):
             if time.time() - left.stat().st_mtime > NEW_S:
                 shutil.rmtree(left, ignore_errors=True)
     with (
         tempfile.TemporaryDirectory(prefix=STORE_PREFIX, dir=parent, ignore_cleanup_errors=True) as made,
-        _locked(Path(made)),
+        locked(Path(made)),
     ):
         yield made
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold a directory as long as this process lives, or the block runs. Raises OSError when somebody else does."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 async def _run(worker: Agent | Joiner, drain_deadline_s: float | None) -> None:

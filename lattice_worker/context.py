@@ -90,9 +90,13 @@ def spawn(
     number = names[label] = names.get(label, 0) + 1
     task_id = f"{attempt.task_id}/{label}" if number == 1 else f"{attempt.task_id}/{label}-{number}"
     form = getattr(task, "__lattice__", None) or PLAIN
-    encoder = runner.Encoder(output.header["store"], output.header["inline_limit"])
-    tree = {key: _tree(value, encoder) for key, value in (inputs or {}).items()}
-    code = runner.dump(form.get("call", task)) if form["has_code"] else b""
+    encoder = runner.Encoder(output.header)
+    try:
+        tree = {key: _tree(value, encoder) for key, value in (inputs or {}).items()}
+        code = runner.dump(form.get("call", task)) if form["has_code"] else b""
+    except BaseException:
+        encoder.take_back()
+        raise
     blobs = [*encoder.blobs, form["spec"], form["function"], code]
     first = len(encoder.blobs)
     frame = {
@@ -104,7 +108,7 @@ def spawn(
         "function": first + 1,
         "code": first + 2,
     }
-    output.spawn(frame, blobs)
+    output.spawn(frame, blobs, encoder.made)
     return SpawnedTask(task_id, tuple(form["outputs"]))
 
 

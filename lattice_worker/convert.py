@@ -133,6 +133,21 @@ def _binding_from_tree(tree: dict[str, Any], blobs: list[bytes], node_id: str) -
     return payload_pb2.Binding(payload=payload_from_answer(tree, blobs, node_id))
 
 
+def artifacts_in(report: worker_pb2.Report) -> set[str]:
+    """Return the large values a report names."""
+    payloads: list[payload_pb2.Payload] = []
+    if report.HasField("succeeded"):
+        payloads += report.succeeded.outputs.values()
+        for items in report.succeeded.split.values():
+            payloads += items.items
+    frontier = [binding for task in report.spawned.tasks for binding in task.inputs.values()]
+    while frontier:
+        binding = frontier.pop()
+        frontier += [*binding.list.items, *binding.map.entries.values()]
+        payloads.append(binding.payload)
+    return {payload.artifact.artifact_id for payload in payloads if payload.HasField("artifact")}
+
+
 def close_reason(close: worker_pb2.Close) -> str:
     """Return why a stream was closed; a server may know reasons that this worker does not."""
     known = worker_pb2.CloseReason.values()

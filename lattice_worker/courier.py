@@ -29,11 +29,11 @@ class CourierError(Exception):
 class Courier:
     """The values on their way here. Everything runs on one event loop."""
 
-    def __init__(self, descriptor: int, store_directory: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, descriptor: int, store_directory: str, incoming: Path, patience_s: float = PATIENCE_S) -> None:
         self._socket = socket.socket(fileno=descriptor)
         # What tasks start has no business with it.
         self._socket.set_inheritable(False)
-        self._store_directory, self._patience_s = store_directory, patience_s
+        self._store_directory, self._incoming, self._patience_s = store_directory, incoming, patience_s
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._shunned: dict[str, float] = {}
@@ -63,7 +63,7 @@ class Courier:
         if self._shunned.get(node_id, 0.0) > loop.time():
             return False
         number = next(self._numbers)
-        part = path.with_suffix(f".{number}.part")
+        part = self._incoming / f"{path.name}.{number}"
         answers = self._answers[number] = asyncio.Queue()
         try:
             async with self._turns:

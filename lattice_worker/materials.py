@@ -15,7 +15,9 @@ import grpc
 from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, task_pb2, worker_pb2
 
 from lattice_worker import convert
+from lattice_worker.config import HEAD_STORE
 from lattice_worker.courier import Courier
+from lattice_worker.drafts import Drafts
 
 RETRIES = 10
 RETRY_S = 0.5
@@ -27,20 +29,22 @@ class MissingError(Exception):
 
 
 class Materials:
-    """The store of one worker. `connect` gives the server's results service, from which large values
-    come that `courier` does not bring."""
+    """The store of one worker, with `drafts` for what is not to be there yet. `connect` gives the server's results
+    service, from which large values come that `courier` does not bring."""
 
     def __init__(
         self,
         directory: str,
         name: str,
+        drafts: Drafts,
         connect: "Callable[[], results_pb2_grpc.ResultsServiceAsyncStub | None]",
         courier: Courier | None = None,
     ) -> None:
         self.directory, self.name = directory, name
-        self._connect, self._courier = connect, courier
+        self._drafts, self._connect, self._courier = drafts, connect, courier
         self._bundles: dict[str, asyncio.Task[None]] = {}
         self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._unneeded: set[str] = set()
 
     def learn(self, bundles: Iterable[task_pb2.CodeBundle]) -> None:
         """Unpack code, off the event loop: a worker that is not heard for a while is taken for lost."""
@@ -65,17 +69,23 @@ class Materials:
                 waits += [self._fetch(artifact) for artifact in self._absent(binding, upstream)]
         return waits
 
-    def drop(self, artifact_id: str) -> None:
-        """Delete a large value that nobody needs any more."""
-        # Whatever a server may ask for, only a value is deleted.
-        if (path := self._path(artifact_id)).is_file():
-            path.unlink(missing_ok=True)
+    def drop(self, artifact_ids: Iterable[str]) -> None:
+        """Delete large values that nobody needs any more, those on their way here as soon as they arrive."""
+        artifact_ids = list(artifact_ids)
+        self._drafts.settle(artifact_ids)
+        self._unneeded.update(self._fetching.keys() & artifact_ids)
+        for path in map(self._path, artifact_ids):
+            # Whatever a server may ask for, only a value is deleted.
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Delete all large values: they were kept for a server that is gone."""
-        for entry in os.scandir(self.directory):
-            if entry.is_file():
-                os.unlink(entry.path)
+    def stored(self) -> list[str]:
+        """Return the large values that lie here, but for those whose reports may not be acknowledged, or are on their
+        way here. What lies in the server's own store the server knows best."""
+        if self.name == HEAD_STORE:
+            return list(self._fetching)
+        found = {entry.name for entry in os.scandir(self.directory) if entry.is_file()}
+        return [*(found - self._drafts.reported - self._fetching.keys()), *self._fetching]
 
     def open(self, artifact_id: str) -> BinaryIO:
         """Open a large value of this store. Raises FileNotFoundError."""
@@ -105,13 +115,18 @@ class Materials:
 
     async def _obtain(self, artifact: payload_pb2.Artifact) -> None:
         path = self._path(artifact.artifact_id)
-        if self._courier is None or not await self._courier.bring(artifact.node_id, path, artifact.size_bytes):
-            # The server knows best whether it can still be had, and says so.
-            await self._download(artifact)
+        try:
+            if self._courier is None or not await self._courier.bring(artifact.node_id, path, artifact.size_bytes):
+                # The server knows best whether it can still be had, and says so.
+                await self._download(artifact)
+        finally:
+            if artifact.artifact_id in self._unneeded:
+                self._unneeded.discard(artifact.artifact_id)
+                path.unlink(missing_ok=True)
 
     async def _download(self, artifact: payload_pb2.Artifact) -> None:
         path = self._path(artifact.artifact_id)
-        part = path.with_suffix(".part")
+        part = self._drafts.incoming / path.name
         for attempt in range(RETRIES):
             stub = self._connect()
             try:

@@ -10,6 +10,7 @@ import os
 import psutil
 
 from lattice_worker import host
+from lattice_worker.drafts import Drafts
 from lattice_worker.runners import Key, Runner, kill_tree
 
 SWEEP_S = 0.1
@@ -18,8 +19,9 @@ SWEEP_S = 0.1
 class Pool:
     """Runners, by key. Process runners run one invocation at a time, async runners any number."""
 
-    def __init__(self, spare: int) -> None:
+    def __init__(self, spare: int, drafts: Drafts) -> None:
         self._spare = spare
+        self._drafts = drafts
         self._idle: dict[Key, list[Runner]] = {}
         self._shared: dict[Key, asyncio.Future[Runner]] = {}
         self._all: set[Runner] = set()
@@ -66,7 +68,7 @@ class Pool:
             runner.kill()
 
     async def _start(self, key: Key) -> Runner:
-        runner = Runner(key, self._put_back, self._forget)
+        runner = Runner(key, self._drafts, self._put_back, self._forget)
         self._starting += 1
         try:
             await runner.start()

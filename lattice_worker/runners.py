@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from lattice_worker.drafts import Drafts
 
 CHILD = Path(__file__).parent / "sandbox" / "child.py"
 # Names the worker to all that its tasks start; whoever started the worker finds them by it when the worker is killed.
@@ -64,8 +67,12 @@ class Runner(asyncio.Protocol):
     invocation whose number is not there any more is not run.
     """
 
-    def __init__(self, key: Key, on_idle: Callable[["Runner"], None], on_gone: Callable[["Runner"], None]) -> None:
+    def __init__(
+        self, key: Key, drafts: Drafts, on_idle: Callable[["Runner"], None], on_gone: Callable[["Runner"], None]
+    ) -> None:
         self.key = key
+        self.folder = ""
+        self._drafts = drafts
         self.known: set[str] = set()
         self.running: dict[str, Invocation] = {}
         self.ahead: dict[str, Invocation] = {}
@@ -91,6 +98,8 @@ class Runner(asyncio.Protocol):
             undo.pop_all()
 
     async def _start(self, undo: contextlib.ExitStack) -> None:
+        self.folder = self._drafts.folder()
+        undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
         ours, theirs = socket.socketpair()
         undo.callback(ours.close)
         undo.callback(self.kill)
@@ -237,12 +246,14 @@ class Runner(asyncio.Protocol):
             return
         invocation = self.running.get(header["id"])
         if invocation is None:
+            self._drafts.delete(self.folder, header.get("made", ()))
             return
         if header["kind"] == "log":
             for stream, text in header["parts"]:
                 invocation.on_log(stream, text, header["truncated"])
             return
         if header["kind"] == "spawn":
+            self._drafts.publish(self.folder, header["made"])
             invocation.on_spawn(header["task"], blobs)
             return
         if header["has_raw"]:
@@ -253,6 +264,10 @@ class Runner(asyncio.Protocol):
         del self.running[header["id"]]
         if not self.running and not self.ahead:
             self._on_idle(self)
+        if invocation.ending:
+            self._drafts.delete(self.folder, header["made"])
+        else:
+            self._drafts.publish(self.folder, header["made"])
         invocation.on_end(invocation.ending or header, [] if invocation.ending else blobs)
 
     def _send(self, header: dict[str, Any], blobs: Sequence[bytes]) -> None:
@@ -320,6 +335,8 @@ class Runner(asyncio.Protocol):
         for invocation in running.values():
             answer = invocation.ending or _crash(status, is_alone=len(running) == 1, by_kernel=by_kernel)
             invocation.on_end(answer, [])
+        # What it was writing, or wrote and did not come to tell.
+        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[int, int]:

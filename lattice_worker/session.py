@@ -108,10 +108,12 @@ class Session(Generic[Work, Report]):
         self._outbox.append((self._last_sequence, lease_id, report))
         return self._last_sequence
 
-    def acknowledge(self, sequence: int) -> None:
-        """Forget reports up to `sequence`."""
+    def acknowledge(self, sequence: int) -> list[Report]:
+        """Forget reports up to `sequence` and return them."""
+        done = []
         while self._outbox and self._outbox[0][0] <= sequence:
-            self._outbox.popleft()
+            done.append(self._outbox.popleft()[2])
+        return done
 
     def overdue(self) -> list[Report]:
         """Return the reports that were there when this was called before last and are still not acknowledged."""

@@ -19,7 +19,7 @@ class Dag:
     """A validated graph. `successors` and `predecessors` list each neighbour once.
 
     `optional` holds the edges a target can do without. `split` names, by task, the outputs others are mapped over.
-    `artifacts` are those that inputs and parameters refer to.
+    `artifacts` are those that inputs and parameters refer to; those that lie in the graph itself take `kept_bytes`.
     """
 
     tasks: dict[str, TaskSpec] = field(default_factory=dict)
@@ -28,6 +28,7 @@ class Dag:
     optional: set[tuple[str, str]] = field(default_factory=set)
     split: dict[str, tuple[str, ...]] = field(default_factory=dict)
     artifacts: list[Artifact] = field(default_factory=list)
+    kept_bytes: int = 0
     _heights: dict[str, int] = field(default_factory=dict)
 
     def height(self, task_id: str) -> int:
@@ -74,7 +75,10 @@ def build(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Dag:
     Raises:
         InvalidError: reason INVALID_WORKFLOW with the fields at fault, or WORKFLOW_CYCLE naming the cycle.
     """
-    dag = Dag(artifacts=[p.content for p in spec.parameters.values() if isinstance(p.content, Artifact)])
+    dag = Dag(
+        artifacts=[p.content for p in spec.parameters.values() if isinstance(p.content, Artifact)],
+        kept_bytes=sum(payload.kept_bytes for payload in spec.parameters.values()),
+    )
     extend(dag, spec.tasks, None if parameters is None else set(parameters) | set(spec.parameters))
     return dag
 
@@ -108,6 +112,7 @@ def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | Non
     for source, outputs in draft.split.items():
         dag.split[source] = tuple(dict.fromkeys([*dag.split.get(source, ()), *outputs]))
     dag.artifacts += draft.artifacts
+    dag.kept_bytes += draft.kept_bytes
 
 
 class _Draft:
@@ -116,6 +121,7 @@ class _Draft:
     def __init__(self, tasks: Mapping[str, TaskSpec], parameters: Container[str] | None) -> None:
         self.tasks = tasks
         self.artifacts: list[Artifact] = []
+        self.kept_bytes = 0
         self.split: dict[str, list[str]] = {}
         self._parameters = parameters
         self._violations: list[FieldViolation] = []
@@ -176,7 +182,7 @@ class _Draft:
             case Payload(content=Artifact() as artifact):
                 self.artifacts.append(artifact)
             case Payload():
-                pass
+                self.kept_bytes += leaf.kept_bytes
 
     def _note_map(self, task: TaskSpec, path: str, found: dict[str, bool]) -> None:
         over = task.inputs.get(task.over)

@@ -18,6 +18,7 @@ from lattice_server.core.holding import Holding
 from lattice_server.core.launching import Launcher
 from lattice_server.core.leases import Node
 from lattice_server.core.messages import (
+    ArtifactsReported,
     AttemptFailed,
     AttemptLogged,
     AttemptSpawned,
@@ -36,6 +37,7 @@ from lattice_server.core.messages import (
     RevokeLease,
     SchedulerEffect,
     SchedulerEvent,
+    SettleArtifacts,
     StopLease,
     TaskCancelled,
     TaskExplained,
@@ -146,6 +148,8 @@ class Dispatch:
                         self._end_early(found[1], event.refusal, now)
                     else:
                         self._effects.append(TasksSpawned(*found[1].named[:2], event.tasks))
+            case ArtifactsReported():
+                self._effects.append(SettleArtifacts(event.artifacts))
             case CancelRequested():
                 for task_id in event.task_ids:
                     if task := self.tasks.get((event.run_id, task_id)):

@@ -6,6 +6,7 @@ from enum import Enum
 
 from lattice_server.core.leases import Node, NodeView
 from lattice_server.core.model import (
+    Artifact,
     Binding,
     Capacity,
     Failure,
@@ -332,6 +333,13 @@ class LeaseReturned:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class ArtifactsReported:
+    """What workers said before this named these artifacts. `SettleArtifacts` comes when all that follows has."""
+
+    artifacts: tuple[Artifact, ...]
+
+
 SchedulerEvent = (
     TaskReady
     | CancelRequested
@@ -347,6 +355,7 @@ SchedulerEvent = (
     | AttemptFailed
     | AttemptLogged
     | AttemptSpawned
+    | ArtifactsReported
     | LeaseReturned
 )
 
@@ -401,13 +410,15 @@ class RevokeLease:
 
 @dataclass(frozen=True, slots=True)
 class WelcomeWorker:
-    """Answer a hello; `resumed` tells whether the session goes on."""
+    """Answer a hello; `resumed` tells whether the session goes on. What the hello said of artifacts is judged last, by
+    who knows them."""
 
     worker_id: str
     session_id: str
     resumed: bool
     drop_lease_ids: tuple[str, ...]
     greeting: int = 0
+    drop_artifact_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,8 +527,15 @@ class NodesChanged:
     nodes: tuple[Node, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SettleArtifacts:
+    """What named these artifacts has been decided on: those that no run keeps by now are nobody's."""
+
+    artifacts: tuple[Artifact, ...]
+
+
 Answer = TaskExplained | NodesDescribed
 
 ToSession = Assign | StopLease | RevokeLease | DrainWorker | SendArtifact | DropArtifact | CloseSession
 WorkerEffect = WelcomeWorker | ForgetSession | ToSession
-SchedulerEffect = TaskEvent | TaskReturned | TasksSpawned | WorkerEffect | Answer | NodesChanged
+SchedulerEffect = TaskEvent | TaskReturned | TasksSpawned | WorkerEffect | Answer | NodesChanged | SettleArtifacts

@@ -1,5 +1,6 @@
 """Owns the nouns: payloads, bindings, resources, tasks, workflows, failures. Rule: all frozen, none of them decides."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,6 +21,11 @@ class Payload:
 
     media_type: str
     content: str | bytes | Artifact
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory it takes here; nothing to speak of for a reference."""
+        return 0 if isinstance(self.content, Artifact) else sys.getsizeof(self.content)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from lattice_server.core import dag
-from lattice_server.core.errors import AbortedError, ConflictError, NotFoundError
+from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact, Function, WorkflowSpec
 from lattice_server.engine.store import ArtifactStore
 
@@ -26,11 +26,12 @@ class WorkflowEntry:
 
 
 class WorkflowLibrary:
-    """The stored workflows by id, oldest first."""
+    """The stored workflows by id, oldest first, and no more than `max_workflows` of them."""
 
-    def __init__(self, store: ArtifactStore) -> None:
+    def __init__(self, store: ArtifactStore, max_workflows: int) -> None:
         self.workflows: OrderedDict[str, WorkflowEntry] = OrderedDict()
         self._store = store
+        self._max_workflows = max_workflows
 
     def create(
         self,
@@ -40,13 +41,22 @@ class WorkflowLibrary:
         definition: object,
         fingerprint: str,
     ) -> tuple[WorkflowEntry, bool]:
-        """Store a workflow, or return the one that has this id and content. Raises ConflictError, InvalidError."""
+        """Store a workflow, or return the one that has this id and content.
+
+        Raises:
+            ConflictError: the id was used with other content.
+            ExhaustedError: TOO_MANY_WORKFLOWS, one has to be deleted first.
+            InvalidError: the graph is not valid.
+        """
         existing = self.workflows.get(workflow_id)
         if existing is not None:
             if existing.fingerprint != fingerprint:
                 raise ConflictError("WORKFLOW_ID_CONFLICT", f"workflow {workflow_id!r} exists with other content")
             return existing, False
         graph = dag.build(spec)
+        if len(self.workflows) >= self._max_workflows:
+            text = f"{len(self.workflows)} workflows are stored, as many as may be; delete one, or run graphs inline"
+            raise ExhaustedError("TOO_MANY_WORKFLOWS", text)
         named = workflow_id or f"workflow-{uuid4().hex}"
         entry = WorkflowEntry(named, spec, functions, definition, fingerprint, time.time(), graph.artifacts)
         self._store.hold(entry.artifacts)

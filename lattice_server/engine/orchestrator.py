@@ -18,6 +18,7 @@ from lattice_server.core.messages import (
     NodesDescribed,
     SchedulerEffect,
     SchedulerEvent,
+    SettleArtifacts,
     TaskCancelled,
     TaskEvent,
     TaskExplained,
@@ -61,13 +62,15 @@ TENANT_LABEL = "tenant"
 @dataclass(slots=True)
 class RunEntry:
     """A run, its log, and what a caller may ask about it. `fingerprint` tells whether a repeated id means the same;
-    `artifacts` are those it keeps in the store, its inputs and its outputs; `graph_artifacts` of its graph's are among
-    them. `open_tasks` is what admission counts for it; `expiry` ends it when its time is over."""
+    `parameter_bytes` is the memory of what the caller gave besides the graph. `artifacts` are those the run keeps in
+    the store, its inputs and its outputs; `graph_artifacts` of its graph's are among them. `open_tasks` is what
+    admission counts for it; `expiry` ends it when its time is over."""
 
     run: Run
     fingerprint: str
     created_s: float
     labels: Mapping[str, str]
+    parameter_bytes: int = 0
     log: RunLog = field(default_factory=RunLog)
     ended_s: float | None = None
     artifacts: list[Artifact] = field(default_factory=list)
@@ -76,13 +79,22 @@ class RunEntry:
     open_tasks: int = 0
     expiry: asyncio.TimerHandle | None = None
 
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of the run's values and events."""
+        return self.parameter_bytes + self.run.dag.kept_bytes + self.log.kept_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What is kept of runs that ended, newest first; the newest of all is kept whatever its size."""
+    """What is kept of runs that ended, newest first; the newest of all is kept whatever its size.
+
+    `kept_bytes` bounds the memory of their values and events, `artifact_bytes` the values that lie in stores.
+    """
 
     runs: int = 1000
     tasks: int = 200_000
+    kept_bytes: int = 1024 * 1024 * 1024
     artifact_bytes: int = 1024 * 1024 * 1024
 
 
@@ -107,6 +119,7 @@ class Orchestrator:
         self._admission = admission
         self._ended: OrderedDict[str, RunEntry] = OrderedDict()
         self._ended_tasks = 0
+        self._ended_bytes = 0
         self._ended_artifact_bytes = 0
         self._clock_offset_s = time.time() - time.monotonic()
         bus.subscribe(self.deliver)
@@ -150,7 +163,7 @@ class Orchestrator:
             tenant=labels.get(TENANT_LABEL, ""),
             bounds=self._admission.bounds,
         )
-        entry = RunEntry(run, fingerprint, time.time(), labels)
+        entry = RunEntry(run, fingerprint, time.time(), labels, sum(p.kept_bytes for p in parameters.values()))
         self.runs[run.run_id] = entry
         given = [p.content for p in parameters.values() if isinstance(p.content, Artifact)]
         self._keep(entry, given)
@@ -225,6 +238,8 @@ class Orchestrator:
                 self.inquiries.answer(effect)
             elif isinstance(effect, NodesChanged):
                 self._admission.know(effect.nodes)
+            elif isinstance(effect, SettleArtifacts):
+                self._store.settle(effect.artifacts)
             else:
                 self._sessions.perform(effect)
         self._bus.post(posts)
@@ -289,6 +304,7 @@ class Orchestrator:
             entry.ended_s = time.time()
             self._ended[entry.run.run_id] = entry
             self._ended_tasks += len(entry.run.tasks)
+            self._ended_bytes += entry.kept_bytes
             self._ended_artifact_bytes += entry.artifact_bytes
             self._trim()
 
@@ -301,9 +317,12 @@ class Orchestrator:
     def _trim(self) -> None:
         """Forget the oldest runs over their limit, and the oldest artifacts over theirs, but for the newest run."""
         kept = self._retention
-        while len(self._ended) > kept.runs or (len(self._ended) > 1 and self._ended_tasks > kept.tasks):
+        while len(self._ended) > kept.runs or (
+            len(self._ended) > 1 and (self._ended_tasks > kept.tasks or self._ended_bytes > kept.kept_bytes)
+        ):
             run_id, oldest = self._ended.popitem(last=False)
             self._ended_tasks -= len(oldest.run.tasks)
+            self._ended_bytes -= oldest.kept_bytes
             self._let_go(oldest)
             del self.runs[run_id]
         if self._ended_artifact_bytes <= kept.artifact_bytes:

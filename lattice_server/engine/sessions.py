@@ -5,7 +5,8 @@ Rule: an outbox belongs to a connection; a session may outlive several.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import count
 
 from lattice_server.core.messages import (
@@ -16,6 +17,8 @@ from lattice_server.core.messages import (
     WelcomeWorker,
     WorkerEffect,
 )
+from lattice_server.core.model import Artifact
+from lattice_server.engine.store import HEAD
 
 # An acknowledgement only lets the worker forget; on its own it would cost as much as an assignment.
 ACK_AFTER_MESSAGES = 16
@@ -26,8 +29,9 @@ Detached = Callable[[str, float], None]
 class Connection:
     """One stream of a worker: what is to be sent on it, and when it was last heard.
 
-    `shares_store` tells that the worker uses the head's own store of large values. `abort` ends the stream of one that
-    is given up for its silence, where even a word of farewell could get stuck.
+    `shares_store` tells that the worker uses the head's own store of large values. `stored` and `reported` are the
+    artifacts the worker had when it said hello, the latter named by reports the server may not have. `abort` ends the
+    stream of one that is given up for its silence, where even a word of farewell could get stuck.
     """
 
     def __init__(self, worker_id: str, node_id: str = "", shares_store: bool = True) -> None:
@@ -35,6 +39,8 @@ class Connection:
         self.node_id = node_id
         self.shares_store = shares_store
         self.session: Session | None = None
+        self.stored: tuple[str, ...] = ()
+        self.reported: tuple[str, ...] = ()
         self.greeting = 0
         self.heard_at = time.monotonic()
         self.is_closed = False
@@ -90,7 +96,6 @@ class Session:
         self.connection = connection
         self.is_connected = True
         self.last_sequence = 0
-        self.drops: list[DropArtifact] = []
 
     def is_news(self, sequence: int) -> bool:
         """Whether a report is the next one. Others are repetitions, or come after one that was lost on the way: the
@@ -104,13 +109,14 @@ class Session:
 class Sessions:
     """All connections and sessions; lives on the main thread.
 
-    `on_detached` is told each session that is left without a connection, and how long that had been silent. Whoever is
-    silent for more than `silence_limit_s` is given up.
+    `on_detached` is told each session that is left without a connection, and how long that had been silent. `unneeded`
+    says which of some artifacts nobody needs. Whoever is silent for more than `silence_limit_s` is given up.
     """
 
     def __init__(self, silence_limit_s: float) -> None:
         self._silence_limit_s = silence_limit_s
         self.on_detached: Detached = lambda session_id, silent_s: None
+        self.unneeded: Callable[[Iterable[str]], list[str]] = lambda artifact_ids: []
         self._numbers = count(1)
         self._unwelcome: dict[int, Connection] = {}
         self._greeting: dict[str, Connection] = {}
@@ -186,15 +192,14 @@ class Sessions:
         """Return the session that serves a node."""
         return next((s for s in self._sessions.values() if s.connection.node_id == node_id), None)
 
-    def drop_artifact(self, artifact_id: str) -> None:
-        """Tell every worker with a store of its own that nobody needs an artifact any more."""
+    def drop_artifact(self, artifact: Artifact) -> None:
+        """Tell every worker that may have an artifact, or a copy of it, that nobody needs it any more.
+
+        One that does not hear it says what it has when it is back.
+        """
         for session in self._sessions.values():
-            if not session.connection.shares_store:
-                drop = DropArtifact(session.session_id, artifact_id)
-                if session.is_connected:
-                    session.connection.send(drop)
-                else:
-                    session.drops.append(drop)
+            if not session.connection.shares_store or artifact.node_id != HEAD:
+                session.connection.send(DropArtifact(session.session_id, artifact.artifact_id))
 
     def close_all(self) -> None:
         """Tell every worker that the server stops."""
@@ -217,7 +222,7 @@ class Sessions:
         session.connection = connection
         session.is_connected = True
         connection.session = session
-        connection.send(effect)
-        drops, session.drops = session.drops, []
-        for drop in drops:
-            connection.send(drop)
+        # All that older reports led to has been done by now: the scheduler answered them before the hello.
+        listed = connection.stored if effect.resumed else connection.stored + connection.reported
+        connection.stored = connection.reported = ()
+        connection.send(replace(effect, drop_artifact_ids=tuple(self.unneeded(listed))))

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class ArtifactStore:
     """
 
     def __init__(self, spare_limit_bytes: int = 512 * 1024 * 1024) -> None:
-        self.on_drop: Callable[[str], None] = lambda artifact_id: None
+        self.on_drop: Callable[[Artifact], None] = lambda artifact: None
         parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
         _delete_left(parent)
         self.directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
@@ -96,8 +96,17 @@ class ArtifactStore:
             holding.holders -= 1
             if holding.holders == 0:
                 del self._held[artifact.artifact_id]
-                self.on_drop(artifact.artifact_id)
+                self.on_drop(holding.artifact)
                 self._drop(artifact.artifact_id)
+
+    def settle(self, artifacts: Sequence[Artifact]) -> None:
+        """Drop those artifacts that nobody holds."""
+        self.hold(artifacts)
+        self.release(artifacts)
+
+    def unneeded(self, artifact_ids: Iterable[str]) -> list[str]:
+        """Return those artifacts that nobody holds."""
+        return [artifact_id for artifact_id in artifact_ids if artifact_id not in self._held]
 
     def held(self, artifact_id: str) -> Artifact | None:
         """Return an artifact that somebody holds, here or elsewhere."""

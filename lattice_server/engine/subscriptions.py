@@ -2,19 +2,33 @@
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator
 
 from lattice_server.core.errors import RangeError
-from lattice_server.core.messages import Fact, RunEvent, RunFinished
+from lattice_server.core.messages import (
+    Fact,
+    RunEvent,
+    RunFinished,
+    TaskFailed,
+    TaskLogged,
+    TaskRetrying,
+    TasksAdded,
+    TaskSucceeded,
+)
+from lattice_server.core.model import Failure
 
 BATCH = 512
+# What an event takes by itself, whatever it tells.
+EVENT_BYTES = 256
 
 
 class RunLog:
-    """The numbered events of one run; lives on the main thread."""
+    """The numbered events of one run, and the memory they take; lives on the main thread."""
 
     def __init__(self) -> None:
         self.events: list[RunEvent] = []
+        self.kept_bytes = 0
         self.is_complete = False
         self._waiting: dict[asyncio.Future[None], None] = {}
         self._complete: asyncio.Event = asyncio.Event()
@@ -22,6 +36,7 @@ class RunLog:
     def append(self, fact: Fact, time_s: float) -> None:
         """Number a fact and wake the readers that wait for one."""
         self.events.append(RunEvent(len(self.events) + 1, time_s, fact))
+        self.kept_bytes += EVENT_BYTES + _content_bytes(fact)
         if isinstance(fact, RunFinished):
             self.is_complete = True
             self._complete.set()
@@ -68,3 +83,24 @@ class RunLog:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._complete.wait()
+
+
+def _content_bytes(fact: Fact) -> int:
+    """Return the memory of what a fact brings. What ends others passes on a failure that was told before."""
+    match fact:
+        case TaskSucceeded():
+            outputs = sum(payload.kept_bytes for payload in fact.outputs.values())
+            return outputs + sum(payload.kept_bytes for items in fact.split.values() for payload in items)
+        case TaskLogged():
+            return sys.getsizeof(fact.text)
+        case TaskFailed() | TaskRetrying():
+            return _failure_bytes(fact.failure)
+        case TasksAdded():
+            return sys.getsizeof(fact.task_ids)
+        case _:
+            return 0
+
+
+def _failure_bytes(failure: Failure) -> int:
+    exception = 0 if failure.exception is None else failure.exception.kept_bytes
+    return sys.getsizeof(failure.message) + sys.getsizeof(failure.traceback) + exception

@@ -94,6 +94,7 @@ def _welcome(effect: WelcomeWorker, config: ServerConfig, server_id: str) -> wor
         log_limit_bytes=config.log_limit_bytes,
         silence_limit=convert.duration(config.silence_limit_s),
         server_id=server_id,
+        drop_artifact_ids=effect.drop_artifact_ids,
     )
 
 

@@ -1,11 +1,11 @@
 """Owns the translation between protobuf and the core, as pairs of functions. Rule: it checks form, no more."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from lattice.v1 import errors_pb2, payload_pb2, resources_pb2
+from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, worker_pb2
 
 from lattice_server.core.errors import ExhaustedError, invalid_field
 from lattice_server.core.model import (
@@ -124,6 +124,30 @@ def artifact_to_proto(artifact: Artifact) -> payload_pb2.Artifact:
     return payload_pb2.Artifact(
         artifact_id=artifact.artifact_id, size_bytes=artifact.size_bytes, node_id=artifact.node_id
     )
+
+
+def artifacts_in_report(report: worker_pb2.Report) -> Iterator[Artifact]:
+    """Yield what a report refers to, whatever becomes of the report."""
+    payloads: list[payload_pb2.Payload] = []
+    match report.WhichOneof("fact"):
+        case "succeeded":
+            payloads += report.succeeded.outputs.values()
+            for items in report.succeeded.split.values():
+                payloads += items.items
+        case "spawned":
+            frontier = [binding for task in report.spawned.tasks for binding in task.inputs.values()]
+            while frontier:
+                binding = frontier.pop()
+                match binding.WhichOneof("source"):
+                    case "payload":
+                        payloads.append(binding.payload)
+                    case "list":
+                        frontier += binding.list.items
+                    case "map":
+                        frontier += binding.map.entries.values()
+    for payload in payloads:
+        if payload.HasField("artifact"):
+            yield Artifact(payload.artifact.artifact_id, payload.artifact.size_bytes, payload.artifact.node_id)
 
 
 def payloads_to_proto(payloads: Mapping[str, Payload]) -> dict[str, payload_pb2.Payload]:

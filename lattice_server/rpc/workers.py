@@ -15,7 +15,7 @@ from lattice_server.config import ServerConfig
 from lattice_server.core import messages
 from lattice_server.core.errors import InvalidError, LatticeError, NotFoundError
 from lattice_server.core.leases import NodeState, NodeView
-from lattice_server.core.model import Failure, FailureKind, TaskSpec
+from lattice_server.core.model import Artifact, Failure, FailureKind, TaskSpec
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.sessions import Connection, Sessions
@@ -99,6 +99,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             return
         hello = first.hello
         connection = Connection(hello.worker_id, hello.node_id, is_beside)
+        connection.stored = tuple(hello.stored_artifact_ids)
+        connection.reported = tuple(hello.reported_artifact_ids)
         if (task := asyncio.current_task()) is not None:
             connection.abort = task.cancel
         self._sessions.greet(connection)
@@ -168,12 +170,19 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if session is None:
             return
         events: list[messages.SchedulerEvent] = []
+        artifacts: list[Artifact] = []
         for report in reports.reports:
-            if session.is_news(report.sequence):
+            is_news = session.is_news(report.sequence)
+            if report.sequence <= session.last_sequence:
+                # Of one that comes again too: that what it names is to be dropped may not have been heard.
+                artifacts += convert.artifacts_in_report(report)
+            if is_news:
                 if report.WhichOneof("fact") == "spawned":
                     events.append(self._spawned_event(report, session.session_id))
                 elif (event := _report_event(report, session.session_id)) is not None:
                     events.append(event)
+        if artifacts:
+            events.append(messages.ArtifactsReported(tuple(artifacts)))
         self._bus.post(events)
         connection.acknowledge(session.last_sequence)
 

@@ -124,9 +124,9 @@ class Output:
             parts = [[stream, "".join(text for _, text in group)] for stream, group in groupby(pending, itemgetter(0))]
             self._channel.send(self._header(parts, truncated=False))
 
-    def spawn(self, task: dict[str, Any], blobs: Sequence[bytes]) -> None:
-        """Have a task added to the run; see `lattice_worker.context`."""
-        self._channel.send({"kind": "spawn", "id": self._invocation, "task": task}, blobs)
+    def spawn(self, task: dict[str, Any], blobs: Sequence[bytes], made: Sequence[str]) -> None:
+        """Have a task added to the run; see `lattice_worker.context`. `made` are the artifacts among its inputs."""
+        self._channel.send({"kind": "spawn", "id": self._invocation, "task": task, "made": made}, blobs)
 
     def _header(self, parts: list[list[str]], *, truncated: bool) -> dict[str, Any]:
         return {"kind": "log", "id": self._invocation, "parts": parts, "truncated": truncated}
@@ -209,7 +209,7 @@ class Program:
     def _outcome(self, header: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
         output = Output(self._channel, header)
         token = current.set(output)
-        encoder = Encoder(header["store"], header["inline_limit"])
+        encoder = Encoder(header)
         answer: dict[str, Any] = {"kind": "result", "id": header["id"]}
         started = time.perf_counter()
 
@@ -224,9 +224,10 @@ class Program:
             with memory_limit(header["memory_limit"]):
                 yield finish
         except BaseException as error:  # SystemExit too: user code must not end the runner by raising it
-            encoder.blobs.clear()
+            encoder.take_back()
             answer["failure"] = _failure(error, encoder)
         finally:
+            answer["made"] = encoder.made
             answer["duration"] = time.perf_counter() - started
             header["has_raw"] = answer["has_raw"] = self._is_alone and has_unread_output()
             output.flush()
@@ -297,11 +298,11 @@ class Program:
     def _answer_member(self, header: dict[str, Any], value: Any, encoder: "Encoder") -> dict[str, Any]:
         if isinstance(value, BaseException):
             return {"failure": _failure(value, encoder)}
-        kept = len(encoder.blobs)
+        kept = (len(encoder.blobs), len(encoder.made))
         try:
             return self._answer(header, value, encoder)
         except PayloadError as error:
-            del encoder.blobs[kept:]
+            encoder.take_back(*kept)
             return {"failure": _failure(error, encoder)}
 
     def _outputs(self, header: dict[str, Any], value: Any) -> dict[str, Any]:
@@ -324,12 +325,22 @@ class Program:
 
 
 class Encoder:
-    """Encodes the outputs of one invocation; large ones go to the store, small ones into the frame."""
+    """Encodes the outputs of one invocation: small ones into the frame, as `blobs`; large ones into files of the
+    runner's folder, which the frame lists as `made` and the agent moves into the store."""
 
-    def __init__(self, store: str, inline_limit: int) -> None:
-        self._store = store
-        self._inline_limit = inline_limit
+    def __init__(self, header: dict[str, Any]) -> None:
+        self._folder = header["folder"]
+        self._spares = os.path.join(header["store"], SPARES)
+        self._inline_limit = header["inline_limit"]
         self.blobs: list[bytes] = []
+        self.made: list[str] = []
+
+    def take_back(self, blobs: int = 0, made: int = 0) -> None:
+        """Forget all but so many blobs and artifacts."""
+        for artifact in self.made[made:]:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._folder, artifact))
+        del self.blobs[blobs:], self.made[made:]
 
     def encode(self, value: Any) -> dict[str, Any]:
         """Return a reference to the encoded value."""
@@ -344,7 +355,8 @@ class Encoder:
             self.blobs.append(b"".join(parts))
             return {"type": media_type, "blob": len(self.blobs) - 1}
         artifact = uuid.uuid4().hex
-        with create_artifact(self._store, artifact, size) as file:
+        self.made.append(artifact)
+        with create_artifact(os.path.join(self._folder, artifact), self._spares, size) as file:
             for part in parts:
                 view = memoryview(part)
                 while view:
@@ -353,11 +365,10 @@ class Encoder:
         return {"type": media_type, "artifact": artifact, "size": size}
 
 
-def create_artifact(store: str, name: str, size: int) -> io.FileIO:
-    """Return a file to write an artifact of `size` bytes to: a spare of the store where one is large enough, since
-    pages that are there already cost a fraction of new ones, or else a new one."""
-    path = os.path.join(store, name)
-    for spare in os.scandir(os.path.join(store, SPARES)) if size >= MIN_SPARE_BYTES else ():
+def create_artifact(path: str, spares: str, size: int) -> io.FileIO:
+    """Return a file to write an artifact of `size` bytes to: a spare where one is large enough, since pages that are
+    there already cost a fraction of new ones, or else a new one."""
+    for spare in os.scandir(spares) if size >= MIN_SPARE_BYTES else ():
         try:
             if not size // 2 <= spare.stat().st_size <= size * 2:
                 continue

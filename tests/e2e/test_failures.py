@@ -209,6 +209,61 @@ def test_children_die_with_a_process_that_dies(
     assert _are_gone(children)
 
 
+@task(outputs=["large", "odd"])
+def give_two(room: str, how: str) -> dict[str, Any]:
+    """Return a large value and one that is pickled after it, or is not."""
+
+    class Odd:
+        def __reduce__(self) -> tuple[object, ...]:
+            if how == "it fails":
+                raise ValueError("odd")
+            enter(room, "pickling")
+            return str, ("odd",)
+
+    return {"large": b"x" * 3_000_000, "odd": Odd()}
+
+
+@task
+def store() -> str:
+    """Return where this worker keeps large values."""
+    folder: str = sys.modules["lattice_runner"].current.get().header["store"]
+    return folder
+
+
+def files(folder: str) -> set[Path]:
+    """Return the large values that lie somewhere in a store, but for what is to be written again."""
+    found = {path for path in Path(folder).rglob("*") if path.is_file()}
+    return {path for path in found if path.relative_to(folder).parts[0] not in {"spares", "bundles"}}
+
+
+@pytest.mark.parametrize("how", ["it fails", "it is cancelled", "its worker is killed"])
+def test_no_large_value_is_left_of_an_attempt_that_does_not_succeed(
+    client: LatticeClient, room: Room, how: str
+) -> None:
+    folder = client.run_task(store, {})["result"]
+    before = files(folder)
+    workflow = client.create_workflow()
+    workflow.add_task(give_two, {"room": room, "how": how})
+    run = workflow.run()
+    if how != "it fails":
+        until(run, "task_log", "give_two")
+        assert len(files(folder) - before) == 1
+    kept = 0
+    if how == "its worker is killed":
+        psutil.Process(client.nodes()[0].worker_pid).kill()
+        until(run, "task_retrying", "give_two")
+        room.open()
+        run.result(timeout=WAIT_S)
+        kept = 1
+    elif how == "it is cancelled":
+        run.cancel("enough")
+    assert list(run.events(timeout=WAIT_S))[-1].type == "run_finished"
+    deadline = time.monotonic() + WAIT_S
+    while len(files(folder) - before) != kept:
+        assert time.monotonic() < deadline, files(folder) - before
+        time.sleep(0.01)
+
+
 @task
 def stay(room: str, name: str) -> str:
     enter(room, name)

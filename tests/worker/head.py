@@ -48,6 +48,7 @@ class Stream:
         resumed: bool = False,
         drop: tuple[str, ...] = (),
         inline_limit_bytes: int = LIMIT_BYTES,
+        drop_artifacts: tuple[str, ...] = (),
     ) -> None:
         """Accept the worker."""
         message = worker_pb2.Welcome(
@@ -56,6 +57,7 @@ class Stream:
             heartbeat_interval=Duration(seconds=5),
             session_ttl=Duration(seconds=30),
             drop_lease_ids=drop,
+            drop_artifact_ids=drop_artifacts,
             inline_limit_bytes=inline_limit_bytes,
             log_limit_bytes=LIMIT_BYTES,
         )
@@ -67,13 +69,13 @@ class Stream:
         """Assign a call of `function`; `inputs` are values or payloads, `more` fields of the assignment."""
         inputs = {name: payload_pb2.Binding(payload=payload_of(v)) for name, v in more.pop("inputs", {}).items()}
         inputs |= more.pop("bindings", {})
+        attempt = worker_pb2.Attempt(run_id="r", task_id=lease_id, number=1, inputs=inputs)
         assignment = worker_pb2.Assignment(
             lease_id=lease_id,
             slot=slot,
             function_digest=f"sha256:{uuid4().hex}",
-            attempts=[worker_pb2.Attempt(run_id="r", task_id=lease_id, number=1, inputs=inputs)],
             outputs=["out"],
-            **{"isolation": resources_pb2.ISOLATION_NONE} | more,
+            **{"isolation": resources_pb2.ISOLATION_NONE, "attempts": [attempt]} | more,
         )
         code = task_pb2.Function(
             digest=assignment.function_digest,
@@ -167,14 +169,15 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(folder: Path, *flags: str) -> AsyncIterator[Pair]:
-    """A head and one worker of two CPUs while the block runs."""
+async def pair(folder: Path | None, *flags: str) -> AsyncIterator[Pair]:
+    """A head and one worker of two CPUs while the block runs; without a folder it has a store of its own."""
     head, server = Head(), grpc.aio.server()
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(head, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     command = [sys.executable, "-m", "lattice_worker", "--addr", f"127.0.0.1:{port}", "--worker-id", "w"]
-    command += ["--node-id", "n", "--store-dir", str(folder), "--num-cpus", "2", "--num-gpus", "0", *flags]
+    command += ["--node-id", "n", "--num-cpus", "2", "--num-gpus", "0", *flags]
+    command += [] if folder is None else ["--store-dir", str(folder)]
     environment = {**os.environ, "LATTICE_TOKEN": "secret"}
     process = await asyncio.create_subprocess_exec(*command, env=environment)
     try:

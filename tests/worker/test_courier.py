@@ -79,7 +79,7 @@ async def settle() -> None:
 async def fetcher(folder: Path) -> AsyncIterator[Fetcher]:
     """A courier and its other end, while the block runs."""
     ours, theirs = socket.socketpair()
-    courier = Courier(theirs.detach(), str(folder), PATIENCE_S)
+    courier = Courier(theirs.detach(), str(folder), folder, PATIENCE_S)
     await courier.start()
     reader, writer = await asyncio.open_unix_connection(sock=ours)
     try:
@@ -223,7 +223,7 @@ def test_what_the_worker_starts_has_nothing_of_it(tmp_path: Path) -> None:
     # As it came to the worker from whoever started it.
     theirs.set_inheritable(True)
     descriptor = theirs.detach()
-    courier = Courier(descriptor, str(tmp_path))
+    courier = Courier(descriptor, str(tmp_path), tmp_path)
     assert not os.get_inheritable(descriptor)
     courier.close()
     ours.close()

@@ -13,6 +13,7 @@ from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, task_pb2, wor
 
 from lattice_worker import materials
 from lattice_worker.courier import Courier
+from lattice_worker.drafts import PREFIX, Drafts
 from lattice_worker.materials import Materials, MissingError
 
 BYTES = b"some bytes"
@@ -64,7 +65,7 @@ class Scene:
     def __init__(self, folder: Path, *answers: Answer, courier: Courier | None = None) -> None:
         self.server = Server(*answers)
         self.connected: list[bool] = []
-        self.materials = Materials(str(folder), "b", self._connect, courier)
+        self.materials = Materials(str(folder), "b", drafts(folder), self._connect, courier)
 
     def _connect(self) -> Any:
         return self.server if not self.connected or self.connected.pop(0) else None
@@ -104,8 +105,17 @@ def zipped() -> bytes:
     return data.getvalue()
 
 
+def drafts(folder: Path) -> Drafts:
+    """Return drafts for what arrives in a folder."""
+    made = Drafts(str(folder))
+    made.incoming.mkdir(parents=True)
+    return made
+
+
 def names(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir()}
+    """Return what lies in a folder, and what is left of what arrived there."""
+    there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(PREFIX)}
+    return there | {entry.name for entry in folder.glob(f"{PREFIX}*/*/*")}
 
 
 def test_what_several_attempts_need_is_fetched_once(tmp_path: Path) -> None:
@@ -182,7 +192,7 @@ def test_the_server_is_asked_for_what_the_courier_does_not_bring(brings: bool, t
     play(scenario)
 
 
-def test_values_are_dropped_alone_or_all_together_and_code_stays(tmp_path: Path) -> None:
+def test_values_are_dropped_and_code_stays(tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
 
@@ -192,11 +202,12 @@ def test_values_are_dropped_alone_or_all_together_and_code_stays(tmp_path: Path)
         await asyncio.gather(*found.missing(DIGEST, worker_pb2.Assignment(), {}))
         for name in ("store/one", "store/two", "store/three", "beside"):
             (tmp_path / name).write_bytes(BYTES)
-        found.drop("one")
-        found.drop("one")
-        found.drop("../beside")
+        found.drop(["one"])
+        found.drop(["one"])
+        found.drop(["../beside"])
         assert names(store) == {"two", "three", "bundles"}
-        found.clear()
+        assert set(found.stored()) == {"two", "three"}
+        found.drop(["two", "three"])
         assert names(store) == {"bundles"}
         assert names(tmp_path) == {"store", "beside"}
 
@@ -253,7 +264,7 @@ def test_a_value_on_its_way_when_the_stream_breaks_comes_by_the_next_one(tmp_pat
         await server.start()
         channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}") for _ in range(2)]
         stubs = [results_pb2_grpc.ResultsServiceStub(channel) for channel in channels]
-        materials = Materials(str(tmp_path), "here", lambda: stubs[0])
+        materials = Materials(str(tmp_path), "here", drafts(tmp_path), lambda: stubs[0])
         attempt = worker_pb2.Attempt(inputs={"x": value(LARGE)})
         (fetching,) = materials.missing("", worker_pb2.Assignment(attempts=[attempt]), {})
         await results.is_asked.wait()
@@ -262,7 +273,7 @@ def test_a_value_on_its_way_when_the_stream_breaks_comes_by_the_next_one(tmp_pat
         async with asyncio.timeout(60):
             await fetching
         assert (tmp_path / "large").read_bytes() == b"xyz"
-        assert [path.name for path in tmp_path.iterdir()] == ["large"]
+        assert names(tmp_path) == {"large"}
         await channels[1].close()
         await server.stop(None)
 
@@ -272,5 +283,5 @@ def test_a_value_on_its_way_when_the_stream_breaks_comes_by_the_next_one(tmp_pat
 @pytest.mark.parametrize("name", ["", ".", "..", "spares", "/", "../spares", "nothing"])
 def test_nothing_but_a_value_is_deleted(name: str, tmp_path: Path) -> None:
     (tmp_path / "spares").mkdir()
-    Materials(str(tmp_path), "here", lambda: None).drop(name)
+    Materials(str(tmp_path), "here", Drafts(str(tmp_path)), lambda: None).drop([name])
     assert (tmp_path / "spares").is_dir()

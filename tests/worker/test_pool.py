@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lattice_worker.drafts import INCOMING, PREFIX, REPORTED, Drafts
 from lattice_worker.pool import Pool
 from lattice_worker.runners import Key
 
@@ -20,7 +21,7 @@ def test_what_could_not_be_started_leaves_nothing_behind_and_is_tried_again(
     is_async: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        pool, key = Pool(spare=1), Key(is_async=is_async)
+        pool, key = Pool(1, drafts), Key(is_async=is_async)
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", str(tmp_path / "missing"))
             before = descriptors()
@@ -29,6 +30,7 @@ def test_what_could_not_be_started_leaves_nothing_behind_and_is_tried_again(
                     await pool.take(key)
             assert pool.take_idle(key) is None
             assert descriptors() <= before
+            assert {path.name for path in tmp_path.glob(f"{PREFIX}*/*")} == {REPORTED, INCOMING}
         runner = await pool.take(key)
         assert runner.is_fit
         pool.close()
@@ -36,4 +38,6 @@ def test_what_could_not_be_started_leaves_nothing_behind_and_is_tried_again(
         assert (await pool.take(key)).is_fit
         pool.close()
 
-    asyncio.run(scenario())
+    drafts = Drafts(str(tmp_path))
+    with drafts.opened():
+        asyncio.run(scenario())

@@ -135,6 +135,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """FAILED_PRECONDITION: the run has ended, so nothing can be added to it."""
     ERROR_REASON_RUN_TOO_LARGE: _ErrorReason.ValueType  # 24
     """RESOURCE_EXHAUSTED: the run would have more tasks than a run may."""
+    ERROR_REASON_TOO_MANY_WORKFLOWS: _ErrorReason.ValueType  # 25
+    """RESOURCE_EXHAUSTED: as many workflows are stored as the server keeps; delete one."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -191,6 +193,8 @@ ERROR_REASON_RUN_ENDED: ErrorReason.ValueType  # 23
 """FAILED_PRECONDITION: the run has ended, so nothing can be added to it."""
 ERROR_REASON_RUN_TOO_LARGE: ErrorReason.ValueType  # 24
 """RESOURCE_EXHAUSTED: the run would have more tasks than a run may."""
+ERROR_REASON_TOO_MANY_WORKFLOWS: ErrorReason.ValueType  # 25
+"""RESOURCE_EXHAUSTED: as many workflows are stored as the server keeps; delete one."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final

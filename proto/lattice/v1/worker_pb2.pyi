@@ -383,6 +383,8 @@ class Hello(google.protobuf.message.Message):
     HELD_LEASE_IDS_FIELD_NUMBER: builtins.int
     PID_FIELD_NUMBER: builtins.int
     ENTRYPOINTS_FIELD_NUMBER: builtins.int
+    STORED_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
+    REPORTED_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Names the worker; stable over its reconnects, unique among workers."""
     session_id: builtins.str
@@ -419,6 +421,16 @@ class Hello(google.protobuf.message.Message):
     def entrypoints(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Entry points the worker has of its own, for workers in other languages. A worker that names any runs those only."""
 
+    @property
+    def stored_artifact_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The large values that lie in the worker's own store, or are on their way there, but for those named next."""
+
+    @property
+    def reported_artifact_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The large values named by reports that are not acknowledged yet, and those whose report a killed worker may have
+        left unsaid. The server judges them only when it does not resume the session: then no report of it counts any more.
+        """
+
     def __init__(
         self,
         *,
@@ -435,9 +447,11 @@ class Hello(google.protobuf.message.Message):
         held_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         pid: builtins.int = ...,
         entrypoints: collections.abc.Iterable[builtins.str] | None = ...,
+        stored_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        reported_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "runtime", b"runtime", "session_id", b"session_id", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -456,6 +470,7 @@ class Welcome(google.protobuf.message.Message):
     LOG_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     SILENCE_LIMIT_FIELD_NUMBER: builtins.int
     SERVER_ID_FIELD_NUMBER: builtins.int
+    DROP_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
@@ -482,6 +497,12 @@ class Welcome(google.protobuf.message.Message):
     def silence_limit(self) -> google.protobuf.duration_pb2.Duration:
         """How long the server may be silent before the stream counts as broken; it takes a silent worker for gone as early."""
 
+    @property
+    def drop_artifact_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Of the large values that `Hello` named, those nobody needs: delete them. When the session was not resumed, what a
+        report would have named that was not sent before this stream's `Hello` is nobody's either.
+        """
+
     def __init__(
         self,
         *,
@@ -494,9 +515,10 @@ class Welcome(google.protobuf.message.Message):
         log_limit_bytes: builtins.int = ...,
         silence_limit: google.protobuf.duration_pb2.Duration | None = ...,
         server_id: builtins.str = ...,
+        drop_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 

@@ -40,6 +40,10 @@ class WorkerServiceStub(object):
     longer held is acknowledged and ignored. Both sides send `Heartbeat`s; the worker's lists the leases it holds,
     and whatever the two sides disagree on is repaired from that.
 
+    Large values stay in the store of the worker that made them; reports name them. `DropArtifacts` tells which of them
+    nobody needs any more. What of that gets lost, and values that no report came to name, are found when the worker
+    says hello again: it names what it has, and `Welcome` what of that is to be deleted.
+
     A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
     back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into
     the stream's status: the server says why it ends in `Close` and then waits for the worker to hang up. A stream
@@ -93,6 +97,10 @@ class WorkerServiceServicer(object):
     the rest again, and the server ignores numbers it has seen. The lease is the fence: a report for a lease that is no
     longer held is acknowledged and ignored. Both sides send `Heartbeat`s; the worker's lists the leases it holds,
     and whatever the two sides disagree on is repaired from that.
+
+    Large values stay in the store of the worker that made them; reports name them. `DropArtifacts` tells which of them
+    nobody needs any more. What of that gets lost, and values that no report came to name, are found when the worker
+    says hello again: it names what it has, and `Welcome` what of that is to be deleted.
 
     A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
     back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into
@@ -185,6 +193,10 @@ class WorkerService(object):
     the rest again, and the server ignores numbers it has seen. The lease is the fence: a report for a lease that is no
     longer held is acknowledged and ignored. Both sides send `Heartbeat`s; the worker's lists the leases it holds,
     and whatever the two sides disagree on is repaired from that.
+
+    Large values stay in the store of the worker that made them; reports name them. `DropArtifacts` tells which of them
+    nobody needs any more. What of that gets lost, and values that no report came to name, are found when the worker
+    says hello again: it names what it has, and `Welcome` what of that is to be deleted.
 
     A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
     back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into

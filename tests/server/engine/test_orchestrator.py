@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
@@ -14,8 +15,11 @@ from lattice_server.core.messages import (
     CancelRequested,
     CloseSession,
     RunFinished,
+    SchedulerEffect,
     TaskCancelled,
     TaskFailed,
+    TaskLogged,
+    TaskRetrying,
     TaskStarted,
     TaskSucceeded,
     WelcomeWorker,
@@ -60,6 +64,7 @@ def play(
     scenario: Callable[[Orchestrator, Holdings], None],
     retained_runs: int = 2,
     retained_tasks: int = 1000,
+    retained_bytes: int = 1 << 30,
     retained_artifact_bytes: int = 1 << 30,
     max_open_tasks: int = 1000,
 ) -> None:
@@ -68,7 +73,7 @@ def play(
     async def run() -> None:
         store: Any = Holdings()
         bus = MessageBus(asyncio.get_running_loop())
-        retention = Retention(runs=retained_runs, tasks=retained_tasks, artifact_bytes=retained_artifact_bytes)
+        retention = Retention(retained_runs, retained_tasks, retained_bytes, retained_artifact_bytes)
         admission = Admission(Bounds(), max_open_tasks)
         scenario(Orchestrator(bus, Sessions(SILENCE_LIMIT_S), store, retention, admission), store)
 
@@ -235,7 +240,7 @@ def test_a_stored_workflow_keeps_what_it_names_until_it_names_it_no_more() -> No
         def naming(*names: str) -> WorkflowSpec:
             return workflow({"t": ()}, parameters={name: stored(name) for name in names})
 
-        library = WorkflowLibrary(store)  # type: ignore[arg-type]  # it counts as one
+        library = WorkflowLibrary(store, 9)  # type: ignore[arg-type]  # it counts as one
         entry, _ = library.create("w", naming("x", "y"), {}, None, "print")
         library.create("w", naming("x", "y"), {}, None, "print")
         assert store.holders == {"x": 1, "y": 1}
@@ -251,6 +256,48 @@ def test_a_stored_workflow_keeps_what_it_names_until_it_names_it_no_more() -> No
         assert sorted(store.dropped) == ["x", "y", "z"]
 
     play(scenario, retained_runs=0)
+
+
+@pytest.mark.parametrize("told", ["graph", "parameter", "output", "item", "log", "lines", "retry"])
+def test_runs_that_keep_many_bytes_are_forgotten_sooner_but_never_the_newest(told: str) -> None:
+    large = Payload("application/json", "1" * 50_000)
+    spec = WorkflowSpec((replace(task("t"), inputs={"x": large}),)) if told == "graph" else ONE_TASK
+    given = {"p": large} if told == "parameter" else {}
+    failure = Failure(FailureKind.USER_ERROR, "broken", exception=large)
+    facts: dict[str, list[SchedulerEffect]] = {
+        "log": [TaskLogged("large", "t", 1, False, "1" * 50_000, False)],
+        "lines": [TaskLogged("large", "t", 1, False, "1", False)] * 200,
+        "retry": [TaskRetrying("large", "t", 1, failure, 0.0)],
+    }
+    outputs = {"out": large if told == "output" else VALUE}
+    end = TaskSucceeded("large", "t", 1, outputs, {"out": [large]} if told == "item" else {})
+
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        for name in "abc":
+            start(orchestrator, name)
+            finish(orchestrator, name)
+        start(orchestrator, "large", spec, **given)
+        orchestrator.deliver([*facts.get(told, []), TaskStarted("large", "t", 1, "n", "ip", ())])
+        assert list(orchestrator.runs)[:3] == ["a", "b", "c"]
+        orchestrator.deliver([end])
+        assert list(orchestrator.runs) == ["large"]
+        start(orchestrator, "d")
+        finish(orchestrator, "d")
+        assert list(orchestrator.runs) == ["d"]
+
+    play(scenario, retained_runs=100, retained_bytes=40_000)
+
+
+def test_no_more_workflows_are_stored_than_may_be_and_a_place_that_is_free_is_given_again() -> None:
+    library = WorkflowLibrary(Holdings(), 2)  # type: ignore[arg-type]  # it counts as one
+    for name in "ab":
+        library.create(name, ONE_TASK, {}, None, "print")
+    with pytest.raises(ExhaustedError) as caught:
+        library.create("c", ONE_TASK, {}, None, "print")
+    assert (caught.value.reason, caught.value.retry_after_s) == ("TOO_MANY_WORKFLOWS", None)
+    assert library.create("a", ONE_TASK, {}, None, "print")[1] is False, "what is there may be asked for again"
+    library.delete("b")
+    assert library.create("c", ONE_TASK, {}, None, "print")[1]
 
 
 def test_a_reader_of_a_run_that_is_forgotten_reads_on() -> None:

@@ -3,15 +3,19 @@
 import asyncio
 import time
 
+import pytest
+
 from lattice_server.core.messages import DropArtifact, ForgetSession, WelcomeWorker
+from lattice_server.core.model import Artifact
 from lattice_server.engine.sessions import Connection, Sessions
 
 INTERVAL_S, LIMIT_S = 0.05, 0.2
 
 
-def connect(sessions: Sessions, resumed: bool = False) -> Connection:
-    """Connect the worker of a node with a store of its own, and welcome it to session `s`."""
-    connection = Connection("w", "n", shares_store=False)
+def connect(sessions: Sessions, resumed: bool = False, shares_store: bool = False) -> Connection:
+    """Connect the worker of a node, by default with a store of its own, and welcome it to session `s`."""
+    connection = Connection("w", "n", shares_store)
+    connection.stored, connection.reported = ("kept", "large"), ("said", "unsaid")
     sessions.greet(connection)
     sessions.perform(WelcomeWorker("w", "s", resumed, (), connection.greeting))
     return connection
@@ -65,14 +69,37 @@ def test_a_stall_of_this_thread_is_nobody_s_silence() -> None:
     asyncio.run(scenario())
 
 
-def test_what_is_dropped_while_a_worker_is_away_it_is_told_when_it_is_back() -> None:
+@pytest.mark.parametrize("is_known_to_be_away", [True, False])
+@pytest.mark.parametrize("resumed", [True, False])
+def test_what_is_dropped_while_a_worker_is_away_it_is_told_when_it_is_back(
+    is_known_to_be_away: bool, resumed: bool
+) -> None:
     async def scenario() -> None:
         sessions = Sessions(LIMIT_S)
-        sessions.leave(connect(sessions))
-        sessions.drop_artifact("large")
-        back = connect(sessions, resumed=True)
-        effects = await back.next_effects()
-        assert [type(effect) for effect in effects] == [WelcomeWorker, DropArtifact]
+        sessions.unneeded = lambda artifacts: [name for name in artifacts if name in {"large", "unsaid"}]
+        away = connect(sessions)
+        if is_known_to_be_away:
+            sessions.leave(away)
+        sessions.drop_artifact(Artifact("large", 1, "n"))
+        back = connect(sessions, resumed)
+        (welcome,) = await back.next_effects()
+        assert isinstance(welcome, WelcomeWorker)
+        assert welcome.drop_artifact_ids == (("large",) if resumed else ("large", "unsaid"))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("shares_store", "node_id", "is_told"), [(0, "n", 1), (0, "head", 1), (1, "n", 1), (1, "head", 0)]
+)
+def test_whoever_may_have_a_copy_is_told_what_is_dropped(shares_store: bool, node_id: str, is_told: bool) -> None:
+    async def scenario() -> None:
+        sessions = Sessions(LIMIT_S)
+        connection = connect(sessions, shares_store=shares_store)
+        await connection.next_effects()
+        sessions.drop_artifact(Artifact("large", 1, node_id))
+        connection.acknowledge(1, at_once=True)
+        assert await connection.next_effects() == [DropArtifact("s", "large")] * is_told
 
     asyncio.run(scenario())
 

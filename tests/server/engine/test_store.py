@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def files(folder: Path) -> list[Path]:
 def spares(store: ArtifactStore) -> list[int]:
     """The sizes of what waits to be written again."""
     return sorted(path.stat().st_size for path in files(store.directory / SPARES))
+
+
+def recycled(store: ArtifactStore, name: str, size: int) -> FileIO:
+    """Return a file of the store to write to, as a task would."""
+    return child.create_artifact(str(store.directory / name), str(store.directory / SPARES), size)
 
 
 def test_what_is_written_is_read_back_from_any_offset() -> None:
@@ -163,7 +169,7 @@ def test_what_is_large_is_written_again_under_another_name() -> None:
         assert not await is_there(store, artifact)
         assert files(store.directory) == files(store.directory / SPARES)
         assert spares(store) == [LARGE]
-        with child.create_artifact(str(store.directory), "1" * 32, LARGE - 1) as file:
+        with recycled(store, "1" * 32, LARGE - 1) as file:
             file.write(b"z" * (LARGE - 1))
             file.truncate(LARGE - 1)
         assert spares(store) == []
@@ -188,7 +194,7 @@ def test_a_reader_reads_on_when_what_it_reads_is_dropped_and_its_place_is_wanted
         reader = store.read(artifact.artifact_id, 0)
         data = await anext(reader)
         store.release([artifact])
-        with child.create_artifact(str(store.directory), "1" * 32, LARGE) as file:
+        with recycled(store, "1" * 32, LARGE) as file:
             file.write(b"z" * LARGE)
         data += b"".join([chunk async for chunk in reader])
         assert data == b"x" * LARGE

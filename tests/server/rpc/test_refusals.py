@@ -293,6 +293,21 @@ def test_a_repeated_workflow_is_the_same_workflow_and_another_one_a_conflict(idl
         idle.workflows.CreateWorkflow(request)
 
 
+def test_more_workflows_than_are_stored_are_refused_until_one_is_deleted() -> None:
+    def create(caller: Caller, name: str) -> workflow_pb2.CreateWorkflowResponse:
+        request = workflow_pb2.CreateWorkflowRequest(workflow_id=name, spec=graph(task()))
+        created: workflow_pb2.CreateWorkflowResponse = caller.workflows.CreateWorkflow(request)
+        return created
+
+    with serving_aside(NoWorkers(), max_workflows=1) as address, calling(address) as caller:
+        assert create(caller, "a").created
+        with refused(Code.RESOURCE_EXHAUSTED, "TOO_MANY_WORKFLOWS") as refusal:
+            create(caller, "b")
+        assert refusal.retry_after_s is None, "waiting does not help"
+        caller.workflows.DeleteWorkflow(workflow_pb2.DeleteWorkflowRequest(workflow_id="a"))
+        assert create(caller, "b").created
+
+
 def test_a_function_added_under_a_name_in_use_is_a_conflict(idle: Caller) -> None:
     created = idle.workflows.CreateWorkflow(workflow_pb2.CreateWorkflowRequest(spec=graph(task())))
     request = workflow_pb2.AddTasksRequest(workflow_id=created.workflow.workflow_id, functions={"work": function()})

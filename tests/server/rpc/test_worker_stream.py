@@ -25,7 +25,7 @@ from lattice.v1 import (
 
 from lattice_server.engine.ports import Executor
 from tests.server.apps import NoWorkers, serving
-from tests.server.rpc.callers import graph, output, task
+from tests.server.rpc.callers import function, graph, output, task
 
 TIMEOUT_S = 60.0
 Report = worker_pb2.Report
@@ -403,6 +403,111 @@ def test_a_report_of_a_lease_no_longer_held_is_ignored() -> None:
         hand.hang_up()
 
     play(scenario)
+
+
+def large(name: str) -> payload_pb2.Payload:
+    """Return a reference to a value in the store of node `n`."""
+    artifact = payload_pb2.Artifact(artifact_id=name, size_bytes=1_000_000, node_id="n")
+    return payload_pb2.Payload(media_type="application/json", artifact=artifact)
+
+
+def spawned(name: str) -> worker_pb2.AttemptSpawned:
+    """Return the wish for a task with a large input, deep inside another."""
+    inner = payload_pb2.Binding(map=payload_pb2.BindingMap(entries={"k": payload_pb2.Binding(payload=large(name))}))
+    inputs = {"x": payload_pb2.Binding(list=payload_pb2.BindingList(items=[inner]))}
+    return worker_pb2.AttemptSpawned(tasks=[task("a/b", inputs=inputs)], functions={"work": function()})
+
+
+def test_a_large_value_that_no_run_keeps_is_dropped_where_it_lies() -> None:
+    """Of a lease that is over, of a task that may not succeed, of a run that has ended, beside what is asked for."""
+
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+
+        async def dropped() -> list[str]:
+            return list((await hand.hear("drop_artifacts")).artifact_ids)
+
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        outputs = {"out": large("kept"), "more": large("kept too")}
+        await hand.report(1, "another", succeeded={"outputs": {"out": large("stale")}})
+        assert await dropped() == ["stale"]
+        await hand.report(2, lease_id, succeeded={"outputs": outputs})
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
+        await hand.report(3, lease_id, succeeded={"split": {"out": {"items": [large("twice")]}}})
+        assert await dropped() == ["twice"]
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        await hand.report(4, lease_id, succeeded={"outputs": {"else": large("not what was asked for")}})
+        assert await dropped() == ["not what was asked for"]
+        assert (await head.result(run_id)).state == run_pb2.RUN_STATE_FAILED
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_a_worker_that_comes_back_is_told_which_of_its_large_values_nobody_needs() -> None:
+    """What a report that may come again names is judged only when the session is over."""
+
+    async def scenario(head: Scene) -> None:
+        hand, welcome = await head.hand(stored_artifact_ids=["older"])
+        assert list(welcome.drop_artifact_ids) == ["older"]
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        await hand.report(1, lease_id, succeeded={"outputs": {"out": large("kept")}})
+        hand.hang_up()
+        await head.result(run_id)
+        listed = {"stored_artifact_ids": ["kept", "lost"], "reported_artifact_ids": ["kept", "unsaid"]}
+        again, resumed = await head.hand(session_id=welcome.session_id, **listed)
+        assert (resumed.resumed, list(resumed.drop_artifact_ids)) == (True, ["lost"])
+        again.hang_up()
+        other, fresh = await head.hand(**listed)
+        assert (fresh.resumed, list(fresh.drop_artifact_ids)) == (False, ["lost", "unsaid"])
+        other.hang_up()
+
+    play(scenario)
+
+
+def test_what_a_report_named_is_dropped_again_when_the_report_comes_again() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, welcome = await head.hand()
+        stale = {"succeeded": {"outputs": {"out": large("stale")}}}
+        await hand.report(1, "unknown", **stale)
+        assert list((await hand.hear("drop_artifacts")).artifact_ids) == ["stale"]
+        hand.hang_up()
+        again, _ = await head.hand(session_id=welcome.session_id, reported_artifact_ids=["stale"])
+        await again.report(3, "unknown", succeeded={"outputs": {"out": large("after one that is missing")}})
+        await again.report(1, "unknown", **stale)
+        assert list((await again.hear("drop_artifacts")).artifact_ids) == ["stale"]
+        again.hang_up()
+
+    play(scenario)
+
+
+def test_a_large_input_of_a_task_that_is_not_added_is_dropped_where_it_lies() -> None:
+    """Whether the task is there already, cannot be, or its parent has ended."""
+
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+
+        async def dropped() -> list[str]:
+            return list((await hand.hear("drop_artifacts")).artifact_ids)
+
+        await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        await hand.report(1, lease_id, spawned=spawned("kept"))
+        await hand.report(2, lease_id, spawned=spawned("again"))
+        assert await dropped() == ["again"]
+        wrong = spawned("wrong")
+        wrong.functions["work"].Clear()
+        await hand.report(3, lease_id, spawned=wrong)
+        assert await dropped() == ["wrong"]
+        await hand.report(4, lease_id, failed={"failure": {"kind": "FAILURE_KIND_CANCELLED"}})
+        await hand.report(5, lease_id, spawned=spawned("late"))
+        assert await dropped() == ["late"]
+        hand.hang_up()
+
+    play(scenario, max_spawn_depth=1)
 
 
 def test_the_newest_life_of_a_worker_counts_and_the_older_one_is_closed() -> None:

@@ -1,0 +1,97 @@
+"""Owns large values from when a process writes one until the server is known to have the report that names it.
+
+Rule: a file that nobody will name is deleted, whoever is killed and whenever.
+
+Every worker that uses a store has a folder in it, locked for as long as the worker lives. There each process has one
+to write to, and values of other nodes have one to arrive in. What a process answers with is published: it gets its
+place in the store, and keeps a second name among the reported until its report is acknowledged. Whatever else is in
+the folder goes with the process, or with the worker. If that was killed, the next worker of the store takes over what
+it had reported, to ask the server about it.
+"""
+
+import fcntl
+import itertools
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+PREFIX = "drafts-"
+REPORTED = "reported"
+INCOMING = "incoming"
+
+
+class Drafts:
+    """The drafts of one worker. `reported` are the values whose reports may not be acknowledged."""
+
+    def __init__(self, store_directory: str) -> None:
+        self._store = Path(store_directory)
+        self._folder = self._store / f"{PREFIX}{uuid4().hex}"
+        self._numbers = itertools.count(1)
+        self.incoming = self._folder / INCOMING
+        self.reported: set[str] = set()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Have the folder while the block runs, and what workers that were killed reported."""
+        new = self._store / f"new-{self._folder.name}"
+        new.mkdir()
+        with locked(new):
+            # Not before it is locked: another worker would take it for one of a killed one.
+            new.rename(self._folder)
+            (self._folder / REPORTED).mkdir()
+            self.incoming.mkdir()
+            for left in self._store.glob(f"{PREFIX}*"):
+                with suppress(OSError), locked(left):
+                    self._take_over(left)
+            try:
+                yield
+            finally:
+                if not self.reported:
+                    shutil.rmtree(self._folder, ignore_errors=True)
+
+    def folder(self) -> str:
+        """Make a folder for a process to write to."""
+        folder = self._folder / str(next(self._numbers))
+        folder.mkdir()
+        return str(folder)
+
+    def publish(self, folder: str, artifact_ids: Iterable[str]) -> None:
+        """Give what a process wrote its place in the store."""
+        for artifact_id in map(os.path.basename, artifact_ids):
+            # What the task has deleted, those who need it will miss.
+            with suppress(FileNotFoundError):
+                os.link(os.path.join(folder, artifact_id), self._folder / REPORTED / artifact_id)
+                self.reported.add(artifact_id)
+                os.rename(os.path.join(folder, artifact_id), self._store / artifact_id)
+
+    def delete(self, folder: str, artifact_ids: Iterable[str]) -> None:
+        """Delete what a process wrote and nobody will name."""
+        for artifact_id in map(os.path.basename, artifact_ids):
+            with suppress(OSError):
+                os.unlink(os.path.join(folder, artifact_id))
+
+    def settle(self, artifact_ids: Iterable[str]) -> None:
+        """Leave values to the server, which knows of them."""
+        for artifact_id in self.reported.intersection(artifact_ids):
+            self.reported.discard(artifact_id)
+            (self._folder / REPORTED / artifact_id).unlink(missing_ok=True)
+
+    def _take_over(self, left: Path) -> None:
+        for path in (left / REPORTED).iterdir():
+            path.rename(self._folder / REPORTED / path.name)
+            self.reported.add(path.name)
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory as long as this process lives, or the block runs. Raises OSError when somebody else does."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
