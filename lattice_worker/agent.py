@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 VERSION = "0.1.0"
 CHUNK_BYTES = 1024 * 1024
 PART_BYTES = 2 * CHUNK_BYTES
-MAX_REPORT_BYTES = MESSAGE_LIMIT_BYTES - CHUNK_BYTES
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 COALESCE_S = 0.001
 FIRST_BEAT_S = 0.5  # Until the server says how often.
@@ -167,11 +166,11 @@ class Agent:
                     await asyncio.sleep(wait_s)
                 pending, self._pending = self._pending, []
                 sent_at = loop.time()
-                for reports in _in_parts(pending):
+                for reports in self._in_parts(pending):
                     yield worker_pb2.ConnectRequest(reports=reports)
             if self._beat_is_due:
                 self._beat_is_due = False
-                for reports in _in_parts(self._leasing.session.overdue()):
+                for reports in self._in_parts(self._leasing.session.overdue()):
                     yield worker_pb2.ConnectRequest(reports=reports)
                 held, received = self._leasing.session.held(), self._leasing.received
                 heartbeat = worker_pb2.Heartbeat(held_lease_ids=held, assignment_sequence=received)
@@ -179,6 +178,20 @@ class Agent:
             if self._leaving is not None and not has_said_leaving:
                 has_said_leaving = True
                 yield worker_pb2.ConnectRequest(draining=self._leaving)
+
+    def _in_parts(self, reports: list[worker_pb2.Report]) -> Iterator[worker_pb2.Reports]:
+        """Yield reports in messages well below what the server takes: all that waits may be too much."""
+        # What surrounds each report is not counted.
+        part_bytes = min(PART_BYTES, self._attempts.message_limit_bytes * 3 // 4)
+        start, size = 0, 0
+        for end, report in enumerate(reports if len(reports) > 1 else ()):
+            own = report.ByteSize()
+            if size + own > part_bytes and end > start:
+                yield worker_pb2.Reports(reports=reports[start:end])
+                start, size = end, 0
+            size += own
+        if reports:
+            yield worker_pb2.Reports(reports=reports[start:])
 
     def _hello(self) -> worker_pb2.Hello:
         self._listed = frozenset(self._drafts.reported)
@@ -230,6 +243,8 @@ class Agent:
         self._silence_limit_s = seconds(welcome.silence_limit) or math.inf
         self._attempts.inline_limit_bytes = welcome.inline_limit_bytes
         self._attempts.log_limit_bytes = welcome.log_limit_bytes
+        limit_bytes = welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES
+        self._attempts.message_limit_bytes = min(limit_bytes, MESSAGE_LIMIT_BYTES)
         is_new = not welcome.resumed and welcome.session_id != self._leasing.session.session_id
         self._pending = self._leasing.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         self._materials.drop(welcome.drop_artifact_ids)
@@ -247,9 +262,6 @@ class Agent:
 
     def _emit(self, report: worker_pb2.Report) -> None:
         if self._leasing.session.has_started(report.lease_id) is not None:
-            if (size := report.ByteSize()) > MAX_REPORT_BYTES:
-                self._materials.drop(convert.artifacts_in(report))
-                convert.refuse(report, f"what it returned takes {size} bytes, and a report may have {MAX_REPORT_BYTES}")
             self._leasing.report(report.lease_id, report)
         else:
             self._materials.drop(convert.artifacts_in(report))
@@ -261,21 +273,6 @@ class Agent:
 
     def _ended(self, lease_id: str, outputs: convert.Outputs | None) -> None:
         self._leasing.ended(lease_id, outputs)
-
-
-def _in_parts(reports: list[worker_pb2.Report]) -> Iterator[worker_pb2.Reports]:
-    """Yield reports in messages of at most `PART_BYTES`, one that is larger alone: all that waits may be too much."""
-    part: list[worker_pb2.Report] = []
-    size = 0
-    for report in reports:
-        own = report.ByteSize()
-        if part and size + own > PART_BYTES:
-            yield worker_pb2.Reports(reports=part)
-            part, size = [], 0
-        part.append(report)
-        size += own
-    if part:
-        yield worker_pb2.Reports(reports=part)
 
 
 def seconds(duration: Duration) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from lattice.v1 import resources_pb2, task_pb2, worker_pb2
 
 from lattice_worker import convert
+from lattice_worker.channel import MESSAGE_LIMIT_BYTES
 from lattice_worker.materials import Materials, MissingError
 from lattice_worker.pool import Pool
 from lattice_worker.runners import MAX_AHEAD, Invocation, Key, Runner
@@ -18,6 +19,7 @@ from lattice_worker.runners import MAX_AHEAD, Invocation, Key, Runner
 # A start is told late, so that a short attempt needs one report instead of two.
 START_DELAY_S = 0.002
 CANCEL_GRACE_S = 1.0
+LOG_CHARACTERS = 256 * 1024  # The most of an attempt's output that one report holds.
 
 Emit = Callable[[worker_pb2.Report], None]
 Ended = Callable[[str, convert.Outputs | None], None]
@@ -29,6 +31,7 @@ class Attempts:
     def __init__(self, pool: Pool, materials: Materials, emit: Emit, ended: Ended) -> None:
         self.inline_limit_bytes = 256 * 1024
         self.log_limit_bytes = 1024 * 1024
+        self.message_limit_bytes = MESSAGE_LIMIT_BYTES
         self._pool, self._materials = pool, materials
         self._emit, self._ended = emit, ended
         self._functions: dict[str, task_pb2.Function] = {}
@@ -246,16 +249,21 @@ class Attempts:
         self._emit(report)
 
     def _log(self, lease_id: str, stream: str, text: str, truncated: bool) -> None:
-        report = convert.report(lease_id, time.time_ns())
-        report.log.stream = convert.log_stream(stream)
-        report.log.text = text
-        report.log.truncated = truncated
-        self._emit(report)
+        for start in range(0, len(text), LOG_CHARACTERS):
+            report = convert.report(lease_id, time.time_ns())
+            report.log.stream = convert.log_stream(stream)
+            report.log.text = text[start : start + LOG_CHARACTERS]
+            report.log.truncated = truncated
+            self._emit(report)
 
     def _spawn(self, lease_id: str, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]) -> None:
         report = convert.report(lease_id, time.time_ns())
         report.spawned.CopyFrom(convert.spawned_from_frame(task, blobs, function, self._materials.name))
-        self._emit(report)
+        if excess := convert.excess(report, self.message_limit_bytes):
+            self._materials.drop(convert.artifacts_in(report))
+            self.stop(lease_id, "payload", excess)
+        else:
+            self._emit(report)
 
     def _fail(self, lease_id: str, failure: dict[str, Any], size: int = 1) -> None:
         self._end(lease_id, {"failure": failure, "duration": 0.0}, [], size)
@@ -272,7 +280,12 @@ class Attempts:
         for item, member in enumerate(answer.get("items") or [answer] * size):
             report = convert.report(lease_id, time.time_ns())
             report.item = item
-            convert.fill_outcome(report, member, blobs, self._materials.name, int(answer["duration"] * 1e9))
+            duration_ns = int(answer["duration"] * 1e9)
+            convert.fill_outcome(report, member, blobs, self._materials.name, duration_ns)
+            if excess := convert.excess(report, self.message_limit_bytes):
+                self._materials.drop(convert.artifacts_in(report))
+                failed = {"failure": {"kind": "payload", "message": excess}}
+                convert.fill_outcome(report, failed, [], self._materials.name, duration_ns)
             outputs = report.succeeded.outputs if report.HasField("succeeded") else None
             self._emit(report)
         self._ended(lease_id, outputs)

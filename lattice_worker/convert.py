@@ -12,6 +12,7 @@ JSON = "application/json"
 CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 CALL_STYLES = {task_pb2.CALL_STYLE_PARAMS: "params", task_pb2.CALL_STYLE_KEYWORDS: "keywords"}
 FUNCTION = "function"
+ENVELOPE_BYTES = 64  # The most that surrounds a report that travels alone, its number included.
 # What cloudpickle names wherever it holds code itself, and not only where that is imported from.
 BY_VALUE = b"cloudpickle.cloudpickle"
 RETURN_STYLES = {task_pb2.RETURN_STYLE_MAPPING: "mapping", task_pb2.RETURN_STYLE_VALUE: "value"}
@@ -97,10 +98,21 @@ def fill_outcome(
         report.succeeded.split[name].CopyFrom(payload_pb2.PayloadList(items=items))
 
 
-def refuse(report: worker_pb2.Report, why: str) -> None:
-    """Have a report that cannot be sent say that its attempt failed."""
-    failure = errors_pb2.Failure(kind=errors_pb2.FAILURE_KIND_PAYLOAD, message=why)
-    report.failed.CopyFrom(worker_pb2.AttemptFailed(failure=failure))
+def excess(report: worker_pb2.Report, limit_bytes: int) -> str:
+    """Return for people why no message of at most `limit_bytes` holds a report; nothing when one does."""
+    size = report.ByteSize()
+    if size + ENVELOPE_BYTES <= limit_bytes:
+        return ""
+    match report.WhichOneof("fact"):
+        case "succeeded":
+            what = "what it returned takes"
+            remedy = "return fewer items, or larger ones, which are stored where they were made"
+        case "failed":
+            what, remedy = "what it raised takes", "raise a shorter error"
+        case _:
+            what = "a task that it spawned takes"
+            remedy = "give it fewer inputs, or larger ones, which are stored where they were made"
+    return f"{what} {size} bytes, and a message to the server may have {limit_bytes}; {remedy}"
 
 
 def spawned_from_frame(

@@ -19,6 +19,7 @@ from lattice.v1 import payload_pb2, resources_pb2, task_pb2, worker_pb2, worker_
 from lattice_worker.sandbox.child import decode_value, encode_value
 
 LIMIT_BYTES = 100_000
+MESSAGE_LIMIT_BYTES = 4 * 1024 * 1024  # What gRPC takes unless told otherwise.
 TIMEOUT_S = 60.0
 
 
@@ -60,6 +61,7 @@ class Stream:
             drop_artifact_ids=drop_artifacts,
             inline_limit_bytes=inline_limit_bytes,
             log_limit_bytes=LIMIT_BYTES,
+            message_limit_bytes=MESSAGE_LIMIT_BYTES,
         )
         self.say(welcome=message)
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
 
-from lattice_worker import convert
 from tests.e2e.proxy import Gate
 from tests.worker.head import TIMEOUT_S, Pair, pair
 
@@ -27,6 +26,18 @@ def wait_at(gate: str) -> str:
     with open(gate, "rb", buffering=0) as file:
         file.read(1)
     return "through"
+
+
+def fail_at_length() -> None:
+    raise ValueError("x" * 5_000_000)
+
+
+def spawn_at_length(gate: str) -> None:
+    from lattice_worker import context
+
+    context.spawn(len, {f"x{number}": "x" * 90_000 for number in range(60)})
+    with open(gate, "rb", buffering=0) as file:
+        file.read(1)
 
 
 def by_value(function: Any) -> Any:
@@ -119,11 +130,45 @@ def test_reports_that_add_up_to_more_than_a_message_come_in_several(tmp_path: Pa
     play(scenario, tmp_path)
 
 
-def test_a_report_that_cannot_be_sent_says_instead_that_its_attempt_failed() -> None:
-    report = worker_pb2.Report(lease_id="a", item=2, succeeded={"outputs": {"out": payload_pb2.Payload(json="1")}})
-    convert.refuse(report, "why")
-    assert (report.lease_id, report.item, report.WhichOneof("fact")) == ("a", 2, "failed")
-    assert (report.failed.failure.kind, report.failed.failure.message) == (errors_pb2.FAILURE_KIND_PAYLOAD, "why")
+def test_an_attempt_whose_end_no_message_holds_has_failed(tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        stream = both.stream
+        stream.assign("items", lambda: ["x" * 90_000] * 60, split_outputs=["out"])
+        failure = (await stream.end("items")).failed.failure
+        assert failure.kind == errors_pb2.FAILURE_KIND_PAYLOAD
+        assert "return fewer items" in failure.message
+        stream.assign("text", by_value(fail_at_length))
+        failure = (await stream.end("text")).failed.failure
+        assert failure.kind == errors_pb2.FAILURE_KIND_PAYLOAD
+        assert "raise a shorter error" in failure.message
+        stream.assign("next", lambda: "here still")
+        assert await stream.value("next") == "here still"
+        assert not [path for path in tmp_path.iterdir() if path.is_file()], "nobody will ask for what it returned"
+
+    play(scenario, tmp_path)
+
+
+def test_what_follows_an_attempt_whose_end_no_message_holds_does_not_run(tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        first = payload_pb2.Binding(output=payload_pb2.OutputRef(task_id="first", output="out"))
+        both.stream.assign("first", lambda: ["x" * 90_000] * 60, split_outputs=["out"])
+        both.stream.assign("second", lambda x: x[0], bindings={"x": first}, after_lease_id="first")
+        assert (await both.stream.end("first")).WhichOneof("fact") == "failed"
+        assert (await both.stream.end("second")).WhichOneof("fact") == "returned"
+
+    play(scenario, tmp_path)
+
+
+def test_an_attempt_that_spawns_what_no_message_holds_is_ended(gate: Gate, tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        both.stream.assign("parent", by_value(spawn_at_length), inputs={"gate": gate.path})
+        failure = (await both.stream.end("parent")).failed.failure
+        assert failure.kind == errors_pb2.FAILURE_KIND_PAYLOAD
+        assert "give it fewer inputs" in failure.message
+        both.stream.assign("next", lambda: "in the same slot")
+        assert await both.stream.value("next") == "in the same slot"
+
+    play(scenario, tmp_path)
 
 
 def test_a_resumed_worker_works_on_what_it_holds(gate: Gate, tmp_path: Path) -> None:

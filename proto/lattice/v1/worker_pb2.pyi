@@ -471,6 +471,7 @@ class Welcome(google.protobuf.message.Message):
     SILENCE_LIMIT_FIELD_NUMBER: builtins.int
     SERVER_ID_FIELD_NUMBER: builtins.int
     DROP_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
+    MESSAGE_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
@@ -481,6 +482,10 @@ class Welcome(google.protobuf.message.Message):
     """Output beyond this is cut, in bytes for each attempt."""
     server_id: builtins.str
     """Names this life of the server. Artifacts that were kept for another one are of no use any more."""
+    message_limit_bytes: builtins.int
+    """The largest message the server takes, in bytes; one that is larger breaks the stream. An attempt whose end does not
+    fit is to be reported as failed with kind PAYLOAD.
+    """
     @property
     def heartbeat_interval(self) -> google.protobuf.duration_pb2.Duration:
         """How often either side sends a heartbeat."""
@@ -516,9 +521,10 @@ class Welcome(google.protobuf.message.Message):
         silence_limit: google.protobuf.duration_pb2.Duration | None = ...,
         server_id: builtins.str = ...,
         drop_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        message_limit_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 
@@ -735,7 +741,7 @@ Global___Attempt: typing_extensions.TypeAlias = Attempt
 
 @typing.final
 class Reports(google.protobuf.message.Message):
-    """What became of leases, coalesced."""
+    """What became of leases, coalesced; in several messages rather than in one of many MiB."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
