@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import assert_never
 
-from lattice.v1 import worker_pb2
+from lattice.v1 import task_pb2, worker_pb2
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import (
@@ -22,6 +22,8 @@ from lattice_server.rpc import convert
 from lattice_server.rpc.definitions import code_to_proto
 from lattice_server.rpc.parts import ENVELOPE_BYTES, PART_BYTES
 
+WORKER_LIMIT_BYTES = 256 * 1024 * 1024  # What every worker takes.
+
 
 def responses(
     effects: list[WelcomeWorker | ToSession],
@@ -34,7 +36,7 @@ def responses(
 
     `too_large` is told each lease that no message can carry, and why.
     """
-    assigned: list[Assign] = []
+    work = _Work(connection, config)
     stopped: list[str] = []
     revoked: list[str] = []
     dropped: list[str] = []
@@ -42,7 +44,8 @@ def responses(
     for effect in effects:
         match effect:
             case Assign():
-                assigned.append(effect)
+                if excess := work.add(effect):
+                    too_large(effect, excess)
             case StopLease():
                 stopped.append(effect.lease_id)
             case RevokeLease():
@@ -68,7 +71,7 @@ def responses(
     if connection.ack_sequence:
         yield worker_pb2.ConnectResponse(ack=worker_pb2.Ack(sequence=connection.ack_sequence))
         connection.ack_sequence = 0
-    for assignments in _assignments(assigned, connection, config.message_limit_bytes - ENVELOPE_BYTES, too_large):
+    for assignments in work.messages():
         yield worker_pb2.ConnectResponse(assignments=assignments)
     if revoked:
         yield worker_pb2.ConnectResponse(revoke=worker_pb2.Revoke(lease_ids=revoked))
@@ -95,48 +98,66 @@ def _welcome(effect: WelcomeWorker, config: ServerConfig, server_id: str) -> wor
         silence_limit=convert.duration(config.silence_limit_s),
         server_id=server_id,
         drop_artifact_ids=effect.drop_artifact_ids,
+        message_limit_bytes=config.message_limit_bytes,
     )
 
 
-def _assignments(
-    assigned: list[Assign], connection: Connection, limit_bytes: int, too_large: Callable[[Assign, str], None]
-) -> Iterator[worker_pb2.Assignments]:
-    part, size = worker_pb2.Assignments(), 0
-    for effect in assigned:
-        size += _add_code(part, effect, connection)
-        own = _add(part, effect)
-        if size and size + own > min(PART_BYTES, limit_bytes):
-            # It goes with the next, behind its code.
-            last = part.assignments.pop()
-            yield part
-            part, size = worker_pb2.Assignments(assignments=[last]), 0
-        if own > limit_bytes:
-            part.assignments.pop()
-            why = f"what it is given takes {own} bytes, and a message to a worker may have {limit_bytes}"
-            too_large(effect, why)
-        else:
-            size += own
-    if size:
-        yield part
+class _Work:
+    """Assignments and the code they call, in messages of a size that workers take; code comes no later than its use."""
+
+    def __init__(self, connection: Connection, config: ServerConfig) -> None:
+        self._sent = connection.sent_digests
+        self._limit_bytes = min(config.message_limit_bytes, WORKER_LIMIT_BYTES) - ENVELOPE_BYTES
+        # What surrounds each of many is not counted.
+        self._part_bytes = min(PART_BYTES, self._limit_bytes * 3 // 4)
+        self._full: list[worker_pb2.Assignments] = []
+        self._last = worker_pb2.Assignments()
+        self._size = 0
+
+    def messages(self) -> list[worker_pb2.Assignments]:
+        """Return what was added, in order."""
+        return [*self._full, self._last] if self._size else self._full
+
+    def add(self, effect: Assign) -> str:
+        """Add a lease; return for people why it cannot be sent, nothing when it can."""
+        if effect.function.digest not in self._sent and (excess := self._add_code(*code_to_proto(effect.function))):
+            return excess
+        message = _add(self._last, effect)
+        size = message.ByteSize()
+        if self._size + size > self._part_bytes:
+            del self._last.assignments[-1]
+            if size > self._limit_bytes:
+                why = f"what it is given takes {size} bytes, and a message to a worker may have {self._limit_bytes}"
+                remedy = "give it fewer or smaller values, or larger ones, which are stored where they were made"
+                return f"{why}; {remedy}"
+            self._make_room(size)
+            self._last.assignments.append(message)
+        self._size += size
+        return ""
+
+    def _add_code(self, function: task_pb2.Function, bundle: task_pb2.CodeBundle | None) -> str:
+        for part in (bundle, function):
+            if part is None or part.digest in self._sent:
+                continue
+            size = part.ByteSize()
+            if size > self._limit_bytes:
+                return f"its code takes {size} bytes, and a message to a worker may have {self._limit_bytes}"
+            self._make_room(size)
+            self._size += size
+            if isinstance(part, task_pb2.Function):
+                self._last.functions.append(part)
+            else:
+                self._last.bundles.append(part)
+            self._sent.add(part.digest)
+        return ""
+
+    def _make_room(self, size: int) -> None:
+        if self._size and self._size + size > self._part_bytes:
+            self._full.append(self._last)
+            self._last, self._size = worker_pb2.Assignments(), 0
 
 
-def _add_code(assignments: worker_pb2.Assignments, effect: Assign, connection: Connection) -> int:
-    """Add the code of a lease that its stream has not carried; return its size in bytes."""
-    sent, size = connection.sent_digests, 0
-    function, bundle = code_to_proto(effect.function)
-    if effect.function.digest not in sent:
-        sent.add(effect.function.digest)
-        assignments.functions.append(function)
-        size += function.ByteSize()
-    if bundle is not None and bundle.digest not in sent:
-        sent.add(bundle.digest)
-        assignments.bundles.append(bundle)
-        size += bundle.ByteSize()
-    return size
-
-
-def _add(assignments: worker_pb2.Assignments, effect: Assign) -> int:
-    """Add a lease; return its size in bytes."""
+def _add(assignments: worker_pb2.Assignments, effect: Assign) -> worker_pb2.Assignment:
     message = assignments.assignments.add(
         lease_id=effect.lease_id,
         slot=effect.slot,
@@ -156,4 +177,4 @@ def _add(assignments: worker_pb2.Assignments, effect: Assign) -> int:
         attempt = message.attempts.add(run_id=member.run_id, task_id=member.task_id, number=member.attempt)
         for name, binding in member.inputs.items():
             convert.fill_binding(attempt.inputs[name], binding)
-    return message.ByteSize()
+    return message

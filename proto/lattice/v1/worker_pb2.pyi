@@ -556,7 +556,9 @@ Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
 
 @typing.final
 class Assignments(google.protobuf.message.Message):
-    """Work, coalesced."""
+    """Work, coalesced, in messages of at most 2 MiB, unless one function, bundle or lease alone is larger: a worker takes up
+    to 256 MiB. Code may come in an earlier message than the leases that call it.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

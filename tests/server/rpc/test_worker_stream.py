@@ -1,6 +1,7 @@
 """The workers' stream as the head serves it: who is let in, what is repeated, what is fenced off."""
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -25,7 +26,7 @@ from lattice.v1 import (
 
 from lattice_server.engine.ports import Executor
 from tests.server.apps import NoWorkers, serving
-from tests.server.rpc.callers import function, graph, output, task
+from tests.server.rpc.callers import CODE, function, graph, output, task, value
 
 TIMEOUT_S = 60.0
 Report = worker_pb2.Report
@@ -707,9 +708,35 @@ def test_work_that_adds_up_to_more_than_a_message_goes_out_in_several_and_so_do_
     play(scenario)
 
 
+def test_code_comes_no_later_than_its_use_and_in_messages_any_worker_takes() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(capacity=MANY)
+        names = [f"f{n}" for n in range(5)]
+        spec = graph(*(task(name, function=name, inputs={"x": value(TEXT)}) for name in names))
+        zipped = b"x" * 3_000_000
+        bundle = task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(zipped).hexdigest()}", zip=zipped)
+        spec.bundles.append(bundle)
+        for name in names:
+            code = task_pb2.PythonSource(code=f"{CODE}#{name}{'#' * 1_900_000}", name="work")
+            spec.functions[name].CopyFrom(task_pb2.Function(source=code, bundle_digest=bundle.digest))
+        await head.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=spec))
+        known: list[str] = []
+        held = 0
+        while held < len(names):
+            work = await hand.hear("assignments")
+            known += [code.digest for code in (*work.functions, *work.bundles)]
+            assert {bundle.digest, *(lease.function_digest for lease in work.assignments)}.issubset(known)
+            held += len(work.assignments)
+        assert len(known) == len(set(known)) == len(names) + 1
+        hand.hang_up()
+
+    play(scenario)
+
+
 def test_a_task_given_more_than_a_message_can_carry_fails_and_holds_nobody_up() -> None:
     async def scenario(head: Scene) -> None:
-        hand, _ = await head.hand()
+        hand, welcome = await head.hand()
+        assert welcome.message_limit_bytes == 2**20
         items = payload_pb2.BindingList(items=[output("source")] * 6)
         run_id = await given(head, task("t", inputs={"x": payload_pb2.Binding(list=items)}))
         (source,) = await taken(hand, 1)
@@ -717,6 +744,7 @@ def test_a_task_given_more_than_a_message_can_carry_fails_and_holds_nobody_up() 
         ended = await head.result(run_id)
         assert (ended.state, ended.failure.kind) == (run_pb2.RUN_STATE_FAILED, errors_pb2.FAILURE_KIND_PAYLOAD)
         assert "a message to a worker may have" in ended.failure.message
+        assert "give it fewer or smaller values" in ended.failure.message
         next_id = await head.run("next")
         (work,) = await taken(hand, 1)
         await hand.report(2, work.lease_id, succeeded=succeeded())
