@@ -1,4 +1,5 @@
-"""Owns what waits in one line, and how much of it leaves at once. Rule: a batch never holds more than its size.
+"""Owns what waits in one line, and how much of it leaves at once. Rule: a batch never holds more than its size,
+nor several members whose inputs no message would hold.
 
 A task that is not batched stands in a line too, whose batches have one member.
 """
@@ -10,10 +11,11 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from lattice_server.core.attempts import Task
-from lattice_server.core.model import BatchPolicy, BatchScope
+from lattice_server.core.model import BatchPolicy, BatchScope, inline_bytes
 from lattice_server.core.placement import Shape
 
 INFINITY = float("inf")
+MAX_BATCH_BYTES = 64 * 1024 * 1024  # What the inputs of a batch that has several members take at most.
 SLACK = 64  # How many entries of tasks that left may stay beyond the number of those that wait.
 
 
@@ -158,12 +160,16 @@ class BatchCollector:
             head = self.head()
             return [] if head is None else [head]
         found: list[_Ordered] = []
-        while self._order and len(found) < self.max_size:
+        size = 0
+        while self._order and len(found) < self.max_size and size <= MAX_BATCH_BYTES:
             entry = heapq.heappop(self._order)
             if self._holds(entry):
                 found.append(entry)
+                size += sum(map(inline_bytes, entry[-1].inputs.values()))
         for entry in found:
             heapq.heappush(self._order, entry)
+        if size > MAX_BATCH_BYTES and len(found) > 1:
+            found.pop()
         return [entry[-1] for entry in found]
 
     def tasks(self) -> list[Task]:

@@ -63,6 +63,21 @@ Binding = Payload | OutputRef | Parameter | BindingList | BindingMap
 Outputs = Mapping[str, Payload]
 
 
+def inline_bytes(binding: Binding) -> int:
+    """Return how many bytes of values a binding holds; what it only refers to does not count."""
+    match binding:
+        case Payload(content=str() as text):
+            return len(text) if text.isascii() else len(text.encode())
+        case Payload(content=bytes() as data):
+            return len(data)
+        case BindingList(items):
+            return sum(map(inline_bytes, items))
+        case BindingMap(entries):
+            return sum(map(inline_bytes, entries.values()))
+        case _:
+            return 0
+
+
 class Isolation(Enum):
     """How strictly an attempt is kept apart."""
 

@@ -547,7 +547,9 @@ class BatchPolicy(google.protobuf.message.Message):
     MAX_WAIT_FIELD_NUMBER: builtins.int
     SCOPE_FIELD_NUMBER: builtins.int
     max_size: builtins.int
-    """The most tasks in one call; zero means no batching. With one the function still takes a list."""
+    """The most tasks in one call; zero means no batching. With one the function still takes a list. There are fewer when
+    their inputs would take more than 64 MiB in the worker's stream; values stored as artifacts do not count.
+    """
     scope: Global___BatchScope.ValueType
     """Which tasks may meet in one batch."""
     @property

@@ -7,7 +7,7 @@ from typing import Any
 from lattice_server.core import messages
 from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import Assign, Explanation, Reason, TaskExplained, TaskReady
-from lattice_server.core.model import Capacity, Failure, FailureKind, Function, Gpu, OutputRef
+from lattice_server.core.model import Binding, Capacity, Failure, FailureKind, Function, Gpu, OutputRef
 from tests.server.core.graphs import VALUE, hello, task
 
 GIB = 1 << 30
@@ -100,12 +100,15 @@ def ready(
     entrypoint: str = "",
     runtime: str = "",
     split: tuple[str, ...] = (),
+    given: Binding | None = None,
     **settings: Any,
 ) -> TaskReady:
-    """Return that a task is ready, or will be `after` another."""
+    """Return that a task is ready, with an input `given` if wanted, or will be `after` another."""
     code = Function(function, is_async=False, definition=None, entrypoint=entrypoint, runtime=runtime)
     spec = replace(task(task_id, **settings), function=code)
-    inputs = {"x": OutputRef(after, "out")} if after else {}
+    inputs: dict[str, Binding] = {"x": OutputRef(after, "out")} if after else {}
+    if given is not None:
+        inputs["given"] = given
     return TaskReady(run, spec, inputs, priority, after, tenant, split_outputs=split)
 
 

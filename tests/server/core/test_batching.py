@@ -1,7 +1,19 @@
 """What meets in a batch, when it leaves, and what becomes of its members."""
 
+from lattice_server.core.batching import MAX_BATCH_BYTES
 from lattice_server.core.messages import NodesDescribed, NodesRequested, StopLease, TaskRetrying, WorkerLost
-from lattice_server.core.model import BatchPolicy, BatchScope, Failure, FailureKind, Resources, RetryPolicy
+from lattice_server.core.model import (
+    Artifact,
+    BatchPolicy,
+    BatchScope,
+    BindingList,
+    BindingMap,
+    Failure,
+    FailureKind,
+    Payload,
+    Resources,
+    RetryPolicy,
+)
 from tests.server.core.scenes import BROKEN, CRASHED, Scene, node, ready, successes
 
 FOUR = BatchPolicy(4, max_wait_s=1.0)
@@ -32,6 +44,16 @@ def test_size_is_a_hard_maximum() -> None:
     scene = Scene(node())
     assert scene.tell(*many("abcdefghij")) == ["a+b+c+d", "e+f+g+h"]
     assert scene.tick_when_due() == ["i+j"]
+
+
+def test_what_would_make_a_message_too_large_leaves_in_a_batch_of_its_own() -> None:
+    half = Payload("application/octet-stream", b"x" * (MAX_BATCH_BYTES // 2))
+    whole = BindingMap({"first": half, "rest": BindingList((half, half))})
+    apart = Payload("application/octet-stream", Artifact("a", MAX_BATCH_BYTES, "n"))
+    scene = Scene(node())
+    assert scene.tell(*many("abc", given=half), *many("d", given=whole)) == ["a+b"]
+    assert scene.tick_when_due() == ["c", "d"]
+    assert scene.tell(*many("efgh", given=apart)) == ["e+f+g+h"]
 
 
 def test_a_batch_leaves_when_its_first_task_waited_long_enough() -> None:
