@@ -330,7 +330,13 @@ class AsyncLatticeClient:
     async def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
         """Return the newest runs."""
         request = workflow_pb2.ListRunsRequest(page_size=limit)
-        return list((await self._rpc.call(self._rpc.workflows.ListRuns(request))).runs)
+        found: list[run_pb2.Run] = []
+        while True:
+            response = await self._rpc.call(self._rpc.workflows.ListRuns(request))
+            found.extend(response.runs)
+            request.page_token = response.next_page_token
+            if not request.page_token or len(found) >= limit:
+                return found[:limit]
 
     async def list_tasks(self, run_id: str) -> list[run_pb2.TaskRun]:
         """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""

@@ -1,6 +1,7 @@
 """Serves `TaskService`: the tasks inside runs, and runs of one task."""
 
 import asyncio
+from functools import partial
 
 from lattice.v1 import run_pb2, task_pb2, task_pb2_grpc
 
@@ -65,8 +66,8 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             for task_id, record in entry.run.tasks.items()
             if not states or TASK_STATE_TO_PROTO[record.state] in states
         ]
-        found, token = page(ids, request.page_size, request.page_token)
-        tasks = [task_to_proto(self._orchestrator, entry, task_id) for task_id in found]
+        show = partial(task_to_proto, self._orchestrator, entry)
+        tasks, token = page(ids, request.page_size, request.page_token, show)
         sequence = len(entry.log.events)
         return task_pb2.ListTasksResponse(tasks=tasks, next_page_token=token, sequence=sequence)
 

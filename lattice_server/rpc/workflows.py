@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 
-from lattice.v1 import run_pb2, workflow_pb2, workflow_pb2_grpc
+from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 
 from lattice_server.core import dag
 from lattice_server.core.errors import ConflictError, InvalidError, invalid_field
@@ -88,8 +89,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     ) -> workflow_pb2.ListWorkflowsResponse:
         """List stored workflows, newest first."""
         entries = list(reversed(self._library.workflows.values()))
-        found, token = page(entries, request.page_size, request.page_token)
-        workflows = [_workflow_to_proto(entry, with_tasks=False) for entry in found]
+        show = partial(_workflow_to_proto, with_tasks=False)
+        workflows, token = page(entries, request.page_size, request.page_token, show)
         return workflow_pb2.ListWorkflowsResponse(workflows=workflows, next_page_token=token)
 
     async def DeleteWorkflow(
@@ -144,8 +145,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             if (not states or RUN_STATE_TO_PROTO[entry.run.state] in states)
             and all(entry.labels.get(key) == value for key, value in wanted)
         ]
-        found, token = page(entries, request.page_size, request.page_token)
-        runs: list[run_pb2.Run] = [run_to_proto(entry) for entry in found]
+        runs, token = page(entries, request.page_size, request.page_token, run_to_proto)
         return workflow_pb2.ListRunsResponse(runs=runs, next_page_token=token)
 
     async def CancelRun(

@@ -203,6 +203,22 @@ def test_a_run_is_its_id(client: LatticeClient) -> None:
     assert run in [found.run_id for found in client.list_runs()]
 
 
+def test_runs_are_listed_that_no_page_holds_together(client: LatticeClient) -> None:
+    @task
+    def fail_at_length() -> None:
+        raise ValueError("x" * 600_000)
+
+    runs = []
+    for _ in range(3):
+        workflow = client.create_workflow("long")
+        workflow.add_task(fail_at_length)
+        runs.append(workflow.run())
+        with pytest.raises(TaskFailedError):
+            runs[-1].result(timeout=60)
+    assert [found.run_id for found in client.list_runs(3)] == runs[::-1]
+    assert [found.run_id for found in client.list_runs(2)] == runs[:0:-1]
+
+
 def test_functions_run_on_the_server_in_all_three_forms(address: str) -> None:
     lattice = LangGraphClient(address)
 

@@ -68,7 +68,9 @@ class WatchRunResponse(google.protobuf.message.Message):
     """Set in the last message: the run has ended and all its events were sent."""
     @property
     def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.RunEvent]:
-        """Events, in order, each once; empty in a message that only moves the watermark."""
+        """Events, in order, each once; empty in a message that only moves the watermark. They take at most 2 MiB, unless one
+        event alone is larger.
+        """
 
     def __init__(
         self,
@@ -120,7 +122,9 @@ class GetResultResponse(google.protobuf.message.Message):
 
     @property
     def final_tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.TaskRun]:
-        """The tasks no other task depends on."""
+        """The tasks no other task depends on. All are in this one message, whatever its size: most gRPC clients take 4 MiB
+        unless told otherwise, and `ListTasks` gives the same in pages.
+        """
 
     def __init__(
         self,

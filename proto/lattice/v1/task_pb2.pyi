@@ -727,7 +727,9 @@ class ListTasksRequest(google.protobuf.message.Message):
     run_id: builtins.str
     """The run."""
     page_size: builtins.int
-    """The most tasks to return; zero means 100, at most 1000."""
+    """The most tasks to return; zero means 100, at most 1000. A page ends earlier
+    where it would take more than 2 MiB.
+    """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
     @property

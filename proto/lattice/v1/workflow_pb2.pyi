@@ -417,7 +417,9 @@ class ListWorkflowsRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """The most workflows to return; zero means 100, at most 1000."""
+    """The most workflows to return; zero means 100, at most 1000. A page ends earlier
+    where it would take more than 2 MiB.
+    """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
     def __init__(
@@ -595,7 +597,9 @@ class RunWorkflowResponse(google.protobuf.message.Message):
 
     @property
     def final_tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.TaskRun]:
-        """The tasks no other task depends on, with their outputs; set when the run has ended."""
+        """The tasks no other task depends on, with their outputs; set when the run has ended. All are in this one message,
+        whatever its size: a caller that takes less does not wait here, and reads the pages of `ListTasks` after the end.
+        """
 
     def __init__(
         self,
@@ -655,11 +659,13 @@ class ExecuteWorkflowResponse(google.protobuf.message.Message):
 
     @property
     def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.RunEvent]:
-        """Events, in order, each once."""
+        """Events, in order, each once. They take at most 2 MiB, unless one event alone is larger."""
 
     @property
     def final_tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.TaskRun]:
-        """The tasks no other task depends on, with their outputs; set in the last message."""
+        """The tasks no other task depends on, with their outputs; set in the last message. All are in that one message,
+        whatever its size: a caller that takes less goes by the events, and reads the pages of `ListTasks`.
+        """
 
     def __init__(
         self,
@@ -741,7 +747,9 @@ class ListRunsRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """The most runs to return; zero means 100, at most 1000."""
+    """The most runs to return; zero means 100, at most 1000. A page ends earlier
+    where it would take more than 2 MiB.
+    """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
     @property

@@ -79,6 +79,23 @@ def test_tasks_are_listed_as_defined_page_by_page(idle: Caller) -> None:
     assert not whole.next_page_token
 
 
+def test_what_is_large_comes_in_pages_and_messages_any_caller_takes(busy: Caller) -> None:
+    """What this caller takes is what gRPC takes by default."""
+    names = [f"t{number}" for number in range(24)]
+    large = value('"' + "x" * 240_000 + '"')
+    spec = graph(*(task(name, inputs={"x": large}) for name in names), task("last", after=names))
+    request = workflow_pb2.RunWorkflowRequest(workflow=spec)
+    first, *rest = busy.workflows.ExecuteWorkflow(workflow_pb2.ExecuteWorkflowRequest(run=request), timeout=60)
+    watched = watch(busy, first.run.run_id)
+    for told in (rest[:-1], watched):
+        sequences = [event.sequence for response in told for event in response.events]
+        assert sequences == list(range(1, rest[-1].sequence + 1))
+        assert all(response.sequence == response.events[-1].sequence for response in told)
+    assert [response.complete for response in watched] == [False] * (len(watched) - 1) + [True]
+    pages = walk(busy.tasks.ListTasks, task_pb2.ListTasksRequest(run_id=first.run.run_id), "tasks", 1000)
+    assert [found.task_id for page in pages for found in page] == [*names, "last"]
+
+
 def test_workflows_are_listed_newest_first_page_by_page_without_tasks() -> None:
     with serving_aside(NoWorkers()) as address, calling(address) as caller:
         for name in "abc":
