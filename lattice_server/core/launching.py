@@ -52,6 +52,7 @@ class Launcher:
         self._running: dict[Shape, dict[int, Slot]] = {}
         self._crowded: dict[int, Slot] = {}
         self._durations: dict[str, float] = {}
+        self._quick: set[str] = set()  # Functions that were worth sending ahead once.
         self._round = Round(self.limited)
         self._look_at = -INFINITY
         self._looked_at = 0.0
@@ -153,14 +154,17 @@ class Launcher:
             return OPEN
         if not shape.limit_key:
             return Lane(Stage.ALIKE, shape)
-        key = self.queue.keys[shape.limit_key]
-        if not key.is_plain or any(quick in self._running for quick in key.quick):
+        key, head = self.queue.keys[shape.limit_key], collector.head()
+        if not key.is_plain or head is None:
             return OPEN
+        is_single = not shape.is_async and collector.group.policy is None
+        may_go_ahead = is_single and shape in self._running and head.ready.spec.function.digest in self._quick
         if self.limit_reached(shape) is not None:
-            return HELD if key.owners.total() == 1 else Lane(Stage.LIMITED, limit_key=shape.limit_key)
+            is_alone = key.owners.total() == 1 and not may_go_ahead
+            return HELD if is_alone else Lane(Stage.LIMITED, limit_key=shape.limit_key)
         if self.queue.shapes[shape] > 1:
-            return OPEN if key.quick else Lane(Stage.ALIKE, shape)
-        if collector.blocked_since is None:
+            return Lane(Stage.ALIKE, shape)
+        if may_go_ahead or collector.blocked_since is None:
             return OPEN
         kind = self._fleet.kind(shape)
         if not collector.was_passed:
@@ -195,8 +199,14 @@ class Launcher:
         digest = task.ready.spec.function.digest
         known = self._durations.pop(digest, duration_s)
         self._durations[digest] = known + 0.3 * (duration_s - known)
+        if digest not in self._quick and self._durations[digest] <= SEND_AHEAD_S:
+            self._quick.add(digest)
+            for limit_key in self.queue.keys:
+                self.queue.reopen(limit_key)
         if len(self._durations) > MAX_FUNCTIONS:
-            del self._durations[next(iter(self._durations))]
+            oldest = next(iter(self._durations))
+            del self._durations[oldest]
+            self._quick.discard(oldest)
 
     def running_slots(self, shape: Shape) -> int:
         """Return how many slots run calls of this shape."""

@@ -75,13 +75,9 @@ class Tenant:
 
 @dataclass(slots=True, eq=False)
 class Key:
-    """The lines that wait and count for one limit: whose, and of how many, and which may be sent ahead, by shape.
-
-    `parked` are those that are not open.
-    """
+    """The lines that wait and count for one limit: whose, and of how many. `parked` are those that are not open."""
 
     owners: Counter[tuple[str, int]] = field(default_factory=Counter)
-    quick: Counter[Shape] = field(default_factory=Counter)
     parked: dict[BatchCollector, None] = field(default_factory=dict)
 
     @property
@@ -210,7 +206,6 @@ class Queue:
         for name, key in self.keys.items():
             mine = [line for line in limited if line.group.shape.limit_key == name]
             assert key.owners == Counter(map(_owner, mine))
-            assert key.quick == Counter(line.group.shape for line in mine if _is_quick(line))
             assert key.parked.keys() == {line for line in mine if line.entry is not None and line.lane != OPEN}
         for tenant in self.tenants.values():
             tenant.check()
@@ -223,9 +218,7 @@ class Queue:
             return
         key = self.keys.setdefault(shape.limit_key, Key())
         key.owners[_owner(collector)] += 1
-        if _is_quick(collector):
-            key.quick[shape] += 1
-        if _is_quick(collector) or not key.is_plain or self.shapes[shape] == 2 or key.owners.total() == 2:
+        if not key.is_plain or self.shapes[shape] == 2 or key.owners.total() == 2:
             self.reopen(shape.limit_key)
 
     def _remove(self, collector: BatchCollector) -> None:
@@ -236,8 +229,6 @@ class Queue:
         key = self.keys[shape.limit_key]
         self._unpark(collector)
         _subtract(key.owners, _owner(collector))
-        if _is_quick(collector):
-            _subtract(key.quick, shape)
         if not key.owners:
             del self.keys[shape.limit_key]
 
@@ -248,11 +239,6 @@ class Queue:
 
 def _owner(collector: BatchCollector) -> tuple[str, int]:
     return collector.group.tenant, collector.group.shape.max_parallel
-
-
-def _is_quick(collector: BatchCollector) -> bool:
-    """Whether its tasks may be sent ahead, behind what runs."""
-    return not collector.group.shape.is_async and collector.group.policy is None
 
 
 def _subtract(counter: Counter[Any], item: Any) -> None:
