@@ -1,6 +1,5 @@
 """Owns what must hold of the machines at any time. Rule: it reads everything and changes nothing."""
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ def check(
         _check_lease(lease, nodes[lease.slot.node_id])
     waiting = [task for collector in queue.collectors() for task in collector.tasks()]
     assert len(waiting) == sum(collector.count for collector in queue.collectors())
-    assert queue.shapes == Counter(collector.group.shape for collector in queue.collectors())
+    queue.check()
     assert all(task.collector is not None and not task.lease_id for task in waiting)
     backing_off = backoff.tasks()
     assert all(task.retry_at is not None for task in backing_off)

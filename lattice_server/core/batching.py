@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import NamedTuple
 
 from lattice_server.core.attempts import Task
 from lattice_server.core.model import BatchPolicy, BatchScope, inline_bytes
@@ -50,6 +51,30 @@ def line_of(task: Task) -> Group | Shape:
     return Group(ready.tenant, task.shape, *call, policy, run_id, task.cohort)
 
 
+class Stage(Enum):
+    """How far a line has come that waits for resources; what does not hold any more puts it back to the first."""
+
+    OPEN = "open"  # Is tried in every round.
+    ALIKE = "alike"  # Is tried until one of its very shape could not start.
+    WAITING = "waiting"  # It could not start; is tried while its kind can, limits aside.
+    PASSED = "passed"  # The same, and others were placed since.
+    RIPE = "ripe"  # The same, for so long that a node may be kept for it.
+    LIMITED = "limited"  # Its limit is reached; is tried until one of the same limit could not start for that.
+    HELD = "held"  # The same, and no other has that limit; is not tried until a call of it starts or ends.
+
+
+class Lane(NamedTuple):
+    """What lines of one caller share that are passed over together. `shape` is without its limit but for `ALIKE`."""
+
+    stage: Stage
+    shape: Shape | None = None
+    limit_key: str = ""
+
+
+OPEN = Lane(Stage.OPEN)
+HELD = Lane(Stage.HELD)
+
+
 class NameMatch(Enum):
     """How a rule's pattern is compared with a task's name."""
 
@@ -87,6 +112,8 @@ def by_rule(name: str, policy: BatchPolicy, rules: Iterable[BatchRule]) -> Batch
 # A task's stay in a line, by its place and by its time: what orders it, which stay it is, and the task.
 _Ordered = tuple[int, float, int, int, Task]
 _Dated = tuple[float, int, int, Task]
+# A line's place among those of its caller: the rank and the ticket of the task that leaves first.
+Entry = tuple[int, float, int, "BatchCollector"]
 
 
 @dataclass(slots=True, eq=False)
@@ -94,13 +121,17 @@ class BatchCollector:
     """The tasks of one group that wait, in the order they will leave.
 
     `blocked_since` is when its first batch last began to wait for resources only; `was_passed` tells that others, later
-    in turn or earlier only by their rank, were placed since.
+    in turn or earlier only by their rank, were placed since. `entry` and `lane` are where the queue has it while a
+    batch may leave, `noted_due` when it has it down for being due.
     """
 
     group: Group
     count: int = 0
     blocked_since: float | None = None
     was_passed: bool = False
+    entry: Entry | None = None
+    lane: Lane = OPEN
+    noted_due: float | None = None
     _order: list[_Ordered] = field(default_factory=list)
     _since: list[_Dated] = field(default_factory=list)
 

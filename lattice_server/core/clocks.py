@@ -6,11 +6,13 @@ save up turns nor be made to pay for the time before it came. When nobody waits,
 are set to the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 LOOK_AHEAD_S = 0.01  # Who holds more is that much further ahead already; it orders those whose clocks are the same.
 MAX_ACCOUNTS = 1000
+SLACK_S = 1e-6  # Clocks that run for long are not exact.
 
 
 @dataclass(slots=True, eq=False)
@@ -66,8 +68,22 @@ class Clocks:
 
     def turn(self, name: str, now: float) -> float:
         """Return what orders callers: the one with the least is next."""
-        account = self._account(name, now)
-        return account.had + account.share * LOOK_AHEAD_S + account.ahead
+        return self._turn(self._account(name, now))
+
+    def steady_until(self, names: Iterable[str], since: float) -> float:
+        """Return no later than when the order that these callers had at a time changes by time alone."""
+        turns = []
+        for name in names:
+            account = self._account(name, since)
+            turns.append((self._turn(account) + account.share * (since - account.at), account.share))
+        turns.sort()
+        at = float("inf")
+        for (turn, share), (later, slower) in pairwise(turns):
+            if later == turn and share != slower:
+                return since
+            if share > slower:
+                at = min(at, since + (later - turn) / (share - slower))
+        return at - SLACK_S
 
     def check(self, held: Mapping[str, float], ahead: Mapping[str, float]) -> None:
         """Assert that callers hold, and were sent ahead, what is counted for them."""
@@ -86,11 +102,15 @@ class Clocks:
             self._advance(account, now)
         return account
 
+    def _turn(self, account: Account) -> float:
+        return account.had + account.share * LOOK_AHEAD_S + account.ahead
+
     def _advance(self, account: Account, now: float) -> None:
         if account.epoch != self._epoch:
             account.epoch, account.had, account.at = self._epoch, self._level, self._level_at
-        account.had += account.share * max(0.0, now - account.at)
-        account.at = now
+        if now > account.at:
+            account.had += account.share * (now - account.at)
+            account.at = now
 
     def _forget(self, now: float) -> None:
         """Forget callers who hold nothing and have had no more than one that comes; they would be no worse off."""

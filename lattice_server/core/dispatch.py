@@ -158,6 +158,7 @@ class Dispatch:
                 self._greet(event, now)
             case WorkerDetached():
                 if node := self._fleet.by_session(event.session_id):
+                    self._launcher.look_again()
                     node.detached_at = now - event.silent_s
             case WorkerHeartbeat():
                 if node := self._fleet.by_session(event.session_id):
@@ -352,6 +353,7 @@ class Dispatch:
     # Workers.
 
     def _greet(self, hello: WorkerHello, now: float) -> None:
+        self._launcher.look_again()
         node = self.nodes.get(hello.node_id)
         if node is not None and node.worker_id == hello.worker_id and node.session_id == hello.session_id:
             node.detached_at = None
@@ -414,6 +416,7 @@ class Dispatch:
             self._effects.append(StopLease(node.session_id, lease_id))
 
     def _drain(self, node: Node, deadline_s: float | None, now: float) -> None:
+        self._launcher.look_again()
         node.is_draining = True
         if deadline_s is not None:
             # Asked again, it may have to be quicker, and is never given more time.
@@ -437,6 +440,7 @@ class Dispatch:
                 self._requeue(task, now)
 
     def _lose(self, node: Node, reason: str, now: float) -> None:
+        self._launcher.look_again()
         leases = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
         # A node that is lost does not leave for being drained.
         may_return, node.is_draining = not node.is_draining, False

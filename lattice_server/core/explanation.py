@@ -85,7 +85,7 @@ def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: F
         for found in shortages(shape, node):
             fields = {"node_id": found.node_id, "resource": found.what, "wanted": found.wanted, "free": found.free}
             yield Reason(ReasonKind.RESOURCES, str(found), **fields)  # type: ignore[arg-type]  # by name
-        keeper = launcher.kept_for(node)
+        keeper = launcher.keeping.kept_for(node)
         if keeper not in {None, collector}:
             text = f"node {node.node_id!r} gathers resources for a larger task that waited longer"
             yield Reason(ReasonKind.TURN, text, node_id=node.node_id)

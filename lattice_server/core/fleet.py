@@ -1,9 +1,11 @@
 """Owns the nodes and the sessions of their workers. Rule: a node is served by one session; a newer one replaces it."""
 
+from dataclasses import replace
+
 from lattice_server.core.leases import Node
 from lattice_server.core.messages import WorkerHello
 from lattice_server.core.model import Capacity, TaskSpec
-from lattice_server.core.placement import Shape, could_run, idle, shape_of, share_of
+from lattice_server.core.placement import Shape, could_run, idle, shape_of, share_of, suits
 
 MAX_GONE = 1000
 MAX_SHAPES = 100_000
@@ -20,8 +22,10 @@ class Fleet:
         self._unwanted: dict[str, None] = {}
         self.session_ttl_s = session_ttl_s
         self._could_run: dict[tuple[Shape, str], bool] = {}
+        self._suits: dict[tuple[Shape, str], bool] = {}
         self._shares: dict[Shape, float] = {}
         self._shapes: dict[Shape, Shape] = {}
+        self._kinds: dict[Shape, Shape] = {}
 
     def by_session(self, session_id: str) -> Node | None:
         """Return the node a session serves."""
@@ -74,20 +78,33 @@ class Fleet:
 
     def shape(self, spec: TaskSpec) -> Shape:
         """Return what placement looks at in a task: the same object for the same, which is quick to look up."""
-        made = shape_of(spec)
-        found = self._shapes.get(made)
+        return self._same(shape_of(spec))
+
+    def kind(self, shape: Shape) -> Shape:
+        """Return a shape without its limit, which is all that says where it can start; the same object for the same."""
+        if not shape.limit_key:
+            return shape
+        found = self._kinds.get(shape)
         if found is None:
-            self._forget_shapes()
-            found = self._shapes[made] = made
+            found = self._kinds[shape] = self._same(replace(shape, limit_key="", max_parallel=0))
         return found
 
     def could_run(self, shape: Shape, node: Node) -> bool:
         """Whether a node could run `shape` if nothing else ran there."""
-        key = (shape, node.node_id)
+        key = (self.kind(shape), node.node_id)
         found = self._could_run.get(key)
         if found is None:
             self._forget_shapes()
             found = self._could_run[key] = could_run(shape, node)
+        return found
+
+    def suits(self, shape: Shape, node: Node) -> bool:
+        """Whether a node may run `shape` at all, load and size aside."""
+        key = (self.kind(shape), node.node_id)
+        found = self._suits.get(key)
+        if found is None:
+            self._forget_shapes()
+            found = self._suits[key] = suits(shape, node)
         return found
 
     def share(self, shape: Shape) -> float:
@@ -114,15 +131,25 @@ class Fleet:
     def _deadline(self, detached_at: float) -> float:
         return detached_at + self.session_ttl_s
 
+    def _same(self, made: Shape) -> Shape:
+        found = self._shapes.get(made)
+        if found is None:
+            self._forget_shapes()
+            found = self._shapes[made] = made
+        return found
+
     def _forget_shapes(self) -> None:
         """Callers make up shapes without end; work out anew what is asked for after many others."""
-        if len(self._could_run) + len(self._shapes) > MAX_SHAPES:
+        if len(self._could_run) + len(self._suits) + len(self._shapes) > MAX_SHAPES:
             self._could_run.clear()
+            self._suits.clear()
             self._shares.clear()
             self._shapes.clear()
+            self._kinds.clear()
 
     def _count(self) -> None:
         self._could_run.clear()
+        self._suits.clear()
         self._shares.clear()
         offers = [node.capacity for node in self.nodes.values()]
         self.total = Capacity(

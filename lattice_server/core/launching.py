@@ -3,21 +3,23 @@
 Rule: whoever is next in turn and cannot start is never made to wait longer by those behind it.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from lattice_server.core.attempts import Lease, Task
-from lattice_server.core.batching import BatchCollector
+from lattice_server.core.batching import HELD, INFINITY, OPEN, BatchCollector, Lane, Stage
 from lattice_server.core.fleet import Fleet
+from lattice_server.core.keeping import KEEP_AFTER_S, Keeping
 from lattice_server.core.leases import Node, Slot
 from lattice_server.core.messages import Assign, AttemptInputs, RevokeLease
-from lattice_server.core.placement import Shape, place, suits
+from lattice_server.core.placement import Shape, place
 from lattice_server.core.queue import Queue
+from lattice_server.core.turns import Round, Turns
 
 SEND_AHEAD_S = 0.010  # Work worth at most this long waits behind other work on a worker.
 SEND_AHEAD_LEASES = 64
 PATIENCE_S = 0.020  # What waits behind one attempt for longer is taken back.
-KEEP_AFTER_S = 1.0  # What others have passed for this long has a node kept for it.
 SHARED_AHEAD_S = 0.002  # The same while callers share the cluster: none waits long for what others sent ahead.
 SHARED_FOR_S = 0.1  # How long after the last change from one caller to another they are thought to share it.
 MAX_FUNCTIONS = 10_000  # Of how many functions it is known how long they take.
@@ -42,6 +44,7 @@ class Launcher:
         self.parallel: dict[str, Counter[int]] = {}
         self.limits = limits
         self.limited: dict[str, BatchCollector] = {}
+        self.keeping = Keeping(fleet)
         self._fleet = fleet
         self._numbers = numbers
         self._epoch = epoch
@@ -49,49 +52,127 @@ class Launcher:
         self._running: dict[Shape, dict[int, Slot]] = {}
         self._crowded: dict[int, Slot] = {}
         self._durations: dict[str, float] = {}
-        self._kept: dict[str, BatchCollector] = {}
+        self._quick: set[str] = set()  # Functions that were worth sending ahead once.
+        self._round = Round(self.limited)
+        self._look_at = -INFINITY
+        self._looked_at = 0.0
+        self._steady_until: float | None = None
         self._placed_at = 0.0
         self._last_tenant = ""
         self._shared_at = -SHARED_FOR_S
 
+    def look_again(self) -> None:
+        """Note that something changed by which more may be placed."""
+        self._look_at = -INFINITY
+
     def place_waiting(self, now: float) -> None:
-        """Place what can be placed, in turn."""
+        """Place what can be placed, in turn; nothing is tried while nothing could have changed since the last time."""
         self._placed_at = now
-        self._forget_kept()
-        turns = self.queue.turns(now)
-        full: set[Shape] = set()
+        if not self._may_place(now):
+            return
+        self._looked_at, self._steady_until = now, None
+        self.keeping.forget()
+        for ripe in self.keeping.ripened(now):
+            if ripe.entry is not None and ripe.lane.stage is Stage.PASSED:
+                self.queue.park(ripe, Lane(Stage.RIPE, ripe.lane.shape))
         self.limited.clear()
-        blocked: list[BatchCollector] = []
-        passed = 0
-        placed: list[tuple[str, int]] = []
-        while (collector := turns.next()) is not None:
-            shape, priority = collector.group.shape, collector.priority()
-            if len(full) == len(self.queue.shapes) and not self._kept:
-                break
-            if shape.limit_key in self.limited or (shape in full and not self._is_kept_for(collector)):
-                turns.passed()
-            elif self._launch(collector, blocked, now):
-                for earlier in blocked[passed:]:
-                    earlier.was_passed = True
-                passed = len(blocked)
-                placed.append((collector.group.tenant, priority))
-                turns.served()
+        self._round = Round(self.limited)
+        turns = Turns(self.queue, self._round.is_over, now)
+        while (line := turns.next()) is not None:
+            if self._try(line, now):
+                turns.served(line)
             else:
-                if self.limit_reached(shape) is None:
-                    full.add(shape)
-                    blocked.append(collector)
-                    self._block(collector, now)
-                else:
-                    self._unblock(collector)
-                    if any(self._fleet.could_run(shape, node) for node in self._fleet.nodes.values()):
-                        # Calls that a limit allows more of must not keep one that it allows fewer of out for good.
-                        self.limited[shape.limit_key] = collector
-                turns.passed()
-        for waiting in blocked if placed else ():
+                turns.passed(line, self._lane_of(line, now))
+            if self.keeping.has_freed:
+                self.keeping.has_freed = False
+                self._round.start_again()
+                turns.reopen()
+        if self._round.least_placed:
+            self._note_passed(turns, now)
+        self._look_at = self._next_look(now)
+
+    def _may_place(self, now: float) -> bool:
+        """Whether more could be placed than the last time, or in another order."""
+        if now >= self._look_at or self.queue.has_changed:
+            return True
+        if self._steady_until is None:
+            # Only time went by since. Most rounds are followed by one for another reason, so it was not asked then.
+            self._steady_until = self.queue.clocks.steady_until(self.queue.tenants, self._looked_at)
+        return now >= self._steady_until
+
+    def _try(self, line: BatchCollector, now: float) -> bool:
+        """Place a batch of a line whose turn it is, or note why none could be."""
+        current, shape, priority = self._round, line.group.shape, line.priority()
+        if shape.limit_key in self.limited or (shape in current.stuck and self.keeping.node_of(line) is None):
+            return False
+        if self._launch(line, now):
+            current.note_placed(line.group.tenant, priority)
+            return True
+        if self.limit_reached(shape) is None:
+            current.note_blocked(line, self._fleet.kind(shape), may_keep=self.keeping.block(line, now))
+            return False
+        self.keeping.unblock(line)
+        if any(self._fleet.could_run(shape, node) for node in self._fleet.nodes.values()):
+            # Calls that a limit allows more of must not keep one that it allows fewer of out for good.
+            self.limited[shape.limit_key] = line
+        return False
+
+    def _note_passed(self, turns: Turns, now: float) -> None:
+        """Note which lines that wait for resources others have passed."""
+        current = self._round
+        for index, collector in enumerate(current.blocked):
             # Some go first by rank alone; that must not go on for ever either.
-            mine, least = waiting.group.tenant, waiting.priority()
-            if any(tenant == mine and priority <= least for tenant, priority in placed):
-                waiting.was_passed = True
+            least = current.least_placed.get(collector.group.tenant, INFINITY)
+            if collector.lane.stage is not Stage.WAITING and (index < current.passed or least <= collector.priority()):
+                collector.was_passed = True
+        for tenant, bound in turns.passed_over(Stage.WAITING):
+            least = current.least_placed.get(tenant.name, INFINITY)
+            for lane, entries in list(tenant.lanes.items()):
+                if lane.stage is Stage.WAITING:
+                    count = max(bisect_left(entries, bound), bisect_left(entries, (-least, INFINITY)))
+                    for *_, collector in entries[:count]:
+                        collector.was_passed = True
+                        self.queue.park(collector, self._lane_of(collector, now))
+
+    def _next_look(self, now: float) -> float:
+        """Return no later than when something could be placed, or a node kept, by time alone."""
+        if self._round.least_placed or not self._round.is_settled:
+            return -INFINITY
+        due = self.queue.next_due()
+        at = [self.keeping.next_ripe(), INFINITY if due is None else due]
+        for collector in self._round.blocked:
+            if collector.was_passed and collector.blocked_since is not None:
+                ripe_at = collector.blocked_since + KEEP_AFTER_S
+                if ripe_at > now:
+                    at.append(ripe_at)
+        return min(at)
+
+    def _lane_of(self, collector: BatchCollector, now: float) -> Lane:
+        """Return where a line waits that was tried in vain: with others that need not be tried either."""
+        shape = collector.group.shape
+        if self.keeping.node_of(collector) is not None:
+            return OPEN
+        if not shape.limit_key:
+            return Lane(Stage.ALIKE, shape)
+        key, head = self.queue.keys[shape.limit_key], collector.head()
+        if not key.is_plain or head is None:
+            return OPEN
+        is_single = not shape.is_async and collector.group.policy is None
+        may_go_ahead = is_single and shape in self._running and head.ready.spec.function.digest in self._quick
+        if self.limit_reached(shape) is not None:
+            is_alone = key.owners.total() == 1 and not may_go_ahead
+            return HELD if is_alone else Lane(Stage.LIMITED, limit_key=shape.limit_key)
+        if self.queue.shapes[shape] > 1:
+            return Lane(Stage.ALIKE, shape)
+        if may_go_ahead or collector.blocked_since is None:
+            return OPEN
+        kind = self._fleet.kind(shape)
+        if not collector.was_passed:
+            return Lane(Stage.WAITING, kind)
+        if self.keeping.is_ripe(collector, now):
+            return Lane(Stage.RIPE, kind)
+        self.keeping.watch(collector)
+        return Lane(Stage.PASSED, kind)
 
     def limit_reached(self, shape: Shape) -> int | None:
         """Return the limit that keeps `shape` from starting one more call; None when none does.
@@ -114,11 +195,18 @@ class Launcher:
 
     def learn(self, task: Task, duration_s: float) -> None:
         """Note how long an attempt ran."""
+        self.look_again()
         digest = task.ready.spec.function.digest
         known = self._durations.pop(digest, duration_s)
         self._durations[digest] = known + 0.3 * (duration_s - known)
+        if digest not in self._quick and self._durations[digest] <= SEND_AHEAD_S:
+            self._quick.add(digest)
+            for limit_key in self.queue.keys:
+                self.queue.reopen(limit_key)
         if len(self._durations) > MAX_FUNCTIONS:
-            del self._durations[next(iter(self._durations))]
+            oldest = next(iter(self._durations))
+            del self._durations[oldest]
+            self._quick.discard(oldest)
 
     def running_slots(self, shape: Shape) -> int:
         """Return how many slots run calls of this shape."""
@@ -128,11 +216,6 @@ class Launcher:
         """Return how many calls run that count for a limit."""
         calls = self.parallel.get(limit_key)
         return 0 if calls is None else calls.total()
-
-    def kept_for(self, node: Node) -> BatchCollector | None:
-        """Return what a node gathers its resources for."""
-        collector = self._kept.get(node.node_id)
-        return collector if collector is not None and collector.count else None
 
     def send_along(self, task: Task) -> None:
         """Send what follows a leased task to the same slot, so that the worker goes on without asking.
@@ -170,13 +253,14 @@ class Launcher:
     def next_deadline(self) -> float | None:
         """Return when `take_back` or `place_waiting` is due next."""
         due = [slot.progress_at + PATIENCE_S for slot in self._crowded.values()]
-        if (batch := self.queue.next_due(self._placed_at)) is not None:
+        if (batch := self.queue.next_due()) is not None:
             due.append(batch)
         return min(due, default=None)
 
     def release(self, lease: Lease, now: float) -> None:
         """Give back what a lease held."""
         slot, clocks = lease.slot, self.queue.clocks
+        self.look_again()
         del self.leases[lease.lease_id]
         is_first = next(iter(slot.lease_ids)) == lease.lease_id
         del slot.lease_ids[lease.lease_id]
@@ -258,50 +342,13 @@ class Launcher:
                 lease.is_revoked = True
                 self._emit(RevokeLease(session_id, lease_id))
 
-    def _forget_kept(self) -> None:
-        """Keep no node for what no longer waits, nor one that cannot run what it is kept for."""
-        if self._kept:
-            self._kept = {
-                name: collector
-                for name, collector in self._kept.items()
-                if collector.count
-                and (node := self._fleet.nodes.get(name)) is not None
-                and node.takes_work
-                and self._fleet.could_run(collector.group.shape, node)
-            }
-
-    def _is_kept_for(self, collector: BatchCollector) -> bool:
-        return collector in self._kept.values() if self._kept else False
-
-    def _block(self, collector: BatchCollector, now: float) -> None:
-        if collector.blocked_since is None:
-            collector.blocked_since, collector.was_passed = now, False
-        elif collector.was_passed and now >= collector.blocked_since + KEEP_AFTER_S:
-            self._keep_node(collector)
-
-    def _keep_node(self, collector: BatchCollector) -> None:
-        if self._is_kept_for(collector):
-            return
-        shape = collector.group.shape
-        nodes = [
-            node
-            for node in self._fleet.nodes.values()
-            if self.kept_for(node) is None and node.takes_work and self._fleet.could_run(shape, node)
-        ]
-        if nodes:
-            best = max(
-                nodes, key=lambda node: (sum(node.free_gpu.values()) if shape.resources.gpu else 0, node.free_cpu)
-            )
-            self._kept[best.node_id] = collector
-
-    def _launch(self, collector: BatchCollector, blocked: list[BatchCollector], now: float) -> bool:
+    def _launch(self, collector: BatchCollector, now: float) -> bool:
         shape = collector.group.shape
         if self.limit_reached(shape) is not None:
-            return self._send_ahead(collector, blocked)
-        kept = {name: c.group.shape.resources for name, c in self._kept.items() if c is not collector}
-        found = place(shape, self._fleet.nodes.values(), kept)
+            return self._send_ahead(collector)
+        found = self._find(collector)
         if found is None:
-            return self._send_ahead(collector, blocked)
+            return self._send_ahead(collector)
         node, devices = found
         number = next(self._numbers)
         slot = Slot(
@@ -311,8 +358,9 @@ class Launcher:
         self._running.setdefault(shape, {})[number] = slot
         if shape.limit_key:
             self.parallel.setdefault(shape.limit_key, Counter())[shape.max_parallel] += 1
+            self._reopen(collector)
         batch = collector.next_batch()
-        self._unblock(collector)
+        self.keeping.unblock(collector)
         expected_s = self.expected_s(batch[0])
         # Nothing is sent behind what may take any time.
         self._assign(batch, slot, 2 * SEND_AHEAD_S if expected_s is None else expected_s)
@@ -320,12 +368,27 @@ class Launcher:
             self.send_along(batch[0])
         return True
 
-    def _unblock(self, collector: BatchCollector) -> None:
-        collector.blocked_since, collector.was_passed = None, False
-        if self._kept:
-            self._kept = {name: c for name, c in self._kept.items() if c is not collector}
+    def _find(self, collector: BatchCollector) -> tuple[Node, tuple[int, ...]] | None:
+        """Return a node that is free for a line and the devices to use there; None when there is none."""
+        shape, own = collector.group.shape, self.keeping.node_of(collector)
+        kind, full = self._fleet.kind(shape), self._round.full
+        if kind not in full:
+            found = place(shape, self._fleet.nodes.values(), self.keeping.reserved(collector), self._fleet.suits)
+            if found is None:
+                full.add(kind)
+            return found
+        # When nothing is free for others of its kind, only what is kept for itself can be.
+        return None if own is None else place(shape, [self._fleet.nodes[own]], suits=self._fleet.suits)
 
-    def _send_ahead(self, collector: BatchCollector, blocked: list[BatchCollector]) -> bool:
+    def _reopen(self, collector: BatchCollector) -> None:
+        """Look again at what shares its limit with a line of which a call starts; what it goes before is passed."""
+        limit_key, entry = collector.group.shape.limit_key, collector.entry
+        for other in self.queue.keys[limit_key].parked:
+            if other.lane.stage is Stage.WAITING and other.entry is not None and entry is not None:
+                other.was_passed = other.was_passed or other.entry < entry
+        self.queue.reopen(limit_key)
+
+    def _send_ahead(self, collector: BatchCollector) -> bool:
         shape, head = collector.group.shape, collector.head()
         if shape.is_async or collector.group.policy is not None or head is None:
             return False
@@ -333,15 +396,21 @@ class Launcher:
         slots = self._running.get(shape)
         if not slots or expected_s is None or expected_s > SEND_AHEAD_S:
             return False
+        # Whether there is room behind what runs is a matter of time as well.
+        self._round.is_settled = False
         slot = min(slots.values(), key=lambda s: (self._is_long(s), s.backlog_s, len(s.lease_ids)))
         node = self._fleet.nodes[slot.node_id]
-        if self._is_long(slot) or not self._has_room(slot, expected_s) or not (node.takes_work and suits(shape, node)):
+        if (
+            self._is_long(slot)
+            or not self._has_room(slot, expected_s)
+            or not (node.takes_work and self._fleet.suits(shape, node))
+        ):
             return False
         # A slot that always has something behind it is never free for whoever is earlier in turn.
-        keeper = self.kept_for(node)
+        keeper = self.keeping.kept_for(node)
         if keeper not in {None, collector}:
             return False
-        if any(self._fleet.could_run(earlier.group.shape, node) for earlier in blocked):
+        if any(self._fleet.could_run(earlier.group.shape, node) for earlier in self._round.blocked):
             return False
         self._assign([head], slot, expected_s)
         self._crowded[slot.slot_id] = slot
@@ -358,6 +427,7 @@ class Launcher:
         return slot.is_slow or self._placed_at >= slot.progress_at + PATIENCE_S
 
     def _assign(self, tasks: list[Task], slot: Slot, expected_s: float) -> None:
+        self.look_again()
         first = tasks[0]
         after_lease_id = "" if first.follows is None else first.follows.lease_id
         share, tenant, now = self._fleet.share(first.shape), first.ready.tenant, self._placed_at
@@ -387,6 +457,7 @@ class Launcher:
             self.parallel[shape.limit_key] = +calls
             if not self.parallel[shape.limit_key]:
                 del self.parallel[shape.limit_key]
+            self.queue.reopen(shape.limit_key)
         running = self._running[shape]
         del running[slot.slot_id]
         if not running:

@@ -1,7 +1,7 @@
 """Owns the choice of a node. Rule: pure functions of what is wanted, what is free, and what is kept for others."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lattice_server.core.leases import EPSILON, Node
@@ -77,7 +77,10 @@ def could_run(shape: Shape, node: Node) -> bool:
 
 
 def place(
-    shape: Shape, nodes: Iterable[Node], kept: Mapping[str, Resources] | None = None
+    shape: Shape,
+    nodes: Iterable[Node],
+    kept: Mapping[str, Resources] | None = None,
+    suits: Callable[[Shape, Node], bool] = suits,
 ) -> tuple[Node, tuple[int, ...]] | None:
     """Return the node to run `shape` and the devices to use, or None when nothing is free.
 

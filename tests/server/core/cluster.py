@@ -8,7 +8,6 @@ from itertools import count
 from typing import Any
 
 from lattice_server.core import dag
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.growth import Bounds
 from lattice_server.core.messages import (
     Assign,
@@ -28,6 +27,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Payload, WorkflowSpec
 from lattice_server.core.run import Run
+from tests.server.core.twins import Twins
 from tests.server.core.watching import Watcher
 from tests.server.core.workers import Behaviour, Worker
 
@@ -50,7 +50,7 @@ class Cluster:
         session_ttl_s: float = 5.0,
     ) -> None:
         self.now = 0.0
-        self.machine = Dispatch("e", session_ttl_s, limits)
+        self.machine = Twins("e", session_ttl_s, limits)
         self.watcher = Watcher(self.machine, limits)
         self.runs: dict[str, Run] = {}
         self.facts: dict[str, list[tuple[float, Any]]] = {}

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lattice_server.core import messages
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import Assign, ExplainRequested, TaskExplained, TaskReady, WorkerHello
 from lattice_server.core.model import (
     BatchPolicy,
@@ -24,6 +23,7 @@ from lattice_server.core.model import (
     TaskSpec,
 )
 from tests.server.core.graphs import SYNC, VALUE, hello, task
+from tests.server.core.twins import Twins
 from tests.server.core.watching import Watcher
 
 GIB = 1 << 30
@@ -62,7 +62,10 @@ retries = st.builds(
     retry_on_types=st.sampled_from([frozenset(), frozenset({"Error"})]),
     max_worker_losses=st.integers(1, 3),
 )
-limited = st.sampled_from([("", 0), ("", 0), ("", 1), ("db", 0), ("db", 1), ("db", 5), ("api", 3), ("mine", 2)])
+limited = st.one_of(
+    st.sampled_from([("", 0), ("", 0), ("", 1), ("db", 0), ("db", 1), ("db", 5), ("api", 3), ("mine", 2)]),
+    st.tuples(st.sampled_from(["session-1", "session-2", "session-3", "session-4"]), st.just(1)),
+)
 failures = st.builds(
     Failure,
     st.sampled_from(list(FailureKind)),
@@ -98,7 +101,7 @@ class DispatchHistories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.machine = Dispatch("e", session_ttl_s=5.0, limits=LIMITS)
+        self.machine = Twins("e", session_ttl_s=5.0, limits=LIMITS)
         self.watcher = Watcher(self.machine, LIMITS)
         self.now = 0.0
         self.number = 0
