@@ -291,6 +291,8 @@ def test_a_cancelled_task_ends_and_a_waiting_one_never_starts(client: LatticeCli
     started(run, "stay", "stay-2")
     run.cancel_task(first)
     run.cancel_task(last.task_id)
+    # Not before it has ended: it could be done before it is told to stop.
+    until(run, "task_cancelled", "stay")
     room.open()
     with pytest.raises(RunCancelledError):
         run.result(timeout=WAIT_S)
