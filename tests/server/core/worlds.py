@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from random import Random
 from typing import Any
 from zlib import crc32
@@ -67,6 +68,7 @@ class World:
         self.cluster = Cluster(self.behave, limits=LIMITS, latency_s=latency_s)
         self.attempts: Counter[tuple[str, str]] = Counter()
         self.work_s = 0.0
+        self.numbers = count(1)
 
     def play(self) -> None:
         """Start everything, let trouble come for a while, then let things end."""
@@ -111,7 +113,9 @@ class World:
         capacity = Capacity(4.0, 4 * GIB, gpus, slots=8, async_slots=8)
         # One speaks another language, and runs nothing but what it names.
         own = frozenset({FOREIGN.entrypoint} if node_id == "n4" else ())
-        self.cluster.join(replace(hello(node_id), capacity=capacity, entrypoints=own))
+        # A worker that was drained does not come back; another process is another worker.
+        worker_id = f"worker-{next(self.numbers)}-of-{node_id}"
+        self.cluster.join(replace(hello(node_id), worker_id=worker_id, capacity=capacity, entrypoints=own))
 
     def start(self, run_id: str) -> None:
         spec = random_workflow(self.rng, self.rng.randint(1, 12))
