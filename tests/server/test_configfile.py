@@ -112,3 +112,19 @@ def test_a_server_does_not_start_with_wrong_flags(flags: list[str], message: str
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert message in done.stderr
+
+
+def test_what_the_pages_say_of_defaults_is_so() -> None:
+    found, root = ServerConfig(), Path(__file__).parent.parent.parent
+    pages = " ".join(f"{(root / 'README.md').read_text()} {(root / 'docs' / 'cluster.md').read_text()}".split())
+    for claim in (
+        f"the newest: {found.retained_runs:,} (`retained_runs`)",
+        f"more than {found.retained_tasks:,} tasks (`retained_tasks`)",
+        f"more than {found.retained_bytes // 2**30} GiB (`retained_bytes`)",
+        f"kept to {found.retained_artifact_bytes // 2**30} GiB in all (`retained_artifact_bytes`)",
+        f"Up to {found.max_workflows:,} workflows are stored (`max_workflows`)",
+        f"in `session_ttl_s` ({found.session_ttl_s:g} s)",
+        f"A value over {found.inline_limit_bytes // 1024} KiB stays on the node that made it",
+        f"can return, {found.message_limit_bytes // 2**20} MiB of it in all",
+    ):
+        assert claim in pages, f"no longer said, or no longer so: {claim}"
