@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
+RETRY_LIMIT_BYTES = 16 * 1024 * 1024
 # Every call may be repeated but one: tasks that were added, and whose answer was lost, would be refused as known.
 SERVICE_CONFIG = """{"methodConfig": [
 {"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.1s", "maxBackoff": "2s", "backoffMultiplier": 2,
@@ -24,6 +25,8 @@ OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.service_config", SERVICE_CONFIG),
+    # What is larger is not repeated; by default that is less than the code many a graph brings.
+    ("grpc.per_rpc_retry_buffer_size", RETRY_LIMIT_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
 ]
 

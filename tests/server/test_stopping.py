@@ -1,6 +1,7 @@
-"""A server that cannot go on stops by itself."""
+"""How a server stops: by itself when it cannot go on, and all of it when a part of it cannot end."""
 
 import asyncio
+import threading
 from typing import Any, NoReturn
 
 import grpc
@@ -11,7 +12,7 @@ from lattice_server import app
 from lattice_server.config import ServerConfig
 from lattice_server.core.dispatch import Dispatch
 from lattice_server.engine import scheduler
-from tests.server.apps import NoWorkers
+from tests.server.apps import NoWorkers, build
 from tests.server.rpc import callers
 
 TIMEOUT_S = 60.0
@@ -47,4 +48,27 @@ def test_a_server_whose_scheduler_fails_ends_and_so_do_the_calls_of_its_readers(
 
     monkeypatch.setattr(app, "_executor", lambda *_: NoWorkers())
     monkeypatch.setattr(scheduler, "PAUSES_S", (0.0, 0.0))
+    asyncio.run(scenario())
+
+
+def test_every_part_of_a_server_is_ended_whatever_became_of_the_others() -> None:
+    class Broken(NoWorkers):
+        """An executor that cannot end what it started."""
+
+        async def stop(self) -> None:
+            """Fail."""
+            raise OSError("it cannot be ended")
+
+    async def scenario() -> None:
+        server = build(Broken())
+        await server.start()
+        before = {thread.name for thread in threading.enumerate()}
+        with pytest.raises(OSError, match="it cannot be ended"):
+            await server.stop()
+        assert "lattice-scheduler" in before - {thread.name for thread in threading.enumerate()}
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await workflow_pb2_grpc.WorkflowServiceStub(channel).ListRuns(workflow_pb2.ListRunsRequest())
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
     asyncio.run(scenario())

@@ -1,6 +1,7 @@
 """A real worker on its stream: revoking, resuming a session, losing one, hanging up."""
 
 import asyncio
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,22 @@ def test_a_worker_comes_back_to_a_head_that_stopped_unless_told_otherwise(tmp_pa
 
     play(scenario, tmp_path)
     play(last, tmp_path, "--exit-on-close")
+
+
+def test_what_a_task_spawns_needs_the_python_it_was_written_by_if_it_holds_code(tmp_path: Path) -> None:
+    def spawns() -> None:
+        from lattice_worker import context
+
+        context.spawn(len, {"it": ""}, name="named")
+        context.spawn(lambda: 1, name="held")
+
+    async def scenario(both: Pair) -> None:
+        both.stream.assign("a", by_value(spawns))
+        needs = {}
+        for _ in range(2):
+            spawned = (await both.stream.until("a", "spawned")).spawned
+            needs[spawned.tasks[0].display_name] = spawned.functions[spawned.tasks[0].function].runtime
+        here = f"python {sys.version_info.major}.{sys.version_info.minor}"
+        assert needs == {"named": "", "held": here}
+
+    play(scenario, tmp_path)

@@ -105,6 +105,9 @@ def test_a_node_that_is_drained_and_away_when_its_time_is_up_leaves_when_it_is_b
     detach(scene, "n", at=2.0)
     scene.tell(at=6.0)
     assert "n" in scene.machine.nodes
+    due = scene.machine.next_deadline()
+    assert due is not None
+    assert due > 6.0, "it is over, and would be due for ever"
     assert scene.tell(node("m"), at=7.0) == ["a"]
     scene.tell(back(scene, "n"), at=8.0)
     assert closed(scene) == ["DRAINED"]
