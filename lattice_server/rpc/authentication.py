@@ -109,7 +109,7 @@ def _refusal(method: str, error: AuthenticationError | AuthorizationError) -> An
         # In band, as all errors of that stream.
         close = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=error.message)
         yield worker_pb2.ConnectResponse(close=close).SerializeToString()
-        # The worker hangs up when it has read that; ending first could lose it.
+        # The worker hangs up when it has read that, which ends this; ending first could lose it.
         await asyncio.sleep(HANG_UP_S)
 
     return refuse

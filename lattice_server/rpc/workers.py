@@ -160,7 +160,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         except (DecodeError, InvalidError) as error:
             text = error.message if isinstance(error, InvalidError) else unreadable(error).message
             connection.send(messages.CloseSession("", "PROTOCOL_ERROR", text))
-            # Nothing more is read; the worker hangs up when it has read why.
+            # Nothing more is read; the worker hangs up when it has read why, which ends this.
             await asyncio.sleep(HANG_UP_S)
         finally:
             connection.close()

@@ -1,0 +1,28 @@
+"""What the pages say was measured is what the reports say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def report(executor: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"chaos-{executor}.json").read_text())
+    for count in ("lost_runs", "wrong_results", "double_completions", "gaps"):
+        assert found[count] == 0
+    assert (found["executor"], found["runs"], found["errors"]) == (executor, 2000, [])
+    return found
+
+
+def test_the_page_on_clusters_tells_what_five_minutes_of_trouble_cost() -> None:
+    page = " ".join((ROOT / "docs" / "cluster.md").read_text().split())
+    local, ray = report("local"), report("ray")
+    for claim in (
+        f"{sum(local['faults'].values())} such faults, {local['retries_after_loss']} attempts run again",
+        f"{local['recover_p50_s']:.1f} s in the median, {local['recover_p99_s']:.1f} s at the 99th percentile",
+        f"{sum(ray['faults'].values())} faults, {ray['retries_after_loss']} attempts run again",
+        f"nothing lost either; {ray['recover_p50_s']:.1f} s and {ray['recover_p99_s']:.1f} s",
+        f"{local['ran_more_than_once']} and {ray['ran_more_than_once']} functions ran to their end twice",
+    ):
+        assert claim in page, f"no longer said, or no longer so: {claim}"
