@@ -23,7 +23,7 @@ import psutil
 
 from lattice_worker.drafts import Drafts
 
-CHILD = Path(__file__).parent / "sandbox" / "child.py"
+PROGRAM = Path(__file__).parent / "runner" / "__main__.py"
 # Names the worker to all that its tasks start; whoever started the worker finds them by it when the worker is killed.
 MARK = "LATTICE_WORKER_ID"
 RAW_READ_BYTES = 1 << 16
@@ -134,7 +134,7 @@ class Runner(asyncio.Protocol):
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         return await asyncio.create_subprocess_exec(
             sys.executable,
-            str(CHILD),
+            str(PROGRAM),
             str(control),
             str(self._claim_read),
             "async" if self.key.is_async else "process",
