@@ -5,6 +5,7 @@ Rule: a graph is one RPC; a watch that breaks goes on after the last event it sa
 
 import asyncio
 import random
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar, Unpack
 from uuid import uuid4
@@ -17,6 +18,7 @@ from lattice_client import brevity, convert, errors, payloads
 from lattice_client.brevity import Brevity, Kind
 from lattice_client.channel import Channel
 from lattice_client.convert import RunEvent
+from lattice_client.outputs import TaskOutput
 from lattice_client.run import Answer, AsyncRun, Outcome
 from lattice_client.security import SecurityOptions
 from lattice_client.workflow import Graph, LatticeTask
@@ -31,6 +33,14 @@ ADMISSION_TIMEOUT_S = 600.0
 # Runs beyond these are asked for their result by a call of their own.
 MAX_OPEN_CALLS = 64
 TERMINAL = frozenset({run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED, run_pb2.RUN_STATE_CANCELLED})
+ENDED = frozenset(
+    {
+        run_pb2.TASK_STATE_SUCCEEDED,
+        run_pb2.TASK_STATE_FAILED,
+        run_pb2.TASK_STATE_CANCELLED,
+        run_pb2.TASK_STATE_SKIPPED,
+    }
+)
 RESUMABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
 
 
@@ -155,10 +165,12 @@ class AsyncLatticeClient:
             request.workflow_id = graph.workflow_id
         else:
             # Once, however often it is offered: large inputs would be uploaded each time.
-            request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), self._upload))
+            request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), self._upload, graph.has))
             request.workflow.display_name = graph.name
             request.workflow.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
-        return await self._offer(lambda: self._start(request, graph))
+        run = await self._offer(lambda: self._start(request, graph))
+        run.graph = weakref.ref(graph)
+        return run
 
     async def run_task(self, task: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run one task as a run of its own and return its outputs. Raises TaskFailedError, RequestError."""
@@ -188,7 +200,8 @@ class AsyncLatticeClient:
         """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
 
         # Once, however often it is offered: large inputs would be uploaded each time.
-        spec = await convert.tasks_of(tasks, self._upload)
+        belongs = run_id.belonging(tasks) if isinstance(run_id, AsyncRun) else _any
+        spec = await convert.tasks_of(tasks, self._upload, belongs)
 
         async def call() -> int:
             convert.fill_code(spec, tasks, self._known_code)
@@ -269,12 +282,39 @@ class AsyncLatticeClient:
             self._brevity.learn(kind, answer.run)
         return answer
 
-    async def result_in(self, answer: Answer) -> dict[str, Any]:
+    async def result_in(self, answer: Answer, is_partial: bool = False) -> dict[str, Any]:
         """Return the outputs in what the server says of a run that ended; see `AsyncRun.result`."""
-        if (failed := convert.error_of(answer.run)) is not None:
+        if answer.run.state != run_pb2.RUN_STATE_SUCCEEDED and not is_partial:
+            name = await self._name_of(answer.run.run_id, answer.run.failure.task_id)
+            if (failed := convert.error_of(answer.run, name)) is not None:
+                raise failed
+        return await convert.result_of(answer.final_tasks, self.decode)
+
+    async def _name_of(self, run_id: str, task_id: str) -> str:
+        """Return the name of a task for people; nothing when it cannot be had."""
+        try:
+            return (await self.get_task(run_id, task_id)).display_name if task_id else ""
+        except errors.RequestError:
+            return ""
+
+    async def output(self, run_id: str, task: LatticeTask | str) -> Any:
+        """Wait for the end of a task and return what it gave; see `AsyncRun.output`."""
+        task_id = task if isinstance(task, str) else task.task_id
+        found = await self.get_task(run_id, task_id, WAIT_S)
+        while found.state not in ENDED:
+            found = await self.get_task(run_id, task_id, WAIT_S)
+        if (failed := convert.lack_of(found)) is not None:
             raise failed
-        found = await convert.outputs_of(answer.final_tasks, self.decode)
-        return next(iter(found.values())) if len(found) == 1 else found
+        is_mapped = found.HasField("item_count") and found.item_count > 0
+        items = await self.list_tasks(run_id) if is_mapped else []
+        items = [item for item in items if item.parent_task_id == task_id]
+        outputs = await convert.outputs_of(found, items, self.decode) or {}
+        return convert.value_of(outputs, task)
+
+    async def get_task(self, run_id: str, task_id: str, wait: float = 0.0) -> run_pb2.TaskRun:
+        """Return a task of a run as it is now, or as it is after `wait` seconds or its end. Raises NotFoundError."""
+        request = task_pb2.GetTaskRequest(run_id=run_id, task_id=task_id, wait=_duration(wait))
+        return (await self._rpc.call(self._rpc.tasks.GetTask(request))).task
 
     async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:
         request = results_pb2.GetResultRequest(run_id=run_id, wait=_duration(WAIT_S))
@@ -395,6 +435,10 @@ class AsyncLatticeClient:
                 yield results_pb2.WriteArtifactRequest(data=data[start : start + CHUNK_BYTES])
 
         return (await self._rpc.call(self._rpc.results.WriteArtifact(chunks()))).artifact
+
+
+def _any(output: TaskOutput) -> bool:
+    return True
 
 
 async def _last(call: Any) -> workflow_pb2.ExecuteWorkflowResponse | None:

@@ -53,12 +53,17 @@ class RunError(LatticeError):
 
 
 class TaskFailedError(RunError):
-    """A task failed. `kind` is the class of failure, `remote_traceback` what the task's Python printed."""
+    """A task failed. `kind` is the class of failure, `remote_traceback` what the task's Python printed, `task_name` the
+    name it was given for people."""
 
-    def __init__(self, run_id: str, task_id: str, kind: str, message: str, remote_traceback: str) -> None:
-        text = f"task {task_id!r} of run {run_id!r} failed ({kind}): {message}"
+    def __init__(
+        self, run_id: str, task_id: str, kind: str, message: str, remote_traceback: str, task_name: str = ""
+    ) -> None:
+        named = f" ({task_name!r})" if task_name not in {"", task_id} else ""
+        text = f"task {task_id!r}{named} of run {run_id!r} failed ({kind}): {message}"
         super().__init__(run_id, f"{text}\n\nRemote traceback:\n{remote_traceback}" if remote_traceback else text)
         self.task_id = task_id
+        self.task_name = task_name or task_id
         self.kind = kind
         self.remote_traceback = remote_traceback
 

@@ -2,14 +2,15 @@
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.brevity import Kind
 from lattice_client.convert import RunEvent
-from lattice_client.workflow import LatticeTask
+from lattice_client.outputs import TaskOutput
+from lattice_client.workflow import Graph, LatticeTask
 
 if TYPE_CHECKING:
     from lattice_client.client import AsyncLatticeClient
@@ -26,6 +27,9 @@ class AsyncRun(str):
     _outcome: Outcome | None
     answer: Answer | None
     kind: Kind | None
+    # The graph it was started with, where that was here; and what was added to it from others.
+    graph: Callable[[], Graph[Any] | None]
+    _added: "weakref.WeakSet[LatticeTask]"
 
     @classmethod
     def of(
@@ -43,6 +47,7 @@ class AsyncRun(str):
         """
         run = cls(run_id)
         run._client, run._outcome, run.answer, run.kind = client, outcome, answer, kind
+        run.graph, run._added = _unknown, weakref.WeakSet()
         if outcome is not None:
             # Nobody can ask for the result any more: the call that would bring it may end.
             weakref.finalize(run, _abandon, outcome).atexit = False
@@ -53,10 +58,15 @@ class AsyncRun(str):
         """The run's id."""
         return str(self)
 
-    async def result(self, timeout: float | None = None) -> dict[str, Any]:
-        """Wait for the end and return the final task's outputs, or those of each final task by its id.
+    async def result(self, timeout: float | None = None, *, partial: bool = False) -> dict[str, Any]:
+        """Wait for the end and return what the final tasks gave: those that no other task of the graph depends on.
 
-        The outputs of a mapped task are lists, one value for each item.
+        Of a single one the outputs by name, of several a dict of those by task id, in which a task that was skipped is
+        None. Whether there are several does not depend on what ran. The outputs of a mapped task are lists, one value
+        for each item.
+
+        With `partial` a run that failed or was cancelled raises nothing: a task that did not succeed is None, and so is
+        each item of a mapped task that did not.
 
         Raises:
             TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
@@ -67,7 +77,22 @@ class AsyncRun(str):
         if self.answer is None:
             async with asyncio.timeout(timeout):
                 self.answer = await self._client.ended(self, self._outcome, self.kind)
-        return await self._client.result_in(self.answer)
+        return await self._client.result_in(self.answer, partial)
+
+    async def output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
+        """Wait for the end of any task of the run, given itself or its id, and return what it gave.
+
+        That is the value of a task with a single output, and otherwise a dict of the outputs by name. Those of a mapped
+        task are lists, one value for each item.
+
+        Raises:
+            TaskFailedError: the task failed; its cause is the original exception when it can be rebuilt.
+            RunError: the task was skipped or cancelled.
+            NotFoundError: the run has no such task.
+            TimeoutError: `timeout` seconds passed; the run goes on.
+        """
+        async with asyncio.timeout(timeout):
+            return await self._client.output(self, task)
 
     def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield the run's events after number `after`, to its end."""
@@ -87,7 +112,18 @@ class AsyncRun(str):
         They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
         the expected revision, PreconditionError when it has ended.
         """
-        return await self._client.add_tasks(self, tasks, expected_revision)
+        revision = await self._client.add_tasks(self, tasks, expected_revision)
+        self._added.update(tasks)
+        return revision
+
+    def belonging(self, tasks: Sequence[LatticeTask]) -> Callable[[TaskOutput], bool]:
+        """Return a test for whether an output is one of the run's, or of `tasks`, as far as that is known here."""
+        graph, added = self.graph(), {id(task) for task in tasks}
+
+        def belongs(output: TaskOutput) -> bool:
+            return graph is None or graph.has(output) or id(output.owner) in added or output.owner in self._added
+
+        return belongs
 
     async def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""
@@ -97,6 +133,10 @@ class AsyncRun(str):
         """Return the run's state: running, cancelling, succeeded, failed or cancelled."""
         run = await self._client.describe_run(self)
         return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+
+
+def _unknown() -> None:
+    return None
 
 
 def task_id_of(task: LatticeTask | str) -> str:

@@ -68,15 +68,29 @@ class Run(str):
         """The run's id."""
         return str(self)
 
-    def result(self, timeout: float | None = None) -> dict[str, Any]:
-        """Wait for the end and return the final task's outputs, or those of each final task by its id.
+    def result(self, timeout: float | None = None, *, partial: bool = False) -> dict[str, Any]:
+        """Wait for the end and return what the final tasks gave: those that no other task of the graph depends on.
+
+        Of a single one the outputs by name, of several a dict of those by task id, in which a task that was skipped is
+        None. With `partial` a run that failed or was cancelled raises nothing, and a task that did not succeed is None.
 
         Raises:
             TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
             RunCancelledError: the run was cancelled.
             TimeoutError: `timeout` seconds passed; the run goes on.
         """
-        return _wait(self.aio.result(timeout))
+        return _wait(self.aio.result(timeout, partial=partial))
+
+    def output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
+        """Wait for the end of any task of the run and return its output, or its outputs by name; see `AsyncRun.output`.
+
+        Raises:
+            TaskFailedError: the task failed; its cause is the original exception when it can be rebuilt.
+            RunError: the task was skipped or cancelled.
+            NotFoundError: the run has no such task.
+            TimeoutError: `timeout` seconds passed; the run goes on.
+        """
+        return _wait(self.aio.output(task, timeout))
 
     def events(self, after: int = 0, timeout: float | None = None) -> Iterator[RunEvent]:
         """Yield the run's events after number `after`, to its end. Raises TimeoutError after `timeout` seconds."""

@@ -40,6 +40,10 @@ class Encoder:
             raise
         except Exception as error:
             raise PayloadError(f"an output of type {type(value).__name__} cannot be pickled: {error}") from error
+        return self.store(media_type, parts)
+
+    def store(self, media_type: str, parts: list[Any]) -> dict[str, Any]:
+        """Return a reference to a value that is encoded already."""
         size = sum(len(part) for part in parts)
         if size <= self._inline_limit:
             self.blobs.append(b"".join(parts))

@@ -169,7 +169,8 @@ def test_an_edge_joins_tasks_of_one_workflow(client: LatticeClient, workflow: La
     ("wire", "text"),
     [
         (lambda added: added, "is a task; wire one of its outputs"),
-        (lambda added: {1: added.output}, "keys are not all strings"),
+        (lambda added: [added], "is a task; wire one of its outputs"),
+        (lambda added: added.outputs, "are no value; wire them one by one"),
         (lambda added: (number for number in range(3)), "cannot be pickled"),
     ],
 )
