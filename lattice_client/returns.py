@@ -31,49 +31,46 @@ def returned(function: Callable[..., Any], outputs: tuple[str, ...] | None, is_p
     """
     if outputs is not None:
         return Returned(outputs, MAPPING)
-    found = _annotation(function)
+    found, namespace = _annotation(function)
     if isinstance(found, type) and issubclass(found, dict) and hasattr(found, "__required_keys__"):  # a TypedDict
-        names = _required(found)
-        return Returned(names, MAPPING, len(names) < len(_hints(found)))
+        keys = _keys(found, namespace)
+        return Returned(tuple(name for name in keys if keys[name]), MAPPING, not all(keys.values()))
     if not is_params:
         return Returned(("result",), VALUE)
     kind = typing.get_origin(found) or found
-    is_unclear = kind in {object, inspect.Parameter.empty, typing.Union, types.UnionType}
+    is_unclear = kind in {Any, object, inspect.Parameter.empty, typing.Union, types.UnionType}
     if is_unclear or not isinstance(kind, type) or issubclass(kind, Mapping):
         return Returned((), EITHER, may_be_more=True)
     return Returned(("result",), VALUE)
 
 
-def _annotation(function: Callable[..., Any]) -> Any:
-    """Return the type a function says it returns; nothing when it says none that can be read here."""
+def _annotation(function: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the type a function says it returns, empty when it says none that can be read here, and its globals."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
     if not isinstance(function, types.FunctionType | types.MethodType):
         function = type(function).__call__
+    namespace = getattr(function, "__globals__", {})
     try:
         found = function.__annotations__["return"]
         # By itself: a parameter whose annotation cannot be read says nothing about what is returned.
         alone = types.SimpleNamespace(__annotations__={"return": found})
-        return typing.get_type_hints(alone, getattr(function, "__globals__", {}))["return"]
+        return typing.get_type_hints(alone, namespace)["return"], namespace
     except Exception:  # any text can stand there, and reading it runs it
-        return inspect.Parameter.empty
+        return inspect.Parameter.empty, namespace
 
 
-def _required(found: type) -> tuple[str, ...]:
-    """Return the keys that a TypedDict always has."""
+def _keys(found: type, namespace: dict[str, Any]) -> dict[str, bool]:
+    """Return the keys of a TypedDict, and of each whether it is always there."""
     required: frozenset[str] = vars(found)["__required_keys__"]
-    # Where annotations are texts, the class itself does not know which of its keys are marked.
-    marks = {name: typing.get_origin(hint) for name, hint in _hints(found).items()}
-    return tuple(
-        name
-        for name, mark in marks.items()
-        if mark is typing.Required or (name in required and mark is not typing.NotRequired)
-    )
-
-
-def _hints(found: type) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(found, include_extras=True)
+        # Where annotations are texts, the class itself does not know which of its keys are marked.
+        hints = typing.get_type_hints(found, localns=namespace, include_extras=True)
     except Exception:  # a name in it cannot be found here
-        return dict(found.__annotations__)
+        hints = dict(found.__annotations__)
+    marks = {name: typing.get_origin(hint) for name, hint in hints.items()}
+    return {
+        name: mark is typing.Required or (name in required and mark is not typing.NotRequired)
+        for name, mark in marks.items()
+    }
