@@ -23,14 +23,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-SIGNALS = [number for number in range(1, signal.NSIG) if number not in {signal.SIGKILL, signal.SIGSTOP, 32, 33}]
-TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
-LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE)
+SIGNALS = [number for number in range(1, 32) if number not in {signal.SIGKILL, signal.SIGSTOP}]
+TIMERS = tuple(map(int, (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)))
+LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_CPU)
 REAP_S = 0.5
-# Tells at a fraction of the cost of `signal.getsignal`, which makes an enum member of each answer.
+# These tell at a fraction of the cost of what wraps them, which makes enum members and exceptions of each answer.
 _getsignal: Callable[[int], Any] = sys.modules["_signal"].getsignal
 _sigmask: Callable[[int, tuple[int, ...]], Any] = sys.modules["_signal"].pthread_sigmask
+_setitimer: Callable[[int, float], Any] = sys.modules["_signal"].setitimer
+_setlocale: Callable[..., str] = sys.modules["_locale"].setlocale
 _libc = ctypes.CDLL(None)
+_ANY_CHILD = (os.P_ALL, 0, None, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # Zero: there are children, -1: none.
 
 
 class Baseline:
@@ -56,7 +59,7 @@ class Baseline:
         self._filters = list(warnings.filters)
         self._showwarning = warnings.showwarning
         self._recursion_limit = sys.getrecursionlimit()
-        self._locale = locale.setlocale(locale.LC_ALL)
+        self._locale = _setlocale(locale.LC_ALL)
         root = logging.root
         self._logging = (root.level, list(root.handlers), list(root.filters), root.disabled, root.manager.disable)
         self._limits = [resource.getrlimit(number) for number in LIMITS]
@@ -68,11 +71,12 @@ class Baseline:
         """Stop what could interrupt this process's own code: timers, signal handlers, trace functions; end children,
         and write out what C libraries hold back. Never raises."""
         for _ in range(100):  # A handler that was due may raise here, once for each signal.
-            with contextlib.suppress(BaseException):
+            try:
                 self._quiet()
-                break
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except BaseException:
+                continue
+            break
+        if _libc.waitid(*_ANY_CHILD) == 0:
             end_children()
         _libc.fflush(None)
 
@@ -80,7 +84,7 @@ class Baseline:
         sys.settrace(None)
         sys.setprofile(None)
         for timer in TIMERS:
-            signal.setitimer(timer, 0)
+            _setitimer(timer, 0)
         if not _same(list(map(_getsignal, SIGNALS)), self._handlers):
             for number, handler in zip(SIGNALS, self._handlers, strict=True):
                 if _getsignal(number) is not handler and handler is not None:
@@ -127,8 +131,8 @@ class Baseline:
         warnings.showwarning = self._showwarning
         if sys.getrecursionlimit() != self._recursion_limit:
             sys.setrecursionlimit(self._recursion_limit)
-        if locale.setlocale(locale.LC_ALL) != self._locale:
-            locale.setlocale(locale.LC_ALL, self._locale)
+        if _setlocale(locale.LC_ALL) != self._locale:
+            _setlocale(locale.LC_ALL, self._locale)
         self._restore_logging()
         for number, limits in zip(LIMITS, self._limits, strict=True):
             if resource.getrlimit(number) != limits:
