@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from lattice_worker.runner.artifacts import Encoder
+from lattice_worker.runner.text import message_of, type_name
 from lattice_worker.runner.values import WITH_OUTPUTS, PayloadError, among_json, encode_around, encode_value
 
 # A message may be nested 100 deep; each level of a binding takes two of those.
@@ -88,12 +89,16 @@ def binding_of(value: Any, encoder: Encoder) -> dict[str, Any]:
     except DeferredValueError:
         pass
     except Exception as error:
-        raise PayloadError(f"an input of type {type(value).__name__} cannot be pickled: {error}") from error
+        raise _refusal(value, error) from error
     try:
         parts, outputs = encode_around(value, SpawnedOutput)
     except Exception as error:
-        raise PayloadError(f"an input of type {type(value).__name__} cannot be pickled: {error}") from error
+        raise _refusal(value, error) from error
     return {"items": [encoder.store(WITH_OUTPUTS, parts), *map(_reference, outputs)]}
+
+
+def _refusal(value: Any, error: Exception) -> PayloadError:
+    return PayloadError(f"an input of type {type_name(type(value))} cannot be pickled: {message_of(error)}")
 
 
 def _note_holders(value: Any, holders: set[int]) -> int:
