@@ -23,6 +23,7 @@ OWN_PACKAGES = frozenset({"lattice", "lattice_client", "lattice_server", "lattic
 INSTALLED = tuple(
     str(Path(path).resolve()) for path in {sysconfig.get_path(n) for n in ("stdlib", "purelib", "platlib")}
 )
+_files: dict[str, tuple[tuple[str, int, int], ...]] = {}
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -116,4 +117,11 @@ def _zip(files: tuple[tuple[str, Path, tuple[int, int]], ...]) -> task_pb2.CodeB
         for name, path, _ in files:
             archive.writestr(zipfile.ZipInfo(name, EPOCH), path.read_bytes())
     data = buffer.getvalue()
-    return task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", zip=data)
+    bundle = task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", zip=data)
+    _files[bundle.digest] = tuple((str(path), *state) for _, path, state in files)
+    return bundle
+
+
+def files_in(bundle: task_pb2.CodeBundle | None) -> tuple[tuple[str, int, int], ...]:
+    """Return the files a bundle was made of: each one's path, time in nanoseconds, and size."""
+    return _files.get(bundle.digest, ()) if bundle is not None else ()

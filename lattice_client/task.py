@@ -11,8 +11,9 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from lattice.v1 import resources_pb2, task_pb2
 
 from lattice_client import payloads
-from lattice_client.bundle import bundle_for
+from lattice_client.bundle import bundle_for, files_in
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.freshness import Snapshot
 from lattice_client.returns import returned
 from lattice_client.settings import TaskSettings
 
@@ -43,6 +44,9 @@ class TaskDefinition(Generic[P, R]):
     settings: task_pb2.TaskSpec = field(default_factory=task_pb2.TaskSpec)
     entrypoint: str = ""
     may_return_more: bool = False
+    _packed: tuple[Snapshot, task_pb2.Function, task_pb2.CodeBundle | None] | None = field(
+        default=None, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.function, updated=())
@@ -86,9 +90,17 @@ class TaskDefinition(Generic[P, R]):
             form.entrypoint = self.entrypoint
         return form
 
-    @functools.cached_property
+    @property
     def code(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
-        """The function as it travels, and the bundle it needs. Raises TaskDefinitionError."""
+        """The function as it travels now, and the bundle it needs. Raises TaskDefinitionError."""
+        if self._packed is None or not self._packed[0].is_current():
+            # Before the pickling, so that a change during it is seen.
+            snapshot = Snapshot(self.function)
+            function, bundle = self._pack()
+            self._packed = snapshot.with_files(files_in(bundle)), function, bundle
+        return self._packed[1:]
+
+    def _pack(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         function, bundle = self.function_form, None
         if not self.entrypoint:
             bundle = bundle_for(self.function)
