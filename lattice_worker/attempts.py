@@ -303,6 +303,9 @@ class Attempts:
                 self._suspects[attempt.run_id, attempt.task_id] = None
             while len(self._suspects) > MAX_SUSPECTS:
                 del self._suspects[next(iter(self._suspects))]
+        if assignment.lease_id in self._unstarted:
+            # It may have begun, so its attempts must not have the same numbers again.
+            self._tell_start(assignment.lease_id)
         self._emit(convert.returned(assignment.lease_id, reason))
         self._forget(assignment.lease_id)
         self._ended(assignment.lease_id, None)

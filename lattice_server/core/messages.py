@@ -326,7 +326,7 @@ class AttemptLogged:
 
 @dataclass(frozen=True, slots=True)
 class LeaseReturned:
-    """A lease that never started is back."""
+    """A worker will not end a lease, through no fault of its members. One whose start was not reported never began."""
 
     session_id: str
     lease_id: str
