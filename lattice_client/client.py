@@ -179,7 +179,7 @@ class AsyncLatticeClient:
         for task in graph.tasks.values():
             _ = task.definition.code  # pickled now, in the caller's thread
         with _building():
-            request = workflow_pb2.RunWorkflowRequest(run_id=run_id, labels=labels, priority=priority)
+            request = _made(workflow_pb2.RunWorkflowRequest, run_id=run_id, labels=labels, priority=priority)
             if timeout is not None:
                 if not timeout > 0:  # which the contract reads as no limit
                     raise errors.TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")

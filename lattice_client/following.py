@@ -31,7 +31,6 @@ class Reconnection:
         self._on_loss = on_loss
         self._lost_at: float | None = None
         self._tries = 0
-        self._was_lost = False
 
     def heard(self) -> None:
         """Note that the server answers."""
@@ -44,10 +43,10 @@ class Reconnection:
             raise found from None
         # What the server itself says is wrong stays wrong; without a reason gRPC speaks of a broken stream.
         if error.code() not in RESUMABLE or (isinstance(found, errors.InternalError) and found.reason):
-            raise self._final(found) from None
+            raise _final(found) from None
         now = asyncio.get_running_loop().time()
         if self._lost_at is None:
-            self._lost_at, self._was_lost = now, True
+            self._lost_at = now
             if self._on_loss is not None:
                 self._on_loss(found)
         self._tries += 1
@@ -68,11 +67,13 @@ class Reconnection:
         found.advice = error.advice
         return found
 
-    def _final(self, error: errors.RequestError) -> errors.RequestError:
-        if not self._was_lost or not isinstance(error, errors.NotFoundError):
-            return error
-        text = f"{error}; its server was away meanwhile, and one that starts again knows no earlier runs"
-        return errors.NotFoundError(text, error.reason, error.metadata)
+
+def _final(error: errors.RequestError) -> errors.RequestError:
+    """Return an error that another try would not change; of a run that is gone it says how that can be."""
+    if not isinstance(error, errors.NotFoundError):
+        return error
+    text = f"{error}; a server that was started again knows no earlier runs, and the oldest ended runs are deleted"
+    return errors.NotFoundError(text, error.reason, error.metadata)
 
 
 @asynccontextmanager
