@@ -7,7 +7,6 @@ from typing import Any
 
 from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, workflow_pb2
 
-from lattice_client import payloads
 from lattice_client.errors import RunCancelledError, RunError, RunTimeoutError, TaskDefinitionError, TaskFailedError
 from lattice_client.inputs import Belongs, Binder, Upload
 from lattice_client.workflow import UNSET, LatticeTask
@@ -202,7 +201,7 @@ def lack_of(task: run_pb2.TaskRun) -> RunError | None:
     if task.state == run_pb2.TASK_STATE_SUCCEEDED:
         return None
     if task.state == run_pb2.TASK_STATE_FAILED:
-        return task_error_of(task.run_id, task.task_id, task.failure, task.display_name)
+        return task_error_of(task.run_id, task.task_id, task.failure, 1, task.display_name)
     state = run_pb2.TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
     text = f"task {task.task_id!r} of run {task.run_id!r} was {state} and has no output"
     return RunError(task.run_id, f"{text}: {task.failure.message}" if task.failure.message else text)
@@ -221,7 +220,7 @@ def failure_of(failure: errors_pb2.Failure) -> dict[str, str]:
 
 
 def error_of(run: run_pb2.Run, task_name: str = "") -> RunError | None:
-    """Return the error of a run that ended otherwise than well, with the original exception as its cause.
+    """Return the error of a run that ended otherwise than well; `opened` gives it the original exception as cause.
 
     `task_name` is the name, for people, of the task that failed.
     """
@@ -232,19 +231,19 @@ def error_of(run: run_pb2.Run, task_name: str = "") -> RunError | None:
         return RunTimeoutError(run.run_id, f"run {run.run_id!r} failed: {failure.message}")
     if run.state == run_pb2.RUN_STATE_CANCELLED:
         return RunCancelledError(run.run_id, f"run {run.run_id!r} was cancelled: {failure.message}")
-    return task_error_of(run.run_id, failure.task_id, failure, task_name)
+    return task_error_of(run.run_id, failure.task_id, failure, run.task_counts.failed, task_name)
 
 
-def task_error_of(run_id: str, task_id: str, failure: errors_pb2.Failure, task_name: str = "") -> TaskFailedError:
-    """Return the error of a task that failed, with the original exception as its cause."""
+def task_error_of(
+    run_id: str, task_id: str, failure: errors_pb2.Failure, failed_tasks: int, task_name: str
+) -> TaskFailedError:
+    """Return the error of a task that failed; `opened` gives it the original exception as cause."""
     shown = failure_of(failure)
     message = f"{failure.type}: {failure.message}" if failure.type else failure.message
-    error = TaskFailedError(run_id, task_id, shown["kind"], message, failure.traceback, task_name=task_name)
+    error = TaskFailedError(run_id, task_id, shown["kind"], message, failure.traceback, failed_tasks, task_name)
     if failure.HasField("exception"):
-        try:
-            cause = payloads.decode(failure.exception.media_type, failure.exception.data)
-        except Exception:  # the exception's class may not exist here; its text does
-            return error
-        if isinstance(cause, BaseException):
-            error.__cause__ = cause
+        error.exception = failure.exception
+    elif failure.type:
+        why = "it could not be pickled there, or is not Python's"
+        error.missing_cause = f"The worker sent the original exception as text only: {why}"
     return error
