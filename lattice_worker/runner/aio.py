@@ -51,6 +51,7 @@ class _Loop:
         baseline = Baseline()
         program = Program(self._channel, baseline)
         threading.Thread(target=self._read, daemon=True).start()
+        self._channel.send({"kind": "ready"})
         while (frame := await self._frames.get()) is not None:
             header, blobs = frame
             match header["kind"]:
