@@ -4,6 +4,7 @@ Rule: a lease that was taken ends in exactly one report, whatever happens to the
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -348,7 +349,8 @@ class Attempts:
             self._emit(report)
         # Values of an answer that could not be reported are named by nothing.
         if unnamed := set(answer.get("made", ())) - named:
-            self._materials.drop(unnamed)
+            with contextlib.suppress(OSError):
+                self._materials.drop(unnamed)
         self._ended(lease_id, outputs)
 
     def _forget(self, lease_id: str) -> None:
