@@ -109,7 +109,7 @@ class App:
         )
 
     async def start(self) -> None:
-        """Listen, then start workers. Raises PortInUseError."""
+        """Listen, then start workers. Raises PortInUseError, ExecutorError; what had been started is stopped then."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.set_threshold(*GC_THRESHOLDS)
         try:
@@ -123,7 +123,11 @@ class App:
         watching = self._sessions.watch(config.heartbeat_interval_s)
         self._watching = asyncio.create_task(watching)
         contact = Contact(self._rpc.local_target, self.address, self._join_token)
-        await self._executor.start(contact, self._bus.post)
+        try:
+            await self._executor.start(contact, self._bus.post)
+        except BaseException:
+            await self.stop()
+            raise
         await self._rpc.set_serving(True)
 
     async def ready(self) -> None:
@@ -177,7 +181,7 @@ def _executor(config: ServerConfig, store: ArtifactStore) -> Executor:
 async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
     """Run a server until SIGINT or SIGTERM; `announce` is told its address once there is a worker.
 
-    Raises SchedulerError when the server had to stop by itself.
+    Raises SchedulerError when the server had to stop by itself, ExecutorError when there can be no workers.
     """
     stopping = asyncio.Event()
     _on_signals(stopping.set)
