@@ -19,6 +19,7 @@ from lattice_server import MAY_SERVE, records, security
 from lattice_server.app import SchedulerError, serve
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
+from lattice_server.engine.folders import StoreError
 from lattice_server.rpc.server import PortInUseError
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def _serve(config: ServerConfig) -> None:
         uvloop.run(serve(config, announce))
     except PortInUseError as error:
         raise click.ClickException(f"{error}. Choose another --port, or 0 for any.") from None
-    except SchedulerError as error:
+    except (SchedulerError, StoreError) as error:
         raise click.ClickException(str(error)) from None
     finally:
         for name in noted:
