@@ -8,15 +8,18 @@
         context.spawn(answer, {"question": question, "found": [task.output for task in found]})
         return len(found)
 
-Rule: standard library only. The encoding is that of the process the task runs in.
+Rule: no gRPC here. The encoding is that of the process the task runs in.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-RUNNER = "lattice_runner"
+from lattice_worker.runner.artifacts import Encoder
+from lattice_worker.runner.functions import dump
+from lattice_worker.runner.output import current as running
+from lattice_worker.runner.text import utf8
+
 PLAIN: Mapping[str, Any] = {"spec": b"", "function": b"", "outputs": ("result",), "has_code": True}
 
 
@@ -79,21 +82,21 @@ def spawn(
 
     Raises:
         RuntimeError: there is no task running here.
-        lattice_runner.PayloadError: an input or the function cannot be pickled.
+        PayloadError: an input or the function cannot be pickled.
 
     What only the server can see, such as too many tasks, fails the task that spawned.
     """
-    runner, output = sys.modules[RUNNER], _output()
+    output = _output()
     attempt = current()
     names = output.header.setdefault("spawned", {})
-    label = name or str(getattr(task, "__name__", "task"))
+    label = utf8(name or str(getattr(task, "__name__", "task")))
     number = names[label] = names.get(label, 0) + 1
     task_id = f"{attempt.task_id}/{label}" if number == 1 else f"{attempt.task_id}/{label}-{number}"
     form = getattr(task, "__lattice__", None) or PLAIN
-    encoder = runner.Encoder(output.header)
+    encoder = Encoder(output.header)
     try:
-        tree = {key: _tree(value, encoder) for key, value in (inputs or {}).items()}
-        code = runner.dump(form.get("call", task)) if form["has_code"] else b""
+        tree = {utf8(key): _tree(value, encoder) for key, value in (inputs or {}).items()}
+        code = dump(form.get("call", task)) if form["has_code"] else b""
     except BaseException:
         encoder.take_back()
         raise
@@ -113,8 +116,7 @@ def spawn(
 
 
 def _output() -> Any:
-    runner = sys.modules.get(RUNNER)
-    output = runner.current.get() if runner is not None else None
+    output = running.get()
     if output is None:
         raise RuntimeError("there is no task running here; this works inside tasks only")
     if output.header["batched"]:
@@ -122,11 +124,11 @@ def _output() -> Any:
     return output
 
 
-def _tree(value: Any, encoder: Any) -> dict[str, Any]:
+def _tree(value: Any, encoder: Encoder) -> dict[str, Any]:
     if isinstance(value, SpawnedOutput):
         return {"task": value.task_id, "output": value.output}
     if not _has_output(value):
-        return encoder.encode(value)  # type: ignore[no-any-return]  # the runner's own encoding
+        return encoder.encode(value)
     if isinstance(value, dict):
         return {"entries": {str(key): _tree(item, encoder) for key, item in value.items()}}
     return {"items": [_tree(item, encoder) for item in value]}

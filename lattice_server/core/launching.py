@@ -298,6 +298,7 @@ class Launcher:
             lease_id=lease.lease_id,
             sequence=lease.sequence,
             slot=lease.slot.slot_id,
+            tenant=lease.tenant,
             function=spec.function,
             attempts=tuple(
                 AttemptInputs(t.ready.run_id, t.ready.spec.task_id, t.attempt, t.inputs) for t in lease.tasks

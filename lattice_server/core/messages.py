@@ -380,6 +380,7 @@ class Assign:
     lease_id: str
     sequence: int
     slot: int
+    tenant: str
     function: Function
     attempts: tuple[AttemptInputs, ...]
     is_batched: bool

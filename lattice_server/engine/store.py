@@ -6,7 +6,7 @@ request, however often it is uploaded.
 Workers on the same machine share the directory: what a client wrote, they map; what they wrote, clients read. A large
 file that is dropped becomes a spare, to be written again under another name: pages that are there already cost a
 fraction of new ones. Whoever reads a file holds a shared lock on it, and whoever takes a spare an exclusive one, so
-nobody's bytes change under him (see `open_artifact` in the sandbox's `child.py`, the other side of this).
+nobody's bytes change under him (see `open_artifact` in the runner's `artifacts.py`, the other side of this).
 """
 
 import asyncio

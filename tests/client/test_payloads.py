@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_client import entrypoint, payloads, task
-from lattice_worker.sandbox import child
+from lattice_worker.runner import values
 
 plain = st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.floats() | st.text()
 jsonable = st.recursive(
@@ -77,17 +77,17 @@ def test_any_value_comes_back_as_it_was(value: Any) -> None:
 
 
 @given(anything)
-def test_the_client_and_the_sandbox_speak_one_code(value: Any) -> None:
+def test_the_client_and_the_runner_speak_one_code(value: Any) -> None:
     media_type, data = payloads.encode(value)
-    assert same(child.decode_value(media_type, data), value)
-    media_type, parts = child.encode_value(value)
+    assert same(values.decode_value(media_type, data), value)
+    media_type, parts = values.encode_value(value)
     assert same(payloads.decode(media_type, b"".join(parts)), value)
 
 
 @given(st.lists(arrays, min_size=1, max_size=3))
 def test_arrays_travel_beside_the_pickle(value: list[Any]) -> None:
     assert same(through(value), value)
-    media_type, parts = child.encode_value(value)
+    media_type, parts = values.encode_value(value)
     assert same(payloads.decode(media_type, bytearray(b"".join(bytes(part) for part in parts))), value)
 
 
@@ -114,14 +114,14 @@ def test_the_encoding_fits_the_value(value: Any, media_type: str) -> None:
 def test_a_key_that_is_not_unicode_travels() -> None:
     value = [{"\ud800": 1}]
     assert through(value) == value
-    assert child.encode_value(value)[0] == payloads.CLOUDPICKLE
+    assert values.encode_value(value)[0] == payloads.CLOUDPICKLE
 
 
 def test_a_huge_integer_travels() -> None:
     # Not parameters: Python, and so pytest, refuses to print them.
     for value in (10**5000, -(10**4300), 10**4300 - 1, 1 - 10**4300, 10**4299):
         assert same(through(value), value)
-        media_type, parts = child.encode_value(value)
+        media_type, parts = values.encode_value(value)
         assert same(payloads.decode(media_type, b"".join(parts)), value)
 
 

@@ -46,8 +46,8 @@ def test_every_module_of_a_package_is_in_it(names: set[str], package: str) -> No
     assert expected | {f"{package}/py.typed"} <= names
 
 
-def test_the_program_of_the_sandbox_is_in_it(names: set[str]) -> None:
-    assert "lattice_worker/sandbox/child.py" in names
+def test_the_program_of_the_runner_is_in_it(names: set[str]) -> None:
+    assert "lattice_worker/runner/__main__.py" in names
 
 
 def test_nothing_else_is_in_it(names: set[str]) -> None:

@@ -226,7 +226,7 @@ def give_two(room: str, how: str) -> dict[str, Any]:
 @task
 def store() -> str:
     """Return where this worker keeps large values."""
-    folder: str = sys.modules["lattice_runner"].current.get().header["store"]
+    folder: str = sys.modules["lattice_worker.runner.output"].current.get().header["store"]
     return folder
 
 

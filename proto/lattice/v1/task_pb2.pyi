@@ -84,6 +84,8 @@ class _ConcurrencyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """One attempt at a time in a process."""
     CONCURRENCY_ASYNC: _Concurrency.ValueType  # 2
     """A coroutine function; many attempts share one event loop."""
+    CONCURRENCY_FRESH_PROCESS: _Concurrency.ValueType  # 3
+    """Each attempt has a new process, which is used once."""
 
 class Concurrency(_Concurrency, metaclass=_ConcurrencyEnumTypeWrapper):
     """How attempts of a function share a process."""
@@ -94,6 +96,8 @@ CONCURRENCY_PROCESS: Concurrency.ValueType  # 1
 """One attempt at a time in a process."""
 CONCURRENCY_ASYNC: Concurrency.ValueType  # 2
 """A coroutine function; many attempts share one event loop."""
+CONCURRENCY_FRESH_PROCESS: Concurrency.ValueType  # 3
+"""Each attempt has a new process, which is used once."""
 Global___Concurrency: typing_extensions.TypeAlias = Concurrency
 
 class _BatchScope:
@@ -473,7 +477,9 @@ class RetryPolicy(google.protobuf.message.Message):
     backoff_multiplier: builtins.float
     """Each further wait is the last one times this, 1 to 1000; zero means 2."""
     max_worker_losses: builtins.int
-    """How often the task may lose its worker before it fails; zero means 3."""
+    """How many lost workers the task may be charged with before it fails; zero means 3. It is charged with those on which
+    its attempt, or the batch it was in, was alone.
+    """
     @property
     def initial_backoff(self) -> google.protobuf.duration_pb2.Duration:
         """The wait before the second attempt; zero means 100 ms."""

@@ -16,7 +16,7 @@ from lattice_server.core.model import Artifact
 from lattice_server.engine import folders
 from lattice_server.engine import store as store_module
 from lattice_server.engine.store import HEAD, SPARES, ArtifactStore
-from lattice_worker.sandbox import child
+from lattice_worker.runner import artifacts
 
 TIMEOUT_S = 60.0
 LARGE = 3 << 20
@@ -65,7 +65,7 @@ def spares(store: ArtifactStore) -> list[int]:
 
 def recycled(store: ArtifactStore, name: str, size: int) -> FileIO:
     """Return a file of the store to write to, as a task would."""
-    return child.create_artifact(str(store.directory / name), str(store.directory / SPARES), size)
+    return artifacts.create_artifact(str(store.directory / name), str(store.directory / SPARES), size)
 
 
 def test_what_is_written_is_read_back_from_any_offset() -> None:

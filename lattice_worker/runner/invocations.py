@@ -1,0 +1,212 @@
+"""Runs invocations and answers with their outcomes.
+
+Rule: whatever user code does, the answer travels on the control socket and never on the user's own output.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lattice_worker.runner.artifacts import Encoder, open_artifact
+from lattice_worker.runner.failures import failure_of
+from lattice_worker.runner.frames import MAX_FRAME_BYTES, Channel
+from lattice_worker.runner.functions import columns, load_code, takes_params_alone
+from lattice_worker.runner.memory import memory_limit
+from lattice_worker.runner.output import Output
+from lattice_worker.runner.reset import Baseline
+from lattice_worker.runner.text import message_of, type_name, utf8
+from lattice_worker.runner.values import PayloadError, decode_value
+
+MAX_ANSWER_BYTES = MAX_FRAME_BYTES // 2
+
+Answer = tuple[dict[str, Any], list[bytes]]
+
+
+class Program:
+    """Functions, by digest, and the invocations of them. `baseline` is what loading code may change for good."""
+
+    def __init__(self, channel: Channel, baseline: Baseline) -> None:
+        self._channel = channel
+        self._baseline = baseline
+        self._definitions: dict[str, tuple[dict[str, Any], bytes]] = {}
+        self._callables: dict[str, Callable[..., Any]] = {}
+
+    def define(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        """Remember a function; it is loaded when first called."""
+        self._definitions[header["digest"]] = (header, blobs[0] if blobs else b"")
+
+    def run(self, output: Output, blobs: list[bytes]) -> Answer:
+        """Run an invocation to its end. Never raises."""
+        with self._outcome(output) as outcome:
+            value = self._call(output.header, blobs)
+            if inspect.iscoroutine(value):
+                value = asyncio.run(value)
+            outcome.take(value)
+        return outcome.answer()
+
+    async def run_async(self, output: Output, blobs: list[bytes]) -> Answer:
+        """Run an invocation of a coroutine function to its end. Never raises, also when it is cancelled."""
+        with self._outcome(output) as outcome:
+            value = self._call(output.header, blobs)
+            outcome.take(await value if inspect.isawaitable(value) else value)
+        return outcome.answer()
+
+    @contextlib.contextmanager
+    def _outcome(self, output: Output) -> Iterator["Outcome"]:
+        """Turn whatever the block does into an outcome."""
+        outcome = Outcome(output.header, self._return_style(output.header), self._channel)
+        try:
+            with memory_limit(output.header["memory_limit"]):
+                yield outcome
+        except BaseException as error:  # SystemExit too: user code must not end the runner by raising it.
+            outcome.fail(error)
+
+    def _return_style(self, header: dict[str, Any]) -> str:
+        return str(self._definitions[header["digest"]][0]["return_style"])
+
+    def _load(self, digest: str) -> Callable[..., Any]:
+        if digest in self._callables:
+            return self._callables[digest]
+        definition, blob = self._definitions[digest]
+        try:
+            function = load_code(definition, blob)
+        except MemoryError:
+            raise
+        except BaseException as error:
+            text = f"the function {definition['name']!r} cannot be loaded here: "
+            text += f"{type_name(type(error))}: {message_of(error)}"
+            if isinstance(error, ModuleNotFoundError):
+                text += "; install the module where the worker runs"
+            raise PayloadError(text) from error
+        self._callables[digest] = function
+        # What modules set up when they are imported stays: they are not imported again.
+        self._baseline.capture()
+        return function
+
+    def _call(self, header: dict[str, Any], blobs: list[bytes]) -> Any:
+        function = self._load(header["digest"])
+        style = self._definitions[header["digest"]][0]["call_style"]
+        takes_params = style == "params" or (style == "auto" and takes_params_alone(function))
+        if not header["batched"]:
+            (inputs,) = header["items"]
+            bound = {name: _bind(binding, blobs) for name, binding in inputs.items()}
+            return function(bound) if takes_params else function(**bound)
+        # An item whose inputs cannot be read has failed by itself; the others are called without it.
+        header["unread"] = {}
+        batch = []
+        for position, inputs in enumerate(header["items"]):
+            try:
+                batch.append({name: _bind(binding, blobs) for name, binding in inputs.items()})
+            except BaseException as error:
+                header["unread"][position] = error
+        if not batch:
+            return []
+        return function(batch) if takes_params else function(**columns(function, batch))
+
+
+class Outcome:
+    """What an invocation answers: built from what its function returns or raises."""
+
+    def __init__(self, header: dict[str, Any], return_style: str, channel: Channel) -> None:
+        self._header = header
+        self._return_style = return_style
+        self._channel = channel
+        self._encoder = Encoder(header)
+        self._started = time.perf_counter()
+        self._answer: dict[str, Any] = {}
+
+    def take(self, value: Any) -> None:
+        """Encode what the function returned."""
+        self._answer = self._batch(value) if self._header["batched"] else self._member(value)
+
+    def fail(self, error: BaseException) -> None:
+        """Describe what the function raised, or what is wrong with what it returned. Never raises."""
+        self._encoder.take_back()
+        self._answer = {"failure": self._describe(error)}
+
+    def _describe(self, error: BaseException) -> dict[str, Any]:
+        # The error's own methods are called, and may never return: the agent gives them a second.
+        self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": False})
+        failure = failure_of(error, self._encoder)
+        self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": True})
+        return failure
+
+    def answer(self) -> Answer:
+        """Return the frame that ends the invocation."""
+        duration = time.perf_counter() - self._started
+        if (size := sum(map(len, self._encoder.blobs))) > MAX_ANSWER_BYTES:
+            limit = f"{size} bytes in values that are not large by themselves; the limit is {MAX_ANSWER_BYTES}"
+            self.fail(PayloadError(f"what the task returned takes {limit}"))
+        head = {"kind": "result", "id": self._header["id"], "made": self._encoder.made, "duration": duration}
+        return head | self._answer, self._encoder.blobs
+
+    def _member(self, value: Any) -> dict[str, Any]:
+        """Return the outputs in a value, and item by item those that others are mapped over."""
+        outputs, encoder = self._outputs(value), self._encoder
+        split = {name: _items(name, outputs[name]) for name in self._header["split"]}
+        return {
+            "outputs": {name: encoder.encode(item) for name, item in outputs.items()},
+            "split": {name: [encoder.encode(item) for item in items] for name, items in split.items()},
+        }
+
+    def _batch(self, value: Any) -> dict[str, Any]:
+        """Return one answer for each member of a batch."""
+        unread, size = self._header["unread"], len(self._header["items"])
+        try:
+            values = list(value)
+        except TypeError:
+            raise PayloadError(f"a batch of {size} must return a list; it returned {type(value).__name__}") from None
+        if len(values) != size - len(unread):
+            raise PayloadError(f"a batch of {size - len(unread)} returned {len(values)} values; one for each is needed")
+        found = iter(values)
+        return {"items": [self._member_of_batch(unread[i] if i in unread else next(found)) for i in range(size)]}
+
+    def _member_of_batch(self, value: Any) -> dict[str, Any]:
+        encoder = self._encoder
+        if isinstance(value, BaseException):
+            return {"failure": self._describe(value)}
+        kept = (len(encoder.blobs), len(encoder.made))
+        try:
+            return self._member(value)
+        except BaseException as error:
+            encoder.take_back(*kept)
+            return {"failure": self._describe(error)}
+
+    def _outputs(self, value: Any) -> dict[str, Any]:
+        declared, style = self._header["outputs"], self._return_style
+        has_all = isinstance(value, dict) and all(name in value for name in declared)
+        if style == "auto":
+            style = "mapping" if has_all and (declared or all(isinstance(k, str) for k in value)) else "value"
+            if style == "value" and len(declared) > 1:
+                style = "mapping"
+        if style == "value":
+            return {declared[0] if declared else "result": value}
+        if not isinstance(value, dict):
+            raise PayloadError(f"the task must return a dict with {declared}; it returned {type(value).__name__}")
+        if not has_all:
+            missing = ", ".join(repr(name) for name in declared if name not in value)
+            returned = ", ".join(map(str, value)) or "nothing"
+            raise PayloadError(f"the task returned no output {missing}; it returned: {returned}")
+        named = {utf8(str(name)): item for name, item in value.items()}
+        if len(named) < len(value):
+            raise PayloadError(f"the task returned two outputs of one name; it returned: {', '.join(map(str, value))}")
+        return named
+
+
+def _bind(binding: dict[str, Any], blobs: list[bytes]) -> Any:
+    if "items" in binding:
+        return [_bind(item, blobs) for item in binding["items"]]
+    if "entries" in binding:
+        return {key: _bind(item, blobs) for key, item in binding["entries"].items()}
+    if "path" not in binding:
+        return decode_value(binding["type"], blobs[binding["blob"]])
+    return decode_value(binding["type"], open_artifact(binding["path"]))
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    if isinstance(value, str | bytes | dict) or not hasattr(value, "__iter__"):
+        raise PayloadError(f"output {name!r} is mapped over and must be a list; it is a {type(value).__name__}")
+    return list(value)

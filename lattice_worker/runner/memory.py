@@ -1,0 +1,25 @@
+"""The memory limit of an invocation that has its process for itself."""
+
+import contextlib
+import resource
+from collections.abc import Iterator
+
+# What a task may use beyond the memory it asked for before it is stopped: it is counted by the page, and early.
+MEMORY_SLACK_BYTES = 64 * 1024 * 1024
+
+
+@contextlib.contextmanager
+def memory_limit(limit_bytes: int) -> Iterator[None]:
+    """Let this process grow by `limit_bytes` and a little; what asks for more gets a MemoryError. Zero means any."""
+    if not limit_bytes:
+        yield
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    with open("/proc/self/status") as status:
+        used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
+    wanted = used + limit_bytes + MEMORY_SLACK_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard < 0 else min(wanted, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))

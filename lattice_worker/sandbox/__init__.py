@@ -1,1 +1,0 @@
-"""The isolation around an attempt."""
