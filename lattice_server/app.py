@@ -20,6 +20,7 @@ from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.run import Bounds
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.folders import SOCKET
 from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator, Retention
 from lattice_server.engine.ports import Contact, Executor
@@ -57,7 +58,7 @@ class App:
         self.config = config
         self.address = ""
         self._started_s = time.time()
-        self._store = ArtifactStore()
+        self._store = ArtifactStore(config.store_folder)
         loop = asyncio.get_running_loop()
         self._bus = MessageBus(loop)
         self.has_failed = asyncio.Event()
@@ -69,7 +70,10 @@ class App:
             self._sessions,
             self._store,
             Retention(
-                config.retained_runs, config.retained_tasks, config.retained_bytes, config.retained_artifact_bytes
+                config.retained_runs,
+                config.retained_tasks,
+                config.retained_bytes,
+                min(config.retained_artifact_bytes, self._store.total_bytes // 2),
             ),
             admission,
         )
@@ -100,7 +104,7 @@ class App:
         )
         self._rpc = RpcServer(
             config,
-            str(self._store.directory / "head.sock"),
+            str(self._store.directory / SOCKET),
             WorkflowServicer(self._orchestrator, library, intake),
             TaskServicer(self._orchestrator, intake),
             ResultsServicer(self._orchestrator, self._store, transfers),

@@ -70,7 +70,7 @@ class Artifact(google.protobuf.message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     NODE_ID_FIELD_NUMBER: builtins.int
     artifact_id: builtins.str
-    """Names the artifact; chosen by whoever wrote it, unique in this cluster."""
+    """Names the artifact; unique in this cluster. That of an upload is the SHA-256 digest of its bytes, in lower-case hex."""
     size_bytes: builtins.int
     """Length of the encoded bytes."""
     node_id: builtins.str
@@ -147,7 +147,8 @@ class OutputRef(google.protobuf.message.Message):
     """The name of the output, as the task declares it."""
     optional: builtins.bool
     """The task that reads it can do without: when the producing task was skipped, or failed in a workflow that finishes
-    what is independent, the value is JSON `null`. Otherwise the task that reads it would be skipped as well.
+    what is independent, the value is JSON `null`. Otherwise the task that reads it would be skipped as well. Of a
+    mapped task that became items, the value is the list with `null` in the place of each that did not succeed.
     """
     def __init__(
         self,
