@@ -7,6 +7,9 @@ to write to, and values of other nodes have one to arrive in. What a process ans
 place in the store, and keeps a second name among the reported until its report is acknowledged. Whatever else is in
 the folder goes with the process, or with the worker. If that was killed, the next worker of the store takes over what
 it had reported, to ask the server about it.
+
+A value that the store has no room for lies on disk, in the folder that `disk` in the store links to. Wherever it would
+be a file it is a link to its bytes. The link is made first, so that no bytes lie on disk without one.
 """
 
 import fcntl
@@ -21,6 +24,7 @@ from uuid import uuid4
 PREFIX = "drafts-"
 REPORTED = "reported"
 INCOMING = "incoming"
+DISK = "disk"
 
 
 class Drafts:
@@ -32,6 +36,7 @@ class Drafts:
         self._numbers = itertools.count(1)
         self.incoming = self._folder / INCOMING
         self.reported: set[str] = set()
+        self._disk = (self._store / DISK).resolve()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -50,7 +55,7 @@ class Drafts:
                 yield
             finally:
                 if not self.reported:
-                    shutil.rmtree(self._folder, ignore_errors=True)
+                    self.discard(self._folder)
 
     def folder(self) -> str:
         """Make a folder for a process to write to."""
@@ -58,20 +63,44 @@ class Drafts:
         folder.mkdir()
         return str(folder)
 
+    def on_disk(self, path: Path) -> bool:
+        """Have a value that is not there yet written to disk; False when the store has no such folder."""
+        if not self._disk.is_dir():
+            return False
+        self.remove(path)
+        path.symlink_to(self._disk / uuid4().hex)
+        return True
+
+    def remove(self, path: str | Path) -> None:
+        """Delete a value, and its bytes if they lie on disk."""
+        with suppress(OSError):
+            target = Path(path).readlink()
+            if target.parent == self._disk:
+                target.unlink()
+        with suppress(OSError):
+            os.unlink(path)
+
+    def discard(self, folder: str | Path) -> None:
+        """Delete a folder, with the bytes on disk of the values in it."""
+        for path in Path(folder).rglob("*"):
+            if path.is_symlink():
+                self.remove(path)
+        shutil.rmtree(folder, ignore_errors=True)
+
     def publish(self, folder: str, artifact_ids: Iterable[str]) -> None:
         """Give what a process wrote its place in the store."""
         for artifact_id in map(os.path.basename, artifact_ids):
             # What the task has deleted, those who need it will miss.
             with suppress(FileNotFoundError):
-                os.link(os.path.join(folder, artifact_id), self._folder / REPORTED / artifact_id)
+                reported = self._folder / REPORTED / artifact_id
+                os.link(os.path.join(folder, artifact_id), reported, follow_symlinks=False)
                 self.reported.add(artifact_id)
                 os.rename(os.path.join(folder, artifact_id), self._store / artifact_id)
 
     def delete(self, folder: str, artifact_ids: Iterable[str]) -> None:
         """Delete what a process wrote and nobody will name."""
         for artifact_id in map(os.path.basename, artifact_ids):
-            with suppress(OSError):
-                os.unlink(os.path.join(folder, artifact_id))
+            self.remove(os.path.join(folder, artifact_id))
 
     def settle(self, artifact_ids: Iterable[str]) -> None:
         """Leave values to the server, which knows of them."""
@@ -83,7 +112,7 @@ class Drafts:
         for path in (left / REPORTED).iterdir():
             path.rename(self._folder / REPORTED / path.name)
             self.reported.add(path.name)
-        shutil.rmtree(left, ignore_errors=True)
+        self.discard(left)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Rule: a file is in the store whole or not at all.
 """
 
 import asyncio
+import errno
 import os
 import zipfile
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from lattice_worker.drafts import Drafts
 
 RETRIES = 10
 RETRY_S = 0.5
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN})
 
 
@@ -77,7 +79,7 @@ class Materials:
         for path in map(self._path, artifact_ids):
             # Whatever a server may ask for, only a value is deleted.
             if path.is_file():
-                path.unlink(missing_ok=True)
+                self._drafts.remove(path)
 
     def stored(self) -> list[str]:
         """Return the large values that lie here, but for those whose reports may not be acknowledged, or are on their
@@ -107,6 +109,8 @@ class Materials:
 
     def _fetch(self, artifact: payload_pb2.Artifact) -> asyncio.Task[None]:
         artifact_id = artifact.artifact_id
+        # One that was dropped on its way here may be needed again: equal content has the same name.
+        self._unneeded.discard(artifact_id)
         found = self._fetching.get(artifact_id)
         if found is None:
             found = self._fetching[artifact_id] = asyncio.create_task(self._obtain(artifact))
@@ -122,22 +126,20 @@ class Materials:
         finally:
             if artifact.artifact_id in self._unneeded:
                 self._unneeded.discard(artifact.artifact_id)
-                path.unlink(missing_ok=True)
+                self._drafts.remove(path)
 
     async def _download(self, artifact: payload_pb2.Artifact) -> None:
         path = self._path(artifact.artifact_id)
         part = self._drafts.incoming / path.name
+        is_full = False
         for attempt in range(RETRIES):
             stub = self._connect()
             try:
                 if stub is None:
                     raise MissingError("the server is not connected")
-                with part.open("wb") as file:
-                    request = results_pb2.ReadArtifactRequest(artifact_id=artifact.artifact_id)
-                    async for response in stub.ReadArtifact(request):
-                        # A write into memory, at most 1 MiB of it.
-                        file.write(response.data)
-                    size = file.tell()
+                if is_full:
+                    self._drafts.on_disk(part)
+                size = await _received(stub, artifact.artifact_id, part)
                 if size == artifact.size_bytes:
                     part.rename(path)
                     return
@@ -146,7 +148,10 @@ class Materials:
                 text = error.details() or error.code().name
                 if error.code() not in RETRIED:
                     raise MissingError(self._lost(artifact, text)) from None
-            except (MissingError, OSError) as error:
+            except OSError as error:
+                text = f"it cannot be written to {self.directory}: {error.strerror}"
+                is_full = error.errno in FULL
+            except MissingError as error:
                 text = str(error)
             except asyncio.CancelledError:
                 # Its channel was closed along with the worker's stream; nobody has cancelled this.
@@ -154,7 +159,7 @@ class Materials:
                     raise
                 text = "the stream broke"
             finally:
-                part.unlink(missing_ok=True)
+                self._drafts.remove(part)
             if attempt + 1 < RETRIES:
                 # The node that has it, or the server, may be back in a moment; its event is the next attempt's success.
                 await asyncio.sleep(RETRY_S)
@@ -165,6 +170,17 @@ class Materials:
 
     def _path(self, artifact_id: str) -> Path:
         return Path(self.directory) / os.path.basename(artifact_id)
+
+
+async def _received(stub: "results_pb2_grpc.ResultsServiceAsyncStub", artifact_id: str, part: Path) -> int:
+    """Write a value to a file as it comes from the server; return its size."""
+    with part.open("wb", buffering=0) as file:
+        async for response in stub.ReadArtifact(results_pb2.ReadArtifactRequest(artifact_id=artifact_id)):
+            # A write into memory, at most 1 MiB of it.
+            left = memoryview(response.data)
+            while left:
+                left = left[file.write(left) :]
+        return file.tell()
 
 
 def _unpack(data: bytes, folder: Path) -> None:

@@ -16,6 +16,7 @@ PREFIX = "lattice-head-"
 SOCKET = "head.sock"
 SOCKET_PATH_BYTES = 107  # The longest path Linux takes for a socket.
 NEW_S = 10.0
+DISK = "disk"  # In a store in memory, a link to the folder of values for which that has no room.
 MIB = 1024 * 1024
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,33 @@ def made(parent: str) -> tuple[Path, int]:
         raise StoreError(f"there is no folder for large values: {error.strerror}; {setting}") from error
     log.warning("large values are kept in %s: %s", on_disk, why)
     return _made_in(on_disk, setting)
+
+
+def linked(store: Path) -> tuple[Path, int] | None:
+    """Make a folder on disk for values that a store in shared memory has no room for, and link to it from the store.
+
+    Returns it with the descriptor that locks it; None for a store that lies elsewhere, or when there is no such folder.
+    """
+    if store.parent != SHARED_MEMORY:
+        return None
+    try:
+        parent = Path(tempfile.gettempdir()).resolve()
+        _delete_left(parent)
+        folder, lock = _made_in(parent, "")
+    except (OSError, StoreError) as error:
+        log.warning("values for which %s has no room fail: %s", store, error)
+        return None
+    (store / DISK).symlink_to(folder)
+    return folder, lock
+
+
+def remove(path: Path) -> None:
+    """Delete a value; one that a store had no room for is a link to its bytes on disk, and both are deleted."""
+    with suppress(OSError):
+        target = path.readlink()
+        if target.parent == (path.parent / DISK).resolve():
+            target.unlink()
+    path.unlink(missing_ok=True)
 
 
 def room(folder: Path) -> tuple[int, int]:

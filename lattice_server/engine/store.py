@@ -25,7 +25,7 @@ from uuid import uuid4
 
 from lattice_server.core.errors import ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact
-from lattice_server.engine.folders import MIB, made, room
+from lattice_server.engine.folders import MIB, linked, made, remove, room
 
 HEAD = "head"
 SPARES = "spares"
@@ -53,6 +53,7 @@ class ArtifactStore:
     def __init__(self, folder: str = "", spare_limit_bytes: int = 512 * 1024 * 1024) -> None:
         self.on_drop: Callable[[Artifact], None] = lambda artifact: None
         self.directory, self._lock = made(folder)
+        self._on_disk = linked(self.directory)
         self._spares, self._uploads = self.directory / SPARES, self.directory / UPLOADS
         self._spares.mkdir()
         self._uploads.mkdir()
@@ -118,9 +119,11 @@ class ArtifactStore:
         return None if holding is None else holding.artifact
 
     def close(self) -> None:
-        """Delete the directory."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-        os.close(self._lock)
+        """Delete the directory, and the one on disk."""
+        own = [(self.directory, self._lock)]
+        for directory, lock in own if self._on_disk is None else [*own, self._on_disk]:
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(lock)
 
     def _admit(self, draft: Path, artifact: Artifact) -> Artifact:
         """Give what was uploaded its place, unless the same is there already, and hold it."""
@@ -174,11 +177,11 @@ class ArtifactStore:
         try:
             size = path.stat().st_size
             spare = sum(entry.stat().st_size for entry in os.scandir(self._spares))
-            if MIN_SPARE_BYTES <= size <= self._spare_limit_bytes - spare:
+            if not path.is_symlink() and MIN_SPARE_BYTES <= size <= self._spare_limit_bytes - spare:
                 # Under a new name: another may be dropped by the old one while a worker takes this.
                 path.rename(self._spares / uuid4().hex)
             else:
-                path.unlink()
+                remove(path)
         except FileNotFoundError:  # a worker took the spare meanwhile, or the artifact lies elsewhere
             return
 

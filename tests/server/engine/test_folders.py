@@ -123,3 +123,29 @@ def test_the_settings_are_named_when_no_folder_can_be_used(tmp_path: Path) -> No
     assert line.startswith("there is no folder for large values: ")
     assert "TMPDIR" in line
     assert "store_folder" in line
+
+
+@IN_A_NAMESPACE
+def test_a_value_on_disk_is_read_and_dropped_like_one_in_memory(tmp_path: Path) -> None:
+    script = """
+from pathlib import Path
+from lattice_server.core.model import Artifact
+start()
+disk = (store.directory / "disk").resolve()
+print(disk.parent, disk.name.startswith("lattice-head-"))
+path = store.directory / ("1" * 32)
+path.symlink_to(disk / "bytes")
+path.write_bytes(b"x" * (2 * MIB))
+artifact = Artifact("1" * 32, 2 * MIB, "head")
+
+async def read():
+    return sum([len(chunk) async for chunk in store.read(artifact.artifact_id, 0)])
+
+print(asyncio.run(read()) == 2 * MIB)
+store.settle([artifact])
+print(path.is_symlink(), list(disk.iterdir()), list((store.directory / "spares").iterdir()))
+store.close()
+print(disk.exists(), store.directory.exists())
+"""
+    lines = play(tmp_path, "mount -t tmpfs -o size=512m none $SHM", script)
+    assert lines == [f"{tmp_path / 'disk'} True", "True", "False [] []", "False False"]
