@@ -196,7 +196,8 @@ async def _result(address: str, run_id: str) -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell starts background jobs with it ignored.
 from lattice_client import LatticeClient
 with LatticeClient(sys.argv[1]) as client:
     run = client.get_run(sys.argv[2])

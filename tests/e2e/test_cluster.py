@@ -136,8 +136,8 @@ def test_a_worker_that_comes_back_too_late_serves_anew_and_what_it_ran_is_ended(
         else:
             found.machines[0].signal_all(signal.SIGCONT)
         found.until_node("a", READY)
-        # Two of them wait for room: the two that the worker has forgotten, and runs again.
-        while len([line for line in room.notes() if line.startswith("+")]) < 6:
+        # Both attempts of the lost worker run again, each alone on its node: the other node is busy, so one at a time.
+        while len([line for line in room.notes() if line.startswith("+")]) < 5:
             entered(run, "stay")
         room.open()
         assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
@@ -305,7 +305,7 @@ def test_the_readme_s_cluster_works_as_it_is_typed(tmp_path: Path) -> None:
         machine.hear(worker, "as node second")
         found.until_node("second", READY)
         shown = found.head.run("sh", "-c", f"cd {tmp_path}; {path}; {typed}; {look}")
-        assert "second" in shown.splitlines()[0]
+        assert shown.splitlines()[1].startswith("second")
         assert "draining" in shown
         assert worker.wait(GONE_S) == 0
         assert not found.nodes()
