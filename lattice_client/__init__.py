@@ -29,10 +29,12 @@ from lattice_client.errors import (
     UnavailableError,
 )
 from lattice_client.langgraph import LangGraphClient
+from lattice_client.outputs import TaskOutput
 from lattice_client.run import AsyncRun
 from lattice_client.sync import LatticeClient, LatticeWorkflow, Run
 from lattice_client.task import TaskDefinition, task
-from lattice_client.workflow import LatticeTask, TaskOutput
+from lattice_client.template import template
+from lattice_client.workflow import LatticeTask
 
 __all__ = [
     "AbortedError",
@@ -71,4 +73,5 @@ __all__ = [
     "UnavailableError",
     "entrypoint",
     "task",
+    "template",
 ]

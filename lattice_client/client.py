@@ -6,8 +6,9 @@ by the methods that callers use, in their own thread; see `opening`.
 
 import asyncio
 import random
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, Self, TypeVar, Unpack
 from uuid import uuid4
 
@@ -21,8 +22,9 @@ from lattice_client.brevity import Brevity, Kind
 from lattice_client.channel import Channel
 from lattice_client.convert import RunEvent
 from lattice_client.following import OnLoss, Reconnection, limited
+from lattice_client.inputs import Belongs, Upload
 from lattice_client.opening import Fetched, opened
-from lattice_client.run import Answer, AsyncRun, Outcome, abandon
+from lattice_client.run import Answer, AsyncRun, Outcome, abandon, task_id_of
 from lattice_client.security import SecurityOptions
 from lattice_client.workflow import Graph, LatticeTask
 
@@ -38,6 +40,14 @@ TERMINAL = frozenset({run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED, run
 # What gRPC says of an upload whose call the server ended while it was written to; the server's own words are lost then.
 LOST_STATUS = "Internal error from Core"
 UPLOAD_TRIES = 5
+ENDED = frozenset(
+    {
+        run_pb2.TASK_STATE_SUCCEEDED,
+        run_pb2.TASK_STATE_FAILED,
+        run_pb2.TASK_STATE_CANCELLED,
+        run_pb2.TASK_STATE_SKIPPED,
+    }
+)
 
 
 class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
@@ -165,7 +175,7 @@ class AsyncLatticeClient:
     async def request_of(
         self,
         graph: Graph[Any],
-        upload: convert.Upload,
+        upload: Upload,
         run_id: str = "",
         *,
         labels: Mapping[str, str] | None = None,
@@ -188,14 +198,16 @@ class AsyncLatticeClient:
                 request.workflow_id = graph.workflow_id
             else:
                 # Once, however often it is offered: large inputs would be uploaded each time.
-                request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), upload))
+                request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), upload, graph.has))
                 request.workflow.display_name = graph.name
                 request.workflow.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
         return request
 
     async def submit(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> AsyncRun:
         """Start the run of a request, again while the server has as much work as it takes. Raises RequestError."""
-        return await self._offer(lambda: self._start(request, graph))
+        run = await self._offer(lambda: self._start(request, graph))
+        run.graph = weakref.ref(graph)
+        return run
 
     async def run_task(self, task: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run one task as a run of its own and return its outputs. Raises TaskFailedError, RequestError."""
@@ -204,7 +216,7 @@ class AsyncLatticeClient:
         found: dict[str, Any] = opened(await self.submit_task(await self.task_request_of(added, self.upload), added))
         return found
 
-    async def task_request_of(self, task: LatticeTask, upload: convert.Upload) -> task_pb2.RunTaskRequest:
+    async def task_request_of(self, task: LatticeTask, upload: Upload) -> task_pb2.RunTaskRequest:
         """Return what `run_task` sends, without the code. Waits for nothing but `upload`."""
         labels = {"tenant": self._tenant} if self._tenant else {}
         with _building():
@@ -231,19 +243,17 @@ class AsyncLatticeClient:
             return {name: await self.fetch(payload) for name, payload in response.task.outputs.items()}
         return await self.result_in(await self.ended(response.run.run_id))
 
-    async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
-        """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
-        return await self.submit_tasks(run_id, await self.spec_of(tasks, self.upload), tasks, expected_revision)
-
-    async def spec_of(self, tasks: Sequence[LatticeTask], upload: convert.Upload) -> workflow_pb2.WorkflowSpec:
-        """Return what `add_tasks` sends, without the code. Waits for nothing but `upload`."""
+    async def spec_of(
+        self, tasks: Sequence[LatticeTask], upload: Upload, belongs: Belongs
+    ) -> workflow_pb2.WorkflowSpec:
+        """Return what `submit_tasks` sends, without the code. Waits for nothing but `upload`."""
         with _building():
-            return await convert.tasks_of(tasks, upload)
+            return await convert.tasks_of(tasks, upload, belongs)
 
     async def submit_tasks(
         self, run_id: str, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int
     ) -> int:
-        """Add the tasks of a spec to a run; see `add_tasks`."""
+        """Add the tasks of a spec to a run; return its revision. See `AsyncRun.add_tasks`."""
 
         async def call() -> int:
             convert.fill_code(spec, tasks, self._known_code)
@@ -326,26 +336,54 @@ class AsyncLatticeClient:
             self._brevity.learn(kind, answer.run)
         return answer
 
-    async def result_in(self, answer: Answer) -> Any:
-        """Return what `opened` turns into the outputs of a run that ended, or into its error; see `AsyncRun.result`."""
-        if (failed := convert.error_of(answer.run)) is not None:
+    async def result_in(self, answer: Answer, is_partial: bool = False) -> Any:
+        """Return what `opened` turns into the result of a run that ended, or into its error; see `AsyncRun.result`."""
+        if not is_partial and (failed := await self.error_of(answer.run)) is not None:
             return failed
-        found = await convert.outputs_of(answer.final_tasks, self.fetch)
-        return next(iter(found.values())) if len(found) == 1 else found
+        return await convert.result_of(answer.final_tasks, self.fetch)
+
+    async def error_of(self, run: run_pb2.Run) -> errors.RunError | None:
+        """Return the error of a run that ended otherwise than well, for `opened`; None of one that succeeded."""
+        name, task_id = "", run.failure.task_id
+        if task_id:
+            with suppress(errors.LatticeError):  # the name is for people; the error says the id as well
+                name = (await self._get_task(run.run_id, task_id)).display_name
+        return convert.error_of(run, name)
+
+    async def fetched_output(self, run_id: str, task: LatticeTask | str) -> Any:
+        """Wait for the end of a task; return what `opened` turns into its output; see `AsyncRun.output`."""
+        task_id = task_id_of(task)
+        request = _made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id, wait=_duration(WAIT_S))
+        found = (
+            await self._until(run_id, lambda: self._rpc.tasks.GetTask(request), lambda it: it.task.state in ENDED)
+        ).task
+        if (failed := convert.lack_of(found)) is not None:
+            return failed
+        is_mapped = found.HasField("item_count") and found.item_count > 0
+        items = await self.list_tasks(run_id) if is_mapped else []
+        items = [item for item in items if item.parent_task_id == task_id]
+        outputs = await convert.outputs_of(found, items, self.fetch) or {}
+        return convert.value_of(outputs, task)
 
     async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:
         request = _made(results_pb2.GetResultRequest, run_id=run_id, wait=_duration(WAIT_S))
+        return await self._until(
+            run_id, lambda: self._rpc.results.GetResult(request), lambda it: it.run.state in TERMINAL
+        )
+
+    async def _until(self, run_id: str, call: Callable[[], Awaitable[T]], has_ended: Callable[[T], bool]) -> T:
+        """Make a call that waits for an end, again until its answer has it; see `following`. Raises RequestError."""
         breaks = Reconnection(self._rpc, run_id)
         while True:
             try:
                 with self._rpc.closing():
-                    response = await self._rpc.results.GetResult(request)
+                    answer = await call()
             except grpc.aio.AioRpcError as error:
                 await breaks.wait(error)
                 continue
             breaks.heard()
-            if response.run.state in TERMINAL:
-                return response
+            if has_ended(answer):
+                return answer
 
     async def events(self, run_id: str, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield a run's events after number `after`, each once, to its end.
@@ -415,6 +453,10 @@ class AsyncLatticeClient:
             request.page_token = response.next_page_token
             if not request.page_token:
                 return found
+
+    async def _get_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
+        request = _made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id)
+        return (await self._rpc.call(self._rpc.tasks.GetTask(request))).task
 
     async def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits. Raises NotFoundError."""

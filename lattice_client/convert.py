@@ -1,16 +1,16 @@
 """Owns the translation between a graph and the contract, and between events and plain values."""
 
-from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, workflow_pb2
 
-from lattice_client import payloads
 from lattice_client.errors import RunCancelledError, RunError, RunTimeoutError, TaskDefinitionError, TaskFailedError
-from lattice_client.workflow import UNSET, LatticeTask, TaskOutput
+from lattice_client.inputs import Belongs, Binder, Upload
+from lattice_client.workflow import UNSET, LatticeTask
 
-Upload = Callable[[bytes], Awaitable[payload_pb2.Artifact]]
 Decode = Callable[[payload_pb2.Payload], Awaitable[Any]]
 
 
@@ -32,11 +32,14 @@ FAILURE_POLICIES = {
 }
 
 
-async def tasks_of(tasks: Collection[LatticeTask], upload: Upload) -> workflow_pb2.WorkflowSpec:
-    """Return tasks as one message, without their code; see `fill_code`. Large inputs are uploaded."""
+async def tasks_of(tasks: Collection[LatticeTask], upload: Upload, belongs: Belongs) -> workflow_pb2.WorkflowSpec:
+    """Return tasks as one message, without their code; see `fill_code`. Large inputs are uploaded.
+
+    Raises TaskDefinitionError when a task is wired to an output that does not belong to the run.
+    """
     spec, names = workflow_pb2.WorkflowSpec(), _names(tasks)
     for task in tasks:
-        await _fill_task(spec.tasks.add(), task, names[id(task.definition)], upload)
+        await _fill_task(spec.tasks.add(), task, names[id(task.definition)], upload, belongs)
     return spec
 
 
@@ -62,22 +65,23 @@ def _names(tasks: Iterable[LatticeTask]) -> dict[int, str]:
     """Return what the definitions of tasks are called in their message, by the definitions' identity."""
     names: dict[int, str] = {}
     taken: set[str] = set()
-    for task in tasks:
-        if id(task.definition) not in names:
-            name = task.definition.name if task.definition.name not in taken else task.task_id
-            names[id(task.definition)] = name
-            taken.add(name)
+    for definition in {id(task.definition): task.definition for task in tasks}.values():
+        spellings = chain([definition.name], (f"{definition.name}-{number}" for number in count(2)))
+        names[id(definition)] = name = next(name for name in spellings if name not in taken)
+        taken.add(name)
     return names
 
 
 async def task_of(task: LatticeTask, function: str, upload: Upload) -> task_pb2.TaskSpec:
-    """Return one task as a message."""
+    """Return a task that runs alone as a message. Raises TaskDefinitionError."""
     message = task_pb2.TaskSpec()
-    await _fill_task(message, task, function, upload)
+    await _fill_task(message, task, function, upload, lambda output: False)
     return message
 
 
-async def _fill_task(message: task_pb2.TaskSpec, task: LatticeTask, function: str, upload: Upload) -> None:
+async def _fill_task(
+    message: task_pb2.TaskSpec, task: LatticeTask, function: str, upload: Upload, belongs: Belongs
+) -> None:
     message.CopyFrom(task.definition.form)
     message.task_id = task.task_id
     message.display_name = task.display_name
@@ -85,55 +89,20 @@ async def _fill_task(message: task_pb2.TaskSpec, task: LatticeTask, function: st
     message.after.extend(task.after)
     message.over = task.over
     if task.condition is not None:
-        _fill_reference(message.condition.output, task.condition.output)
+        binder = Binder(f"the condition of task {task.task_id!r}", upload, belongs)
+        binder.fill_reference(message.condition.output, task.condition.output)
         message.condition.negated = task.condition.is_negated
         if task.condition.equals is not UNSET:
             where = f"what the condition of task {task.task_id!r} is compared with"
-            message.condition.equals.CopyFrom(await payload_of(task.condition.equals, where, upload))
+            binder = Binder(where, upload, belongs)
+            message.condition.equals.CopyFrom(await binder.payload_of(task.condition.equals))
             if message.condition.equals.WhichOneof("content") != "json":
                 raise TaskDefinitionError(f"{where} must be JSON")
+    entrypoint = task.definition.entrypoint
     for name, value in task.inputs.items():
-        await _fill_binding(message.inputs[name], value, f"input {name!r} of task {task.task_id!r}", upload)
-
-
-def _has_output(value: Any) -> bool:
-    if isinstance(value, TaskOutput):
-        return True
-    if isinstance(value, list | tuple):
-        return any(map(_has_output, value))
-    return isinstance(value, dict) and any(map(_has_output, value.values()))
-
-
-async def _fill_binding(message: payload_pb2.Binding, value: Any, where: str, upload: Upload) -> None:
-    if isinstance(value, LatticeTask):
-        raise TaskDefinitionError(f'{where} is a task; wire one of its outputs: task.outputs["name"]')
-    if isinstance(value, TaskOutput):
-        _fill_reference(message.output, value)
-    elif not _has_output(value):
-        message.payload.CopyFrom(await payload_of(value, where, upload))
-    elif isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise TaskDefinitionError(f"{where} wires an output inside a dict whose keys are not all strings")
-        for key, item in value.items():
-            await _fill_binding(message.map.entries[key], item, where, upload)
-    else:
-        for item in value:
-            await _fill_binding(message.list.items.add(), item, where, upload)
-
-
-def _fill_reference(message: payload_pb2.OutputRef, output: TaskOutput) -> None:
-    message.task_id, message.output, message.optional = output.task_id, output.output, output.is_optional
-
-
-async def payload_of(value: Any, where: str, upload: Upload) -> payload_pb2.Payload:
-    """Return a value as a payload, uploaded when it is large. Raises TaskDefinitionError."""
-    try:
-        media_type, data = payloads.encode(value)
-    except Exception as error:
-        raise TaskDefinitionError(f"{where} cannot be pickled: {error}") from error
-    if len(data) <= payloads.INLINE_LIMIT_BYTES:
-        return payloads.inline(media_type, data)
-    return payload_pb2.Payload(media_type=media_type, artifact=await upload(data))
+        where = f"input {name!r} of task {task.task_id!r}"
+        binder = Binder(where, upload, belongs, is_for_python=not entrypoint or ":" in entrypoint)
+        await binder.fill(message.inputs[name], value)
 
 
 async def event_of(message: run_pb2.RunEvent, decode: Decode) -> RunEvent:
@@ -179,23 +148,63 @@ def message_of(event: RunEvent, workflow_id: str, run_id: str) -> dict[str, Any]
             return None
 
 
-async def outputs_of(tasks: Iterable[run_pb2.TaskRun], decode: Decode) -> dict[str, dict[str, Any]]:
-    """Return the outputs of final tasks by task and name; those of a mapped task are lists of its items'."""
-    found: dict[str, dict[str, Any]] = {}
-    mapped: set[str] = set()
+async def result_of(tasks: Iterable[run_pb2.TaskRun], decode: Decode) -> dict[str, Any]:
+    """Return the outputs of the final tasks of a run that ended: of a single one by name, of several by task id.
+
+    Whether there are several is a matter of the graph: one that did not succeed counts. Among several it is None.
+    """
+    final: dict[str, run_pb2.TaskRun] = {}
+    items: dict[str, list[run_pb2.TaskRun]] = {}
     for task in tasks:
-        if task.state == run_pb2.TASK_STATE_SKIPPED:
+        if task.parent_task_id in items:
+            items[task.parent_task_id].append(task)
             continue
-        values = {name: await decode(payload) for name, payload in task.outputs.items()}
+        final[task.task_id] = task
         if task.HasField("item_count"):
-            mapped.add(task.task_id)
-            found[task.task_id] = values  # empty lists when it has no items, or else nothing
-        elif task.parent_task_id in mapped:
-            for name, value in values.items():
-                found[task.parent_task_id].setdefault(name, []).append(value)
-        else:
-            found[task.task_id] = values
+            items[task.task_id] = []
+    found = {name: await outputs_of(task, items.get(name, ()), decode) for name, task in final.items()}
+    if len(found) == 1:
+        (outputs,) = found.values()
+        return outputs or {}
     return found
+
+
+async def outputs_of(task: run_pb2.TaskRun, items: Sequence[run_pb2.TaskRun], decode: Decode) -> dict[str, Any] | None:
+    """Return the outputs of a task by name; None when it has none, because it did not succeed.
+
+    Those of a mapped task are lists, with None for each of its `items` that did not succeed or has no such output.
+    """
+    if not items:
+        if task.state != run_pb2.TASK_STATE_SUCCEEDED:
+            return None
+        return {name: await decode(payload) for name, payload in task.outputs.items()}
+    names = dict.fromkeys(name for item in items for name in item.outputs)
+    if not names:
+        return None
+    return {
+        name: [await decode(item.outputs[name]) if name in item.outputs else None for item in items] for name in names
+    }
+
+
+def value_of(outputs: dict[str, Any], task: LatticeTask | str) -> Any:
+    """Return a task's outputs as `AsyncRun.output` does: the value of a single one, or all by name.
+
+    Of a task that is known its definition decides, whatever it returned; of one known by its id what it returned does.
+    """
+    names = tuple(outputs) if isinstance(task, str) else task.definition.outputs
+    is_single = len(names) == 1 and (isinstance(task, str) or not task.definition.may_return_more)
+    return outputs.get(names[0]) if is_single else outputs
+
+
+def lack_of(task: run_pb2.TaskRun) -> RunError | None:
+    """Return why a task that ended has no outputs; None when it has."""
+    if task.state == run_pb2.TASK_STATE_SUCCEEDED:
+        return None
+    if task.state == run_pb2.TASK_STATE_FAILED:
+        return _task_error_of(task.run_id, task.task_id, task.failure, task.display_name)
+    state = run_pb2.TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
+    text = f"task {task.task_id!r} of run {task.run_id!r} was {state} and has no output"
+    return RunError(task.run_id, f"{text}: {task.failure.message}" if task.failure.message else text)
 
 
 def failure_of(failure: errors_pb2.Failure) -> dict[str, str]:
@@ -210,8 +219,11 @@ def failure_of(failure: errors_pb2.Failure) -> dict[str, str]:
     }
 
 
-def error_of(run: run_pb2.Run) -> RunError | None:
-    """Return the error of a run that ended otherwise than well; `opened` gives it the original exception as cause."""
+def error_of(run: run_pb2.Run, task_name: str = "") -> RunError | None:
+    """Return the error of a run that ended otherwise than well; `opened` gives it the original exception as cause.
+
+    `task_name` is the name, for people, of the task that failed.
+    """
     if run.state == run_pb2.RUN_STATE_SUCCEEDED:
         return None
     failure = run.failure
@@ -219,10 +231,15 @@ def error_of(run: run_pb2.Run) -> RunError | None:
         return RunTimeoutError(run.run_id, f"run {run.run_id!r} failed: {failure.message}")
     if run.state == run_pb2.RUN_STATE_CANCELLED:
         return RunCancelledError(run.run_id, f"run {run.run_id!r} was cancelled: {failure.message}")
+    return _task_error_of(run.run_id, failure.task_id, failure, task_name, run.task_counts.failed)
+
+
+def _task_error_of(
+    run_id: str, task_id: str, failure: errors_pb2.Failure, task_name: str, failed_tasks: int = 1
+) -> TaskFailedError:
     shown = failure_of(failure)
     message = f"{failure.type}: {failure.message}" if failure.type else failure.message
-    failed = run.task_counts.failed
-    error = TaskFailedError(run.run_id, failure.task_id, shown["kind"], message, failure.traceback, failed)
+    error = TaskFailedError(run_id, task_id, shown["kind"], message, failure.traceback, failed_tasks, task_name)
     if failure.HasField("exception"):
         error.exception = failure.exception
     elif failure.type:

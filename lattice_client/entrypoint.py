@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.task import TaskDefinition, define
+from lattice_client.task import TaskDefinition, define, names_of
 
 
 def entrypoint(
@@ -37,7 +37,7 @@ def entrypoint(
         raise TaskDefinitionError(f"an entry point is a name, such as 'js/word_count', not {path!r}")
     label = name or path.replace(":", "/").rpartition("/")[2] or path
     made = define(_elsewhere(path, label), outputs=outputs, resources=resources, name=label, **settings)
-    names = tuple(inputs or ())
+    names = names_of(label, "inputs", inputs or ())
     return replace(made, entrypoint=path, inputs=names, required=frozenset(names), takes_any=inputs is None)
 
 

@@ -87,16 +87,25 @@ def _restored(kind: type[RunError], args: tuple[Any, ...], state: dict[str, Any]
 class TaskFailedError(RunError):
     """A task failed; the cause is the original exception when it can be rebuilt here.
 
-    `kind` is the class of failure, `remote_traceback` what the task's Python printed, `failed_tasks` how many tasks of
-    the run failed. `exception` is the encoded original, and `missing_cause` says why there is none, or why it could
-    not be rebuilt.
+    `task_name` is the name the task was given for people, `kind` the class of failure, `remote_traceback` what the
+    task's Python printed, `failed_tasks` how many tasks of the run failed. `exception` is the encoded original, and
+    `missing_cause` says why there is none, or why it could not be rebuilt.
     """
 
     def __init__(
-        self, run_id: str, task_id: str, kind: str, message: str, remote_traceback: str, failed_tasks: int = 1
+        self,
+        run_id: str,
+        task_id: str,
+        kind: str,
+        message: str,
+        remote_traceback: str,
+        failed_tasks: int = 1,
+        task_name: str = "",
     ) -> None:
-        super().__init__(run_id, f"task {task_id!r} of run {run_id!r} failed ({kind}): {message}")
+        named = f" ({task_name!r})" if task_name not in {"", task_id} else ""
+        super().__init__(run_id, f"task {task_id!r}{named} of run {run_id!r} failed ({kind}): {message}")
         self.task_id = task_id
+        self.task_name = task_name or task_id
         self.kind = kind
         self.remote_traceback = remote_traceback
         self.failed_tasks = failed_tasks

@@ -70,24 +70,25 @@ class Reconnection:
 
 def _final(error: errors.RequestError) -> errors.RequestError:
     """Return an error that another try would not change; of a run that is gone it says how that can be."""
-    if not isinstance(error, errors.NotFoundError):
+    if not isinstance(error, errors.NotFoundError) or error.reason == "TASK_NOT_FOUND":
         return error
     text = f"{error}; a server that was started again knows no earlier runs, and the oldest ended runs are deleted"
     return errors.NotFoundError(text, error.reason, error.metadata)
 
 
 @asynccontextmanager
-async def limited(run_id: str, timeout: float | None) -> AsyncIterator[None]:
-    """Bound a block that follows a run. Raises TimeoutError, which says that the run goes on."""
+async def limited(run_id: str, timeout: float | None, task_id: str = "") -> AsyncIterator[None]:
+    """Bound a block that follows a run, or one task of it. Raises TimeoutError, which says that the run goes on."""
     try:
         async with asyncio.timeout(timeout) as scope:
             yield
     except TimeoutError:
         if not scope.expired():
             raise
-        raise timed_out(run_id, timeout) from None
+        raise timed_out(run_id, timeout, task_id) from None
 
 
-def timed_out(run_id: str, timeout: float | None) -> TimeoutError:
-    """Return the error of a call that followed a run for as long as it was to."""
-    return TimeoutError(f"run {str(run_id)!r} did not end within {timeout:g} s; it goes on: wait again, or cancel it")
+def timed_out(run_id: str, timeout: float | None, task_id: str = "") -> TimeoutError:
+    """Return the error of a call that followed a run, or one task of it, for as long as it was to."""
+    what = f"task {task_id!r} of run {str(run_id)!r}" if task_id else f"run {str(run_id)!r}"
+    return TimeoutError(f"{what} did not end within {timeout:g} s; it goes on: wait again, or cancel it")

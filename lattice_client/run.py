@@ -2,7 +2,7 @@
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
@@ -10,8 +10,10 @@ from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
 from lattice_client.brevity import Kind
 from lattice_client.convert import RunEvent
 from lattice_client.following import limited
+from lattice_client.inputs import Belongs, Upload
 from lattice_client.opening import opened
-from lattice_client.workflow import LatticeTask
+from lattice_client.outputs import TaskOutput
+from lattice_client.workflow import Graph, LatticeTask
 
 if TYPE_CHECKING:
     from lattice_client.client import AsyncLatticeClient
@@ -44,6 +46,9 @@ class AsyncRun(RunId):
     _outcome: Outcome | None
     answer: Answer | None
     kind: Kind | None
+    # The graph it was started with, where that was here; and what was added to it from others.
+    graph: Callable[[], Graph[Any] | None]
+    _added: "weakref.WeakSet[LatticeTask]"
 
     @classmethod
     def of(
@@ -61,15 +66,21 @@ class AsyncRun(RunId):
         """
         run = cls(run_id)
         run.client, run._outcome, run.answer, run.kind = client, outcome, answer, kind
+        run.graph, run._added = _unknown, weakref.WeakSet()
         if outcome is not None:
             # Nobody can ask for the result any more: the call that would bring it may end.
             weakref.finalize(run, abandon, outcome).atexit = False
         return run
 
-    async def result(self, timeout: float | None = None) -> dict[str, Any]:
-        """Wait for the end and return the final task's outputs, or those of each final task by its id.
+    async def result(self, timeout: float | None = None, *, partial: bool = False) -> dict[str, Any]:
+        """Wait for the end and return what the final tasks gave: those that no other task of the graph depends on.
 
-        The outputs of a mapped task are lists, one value for each item.
+        Of a single one the outputs by name, of several a dict of those by task id, in which a task that was skipped is
+        None. Whether there are several does not depend on what ran. The outputs of a mapped task are lists, one value
+        for each item.
+
+        With `partial` a run that failed or was cancelled raises nothing: a task that did not succeed is None, and so is
+        each item of a mapped task that did not.
 
         Raises:
             TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
@@ -79,15 +90,36 @@ class AsyncRun(RunId):
             UnavailableError: the server could not be reached for `following.RECONNECT_S`; the run may go on.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = opened(await self.fetched_result(timeout))
+        found: dict[str, Any] = opened(await self.fetched_result(timeout, partial=partial))
         return found
 
-    async def fetched_result(self, timeout: float | None = None) -> Any:
+    async def fetched_result(self, timeout: float | None = None, *, partial: bool = False) -> Any:
         """Wait for the end and return what `opened` turns into the result, or into its error."""
         async with limited(self, timeout):
             if self.answer is None:
                 self.answer = await self.client.ended(self, self._outcome, self.kind)
-            return await self.client.result_in(self.answer)
+            return await self.client.result_in(self.answer, partial)
+
+    async def output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
+        """Wait for the end of any task of the run, given itself or its id, and return what it gave.
+
+        That is the value of a task with a single output, and otherwise a dict of the outputs by name. Those of a mapped
+        task are lists, one value for each item.
+
+        Raises:
+            TaskFailedError: the task failed; its cause is the original exception when it can be rebuilt.
+            RunError: the task was skipped or cancelled.
+            NotFoundError: the run has no such task.
+            TimeoutError: `timeout` seconds passed; the run goes on.
+            UnavailableError: the server could not be reached for `following.RECONNECT_S`; the run may go on.
+            DecodeError: a value cannot be decoded here.
+        """
+        return opened(await self.fetched_output(task, timeout))
+
+    async def fetched_output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
+        """Wait for the end of a task and return what `opened` turns into its output, or into its error."""
+        async with limited(self, timeout, task_id_of(task)):
+            return await self.client.fetched_output(self, task)
 
     def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield the run's events after number `after`, to its end. Raises UnavailableError; see `following`."""
@@ -111,7 +143,28 @@ class AsyncRun(RunId):
         They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
         the expected revision, PreconditionError when it has ended.
         """
-        return await self.client.add_tasks(self, tasks, expected_revision)
+        return await self.submit_tasks(await self.spec_of(tasks, self.client.upload), tasks, expected_revision)
+
+    async def spec_of(self, tasks: Sequence[LatticeTask], upload: Upload) -> workflow_pb2.WorkflowSpec:
+        """Return what `add_tasks` sends, without the code. Waits for nothing but `upload`."""
+        return await self.client.spec_of(tasks, upload, self._belonging(tasks))
+
+    async def submit_tasks(
+        self, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int
+    ) -> int:
+        """Add the tasks of a spec; see `add_tasks`."""
+        revision = await self.client.submit_tasks(self, spec, tasks, expected_revision)
+        self._added.update(tasks)
+        return revision
+
+    def _belonging(self, tasks: Sequence[LatticeTask]) -> Belongs:
+        """Return a test for whether an output is one of the run's, or of `tasks`, as far as that is known here."""
+        graph, added = self.graph(), {id(task) for task in tasks}
+
+        def belongs(output: TaskOutput) -> bool:
+            return graph is None or graph.has(output) or id(output.owner) in added or output.owner in self._added
+
+        return belongs
 
     async def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""
@@ -121,6 +174,10 @@ class AsyncRun(RunId):
         """Return the run's state: running, cancelling, succeeded, failed or cancelled."""
         run = await self.client.describe_run(self)
         return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+
+
+def _unknown() -> None:
+    return None
 
 
 def task_id_of(task: LatticeTask | str) -> str:

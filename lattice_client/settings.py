@@ -17,6 +17,10 @@ ISOLATIONS = {
 }
 BATCH_SCOPES = {"server": task_pb2.BATCH_SCOPE_SERVER, "run": task_pb2.BATCH_SCOPE_RUN}
 MAX_INT = 2**31 - 1
+# What a server takes.
+MAX_RETRIES = 9_999
+MAX_BATCH = 100_000
+MAX_WAIT_S = 30 * 24 * 3600
 Choice = TypeVar("Choice")
 RETRIED_KINDS = {
     "error": errors_pb2.FAILURE_KIND_USER_ERROR,
@@ -66,12 +70,18 @@ class TaskSettings:
 
     def to_proto(self, label: str) -> task_pb2.TaskSpec:
         """Return the settings as part of a task. Raises TaskDefinitionError naming the task and the setting."""
-        for name, least in (("retries", 0), ("max_parallel", 0), ("priority", -MAX_INT), ("batch_size", 1)):
+        for name, least, most in (
+            ("retries", 0, MAX_RETRIES),
+            ("max_parallel", 0, MAX_INT),
+            ("priority", -MAX_INT, MAX_INT),
+            ("batch_size", 1, MAX_BATCH),
+        ):
             value = getattr(self, name)
             if value is None and name == "batch_size":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < MAX_INT:
-                raise _bad(label, name, f"a whole number from {least}, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                is_above = isinstance(value, int) and value > most
+                raise _bad(label, name, f"a whole number from {least}{f' to {most}' * is_above}, not {value!r}")
         if not isinstance(self.concurrency_key, str):
             raise _bad(label, "concurrency_key", f"a text, not {self.concurrency_key!r}")
         labels = dict(self.node_selector or {})
@@ -130,8 +140,8 @@ def _choice(label: str, name: str, value: object, choices: Mapping[str, Choice])
 
 
 def _duration(label: str, name: str, seconds: float) -> Duration:
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e9:
-        raise _bad(label, name, f"seconds from 0, not {seconds!r}")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_WAIT_S:
+        raise _bad(label, name, f"seconds from 0 to {MAX_WAIT_S}, not {seconds!r}")
     return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
 
 

@@ -22,6 +22,7 @@ from lattice_client.channel import check_process
 from lattice_client.client import ADMISSION_TIMEOUT_S, AsyncLatticeClient
 from lattice_client.convert import RunEvent
 from lattice_client.following import timed_out
+from lattice_client.inputs import Upload
 from lattice_client.opening import opened
 from lattice_client.run import AsyncRun, RunId
 from lattice_client.security import SecurityOptions
@@ -113,8 +114,11 @@ class Run(RunId):
         found.aio = run
         return found
 
-    def result(self, timeout: float | None = None) -> dict[str, Any]:
-        """Wait for the end and return the final task's outputs, or those of each final task by its id.
+    def result(self, timeout: float | None = None, *, partial: bool = False) -> dict[str, Any]:
+        """Wait for the end and return what the final tasks gave: those that no other task of the graph depends on.
+
+        Of a single one the outputs by name, of several a dict of those by task id, in which a task that was skipped is
+        None. With `partial` a run that failed or was cancelled raises nothing, and a task that did not succeed is None.
 
         Raises:
             TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
@@ -123,8 +127,21 @@ class Run(RunId):
             UnavailableError: the server could not be reached for `following.RECONNECT_S`; the run may go on.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = opened(_wait(self.aio.fetched_result(timeout), self))
+        found: dict[str, Any] = opened(_wait(self.aio.fetched_result(timeout, partial=partial), self))
         return found
+
+    def output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
+        """Wait for the end of any task of the run and return its output, or its outputs by name; see `AsyncRun.output`.
+
+        Raises:
+            TaskFailedError: the task failed; its cause is the original exception when it can be rebuilt.
+            RunError: the task was skipped or cancelled.
+            NotFoundError: the run has no such task.
+            TimeoutError: `timeout` seconds passed; the run goes on.
+            UnavailableError: the server could not be reached for `following.RECONNECT_S`; the run may go on.
+            DecodeError: a value cannot be decoded here.
+        """
+        return opened(_wait(self.aio.fetched_output(task, timeout), self))
 
     def events(self, after: int = 0, timeout: float | None = None) -> Iterator[RunEvent]:
         """Yield the run's events after number `after`, to its end. Raises TimeoutError after `timeout` seconds."""
@@ -145,9 +162,8 @@ class Run(RunId):
         They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
         the expected revision, PreconditionError when it has ended.
         """
-        client = self.aio.client
-        spec = _here(client.spec_of(tasks, _uploader(client)))
-        return _wait(client.submit_tasks(self, spec, tasks, expected_revision))
+        spec = _here(self.aio.spec_of(tasks, _uploader(self.aio.client)))
+        return _wait(self.aio.submit_tasks(spec, tasks, expected_revision))
 
     def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""
@@ -158,7 +174,7 @@ class Run(RunId):
         return _wait(self.aio.status())
 
 
-def _uploader(client: AsyncLatticeClient) -> convert.Upload:
+def _uploader(client: AsyncLatticeClient) -> Upload:
     """Return what uploads on the background loop while this thread waits."""
 
     async def upload(data: bytes) -> "Artifact":

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import inspect
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from lattice.v1 import resources_pb2, task_pb2
 from lattice_client import payloads
 from lattice_client.bundle import bundle_for
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.returns import returned
 from lattice_client.settings import TaskSettings
 
 P = ParamSpec("P")
@@ -42,6 +42,7 @@ class TaskDefinition(Generic[P, R]):
     resources: resources_pb2.Resources
     settings: task_pb2.TaskSpec = field(default_factory=task_pb2.TaskSpec)
     entrypoint: str = ""
+    may_return_more: bool = False
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.function, updated=())
@@ -49,6 +50,23 @@ class TaskDefinition(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the plain function."""
         return self.function(*args, **kwargs)
+
+    def check_inputs(self, given: Mapping[Any, Any]) -> None:
+        """Raise TaskDefinitionError unless the function can be called with inputs of these names."""
+        for name in given:
+            check_text(f"task {self.name!r}: the name of an input", name)
+        if self.takes_any and self.call_style == task_pb2.CALL_STYLE_PARAMS and list(given) == ["params"]:
+            text = 'receives all its inputs as one dict, `params`: give them by name, {"x": ...}'
+            raise TaskDefinitionError(f"task {self.name!r} {text}, or call its parameter something else")
+        missing = [name for name in self.inputs if name in self.required and name not in given]
+        unknown = [name for name in given if name not in self.inputs] if not self.takes_any else []
+        if not missing and not unknown:
+            return
+        faults = [f"has no {_named(unknown)}"] * bool(unknown) + [f"needs {_named(missing)}"] * bool(missing)
+        text = f"task {self.name!r} {' and '.join(faults)}; its inputs: {', '.join(self.inputs) or 'none'}"
+        if missing and missing[0] in {"self", "cls"} and missing[0] == self.inputs[0]:
+            text += f"; a method becomes a task when it is bound: add_task(thing.{self.name}, ...), without @task"
+        raise TaskDefinitionError(text)
 
     @property
     def is_async(self) -> bool:
@@ -116,6 +134,20 @@ class TaskDefinition(Generic[P, R]):
         return (getattr, (SimpleNamespace(task=self.function), "task"), {"__lattice__": self._form})
 
 
+def check_text(what: str, value: object) -> None:
+    """Raise TaskDefinitionError unless a value is a text that the contract can hold."""
+    if not isinstance(value, str):
+        raise TaskDefinitionError(f"{what} must be a text, not {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise TaskDefinitionError(f"{what} must be valid Unicode, not {value!r}") from None
+
+
+def _named(names: Sequence[str]) -> str:
+    return f"input{'s' * (len(names) > 1)} {', '.join(map(repr, names))}"
+
+
 @overload
 def task(function: Callable[P, R], /) -> TaskDefinition[P, R]: ...
 @overload
@@ -171,46 +203,71 @@ def define(
     if not callable(function):
         raise TaskDefinitionError(f"a task must be a function, not {type(function).__name__}")
     label: str = name or str(getattr(function, "__name__", "task"))
+    check_text("the name of a task", label)
     known = {found.name for found in fields(TaskSettings)}
     settings = TaskSettings(**{key: more.pop(key) for key in list(more) if key in known}).to_proto(label)
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function, label)
     is_params = inputs is not None or list(parameters) == ["params"]
     if is_params:
-        names, required, takes_any = tuple(inputs or ()), frozenset(inputs or ()), inputs is None
+        names = names_of(label, "inputs", inputs or ())
+        required, takes_any = frozenset(names), inputs is None
+        _check_params(label, parameters, names)
     else:
         kinds = {p.name: p for p in parameters.values() if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
         names = tuple(kinds)
         required = frozenset(n for n, p in kinds.items() if p.default is inspect.Parameter.empty)
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    declared, return_style = _outputs(function, outputs, is_params)
+        _check_keywords(label, parameters)
+    named = None if outputs is None else names_of(label, "outputs", outputs)
+    found = returned(function, named, is_params)
     return TaskDefinition(
         function=function,
         name=label,
         inputs=names,
         required=required,
         takes_any=takes_any,
-        outputs=declared,
+        outputs=found.names,
         call_style=task_pb2.CALL_STYLE_PARAMS if is_params else task_pb2.CALL_STYLE_KEYWORDS,
-        return_style=return_style,
+        return_style=found.style,
+        may_return_more=found.may_be_more,
         resources=_resources(label, {**(resources or {}), **more}, inspect.iscoroutinefunction(function)),
         settings=settings,
     )
 
 
-def _outputs(
-    function: Callable[..., Any], outputs: Sequence[str] | None, is_params: bool
-) -> tuple[tuple[str, ...], task_pb2.ReturnStyle.ValueType]:
-    if outputs is not None:
-        return tuple(outputs), task_pb2.RETURN_STYLE_MAPPING
+def _parameters(function: Callable[..., Any], label: str) -> Mapping[str, inspect.Parameter]:
     try:
-        returned = typing.get_type_hints(function).get("return")
-    except (NameError, TypeError):
-        returned = None
-    if typing.is_typeddict(returned):
-        return tuple(returned.__annotations__), task_pb2.RETURN_STYLE_MAPPING
-    if is_params:
-        return (), task_pb2.RETURN_STYLE_MAPPING
-    return ("result",), task_pb2.RETURN_STYLE_VALUE
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        text = f"Python knows no signature of it ({error}); call it in a function of your own and make that the task"
+        raise TaskDefinitionError(f"task {label!r}: {text}") from error
+
+
+def _check_params(label: str, parameters: Mapping[str, inspect.Parameter], names: Sequence[str]) -> None:
+    first = next(iter(parameters.values()), None)
+    if first is not None and first.kind not in {first.KEYWORD_ONLY, first.VAR_KEYWORD} and first.name not in names:
+        others = [p for p in parameters.values() if p is not first and p.default is p.empty]
+        if all(p.kind in {p.VAR_POSITIONAL, p.VAR_KEYWORD} for p in others):
+            return
+    text = "with inputs=[...] the function is called with one dict that has them all: def f(params)"
+    raise TaskDefinitionError(f"task {label!r}: {text}; leave inputs= out for a function that takes each by its name")
+
+
+def _check_keywords(label: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    for found in parameters.values():
+        if found.kind is found.POSITIONAL_ONLY and found.default is found.empty:
+            text = f"its parameter {found.name!r} is positional-only, and inputs are given by keyword"
+            raise TaskDefinitionError(f"task {label!r}: {text}; call it in a function of your own")
+
+
+def names_of(label: str, what: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of inputs or outputs. Raises TaskDefinitionError when they are no list of different texts."""
+    found = [] if isinstance(names, str) else list(names)
+    if isinstance(names, str) or len(set(found)) != len(found) or not all(isinstance(n, str) and n for n in found):
+        raise TaskDefinitionError(f"task {label!r}: {what} must be a list of different names, not {names!r}")
+    for name in found:
+        check_text(f"task {label!r}: a name among its {what}", name)
+    return tuple(found)
 
 
 def _resources(label: str, wanted: Mapping[str, float], is_async: bool) -> resources_pb2.Resources:

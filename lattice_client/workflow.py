@@ -1,51 +1,16 @@
 """Owns a workflow while it is being written. Rule: nothing is sent before `run`, and then the whole graph at once."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Never, NoReturn, TypeVar
 
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.task import TaskDefinition, define
+from lattice_client.outputs import Outputs, TaskOutput
+from lattice_client.task import TaskDefinition, check_text, define
 
 Client = TypeVar("Client")
 FAILURE_POLICIES = ("fail_fast", "finish_independent")
-
-
-@dataclass(frozen=True, slots=True)
-class TaskOutput:
-    """One output of a task, to be wired into another task's inputs."""
-
-    task_id: str
-    output: str
-    is_optional: bool = False
-
-    def optional(self) -> "TaskOutput":
-        """Return this output for a task that can do without it.
-
-        The task then gets None when the one that makes it was skipped or, under `finish_independent`, failed, instead
-        of being skipped as well.
-        """
-        return replace(self, is_optional=True)
-
-
-class Outputs(Mapping[str, TaskOutput]):
-    """A task's outputs by name."""
-
-    def __init__(self, task_id: str, names: tuple[str, ...]) -> None:
-        self._task_id = task_id
-        self._names = names
-
-    def __getitem__(self, name: str) -> TaskOutput:
-        if name not in self._names:
-            offered = ", ".join(map(repr, self._names)) or "none"
-            raise TaskDefinitionError(f"task {self._task_id!r} has no output {name!r}; its outputs: {offered}")
-        return TaskOutput(self._task_id, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+MAX_ID_LENGTH = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +25,39 @@ class Condition:
 UNSET = object()
 
 
-@dataclass(eq=False)
 class LatticeTask:
-    """One task of a workflow. `over` names the input whose list it is mapped over; its outputs are then lists."""
+    """One task of a workflow. `over` names the input whose list it is mapped over; its outputs are then lists.
 
-    task_id: str
-    definition: TaskDefinition[..., Any]
-    inputs: Mapping[str, Any]
-    display_name: str
-    after: list[str] = field(default_factory=list)
-    over: str = ""
-    condition: Condition | None = None
+    Not a dataclass: `dataclasses.asdict` would turn one that stands where an output is meant into a dict.
+    """
+
+    def __init__(
+        self,
+        task_id: str,
+        definition: TaskDefinition[..., Any],
+        inputs: Mapping[str, Any],
+        display_name: str,
+        over: str = "",
+        condition: Condition | None = None,
+    ) -> None:
+        self.task_id = task_id
+        self.definition = definition
+        self.inputs = inputs
+        self.display_name = display_name
+        self.over = over
+        self.condition = condition
+        self.after: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"<task {self.task_id!r}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TaskDefinitionError(f'{self.task_id!r} is a task; wire one of its outputs: task.outputs["name"]')
 
     @property
     def outputs(self) -> Outputs:
         """The task's outputs by name."""
-        return Outputs(self.task_id, self.definition.outputs)
+        return Outputs(self.task_id, self.definition.outputs, self)
 
     @property
     def output(self) -> TaskOutput:
@@ -98,7 +80,7 @@ class Graph(Generic[Client]):
         self.workflow_id = workflow_id
         self.failure_policy = failure_policy
         self.tasks: dict[str, LatticeTask] = {}
-        self._counts: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
         self._definitions: dict[int, TaskDefinition[..., Any]] = {}
 
     def add_task(
@@ -107,26 +89,34 @@ class Graph(Generic[Client]):
         inputs: Mapping[str, Any] | None = None,
         task_name: str | None = None,
         *,
+        task_id: str | None = None,
         when: TaskOutput | None = None,
         unless: TaskOutput | None = None,
         equals: Any = UNSET,
+        **misplaced: Never,
     ) -> LatticeTask:
-        """Add a task; wire it by putting other tasks' outputs anywhere inside `inputs`, in lists and dicts too.
+        """Add a task; wire it by putting other tasks' outputs anywhere inside `inputs`, in objects of any kind.
 
         Args:
             task_func: a `@task` or a plain function.
             inputs: values by name.
-            task_name: for people, and for the server's batching rules.
+            task_name: for people, and for the server's batching rules; may be that of several tasks.
+            task_id: names the task in this workflow, and what it gives in results; by default the function's name,
+                numbered when another task has it.
             when: the task runs only if this output is true, or equals `equals`; otherwise it is skipped, and with it
                 what needs it. Whatever is compared must be JSON.
             unless: the same, the other way round.
             equals: what `when` or `unless` is compared with.
 
         Raises:
-            TaskDefinitionError: an input is missing or unknown.
+            TaskDefinitionError: an input is missing or unknown, or the id is taken.
         """
         definition = self._definition(task_func)
-        return self._add(definition, dict(inputs or {}), task_name, condition=_condition(when, unless, equals))
+        if misplaced:
+            text = f"has no argument {', '.join(misplaced)}; the inputs are one dict"
+            raise TaskDefinitionError(f"task {definition.name!r}: add_task {text}: {_example(definition)}")
+        given = _given(definition, inputs)
+        return self._add(definition, given, task_name, task_id, condition=_condition(when, unless, equals))
 
     def map(
         self,
@@ -134,6 +124,8 @@ class Graph(Generic[Client]):
         over: TaskOutput | Mapping[str, TaskOutput],
         inputs: Mapping[str, Any] | None = None,
         task_name: str | None = None,
+        *,
+        task_id: str | None = None,
     ) -> LatticeTask:
         """Add a task for each item of a list that another task makes, however long it turns out to be.
 
@@ -143,25 +135,31 @@ class Graph(Generic[Client]):
             task_func: called with one item each.
             over: the list; as the first input not in `inputs`, or by name: `{"page": crawl.outputs["pages"]}`.
             inputs: what every call is given besides.
-            task_name: for people, and for the server's batching rules.
+            task_name: for people, and for the server's batching rules; may be that of several tasks.
+            task_id: as in `add_task`.
 
         Raises:
-            TaskDefinitionError: an input is missing or unknown, or what it is to be mapped over is not an output.
+            TaskDefinitionError: an input is missing or unknown, the id is taken, or what the task is to be mapped over
+                is not an output.
         """
-        definition, given = self._definition(task_func), dict(inputs or {})
+        definition = self._definition(task_func)
+        given = _given(definition, inputs)
         if isinstance(over, TaskOutput):
             free = [name for name in definition.inputs if name not in given]
             if not free:
                 text = "has no input left for an item; say which: over={...}"
                 raise TaskDefinitionError(f"task {definition.name!r} {text}")
             over = {free[0]: over}
-        if not isinstance(over, Mapping) or len(over) != 1:
+        sources = dict(over) if isinstance(over, Mapping) else {"": over}
+        if len(sources) != 1:
             raise TaskDefinitionError(f"task {definition.name!r} can be mapped over exactly one output of another task")
-        ((name, source),) = over.items()
+        ((name, source),) = sources.items()
         if not isinstance(source, TaskOutput):
-            text = f"it is mapped over a {type(source).__name__}; of a list that is known, add a task for each item"
-            raise TaskDefinitionError(f"task {definition.name!r}: {text}")
-        return self._add(definition, {**given, name: replace(source, is_optional=False)}, task_name, over=name)
+            text = f"it is mapped over a {type(source).__name__}, not over exactly one output of another task"
+            raise TaskDefinitionError(
+                f"task {definition.name!r}: {text}; of a list that is known, add a task for each item"
+            )
+        return self._add(definition, {**given, name: source.required()}, task_name, task_id, over=name)
 
     def add_edge(self, source_task: LatticeTask, target_task: LatticeTask) -> None:
         """Have `target_task` start after `source_task` succeeded."""
@@ -169,6 +167,10 @@ class Graph(Generic[Client]):
             if self.tasks.get(member.task_id) is not member:
                 raise TaskDefinitionError(f"task {member.task_id!r} belongs to another workflow")
         target_task.after.append(source_task.task_id)
+
+    def has(self, output: TaskOutput) -> bool:
+        """Whether an output is one of a task of this workflow; of one that was named by hand the server knows."""
+        return output.owner is None or self.tasks.get(output.task_id) is output.owner
 
     def _definition(self, task_func: TaskDefinition[..., Any] | Callable[..., Any]) -> TaskDefinition[..., Any]:
         if isinstance(task_func, TaskDefinition):
@@ -184,20 +186,47 @@ class Graph(Generic[Client]):
         definition: TaskDefinition[..., Any],
         given: dict[str, Any],
         task_name: str | None,
+        task_id: str | None,
         over: str = "",
         condition: Condition | None = None,
     ) -> LatticeTask:
-        missing = sorted(definition.required - given.keys())
-        unknown = sorted(given.keys() - set(definition.inputs)) if not definition.takes_any else []
-        if missing or (unknown and definition.inputs):
-            what = f"needs input {missing[0]!r}" if missing else f"has no input {unknown[0]!r}"
-            declared = ", ".join(definition.inputs) or "none"
-            raise TaskDefinitionError(f"task {definition.name!r} {what}; its inputs: {declared}")
-        number = self._counts[definition.name] = self._counts.get(definition.name, 0) + 1
-        task_id = definition.name if number == 1 else f"{definition.name}-{number}"
-        added = LatticeTask(task_id, definition, given, task_name or definition.name, over=over, condition=condition)
-        self.tasks[task_id] = added
+        definition.check_inputs(given)
+        if task_name is not None:
+            check_text(f"task {definition.name!r}: task_name", task_name)
+        found = self._next_id(definition.name) if task_id is None else task_id
+        where = f"task {definition.name!r}: the task id"
+        check_text(where, found)
+        if not 1 <= len(found) <= MAX_ID_LENGTH or "\n" in found:
+            raise TaskDefinitionError(
+                f"{where} must have 1 to {MAX_ID_LENGTH} characters and no line break, not {found!r}; give task_id"
+            )
+        if found in self.tasks:
+            raise TaskDefinitionError(f"{where} {found!r} is taken; leave task_id out, or take another one")
+        added = LatticeTask(found, definition, given, task_name or definition.name, over, condition)
+        self.tasks[found] = added
         return added
+
+    def _next_id(self, name: str) -> str:
+        """Return the first of `name`, `name-2`, `name-3` and so on that no task has."""
+        number = self._numbers.get(name, 1)
+        while (found := name if number == 1 else f"{name}-{number}") in self.tasks:
+            number += 1
+        self._numbers[name] = number
+        return found
+
+
+def _given(definition: TaskDefinition[..., Any], inputs: object) -> dict[str, Any]:
+    if inputs is None:
+        return {}
+    if not isinstance(inputs, Mapping):
+        text = f"the inputs are one dict, {_example(definition)}, not {type(inputs).__name__}"
+        raise TaskDefinitionError(f"task {definition.name!r}: {text}")
+    return dict(inputs)
+
+
+def _example(definition: TaskDefinition[..., Any]) -> str:
+    shown = ", ".join(f'"{name}": ...' for name in definition.inputs) or '"name": ...'
+    return f"add_task({definition.name}, {{{shown}}})"
 
 
 def _condition(when: TaskOutput | None, unless: TaskOutput | None, equals: Any) -> Condition | None:

@@ -13,11 +13,15 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.functions import dump
 from lattice_worker.runner.output import current as running
+from lattice_worker.runner.values import PayloadError
+from lattice_worker.spawned import SpawnedOutput, binding_of
+
+__all__ = ["Attempt", "SpawnedOutput", "SpawnedTask", "current", "spawn"]
 
 PLAIN: Mapping[str, Any] = {"spec": b"", "function": b"", "outputs": ("result",), "has_code": True}
 
@@ -29,14 +33,6 @@ class Attempt:
     run_id: str
     task_id: str
     number: int
-
-
-@dataclass(frozen=True, slots=True)
-class SpawnedOutput:
-    """One output of a spawned task, to be wired into another one's inputs."""
-
-    task_id: str
-    output: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +53,9 @@ class SpawnedTask:
         if len(self.output_names) != 1:
             raise ValueError(f"task {self.task_id!r} has {len(self.output_names)} outputs; name one")
         return SpawnedOutput(self.task_id, self.output_names[0])
+
+    def __reduce__(self) -> NoReturn:
+        raise PayloadError(f"{self.task_id!r} is a task; give one of its outputs: task.output")
 
 
 def current() -> Attempt:
@@ -94,7 +93,7 @@ def spawn(
     form = getattr(task, "__lattice__", None) or PLAIN
     encoder = Encoder(output.header)
     try:
-        tree = {key: _tree(value, encoder) for key, value in (inputs or {}).items()}
+        tree = {key: binding_of(value, encoder) for key, value in (inputs or {}).items()}
         code = dump(form.get("call", task)) if form["has_code"] else b""
     except BaseException:
         encoder.take_back()
@@ -121,21 +120,3 @@ def _output() -> Any:
     if output.header["batched"]:
         raise RuntimeError("a batch is several tasks at once; ask outside of one")
     return output
-
-
-def _tree(value: Any, encoder: Encoder) -> dict[str, Any]:
-    if isinstance(value, SpawnedOutput):
-        return {"task": value.task_id, "output": value.output}
-    if not _has_output(value):
-        return encoder.encode(value)
-    if isinstance(value, dict):
-        return {"entries": {str(key): _tree(item, encoder) for key, item in value.items()}}
-    return {"items": [_tree(item, encoder) for item in value]}
-
-
-def _has_output(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(map(_has_output, value))
-    if isinstance(value, dict):
-        return any(map(_has_output, value.values()))
-    return isinstance(value, SpawnedOutput)

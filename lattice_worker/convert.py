@@ -130,6 +130,9 @@ def spawned_from_frame(
     for name, tree in frame["inputs"].items():
         task.inputs[name].CopyFrom(_binding_from_tree(tree, blobs, node_id))
     function = task_pb2.Function.FromString(blobs[frame["function"]])
+    if not blobs[frame["spec"]]:  # a plain function, whose task the spawning one may wire to others
+        task.outputs.append("result")
+        function.return_style = task_pb2.RETURN_STYLE_VALUE
     if not function.entrypoint:
         function.pickle, function.bundle_digest = blobs[frame["code"]], parent.bundle_digest
         if BY_VALUE in function.pickle:

@@ -42,6 +42,10 @@ class Encoder:
         except Exception as error:
             what = f"an output of type {type_name(type(value))} cannot be pickled"
             raise PayloadError(f"{what}: {message_of(error)}") from error
+        return self.store(media_type, parts)
+
+    def store(self, media_type: str, parts: list[Any]) -> dict[str, Any]:
+        """Return a reference to a value that is encoded already."""
         size = sum(len(part) for part in parts)
         if size <= self._inline_limit:
             self.blobs.append(b"".join(parts))

@@ -18,7 +18,7 @@ from lattice_worker.runner.memory import memory_limit
 from lattice_worker.runner.output import Output
 from lattice_worker.runner.reset import Baseline
 from lattice_worker.runner.text import message_of, type_name, utf8
-from lattice_worker.runner.values import PayloadError, decode_value
+from lattice_worker.runner.values import WITH_OUTPUTS, PayloadError, decode_value
 
 MAX_ANSWER_BYTES = MAX_FRAME_BYTES // 2
 
@@ -92,14 +92,14 @@ class Program:
         takes_params = style == "params" or (style == "auto" and takes_params_alone(function))
         if not header["batched"]:
             (inputs,) = header["items"]
-            bound = {name: _bind(binding, blobs) for name, binding in inputs.items()}
+            bound = _bind_all(inputs, blobs)
             return function(bound) if takes_params else function(**bound)
         # An item whose inputs cannot be read has failed by itself; the others are called without it.
         header["unread"] = {}
         batch = []
         for position, inputs in enumerate(header["items"]):
             try:
-                batch.append({name: _bind(binding, blobs) for name, binding in inputs.items()})
+                batch.append(_bind_all(inputs, blobs))
             except BaseException as error:
                 header["unread"][position] = error
         if not batch:
@@ -185,7 +185,8 @@ class Outcome:
         if style == "value":
             return {declared[0] if declared else "result": value}
         if not isinstance(value, dict):
-            raise PayloadError(f"the task must return a dict with {declared}; it returned {type(value).__name__}")
+            names = f" with {', '.join(map(repr, declared))}" if declared else ""
+            raise PayloadError(f"the task must return a dict{names}; it returned {type(value).__name__}")
         if not has_all:
             missing = ", ".join(repr(name) for name in declared if name not in value)
             returned = ", ".join(map(str, value)) or "nothing"
@@ -196,14 +197,33 @@ class Outcome:
         return named
 
 
+def _bind_all(inputs: dict[str, Any], blobs: list[bytes]) -> dict[str, Any]:
+    bound = {}
+    for name, binding in inputs.items():
+        try:
+            bound[name] = _bind(binding, blobs)
+        except (PayloadError, MemoryError):
+            raise
+        except BaseException as error:  # SystemExit too: unpickling runs code of the value's own.
+            text = f"input {name!r} cannot be rebuilt here: {type_name(type(error))}: {message_of(error)}"
+            raise PayloadError(text) from error
+    return bound
+
+
 def _bind(binding: dict[str, Any], blobs: list[bytes]) -> Any:
     if "items" in binding:
-        return [_bind(item, blobs) for item in binding["items"]]
+        items = binding["items"]
+        if items and items[0].get("type") == WITH_OUTPUTS:
+            return _decode(items[0], blobs, [_bind(item, blobs) for item in items[1:]])
+        return [_bind(item, blobs) for item in items]
     if "entries" in binding:
         return {key: _bind(item, blobs) for key, item in binding["entries"].items()}
-    if "path" not in binding:
-        return decode_value(binding["type"], blobs[binding["blob"]])
-    return decode_value(binding["type"], open_artifact(binding["path"]))
+    return _decode(binding, blobs)
+
+
+def _decode(payload: dict[str, Any], blobs: list[bytes], outputs: list[Any] | None = None) -> Any:
+    data = open_artifact(payload["path"]) if "path" in payload else blobs[payload["blob"]]
+    return decode_value(payload["type"], data, outputs)
 
 
 def _items(name: str, value: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 Rule: JSON when it gives the value back exactly, so that any language can read it; cloudpickle otherwise.
 """
 
+import io
 import json
 import math
 import pickle
@@ -15,42 +16,124 @@ JSON = "application/json"
 BYTES = "application/octet-stream"
 CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 PICKLE5 = "application/vnd.lattice.pickle5"
+# Laid out as PICKLE5; the persistent ids of the pickle are positions in the list of values that travels beside it.
+WITH_OUTPUTS = "application/vnd.lattice.pickle-with-outputs"
 MAGIC = b"LTP5"
 ALIGN = 64
 # Python refuses to print and to read integers of over 4300 digits; these have fewer or as many.
 MAX_JSON_INT_BITS = 14_284
+MAX_JSON_LEVELS = 100
 
 
 class PayloadError(Exception):
     """A value or a function cannot be decoded, encoded or found."""
 
 
-def is_json(value: Any) -> bool:
-    """Whether JSON gives `value` back exactly."""
-    kind = type(value)
+def among_json(value: Any, *kinds: type) -> list[Any] | None:
+    """Return the parts of `value` that are of one of `kinds`, if JSON gives all the rest of it back exactly; else None.
+
+    JSON has no references: a container that stands in two places, or within itself, would come back as several. Python
+    reads and writes it by recursion, so that it is only for what is not nested too deep.
+    """
+    found: list[Any] = []
+    seen: set[int] = set()
+    level = [value]
+    for _ in range(MAX_JSON_LEVELS):
+        inner: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is list or kind is dict:
+                if id(item) in seen:
+                    return None
+                seen.add(id(item))
+                if kind is list:
+                    inner += item
+                elif all(type(key) is str and _is_unicode(key) for key in item):
+                    inner += item.values()
+                else:
+                    return None
+            elif kind in kinds:
+                found.append(item)
+            elif not _is_scalar(item, kind):
+                return None
+        if not inner:
+            return found
+        level = inner
+    return None
+
+
+def _is_scalar(value: Any, kind: type) -> bool:
     if kind is str:
-        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
-    if value is None or kind is bool:
-        return True
+        return _is_unicode(value)
     if kind is int:
         return bool(value.bit_length() <= MAX_JSON_INT_BITS)
     if kind is float:
         return math.isfinite(value)
-    if kind is list:
-        return all(map(is_json, value))
-    return kind is dict and all(type(key) is str and is_json(key) and is_json(item) for key, item in value.items())
+    return value is None or kind is bool
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON gives `value` back exactly."""
+    return among_json(value) is not None
 
 
 def encode_value(value: Any) -> tuple[str, list[Any]]:
     """Return a value's media type and its encoding, in parts."""
     if is_json(value):
-        return JSON, [json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()]
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, check_circular=False)
+        return JSON, [text.encode()]
     if type(value) is bytes:
         return BYTES, [value]
     buffers: list[pickle.PickleBuffer] = []
     stream = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    if not buffers:
-        return CLOUDPICKLE, [stream]
+    return (PICKLE5, _layout(stream, buffers)) if buffers else (CLOUDPICKLE, [stream])
+
+
+def encode_around(value: Any, kind: type) -> tuple[list[Any], list[Any]]:
+    """Return the encoding, as `WITH_OUTPUTS` and in parts, of a value without the parts that are of `kind`, and those.
+
+    A part that stands in several places is returned once.
+    """
+    stream = io.BytesIO()
+    pickler = _Around(stream, kind)
+    pickler.dump(value)
+    return _layout(stream.getbuffer(), pickler.buffers), [item for _, item in pickler.found.values()]
+
+
+class _Around(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+    def __init__(self, stream: io.BytesIO, kind: type) -> None:
+        self.buffers: list[pickle.PickleBuffer] = []
+        super().__init__(stream, protocol=5, buffer_callback=self.buffers.append)
+        # By identity: each with its position, and kept so that no other one comes to have that identity.
+        self.found: dict[int, tuple[int, Any]] = {}
+        self._kind = kind
+
+    def persistent_id(self, item: Any) -> int | None:
+        if type(item) is not self._kind:
+            return None
+        return self.found.setdefault(id(item), (len(self.found), item))[0]
+
+
+class _Rebuilt(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, buffers: list[Any], outputs: list[Any]) -> None:
+        super().__init__(stream, buffers=buffers)
+        self._outputs = outputs
+
+    def persistent_load(self, position: int) -> Any:
+        return self._outputs[position]
+
+
+def _layout(stream: Any, buffers: list[pickle.PickleBuffer]) -> list[Any]:
     parts = [memoryview(stream), *(buffer.raw() for buffer in buffers)]
     out: list[Any] = [MAGIC + struct.pack(f"<IQ{len(parts)}Q", 1, len(parts), *(part.nbytes for part in parts))]
     offset = len(out[0])
@@ -58,18 +141,18 @@ def encode_value(value: Any) -> tuple[str, list[Any]]:
         padding = -offset % ALIGN
         out += [b"\0" * padding, part]
         offset += padding + part.nbytes
-    return PICKLE5, out
+    return out
 
 
-def decode_value(media_type: str, data: Any) -> Any:
-    """Return the value encoded in `data`, bytes or a memory map."""
+def decode_value(media_type: str, data: Any, outputs: list[Any] | None = None) -> Any:
+    """Return the value encoded in `data`, bytes or a memory map; `outputs` stand where it was encoded around some."""
     if media_type == JSON:
         return json.loads(bytes(data))
     if media_type == BYTES:
         return bytes(data)
     if media_type == CLOUDPICKLE:
         return pickle.loads(data)
-    if media_type != PICKLE5:
+    if media_type not in {PICKLE5, WITH_OUTPUTS}:
         raise PayloadError(f"a value is encoded as {media_type!r}, which Python tasks cannot read")
     # Over bytes, arrays could only be read.
     view = memoryview(bytearray(data) if isinstance(data, bytes) else data)
@@ -80,4 +163,6 @@ def decode_value(media_type: str, data: Any) -> Any:
         offset += -offset % ALIGN
         parts.append(view[offset : offset + size])
         offset += size
-    return pickle.loads(parts[0], buffers=parts[1:])
+    if media_type == PICKLE5:
+        return pickle.loads(parts[0], buffers=parts[1:])
+    return _Rebuilt(io.BytesIO(parts[0]), parts[1:], outputs or []).load()

@@ -53,6 +53,7 @@ PUBLIC = [
     "UnavailableError",
     "entrypoint",
     "task",
+    "template",
 ]
 
 
@@ -189,7 +190,7 @@ def test_outputs_are_found_anywhere_in_lists_tuples_and_dicts(client: LatticeCli
     wired = workflow.add_task(one).output
     value = {"deep": [[{"x": (wired, 2, b"raw")}], wired], "plain": (1,), "none": None}
     workflow.add_task(collect, {"value": value})
-    expected = {"deep": [[{"x": [1, 2, b"raw"]}], 1], "plain": (1,), "none": None}
+    expected = {"deep": [[{"x": (1, 2, b"raw")}], 1], "plain": (1,), "none": None}
     assert workflow.run().result(timeout=60) == {"result": expected}
 
 

@@ -111,6 +111,52 @@ def test_the_encoding_fits_the_value(value: Any, media_type: str) -> None:
     assert same(through(value), value)
 
 
+def _cycle() -> Any:
+    found: dict[str, Any] = {"k": [1]}
+    found["self"] = [found]
+    return found
+
+
+def _shared() -> Any:
+    shared = [1]
+    return {"a": shared, "b": {"c": shared}}
+
+
+def _nested(levels: int) -> Any:
+    found: Any = 1
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "media_type", "holds"),
+    [
+        (_cycle, payloads.CLOUDPICKLE, lambda x: x["self"][0] is x and x["k"] == [1]),
+        (_shared, payloads.CLOUDPICKLE, lambda x: x["a"] is x["b"]["c"] and x["a"] == [1]),
+        (lambda: [[], []], payloads.JSON, lambda x: x == [[], []] and x[0] is not x[1]),
+        (lambda: ("a", "a"), payloads.CLOUDPICKLE, lambda x: x == ("a", "a")),
+        (lambda: ["text"] * 2, payloads.JSON, lambda x: x == ["text", "text"]),
+        (lambda: _nested(payloads.MAX_JSON_LEVELS - 1), payloads.JSON, lambda x: x == _nested(99)),
+        (lambda: _nested(payloads.MAX_JSON_LEVELS), payloads.CLOUDPICKLE, lambda x: x == _nested(100)),
+        (lambda: {"b": 1, "a": 2}, payloads.JSON, lambda x: list(x) == ["b", "a"]),
+    ],
+)
+def test_both_codecs_keep_what_json_cannot_say(make: Any, media_type: str, holds: Any) -> None:
+    value = make()
+    assert payloads.encode(value)[0] == media_type
+    assert holds(values.decode_value(*payloads.encode(value)))
+    found, parts = values.encode_value(value)
+    assert found == media_type
+    assert holds(payloads.decode(found, b"".join(parts)))
+
+
+def test_a_value_nested_too_deep_to_travel_is_an_error_of_the_encoding() -> None:
+    for encode in (payloads.encode, values.encode_value):
+        with pytest.raises(Exception, match="deep"):
+            encode(_nested(100_000))
+
+
 def test_a_key_that_is_not_unicode_travels() -> None:
     value = [{"\ud800": 1}]
     assert through(value) == value

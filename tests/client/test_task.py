@@ -1,9 +1,11 @@
 """`@task` and wiring: what is read from a function, and what is found wrong before anything is sent."""
 
+import math
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 import pytest
+import typing_extensions
 from lattice.v1 import errors_pb2, resources_pb2, task_pb2
 
 from lattice_client import LatticeClient, LatticeWorkflow, TaskDefinitionError, TaskOutput, task
@@ -84,6 +86,18 @@ def test_a_task_is_still_its_function() -> None:
         ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
         ({"batch_timeout": 1.0}, "batch_timeout must be used together with batch_size"),
         ({"batch_size": 2, "batch_within": "room"}, "batch_within must be one of server, run"),
+        ({"retries": 10_000}, "retries must be a whole number from 0 to 9999, not 10000"),
+        ({"batch_size": 100_001}, "batch_size must be a whole number from 1 to 100000"),
+        ({"timeout": 31 * 24 * 3600}, "timeout must be seconds from 0 to 2592000"),
+        ({"timeout": float("nan")}, "timeout must be seconds from 0"),
+        ({"retries": 1, "retry_backoff": -0.1}, "retry_backoff must be seconds from 0"),
+        ({"retries": 1, "retry_backoff": 1e9}, "retry_backoff must be seconds from 0 to 2592000"),
+        ({"outputs": "result"}, "outputs must be a list of different names, not 'result'"),
+        ({"outputs": ["a", "a"]}, "outputs must be a list of different names"),
+        ({"outputs": ["a", 1]}, "outputs must be a list of different names"),
+        ({"inputs": "x"}, "inputs must be a list of different names, not 'x'"),
+        ({"inputs": ["a", "b", "c"]}, r"with inputs=\[\.\.\.\] the function is called with one dict"),
+        ({"name": 3}, "the name of a task must be a text, not 3"),
     ],
 )
 def test_a_wrong_setting_is_found_at_the_decoration(settings: dict[str, Any], text: str) -> None:
@@ -110,6 +124,119 @@ def test_what_is_retried_is_named_as_workers_name_it(causes: Any, kinds: list[st
     assert policy.max_attempts == 3
     assert policy.retry_on == [errors_pb2.FailureKind.Value(f"FAILURE_KIND_{kind}") for kind in kinds]
     assert policy.retry_on_types == types
+
+
+def test_a_backoff_of_zero_is_sent_as_zero() -> None:
+    policy = task(retries=2, retry_backoff=0)(plain).settings.retry
+    assert policy.HasField("initial_backoff")
+    assert policy.initial_backoff.ToNanoseconds() == 0
+    assert not task(retries=2)(plain).settings.retry.HasField("initial_backoff")
+
+
+class Partly(TypedDict, total=False):
+    always: Required[int]
+    maybe: int
+
+
+class Marked(TypedDict):
+    always: int
+    maybe: NotRequired[int]
+
+
+class Inherited(Partly):
+    also: int
+
+
+class Ours(typing_extensions.TypedDict, total=False):
+    always: typing_extensions.Required[int]
+    maybe: int
+
+
+def returning(annotation: Any) -> Callable[..., Any]:
+    def made(n: Any = None) -> Any:
+        return n
+
+    made.__annotations__["return"] = annotation
+    return made
+
+
+@pytest.mark.parametrize(
+    ("annotation", "names"),
+    [
+        (Partly, ("always",)),
+        (Marked, ("always",)),
+        (Inherited, ("always", "also")),
+        (Ours, ("always",)),
+        (Split, ("head", "tail")),
+        ("Split", ("head", "tail")),
+        ("Marked", ("always",)),
+        ("a list of numbers", ("result",)),
+        ("Unknown[", ("result",)),
+        ("1 / 0", ("result",)),
+        (dict[str, int], ("result",)),
+        (None, ("result",)),
+    ],
+)
+def test_a_function_promises_what_it_always_returns(annotation: Any, names: tuple[str, ...]) -> None:
+    assert task(returning(annotation)).outputs == names
+
+
+def test_keys_marked_in_annotations_that_are_texts_are_read() -> None:
+    namespace: dict[str, Any] = {"__name__": "made"}
+    source = """from __future__ import annotations
+from typing import NotRequired, TypedDict
+class Found(TypedDict):
+    always: int
+    maybe: NotRequired[int]
+def find(text: nowhere) -> Found: ...
+"""
+    exec(source, namespace)
+    assert task(namespace["find"]).outputs == ("always",)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "names", "style"),
+    [
+        (int, ("result",), task_pb2.RETURN_STYLE_VALUE),
+        (list[int], ("result",), task_pb2.RETURN_STYLE_VALUE),
+        (Split, ("head", "tail"), task_pb2.RETURN_STYLE_MAPPING),
+        (dict[str, int], (), task_pb2.RETURN_STYLE_UNSPECIFIED),
+        (Any, (), task_pb2.RETURN_STYLE_UNSPECIFIED),
+        (dict[str, int] | None, (), task_pb2.RETURN_STYLE_UNSPECIFIED),
+    ],
+)
+def test_a_function_of_params_returns_a_value_or_a_dict_of_outputs(annotation: Any, names: Any, style: Any) -> None:
+    def made(params: Any) -> Any:
+        return params
+
+    made.__annotations__["return"] = annotation
+    found = task(made)
+    assert (found.outputs, found.return_style) == (names, style)
+
+
+def positional(x: int, /, y: int = 0) -> int:
+    return x + y
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (max, "task 'max': Python knows no signature of it"),
+        (math.sqrt, "task 'sqrt': its parameter 'x' is positional-only, and inputs are given by keyword"),
+        (positional, "task 'positional': its parameter 'x' is positional-only"),
+        (len, "task 'len': its parameter 'obj' is positional-only"),
+    ],
+)
+def test_a_function_that_takes_no_keywords_says_what_to_do(function: Any, text: str) -> None:
+    with pytest.raises(TaskDefinitionError, match=f"{text}.*; call it in a function of your own"):
+        task(function)
+
+
+def test_inputs_of_one_name_with_their_parameter_are_no_params() -> None:
+    with pytest.raises(TaskDefinitionError, match="leave inputs= out for a function that takes each by its name"):
+        task(inputs=["x"])(lambda x: x)
+    assert task(inputs=["x"])(lambda given: given).inputs == ("x",)
+    assert task(inputs=["x"])(lambda given, extra=1: given).inputs == ("x",)
 
 
 def test_only_functions_are_tasks() -> None:
@@ -169,7 +296,8 @@ def test_an_edge_joins_tasks_of_one_workflow(client: LatticeClient, workflow: La
     ("wire", "text"),
     [
         (lambda added: added, "is a task; wire one of its outputs"),
-        (lambda added: {1: added.output}, "keys are not all strings"),
+        (lambda added: [added], "is a task; wire one of its outputs"),
+        (lambda added: added.outputs, "are no value; wire them one by one"),
         (lambda added: (number for number in range(3)), "cannot be pickled"),
     ],
 )

@@ -13,6 +13,7 @@ from lattice_client import (
     InvalidArgumentError,
     LatticeClient,
     PreconditionError,
+    TaskDefinitionError,
     TaskFailedError,
     entrypoint,
     task,
@@ -118,7 +119,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(client: LatticeClient,
     impossible = other.add_task(task(gpu=3)(add.function), {"a": 1})
     with pytest.raises((InvalidArgumentError, AlreadyExistsError), match="wait"):
         run.add_tasks([same])
-    with pytest.raises(InvalidArgumentError, match="split"):
+    with pytest.raises(TaskDefinitionError, match="task 'split' of another workflow, which this run does not have"):
         run.add_tasks([stranger])
     with pytest.raises(PreconditionError, match="gpu: 3 wanted"):
         run.add_tasks([impossible])

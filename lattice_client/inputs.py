@@ -1,0 +1,121 @@
+"""Owns how a value becomes an input. Rule: an output is found wherever it lies in the value, or the value is refused.
+
+Lists and dicts of JSON and outputs stay lists and dicts, for tasks in any language. Anything else is pickled, with
+numbers in place of the outputs, and goes out as a list: the pickle, then the outputs in the order of the numbers. So
+does a dict of several keys for a task in Python, since the contract's maps have no order.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lattice.v1 import payload_pb2
+
+from lattice_client import payloads
+from lattice_client.errors import TaskDefinitionError
+from lattice_client.outputs import DeferredValueError, TaskOutput
+
+Upload = Callable[[bytes], Awaitable[payload_pb2.Artifact]]
+# Whether an output is one of a task that the run has.
+Belongs = Callable[[TaskOutput], bool]
+# A message may be nested 100 deep; each level of a binding takes two of those.
+MAX_LEVELS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Binder:
+    """Writes one input into a message. `where` names the input in errors; large values go through `upload`."""
+
+    where: str
+    upload: Upload
+    belongs: Belongs
+    is_for_python: bool = True
+
+    async def fill(self, message: payload_pb2.Binding, value: Any) -> None:
+        """Write a value that may hold outputs. Raises TaskDefinitionError."""
+        if isinstance(value, TaskOutput):
+            self.fill_reference(message.output, value)
+            return
+        found = payloads.among_json(value, TaskOutput)
+        holders: dict[int, Any] = {}
+        if found == []:
+            message.payload.CopyFrom(await self._stored(payloads.JSON, payloads.to_json(value)))
+        elif found and _note_holders(value, holders) <= MAX_LEVELS and self._may_be_tree(holders):
+            await self._fill_tree(message, value, holders)
+        else:
+            await self._fill_pickled(message, value)
+
+    def fill_reference(self, message: payload_pb2.OutputRef, output: TaskOutput) -> None:
+        """Write a reference to an output. Raises TaskDefinitionError when its task is not one of the run."""
+        if not self.belongs(output):
+            raise TaskDefinitionError(
+                f"{self.where} is wired to output {output.output!r} of task {output.task_id!r} of another workflow, "
+                "which this run does not have"
+            )
+        message.task_id, message.output, message.optional = output.task_id, output.output, output.is_optional
+
+    async def payload_of(self, value: Any) -> payload_pb2.Payload:
+        """Return a value that holds no outputs. Raises TaskDefinitionError."""
+        try:
+            media_type, data = payloads.encode(value)
+        except Exception as error:
+            raise self._refusal(error) from error
+        return await self._stored(media_type, data)
+
+    def _may_be_tree(self, holders: dict[int, Any]) -> bool:
+        has_order = any(type(holder) is dict and len(holder) > 1 for holder in holders.values())
+        return not (has_order and self.is_for_python)
+
+    async def _fill_tree(self, message: payload_pb2.Binding, value: Any, holders: dict[int, Any]) -> None:
+        if isinstance(value, TaskOutput):
+            self.fill_reference(message.output, value)
+        elif id(value) not in holders:
+            message.payload.CopyFrom(await self._stored(payloads.JSON, payloads.to_json(value)))
+        elif type(value) is dict:
+            for key, item in value.items():
+                await self._fill_tree(message.map.entries[key], item, holders)
+        else:
+            for item in value:
+                await self._fill_tree(message.list.items.add(), item, holders)
+
+    async def _fill_pickled(self, message: payload_pb2.Binding, value: Any) -> None:
+        try:
+            media_type, data = payloads.encode(value)
+        except DeferredValueError:
+            await self._fill_around(message, value)
+        except Exception as error:
+            raise self._refusal(error) from error
+        else:
+            message.payload.CopyFrom(await self._stored(media_type, data))
+
+    async def _fill_around(self, message: payload_pb2.Binding, value: Any) -> None:
+        try:
+            data, outputs = payloads.encode_around(value, TaskOutput)
+        except Exception as error:
+            raise self._refusal(error) from error
+        items = message.list.items
+        items.add().payload.CopyFrom(await self._stored(payloads.WITH_OUTPUTS, data))
+        for output in outputs:
+            self.fill_reference(items.add().output, output)
+
+    async def _stored(self, media_type: str, data: bytes) -> payload_pb2.Payload:
+        if len(data) <= payloads.INLINE_LIMIT_BYTES:
+            return payloads.inline(media_type, data)
+        return payload_pb2.Payload(media_type=media_type, artifact=await self.upload(data))
+
+    def _refusal(self, error: Exception) -> TaskDefinitionError:
+        if isinstance(error, TaskDefinitionError):  # what is clearly a mistake in the wiring says so itself
+            return TaskDefinitionError(f"{self.where}: {error}")
+        return TaskDefinitionError(f"{self.where} cannot be pickled: {error}")
+
+
+def _note_holders(value: Any, holders: dict[int, Any]) -> int:
+    """Note each container that holds an output, by its identity; return how many lie one within the other."""
+    if isinstance(value, TaskOutput):
+        return 1
+    items = value.values() if type(value) is dict else value if type(value) is list else ()
+    levels = max((_note_holders(item, holders) for item in items), default=0)
+    if levels:
+        holders[id(value)] = value
+        return levels + 1
+    return 0

@@ -1,0 +1,76 @@
+"""Owns what a function's return annotation says of its outputs. Rule: only what is always returned is promised."""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lattice.v1 import task_pb2
+
+MAPPING, VALUE = task_pb2.RETURN_STYLE_MAPPING, task_pb2.RETURN_STYLE_VALUE
+EITHER = task_pb2.RETURN_STYLE_UNSPECIFIED
+
+
+class Returned(NamedTuple):
+    """The outputs a function promises, how they are read from what it returns, and whether it may return more."""
+
+    names: tuple[str, ...]
+    style: task_pb2.ReturnStyle.ValueType
+    may_be_more: bool = False
+
+
+def returned(function: Callable[..., Any], outputs: tuple[str, ...] | None, is_params: bool) -> Returned:
+    """Return what is known of a function's outputs.
+
+    Args:
+        function: the function.
+        outputs: the names it was declared with, if it was.
+        is_params: whether it takes one dict of inputs; it may then return a dict of outputs as well.
+    """
+    if outputs is not None:
+        return Returned(outputs, MAPPING)
+    found, namespace = _annotation(function)
+    if isinstance(found, type) and issubclass(found, dict) and hasattr(found, "__required_keys__"):  # a TypedDict
+        keys = _keys(found, namespace)
+        return Returned(tuple(name for name in keys if keys[name]), MAPPING, not all(keys.values()))
+    if not is_params:
+        return Returned(("result",), VALUE)
+    kind = typing.get_origin(found) or found
+    is_unclear = kind in {Any, object, inspect.Parameter.empty, typing.Union, types.UnionType}
+    if is_unclear or not isinstance(kind, type) or issubclass(kind, Mapping):
+        return Returned((), EITHER, may_be_more=True)
+    return Returned(("result",), VALUE)
+
+
+def _annotation(function: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the type a function says it returns, empty when it says none that can be read here, and its globals."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    if not isinstance(function, types.FunctionType | types.MethodType):
+        function = type(function).__call__
+    namespace = getattr(function, "__globals__", {})
+    try:
+        found = function.__annotations__["return"]
+        # By itself: a parameter whose annotation cannot be read says nothing about what is returned.
+        alone = types.SimpleNamespace(__annotations__={"return": found})
+        return typing.get_type_hints(alone, namespace)["return"], namespace
+    except Exception:  # any text can stand there, and reading it runs it
+        return inspect.Parameter.empty, namespace
+
+
+def _keys(found: type, namespace: dict[str, Any]) -> dict[str, bool]:
+    """Return the keys of a TypedDict, and of each whether it is always there."""
+    required: frozenset[str] = vars(found)["__required_keys__"]
+    try:
+        # Where annotations are texts, the class itself does not know which of its keys are marked.
+        hints = typing.get_type_hints(found, localns=namespace, include_extras=True)
+    except Exception:  # a name in it cannot be found here
+        hints = dict(found.__annotations__)
+    marks = {name: typing.get_origin(hint) for name, hint in hints.items()}
+    return {
+        name: mark is typing.Required or (name in required and mark is not typing.NotRequired)
+        for name, mark in marks.items()
+    }
