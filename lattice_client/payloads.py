@@ -1,4 +1,4 @@
-"""Owns the translation between Python values and payloads; the package's only use of cloudpickle.
+"""Owns the translation between Python values and payloads.
 
 Rule: JSON when it gives the value back exactly, so that any language can read it; cloudpickle otherwise.
 """
@@ -10,8 +10,9 @@ import struct
 import sys
 from typing import Any
 
-import cloudpickle
 from lattice.v1 import payload_pb2
+
+from lattice_client import pickler
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -49,7 +50,7 @@ def encode(value: Any) -> tuple[str, bytes]:
     if type(value) is bytes:
         return BYTES, value
     buffers: list[pickle.PickleBuffer] = []
-    stream = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    stream = pickler.dumps(value, buffers.append)
     if not buffers:
         return CLOUDPICKLE, stream
     parts = [memoryview(stream), *(buffer.raw() for buffer in buffers)]
@@ -88,11 +89,6 @@ def decode(media_type: str, data: bytes | bytearray) -> Any:
             return pickle.loads(parts[0], buffers=parts[1:])
         case _:
             return bytes(data)
-
-
-def dump_function(function: Any) -> bytes:
-    """Return a function as cloudpickle writes it: by reference when its module can be imported, whole otherwise."""
-    return bytes(cloudpickle.dumps(function, protocol=5))
 
 
 def runtime_of(pickled: bytes) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lattice_worker.runner.artifacts import Encoder, open_artifact
+from lattice_worker.runner.calls import columns, takes_params_alone
 from lattice_worker.runner.failures import failure_of
 from lattice_worker.runner.frames import Channel
-from lattice_worker.runner.functions import columns, load_code, takes_params_alone
+from lattice_worker.runner.functions import Loaded, load
 from lattice_worker.runner.memory import memory_limit
 from lattice_worker.runner.output import Output, current, has_unread_output
 from lattice_worker.runner.values import PayloadError, decode_value
@@ -26,7 +27,7 @@ class Program:
         self._channel = channel
         self._is_alone = is_alone
         self._definitions: dict[str, tuple[dict[str, Any], bytes]] = {}
-        self._callables: dict[str, Callable[..., Any]] = {}
+        self._loaded: dict[str, Loaded] = {}
 
     def define(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         """Remember a function; it is loaded when first called."""
@@ -67,6 +68,9 @@ class Program:
                 yield finish
         except BaseException as error:  # SystemExit too: user code must not end the runner by raising it
             encoder.take_back()
+            if (loaded := self._loaded.get(header["digest"])) is not None:
+                loaded.enter()
+                loaded.explain(error)
             answer["failure"] = failure_of(error, encoder)
         finally:
             answer["made"] = encoder.made
@@ -77,20 +81,11 @@ class Program:
             self._channel.send(answer, encoder.blobs)
 
     def _load(self, digest: str) -> Callable[..., Any]:
-        if digest in self._callables:
-            return self._callables[digest]
-        definition, blob = self._definitions[digest]
-        try:
-            function = load_code(definition, blob)
-        except MemoryError:
-            raise
-        except BaseException as error:
-            text = f"the function {definition['name']!r} cannot be loaded here: {type(error).__name__}: {error}"
-            if isinstance(error, ModuleNotFoundError):
-                text += "; install the module where the worker runs"
-            raise PayloadError(text) from error
-        self._callables[digest] = function
-        return function
+        if digest not in self._loaded:
+            self._loaded[digest] = load(*self._definitions[digest])
+        loaded = self._loaded[digest]
+        loaded.enter()
+        return loaded.function
 
     def _call(self, header: dict[str, Any], blobs: list[bytes]) -> Any:
         function = self._load(header["digest"])

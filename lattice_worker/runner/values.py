@@ -9,7 +9,7 @@ import pickle
 import struct
 from typing import Any
 
-import cloudpickle
+from lattice_worker.runner import pickler
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -48,7 +48,7 @@ def encode_value(value: Any) -> tuple[str, list[Any]]:
     if type(value) is bytes:
         return BYTES, [value]
     buffers: list[pickle.PickleBuffer] = []
-    stream = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    stream = pickler.dumps(value, buffers.append)
     if not buffers:
         return CLOUDPICKLE, [stream]
     parts = [memoryview(stream), *(buffer.raw() for buffer in buffers)]
