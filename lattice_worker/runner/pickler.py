@@ -21,7 +21,7 @@ import typing
 import weakref
 from collections import ChainMap
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, ClassVar
 
 import cloudpickle
@@ -55,6 +55,14 @@ def _code(code: CodeType) -> Any:
     return make, tuple(code.co_filename if arg == BLANK else arg for arg in args)
 
 
+def _cell(cell: CellType) -> Any:
+    try:
+        # As state, because what is in the cell may lead back to it.
+        return CellType, (), (None, {"cell_contents": cell.cell_contents})
+    except ValueError:  # it is empty
+        return CellType, ()
+
+
 def _module(module: ModuleType) -> Any:
     if module.__name__ in MAIN:
         return importlib.import_module, ("__main__",)
@@ -74,6 +82,7 @@ def _new_type(made: typing.NewType) -> Any:
 
 REDUCERS: dict[type, Callable[[Any], Any]] = {
     CodeType: _code,
+    CellType: _cell,
     ModuleType: _module,
     functools._lru_cache_wrapper: _named(_cached),
     # Its lock cannot be pickled.
@@ -84,6 +93,19 @@ REDUCERS: dict[type, Callable[[Any], Any]] = {
     weakref.WeakKeyDictionary: lambda found: (weakref.WeakKeyDictionary, (dict(found),)),
     weakref.WeakValueDictionary: lambda found: (weakref.WeakValueDictionary, (dict(found),)),
 }
+
+
+def _class(
+    cls: Any, meta: Any, name: str, bases: tuple[Any, ...], members: dict[str, Any], *more: Any
+) -> tuple[Any, ...]:
+    """Return the arguments from which a class is made anew, completed."""
+    if meta.__name__ == "_TypedDictMeta" and bases == (dict,):
+        # What it inherits from others of its kind is its own as well.
+        bases = (sys.modules[meta.__module__].TypedDict,)
+    if "__slots__" in vars(cls) and typing.NamedTuple not in bases:
+        # Without them, instances of the class that is made have a dict.
+        members["__slots__"] = cls.__slots__
+    return meta, name, bases, members, *more
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -99,11 +121,17 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         """Return how to write a function or a class."""
+        if obj is functools._CacheInfo:
+            return "_CacheInfo"  # its own name is another
         reduced = super().reducer_override(obj)
-        is_whole = reduced is not NotImplemented and reduced[0].__name__ == "_make_skeleton_class"
-        if is_whole and "__slots__" in vars(obj):
-            # Without its slots the class that is made from this has instances with a dict.
-            reduced[1][3]["__slots__"] = obj.__slots__
+        if reduced is NotImplemented:
+            return reduced
+        make, args, *rest = reduced
+        if make.__name__ == "_make_function":
+            # Its own cells instead of copies: functions that share a variable still do.
+            return make, (*args[:-1], obj.__closure__), *rest
+        if make.__name__ == "_make_skeleton_class":
+            return make, _class(obj, *args), *rest
         return reduced
 
 
@@ -143,7 +171,7 @@ class FunctionPickler(Pickler):
                 self._refer(obj.__name__)
             else:
                 self._refer((obj if isinstance(obj, BuiltinFunctionType) else type(obj)).__module__)
-        elif reduced is NotImplemented:
+        elif reduced is NotImplemented or isinstance(reduced, str):
             self._refer(obj.__module__)
         else:
             self._note(obj)

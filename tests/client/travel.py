@@ -5,6 +5,7 @@ The second process loads as a runner does. Both are started here; nothing of a s
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,10 @@ class Travel:
             timeout=60,
             check=False,
         )
+
+    def sent(self) -> bytes:
+        """Return the pickle of the function that was sent."""
+        return bytes(pickle.loads((self._folder / "sent").read_bytes())[0])
 
     def call(self) -> Said:
         """Call the function that was sent, on a machine that has none of the project's files."""
