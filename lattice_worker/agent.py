@@ -45,7 +45,7 @@ class Agent:
         self._config = config
         self._capacity = host.capacity(config)
         self._drafts = Drafts(config.store_directory)
-        self._pool = Pool(max(1, int(self._capacity.cpu)) * 2, self._drafts)
+        self._pool = Pool(max(1, int(self._capacity.cpu)), self._drafts)
         store = config.store_directory
         incoming = self._drafts.incoming
         self._courier = None if config.host_fd is None else Courier(config.host_fd, store, incoming)
@@ -76,7 +76,7 @@ class Agent:
     async def _serve(self) -> None:
         if self._courier is not None:
             await self._courier.start()
-        warming = asyncio.create_task(self._pool.warm(max(1, int(self._capacity.cpu))))
+        warming = asyncio.create_task(self._pool.warm())
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._serve_stream():

@@ -4,6 +4,7 @@ Rule: a lease that was taken ends in exactly one report, whatever happens to the
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +17,17 @@ from lattice_worker.materials import Materials, MissingError
 from lattice_worker.pool import Pool
 from lattice_worker.runners import MAX_AHEAD, Invocation, Key, Runner
 
+log = logging.getLogger(__name__)
+
 # A start is told late, so that a short attempt needs one report instead of two.
 START_DELAY_S = 0.002
 CANCEL_GRACE_S = 1.0
 LOG_CHARACTERS = 256 * 1024  # The most of an attempt's output that one report holds.
+
+# Answers of so many values, or so many bytes, are converted away from the event loop.
+LARGE_ANSWER_BLOBS = 500
+LARGE_ANSWER_BYTES = 1024 * 1024
+MAX_SUSPECTS = 1000
 
 Emit = Callable[[worker_pb2.Report], None]
 Ended = Callable[[str, convert.Outputs | None], None]
@@ -40,7 +48,9 @@ class Attempts:
         self._ahead: dict[str, Runner] = {}
         self._unstarted: dict[str, None] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._starting: dict[str, tuple[asyncio.Task[None], int]] = {}
+        self._starting: dict[str, tuple[asyncio.Task[None], worker_pb2.Assignment]] = {}
+        self._converting: set[asyncio.Task[list[worker_pb2.Report]]] = set()
+        self._suspects: dict[tuple[str, str], None] = {}
         self._start_timer: asyncio.TimerHandle | None = None
 
     def learn(self, functions: list[task_pb2.Function], bundles: list[task_pb2.CodeBundle]) -> None:
@@ -55,11 +65,18 @@ class Attempts:
 
     def start(self, assignment: worker_pb2.Assignment) -> None:
         """Start a lease whose turn has come."""
+        try:
+            self._start(assignment)
+        except Exception as error:  # A lease that was taken has to end, also if this is a bug.
+            log.exception("lease %s could not be started", assignment.lease_id)
+            text = f"the attempt could not be started: {type(error).__name__}: {error}"
+            self._fail(assignment, {"kind": "internal", "message": text})
+
+    def _start(self, assignment: worker_pb2.Assignment) -> None:
         lease_id = assignment.lease_id
         if assignment.isolation != resources_pb2.ISOLATION_NONE:
             level = resources_pb2.Isolation.Name(assignment.isolation)
-            failure = {"kind": "resources", "message": f"this worker cannot set up {level}"}
-            self._fail(lease_id, failure, len(assignment.attempts))
+            self._fail(assignment, {"kind": "resources", "message": f"this worker cannot set up {level}"})
             return
         if (sent := self._ahead.pop(lease_id, None)) is not None and lease_id in sent.ahead:
             self._begin(assignment, sent, sent.begin(lease_id))
@@ -71,7 +88,7 @@ class Attempts:
             self._run(assignment, function, bundle, runner)
         else:
             cold = self._start_cold(assignment, function, bundle, key, missing)
-            self._starting[lease_id] = (asyncio.get_running_loop().create_task(cold), len(assignment.attempts))
+            self._starting[lease_id] = (asyncio.get_running_loop().create_task(cold), assignment)
 
     def send_ahead(self, assignment: worker_pb2.Assignment, running: str) -> bool:
         """Send a lease whose turn will come to the process of the one that is running; False when it has to wait."""
@@ -111,9 +128,10 @@ class Attempts:
         answer = {"kind": "result", "failure": {"kind": kind, "message": message}, "duration": 0.0}
         found = self._starting.pop(lease_id, None)
         if found is not None:
-            starting, size = found
+            starting, assignment = found
             starting.cancel()
-            self._end(lease_id, answer, [], size)
+            self._end(assignment, answer, [])
+            return
         running = self._running.get(lease_id)
         if running is None:
             if (sent := self._ahead.get(lease_id)) is None or lease_id not in sent.ahead:
@@ -125,15 +143,16 @@ class Attempts:
         invocation.ending = answer
         if runner.key.is_async:
             runner.cancel(lease_id)
-            # A coroutine that will not end takes its process with it.
-            self._timers[lease_id] = asyncio.get_running_loop().call_later(CANCEL_GRACE_S, runner.kill)
+            # A coroutine that goes on is abandoned by its process, unless it blocks that.
+            self._cancel_timer(lease_id)
+            self._timers[lease_id] = asyncio.get_running_loop().call_later(CANCEL_GRACE_S, runner.kill_blocked)
         else:
             runner.kill()
 
     def cancelled(self, assignment: worker_pb2.Assignment) -> None:
         """Report a lease that was ended before it started."""
         failure = {"kind": "cancelled", "message": "cancelled before it started"}
-        self._fail(assignment.lease_id, failure, len(assignment.attempts))
+        self._fail(assignment, failure)
 
     async def _start_cold(
         self,
@@ -159,7 +178,7 @@ class Attempts:
             failure = {"kind": "payload", "message": text}
         if failure:
             self._starting.pop(assignment.lease_id, None)
-            self._fail(assignment.lease_id, failure, len(assignment.attempts))
+            self._fail(assignment, failure)
             return
         self._starting.pop(assignment.lease_id, None)
         self._run(assignment, function, bundle, runner)
@@ -168,7 +187,12 @@ class Attempts:
         function = self._functions[assignment.function_digest]
         bundle = self._materials.bundle_path(function.bundle_digest)
         is_async = function.concurrency == task_pb2.CONCURRENCY_ASYNC
-        return function, bundle, Key(bundle, tuple(assignment.gpu_indices), is_async)
+        is_alone = function.concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or self._is_suspect(assignment)
+        owner = assignment.lease_id if is_alone else ""
+        return function, bundle, Key(assignment.tenant, bundle, tuple(assignment.gpu_indices), is_async, owner)
+
+    def _is_suspect(self, assignment: worker_pb2.Assignment) -> bool:
+        return any((attempt.run_id, attempt.task_id) in self._suspects for attempt in assignment.attempts)
 
     def _missing(self, assignment: worker_pb2.Assignment, function: task_pb2.Function) -> list[asyncio.Task[None]]:
         upstream = self._upstream.get(assignment.lease_id, {})
@@ -208,14 +232,15 @@ class Attempts:
             "inline_limit": self.inline_limit_bytes,
             "log_limit": self.log_limit_bytes,
         }
-        size = len(assignment.attempts)
         return Invocation(
             lease_id,
             header,
             blobs,
             on_log=lambda stream, text, truncated: self._log(lease_id, stream, text, truncated),
             on_spawn=lambda task, parts: self._spawn(lease_id, function, task, parts),
-            on_end=lambda answer, parts: self._end(lease_id, answer, parts, size),
+            on_end=lambda answer, parts: self._end(assignment, answer, parts),
+            on_refused=lambda: self._start_again(assignment),
+            on_given_back=lambda reason, is_suspect: self._give_back(assignment, reason, is_suspect=is_suspect),
             raw_left=self.log_limit_bytes,
         )
 
@@ -265,27 +290,59 @@ class Attempts:
         else:
             self._emit(report)
 
-    def _fail(self, lease_id: str, failure: dict[str, Any], size: int = 1) -> None:
-        self._end(lease_id, {"failure": failure, "duration": 0.0}, [], size)
+    def _start_again(self, assignment: worker_pb2.Assignment) -> None:
+        """Start a lease that its process did not begin."""
+        self._cancel_timer(assignment.lease_id)
+        self._running.pop(assignment.lease_id, None)
+        self.start(assignment)
 
-    def _end(self, lease_id: str, answer: dict[str, Any], blobs: list[bytes], size: int = 1) -> None:
-        """Report the end of every member of a lease: each by its own answer, or all by the one there is."""
+    def _give_back(self, assignment: worker_pb2.Assignment, reason: str, *, is_suspect: bool) -> None:
+        """Give back a lease whose process another one took down. A suspect has a process of its own the next time."""
+        if is_suspect:
+            for attempt in assignment.attempts:
+                self._suspects[attempt.run_id, attempt.task_id] = None
+            while len(self._suspects) > MAX_SUSPECTS:
+                del self._suspects[next(iter(self._suspects))]
+        self._emit(convert.returned(assignment.lease_id, reason))
+        self._forget(assignment.lease_id)
+        self._ended(assignment.lease_id, None)
+
+    def _fail(self, assignment: worker_pb2.Assignment, failure: dict[str, Any]) -> None:
+        self._end(assignment, {"failure": failure, "duration": 0.0}, [])
+
+    def _end(self, assignment: worker_pb2.Assignment, answer: dict[str, Any], blobs: list[bytes]) -> None:
+        """Report the end of every member of a lease."""
+        lease_id = assignment.lease_id
+        self._forget(lease_id)
+        asked = (lease_id, answer, blobs, self._materials.name, len(assignment.attempts), self.message_limit_bytes)
+        if len(blobs) < LARGE_ANSWER_BLOBS and sum(map(len, blobs)) < LARGE_ANSWER_BYTES:
+            self._report_end(lease_id, answer, convert.outcomes(*asked))
+            return
+        # The loop has heartbeats to send, and other leases to look after, while a large answer is converted.
+        task = asyncio.get_running_loop().create_task(asyncio.to_thread(convert.outcomes, *asked))
+        self._converting.add(task)
+        task.add_done_callback(self._converting.discard)
+        task.add_done_callback(lambda done: self._report_end(lease_id, answer, done.result()))
+
+    def _report_end(self, lease_id: str, answer: dict[str, Any], reports: list[worker_pb2.Report]) -> None:
+        outputs: convert.Outputs | None = None
+        named = set()
+        for report in reports:
+            outputs = report.succeeded.outputs if report.HasField("succeeded") else None
+            named |= convert.artifacts_in(report)
+            self._emit(report)
+        # Values of an answer that could not be reported are named by nothing.
+        if unnamed := set(answer.get("made", ())) - named:
+            self._materials.drop(unnamed)
+        self._ended(lease_id, outputs)
+
+    def _forget(self, lease_id: str) -> None:
         self._running.pop(lease_id, None)
         self._ahead.pop(lease_id, None)
         self._unstarted.pop(lease_id, None)
         self._upstream.pop(lease_id, None)
+        self._cancel_timer(lease_id)
+
+    def _cancel_timer(self, lease_id: str) -> None:
         if (timer := self._timers.pop(lease_id, None)) is not None:
             timer.cancel()
-        outputs: convert.Outputs | None = None
-        for item, member in enumerate(answer.get("items") or [answer] * size):
-            report = convert.report(lease_id, time.time_ns())
-            report.item = item
-            duration_ns = int(answer["duration"] * 1e9)
-            convert.fill_outcome(report, member, blobs, self._materials.name, duration_ns)
-            if excess := convert.excess(report, self.message_limit_bytes):
-                self._materials.drop(convert.artifacts_in(report))
-                failed = {"failure": {"kind": "payload", "message": excess}}
-                convert.fill_outcome(report, failed, [], self._materials.name, duration_ns)
-            outputs = report.succeeded.outputs if report.HasField("succeeded") else None
-            self._emit(report)
-        self._ended(lease_id, outputs)

@@ -2,11 +2,14 @@
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, worker_pb2
+
+from lattice_worker.runner.text import utf8
 
 JSON = "application/json"
 CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
@@ -86,6 +89,7 @@ def fill_outcome(
     report: worker_pb2.Report, answer: dict[str, Any], blobs: list[bytes], node_id: str, duration_ns: int
 ) -> None:
     """Write into a report how one attempt ended."""
+    report.ClearField("succeeded")
     if failure := answer.get("failure"):
         report.failed.failure.CopyFrom(failure_from_answer(failure, blobs))
         report.failed.duration.FromNanoseconds(duration_ns)
@@ -174,9 +178,42 @@ def report(lease_id: str, now_ns: int) -> worker_pb2.Report:
     return message
 
 
-def returned(lease_id: str) -> worker_pb2.Report:
-    """Return the report that gives a lease back unstarted."""
-    return worker_pb2.Report(lease_id=lease_id, returned=worker_pb2.LeaseReturned())
+def returned(lease_id: str, reason: str = "") -> worker_pb2.Report:
+    """Return the report that gives a lease back: unstarted, or to be run again through no fault of its own."""
+    return worker_pb2.Report(lease_id=lease_id, returned=worker_pb2.LeaseReturned(reason=reason))
+
+
+def outcomes(
+    lease_id: str, answer: dict[str, Any], blobs: list[bytes], node_id: str, size: int, limit_bytes: int
+) -> list[worker_pb2.Report]:
+    """Return the reports that end the members of a lease, each by its own answer or all by the one there is.
+
+    Whatever the answer is, there is a report for each: one that cannot be read, or that no message of `limit_bytes`
+    holds, is a failure.
+    """
+    members = answer.get("items") or [answer] * size
+    if len(members) != size:
+        members = [_internal(f"it answered for {len(members)} attempts, and {size} were asked for")] * size
+    reports = []
+    for item, member in enumerate(members):
+        made = report(lease_id, time.time_ns())
+        made.item = item
+        try:
+            duration_ns = int(answer.get("duration", 0.0) * 1e9)
+            fill_outcome(made, member, blobs, node_id, duration_ns)
+        except Exception as error:
+            duration_ns = 0
+            text = f"the answer of its process cannot be read: {type(error).__name__}: {error}"
+            fill_outcome(made, _internal(text), [], node_id, duration_ns)
+        if too_large := excess(made, limit_bytes):
+            failed = {"failure": {"kind": "payload", "message": too_large}}
+            fill_outcome(made, failed, [], node_id, duration_ns)
+        reports.append(made)
+    return reports
+
+
+def _internal(text: str) -> dict[str, Any]:
+    return {"failure": {"kind": "internal", "message": utf8(text)}}
 
 
 def log_stream(name: str) -> run_pb2.LogStream.ValueType:

@@ -1,42 +1,43 @@
-"""Owns the pool of runners: which are idle, which are shared, and what those that died left behind.
+"""The pool of runner processes: which are free, and for whom.
 
-Rule: a runner is given to what its key fits only, and what a dead one left running is ended.
+Rule: a process works for one key only. Spare processes belong to none until they are first used; a free process that
+was used longest ago makes room for others, and spares are replaced in the background.
 """
 
 import asyncio
 import contextlib
-import os
 
-import psutil
-
-from lattice_worker import host
 from lattice_worker.drafts import Drafts
-from lattice_worker.runners import Key, Runner, kill_tree
+from lattice_worker.runners import Key, Runner
+from lattice_worker.zygote import Zygotes
 
-SWEEP_S = 0.1
+IDLE_PER_SPARE = 2
 
 
 class Pool:
-    """Runners, by key. Process runners run one invocation at a time, async runners any number."""
+    """Runners. Process runners run one invocation at a time, async runners any number. `spares` is how many unused
+    processes are kept ready; at most twice as many used ones are kept besides."""
 
-    def __init__(self, spare: int, drafts: Drafts) -> None:
-        self._spare = spare
+    def __init__(self, spares: int, drafts: Drafts) -> None:
+        self._wanted = spares
         self._drafts = drafts
-        self._idle: dict[Key, list[Runner]] = {}
+        self._zygotes = Zygotes()
+        self._spares: list[Runner] = []
+        self._idle: dict[Runner, None] = {}  # Used longest ago first.
+        self._by_key: dict[Key, list[Runner]] = {}
         self._shared: dict[Key, asyncio.Future[Runner]] = {}
         self._all: set[Runner] = set()
-        # A process that does not adopt orphans has children that are none of this pool's business.
-        self._adopts = host.adopts_orphans()
-        self._starting = 0
-        self._sweeping: asyncio.Task[None] | None = None
+        self._refilling: asyncio.Task[None] | None = None
+        self._is_closed = False
 
-    async def warm(self, count: int) -> None:
-        """Start runners ahead of need."""
-        for runner in await asyncio.gather(*(self._start(Key()) for _ in range(count))):
-            self._put_back(runner)
+    async def warm(self) -> None:
+        """Start the spare processes."""
+        self._refill()
+        if self._refilling is not None:
+            await self._refilling
 
     async def take(self, key: Key) -> Runner:
-        """Return a runner that is free to run one more invocation."""
+        """Return a runner that is free to run one more invocation. Raises OSError."""
         if key.is_async:
             shared = self._usable(key)
             if shared is None:
@@ -49,9 +50,16 @@ class Pool:
         if key.is_async:
             shared = self._usable(key)
             return shared.result() if shared is not None and shared.done() else None
-        idle = self._idle.get(key, [])
-        while idle:
-            if (runner := idle.pop()).is_fit:
+        # The one used last: it has its memory in the caches, and the others can go.
+        while (runner := next(reversed(self._by_key.get(key, [])), None)) is not None:
+            self._leave_idle(runner)
+            if runner.is_fit:
+                return runner
+        while self._spares:
+            runner = self._spares.pop()
+            if runner.is_fit:
+                runner.adopt(key)
+                self._refill()
                 return runner
         return None
 
@@ -64,58 +72,60 @@ class Pool:
 
     def close(self) -> None:
         """Kill every runner."""
+        self._is_closed = True
+        if self._refilling is not None:
+            self._refilling.cancel()
         for runner in list(self._all):
             runner.kill()
+        self._zygotes.close()
 
     async def _start(self, key: Key) -> Runner:
-        runner = Runner(key, self._drafts, self._put_back, self._forget)
-        self._starting += 1
-        try:
-            await runner.start()
-            self._all.add(runner)
-        finally:
-            self._starting -= 1
+        runner = await self._start_spare(is_async=key.is_async)
+        runner.adopt(key)
         return runner
 
+    async def _start_spare(self, *, is_async: bool = False) -> Runner:
+        runner = Runner(self._drafts, self._put_back, self._forget)
+        await runner.start(self._zygotes, is_async=is_async)
+        self._all.add(runner)
+        return runner
+
+    def _refill(self) -> None:
+        if not self._is_closed and (self._refilling is None or self._refilling.done()):
+            self._refilling = asyncio.get_running_loop().create_task(self._start_spares())
+
+    async def _start_spares(self) -> None:
+        # Where a process cannot be started now, the attempt that needs one says so.
+        with contextlib.suppress(OSError):
+            while len(self._spares) < self._wanted:
+                self._spares.append(await self._start_spare())
+
     def _put_back(self, runner: Runner) -> None:
-        if runner.key.is_async or runner not in self._all:
+        """Note that a runner has nothing to do."""
+        if runner.key.owner:
+            runner.kill()
+        if runner.key.is_async or not runner.is_fit or runner not in self._all:
             return
-        self._idle.setdefault(runner.key, []).append(runner)
-        if sum(map(len, self._idle.values())) > self._spare:
-            # The least recently used key gives one up.
-            key = next(iter(self._idle))
-            self._idle[key].pop(0).kill()
-            if not self._idle[key]:
-                del self._idle[key]
+        self._idle[runner] = None
+        self._by_key.setdefault(runner.key, []).append(runner)
+        if len(self._idle) > self._wanted * IDLE_PER_SPARE:
+            oldest = next(iter(self._idle))
+            self._leave_idle(oldest)
+            oldest.kill()
 
-    def sweep(self) -> None:
-        """Kill what a runner that is gone left behind, which is below this process now, if that adopts orphans."""
-        if not self._adopts:
-            return
-        if self._starting or (self._sweeping is not None and not self._sweeping.done()):
-            # A process that is being started is not known by its id yet, and would be taken for a left one.
-            asyncio.get_running_loop().call_later(SWEEP_S, self.sweep)
-            return
-        known = {runner.pid for runner in self._all}
-        left = [child.pid for child in psutil.Process().children() if child.pid not in known]
-        if left:
-            for pid in left:
-                kill_tree(pid)
-            self._sweeping = asyncio.get_running_loop().create_task(self._reap(left))
-
-    async def _reap(self, pids: list[int]) -> None:
-        for pid in pids:
-            with contextlib.suppress(ChildProcessError):
-                await asyncio.to_thread(os.waitpid, pid, 0)
-        # What those had below them is here now.
-        asyncio.get_running_loop().call_soon(self.sweep)
+    def _leave_idle(self, runner: Runner) -> None:
+        if runner in self._idle:
+            del self._idle[runner]
+            same = self._by_key[runner.key]
+            same.remove(runner)
+            if not same:
+                del self._by_key[runner.key]
 
     def _forget(self, runner: Runner) -> None:
         self._all.discard(runner)
-        self.sweep()
-        if runner.key.is_async:
-            shared = self._shared.get(runner.key)
-            if shared is not None and shared.done() and not shared.exception() and shared.result() is runner:
-                del self._shared[runner.key]
-        elif runner in (idle := self._idle.get(runner.key, [])):
-            idle.remove(runner)
+        self._leave_idle(runner)
+        if runner in self._spares:
+            self._spares.remove(runner)
+        shared = self._shared.get(runner.key)
+        if shared is not None and shared.done() and not shared.exception() and shared.result() is runner:
+            del self._shared[runner.key]

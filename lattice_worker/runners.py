@@ -1,48 +1,53 @@
-"""Owns the runner processes: starts one, hands it invocations, learns of its death.
+"""The runner processes: hands one invocations, takes its answers, learns of its death.
 
-Rule: a runner that died, or was killed, never runs anything again; what it ran is told as one outcome each.
+Rule: an invocation that a runner took ends once: it is answered, it fails with its process, or it is given back. One
+that a runner had not begun is run by another.
 """
 
 import asyncio
-import codecs
 import contextlib
-import json
+import logging
+import mmap
 import os
 import shutil
 import signal
 import socket
 import struct
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from lattice_worker.control import Control
 from lattice_worker.drafts import Drafts
+from lattice_worker.rawoutput import RawOutput
+from lattice_worker.zygote import Process, Zygotes
 
-PROGRAM = Path(__file__).parent / "runner" / "__main__.py"
-# Names the worker to all that its tasks start; whoever started the worker finds them by it when the worker is killed.
-MARK = "LATTICE_WORKER_ID"
-RAW_READ_BYTES = 1 << 16
+log = logging.getLogger(__name__)
+
 HANG_UP_S = 0.5
+DESCRIBE_S = 1.0
 MAX_AHEAD = 64
+MARK_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What runners are kept apart by."""
+    """What a process can be used for again: work of one tenant that uses the same modules and devices. `owner` is set
+    for a process that one lease has for itself."""
 
+    tenant: str = ""
     bundle: str = ""
     gpu_indices: tuple[int, ...] = ()
     is_async: bool = False
+    owner: str = ""
 
 
 @dataclass(slots=True)
 class Invocation:
-    """One call of a function. `on_log` takes (stream, text, truncated); the others a header and its blobs.
+    """One call of a function. `on_log` takes (stream, text, truncated); `on_spawn` and `on_end` a header and its blobs;
+    `on_refused` is called when the process did not begin it, `on_given_back` when another invocation took it down.
 
     `claim` numbers one that was sent ahead; `ending` is the answer of one that is being ended, whatever it says itself.
     """
@@ -53,12 +58,16 @@ class Invocation:
     on_log: Callable[[str, str, bool], None]
     on_spawn: Callable[[dict[str, Any], list[bytes]], None]
     on_end: Callable[[dict[str, Any], list[bytes]], None]
+    on_refused: Callable[[], None]
+    on_given_back: Callable[[str, bool], None]
     raw_left: int = 0
     ending: dict[str, Any] | None = field(default=None)
+    describing: asyncio.TimerHandle | None = field(default=None)
     claim: int = 0
+    number: int = 0
 
 
-class Runner(asyncio.Protocol):
+class Runner:
     """One process. All methods run on the agent's event loop.
 
     Invocations may be sent ahead, so that the process goes on without waiting for the agent. Their numbers lie in a
@@ -68,84 +77,57 @@ class Runner(asyncio.Protocol):
     """
 
     def __init__(
-        self, key: Key, drafts: Drafts, on_idle: Callable[["Runner"], None], on_gone: Callable[["Runner"], None]
+        self, drafts: Drafts, on_idle: Callable[["Runner"], None], on_gone: Callable[["Runner"], None]
     ) -> None:
-        self.key = key
+        self.key = Key()
         self.folder = ""
-        self._drafts = drafts
         self.known: set[str] = set()
         self.running: dict[str, Invocation] = {}
         self.ahead: dict[str, Invocation] = {}
+        self._drafts = drafts
+        self._on_idle, self._on_gone = on_idle, on_gone
+        self._numbers = count(1)
         self._claims = count(1)
         self._claim_read, self._claim_write = -1, -1
-        self._has_hung_up = asyncio.Event()
-        self._is_killed = False
+        self._is_fit = True
+        self._is_blocked = False
         self._is_ready = False
         self._when_ready: list[Callable[[], None]] = []
-        self._on_idle, self._on_gone = on_idle, on_gone
-        self._buffer = bytearray()
-        self._raw: dict[int, tuple[str, codecs.IncrementalDecoder]] = {}
-        self._control: socket.socket | None = None
-        self._writer: asyncio.Transport | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._watcher: asyncio.Task[None] | None = None
         self._oom_kills = oom_kills()
 
-    async def start(self) -> None:
+    async def start(self, zygotes: Zygotes, *, is_async: bool) -> None:
         """Start the process. Raises OSError, and leaves nothing behind then."""
-        with contextlib.ExitStack() as undo:
-            await self._start(undo)
-            undo.pop_all()
-
-    async def _start(self, undo: contextlib.ExitStack) -> None:
-        self.folder = self._drafts.folder()
-        undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
-        ours, theirs = socket.socketpair()
-        undo.callback(ours.close)
-        undo.callback(self.kill)
-        with theirs, contextlib.ExitStack() as done:
-            out_read, out_write = _pipe(undo, done)
-            err_read, err_write = _pipe(undo, done)
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
+            self.folder = self._drafts.folder()
+            undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(ours.close)
+            theirs.callback(control.close)
+            out_read, out_write = _pipe(undo, theirs)
+            err_read, err_write = _pipe(undo, theirs)
             self._claim_read, self._claim_write = _pipe(undo, undo)
             for descriptor in (self._claim_read, self._claim_write):
                 os.set_blocking(descriptor, False)
-            self._process = await self._spawn(theirs.fileno(), out_write, err_write)
-        loop = asyncio.get_running_loop()
-        self._control = ours
-        ours.setblocking(False)
-        transport, _ = await loop.create_connection(lambda: self, sock=ours)
-        self._writer = transport
-        decoder = codecs.getincrementaldecoder("utf-8")
-        self._raw = {out_read: ("stdout", decoder("replace")), err_read: ("stderr", decoder("replace"))}
-        for descriptor in self._raw:
-            os.set_blocking(descriptor, False)
-            loop.add_reader(descriptor, self._on_raw, descriptor)
-        self._watcher = loop.create_task(self._watch())
+            marks = os.memfd_create("lattice-marks")
+            theirs.callback(os.close, marks)
+            os.ftruncate(marks, MARK_BYTES)
+            self._marks = mmap.mmap(marks, MARK_BYTES)
+            undo.callback(self._marks.close)
+            given = (control.fileno(), out_write, err_write, self._claim_read, marks)
+            self._process: Process = await zygotes.fork("async" if is_async else "process", given)
+            undo.pop_all()
+        self._control = Control(ours, self._take, self._break, self._lost)
+        self._raw = RawOutput({"stdout": out_read, "stderr": err_read}, self._control.read, self._take_raw)
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
-    async def _spawn(self, control: int, out: int, err: int) -> asyncio.subprocess.Process:
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name != "GRPC_ENABLE_FORK_SUPPORT" and (name == MARK or not name.startswith("LATTICE_"))
-        }
+    def adopt(self, key: Key) -> None:
+        """Have the process work for a key from now on; one that has worked for another cannot."""
+        self.key = key
         # Always: a task that asked for no device must not find one that others count on.
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.key.gpu_indices))
+        devices = ",".join(map(str, key.gpu_indices))
         # The order in which the indices were counted; CUDA's own puts the fastest first.
-        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(PROGRAM),
-            str(control),
-            str(self._claim_read),
-            "async" if self.key.is_async else "process",
-            str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            pass_fds=[control, self._claim_read],
-            env=environment,
-            start_new_session=True,
-        )
+        environment = {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        self._control.send({"kind": "adopt", "environment": environment})
 
     def when_ready(self, call: Callable[[], None]) -> None:
         """Call once the process has started up and can run something; at once when it has."""
@@ -158,19 +140,20 @@ class Runner(asyncio.Protocol):
         """Send a function, once."""
         if digest not in self.known:
             self.known.add(digest)
-            self._send(header, [blob])
+            self._control.send(header, [blob])
 
     def invoke(self, invocation: Invocation) -> None:
         """Run one invocation."""
+        invocation.number = invocation.header["number"] = next(self._numbers)
         self.running[invocation.name] = invocation
-        self._send(invocation.header, invocation.blobs)
+        self._control.send(invocation.header, invocation.blobs)
 
     def send_ahead(self, invocation: Invocation) -> None:
         """Have an invocation run after those that run or were sent ahead before; `begin` tells when its turn comes."""
         invocation.claim = invocation.header["claim"] = next(self._claims)
         self.ahead[invocation.name] = invocation
         os.write(self._claim_write, struct.pack("<Q", invocation.claim))
-        self._send(invocation.header, invocation.blobs)
+        self._control.send(invocation.header, invocation.blobs)
 
     def begin(self, name: str) -> Invocation:
         """Note that it is the turn of an invocation sent ahead."""
@@ -193,150 +176,171 @@ class Runner(asyncio.Protocol):
             if invocation.claim in unread:
                 # Its turn has come, and the process has not got to it yet.
                 del invocation.header["claim"]
-                self._send(invocation.header, invocation.blobs)
+                self._control.send(invocation.header, invocation.blobs)
         return name not in self.ahead
 
     def cancel(self, name: str) -> None:
         """Ask an async invocation to end."""
-        self._send({"kind": "cancel", "id": name}, [])
-
-    @property
-    def pid(self) -> int | None:
-        """The process's id; None before it started."""
-        return None if self._process is None else self._process.pid
-
-    def kill(self) -> None:
-        """End the process and all its descendants, those in sessions of their own included."""
-        process = self._process
-        self._is_killed = True
-        if process is not None and process.returncode is None:
-            kill_tree(process.pid)
+        self._control.send({"kind": "cancel", "id": name})
 
     @property
     def is_fit(self) -> bool:
-        """Whether the process takes invocations, as far as is known: it is not being killed and has not hung up."""
-        return not (self._is_killed or self._has_hung_up.is_set())
+        """Whether the process takes invocations, as far as is known."""
+        return self._is_fit
 
-    def data_received(self, data: bytes) -> None:
-        """Take bytes of the control socket."""
-        self._buffer += data
-        buffer = self._buffer
-        while len(buffer) >= 4:
-            (length,) = struct.unpack_from("<I", buffer)
-            if len(buffer) < 4 + length:
-                return
-            header = json.loads(bytes(buffer[4 : 4 + length]))
-            sizes = header["blobs"]
-            end = 4 + length + sum(sizes)
-            if len(buffer) < end:
-                return
-            blobs, offset = [], 4 + length
-            for size in sizes:
-                blobs.append(bytes(buffer[offset : offset + size]))
-                offset += size
-            del buffer[:end]
-            self._take(header, blobs)
+    def kill(self) -> None:
+        """End the process, and all that it started."""
+        self._is_fit = False
+        self._process.kill()
+
+    def kill_blocked(self) -> None:
+        """End an async process that does not answer: the invocation it is in the middle of blocks the others."""
+        self._is_blocked = True
+        self.kill()
+
+    # What the process says.
 
     def _take(self, header: dict[str, Any], blobs: list[bytes]) -> None:
-        if header["kind"] == "ready":
+        """Take a frame. Whatever is wrong with it, or goes wrong with it here, ends the process and not the agent."""
+        try:
+            self._handle(header, blobs)
+        except Exception as error:
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        log.warning("a task's process is ended: %s: %s", type(error).__name__, error)
+        text = f"its process sent what is no answer: {type(error).__name__}: {error}"
+        if not self.key.is_async:
+            for invocation in self.running.values():
+                invocation.ending = invocation.ending or _failed("internal", text)
+        self.kill()
+
+    def _handle(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        kind = header["kind"]
+        if kind == "ready":
             self._is_ready = True
-            for call in self._when_ready:
+            waiting, self._when_ready = self._when_ready, []
+            for call in waiting:
                 call()
-            self._when_ready.clear()
+            return
+        if kind == "retired":
+            self._retire(header["reason"])
             return
         invocation = self.running.get(header["id"])
         if invocation is None:
             self._drafts.delete(self.folder, header.get("made", ()))
             return
-        if header["kind"] == "log":
-            for stream, text in header["parts"]:
-                invocation.on_log(stream, text, header["truncated"])
-            return
-        if header["kind"] == "spawn":
-            self._drafts.publish(self.folder, header["made"])
-            invocation.on_spawn(header["task"], blobs)
-            return
+        match kind:
+            case "log":
+                for stream, text in header["parts"]:
+                    invocation.on_log(stream, text, header["truncated"])
+            case "spawn":
+                self._drafts.publish(self.folder, header["made"])
+                invocation.on_spawn(header["task"], blobs)
+            case "describing":
+                self._time_description(invocation, is_over=header["is_over"])
+            case "result":
+                self._answer(invocation, header, blobs)
+            case _:
+                raise ValueError(f"{kind!r} is no kind of frame")
+
+    def _answer(self, invocation: Invocation, header: dict[str, Any], blobs: list[bytes]) -> None:
+        made = list(header["made"])
         if header["has_raw"]:
             # The process waits, so what there is to read is all of this invocation's.
-            for descriptor in list(self._raw):
-                self._read_raw(descriptor)
-            self._send({"kind": "drained"}, [])
-        del self.running[header["id"]]
+            self._raw.read()
+            self._control.send({"kind": "drained"})
+        self._time_description(invocation, is_over=True)
+        del self.running[invocation.name]
         if not self.running and not self.ahead:
             self._on_idle(self)
         if invocation.ending:
-            self._drafts.delete(self.folder, header["made"])
+            self._drafts.delete(self.folder, made)
+            invocation.on_end(invocation.ending, [])
         else:
-            self._drafts.publish(self.folder, header["made"])
-        invocation.on_end(invocation.ending or header, [] if invocation.ending else blobs)
+            self._drafts.publish(self.folder, made)
+            invocation.on_end(header, blobs)
 
-    def _send(self, header: dict[str, Any], blobs: Sequence[bytes]) -> None:
-        header["blobs"] = [len(blob) for blob in blobs]
-        encoded = json.dumps(header).encode()
-        if self._writer is not None and not self._has_hung_up.is_set():
-            self._writer.write(b"".join([struct.pack("<I", len(encoded)), encoded, *blobs]))
+    def _time_description(self, invocation: Invocation, *, is_over: bool) -> None:
+        """Bound the time in which the process describes an error: that calls methods of the error itself."""
+        if invocation.describing is not None:
+            invocation.describing.cancel()
+            invocation.describing = None
+        if not is_over:
+            late = asyncio.get_running_loop().call_later(DESCRIBE_S, self._give_up_description, invocation)
+            invocation.describing = late
 
-    def _on_raw(self, descriptor: int) -> None:
-        # If the process has gone on to the next invocation, it has said so: then this is what that one writes.
-        if self._control is not None:
-            with contextlib.suppress(BlockingIOError, OSError):
-                self.data_received(self._control.recv(RAW_READ_BYTES))
-        if descriptor in self._raw:
-            self._read_raw(descriptor)
+    def _give_up_description(self, invocation: Invocation) -> None:
+        text = f"it raised an error that could not be described within {DESCRIBE_S:g} s"
+        invocation.ending = invocation.ending or _failed("user_error", text)
+        self.kill_blocked()
 
-    def _read_raw(self, descriptor: int) -> None:
+    def _retire(self, reason: str) -> None:
+        """The process ends itself: what it was sent after its last answer is run by another."""
+        log.info("a task's process runs nothing more: %s", reason)
+        self._is_fit = False
+        refused, self.running = self.running, {}
+        self.ahead.clear()
+        for invocation in refused.values():
+            if invocation.ending:
+                invocation.on_end(invocation.ending, [])
+            else:
+                invocation.on_refused()
+
+    def _take_raw(self, stream: str, text: str, size: int) -> None:
         """Give what the process wrote past `sys.stdout` to the invocation that runs, if it is the only one."""
-        try:
-            data = os.read(descriptor, RAW_READ_BYTES)
-        except BlockingIOError:
+        if len(self.running) != 1:
             return
-        if not data:
-            self._close_raw(descriptor)
-        elif len(self.running) == 1:
-            invocation = next(iter(self.running.values()))
-            if invocation.raw_left <= 0:
-                return
-            stream, decoder = self._raw[descriptor]
-            invocation.on_log(stream, decoder.decode(data), False)
-            invocation.raw_left -= len(data)
+        (invocation,) = self.running.values()
+        if invocation.raw_left > 0:
+            invocation.raw_left -= size
+            invocation.on_log(stream, text, False)
             if invocation.raw_left <= 0:
                 invocation.on_log(stream, "[output cut]\n", True)
 
-    def _close_raw(self, descriptor: int) -> None:
-        asyncio.get_running_loop().remove_reader(descriptor)
-        if self._raw.pop(descriptor, None) is not None:
-            os.close(descriptor)
+    # Its end.
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Note that the process will say nothing more."""
-        self._has_hung_up.set()
+    def _lost(self) -> None:
+        """Nothing more will come. A program that a task put in the place of its process does not end by itself."""
+        self._is_fit = False
+        asyncio.get_running_loop().call_later(HANG_UP_S, self.kill)
 
     async def _watch(self) -> None:
-        process = self._process
-        assert process is not None
-        status = await process.wait()
-        # What it said before it died is still to be read. A child of it may hold the socket open for longer.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HANG_UP_S):
-                await self._has_hung_up.wait()
-        for descriptor in list(self._raw):
-            self._read_raw(descriptor)
-        for descriptor in list(self._raw):
-            self._close_raw(descriptor)
-        if self._writer is not None:
-            self._writer.close()
+        status = await self._process.ended
+        # What it said before it died is still to be read.
+        self._control.drain()
+        self._is_fit = False
+        self._raw.read()
+        self._raw.close()
+        self._control.close()
         # What it had not begun has its turn elsewhere.
         self.ahead.clear()
         for descriptor in (self._claim_read, self._claim_write):
             os.close(descriptor)
         self._on_gone(self)
         running, self.running = self.running, {}
-        by_kernel = status == -signal.SIGKILL and oom_kills() > self._oom_kills
-        for invocation in running.values():
-            answer = invocation.ending or _crash(status, is_alone=len(running) == 1, by_kernel=by_kernel)
-            invocation.on_end(answer, [])
+        self._end_running(list(running.values()), status)
+        self._marks.close()
         # What it was writing, or wrote and did not come to tell.
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def _end_running(self, running: list[Invocation], status: int) -> None:
+        """End what the process was running: what was being ended, and the invocation that took the process down."""
+        by_kernel = status == -signal.SIGKILL and oom_kills() > self._oom_kills
+        crash = _crash(status, by_kernel=by_kernel, is_blocked=self._is_blocked)
+        marked = int.from_bytes(self._marks[:MARK_BYTES], "little")
+        undecided = [invocation for invocation in running if not invocation.ending]
+        culprits = undecided if len(running) == 1 else [i for i in undecided if i.number == marked]
+        is_known = bool(culprits) or any(i.ending and i.number == marked for i in running)
+        for invocation in running:
+            self._time_description(invocation, is_over=True)
+            if invocation.ending:
+                invocation.on_end(invocation.ending, [])
+            elif invocation in culprits:
+                invocation.on_end(crash, [])
+            else:
+                text = f"the process it shared with other async tasks {_how(status)}"
+                invocation.on_given_back(text, not is_known)
 
 
 def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[int, int]:
@@ -345,15 +349,6 @@ def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple
     reading.callback(os.close, read)
     writing.callback(os.close, write)
     return read, write
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process and its descendants; what one of them still starts meanwhile is found by the pool's `sweep`."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for member in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
 
 
 def oom_kills() -> int:
@@ -365,18 +360,22 @@ def oom_kills() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def _crash(status: int, *, is_alone: bool, by_kernel: bool) -> dict[str, Any]:
-    if status < 0:
-        name = signal.Signals(-status).name if -status in set(signal.Signals) else "unknown"
-        how = f"was killed by signal {-status} ({name})"
-    else:
-        how = f"exited with status {status}"
+def _failed(kind: str, message: str, **more: Any) -> dict[str, Any]:
+    return {"kind": "result", "failure": {"kind": kind, "message": message, **more}, "duration": 0.0}
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"exited with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else "unknown"
+    return f"was killed by signal {-status} ({name})"
+
+
+def _crash(status: int, *, by_kernel: bool, is_blocked: bool) -> dict[str, Any]:
     if by_kernel:
         text = "the kernel killed the task's process because memory ran out"
-        failure = {"kind": "out_of_memory", "type": "", "message": text, "exit_status": status}
-    elif is_alone:
-        failure = {"kind": "crashed", "type": "", "message": f"the task's process {how}", "exit_status": status}
-    else:
-        text = f"the process it shared with other async tasks {how}"
-        failure = {"kind": "worker_lost", "type": "", "message": text, "exit_status": status}
-    return {"kind": "result", "failure": failure, "duration": 0.0}
+        return _failed("out_of_memory", text, exit_status=status)
+    if is_blocked:
+        text = "it blocked the event loop that async tasks share for more than a second, and its process was ended"
+        return _failed("crashed", f"{text}; await what takes time, or make it a plain function", exit_status=status)
+    return _failed("crashed", f"the task's process {_how(status)}", exit_status=status)

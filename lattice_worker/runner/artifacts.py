@@ -8,6 +8,7 @@ import os
 import uuid
 from typing import Any
 
+from lattice_worker.runner.text import message_of, type_name
 from lattice_worker.runner.values import PayloadError, encode_value
 
 SPARES = "spares"
@@ -28,7 +29,7 @@ class Encoder:
     def take_back(self, blobs: int = 0, made: int = 0) -> None:
         """Forget all but so many blobs and artifacts."""
         for artifact in self.made[made:]:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._folder, artifact))
         del self.blobs[blobs:], self.made[made:]
 
@@ -39,7 +40,8 @@ class Encoder:
         except MemoryError:
             raise
         except Exception as error:
-            raise PayloadError(f"an output of type {type(value).__name__} cannot be pickled: {error}") from error
+            what = f"an output of type {type_name(type(value))} cannot be pickled"
+            raise PayloadError(f"{what}: {message_of(error)}") from error
         size = sum(len(part) for part in parts)
         if size <= self._inline_limit:
             self.blobs.append(b"".join(parts))

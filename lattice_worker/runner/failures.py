@@ -1,48 +1,88 @@
-"""What a failed invocation tells about its error."""
+"""What a failed invocation tells about its error.
 
-import asyncio
+Rule: an error is user code, and so is all it refers to: whatever its methods do, a failure comes of it.
+"""
+
 import contextlib
 import os
 import traceback
 from typing import Any
 
-import cloudpickle
-
+from lattice_worker.runner import pickler
 from lattice_worker.runner.artifacts import Encoder
+from lattice_worker.runner.functions import shown
+from lattice_worker.runner.text import MESSAGE_CHARACTERS, clipped, message_of, type_name, utf8
 from lattice_worker.runner.values import PayloadError
 
-HERE = os.path.dirname(__file__)
+HERE = os.path.dirname(__file__) + os.sep
+# With the message, and in bytes, the text of a failure stays below 64 KiB unless it is mostly not Latin.
+TRACEBACK_CHARACTERS = 40 * 1024
+FAILURE_BYTES = 64 * 1024
 MAX_EXCEPTION_BYTES = 64 * 1024
-
-
-def _trace(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(HERE)]
-    cause = traceback.format_exception(error.__cause__) if error.__cause__ is not None else []
-    head = ["Traceback (most recent call last):\n", *traceback.format_list(frames)] if frames else []
-    return "".join([*cause, *head, *traceback.format_exception_only(error)])
+MAX_FRAMES = 100
+MAX_BASES = 64
 
 
 def failure_of(error: BaseException, encoder: Encoder) -> dict[str, Any]:
-    match error:
-        case asyncio.CancelledError():
-            return {"kind": "cancelled", "message": "the attempt was cancelled", "type": ""}
-        case PayloadError():
-            return {"kind": "payload", "message": str(error), "type": "", "traceback": _trace(error)}
-        case MemoryError():
-            kind = "out_of_memory"
-        case _:
-            kind = "user_error"
-    name, *bases = [_type_name(cls) for cls in type(error).__mro__ if cls is not object]
-    failure: dict[str, Any] = {"kind": kind, "type": name, "message": str(error), "traceback": _trace(error)}
-    failure["base_types"] = bases
-    with contextlib.suppress(Exception):  # an exception that cannot be pickled is still told in text
-        stripped = error.with_traceback(None)
-        pickled = cloudpickle.dumps(stripped)
+    """Return the failure an error is. Never raises; how long it takes is up to the error's own methods."""
+    kind = "user_error"
+    if isinstance(error, MemoryError):
+        kind = "out_of_memory"
+    elif isinstance(error, PayloadError):
+        kind = "payload"
+    failure: dict[str, Any] = {"kind": kind, "type": "", "message": "the error cannot be described"}
+    with contextlib.suppress(BaseException):
+        failure["type"] = "" if kind == "payload" else type_name(type(error))
+    failure["message"] = message_of(error)
+    with contextlib.suppress(BaseException):
+        failure["traceback"] = _fitting(clipped(_traceback(error), TRACEBACK_CHARACTERS), failure["message"])
+    if kind == "payload":
+        return failure
+    with contextlib.suppress(BaseException):
+        bases = [cls for cls in type(error).__mro__[1:] if cls is not object]
+        failure["base_types"] = [type_name(cls) for cls in bases[:MAX_BASES]]
+    with contextlib.suppress(BaseException):  # An exception that cannot be pickled is still told in text.
+        pickled = pickler.dumps(BaseException.with_traceback(error, None))
         if len(pickled) <= MAX_EXCEPTION_BYTES:
             encoder.blobs.append(pickled)
             failure["exception"] = len(encoder.blobs) - 1
     return failure
 
 
-def _type_name(cls: type) -> str:
-    return cls.__qualname__ if cls.__module__ in {"builtins", "__main__"} else f"{cls.__module__}.{cls.__qualname__}"
+def _traceback(error: BaseException) -> str:
+    """Return what Python prints of an error, groups, causes, contexts and notes included, from user code on."""
+    summary = traceback.TracebackException.from_exception(error, limit=None, compact=True)
+    seen: set[int] = set()
+    pending = [summary]
+    while pending:
+        found = pending.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        kept = [frame for frame in found.stack if not frame.filename.startswith(HERE)]
+        if len(kept) > MAX_FRAMES:
+            kept = [*kept[: MAX_FRAMES // 2], *kept[-MAX_FRAMES // 2 :]]
+        for frame in kept:
+            frame.filename = shown(frame.filename)
+        found.stack[:] = kept
+        _clip(found)
+        pending += [other for other in (found.__cause__, found.__context__, *(found.exceptions or ())) if other]
+    return utf8("".join(summary.format()))
+
+
+def _clip(summary: traceback.TracebackException) -> None:
+    """Shorten the texts in a summary before they are joined: an error may have many megabytes of them."""
+    text = getattr(summary, "_str", None)
+    if isinstance(text, str):
+        summary._str = clipped(text, MESSAGE_CHARACTERS)  # type: ignore[attr-defined]
+    notes = getattr(summary, "__notes__", None)
+    if isinstance(notes, list | tuple):
+        summary.__notes__ = [clipped(n, MESSAGE_CHARACTERS) if isinstance(n, str) else n for n in notes[:MAX_FRAMES]]
+
+
+def _fitting(text: str, message: str) -> str:
+    """Return text cut so that it and the message take at most `FAILURE_BYTES` of UTF-8."""
+    left = FAILURE_BYTES - len(message.encode())
+    while len(encoded := text.encode()) > left:
+        text = clipped(text, len(text) * left // len(encoded) * 9 // 10)
+    return text

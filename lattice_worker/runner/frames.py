@@ -1,34 +1,137 @@
-"""The frames between the agent and a runner.
+"""The frames between the agent and a runner, over a Unix socket that keeps packets apart (SOCK_SEQPACKET).
 
-A frame, both ways: little-endian u32 length of the header, the JSON header, then the blobs whose lengths the header
-lists under `blobs`. Payloads name a blob by index or a file by path.
+A frame is a JSON header and blobs whose lengths the header lists under `blobs`; payloads name a blob by its index, or a
+file by its path. A frame travels in packets of at most `PACKET_BYTES`. The first byte of a packet says whether it is a
+whole frame or the first, a middle or the last part of one. The kernel delivers packets whole. Bytes that user code
+writes to the socket are therefore a packet of their own: the agent finds them to be wrong, and they cannot hide where
+the next frame begins.
 """
 
+import contextlib
 import json
+import os
+import signal
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+PACKET_BYTES = 128 * 1024
+MAX_FRAME_BYTES = 512 * 1024 * 1024
+WHOLE, FIRST, MIDDLE, LAST = b"\1", b"\2", b"\3", b"\4"
+LENGTH = struct.Struct("<I")
+EVERY_SIGNAL = frozenset(range(1, signal.NSIG)) - {signal.SIGKILL, signal.SIGSTOP, 32, 33}  # glibc keeps 32 and 33.
+
+
+class ProtocolError(Exception):
+    """What came is not a frame."""
+
+
+def packets_of(header: dict[str, Any], blobs: Sequence[bytes]) -> list[bytes]:
+    """Return a frame as packets."""
+    header["blobs"] = [len(blob) for blob in blobs]
+    encoded = json.dumps(header).encode()
+    frame = b"".join([LENGTH.pack(len(encoded)), encoded, *blobs])
+    step = PACKET_BYTES - 1
+    if len(frame) <= step:
+        return [WHOLE + frame]
+    parts = [frame[start : start + step] for start in range(0, len(frame), step)]
+    return [FIRST + parts[0], *(MIDDLE + part for part in parts[1:-1]), LAST + parts[-1]]
+
+
+def parse(frame: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """Return the header and the blobs of a frame. Raises ProtocolError."""
+    try:
+        (length,) = LENGTH.unpack_from(frame)
+        offset = LENGTH.size + length
+        header = json.loads(frame[LENGTH.size : offset])
+        blobs = []
+        for size in header["blobs"]:
+            if size < 0:
+                raise ProtocolError("a blob has a negative length")
+            blobs.append(frame[offset : offset + size])
+            offset += size
+    except (struct.error, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ProtocolError(f"a frame cannot be read: {type(error).__name__}") from None
+    if offset != len(frame):
+        raise ProtocolError("a frame is not as long as it says")
+    return header, blobs
+
+
+class Assembler:
+    """Puts the packets of one socket together again."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, packet: bytes) -> bytes | None:
+        """Take a packet; return the frame it completes. Raises ProtocolError."""
+        kind = packet[:1]
+        if kind in {WHOLE, FIRST} if self._parts else kind in {MIDDLE, LAST}:
+            raise ProtocolError("a packet is not the next part of a frame")
+        if kind == WHOLE:
+            return packet[1:]
+        if kind not in {FIRST, MIDDLE, LAST}:
+            raise ProtocolError("a packet is of no known kind")
+        self._parts.append(packet[1:])
+        self._size += len(packet) - 1
+        if self._size > MAX_FRAME_BYTES:
+            raise ProtocolError(f"a frame has more than {MAX_FRAME_BYTES} bytes")
+        if kind != LAST:
+            return None
+        frame, self._parts, self._size = b"".join(self._parts), [], 0
+        return frame
+
 
 class Channel:
-    """The control socket; frames go out whole, from any thread."""
+    """The runner's end of the control socket; frames may be sent by any thread, and by signal handlers.
+
+    A process that the task forks inherits the socket. What it sends is dropped: its frames would be taken for the
+    runner's own.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._queue: deque[list[bytes]] = deque()
+        self._is_sending = False
+        self.owner = os.getpid()
 
     def send(self, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
         """Send one frame."""
-        header["blobs"] = [len(blob) for blob in blobs]
-        encoded = json.dumps(header).encode()
+        if os.getpid() != self.owner:
+            return
+        frame = packets_of(header, blobs)
         with self._lock:
-            self._sock.sendall(b"".join([struct.pack("<I", len(encoded)), encoded, *blobs]))
+            self._queue.append(frame)
+            # A signal handler that interrupted a frame of this very thread leaves its own to be sent after it.
+            if not self._is_sending:
+                self._is_sending = True
+                try:
+                    while self._queue:
+                        self._send_packets(self._queue.popleft())
+                finally:
+                    self._is_sending = False
+
+    def _send_packets(self, packets: list[bytes]) -> None:
+        if len(packets) == 1:
+            self._sock.send(packets[0])
+            return
+        # A handler that raises between two packets would leave half a frame.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, EVERY_SIGNAL)
+        try:
+            for packet in packets:
+                self._sock.send(packet)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def frames(self) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
-        """Yield frames until the other side hangs up."""
-        stream = self._sock.makefile("rb", buffering=1 << 16)
-        while prefix := stream.read(4):
-            header = json.loads(stream.read(struct.unpack("<I", prefix)[0]))
-            yield header, [stream.read(size) for size in header["blobs"]]
+        """Yield frames until the agent closes the socket."""
+        assembler = Assembler()
+        with contextlib.suppress(ConnectionResetError):
+            while packet := self._sock.recv(PACKET_BYTES):
+                if (frame := assembler.feed(packet)) is not None:
+                    yield parse(frame)

@@ -12,11 +12,15 @@ from types import ModuleType
 from typing import Any
 
 from lattice_worker.runner.pickler import FunctionPickler
+from lattice_worker.runner.text import message_of, type_name
 from lattice_worker.runner.values import PayloadError
 
 # Where a process that a task starts with `multiprocessing` finds the pickle of the task's function.
 SCRIPT_VARIABLE = "LATTICE_TASK_FUNCTION"
 SPAWNED = "lattice_worker.runner.spawned"
+
+
+_bundles: list[str] = []  # Where files of the project are here.
 
 
 class Loaded:
@@ -75,6 +79,11 @@ def reason_of(error: BaseException, left_out: dict[str, str]) -> str:
     return ""
 
 
+def shown(filename: str) -> str:
+    """Return the name of a file as the user knows it: that of a file of the project is relative to the project."""
+    return next((filename.removeprefix(bundle) for bundle in _bundles if filename.startswith(bundle)), filename)
+
+
 def dump(function: Callable[..., Any]) -> bytes:
     """Return a function as it travels. Raises PayloadError."""
     pickler = FunctionPickler(function)
@@ -100,14 +109,28 @@ def load(definition: dict[str, Any], blob: bytes) -> Loaded:
     except MemoryError:
         raise
     except BaseException as error:
-        text = f"the function {definition['name']!r} cannot be loaded here: {type(error).__name__}: {error}"
+        text = f"the function {definition['name']!r} cannot be loaded here: "
+        text += f"{type_name(type(error))}: {message_of(error)}"
         reason = reason_of(error, _left_out(blob) if definition["code"] == "pickle" else {})
         raise PayloadError(f"{text}; {reason}" if reason else text) from error
 
 
 def load_pickle(blob: bytes, bundle: str = "") -> Loaded:
     """Return a function from its pickle. What it has of its script is, and sees, the `__main__` module made for it."""
-    main = sys.modules["__main__"] = sys.modules["__mp_main__"] = ModuleType("__main__")
+    before, main = sys.modules["__main__"], ModuleType("__main__")
+    sys.modules["__main__"] = main
+    try:
+        loaded = _unpickle(blob, main)
+    finally:
+        sys.modules["__main__"] = before
+    script = str(getattr(main, "__file__", ""))
+    if bundle and script and not os.path.exists(script):
+        # Files that are sent along lie there as they lie beside the script.
+        main.__file__ = os.path.join(bundle, os.path.basename(script))
+    return loaded
+
+
+def _unpickle(blob: bytes, main: ModuleType) -> Loaded:
     stream = io.BytesIO(blob)
     unpickler = pickle.Unpickler(stream)
     loaded = Loaded(unpickler.load(), main)
@@ -116,10 +139,6 @@ def load_pickle(blob: bytes, bundle: str = "") -> Loaded:
         main.__spec__ = _Spec(blob)  # type: ignore[assignment]
     if stream.tell() < len(blob):
         loaded.learn(pickle.load(stream))
-    script = str(getattr(main, "__file__", ""))
-    if bundle and script and not os.path.exists(script):
-        # Files that are sent along lie there as they lie beside the script.
-        main.__file__ = os.path.join(bundle, os.path.basename(script))
     return loaded
 
 
@@ -184,6 +203,7 @@ def _prefer(bundle: str) -> None:
     if bundle in sys.path:
         return
     sys.path.insert(0, bundle)
+    _bundles.append(bundle + os.sep)
     for entry in os.scandir(bundle):
         name = entry.name.partition(".")[0]
         if entry.is_file() or os.path.exists(os.path.join(entry.path, "__init__.py")):

@@ -5,6 +5,7 @@ Rule: whatever user code does, the answer travels on the control socket and neve
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator
@@ -13,19 +14,25 @@ from typing import Any
 from lattice_worker.runner.artifacts import Encoder, open_artifact
 from lattice_worker.runner.calls import columns, takes_params_alone
 from lattice_worker.runner.failures import failure_of
-from lattice_worker.runner.frames import Channel
+from lattice_worker.runner.frames import MAX_FRAME_BYTES, Channel
 from lattice_worker.runner.functions import Loaded, load
 from lattice_worker.runner.memory import memory_limit
-from lattice_worker.runner.output import Output, current, has_unread_output
+from lattice_worker.runner.output import Output
+from lattice_worker.runner.reset import Baseline
+from lattice_worker.runner.text import utf8
 from lattice_worker.runner.values import PayloadError, decode_value
+
+MAX_ANSWER_BYTES = MAX_FRAME_BYTES // 2
+
+Answer = tuple[dict[str, Any], list[bytes]]
 
 
 class Program:
-    """Functions, by digest, and the invocations of them; `is_alone` tells that they run one at a time."""
+    """Functions, by digest, and the invocations of them. `baseline` is what loading code may change for good."""
 
-    def __init__(self, channel: Channel, *, is_alone: bool) -> None:
+    def __init__(self, channel: Channel, baseline: Baseline) -> None:
         self._channel = channel
-        self._is_alone = is_alone
+        self._baseline = baseline
         self._definitions: dict[str, tuple[dict[str, Any], bytes]] = {}
         self._loaded: dict[str, Loaded] = {}
 
@@ -33,58 +40,49 @@ class Program:
         """Remember a function; it is loaded when first called."""
         self._definitions[header["digest"]] = (header, blobs[0] if blobs else b"")
 
-    def run(self, header: dict[str, Any], blobs: list[bytes]) -> bool:
-        """Run an invocation of a plain function and send its outcome; return whether output is left to be read."""
-        with self._outcome(header) as finish:
-            value = self._call(header, blobs)
+    def run(self, output: Output, blobs: list[bytes]) -> Answer:
+        """Run an invocation to its end. Never raises."""
+        with self._outcome(output) as outcome:
+            value = self._call(output.header, blobs)
             if inspect.iscoroutine(value):
                 value = asyncio.run(value)
-            finish(value)
-        return bool(header["has_raw"])
+            outcome.take(value)
+        return outcome.answer()
 
-    async def run_async(self, header: dict[str, Any], blobs: list[bytes]) -> None:
-        """Run an invocation of a coroutine function and send its outcome."""
-        with self._outcome(header) as finish:
-            value = self._call(header, blobs)
-            finish(await value if inspect.isawaitable(value) else value)
+    async def run_async(self, output: Output, blobs: list[bytes]) -> Answer:
+        """Run an invocation of a coroutine function to its end. Never raises, also when it is cancelled."""
+        with self._outcome(output) as outcome:
+            value = self._call(output.header, blobs)
+            outcome.take(await value if inspect.isawaitable(value) else value)
+        return outcome.answer()
 
     @contextlib.contextmanager
-    def _outcome(self, header: dict[str, Any]) -> Iterator[Callable[[Any], None]]:
-        output = Output(self._channel, header)
-        token = current.set(output)
-        encoder = Encoder(header)
-        answer: dict[str, Any] = {"kind": "result", "id": header["id"]}
-        started = time.perf_counter()
-
-        def finish(value: Any) -> None:
-            answer.update(
-                self._answer_batch(header, value, encoder)
-                if header["batched"]
-                else self._answer(header, value, encoder)
-            )
-
+    def _outcome(self, output: Output) -> Iterator["Outcome"]:
+        """Turn whatever the block does into an outcome."""
+        explain = functools.partial(self._explain, output.header)
+        outcome = Outcome(output.header, self._return_style(output.header), self._channel, explain)
         try:
-            with memory_limit(header["memory_limit"]):
-                yield finish
-        except BaseException as error:  # SystemExit too: user code must not end the runner by raising it
-            encoder.take_back()
-            if (loaded := self._loaded.get(header["digest"])) is not None:
-                loaded.enter()
-                loaded.explain(error)
-            answer["failure"] = failure_of(error, encoder)
-        finally:
-            answer["made"] = encoder.made
-            answer["duration"] = time.perf_counter() - started
-            header["has_raw"] = answer["has_raw"] = self._is_alone and has_unread_output()
-            output.flush()
-            current.reset(token)
-            self._channel.send(answer, encoder.blobs)
+            with memory_limit(output.header["memory_limit"]):
+                yield outcome
+        except BaseException as error:  # SystemExit too: user code must not end the runner by raising it.
+            outcome.fail(error)
+
+    def _return_style(self, header: dict[str, Any]) -> str:
+        return str(self._definitions[header["digest"]][0]["return_style"])
+
+    def _explain(self, header: dict[str, Any], error: BaseException) -> None:
+        if (loaded := self._loaded.get(header["digest"])) is not None:
+            loaded.enter()
+            loaded.explain(error)
 
     def _load(self, digest: str) -> Callable[..., Any]:
         if digest not in self._loaded:
             self._loaded[digest] = load(*self._definitions[digest])
+            # What modules set up when they are imported stays: they are not imported again.
+            self._baseline.capture()
         loaded = self._loaded[digest]
         loaded.enter()
+        self._baseline.main = loaded.main
         return loaded.function
 
     def _call(self, header: dict[str, Any], blobs: list[bytes]) -> Any:
@@ -101,24 +99,66 @@ class Program:
         for position, inputs in enumerate(header["items"]):
             try:
                 batch.append({name: _bind(binding, blobs) for name, binding in inputs.items()})
-            except Exception as error:
+            except BaseException as error:
                 header["unread"][position] = error
         if not batch:
             return []
         return function(batch) if takes_params else function(**columns(function, batch))
 
-    def _answer(self, header: dict[str, Any], value: Any, encoder: "Encoder") -> dict[str, Any]:
+
+class Outcome:
+    """What an invocation answers: built from what its function returns or raises."""
+
+    def __init__(
+        self, header: dict[str, Any], return_style: str, channel: Channel, explain: Callable[[BaseException], None]
+    ) -> None:
+        self._header = header
+        self._return_style = return_style
+        self._explain = explain
+        self._channel = channel
+        self._encoder = Encoder(header)
+        self._started = time.perf_counter()
+        self._answer: dict[str, Any] = {}
+
+    def take(self, value: Any) -> None:
+        """Encode what the function returned."""
+        self._answer = self._batch(value) if self._header["batched"] else self._member(value)
+
+    def fail(self, error: BaseException) -> None:
+        """Describe what the function raised, or what is wrong with what it returned. Never raises."""
+        self._encoder.take_back()
+        self._answer = {"failure": self._describe(error)}
+
+    def _describe(self, error: BaseException) -> dict[str, Any]:
+        # The error's own methods are called, and may never return: the agent gives them a second.
+        self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": False})
+        with contextlib.suppress(BaseException):
+            self._explain(error)
+        failure = failure_of(error, self._encoder)
+        self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": True})
+        return failure
+
+    def answer(self) -> Answer:
+        """Return the frame that ends the invocation."""
+        duration = time.perf_counter() - self._started
+        if (size := sum(map(len, self._encoder.blobs))) > MAX_ANSWER_BYTES:
+            limit = f"{size} bytes in values that are not large by themselves; the limit is {MAX_ANSWER_BYTES}"
+            self.fail(PayloadError(f"what the task returned takes {limit}"))
+        head = {"kind": "result", "id": self._header["id"], "made": self._encoder.made, "duration": duration}
+        return head | self._answer, self._encoder.blobs
+
+    def _member(self, value: Any) -> dict[str, Any]:
         """Return the outputs in a value, and item by item those that others are mapped over."""
-        outputs = self._outputs(header, value)
-        split = {name: _items(name, outputs[name]) for name in header["split"]}
+        outputs, encoder = self._outputs(value), self._encoder
+        split = {name: _items(name, outputs[name]) for name in self._header["split"]}
         return {
             "outputs": {name: encoder.encode(item) for name, item in outputs.items()},
             "split": {name: [encoder.encode(item) for item in items] for name, items in split.items()},
         }
 
-    def _answer_batch(self, header: dict[str, Any], value: Any, encoder: "Encoder") -> dict[str, Any]:
+    def _batch(self, value: Any) -> dict[str, Any]:
         """Return one answer for each member of a batch."""
-        unread, size = header["unread"], len(header["items"])
+        unread, size = self._header["unread"], len(self._header["items"])
         try:
             values = list(value)
         except TypeError:
@@ -126,25 +166,21 @@ class Program:
         if len(values) != size - len(unread):
             raise PayloadError(f"a batch of {size - len(unread)} returned {len(values)} values; one for each is needed")
         found = iter(values)
-        return {
-            "items": [
-                self._answer_member(header, unread[i] if i in unread else next(found), encoder) for i in range(size)
-            ]
-        }
+        return {"items": [self._member_of_batch(unread[i] if i in unread else next(found)) for i in range(size)]}
 
-    def _answer_member(self, header: dict[str, Any], value: Any, encoder: "Encoder") -> dict[str, Any]:
+    def _member_of_batch(self, value: Any) -> dict[str, Any]:
+        encoder = self._encoder
         if isinstance(value, BaseException):
-            return {"failure": failure_of(value, encoder)}
+            return {"failure": self._describe(value)}
         kept = (len(encoder.blobs), len(encoder.made))
         try:
-            return self._answer(header, value, encoder)
-        except PayloadError as error:
+            return self._member(value)
+        except BaseException as error:
             encoder.take_back(*kept)
-            return {"failure": failure_of(error, encoder)}
+            return {"failure": self._describe(error)}
 
-    def _outputs(self, header: dict[str, Any], value: Any) -> dict[str, Any]:
-        declared = header["outputs"]
-        style = self._definitions[header["digest"]][0]["return_style"]
+    def _outputs(self, value: Any) -> dict[str, Any]:
+        declared, style = self._header["outputs"], self._return_style
         has_all = isinstance(value, dict) and all(name in value for name in declared)
         if style == "auto":
             style = "mapping" if has_all and (declared or all(isinstance(k, str) for k in value)) else "value"
@@ -158,7 +194,10 @@ class Program:
             missing = ", ".join(repr(name) for name in declared if name not in value)
             returned = ", ".join(map(str, value)) or "nothing"
             raise PayloadError(f"the task returned no output {missing}; it returned: {returned}")
-        return {str(name): item for name, item in value.items()}
+        named = {utf8(str(name)): item for name, item in value.items()}
+        if len(named) < len(value):
+            raise PayloadError(f"the task returned two outputs of one name; it returned: {', '.join(map(str, value))}")
+        return named
 
 
 def _bind(binding: dict[str, Any], blobs: list[bytes]) -> Any:

@@ -17,7 +17,8 @@ def memory_limit(limit_bytes: int) -> Iterator[None]:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     with open("/proc/self/status") as status:
         used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
-    resource.setrlimit(resource.RLIMIT_DATA, (used + limit_bytes + MEMORY_SLACK_BYTES, hard))
+    wanted = used + limit_bytes + MEMORY_SLACK_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard < 0 else min(wanted, hard), hard))
     try:
         yield
     finally:

@@ -6,12 +6,14 @@ import fcntl
 import io
 import os
 import termios
+import threading
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 from lattice_worker.runner.frames import Channel
+from lattice_worker.runner.text import utf8
 
 FLUSH_BYTES = 8192
 
@@ -21,41 +23,55 @@ current: contextvars.ContextVar["Output | None"] = contextvars.ContextVar("curre
 class Output:
     """What one invocation tells while it runs: text on its standard streams, up to a limit in bytes, and new tasks.
 
-    `header` is the invocation's; `lattice_worker.context` reads from it what the running task may know.
+    `header` is the invocation's; `lattice_worker.context` reads from it what the running task may know. `number` is
+    that of the invocation in its process.
     """
 
-    def __init__(self, channel: Channel, header: dict[str, Any]) -> None:
+    def __init__(self, channel: Channel, header: dict[str, Any], number: int = 0) -> None:
         self.header = header
+        self.number = number
+        self.is_abandoned = False
         limit = header["log_limit"]
         self._channel = channel
         self._invocation = header["id"]
         self._left = limit
         self._limit = limit
+        self._is_open = True
+        self._lock = threading.RLock()  # A signal handler may print while its thread does.
         self._pending: list[tuple[str, str]] = []
         self._pending_bytes = 0
 
     def write(self, stream: str, text: str) -> None:
-        """Take text; it is sent by the line."""
-        if self._left < 0:
-            return
-        self._left -= len(text)
-        if self._left < 0:
-            self.flush()
-            notice = f"[output cut after {self._limit} bytes]\n"
-            self._channel.send(self._header([[stream, notice]], truncated=True))
-            return
-        self._pending.append((stream, text))
-        self._pending_bytes += len(text)
-        if "\n" in text or self._pending_bytes > FLUSH_BYTES:
-            self.flush()
+        """Take text; it is sent by the line. What comes after the limit, or after the end, is dropped."""
+        text = utf8(text)
+        with self._lock:
+            if self._left < 0 or not self._is_open:
+                return
+            self._pending.append((stream, text[: self._left]))
+            self._pending_bytes += len(text)
+            self._left -= len(text)
+            if self._left < 0:
+                self.flush()
+                notice = f"[output cut after {self._limit} bytes]\n"
+                self._channel.send(self._header([[stream, notice]], truncated=True))
+            elif "\n" in text or self._pending_bytes > FLUSH_BYTES:
+                self.flush()
 
     def flush(self) -> None:
         """Send what is pending."""
-        if self._pending:
-            pending, self._pending, self._pending_bytes = self._pending, [], 0
-            # One `print` is several writes.
-            parts = [[stream, "".join(text for _, text in group)] for stream, group in groupby(pending, itemgetter(0))]
-            self._channel.send(self._header(parts, truncated=False))
+        with self._lock:
+            if self._pending:
+                pending, self._pending, self._pending_bytes = self._pending, [], 0
+                # One `print` is several writes.
+                parts = [
+                    [stream, "".join(text for _, text in group)] for stream, group in groupby(pending, itemgetter(0))
+                ]
+                self._channel.send(self._header(parts, truncated=False))
+
+    def close(self) -> None:
+        """Send what is pending; a thread that outlives the invocation writes nowhere."""
+        self.flush()
+        self._is_open = False
 
     def spawn(self, task: dict[str, Any], blobs: Sequence[bytes], made: Sequence[str]) -> None:
         """Have a task added to the run; see `lattice_worker.context`. `made` are the artifacts among its inputs."""
@@ -66,28 +82,44 @@ class Output:
 
 
 class Stream(io.TextIOBase):
-    """Stands in for `sys.stdout` and `sys.stderr`: text goes to the invocation that writes it."""
+    """Stands in for `sys.stdout` and `sys.stderr`: text goes to the invocation that writes it.
+
+    Outside an invocation, and in a process that a task forked, it goes to the process's own stream.
+    """
 
     encoding = "utf-8"
+    errors = "backslashreplace"
 
-    def __init__(self, name: str, descriptor: int) -> None:
-        self._name = name
+    def __init__(self, name: str, descriptor: int, owner: int) -> None:
+        self.name = f"<{name}>"
+        self._stream = name
         self._descriptor = descriptor
+        self._owner = owner
         self.buffer = _Bytes(self)
 
+    def _output(self) -> Output | None:
+        return current.get() if os.getpid() == self._owner else None
+
     def write(self, text: str) -> int:
-        """Write text; outside an invocation it goes to the process's own stream."""
-        output = current.get()
-        if output is None:
-            os.write(self._descriptor, text.encode(errors="replace"))
+        """Write text."""
+        if not isinstance(text, str):
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        output = self._output()
+        if output is not None:
+            output.write(self._stream, text)
         else:
-            output.write(self._name, text)
+            data = utf8(text).encode()
+            while data:
+                data = data[os.write(self._descriptor, data) :]
         return len(text)
 
     def flush(self) -> None:
         """Send what is pending."""
-        if (output := current.get()) is not None:
+        if (output := self._output()) is not None:
             output.flush()
+
+    def reconfigure(self, **_: Any) -> None:
+        """Accept what scripts ask of their streams; these are what they are."""
 
     def fileno(self) -> int:
         """Return the descriptor of the process's own stream."""
@@ -97,14 +129,25 @@ class Stream(io.TextIOBase):
         """Return True."""
         return True
 
+    def close(self) -> None:
+        """Send what is pending; the stream stays open for the next task."""
+        self.flush()
+
 
 class _Bytes(io.RawIOBase):
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     def write(self, data: Any) -> int:
-        self._stream.write(bytes(data).decode(errors="replace"))
-        return len(data)
+        view = bytes(data)
+        self._stream.write(view.decode(errors="replace"))
+        return len(view)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
     def writable(self) -> bool:
         return True

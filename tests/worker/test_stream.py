@@ -140,8 +140,9 @@ def test_an_attempt_whose_end_no_message_holds_has_failed(tmp_path: Path) -> Non
         assert "return fewer items" in failure.message
         stream.assign("text", by_value(fail_at_length))
         failure = (await stream.end("text")).failed.failure
-        assert failure.kind == errors_pb2.FAILURE_KIND_PAYLOAD
-        assert "raise a shorter error" in failure.message
+        assert failure.kind == errors_pb2.FAILURE_KIND_USER_ERROR
+        assert len(failure.SerializeToString()) < 128 * 1024
+        assert "characters left out" in failure.message
         stream.assign("next", lambda: "here still")
         assert await stream.value("next") == "here still"
         assert not [path for path in tmp_path.iterdir() if path.is_file()], "nobody will ask for what it returned"

@@ -84,6 +84,8 @@ class _ConcurrencyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """One attempt at a time in a process."""
     CONCURRENCY_ASYNC: _Concurrency.ValueType  # 2
     """A coroutine function; many attempts share one event loop."""
+    CONCURRENCY_FRESH_PROCESS: _Concurrency.ValueType  # 3
+    """Each attempt has a new process, which is used once."""
 
 class Concurrency(_Concurrency, metaclass=_ConcurrencyEnumTypeWrapper):
     """How attempts of a function share a process."""
@@ -94,6 +96,8 @@ CONCURRENCY_PROCESS: Concurrency.ValueType  # 1
 """One attempt at a time in a process."""
 CONCURRENCY_ASYNC: Concurrency.ValueType  # 2
 """A coroutine function; many attempts share one event loop."""
+CONCURRENCY_FRESH_PROCESS: Concurrency.ValueType  # 3
+"""Each attempt has a new process, which is used once."""
 Global___Concurrency: typing_extensions.TypeAlias = Concurrency
 
 class _BatchScope:

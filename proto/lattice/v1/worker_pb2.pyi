@@ -624,6 +624,7 @@ class Assignment(google.protobuf.message.Message):
     AFTER_LEASE_ID_FIELD_NUMBER: builtins.int
     SPLIT_OUTPUTS_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease in reports; the fence."""
     slot: builtins.int
@@ -640,6 +641,8 @@ class Assignment(google.protobuf.message.Message):
     """
     sequence: builtins.int
     """The assignment's number in its session, rising from 1."""
+    tenant: builtins.str
+    """The tenant whose work it is. A process serves one tenant only."""
     @property
     def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Attempt]:
         """The attempts; more than one only when `batched`."""
@@ -685,9 +688,10 @@ class Assignment(google.protobuf.message.Message):
         after_lease_id: builtins.str = ...,
         split_outputs: collections.abc.Iterable[builtins.str] | None = ...,
         sequence: builtins.int = ...,
+        tenant: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["resources", b"resources", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "timeout", b"timeout", "trace_context", b"trace_context"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout", "trace_context", b"trace_context"]) -> None: ...
 
 Global___Assignment: typing_extensions.TypeAlias = Assignment
 
@@ -805,7 +809,9 @@ class Report(google.protobuf.message.Message):
 
     @property
     def returned(self) -> Global___LeaseReturned:
-        """The lease is given back; it never started. Answers `Revoke`, or a worker that is leaving."""
+        """The lease is given back: it never started, or, after `started`, it has to be run again through no fault of its
+        own. Answers `Revoke`, too, and is how a worker that is leaving gives back what it has not started.
+        """
 
     @property
     def spawned(self) -> Global___AttemptSpawned:
@@ -1013,13 +1019,13 @@ Global___AttemptLog: typing_extensions.TypeAlias = AttemptLog
 
 @typing.final
 class LeaseReturned(google.protobuf.message.Message):
-    """The lease never started and is given back."""
+    """The lease is given back."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REASON_FIELD_NUMBER: builtins.int
     reason: builtins.str
-    """Why, when the worker could not take it; empty when the server asked for it."""
+    """Why, when the worker could not take it or another attempt took its process down; empty when the server asked for it."""
     def __init__(
         self,
         *,

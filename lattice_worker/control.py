@@ -1,0 +1,95 @@
+"""The agent's end of the control socket of one runner. Rule: it never blocks, and what is not a frame is an error."""
+
+import asyncio
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lattice_worker.runner.frames import PACKET_BYTES, Assembler, ProtocolError, packets_of, parse
+
+MAX_READS = 64  # Of one socket in a row: other runners have their turn.
+
+
+class Control:
+    """Sends and receives frames. `on_frame` takes a header and blobs, `on_error` what was wrong with what came,
+    `on_lost` is called once when nothing more will come."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_frame: Callable[[dict[str, Any], list[bytes]], None],
+        on_error: Callable[[ProtocolError], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._sock = sock
+        self._on_frame, self._on_error, self._on_lost = on_frame, on_error, on_lost
+        self._assembler = Assembler()
+        self._outbox: deque[bytes] = deque()
+        self._buffer = bytearray(PACKET_BYTES)
+        self.is_open = True
+        sock.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock, self.read)
+
+    def send(self, header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
+        """Send a frame, as soon as the process takes it."""
+        if self.is_open:
+            is_busy = bool(self._outbox)
+            self._outbox += packets_of(header, blobs)
+            if not is_busy:
+                self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._outbox:
+                self._sock.send(self._outbox[0])
+                self._outbox.popleft()
+        except BlockingIOError:
+            self._loop.add_writer(self._sock, self._write)
+            return
+        except OSError:
+            self._outbox.clear()  # The process has gone; reading tells.
+        self._loop.remove_writer(self._sock)
+
+    def read(self) -> None:
+        """Take what has come, up to a bound."""
+        for _ in range(MAX_READS):
+            if not self.is_open:
+                return
+            try:
+                size = self._sock.recv_into(self._buffer)
+            except BlockingIOError:
+                return
+            except OSError:
+                size = 0
+            if not size:
+                self.close()
+                return
+            try:
+                frame = self._assembler.feed(bytes(memoryview(self._buffer)[:size]))
+                found = None if frame is None else parse(frame)
+            except ProtocolError as error:
+                self._on_error(error)
+                return
+            if found is not None:
+                self._on_frame(*found)
+
+    def drain(self) -> None:
+        """Take all that came before the process ended."""
+        while self.is_open:
+            with contextlib.suppress(BlockingIOError):
+                self._sock.recv(1, socket.MSG_PEEK)
+                self.read()
+                continue
+            return
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self.is_open:
+            self.is_open = False
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
+            self._sock.close()
+            self._on_lost()

@@ -1,0 +1,53 @@
+"""What a process writes past `sys.stdout` and `sys.stderr`: C libraries, child processes, bare descriptors."""
+
+import asyncio
+import codecs
+import contextlib
+import os
+from collections.abc import Callable
+
+READ_BYTES = 1 << 16
+
+
+class RawOutput:
+    """The read ends of a process's own standard streams. `before_read` is called before data is given to `take`, which
+    gets a stream's name, text, and the number of bytes it was."""
+
+    def __init__(
+        self, descriptors: dict[str, int], before_read: Callable[[], None], take: Callable[[str, str, int], None]
+    ) -> None:
+        self._before_read, self._take = before_read, take
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._streams = {descriptor: (name, decoder("replace")) for name, descriptor in descriptors.items()}
+        for descriptor in self._streams:
+            os.set_blocking(descriptor, False)
+            asyncio.get_running_loop().add_reader(descriptor, self._on_readable, descriptor)
+
+    def _on_readable(self, descriptor: int) -> None:
+        self._before_read()
+        if descriptor in self._streams:
+            self._read(descriptor)
+
+    def read(self) -> None:
+        """Read a part of what is there."""
+        for descriptor in list(self._streams):
+            self._read(descriptor)
+
+    def _read(self, descriptor: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            name, decoder = self._streams[descriptor]
+            data = os.read(descriptor, READ_BYTES)
+            if data:
+                self._take(name, decoder.decode(data), len(data))
+            else:
+                self._close(descriptor)
+
+    def close(self) -> None:
+        """Close the streams."""
+        for descriptor in list(self._streams):
+            self._close(descriptor)
+
+    def _close(self, descriptor: int) -> None:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        del self._streams[descriptor]
+        os.close(descriptor)

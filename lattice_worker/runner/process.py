@@ -1,0 +1,117 @@
+"""The process that runs user code: what it does between being forked and its first invocation, and after each one."""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from lattice_worker.runner import aio, threads
+from lattice_worker.runner.frames import Channel
+from lattice_worker.runner.invocations import Program
+from lattice_worker.runner.output import Output, Stream, has_unread_output
+from lattice_worker.runner.reset import Baseline
+
+CONTROL, CLAIMS, MARKS = 3, 4, 5  # The descriptors a runner is given, after its standard streams.
+
+
+class Claims:
+    """The numbers of the invocations that were sent ahead and not taken back; the agent reads the same pipe."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._held = 0
+
+    def owns(self, number: int) -> bool:
+        """Whether this process may run the invocation `number`. Asked in order of the numbers."""
+        while self._held < number:
+            try:
+                self._held = int.from_bytes(os.read(self._descriptor, 8), "little")
+            except BlockingIOError:
+                return False
+        return self._held == number
+
+
+def main(mode: str) -> None:
+    """Serve the agent until it closes the socket, or until this process is fit for no other task."""
+    control = socket.socket(fileno=CONTROL)
+    for descriptor in (CONTROL, CLAIMS, MARKS):
+        os.set_inheritable(descriptor, False)
+    # When the machine runs out of memory the kernel takes a task, not the worker or the server.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")
+    # One that does nothing instead of none: what a task starts inherits a signal that is ignored.
+    signal.signal(signal.SIGINT, _ignore)
+    pid = os.getpid()
+    sys.stdout, sys.stderr = Stream("stdout", 1, pid), Stream("stderr", 2, pid)
+    # A crash in native code then leaves its Python stack in the attempt's log.
+    faulthandler.enable(file=2, all_threads=True)
+    # Pickles made by user code in this process name `__main__`; it must not be this program.
+    sys.modules["__main__"] = type(sys)("__main__")
+    threads.inherit_context()
+    channel = Channel(control)
+    channel.send({"kind": "ready"})
+    if mode == "async":
+        aio.serve(channel, MARKS)
+    else:
+        serve(channel, Claims(CLAIMS))
+
+
+def serve(channel: Channel, claims: Claims) -> None:
+    """Run invocations one after the other."""
+    baseline = Baseline()
+    program = Program(channel, baseline)
+    frames = channel.frames()
+    waiting: deque[tuple[dict[str, Any], list[bytes]]] = deque()
+    while (frame := waiting.popleft() if waiting else next(frames, None)) is not None:
+        header, blobs = frame
+        match header["kind"]:
+            case "adopt":
+                adopt(header["environment"])
+                baseline.capture()
+            case "function":
+                program.define(header, blobs)
+            case "invoke" if "claim" not in header or claims.owns(header["claim"]):
+                if _run(channel, program, baseline, header, blobs):
+                    # What the agent has not read yet it would take for the next invocation's.
+                    for later in frames:
+                        if later[0]["kind"] == "drained":
+                            break
+                        waiting.append(later)
+                if reason := baseline.make_ready():
+                    channel.send({"kind": "retired", "reason": reason})
+                    break
+            case _:
+                pass
+    # Threads of tasks do not keep a process that nothing will be sent to.
+    os._exit(0)
+
+
+def _run(channel: Channel, program: Program, baseline: Baseline, header: dict[str, Any], blobs: list[bytes]) -> bool:
+    """Run one invocation and send its answer; return whether output is left that the agent has to read first."""
+    output = Output(channel, header)
+    # A context of its own: what it sets in context variables is not there for the next one.
+    answer, parts = threads.in_context(output, program.run, output, blobs)
+    if os.getpid() != channel.owner:
+        os._exit(0)  # The task forked and returned in both processes.
+    baseline.quiet()
+    output.close()
+    answer["has_raw"] = has_unread_output()
+    channel.send(answer, parts)
+    return bool(answer["has_raw"])
+
+
+def adopt(environment: Mapping[str, str]) -> None:
+    """Take on the environment of those this process will work for."""
+    os.environ.update(environment)
+
+
+def _ignore(*_: object) -> None:
+    """Do nothing."""
+
+
+__all__ = ["main"]

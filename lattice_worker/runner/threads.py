@@ -1,0 +1,54 @@
+"""Context for the threads that tasks start: what they print, and what they ask of their attempt, is the attempt's.
+
+Python runs new threads in an empty context (until 3.14, which can copy it). In a runner they run in a copy of the
+context of whoever started them, and so does what is given to a thread pool, whose threads may serve other attempts.
+"""
+
+import contextvars
+import functools
+import resource
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from lattice_worker.runner.output import Output, current
+
+T = TypeVar("T")
+
+STACK_BYTES = 8 * 1024 * 1024  # Of a thread, unless `threading.stack_size` says otherwise.
+
+
+def in_context(output: Output, call: Callable[..., T], *args: Any) -> T:
+    """Call something as part of an invocation, in a context of its own."""
+    context = contextvars.copy_context()
+    context.run(current.set, output)
+    return context.run(call, *args)
+
+
+def inherit_context() -> None:
+    """Have threads and thread pools of this process run in the context they were started from."""
+    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+
+    @functools.wraps(start)
+    def start_here(self: threading.Thread) -> None:
+        if current.get() is not None:
+            self.run = functools.partial(contextvars.copy_context().run, self.run)  # type: ignore[method-assign]
+            _allow_stack()
+        start(self)
+
+    @functools.wraps(submit)  # type: ignore[arg-type]  # its own type is generic in ways that no wrapper can repeat
+    def submit_here(self: ThreadPoolExecutor, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "Future[T]":
+        if current.get() is not None:
+            fn = functools.partial(contextvars.copy_context().run, fn)
+        return submit(self, fn, *args, **kwargs)
+
+    threading.Thread.start = start_here  # type: ignore[method-assign]
+    ThreadPoolExecutor.submit = submit_here  # type: ignore[assignment, method-assign]
+
+
+def _allow_stack() -> None:
+    """Let a memory limit grow by a thread's stack, which the limit counts whole though little of it is ever used."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft not in {resource.RLIM_INFINITY, hard}:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft + (threading.stack_size() or STACK_BYTES), hard))

@@ -1,0 +1,158 @@
+"""The zygote: a process that has imported the runner and nothing else, and forks one whenever the agent asks.
+
+Rule: one thread, and never gRPC, so that a fork of it is a clean process. It is the parent of all runners and adopts
+what they leave behind: it tells the agent of each runner that ended, and ends everything else below it. When the agent
+closes the socket, or dies, it ends all of them and itself.
+
+The agent sends JSON, one object a packet: `{"fork": ID, "mode": MODE}` with the descriptors of the control socket, the
+standard output, the standard error, the claims and the marks; and `{"kill": ID}`. The zygote answers `{"forked": ID,
+"pid": PID}` or `{"failed": ID, "errno": N}`, and sends `{"ended": ID, "status": STATUS}` once for each.
+"""
+
+import contextlib
+import ctypes
+import errno
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import traceback
+from typing import Any
+
+from lattice_worker.runner import process
+from lattice_worker.runner.reset import children_of
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+REQUEST_BYTES = 4096
+DESCRIPTORS = 5
+HIGH = 64  # Above all that a runner's descriptors are moved to.
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main(descriptor: int) -> None:
+    """Fork runners for the agent at the other end of a socket, until it closes it."""
+    control = socket.socket(fileno=descriptor)
+    control.set_inheritable(False)
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    zygote = Zygote(control)
+    gc.collect()
+    gc.freeze()  # Collections in a runner then leave the pages it shares with the others alone.
+    zygote.serve()
+
+
+class Zygote:
+    """The runners that were forked and have not ended, by the agent's ids of them."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._pids: dict[int, int] = {}
+        self._wakeups, wakeup = os.pipe()
+        os.set_blocking(self._wakeups, False)
+        os.set_blocking(wakeup, False)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> None:
+        """Do what the agent asks until it hangs up."""
+        while True:
+            ready, _, _ = select.select([self._control.fileno(), self._wakeups], [], [])
+            if self._wakeups in ready:
+                os.read(self._wakeups, REQUEST_BYTES)
+                self._reap()
+            if self._control.fileno() in ready and not self._take():
+                break
+        self._pids.clear()
+        while children_of(os.getpid()):
+            self._kill_strangers()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, 0)
+
+    def _take(self) -> bool:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._control, REQUEST_BYTES, DESCRIPTORS)
+        except ConnectionResetError:
+            return False
+        if not data:
+            return False
+        request: dict[str, Any] = json.loads(data)
+        if (number := request.get("kill")) is not None:
+            # One that has ended is not known any more: its id may be another process's by now.
+            if number in self._pids:
+                os.kill(self._pids[number], signal.SIGKILL)
+            return True
+        try:
+            if len(descriptors) < DESCRIPTORS:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            pid = self._fork(request["mode"], descriptors)
+            self._pids[request["fork"]] = pid
+            self._tell({"forked": request["fork"], "pid": pid})
+        except OSError as error:
+            self._tell({"failed": request["fork"], "errno": error.errno})
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    def _fork(self, mode: str, descriptors: list[int]) -> int:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid:
+            return pid
+        # The child never comes back from here: it must not go on as a second zygote.
+        try:
+            become_runner(parent, descriptors)
+            process.main(mode)
+        except BaseException:
+            os.write(2, traceback.format_exc().encode(errors="replace"))
+        finally:
+            os._exit(1)
+
+    def _reap(self) -> None:
+        names = {pid: number for number, pid in self._pids.items()}
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                number = names.get(found[0])
+                if number is not None:
+                    del self._pids[number]
+                    self._tell({"ended": number, "status": os.waitstatus_to_exitcode(found[1])})
+        # What a runner that ended had below it is here now.
+        self._kill_strangers()
+
+    def _kill_strangers(self) -> None:
+        known = set(self._pids.values())
+        for pid in children_of(os.getpid()):
+            if pid not in known:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(ConnectionError):  # The agent is gone, which `_take` finds out.
+            self._control.send(json.dumps(message).encode())
+
+
+def become_runner(parent: int, descriptors: list[int]) -> None:
+    """Turn a process that was just forked into a runner: a session of its own that dies with the zygote and has no
+    descriptors but those it was given."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # What a task starts and leaves behind stays below this process, where it can be found and ended.
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    if os.getppid() != parent:  # The zygote died before the line above.
+        os._exit(1)
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    control, out, err, claims, marks = (os.dup2(d, HIGH + i) for i, d in enumerate(descriptors))
+    null = os.open(os.devnull, os.O_RDONLY)
+    for target, source in enumerate((null, out, err, control, claims, marks)):
+        os.dup2(source, target, inheritable=target < 3)
+    os.closerange(6, HIGH + DESCRIPTORS)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) >= 6:
+            with contextlib.suppress(OSError):  # The one by which the list was read.
+                os.close(int(name))
