@@ -17,7 +17,8 @@ from pathlib import Path
 
 from lattice_client.errors import TaskDefinitionError
 
-OWN_PACKAGES = frozenset({"lattice", "lattice_client", "lattice_server", "lattice_worker"})
+# Workers have these, and make the script's own module themselves.
+NEVER_SENT = frozenset({"lattice", "lattice_client", "lattice_server", "lattice_worker", "__main__", "__mp_main__"})
 PATHS = ("stdlib", "platstdlib", "purelib", "platlib")
 INSTALLED = tuple({f"{os.path.realpath(path)}{os.sep}" for name in PATHS if (path := sysconfig.get_path(name))})
 INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
@@ -51,7 +52,7 @@ def files_of(name: str, *, is_named: bool = False) -> dict[str, File] | str:
     spec: ModuleSpec | None = getattr(module, "__spec__", None)
     if module is None:
         spec = _spec(name)
-    if name in OWN_PACKAGES or (spec is not None and spec.origin in {"built-in", "frozen"}):
+    if name in NEVER_SENT or (spec is not None and spec.origin in {"built-in", "frozen"}):
         return ""
     folders = list(getattr(module, "__path__", None) or (spec and spec.submodule_search_locations) or ())
     origin = getattr(module, "__file__", None) or (spec and spec.origin)
@@ -73,6 +74,7 @@ def is_code(name: str) -> bool:
     return name.endswith((".py", ".so", ".pyd"))
 
 
+@functools.lru_cache(maxsize=4096)
 def is_installed(path: str) -> bool:
     """Whether a file belongs to an installation of Python."""
     return os.path.realpath(path).startswith(INSTALLED) or not INSTALLED_FOLDERS.isdisjoint(Path(path).parts)
@@ -135,12 +137,11 @@ def _is_wanted(name: str) -> bool:
 
 def _archive(path: str) -> tuple[str, str]:
     """Return the zip archive that a path leads into, and the path inside it."""
-    for parent in (path, *map(str, Path(path).parents)):
-        if os.path.isdir(parent):
-            return "", ""
+    if os.path.exists(path):
+        return "", ""
+    for parent in map(str, Path(path).parents):
         if os.path.isfile(parent):
-            is_within = parent != path and zipfile.is_zipfile(parent)
-            return (parent, path[len(parent) + 1 :]) if is_within else ("", "")
+            return (parent, path[len(parent) + 1 :]) if zipfile.is_zipfile(parent) else ("", "")
     return "", ""
 
 

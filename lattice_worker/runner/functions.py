@@ -206,6 +206,8 @@ def _prefer(bundle: str) -> None:
     _bundles.append(bundle + os.sep)
     for entry in os.scandir(bundle):
         name = entry.name.partition(".")[0]
+        if name == "__main__":
+            continue
         if entry.is_file() or os.path.exists(os.path.join(entry.path, "__init__.py")):
             for loaded in [found for found in sys.modules if found == name or found.startswith(f"{name}.")]:
                 del sys.modules[loaded]

@@ -111,7 +111,7 @@ def _class(
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles values; functions and classes that no other process can import are written whole."""
 
-    dispatch_table: ClassVar = ChainMap(REDUCERS, cloudpickle.Pickler.dispatch_table)
+    dispatch_table: ClassVar = ChainMap(REDUCERS, *cloudpickle.Pickler.dispatch_table.maps)
 
     def __init__(self, file: Any, buffer_callback: Callable[[Any], Any] | None = None) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffer_callback)
@@ -121,6 +121,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         """Return how to write a function or a class."""
+        kind = type(obj)
+        if kind is not FunctionType and not issubclass(kind, type):
+            return NotImplemented
         if obj is functools._CacheInfo:
             return "_CacheInfo"  # its own name is another
         reduced = super().reducer_override(obj)
