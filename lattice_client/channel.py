@@ -1,15 +1,18 @@
-"""Owns the channel to a server and the stubs on it. Rule: no gRPC error leaves by `call`."""
+"""Owns the channels to a server and the stubs on them. Rule: no gRPC error leaves by `call`."""
 
+import asyncio
 import functools
 import os
-from collections.abc import Awaitable
+import threading
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack, cast
 
 import grpc
 from lattice.v1 import results_pb2_grpc, task_pb2_grpc, worker_pb2_grpc, workflow_pb2_grpc
 
 from lattice_client import errors
-from lattice_client.security import SecurityOptions, secure
+from lattice_client.security import Security, SecurityOptions, secure
 
 T = TypeVar("T")
 
@@ -28,37 +31,141 @@ OPTIONS = [
     # What is larger is not repeated; by default that is less than the code many a graph brings.
     ("grpc.per_rpc_retry_buffer_size", RETRY_LIMIT_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
+    # By default gRPC dials a server that was away for a while only every two minutes.
+    ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
 
-class Channel:
-    """One connection; lives on one event loop."""
+class _Process:
+    """Whether gRPC was used in this process, or in one it was forked from."""
 
-    def __init__(self, target: str | None, **security: Unpack[SecurityOptions]) -> None:
-        found = secure(target or os.environ.get("LATTICE_TARGET") or DEFAULT_TARGET, **security)
-        self.target = found.address
+    uses_grpc = False
+    is_broken = False
+
+
+def _after_fork() -> None:
+    _Process.is_broken = _Process.uses_grpc
+
+
+# Neither the threads nor the locks of gRPC survive a fork: each call in the child would crash or wait for ever.
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def check_process() -> None:
+    """Raise ForkError where gRPC cannot work."""
+    if _Process.is_broken:
+        raise errors.ForkError(
+            "this process was forked from one in which a Lattice client had connected, and gRPC does not work in such "
+            "a process: use the start method 'spawn' or 'forkserver' of multiprocessing, or connect only after the fork"
+        )
+
+
+class Stubs:
+    """One connection and the stubs on it, for one event loop."""
+
+    def __init__(self, dialled: Security) -> None:
+        check_process()
+        _Process.uses_grpc = True
         # What goes to this machine must not take a way over another one, whatever proxy the environment names.
-        options = [*OPTIONS, ("grpc.enable_http_proxy", int(not found.is_local))]
-        if found.credentials is None:
-            self._channel = grpc.aio.insecure_channel(self.target, options=options)
+        options = [*OPTIONS, ("grpc.enable_http_proxy", int(not dialled.is_local))]
+        if dialled.credentials is None:
+            self.channel = grpc.aio.insecure_channel(dialled.address, options=options)
         else:
-            self._channel = grpc.aio.secure_channel(self.target, found.credentials, options=options)
-        channel = self._channel if found.token is None else cast(grpc.aio.Channel, Signed(self._channel, found.token))
+            self.channel = grpc.aio.secure_channel(dialled.address, dialled.credentials, options=options)
+        channel = self.channel if dialled.token is None else cast(grpc.aio.Channel, Signed(self.channel, dialled.token))
         self.workflows = workflow_pb2_grpc.WorkflowServiceStub(channel)
         self.tasks = task_pb2_grpc.TaskServiceStub(channel)
         self.results = results_pb2_grpc.ResultsServiceStub(channel)
         self.workers = worker_pb2_grpc.WorkerServiceStub(channel)
 
+
+class Channel:
+    """The connections to one server: one for each event loop that makes calls, since gRPC binds them to theirs."""
+
+    def __init__(self, target: str | None, **security: Unpack[SecurityOptions]) -> None:
+        self._dialled = secure(target or os.environ.get("LATTICE_TARGET") or DEFAULT_TARGET, **security)
+        self.target = self._dialled.address
+        self.is_closed = False
+        self._stubs: dict[asyncio.AbstractEventLoop, Stubs] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def workflows(self) -> "workflow_pb2_grpc.WorkflowServiceAsyncStub":
+        """Calls of WorkflowService."""
+        return self._here().workflows
+
+    @property
+    def tasks(self) -> "task_pb2_grpc.TaskServiceAsyncStub":
+        """Calls of TaskService."""
+        return self._here().tasks
+
+    @property
+    def results(self) -> "results_pb2_grpc.ResultsServiceAsyncStub":
+        """Calls of ResultsService."""
+        return self._here().results
+
+    @property
+    def workers(self) -> "worker_pb2_grpc.WorkerServiceAsyncStub":
+        """Calls of WorkerService."""
+        return self._here().workers
+
+    def _here(self) -> Stubs:
+        """Return the stubs of the running loop. Raises ClientClosedError, ForkError."""
+        if self.is_closed:
+            raise self.closed_error()
+        loop = asyncio.get_running_loop()
+        found = self._stubs.get(loop)
+        if found is None or _Process.is_broken:
+            with self._lock:
+                for other in [other for other in self._stubs if other.is_closed()]:
+                    del self._stubs[other]
+                found = self._stubs[loop] = Stubs(self._dialled)
+        return found
+
+    def closed_error(self) -> errors.ClientClosedError:
+        """Return what a call of a closed client raises."""
+        return errors.ClientClosedError(f"the client of {self.target} is closed: make another one")
+
     async def call(self, call: Awaitable[T]) -> T:
-        """Return what a call answers. Raises RequestError."""
+        """Return what a call answers. Raises RequestError, ClientClosedError."""
+        with self.closing():
+            try:
+                return await call
+            except grpc.aio.AioRpcError as error:
+                raise self.error_of(error) from None
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Turn the cancellation of the block's calls, by which a channel closes, into ClientClosedError."""
         try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc(error) from None
+            yield
+        except grpc.aio.UsageError:  # another thread closed it
+            raise self.closed_error() from None
+        except asyncio.CancelledError:
+            if self.is_closed and not _is_cancelling():
+                raise self.closed_error() from None
+            raise
+
+    def error_of(self, error: grpc.aio.AioRpcError) -> errors.LatticeError:
+        """Return this package's error for a call that failed."""
+        return self.closed_error() if self.is_closed else errors.from_rpc(error, self.target)
 
     async def close(self) -> None:
-        """Close the connection."""
-        await self._channel.close()
+        """Close the connections."""
+        self.is_closed = True
+        with self._lock:
+            stubs, self._stubs = self._stubs, {}
+        here = asyncio.get_running_loop()
+        for loop, found in stubs.items():
+            if loop is here:
+                await found.channel.close()
+            elif loop.is_running():
+                asyncio.run_coroutine_threadsafe(found.channel.close(), loop)
+
+
+def _is_cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class Signed:

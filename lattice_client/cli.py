@@ -11,9 +11,13 @@ from lattice.v1 import worker_pb2
 
 from lattice_client.commands import Commands, Server, address, as_dict, as_json, connected, print_json, show
 from lattice_client.runs import runs
+from lattice_client.terminal import say
+
+DISTRIBUTION = "lattice-control-plane"
 
 
 @click.group(cls=Commands)
+@click.version_option(package_name=DISTRIBUTION, prog_name="lattice", message="%(prog)s %(version)s")
 def main() -> None:
     """Lattice, a control plane for the workflows of LLM agents."""
 
@@ -39,7 +43,7 @@ def status(server: Server, as_json: bool) -> None:
         ("queued tasks", str(cluster.queued_tasks)),
         ("running attempts", str(cluster.running_attempts)),
     ]
-    show(("fact", "value"), rows, wrapped="value")
+    show(("server", server.target), rows, wrapped=server.target)
 
 
 @main.group(invoke_without_command=True)
@@ -76,10 +80,14 @@ def nodes(context: click.Context, server: Server, as_json: bool) -> None:
 @click.argument("node_id")
 @click.option("--deadline", type=click.FloatRange(0), help="Seconds after which what still runs there is moved.")
 def drain(server: Server, node_id: str, deadline: float | None) -> None:
-    """Let a node finish what it runs and leave."""
+    """Let a node finish what it runs and leave.
+
+    The server starts another worker in place of one it started itself; that node comes back when it is drained.
+    """
     with connected(server) as client:
         node = client.drain_node(node_id, deadline)
-    click.echo(f"{node.node_id} is {_state(node)}; attempts that run there: {node.attempts}")
+    say(f"{node.node_id} is {_state(node)}; attempts that run there: {node.attempts}")
+    say("A node of the server's own comes back after that: the server replaces workers it started.", err=True)
 
 
 def _state(node: worker_pb2.Node) -> str:

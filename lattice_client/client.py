@@ -1,23 +1,28 @@
 """Owns what can be asked of a server, for asyncio. The synchronous client in `sync.py` is a facade of this one.
 
-Rule: a graph is one RPC; a watch that breaks goes on after the last event it saw.
+Rule: a graph is one RPC; a watch that breaks goes on after the last event it saw. Values are fetched here, and decoded
+by the methods that callers use, in their own thread; see `opening`.
 """
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Self, TypeVar, Unpack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, Self, TypeVar, Unpack
 from uuid import uuid4
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from lattice.v1 import payload_pb2, results_pb2, run_pb2, task_pb2, worker_pb2, workflow_pb2
 
-from lattice_client import brevity, convert, errors, payloads
+from lattice_client import brevity, convert, errors
 from lattice_client.brevity import Brevity, Kind
 from lattice_client.channel import Channel
 from lattice_client.convert import RunEvent
-from lattice_client.run import Answer, AsyncRun, Outcome
+from lattice_client.following import OnLoss, Reconnection, limited
+from lattice_client.opening import Fetched, opened
+from lattice_client.run import Answer, AsyncRun, Outcome, abandon
 from lattice_client.security import SecurityOptions
 from lattice_client.workflow import Graph, LatticeTask
 
@@ -25,17 +30,21 @@ T = TypeVar("T")
 
 CHUNK_BYTES = 1024 * 1024
 WAIT_S = 60.0
-MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
 # How long a call goes on asking a server that has as much work as it takes.
 ADMISSION_TIMEOUT_S = 600.0
 # Runs beyond these are asked for their result by a call of their own.
 MAX_OPEN_CALLS = 64
 TERMINAL = frozenset({run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED, run_pb2.RUN_STATE_CANCELLED})
-RESUMABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
+# What gRPC says of an upload whose call the server ended while it was written to; the server's own words are lost then.
+LOST_STATUS = "Internal error from Core"
+UPLOAD_TRIES = 5
 
 
 class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
     """A workflow being written, for asyncio."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name or self.workflow_id!r}, tasks: {len(self.tasks)}>"
 
     async def run(self, run_id: str = "", **settings: Any) -> AsyncRun:
         """Send the whole graph and start a run; see `AsyncLatticeClient.run` for the settings. Raises RequestError."""
@@ -50,7 +59,7 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
         last, `finish_workflow`. Raises TimeoutError when the run takes longer than `timeout` seconds.
         """
         messages = []
-        async with asyncio.timeout(timeout):
+        async with limited(run_id, timeout):
             async for message in self.messages(run_id):
                 messages.append(message)
                 if verbose:
@@ -66,11 +75,12 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
 
 
 class AsyncLatticeClient:
-    """A connection to a server. Use it on one event loop, as a context manager or with `close`.
+    """A connection to a server, for any number of event loops. Use it as a context manager or with `close`.
 
     `tenant` names the caller that fair share counts; `admission_timeout` is for how many seconds a run that finds the
     server full is offered again before `ResourceExhaustedError` is raised. The rest makes the connection safe; see
-    `SecurityOptions`. Raises SecurityError when it would not be.
+    `SecurityOptions`. Connects with the first call. Raises TargetError when the target is no address, SecurityError
+    when the connection would not be safe.
     """
 
     def __init__(
@@ -89,6 +99,12 @@ class AsyncLatticeClient:
         self._known_code: set[str] = set()
         self._brevity = Brevity()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.target}{', closed' if self._rpc.is_closed else ''}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be pickled: a task that needs a client makes one of its own")
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -97,8 +113,8 @@ class AsyncLatticeClient:
 
     async def close(self) -> None:
         """Close the connection; runs go on."""
-        for outcome in self._open:
-            outcome.cancel()
+        for outcome in list(self._open):
+            abandon(outcome)
         await self._rpc.close()
 
     def create_workflow(self, name: str = "", failure_policy: str = "fail_fast") -> AsyncLatticeWorkflow:
@@ -142,32 +158,63 @@ class AsyncLatticeClient:
             TaskDefinitionError: a setting, a task or its wiring is wrong; nothing was sent.
             RequestError: the server refused it.
         """
+        upload = self.upload
+        request = await self.request_of(graph, upload, run_id, labels=labels, priority=priority, timeout=timeout)
+        return await self.submit(request, graph)
+
+    async def request_of(
+        self,
+        graph: Graph[Any],
+        upload: convert.Upload,
+        run_id: str = "",
+        *,
+        labels: Mapping[str, str] | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> workflow_pb2.RunWorkflowRequest:
+        """Return what `run` sends, without the code. Waits for nothing but `upload`."""
         labels = {**({"tenant": self._tenant} if self._tenant else {}), **(labels or {})}
         # An id of our own makes the call safe to repeat when its answer is lost.
-        request = workflow_pb2.RunWorkflowRequest(
-            run_id=run_id or f"run-{uuid4().hex}", labels=labels, priority=priority
-        )
-        if timeout is not None:
-            if not timeout > 0:  # which the contract reads as no limit
-                raise errors.TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")
-            request.timeout.CopyFrom(_duration(timeout))
-        if graph.workflow_id and not graph.tasks:
-            request.workflow_id = graph.workflow_id
-        else:
-            # Once, however often it is offered: large inputs would be uploaded each time.
-            request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), self._upload))
-            request.workflow.display_name = graph.name
-            request.workflow.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
+        run_id = run_id or f"run-{uuid4().hex}"
+        for task in graph.tasks.values():
+            _ = task.definition.code  # pickled now, in the caller's thread
+        with _building():
+            request = _made(workflow_pb2.RunWorkflowRequest, run_id=run_id, labels=labels, priority=priority)
+            if timeout is not None:
+                if not timeout > 0:  # which the contract reads as no limit
+                    raise errors.TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")
+                request.timeout.CopyFrom(_duration(timeout))
+            if graph.workflow_id and not graph.tasks:
+                request.workflow_id = graph.workflow_id
+            else:
+                # Once, however often it is offered: large inputs would be uploaded each time.
+                request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), upload))
+                request.workflow.display_name = graph.name
+                request.workflow.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
+        return request
+
+    async def submit(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> AsyncRun:
+        """Start the run of a request, again while the server has as much work as it takes. Raises RequestError."""
         return await self._offer(lambda: self._start(request, graph))
 
     async def run_task(self, task: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run one task as a run of its own and return its outputs. Raises TaskFailedError, RequestError."""
         graph: Graph[Any] = Graph(None)
         added = graph.add_task(task, inputs)
-        function, bundle = added.definition.code
+        found: dict[str, Any] = opened(await self.submit_task(await self.task_request_of(added, self.upload), added))
+        return found
+
+    async def task_request_of(self, task: LatticeTask, upload: convert.Upload) -> task_pb2.RunTaskRequest:
+        """Return what `run_task` sends, without the code. Waits for nothing but `upload`."""
         labels = {"tenant": self._tenant} if self._tenant else {}
-        request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", wait=_duration(WAIT_S), labels=labels)
-        request.task.CopyFrom(await convert.task_of(added, "", self._upload))
+        with _building():
+            request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", wait=_duration(WAIT_S), labels=labels)
+            request.task.CopyFrom(await convert.task_of(task, "", upload))
+        return request
+
+    async def submit_task(self, request: task_pb2.RunTaskRequest, task: LatticeTask) -> Any:
+        """Run the task of a request to its end; return what `opened` turns into its outputs, or into its error."""
+        function, bundle = task.definition.code
 
         async def call() -> task_pb2.RunTaskResponse:
             if function.digest in self._known_code:
@@ -181,18 +228,27 @@ class AsyncLatticeClient:
         response = await self._offer(call)
         self._known_code.add(function.digest)
         if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
-            return {name: await self.decode(payload) for name, payload in response.task.outputs.items()}
+            return {name: await self.fetch(payload) for name, payload in response.task.outputs.items()}
         return await self.result_in(await self.ended(response.run.run_id))
 
     async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
         """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
+        return await self.submit_tasks(run_id, await self.spec_of(tasks, self.upload), tasks, expected_revision)
 
-        # Once, however often it is offered: large inputs would be uploaded each time.
-        spec = await convert.tasks_of(tasks, self._upload)
+    async def spec_of(self, tasks: Sequence[LatticeTask], upload: convert.Upload) -> workflow_pb2.WorkflowSpec:
+        """Return what `add_tasks` sends, without the code. Waits for nothing but `upload`."""
+        with _building():
+            return await convert.tasks_of(tasks, upload)
+
+    async def submit_tasks(
+        self, run_id: str, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int
+    ) -> int:
+        """Add the tasks of a spec to a run; see `add_tasks`."""
 
         async def call() -> int:
             convert.fill_code(spec, tasks, self._known_code)
-            request = workflow_pb2.AddTasksRequest(
+            request = _made(
+                workflow_pb2.AddTasksRequest,
                 run_id=run_id,
                 tasks=spec.tasks,
                 functions=spec.functions,
@@ -261,70 +317,81 @@ class AsyncLatticeClient:
     async def ended(self, run_id: str, outcome: Outcome | None = None, kind: Kind | None = None) -> Answer:
         """Wait for a run's end; return what the server says of it. Raises RequestError."""
         answer: Answer | None = None
-        if outcome is not None and not outcome.cancelled():
-            answer = await asyncio.shield(outcome)
+        if outcome is not None and outcome.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait([outcome])
+            answer = None if outcome.cancelled() else outcome.result()
         if answer is None:
             answer = await self._get_result(run_id)
         if kind is not None:
             self._brevity.learn(kind, answer.run)
         return answer
 
-    async def result_in(self, answer: Answer) -> dict[str, Any]:
-        """Return the outputs in what the server says of a run that ended; see `AsyncRun.result`."""
+    async def result_in(self, answer: Answer) -> Any:
+        """Return what `opened` turns into the outputs of a run that ended, or into its error; see `AsyncRun.result`."""
         if (failed := convert.error_of(answer.run)) is not None:
-            raise failed
-        found = await convert.outputs_of(answer.final_tasks, self.decode)
+            return failed
+        found = await convert.outputs_of(answer.final_tasks, self.fetch)
         return next(iter(found.values())) if len(found) == 1 else found
 
     async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:
-        request = results_pb2.GetResultRequest(run_id=run_id, wait=_duration(WAIT_S))
+        request = _made(results_pb2.GetResultRequest, run_id=run_id, wait=_duration(WAIT_S))
+        breaks = Reconnection(self._rpc, run_id)
         while True:
-            response = await self._rpc.call(self._rpc.results.GetResult(request))
+            try:
+                with self._rpc.closing():
+                    response = await self._rpc.results.GetResult(request)
+            except grpc.aio.AioRpcError as error:
+                await breaks.wait(error)
+                continue
+            breaks.heard()
             if response.run.state in TERMINAL:
                 return response
 
-    async def events(
-        self, run_id: str, after: int = 0, decode: convert.Decode | None = None
-    ) -> AsyncIterator[RunEvent]:
-        """Yield a run's events after number `after`, each once, to its end. Raises RequestError.
+    async def events(self, run_id: str, after: int = 0) -> AsyncIterator[RunEvent]:
+        """Yield a run's events after number `after`, each once, to its end.
 
-        `decode` reads the outputs in place of the method of that name, for readers that want less of them.
+        Raises:
+            NotFoundError: there is no such run.
+            UnavailableError: the server could not be reached for `following.RECONNECT_S`.
         """
-        backoff_s = MIN_BACKOFF_S
-        while True:
-            try:
-                call = self._rpc.results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id, after_sequence=after))
-                async for response in call:
-                    for message in response.events:
-                        yield await convert.event_of(message, decode or self.decode)
-                    after, backoff_s = response.sequence, MIN_BACKOFF_S
-                    if response.complete:
-                        return
-            except grpc.aio.AioRpcError as error:
-                found = errors.from_rpc(error)
-                # What the server itself says is wrong stays wrong; without a reason gRPC speaks of a broken stream.
-                if error.code() not in RESUMABLE or (isinstance(found, errors.InternalError) and found.reason):
-                    raise found from None
-            # Spread, so that a server that comes back does not meet all its readers at once.
-            await asyncio.sleep(random.uniform(0, backoff_s))
-            backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
+        async for event in self.fetched_events(run_id, after):
+            yield opened(event)
 
-    async def decode(self, payload: payload_pb2.Payload) -> Any:
-        """Return a payload's value; a large one is fetched."""
+    async def fetched_events(
+        self, run_id: str, after: int = 0, fetch: convert.Decode | None = None, on_loss: OnLoss | None = None
+    ) -> AsyncIterator[RunEvent]:
+        """As `events`, with outputs as `fetch` returns them; by default for `opened`. `on_loss` is told of a break."""
+        breaks = Reconnection(self._rpc, run_id, on_loss)
+        while True:
+            request = _made(results_pb2.WatchRunRequest, run_id=run_id, after_sequence=after)
+            try:
+                with self._rpc.closing():
+                    async for response in self._rpc.results.WatchRun(request):
+                        breaks.heard()
+                        for message in response.events:
+                            yield await convert.event_of(message, fetch or self.fetch)
+                        after = response.sequence
+                        if response.complete:
+                            return
+            except grpc.aio.AioRpcError as error:
+                await breaks.wait(error)
+
+    async def fetch(self, payload: payload_pb2.Payload) -> Fetched:
+        """Return a payload's encoding; a large one is downloaded."""
         match payload.WhichOneof("content"):
             case "json":
-                return payloads.decode(payload.media_type, payload.json.encode())
+                return Fetched(payload.media_type, payload.json.encode())
             case "data":
-                return payloads.decode(payload.media_type, payload.data)
+                return Fetched(payload.media_type, payload.data)
             case _:
                 data = await self._rpc.call(self._download(payload.artifact.artifact_id))
-                return payloads.decode(payload.media_type, data)
+                return Fetched(payload.media_type, data)
 
     # Looking, and ending.
 
     async def describe_run(self, run_id: str) -> run_pb2.Run:
         """Return a run as it is now. Raises NotFoundError."""
-        request = workflow_pb2.GetRunRequest(run_id=run_id)
+        request = _made(workflow_pb2.GetRunRequest, run_id=run_id)
         return (await self._rpc.call(self._rpc.workflows.GetRun(request))).run
 
     async def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
@@ -340,7 +407,7 @@ class AsyncLatticeClient:
 
     async def list_tasks(self, run_id: str) -> list[run_pb2.TaskRun]:
         """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""
-        request = task_pb2.ListTasksRequest(run_id=run_id)
+        request = _made(task_pb2.ListTasksRequest, run_id=run_id)
         found: list[run_pb2.TaskRun] = []
         while True:
             response = await self._rpc.call(self._rpc.tasks.ListTasks(request))
@@ -351,17 +418,17 @@ class AsyncLatticeClient:
 
     async def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits. Raises NotFoundError."""
-        request = task_pb2.ExplainTaskRequest(run_id=run_id, task_id=task_id)
+        request = _made(task_pb2.ExplainTaskRequest, run_id=run_id, task_id=task_id)
         return await self._rpc.call(self._rpc.tasks.ExplainTask(request))
 
     async def cancel_run(self, run_id: str, reason: str = "") -> run_pb2.Run:
         """Cancel a run. Raises NotFoundError."""
-        request = workflow_pb2.CancelRunRequest(run_id=run_id, reason=reason)
+        request = _made(workflow_pb2.CancelRunRequest, run_id=run_id, reason=reason)
         return (await self._rpc.call(self._rpc.workflows.CancelRun(request))).run
 
     async def cancel_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
         """Cancel one task of a run. Raises NotFoundError."""
-        request = task_pb2.CancelTaskRequest(run_id=run_id, task_id=task_id)
+        request = _made(task_pb2.CancelTaskRequest, run_id=run_id, task_id=task_id)
         return (await self._rpc.call(self._rpc.tasks.CancelTask(request))).task
 
     async def nodes(self) -> list[worker_pb2.Node]:
@@ -373,7 +440,7 @@ class AsyncLatticeClient:
 
         Returns the node as it is now. Raises NotFoundError.
         """
-        request = worker_pb2.DrainNodeRequest(node_id=node_id)
+        request = _made(worker_pb2.DrainNodeRequest, node_id=node_id)
         if deadline is not None:
             request.deadline.FromNanoseconds(int(deadline * 1e9))
         return (await self._rpc.call(self._rpc.workers.DrainNode(request))).node
@@ -384,17 +451,27 @@ class AsyncLatticeClient:
 
     async def _download(self, artifact_id: str) -> bytearray:
         data = bytearray()
-        request = results_pb2.ReadArtifactRequest(artifact_id=artifact_id)
+        request = _made(results_pb2.ReadArtifactRequest, artifact_id=artifact_id)
         async for chunk in self._rpc.results.ReadArtifact(request):
             data += chunk.data
         return data
 
-    async def _upload(self, data: bytes) -> payload_pb2.Artifact:
+    async def upload(self, data: bytes) -> payload_pb2.Artifact:
+        """Store bytes on the server. Raises RequestError."""
+
         async def chunks() -> AsyncIterator[results_pb2.WriteArtifactRequest]:
             for start in range(0, len(data), CHUNK_BYTES):
                 yield results_pb2.WriteArtifactRequest(data=data[start : start + CHUNK_BYTES])
 
-        return (await self._rpc.call(self._rpc.results.WriteArtifact(chunks()))).artifact
+        for _ in range(UPLOAD_TRIES):
+            try:
+                with self._rpc.closing():
+                    return (await self._rpc.results.WriteArtifact(chunks())).artifact
+            except grpc.aio.AioRpcError as error:
+                if error.details() != LOST_STATUS:
+                    raise self._rpc.error_of(error) from None
+        text = f"the server at {self.target} ended an upload of {len(data)} bytes before it had all of it"
+        raise errors.UnavailableError(f"{text}; its log may say why")
 
 
 async def _last(call: Any) -> workflow_pb2.ExecuteWorkflowResponse | None:
@@ -403,6 +480,27 @@ async def _last(call: Any) -> workflow_pb2.ExecuteWorkflowResponse | None:
     except grpc.aio.AioRpcError:
         return None
     return last if isinstance(last, workflow_pb2.ExecuteWorkflowResponse) else None
+
+
+M = TypeVar("M", bound=Message)
+
+
+def _made(kind: type[M], **fields: Any) -> M:
+    """Return a request. Raises InvalidArgumentError for what no message can hold."""
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        shown = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+        raise errors.InvalidArgumentError(f"a request cannot hold {shown}: {error}") from error
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        text = f"the name or label {error.object!r} cannot be sent: it holds half a character at {error.start}"
+        raise errors.TaskDefinitionError(text) from None
 
 
 def _duration(seconds: float) -> Duration:

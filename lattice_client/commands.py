@@ -6,11 +6,12 @@ Rule: tables for people, one JSON document a line for programs (`--json`), one c
 import functools
 import json
 import math
-import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -24,13 +25,13 @@ from lattice_client.channel import DEFAULT_TARGET
 from lattice_client.errors import LatticeError, UnavailableError
 from lattice_client.security import SecurityOptions
 from lattice_client.sync import LatticeClient
+from lattice_client.terminal import harmless, one_line, say
 
 ENTRY_POINTS = "lattice.commands"
 # Values nested deeper than this are shown as Python writes them.
 MAX_DEPTH = 50
 # Python writes no longer numbers unless told to.
 MAX_BITS = 14_000
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 console = Console()
 as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
@@ -41,10 +42,18 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; this package's errors become one message."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                # A character the terminal's encoding lacks must not end a command.
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except LatticeError as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(harmless(str(error))) from None
+        except click.UsageError:  # it shows what the caller typed
+            raise
+        except click.ClickException as error:
+            raise click.ClickException(harmless(error.message)) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
@@ -122,11 +131,10 @@ def connected(server: Server) -> Iterator[LatticeClient]:
 
 def show(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, wrapped: str = "") -> None:
     """Show a table; to a pipe, lines of cells separated by tabs. Only the column `wrapped` gives way to the others."""
-    # A name may hold line breaks, or what terminals obey; a row is one line of text all the same.
-    cells = [tuple(CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(cell.split())) for cell in row) for row in rows]
+    cells = [tuple(map(one_line, row)) for row in rows]
     if not console.is_terminal:
-        for row in cells:
-            click.echo("\t".join(row))
+        for row in (columns, *cells):
+            say("\t".join(row))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
@@ -143,7 +151,7 @@ def as_dict(message: Message) -> dict[str, Any]:
 
 def print_json(document: Any) -> None:
     """Print a document as one line; what JSON cannot say is shown as Python writes it."""
-    click.echo(json.dumps(_jsonable(document)))
+    say(json.dumps(_jsonable(document)))
 
 
 def _jsonable(value: Any, above: tuple[int, ...] = ()) -> Any:

@@ -211,7 +211,7 @@ def failure_of(failure: errors_pb2.Failure) -> dict[str, str]:
 
 
 def error_of(run: run_pb2.Run) -> RunError | None:
-    """Return the error of a run that ended otherwise than well, with the original exception as its cause."""
+    """Return the error of a run that ended otherwise than well; `opened` gives it the original exception as cause."""
     if run.state == run_pb2.RUN_STATE_SUCCEEDED:
         return None
     failure = run.failure
@@ -221,12 +221,11 @@ def error_of(run: run_pb2.Run) -> RunError | None:
         return RunCancelledError(run.run_id, f"run {run.run_id!r} was cancelled: {failure.message}")
     shown = failure_of(failure)
     message = f"{failure.type}: {failure.message}" if failure.type else failure.message
-    error = TaskFailedError(run.run_id, failure.task_id, shown["kind"], message, failure.traceback)
+    failed = run.task_counts.failed
+    error = TaskFailedError(run.run_id, failure.task_id, shown["kind"], message, failure.traceback, failed)
     if failure.HasField("exception"):
-        try:
-            cause = payloads.decode(failure.exception.media_type, failure.exception.data)
-        except Exception:  # the exception's class may not exist here; its text does
-            return error
-        if isinstance(cause, BaseException):
-            error.__cause__ = cause
+        error.exception = failure.exception
+    elif failure.type:
+        why = "it could not be pickled there, or is not Python's"
+        error.missing_cause = f"The worker sent the original exception as text only: {why}"
     return error

@@ -2,7 +2,11 @@
 
     LatticeError
     +-- TaskDefinitionError      a task or its wiring is wrong; nothing was sent
+    +-- TargetError              the target is no address of a server; nothing was sent
     +-- SecurityError            the connection would not be safe; nothing was sent
+    +-- ClientClosedError        the client was closed, or the program is ending
+    +-- ForkError                the process was forked after gRPC had been used in it
+    +-- DecodeError              a value that arrived cannot be decoded here
     +-- RunError                 the run ended otherwise than well
     |   +-- TaskFailedError      a task failed; carries the remote traceback
     |   +-- RunTimeoutError      the run took longer than it was given
@@ -25,9 +29,11 @@ Rule: no gRPC error leaves this package.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
+from lattice.v1.payload_pb2 import Payload
 
 DETAILS = "grpc-status-details-bin"
 
@@ -44,6 +50,22 @@ class SecurityError(LatticeError):
     """The connection would not be safe, or not as safe as was asked; nothing was sent."""
 
 
+class TargetError(LatticeError):
+    """The target is no address of a server; nothing was sent."""
+
+
+class ClientClosedError(LatticeError):
+    """The client was closed, or the program is ending."""
+
+
+class ForkError(LatticeError):
+    """The process was forked after gRPC had been used in it, and gRPC does not work in such a process."""
+
+
+class DecodeError(LatticeError):
+    """A value that arrived cannot be decoded here; the cause is what decoding it raised."""
+
+
 class RunError(LatticeError):
     """A run ended otherwise than well."""
 
@@ -51,16 +73,44 @@ class RunError(LatticeError):
         super().__init__(message)
         self.run_id = run_id
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A task that waits for another run may fail with its error, which then travels.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[RunError], args: tuple[Any, ...], state: dict[str, Any]) -> RunError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
 
 class TaskFailedError(RunError):
-    """A task failed. `kind` is the class of failure, `remote_traceback` what the task's Python printed."""
+    """A task failed; the cause is the original exception when it can be rebuilt here.
 
-    def __init__(self, run_id: str, task_id: str, kind: str, message: str, remote_traceback: str) -> None:
-        text = f"task {task_id!r} of run {run_id!r} failed ({kind}): {message}"
-        super().__init__(run_id, f"{text}\n\nRemote traceback:\n{remote_traceback}" if remote_traceback else text)
+    `kind` is the class of failure, `remote_traceback` what the task's Python printed, `failed_tasks` how many tasks of
+    the run failed. `exception` is the encoded original, and `missing_cause` says why there is none, or why it could
+    not be rebuilt.
+    """
+
+    def __init__(
+        self, run_id: str, task_id: str, kind: str, message: str, remote_traceback: str, failed_tasks: int = 1
+    ) -> None:
+        super().__init__(run_id, f"task {task_id!r} of run {run_id!r} failed ({kind}): {message}")
         self.task_id = task_id
         self.kind = kind
         self.remote_traceback = remote_traceback
+        self.failed_tasks = failed_tasks
+        self.missing_cause = ""
+        self.exception: Payload | None = None
+
+    def __str__(self) -> str:
+        parts = [super().__str__()]
+        if self.failed_tasks > 1:
+            parts.append(f"{self.failed_tasks} tasks of the run failed; `lattice runs show {self.run_id}` lists them")
+        if self.missing_cause:
+            parts.append(self.missing_cause)
+        text = "\n".join(parts)
+        return f"{text}\n\nRemote traceback:\n{self.remote_traceback}" if self.remote_traceback else text
 
 
 class RunTimeoutError(RunError):
@@ -154,13 +204,18 @@ HANDSHAKES = {
     "WRONG_VERSION_NUMBER": "what listens there does not speak TLS",
     "failed to connect.*Socket closed": "it hangs up: if it speaks TLS set LATTICE_TLS_CA, or `tls_ca`; "
     "if it asks for certificates, LATTICE_TLS_CERT and LATTICE_TLS_KEY too",
+    "Expected SETTINGS frame|Failed parsing HTTP/2|http1": "what listens there does not speak gRPC, but HTTP/1 or "
+    "another protocol: check the port",
 }
+START = "is a server running there? start one with `lattice start --head`"
 
 
-def from_rpc(error: grpc.aio.AioRpcError) -> RequestError:
-    """Return this package's error for a failed call."""
+def from_rpc(error: grpc.aio.AioRpcError, target: str) -> RequestError:
+    """Return this package's error for a call to `target` that failed."""
     text = error.details() or error.code().name
-    advice = _advice(error.code(), text)
+    advice = _advice(error, text)
+    if _is_of_grpc(error) and error.code() is grpc.StatusCode.UNAVAILABLE:
+        text = f"no Lattice server answers at {target}: {_cause(text)}" + ("" if advice else f"; {START}")
     found = CLASSES.get(error.code(), InternalError)(f"{text}; {advice}" if advice else text)
     found.advice = advice
     for key, value in error.trailing_metadata() or ():
@@ -178,10 +233,25 @@ def from_rpc(error: grpc.aio.AioRpcError) -> RequestError:
     return found
 
 
-def _advice(code: grpc.StatusCode, text: str) -> str:
+def _advice(error: grpc.aio.AioRpcError, text: str) -> str:
     """Return what the caller can do about an error whose text says only what went wrong."""
-    if code is grpc.StatusCode.UNAUTHENTICATED:
-        return "set LATTICE_TOKEN, or `token`, to the server's token"
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return next((advice for sign, advice in HANDSHAKES.items() if re.search(sign, text)), "")
-    return ""
+    match error.code():
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return "set LATTICE_TOKEN, or `token`, to the server's token"
+        case grpc.StatusCode.UNAVAILABLE if _is_of_grpc(error):
+            return next((advice for sign, advice in HANDSHAKES.items() if re.search(sign, text)), "")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return "what answers there is no Lattice server, or one of another version: check the target"
+        case _:
+            return ""
+
+
+def _is_of_grpc(error: grpc.aio.AioRpcError) -> bool:
+    """Whether gRPC says what failed, and not a server."""
+    return all(key != DETAILS for key, _ in error.trailing_metadata() or ())
+
+
+def _cause(text: str) -> str:
+    """Return why a connection failed: of what gRPC says, the last error, in one line, without its status."""
+    lines = text.partition("last error:")[2].splitlines() or text.splitlines() or [text]
+    return lines[0].strip().removeprefix("UNKNOWN: ").removeprefix("UNAVAILABLE: ")

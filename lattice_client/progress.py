@@ -4,7 +4,6 @@ Rule: it does no I/O and reads no clock but the one it is given; events go in, l
 """
 
 import heapq
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lattice_client.convert import RunEvent
+from lattice_client.terminal import one_line, printable
 
 STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "retrying": "yellow", "cancelling": "yellow"}
 PREFIX_STYLES = ("cyan", "magenta", "green", "yellow", "blue", "red")
@@ -29,8 +29,6 @@ NAME_LENGTH = 24
 STREAMS = ("stdout", "stderr")
 ENDS = frozenset({"task_succeeded", "task_failed", "task_retrying", "task_cancelled"})
 MOVES = ENDS | {"task_started", "task_skipped"}
-# All but tabs, line ends and the escapes that colour text: none may move the cursor of a reader's terminal.
-CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 
 
 class Lines:
@@ -141,7 +139,7 @@ class Progress:
             row.note = failure["message"] if not failure["type"] else f"{failure['type']}: {failure['message']}"
 
     def _prefixed(self, task_id: str, line: str) -> Text:
-        return Text.assemble((task_id, self._row(task_id).style), (" | ", "dim"), printable(line))
+        return Text.assemble((one_line(task_id), self._row(task_id).style), (" | ", "dim"), first_line(line))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the header, and as many tasks as there is room for."""
@@ -155,17 +153,17 @@ class Progress:
         table.add_column("output", no_wrap=True, ratio=1)
         for row in heapq.nsmallest(room, self._rows.values(), key=lambda row: row.order):
             style = STYLES.get(row.state, "dim")
-            cells = (Text(row.state, style), str(row.attempt or ""), Text(row.node), self._time(row))
-            table.add_row(Text(row.task_id, row.style), *cells, printable(row.note))
+            cells = (Text(row.state, style), str(row.attempt or ""), Text(one_line(row.node)), self._time(row))
+            table.add_row(Text(one_line(row.task_id), row.style), *cells, first_line(row.note))
         yield table
         if len(self._rows) > room:
             yield Text(f"... and {len(self._rows) - room} more", "dim")
 
     def _header(self) -> Text:
         header = Text(no_wrap=True, overflow="ellipsis")
-        header.append(self.run.run_id, "bold")
+        header.append(one_line(self.run.run_id), "bold")
         if self.run.display_name:
-            header.append(f" {' '.join(self.run.display_name.split())[:NAME_LENGTH]}")
+            header.append(f" {one_line(self.run.display_name)[:NAME_LENGTH]}")
         header.append(f"  {self.state}", STYLES.get(self.state, "yellow"))
         header.append(f"  {self._states['succeeded']}/{self._total} tasks")
         if self._began_s is not None:
@@ -179,11 +177,9 @@ class Progress:
         return "" if row.began_s is None else span((row.ended_s or self.clock()) - row.began_s)
 
 
-def printable(text: str) -> Text:
-    """Return text another process wrote as one line that keeps its colours and can do nothing else to a terminal."""
-    first = _overwritten(text.strip("\n").partition("\n")[0])
-    shown = Text.from_ansi(CONTROLS.sub("", first), end="")
-    return Text(shown.plain.replace("\x1b", "")) if "\x1b" in shown.plain else shown
+def first_line(text: str) -> Text:
+    """Return the first line of what another process wrote; it may colour it and do nothing else to a terminal."""
+    return printable(_overwritten(text.strip("\n").partition("\n")[0]))
 
 
 def span(seconds: float) -> str:

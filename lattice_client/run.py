@@ -9,6 +9,8 @@ from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.brevity import Kind
 from lattice_client.convert import RunEvent
+from lattice_client.following import limited
+from lattice_client.opening import opened
 from lattice_client.workflow import LatticeTask
 
 if TYPE_CHECKING:
@@ -19,10 +21,26 @@ Answer = workflow_pb2.ExecuteWorkflowResponse | workflow_pb2.RunWorkflowResponse
 Outcome = asyncio.Task[workflow_pb2.ExecuteWorkflowResponse | None]
 
 
-class AsyncRun(str):
+class RunId(str):
+    """The id of a run. What is made of it besides, a copy or a pickle, is the id and no more."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        # A run holds on to a connection, which cannot travel into a task; its id can.
+        return str, (str(self),)
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return str(self)
+
+
+class AsyncRun(RunId):
     """A run: its id, as a string, that can also be followed."""
 
-    _client: "AsyncLatticeClient"
+    client: "AsyncLatticeClient"
     _outcome: Outcome | None
     answer: Answer | None
     kind: Kind | None
@@ -42,16 +60,11 @@ class AsyncRun(str):
         `kind` what it has in common with others like it.
         """
         run = cls(run_id)
-        run._client, run._outcome, run.answer, run.kind = client, outcome, answer, kind
+        run.client, run._outcome, run.answer, run.kind = client, outcome, answer, kind
         if outcome is not None:
             # Nobody can ask for the result any more: the call that would bring it may end.
-            weakref.finalize(run, _abandon, outcome).atexit = False
+            weakref.finalize(run, abandon, outcome).atexit = False
         return run
-
-    @property
-    def run_id(self) -> str:
-        """The run's id."""
-        return str(self)
 
     async def result(self, timeout: float | None = None) -> dict[str, Any]:
         """Wait for the end and return the final task's outputs, or those of each final task by its id.
@@ -63,23 +76,34 @@ class AsyncRun(str):
             RunTimeoutError: the run took longer than its own time limit.
             RunCancelledError: the run was cancelled.
             TimeoutError: `timeout` seconds passed; the run goes on.
+            UnavailableError: the server could not be reached for `following.RECONNECT_S`; the run may go on.
+            DecodeError: a value cannot be decoded here.
         """
-        if self.answer is None:
-            async with asyncio.timeout(timeout):
-                self.answer = await self._client.ended(self, self._outcome, self.kind)
-        return await self._client.result_in(self.answer)
+        found: dict[str, Any] = opened(await self.fetched_result(timeout))
+        return found
+
+    async def fetched_result(self, timeout: float | None = None) -> Any:
+        """Wait for the end and return what `opened` turns into the result, or into its error."""
+        async with limited(self, timeout):
+            if self.answer is None:
+                self.answer = await self.client.ended(self, self._outcome, self.kind)
+            return await self.client.result_in(self.answer)
 
     def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
-        """Yield the run's events after number `after`, to its end."""
-        return self._client.events(self, after)
+        """Yield the run's events after number `after`, to its end. Raises UnavailableError; see `following`."""
+        return self.client.events(self, after)
+
+    def fetched_events(self, after: int = 0) -> AsyncIterator[RunEvent]:
+        """As `events`, for `opened`."""
+        return self.client.fetched_events(self, after)
 
     async def cancel(self, reason: str = "") -> None:
         """Cancel the run."""
-        await self._client.cancel_run(self, reason)
+        await self.client.cancel_run(self, reason)
 
     async def cancel_task(self, task: LatticeTask | str) -> None:
         """Cancel one task; what depends on it follows the workflow's failure policy."""
-        await self._client.cancel_task(self, task_id_of(task))
+        await self.client.cancel_task(self, task_id_of(task))
 
     async def add_tasks(self, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
         """Add tasks, of any workflow, to the run while it goes on; return its revision after that.
@@ -87,15 +111,15 @@ class AsyncRun(str):
         They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
         the expected revision, PreconditionError when it has ended.
         """
-        return await self._client.add_tasks(self, tasks, expected_revision)
+        return await self.client.add_tasks(self, tasks, expected_revision)
 
     async def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""
-        return await self._client.explain(self, task_id_of(task))
+        return await self.client.explain(self, task_id_of(task))
 
     async def status(self) -> str:
         """Return the run's state: running, cancelling, succeeded, failed or cancelled."""
-        run = await self._client.describe_run(self)
+        run = await self.client.describe_run(self)
         return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
 
 
@@ -104,7 +128,8 @@ def task_id_of(task: LatticeTask | str) -> str:
     return task if isinstance(task, str) else task.task_id
 
 
-def _abandon(outcome: Outcome) -> None:
+def abandon(outcome: Outcome) -> None:
+    """End the call that would bring a result."""
     loop = outcome.get_loop()
     if not loop.is_closed():
         loop.call_soon_threadsafe(outcome.cancel)

@@ -1,15 +1,17 @@
 """Owns the commands `lattice runs ...`. Rule: a run that ended otherwise than well is a message and exit status 1."""
 
 import asyncio
+import json
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
 from lattice.v1 import payload_pb2, run_pb2, task_pb2
 from rich.live import Live
 
-from lattice_client import convert
+from lattice_client import convert, errors, payloads
 from lattice_client.client import TERMINAL, AsyncLatticeClient
 from lattice_client.commands import (
     Server,
@@ -24,7 +26,9 @@ from lattice_client.commands import (
     written,
 )
 from lattice_client.convert import RunEvent
+from lattice_client.following import RECONNECT_S
 from lattice_client.progress import Lines, Progress, span
+from lattice_client.terminal import one_line, printable, say
 
 MAX_RUNS = 1000
 RUN_COLUMNS = ("run", "name", "state", "tasks", "since (UTC)")
@@ -85,10 +89,10 @@ def show_run(server: Server, as_json: bool, run_id: str) -> None:
         print_json(as_dict(run) | {"tasks": [as_dict(task) for task in tasks]})
         return
     show(RUN_COLUMNS, [_run_row(run)], wrapped="name")
-    click.echo()
+    say("")
     show(TASK_COLUMNS, map(_task_row, tasks), wrapped="name")
     if run.state in TERMINAL and (error := convert.error_of(run)) is not None:
-        click.echo(f"\n{str(error).rstrip()}")
+        say(f"\n{str(error).rstrip()}")
 
 
 @runs.command()
@@ -102,11 +106,11 @@ def cancel(server: Server, as_json: bool, run_id: str) -> None:
     if as_json:
         print_json(as_dict(run))
     elif run.state in {run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED}:
-        click.echo(f"Run {run_id} had ended before: it {_state(run)}.")
+        say(f"Run {run_id} had ended before: it {_state(run)}.")
     elif run.state == run_pb2.RUN_STATE_CANCELLED:
-        click.echo(f"Run {run_id} is cancelled.")
+        say(f"Run {run_id} is cancelled.")
     else:
-        click.echo(f"Cancelling run {run_id}.")
+        say(f"Cancelling run {run_id}.")
 
 
 @runs.command()
@@ -124,9 +128,10 @@ def explain(server: Server, as_json: bool, run_id: str, task_id: str) -> None:
     state = run_pb2.TaskState.Name(found.task.state).removeprefix("TASK_STATE_").lower()
     since = f", for {span(found.waited.ToNanoseconds() / 1e9)}" if found.HasField("waited") else ""
     soon = f"; it may start in {span(found.start_in.ToNanoseconds() / 1e9)}" if found.start_in.ToNanoseconds() else ""
-    click.echo(f"Task {task_id} is {state}{since}{soon}:")
+    say(f"Task {task_id} is {state}{since}{soon}:")
     for reason in found.reasons:
-        click.echo(f"  {task_pb2.WaitKind.Name(reason.kind).removeprefix('WAIT_KIND_').lower()}: {reason.message}")
+        kind = task_pb2.WaitKind.Name(reason.kind).removeprefix("WAIT_KIND_").lower()
+        say(f"  {kind}: {one_line(reason.message)}")
 
 
 @runs.command()
@@ -136,46 +141,71 @@ def explain(server: Server, as_json: bool, run_id: str, task_id: str) -> None:
 def watch(server: Server, as_json: bool, run_id: str) -> None:
     """Follow a run to its end. Fails when the run does."""
     try:
-        with reachable(server.target):
-            asyncio.run(_watch(server, run_id, as_json))
+        asyncio.run(_watch(server, run_id, as_json))
     except KeyboardInterrupt:
-        click.echo(f"The run goes on; `lattice runs cancel {run_id}` would end it.", err=True)
+        say(f"The run goes on; `lattice runs cancel {run_id}` would end it.", err=True)
         raise SystemExit(128 + signal.SIGINT) from None
 
 
 async def _watch(server: Server, run_id: str, as_json: bool) -> None:
     async with AsyncLatticeClient(server.target, **server.security()) as client:
-        run = await client.describe_run(run_id)
+        with reachable(server.target):
+            run = await client.describe_run(run_id)
         if as_json:
-            async for event in client.events(run_id, decode=_decoder(client)):
+            async for event in client.fetched_events(run_id, fetch=_reader(client), on_loss=_say_lost):
                 print_json({"sequence": event.sequence, "type": event.type, "data": event.data})
         elif console.is_terminal and not console.is_dumb_terminal:
             await _watch_live(client, run)
         else:
             lines = Lines()
-            async for event in client.events(run_id, decode=_decoder(client)):
+            async for event in client.fetched_events(run_id, fetch=_reader(client), on_loss=_say_lost):
                 _print_plain(event, lines)
         error = convert.error_of(await client.describe_run(run_id))
     if error is not None:
         raise error
 
 
-def _decoder(client: AsyncLatticeClient) -> convert.Decode:
-    async def decode(payload: payload_pb2.Payload) -> Any:
-        try:
-            return await client.decode(payload)
-        except Exception as error:  # its class may not exist here, or it is gone; the events go on
-            return f"<{payload.media_type} that cannot be read here: {error}>"
+def _say_lost(error: errors.RequestError) -> None:
+    say(f"The server does not answer; reconnecting for {RECONNECT_S:.0f} s. {one_line(str(error))}", err=True)
 
-    return decode
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A value that is not shown: to read a pickle is to run the code in it."""
+
+    media_type: str
+    size_bytes: int
+    why: str = ""
+
+    def __repr__(self) -> str:
+        return f"<{self.media_type}, {self.size_bytes} bytes{self.why and f', {self.why}'}>"
+
+
+def _reader(client: AsyncLatticeClient) -> convert.Decode:
+    """Return what reads values for a person or a program that did not write them: JSON only."""
+
+    async def read(payload: payload_pb2.Payload) -> Any:
+        media_type = payload.media_type or payloads.JSON
+        if payload.WhichOneof("content") == "artifact":
+            opaque = Opaque(media_type, payload.artifact.size_bytes)
+        else:
+            opaque = Opaque(media_type, len(payload.data) or len(payload.json.encode()))
+        if media_type != payloads.JSON:
+            return opaque
+        try:
+            return json.loads((await client.fetch(payload)).data)
+        except (ValueError, RecursionError, errors.RequestError) as error:
+            return replace(opaque, why=one_line(f"which cannot be read: {error}"))
+
+    return read
 
 
 def _print_plain(event: RunEvent, lines: Lines) -> None:
     def echo(kind: str, task_id: str, text: str) -> None:
-        click.echo(f"{event.sequence:>6}  {kind:<15} {task_id:<20} {text}".rstrip())
+        say(f"{event.sequence:>6}  {kind:<15} {one_line(task_id):<20} {text}".rstrip())
 
     for task_id, line in lines.take(event):
-        echo("task_log", task_id, line.rstrip())
+        echo("task_log", task_id, printable(line.rstrip()).plain)
     if event.type == "task_log":
         return
     failure = event.data.get("failure")
@@ -187,12 +217,13 @@ def _print_plain(event: RunEvent, lines: Lines) -> None:
 
 
 async def _watch_live(client: AsyncLatticeClient, run: run_pb2.Run) -> None:
-    async def undecoded(payload: payload_pb2.Payload) -> payload_pb2.Payload:
+    async def unfetched(payload: payload_pb2.Payload) -> payload_pb2.Payload:
         return payload  # the picture has no outputs; large ones need not be fetched
 
     progress = Progress(run)
+    events = client.fetched_events(run.run_id, fetch=unfetched, on_loss=_say_lost)
     with Live(progress, console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        async for batch in _batches(client.events(run.run_id, decode=undecoded)):
+        async for batch in _batches(events):
             lines = [line for event in batch for line in progress.take(event)]
             if lines:  # printing draws the picture again
                 console.print(*lines, sep="\n")

@@ -15,13 +15,20 @@ from typing import TypedDict
 
 import grpc
 
-from lattice_client.errors import SecurityError
+from lattice_client.errors import SecurityError, TargetError
 
 log = logging.getLogger(__name__)
 
 PLAIN_SCHEMES = ("http://", "grpc://")
 TLS_SCHEMES = ("https://", "grpcs://")
 RESOLVERS = ("dns:///", "dns:", "ipv4:", "ipv6:")
+NAMED_RESOLVERS = re.compile(r"dns:(?://[^/]*/)?|ipv[46]:")
+OTHER_RESOLVERS = re.compile("(?:unix|unix-abstract|vsock|xds|google-c2p):")
+EXAMPLE = "such as 127.0.0.1:50051"
+TLS_PORT = 443
+MAX_PORT = 65535
+# What a server listens on to be reached by any of its addresses.
+ANY = frozenset({"0.0.0.0", "[::]", "::", "*"})
 PRINTABLE = re.compile(r"[!-~]+")
 
 
@@ -63,11 +70,17 @@ def secure(
     tls_key: str | Path | None = None,
     insecure: bool | None = None,
 ) -> Security:
-    """Return how to dial a target; see `SecurityOptions`. Raises SecurityError when that would not be safe."""
+    """Return how to dial a target; see `SecurityOptions`.
+
+    Raises:
+        TargetError: it is no address.
+        SecurityError: dialling it would not be safe.
+    """
     token = token or os.environ.get("LATTICE_TOKEN") or None
     if token is not None and not PRINTABLE.fullmatch(token):
         raise SecurityError("the token, or LATTICE_TOKEN, must be printable ASCII without spaces or line breaks")
     address, has_tls_scheme = _split(target)
+    address = _checked(address, target, TLS_PORT if has_tls_scheme else None)
     is_local = is_on_this_machine(address)
     credentials = None
     if not address.startswith("unix:"):
@@ -106,7 +119,41 @@ def is_on_this_machine(address: str) -> bool:
         return False
 
 
+def _checked(address: str, target: str, default_port: int | None) -> str:
+    """Return an address that names a host and a port wherever gRPC would guess the port. Raises TargetError."""
+    if OTHER_RESOLVERS.match(address):
+        return address
+    prefix = found.group() if (found := NAMED_RESOLVERS.match(address)) else ""
+    endpoints = address.removeprefix(prefix).split(",") if prefix else [address]
+    return prefix + ",".join(_endpoint(endpoint, target, default_port) for endpoint in endpoints)
+
+
+def _endpoint(endpoint: str, target: str, default_port: int | None) -> str:
+    """Return `host:port`. Raises TargetError."""
+    if endpoint.count(":") > 1 and not endpoint.startswith("["):
+        raise TargetError(f"the target {target!r} has colons in its host: write an IPv6 address as [::1]:50051")
+    host, colon, port = endpoint.rpartition(":") if not endpoint.endswith("]") else (endpoint, "", "")
+    if not colon:
+        host = endpoint
+        if default_port is None or not host:
+            raise TargetError(f"the target {target!r} has no port: write host:port, {EXAMPLE}")
+        port = str(default_port)
+    if not host:
+        raise TargetError(f"the target {target!r} has no host: write host:port, {EXAMPLE}")
+    if not (port.isascii() and port.isdigit() and len(port) <= len(str(MAX_PORT)) and 0 < int(port) <= MAX_PORT):
+        raise TargetError(f"the target {target!r} has port {port!r}: a port is a number from 1 to {MAX_PORT}")
+    if host in ANY:
+        way = f"127.0.0.1:{port} leads to a server on this machine"
+        raise TargetError(f"the target {target!r} is where a server listens, and no address to dial: {way}")
+    return f"{host}:{port}"
+
+
 def _split(target: str) -> tuple[str, bool]:
+    if not isinstance(target, str):
+        raise TargetError(f"a target is a text, host:port, {EXAMPLE}; not a {type(target).__name__}")
+    target = target.strip()
+    if not PRINTABLE.fullmatch(target):
+        raise TargetError(f"the target {target!r} is no address: write host:port, {EXAMPLE}")
     for scheme in (*PLAIN_SCHEMES, *TLS_SCHEMES):
         if target.startswith(scheme):
             return target.removeprefix(scheme).rstrip("/"), scheme in TLS_SCHEMES

@@ -1,22 +1,34 @@
 """Owns the synchronous client: the asyncio client, driven by one background thread for the whole process.
 
-Rule: nothing is decided here; every call waits for its asyncio twin.
+Rule: nothing is decided here; every call waits for its asyncio twin. Values are encoded and decoded in the caller's own
+thread, since that runs code of their classes: the background thread serves every client of the process.
 """
 
 import asyncio
 import functools
+import os
+import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from typing import Any, Self, TypeVar, Unpack
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, Unpack
 
 import uvloop
 from lattice.v1 import run_pb2, task_pb2, worker_pb2
 
-from lattice_client.client import ADMISSION_TIMEOUT_S, AsyncLatticeClient, AsyncLatticeWorkflow
+from lattice_client import convert, errors
+from lattice_client.channel import check_process
+from lattice_client.client import ADMISSION_TIMEOUT_S, AsyncLatticeClient
 from lattice_client.convert import RunEvent
-from lattice_client.run import AsyncRun
+from lattice_client.following import timed_out
+from lattice_client.opening import opened
+from lattice_client.run import AsyncRun, RunId
 from lattice_client.security import SecurityOptions
 from lattice_client.workflow import Graph, LatticeTask
+
+if TYPE_CHECKING:
+    from lattice.v1.payload_pb2 import Artifact
 
 T = TypeVar("T")
 _END = object()
@@ -29,29 +41,67 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _wait(coroutine: Coroutine[Any, Any, T]) -> T:
-    future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+# The thread that drives the loop stays behind in a fork.
+os.register_at_fork(after_in_child=_loop.cache_clear)
+
+
+def _wait(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
+    """Return what a coroutine returns on the background loop. Raises ClientClosedError, ForkError.
+
+    With a `run_id`, KeyboardInterrupt says that the run goes on.
+    """
+    try:
+        check_process()
+        if sys.is_finalizing():
+            # No other thread runs any more: nothing would ever answer.
+            raise errors.ClientClosedError("the program is ending: no call can be made any more")
+        future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    except BaseException:
+        coroutine.close()
+        raise
     try:
         return future.result()
+    except KeyboardInterrupt as error:
+        # The call must not go on behind the caller's back.
+        future.cancel()
+        if run_id:
+            error.add_note(f"run {str(run_id)!r} goes on; `lattice runs cancel {run_id}` would end it")
+        raise error.with_traceback(None) from None
     except BaseException:
-        # Ctrl-C while waiting: the call must not go on behind the caller's back.
         future.cancel()
         raise
 
 
-def _iterate(source: AsyncIterator[T], timeout: float | None = None) -> Iterator[T]:
+def _here(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns that waits for nothing, in this thread."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        found: T = done.value
+        return found
+    coroutine.close()
+    raise AssertionError("it waits for something")
+
+
+def _iterate(source: AsyncIterator[T], run_id: str, timeout: float | None = None) -> Iterator[T]:
     iterator = aiter(source)
-    deadline = None if timeout is None else _loop().time() + timeout
+    deadline = None if timeout is None else time.monotonic() + timeout
 
     async def step() -> Any:
-        async with asyncio.timeout_at(deadline):
-            return await anext(iterator, _END)
+        left_s = None if deadline is None else deadline - time.monotonic()
+        try:
+            async with asyncio.timeout(left_s) as scope:
+                return await anext(iterator, _END)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise timed_out(run_id, timeout) from None
 
-    while (item := _wait(step())) is not _END:
+    while (item := _wait(step(), run_id)) is not _END:
         yield item
 
 
-class Run(str):
+class Run(RunId):
     """A run: its id, as a string, that can also be followed."""
 
     aio: AsyncRun
@@ -63,11 +113,6 @@ class Run(str):
         found.aio = run
         return found
 
-    @property
-    def run_id(self) -> str:
-        """The run's id."""
-        return str(self)
-
     def result(self, timeout: float | None = None) -> dict[str, Any]:
         """Wait for the end and return the final task's outputs, or those of each final task by its id.
 
@@ -75,12 +120,16 @@ class Run(str):
             TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
             RunCancelledError: the run was cancelled.
             TimeoutError: `timeout` seconds passed; the run goes on.
+            UnavailableError: the server could not be reached for `following.RECONNECT_S`; the run may go on.
+            DecodeError: a value cannot be decoded here.
         """
-        return _wait(self.aio.result(timeout))
+        found: dict[str, Any] = opened(_wait(self.aio.fetched_result(timeout), self))
+        return found
 
     def events(self, after: int = 0, timeout: float | None = None) -> Iterator[RunEvent]:
         """Yield the run's events after number `after`, to its end. Raises TimeoutError after `timeout` seconds."""
-        return _iterate(self.aio.events(after), timeout)
+        for event in _iterate(self.aio.fetched_events(after), self, timeout):
+            yield opened(event)
 
     def cancel(self, reason: str = "") -> None:
         """Cancel the run."""
@@ -96,7 +145,9 @@ class Run(str):
         They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
         the expected revision, PreconditionError when it has ended.
         """
-        return _wait(self.aio.add_tasks(tasks, expected_revision))
+        client = self.aio.client
+        spec = _here(client.spec_of(tasks, _uploader(client)))
+        return _wait(client.submit_tasks(self, spec, tasks, expected_revision))
 
     def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""
@@ -107,12 +158,26 @@ class Run(str):
         return _wait(self.aio.status())
 
 
+def _uploader(client: AsyncLatticeClient) -> convert.Upload:
+    """Return what uploads on the background loop while this thread waits."""
+
+    async def upload(data: bytes) -> "Artifact":
+        return _wait(client.upload(data))
+
+    return upload
+
+
 class LatticeWorkflow(Graph["LatticeClient"]):
     """A workflow being written. Nothing is sent before `run`."""
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name or self.workflow_id!r}, tasks: {len(self.tasks)}>"
+
     def run(self, run_id: str = "", **settings: Any) -> Run:
         """Send the whole graph and start a run; the result is its id, and more (see `Run`). Raises RequestError."""
-        return Run.of(_wait(self.client.aio.run(self, run_id, **settings)))
+        client = self.client.aio
+        request = _here(client.request_of(self, _uploader(client), run_id, **settings))
+        return Run.of(_wait(client.submit(request, self)))
 
     def get_results(self, run_id: str, verbose: bool = True, timeout: float | None = None) -> list[dict[str, Any]]:
         """Follow a run to its end and return its messages, printing them when `verbose`.
@@ -120,22 +185,24 @@ class LatticeWorkflow(Graph["LatticeClient"]):
         Messages are `{"type": ..., "data": {...}}`, type one of `start_task`, `finish_task`, `task_exception` and,
         last, `finish_workflow`. Raises TimeoutError when the run takes longer than `timeout` seconds.
         """
-        twin = AsyncLatticeWorkflow(self.client.aio, workflow_id=self.workflow_id)
         messages = []
-        for message in _iterate(twin.messages(run_id), timeout):
+        for event in _iterate(self.client.aio.fetched_events(run_id), run_id, timeout):
+            message = convert.message_of(opened(event), self.workflow_id, run_id)
+            if message is None:
+                continue
             messages.append(message)
-            # Here and not by the twin: the background loop serves every client and must not wait for a terminal.
             if verbose:
                 print(message)
         return messages
 
 
 class LatticeClient:
-    """A connection to a server; safe to use from any thread. `aio` is its asyncio twin, on the background loop.
+    """A connection to a server; safe to use from any thread. `aio` is its asyncio twin, for any event loop.
 
     `tenant` names the caller that fair share counts; `admission_timeout` is for how many seconds a run that finds the
     server full is offered again before `ResourceExhaustedError` is raised. The rest makes the connection safe; see
-    `SecurityOptions`. Raises SecurityError when it would not be.
+    `SecurityOptions`. Connects with the first call. Raises TargetError when the target is no address, SecurityError
+    when the connection would not be safe.
     """
 
     def __init__(
@@ -146,10 +213,13 @@ class LatticeClient:
         admission_timeout: float = ADMISSION_TIMEOUT_S,
         **security: Unpack[SecurityOptions],
     ) -> None:
-        async def connect() -> AsyncLatticeClient:
-            return AsyncLatticeClient(target, tenant=tenant, admission_timeout=admission_timeout, **security)
+        self.aio = AsyncLatticeClient(target, tenant=tenant, admission_timeout=admission_timeout, **security)
 
-        self.aio = _wait(connect())
+    def __repr__(self) -> str:
+        return repr(self.aio).replace("Async", "", 1)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be pickled: a task that needs a client makes one of its own")
 
     def __enter__(self) -> Self:
         return self
@@ -158,8 +228,9 @@ class LatticeClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; runs go on."""
-        _wait(self.aio.close())
+        """Close the connection; runs go on. Where the program is ending, or was forked, there is none to close."""
+        with suppress(errors.ClientClosedError, errors.ForkError):
+            _wait(self.aio.close())
 
     def create_workflow(self, name: str = "", failure_policy: str = "fail_fast") -> LatticeWorkflow:
         """Return an empty workflow; nothing is sent.
@@ -182,7 +253,10 @@ class LatticeClient:
 
     def run_task(self, task: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run one task and return its outputs. Raises TaskFailedError, RequestError."""
-        return _wait(self.aio.run_task(task, inputs))
+        added = Graph(None).add_task(task, inputs)
+        request = _here(self.aio.task_request_of(added, _uploader(self.aio)))
+        found: dict[str, Any] = opened(_wait(self.aio.submit_task(request, added)))
+        return found
 
     def describe_run(self, run_id: str) -> run_pb2.Run:
         """Return a run as it is now. Raises NotFoundError."""

@@ -49,7 +49,7 @@ class Attempts:
         self._unstarted: dict[str, None] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._starting: dict[str, tuple[asyncio.Task[None], worker_pb2.Assignment]] = {}
-        self._converting: set[asyncio.Task[list[worker_pb2.Report]]] = set()
+        self._converting: set[asyncio.Task[None]] = set()
         self._suspects: dict[tuple[str, str], None] = {}
         self._start_timer: asyncio.TimerHandle | None = None
 
@@ -303,6 +303,9 @@ class Attempts:
                 self._suspects[attempt.run_id, attempt.task_id] = None
             while len(self._suspects) > MAX_SUSPECTS:
                 del self._suspects[next(iter(self._suspects))]
+        if assignment.lease_id in self._unstarted:
+            # It may have begun, so its attempts must not have the same numbers again.
+            self._tell_start(assignment.lease_id)
         self._emit(convert.returned(assignment.lease_id, reason))
         self._forget(assignment.lease_id)
         self._ended(assignment.lease_id, None)
@@ -319,10 +322,16 @@ class Attempts:
             self._report_end(lease_id, answer, convert.outcomes(*asked))
             return
         # The loop has heartbeats to send, and other leases to look after, while a large answer is converted.
-        task = asyncio.get_running_loop().create_task(asyncio.to_thread(convert.outcomes, *asked))
+        task = asyncio.get_running_loop().create_task(self._end_large(asked, answer))
         self._converting.add(task)
         task.add_done_callback(self._converting.discard)
-        task.add_done_callback(lambda done: self._report_end(lease_id, answer, done.result()))
+
+    async def _end_large(self, asked: tuple[Any, ...], answer: dict[str, Any]) -> None:
+        try:
+            reports = await asyncio.to_thread(convert.outcomes, *asked)
+        except RuntimeError:  # The machine is short of threads.
+            reports = convert.outcomes(*asked)
+        self._report_end(asked[0], answer, reports)
 
     def _report_end(self, lease_id: str, answer: dict[str, Any], reports: list[worker_pb2.Report]) -> None:
         outputs: convert.Outputs | None = None

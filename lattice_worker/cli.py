@@ -51,8 +51,9 @@ def main() -> None:
     flags = parser.parse_args()
     logging.basicConfig(level=logging.INFO if flags.verbose else logging.WARNING, stream=sys.stderr)
     _die_with(os.environ.get("LATTICE_PARENT_PID"))
-    # What a task's process leaves behind when it dies comes here, to be ended; see `Pool.sweep`.
+    # What a task's process leaves behind when it dies comes here, to be ended; see `Zygotes`.
     host.adopt_orphans()
+    host.raise_descriptor_limit()
     with store(flags.store_dir) as directory:
         config = _config(flags, directory)
         try:

@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import os
 import platform
+import resource
 import socket
 
 import psutil
@@ -29,6 +30,21 @@ def capacity(config: WorkerConfig) -> resources_pb2.Capacity:
         slots=max(MIN_SLOTS, int(SLOTS_PER_CPU * cpus)),
         async_slots=ASYNC_SLOTS,
     )
+
+
+_soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many descriptors as it may: it has several for each process of a task."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptor_limit() -> int:
+    """Return how many descriptors a process of this machine has unless it asks for more."""
+    return _soft_limit
 
 
 def adopt_orphans() -> None:

@@ -91,6 +91,7 @@ class Runner:
         self._claim_read, self._claim_write = -1, -1
         self._is_fit = True
         self._is_blocked = False
+        self._has_hung_up = False
         self._is_ready = False
         self._when_ready: list[Callable[[], None]] = []
         self._oom_kills = oom_kills()
@@ -303,7 +304,12 @@ class Runner:
     def _lost(self) -> None:
         """Nothing more will come. A program that a task put in the place of its process does not end by itself."""
         self._is_fit = False
-        asyncio.get_running_loop().call_later(HANG_UP_S, self.kill)
+        asyncio.get_running_loop().call_later(HANG_UP_S, self._end_mute)
+
+    def _end_mute(self) -> None:
+        if not self._process.ended.done():
+            self._has_hung_up = True
+            self.kill()
 
     async def _watch(self) -> None:
         status = await self._process.ended
@@ -324,10 +330,21 @@ class Runner:
         # What it was writing, or wrote and did not come to tell.
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
 
+    def _crash(self, status: int) -> dict[str, Any]:
+        if status == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            text = "the kernel killed the task's process because memory ran out"
+            return _failed("out_of_memory", text, exit_status=status)
+        text = f"the task's process {_how(status)}"
+        if self._is_blocked:
+            text = "it blocked the event loop that async tasks share for more than a second, and its process was ended"
+            text += "; await what takes time, or make it a plain function"
+        elif self._has_hung_up:
+            text = "the task's process closed its connection to the worker, or ran another program in its own place"
+        return _failed("crashed", text, exit_status=status)
+
     def _end_running(self, running: list[Invocation], status: int) -> None:
         """End what the process was running: what was being ended, and the invocation that took the process down."""
-        by_kernel = status == -signal.SIGKILL and oom_kills() > self._oom_kills
-        crash = _crash(status, by_kernel=by_kernel, is_blocked=self._is_blocked)
+        crash = self._crash(status)
         marked = int.from_bytes(self._marks[:MARK_BYTES], "little")
         undecided = [invocation for invocation in running if not invocation.ending]
         culprits = undecided if len(running) == 1 else [i for i in undecided if i.number == marked]
@@ -369,13 +386,3 @@ def _how(status: int) -> str:
         return f"exited with status {status}"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else "unknown"
     return f"was killed by signal {-status} ({name})"
-
-
-def _crash(status: int, *, by_kernel: bool, is_blocked: bool) -> dict[str, Any]:
-    if by_kernel:
-        text = "the kernel killed the task's process because memory ran out"
-        return _failed("out_of_memory", text, exit_status=status)
-    if is_blocked:
-        text = "it blocked the event loop that async tasks share for more than a second, and its process was ended"
-        return _failed("crashed", f"{text}; await what takes time, or make it a plain function", exit_status=status)
-    return _failed("crashed", f"the task's process {_how(status)}", exit_status=status)

@@ -99,6 +99,7 @@ class _Zygote:
                     sys.executable,
                     str(PROGRAM),
                     str(theirs.fileno()),
+                    str(host.descriptor_limit()),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     env=_environment(),

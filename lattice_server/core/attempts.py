@@ -20,8 +20,9 @@ class Task:
 
     `rank` and then `ticket` order it among its equals; both stay with it over retries. `follows` is the task it still
     waits for, and `inputs` refer to that one's outputs until it succeeds. `collector` is where it waits, `entry` which
-    of its stays in a line is the present one. `lease_id` is set while a worker holds it. `cohort` names what is left of
-    a batch that crashed. `ending` is why it must end, `is_over` that it has.
+    of its stays in a line is the present one. `lease_id` is set while a worker holds it. `attempt` is the number of its
+    newest attempt. `losses` counts the workers lost under it when nothing else was on them. `cohort` names what is left
+    of a batch that crashed. `ending` is why it must end, `is_over` that it has.
     """
 
     ready: TaskReady

@@ -55,10 +55,9 @@ def _check_lease(lease: Lease, node: Node) -> None:
     assert lease.members(), "a lease of nothing"
     assert all(task.lease_id == lease.lease_id for task in lease.members())
     assert len({id(task) for task in lease.tasks}) == len(lease.tasks), "a task is in a batch twice"
-    assert lease.shape == lease.tasks[0].shape
     assert lease.slot.resources == lease.shape.resources, "a slot holds what its lease does not need"
     assert suits(lease.shape, node)
-    for task in lease.tasks:
+    for task in lease.members():
         assert (task.shape, task.ready.tenant) == (lease.shape, lease.tenant), "strangers in a batch"
     if lease.started_at is not None:
         assert lease.tasks[0].follows is None, "a task went ahead of its input"

@@ -41,10 +41,13 @@ class Group:
 
 
 def line_of(task: Task) -> Group | Shape:
-    """Return what tells the line in which a task waits: its group, or its shape alone when it is not batched."""
+    """Return what tells the line in which a task waits: its group, or its shape alone when it is not batched.
+
+    A task that runs alone on its node meets no others in a batch but those with which its batch was halved.
+    """
     ready, spec = task.ready, task.ready.spec
     policy = spec.batch
-    if policy is None or policy.max_size <= 1:
+    if policy is None or policy.max_size <= 1 or (task.shape.is_exclusive and not task.cohort):
         return task.shape
     run_id = ready.run_id if policy.scope is BatchScope.RUN else ""
     call = (spec.function.digest, spec.outputs, ready.split_outputs, spec.attempt_timeout_s)

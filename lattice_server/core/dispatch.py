@@ -6,7 +6,7 @@ Rule: a task is in exactly one place: following another task, waiting in the que
 slot holds. A task in a lease may follow another as well: it was sent along with it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import count
 from typing import assert_never
 
@@ -58,7 +58,7 @@ from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.timers import Timers
 
 # A batch that ended like this is halved until the member at fault is alone.
-BISECTED = frozenset({FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY, FailureKind.WORKER_LOST})
+BISECTED = frozenset({FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY})
 
 
 class Dispatch:
@@ -141,7 +141,7 @@ class Dispatch:
                 self._take_failure(event, now)
             case LeaseReturned():
                 if lease := self._holding.find(event.session_id, event.lease_id):
-                    self._give_back(lease, now)
+                    self._take_returned(lease, event.reason, now)
             case AttemptSpawned():
                 if found := self._holding.started(event.session_id, event.lease_id, event.item, now):
                     if event.refusal is not None:
@@ -222,21 +222,42 @@ class Dispatch:
 
     # Leases.
 
-    def _give_back(self, lease: Lease, now: float) -> None:
-        failure = Failure(FailureKind.WORKER_LOST, "the worker gave the task back after it had started")
-        self._redo(lease, self._holding.dissolve(lease, now), failure, now)
-
-    def _redo(self, lease: Lease, members: list[Task], failure: Failure, now: float) -> None:
-        """Go on with what a worker held and will not end: what had started has failed, the rest never happened."""
-        if lease.started_at is not None and len(lease.tasks) > 1:
-            self._bisect(members, failure, now)
-            return
-        for task in members:
-            if lease.started_at is not None:
-                self._fail(task, failure, now)
-            else:
+    def _take_returned(self, lease: Lease, reason: str, now: float) -> None:
+        if lease.started_at is None:
+            for task in lease.members():
+                # Its worker says that it never began, so the number may be used again.
                 task.attempt -= 1
-                self._requeue(task, now)
+        why = reason or "the worker gave the task back after it had started"
+        self._run_again(lease, Failure(FailureKind.WORKER_LOST, why), now)
+
+    def _run_again(self, lease: Lease, failure: Failure, now: float) -> None:
+        """Dissolve a lease that ends through no fault of its members, and queue them; nothing is charged."""
+        for task in self._holding.dissolve(lease, now):
+            if lease.started_at is not None and task.ending is None:
+                self._effects.append(TaskRetrying(*task.named, failure, 0.0))
+            self._requeue(task, now)
+
+    def _lose_leases(self, node: Node, lost: Sequence[Lease], failure: Failure, now: float) -> None:
+        """Queue the members of leases that a node's worker will not end; from now on each runs alone on its node.
+
+        Only a lease that was alone on the node can have ended its worker. It is charged, also when its start was not
+        reported in time; others are not.
+        """
+        held = self._launcher.held_by(node)
+        # A lease that waits for its input cannot have begun.
+        is_alone = len(held) == 1 and held[0].tasks[0].follows is None
+        for lease in lost:
+            for task in lease.members():
+                task.shape, task.cohort = self._fleet.alone(task.shape), 0
+            if not is_alone:
+                self._run_again(lease, failure, now)
+                continue
+            self._holding.note_start(lease, now)
+            members = self._holding.dissolve(lease, now)
+            if len(lease.tasks) > 1:
+                self._bisect(members, failure, now)
+            else:
+                self._fail(members[0], failure, now)
 
     # Ending.
 
@@ -269,6 +290,9 @@ class Dispatch:
         task = None if lease is None else lease.member(event.item)
         if lease is None or task is None:
             return
+        if event.failure.kind is FailureKind.WORKER_LOST:
+            self._lose_leases(self.nodes[lease.slot.node_id], [lease], event.failure, now)
+            return
         if event.failure.kind is not FailureKind.CANCELLED:
             self._holding.note_start(lease, now)
         if event.failure.kind in BISECTED and len(lease.tasks) > 1:
@@ -281,7 +305,8 @@ class Dispatch:
         """Take back what cannot have ended, because its inputs were not there."""
         lease = self._holding.find(event.session_id, event.lease_id)
         if lease is not None and lease.tasks[0].follows is not None:
-            self._give_back(lease, now)
+            failure = Failure(FailureKind.WORKER_LOST, "the worker reported the end of a task that had no inputs yet")
+            self._run_again(lease, failure, now)
 
     def _bisect(self, members: list[Task], failure: Failure, now: float) -> None:
         """Try the members of a batch that crashed again, in halves, until one that was alone has failed by itself."""
@@ -357,12 +382,10 @@ class Dispatch:
         node = self.nodes.get(hello.node_id)
         if node is not None and node.worker_id == hello.worker_id and node.session_id == hello.session_id:
             node.detached_at = None
-            held = set(hello.held_lease_ids)
-            ours = [lease_id for slot in node.slots.values() for lease_id in slot.lease_ids]
-            dropped = tuple(held.difference(ours))
+            held, ours = set(hello.held_lease_ids), self._launcher.held_by(node)
+            dropped = tuple(held.difference(lease.lease_id for lease in ours))
             self._effects.append(WelcomeWorker(node.worker_id, node.session_id, True, dropped, hello.greeting))
-            for lease_id in ours:
-                self._repeat(self._leases[lease_id], lease_id in held, now)
+            self._repeat(node, ours, held, now)
             if node.is_draining:
                 deadline_s = None if node.drain_at is None else max(0.0, node.drain_at - now)
                 self._effects.append(DrainWorker(node.session_id, deadline_s))
@@ -382,15 +405,18 @@ class Dispatch:
         if not self._fleet.wants(hello.worker_id):
             self._drain(node, None, now)
 
-    def _repeat(self, lease: Lease, is_held: bool, now: float) -> None:
-        """Say again what a worker that was away may have missed about a lease; what it has forgotten is lost."""
-        if not is_held and lease.started_at is not None:
-            failure = Failure(FailureKind.WORKER_LOST, "the worker came back and had forgotten the task")
-            self._redo(lease, self._holding.dissolve(lease, now), failure, now)
-            return
-        if not is_held:
-            self._effects.append(self._launcher.assignment(lease))
-        self._repeat_end(lease)
+    def _repeat(self, node: Node, leases: Sequence[Lease], held: Container[str], now: float) -> None:
+        """Say again what a worker that was away may have missed about its leases; those it has forgotten are lost."""
+        forgotten = []
+        for lease in leases:
+            if lease.lease_id not in held:
+                if lease.started_at is not None:
+                    forgotten.append(lease)
+                    continue
+                self._effects.append(self._launcher.assignment(lease))
+            self._repeat_end(lease)
+        failure = Failure(FailureKind.WORKER_LOST, "the worker came back and had forgotten the task")
+        self._lose_leases(node, forgotten, failure, now)
 
     def _repeat_end(self, lease: Lease) -> None:
         """Say again that a lease is to end, if it is."""
@@ -402,18 +428,20 @@ class Dispatch:
 
     def _compare(self, node: Node, heartbeat: WorkerHeartbeat, now: float) -> None:
         """Repair what a worker and the ledger disagree on; what is still on its way is no disagreement."""
-        ours = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
+        ours = self._launcher.held_by(node)
+        forgotten = []
         for lease in ours:
             if lease.lease_id in heartbeat.held_lease_ids:
                 self._repeat_end(lease)
             elif lease.sequence <= heartbeat.assignment_sequence:
-                failure = Failure(FailureKind.WORKER_LOST, "its worker no longer knew of the task")
-                self._redo(lease, self._holding.dissolve(lease, now), failure, now)
+                forgotten.append(lease)
             elif now >= max(lease.sent_at, lease.repeated_at) + self._fleet.session_ttl_s:
                 lease.repeated_at = now
                 self._effects.append(self._launcher.assignment(lease))
         for lease_id in sorted(heartbeat.held_lease_ids.difference(lease.lease_id for lease in ours)):
             self._effects.append(StopLease(node.session_id, lease_id))
+        failure = Failure(FailureKind.WORKER_LOST, "its worker no longer knew of the task")
+        self._lose_leases(node, forgotten, failure, now)
 
     def _drain(self, node: Node, deadline_s: float | None, now: float) -> None:
         self._launcher.look_again()
@@ -430,29 +458,24 @@ class Dispatch:
         """Have done elsewhere what a node that is drained has not got done in time; no fault of the tasks."""
         node.drain_at = None
         failure = Failure(FailureKind.WORKER_LOST, f"node {node.node_id!r} was drained before the task ended")
-        leases = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
-        for lease in leases:
-            for task in self._holding.dissolve(lease, now):
-                if lease.started_at is None:
-                    task.attempt -= 1
-                elif task.ending is None:
-                    self._effects.append(TaskRetrying(*task.named, failure, 0.0))
-                self._requeue(task, now)
+        for lease in self._launcher.held_by(node):
+            self._run_again(lease, failure, now)
 
     def _lose(self, node: Node, reason: str, now: float) -> None:
         self._launcher.look_again()
-        leases = [self._leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
+        self._effects.append(ForgetSession(node.session_id))
+        failure = Failure(FailureKind.WORKER_LOST, f"node {node.node_id!r} was lost: {reason}")
         # A node that is lost does not leave for being drained.
         may_return, node.is_draining = not node.is_draining, False
-        if not may_return:
+        if may_return:
+            self._lose_leases(node, self._launcher.held_by(node), failure, now)
+        else:
+            # It was to end anyway, which says nothing about what ran there.
             self._fleet.unwant(node.worker_id)
-        lost = [(lease, self._holding.dissolve(lease, now)) for lease in leases]
+            for lease in self._launcher.held_by(node):
+                self._run_again(lease, failure, now)
         self._fleet.remove(node, may_return=may_return)
-        self._effects.append(ForgetSession(node.session_id))
         self._effects.append(NodesChanged(self._fleet.known()))
-        failure = Failure(FailureKind.WORKER_LOST, f"node {node.node_id!r} was lost: {reason}")
-        for lease, members in lost:
-            self._redo(lease, members, failure, now)
 
 
 def _lacking(task: Task, event: AttemptSucceeded) -> str:

@@ -86,8 +86,10 @@ def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: F
             fields = {"node_id": found.node_id, "resource": found.what, "wanted": found.wanted, "free": found.free}
             yield Reason(ReasonKind.RESOURCES, str(found), **fields)  # type: ignore[arg-type]  # by name
         keeper = launcher.keeping.kept_for(node)
-        if keeper not in {None, collector}:
+        if keeper is not None and keeper is not collector:
             text = f"node {node.node_id!r} gathers resources for a larger task that waited longer"
+            if keeper.group.shape.is_exclusive:
+                text = f"node {node.node_id!r} is kept for a task that waited longer and runs alone on it"
             yield Reason(ReasonKind.TURN, text, node_id=node.node_id)
 
 

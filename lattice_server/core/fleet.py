@@ -89,6 +89,10 @@ class Fleet:
             found = self._kinds[shape] = self._same(replace(shape, limit_key="", max_parallel=0))
         return found
 
+    def alone(self, shape: Shape) -> Shape:
+        """Return a shape as one whose lease is the only one on its node."""
+        return shape if shape.is_exclusive else self._same(replace(shape, is_exclusive=True))
+
     def could_run(self, shape: Shape, node: Node) -> bool:
         """Whether a node could run `shape` if nothing else ran there."""
         key = (self.kind(shape), node.node_id)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from lattice_server.core.batching import INFINITY, BatchCollector
 from lattice_server.core.fleet import Fleet
 from lattice_server.core.leases import Node
-from lattice_server.core.model import Resources
+from lattice_server.core.placement import Shape
 
 KEEP_AFTER_S = 1.0  # What others have passed for this long has a node kept for it.
 
@@ -31,10 +31,10 @@ class Keeping:
         """Return the node that is kept for a line."""
         return self._nodes.get(collector)
 
-    def reserved(self, collector: BatchCollector) -> Mapping[str, Resources]:
-        """Return what must stay, or become, free on nodes because of others than a line."""
+    def reserved(self, collector: BatchCollector) -> Mapping[str, Shape]:
+        """Return for what room must stay, or become, free on nodes because of others than a line."""
         own = self._nodes.get(collector)
-        return {name: c.group.shape.resources for name, c in self._kept.items() if name != own}
+        return {name: c.group.shape for name, c in self._kept.items() if name != own}
 
     def forget(self) -> None:
         """Keep no node for what no longer waits, nor one that cannot run what it is kept for."""
@@ -92,9 +92,13 @@ class Keeping:
             if self.kept_for(node) is None and node.takes_work and self._fleet.could_run(shape, node)
         ]
         if nodes:
-            best = max(
-                nodes, key=lambda node: (sum(node.free_gpu.values()) if shape.resources.gpu else 0, node.free_cpu)
-            )
+            best = max(nodes, key=lambda node: _nearness(node, shape))
             self._kept[best.node_id] = collector
             self._nodes[collector] = best.node_id
         return bool(nodes)
+
+
+def _nearness(node: Node, shape: Shape) -> tuple[float, float, float]:
+    """Return what is greatest for the node that is likely to have room for a shape first."""
+    leases = sum(len(slot.lease_ids) for slot in node.slots.values()) if shape.is_exclusive else 0
+    return -leases, sum(node.free_gpu.values()) if shape.resources.gpu else 0.0, node.free_cpu

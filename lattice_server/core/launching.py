@@ -229,7 +229,9 @@ class Launcher:
                 return
             (following,) = task.followers.values()
             expected_s = self.expected_s(following)
-            if expected_s is None or following.lease_id or following.shape != task.shape or task.shape.is_async:
+            if expected_s is None or following.lease_id or following.shape != task.shape:
+                return
+            if task.shape.is_async or task.shape.is_exclusive:
                 return
             if following.ready.spec.batch is not None or not self._has_room(slot, expected_s):
                 return
@@ -256,6 +258,10 @@ class Launcher:
         if (batch := self.queue.next_due()) is not None:
             due.append(batch)
         return min(due, default=None)
+
+    def held_by(self, node: Node) -> list[Lease]:
+        """Return the leases of a node, slot by slot in the order in which they run."""
+        return [self.leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
 
     def release(self, lease: Lease, now: float) -> None:
         """Give back what a lease held."""
@@ -292,6 +298,7 @@ class Launcher:
             lease_id=lease.lease_id,
             sequence=lease.sequence,
             slot=lease.slot.slot_id,
+            tenant=lease.tenant,
             function=spec.function,
             attempts=tuple(
                 AttemptInputs(t.ready.run_id, t.ready.spec.task_id, t.attempt, t.inputs) for t in lease.tasks
@@ -352,7 +359,14 @@ class Launcher:
         node, devices = found
         number = next(self._numbers)
         slot = Slot(
-            number, node.node_id, shape.resources, shape.is_async, devices, limit_key=shape.limit_key, progress_at=now
+            number,
+            node.node_id,
+            shape.resources,
+            shape.is_async,
+            devices,
+            limit_key=shape.limit_key,
+            progress_at=now,
+            is_exclusive=shape.is_exclusive,
         )
         node.take(slot)
         self._running.setdefault(shape, {})[number] = slot
@@ -390,7 +404,7 @@ class Launcher:
 
     def _send_ahead(self, collector: BatchCollector) -> bool:
         shape, head = collector.group.shape, collector.head()
-        if shape.is_async or collector.group.policy is not None or head is None:
+        if shape.is_async or shape.is_exclusive or collector.group.policy is not None or head is None:
             return False
         expected_s = self.expected_s(head)
         slots = self._running.get(shape)

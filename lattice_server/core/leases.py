@@ -17,7 +17,8 @@ EPSILON = 1e-9
 class Slot:
     """One reservation. `gpu_indices` are the devices it uses; `lease_ids` run in order, and tell how many attempts each
     has; `progress_at` is when the first of them became first, and `is_slow` tells that it took longer than others were
-    ready to wait. `limit_key` names the limit it counts for."""
+    ready to wait. `limit_key` names the limit it counts for. `is_exclusive` tells that its one lease is the only one of
+    its node."""
 
     slot_id: int
     node_id: str
@@ -29,6 +30,7 @@ class Slot:
     backlog_s: float = 0.0
     progress_at: float = 0.0
     is_slow: bool = False
+    is_exclusive: bool = False
 
 
 class NodeState(Enum):
@@ -65,6 +67,7 @@ class Node:
 
     `entrypoints` are the functions its worker has, and runs alone; empty for one that runs Python. `drain_at` is when
     what still runs on a node that is drained goes elsewhere; `assignments` counts those sent in the worker's session.
+    `is_exclusive` tells that its slot is the only one it may have.
     """
 
     node_id: str
@@ -89,6 +92,7 @@ class Node:
     free_gpu: dict[int, float] = field(default_factory=dict)
     free_gpu_memory_bytes: dict[int, int] = field(default_factory=dict)
     slots: dict[int, Slot] = field(default_factory=dict)
+    is_exclusive: bool = False
 
     def __post_init__(self) -> None:
         self.free_cpu = self.capacity.cpu
@@ -102,6 +106,10 @@ class Node:
     def takes_work(self) -> bool:
         """Whether new leases may be placed here."""
         return not self.is_draining and self.detached_at is None
+
+    def admits(self, *, is_exclusive: bool) -> bool:
+        """Whether one more slot may be on this node, or, if it is to be exclusive, the only one."""
+        return not self.slots if is_exclusive else not self.is_exclusive
 
     def devices_for(
         self, wanted: Resources, *, besides: Resources | None = None, on: tuple[int, ...] = ()
@@ -139,12 +147,14 @@ class Node:
         """Reserve what `slot` holds."""
         self._move(slot, -1)
         self.slots[slot.slot_id] = slot
+        self.is_exclusive = slot.is_exclusive
 
     def release(self, slot: Slot) -> None:
         """Free what `slot` held."""
         del self.slots[slot.slot_id]
         self._move(slot, 1)
         if not self.slots:
+            self.is_exclusive = False
             # Fractions added and taken away many times no longer add up to exactly what there was.
             self.free_cpu = self.capacity.cpu
             self.free_gpu = dict.fromkeys(self.free_gpu, 1.0)
@@ -206,6 +216,9 @@ class Node:
             assert self.free_gpu_memory_bytes[gpu.index] >= 0
             assert len(on) <= 1 or all(wanted.gpu < 1 for wanted in on), "a whole device is shared"
         assert all(slot.lease_ids for slot in slots), "a slot without a lease holds resources"
+        assert self.is_exclusive == any(slot.is_exclusive for slot in slots)
+        leases = sum(len(slot.lease_ids) for slot in slots)
+        assert not self.is_exclusive or leases == 1, "an exclusive lease is not alone on its node"
 
 
 def _is_whole(gpu: Gpu, free: Mapping[int, float], memory: Mapping[int, int]) -> bool:

@@ -326,7 +326,7 @@ class AttemptLogged:
 
 @dataclass(frozen=True, slots=True)
 class LeaseReturned:
-    """A lease that never started is back."""
+    """A worker will not end a lease, through no fault of its members. One whose start was not reported never began."""
 
     session_id: str
     lease_id: str
@@ -380,6 +380,7 @@ class Assign:
     lease_id: str
     sequence: int
     slot: int
+    tenant: str
     function: Function
     attempts: tuple[AttemptInputs, ...]
     is_batched: bool

@@ -17,6 +17,7 @@ class Shape:
 
     `limit_key` names the group whose calls `max_parallel` counts; empty when nothing limits it. `entrypoint` is the
     function by the name workers have for it; empty when its code travels. `runtime` is what must run that.
+    `is_exclusive` tells that a lease of it is the only one on its node while it lasts.
     """
 
     resources: Resources
@@ -27,12 +28,13 @@ class Shape:
     max_parallel: int = 0
     entrypoint: str = ""
     runtime: str = ""
+    is_exclusive: bool = False
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # It is looked up several times for every task, and made once.
         key = (self.resources, self.is_async, self.isolation, self.node_selector, self.limit_key, self.max_parallel)
-        object.__setattr__(self, "_hash", hash((*key, self.entrypoint, self.runtime)))
+        object.__setattr__(self, "_hash", hash((*key, self.entrypoint, self.runtime, self.is_exclusive)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -79,18 +81,20 @@ def could_run(shape: Shape, node: Node) -> bool:
 def place(
     shape: Shape,
     nodes: Iterable[Node],
-    kept: Mapping[str, Resources] | None = None,
+    kept: Mapping[str, Shape] | None = None,
     suits: Callable[[Shape, Node], bool] = suits,
 ) -> tuple[Node, tuple[int, ...]] | None:
     """Return the node to run `shape` and the devices to use, or None when nothing is free.
 
     Best fit: tasks that need GPUs go to the fullest node that has them free; others spread to the node with most CPUs
-    free, and keep off GPU nodes while they can. `kept` maps nodes to what must stay, or become, free there.
+    free, and keep off GPU nodes while they can. `kept` maps nodes to the shape for which room must be, or become, free.
     """
     best: tuple[Node, tuple[int, ...]] | None = None
     best_score: tuple[float, float] | None = None
     for node in nodes:
         if not (node.takes_work and node.fits(shape.resources, shape.is_async) and suits(shape, node)):
+            continue
+        if not node.admits(is_exclusive=shape.is_exclusive):
             continue
         devices = node.devices_for(shape.resources)
         if devices is None:
@@ -103,20 +107,20 @@ def place(
     return best
 
 
-def leaves_room(shape: Shape, devices: tuple[int, ...], node: Node, kept: Resources) -> bool:
+def leaves_room(shape: Shape, devices: tuple[int, ...], node: Node, kept: Shape) -> bool:
     """Whether running `shape` on `node` takes nothing of what is kept there.
 
     What the node has enough of may be used down to what is kept; what it is short of may not be used at all, so that
-    it gathers.
+    it gathers. An exclusive lease needs the whole node.
     """
-    wanted = shape.resources
-    if not _spares(node.free_cpu, wanted.cpu, kept.cpu):
+    wanted, needed = shape.resources, kept.resources
+    if kept.is_exclusive or not _spares(node.free_cpu, wanted.cpu, needed.cpu):
         return False
-    if not _spares(node.free_memory_bytes, wanted.memory_bytes, kept.memory_bytes):
+    if not _spares(node.free_memory_bytes, wanted.memory_bytes, needed.memory_bytes):
         return False
-    if not devices or (kept.gpu <= 0 and kept.gpu_memory_bytes <= 0):
+    if not devices or (needed.gpu <= 0 and needed.gpu_memory_bytes <= 0):
         return True
-    return node.devices_for(kept, besides=wanted, on=devices) is not None
+    return node.devices_for(needed, besides=wanted, on=devices) is not None
 
 
 def _spares(free: float, wanted: float, kept: float) -> bool:
@@ -162,6 +166,8 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
         return [Shortage(name, "it is being drained")]
     if node.detached_at is not None:
         return [Shortage(name, "its worker is not connected")]
+    if not node.admits(is_exclusive=shape.is_exclusive):
+        return [Shortage(name, _exclusion(shape, node))]
     if node.free_cpu + EPSILON < wanted.cpu:
         found.append(Shortage(name, "cpu", wanted.cpu, max(0.0, node.free_cpu)))
     if node.free_memory_bytes < wanted.memory_bytes:
@@ -171,6 +177,14 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
     if node.devices_for(wanted) is None:
         found.append(_gpu_shortage(name, wanted, node))
     return found
+
+
+def _exclusion(shape: Shape, node: Node) -> str:
+    if not shape.is_exclusive:
+        return "the task on it runs alone on its node because a worker was lost under it"
+    held = sum(len(slot.lease_ids) for slot in node.slots.values())
+    others = "another attempt is" if held == 1 else f"{held} other attempts are"
+    return f"{others} on it, and the task runs alone on its node because a worker was lost under it"
 
 
 def _gpu_shortage(name: str, wanted: Resources, node: Node) -> Shortage:

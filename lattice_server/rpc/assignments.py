@@ -161,6 +161,7 @@ def _add(assignments: worker_pb2.Assignments, effect: Assign) -> worker_pb2.Assi
     message = assignments.assignments.add(
         lease_id=effect.lease_id,
         slot=effect.slot,
+        tenant=effect.tenant,
         function_digest=effect.function.digest,
         outputs=effect.outputs,
         isolation=convert.ISOLATION_TO_PROTO[effect.isolation],

@@ -1,4 +1,4 @@
-"""The program of the zygote, which becomes a runner whenever it forks: `python .../runner/__main__.py DESCRIPTOR`."""
+"""The program of the zygote, which becomes a runner whenever it forks: `python .../runner/__main__.py SOCKET LIMIT`."""
 
 import os
 import sys
@@ -9,4 +9,4 @@ sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.a
 from lattice_worker.runner.zygote import main  # noqa: E402  # after the line above
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -15,6 +15,7 @@ import errno
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -32,8 +33,13 @@ HIGH = 64  # Above all that a runner's descriptors are moved to.
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(descriptor: int) -> None:
-    """Fork runners for the agent at the other end of a socket, until it closes it."""
+def main(descriptor: int, limit: int) -> None:
+    """Fork runners for the agent at the other end of a socket, until it closes it.
+
+    A runner may have `limit` descriptors unless it asks for more.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     control = socket.socket(fileno=descriptor)
     control.set_inheritable(False)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)

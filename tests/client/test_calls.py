@@ -91,17 +91,19 @@ async def fail(context: grpc.aio.ServicerContext, code: int, *details: Any) -> N
     raise AssertionError
 
 
-def play(scenario: Callable[[AsyncLatticeClient, Server], Coroutine[Any, Any, None]]) -> None:
+def play(
+    scenario: Callable[[AsyncLatticeClient, Server], Coroutine[Any, Any, None]], served: Server | None = None
+) -> None:
     """Play a scenario with a server."""
 
     async def run() -> None:
-        server, served = grpc.aio.server(), Server()
-        workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(served, server)
-        results_pb2_grpc.add_ResultsServiceServicer_to_server(served, server)
+        server, answering = grpc.aio.server(), served or Server()
+        workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(answering, server)
+        results_pb2_grpc.add_ResultsServiceServicer_to_server(answering, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with asyncio.timeout(60), AsyncLatticeClient(f"127.0.0.1:{port}") as client:
-            await scenario(client, served)
+            await scenario(client, answering)
         await server.stop(None)
 
     asyncio.run(run())

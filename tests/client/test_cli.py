@@ -25,8 +25,8 @@ def test_cancelling_what_has_ended_says_so(address: str, client: LatticeClient) 
 def test_a_run_is_shown_with_its_tasks(address: str, waiting: Run, gate: Path) -> None:
     done = call(address, "runs", "show", waiting)
     head, _, tasks = done.stdout.partition("\n\n")
-    assert head.split("\t")[:4] == [waiting, "waiting", "running", "0/21"]
-    _, second, *_ = (line.split("\t") for line in tasks.splitlines())
+    assert head.splitlines()[1].split("\t")[:4] == [waiting, "waiting", "running", "0/21"]
+    _, _, second, *_ = (line.split("\t") for line in tasks.splitlines())
     assert second[:4] == ["greet", "greet", "blocked", ""]
     gate.write_text("you")
     waiting.result(timeout=WAIT_S)
@@ -45,7 +45,8 @@ def test_a_failed_run_is_shown_with_its_traceback(address: str, client: LatticeC
 
 def test_tables_are_whole_at_a_terminal_and_lines_of_cells_in_a_pipe(address: str, client: LatticeClient) -> None:
     run = ended(client, greet, {"name": "you"})
-    cells = call(address, "runs", "list", "--limit", "1").stdout.splitlines()
+    heading, *cells = call(address, "runs", "list", "--limit", "1").stdout.splitlines()
+    assert heading == "run\tname\tstate\ttasks\tsince (UTC)"
     assert len(cells) == 1
     assert cells[0].split("\t")[:4] == [run, "the name", "succeeded", "1/1"]
     assert json.loads(call(address, "runs", "list", "--limit", "1", "--json").stdout)["run_id"] == run
@@ -61,7 +62,8 @@ def test_a_name_does_nothing_to_the_terminal_of_who_reads_it(address: str, clien
     run = workflow.run()
     run.result(timeout=WAIT_S)
     shown = "\N{REPLACEMENT CHARACTER}[2Jtwo lines\N{REPLACEMENT CHARACTER}"
-    assert call(address, "runs", "list", "--limit", "1").stdout.split("\t")[:2] == [run, shown]
+    listed = call(address, "runs", "list", "--limit", "1").stdout.splitlines()[1]
+    assert listed.split("\t")[:2] == [run, shown]
     with terminal(address, "runs", "list", "--limit", "1") as seen:
         assert seen.read_all() == 0
     assert shown in seen.text
@@ -69,9 +71,10 @@ def test_a_name_does_nothing_to_the_terminal_of_who_reads_it(address: str, clien
 
 def test_the_server_and_its_nodes_are_shown(address: str) -> None:
     facts = dict(line.split("\t") for line in call(address, "status").stdout.splitlines())
+    assert facts["server"] == address
     assert facts["executor"] == "local"
     assert json.loads(call(address, "status", "--json").stdout)["queued_tasks"] == 0
-    assert call(address, "nodes").stdout.startswith("local\tready\t")
+    assert "\nlocal\tready\t" in call(address, "nodes").stdout
     assert json.loads(call(address, "nodes", "--json").stdout)["state"] == "NODE_STATE_READY"
     for command in ("status", "nodes"):
         with terminal(address, command) as shown:

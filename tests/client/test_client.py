@@ -22,6 +22,9 @@ PUBLIC = [
     "AsyncLatticeClient",
     "AsyncLatticeWorkflow",
     "AsyncRun",
+    "ClientClosedError",
+    "DecodeError",
+    "ForkError",
     "InternalError",
     "InvalidArgumentError",
     "LangGraphClient",
@@ -43,6 +46,7 @@ PUBLIC = [
     "SecurityError",
     "TaskDefinition",
     "TaskDefinitionError",
+    "TargetError",
     "TaskFailedError",
     "TaskOutput",
     "UnauthenticatedError",
@@ -67,10 +71,10 @@ def test_every_status_has_its_error_with_all_that_was_said(code: grpc.StatusCode
         packed.Pack(detail)
         status.details.append(packed)
     trailers = grpc.aio.Metadata(("other", "x"), (errors.DETAILS, status.SerializeToString()))
-    error = errors.from_rpc(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, "no"))
+    error = errors.from_rpc(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, "no"), "host:1")
     assert type(error) is errors.CLASSES.get(code, errors.InternalError)
     assert str(error) == (f"no; {error.advice}" if error.advice else "no")
-    assert bool(error.advice) is (code is grpc.StatusCode.UNAUTHENTICATED)
+    assert bool(error.advice) is (code in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED})
     assert (error.reason, error.metadata) == ("SOME_REASON", {"k": "v"})
     assert error.violations == {'tasks[0].inputs["x"]': "is bad"}
 

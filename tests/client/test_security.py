@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lattice_client import LangGraphClient, LatticeClient, SecurityError, UnauthenticatedError, task
+from lattice_client import LangGraphClient, LatticeClient, SecurityError, TargetError, UnauthenticatedError, task
 from lattice_client.security import is_on_this_machine, secure
 from tests.certificates import Certificates, certificates
 from tests.client.shell import LATTICE, call
@@ -41,11 +41,9 @@ def guarded() -> Iterator[str]:
     "address",
     [
         "127.0.0.1:50051",
-        "127.9.9.9",
+        "127.9.9.9:1",
         "localhost:1",
-        "localhost",
         "[::1]:50051",
-        "::1",
         "dns:///localhost:1",
         "ipv4:127.0.0.1:1",
         "ipv6:[::1]:1",
@@ -62,23 +60,58 @@ def test_what_is_on_this_machine(address: str) -> None:
     "address",
     [
         FAR,
-        "0.0.0.0:1",
         "example.org:1",
         "localhost.example.org:1",
-        "127.0.0.1.example.org",
-        "127.0.0.1:1,10.1.2.3:1",
+        "127.0.0.1.example.org:1",
         "ipv4:127.0.0.1:1,10.1.2.3:1",
         "dns://10.1.2.3/localhost:1",
-        "::1:50051",
-        "localhost:1@example.org",
+        "localhost@example.org:1",
         "xds:localhost:1",
-        "",
     ],
 )
 def test_what_may_be_on_another_machine(address: str) -> None:
     assert not is_on_this_machine(address)
     with pytest.raises(SecurityError, match="not this machine"):
         secure(address)
+
+
+@pytest.mark.parametrize(
+    ("target", "what"),
+    [
+        ("127.0.0.1", "has no port: write host:port"),
+        ("localhost", "has no port"),
+        ("dns:///localhost", "has no port"),
+        ("http://127.0.0.1", "has no port"),
+        ("[::1]", "has no port"),
+        ("ipv4:127.0.0.1:1,127.0.0.2", "has no port"),
+        (":50051", "has no host"),
+        ("127.0.0.1:999999", "has port '999999': a port is a number from 1 to 65535"),
+        ("127.0.0.1:65536", "from 1 to 65535"),
+        ("127.0.0.1:0", "from 1 to 65535"),
+        ("127.0.0.1:-1", "from 1 to 65535"),
+        ("localhost:http", "has port 'http'"),
+        ("localhost:1@example.org", "has port '1@example.org'"),
+        ("http://127.0.0.1:50051/path", "has port '50051/path'"),
+        ("127.0.0.1:\N{ARABIC-INDIC DIGIT FIVE}", "is no address"),
+        ("::1", r"write an IPv6 address as \[::1\]:50051"),
+        ("::1:50051", "write an IPv6 address"),
+        ("127.0.0.1:1,10.1.2.3:1", "colons in its host"),
+        ("0.0.0.0:50051", "127.0.0.1:50051 leads to a server on this machine"),
+        ("[::]:50051", "no address to dial"),
+        ("a host:1", "is no address"),
+        ("", "is no address"),
+    ],
+)
+def test_a_target_is_refused_when_it_is_no_address(target: str, what: str) -> None:
+    with pytest.raises(TargetError, match=what):
+        secure(target)
+
+
+def test_a_target_may_leave_the_port_out_where_its_scheme_names_one() -> None:
+    assert secure("grpcs://example.org", token=TOKEN).address == "example.org:443"
+    assert secure(" 127.0.0.1:50051\n").address == "127.0.0.1:50051"
+    with pytest.raises(TargetError, match="not a int"):
+        secure(50051)  # type: ignore[arg-type]
 
 
 def test_beyond_this_machine_both_are_needed(made: Certificates) -> None:

@@ -477,7 +477,9 @@ class RetryPolicy(google.protobuf.message.Message):
     backoff_multiplier: builtins.float
     """Each further wait is the last one times this, 1 to 1000; zero means 2."""
     max_worker_losses: builtins.int
-    """How often the task may lose its worker before it fails; zero means 3."""
+    """How many lost workers the task may be charged with before it fails; zero means 3. It is charged with those on which
+    its attempt, or the batch it was in, was alone.
+    """
     @property
     def initial_backoff(self) -> google.protobuf.duration_pb2.Duration:
         """The wait before the second attempt; zero means 100 ms."""

@@ -809,9 +809,7 @@ class Report(google.protobuf.message.Message):
 
     @property
     def returned(self) -> Global___LeaseReturned:
-        """The lease is given back: it never started, or, after `started`, it has to be run again through no fault of its
-        own. Answers `Revoke`, too, and is how a worker that is leaving gives back what it has not started.
-        """
+        """The lease is given back. Answers `Revoke`, or says that the worker cannot end it, through no fault of its tasks."""
 
     @property
     def spawned(self) -> Global___AttemptSpawned:
@@ -1019,13 +1017,16 @@ Global___AttemptLog: typing_extensions.TypeAlias = AttemptLog
 
 @typing.final
 class LeaseReturned(google.protobuf.message.Message):
-    """The lease is given back."""
+    """The lease is given back, and its attempts run again at once; nothing counts against their tasks. Reported before a
+    start, it says that none of them began: their numbers are used again. Reported after a start, they get the next
+    numbers; a worker that has begun one reports the start first.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REASON_FIELD_NUMBER: builtins.int
     reason: builtins.str
-    """Why, when the worker could not take it or another attempt took its process down; empty when the server asked for it."""
+    """Why the worker cannot go on; empty when the server asked for the lease."""
     def __init__(
         self,
         *,

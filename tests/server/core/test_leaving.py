@@ -48,7 +48,7 @@ def test_what_outstays_the_deadline_goes_elsewhere_and_has_not_failed() -> None:
     assert scene.tell(at=15.0) == ["started", "assigned"]
     retried = [effect.task_id for effect in scene.effects if isinstance(effect, TaskRetrying)]
     assert retried == ["started"]
-    assert [scene.leases[name].attempts[0].attempt for name in ("started", "assigned")] == [2, 1]
+    assert [scene.leases[name].attempts[0].attempt for name in ("started", "assigned")] == [2, 2]
     assert any(isinstance(effect, CloseSession) and effect.reason == "DRAINED" for effect in scene.effects)
     assert all(task.losses == 0 for task in scene.machine.tasks.values())
 

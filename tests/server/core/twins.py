@@ -10,6 +10,7 @@ from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.launching import Launcher
 from lattice_server.core.messages import NodesChanged, SchedulerEffect, SchedulerEvent
 from lattice_server.core.turns import Round
+from tests.server.core.charges import Charges
 
 
 class ThoroughRound(Round):
@@ -37,6 +38,7 @@ class Twins(Dispatch):
         super().__init__(epoch, session_ttl_s, limits)
         with mock.patch("lattice_server.core.dispatch.Launcher", ThoroughLauncher):
             self._thorough = Dispatch(epoch, session_ttl_s, limits)
+        self._charges = Charges()
 
     def handle_all(self, events: Sequence[SchedulerEvent], now: float) -> list[SchedulerEffect]:
         """Tell both."""
@@ -48,9 +50,16 @@ class Twins(Dispatch):
         assert _state(self) == _state(self._thorough)
         return effects
 
+    def take(self, event: SchedulerEvent, now: float) -> None:
+        """Take an event, and look at whom it charges."""
+        with self._charges.watching(self, event):
+            super().take(event, now)
+
     def tick(self, now: float) -> list[SchedulerEffect]:
         """Tick, and read every clock, as the other does: sums that are rounded elsewhere are not quite the same."""
-        effects = super().tick(now)
+        with self._charges.watching(self, None):
+            effects = super().tick(now)
+        self._charges.note(effects)
         queue = self._launcher.queue
         for name in queue.tenants:
             queue.clocks.turn(name, now)

@@ -67,6 +67,7 @@ class World:
         self.rng = Random(seed)
         self.cluster = Cluster(self.behave, limits=LIMITS, latency_s=latency_s)
         self.attempts: Counter[tuple[str, str]] = Counter()
+        self.begun: set[tuple[str, str, int]] = set()
         self.work_s = 0.0
         self.numbers = count(1)
 
@@ -156,6 +157,8 @@ class World:
     def behave(self, assign: Assign, attempt: AttemptInputs, inputs: Mapping[str, Binding]) -> Outcome:
         rng = self.rng
         key = (attempt.run_id, attempt.task_id)
+        assert (*key, attempt.attempt) not in self.begun, "an attempt number runs twice"
+        self.begun.add((*key, attempt.attempt))
         self.attempts[key] += 1
         seconds = rng.choice(SECONDS)
         self.work_s += seconds

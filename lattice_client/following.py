@@ -1,0 +1,93 @@
+"""Owns how a run is followed while its server cannot be reached. Rule: one policy for events, results and commands.
+
+A call that follows a run is made again when its connection breaks, for RECONNECT_S after the break. Whatever the server
+sends ends the break. After that the call fails with UnavailableError; the run itself may go on.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+
+from lattice_client import errors
+from lattice_client.channel import Channel
+
+# How long a server that cannot be reached is dialled again.
+RECONNECT_S = 30.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
+RESUMABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
+
+OnLoss = Callable[[errors.RequestError], None]
+
+
+class Reconnection:
+    """The breaks of one call that follows a run. `on_loss` is told once of each break."""
+
+    def __init__(self, rpc: Channel, run_id: str, on_loss: OnLoss | None = None) -> None:
+        self._rpc = rpc
+        self._run_id = str(run_id)
+        self._on_loss = on_loss
+        self._lost_at: float | None = None
+        self._tries = 0
+
+    def heard(self) -> None:
+        """Note that the server answers."""
+        self._lost_at, self._tries = None, 0
+
+    async def wait(self, error: grpc.aio.AioRpcError) -> None:
+        """Wait before the call is made again. Raises RequestError when it is not to be, ClientClosedError."""
+        found = self._rpc.error_of(error)
+        if not isinstance(found, errors.RequestError):
+            raise found from None
+        # What the server itself says is wrong stays wrong; without a reason gRPC speaks of a broken stream.
+        if error.code() not in RESUMABLE or (isinstance(found, errors.InternalError) and found.reason):
+            raise _final(found) from None
+        now = asyncio.get_running_loop().time()
+        if self._lost_at is None:
+            self._lost_at = now
+            if self._on_loss is not None:
+                self._on_loss(found)
+        self._tries += 1
+        left_s = self._lost_at + RECONNECT_S - now
+        if left_s <= 0:
+            raise self._given_up(found) from None
+        # Spread, so that a server that comes back does not meet all its readers at once.
+        backoff_s = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2 ** min(self._tries - 1, 10))
+        await asyncio.sleep(min(left_s, random.uniform(0, backoff_s)))
+
+    def _given_up(self, error: errors.RequestError) -> errors.RequestError:
+        text = (
+            f"run {self._run_id!r} cannot be followed: {self._tries} tries in {RECONNECT_S:.0f} s to reach the server "
+            f"at {self._rpc.target} failed, the last with: {error}. The run may go on: ask again for run "
+            f"{self._run_id!r} when the server answers"
+        )
+        found = errors.UnavailableError(text, error.reason)
+        found.advice = error.advice
+        return found
+
+
+def _final(error: errors.RequestError) -> errors.RequestError:
+    """Return an error that another try would not change; of a run that is gone it says how that can be."""
+    if not isinstance(error, errors.NotFoundError):
+        return error
+    text = f"{error}; a server that was started again knows no earlier runs, and the oldest ended runs are deleted"
+    return errors.NotFoundError(text, error.reason, error.metadata)
+
+
+@asynccontextmanager
+async def limited(run_id: str, timeout: float | None) -> AsyncIterator[None]:
+    """Bound a block that follows a run. Raises TimeoutError, which says that the run goes on."""
+    try:
+        async with asyncio.timeout(timeout) as scope:
+            yield
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        raise timed_out(run_id, timeout) from None
+
+
+def timed_out(run_id: str, timeout: float | None) -> TimeoutError:
+    """Return the error of a call that followed a run for as long as it was to."""
+    return TimeoutError(f"run {str(run_id)!r} did not end within {timeout:g} s; it goes on: wait again, or cancel it")

@@ -1,0 +1,228 @@
+"""How a run is followed: a server that goes away and comes back, time limits, and Ctrl-C."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from lattice.v1 import results_pb2, results_pb2_grpc, run_pb2, workflow_pb2, workflow_pb2_grpc
+
+from lattice_client import AsyncLatticeClient, LatticeClient, NotFoundError, Run, UnavailableError, errors, following
+from lattice_client.channel import Channel
+from lattice_client.following import Reconnection
+from lattice_client.run import AsyncRun
+from tests.client.shell import LATTICE, WAIT_S, call
+from tests.server.apps import NoWorkers, serving_aside
+
+SHORT_S = 1.0
+
+
+class Endless(workflow_pb2_grpc.WorkflowServiceServicer, results_pb2_grpc.ResultsServiceServicer):
+    """Has one run that does not end, until it is told that there is none."""
+
+    def __init__(self) -> None:
+        self.watched = asyncio.Event()
+        self.has_run = True
+
+    async def GetRun(self, request: Any, context: Any) -> workflow_pb2.GetRunResponse:
+        """Return the run."""
+        return workflow_pb2.GetRunResponse(run=run_pb2.Run(run_id="r", state=run_pb2.RUN_STATE_RUNNING))
+
+    async def GetResult(self, request: Any, context: Any) -> results_pb2.GetResultResponse:
+        """Wait for the end."""
+        await self._wait(context)
+        return results_pb2.GetResultResponse()
+
+    async def WatchRun(self, request: Any, context: Any) -> AsyncIterator[results_pb2.WatchRunResponse]:
+        """Say that the run is there, and no more."""
+        yield results_pb2.WatchRunResponse(sequence=1)
+        await self._wait(context)
+
+    async def _wait(self, context: Any) -> None:
+        self.watched.set()
+        if not self.has_run:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no run 'r'")
+        await asyncio.Event().wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def serve(port: int, served: Endless) -> grpc.aio.Server:
+    server = grpc.aio.server()
+    workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(served, server)
+    results_pb2_grpc.add_ResultsServiceServicer_to_server(served, server)
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    return server
+
+
+async def read_events(client: AsyncLatticeClient) -> None:
+    async for _ in client.events("r"):
+        pass
+
+
+async def read_results(client: AsyncLatticeClient) -> None:
+    await client.get_workflow("w").get_results("r")
+
+
+async def read_result(client: AsyncLatticeClient) -> None:
+    await AsyncRun.of("r", client).result()
+
+
+async def watch(client: AsyncLatticeClient) -> None:
+    done = await asyncio.to_thread(call, client.target, "runs", "watch", "r")
+    assert done.exit_code == 1
+    assert done.stderr.count("reconnecting") == 1
+    raise UnavailableError(done.stderr)
+
+
+WAYS = [read_events, read_results, read_result, watch]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_follow_a_run_gives_up_when_the_server_stays_away(
+    way: Callable[[AsyncLatticeClient], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "RECONNECT_S", SHORT_S)
+
+    async def scenario() -> None:
+        port, served = free_port(), Endless()
+        server = await serve(port, served)
+        async with asyncio.timeout(WAIT_S), AsyncLatticeClient(f"127.0.0.1:{port}") as client:
+            reading = asyncio.create_task(way(client))
+            await served.watched.wait()
+            await server.stop(None)
+            stopped = time.monotonic()
+            with pytest.raises(UnavailableError) as caught:
+                await reading
+            assert SHORT_S <= time.monotonic() - stopped < 10 * SHORT_S
+        text = str(caught.value)
+        for part in ("run 'r' cannot be followed", "tries in 1 s", f"127.0.0.1:{port}", "may go on", "ask again"):
+            assert part in text
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_a_run_that_a_new_server_does_not_know_is_said_to_be_lost(way: Callable[[AsyncLatticeClient], Any]) -> None:
+    async def scenario() -> None:
+        port, served = free_port(), Endless()
+        server = await serve(port, served)
+        async with asyncio.timeout(WAIT_S), AsyncLatticeClient(f"127.0.0.1:{port}") as client:
+            reading = asyncio.create_task(way(client))
+            await served.watched.wait()
+            await server.stop(None)
+            other = Endless()
+            other.has_run = False
+            server = await serve(port, other)
+            with pytest.raises(NotFoundError, match="a server that was started again knows no earlier runs"):
+                await reading
+            await server.stop(None)
+
+    asyncio.run(scenario())
+
+
+def test_each_break_has_the_whole_time_and_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[errors.RequestError] = []
+    error = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "no way")
+    times = iter([0.0, 20.0, 100.0, 129.0, 131.0])
+
+    async def scenario() -> None:
+        breaks = Reconnection(Channel("127.0.0.1:1"), "r", told.append)
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "time", lambda: next(times))
+
+        async def at_once(seconds: float) -> None:
+            assert 0 <= seconds <= following.MAX_BACKOFF_S
+
+        monkeypatch.setattr(asyncio, "sleep", at_once)
+        await breaks.wait(error)
+        await breaks.wait(error)
+        breaks.heard()
+        await breaks.wait(error)
+        await breaks.wait(error)
+        assert len(told) == 2
+        with pytest.raises(UnavailableError, match="3 tries in 30 s"):
+            await breaks.wait(error)
+        monkeypatch.undo()
+
+    asyncio.run(scenario())
+
+
+@contextmanager
+def running() -> Iterator[tuple[str, Run]]:
+    """The address of a server, and a run there that waits for ever."""
+    with serving_aside(NoWorkers()) as address, LatticeClient(address) as client:
+        workflow = client.create_workflow()
+        workflow.add_task(len, {"obj": [1]})
+        yield address, workflow.run()
+
+
+def test_a_time_limit_names_the_run_and_says_that_it_goes_on() -> None:
+    with running() as (address, run), LatticeClient(address) as client:
+        for follow in (
+            lambda: run.result(timeout=0.05),
+            lambda: list(run.events(timeout=0.05)),
+            lambda: client.get_workflow("w").get_results(run, verbose=False, timeout=0.05),
+            lambda: asyncio.run(_results(address, run)),
+            lambda: asyncio.run(_result(address, run)),
+        ):
+            with pytest.raises(TimeoutError) as caught:
+                follow()
+            assert str(caught.value) == f"run '{run}' did not end within 0.05 s; it goes on: wait again, or cancel it"
+        assert run.status() == "running"
+
+
+async def _results(address: str, run_id: str) -> None:
+    async with AsyncLatticeClient(address) as client:
+        await client.get_workflow("w").get_results(run_id, verbose=False, timeout=0.05)
+
+
+async def _result(address: str, run_id: str) -> None:
+    async with AsyncLatticeClient(address) as client:
+        await (await client.get_run(run_id)).result(timeout=0.05)
+
+
+SCRIPT = """
+import sys
+from lattice_client import LatticeClient
+with LatticeClient(sys.argv[1]) as client:
+    run = client.get_run(sys.argv[2])
+    print("waiting", flush=True)
+    {follow}
+"""
+
+
+@pytest.mark.parametrize("follow", ["run.result()", "list(run.events())"])
+def test_ctrl_c_says_that_the_run_goes_on_and_nothing_odd(follow: str) -> None:
+    with running() as (address, run):
+        command = [sys.executable, "-c", SCRIPT.format(follow=follow), address, run]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "waiting\n"
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=WAIT_S)
+        assert told.endswith(f"KeyboardInterrupt\nrun '{run}' goes on; `lattice runs cancel {run}` would end it\n")
+        assert told.count("Traceback") == 1
+        assert "concurrent/futures" not in told
+        assert run.status() == "running"
+
+
+def test_watch_names_the_address_when_no_server_answers_at_first() -> None:
+    done = subprocess.run(
+        [LATTICE, "runs", "watch", "r", "--addr", "127.0.0.1:1"], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.startswith("Error: no Lattice server answers at 127.0.0.1:1: start one with")

@@ -1,0 +1,221 @@
+"""Where a client may be used: event loops, threads, forks, after its end and at the end of the program."""
+
+import asyncio
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lattice_client import AsyncLatticeClient, AsyncRun, ClientClosedError, ForkError, LatticeClient, Run, task
+from tests.client.shell import WAIT_S, gated
+
+FORK_S = 5.0
+
+
+@task
+def one() -> int:
+    return 1
+
+
+def test_the_twin_of_a_client_works_on_any_loop(client: LatticeClient) -> None:
+    async def ask() -> Any:
+        return await client.aio.run_task(one, {}), (await client.aio.cluster()).executor
+
+    assert client.run_task(one, {}) == {"result": 1}
+    for _ in range(2):
+        assert asyncio.run(ask()) == ({"result": 1}, "local")
+    assert client.run_task(one, {}) == {"result": 1}
+
+
+def test_one_client_works_on_several_loops_one_after_the_other_and_at_once(address: str) -> None:
+    made_elsewhere = AsyncLatticeClient(address)
+
+    async def ask() -> Any:
+        return await made_elsewhere.run_task(one, {})
+
+    assert [asyncio.run(ask()) for _ in range(3)] == [{"result": 1}] * 3
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: asyncio.run(ask()), range(8))) == [{"result": 1}] * 8
+    asyncio.run(made_elsewhere.close())
+
+
+def test_a_run_started_on_one_loop_can_be_followed_on_another(address: str) -> None:
+    client = AsyncLatticeClient(address)
+    workflow = client.create_workflow()
+    workflow.add_task(one)
+
+    async def finish(run: AsyncRun) -> Any:
+        found = await run.result(timeout=WAIT_S)
+        await client.close()
+        return found
+
+    run = asyncio.run(_start(workflow))
+    assert asyncio.run(finish(run)) == {"result": 1}
+
+
+async def _start(workflow: Any) -> AsyncRun:
+    run: AsyncRun = await workflow.run()
+    return run
+
+
+CALLS: list[Callable[[LatticeClient], Any]] = [
+    lambda c: c.cluster(),
+    lambda c: c.nodes(),
+    lambda c: c.get_run("r"),
+    lambda c: c.list_runs(),
+    lambda c: c.list_tasks("r"),
+    lambda c: c.describe_run("r"),
+    lambda c: c.cancel_run("r"),
+    lambda c: c.explain("r", "t"),
+    lambda c: c.drain_node("n"),
+    lambda c: c.get_ray_head_port(),
+    lambda c: c.run_task(one, {}),
+    lambda c: c.get_workflow("w").run(),
+    lambda c: c.get_workflow("w").get_results("r"),
+    lambda c: Run.of(AsyncRun.of("r", c.aio)).result(),
+    lambda c: list(Run.of(AsyncRun.of("r", c.aio)).events()),
+]
+
+
+@pytest.mark.parametrize("ask", CALLS)
+def test_every_call_of_a_closed_client_says_that_it_is_closed(
+    address: str, ask: Callable[[LatticeClient], Any]
+) -> None:
+    client = LatticeClient(address)
+    assert client.cluster().executor == "local"
+    client.close()
+    client.close()
+    with pytest.raises(ClientClosedError, match=f"the client of {address} is closed"):
+        ask(client)
+    assert repr(client) == f"<LatticeClient of {address}, closed>"
+
+
+@pytest.mark.parametrize("by", ["its own call", "another's call", "its events"])
+def test_who_waits_for_a_run_is_told_when_the_client_is_closed(address: str, waiting: Run, by: str) -> None:
+    client = LatticeClient(address)
+    if by == "its own call":
+        workflow = client.create_workflow()
+        workflow.add_task(gated, {"gate": "/nowhere/at/all"}, "never")
+        workflow.add_task(gated, {"gate": str(waiting.aio.client.target)}, "never")
+    run = client.get_run(waiting)
+    caught: list[BaseException] = []
+
+    def follow() -> None:
+        try:
+            list(run.events()) if by == "its events" else run.result()
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    time.sleep(0.3)
+    client.close()
+    thread.join(WAIT_S)
+    (error,) = caught
+    assert isinstance(error, ClientClosedError)
+
+
+def in_child(connection: Any, ask: Callable[[], Any]) -> None:
+    try:
+        connection.send(ask())
+    except BaseException as error:
+        connection.send((type(error).__name__, str(error)))
+
+
+def forked(ask: Callable[[], Any]) -> Any:
+    """Return what a call returns in a forked child, or the error it raises."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=in_child, args=(theirs, ask))
+    child.start()
+    try:
+        assert ours.poll(FORK_S), "the child hangs"
+        return ours.recv()
+    finally:
+        child.join(FORK_S)
+        assert child.exitcode == 0
+        child.close()
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_child_of_a_process_that_used_a_client_is_told_at_once(
+    address: str, client: LatticeClient, is_own: bool
+) -> None:
+    assert client.cluster().executor == "local"
+    kind, text = forked(lambda: (LatticeClient(address) if is_own else client).cluster().executor)
+    assert kind == ForkError.__name__
+    assert "'spawn' or 'forkserver'" in text
+    assert client.cluster().executor == "local"
+
+
+FORK_FIRST = """
+import multiprocessing, sys
+from lattice_client import LatticeClient, task
+made = LatticeClient(sys.argv[1])
+
+@task
+def one():
+    return 1
+
+def child():
+    with LatticeClient(sys.argv[1]) as own:
+        print(own.run_task(one, {}), made.run_task(one, {}), flush=True)
+
+for _ in range(2):
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0, process.exitcode
+print(made.run_task(one, {}))
+"""
+
+
+def test_a_child_works_when_its_parent_has_made_clients_and_not_connected(address: str, tmp_path: Path) -> None:
+    done = run_script(FORK_FIRST, address, tmp_path)
+    one_of_each = "{'result': 1} {'result': 1}\n"
+    assert (done.stdout, done.returncode) == (f"{one_of_each * 2}{{'result': 1}}\n", 0), done.stderr
+
+
+AT_THE_END = """
+import atexit, sys
+from lattice_client import LatticeClient, task
+
+@task
+def one():
+    return 1
+
+class Holder:
+    def __init__(self):
+        self.client = LatticeClient(sys.argv[1])
+
+    def __del__(self):
+        self.client.close()
+
+holder = Holder()
+print(holder.client.run_task(one, {}))
+if sys.argv[2] == "atexit":
+    atexit.register(holder.client.close)
+if sys.argv[2] == "call":
+    Holder.__del__ = lambda self: self.client.cluster()
+"""
+
+
+@pytest.mark.parametrize("way", ["__del__", "atexit", "call"])
+def test_a_program_ends_whatever_its_objects_do_with_a_client(address: str, tmp_path: Path, way: str) -> None:
+    done = run_script(AT_THE_END, address, tmp_path, way)
+    assert (done.stdout, done.returncode) == ("{'result': 1}\n", 0)
+    assert (done.stderr == "") is (way != "call"), done.stderr
+    assert ("ClientClosedError" in done.stderr) is (way == "call")
+
+
+def run_script(code: str, address: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    (folder / "script.py").write_text(code)
+    command = [sys.executable, str(folder / "script.py"), address, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)

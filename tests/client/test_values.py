@@ -1,0 +1,270 @@
+"""Values on their way in and out of a client: in which thread they are read, and what is said when they cannot be."""
+
+import asyncio
+import pickle
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import code_pb2
+from lattice.v1 import payload_pb2, results_pb2, run_pb2
+
+from lattice_client import (
+    AsyncLatticeClient,
+    AsyncRun,
+    DecodeError,
+    InvalidArgumentError,
+    LatticeClient,
+    ResourceExhaustedError,
+    Run,
+    TaskDefinitionError,
+    TaskFailedError,
+    UnavailableError,
+    task,
+)
+from tests.client import test_calls
+from tests.client.shell import WAIT_S
+
+LARGE = b"x" * 20_000_000
+
+
+@task
+def thrown() -> None:
+    raise Odd("one", "two")
+
+
+class Odd(Exception):
+    """Cannot be rebuilt from its arguments."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+@task
+def unpicklable() -> None:
+    error = ValueError("has a lock")
+    error.lock = threading.Lock()  # type: ignore[attr-defined]
+    raise error
+
+
+@task
+def echo(value: Any) -> Any:
+    return type(value).__name__, value
+
+
+class Called:
+    """Calls a function wherever it is read."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@task
+def sleepy(seconds: float) -> Any:
+    return Called(time.sleep, seconds)
+
+
+@task
+def leaving() -> Any:
+    return Called(sys.exit, "good bye")
+
+
+@task
+def threads() -> Any:
+    return {"value": (Called(threading.current_thread),)}
+
+
+def test_a_value_is_read_in_the_thread_of_its_reader(client: LatticeClient) -> None:
+    workflow = client.create_workflow()
+    workflow.add_task(threads)
+    run = workflow.run()
+    here = threading.current_thread()
+    assert run.result(timeout=WAIT_S)["result"] == {"value": (here,)}
+    assert client.run_task(threads, {})["result"] == {"value": (here,)}
+    (event,) = [event for event in run.events() if event.type == "task_succeeded"]
+    assert event.data["outputs"]["result"] == {"value": (here,)}
+    messages = workflow.get_results(run, verbose=False)
+    assert [m["data"]["result"] for m in messages if m["type"] == "finish_task"] == [{"result": {"value": (here,)}}]
+
+
+def test_a_value_that_is_slow_to_read_holds_up_its_reader_only(client: LatticeClient) -> None:
+    workflow = client.create_workflow()
+    workflow.add_task(sleepy, {"seconds": 3.0})
+    run = workflow.run()
+    reader = threading.Thread(target=run.result)
+    reader.start()
+    worst_s = 0.0
+    deadline = time.monotonic() + 2.0
+    while time.monotonic() < deadline:
+        asked = time.monotonic()
+        client.cluster()
+        worst_s = max(worst_s, time.monotonic() - asked)
+        time.sleep(0.02)
+    reader.join(WAIT_S)
+    assert worst_s < 1.0
+
+
+class Sealed:
+    """Says in which thread it was encoded."""
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"thread": threading.current_thread().name}
+
+
+@task
+def thread_of(sealed: Any) -> str:
+    return str(sealed.thread)
+
+
+def test_an_input_is_encoded_in_the_thread_of_its_caller(client: LatticeClient) -> None:
+    here = {"result": threading.current_thread().name}
+    assert client.run_task(thread_of, {"sealed": Sealed()}) == here
+    workflow = client.create_workflow()
+    workflow.add_task(thread_of, {"sealed": Sealed()})
+    assert workflow.run().result(timeout=WAIT_S) == here
+
+
+def test_a_value_that_ends_the_program_where_it_is_read_is_an_error(client: LatticeClient, address: str) -> None:
+    workflow = client.create_workflow()
+    workflow.add_task(leaving)
+    run = workflow.run()
+    for read in (
+        lambda: run.result(timeout=WAIT_S),
+        lambda: client.run_task(leaving, {}),
+        lambda: list(run.events()),
+        lambda: asyncio.run(_result(address, run)),
+    ):
+        with pytest.raises(DecodeError, match="cannot be decoded here: SystemExit: good bye") as caught:
+            read()
+        assert isinstance(caught.value.__cause__, SystemExit)
+    assert client.cluster().executor == "local"
+
+
+async def _result(address: str, run_id: str) -> Any:
+    async with AsyncLatticeClient(address) as client:
+        return await (await client.get_run(run_id)).result()
+
+
+@pytest.mark.parametrize("definition", [thrown, unpicklable], ids=["two arguments", "a lock"])
+def test_an_original_exception_that_is_missing_is_explained(client: LatticeClient, definition: Any) -> None:
+    with pytest.raises(TaskFailedError) as caught:
+        client.run_task(definition, {})
+    assert caught.value.__cause__ is None
+    text = str(caught.value)
+    if definition is thrown:
+        assert "The original exception could not be rebuilt here: TypeError: " in text
+        assert "second" in text.partition("rebuilt here")[2].partition("\n")[0]
+    else:
+        assert "The worker sent the original exception as text only: it could not be pickled there" in text
+    assert "Remote traceback:" in text
+
+
+def test_a_failed_run_says_how_many_of_its_tasks_failed(client: LatticeClient) -> None:
+    workflow = client.create_workflow(failure_policy="finish_independent")
+    for _ in range(3):
+        workflow.add_task(unpicklable)
+    run = workflow.run()
+    with pytest.raises(TaskFailedError, match="3 tasks of the run failed") as caught:
+        run.result(timeout=WAIT_S)
+    assert caught.value.failed_tasks == 3
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.run_id, again.kind) == (str(caught.value), run, "USER_ERROR")
+
+
+def test_json_nested_too_deep_is_an_error_of_this_package(client: LatticeClient) -> None:
+    task_run = run_pb2.TaskRun(task_id="t", state=run_pb2.TASK_STATE_SUCCEEDED)
+    deep = payload_pb2.Payload(media_type="application/json", json="[" * 200_000 + "]" * 200_000)
+    task_run.outputs["result"].CopyFrom(deep)
+    run = run_pb2.Run(run_id="r", state=run_pb2.RUN_STATE_SUCCEEDED)
+    found = results_pb2.GetResultResponse(run=run, final_tasks=[task_run])
+    handle = Run.of(client.get_run(_ended(client)).aio)
+    handle.aio.answer = found
+    with pytest.raises(DecodeError, match="RecursionError"):
+        handle.result()
+
+
+def _ended(client: LatticeClient) -> str:
+    workflow = client.create_workflow()
+    workflow.add_task(echo, {"value": 1})
+    run = workflow.run()
+    run.result(timeout=WAIT_S)
+    return str(run)
+
+
+def test_a_run_that_is_given_to_a_task_arrives_as_its_id(client: LatticeClient) -> None:
+    run = client.get_run(_ended(client))
+    assert client.run_task(echo, {"value": run})["result"] == ("str", str(run))
+    assert client.run_task(echo, {"value": {"run": [run]}})["result"] == ("dict", {"run": [str(run)]})
+    assert repr(run) == f"Run('{run}')"
+    assert type(pickle.loads(pickle.dumps(run.aio))) is str
+
+
+def test_a_client_that_is_given_to_a_task_is_refused_by_name(client: LatticeClient) -> None:
+    for given in (client, client.aio):
+        with pytest.raises(TaskDefinitionError, match=r"input 'value' .* cannot be pickled: a task that needs"):
+            client.run_task(echo, {"value": given})
+
+
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda c: c.get_run(HALF),
+        lambda c: c.list_tasks(HALF),
+        lambda c: c.cancel_run("r", HALF),
+        lambda c: c.explain("r", HALF),
+        lambda c: c.drain_node(HALF),
+        lambda c: list(Run.of(AsyncRun.of(HALF, c.aio)).events()),
+        lambda c: _one_task(c, name=HALF).run(),
+        lambda c: _one_task(c, task_name=HALF).run(),
+        lambda c: _one_task(c).run(run_id=HALF),
+        lambda c: _one_task(c).run(labels={HALF: "x"}),
+        lambda c: _one_task(c).run(labels={"x": HALF}),
+        lambda c: _one_task(c).run(labels={"x": 1}),
+        lambda c: _one_task(c).run(priority="high"),
+        lambda c: c.run_task(task(name=HALF)(lambda value: value), {"value": 1}),
+    ],
+)
+def test_a_name_that_cannot_be_sent_is_an_error_of_this_package(client: LatticeClient, ask: Any) -> None:
+    with pytest.raises((InvalidArgumentError, TaskDefinitionError)) as caught:
+        ask(client)
+    str(caught.value).encode(errors="backslashreplace")
+    assert client.cluster().executor == "local"
+
+
+def _one_task(client: LatticeClient, name: str = "", task_name: str | None = None) -> Any:
+    workflow = client.create_workflow(name)
+    workflow.add_task(echo, {"value": 1}, task_name)
+    return workflow
+
+
+class Refusing(test_calls.Server):
+    """Ends an upload after its first part."""
+
+    async def WriteArtifact(
+        self, request_iterator: AsyncIterator[results_pb2.WriteArtifactRequest], context: grpc.aio.ServicerContext
+    ) -> results_pb2.WriteArtifactResponse:
+        """Take one part, and refuse."""
+        self.calls["WriteArtifact"] += 1
+        async for _ in request_iterator:
+            break
+        await test_calls.fail(context, code_pb2.RESOURCE_EXHAUSTED)
+
+
+def test_an_upload_that_the_server_ends_early_says_so_in_the_words_of_this_package() -> None:
+    async def scenario(client: AsyncLatticeClient, server: test_calls.Server) -> None:
+        for _ in range(10):
+            with pytest.raises((ResourceExhaustedError, UnavailableError)) as caught:
+                await client.run_task(test_calls.size, {"data": LARGE})
+            assert "Internal error from Core" not in str(caught.value)
+
+    test_calls.play(scenario, Refusing())
