@@ -26,6 +26,7 @@ MIB = 1024 * 1024
 LIMIT_BYTES = 32 * MIB
 # Of a file that is not code, unless it is named.
 DATA_LIMIT_BYTES = 4 * MIB
+_files: dict[str, tuple[tuple[str, int, int], ...]] = {}
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 Item = str | os.PathLike[str] | ModuleType
@@ -178,4 +179,11 @@ def _zip(files: tuple[tuple[str, File], ...]) -> task_pb2.CodeBundle:
         for name, file in files:
             archive.writestr(zipfile.ZipInfo(name, EPOCH), file.read(), zipfile.ZIP_DEFLATED)
     data = buffer.getvalue()
-    return task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", zip=data)
+    bundle = task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", zip=data)
+    _files[bundle.digest] = tuple((file.path, file.changed_ns, file.size) for _, file in files if not file.member)
+    return bundle
+
+
+def files_in(bundle: task_pb2.CodeBundle | None) -> tuple[tuple[str, int, int], ...]:
+    """Return the files a bundle was made of: each one's path, time in nanoseconds, and size."""
+    return _files.get(bundle.digest, ()) if bundle is not None else ()

@@ -8,7 +8,7 @@ import asyncio
 import random
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn, Self, TypeVar, Unpack
 from uuid import uuid4
 
@@ -24,7 +24,8 @@ from lattice_client.convert import RunEvent
 from lattice_client.following import OnLoss, Reconnection, limited
 from lattice_client.inputs import Belongs, Upload
 from lattice_client.opening import Fetched, opened
-from lattice_client.run import Answer, AsyncRun, Outcome, abandon, task_id_of
+from lattice_client.outputs import TaskOutput
+from lattice_client.run import Answer, AsyncRun, Outcome, abandon
 from lattice_client.security import SecurityOptions
 from lattice_client.workflow import Graph, LatticeTask
 
@@ -37,9 +38,6 @@ ADMISSION_TIMEOUT_S = 600.0
 # Runs beyond these are asked for their result by a call of their own.
 MAX_OPEN_CALLS = 64
 TERMINAL = frozenset({run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED, run_pb2.RUN_STATE_CANCELLED})
-# What gRPC says of an upload whose call the server ended while it was written to; the server's own words are lost then.
-LOST_STATUS = "Internal error from Core"
-UPLOAD_TRIES = 5
 ENDED = frozenset(
     {
         run_pb2.TASK_STATE_SUCCEEDED,
@@ -48,6 +46,9 @@ ENDED = frozenset(
         run_pb2.TASK_STATE_SKIPPED,
     }
 )
+# What gRPC says of an upload whose call the server ended while it was written to; the server's own words are lost then.
+LOST_STATUS = "Internal error from Core"
+UPLOAD_TRIES = 5
 
 
 class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
@@ -243,17 +244,23 @@ class AsyncLatticeClient:
             return {name: await self.fetch(payload) for name, payload in response.task.outputs.items()}
         return await self.result_in(await self.ended(response.run.run_id))
 
+    async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
+        """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
+        belongs = run_id.belonging(tasks) if isinstance(run_id, AsyncRun) else _any
+        spec = await self.spec_of(tasks, self.upload, belongs)
+        return await self.submit_tasks(run_id, spec, tasks, expected_revision)
+
     async def spec_of(
         self, tasks: Sequence[LatticeTask], upload: Upload, belongs: Belongs
     ) -> workflow_pb2.WorkflowSpec:
-        """Return what `submit_tasks` sends, without the code. Waits for nothing but `upload`."""
+        """Return what `add_tasks` sends, without the code. Waits for nothing but `upload`."""
         with _building():
             return await convert.tasks_of(tasks, upload, belongs)
 
     async def submit_tasks(
         self, run_id: str, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int
     ) -> int:
-        """Add the tasks of a spec to a run; return its revision. See `AsyncRun.add_tasks`."""
+        """Add the tasks of a spec to a run; see `add_tasks`."""
 
         async def call() -> int:
             convert.fill_code(spec, tasks, self._known_code)
@@ -337,53 +344,49 @@ class AsyncLatticeClient:
         return answer
 
     async def result_in(self, answer: Answer, is_partial: bool = False) -> Any:
-        """Return what `opened` turns into the result of a run that ended, or into its error; see `AsyncRun.result`."""
-        if not is_partial and (failed := await self.error_of(answer.run)) is not None:
-            return failed
+        """Return what `opened` turns into the outputs of a run that ended, or into its error; see `AsyncRun.result`."""
+        if answer.run.state != run_pb2.RUN_STATE_SUCCEEDED and not is_partial:
+            return convert.error_of(answer.run, await self._name_of(answer.run))
         return await convert.result_of(answer.final_tasks, self.fetch)
 
-    async def error_of(self, run: run_pb2.Run) -> errors.RunError | None:
-        """Return the error of a run that ended otherwise than well, for `opened`; None of one that succeeded."""
-        name, task_id = "", run.failure.task_id
-        if task_id:
-            with suppress(errors.LatticeError):  # the name is for people; the error says the id as well
-                name = (await self._get_task(run.run_id, task_id)).display_name
-        return convert.error_of(run, name)
+    async def _name_of(self, run: run_pb2.Run) -> str:
+        """Return the name of the task that failed, for people; nothing when it cannot be had."""
+        request = task_pb2.GetTaskRequest(run_id=run.run_id, task_id=run.failure.task_id)
+        try:
+            return (await self._rpc.call(self._rpc.tasks.GetTask(request))).task.display_name if request.task_id else ""
+        except errors.LatticeError:
+            return ""
 
-    async def fetched_output(self, run_id: str, task: LatticeTask | str) -> Any:
-        """Wait for the end of a task; return what `opened` turns into its output; see `AsyncRun.output`."""
-        task_id = task_id_of(task)
+    async def output_of(self, run_id: str, task: LatticeTask | str) -> Any:
+        """Wait for a task's end; return what `opened` turns into its output, or its error; see `AsyncRun.output`."""
+        task_id = task if isinstance(task, str) else task.task_id
         request = _made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id, wait=_duration(WAIT_S))
-        found = (
-            await self._until(run_id, lambda: self._rpc.tasks.GetTask(request), lambda it: it.task.state in ENDED)
-        ).task
-        if (failed := convert.lack_of(found)) is not None:
+        found = await self._until(run_id, lambda: self._rpc.tasks.GetTask(request), lambda r: r.task.state in ENDED)
+        if (failed := convert.lack_of(found.task)) is not None:
             return failed
-        is_mapped = found.HasField("item_count") and found.item_count > 0
-        items = await self.list_tasks(run_id) if is_mapped else []
+        items = await self.list_tasks(run_id) if found.task.item_count else []
         items = [item for item in items if item.parent_task_id == task_id]
-        outputs = await convert.outputs_of(found, items, self.fetch) or {}
-        return convert.value_of(outputs, task)
+        return convert.value_of(await convert.outputs_of(found.task, items, self.fetch) or {}, task)
 
     async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:
         request = _made(results_pb2.GetResultRequest, run_id=run_id, wait=_duration(WAIT_S))
         return await self._until(
-            run_id, lambda: self._rpc.results.GetResult(request), lambda it: it.run.state in TERMINAL
+            run_id, lambda: self._rpc.results.GetResult(request), lambda r: r.run.state in TERMINAL
         )
 
-    async def _until(self, run_id: str, call: Callable[[], Awaitable[T]], has_ended: Callable[[T], bool]) -> T:
-        """Make a call that waits for an end, again until its answer has it; see `following`. Raises RequestError."""
+    async def _until(self, run_id: str, call: Callable[[], Awaitable[T]], is_over: Callable[[T], bool]) -> T:
+        """Make a call that waits, again until its response is the one waited for. Raises RequestError."""
         breaks = Reconnection(self._rpc, run_id)
         while True:
             try:
                 with self._rpc.closing():
-                    answer = await call()
+                    response = await call()
             except grpc.aio.AioRpcError as error:
                 await breaks.wait(error)
                 continue
             breaks.heard()
-            if has_ended(answer):
-                return answer
+            if is_over(response):
+                return response
 
     async def events(self, run_id: str, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield a run's events after number `after`, each once, to its end.
@@ -454,10 +457,6 @@ class AsyncLatticeClient:
             if not request.page_token:
                 return found
 
-    async def _get_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
-        request = _made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id)
-        return (await self._rpc.call(self._rpc.tasks.GetTask(request))).task
-
     async def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits. Raises NotFoundError."""
         request = _made(task_pb2.ExplainTaskRequest, run_id=run_id, task_id=task_id)
@@ -514,6 +513,10 @@ class AsyncLatticeClient:
                     raise self._rpc.error_of(error) from None
         text = f"the server at {self.target} ended an upload of {len(data)} bytes before it had all of it"
         raise errors.UnavailableError(f"{text}; its log may say why")
+
+
+def _any(output: TaskOutput) -> bool:
+    return True
 
 
 async def _last(call: Any) -> workflow_pb2.ExecuteWorkflowResponse | None:

@@ -201,7 +201,7 @@ def lack_of(task: run_pb2.TaskRun) -> RunError | None:
     if task.state == run_pb2.TASK_STATE_SUCCEEDED:
         return None
     if task.state == run_pb2.TASK_STATE_FAILED:
-        return _task_error_of(task.run_id, task.task_id, task.failure, task.display_name)
+        return task_error_of(task.run_id, task.task_id, task.failure, 1, task.display_name)
     state = run_pb2.TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
     text = f"task {task.task_id!r} of run {task.run_id!r} was {state} and has no output"
     return RunError(task.run_id, f"{text}: {task.failure.message}" if task.failure.message else text)
@@ -231,12 +231,13 @@ def error_of(run: run_pb2.Run, task_name: str = "") -> RunError | None:
         return RunTimeoutError(run.run_id, f"run {run.run_id!r} failed: {failure.message}")
     if run.state == run_pb2.RUN_STATE_CANCELLED:
         return RunCancelledError(run.run_id, f"run {run.run_id!r} was cancelled: {failure.message}")
-    return _task_error_of(run.run_id, failure.task_id, failure, task_name, run.task_counts.failed)
+    return task_error_of(run.run_id, failure.task_id, failure, run.task_counts.failed, task_name)
 
 
-def _task_error_of(
-    run_id: str, task_id: str, failure: errors_pb2.Failure, task_name: str, failed_tasks: int = 1
+def task_error_of(
+    run_id: str, task_id: str, failure: errors_pb2.Failure, failed_tasks: int, task_name: str
 ) -> TaskFailedError:
+    """Return the error of a task that failed; `opened` gives it the original exception as cause."""
     shown = failure_of(failure)
     message = f"{failure.type}: {failure.message}" if failure.type else failure.message
     error = TaskFailedError(run_id, task_id, shown["kind"], message, failure.traceback, failed_tasks, task_name)

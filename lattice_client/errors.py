@@ -87,8 +87,8 @@ def _restored(kind: type[RunError], args: tuple[Any, ...], state: dict[str, Any]
 class TaskFailedError(RunError):
     """A task failed; the cause is the original exception when it can be rebuilt here.
 
-    `task_name` is the name the task was given for people, `kind` the class of failure, `remote_traceback` what the
-    task's Python printed, `failed_tasks` how many tasks of the run failed. `exception` is the encoded original, and
+    `kind` is the class of failure, `remote_traceback` what the task's Python printed, `failed_tasks` how many tasks of
+    the run failed, `task_name` the name the task was given for people. `exception` is the encoded original, and
     `missing_cause` says why there is none, or why it could not be rebuilt.
     """
 

@@ -78,7 +78,7 @@ def _final(error: errors.RequestError) -> errors.RequestError:
 
 @asynccontextmanager
 async def limited(run_id: str, timeout: float | None, task_id: str = "") -> AsyncIterator[None]:
-    """Bound a block that follows a run, or one task of it. Raises TimeoutError, which says that the run goes on."""
+    """Bound a block that follows a run, or a task of it. Raises TimeoutError, which says that the run goes on."""
     try:
         async with asyncio.timeout(timeout) as scope:
             yield
@@ -89,6 +89,8 @@ async def limited(run_id: str, timeout: float | None, task_id: str = "") -> Asyn
 
 
 def timed_out(run_id: str, timeout: float | None, task_id: str = "") -> TimeoutError:
-    """Return the error of a call that followed a run, or one task of it, for as long as it was to."""
-    what = f"task {task_id!r} of run {str(run_id)!r}" if task_id else f"run {str(run_id)!r}"
-    return TimeoutError(f"{what} did not end within {timeout:g} s; it goes on: wait again, or cancel it")
+    """Return the error of a call that followed a run, or a task of it, for as long as it was to."""
+    if task_id:
+        text = f"task {task_id!r} of run {str(run_id)!r} did not end within {timeout:g} s"
+        return TimeoutError(f"{text}; the run goes on: wait again, or cancel it")
+    return TimeoutError(f"run {str(run_id)!r} did not end within {timeout:g} s; it goes on: wait again, or cancel it")

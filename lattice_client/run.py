@@ -10,7 +10,6 @@ from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
 from lattice_client.brevity import Kind
 from lattice_client.convert import RunEvent
 from lattice_client.following import limited
-from lattice_client.inputs import Belongs, Upload
 from lattice_client.opening import opened
 from lattice_client.outputs import TaskOutput
 from lattice_client.workflow import Graph, LatticeTask
@@ -90,15 +89,8 @@ class AsyncRun(RunId):
             UnavailableError: the server could not be reached for `following.RECONNECT_S`; the run may go on.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = opened(await self.fetched_result(timeout, partial=partial))
+        found: dict[str, Any] = opened(await self.fetched_result(timeout, partial))
         return found
-
-    async def fetched_result(self, timeout: float | None = None, *, partial: bool = False) -> Any:
-        """Wait for the end and return what `opened` turns into the result, or into its error."""
-        async with limited(self, timeout):
-            if self.answer is None:
-                self.answer = await self.client.ended(self, self._outcome, self.kind)
-            return await self.client.result_in(self.answer, partial)
 
     async def output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
         """Wait for the end of any task of the run, given itself or its id, and return what it gave.
@@ -116,10 +108,17 @@ class AsyncRun(RunId):
         """
         return opened(await self.fetched_output(task, timeout))
 
+    async def fetched_result(self, timeout: float | None = None, partial: bool = False) -> Any:
+        """Wait for the end and return what `opened` turns into the result, or into its error."""
+        async with limited(self, timeout):
+            if self.answer is None:
+                self.answer = await self.client.ended(self, self._outcome, self.kind)
+            return await self.client.result_in(self.answer, partial)
+
     async def fetched_output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
-        """Wait for the end of a task and return what `opened` turns into its output, or into its error."""
+        """As `output`, for `opened`."""
         async with limited(self, timeout, task_id_of(task)):
-            return await self.client.fetched_output(self, task)
+            return await self.client.output_of(self, task)
 
     def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield the run's events after number `after`, to its end. Raises UnavailableError; see `following`."""
@@ -143,21 +142,15 @@ class AsyncRun(RunId):
         They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
         the expected revision, PreconditionError when it has ended.
         """
-        return await self.submit_tasks(await self.spec_of(tasks, self.client.upload), tasks, expected_revision)
-
-    async def spec_of(self, tasks: Sequence[LatticeTask], upload: Upload) -> workflow_pb2.WorkflowSpec:
-        """Return what `add_tasks` sends, without the code. Waits for nothing but `upload`."""
-        return await self.client.spec_of(tasks, upload, self._belonging(tasks))
-
-    async def submit_tasks(
-        self, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int
-    ) -> int:
-        """Add the tasks of a spec; see `add_tasks`."""
-        revision = await self.client.submit_tasks(self, spec, tasks, expected_revision)
-        self._added.update(tasks)
+        revision = await self.client.add_tasks(self, tasks, expected_revision)
+        self.note_added(tasks)
         return revision
 
-    def _belonging(self, tasks: Sequence[LatticeTask]) -> Belongs:
+    def note_added(self, tasks: Sequence[LatticeTask]) -> None:
+        """Note that the run has these tasks now."""
+        self._added.update(tasks)
+
+    def belonging(self, tasks: Sequence[LatticeTask]) -> Callable[[TaskOutput], bool]:
         """Return a test for whether an output is one of the run's, or of `tasks`, as far as that is known here."""
         graph, added = self.graph(), {id(task) for task in tasks}
 

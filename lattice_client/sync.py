@@ -127,7 +127,7 @@ class Run(RunId):
             UnavailableError: the server could not be reached for `following.RECONNECT_S`; the run may go on.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = opened(_wait(self.aio.fetched_result(timeout, partial=partial), self))
+        found: dict[str, Any] = opened(_wait(self.aio.fetched_result(timeout, partial), self))
         return found
 
     def output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
@@ -162,8 +162,11 @@ class Run(RunId):
         They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
         the expected revision, PreconditionError when it has ended.
         """
-        spec = _here(self.aio.spec_of(tasks, _uploader(self.aio.client)))
-        return _wait(self.aio.submit_tasks(spec, tasks, expected_revision))
+        client = self.aio.client
+        spec = _here(client.spec_of(tasks, _uploader(client), self.aio.belonging(tasks)))
+        revision = _wait(client.submit_tasks(self, spec, tasks, expected_revision))
+        self.aio.note_added(tasks)
+        return revision
 
     def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""

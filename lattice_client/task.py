@@ -11,9 +11,10 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from lattice.v1 import resources_pb2, task_pb2
 
 from lattice_client import payloads
-from lattice_client.bundle import Choice, Item
+from lattice_client.bundle import Choice, Item, files_in
 from lattice_client.code import pack
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.freshness import Snapshot
 from lattice_client.returns import returned
 from lattice_client.settings import TaskSettings
 
@@ -45,6 +46,9 @@ class TaskDefinition(Generic[P, R]):
     entrypoint: str = ""
     may_return_more: bool = False
     choice: Choice = field(default_factory=Choice)
+    _packed: tuple[Snapshot, task_pb2.Function, task_pb2.CodeBundle | None] | None = field(
+        default=None, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.function, updated=())
@@ -88,9 +92,17 @@ class TaskDefinition(Generic[P, R]):
             form.entrypoint = self.entrypoint
         return form
 
-    @functools.cached_property
+    @property
     def code(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
-        """The function as it travels, and the bundle it needs. Raises TaskDefinitionError."""
+        """The function as it travels now, and the bundle it needs. Raises TaskDefinitionError."""
+        if self._packed is None or not self._packed[0].is_current():
+            # Before the pickling, so that a change during it is seen.
+            snapshot = Snapshot(self.function)
+            function, bundle = self._pack()
+            self._packed = snapshot.with_files(files_in(bundle)), function, bundle
+        return self._packed[1:]
+
+    def _pack(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         function, bundle = self.function_form, None
         if not self.entrypoint:
             function.pickle, bundle = pack(self.function, self.name, self.choice)

@@ -20,6 +20,7 @@ from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.run import Bounds
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.folders import SOCKET
 from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator, Retention
 from lattice_server.engine.ports import Contact, Executor
@@ -57,7 +58,7 @@ class App:
         self.config = config
         self.address = ""
         self._started_s = time.time()
-        self._store = ArtifactStore()
+        self._store = ArtifactStore(config.store_folder)
         loop = asyncio.get_running_loop()
         self._bus = MessageBus(loop)
         self.has_failed = asyncio.Event()
@@ -69,7 +70,10 @@ class App:
             self._sessions,
             self._store,
             Retention(
-                config.retained_runs, config.retained_tasks, config.retained_bytes, config.retained_artifact_bytes
+                config.retained_runs,
+                config.retained_tasks,
+                config.retained_bytes,
+                min(config.retained_artifact_bytes, self._store.total_bytes // 2),
             ),
             admission,
         )
@@ -100,7 +104,7 @@ class App:
         )
         self._rpc = RpcServer(
             config,
-            str(self._store.directory / "head.sock"),
+            str(self._store.directory / SOCKET),
             WorkflowServicer(self._orchestrator, library, intake),
             TaskServicer(self._orchestrator, intake),
             ResultsServicer(self._orchestrator, self._store, transfers),
@@ -109,7 +113,7 @@ class App:
         )
 
     async def start(self) -> None:
-        """Listen, then start workers. Raises PortInUseError."""
+        """Listen, then start workers. Raises PortInUseError, ExecutorError; what had been started is stopped then."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.set_threshold(*GC_THRESHOLDS)
         try:
@@ -123,7 +127,11 @@ class App:
         watching = self._sessions.watch(config.heartbeat_interval_s)
         self._watching = asyncio.create_task(watching)
         contact = Contact(self._rpc.local_target, self.address, self._join_token)
-        await self._executor.start(contact, self._bus.post)
+        try:
+            await self._executor.start(contact, self._bus.post)
+        except BaseException:
+            await self.stop()
+            raise
         await self._rpc.set_serving(True)
 
     async def ready(self) -> None:
@@ -177,7 +185,7 @@ def _executor(config: ServerConfig, store: ArtifactStore) -> Executor:
 async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
     """Run a server until SIGINT or SIGTERM; `announce` is told its address once there is a worker.
 
-    Raises SchedulerError when the server had to stop by itself.
+    Raises SchedulerError when the server had to stop by itself, ExecutorError when there can be no workers.
     """
     stopping = asyncio.Event()
     _on_signals(stopping.set)

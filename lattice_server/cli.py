@@ -19,6 +19,8 @@ from lattice_server import MAY_SERVE, records, security
 from lattice_server.app import SchedulerError, serve
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
+from lattice_server.engine.folders import StoreError
+from lattice_server.engine.ports import ExecutorError
 from lattice_server.rpc.server import PortInUseError
 
 log = logging.getLogger(__name__)
@@ -173,8 +175,11 @@ def _serve(config: ServerConfig) -> None:
     try:
         uvloop.run(serve(config, announce))
     except PortInUseError as error:
-        raise click.ClickException(f"{error}. Choose another --port, or 0 for any.") from None
-    except SchedulerError as error:
+        advice = (
+            f"choose another --port, or 0 for any; `lattice stop --port {config.port}` stops a server that runs here"
+        )
+        raise click.ClickException(f"{error}; {advice}") from None
+    except (SchedulerError, ExecutorError, StoreError) as error:
         raise click.ClickException(str(error)) from None
     finally:
         for name in noted:

@@ -23,7 +23,9 @@ class ServerConfig:
 
     A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`,
     by default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are
-    placed, each with `num_cpus` and `num_gpus`. Without a `token` whoever reaches the server may do everything.
+    placed, each with `num_cpus` and `num_gpus`. Without a `token` whoever reaches the server may do everything. Large
+    values are kept in a folder of `store_folder`; by default in `/dev/shm` if 256 MiB of it are free when the server
+    starts, or else where temporary files go, which `TMPDIR` says.
     """
 
     host: str = "127.0.0.1"
@@ -42,6 +44,7 @@ class ServerConfig:
     session_ttl_s: float = 2.8
     inline_limit_bytes: int = 256 * 1024
     log_limit_bytes: int = 1024 * 1024
+    store_folder: str = ""
     min_ping_interval_s: float = 10.0
     message_limit_bytes: int = 256 * 1024 * 1024
     retained_runs: int = 1000

@@ -4,6 +4,7 @@ Rule: a lease that was taken ends in exactly one report, whatever happens to the
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -297,18 +298,22 @@ class Attempts:
         self.start(assignment)
 
     def _give_back(self, assignment: worker_pb2.Assignment, reason: str, *, is_suspect: bool) -> None:
-        """Give back a lease whose process another one took down. A suspect has a process of its own the next time."""
+        """Give back a lease whose process another one took down."""
         if is_suspect:
-            for attempt in assignment.attempts:
-                self._suspects[attempt.run_id, attempt.task_id] = None
-            while len(self._suspects) > MAX_SUSPECTS:
-                del self._suspects[next(iter(self._suspects))]
+            self._suspect(assignment)
         if assignment.lease_id in self._unstarted:
             # It may have begun, so its attempts must not have the same numbers again.
             self._tell_start(assignment.lease_id)
         self._emit(convert.returned(assignment.lease_id, reason))
         self._forget(assignment.lease_id)
         self._ended(assignment.lease_id, None)
+
+    def _suspect(self, assignment: worker_pb2.Assignment) -> None:
+        """Have the tasks of a lease that may have taken its process down run in processes of their own from now on."""
+        for attempt in assignment.attempts:
+            self._suspects[attempt.run_id, attempt.task_id] = None
+        while len(self._suspects) > MAX_SUSPECTS:
+            del self._suspects[next(iter(self._suspects))]
 
     def _fail(self, assignment: worker_pb2.Assignment, failure: dict[str, Any]) -> None:
         self._end(assignment, {"failure": failure, "duration": 0.0}, [])
@@ -317,6 +322,8 @@ class Attempts:
         """Report the end of every member of a lease."""
         lease_id = assignment.lease_id
         self._forget(lease_id)
+        if convert.has_crashed(answer):
+            self._suspect(assignment)
         asked = (lease_id, answer, blobs, self._materials.name, len(assignment.attempts), self.message_limit_bytes)
         if len(blobs) < LARGE_ANSWER_BLOBS and sum(map(len, blobs)) < LARGE_ANSWER_BYTES:
             self._report_end(lease_id, answer, convert.outcomes(*asked))
@@ -335,14 +342,15 @@ class Attempts:
 
     def _report_end(self, lease_id: str, answer: dict[str, Any], reports: list[worker_pb2.Report]) -> None:
         outputs: convert.Outputs | None = None
-        named = set()
+        named: set[str] = set()
         for report in reports:
             outputs = report.succeeded.outputs if report.HasField("succeeded") else None
             named |= convert.artifacts_in(report)
             self._emit(report)
         # Values of an answer that could not be reported are named by nothing.
         if unnamed := set(answer.get("made", ())) - named:
-            self._materials.drop(unnamed)
+            with contextlib.suppress(OSError):
+                self._materials.drop(unnamed)
         self._ended(lease_id, outputs)
 
     def _forget(self, lease_id: str) -> None:

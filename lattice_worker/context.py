@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.functions import dump
 from lattice_worker.runner.output import current as running
+from lattice_worker.runner.text import utf8
 from lattice_worker.runner.values import PayloadError
 from lattice_worker.spawned import SpawnedOutput, binding_of
 
@@ -87,13 +88,13 @@ def spawn(
     output = _output()
     attempt = current()
     names = output.header.setdefault("spawned", {})
-    label = name or str(getattr(task, "__name__", "task"))
+    label = utf8(name or str(getattr(task, "__name__", "task")))
     number = names[label] = names.get(label, 0) + 1
     task_id = f"{attempt.task_id}/{label}" if number == 1 else f"{attempt.task_id}/{label}-{number}"
     form = getattr(task, "__lattice__", None) or PLAIN
     encoder = Encoder(output.header)
     try:
-        tree = {key: binding_of(value, encoder) for key, value in (inputs or {}).items()}
+        tree = {utf8(key): binding_of(value, encoder) for key, value in (inputs or {}).items()}
         code = dump(form.get("call", task)) if form["has_code"] else b""
     except BaseException:
         encoder.take_back()

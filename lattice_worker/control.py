@@ -1,7 +1,6 @@
 """The agent's end of the control socket of one runner. Rule: it never blocks, and what is not a frame is an error."""
 
 import asyncio
-import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -56,34 +55,38 @@ class Control:
     def read(self) -> None:
         """Take what has come, up to a bound."""
         for _ in range(MAX_READS):
-            if not self.is_open:
+            if not self._read_packet():
                 return
-            try:
-                size = self._sock.recv_into(self._buffer)
-            except BlockingIOError:
-                return
-            except OSError:
-                size = 0
-            if not size:
-                self.close()
-                return
-            try:
-                frame = self._assembler.feed(bytes(memoryview(self._buffer)[:size]))
-                found = None if frame is None else parse(frame)
-            except ProtocolError as error:
-                self._on_error(error)
-                return
-            if found is not None:
-                self._on_frame(*found)
 
     def drain(self) -> None:
         """Take all that came before the process ended."""
-        while self.is_open:
-            with contextlib.suppress(BlockingIOError):
-                self._sock.recv(1, socket.MSG_PEEK)
-                self.read()
-                continue
-            return
+        while self._read_packet():
+            pass
+
+    def _read_packet(self) -> bool:
+        """Take one packet; return whether there may be another one."""
+        if not self.is_open:
+            return False
+        try:
+            size = self._sock.recv_into(self._buffer)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True  # Said once, and first, of a process that left something unread. What it sent comes after.
+        except OSError:
+            size = 0
+        if not size:
+            self.close()
+            return False
+        try:
+            frame = self._assembler.feed(bytes(memoryview(self._buffer)[:size]))
+            found = None if frame is None else parse(frame)
+        except ProtocolError as error:
+            self._on_error(error)
+            return True
+        if found is not None:
+            self._on_frame(*found)
+        return True
 
     def close(self) -> None:
         """Close the socket."""

@@ -194,9 +194,9 @@ def outcomes(
     Whatever the answer is, there is a report for each: one that cannot be read, or that no message of `limit_bytes`
     holds, is a failure.
     """
-    members = answer.get("items") or [answer] * size
-    if len(members) != size:
-        members = [_internal(f"it answered for {len(members)} attempts, and {size} were asked for")] * size
+    members = answer.get("items", [answer] * size)
+    if not isinstance(members, list) or len(members) != size:
+        members = [_internal("its process answered for another number of attempts")] * size
     reports = []
     for item, member in enumerate(members):
         made = report(lease_id, time.time_ns())
@@ -213,6 +213,12 @@ def outcomes(
             fill_outcome(made, failed, [], node_id, duration_ns)
         reports.append(made)
     return reports
+
+
+def has_crashed(answer: dict[str, Any]) -> bool:
+    """Whether an answer says that the process died."""
+    failure = answer.get("failure")
+    return isinstance(failure, dict) and "exit_status" in failure
 
 
 def _internal(text: str) -> dict[str, Any]:

@@ -42,14 +42,19 @@ class Pool:
             shared = self._usable(key)
             if shared is None:
                 shared = self._shared[key] = asyncio.ensure_future(self._start(key))
-            return await asyncio.shield(shared)
+            runner = await asyncio.shield(shared)
+            self._leave_idle(runner)
+            return runner
         return self.take_idle(key) or await self._start(key)
 
     def take_idle(self, key: Key) -> Runner | None:
         """Return a free runner without waiting, or None."""
         if key.is_async:
             shared = self._usable(key)
-            return shared.result() if shared is not None and shared.done() else None
+            if shared is None or not shared.done():
+                return None
+            self._leave_idle(shared.result())
+            return shared.result()
         # The one used last: it has its memory in the caches, and the others can go.
         while (runner := next(reversed(self._by_key.get(key, [])), None)) is not None:
             self._leave_idle(runner)
@@ -104,10 +109,11 @@ class Pool:
         """Note that a runner has nothing to do."""
         if runner.key.owner:
             runner.kill()
-        if runner.key.is_async or not runner.is_fit or runner not in self._all:
+        if not runner.is_fit or runner not in self._all:
             return
         self._idle[runner] = None
-        self._by_key.setdefault(runner.key, []).append(runner)
+        if not runner.key.is_async:
+            self._by_key.setdefault(runner.key, []).append(runner)
         if len(self._idle) > self._wanted * IDLE_PER_SPARE:
             oldest = next(iter(self._idle))
             self._leave_idle(oldest)
@@ -116,10 +122,11 @@ class Pool:
     def _leave_idle(self, runner: Runner) -> None:
         if runner in self._idle:
             del self._idle[runner]
-            same = self._by_key[runner.key]
-            same.remove(runner)
+            same = self._by_key.get(runner.key, [])
+            if runner in same:
+                same.remove(runner)
             if not same:
-                del self._by_key[runner.key]
+                self._by_key.pop(runner.key, None)
 
     def _forget(self, runner: Runner) -> None:
         self._all.discard(runner)

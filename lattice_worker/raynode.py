@@ -11,15 +11,19 @@ import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 
 from lattice.v1 import worker_pb2
 
 from lattice_worker import host
 from lattice_worker.config import WorkerConfig
+from lattice_worker.ray_folder import LOG, RayFolder
 from lattice_worker.runner.reset import kill_tree
 
 log = logging.getLogger(__name__)
 
+# Names a Ray of the user's own; it would take precedence over the cluster to join.
+USERS_RAY = "RAY_ADDRESS"
 RESTART_S = 1.0
 STOP_S = 5.0
 # `ray`, which ends at once when its parent is gone, named by the first argument. Ray takes a loopback address for a
@@ -51,6 +55,7 @@ class RayNode:
         self._config = config
         self._cluster = cluster
         self._process: asyncio.subprocess.Process | None = None
+        self._folder: RayFolder | None = None
         self._keeping: asyncio.Task[None] | None = None
 
     def is_of(self, cluster: worker_pb2.RayCluster) -> bool:
@@ -67,9 +72,11 @@ class RayNode:
             self._keeping.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeping
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
+        if self._process is not None and self._process.returncode is None:
+            await self._end(self._process, at_once=at_once)
+        await self._clear()
+
+    async def _end(self, process: asyncio.subprocess.Process, *, at_once: bool) -> None:
         if not at_once:
             process.terminate()
             with contextlib.suppress(TimeoutError):
@@ -78,16 +85,26 @@ class RayNode:
         kill_tree(process.pid)
         await process.wait()
 
+    async def _clear(self) -> None:
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            await asyncio.to_thread(folder.close)
+
     async def _keep(self) -> None:
         while True:
             try:
-                self._process = await asyncio.create_subprocess_exec(
-                    *self._command(),
-                    env=self._environment(),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    # It tells newcomers how to use Ray by hand.
-                    stdout=sys.stderr if log.isEnabledFor(logging.INFO) else asyncio.subprocess.DEVNULL,
-                )
+                await self._clear()
+                self._folder = RayFolder()
+                with (self._folder.path / LOG).open("wb") as file:
+                    # It tells newcomers how to use Ray by hand, and at length, in colours, about what it does.
+                    output = sys.stderr if log.isEnabledFor(logging.INFO) else file
+                    self._process = await asyncio.create_subprocess_exec(
+                        *self._command(self._folder.path),
+                        env=self._environment(),
+                        stdin=asyncio.subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                    )
                 status = await self._process.wait()
                 log.warning("the Ray node of this machine ended with status %s; starting another", status)
             except OSError as error:
@@ -95,17 +112,17 @@ class RayNode:
             # One that cannot even start must not be started in a tight loop.
             await asyncio.sleep(RESTART_S)
 
-    def _command(self) -> list[str]:
+    def _command(self, folder: Path) -> list[str]:
         capacity = host.capacity(self._config)
         command = [sys.executable, "-c", RAY, str(os.getpid()), "start", "--address", self._cluster.address]
-        command += ["--node-ip-address", host.address_towards(self._cluster.address)]
+        command += ["--node-ip-address", host.address_towards(self._cluster.address), "--temp-dir", str(folder)]
         command += ["--num-cpus", str(max(1, int(capacity.cpu))), "--num-gpus", str(len(capacity.gpus))]
         command += ["--resources", json.dumps({self._cluster.resource: 1}), "--disable-usage-stats", "--block"]
         return command
 
     def _environment(self) -> dict[str, str]:
         return {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != USERS_RAY},
             "LATTICE_TARGET": self._config.target,
             "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
             "RAY_AUTH_MODE": "token",

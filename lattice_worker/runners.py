@@ -246,8 +246,9 @@ class Runner:
                 raise ValueError(f"{kind!r} is no kind of frame")
 
     def _answer(self, invocation: Invocation, header: dict[str, Any], blobs: list[bytes]) -> None:
-        made = list(header["made"])
-        if header["has_raw"]:
+        made = [str(name) for name in header["made"]]
+        has_raw = bool(header["has_raw"])
+        if has_raw:
             # The process waits, so what there is to read is all of this invocation's.
             self._raw.read()
             self._control.send({"kind": "drained"})
@@ -258,9 +259,13 @@ class Runner:
         if invocation.ending:
             self._drafts.delete(self.folder, made)
             invocation.on_end(invocation.ending, [])
-        else:
+            return
+        try:
             self._drafts.publish(self.folder, made)
-            invocation.on_end(header, blobs)
+        except OSError as error:
+            text = f"a large value could not be put into the store of this node: {error}"
+            header, blobs = _failed("resources", text), []
+        invocation.on_end(header | {"made": made}, blobs)
 
     def _time_description(self, invocation: Invocation, *, is_over: bool) -> None:
         """Bound the time in which the process describes an error: that calls methods of the error itself."""

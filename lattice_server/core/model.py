@@ -31,7 +31,8 @@ class Payload:
 @dataclass(frozen=True, slots=True)
 class OutputRef:
     """One output of one task. An optional one is null when that task was skipped, or failed in a run that finishes what
-    is independent; whoever needs it otherwise is skipped too."""
+    is independent; of a mapped task that became items, the list has null for each such item. A task that needs the
+    output otherwise is skipped too."""
 
     task_id: str
     output: str
@@ -175,6 +176,8 @@ class RetryPolicy:
 
     def backoff_s(self, failed_attempts: int) -> float:
         """Seconds to wait before the attempt that follows `failed_attempts` failed ones."""
+        if self.initial_backoff_s == 0:
+            return 0.0
         try:
             growth = self.backoff_multiplier ** (failed_attempts - 1)
         except OverflowError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from lattice_server.core.conditions import is_met
 from lattice_server.core.model import Binding, BindingList, Condition, OutputRef, Parameter, Payload, TaskSpec
 from lattice_server.core.records import TaskRecord
-from lattice_server.core.states import TASK_TERMINAL, TaskState
+from lattice_server.core.states import TASK_TERMINAL
 
 NULL = Payload("application/json", "null")
 
@@ -19,11 +19,14 @@ class Values:
         self._tasks = tasks
 
     def of(self, reference: OutputRef | Parameter) -> Binding:
-        """Return what a reference means; the reference itself while its task has not ended."""
+        """Return what a reference means; the reference itself while its task has not ended.
+
+        A task that did not succeed gives null, and so does each such item of a mapped task, whose items are known.
+        """
         if isinstance(reference, Parameter):
             return self.parameters[reference.name]
         record = self._tasks[reference.task_id]
-        if record.state is TaskState.SUCCEEDED and record.items is not None:
+        if record.state in TASK_TERMINAL and record.items is not None:
             return BindingList(tuple(self._of_items(record.items, reference.output)))
         if record.outputs is not None:
             return record.outputs[reference.output]
@@ -51,6 +54,5 @@ class Values:
         found = []
         for item in items:
             outputs = self._tasks[item].outputs
-            assert outputs is not None, "every item of a map that succeeded has its outputs"
-            found.append(outputs[output])
+            found.append(NULL if outputs is None else outputs[output])
         return found

@@ -50,6 +50,10 @@ class Membership:
     over: asyncio.Future[str]
 
 
+class ExecutorError(Exception):
+    """An executor cannot start at all; the message says why, in one line."""
+
+
 class Executor(Protocol):
     """Starts, watches and ends worker processes. Called from the main thread's event loop."""
 

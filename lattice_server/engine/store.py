@@ -1,5 +1,8 @@
 """Owns the artifacts that lie on the head's machine. Rule: an id is a file name of this store and nothing else.
 
+The id of an upload is the digest of its content: equal content is one file, and a request that names it is the same
+request, however often it is uploaded.
+
 Workers on the same machine share the directory: what a client wrote, they map; what they wrote, clients read. A large
 file that is dropped becomes a spare, to be written again under another name: pages that are there already cost a
 fraction of new ones. Whoever reads a file holds a shared lock on it, and whoever takes a spare an exclusive one, so
@@ -8,30 +11,29 @@ nobody's bytes change under him (see `open_artifact` in the runner's `artifacts.
 
 import asyncio
 import fcntl
+import hashlib
 import os
 import re
 import shutil
-import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-from lattice_server.core.errors import NotFoundError
+from lattice_server.core.errors import ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact
+from lattice_server.engine.folders import MIB, made, room
 
 HEAD = "head"
 SPARES = "spares"
-PREFIX = "lattice-head-"
-NEW_S = 10.0
+UPLOADS = "uploads"
 CHUNK_BYTES = 1024 * 1024
 MIN_SPARE_BYTES = 1024 * 1024
 UPLOAD_TTL_S = 3600.0
-SHARED_MEMORY = Path("/dev/shm")
-_ID = re.compile(r"[0-9a-f]{32}")
+_ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
 
 @dataclass(slots=True)
@@ -43,18 +45,19 @@ class _Holding:
 class ArtifactStore:
     """A directory of artifacts and who still needs them; reads and writes run off the event loop.
 
-    It also knows who needs those that lie on other nodes; `on_drop` is told each that nobody needs any more.
+    It also knows who needs those that lie on other nodes; `on_drop` is told each that nobody needs any more. The
+    directory lies in `folder`, or where there is room when that is empty; `total_bytes` is the size of its file system.
+    Raises StoreError.
     """
 
-    def __init__(self, spare_limit_bytes: int = 512 * 1024 * 1024) -> None:
+    def __init__(self, folder: str = "", spare_limit_bytes: int = 512 * 1024 * 1024) -> None:
         self.on_drop: Callable[[Artifact], None] = lambda artifact: None
-        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-        _delete_left(parent)
-        self.directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        self._lock = _lock(self.directory)
-        self._spares = self.directory / SPARES
+        self.directory, self._lock = made(folder)
+        self._spares, self._uploads = self.directory / SPARES, self.directory / UPLOADS
         self._spares.mkdir()
-        self._spare_limit_bytes = spare_limit_bytes
+        self._uploads.mkdir()
+        self.total_bytes = room(self.directory)[1]
+        self._spare_limit_bytes = min(spare_limit_bytes, self.total_bytes // 4)
         self._held: dict[str, _Holding] = {}
 
     async def read(self, artifact_id: str, offset: int) -> AsyncIterator[bytes]:
@@ -66,19 +69,20 @@ class ArtifactStore:
                 yield chunk
 
     async def write(self, chunks: AsyncIterator[bytes]) -> Artifact:
-        """Store the chunks as one artifact; it is dropped after an hour in which no run and no workflow named it."""
-        artifact_id, size = uuid4().hex, 0
-        path = self._path(artifact_id)
+        """Store the chunks as one artifact; it is dropped after an hour in which no run and no workflow named it.
+
+        Raises:
+            ExhaustedError: the store has no room for it.
+        """
+        draft, digest, size = self._uploads / uuid4().hex, hashlib.sha256(), 0
         try:
-            with path.open("wb") as file:
+            with self._created(draft) as file:
                 async for chunk in chunks:
-                    await asyncio.to_thread(file.write, chunk)
+                    await asyncio.to_thread(self._append, file, chunk, digest)
                     size += len(chunk)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        artifact = Artifact(artifact_id, size, HEAD)
-        self.hold([artifact])
+            artifact = self._admit(draft, Artifact(digest.hexdigest(), size, HEAD))
+        finally:
+            draft.unlink(missing_ok=True)
         asyncio.get_running_loop().call_later(UPLOAD_TTL_S, self.release, [artifact])
         return artifact
 
@@ -118,6 +122,51 @@ class ArtifactStore:
         shutil.rmtree(self.directory, ignore_errors=True)
         os.close(self._lock)
 
+    def _admit(self, draft: Path, artifact: Artifact) -> Artifact:
+        """Give what was uploaded its place, unless the same is there already, and hold it."""
+        holding = self._held.get(artifact.artifact_id)
+        if holding is not None and holding.artifact != artifact:
+            # A node reported one of its own by this name.
+            artifact = replace(artifact, artifact_id=uuid4().hex)
+        path = self._path(artifact.artifact_id)
+        if holding is None or not path.exists():
+            draft.rename(path)
+        self.hold([artifact])
+        return artifact
+
+    def _created(self, path: Path) -> FileIO:
+        try:
+            return FileIO(path, "x")
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _append(self, file: FileIO, chunk: bytes, digest: "hashlib._Hash") -> None:
+        digest.update(chunk)
+        left = memoryview(chunk)
+        while left:
+            try:
+                left = left[file.write(left) :]
+            except OSError as error:
+                if not self._delete_spares():
+                    raise self._full(error) from error
+
+    def _delete_spares(self) -> bool:
+        """Delete all spares; return whether there were any."""
+        found = list(os.scandir(self._spares))
+        for entry in found:
+            with suppress(FileNotFoundError):  # a worker took it
+                os.unlink(entry.path)
+        return bool(found)
+
+    def _full(self, error: OSError) -> ExhaustedError:
+        free, total = room(self.directory)
+        sizes = f"{free // MIB} of {total // MIB} MiB are free there"
+        return ExhaustedError(
+            "PAYLOAD_TOO_LARGE",
+            f"the store of large values in {self.directory} cannot take it: {error.strerror}; {sizes}",
+            metadata={"folder": str(self.directory), "free_bytes": str(free), "total_bytes": str(total)},
+        )
+
     def _drop(self, artifact_id: str) -> None:
         if not _ID.fullmatch(artifact_id):
             return
@@ -126,7 +175,8 @@ class ArtifactStore:
             size = path.stat().st_size
             spare = sum(entry.stat().st_size for entry in os.scandir(self._spares))
             if MIN_SPARE_BYTES <= size <= self._spare_limit_bytes - spare:
-                path.rename(self._spares / artifact_id)
+                # Under a new name: another may be dropped by the old one while a worker takes this.
+                path.rename(self._spares / uuid4().hex)
             else:
                 path.unlink()
         except FileNotFoundError:  # a worker took the spare meanwhile, or the artifact lies elsewhere
@@ -155,27 +205,3 @@ class ArtifactStore:
 
     def _missing(self, artifact_id: str) -> NotFoundError:
         return NotFoundError("ARTIFACT_NOT_FOUND", f"there is no artifact {artifact_id!r}, or it is no longer kept")
-
-
-def _lock(directory: Path) -> int:
-    """Hold a directory until the descriptor returned is closed. Raises OSError when somebody else does."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _delete_left(parent: Path) -> None:
-    """Delete the directories of servers that were killed: they hold memory, and nobody else deletes them.
-
-    One that is new may not be locked yet.
-    """
-    for left in parent.glob(f"{PREFIX}*"):
-        with suppress(OSError):
-            descriptor = _lock(left)
-            if time.time() - left.stat().st_mtime > NEW_S:
-                shutil.rmtree(left, ignore_errors=True)
-            os.close(descriptor)

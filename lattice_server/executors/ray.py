@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
-from lattice_server.engine.ports import Contact, Machine, Membership, RayCluster
+from lattice_server.engine.ports import Contact, ExecutorError, Machine, Membership, RayCluster
 from lattice_server.executors.command import offer_of_machine, worker_flags
 from lattice_server.executors.leftovers import MARK, end_leftovers
 from lattice_server.executors.ray_child import RayChild, ray_child
@@ -64,7 +64,7 @@ class RayExecutor:
         self._is_stopping = False
 
     async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
-        """Start Ray and the workers, again whenever one dies. Raises RuntimeError when Ray cannot be started at all."""
+        """Start Ray and the workers, again whenever one dies. Raises ExecutorError when Ray cannot start."""
         self._contact, self._post = contact, post
         self._keeper = asyncio.create_task(self._keep())
         up = asyncio.create_task(self._is_up.wait())
@@ -151,7 +151,7 @@ class RayExecutor:
             except OSError as error:
                 reason = f"its driver could not be started: {error}"
             if not self._has_begun:
-                raise RuntimeError(reason)
+                raise ExecutorError(f"{reason}; --verbose shows what Ray writes, --executor local does without Ray")
             log.error("Ray is gone: %s; starting another", reason)
             await self._lose_all(f"Ray is gone: {reason}")
             lived_s = loop.time() - started

@@ -12,16 +12,20 @@ An order is a JSON object a line on the child's stdin: first the settings of `Se
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, BinaryIO
 
 from lattice_server.config import ServerConfig
 from lattice_server.executors.interface import ray_interface
 from lattice_server.executors.leftovers import end_session
+from lattice_server.executors.ray_folder import LOG, RayFolder
 from lattice_server.executors.reservation import HEAD, whole_cpus
+
+log = logging.getLogger(__name__)
 
 STOP_S = 10.0
 LINE_LIMIT_BYTES = 1024 * 1024
@@ -39,8 +43,9 @@ TUNING = {
     # Patch releases of one Python get along; by default Ray does not let them.
     "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
 }
-# What is for the commands of the user who started the server, and not for what Ray runs.
-PRIVATE = ("LATTICE_TARGET", "LATTICE_TOKEN")
+# What is for the commands of the user who started the server, and not for what Ray runs: RAY_ADDRESS names a Ray of the
+# user's own, and would lead nodes of this server's Ray there.
+PRIVATE = ("LATTICE_TARGET", "LATTICE_TOKEN", "RAY_ADDRESS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class Settings:
     num_cpus: int | None = None
     num_gpus: int | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
+    temp_dir: str = ""
 
 
 class RayChild:
@@ -62,9 +68,21 @@ class RayChild:
         inherited = {name: value for name, value in os.environ.items() if name not in PRIVATE}
         self._environment = {**inherited, **environment, "LATTICE_PARENT_PID": str(os.getpid())}
         self._process: asyncio.subprocess.Process | None = None
+        self._folder: RayFolder | None = None
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Start the driver and yield what it says; over when it is."""
+        """Start the driver and yield what it says; over when it is. Raises OSError."""
+        self._folder = folder = RayFolder()
+        with (folder.path / LOG).open("wb") as file:
+            await self._start(None if log.isEnabledFor(logging.INFO) else file)
+        self.order(**asdict(replace(self._settings, temp_dir=str(folder.path))))
+        assert self._process is not None
+        assert self._process.stdout is not None
+        while line := await self._process.stdout.readline():
+            yield json.loads(line)
+
+    async def _start(self, output: BinaryIO | None) -> None:
+        """Start the driver, whose Ray writes at length about what it does, in colours."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -72,14 +90,11 @@ class RayChild:
             env=self._environment,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            stderr=output,
             limit=LINE_LIMIT_BYTES,
             # What a terminal sends to the server is not for Ray, and by the session all of it can be found.
             start_new_session=True,
         )
-        self.order(**asdict(self._settings))
-        assert self._process.stdout is not None
-        while line := await self._process.stdout.readline():
-            yield json.loads(line)
 
     def order(self, **order: Any) -> None:
         """Have the driver do something; what is gone does nothing."""
@@ -88,9 +103,15 @@ class RayChild:
 
     async def stop(self) -> None:
         """End the driver and the Ray it started, and whatever is left of it."""
-        process = self._process
-        if process is None:
-            return
+        try:
+            if self._process is not None:
+                await self._end(self._process)
+        finally:
+            folder, self._folder = self._folder, None
+            if folder is not None:
+                await asyncio.to_thread(folder.close)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
         if process.stdin is not None:
             process.stdin.close()
         try:

@@ -29,6 +29,7 @@ from lattice_server.executors.worker_host import WorkerHost
 PR_SET_PDEATHSIG = 1
 LINE_LIMIT_BYTES = 1024 * 1024
 WATCHED = ("gcs_server", "raylet")
+MAX_REASON = 500
 CALLS = 8  # Of a host at a time: one that lasts as long as its worker, and those of other hosts that read.
 
 
@@ -52,6 +53,7 @@ class Driver:
                 "resources": order["resources"],
                 "include_dashboard": False,
                 "_node_ip_address": order["node_ip"],
+                "_temp_dir": order["temp_dir"],
                 # Nobody reads these, and every node would show them to everybody.
                 "_system_config": {"enable_metrics_collection": False},
             }
@@ -149,6 +151,10 @@ def _placed(order: dict[str, Any], group: PlacementGroup) -> Any:
     )
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+
+
 def main() -> None:
     """Be Ray's driver until the server closes stdin or is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -165,7 +171,7 @@ def main() -> None:
         # On the main thread: what Ray starts ends with the thread that started it.
         driver.start_ray(first)
     except Exception as error:
-        driver.say("over", reason=f"Ray did not start: {error}")
+        driver.say("over", reason=f"Ray did not start: {_one_line(error)}")
         sys.exit(1)
     # From here on the end of stdin is the end; the signal that comes with it would interrupt what is to be done then.
     signal.signal(signal.SIGTERM, lambda *_: None)

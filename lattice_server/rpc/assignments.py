@@ -71,14 +71,15 @@ def responses(
     if connection.ack_sequence:
         yield worker_pb2.ConnectResponse(ack=worker_pb2.Ack(sequence=connection.ack_sequence))
         connection.ack_sequence = 0
+    if dropped:
+        # Before what may need one of the same content, which then has the same id.
+        yield worker_pb2.ConnectResponse(drop_artifacts=worker_pb2.DropArtifacts(artifact_ids=dropped))
     for assignments in work.messages():
         yield worker_pb2.ConnectResponse(assignments=assignments)
     if revoked:
         yield worker_pb2.ConnectResponse(revoke=worker_pb2.Revoke(lease_ids=revoked))
     if stopped:
         yield worker_pb2.ConnectResponse(stop=worker_pb2.Stop(lease_ids=stopped))
-    if dropped:
-        yield worker_pb2.ConnectResponse(drop_artifacts=worker_pb2.DropArtifacts(artifact_ids=dropped))
     if not effects and connection.is_beat_due:
         yield worker_pb2.ConnectResponse(heartbeat=worker_pb2.Heartbeat())
     connection.is_beat_due = False

@@ -73,12 +73,17 @@ def retry_from_proto(message: task_pb2.RetryPolicy, field: str) -> RetryPolicy:
     if unknown:
         raise invalid_field(f"{field}.retry_on", f"there is no kind of failure {unknown[0]}")
     default = DEFAULT_RETRY
+    initial_s, most_s = default.initial_backoff_s, default.max_backoff_s
+    # Zero is a wait like any other.
+    if message.HasField("initial_backoff"):
+        initial_s = limit_from_proto(message.initial_backoff, f"{field}.initial_backoff") or 0.0
+    if message.HasField("max_backoff"):
+        most_s = limit_from_proto(message.max_backoff, f"{field}.max_backoff") or 0.0
     return RetryPolicy(
         max_attempts=message.max_attempts or default.max_attempts,
-        initial_backoff_s=limit_from_proto(message.initial_backoff, f"{field}.initial_backoff")
-        or default.initial_backoff_s,
+        initial_backoff_s=initial_s,
         backoff_multiplier=message.backoff_multiplier or default.backoff_multiplier,
-        max_backoff_s=limit_from_proto(message.max_backoff, f"{field}.max_backoff") or default.max_backoff_s,
+        max_backoff_s=most_s,
         retry_on=frozenset(FAILURE_KIND_FROM_PROTO[kind] for kind in message.retry_on) or default.retry_on,
         retry_on_types=frozenset(message.retry_on_types),
         max_worker_losses=message.max_worker_losses or default.max_worker_losses,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,8 +104,8 @@ class RpcServer:
                 port = self._server.add_insecure_port(address)
             else:
                 port = self._server.add_secure_port(address, _credentials(tls))
-        except RuntimeError as error:
-            raise PortInUseError(f"cannot listen on {address}: {error}") from None
+        except RuntimeError:
+            raise PortInUseError(f"cannot listen on {address}: {_refusal(self._config)}") from None
         # In a folder that is this user's alone, so plain and open to all who get there.
         self._local_server.add_insecure_port(self.local_target)
         await self._server.start()
@@ -143,3 +144,16 @@ def _server(config: ServerConfig, interceptors: Sequence[Any]) -> grpc.aio.Serve
 def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
     pairs = [(tls.key, tls.certificate)]
     return grpc.ssl_server_credentials(pairs, tls.client_ca, require_client_auth=tls.client_ca is not None)
+
+
+def _refusal(config: ServerConfig) -> str:
+    """Return why the system refuses the address of a server; gRPC does not say."""
+    try:
+        with socket.create_server((config.host.strip("[]"), config.port), family=_family(config.host)):
+            return "gRPC refuses the address"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

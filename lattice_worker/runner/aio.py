@@ -28,29 +28,33 @@ Frame = tuple[dict[str, Any], list[bytes]]
 def serve(channel: Channel, marks: int) -> None:
     """Run invocations side by side until the agent closes the socket."""
     _mark_steps(memoryview(mmap.mmap(marks, 0)).cast("Q"))
-    asyncio.run(_Loop(channel).serve())
+    asyncio.run(_serve(channel))
     os._exit(0)  # Threads of tasks do not keep a process that nothing will be sent to.
 
 
-class _Loop:
+async def _serve(channel: Channel) -> None:
+    await _Invocations(channel, asyncio.get_running_loop()).serve()
+
+
+class _Invocations:
     """The invocations on the event loop of this process."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, loop: asyncio.AbstractEventLoop) -> None:
         self._channel = channel
-        self._loop = asyncio.get_event_loop_policy().get_event_loop()  # replaced by the running one in `serve`
+        self._loop = loop
         self._frames: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._running: dict[str, tuple[Output, asyncio.Task[Answer]]] = {}
         self._context = contextvars.copy_context()
 
     async def serve(self) -> None:
         """Serve the agent."""
-        self._loop = asyncio.get_running_loop()
         self._loop.set_task_factory(_create_task)  # type: ignore[arg-type]
         self._loop.set_exception_handler(_say)
         children.keep_apart(self._loop, self._context)
         baseline = Baseline()
         program = Program(self._channel, baseline)
         threading.Thread(target=self._read, daemon=True).start()
+        self._channel.send({"kind": "ready"})
         while (frame := await self._frames.get()) is not None:
             header, blobs = frame
             match header["kind"]:

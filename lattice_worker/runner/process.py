@@ -54,7 +54,6 @@ def main(mode: str) -> None:
     sys.modules["__main__"] = type(sys)("__main__")
     threads.inherit_context()
     channel = Channel(control)
-    channel.send({"kind": "ready"})
     if mode == "async":
         aio.serve(channel, MARKS)
     else:
@@ -67,6 +66,7 @@ def serve(channel: Channel, claims: Claims) -> None:
     program = Program(channel, baseline)
     frames = channel.frames()
     waiting: deque[tuple[dict[str, Any], list[bytes]]] = deque()
+    channel.send({"kind": "ready"})
     while (frame := waiting.popleft() if waiting else next(frames, None)) is not None:
         header, blobs = frame
         match header["kind"]:

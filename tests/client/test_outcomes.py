@@ -325,3 +325,15 @@ def test_keys_of_a_dict_with_outputs_arrive_in_order(client: LatticeClient) -> N
     keys = [chr(ord("z") - number) for number in range(20)]
     workflow.add_task(lambda value: [*value], {"value": dict.fromkeys(keys, first.output)})
     assert workflow.run().result(WAIT_S) == {"result": keys}
+
+
+def test_a_function_of_params_may_return_a_value(client: LatticeClient) -> None:
+    def size(params: dict[str, Any]) -> int:
+        return len(params)
+
+    def either(params: dict[str, Any]) -> Any:
+        return params if params else 7
+
+    assert client.run_task(size, {"x": 1, "y": 2}) == {"result": 2}
+    assert client.run_task(either, {"x": 1}) == {"x": 1}
+    assert client.run_task(either, {}) == {"result": 7}

@@ -45,6 +45,13 @@ def fail(value: Any = None) -> Any:
 
 
 @task
+def parse(n: int, bad: list[int]) -> str:
+    if n in bad:
+        raise ValueError(f"page {n} cannot be read")
+    return f"page {n}"
+
+
+@task
 def wait(room: str) -> str:
     enter(room, "wait")
     return "waited"
@@ -226,6 +233,19 @@ def test_a_task_can_do_without_one_that_failed_where_the_rest_is_finished(client
     run = workflow.run()
     ended = {event.task_id: event.data for event in run.events(timeout=WAIT_S) if event.type == "task_succeeded"}
     assert ended["give"]["outputs"] == {"result": {"failed": None, "fine": 2}}
+    assert run.status() == "failed"
+
+
+@pytest.mark.parametrize("bad", [(1,), (0, 1, 2)])
+def test_an_optional_map_gives_none_in_the_place_of_each_item_that_failed(
+    client: LatticeClient, bad: tuple[int, ...]
+) -> None:
+    workflow = client.create_workflow(failure_policy="finish_independent")
+    parsed = workflow.map(parse, workflow.add_task(split, {"n": 3}).output, inputs={"bad": list(bad)})
+    workflow.add_task(give, {"value": parsed.output.optional()})
+    run = workflow.run()
+    ended = {event.task_id: event.data for event in run.events(timeout=WAIT_S) if event.type == "task_succeeded"}
+    assert ended["give"]["outputs"] == {"result": [None if n in bad else f"page {n}" for n in range(3)]}
     assert run.status() == "failed"
 
 

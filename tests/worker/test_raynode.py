@@ -109,21 +109,28 @@ async def until_gone(pids: list[int]) -> None:
 def test_it_is_told_what_the_machine_offers_and_how_workers_reach_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folders: list[str] = []
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+
     async def scenario(scene: Scene) -> None:
         told = await scene.told()
         parent, *words = told["argv"]
         assert int(parent) == os.getpid()
         flags = dict(zip(words[1:-2:2], words[2:-2:2], strict=True))
         assert flags["--address"] == CLUSTER.address
+        assert Path(flags["--temp-dir"]).is_dir()
+        folders.append(flags["--temp-dir"])
         assert (flags["--num-cpus"], flags["--num-gpus"]) == ("2", "1")
         assert json.loads(flags["--resources"]) == {CLUSTER.resource: 1}
         environment = told["environment"]
+        assert "RAY_ADDRESS" not in environment
         assert environment["LATTICE_TARGET"] == "head:1"
         assert (environment["RAY_AUTH_MODE"], environment["RAY_AUTH_TOKEN"]) == ("token", CLUSTER.token)
         assert scene.node.is_of(worker_pb2.RayCluster.FromString(CLUSTER.SerializeToString()))
         assert not scene.node.is_of(worker_pb2.RayCluster(address=CLUSTER.address, resource=CLUSTER.resource))
 
     play(scenario, tmp_path, monkeypatch)
+    assert not Path(folders[0]).exists()
 
 
 def test_it_is_started_again_whenever_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

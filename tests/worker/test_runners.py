@@ -361,3 +361,20 @@ def test_a_task_may_write_to_an_array_it_was_given(length: int, tmp_path: Path) 
         assert await both.stream.value("grow") == length
 
     play(scenario, tmp_path)
+
+
+def test_the_answer_of_a_process_that_exits_with_invocations_unread_is_not_lost(tmp_path: Path) -> None:
+    def answer_and_exit(number: int) -> int:
+        import threading
+
+        # The process ends after this answer was sent, while what was sent to it ahead lies unread.
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        return number
+
+    async def scenario(both: Pair) -> None:
+        numbers = range(30)
+        for number in numbers:
+            both.stream.assign(f"l{number}", answer_and_exit, inputs={"number": number})
+        assert [await both.stream.value(f"l{number}") for number in numbers] == list(numbers)
+
+    play(scenario, tmp_path)

@@ -118,7 +118,9 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_CURSOR_AHEAD: _ErrorReason.ValueType  # 15
     """OUT_OF_RANGE: the cursor lies beyond the newest event."""
     ERROR_REASON_PAYLOAD_TOO_LARGE: _ErrorReason.ValueType  # 16
-    """RESOURCE_EXHAUSTED: an inline payload is over the limit; write it as an artifact."""
+    """RESOURCE_EXHAUSTED: an inline payload is over the limit; write it as an artifact. Or an artifact does not fit in what
+    the store has free; metadata `folder`, `free_bytes` and `total_bytes` say where and how much that is.
+    """
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 17
     """RESOURCE_EXHAUSTED: admission is full; `RetryInfo` says when to try again."""
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 18
@@ -176,7 +178,9 @@ ERROR_REASON_CURSOR_TRIMMED: ErrorReason.ValueType  # 14
 ERROR_REASON_CURSOR_AHEAD: ErrorReason.ValueType  # 15
 """OUT_OF_RANGE: the cursor lies beyond the newest event."""
 ERROR_REASON_PAYLOAD_TOO_LARGE: ErrorReason.ValueType  # 16
-"""RESOURCE_EXHAUSTED: an inline payload is over the limit; write it as an artifact."""
+"""RESOURCE_EXHAUSTED: an inline payload is over the limit; write it as an artifact. Or an artifact does not fit in what
+the store has free; metadata `folder`, `free_bytes` and `total_bytes` say where and how much that is.
+"""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 17
 """RESOURCE_EXHAUSTED: admission is full; `RetryInfo` says when to try again."""
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 18

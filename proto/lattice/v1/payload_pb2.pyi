@@ -33,7 +33,8 @@ class Payload(google.protobuf.message.Message):
     media_type: builtins.str
     """The encoding, as a media type. Empty means `application/json` when `json` is set. Known types:
     `application/json`, `application/octet-stream` (raw bytes), `application/vnd.lattice.cloudpickle`
-    (Python only), `application/vnd.lattice.pickle5` (Python only, out-of-band buffers).
+    (Python only), `application/vnd.lattice.pickle5` (Python only, out-of-band buffers),
+    `application/vnd.lattice.pickle-with-outputs` (Python only, first item of a list of bindings; see `BindingList`).
     """
     json: builtins.str
     """The value as JSON text; readable and writable from any language and from a shell."""
@@ -69,7 +70,7 @@ class Artifact(google.protobuf.message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     NODE_ID_FIELD_NUMBER: builtins.int
     artifact_id: builtins.str
-    """Names the artifact; chosen by whoever wrote it, unique in this cluster."""
+    """Names the artifact; unique in this cluster. That of an upload is the SHA-256 digest of its bytes, in lower-case hex."""
     size_bytes: builtins.int
     """Length of the encoded bytes."""
     node_id: builtins.str
@@ -146,7 +147,8 @@ class OutputRef(google.protobuf.message.Message):
     """The name of the output, as the task declares it."""
     optional: builtins.bool
     """The task that reads it can do without: when the producing task was skipped, or failed in a workflow that finishes
-    what is independent, the value is JSON `null`. Otherwise the task that reads it would be skipped as well.
+    what is independent, the value is JSON `null`. Otherwise the task that reads it would be skipped as well. Of a
+    mapped task that became items, the value is the list with `null` in the place of each that did not succeed.
     """
     def __init__(
         self,
@@ -181,7 +183,12 @@ Global___PayloadList: typing_extensions.TypeAlias = PayloadList
 
 @typing.final
 class BindingList(google.protobuf.message.Message):
-    """A list of bindings."""
+    """A list of bindings.
+
+    A list whose first item is a payload of type `application/vnd.lattice.pickle-with-outputs` is no list but one Python
+    value with outputs inside it: that payload is a pickle, laid out as `application/vnd.lattice.pickle5`, and each
+    persistent id in it is the position, from 0, of the item after it whose value belongs there.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -201,7 +208,7 @@ Global___BindingList: typing_extensions.TypeAlias = BindingList
 
 @typing.final
 class BindingMap(google.protobuf.message.Message):
-    """A string-keyed map of bindings."""
+    """A string-keyed map of bindings. The order of its keys is not kept."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

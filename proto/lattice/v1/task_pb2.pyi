@@ -482,11 +482,11 @@ class RetryPolicy(google.protobuf.message.Message):
     """
     @property
     def initial_backoff(self) -> google.protobuf.duration_pb2.Duration:
-        """The wait before the second attempt; zero means 100 ms."""
+        """The wait before the second attempt; unset means 100 ms, zero that no attempt waits."""
 
     @property
     def max_backoff(self) -> google.protobuf.duration_pb2.Duration:
-        """The longest wait; zero means 30 s."""
+        """The longest wait; unset means 30 s."""
 
     @property
     def retry_on(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.errors_pb2.FailureKind.ValueType]:

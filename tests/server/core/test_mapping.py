@@ -23,6 +23,7 @@ from lattice_server.core.model import (
     WorkflowSpec,
 )
 from lattice_server.core.states import RunState, TaskState
+from lattice_server.core.values import NULL
 from tests.server.core.cluster import value
 from tests.server.core.graphs import SYNC, task
 from tests.server.core.run_scenes import ANYWAY, RunScene, mapped, optional, when
@@ -54,6 +55,41 @@ def test_a_map_over_an_empty_list_succeeds_at_once() -> None:
     story = RunScene(task("a"), mapped("m", "a"), mapped("n", "m"), task("sum", ["n"]))
     assert story.succeed("a", []) == ["sum"]
     assert story.inputs("sum") == {"from_n": BindingList(())}
+
+
+@pytest.mark.parametrize("failed", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_an_optional_map_gives_null_in_the_place_of_each_item_that_failed(failed: tuple[int, ...]) -> None:
+    story = RunScene(task("a"), mapped("m", "a"), optional("sum", "m"), policy=ANYWAY)
+    story.succeed("a", ["1", "2", "3"])
+    found: list[str] = []
+    for index in range(3):
+        outputs = {"out": value(f"{index}")}
+        found += story.fail(f"m[{index}]") if index in failed else story.succeed(f"m[{index}]", outputs=outputs)
+    assert found == ["sum"]
+    wanted = tuple(NULL if index in failed else value(f"{index}") for index in range(3))
+    assert story.inputs("sum") == {"from_m": BindingList(wanted)}
+
+
+def test_an_optional_map_gives_null_in_the_place_of_an_item_that_was_cancelled() -> None:
+    story = RunScene(task("a"), mapped("m", "a"), optional("sum", "m"), policy=ANYWAY)
+    story.succeed("a", ["1", "2"])
+    story.cancelled("m[0]")
+    story.succeed("m[1]")
+    assert story.inputs("sum") == {"from_m": BindingList((NULL, value("1")))}
+
+
+@pytest.mark.parametrize("why", ["too large", "skipped", "cancelled"])
+def test_an_optional_map_that_never_became_items_gives_null(why: str) -> None:
+    bounds = Bounds(max_items=1) if why == "too large" else Bounds()
+    story = RunScene(task("a"), mapped("m", "a"), optional("sum", "m"), policy=ANYWAY, bounds=bounds)
+    match why:
+        case "too large":
+            story.succeed("a", ["1", "2"])
+        case "skipped":
+            story.fail("a")
+        case "cancelled":
+            story.take(story.run.cancel_task("m", "enough", 1.0))
+    assert story.inputs("sum") == {"from_m": NULL}
 
 
 def test_a_map_over_too_many_items_fails_and_says_so() -> None:

@@ -236,11 +236,8 @@ def items_of(payload: Payload) -> list[Payload]:
 def value_in(run: Run, reference: Any) -> Binding:
     """What a reference means in a run that has ended, worked out anew."""
     record = run.tasks[reference.task_id]
-    if record.state is not TaskState.SUCCEEDED:
-        assert reference.is_optional
-        return NULL
+    assert reference.is_optional or record.state is TaskState.SUCCEEDED
     if record.items is None:
-        assert record.outputs is not None
-        return record.outputs[reference.output]
+        return NULL if record.outputs is None else record.outputs[reference.output]
     items = [run.tasks[item].outputs for item in record.items]
-    return BindingList(tuple(outputs[reference.output] for outputs in items if outputs is not None))
+    return BindingList(tuple(NULL if outputs is None else outputs[reference.output] for outputs in items))

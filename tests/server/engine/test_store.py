@@ -1,7 +1,9 @@
 """The artifacts of the head: written, read from an offset, held, dropped, and never outside their directory."""
 
 import asyncio
+import hashlib
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from io import FileIO
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from lattice_server.core.errors import NotFoundError
 from lattice_server.core.model import Artifact
+from lattice_server.engine import folders
 from lattice_server.engine import store as store_module
 from lattice_server.engine.store import HEAD, SPARES, ArtifactStore
 from lattice_worker.runner import artifacts
@@ -21,7 +24,7 @@ LARGE = 3 << 20
 
 def play(scenario: Callable[[ArtifactStore], Coroutine[Any, Any, None]], spare_limit_bytes: int = 4 * LARGE) -> None:
     """Play a scenario with a fresh store."""
-    store = ArtifactStore(spare_limit_bytes)
+    store = ArtifactStore(spare_limit_bytes=spare_limit_bytes)
 
     async def run() -> None:
         async with asyncio.timeout(TIMEOUT_S):
@@ -98,7 +101,7 @@ def test_it_is_read_piece_by_piece() -> None:
 def test_an_id_is_never_a_way_out_of_the_directory(
     name: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path)
     artifact_id = name.format(outside=tmp_path)
 
     async def scenario(store: ArtifactStore) -> None:
@@ -180,7 +183,7 @@ def test_what_is_large_is_written_again_under_another_name() -> None:
 
 def test_no_more_is_kept_to_be_written_again_than_the_limit() -> None:
     async def scenario(store: ArtifactStore) -> None:
-        artifacts = [await store.write(chunks(bytes(LARGE))) for _ in range(4)]
+        artifacts = [await store.write(chunks(bytes([number]) * LARGE)) for number in range(4)]
         store.release(artifacts)
         assert files(store.directory) == files(store.directory / SPARES)
         assert spares(store) == [LARGE, LARGE]
@@ -200,6 +203,66 @@ def test_a_reader_reads_on_when_what_it_reads_is_dropped_and_its_place_is_wanted
         assert data == b"x" * LARGE
 
     play(scenario)
+
+
+def test_equal_content_is_one_file_that_as_many_hold_as_uploaded_it() -> None:
+    data = os.urandom(LARGE)
+
+    async def scenario(store: ArtifactStore) -> None:
+        together = await asyncio.gather(store.write(chunks(data)), store.write(chunks(data[:7], data[7:])))
+        artifacts = [*together, await store.write(chunks(data))]
+        assert {found.artifact_id for found in artifacts} == {hashlib.sha256(data).hexdigest()}
+        assert len(files(store.directory)) == 1
+        for artifact in artifacts:
+            assert await read(store, artifact.artifact_id) == data
+            store.release([artifact])
+        assert not await is_there(store, artifacts[0])
+
+    play(scenario)
+
+
+def test_content_that_was_dropped_is_there_again_when_it_is_uploaded_again() -> None:
+    data = os.urandom(LARGE)
+
+    async def scenario(store: ArtifactStore) -> None:
+        for _ in range(3):
+            artifact = await store.write(chunks(data))
+            assert await read(store, artifact.artifact_id) == data
+            store.release([artifact])
+            assert not await is_there(store, artifact)
+        assert len(spares(store)) == 3, "each is a spare of its own, whoever takes which"
+
+    play(scenario)
+
+
+def test_an_upload_has_another_name_when_a_node_has_a_value_by_its_digest() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        claimed = Artifact(hashlib.sha256(b"x").hexdigest(), 1, "n")
+        store.hold([claimed])
+        artifact = await store.write(chunks(b"x"))
+        assert artifact.artifact_id != claimed.artifact_id
+        assert await read(store, artifact.artifact_id) == b"x"
+        assert store.held(claimed.artifact_id) == claimed
+
+    play(scenario)
+
+
+def test_large_chunks_are_hashed_and_written_off_the_event_loop() -> None:
+    threads: set[int] = set()
+
+    async def scenario(store: ArtifactStore) -> None:
+        append = store._append
+
+        def watched(*given: Any) -> None:
+            threads.add(threading.get_ident())
+            append(*given)
+
+        store._append = watched  # type: ignore[method-assign]
+        await store.write(chunks(bytes(LARGE)))
+
+    play(scenario)
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 def test_a_writer_that_breaks_off_leaves_nothing() -> None:
@@ -225,7 +288,7 @@ def test_the_directory_is_nobody_elses() -> None:
 def test_what_a_server_that_was_killed_left_is_deleted_and_nobody_else_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path)
     left, new = tmp_path / "lattice-head-left", tmp_path / "lattice-head-new"
     for directory in (left, new):
         directory.mkdir()

@@ -11,7 +11,7 @@ import pytest
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.core.model import Capacity
-from lattice_server.engine.ports import Contact, Machine, Membership
+from lattice_server.engine.ports import Contact, ExecutorError, Machine, Membership
 from lattice_server.executors import ray, reservation
 from lattice_server.executors.leftovers import MARK
 from lattice_server.executors.ray import RayExecutor
@@ -300,7 +300,7 @@ def test_a_server_whose_first_ray_does_not_start_does_not_either(monkeypatch: py
         driver = await scene.drivers.get()
         driver.say("over", reason="no room")
         driver.end()
-        with pytest.raises(RuntimeError, match="no room"):
+        with pytest.raises(ExecutorError, match="no room; --verbose shows what Ray writes"):
             await starting
         assert driver.is_stopped
         assert scene.drivers.empty()

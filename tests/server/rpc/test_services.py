@@ -32,6 +32,7 @@ from tests.server.rpc.callers import (
     graph,
     json_payload,
     output,
+    refused,
     run,
     task,
     value,
@@ -288,13 +289,27 @@ def test_an_artifact_is_written_and_read_from_any_offset(idle: Caller) -> None:
         assert b"".join(chunk.data for chunk in idle.results.ReadArtifact(request)) == data[offset:]
 
 
+def test_a_repeated_run_is_the_same_when_equal_large_inputs_are_uploaded_again(idle: Caller) -> None:
+    run_id = fresh()
+
+    def start(data: bytes) -> workflow_pb2.RunWorkflowResponse:
+        artifact = idle.results.WriteArtifact(iter([results_pb2.WriteArtifactRequest(data=data)])).artifact
+        payload = payload_pb2.Payload(media_type="application/octet-stream", artifact=artifact)
+        return run(idle, task(inputs={"x": payload_pb2.Binding(payload=payload)}), run_id=run_id)
+
+    first, again = start(b"x" * 300_000), start(b"x" * 300_000)
+    assert first.run == again.run
+    with refused(grpc.StatusCode.ALREADY_EXISTS, "RUN_ID_CONFLICT"):
+        start(b"y" * 300_000)
+
+
 def test_nothing_stays_of_an_artifact_whose_writing_broke_off() -> None:
     class Beside(NoWorkers):
         async def start(self, contact: Contact, post: object) -> None:
             self.store = Path(contact.local_target.removeprefix("unix:")).parent
 
         def artifacts(self) -> list[Path]:
-            return [path for path in self.store.iterdir() if len(path.name) == 32]
+            return [path for path in self.store.rglob("*") if len(path.name) >= 32]
 
     async def scenario() -> None:
         beside = Beside()

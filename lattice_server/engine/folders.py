@@ -1,0 +1,96 @@
+"""Owns the choice of the folder in which large values are kept. Rule: a folder that cannot hold them is never chosen
+for being the usual one."""
+
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+MIN_SHARED_MEMORY_BYTES = 256 * 1024 * 1024  # With less of it free, as in most containers, values are kept on disk.
+PREFIX = "lattice-head-"
+SOCKET = "head.sock"
+SOCKET_PATH_BYTES = 107  # The longest path Linux takes for a socket.
+NEW_S = 10.0
+MIB = 1024 * 1024
+
+log = logging.getLogger(__name__)
+
+
+class StoreError(Exception):
+    """No folder can hold large values; the message names what was tried and the setting."""
+
+
+def made(parent: str) -> tuple[Path, int]:
+    """Make a folder for large values and return it with the descriptor that locks it.
+
+    It lies in `parent`; when that is empty, in shared memory if enough of it is free, or else where temporary files go.
+
+    Raises:
+        StoreError: there is no such folder, or it cannot be written to.
+    """
+    if parent:
+        return _made_in(Path(parent), "choose another `store_folder`")
+    _delete_left(SHARED_MEMORY)
+    free_bytes, _ = room(SHARED_MEMORY)
+    why = f"{SHARED_MEMORY} has {free_bytes // MIB} MiB that can be used, of at least {MIN_SHARED_MEMORY_BYTES // MIB}"
+    if free_bytes >= MIN_SHARED_MEMORY_BYTES:
+        try:
+            return _made_in(SHARED_MEMORY, "a folder on disk is used")
+        except StoreError as error:
+            why = str(error)
+    setting = "set TMPDIR, or `store_folder` in the file that --config names, to a folder that can be written to"
+    try:
+        on_disk = Path(tempfile.gettempdir())
+    except OSError as error:
+        raise StoreError(f"there is no folder for large values: {error.strerror}; {setting}") from error
+    log.warning("large values are kept in %s: %s", on_disk, why)
+    return _made_in(on_disk, setting)
+
+
+def room(folder: Path) -> tuple[int, int]:
+    """Return how many bytes are free and how many there are in all where a folder lies; none when it is unusable."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return 0, 0
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+
+
+def _made_in(parent: Path, remedy: str) -> tuple[Path, int]:
+    _delete_left(parent)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    except OSError as error:
+        raise StoreError(f"large values cannot be kept in {parent}: {error.strerror}; {remedy}") from error
+    if len(os.fsencode(folder / SOCKET)) > SOCKET_PATH_BYTES:
+        folder.rmdir()
+        raise StoreError(f"large values cannot be kept in {parent}: its path is too long for a socket; {remedy}")
+    return folder, _lock(folder)
+
+
+def _lock(directory: Path) -> int:
+    """Hold a directory until the descriptor returned is closed. Raises OSError when somebody else does."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _delete_left(parent: Path) -> None:
+    """Delete the directories of servers that were killed: they hold memory, and nobody else deletes them.
+
+    One that is new may not be locked yet.
+    """
+    for left in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            descriptor = _lock(left)
+            if time.time() - left.stat().st_mtime > NEW_S:
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
