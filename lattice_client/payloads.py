@@ -1,4 +1,4 @@
-"""Owns the translation between Python values and payloads; the package's only use of cloudpickle.
+"""Owns the translation between Python values and payloads.
 
 Rule: JSON when it gives the value back exactly, so that any language can read it; cloudpickle otherwise.
 """
@@ -11,8 +11,9 @@ import struct
 import sys
 from typing import Any
 
-import cloudpickle
 from lattice.v1 import payload_pb2
+
+from lattice_client import pickler
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -100,7 +101,7 @@ def encode(value: Any) -> tuple[str, bytes]:
     if type(value) is bytes:
         return BYTES, value
     buffers: list[pickle.PickleBuffer] = []
-    stream = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    stream = pickler.dumps(value, buffers.append)
     return (PICKLE5, _layout(stream, buffers)) if buffers else (CLOUDPICKLE, stream)
 
 
@@ -110,15 +111,15 @@ def encode_around(value: Any, kind: type) -> tuple[bytes, list[Any]]:
     A part that stands in several places is returned once. Raises what pickling raises.
     """
     stream = io.BytesIO()
-    pickler = _Around(stream, kind)
-    pickler.dump(value)
-    return _layout(stream.getbuffer(), pickler.buffers), [item for _, item in pickler.found.values()]
+    around = _Around(stream, kind)
+    around.dump(value)
+    return _layout(stream.getbuffer(), around.buffers), [item for _, item in around.found.values()]
 
 
-class _Around(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+class _Around(pickler.Pickler):
     def __init__(self, stream: io.BytesIO, kind: type) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
-        super().__init__(stream, protocol=5, buffer_callback=self.buffers.append)
+        super().__init__(stream, self.buffers.append)
         # By identity: each with its position, and kept so that no other one comes to have that identity.
         self.found: dict[int, tuple[int, Any]] = {}
         self._kind = kind
@@ -166,11 +167,6 @@ def decode(media_type: str, data: bytes | bytearray) -> Any:
             return pickle.loads(parts[0], buffers=parts[1:])
         case _:
             return bytes(data)
-
-
-def dump_function(function: Any) -> bytes:
-    """Return a function as cloudpickle writes it: by reference when its module can be imported, whole otherwise."""
-    return bytes(cloudpickle.dumps(function, protocol=5))
 
 
 def runtime_of(pickled: bytes) -> str:

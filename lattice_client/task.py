@@ -11,7 +11,8 @@ from typing import Any, Generic, ParamSpec, TypeVar, overload
 from lattice.v1 import resources_pb2, task_pb2
 
 from lattice_client import payloads
-from lattice_client.bundle import bundle_for, files_in
+from lattice_client.bundle import Choice, Item, files_in
+from lattice_client.code import pack
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.freshness import Snapshot
 from lattice_client.returns import returned
@@ -44,6 +45,7 @@ class TaskDefinition(Generic[P, R]):
     settings: task_pb2.TaskSpec = field(default_factory=task_pb2.TaskSpec)
     entrypoint: str = ""
     may_return_more: bool = False
+    choice: Choice = field(default_factory=Choice)
     _packed: tuple[Snapshot, task_pb2.Function, task_pb2.CodeBundle | None] | None = field(
         default=None, init=False, repr=False
     )
@@ -103,21 +105,12 @@ class TaskDefinition(Generic[P, R]):
     def _pack(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         function, bundle = self.function_form, None
         if not self.entrypoint:
-            bundle = bundle_for(self.function)
-            function.pickle, function.bundle_digest = self._pickled(), bundle.digest if bundle else ""
+            function.pickle, bundle = pack(self.function, self.name, self.choice)
+            function.bundle_digest = bundle.digest if bundle else ""
             function.runtime = payloads.runtime_of(function.pickle)
         content = function.SerializeToString(deterministic=True)
         function.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
         return function, bundle
-
-    def _pickled(self) -> bytes:
-        try:
-            return payloads.dump_function(self.function)
-        except Exception as error:
-            raise TaskDefinitionError(
-                f"task {self.name!r} cannot be sent to a worker: {error}. It uses something that cannot be pickled; "
-                "create it inside the function instead"
-            ) from error
 
     @property
     def __lattice__(self) -> dict[str, Any]:
@@ -181,6 +174,8 @@ def task(
     priority: int = 0,
     node_selector: Mapping[str, str] | None = None,
     isolation: str = "none",
+    modules: Sequence[Item] = (),
+    exclude: Sequence[str] = (),
     name: str | None = None,
     **more: float,
 ) -> Callable[[Callable[P, R]], TaskDefinition[P, R]]: ...
@@ -192,6 +187,9 @@ def task(function: Callable[P, R] | None = None, /, **settings: Any) -> Any:
         settings: see `TaskSettings`, plus:
             `inputs` and `outputs`: names; with `inputs` the function takes one `params` dict and returns a dict.
             `resources`, or the same names directly: `cpu`, `gpu`, `cpu_mem` and `gpu_mem` in MiB.
+            `modules`: what is sent with the function besides the modules that it is seen to import: modules by name,
+                files and folders by path, relative to the script's folder.
+            `exclude`: patterns of modules (`pack.tests`) and files (`*.csv`) that are not sent.
             `name`: for people.
 
     Raises:
@@ -208,14 +206,19 @@ def define(
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
     resources: Mapping[str, float] | None = None,
+    modules: Sequence[Item] = (),
+    exclude: Sequence[str] = (),
     name: str | None = None,
     **more: Any,
 ) -> TaskDefinition[P, R]:
     """Return the definition `task` makes."""
     if not callable(function):
         raise TaskDefinitionError(f"a task must be a function, not {type(function).__name__}")
-    label: str = name or str(getattr(function, "__name__", "task"))
+    label: str = name or _name_of(function)
     check_text("the name of a task", label)
+    for setting, patterns in (("modules", modules), ("exclude", exclude)):
+        if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+            raise TaskDefinitionError(f"task {label!r}: {setting} must be a list, not {patterns!r}")
     known = {found.name for found in fields(TaskSettings)}
     settings = TaskSettings(**{key: more.pop(key) for key in list(more) if key in known}).to_proto(label)
     parameters = _parameters(function, label)
@@ -244,7 +247,14 @@ def define(
         may_return_more=found.may_be_more,
         resources=_resources(label, {**(resources or {}), **more}, inspect.iscoroutinefunction(function)),
         settings=settings,
+        choice=Choice(tuple(modules), tuple(exclude)),
     )
+
+
+def _name_of(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _parameters(function: Callable[..., Any], label: str) -> Mapping[str, inspect.Parameter]:

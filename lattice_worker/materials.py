@@ -6,6 +6,8 @@ Rule: a file is in the store whole or not at all.
 import asyncio
 import errno
 import os
+import shutil
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable
 from io import BytesIO
@@ -184,5 +186,16 @@ async def _received(stub: "results_pb2_grpc.ResultsServiceAsyncStub", artifact_i
 
 
 def _unpack(data: bytes, folder: Path) -> None:
-    with zipfile.ZipFile(BytesIO(data)) as archive:
-        archive.extractall(folder)
+    """Unpack a bundle: it appears whole, and one that is there, which tasks may be reading, is left alone."""
+    if folder.is_dir():
+        return
+    aside = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
+    try:
+        with zipfile.ZipFile(BytesIO(data)) as archive:
+            archive.extractall(aside)
+        aside.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # and not because it was unpacked meanwhile
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

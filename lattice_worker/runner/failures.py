@@ -8,9 +8,9 @@ import os
 import traceback
 from typing import Any
 
-import cloudpickle
-
+from lattice_worker.runner import pickler
 from lattice_worker.runner.artifacts import Encoder
+from lattice_worker.runner.functions import shown
 from lattice_worker.runner.text import MESSAGE_CHARACTERS, clipped, message_of, type_name, utf8
 from lattice_worker.runner.values import PayloadError
 
@@ -42,7 +42,7 @@ def failure_of(error: BaseException, encoder: Encoder) -> dict[str, Any]:
         bases = [cls for cls in type(error).__mro__[1:] if cls is not object]
         failure["base_types"] = [type_name(cls) for cls in bases[:MAX_BASES]]
     with contextlib.suppress(BaseException):  # An exception that cannot be pickled is still told in text.
-        pickled = cloudpickle.dumps(BaseException.with_traceback(error, None))
+        pickled = pickler.dumps(BaseException.with_traceback(error, None))
         if len(pickled) <= MAX_EXCEPTION_BYTES:
             encoder.blobs.append(pickled)
             failure["exception"] = len(encoder.blobs) - 1
@@ -62,6 +62,8 @@ def _traceback(error: BaseException) -> str:
         kept = [frame for frame in found.stack if not frame.filename.startswith(HERE)]
         if len(kept) > MAX_FRAMES:
             kept = [*kept[: MAX_FRAMES // 2], *kept[-MAX_FRAMES // 2 :]]
+        for frame in kept:
+            frame.filename = shown(frame.filename)
         found.stack[:] = kept
         _clip(found)
         pending += [other for other in (found.__cause__, found.__context__, *(found.exceptions or ())) if other]

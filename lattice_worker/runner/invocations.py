@@ -5,15 +5,17 @@ Rule: whatever user code does, the answer travels on the control socket and neve
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lattice_worker.runner.artifacts import Encoder, open_artifact
+from lattice_worker.runner.calls import columns, takes_params_alone
 from lattice_worker.runner.failures import failure_of
 from lattice_worker.runner.frames import MAX_FRAME_BYTES, Channel
-from lattice_worker.runner.functions import columns, load_code, takes_params_alone
+from lattice_worker.runner.functions import Loaded, load
 from lattice_worker.runner.memory import memory_limit
 from lattice_worker.runner.output import Output
 from lattice_worker.runner.reset import Baseline
@@ -32,7 +34,7 @@ class Program:
         self._channel = channel
         self._baseline = baseline
         self._definitions: dict[str, tuple[dict[str, Any], bytes]] = {}
-        self._callables: dict[str, Callable[..., Any]] = {}
+        self._loaded: dict[str, Loaded] = {}
 
     def define(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         """Remember a function; it is loaded when first called."""
@@ -57,7 +59,8 @@ class Program:
     @contextlib.contextmanager
     def _outcome(self, output: Output) -> Iterator["Outcome"]:
         """Turn whatever the block does into an outcome."""
-        outcome = Outcome(output.header, self._return_style(output.header), self._channel)
+        explain = functools.partial(self._explain, output.header)
+        outcome = Outcome(output.header, self._return_style(output.header), self._channel, explain)
         try:
             with memory_limit(output.header["memory_limit"]):
                 yield outcome
@@ -67,24 +70,20 @@ class Program:
     def _return_style(self, header: dict[str, Any]) -> str:
         return str(self._definitions[header["digest"]][0]["return_style"])
 
+    def _explain(self, header: dict[str, Any], error: BaseException) -> None:
+        if (loaded := self._loaded.get(header["digest"])) is not None:
+            loaded.enter()
+            loaded.explain(error)
+
     def _load(self, digest: str) -> Callable[..., Any]:
-        if digest in self._callables:
-            return self._callables[digest]
-        definition, blob = self._definitions[digest]
-        try:
-            function = load_code(definition, blob)
-        except MemoryError:
-            raise
-        except BaseException as error:
-            text = f"the function {definition['name']!r} cannot be loaded here: "
-            text += f"{type_name(type(error))}: {message_of(error)}"
-            if isinstance(error, ModuleNotFoundError):
-                text += "; install the module where the worker runs"
-            raise PayloadError(text) from error
-        self._callables[digest] = function
-        # What modules set up when they are imported stays: they are not imported again.
-        self._baseline.capture()
-        return function
+        if digest not in self._loaded:
+            self._loaded[digest] = load(*self._definitions[digest])
+            # What modules set up when they are imported stays: they are not imported again.
+            self._baseline.capture()
+        loaded = self._loaded[digest]
+        loaded.enter()
+        self._baseline.main = loaded.main
+        return loaded.function
 
     def _call(self, header: dict[str, Any], blobs: list[bytes]) -> Any:
         function = self._load(header["digest"])
@@ -110,9 +109,12 @@ class Program:
 class Outcome:
     """What an invocation answers: built from what its function returns or raises."""
 
-    def __init__(self, header: dict[str, Any], return_style: str, channel: Channel) -> None:
+    def __init__(
+        self, header: dict[str, Any], return_style: str, channel: Channel, explain: Callable[[BaseException], None]
+    ) -> None:
         self._header = header
         self._return_style = return_style
+        self._explain = explain
         self._channel = channel
         self._encoder = Encoder(header)
         self._started = time.perf_counter()
@@ -130,6 +132,8 @@ class Outcome:
     def _describe(self, error: BaseException) -> dict[str, Any]:
         # The error's own methods are called, and may never return: the agent gives them a second.
         self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": False})
+        with contextlib.suppress(BaseException):
+            self._explain(error)
         failure = failure_of(error, self._encoder)
         self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": True})
         return failure

@@ -41,7 +41,7 @@ class Baseline:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._main: ModuleType = sys.modules["__main__"]
+        self.main: ModuleType = sys.modules["__main__"]
         # Above the descriptors that programs count on; not inherited.
         self._streams = [os.dup(descriptor) for descriptor in range(3)]
         self._handlers: list[Any] = []
@@ -101,7 +101,7 @@ class Baseline:
         return ""
 
     def _unfit(self) -> str:
-        if sys.modules.get("__main__") is not self._main:
+        if sys.modules.get("__main__") is not self.main:
             return "the module __main__ was replaced"
         for thread in threading.enumerate():
             if not thread.daemon and thread not in self._threads:

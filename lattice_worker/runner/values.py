@@ -10,7 +10,7 @@ import pickle
 import struct
 from typing import Any
 
-import cloudpickle
+from lattice_worker.runner import pickler
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -95,7 +95,7 @@ def encode_value(value: Any) -> tuple[str, list[Any]]:
     if type(value) is bytes:
         return BYTES, [value]
     buffers: list[pickle.PickleBuffer] = []
-    stream = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    stream = pickler.dumps(value, buffers.append)
     return (PICKLE5, _layout(stream, buffers)) if buffers else (CLOUDPICKLE, [stream])
 
 
@@ -105,15 +105,15 @@ def encode_around(value: Any, kind: type) -> tuple[list[Any], list[Any]]:
     A part that stands in several places is returned once.
     """
     stream = io.BytesIO()
-    pickler = _Around(stream, kind)
-    pickler.dump(value)
-    return _layout(stream.getbuffer(), pickler.buffers), [item for _, item in pickler.found.values()]
+    around = _Around(stream, kind)
+    around.dump(value)
+    return _layout(stream.getbuffer(), around.buffers), [item for _, item in around.found.values()]
 
 
-class _Around(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+class _Around(pickler.Pickler):
     def __init__(self, stream: io.BytesIO, kind: type) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
-        super().__init__(stream, protocol=5, buffer_callback=self.buffers.append)
+        super().__init__(stream, self.buffers.append)
         # By identity: each with its position, and kept so that no other one comes to have that identity.
         self.found: dict[int, tuple[int, Any]] = {}
         self._kind = kind

@@ -13,7 +13,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, run_pb2, workflow_pb2, workflow_pb2_grpc
 
-from lattice_client import AsyncLatticeClient, InternalError, UnavailableError, task
+from lattice_client import AsyncLatticeClient, AsyncRun, InternalError, UnavailableError, task
 
 LARGE = b"x" * 1_000_000
 
@@ -124,7 +124,7 @@ def test_tasks_are_added_once_and_other_calls_are_repeated() -> None:
     async def scenario(client: AsyncLatticeClient, server: Server) -> None:
         workflow = client.create_workflow()
         with pytest.raises(UnavailableError):
-            await client.add_tasks("r", [workflow.add_task(size, {"data": b""})])
+            await AsyncRun.of("r", client).add_tasks([workflow.add_task(size, {"data": b""})])
         assert await client.list_runs() == []
         assert server.calls == {"AddTasks": 1, "ListRuns": 2}
 

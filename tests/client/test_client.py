@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 import lattice_client
 from lattice_client import LangGraphClient, LatticeClient, Run, TaskFailedError, UnavailableError, errors, task
-from lattice_client.bundle import bundle_for
+from lattice_client.code import pack
 
 PUBLIC = [
     "AbortedError",
@@ -101,11 +101,11 @@ def project(folder: Path, files: dict[str, str]) -> None:
 
 SCRIPT = """
 import sys
-from lattice_client.bundle import bundle_for
+from lattice_client import code
 {imports}
 def work():
     pass
-bundle = bundle_for({function})
+_, bundle = code.pack({function})
 sys.stdout.buffer.write(bundle.zip if bundle else b"")
 """
 
@@ -128,7 +128,7 @@ sys.stdout.buffer.write(bundle.zip if bundle else b"")
             "pack.sub.deep.f",
             "pack/__init__.py pack/sub/__init__.py pack/sub/deep.py",
         ),
-        ({"bad.py": "this is no Python"}, "if 0: import bad", "work", "bad.py"),
+        ({"bad.py": "this is no Python"}, "if not sys: import bad", "work", "bad.py"),
     ],
     ids=["nothing", "two files", "package", "in a module", "in a package", "unreadable"],
 )
@@ -154,7 +154,7 @@ def test_a_bundle_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
 def test_a_bundle_has_what_was_edited_since_the_last_one(tmp_path: Path) -> None:
     edit = "work()\nopen(low.__file__, 'w').write('import extra')\nopen(low.__file__[:-6] + 'extra.py', 'w').close()"
     body = SCRIPT.format(imports="import low", function="work").replace(
-        "bundle =", f"bundle_for(work)\n{edit}\nbundle ="
+        "_, bundle =", f"code.pack(work)\n{edit}\n_, bundle ="
     )
     project(tmp_path, {"low.py": "", "script.py": body})
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, check=True, cwd="/")
@@ -172,7 +172,7 @@ def test_a_plain_function_is_one_definition_however_often_it_is_added(client: La
 
 
 def test_an_installed_function_needs_no_bundle() -> None:
-    assert bundle_for(zipfile.is_zipfile) is None
+    assert pack(zipfile.is_zipfile)[1] is None
 
 
 @task

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_client import entrypoint, payloads, task
+from lattice_client.code import pack
 from lattice_worker.runner import values
 
 plain = st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.floats() | st.text()
@@ -183,8 +184,8 @@ def test_an_unknown_encoding_comes_back_as_bytes() -> None:
 
 def test_code_needs_its_own_version_of_python_and_a_name_none() -> None:
     here = f"python {sys.version_info.major}.{sys.version_info.minor}"
-    assert payloads.runtime_of(payloads.dump_function(statistics.mean)) == ""
+    assert payloads.runtime_of(pack(statistics.mean)[0]) == ""
     for code in (lambda: 1, functools.partial(statistics.mean, key=lambda: 1), type("Local", (), {})):
-        assert payloads.runtime_of(payloads.dump_function(code)) == here
+        assert payloads.runtime_of(pack(code)[0]) == here
     assert task(lambda: 1).code[0].runtime == here
     assert task(statistics.mean).code[0].runtime == entrypoint("statistics:mean").code[0].runtime == ""

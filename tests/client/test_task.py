@@ -315,5 +315,5 @@ def test_a_function_that_cannot_travel_is_found_before_anything_is_sent(workflow
 
     lock = threading.Lock()
     workflow.add_task(lambda: lock.locked() or None)
-    with pytest.raises(TaskDefinitionError, match=r"cannot be sent to a worker.*create it inside the function"):
+    with pytest.raises(TaskDefinitionError, match=r"'lock' .*cannot be pickled; create it inside the function"):
         workflow.run()

@@ -1,6 +1,7 @@
 """What attempts need before they start: whole or not there, fetched once, and tried again only where that may help."""
 
 import asyncio
+import os
 import zipfile
 from collections.abc import AsyncIterator, Callable, Coroutine
 from io import BytesIO
@@ -235,6 +236,46 @@ def test_nothing_starts_with_code_that_cannot_be_unpacked(tmp_path: Path) -> Non
             (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
             with pytest.raises(zipfile.BadZipFile):
                 await wait
+
+    play(scenario)
+
+
+def test_code_that_is_there_is_left_alone_when_it_comes_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        found = Scene(tmp_path).materials
+        folder = Path(found.bundle_path(DIGEST))
+        # Twice at once, and again later, as after each reconnect.
+        waits = []
+        for _ in range(2):
+            found.learn([bundle(zipped())])
+            waits += found.missing(DIGEST, worker_pb2.Assignment(), {})
+        await asyncio.gather(*waits)
+        file = os.stat(folder / "module.py")
+        found.learn([bundle(zipped())])
+        await asyncio.gather(*found.missing(DIGEST, worker_pb2.Assignment(), {}))
+        assert os.stat(folder / "module.py").st_ino == file.st_ino
+        assert names(folder.parent) == {folder.name}
+
+    play(scenario)
+
+
+def test_code_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    data = BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("first.py", "x = 1")
+        archive.writestr("second.py", "y = 'to be damaged'")
+    damaged = data.getvalue().replace(b"to be damaged", b"damaged since")
+
+    async def scenario() -> None:
+        found = Scene(tmp_path).materials
+        found.learn([bundle(damaged)])
+        (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
+        with pytest.raises(zipfile.BadZipFile):
+            await wait
+        assert names(tmp_path / "bundles") == set()
+        found.learn([bundle(data.getvalue())])
+        await asyncio.gather(*found.missing(DIGEST, worker_pb2.Assignment(), {}))
+        assert names(Path(found.bundle_path(DIGEST))) == {"first.py", "second.py"}
 
     play(scenario)
 

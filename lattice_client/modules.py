@@ -1,0 +1,159 @@
+"""Owns finding a module's files as this process would import it. Rule: what is installed is left where it is.
+
+A module is found in `sys.modules`, and by the finders of `sys.path` if it is not imported yet; its files may lie in
+folders and in zip archives.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+from lattice_client.errors import TaskDefinitionError
+
+# Workers have these, and make the script's own module themselves.
+NEVER_SENT = frozenset({"lattice", "lattice_client", "lattice_server", "lattice_worker", "__main__", "__mp_main__"})
+PATHS = ("stdlib", "platstdlib", "purelib", "platlib")
+INSTALLED = tuple({f"{os.path.realpath(path)}{os.sep}" for name in PATHS if (path := sysconfig.get_path(name))})
+INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
+# Folders of tools: caches, environments, versions.
+IGNORED_FOLDERS = frozenset({"__pycache__", "node_modules"})
+MAX_FILES = 10_000
+INSTALLED_REASON = "is installed on the client, so it is expected on the worker; install it there"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file on disk, or a member of a zip archive; another time and size is another file."""
+
+    path: str
+    member: str
+    changed_ns: int
+    size: int
+
+    def read(self) -> bytes:
+        """Return what is in it. Raises OSError."""
+        if not self.member:
+            return Path(self.path).read_bytes()
+        with zipfile.ZipFile(self.path) as archive:
+            return archive.read(self.member)
+
+
+def files_of(name: str, *, is_named: bool = False) -> dict[str, File] | str:
+    """Return the files of a top-level module by their names below an entry of `sys.path`, or why it is left out; no
+    reason when every Python has it or none is found. What the user named is taken from installations too."""
+    module = sys.modules.get(name)
+    spec: ModuleSpec | None = getattr(module, "__spec__", None)
+    if module is None:
+        spec = _spec(name)
+    if name in NEVER_SENT or (spec is not None and spec.origin in {"built-in", "frozen"}):
+        return ""
+    folders = list(getattr(module, "__path__", None) or (spec and spec.submodule_search_locations) or ())
+    origin = getattr(module, "__file__", None) or (spec and spec.origin)
+    if not folders and not origin:
+        return ""
+    own = [folder for folder in folders if is_named or not is_installed(folder)]
+    if not is_named and (is_installed(origin) if origin else not own):
+        return "" if name in sys.stdlib_module_names else INSTALLED_REASON
+    found = {f"{name}/{below}": file for folder in own for below, file in tree(folder)}
+    if not folders and origin:
+        suffix = ".py" if origin.endswith(".py") else os.path.basename(origin).removeprefix(name)
+        found = {f"{name}{suffix}": file for _, file in tree(origin)}
+    # A folder without any code is a module to Python as well.
+    return found if any(map(is_code, found)) else ""
+
+
+def is_code(name: str) -> bool:
+    """Whether a file of that name is a module."""
+    return name.endswith((".py", ".so", ".pyd"))
+
+
+@functools.lru_cache(maxsize=4096)
+def is_installed(path: str) -> bool:
+    """Whether a file belongs to an installation of Python."""
+    return os.path.realpath(path).startswith(INSTALLED) or not INSTALLED_FOLDERS.isdisjoint(Path(path).parts)
+
+
+def tree(path: str) -> Iterator[tuple[str, File]]:
+    """Yield the files at and below a path, each with its path below it. Raises TaskDefinitionError over 10,000."""
+    archive, inside = _archive(path)
+    found = _members(archive, inside) if archive else _below(path)
+    for count, (name, file) in enumerate(found):
+        if count == MAX_FILES:
+            text = f"{path} holds over {MAX_FILES} files, too many to send"
+            raise TaskDefinitionError(f"{text}; leave it out with exclude=[...], or install it where the workers run")
+        yield name, file
+
+
+def file_of_script() -> File | None:
+    """Return the file of the script; None where it has none, or is an installed program."""
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    if path is None or is_installed(path):
+        return None
+    return dict(tree(os.path.abspath(path))).get("")
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except Exception:  # finders are anybody's code
+        return None
+
+
+def _state(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def _below(path: str) -> Iterator[tuple[str, File]]:
+    if (state := _state(path)) is not None and os.path.isfile(path):
+        yield "", File(path, "", state.st_mtime_ns, state.st_size)
+        return
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # by a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(f for f in folders if _is_wanted(f) and not os.path.exists(f"{folder}/{f}/pyvenv.cfg"))
+        for name in sorted(filter(_is_wanted, names)):
+            full = os.path.join(folder, name)
+            if os.path.isfile(full) and (state := _state(full)) is not None:
+                yield os.path.relpath(full, path), File(full, "", state.st_mtime_ns, state.st_size)
+
+
+def _is_wanted(name: str) -> bool:
+    return not name.startswith(".") and name not in IGNORED_FOLDERS and not name.endswith((".pyc", ".pyo"))
+
+
+def _archive(path: str) -> tuple[str, str]:
+    """Return the zip archive that a path leads into, and the path inside it."""
+    if os.path.exists(path):
+        return "", ""
+    for parent in map(str, Path(path).parents):
+        if os.path.isfile(parent):
+            return (parent, path[len(parent) + 1 :]) if zipfile.is_zipfile(parent) else ("", "")
+    return "", ""
+
+
+def _members(archive: str, inside: str) -> Iterator[tuple[str, File]]:
+    changed_ns = os.stat(archive).st_mtime_ns
+    for name, size in _index(archive, changed_ns):
+        below = "" if name == inside else name.removeprefix(f"{inside}/")
+        if below != name and all(map(_is_wanted, below.split("/"))):
+            yield below, File(archive, name, changed_ns, size)
+
+
+@functools.lru_cache(maxsize=16)
+def _index(archive: str, changed_ns: int) -> list[tuple[str, int]]:
+    with zipfile.ZipFile(archive) as opened:
+        return sorted((info.filename, info.file_size) for info in opened.infolist() if not info.is_dir())

@@ -1,0 +1,170 @@
+"""Programs whose tasks run on real workers: what they bring, what a task sees of its script, and what errors show."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import zipapp
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+HELPER = "def double(x):\n    return 2 * x\n"
+SCRIPT = """
+from lattice_client import LatticeClient, task
+from helper import double
+
+@task
+def work(x: int) -> int:
+    return double(x)
+
+if __name__ == "__main__":
+    with LatticeClient() as client:
+        print(client.run_task(work, {"x": 4}))
+"""
+
+
+def run(
+    address: str, folder: Path, files: Mapping[str, str], *command: str, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Write a project, and run a program of it against the server."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(textwrap.dedent(text))
+    if "app.pyz" in command:
+        zipapp.create_archive(folder / "app", folder / "app.pyz")
+    environment = {**os.environ, "LATTICE_TARGET": address}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        cwd=folder,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+PROGRAMS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "a module run by name": (
+        ["-m", "pack.main"],
+        {
+            "pack/main.py": SCRIPT.replace("from helper", "from .helper"),
+            "pack/helper.py": HELPER,
+            "pack/__init__.py": "",
+        },
+    ),
+    "standard input": (["-"], {"helper.py": HELPER}),
+    "a zip application": (["app.pyz"], {"app/__main__.py": SCRIPT, "app/helper.py": HELPER}),
+    "a module that shadows the standard library": (
+        ["script.py"],
+        {"script.py": SCRIPT.replace("from helper", "from secrets"), "secrets.py": HELPER},
+    ),
+    "a namespace package": (
+        ["script.py"],
+        {"script.py": SCRIPT.replace("from helper", "from deep.er.helper"), "deep/er/helper.py": HELPER},
+    ),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_brings_its_modules(address: str, tmp_path: Path, program: str) -> None:
+    command, files = PROGRAMS[program]
+    done = run(address, tmp_path, files, *command, stdin=SCRIPT if command == ["-"] else None)
+    assert done.stdout == "{'result': 8}\n", done.stderr
+
+
+def test_a_task_sees_its_script_as_main(address: str, tmp_path: Path) -> None:
+    script = """
+        from __future__ import annotations
+        import asyncio, dataclasses, multiprocessing, pickle, typing
+        from concurrent.futures import ProcessPoolExecutor
+        from lattice_client import LatticeClient, task
+
+        @dataclasses.dataclass
+        class Leg:
+            stop: str
+
+        @dataclasses.dataclass
+        class Trip:
+            legs: list[Leg]
+
+        def square(trip):
+            return Trip([Leg(leg.stop * 2) for leg in trip.legs])
+
+        @task
+        def hints() -> list:
+            return sorted(typing.get_type_hints(Trip))
+
+        @task
+        def pooled(method: str) -> str:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
+                return list(pool.map(square, [Trip([Leg("a")])]))[0].legs[0].stop
+
+        @task
+        async def pickled() -> bool:
+            await asyncio.sleep(0)
+            return pickle.loads(pickle.dumps(Trip([]))) == Trip([])
+
+        with LatticeClient() as client:
+            print(client.run_task(hints, {}), client.run_task(pickled, {}))
+            for method in ("fork", "spawn", "forkserver", "spawn"):
+                print(client.run_task(pooled, {"method": method}))
+            print(client.run_task(hints, {}))
+    """
+    done = run(address, tmp_path, {"script.py": script}, "script.py")
+    pooled = "{'result': 'aa'}\n" * 4
+    assert done.stdout == f"{{'result': ['legs']}} {{'result': True}}\n{pooled}{{'result': ['legs']}}\n", done.stderr
+
+
+def test_scripts_whose_tasks_share_a_process_do_not_mix(address: str, tmp_path: Path) -> None:
+    script = """
+        import pickle
+        from lattice_client import LatticeClient, task
+
+        class Value:
+            number = NUMBER
+
+        @task
+        def work() -> tuple:
+            import __main__
+            return __main__.Value.number, pickle.loads(pickle.dumps(Value())).number, type(Value()) is __main__.Value
+
+        with LatticeClient() as client:
+            print(client.run_task(work, {})["result"])
+    """
+    for number in (1, 2, 1, 2):
+        done = run(address, tmp_path, {"script.py": script.replace("NUMBER", str(number))}, "script.py")
+        assert done.stdout == f"({number}, {number}, True)\n", done.stderr
+
+
+FAILING = """
+import helper
+from lattice_client import LatticeClient, task
+
+@task{options}
+def work() -> int:
+    return helper.fail()  # the task
+
+with LatticeClient() as client:
+    client.run_task(work, {{}})
+"""
+
+
+def test_an_error_shows_file_line_and_source_of_script_and_helper(address: str, tmp_path: Path) -> None:
+    files = {"script.py": FAILING.format(options=""), "helper.py": "def fail():\n    raise ValueError('no')\n"}
+    done = run(address, tmp_path, files, "script.py")
+    assert f'  File "{tmp_path}/script.py", line 7, in work\n    return helper.fail()  # the task\n' in done.stderr
+    assert "  File \"helper.py\", line 2, in fail\n    raise ValueError('no')\n" in done.stderr
+
+
+def test_an_error_says_why_a_module_was_not_sent(address: str, tmp_path: Path) -> None:
+    files = {"script.py": FAILING.format(options="(exclude=['helper'])"), "helper.py": "def fail(): ...\n"}
+    done = run(address, tmp_path, files, "script.py")
+    assert "module 'helper' is left out by exclude=['helper']" in done.stderr
+    files["helper.py"] = "def fail():\n    import helper_of_helper\n"
+    files["script.py"] = FAILING.format(options="")
+    done = run(address, tmp_path, files, "script.py")
+    assert "module 'helper_of_helper' was not among the imports that the client found" in done.stderr
