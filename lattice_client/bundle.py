@@ -180,7 +180,9 @@ def _zip(files: tuple[tuple[str, File], ...]) -> task_pb2.CodeBundle:
             archive.writestr(zipfile.ZipInfo(name, EPOCH), file.read(), zipfile.ZIP_DEFLATED)
     data = buffer.getvalue()
     bundle = task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", zip=data)
-    _files[bundle.digest] = tuple((file.path, file.changed_ns, file.size) for _, file in files if not file.member)
+    # Of an archive its own size: its members change with it.
+    sizes = {file.path: os.path.getsize(file.path) if file.member else file.size for _, file in files}
+    _files[bundle.digest] = tuple({(file.path, file.changed_ns, sizes[file.path]) for _, file in files})
     return bundle
 
 

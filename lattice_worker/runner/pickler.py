@@ -115,8 +115,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def __init__(self, file: Any, buffer_callback: Callable[[Any], Any] | None = None) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffer_callback)
-        # In a child of `multiprocessing`, the script is a module of that name.
-        if (script := sys.modules.get("__mp_main__")) is not None:
+        # In a child of `multiprocessing` the script is a module of that name; elsewhere the name is an alias.
+        if (script := sys.modules.get("__mp_main__")) is not None and script.__name__ == "__mp_main__":
             cloudpickle.register_pickle_by_value(script)
 
     def reducer_override(self, obj: Any) -> Any:

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import importlib
 import os
 import pickle
 import subprocess
 import sys
 import timeit
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,3 +298,30 @@ def test_a_run_uses_what_the_globals_are_when_it_starts(client: LatticeClient, s
     script["LIMIT"] = 10
     assert client.run_task(definition, {}) == {"result": [11]}
     assert plain.run().result(60) == {"result": 10}
+
+
+def test_packing_a_task_registers_no_module_when_multiprocessing_is_imported() -> None:
+    script = (
+        "import multiprocessing, cloudpickle\nfrom lattice_client import task\n@task\ndef f(): pass\nf.code\n"
+        "print(cloudpickle.list_registry_pickle_by_value())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_code_is_sent_again_when_a_module_in_an_archive_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "own.zip"
+
+    def write(number: int) -> None:
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("archived_helper.py", f"def f():\n    return {number}\n")
+
+    write(1)
+    monkeypatch.syspath_prepend(str(archive))
+    definition = task(importlib.import_module("archived_helper").f)
+    before = definition.code[0].digest
+    assert definition.code[0].digest == before
+    write(1000)
+    assert definition.code[0].digest != before
