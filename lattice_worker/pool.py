@@ -18,10 +18,10 @@ class Pool:
     """Runners. Process runners run one invocation at a time, async runners any number. `spares` is how many unused
     processes are kept ready; at most twice as many used ones are kept besides."""
 
-    def __init__(self, spares: int, drafts: Drafts) -> None:
+    def __init__(self, spares: int, drafts: Drafts, zygotes: Zygotes | None = None) -> None:
         self._wanted = spares
         self._drafts = drafts
-        self._zygotes = Zygotes()
+        self._zygotes = zygotes or Zygotes()
         self._spares: list[Runner] = []
         self._idle: dict[Runner, None] = {}  # Used longest ago first.
         self._by_key: dict[Key, list[Runner]] = {}

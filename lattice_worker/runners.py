@@ -246,26 +246,27 @@ class Runner:
                 raise ValueError(f"{kind!r} is no kind of frame")
 
     def _answer(self, invocation: Invocation, header: dict[str, Any], blobs: list[bytes]) -> None:
+        # Whatever is wrong with an answer shows while the invocation still runs, so that it ends with the process.
         made = [str(name) for name in header["made"]]
-        has_raw = bool(header["has_raw"])
-        if has_raw:
+        header["made"] = made
+        if header["has_raw"]:
             # The process waits, so what there is to read is all of this invocation's.
             self._raw.read()
             self._control.send({"kind": "drained"})
+        if invocation.ending:
+            self._drafts.delete(self.folder, made)
+            header, blobs = invocation.ending, []
+        else:
+            try:
+                self._drafts.publish(self.folder, made)
+            except OSError as error:
+                text = f"a large value could not be put into the store of this node: {error}"
+                header, blobs = _failed("resources", text), []
         self._time_description(invocation, is_over=True)
         del self.running[invocation.name]
         if not self.running and not self.ahead:
             self._on_idle(self)
-        if invocation.ending:
-            self._drafts.delete(self.folder, made)
-            invocation.on_end(invocation.ending, [])
-            return
-        try:
-            self._drafts.publish(self.folder, made)
-        except OSError as error:
-            text = f"a large value could not be put into the store of this node: {error}"
-            header, blobs = _failed("resources", text), []
-        invocation.on_end(header | {"made": made}, blobs)
+        invocation.on_end(header, blobs)
 
     def _time_description(self, invocation: Invocation, *, is_over: bool) -> None:
         """Bound the time in which the process describes an error: that calls methods of the error itself."""
