@@ -46,6 +46,7 @@ class TaskDefinition(Generic[P, R]):
     entrypoint: str = ""
     may_return_more: bool = False
     choice: Choice = field(default_factory=Choice)
+    has_fresh_process: bool = False
     _packed: tuple[Snapshot, task_pb2.Function, task_pb2.CodeBundle | None] | None = field(
         default=None, init=False, repr=False
     )
@@ -80,12 +81,18 @@ class TaskDefinition(Generic[P, R]):
         return inspect.iscoroutinefunction(self.function)
 
     @property
+    def _concurrency(self) -> task_pb2.Concurrency.ValueType:
+        if self.has_fresh_process:
+            return task_pb2.CONCURRENCY_FRESH_PROCESS
+        return task_pb2.CONCURRENCY_ASYNC if self.is_async else task_pb2.CONCURRENCY_PROCESS
+
+    @property
     def function_form(self) -> task_pb2.Function:
         """All about the function but its code; where workers have that, its name."""
         form = task_pb2.Function(
             call_style=self.call_style,
             return_style=self.return_style,
-            concurrency=task_pb2.CONCURRENCY_ASYNC if self.is_async else task_pb2.CONCURRENCY_PROCESS,
+            concurrency=self._concurrency,
             display_name=self.name,
         )
         if self.entrypoint:
@@ -176,6 +183,7 @@ def task(
     isolation: str = "none",
     modules: Sequence[Item] = (),
     exclude: Sequence[str] = (),
+    fresh_process: bool = False,
     name: str | None = None,
     **more: float,
 ) -> Callable[[Callable[P, R]], TaskDefinition[P, R]]: ...
@@ -190,6 +198,7 @@ def task(function: Callable[P, R] | None = None, /, **settings: Any) -> Any:
             `modules`: what is sent with the function besides the modules that it is seen to import: modules by name,
                 files and folders by path, relative to the script's folder.
             `exclude`: patterns of modules (`pack.tests`) and files (`*.csv`) that are not sent.
+            `fresh_process`: each attempt has a new process, which is used once; a coroutine function too.
             `name`: for people.
 
     Raises:
@@ -208,6 +217,7 @@ def define(
     resources: Mapping[str, float] | None = None,
     modules: Sequence[Item] = (),
     exclude: Sequence[str] = (),
+    fresh_process: bool = False,
     name: str | None = None,
     **more: Any,
 ) -> TaskDefinition[P, R]:
@@ -219,6 +229,8 @@ def define(
     for setting, patterns in (("modules", modules), ("exclude", exclude)):
         if isinstance(patterns, str) or not isinstance(patterns, Sequence):
             raise TaskDefinitionError(f"task {label!r}: {setting} must be a list, not {patterns!r}")
+    if not isinstance(fresh_process, bool):
+        raise TaskDefinitionError(f"task {label!r}: fresh_process must be True or False, not {fresh_process!r}")
     known = {found.name for found in fields(TaskSettings)}
     settings = TaskSettings(**{key: more.pop(key) for key in list(more) if key in known}).to_proto(label)
     parameters = _parameters(function, label)
@@ -248,6 +260,7 @@ def define(
         resources=_resources(label, {**(resources or {}), **more}, inspect.iscoroutinefunction(function)),
         settings=settings,
         choice=Choice(tuple(modules), tuple(exclude)),
+        has_fresh_process=fresh_process,
     )
 
 

@@ -1,0 +1,355 @@
+"""What tasks do to their processes: it ends with them, and neither the next task nor a neighbour notices."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lattice_client import LatticeClient, TaskFailedError, task
+
+
+def state() -> tuple[Any, ...]:
+    """Return what docs/tasks.md says is put back."""
+    import locale
+    import logging
+    import resource
+    import warnings
+
+    return (
+        os.getpid(),
+        os.getcwd(),
+        dict(os.environ),
+        os.umask(0o22),
+        signal.getitimer(signal.ITIMER_REAL),
+        [str(signal.getsignal(number)) for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGUSR1)],
+        sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        type(sys.stdout).__name__,
+        os.fstat(1).st_ino,
+        warnings.filters[0],
+        sys.getrecursionlimit(),
+        locale.setlocale(locale.LC_ALL),
+        (logging.root.level, len(logging.root.handlers), logging.root.manager.disable),
+        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        sys.gettrace() is None,
+    )
+
+
+def disturb() -> int:
+    """Change all of it."""
+    import gc
+    import locale
+    import logging
+    import resource
+    import tempfile
+    import warnings
+
+    folder = tempfile.mkdtemp()
+    os.chdir(folder)
+    os.rmdir(folder)
+    os.environ["LEFT"] = "behind"
+    os.environ.pop("PATH", None)
+    os.umask(0o777)
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(9))
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.alarm(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    warnings.simplefilter("error")
+    sys.setrecursionlimit(5000)
+    locale.setlocale(locale.LC_ALL, "C.UTF-8")
+    logging.disable(logging.CRITICAL)
+    logging.root.setLevel(logging.DEBUG)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    gc.disable()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # left open, as careless code does
+    sys.settrace(lambda *_: None)
+    return os.getpid()
+
+
+def in_one_process(client: LatticeClient, *functions: Callable[[], Any]) -> list[Any]:
+    """Run functions one after the other until all of them ran in one process; the pid is part of their result."""
+    for _ in range(20):
+        results = [client.run_task(function, {})["result"] for function in functions]
+        pids = [result[0] if isinstance(result, tuple | list) else result for result in results]
+        if len(set(pids)) == 1:
+            return results
+    raise AssertionError("the functions never shared a process")
+
+
+def test_a_process_is_put_back_when_a_task_changed_it(client: LatticeClient) -> None:
+    before, _, after = in_one_process(client, state, disturb, state)
+    assert after == before
+
+
+def test_a_process_lives_on_when_the_alarm_of_a_task_is_due(client: LatticeClient) -> None:
+    def arm() -> int:
+        signal.alarm(1)
+        return os.getpid()
+
+    def later() -> int:
+        time.sleep(1.2)
+        return os.getpid()
+
+    in_one_process(client, arm, later)
+
+
+def test_random_numbers_differ_when_a_task_seeds_them(client: LatticeClient) -> None:
+    def draw(seed: bool) -> float:
+        if seed:
+            random.seed(5)
+        return random.random()
+
+    workflow = client.create_workflow()
+    for number in range(500):
+        workflow.add_task(draw, {"seed": number % 50 == 0})
+    results = [outputs["result"] for outputs in workflow.run().result().values()]
+    others = [value for number, value in enumerate(results) if number % 50]
+    assert len(set(others)) == len(others)
+
+
+def test_children_are_ended_when_their_task_has_ended(client: LatticeClient) -> None:
+    def leave() -> list[int]:
+        plain = subprocess.Popen(["sleep", "600"])
+        own = subprocess.Popen(["env", "-i", "setsid", "/bin/sleep", "600"])
+        return [os.getpid(), plain.pid, own.pid]
+
+    def look(pids: list[int]) -> list[int]:
+        return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+    _, *children = client.run_task(leave, {})["result"]
+    deadline = time.monotonic() + 30
+    while client.run_task(look, {"pids": children})["result"] and time.monotonic() < deadline:
+        pass
+    assert client.run_task(look, {"pids": children})["result"] == []
+
+
+def test_a_process_is_not_used_again_when_a_thread_of_the_task_still_runs(client: LatticeClient) -> None:
+    def leave() -> int:
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        return os.getpid()
+
+    used = {client.run_task(leave, {})["result"] for _ in range(3)}
+    assert len(used) == 3
+    assert client.run_task(state, {})["result"][0] not in used
+
+
+def test_a_process_is_new_when_a_fresh_one_is_asked_for(client: LatticeClient) -> None:
+    @task(fresh_process=True)
+    def plain() -> int:
+        return os.getpid()
+
+    @task(fresh_process=True)
+    async def waits() -> int:
+        await asyncio.sleep(0)
+        return os.getpid()
+
+    pids = [client.run_task(function, {})["result"] for function in (plain, plain, waits, waits)]
+    assert len(set(pids)) == 4
+
+
+def test_two_tenants_never_share_a_process(address: str) -> None:
+    def pid() -> int:
+        return os.getpid()
+
+    seen: dict[str, set[int]] = {"a": set(), "b": set()}
+    with LatticeClient(address, tenant="a") as one, LatticeClient(address, tenant="b") as other:
+        for _ in range(30):
+            seen["a"].add(one.run_task(pid, {})["result"])
+            seen["b"].add(other.run_task(pid, {})["result"])
+    assert not seen["a"] & seen["b"]
+
+
+class Silent(Exception):
+    """An error without a text."""
+
+    def __str__(self) -> str:
+        return self.detail  # type: ignore[attr-defined, no-any-return]
+
+
+class Endless(Exception):
+    """An error whose text never comes."""
+
+    def __str__(self) -> str:
+        while self.args is not None:
+            pass
+        return ""
+
+
+def odd(what: str) -> None:
+    """End in an odd way."""
+    match what:
+        case "surrogate":
+            raise ValueError("cut \ud83d")
+        case "silent":
+            raise Silent
+        case "endless":
+            raise Endless
+        case "cancelled":
+            raise asyncio.CancelledError
+        case "large":
+            raise ValueError("x" * 50_000_000)
+        case "exec":
+            os.execvp("sleep", ["sleep", "600"])
+        case "closes":
+            os.closerange(0, 100)
+        case "garbage":
+            for descriptor in range(3, 20):
+                try:
+                    os.write(descriptor, b"garbage" * 10)
+                except OSError:
+                    continue
+        case _:
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
+
+
+KINDS = {
+    "surrogate": "USER_ERROR",
+    "silent": "USER_ERROR",
+    "endless": "USER_ERROR",
+    "cancelled": "USER_ERROR",
+    "large": "USER_ERROR",
+    "exec": "CRASHED",
+    "closes": "CRASHED",
+    "garbage": "INTERNAL",
+    "parent": "CRASHED",
+}
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_a_task_fails_typed_and_frees_its_cpu_when_it_ends_oddly(client: LatticeClient, what: str) -> None:
+    with pytest.raises(TaskFailedError) as failed:
+        client.run_task(odd, {"what": what})
+    assert failed.value.kind == KINDS[what]
+    assert len(str(failed.value)) < 128 * 1024
+    (node,) = client.nodes()
+    assert node.free.cpu == node.capacity.cpu
+    assert client.run_task(state, {})["result"][0] > 0
+
+
+@task(retries=2, retry_backoff=0)
+async def culprit(how: str) -> None:
+    """Take the process of all async tasks down, or block it."""
+    await asyncio.sleep(0.2)
+    match how:
+        case "exit":
+            os._exit(3)
+        case "callback":
+            asyncio.get_running_loop().call_later(0.05, os._exit, 4)
+            await asyncio.sleep(60)
+        case "inner":
+            await asyncio.create_task(leave())
+
+
+async def leave() -> None:
+    """Exit inside a task of the loop."""
+    sys.exit(1)
+
+
+async def neighbour(number: int) -> int:
+    """Wait beside the culprit."""
+    await asyncio.sleep(1)
+    return number
+
+
+@pytest.mark.parametrize("how", ["exit", "callback", "inner"])
+def test_async_neighbours_succeed_when_one_takes_their_process_down(client: LatticeClient, how: str) -> None:
+    workflow = client.create_workflow(failure_policy="finish_independent")
+    neighbours = [workflow.add_task(neighbour, {"number": number}) for number in range(5)]
+    bad = workflow.add_task(culprit, {"how": how})
+    run = workflow.run()
+    assert [run.output(added) for added in neighbours] == list(range(5))
+    with pytest.raises(TaskFailedError) as failed:
+        run.output(bad)
+    assert failed.value.kind == ("USER_ERROR" if how == "inner" else "CRASHED")
+
+
+async def blocker() -> None:
+    """Block the loop, once the others wait in it."""
+    await asyncio.sleep(0.2)
+    time.sleep(4)
+
+
+@task(timeout=0.5)
+async def short() -> None:
+    """Run out of time."""
+    await asyncio.sleep(60)
+
+
+@task(timeout=0.5)
+async def stubborn() -> None:
+    """Run out of time, and go on."""
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            print("no")
+
+
+def test_the_one_that_blocks_the_loop_fails_when_another_one_has_to_end(client: LatticeClient) -> None:
+    workflow = client.create_workflow(failure_policy="finish_independent")
+    client.run_task(neighbour, {"number": 0})  # The process has imported this module then.
+    kept = workflow.add_task(neighbour, {"number": 1})
+    blocking, late = workflow.add_task(blocker), workflow.add_task(short)
+    run = workflow.run()
+    assert run.output(kept) == 1
+    kinds = {}
+    for added in (blocking, late):
+        with pytest.raises(TaskFailedError) as failed:
+            run.output(added)
+        kinds[added.task_id] = failed.value.kind
+    assert kinds == {blocking.task_id: "CRASHED", late.task_id: "TIMEOUT"}
+
+
+def test_async_neighbours_go_on_when_one_ignores_its_cancellation(client: LatticeClient) -> None:
+    workflow = client.create_workflow(failure_policy="finish_independent")
+    kept = [workflow.add_task(neighbour, {"number": number}) for number in range(3)]
+    workflow.add_task(stubborn)
+    run = workflow.run()
+    assert [run.output(added) for added in kept] == [0, 1, 2]
+    assert {found.attempt for found in client.list_tasks(run)} == {1}, "no task had to run twice"
+
+
+def test_output_is_in_the_log_of_its_attempt_when_async_tasks_share_a_process(client: LatticeClient) -> None:
+    async def speak(name: str) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, print, f"{name} executor")
+        thread = threading.Thread(target=print, args=(f"{name} thread",))
+        thread.start()
+        thread.join()
+        child = await asyncio.create_subprocess_exec("echo", f"{name} child")
+        await child.wait()
+
+    workflow = client.create_workflow()
+    names = {workflow.add_task(speak, {"name": f"n{number}"}).task_id: f"n{number}" for number in range(4)}
+    logs = dict.fromkeys(names, "")
+    for event in workflow.run().events():
+        if event.type == "task_log":
+            logs[event.task_id] += event.data["text"]
+    for task_id, name in names.items():
+        assert sorted(logs[task_id].splitlines()) == [f"{name} {what}" for what in ("child", "executor", "thread")]
+
+
+def test_output_of_c_libraries_is_in_the_log_of_the_attempt_that_wrote_it(client: LatticeClient) -> None:
+    def speak(name: str) -> int:
+        import ctypes
+
+        ctypes.CDLL(None).puts(name.encode())
+        return os.getpid()
+
+    workflow = client.create_workflow()
+    names = {workflow.add_task(speak, {"name": f"n{number}"}).task_id: f"n{number}" for number in range(20)}
+    logs = dict.fromkeys(names, "")
+    for event in workflow.run().events():
+        if event.type == "task_log":
+            logs[event.task_id] += event.data["text"]
+    assert logs == {task_id: f"{name}\n" for task_id, name in names.items()}
