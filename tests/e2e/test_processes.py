@@ -255,6 +255,7 @@ async def leave() -> None:
     sys.exit(1)
 
 
+@task
 async def neighbour(number: int) -> int:
     """Wait beside the culprit."""
     await asyncio.sleep(1)
@@ -273,6 +274,7 @@ def test_async_neighbours_succeed_when_one_takes_their_process_down(client: Latt
     assert failed.value.kind == ("USER_ERROR" if how == "inner" else "CRASHED")
 
 
+@task
 async def blocker() -> None:
     """Block the loop, once the others wait in it."""
     await asyncio.sleep(0.2)
