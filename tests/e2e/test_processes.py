@@ -1,6 +1,8 @@
 """What tasks do to their processes: it ends with them, and neither the next task nor a neighbour notices."""
 
 import asyncio
+import contextvars
+import gc
 import os
 import random
 import signal
@@ -13,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from lattice_client import LatticeClient, TaskFailedError, task
+from lattice_client import LatticeClient, Run, TaskFailedError, task
+
+level: contextvars.ContextVar[int] = contextvars.ContextVar("level", default=0)
 
 
 def state() -> tuple[Any, ...]:
@@ -39,12 +43,13 @@ def state() -> tuple[Any, ...]:
         (logging.root.level, len(logging.root.handlers), logging.root.manager.disable),
         resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         sys.gettrace() is None,
+        gc.isenabled(),
+        level.get(),
     )
 
 
 def disturb() -> int:
     """Change all of it."""
-    import gc
     import locale
     import logging
     import resource
@@ -68,6 +73,7 @@ def disturb() -> int:
     logging.root.setLevel(logging.DEBUG)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     gc.disable()
+    level.set(7)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # left open, as careless code does
@@ -114,6 +120,80 @@ def test_random_numbers_differ_when_a_task_seeds_them(client: LatticeClient) -> 
     results = [outputs["result"] for outputs in workflow.run().result().values()]
     others = [value for number, value in enumerate(results) if number % 50]
     assert len(set(others)) == len(others)
+
+
+def test_random_numbers_of_numpy_differ_when_a_task_seeds_them(client: LatticeClient) -> None:
+    def draw() -> float:
+        import numpy as np
+
+        drawn = float(np.random.random())
+        np.random.seed(5)
+        return drawn
+
+    drawn = [client.run_task(draw, {})["result"] for _ in range(20)]
+    assert len(set(drawn)) == 20
+
+
+def logs_of(run: Run) -> str:
+    """Return what the tasks of a run wrote."""
+    return "".join(event.data["text"] for event in run.events() if event.type == "task_log")
+
+
+def test_half_an_emoji_is_printed_as_an_escape(client: LatticeClient) -> None:
+    def speak() -> None:
+        print("cut \ud83d")
+
+    workflow = client.create_workflow()
+    workflow.add_task(speak)
+    assert logs_of(workflow.run()) == "cut \\ud83d\n"
+
+
+def test_a_daemon_thread_writes_into_no_other_log_when_its_attempt_has_ended(client: LatticeClient) -> None:
+    def start() -> int:
+        def speak() -> None:
+            while True:
+                time.sleep(0.05)
+                print("from before")
+
+        threading.Thread(target=speak, daemon=True).start()
+        return os.getpid()
+
+    def later() -> int:
+        time.sleep(0.5)
+        print("mine")
+        return os.getpid()
+
+    for _ in range(20):
+        pid = client.run_task(start, {})["result"]
+        workflow = client.create_workflow()
+        workflow.add_task(later)
+        run = workflow.run()
+        assert logs_of(run) == "mine\n"
+        if run.result()["result"] == pid:
+            return
+    raise AssertionError("the tasks never shared a process")
+
+
+@pytest.mark.parametrize("how", ["main", "environment", "limit"])
+def test_a_process_is_not_used_again_when_it_cannot_be_put_back(client: LatticeClient, how: str) -> None:
+    def spoil(how: str) -> int:
+        import resource
+
+        match how:
+            case "main":
+                sys.modules["__main__"] = type(sys)("__main__")
+            case "environment":
+                os.environ["FROM_A_MODULE"] = "1"
+                __import__("wave")
+            case _:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+                if os.getuid() == 0:
+                    os.setuid(65534)  # Root could raise the limit again.
+        return os.getpid()
+
+    spoilt = {client.run_task(spoil, {"how": how})["result"] for _ in range(3)}
+    assert len(spoilt) == 3
+    assert client.run_task(state, {})["result"][0] not in spoilt
 
 
 def test_children_are_ended_when_their_task_has_ended(client: LatticeClient) -> None:
