@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -399,6 +400,25 @@ def test_async_neighbours_go_on_when_one_ignores_its_cancellation(client: Lattic
     run = workflow.run()
     assert [run.output(added) for added in kept] == [0, 1, 2]
     assert {found.attempt for found in client.list_tasks(run)} == {1}, "no task had to run twice"
+
+
+def test_a_coroutine_that_ignores_its_cancellation_is_not_resumed(client: LatticeClient, tmp_path: Path) -> None:
+    @task(timeout=0.3)
+    async def writes(path: str) -> None:
+        while True:
+            try:
+                await asyncio.sleep(0.1)
+            except asyncio.CancelledError:
+                continue
+            with open(path, "a") as file:
+                file.write("x")
+
+    path = tmp_path / "written"
+    with pytest.raises(TaskFailedError):
+        client.run_task(writes, {"path": str(path)})
+    written = path.read_text()
+    client.run_task(neighbour, {"number": 1})  # In the same process, for a second.
+    assert path.read_text() == written
 
 
 def test_output_is_in_the_log_of_its_attempt_when_async_tasks_share_a_process(client: LatticeClient) -> None:

@@ -14,7 +14,7 @@ def received(packets: list[bytes], unread: list[bytes]) -> tuple[list[dict[str, 
     errors: list[ProtocolError] = []
     ends: list[None] = []
 
-    async def scenario() -> None:
+    async def scenario() -> tuple[list[dict[str, Any]], list[ProtocolError], int]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         control = Control(ours, lambda header, _: frames.append(header), errors.append, lambda: ends.append(None))
         for packet in unread:
@@ -23,9 +23,9 @@ def received(packets: list[bytes], unread: list[bytes]) -> tuple[list[dict[str, 
             theirs.send(packet)
         theirs.close()
         control.drain()
+        return list(frames), list(errors), len(ends)  # As it is now: the loop reads on while it ends.
 
-    asyncio.run(scenario())
-    return frames, errors, len(ends)
+    return asyncio.run(scenario())
 
 
 def test_control_takes_the_last_answer_when_the_process_left_packets_unread() -> None:

@@ -273,6 +273,24 @@ def speak(process: FakeProcess, choice: random.Random) -> None:
         process.send(WHOLE + json.dumps({"blobs": []}).encode())
 
 
+def test_a_lease_ends_when_its_process_lives_on_after_an_unreadable_answer(
+    drafts: tuple[Drafts, Path],
+) -> None:
+    async def scene() -> None:
+        scene = Scene(*drafts)
+        scene.zygotes.is_silent = True
+        scene.assign("a", 1, is_async=False)
+        await settle(lambda: any(process.invocations for process in scene.zygotes.processes))
+        (process,) = [process for process in scene.zygotes.processes if process.invocations]
+        process.say({"kind": "result", "id": "a"})
+        await settle(lambda: scene.ended["a"] == 1)
+        assert scene.kinds == {"a": errors_pb2.FAILURE_KIND_INTERNAL}
+        scene.pool.close()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+    asyncio.run(scene())
+
+
 @examples(40_000)
 @given(seed=st.integers(0, 2**64))
 def test_every_lease_ends_once_whatever_its_process_says(drafts: tuple[Drafts, Path], seed: int) -> None:
