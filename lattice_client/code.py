@@ -3,6 +3,7 @@
 Rule: code that cannot be sent is refused here, with the name of the variable that is in the way.
 """
 
+import functools
 from typing import Any
 
 from lattice.v1 import task_pb2
@@ -20,5 +21,13 @@ def pack(function: Any, label: str = "task", choice: Choice | None = None) -> tu
         pickler.dump_function()
     except Exception as error:
         raise TaskDefinitionError(f"task {label!r} {blame(function, error)}") from error
-    bundle, left_out = bundle_for(pickler.modules, pickler.codes, choice)
+    # Its own module travels in any case: what the user passes to it is often of classes from there.
+    bundle, left_out = bundle_for({*pickler.modules, *_module_of(function)}, pickler.codes, choice)
     return pickler.getvalue(sources=pickler.sources(), left_out=left_out), bundle
+
+
+def _module_of(function: Any) -> set[str]:
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__module__", None)
+    return {name} if isinstance(name, str) else set()
