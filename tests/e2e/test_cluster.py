@@ -38,12 +38,17 @@ def stay(room: str, name: str) -> str:
     return name
 
 
-def four_in(found: Cluster, room: Room) -> Run:
-    """Start a run of four tasks, and wait until all are in the room: two on each host."""
+def start_four(found: Cluster, room: Room) -> Run:
+    """Start a run of four tasks that enter a room."""
     workflow = found.client.create_workflow()
     for index in range(4):
         workflow.add_task(stay, {"room": room, "name": f"t{index}"}, f"t{index}")
-    run = workflow.run()
+    return workflow.run()
+
+
+def four_in(found: Cluster, room: Room) -> Run:
+    """Start a run of four tasks, and wait until all are in the room: two on each host."""
+    run = start_four(found, room)
     entered(run, *(record.task_id for record in found.client.list_tasks(run)))
     assert {node.attempts for node in found.nodes().values()} == {2}
     return run
