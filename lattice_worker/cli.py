@@ -21,11 +21,12 @@ from lattice_worker import host
 from lattice_worker.agent import Agent
 from lattice_worker.channel import ChannelError, check
 from lattice_worker.config import HEAD_STORE, WorkerConfig
-from lattice_worker.drafts import locked
+from lattice_worker.drafts import DISK, locked
 from lattice_worker.joining import Joiner
 
 PR_SET_PDEATHSIG = 1
-SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY = Path("/dev/shm")
+MIN_SHARED_MEMORY_BYTES = 256 * 1024 * 1024  # With less of it free, as in most containers, values are kept on disk.
 STORE_PREFIX = "lattice-worker-"
 NEW_S = 10.0
 LET_GO_S = 5.0
@@ -90,13 +91,36 @@ def _config(flags: argparse.Namespace, directory: str) -> WorkerConfig:
 
 @contextlib.contextmanager
 def store(directory: str | None) -> Iterator[str]:
-    """A directory for large values: the given one, or a new one in memory that goes with the worker."""
+    """A directory for large values: the given one, or a new one that goes with the worker.
+
+    A new one is in memory if enough of that is free, with a folder on disk for what it has no room for; else on disk.
+    """
     if directory is not None:
         yield directory
         return
-    parent = Path(SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else tempfile.gettempdir())
+    on_disk = Path(tempfile.gettempdir())
+    if not _is_roomy(SHARED_MEMORY):
+        with _folder(on_disk) as made:
+            yield str(made)
+        return
+    with _folder(SHARED_MEMORY) as made, contextlib.ExitStack() as closing:
+        with contextlib.suppress(OSError):
+            (made / DISK).symlink_to(closing.enter_context(_folder(on_disk)).resolve())
+        yield str(made)
+
+
+def _is_roomy(folder: Path) -> bool:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize >= MIN_SHARED_MEMORY_BYTES
+
+
+@contextlib.contextmanager
+def _folder(parent: Path) -> Iterator[Path]:
+    """A folder of this worker's, while the block runs; those of workers that were killed are deleted."""
     for left in parent.glob(f"{STORE_PREFIX}*"):
-        # Whoever was killed could not delete its own; one that is new may not be locked yet.
+        # One that is new may not be locked yet.
         with contextlib.suppress(OSError), locked(left):
             if time.time() - left.stat().st_mtime > NEW_S:
                 shutil.rmtree(left, ignore_errors=True)
@@ -104,7 +128,7 @@ def store(directory: str | None) -> Iterator[str]:
         tempfile.TemporaryDirectory(prefix=STORE_PREFIX, dir=parent, ignore_cleanup_errors=True) as made,
         locked(Path(made)),
     ):
-        yield made
+        yield Path(made)
 
 
 async def _run(worker: Agent | Joiner, drain_deadline_s: float | None) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import logging
 import mmap
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -100,7 +99,7 @@ class Runner:
         """Start the process. Raises OSError, and leaves nothing behind then."""
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as theirs:
             self.folder = self._drafts.folder()
-            undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            undo.callback(self._drafts.discard, self.folder)
             ours, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(ours.close)
             theirs.callback(control.close)
@@ -334,7 +333,7 @@ class Runner:
         self._end_running(list(running.values()), status)
         self._marks.close()
         # What it was writing, or wrote and did not come to tell.
-        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+        await asyncio.to_thread(self._drafts.discard, self.folder)
 
     def _crash(self, status: int) -> dict[str, Any]:
         if status == -signal.SIGKILL and oom_kills() > self._oom_kills:

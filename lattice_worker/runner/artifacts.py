@@ -1,6 +1,11 @@
-"""Large values, as files of the node's store, and the encoding of an invocation's outputs."""
+"""Large values, as files of the node's store, and the encoding of an invocation's outputs.
+
+Rule: a value for which the store has no room lies on disk, in the folder that `disk` in the store links to, or its
+invocation fails and names the store.
+"""
 
 import contextlib
+import errno
 import fcntl
 import io
 import mmap
@@ -12,7 +17,14 @@ from lattice_worker.runner.text import message_of, type_name
 from lattice_worker.runner.values import PayloadError, encode_value
 
 SPARES = "spares"
+DISK = "disk"
 MIN_SPARE_BYTES = 1024 * 1024
+MIB = 1024 * 1024
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class StoreFullError(Exception):
+    """Neither the store nor its folder on disk has room for a value."""
 
 
 class Encoder:
@@ -21,7 +33,8 @@ class Encoder:
 
     def __init__(self, header: dict[str, Any]) -> None:
         self._folder = header["folder"]
-        self._spares = os.path.join(header["store"], SPARES)
+        self._store = header["store"]
+        self._spares = os.path.join(self._store, SPARES)
         self._inline_limit = header["inline_limit"]
         self.blobs: list[bytes] = []
         self.made: list[str] = []
@@ -29,8 +42,7 @@ class Encoder:
     def take_back(self, blobs: int = 0, made: int = 0) -> None:
         """Forget all but so many blobs and artifacts."""
         for artifact in self.made[made:]:
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._folder, artifact))
+            remove(os.path.join(self._folder, artifact))
         del self.blobs[blobs:], self.made[made:]
 
     def encode(self, value: Any) -> dict[str, Any]:
@@ -52,13 +64,66 @@ class Encoder:
             return {"type": media_type, "blob": len(self.blobs) - 1}
         artifact = uuid.uuid4().hex
         self.made.append(artifact)
-        with create_artifact(os.path.join(self._folder, artifact), self._spares, size) as file:
-            for part in parts:
-                view = memoryview(part)
-                while view:
-                    view = view[file.write(view) :]
-            file.truncate(size)
+        self._write(os.path.join(self._folder, artifact), parts, size)
         return {"type": media_type, "artifact": artifact, "size": size}
+
+    def _write(self, path: str, parts: list[Any], size: int) -> None:
+        """Write a value where there is room for it. Raises StoreFullError."""
+        for make in (self._new_or_spare, self._in_place_of_spares, self._on_disk):
+            try:
+                _fill(make(path, size), parts, size)
+            except OSError as error:
+                remove(path)
+                if error.errno not in FULL:
+                    raise
+            else:
+                return
+        raise StoreFullError(f"there is no room for an output of {size} bytes: {_room(self._store, self._disk())}")
+
+    def _new_or_spare(self, path: str, size: int) -> io.FileIO:
+        return create_artifact(path, self._spares, size)
+
+    def _in_place_of_spares(self, path: str, _size: int) -> io.FileIO:
+        for spare in os.scandir(self._spares):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(spare.path)
+        return io.FileIO(path, "x")
+
+    def _on_disk(self, path: str, _size: int) -> io.FileIO:
+        if not os.path.isdir(disk := self._disk()):
+            raise OSError(errno.ENOSPC, "the store has no folder on disk")
+        # The link first, so that no bytes lie on disk without one.
+        os.symlink(os.path.join(disk, os.path.basename(path)), path)
+        return io.FileIO(path, "w")
+
+    def _disk(self) -> str:
+        return os.path.realpath(os.path.join(self._store, DISK))
+
+
+def remove(path: str) -> None:
+    """Delete a value, and its bytes if it is a link to them."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.readlink(path))
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _fill(file: io.FileIO, parts: list[Any], size: int) -> None:
+    with file:
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[file.write(view) :]
+        file.truncate(size)
+
+
+def _room(*folders: str) -> str:
+    found = []
+    for folder in filter(os.path.isdir, folders):
+        status = os.statvfs(folder)
+        free, whole = (blocks * status.f_frsize // MIB for blocks in (status.f_bavail, status.f_blocks))
+        found.append(f"{free} of {whole} MiB are free in {folder}")
+    return ", ".join(found)
 
 
 def create_artifact(path: str, spares: str, size: int) -> io.FileIO:

@@ -9,7 +9,7 @@ import traceback
 from typing import Any
 
 from lattice_worker.runner import pickler
-from lattice_worker.runner.artifacts import Encoder
+from lattice_worker.runner.artifacts import Encoder, StoreFullError
 from lattice_worker.runner.functions import shown
 from lattice_worker.runner.text import MESSAGE_CHARACTERS, clipped, message_of, type_name, utf8
 from lattice_worker.runner.values import PayloadError
@@ -21,6 +21,8 @@ FAILURE_BYTES = 64 * 1024
 MAX_EXCEPTION_BYTES = 64 * 1024
 MAX_FRAMES = 100
 MAX_BASES = 64
+# Kinds of failures whose errors are not the user's.
+OURS = frozenset({"payload", "resources"})
 
 
 def failure_of(error: BaseException, encoder: Encoder) -> dict[str, Any]:
@@ -30,13 +32,15 @@ def failure_of(error: BaseException, encoder: Encoder) -> dict[str, Any]:
         kind = "out_of_memory"
     elif isinstance(error, PayloadError):
         kind = "payload"
+    elif isinstance(error, StoreFullError):
+        kind = "resources"
     failure: dict[str, Any] = {"kind": kind, "type": "", "message": "the error cannot be described"}
     with contextlib.suppress(BaseException):
-        failure["type"] = "" if kind == "payload" else type_name(type(error))
+        failure["type"] = "" if kind in OURS else type_name(type(error))
     failure["message"] = message_of(error)
     with contextlib.suppress(BaseException):
         failure["traceback"] = _fitting(clipped(_traceback(error), TRACEBACK_CHARACTERS), failure["message"])
-    if kind == "payload":
+    if kind in OURS:
         return failure
     with contextlib.suppress(BaseException):
         bases = [cls for cls in type(error).__mro__[1:] if cls is not object]

@@ -11,7 +11,8 @@ from lattice_worker import cli
 def test_a_store_goes_with_its_worker_and_takes_along_what_a_killed_one_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "SHARED_MEMORY", str(tmp_path))
+    monkeypatch.setattr(cli, "_is_roomy", lambda _: False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     left = tmp_path / "lattice-worker-left"
     left.mkdir()
     (left / "large").write_bytes(b"x")
@@ -22,3 +23,18 @@ def test_a_store_goes_with_its_worker_and_takes_along_what_a_killed_one_left(
         with cli.store(None) as second:
             assert sorted(map(str, tmp_path.iterdir())) == sorted([first, second])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_in_memory_has_a_folder_on_disk_which_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    memory.mkdir()
+    disk.mkdir()
+    monkeypatch.setattr(cli, "SHARED_MEMORY", memory)
+    monkeypatch.setattr(cli, "_is_roomy", lambda _: True)
+    monkeypatch.setattr("tempfile.tempdir", str(disk))
+    with cli.store(None) as made:
+        assert Path(made).parent == memory
+        assert (Path(made) / "disk").resolve().parent == disk
+    assert not [*memory.iterdir(), *disk.iterdir()]

@@ -40,6 +40,31 @@ async def fetch(store):
         print(sorted(os.listdir(os.environ["DISK"])), [name for name in os.listdir(store) if name.startswith("0")])
 """
 
+WRITES = """
+import os
+from pathlib import Path
+from lattice_worker.runner.artifacts import Encoder, StoreFullError, open_artifact
+from lattice_worker.runner.failures import failure_of
+
+memory, disk = Path(os.environ["MEMORY"]), Path(os.environ["DISK"])
+spare, made = memory / "spares" / "one", memory / "made"
+made.mkdir()
+spare.parent.mkdir()
+spare.write_bytes(b"x" * (7 << 20))
+encoder = Encoder({"folder": str(made), "store": str(memory), "inline_limit": 100})
+first = made / encoder.encode(b"x" * (2 << 20))["artifact"]
+print(first.is_file() and not first.is_symlink(), spare.exists())
+encoder.take_back()
+try:
+    large = made / encoder.encode(b"x" * (20 << 20))["artifact"]
+    print(len(open_artifact(str(large))), large.is_symlink())
+except StoreFullError as error:
+    failure = failure_of(error, encoder)
+    print(failure["kind"] + ": " + failure["message"])
+encoder.take_back()
+print(os.listdir(disk), os.listdir(made))
+"""
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
@@ -122,27 +147,50 @@ def test_a_store_without_a_folder_on_disk_has_no_other_place(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted")
-@pytest.mark.parametrize("has_disk", [True, False])
-def test_a_fetched_value_is_kept_on_disk_when_the_store_is_full(tmp_path: Path, has_disk: bool) -> None:
+def run_in_small_memory(tmp_path: Path, script: str, *, has_disk: bool) -> list[str]:
+    """Run a script for whom the folder `memory` holds 8 MiB; return what it printed."""
     memory, disk = tmp_path / "memory", tmp_path / "disk"
     memory.mkdir()
     disk.mkdir()
     link = f"ln -s {disk} {memory}/disk" if has_disk else ":"
-    script = f"SIZE = 20\n{FETCHES}\nimport lattice_worker.materials as m\nm.RETRY_S = 0.01\n"
-    script += f'asyncio.run(fetch("{memory}"))'
     command = f"mount -t tmpfs -o size=8m none {memory} && {link} && exec {sys.executable} -c '{script}'"
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", command],
         check=False,
         cwd=ROOT,
-        env={**os.environ, "DISK": str(disk)},
+        env={**os.environ, "MEMORY": str(memory), "DISK": str(disk)},
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted")
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_a_fetched_value_is_kept_on_disk_when_the_store_is_full(tmp_path: Path, has_disk: bool) -> None:
+    script = f"SIZE = 20\n{FETCHES}\nimport lattice_worker.materials as m\nm.RETRY_S = 0.01\n"
+    script += 'asyncio.run(fetch(os.environ["MEMORY"]))'
+    said = run_in_small_memory(tmp_path, script, has_disk=has_disk)
     if has_disk:
-        assert done.stdout.splitlines() == [f"{20 << 20} True", "[] []"]
+        assert said == [f"{20 << 20} True", "[] []"]
     else:
-        assert f"it cannot be written to {memory}: No space left on device" in done.stdout
+        assert f"it cannot be written to {tmp_path}/memory: No space left on device" in said[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted")
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_an_output_is_written_to_disk_when_the_store_is_full_even_without_its_spares(
+    tmp_path: Path, has_disk: bool
+) -> None:
+    said = run_in_small_memory(tmp_path, WRITES, has_disk=has_disk)
+    assert said[0] == "True False"  # it had room in place of a spare
+    if has_disk:
+        assert said[1:] == [f"{20 << 20} True", "[] []"]
+    else:
+        memory = tmp_path / "memory"
+        assert said[1:] == [
+            f"resources: there is no room for an output of {20 << 20} bytes: 8 of 8 MiB are free in {memory}",
+            "[] []",
+        ]
