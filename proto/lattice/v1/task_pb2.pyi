@@ -446,7 +446,7 @@ class CodeBundle(google.protobuf.message.Message):
     digest: builtins.str
     """`sha256:` and the digest of `zip`, in lower-case hex."""
     zip: builtins.bytes
-    """A zip archive of source files, laid out as below a `sys.path` entry. Left out when the server knows the digest."""
+    """A zip archive of source and data files, laid out as below a `sys.path` entry. Left out when the server knows the digest."""
     def __init__(
         self,
         *,
