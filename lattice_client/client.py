@@ -8,7 +8,7 @@ import asyncio
 import random
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, Self, TypeVar, Unpack
 from uuid import uuid4
 
@@ -346,16 +346,17 @@ class AsyncLatticeClient:
     async def result_in(self, answer: Answer, is_partial: bool = False) -> Any:
         """Return what `opened` turns into the outputs of a run that ended, or into its error; see `AsyncRun.result`."""
         if answer.run.state != run_pb2.RUN_STATE_SUCCEEDED and not is_partial:
-            return convert.error_of(answer.run, await self._name_of(answer.run))
+            return await self.error_of(answer.run)
         return await convert.result_of(answer.final_tasks, self.fetch)
 
-    async def _name_of(self, run: run_pb2.Run) -> str:
-        """Return the name of the task that failed, for people; nothing when it cannot be had."""
-        request = task_pb2.GetTaskRequest(run_id=run.run_id, task_id=run.failure.task_id)
-        try:
-            return (await self._rpc.call(self._rpc.tasks.GetTask(request))).task.display_name if request.task_id else ""
-        except errors.LatticeError:
-            return ""
+    async def error_of(self, run: run_pb2.Run) -> errors.RunError | None:
+        """Return the error of a run that ended otherwise than well, with the name of the task that failed if it can be
+        had; None of one that ended well."""
+        request, name = task_pb2.GetTaskRequest(run_id=run.run_id, task_id=run.failure.task_id), ""
+        if request.task_id:
+            with suppress(errors.LatticeError):
+                name = (await self._rpc.call(self._rpc.tasks.GetTask(request))).task.display_name
+        return convert.error_of(run, name)
 
     async def output_of(self, run_id: str, task: LatticeTask | str) -> Any:
         """Wait for a task's end; return what `opened` turns into its output, or its error; see `AsyncRun.output`."""

@@ -91,7 +91,8 @@ def show_run(server: Server, as_json: bool, run_id: str) -> None:
     show(RUN_COLUMNS, [_run_row(run)], wrapped="name")
     say("")
     show(TASK_COLUMNS, map(_task_row, tasks), wrapped="name")
-    if run.state in TERMINAL and (error := convert.error_of(run)) is not None:
+    names = {task.task_id: task.display_name for task in tasks}
+    if run.state in TERMINAL and (error := convert.error_of(run, names.get(run.failure.task_id, ""))) is not None:
         say(f"\n{str(error).rstrip()}")
 
 
@@ -160,7 +161,7 @@ async def _watch(server: Server, run_id: str, as_json: bool) -> None:
             lines = Lines()
             async for event in client.fetched_events(run_id, fetch=_reader(client), on_loss=_say_lost):
                 _print_plain(event, lines)
-        error = convert.error_of(await client.describe_run(run_id))
+        error = await client.error_of(await client.describe_run(run_id))
     if error is not None:
         raise error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lattice_client import LatticeClient, Run, task
+from lattice_client import LatticeClient, Run, TaskFailedError, task
 from tests.client.shell import call, ended, fail, greet, terminal
 
 
@@ -101,6 +101,18 @@ def test_a_program_is_told_of_a_failure_by_the_exit_status(address: str, client:
     done = call(address, "runs", "watch", "--json", run)
     assert done.exit_code == 1
     assert json.loads(done.stdout.splitlines()[-1])["data"]["state"] == "failed"
+
+
+@pytest.mark.parametrize("command", ["watch", "show"])
+def test_an_error_that_a_command_shows_names_the_task_by_its_id_and_its_name(
+    address: str, client: LatticeClient, command: str
+) -> None:
+    workflow = client.create_workflow()
+    workflow.add_task(fail, {"name": "x"}, task_name="the one that fails")
+    run = workflow.run()
+    with pytest.raises(TaskFailedError):
+        run.result()
+    assert "task 'fail' ('the one that fails') of run" in call(address, "runs", command, run).output
 
 
 def test_a_cancelled_run_is_a_failure_of_the_view(address: str, waiting: Run) -> None:
