@@ -11,7 +11,7 @@ $(VENV)/.stamp: pyproject.toml
 setup: $(VENV)/.stamp nodejs network
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check .

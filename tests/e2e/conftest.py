@@ -32,11 +32,24 @@ def served(*flags: str) -> Iterator[str]:
     assert process.wait(30) == 0
 
 
-@pytest.fixture(scope="session", params=["local", "ray"])
-def address(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def local() -> Iterator[str]:
     """The address of a running server with four CPUs and two GPUs, configured by `server.toml`."""
-    with served("--executor", request.param, *OFFERS, "--config", str(CONFIG)) as found:
+    with served("--executor", "local", *OFFERS, "--config", str(CONFIG)) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[str]:
+    """The address of such a server on Ray."""
+    with served("--executor", "ray", *OFFERS, "--config", str(CONFIG)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session", params=["local", "ray"])
+def address(request: pytest.FixtureRequest) -> str:
+    """The address of each of the two: they go on when a test of the other one comes between."""
+    return str(request.getfixturevalue(request.param))
 
 
 @pytest.fixture
