@@ -51,7 +51,7 @@ class Encoder:
             media_type, parts = encode_value(value)
         except MemoryError:
             raise
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: pickling runs code of the value's own.
             what = f"an output of type {type_name(type(value))} cannot be pickled"
             raise PayloadError(f"{what}: {message_of(error)}") from error
         return self.store(media_type, parts)

@@ -89,8 +89,7 @@ class Assembler:
 class Channel:
     """The runner's end of the control socket; frames may be sent by any thread, and by signal handlers.
 
-    A process that the task forks inherits the socket. What it sends is dropped: its frames would be taken for the
-    runner's own.
+    A process that the task forks has no part in it: its frames would be taken for the runner's own.
     """
 
     def __init__(self, sock: socket.socket) -> None:

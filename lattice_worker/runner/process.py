@@ -53,6 +53,8 @@ def main(mode: str) -> None:
     # Pickles made by user code in this process name `__main__`; it must not be this program.
     sys.modules["__main__"] = type(sys)("__main__")
     threads.inherit_context()
+    # A child would keep it open when this process is no runner any more, and the agent would wait for the child's end.
+    os.register_at_fork(after_in_child=control.close)
     channel = Channel(control)
     if mode == "async":
         aio.serve(channel, MARKS)
