@@ -118,6 +118,8 @@ class RayNode:
         command += ["--node-ip-address", host.address_towards(self._cluster.address), "--temp-dir", str(folder)]
         command += ["--num-cpus", str(max(1, int(capacity.cpu))), "--num-gpus", str(len(capacity.gpus))]
         command += ["--resources", json.dumps({self._cluster.resource: 1}), "--disable-usage-stats", "--block"]
+        # What tasks write is in the log of their run; Ray need not read it too.
+        command += ["--include-log-monitor", "false"]
         return command
 
     def _environment(self) -> dict[str, str]:

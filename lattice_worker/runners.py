@@ -90,6 +90,7 @@ class Runner:
         self._claim_read, self._claim_write = -1, -1
         self._is_fit = True
         self._is_blocked = False
+        self._is_any_culprit = False
         self._has_hung_up = False
         self._is_ready = False
         self._when_ready: list[Callable[[], None]] = []
@@ -210,7 +211,10 @@ class Runner:
     def _break(self, error: Exception) -> None:
         log.warning("a task's process is ended: %s: %s", type(error).__name__, error)
         text = f"its process sent what is no answer: {type(error).__name__}: {error}"
-        if not self.key.is_async:
+        if len(self.running) > 1:
+            # Any of them may have sent it; which one runs when the process is ended says nothing.
+            self._is_any_culprit = True
+        else:
             for invocation in self.running.values():
                 invocation.ending = invocation.ending or _failed("internal", text)
         self.kill()
@@ -309,12 +313,18 @@ class Runner:
     def _lost(self) -> None:
         """Nothing more will come. A program that a task put in the place of its process does not end by itself."""
         self._is_fit = False
-        asyncio.get_running_loop().call_later(HANG_UP_S, self._end_mute)
+        asyncio.get_running_loop().call_later(HANG_UP_S, self._end_mute, self._marked())
 
-    def _end_mute(self) -> None:
+    def _end_mute(self, marked: int) -> None:
         if not self._process.ended.done():
             self._has_hung_up = True
+            # One that closed the connection and went on is not the one that runs now.
+            self._is_any_culprit = len(self.running) > 1 and self._marked() != marked
             self.kill()
+
+    def _marked(self) -> int:
+        """Return the number of the invocation whose step the event loop runs; 0 for none."""
+        return int.from_bytes(self._marks[:MARK_BYTES], "little")
 
     async def _watch(self) -> None:
         status = await self._process.ended
@@ -350,10 +360,12 @@ class Runner:
     def _end_running(self, running: list[Invocation], status: int) -> None:
         """End what the process was running: what was being ended, and the invocation that took the process down."""
         crash = self._crash(status)
-        marked = int.from_bytes(self._marks[:MARK_BYTES], "little")
+        marked = self._marked()
         undecided = [invocation for invocation in running if not invocation.ending]
         culprits = undecided if len(running) == 1 else [i for i in undecided if i.number == marked]
         is_known = bool(culprits) or any(i.ending and i.number == marked for i in running)
+        if self._is_any_culprit:
+            culprits, is_known = [], False
         for invocation in running:
             self._time_description(invocation, is_over=True)
             if invocation.ending:

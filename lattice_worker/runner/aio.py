@@ -135,9 +135,17 @@ def _mark_steps(marks: memoryview) -> None:
     """Have each step of the event loop name the invocation it belongs to, and run none of one that was abandoned."""
     run = asyncio.Handle._run
 
+    is_forked = False
+
+    def note_fork() -> None:
+        nonlocal is_forked
+        is_forked = True
+
+    os.register_at_fork(after_in_child=note_fork)
+
     def run_marked(self: asyncio.Handle) -> None:
         output: Output | None = self._context.get(current)  # type: ignore[attr-defined]
-        if output is None:
+        if output is None or is_forked:
             run(self)
         elif not output.is_abandoned:
             marks[0] = output.number
@@ -146,6 +154,8 @@ def _mark_steps(marks: memoryview) -> None:
             except (SystemExit, KeyboardInterrupt):
                 pass  # The task that raised it has it as its exception; the loop is not to end of it.
             finally:
+                if is_forked:
+                    os._exit(0)  # The task came back in both processes. This one would take the other's events.
                 marks[0] = 0
 
     asyncio.Handle._run = run_marked  # type: ignore[method-assign]
