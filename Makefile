@@ -11,7 +11,12 @@ $(VENV)/.stamp: pyproject.toml
 setup: $(VENV)/.stamp nodejs network
 
 test: setup
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+
+# Also the tests that are left out of `make test` because another one takes nearly the same way.
+.PHONY: test-all
+test-all: setup
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "exhaustive or not exhaustive"
 
 lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check .

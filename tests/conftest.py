@@ -1,18 +1,20 @@
 """Owns what holds for all tests.
 
-With LATTICE_REQUIRE_ALL=1, as in CI, a skip is a failure, unless it waits for a GPU. Files run in several processes at
-once: those that take minutes begin first, and `lattice stop` of one process finds no server of another.
+With LATTICE_REQUIRE_ALL=1, as in CI, a skip is a failure, unless it waits for a GPU. `make test` runs two processes:
+one has the tests of clusters, most of which is waiting, the other has the rest. `lattice stop` of one finds no server
+of the other.
 """
 
 import os
 import tempfile
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 REQUIRE_ALL = os.environ.get("LATTICE_REQUIRE_ALL") == "1"
 
-LONGEST = ["test_cluster_on_ray.py", "test_cluster.py", "test_ray_cluster.py", "test_ray_beside.py"]
+CLUSTERS = frozenset({"test_cluster.py", "test_cluster_on_ray.py", "test_ray_cluster.py", "test_ray_beside.py"})
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,11 +25,18 @@ def _own_records() -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for that of a socket in it."""
+    with tempfile.TemporaryDirectory(prefix="lattice-t-") as folder:
+        yield Path(folder)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files that take longest first."""
-    ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    """Say which process a test belongs to."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("clusters" if item.path.name in CLUSTERS else "others"))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -87,7 +87,9 @@ def terminal(address: str, *arguments: str, lines: int = 24) -> Iterator[Termina
     """Run a command at a pseudo terminal."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, 100, 0, 0))
-    environment = {**os.environ, "LATTICE_TARGET": address, "TERM": "xterm-256color"}
+    # The terminal has the size, not the environment of these tests.
+    environment = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES"}}
+    environment |= {"LATTICE_TARGET": address, "TERM": "xterm-256color"}
     command = [LATTICE, *arguments]
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True

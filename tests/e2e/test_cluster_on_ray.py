@@ -105,7 +105,13 @@ BEFALL: dict[str, Callable[[Host], None]] = {
 }
 
 
-@pytest.mark.parametrize("what", BEFALL)
+# The others take nearly the way of one of these.
+SUFFICIENT = ("worker", "raylet", "agent", "power")
+
+
+@pytest.mark.parametrize(
+    "what", [what if what in SUFFICIENT else pytest.param(what, marks=pytest.mark.exhaustive) for what in BEFALL]
+)
 def test_what_a_machine_ran_when_part_of_it_died_runs_again(what: str, two: Cluster, room: Room) -> None:
     run = four_in(two, room)
     session = two.nodes()["a"].worker_id
@@ -137,7 +143,9 @@ def test_a_machine_that_comes_back_before_ray_has_missed_it_goes_on_with_the_sam
     assert retried(run) == ["WORKER_LOST"] * 2
 
 
-@pytest.mark.parametrize("what", ["gcs_server", "raylet/raylet", "ray_driver"])
+@pytest.mark.parametrize(
+    "what", ["gcs_server", "ray_driver", pytest.param("raylet/raylet", marks=pytest.mark.exhaustive)]
+)
 def test_when_rays_head_dies_another_is_started_and_everybody_comes_back(what: str, two: Cluster, room: Room) -> None:
     run = four_in(two, room)
     before = two.client.cluster()
@@ -204,8 +212,14 @@ def test_nodes_that_do_not_reach_each_other_get_large_values_through_the_head(tw
     assert two.head.carried_bytes() - before > 2 * MANY_BYTES
 
 
-@pytest.mark.parametrize("is_known", [True, False])
-@pytest.mark.parametrize("what", ["worker", "power"])
+@pytest.mark.parametrize(
+    ("what", "is_known"),
+    [
+        ("worker", True),
+        ("power", False),
+        *(pytest.param(*how, marks=pytest.mark.exhaustive) for how in (("worker", False), ("power", True))),
+    ],
+)
 def test_a_large_value_that_died_with_its_node_fails_typed(what: str, is_known: bool, two: Cluster, room: Room) -> None:
     session = two.nodes()["a"].worker_id
     workflow = two.client.create_workflow()

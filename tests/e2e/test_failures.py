@@ -165,7 +165,7 @@ def test_children_die_with_an_attempt_that_is_stopped(
 ) -> None:
     workflow = client.create_workflow()
     parent = workflow.add_task(
-        task(timeout=2.0 if how == "timeout" else None)(with_children), {"room": room, "how": "stay"}
+        task(timeout=6.0 if how == "timeout" else None)(with_children), {"room": room, "how": "stay"}
     )
     run = workflow.run()
     until(run, "task_log", "with_children")

@@ -45,7 +45,13 @@ def processes(client: LatticeClient) -> list[psutil.Process]:
     return psutil.Process(client.cluster().pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("victim", ["ray::WorkerHost", "raylet", "gcs_server", "ray_driver"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "raylet",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("ray::WorkerHost", "gcs_server", "ray_driver")),
+    ],
+)
 def test_no_death_of_ray_is_the_end_of_a_run(victim: str, room: Room) -> None:
     with two_cpus() as client:
         server = client.cluster().pid

@@ -220,7 +220,7 @@ def test_a_worker_that_never_comes_back_loses_its_attempts_to_another(gate: Gate
 
     async def scenario() -> None:
         apart = Apart(tmp_path)
-        async with serving(apart, session_ttl_s=0.5) as app, connected(app) as client:
+        async with serving(apart, session_ttl_s=2.0) as app, connected(app) as client:
             workflow = client.create_workflow()
             for name in names:
                 workflow.add_task(walk_through, {"gate": gate.path, "journal": str(journal), "name": name})

@@ -33,8 +33,8 @@ def started(folder: Path, mount: str) -> Iterator["subprocess.Popen[str]"]:
             server.wait(30)
 
 
-def test_an_upload_that_a_full_store_cannot_take_is_refused_with_its_folder_and_sizes(tmp_path: Path) -> None:
-    with started(tmp_path, "size=8m") as server:
+def test_an_upload_that_a_full_store_cannot_take_is_refused_with_its_folder_and_sizes(short_path: Path) -> None:
+    with started(short_path, "size=8m") as server:
         assert server.stdout is not None
         found = re.search(r"127\.0\.0\.1:\d+", server.stdout.readline())
         assert found
@@ -45,17 +45,18 @@ def test_an_upload_that_a_full_store_cannot_take_is_refused_with_its_folder_and_
             assert isinstance(caught.value, grpc.Call)
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert re.search(
-                rf"{tmp_path}/store/lattice-head-\w+ cannot take it: No space left on device; \d of 8 MiB are free",
+                rf"{short_path}/store/lattice-head-\w+ cannot take it: No space left on device; \d of 8 MiB are free",
                 caught.value.details() or "",
             )
             written = results.WriteArtifact(results_pb2.WriteArtifactRequest(data=CHUNK) for _ in range(4))
             assert written.artifact.size_bytes == 4 << 20
 
 
-def test_a_folder_that_cannot_be_used_ends_the_start_with_one_line(tmp_path: Path) -> None:
-    with started(tmp_path, "ro") as server:
+def test_a_folder_that_cannot_be_used_ends_the_start_with_one_line(short_path: Path) -> None:
+    with started(short_path, "ro") as server:
         _, errors = server.communicate(timeout=30)
     assert server.returncode == 1
     assert errors.splitlines() == [
-        f"Error: large values cannot be kept in {tmp_path}/store: Read-only file system; choose another `store_folder`"
+        f"Error: large values cannot be kept in {short_path}/store: Read-only file system; "
+        "choose another `store_folder`"
     ]

@@ -271,7 +271,7 @@ def test_what_a_process_takes_to_start_is_not_the_time_of_an_attempt(tmp_path: P
 
     async def scenario(both: Pair) -> None:
         # Python alone takes longer than this to start.
-        both.stream.assign("cold", at_once, is_async=True, timeout=Duration(nanos=20_000_000))
+        both.stream.assign("cold", at_once, is_async=True, timeout=Duration(nanos=100_000_000))
         assert await both.stream.value("cold") == 1
 
     play(scenario, tmp_path)

@@ -64,17 +64,17 @@ def play(folder: Path, setup: str, script: str) -> list[str]:
     ],
 )
 def test_values_are_kept_on_disk_when_shared_memory_is_small_full_read_only_or_missing(
-    setup: str, is_on_disk: bool, tmp_path: Path
+    setup: str, is_on_disk: bool, short_path: Path
 ) -> None:
-    (line,) = play(tmp_path, setup, 'start(); print(store.directory); assert upload(1) and upload(70, b"y")')
-    assert line.startswith(str(tmp_path / "disk") if is_on_disk else "/dev/shm/lattice-head-")
+    (line,) = play(short_path, setup, 'start(); print(store.directory); assert upload(1) and upload(70, b"y")')
+    assert line.startswith(str(short_path / "disk") if is_on_disk else "/dev/shm/lattice-head-")
 
 
 @IN_A_NAMESPACE
-def test_an_upload_is_refused_with_folder_and_sizes_when_the_store_is_full(tmp_path: Path) -> None:
+def test_an_upload_is_refused_with_folder_and_sizes_when_the_store_is_full(short_path: Path) -> None:
     setup = "mount -t tmpfs -o size=16m none $DISK"
     script = 'import os; start(os.environ["DISK"]); print(store.directory); upload(20); assert upload(10)'
-    directory, refusal = play(tmp_path, setup, script)
+    directory, refusal = play(short_path, setup, script)
     assert refusal.startswith(
         f"PAYLOAD_TOO_LARGE the store of large values in {directory} cannot take it: No space left on device; "
         "0 of 16 MiB are free there"
@@ -82,7 +82,7 @@ def test_an_upload_is_refused_with_folder_and_sizes_when_the_store_is_full(tmp_p
 
 
 @IN_A_NAMESPACE
-def test_what_is_kept_to_be_written_again_makes_room_for_an_upload(tmp_path: Path) -> None:
+def test_what_is_kept_to_be_written_again_makes_room_for_an_upload(short_path: Path) -> None:
     setup = "mount -t tmpfs -o size=16m none $DISK"
     script = """
 import os
@@ -93,7 +93,7 @@ print(len(os.listdir(store.directory / "spares")))
 assert upload(14, b"y")
 print(len(os.listdir(store.directory / "spares")))
 """.replace("'", '"')
-    assert play(tmp_path, setup, script) == ["1", "0"]
+    assert play(short_path, setup, script) == ["1", "0"]
 
 
 @IN_A_NAMESPACE
@@ -107,26 +107,26 @@ print(len(os.listdir(store.directory / "spares")))
     ],
 )
 def test_a_folder_that_cannot_be_used_is_named_with_its_setting(
-    setup: str, folder: str, why: str, tmp_path: Path
+    setup: str, folder: str, why: str, short_path: Path
 ) -> None:
-    folder = folder.replace("$DISK", str(tmp_path / "disk"))
-    (line,) = play(tmp_path, setup, f'start("{folder}")')
+    folder = folder.replace("$DISK", str(short_path / "disk"))
+    (line,) = play(short_path, setup, f'start("{folder}")')
     assert line.startswith(f"large values cannot be kept in {folder}: {why}")
 
 
 @IN_A_NAMESPACE
-def test_the_settings_are_named_when_no_folder_can_be_used(tmp_path: Path) -> None:
+def test_the_settings_are_named_when_no_folder_can_be_used(short_path: Path) -> None:
     # Directories for temporary files end with the current one.
     setup = "\n".join(f"mount -t tmpfs -o ro none {folder}" for folder in ("$SHM", "/var/tmp", "/tmp"))
     setup += "\nexport TMPDIR=/tmp PYTHONPATH=$PWD; cd /proc"
-    (line,) = play(tmp_path, setup, "start()")
+    (line,) = play(short_path, setup, "start()")
     assert line.startswith("there is no folder for large values: ")
     assert "TMPDIR" in line
     assert "store_folder" in line
 
 
 @IN_A_NAMESPACE
-def test_a_value_on_disk_is_read_and_dropped_like_one_in_memory(tmp_path: Path) -> None:
+def test_a_value_on_disk_is_read_and_dropped_like_one_in_memory(short_path: Path) -> None:
     script = """
 from pathlib import Path
 from lattice_server.core.model import Artifact
@@ -147,5 +147,5 @@ print(path.is_symlink(), list(disk.iterdir()), list((store.directory / "spares")
 store.close()
 print(disk.exists(), store.directory.exists())
 """
-    lines = play(tmp_path, "mount -t tmpfs -o size=512m none $SHM", script)
-    assert lines == [f"{tmp_path / 'disk'} True", "True", "False [] []", "False False"]
+    lines = play(short_path, "mount -t tmpfs -o size=512m none $SHM", script)
+    assert lines == [f"{short_path / 'disk'} True", "True", "False [] []", "False False"]
