@@ -21,7 +21,7 @@ def pack(function: Any, label: str = "task", choice: Choice | None = None) -> tu
         pickler.dump_function()
     except Exception as error:
         raise TaskDefinitionError(f"task {label!r} {blame(function, error)}") from error
-    # Its own module travels in any case: what the user passes to it is often of classes from there.
+    # Its own module travels in any case: inputs are often instances of classes that are defined there.
     bundle, left_out = bundle_for({*pickler.modules, *_module_of(function)}, pickler.codes, choice)
     return pickler.getvalue(sources=pickler.sources(), left_out=left_out), bundle
 

@@ -93,7 +93,7 @@ def _config(flags: argparse.Namespace, directory: str) -> WorkerConfig:
 def store(directory: str | None) -> Iterator[str]:
     """A directory for large values: the given one, or a new one that goes with the worker.
 
-    A new one is in memory if enough of that is free, with a folder on disk for what it has no room for; else on disk.
+    A new one is in memory if enough of that is free, with a folder on disk for values that do not fit; else on disk.
     """
     if directory is not None:
         yield directory

@@ -212,7 +212,7 @@ class Runner:
         log.warning("a task's process is ended: %s: %s", type(error).__name__, error)
         text = f"its process sent what is no answer: {type(error).__name__}: {error}"
         if len(self.running) > 1:
-            # Any of them may have sent it; which one runs when the process is ended says nothing.
+            # Any of them may have sent it. The one whose step runs when the process is killed need not be it.
             self._is_any_culprit = True
         else:
             for invocation in self.running.values():
@@ -318,7 +318,7 @@ class Runner:
     def _end_mute(self, marked: int) -> None:
         if not self._process.ended.done():
             self._has_hung_up = True
-            # One that closed the connection and went on is not the one that runs now.
+            # A coroutine that closed the connection and went on is not the one whose step runs now.
             self._is_any_culprit = len(self.running) > 1 and self._marked() != marked
             self.kill()
 

@@ -1,4 +1,4 @@
-"""Owns what holds for all tests.
+"""Owns the rules of all tests.
 
 With LATTICE_REQUIRE_ALL=1, as in CI, a skip is a failure, unless it waits for a GPU. `make test` runs two processes:
 one has the tests of clusters, most of which is waiting, the other has the rest. `lattice stop` of one finds no server
@@ -19,7 +19,7 @@ CLUSTERS = frozenset({"test_cluster.py", "test_cluster_on_ray.py", "test_ray_clu
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_records() -> Iterator[None]:
-    """A folder for the notes by which `lattice stop` finds what runs."""
+    """A folder of its own for the records of running servers and workers, which `lattice stop` reads."""
     with tempfile.TemporaryDirectory(prefix="lattice-tests-") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", folder)
         yield

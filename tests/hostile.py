@@ -1,4 +1,4 @@
-"""Functions that do to their process what no function should, made from generated plans.
+"""Functions that disturb or break their process, made from generated plans.
 
 A plan is a list of words: things that are left behind, and last how the function ends. `KINDS` says how an attempt
 may end by that last word; an empty kind is success, with the value that `VALUES` has for it.
@@ -52,7 +52,7 @@ class Odd(Exception):
 
 
 class Slow(Exception):
-    """An error whose text takes longer than anybody waits."""
+    """An error whose text takes a minute to compute."""
 
     def __str__(self) -> str:
         time.sleep(60)
@@ -204,7 +204,7 @@ def _close_streams() -> None:
     sys.stdout = sys.stderr = None
 
 
-# What is left behind; none of it changes how the function ends, or what any other finds.
+# Disturbances. None of them changes how the function ends, or the outcome of another task.
 LEFT: dict[str, Any] = {
     "chdir": lambda: os.chdir("/"),
     "environment": os.environ.clear,
@@ -237,7 +237,7 @@ KINDS: dict[str, set[str]] = {
     "memory": {"OUT_OF_MEMORY"},
     "never": {TIMEOUT},
     "fork-returns": {"", CRASHED},
-    # Whatever comes of it, as long as it is said.
+    # Which of these depends on the descriptors that the garbage reaches.
     "garbage": {"INTERNAL", CRASHED, ""},
 }
 # A coroutine that does not give up the event loop runs out of time, and with it all others.
@@ -246,7 +246,7 @@ KINDS_ASYNC = KINDS | {word: {*KINDS[word], TIMEOUT, CRASHED} for word in BLOCKI
 
 
 def act(plan: Plan) -> Any:
-    """Do what a plan says."""
+    """Carry out a plan."""
     *left, end = plan
     for word in left:
         LEFT[word]()

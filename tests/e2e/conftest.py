@@ -48,7 +48,7 @@ def ray() -> Iterator[str]:
 
 @pytest.fixture(scope="session", params=["local", "ray"])
 def address(request: pytest.FixtureRequest) -> str:
-    """The address of each of the two: they go on when a test of the other one comes between."""
+    """The address of each of the two servers. Both run until the session ends."""
     return str(request.getfixturevalue(request.param))
 
 

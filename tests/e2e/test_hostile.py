@@ -33,7 +33,7 @@ item = task(timeout=TIMEOUT_S, name="item")(act)
 
 
 def check_round(client: LatticeClient, plans: list[Plan]) -> None:
-    """Run plans in all forms; assert that all ends, and what does not depend on neighbours as it should."""
+    """Run plans in all forms; assert that every task ends, as expected unless it shares its process."""
     workflow = client.create_workflow(failure_policy="finish_independent")
     alone = {workflow.add_task(process, {"plan": plan}).task_id: plan for plan in plans}
     for plan in plans:
@@ -57,7 +57,7 @@ def check_round(client: LatticeClient, plans: list[Plan]) -> None:
 
 
 def check_whole(client: LatticeClient) -> None:
-    """Assert that the node has all it offers, and runs what is calm."""
+    """Assert that all resources of the node are free, and that plain tasks succeed on it."""
     workflow = client.create_workflow()
     for number in range(CALM):
         workflow.add_task(calm, {"number": number})

@@ -64,7 +64,7 @@ class Worker:
         return found
 
     async def check_calm(self) -> None:
-        """Assert that each slot, and the process of coroutines, still run what is calm."""
+        """Assert that a plain function succeeds on each slot and in the process of coroutines."""
         forms = [*((("process", slot)) for slot in SLOTS), ("async", 3)]
         calm = {self.start(form, ["number"], slot, 1): 1 for form, slot in forms}
         for report in await self.ends(calm):
@@ -80,7 +80,7 @@ def kind_of(report: worker_pb2.Report) -> str:
 
 
 def value_of(report: worker_pb2.Report) -> Any:
-    """Return what a function returned; of a large value nothing."""
+    """Return the output of a report; a large one is not read."""
     payload = report.succeeded.outputs["out"]
     if payload.HasField("artifact"):
         return hostile.VALUES["large"]
@@ -119,9 +119,8 @@ def test_every_lease_ends_once_whatever_its_function_does(
         for slot in SLOTS:
             plan, size = plan_of(choice), choice.randrange(1, 4) if form == "batch" else 1
             if form == "async" and slot == 2:
-                plan = [
-                    "number"
-                ]  # What a coroutine changes of the process, its neighbours see; this one does not look.
+                # A coroutine sees the disturbances of its neighbours; this one does not depend on them.
+                plan = ["number"]
             lease_id = worker.start(form, plan, slot, size)
             plans[lease_id], sizes[lease_id] = plan, size
         is_blocked = form == "async" and any(plan[-1] in BLOCKING for plan in plans.values())
@@ -140,6 +139,6 @@ def test_every_lease_ends_once_whatever_its_function_does(
 
 
 def value_in(report: worker_pb2.Report, form: str) -> Any:
-    """Return what the plan returned, from what the function of this form returned."""
+    """Return the value of one call, from the output of a function of this form."""
     found = value_of(report)
     return found[0] if form == "map" and isinstance(found, list) else found

@@ -148,7 +148,7 @@ def test_a_store_without_a_folder_on_disk_has_no_other_place(tmp_path: Path) -> 
 
 
 def run_in_small_memory(tmp_path: Path, script: str, *, has_disk: bool) -> list[str]:
-    """Run a script for whom the folder `memory` holds 8 MiB; return what it printed."""
+    """Run a script that finds a file system of 8 MiB mounted at `memory`; return its output."""
     memory, disk = tmp_path / "memory", tmp_path / "disk"
     memory.mkdir()
     disk.mkdir()
@@ -181,9 +181,7 @@ def test_a_fetched_value_is_kept_on_disk_when_the_store_is_full(tmp_path: Path, 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted")
 @pytest.mark.parametrize("has_disk", [True, False])
-def test_an_output_is_written_to_disk_when_the_store_is_full_even_without_its_spares(
-    tmp_path: Path, has_disk: bool
-) -> None:
+def test_an_output_is_written_to_disk_when_the_store_is_full(tmp_path: Path, has_disk: bool) -> None:
     said = run_in_small_memory(tmp_path, WRITES, has_disk=has_disk)
     assert said[0] == "True False"  # it had room in place of a spare
     if has_disk:
