@@ -69,7 +69,8 @@ def test_a_name_does_nothing_to_the_terminal_of_who_reads_it(address: str, clien
     assert shown in seen.text
 
 
-def test_the_server_and_its_nodes_are_shown(address: str) -> None:
+def test_the_server_and_its_nodes_are_shown(address: str, client: LatticeClient) -> None:
+    ended(client, greet, {"name": "you"})  # Its node has joined then.
     facts = dict(line.split("\t") for line in call(address, "status").stdout.splitlines())
     assert facts["server"] == address
     assert facts["executor"] == "local"
