@@ -187,8 +187,7 @@ class AsyncLatticeClient:
         labels = {**({"tenant": self._tenant} if self._tenant else {}), **(labels or {})}
         # An id of our own makes the call safe to repeat when its answer is lost.
         run_id = run_id or f"run-{uuid4().hex}"
-        for task in graph.tasks.values():
-            _ = task.definition.code  # pickled now, in the caller's thread
+        convert.pack_code(graph.tasks.values())
         with _building():
             request = _made(workflow_pb2.RunWorkflowRequest, run_id=run_id, labels=labels, priority=priority)
             if timeout is not None:
@@ -220,6 +219,7 @@ class AsyncLatticeClient:
     async def task_request_of(self, task: LatticeTask, upload: Upload) -> task_pb2.RunTaskRequest:
         """Return what `run_task` sends, without the code. Waits for nothing but `upload`."""
         labels = {"tenant": self._tenant} if self._tenant else {}
+        convert.pack_code([task])
         with _building():
             request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", wait=_duration(WAIT_S), labels=labels)
             request.task.CopyFrom(await convert.task_of(task, "", upload))
@@ -227,7 +227,7 @@ class AsyncLatticeClient:
 
     async def submit_task(self, request: task_pb2.RunTaskRequest, task: LatticeTask) -> Any:
         """Run the task of a request to its end; return what `opened` turns into its outputs, or into its error."""
-        function, bundle = task.definition.code
+        function, bundle = task.definition.packed
 
         async def call() -> task_pb2.RunTaskResponse:
             if function.digest in self._known_code:
@@ -254,6 +254,7 @@ class AsyncLatticeClient:
         self, tasks: Sequence[LatticeTask], upload: Upload, belongs: Belongs
     ) -> workflow_pb2.WorkflowSpec:
         """Return what `add_tasks` sends, without the code. Waits for nothing but `upload`."""
+        convert.pack_code(tasks)
         with _building():
             return await convert.tasks_of(tasks, upload, belongs)
 

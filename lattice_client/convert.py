@@ -43,6 +43,12 @@ async def tasks_of(tasks: Collection[LatticeTask], upload: Upload, belongs: Belo
     return spec
 
 
+def pack_code(tasks: Iterable[LatticeTask]) -> None:
+    """Pickle what changed of the code of tasks, in the caller's thread. Raises TaskDefinitionError."""
+    for definition in {id(task.definition): task.definition for task in tasks}.values():
+        definition.pack()
+
+
 def fill_code(spec: workflow_pb2.WorkflowSpec, tasks: Collection[LatticeTask], known: Container[str]) -> None:
     """Put the code of `tasks` into their message, in place of what was there; what is `known` goes by its digest."""
     spec.ClearField("functions")
@@ -50,7 +56,7 @@ def fill_code(spec: workflow_pb2.WorkflowSpec, tasks: Collection[LatticeTask], k
     bundles: set[str] = set()
     names = _names(tasks)
     for definition in {id(task.definition): task.definition for task in tasks}.values():
-        function, bundle = definition.code
+        function, bundle = definition.packed
         name = names[id(definition)]
         if function.digest in known:
             spec.functions[name].digest = function.digest

@@ -99,15 +99,25 @@ class TaskDefinition(Generic[P, R]):
             form.entrypoint = self.entrypoint
         return form
 
-    @property
-    def code(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
-        """The function as it travels now, and the bundle it needs. Raises TaskDefinitionError."""
+    def pack(self) -> None:
+        """Pickle the function, unless it is as it was the last time. Raises TaskDefinitionError."""
         if self._packed is None or not self._packed[0].is_current():
             # Before the pickling, so that a change during it is seen.
             snapshot = Snapshot(self.function)
             function, bundle = self._pack()
             self._packed = snapshot.with_files(files_in(bundle)), function, bundle
+
+    @property
+    def packed(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
+        """The function as it was pickled last, and the bundle it needs."""
+        assert self._packed is not None, "what sends a function packs it before"
         return self._packed[1:]
+
+    @property
+    def code(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
+        """The function as it travels now, and the bundle it needs. Raises TaskDefinitionError."""
+        self.pack()
+        return self.packed
 
     def _pack(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         function, bundle = self.function_form, None
