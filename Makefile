@@ -10,13 +10,14 @@ $(VENV)/.stamp: pyproject.toml
 .PHONY: setup test lint proto
 setup: $(VENV)/.stamp nodejs network
 
+# On a machine with more than two cores, PYTEST_FLAGS="-n 2 --dist loadgroup" runs the tests of clusters beside the others.
 test: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
 # Also the tests that are left out of `make test` because another one takes nearly the same way.
 .PHONY: test-all
 test-all: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "exhaustive or not exhaustive"
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check .

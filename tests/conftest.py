@@ -1,8 +1,8 @@
 """Owns the rules of all tests.
 
-With LATTICE_REQUIRE_ALL=1, as in CI, a skip is a failure, unless it waits for a GPU. `make test` runs two processes:
-one has the tests of clusters, most of which is waiting, the other has the rest. `lattice stop` of one finds no server
-of the other.
+With LATTICE_REQUIRE_ALL=1, as in CI, a skip is a failure, unless it waits for a GPU. With `-n 2
+--dist loadgroup` one process has the tests of clusters, which wait most of the time, and the other has the rest.
+`lattice stop` of one finds no server of the other.
 """
 
 import os

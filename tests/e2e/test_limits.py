@@ -176,8 +176,8 @@ async def sleep_aside(seconds: float) -> float:
 
 @pytest.mark.parametrize("function", [sleep, sleep_aside])
 def test_an_attempt_over_its_time_fails(client: LatticeClient, function: Any) -> None:
-    hasty = task(timeout=0.2)(function)
-    with pytest.raises(TaskFailedError, match=r"ran longer than 0\.2 s") as caught:
+    hasty = task(timeout=1.0)(function)
+    with pytest.raises(TaskFailedError, match=r"ran longer than 1 s") as caught:
         client.run_task(hasty, {"seconds": 60})
     assert caught.value.kind == "TIMEOUT"
     assert client.run_task(hasty, {"seconds": 0}) == {"result": 0}
