@@ -108,7 +108,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.Run
 @pytest.mark.parametrize("form", ["process", "async", "batch", "map"])
 @examples(250)
 @given(seed=st.integers(0, 2**64))
-def test_every_lease_ends_once_whatever_its_function_does(
+def test_every_lease_ends_once_when_its_function_is_hostile(
     form: str, loop: tuple[asyncio.Runner, Worker], seed: int
 ) -> None:
     choice = random.Random(seed)
@@ -136,6 +136,41 @@ def test_every_lease_ends_once_whatever_its_function_does(
         await worker.check_calm()
 
     runner.run(example())
+
+
+def test_the_child_of_a_coroutine_ends_when_it_returns_to_the_event_loop(loop: tuple[asyncio.Runner, Worker]) -> None:
+    runner, worker = loop
+
+    async def fork() -> list[int]:
+        import os
+
+        if (pid := os.fork()) == 0:
+            return []
+        await asyncio.sleep(1)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        return [ended - pid, status]
+
+    async def scenario() -> None:
+        worker.stream.assign("forked", fork, slot=1, is_async=True)
+        (report,) = await worker.ends({"forked": 1})
+        assert (kind_of(report), value_of(report)) == ("", [0, 0])
+        await worker.check_calm()
+
+    runner.run(scenario())
+
+
+def test_no_coroutine_is_charged_when_one_of_several_sends_garbage(loop: tuple[asyncio.Runner, Worker]) -> None:
+    runner, worker = loop
+
+    async def scenario() -> None:
+        for _ in range(5):
+            calm = {worker.start("async", ["number"], slot, 1): 1 for slot in (2, 3)}
+            garbage = {worker.start("async", ["garbage"], 1, 1): 1}
+            ends = {report.lease_id: report for report in await worker.ends(calm | garbage)}
+            assert {kind_of(ends[lease_id]) for lease_id in calm} == {""}
+            await worker.check_calm()
+
+    runner.run(scenario())
 
 
 def value_in(report: worker_pb2.Report, form: str) -> Any:
