@@ -11,7 +11,7 @@ from lattice.v1 import run_pb2
 
 Kind = tuple[frozenset[str], int]
 
-BRIEF_S = 0.005
+BRIEF_S = 0.010
 WAIT_S = 0.020
 MAX_KINDS = 1000
 

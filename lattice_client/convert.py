@@ -2,12 +2,14 @@
 
 from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, count
 from typing import Any
 
 from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.errors import RunCancelledError, RunError, RunTimeoutError, TaskDefinitionError, TaskFailedError
+from lattice_client.freshness import file_at
 from lattice_client.inputs import Belongs, Binder, Upload
 from lattice_client.workflow import UNSET, LatticeTask
 
@@ -44,9 +46,13 @@ async def tasks_of(tasks: Collection[LatticeTask], upload: Upload, belongs: Belo
 
 
 def pack_code(tasks: Iterable[LatticeTask]) -> None:
-    """Pickle what changed of the code of tasks, in the caller's thread. Raises TaskDefinitionError."""
+    """Pickle what changed of the code of tasks, in the caller's thread. Raises TaskDefinitionError.
+
+    A file is looked at once, however many functions it travels with.
+    """
+    look = cache(file_at)
     for definition in {id(task.definition): task.definition for task in tasks}.values():
-        definition.pack()
+        definition.pack(look)
 
 
 def fill_code(spec: workflow_pb2.WorkflowSpec, tasks: Collection[LatticeTask], known: Container[str]) -> None:

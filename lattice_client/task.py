@@ -14,7 +14,7 @@ from lattice_client import payloads
 from lattice_client.bundle import Choice, Item, files_in
 from lattice_client.code import pack
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.freshness import Snapshot
+from lattice_client.freshness import Look, Snapshot
 from lattice_client.returns import returned
 from lattice_client.settings import TaskSettings
 
@@ -99,25 +99,23 @@ class TaskDefinition(Generic[P, R]):
             form.entrypoint = self.entrypoint
         return form
 
-    def pack(self) -> None:
-        """Pickle the function, unless it is as it was the last time. Raises TaskDefinitionError."""
-        if self._packed is None or not self._packed[0].is_current():
+    def pack(self, look: Look | None = None) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
+        """Return the function as it travels now, and the bundle it needs; `look` as in `freshness`.
+
+        It is pickled unless it is as it was the last time. Raises TaskDefinitionError.
+        """
+        if self._packed is None or not self._packed[0].is_current(look):
             # Before the pickling, so that a change during it is seen.
             snapshot = Snapshot(self.function)
             function, bundle = self._pack()
             self._packed = snapshot.with_files(files_in(bundle)), function, bundle
+        return self.packed
 
     @property
     def packed(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         """The function as it was pickled last, and the bundle it needs."""
         assert self._packed is not None, "what sends a function packs it before"
         return self._packed[1:]
-
-    @property
-    def code(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
-        """The function as it travels now, and the bundle it needs. Raises TaskDefinitionError."""
-        self.pack()
-        return self.packed
 
     def _pack(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         function, bundle = self.function_form, None

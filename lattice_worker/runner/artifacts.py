@@ -34,7 +34,6 @@ class Encoder:
     def __init__(self, header: dict[str, Any]) -> None:
         self._folder = header["folder"]
         self._store = header["store"]
-        self._spares = os.path.join(self._store, SPARES)
         self._inline_limit = header["inline_limit"]
         self.blobs: list[bytes] = []
         self.made: list[str] = []
@@ -81,10 +80,10 @@ class Encoder:
         raise StoreFullError(f"there is no room for an output of {size} bytes: {_room(self._store, self._disk())}")
 
     def _new_or_spare(self, path: str, size: int) -> io.FileIO:
-        return create_artifact(path, self._spares, size)
+        return create_artifact(path, self._spares(), size)
 
     def _in_place_of_spares(self, path: str, _size: int) -> io.FileIO:
-        for spare in os.scandir(self._spares):
+        for spare in os.scandir(self._spares()):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(spare.path)
         return io.FileIO(path, "x")
@@ -95,6 +94,9 @@ class Encoder:
         # The link first, so that no bytes lie on disk without one.
         os.symlink(os.path.join(disk, os.path.basename(path)), path)
         return io.FileIO(path, "w")
+
+    def _spares(self) -> str:
+        return os.path.join(self._store, SPARES)
 
     def _disk(self) -> str:
         return os.path.realpath(os.path.join(self._store, DISK))

@@ -1,14 +1,13 @@
 """The frames between the agent and a runner, over a Unix socket that keeps packets apart (SOCK_SEQPACKET).
 
-A frame is a JSON header and blobs whose lengths the header lists under `blobs`; payloads name a blob by its index, or a
-file by its path. A frame travels in packets of at most `PACKET_BYTES`. The first byte of a packet says whether it is a
-whole frame or the first, a middle or the last part of one. The kernel delivers packets whole. Bytes that user code
-writes to the socket are therefore a packet of their own: the agent finds them to be wrong, and they cannot hide where
-the next frame begins.
+A frame is a JSON header, with integers of at most 64 bits, and blobs whose lengths the header lists under `blobs`;
+payloads name a blob by its index, or a file by its path. A frame travels in packets of at most `PACKET_BYTES`. The
+first byte of a packet says whether it is a whole frame or the first, a middle or the last part of one. The kernel
+delivers packets whole. Bytes that user code writes to the socket are therefore a packet of their own: the agent finds
+them to be wrong, and they cannot hide where the next frame begins.
 """
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -17,6 +16,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import orjson
 
 PACKET_BYTES = 128 * 1024
 MAX_FRAME_BYTES = 512 * 1024 * 1024
@@ -32,7 +33,7 @@ class ProtocolError(Exception):
 def packets_of(header: dict[str, Any], blobs: Sequence[bytes]) -> list[bytes]:
     """Return a frame as packets."""
     header["blobs"] = [len(blob) for blob in blobs]
-    encoded = json.dumps(header).encode()
+    encoded = orjson.dumps(header)
     frame = b"".join([LENGTH.pack(len(encoded)), encoded, *blobs])
     step = PACKET_BYTES - 1
     if len(frame) <= step:
@@ -46,7 +47,7 @@ def parse(frame: bytes) -> tuple[dict[str, Any], list[bytes]]:
     try:
         (length,) = LENGTH.unpack_from(frame)
         offset = LENGTH.size + length
-        header = json.loads(frame[LENGTH.size : offset])
+        header = orjson.loads(frame[LENGTH.size : offset])
         blobs = []
         for size in header["blobs"]:
             if size < 0:

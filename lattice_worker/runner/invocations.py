@@ -8,8 +8,8 @@ import contextlib
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 from lattice_worker.runner.artifacts import Encoder, open_artifact
 from lattice_worker.runner.calls import columns, takes_params_alone
@@ -42,7 +42,8 @@ class Program:
 
     def run(self, output: Output, blobs: list[bytes]) -> Answer:
         """Run an invocation to its end. Never raises."""
-        with self._outcome(output) as outcome:
+        outcome = self._outcome(output)
+        with outcome, memory_limit(output.header["memory_limit"]):
             value = self._call(output.header, blobs)
             if inspect.iscoroutine(value):
                 value = asyncio.run(value)
@@ -51,21 +52,15 @@ class Program:
 
     async def run_async(self, output: Output, blobs: list[bytes]) -> Answer:
         """Run an invocation of a coroutine function to its end. Never raises, also when it is cancelled."""
-        with self._outcome(output) as outcome:
+        outcome = self._outcome(output)
+        with outcome, memory_limit(output.header["memory_limit"]):
             value = self._call(output.header, blobs)
             outcome.take(await value if inspect.isawaitable(value) else value)
         return outcome.answer()
 
-    @contextlib.contextmanager
-    def _outcome(self, output: Output) -> Iterator["Outcome"]:
-        """Turn whatever the block does into an outcome."""
+    def _outcome(self, output: Output) -> "Outcome":
         explain = functools.partial(self._explain, output.header)
-        outcome = Outcome(output.header, self._return_style(output.header), self._channel, explain)
-        try:
-            with memory_limit(output.header["memory_limit"]):
-                yield outcome
-        except BaseException as error:  # SystemExit too: user code must not end the runner by raising it.
-            outcome.fail(error)
+        return Outcome(output.header, self._return_style(output.header), self._channel, explain)
 
     def _return_style(self, header: dict[str, Any]) -> str:
         return str(self._definitions[header["digest"]][0]["return_style"])
@@ -107,7 +102,7 @@ class Program:
 
 
 class Outcome:
-    """What an invocation answers: built from what its function returns or raises."""
+    """What an invocation answers: built from what its function returns, or from what is raised in its `with` block."""
 
     def __init__(
         self, header: dict[str, Any], return_style: str, channel: Channel, explain: Callable[[BaseException], None]
@@ -119,6 +114,14 @@ class Outcome:
         self._encoder = Encoder(header)
         self._started = time.perf_counter()
         self._answer: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
+        if error is not None:  # SystemExit too: user code must not end the runner by raising it.
+            self.fail(error)
+        return True
 
     def take(self, value: Any) -> None:
         """Encode what the function returned."""

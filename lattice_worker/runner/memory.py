@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 # What a task may use beyond the memory it asked for before it is stopped: it is counted by the page, and early.
 MEMORY_SLACK_BYTES = 64 * 1024 * 1024
+UNLIMITED = contextlib.nullcontext()
+
+
+def memory_limit(limit_bytes: int) -> contextlib.AbstractContextManager[None]:
+    """Let this process grow by `limit_bytes` and a little; what asks for more gets a MemoryError. Zero means any."""
+    return _limited(limit_bytes) if limit_bytes else UNLIMITED
 
 
 @contextlib.contextmanager
-def memory_limit(limit_bytes: int) -> Iterator[None]:
-    """Let this process grow by `limit_bytes` and a little; what asks for more gets a MemoryError. Zero means any."""
-    if not limit_bytes:
-        yield
-        return
+def _limited(limit_bytes: int) -> Iterator[None]:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     with open("/proc/self/status") as status:
         used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))

@@ -1,6 +1,5 @@
 """What an invocation writes while it runs, and the streams that stand in for `sys.stdout` and `sys.stderr`."""
 
-import contextlib
 import contextvars
 import fcntl
 import io
@@ -157,8 +156,10 @@ def has_unread_output() -> bool:
     """Whether something this process wrote past `sys.stdout` and `sys.stderr` still lies in their pipes."""
     size = bytearray(4)
     for descriptor in (1, 2):
-        with contextlib.suppress(OSError):  # the task may have closed it
+        try:
             fcntl.ioctl(descriptor, termios.FIONREAD, size)
-            if any(size):
-                return True
+        except OSError:  # The task closed it.
+            continue
+        if any(size):
+            return True
     return False

@@ -23,6 +23,7 @@ ALIGN = 64
 # Python refuses to print and to read integers of over 4300 digits; these have fewer or as many.
 MAX_JSON_INT_BITS = 14_284
 MAX_JSON_LEVELS = 100
+_to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, check_circular=False).encode
 
 
 class PayloadError(Exception):
@@ -90,8 +91,7 @@ def is_json(value: Any) -> bool:
 def encode_value(value: Any) -> tuple[str, list[Any]]:
     """Return a value's media type and its encoding, in parts."""
     if is_json(value):
-        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, check_circular=False)
-        return JSON, [text.encode()]
+        return JSON, [_to_json(value).encode()]
     if type(value) is bytes:
         return BYTES, [value]
     buffers: list[pickle.PickleBuffer] = []

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_client import LatticeClient, TaskDefinition, task
-from lattice_client.freshness import Snapshot
+from lattice_client import LatticeClient, TaskDefinition, convert, task
+from lattice_client.freshness import Snapshot, file_at
+from lattice_client.workflow import Graph
 
 SCRIPT = """
 import math
@@ -113,7 +114,7 @@ def script() -> dict[str, Any]:
 
 def changed(definition: TaskDefinition[..., Any]) -> Any:
     """The value that a worker would get now."""
-    return pickle.loads(definition.code[0].pickle)()
+    return pickle.loads(definition.pack()[0].pickle)()
 
 
 def setting(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
@@ -158,11 +159,11 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any], Any]] = [
 def test_code_that_changed_is_packed_again(script: dict[str, Any], name: str, change: Any, value: Any) -> None:
     definition = task(script[name])
     try:
-        first = definition.code[0]
+        first = definition.pack()[0]
     except NameError:
         first = None
     change(script)
-    second = definition.code[0]
+    second = definition.pack()[0]
     assert second is not first
     if value is not None:
         assert changed(definition) == value
@@ -172,26 +173,26 @@ def test_code_that_changed_is_packed_again(script: dict[str, Any], name: str, ch
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in CHANGES} | {"large", "boxed"}))
 def test_code_that_did_not_change_is_not_packed_again(script: dict[str, Any], name: str) -> None:
     definition = task(script[name])
-    first = definition.code[0]
+    first = definition.pack()[0]
     script["unrelated"] = 1
     script["LIMIT"] = int("1")
     script["NAMES"][0] = 1
-    assert definition.code[0] is first
+    assert definition.pack()[0] is first
 
 
 def test_an_equal_value_is_no_other_code(script: dict[str, Any]) -> None:
     definition = task(script["table"])
-    first = definition.code[0]
+    first = definition.pack()[0]
     script["TABLE"] = copy.deepcopy(script["TABLE"])
-    assert definition.code[0].digest == first.digest
+    assert definition.pack()[0].digest == first.digest
 
 
 def test_what_is_not_seen_is_what_the_documentation_says(script: dict[str, Any]) -> None:
     large, boxed = task(script["large"]), task(script["boxed"])
-    first = large.code[0], boxed.code[0]
+    first = large.pack()[0], boxed.pack()[0]
     script["LARGE"].append(1)
     script["BOX"].inside = 1
-    assert (large.code[0], boxed.code[0]) == first
+    assert (large.pack()[0], boxed.pack()[0]) == first
     script["LARGE"] = [1]
     assert changed(large) == 1
 
@@ -273,8 +274,8 @@ def use() -> int:
 
 with LatticeClient(sys.argv[1]) as client:
     print(client.run_task(use, {}))
-    first = use.code[0].digest
-    print(use.code[0].digest == first)
+    first = use.pack()[0].digest
+    print(use.pack()[0].digest == first)
     Path("helpers_of_mine.py").write_text("def value():\\n    return 22\\n")
     print(client.run_task(use, {}))
 """
@@ -287,6 +288,21 @@ def test_a_module_whose_file_changed_is_sent_again(address: str, tmp_path: Path)
     command = [sys.executable, "main.py", address]
     found = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.stdout.splitlines() == ["{'result': 1}", "True", "{'result': 22}"], found.stderr
+
+
+def test_a_file_is_looked_at_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "steps_of_mine.py").write_text("def one(): pass\ndef two(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    steps = importlib.import_module("steps_of_mine")
+    graph: Graph[Any] = Graph(None)
+    for step in (steps.one, steps.two, steps.one):
+        graph.add_task(step)
+    looked: list[str] = []
+    monkeypatch.setattr(convert, "file_at", lambda path: looked.append(path) or file_at(path))
+    for _ in range(2):
+        looked.clear()
+        convert.pack_code(graph.tasks.values())
+    assert looked == [str(tmp_path / "steps_of_mine.py")]
 
 
 def test_a_run_uses_what_the_globals_are_when_it_starts(client: LatticeClient, script: dict[str, Any]) -> None:
@@ -302,7 +318,7 @@ def test_a_run_uses_what_the_globals_are_when_it_starts(client: LatticeClient, s
 
 def test_packing_a_task_registers_no_module_when_multiprocessing_is_imported() -> None:
     script = (
-        "import multiprocessing, cloudpickle\nfrom lattice_client import task\n@task\ndef f(): pass\nf.code\n"
+        "import multiprocessing, cloudpickle\nfrom lattice_client import task\n@task\ndef f(): pass\nf.pack()\n"
         "print(cloudpickle.list_registry_pickle_by_value())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -321,7 +337,7 @@ def test_code_is_sent_again_when_a_module_in_an_archive_changed(
     write(1)
     monkeypatch.syspath_prepend(str(archive))
     definition = task(importlib.import_module("archived_helper").f)
-    before = definition.code[0].digest
-    assert definition.code[0].digest == before
+    before = definition.pack()[0].digest
+    assert definition.pack()[0].digest == before
     write(1000)
-    assert definition.code[0].digest != before
+    assert definition.pack()[0].digest != before

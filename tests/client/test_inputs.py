@@ -281,7 +281,7 @@ def test_a_copied_output_is_the_same_output(graph: Graph[None]) -> None:
 def test_an_output_in_the_code_of_a_task_is_refused(graph: Graph[None]) -> None:
     made = graph.add_task(number).output
     with pytest.raises(TaskDefinitionError, match=r"uses variable 'made' of [\w ]+: TaskOutput\(.*\) has no value yet"):
-        _ = task(lambda: made).code
+        task(lambda: made).pack()
 
 
 @pytest.mark.parametrize(

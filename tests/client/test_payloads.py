@@ -187,5 +187,5 @@ def test_code_needs_its_own_version_of_python_and_a_name_none() -> None:
     assert payloads.runtime_of(pack(statistics.mean)[0]) == ""
     for code in (lambda: 1, functools.partial(statistics.mean, key=lambda: 1), type("Local", (), {})):
         assert payloads.runtime_of(pack(code)[0]) == here
-    assert task(lambda: 1).code[0].runtime == here
-    assert task(statistics.mean).code[0].runtime == entrypoint("statistics:mean").code[0].runtime == ""
+    assert task(lambda: 1).pack()[0].runtime == here
+    assert task(statistics.mean).pack()[0].runtime == entrypoint("statistics:mean").pack()[0].runtime == ""

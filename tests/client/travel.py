@@ -21,7 +21,7 @@ from lattice_client.task import TaskDefinition, define
 
 def send(function, **inputs):
     task = function if isinstance(function, TaskDefinition) else define(function)
-    form, bundle = task.code
+    form, bundle = task.pack()
     with open(os.environ["SENT"], "wb") as file:
         pickle.dump((form.pickle, bundle.zip if bundle else b"", payloads.encode(inputs)), file)
 """

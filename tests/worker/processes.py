@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lattice_worker.runner.frames import PACKET_BYTES, Assembler, packets_of, parse
+from lattice_worker.runner.frames import LENGTH, PACKET_BYTES, WHOLE, Assembler, packets_of, parse
 from lattice_worker.zygote import Process, Zygotes
 
 
@@ -19,6 +19,12 @@ def succeeded(header: dict[str, Any], blobs: list[bytes], value: Any = 1) -> dic
     member = {"outputs": outputs, "split": {}}
     head = {"kind": "result", "id": header["id"], "made": [], "duration": 0.001, "has_raw": False}
     return head | ({"items": [member] * len(header["items"])} if header["batched"] else member)
+
+
+def packet_of(header: dict[str, Any], blobs: Sequence[bytes]) -> bytes:
+    """Return a frame whose header may hold what no runner would say: huge integers, half of a surrogate pair, NaN."""
+    encoded = json.dumps(header | {"blobs": [len(blob) for blob in blobs]}).encode()
+    return WHOLE + LENGTH.pack(len(encoded)) + encoded + b"".join(blobs)
 
 
 class FakeProcess(Process):
