@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Unpack, cast
 import grpc
 from lattice.v1 import results_pb2_grpc, task_pb2_grpc, worker_pb2_grpc, workflow_pb2_grpc
 
-from lattice_client import errors
+from lattice_client import errors, forks
 from lattice_client.security import Security, SecurityOptions, secure
 
 T = TypeVar("T")
@@ -36,42 +36,18 @@ OPTIONS = [
 ]
 
 
-class _Process:
-    """Whether gRPC was used in this process, or in one it was forked from."""
-
-    uses_grpc = False
-    is_broken = False
-
-
-def _after_fork() -> None:
-    _Process.is_broken = _Process.uses_grpc
-
-
-# Neither the threads nor the locks of gRPC survive a fork: each call in the child would crash or wait for ever.
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def check_process() -> None:
-    """Raise ForkError where gRPC cannot work."""
-    if _Process.is_broken:
-        raise errors.ForkError(
-            "this process was forked from one in which a Lattice client had connected, and gRPC does not work in such "
-            "a process: use the start method 'spawn' or 'forkserver' of multiprocessing, or connect only after the fork"
-        )
-
-
 class Stubs:
     """One connection and the stubs on it, for one event loop."""
 
     def __init__(self, dialled: Security) -> None:
-        check_process()
-        _Process.uses_grpc = True
+        forks.check_process()
         # What goes to this machine must not take a way over another one, whatever proxy the environment names.
         options = [*OPTIONS, ("grpc.enable_http_proxy", int(not dialled.is_local))]
         if dialled.credentials is None:
             self.channel = grpc.aio.insecure_channel(dialled.address, options=options)
         else:
             self.channel = grpc.aio.secure_channel(dialled.address, dialled.credentials, options=options)
+        forks.use(self.channel)
         channel = self.channel if dialled.token is None else cast(grpc.aio.Channel, Signed(self.channel, dialled.token))
         self.workflows = workflow_pb2_grpc.WorkflowServiceStub(channel)
         self.tasks = task_pb2_grpc.TaskServiceStub(channel)
@@ -115,7 +91,7 @@ class Channel:
             raise self.closed_error()
         loop = asyncio.get_running_loop()
         found = self._stubs.get(loop)
-        if found is None or _Process.is_broken:
+        if found is None or forks.is_broken():
             with self._lock:
                 for other in [other for other in self._stubs if other.is_closed()]:
                     del self._stubs[other]

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, Unpack
 import uvloop
 from lattice.v1 import run_pb2, task_pb2, worker_pb2
 
-from lattice_client import convert, errors
-from lattice_client.channel import check_process
+from lattice_client import convert, errors, forks
 from lattice_client.client import ADMISSION_TIMEOUT_S, AsyncLatticeClient
 from lattice_client.convert import RunEvent
 from lattice_client.following import timed_out
@@ -38,6 +37,7 @@ _END = object()
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
     loop = uvloop.new_event_loop()
+    forks.use(loop)
     threading.Thread(target=loop.run_forever, name="lattice-client", daemon=True).start()
     return loop
 
@@ -52,7 +52,7 @@ def _wait(coroutine: Coroutine[Any, Any, T], run_id: str = "") -> T:
     With a `run_id`, KeyboardInterrupt says that the run goes on.
     """
     try:
-        check_process()
+        forks.check_process()
         if sys.is_finalizing():
             # No other thread runs any more: nothing would ever answer.
             raise errors.ClientClosedError("the program is ending: no call can be made any more")
