@@ -1,5 +1,6 @@
 """The Python client: declares workflows, runs them, reads what happens."""
 
+import lattice_client.grpc_import  # noqa: F401  # before anything else imports gRPC
 from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow
 from lattice_client.convert import RunEvent
 from lattice_client.entrypoint import entrypoint

@@ -1,9 +1,8 @@
-"""Owns what becomes of a client in a process that is forked from its own. Rule: the child changes nothing of the parent.
+"""Owns what becomes of a client in a forked process. Rule: the child changes nothing of its parent.
 
 Neither the threads nor the locks of gRPC survive a fork: each call in the child would crash or wait for ever, so there
-are none. The child also frees none of the objects it shares with its parent: to free an event loop removes its
-descriptors from the epoll instance of the parent too, which then waits for ever, and to free a channel ends the
-parent's connection.
+are none. The child also frees none of gRPC's objects, nor the event loop that drives them: to free a channel waits for
+threads that are not there, and the loop's descriptors lie in an epoll instance that the parent uses.
 """
 
 import ctypes

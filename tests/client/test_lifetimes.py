@@ -2,6 +2,7 @@
 
 import asyncio
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -183,6 +184,49 @@ def test_a_child_works_when_its_parent_has_made_clients_and_not_connected(addres
     assert (done.stdout, done.returncode) == (f"{one_of_each * 2}{{'result': 1}}\n", 0), done.stderr
 
 
+FORK_AND_GO_ON = """
+import gc, os, signal, sys
+from lattice_client import LatticeClient, task
+
+@task
+def one():
+    return 1
+
+def forked(free):
+    if (pid := os.fork()) == 0:
+        signal.alarm(20)
+        if free:
+            for name in ("run", "workflow", "client"):
+                globals().pop(name, None)
+            gc.collect()
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+client = LatticeClient(sys.argv[1])
+workflow = client.create_workflow()
+workflow.add_task(one)
+for _ in range(10):
+    for free in (True, False):
+        run = workflow.run()
+        forked(free)
+        assert run.result() == {"result": 1}
+        forked(free)
+    client.close()
+    del run, workflow, client
+    gc.collect()
+    forked(True)
+    client = LatticeClient(sys.argv[1])
+    workflow = client.create_workflow()
+    workflow.add_task(one)
+print(client.run_task(one, {}), "GRPC_ENABLE_FORK_SUPPORT" in os.environ)
+"""
+
+
+def test_children_that_are_forked_and_end_do_nothing_to_their_parent(address: str, tmp_path: Path) -> None:
+    done = run_script(FORK_AND_GO_ON, address, tmp_path)
+    assert (done.stdout, done.stderr, done.returncode) == ("{'result': 1} False\n", "", 0)
+
+
 AT_THE_END = """
 import atexit, sys
 from lattice_client import LatticeClient, task
@@ -218,4 +262,5 @@ def test_a_program_ends_whatever_its_objects_do_with_a_client(address: str, tmp_
 def run_script(code: str, address: str, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     (folder / "script.py").write_text(code)
     command = [sys.executable, str(folder / "script.py"), address, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
