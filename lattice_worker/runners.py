@@ -242,7 +242,7 @@ class Runner:
                 self._drafts.publish(self.folder, header["made"])
                 invocation.on_spawn(header["task"], blobs)
             case "describing":
-                self._time_description(invocation, is_over=header["is_over"])
+                self._time_description(invocation, header["is_over"], str(header["type"]))
             case "result":
                 self._answer(invocation, header, blobs)
             case _:
@@ -265,23 +265,23 @@ class Runner:
             except OSError as error:
                 text = f"a large value could not be put into the store of this node: {error}"
                 header, blobs = _failed("resources", text), []
-        self._time_description(invocation, is_over=True)
+        self._time_description(invocation, True)
         del self.running[invocation.name]
         if not self.running and not self.ahead:
             self._on_idle(self)
         invocation.on_end(header, blobs)
 
-    def _time_description(self, invocation: Invocation, *, is_over: bool) -> None:
+    def _time_description(self, invocation: Invocation, is_over: bool, kind: str = "") -> None:
         """Bound the time in which the process describes an error: that calls methods of the error itself."""
         if invocation.describing is not None:
             invocation.describing.cancel()
             invocation.describing = None
         if not is_over:
-            late = asyncio.get_running_loop().call_later(DESCRIBE_S, self._give_up_description, invocation)
+            late = asyncio.get_running_loop().call_later(DESCRIBE_S, self._give_up_description, invocation, kind)
             invocation.describing = late
 
-    def _give_up_description(self, invocation: Invocation) -> None:
-        text = f"it raised an error that could not be described within {DESCRIBE_S:g} s"
+    def _give_up_description(self, invocation: Invocation, kind: str) -> None:
+        text = f"it raised {kind}, which could not be described within {DESCRIBE_S:g} s"
         invocation.ending = invocation.ending or _failed("user_error", text)
         self.kill_blocked()
 
@@ -367,7 +367,7 @@ class Runner:
         if self._is_any_culprit:
             culprits, is_known = [], False
         for invocation in running:
-            self._time_description(invocation, is_over=True)
+            self._time_description(invocation, True)
             if invocation.ending:
                 invocation.on_end(invocation.ending, [])
             elif invocation in culprits:

@@ -74,6 +74,8 @@ def reason_of(error: BaseException, left_out: dict[str, str]) -> str:
             text = "was not among the imports that the client found; name it in modules=[...] of the task"
             return f"module {module!r} {text}, or install it where the worker runs"
         case FileNotFoundError(filename=str(path)):
+            if not os.path.isabs(path) and any(os.path.exists(os.path.join(bundle, path)) for bundle in _bundles):
+                return f"{path!r} was sent with the task and lies beside its modules: Path(__file__).parent / {path!r}"
             found = (name for name in left_out if path.endswith(f"/{name}"))
             return next((f"file {name!r} {left_out[name]}" for name in found), "")
     return ""

@@ -7,9 +7,11 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import os
 import time
+import traceback
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from lattice_worker.runner.artifacts import Encoder, open_artifact
 from lattice_worker.runner.calls import columns, takes_params_alone
@@ -17,12 +19,14 @@ from lattice_worker.runner.failures import failure_of
 from lattice_worker.runner.frames import MAX_FRAME_BYTES, Channel
 from lattice_worker.runner.functions import Loaded, load
 from lattice_worker.runner.memory import memory_limit
-from lattice_worker.runner.output import Output
+from lattice_worker.runner.output import Output, flush_streams
 from lattice_worker.runner.reset import Baseline
 from lattice_worker.runner.text import message_of, type_name, utf8
 from lattice_worker.runner.values import WITH_OUTPUTS, PayloadError, decode_value
 
 MAX_ANSWER_BYTES = MAX_FRAME_BYTES // 2
+# What a class is called, whatever its metaclass says.
+_NAME: Callable[[type], str] = type.__dict__["__name__"].__get__
 
 Answer = tuple[dict[str, Any], list[bytes]]
 
@@ -119,6 +123,8 @@ class Outcome:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
+        if os.getpid() != self._channel.owner:
+            end_child(error)  # The task forked, and both processes came back.
         if error is not None:  # SystemExit too: user code must not end the runner by raising it.
             self.fail(error)
         return True
@@ -134,16 +140,18 @@ class Outcome:
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
         # The error's own methods are called, and may never return: the agent gives them a second.
-        self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": False})
+        kind = utf8(_NAME(type(error)))
+        self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": False, "type": kind})
         with contextlib.suppress(BaseException):
             self._explain(error)
         failure = failure_of(error, self._encoder)
-        self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": True})
+        self._channel.send({"kind": "describing", "id": self._header["id"], "is_over": True, "type": kind})
         return failure
 
     def answer(self) -> Answer:
         """Return the frame that ends the invocation."""
         duration = time.perf_counter() - self._started
+        flush_streams()
         if (size := sum(map(len, self._encoder.blobs))) > MAX_ANSWER_BYTES:
             limit = f"{size} bytes in values that are not large by themselves; the limit is {MAX_ANSWER_BYTES}"
             self.fail(PayloadError(f"what the task returned takes {limit}"))
@@ -231,6 +239,21 @@ def _bind(binding: dict[str, Any], blobs: list[bytes]) -> Any:
 def _decode(payload: dict[str, Any], blobs: list[bytes], outputs: list[Any] | None = None) -> Any:
     data = open_artifact(payload["path"]) if "path" in payload else blobs[payload["blob"]]
     return decode_value(payload["type"], data, outputs)
+
+
+def end_child(error: BaseException | None) -> NoReturn:
+    """End a process that a task forked, as Python ends a program."""
+    status: object = 0
+    with contextlib.suppress(BaseException):
+        flush_streams()
+        if isinstance(error, SystemExit):
+            status = 0 if error.code is None else error.code
+        elif error is not None:
+            status = "".join(traceback.format_exception(error)).rstrip("\n")
+        if not isinstance(status, int):
+            os.write(2, f"{status}\n".encode(errors="backslashreplace"))
+            status = 1
+    os._exit(status & 0xFF if isinstance(status, int) else 1)
 
 
 def _items(name: str, value: Any) -> list[Any]:

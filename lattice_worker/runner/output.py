@@ -1,9 +1,11 @@
 """What an invocation writes while it runs, and the streams that stand in for `sys.stdout` and `sys.stderr`."""
 
+import contextlib
 import contextvars
 import fcntl
 import io
 import os
+import sys
 import termios
 import threading
 from collections.abc import Sequence
@@ -150,6 +152,18 @@ class _Bytes(io.RawIOBase):
 
     def writable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        """Send what is pending. What a task wraps around it closes it when that is freed; the next task needs it."""
+        self.flush()
+
+
+def flush_streams() -> None:
+    """Have streams that a task, or a module of it, put in the place of this process's own write what they hold back."""
+    for stream in (sys.stdout, sys.stderr):
+        if type(stream) is not Stream:
+            with contextlib.suppress(BaseException):
+                stream.flush()
 
 
 def has_unread_output() -> bool:

@@ -46,6 +46,8 @@ def main(mode: str) -> None:
         score.write("1000")
     # One that does nothing instead of none: what a task starts inherits a signal that is ignored.
     signal.signal(signal.SIGINT, _ignore)
+    os.register_at_fork(after_in_child=_heed_interrupts)
+    sys.argv = [""]  # As in an interpreter that runs no script: a task was not started with arguments.
     pid = os.getpid()
     sys.stdout, sys.stderr = Stream("stdout", 1, pid), Stream("stderr", 2, pid)
     # A crash in native code then leaves its Python stack in the attempt's log.
@@ -98,8 +100,6 @@ def _run(channel: Channel, program: Program, baseline: Baseline, header: dict[st
     output = Output(channel, header)
     # A context of its own: what it sets in context variables is not there for the next one.
     answer, parts = threads.in_context(output, program.run, output, blobs)
-    if os.getpid() != channel.owner:
-        os._exit(0)  # The task forked and returned in both processes.
     baseline.quiet()
     output.close()
     answer["has_raw"] = has_unread_output()
@@ -114,6 +114,11 @@ def adopt(environment: Mapping[str, str]) -> None:
 
 def _ignore(*_: object) -> None:
     """Do nothing."""
+
+
+def _heed_interrupts() -> None:
+    if signal.getsignal(signal.SIGINT) is _ignore:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 __all__ = ["main"]

@@ -1,31 +1,37 @@
 """Making a process ready for the next task: what a task changed of the process is put back, what it left behind ends.
 
 Rule: modules stay imported, and what they set up when they were loaded stays; what a task changed while it ran does not
-reach the next one. The list is in docs/tasks.md. Costs microseconds when nothing was changed, so each check here
-compares one cheap fact.
+reach the next one. The list is in docs/tasks.md. Costs microseconds when nothing was changed: each fact is read once,
+and compared.
 """
 
+import asyncio.events
 import contextlib
 import ctypes
+import faulthandler
 import gc
 import locale
 import logging
+import multiprocessing.context
 import operator
 import os
 import resource
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 SIGNALS = [number for number in range(1, 32) if number not in {signal.SIGKILL, signal.SIGSTOP}]
 TIMERS = tuple(map(int, (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)))
-LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_CPU)
 REAP_S = 0.5
 SEED_BYTES = 32
 # These tell at a fraction of the cost of what wraps them, which makes enum members and exceptions of each answer.
@@ -37,6 +43,60 @@ _libc = ctypes.CDLL(None)
 _ANY_CHILD = (os.P_ALL, 0, None, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # Zero: there are children, -1: none.
 
 
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # It was deleted.
+        return ""
+
+
+def _umask() -> int:
+    mask = os.umask(0o22)
+    os.umask(mask)
+    return mask
+
+
+# How a setting of this process is read, and set.
+SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (_working_directory, os.chdir),
+    (_umask, os.umask),
+    (partial(_setlocale, locale.LC_ALL), partial(_setlocale, locale.LC_ALL)),
+    *(
+        (partial(resource.getrlimit, kind), partial(resource.setrlimit, kind))
+        for kind in (
+            resource.RLIMIT_NOFILE,
+            resource.RLIMIT_AS,
+            resource.RLIMIT_CPU,
+            resource.RLIMIT_STACK,
+            resource.RLIMIT_FSIZE,
+        )
+    ),
+    (partial(os.getpriority, os.PRIO_PROCESS, 0), partial(os.setpriority, os.PRIO_PROCESS, 0)),
+    (partial(os.sched_getaffinity, 0), partial(os.sched_setaffinity, 0)),
+    (sys.getrecursionlimit, sys.setrecursionlimit),
+    (sys.getswitchinterval, sys.setswitchinterval),
+    (sys.get_int_max_str_digits, sys.set_int_max_str_digits),
+    (gc.isenabled, lambda collects: gc.enable() if collects else gc.disable()),
+    (gc.get_threshold, lambda thresholds: gc.set_threshold(*thresholds)),
+    (gc.get_debug, gc.set_debug),
+    (socket.getdefaulttimeout, socket.setdefaulttimeout),
+    (tracemalloc.is_tracing, lambda traces: None if traces else tracemalloc.stop()),
+)
+_READERS = tuple(read for read, _ in SETTINGS)
+
+# Names that hold an object of which this process has one.
+NAMES: tuple[tuple[Any, str], ...] = (
+    *((sys, name) for name in ("stdin", "stdout", "stderr", "displayhook", "excepthook", "unraisablehook")),
+    *((sys, name) for name in ("breakpointhook", "path", "argv")),
+    (threading, "excepthook"),
+    (warnings, "showwarning"),
+    (warnings, "filters"),
+    (tempfile, "tempdir"),
+    (asyncio.events, "_event_loop_policy"),
+    (multiprocessing.context._default_context, "_actual_context"),  # the start method
+)
+
+
 class Baseline:
     """The state of this process that tasks find."""
 
@@ -46,26 +106,27 @@ class Baseline:
         # Above the descriptors that programs count on; not inherited.
         self._streams = [os.dup(descriptor) for descriptor in range(3)]
         self._handlers: list[Any] = []
+        with contextlib.suppress(OSError):
+            tempfile.gettempdir()  # Python looks for it once; a task is to find what was found before it.
         self.capture()
 
     def capture(self) -> None:
         """Take the process as it is now for what tasks shall find."""
-        self._cwd = os.getcwd()
         self._environ = os.environ
         self._environment = dict(os.environ._data)  # type: ignore[attr-defined]  # as bytes: compared at each task
-        self._umask = os.umask(0o22)
-        os.umask(self._umask)
         self._handlers = list(map(_getsignal, SIGNALS))
-        self._objects = (sys.stdin, sys.stdout, sys.stderr, sys.displayhook, sys.excepthook)
-        self._filters = list(warnings.filters)
-        self._showwarning = warnings.showwarning
-        self._recursion_limit = sys.getrecursionlimit()
-        self._locale = _setlocale(locale.LC_ALL)
-        root = logging.root
-        self._logging = (root.level, list(root.handlers), list(root.filters), root.disabled, root.manager.disable)
-        self._limits = [resource.getrlimit(number) for number in LIMITS]
-        self._collects = gc.isenabled()
+        self._settings = [read() for read in _READERS]
+        self._objects = [(holder, name, getattr(holder, name)) for holder, name in NAMES]
         self._threads = set(threading.enumerate())
+        self._capture_set_up()
+
+    def _capture_set_up(self) -> None:
+        """Take what modules set up when they are imported."""
+        root = logging.root
+        self._logging = (root.level, root.disabled, root.manager.disable)
+        lists: tuple[list[Any], ...] = (sys.path, sys.argv, root.handlers, root.filters)
+        self._lists = [(found, list(found)) for found in lists]
+        self._filters = list(warnings.filters)
         self._modules = len(sys.modules)
 
     def quiet(self) -> None:
@@ -86,6 +147,7 @@ class Baseline:
         sys.setprofile(None)
         for timer in TIMERS:
             _setitimer(timer, 0)
+        faulthandler.cancel_dump_traceback_later()
         if not _same(list(map(_getsignal, SIGNALS)), self._handlers):
             for number, handler in zip(SIGNALS, self._handlers, strict=True):
                 if _getsignal(number) is not handler and handler is not None:
@@ -116,32 +178,43 @@ class Baseline:
         """Put back what the task changed. Raises an error where that is impossible."""
         for descriptor, saved in enumerate(self._streams):
             os.dup2(saved, descriptor)
-        if _working_directory() != self._cwd:
-            os.chdir(self._cwd)
         if self._changed_environment():
             self._restore_environment()
-        os.umask(self._umask)
         _sigmask(signal.SIG_SETMASK, ())
-        sys.stdin, sys.stdout, sys.stderr, sys.displayhook, sys.excepthook = self._objects
+        signal.set_wakeup_fd(-1)
         threading.settrace(None)
         threading.setprofile(None)
+        threading.stack_size(0)
+        found = [read() for read in _READERS]
+        if found != self._settings:
+            for (_, put), now, before in zip(SETTINGS, found, self._settings, strict=True):
+                if now != before:
+                    put(before)
+        for holder, name, before in self._objects:
+            setattr(holder, name, before)
+        policy = asyncio.events._event_loop_policy  # type: ignore[attr-defined]
+        if (local := getattr(policy, "_local", None)) is not None:
+            vars(local).clear()  # Which loop `asyncio.get_event_loop` finds in this thread.
+        if self._modules != len(sys.modules):
+            # Whether a module set these up or the task did cannot be told, and the module would not do so again.
+            self._capture_set_up()
+        self._restore_set_up()
+        reseed()
+
+    def _restore_set_up(self) -> None:
+        for found, before in self._lists:
+            if not _same(found, before):
+                found[:] = before
         if not _same(warnings.filters, self._filters):
             filters: Any = warnings.filters  # A list, whatever its stub says.
             filters[:] = self._filters
             warnings._filters_mutated()  # type: ignore[attr-defined]
-        warnings.showwarning = self._showwarning
-        if sys.getrecursionlimit() != self._recursion_limit:
-            sys.setrecursionlimit(self._recursion_limit)
-        if _setlocale(locale.LC_ALL) != self._locale:
-            _setlocale(locale.LC_ALL, self._locale)
-        self._restore_logging()
-        for number, limits in zip(LIMITS, self._limits, strict=True):
-            if resource.getrlimit(number) != limits:
-                resource.setrlimit(number, limits)
-        if gc.isenabled() != self._collects:
-            (gc.enable if self._collects else gc.disable)()
-        self._modules = len(sys.modules)
-        reseed()
+        root = logging.root
+        level, root.disabled, disable = self._logging
+        if root.level != level:
+            root.setLevel(level)
+        if root.manager.disable != disable:
+            logging.disable(disable)
 
     def _changed_environment(self) -> bool:
         return os.environ is not self._environ or os.environ._data != self._environment  # type: ignore[attr-defined]
@@ -152,31 +225,12 @@ class Baseline:
         for name in os.environ.keys() - wanted.keys():
             del os.environ[name]
         os.environ.update(wanted)
-
-    def _restore_logging(self) -> None:
-        root = logging.root
-        level, handlers, filters, disabled, disable = self._logging
-        if not _same(root.handlers, handlers):
-            root.handlers[:] = handlers
-        if not _same(root.filters, filters):
-            root.filters[:] = filters
-        if root.level != level:
-            root.setLevel(level)
-        root.disabled = disabled
-        if root.manager.disable != disable:
-            logging.disable(disable)
+        time.tzset()  # It reads the environment.
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
     """Whether two sequences hold the same objects; comparing them for equality would call the user's methods."""
     return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def _working_directory() -> str:
-    try:
-        return os.getcwd()
-    except OSError:  # It was deleted.
-        return ""
 
 
 def reseed() -> None:

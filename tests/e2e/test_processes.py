@@ -1,8 +1,10 @@
 """What tasks do to their processes: it ends with them, and neither the next task nor a neighbour notices."""
 
+import argparse
 import asyncio
 import contextvars
 import gc
+import io
 import os
 import random
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,9 @@ def state() -> tuple[Any, ...]:
     import locale
     import logging
     import resource
-    import warnings
+    import socket
+    import tempfile
+    import tracemalloc
 
     return (
         os.getpid(),
@@ -42,7 +47,13 @@ def state() -> tuple[Any, ...]:
         sys.getrecursionlimit(),
         locale.setlocale(locale.LC_ALL),
         (logging.root.level, len(logging.root.handlers), logging.root.manager.disable),
-        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_STACK)],
+        time.strftime("%Z", time.localtime(0)),
+        (list(sys.path), list(sys.argv)),
+        (socket.getdefaulttimeout(), tempfile.gettempdir(), tracemalloc.is_tracing()),
+        (sys.getswitchinterval(), sys.get_int_max_str_digits(), gc.get_threshold(), gc.get_debug()),
+        (os.getpriority(os.PRIO_PROCESS, 0), sorted(os.sched_getaffinity(0))),
+        [hook.__qualname__ for hook in (threading.excepthook, sys.unraisablehook, sys.breakpointhook)],
         sys.gettrace() is None,
         gc.isenabled(),
         level.get(),
@@ -51,11 +62,13 @@ def state() -> tuple[Any, ...]:
 
 def disturb() -> int:
     """Change all of it."""
+    import faulthandler
     import locale
     import logging
     import resource
+    import socket
     import tempfile
-    import warnings
+    import tracemalloc
 
     folder = tempfile.mkdtemp()
     os.chdir(folder)
@@ -74,6 +87,21 @@ def disturb() -> int:
     logging.root.setLevel(logging.DEBUG)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     gc.disable()
+    gc.set_threshold(7)
+    os.environ["TZ"] = "Asia/Tokyo"
+    time.tzset()
+    sys.path.insert(0, folder)
+    sys.argv = ["other"]
+    socket.setdefaulttimeout(0.01)
+    tempfile.tempdir = folder
+    tracemalloc.start()
+    sys.setswitchinterval(0.5)
+    sys.set_int_max_str_digits(1000)
+    os.nice(1)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    threading.excepthook = sys.unraisablehook = sys.breakpointhook = disturb  # type: ignore[assignment]
+    faulthandler.dump_traceback_later(1, exit=True)
+    resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     level.set(7)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -99,7 +127,10 @@ def test_a_process_is_put_back_when_a_task_changed_it(client: LatticeClient) -> 
 
 def test_a_process_lives_on_when_the_alarm_of_a_task_is_due(client: LatticeClient) -> None:
     def arm() -> int:
+        import faulthandler
+
         signal.alarm(1)
+        faulthandler.dump_traceback_later(1, exit=True)
         return os.getpid()
 
     def later() -> int:
@@ -147,6 +178,88 @@ def test_half_an_emoji_is_printed_as_an_escape(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     workflow.add_task(speak)
     assert logs_of(workflow.run()) == "cut \\ud83d\n"
+
+
+def test_a_stream_that_a_task_wraps_writes_into_its_log(client: LatticeClient) -> None:
+    def wrap(number: int) -> int:
+        sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8")
+        print("é", number)
+        gc.collect()
+        return os.getpid()
+
+    for number in range(4):
+        workflow = client.create_workflow()
+        workflow.add_task(wrap, {"number": number})
+        assert logs_of(workflow.run()) == f"é {number}\n"
+
+
+def test_a_module_that_is_imported_by_a_task_keeps_what_it_set_up(client: LatticeClient) -> None:
+    def speak() -> int:
+        import logging
+
+        from tests.e2e import chatty
+
+        assert chatty.PLACE in sys.path
+        logging.getLogger("chatty").info("heard")
+        return os.getpid()
+
+    for _ in range(4):
+        workflow = client.create_workflow()
+        workflow.add_task(task(speak, modules=["tests.e2e.chatty"]))
+        assert logs_of(workflow.run()) == "heard\n"
+
+
+def test_a_task_finds_no_event_loop_of_the_one_before(client: LatticeClient) -> None:
+    def run() -> int:
+        asyncio.run(asyncio.sleep(0))
+        return os.getpid()
+
+    def get() -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            loop = asyncio.get_event_loop_policy().get_event_loop()
+        loop.run_until_complete(asyncio.sleep(0))
+        return os.getpid()
+
+    in_one_process(client, run, get, run, get)
+
+
+def test_a_task_has_no_arguments_of_a_program(client: LatticeClient) -> None:
+    def parse() -> Any:
+        return argparse.ArgumentParser().parse_args().__dict__
+
+    assert client.run_task(parse, {})["result"] == {}
+
+
+def test_a_forked_child_ends_as_python_ends_a_program(client: LatticeClient) -> None:
+    def fork(how: str) -> int:
+        import _thread
+
+        pid = os.fork()
+        if pid == 0:
+            match how:
+                case "status":
+                    sys.exit(3)
+                case "text":
+                    sys.exit("gone")
+                case "error":
+                    raise ValueError("in the child")
+                case "interrupt":
+                    os.kill(os.getpid(), signal.SIGINT)
+                    _thread.interrupt_main()
+                    time.sleep(30)
+                case _:
+                    return 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    expected = {"status": (3, ""), "text": (1, "gone"), "error": (1, "ValueError: in the child"), "return": (0, "")}
+    expected["interrupt"] = (1, "KeyboardInterrupt")
+    for how, (status, last) in expected.items():
+        workflow = client.create_workflow()
+        workflow.add_task(fork, {"how": how})
+        run = workflow.run()
+        assert run.result() == {"result": status}
+        assert (logs_of(run).splitlines() or [""])[-1] == last
 
 
 def test_a_daemon_thread_writes_into_no_other_log_when_its_attempt_has_ended(client: LatticeClient) -> None:
