@@ -26,6 +26,7 @@ from lattice_worker.drafts import Drafts
 from lattice_worker.leasing import Leasing
 from lattice_worker.materials import Materials
 from lattice_worker.pool import Pool
+from lattice_worker.zygote import Zygotes
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Agent:
         self._config = config
         self._capacity = host.capacity(config)
         self._drafts = Drafts(config.store_directory)
-        self._pool = Pool(max(1, int(self._capacity.cpu)), self._drafts)
+        self._pool = Pool(max(1, int(self._capacity.cpu)), self._drafts, Zygotes(config.server))
         store = config.store_directory
         incoming = self._drafts.incoming
         self._courier = None if config.host_fd is None else Courier(config.host_fd, store, incoming)

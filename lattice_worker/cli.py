@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--drain-deadline", type=float, default=30.0, help="seconds for what runs when told to stop")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--store-dir", help="the server's own store of large values; without it the worker has its own")
+    parser.add_argument("--server", default="", help="what a client in a task dials; by default what the worker dials")
     parser.add_argument("--num-cpus", type=float)
     parser.add_argument("--num-gpus", type=int)
     parser.add_argument("--memory-bytes", type=int)
@@ -70,6 +71,7 @@ def main() -> None:
 def _config(flags: argparse.Namespace, directory: str) -> WorkerConfig:
     return WorkerConfig(
         target=flags.addr,
+        server=flags.server or flags.addr,
         worker_id=flags.worker_id or f"{flags.node_id}-{uuid4().hex[:12]}",
         node_id=flags.node_id,
         store_directory=directory,

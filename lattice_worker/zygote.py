@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,10 @@ class Process:
 
 
 class Zygotes:
-    """The zygote there is, and the next one when that has died."""
+    """The zygote there is, and the next one when that has died. Clients in tasks dial `server`, if it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: str = "") -> None:
+        self._environment = _environment() | ({"LATTICE_TARGET": server} if server else {})
         self._current: _Zygote | None = None
         self._starting = asyncio.Lock()
         self._cleaning: set[asyncio.Task[None]] = set()
@@ -51,7 +52,7 @@ class Zygotes:
         """Return a new process that has these descriptors. Raises OSError."""
         async with self._starting:
             if self._current is None or self._current.is_gone:
-                self._current = await _Zygote.start(self._clean)
+                self._current = await _Zygote.start(self._clean, self._environment)
         return await self._current.fork(mode, descriptors)
 
     def close(self) -> None:
@@ -90,7 +91,7 @@ class _Zygote:
         asyncio.get_running_loop().add_reader(control, self._read)
 
     @classmethod
-    async def start(cls, on_gone: "Callable[[_Zygote], None]") -> "_Zygote":
+    async def start(cls, on_gone: "Callable[[_Zygote], None]", environment: Mapping[str, str]) -> "_Zygote":
         """Start a zygote. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -102,7 +103,7 @@ class _Zygote:
                     str(host.descriptor_limit()),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    env=_environment(),
+                    env=environment,
                     start_new_session=True,
                 )
             except BaseException:

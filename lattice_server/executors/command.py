@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.model import Capacity
+from lattice_server.executors.interface import ANY, LOOPBACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,15 @@ def offer_of_machine(capacity: Capacity, labels: Mapping[str, str]) -> Offer:
     return Offer(capacity.cpu, len(capacity.gpus), capacity.memory_bytes or None, gpu_memory_bytes, labels)
 
 
-def worker_flags(offer: Offer, *, worker_id: str, node_id: str, store_directory: Path | None) -> list[str]:
-    """Return the flags of a worker that serves `node_id`; without a store it makes one of its own."""
+def worker_flags(offer: Offer, *, worker_id: str, node_id: str, store_directory: Path | None, server: str) -> list[str]:
+    """Return the flags of a worker that serves `node_id`.
+
+    One with a `store_directory` runs beside the `server`, which clients of the same machine dial at its address; one
+    without makes a store of its own.
+    """
     flags = ["--worker-id", worker_id, "--node-id", node_id, "--exit-on-close"]
     if store_directory is not None:
-        flags += ["--store-dir", str(store_directory)]
+        flags += ["--store-dir", str(store_directory), "--server", _from_here(server)]
     if offer.num_cpus is not None:
         flags += ["--num-cpus", str(offer.num_cpus)]
     if offer.num_gpus is not None:
@@ -46,3 +51,8 @@ def worker_flags(offer: Offer, *, worker_id: str, node_id: str, store_directory:
     for name, value in (offer.labels or {}).items():
         flags += ["--label", f"{name}={value}"]
     return flags
+
+
+def _from_here(server: str) -> str:
+    host, _, port = server.rpartition(":")
+    return f"{LOOPBACK if host in ANY else host}:{port}"

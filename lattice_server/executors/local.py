@@ -93,8 +93,8 @@ class LocalExecutor:
 
     async def _run_worker(self, worker_id: str, contact: Contact) -> str:
         """Run a worker to its end and return how it ended. Raises OSError."""
-        offer, store = offer_of_head(self._config), self._store_directory
-        flags = worker_flags(offer, worker_id=worker_id, node_id="local", store_directory=store)
+        offer, store, server = offer_of_head(self._config), self._store_directory, contact.target
+        flags = worker_flags(offer, worker_id=worker_id, node_id="local", store_directory=store, server=server)
         self._process = await asyncio.create_subprocess_exec(
             *worker_command(contact.local_target, flags),
             env={**os.environ, "LATTICE_PARENT_PID": str(os.getpid()), MARK: worker_id},

@@ -210,7 +210,8 @@ class RayExecutor:
         worker_id = reservation.worker_id = f"ray-{uuid4().hex[:12]}"
         reservation.wait_no_more()
         node_id, store = reservation.node_id, reservation.store_directory
-        flags = worker_flags(reservation.offer, worker_id=worker_id, node_id=node_id, store_directory=store)
+        offer, server = reservation.offer, self._contact.target
+        flags = worker_flags(offer, worker_id=worker_id, node_id=node_id, store_directory=store, server=server)
         self._order(
             "serve",
             reservation,

@@ -224,6 +224,21 @@ def test_a_task_finds_no_event_loop_of_the_one_before(client: LatticeClient) -> 
     in_one_process(client, run, get, run, get)
 
 
+def test_a_client_in_a_task_dials_the_server_of_the_task(client: LatticeClient) -> None:
+    def leaf(number: int) -> int:
+        return number * 2
+
+    @task(cpu=0)
+    def nested(number: int) -> Any:
+        with LatticeClient() as inner:
+            return inner.run_task(leaf, {"number": number})["result"]
+
+    workflow = client.create_workflow()
+    for number in range(4):
+        workflow.add_task(nested, {"number": number})
+    assert sorted(found["result"] for found in workflow.run().result(60).values()) == [0, 2, 4, 6]
+
+
 def test_a_task_has_no_arguments_of_a_program(client: LatticeClient) -> None:
     def parse() -> Any:
         return argparse.ArgumentParser().parse_args().__dict__

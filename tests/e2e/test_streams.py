@@ -62,7 +62,8 @@ class Apart(NoWorkers):
         """Start a worker; each has an id and a node of its own."""
         self._count += 1
         name = f"apart-{self._count}"
-        flags = worker_flags(Offer(num_cpus=4), worker_id=name, node_id=name, store_directory=self._folder)
+        offer, store = Offer(num_cpus=4), self._folder
+        flags = worker_flags(offer, worker_id=name, node_id=name, store_directory=store, server=self._target)
         command = worker_command(self._target, flags)
         environment = {**os.environ, **self._environment}
         self.process = await asyncio.create_subprocess_exec(*command, env=environment)

@@ -83,7 +83,7 @@ def test_a_machine_offers_what_it_said() -> None:
     gpus = (Gpu(0, memory_bytes=7), Gpu(1, memory_bytes=7))
     offer = offer_of_machine(Capacity(2.5, 9, gpus), {"zone": "eu"})
     assert offer == Offer(2.5, 2, 9, 7, {"zone": "eu"})
-    flags = worker_flags(offer, worker_id="w", node_id="n", store_directory=None)
+    flags = worker_flags(offer, worker_id="w", node_id="n", store_directory=None, server="10.0.0.1:50051")
     told = dict(zip(flags[:4:2], flags[1:4:2], strict=True)) | dict(zip(flags[5::2], flags[6::2], strict=True))
     assert flags[4] == "--exit-on-close"
     assert told == {
@@ -99,8 +99,14 @@ def test_a_machine_offers_what_it_said() -> None:
 
 def test_what_a_machine_did_not_say_is_measured_and_what_it_has_not_is_not() -> None:
     offer = offer_of_machine(Capacity(1.0), {})
-    flags = worker_flags(offer, worker_id="w", node_id="n", store_directory=Path("/store"))
-    assert flags[5:] == ["--store-dir", "/store", "--num-cpus", "1.0", "--num-gpus", "0"]
+    flags = worker_flags(offer, worker_id="w", node_id="n", store_directory=Path("/store"), server="10.0.0.1:7")
+    assert flags[5:] == ["--store-dir", "/store", "--server", "10.0.0.1:7", "--num-cpus", "1.0", "--num-gpus", "0"]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", ""])
+def test_a_client_in_a_task_dials_this_machine_when_the_server_listens_everywhere(host: str) -> None:
+    flags = worker_flags(Offer(), worker_id="w", node_id="n", store_directory=Path("/store"), server=f"{host}:7")
+    assert flags[-2:] == ["--server", "127.0.0.1:7"]
 
 
 def test_a_worker_that_cannot_start_is_tried_more_and_more_seldom() -> None:
