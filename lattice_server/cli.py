@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -190,6 +191,8 @@ def _become_worker(flags: Flags) -> NoReturn:
     """Go on as the worker's program, in this very process: signals and exit status are its own."""
     if not flags.addr:
         raise click.UsageError("say which server to join: --addr HOST:PORT")
+    if not re.search(r":\d{1,5}$", flags.addr):
+        raise click.UsageError(f"--addr {flags.addr!r} names no port: write HOST:PORT")
     # By the environment: everybody on this machine may read a command line.
     files = {"LATTICE_TLS_CA": flags.tls_ca, "LATTICE_TLS_CERT": flags.tls_cert, "LATTICE_TLS_KEY": flags.tls_key}
     os.environ.update({name: str(path.absolute()) for name, path in files.items() if path is not None})

@@ -45,8 +45,18 @@ def _path(name: str) -> Path:
 
 
 def note(name: str) -> None:
-    """Note that this process runs under a name; it keeps the name when it becomes another program."""
-    _path(name).write_text(json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+    """Note that this process runs under a name; it keeps the name when it becomes another program.
+
+    Notes of processes that were killed are dropped.
+    """
+    for path in check().glob("*.json"):
+        if _process_of(path) is None:
+            path.unlink(missing_ok=True)
+    path = _path(name)
+    # In one step: another process that starts now must not take half a note for one of a process that was killed.
+    whole = path.with_suffix(f".{os.getpid()}")
+    whole.write_text(json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+    whole.replace(path)
 
 
 def forget(name: str) -> None:
@@ -56,16 +66,21 @@ def forget(name: str) -> None:
 
 def find(name: str) -> psutil.Process:
     """Return the process that runs under a name. Raises NotRunningError."""
+    if (process := _process_of(_path(name))) is None:
+        forget(name)
+        raise NotRunningError(name)
+    return process
+
+
+def _process_of(path: Path) -> psutil.Process | None:
+    """Return the process that a note is about, if it runs."""
     try:
-        known = json.loads(_path(name).read_text())
+        known = json.loads(path.read_text())
         process = psutil.Process(known["pid"])
         # A process id may have been given to somebody else since.
-        if process.create_time() == known["started"]:
-            return process
-    except (FileNotFoundError, psutil.NoSuchProcess):
-        pass
-    forget(name)
-    raise NotRunningError(name)
+        return process if process.create_time() == known["started"] else None
+    except (FileNotFoundError, psutil.NoSuchProcess, ValueError, KeyError, TypeError):
+        return None
 
 
 def stop(name: str, wait_s: float) -> None:

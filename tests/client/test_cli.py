@@ -112,6 +112,18 @@ def test_commands_of_other_packages_are_offered() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        ("10.0.0.7", "--addr '10.0.0.7' names no port: write HOST:PORT"),
+        ("", "say which server to join: --addr HOST:PORT"),
+    ],
+)
+def test_a_machine_must_be_told_the_port_of_its_server(address: str, text: str) -> None:
+    done = call(address, "start", "--worker")
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (2, f"Error: {text}")
+
+
 def run_script(folder: Path, code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     script = folder / "script.py"
     script.write_text(code)

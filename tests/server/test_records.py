@@ -42,6 +42,20 @@ def test_what_is_noted_is_found_until_it_is_forgotten(name: str, folder: Path) -
         records.find(name)
 
 
+def test_notes_of_processes_that_were_killed_are_dropped(folder: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, ""], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"noted\n"
+    records.note("mine")
+    assert sorted(path.name for path in folder.iterdir()) == ["it.json", "mine.json"]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    (folder / "damaged.json").write_text("{")
+    records.note("mine")
+    assert [path.name for path in folder.iterdir()] == ["mine.json"]
+
+
 def linked(folder: Path) -> None:
     (folder.parent / "elsewhere").mkdir()
     folder.symlink_to(folder.parent / "elsewhere")
