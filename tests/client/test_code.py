@@ -293,6 +293,24 @@ def test_modules_adds_files_and_folders_beside_the_script(travel: Travel) -> Non
     assert (said.result, said.files) == ("01", ["prompts/a/one.txt", "settings.toml"])
 
 
+def test_modules_that_are_named_travel_even_if_they_are_installed(travel: Travel) -> None:
+    script = """
+        from sender import send
+        from lattice_client import task
+
+        @task(modules=["iniconfig"])
+        def work():
+            import iniconfig
+            return iniconfig.__file__
+
+        send(work)
+    """
+    travel.write({"script.py": textwrap.dedent(script)})
+    said = travel.run("script.py")
+    assert "iniconfig/__init__.py" in said.files
+    assert str(said.result).endswith("/bundle/iniconfig/__init__.py")
+
+
 def test_modules_that_do_not_exist_are_refused(travel: Travel) -> None:
     travel.write({"script.py": OPTIONS.format(options="modules=['nothing.txt']")})
     done = travel.send("script.py")

@@ -76,6 +76,30 @@ def test_a_program_brings_its_modules(address: str, tmp_path: Path, program: str
     assert done.stdout == "{'result': 8}\n", done.stderr
 
 
+def test_modules_are_unpacked_once_for_each_content(address: str, tmp_path: Path) -> None:
+    script = """
+        import os
+        from lattice_client import LatticeClient
+        import helper
+
+        def place():
+            return helper.__file__, os.stat(helper.__file__).st_ino, os.getpid()
+
+        def again():
+            return helper.__file__, os.stat(helper.__file__).st_ino, os.getpid()
+
+        with LatticeClient() as client:
+            found = [client.run_task(work, {})["result"] for work in (place, again) for _ in range(5)]
+            print(*(len({result[part] for result in found}) for part in (0, 1)), found[0][0])
+    """
+    first, second = (run(address, tmp_path, {"script.py": script, "helper.py": HELPER}, "script.py") for _ in range(2))
+    assert first.stdout.split()[:2] == ["1", "1"], first.stderr
+    assert second.stdout == first.stdout
+    changed = run(address, tmp_path, {"helper.py": "# other\n"}, "script.py")
+    assert changed.stdout.split()[:2] == ["1", "1"]
+    assert changed.stdout != first.stdout
+
+
 def test_a_task_sees_its_script_as_main(address: str, tmp_path: Path) -> None:
     script = """
         from __future__ import annotations
