@@ -10,14 +10,15 @@ import contextvars
 import mmap
 import os
 import threading
-import weakref
-from collections.abc import Coroutine
+import traceback
 from typing import Any
 
 from lattice_worker.runner import children
+from lattice_worker.runner.attempt import Attempt
+from lattice_worker.runner.eventloop import Loop, show_own_tasks
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.invocations import Answer, Program
-from lattice_worker.runner.output import Output, current
+from lattice_worker.runner.output import current
 from lattice_worker.runner.reset import Baseline
 
 CANCEL_GRACE_S = 0.5  # The agent waits for twice as long.
@@ -27,111 +28,100 @@ Frame = tuple[dict[str, Any], list[bytes]]
 
 def serve(channel: Channel, marks: int) -> None:
     """Run invocations side by side until the agent closes the socket."""
-    _mark_steps(memoryview(mmap.mmap(marks, 0)).cast("Q"))
-    asyncio.run(_serve(channel))
-    os._exit(0)  # Threads of tasks do not keep a process that nothing will be sent to.
-
-
-async def _serve(channel: Channel) -> None:
-    await _Invocations(channel, asyncio.get_running_loop()).serve()
+    loop = Loop()
+    asyncio.set_event_loop(loop)
+    _mark_steps(memoryview(mmap.mmap(marks, 0)).cast("Q"), loop)
+    show_own_tasks(loop)
+    _Invocations(channel, loop).start()
+    loop.run()
 
 
 class _Invocations:
-    """The invocations on the event loop of this process."""
+    """The invocations on the event loop of this process. None of its own code is a task of the loop."""
 
-    def __init__(self, channel: Channel, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, channel: Channel, loop: Loop) -> None:
         self._channel = channel
         self._loop = loop
-        self._frames: asyncio.Queue[Frame | None] = asyncio.Queue()
-        self._running: dict[str, tuple[Output, asyncio.Task[Answer]]] = {}
+        self._running: dict[str, Attempt] = {}
         self._context = contextvars.copy_context()
+        self._baseline = Baseline()
+        self._program = Program(channel, self._baseline)
 
-    async def serve(self) -> None:
-        """Serve the agent."""
-        self._loop.set_task_factory(_create_task)  # type: ignore[arg-type]
-        self._loop.set_exception_handler(_say)
+    def start(self) -> None:
+        """Serve the agent from the next round of the loop on."""
         children.keep_apart(self._loop, self._context)
-        baseline = Baseline()
-        program = Program(self._channel, baseline)
         threading.Thread(target=self._read, daemon=True).start()
         self._channel.send({"kind": "ready"})
-        while (frame := await self._frames.get()) is not None:
-            header, blobs = frame
-            match header["kind"]:
-                case "adopt":
-                    os.environ.update(header["environment"])
-                    baseline.capture()
-                case "function":
-                    program.define(header, blobs)
-                case "cancel":
-                    self._cancel(header["id"])
-                case "invoke":
-                    self._start(program, header, blobs)
-                case _:
-                    pass
 
     def _read(self) -> None:
         for frame in self._channel.frames():
-            self._loop.call_soon_threadsafe(self._frames.put_nowait, frame)
-        self._loop.call_soon_threadsafe(self._frames.put_nowait, None)
+            self._loop.call_soon_threadsafe(self._take, frame)
+        # Threads of tasks do not keep a process that nothing will be sent to.
+        self._loop.call_soon_threadsafe(os._exit, 0)
 
-    def _start(self, program: Program, header: dict[str, Any], blobs: list[bytes]) -> None:
-        output = Output(self._channel, header, header["number"])
-        context = contextvars.copy_context()
-        context.run(current.set, output)
-        task = self._loop.create_task(program.run_async(output, blobs), context=context)
-        self._running[header["id"]] = output, task
-        task.add_done_callback(lambda done: self._finish(output, done), context=self._context)
+    def _take(self, frame: Frame) -> None:
+        header, blobs = frame
+        try:
+            match header["kind"]:
+                case "adopt":
+                    os.environ.update(header["environment"])
+                    self._baseline.capture()
+                case "function":
+                    self._program.define(header, blobs)
+                case "cancel":
+                    self._cancel(header["id"])
+                case "invoke":
+                    self._start(header, blobs)
+                case _:
+                    pass
+        except BaseException:
+            # An invocation would never be answered. Ended with its process, it is.
+            traceback.print_exc()
+            os._exit(1)
+
+    def _start(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        attempt = Attempt(self._channel, header)
+        self._running[header["id"]] = attempt
+        self._loop.attempts.add(attempt)
+        attempt.main = self._loop.create_task(self._program.run_async(attempt, blobs), context=attempt.context)
+        attempt.main.add_done_callback(lambda _: self._finish(attempt), context=self._context)
 
     def _cancel(self, name: str) -> None:
-        found = self._running.get(name)
-        if found is not None:
-            output, task = found
-            task.cancel()
-            self._loop.call_later(CANCEL_GRACE_S, self._finish, output, task, context=self._context)
+        attempt = self._running.get(name)
+        if attempt is not None and attempt.main is not None:
+            attempt.main.cancel()
+            self._loop.call_later(CANCEL_GRACE_S, self._finish, attempt, context=self._context)
 
-    def _finish(self, output: Output, task: "asyncio.Task[Answer]") -> None:
+    def _finish(self, attempt: Attempt) -> None:
         """Answer for an invocation that is over, or was cancelled long enough ago, and end what it left behind."""
-        name = output.header["id"]
-        if self._running.get(name) != (output, task):
+        name, main = attempt.header["id"], attempt.main
+        if self._running.get(name) is not attempt or main is None:
             return
         del self._running[name]
-        failure = {"kind": "cancelled", "message": "the attempt was cancelled"}
-        answer: dict[str, Any] = {"kind": "result", "id": name, "made": [], "duration": 0.0, "failure": failure}
-        parts: list[bytes] = []
-        if task.done() and not task.cancelled() and task.exception() is None:
-            answer, parts = task.result()
-        children.end(output)
-        output.close()
+        answer, parts = _answer(name, main)
+        children.end(attempt)
+        attempt.close()
         self._channel.send(answer | {"has_raw": False}, parts)
-        for left in _tasks.pop(output, ()):
+        for left in attempt.tasks:
             left.cancel()
-        if task.done():
-            self._loop.call_later(CANCEL_GRACE_S, _abandon, output, context=self._context)
+        if main.done():
+            self._loop.call_later(CANCEL_GRACE_S, self._abandon, attempt, context=self._context)
         else:
-            _abandon(output)
+            self._abandon(attempt)
+
+    def _abandon(self, attempt: Attempt) -> None:
+        attempt.abandon()
+        self._loop.attempts.discard(attempt)
 
 
-_tasks: "weakref.WeakKeyDictionary[Output, weakref.WeakSet[asyncio.Task[Any]]]" = weakref.WeakKeyDictionary()
+def _answer(name: str, main: "asyncio.Task[Answer]") -> Answer:
+    if main.done() and not main.cancelled() and main.exception() is None:
+        return main.result()
+    failure = {"kind": "cancelled", "message": "the attempt was cancelled"}
+    return {"kind": "result", "id": name, "made": [], "duration": 0.0, "failure": failure}, []
 
 
-def _create_task(
-    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **settings: Any
-) -> "asyncio.Task[Any]":
-    """Create a task, and know whose it is."""
-    task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **settings)
-    context: contextvars.Context | None = settings.get("context")
-    output = current.get() if context is None else context.get(current)
-    if output is not None:
-        _tasks.setdefault(output, weakref.WeakSet()).add(task)
-    return task
-
-
-def _abandon(output: Output) -> None:
-    output.is_abandoned = True
-
-
-def _mark_steps(marks: memoryview) -> None:
+def _mark_steps(marks: memoryview, loop: asyncio.AbstractEventLoop) -> None:
     """Have each step of the event loop name the invocation it belongs to, and run none of one that was abandoned."""
     run = asyncio.Handle._run
 
@@ -144,11 +134,16 @@ def _mark_steps(marks: memoryview) -> None:
     os.register_at_fork(after_in_child=note_fork)
 
     def run_marked(self: asyncio.Handle) -> None:
-        output: Output | None = self._context.get(current)  # type: ignore[attr-defined]
-        if output is None or is_forked:
+        attempt: Attempt | None = self._context.get(current)  # type: ignore[attr-defined]
+        if attempt is None or is_forked:
             run(self)
-        elif not output.is_abandoned:
-            marks[0] = output.number
+        elif attempt.is_abandoned:
+            pass
+        elif self._loop is not loop:  # type: ignore[attr-defined]  # One that an attempt runs in a thread of its own.
+            run(self)
+        else:
+            before = marks[0]  # None, unless an attempt runs the loop inside of its step, as nest_asyncio does.
+            marks[0] = attempt.number
             try:
                 run(self)
             except (SystemExit, KeyboardInterrupt):
@@ -156,13 +151,6 @@ def _mark_steps(marks: memoryview) -> None:
             finally:
                 if is_forked:
                     os._exit(0)  # The task came back in both processes. This one would take the other's events.
-                marks[0] = 0
+                marks[0] = before
 
     asyncio.Handle._run = run_marked  # type: ignore[method-assign]
-
-
-def _say(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Report an error that no code of the task waits for to whoever it belongs to; abandoned tasks are silent."""
-    output = current.get()
-    if output is None or not output.is_abandoned:
-        loop.default_exception_handler(context)

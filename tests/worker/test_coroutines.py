@@ -1,0 +1,281 @@
+"""Coroutines of several attempts in one process: whatever one of them does to the loop, it does to itself alone."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+from lattice.v1 import errors_pb2
+
+from tests.worker.head import Stream, pair
+
+Scenario = Callable[[Stream], Coroutine[Any, Any, None]]
+LIMIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Scenario], None]]:
+    """Plays scenarios with one worker; the numbers of their leases differ."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Runners cannot import this module.
+    with asyncio.Runner() as runner:
+        context = pair(tmp_path_factory.mktemp("store"))
+        both = runner.run(context.__aenter__())
+
+        def play(scenario: Scenario) -> None:
+            async def scene() -> None:
+                both.stream.reports.clear()
+                async with asyncio.timeout(LIMIT_S):
+                    await scenario(both.stream)
+
+            runner.run(scene())
+
+        yield play
+        runner.run(context.__aexit__(None, None, None))
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+async def wait_at_gate() -> int:
+    """Wait until another coroutine opens the gate; return the process."""
+    gate = sys.gate = asyncio.Event()  # type: ignore[attr-defined]
+    print("waiting")
+    await gate.wait()
+    return os.getpid()
+
+
+async def open_gate() -> int:
+    """Let the one at the gate go on; return the process."""
+    sys.gate.set()  # type: ignore[attr-defined]
+    return os.getpid()
+
+
+class Script:
+    """Coroutines that a test runs in one process."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._count = 0
+
+    def start(self, function: Callable[..., Any], **inputs: Any) -> str:
+        """Start a coroutine function; return its lease."""
+        self._count += 1
+        lease_id = f"{function.__name__}-{self._count}-{os.urandom(4).hex()}"
+        self.stream.assign(lease_id, function, slot=self._count, is_async=True, inputs=inputs)
+        return lease_id
+
+    async def value(self, function: Callable[..., Any], **inputs: Any) -> Any:
+        """Run a coroutine function; return what it returns."""
+        return await self.stream.value(self.start(function, **inputs))
+
+    async def neighbour(self) -> str:
+        """Start a coroutine that waits until the gate opens; return its lease."""
+        lease_id = self.start(wait_at_gate)
+        while "waiting" not in self.stream.logs(lease_id):
+            await self.stream.report()
+        return lease_id
+
+    async def check(self, neighbour: str) -> None:
+        """Open the gate; assert that the neighbour goes on in the process it was started in."""
+        pid = await self.value(open_gate)
+        assert await self.stream.value(neighbour) == pid
+
+
+async def stop() -> None:
+    """Stop the loop."""
+    asyncio.get_running_loop().stop()
+
+
+async def stop_from_a_thread() -> None:
+    """Stop the loop from elsewhere."""
+    loop = asyncio.get_running_loop()
+    await asyncio.to_thread(loop.call_soon_threadsafe, loop.stop)
+
+
+async def close() -> None:
+    """Close the loop."""
+    loop = asyncio.get_running_loop()
+    loop.stop()
+    loop.close()
+
+
+async def cancel_all() -> None:
+    """Cancel what `asyncio.all_tasks` shows."""
+    for other in asyncio.all_tasks() - {asyncio.current_task()}:
+        other.cancel()
+
+
+async def cancel_all_by_module() -> None:
+    """Cancel what the module shows."""
+    for other in asyncio.tasks.all_tasks(asyncio.get_event_loop()) - {asyncio.current_task()}:
+        other.cancel()
+
+
+async def gather_all() -> None:
+    """Wait for all other tasks."""
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+
+async def shut_down_executor() -> None:
+    """End the default executor."""
+    await asyncio.to_thread(int)
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def replace_executor() -> None:
+    """Set a default executor, and end it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(1)
+    asyncio.get_running_loop().set_default_executor(pool)
+    pool.shutdown()
+
+
+async def shut_down_generators() -> None:
+    """Close all asynchronous generators."""
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
+async def set_all() -> None:
+    """Set on the loop what can be set."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError("refused")
+
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(refuse)
+    loop.set_exception_handler(refuse)
+    loop.set_debug(True)
+    loop.slow_callback_duration = 0
+    asyncio.set_event_loop(None)
+
+
+async def use_all() -> list[Any]:
+    """Use what the loop offers."""
+
+    async def count() -> Any:
+        for number in range(3):
+            await asyncio.sleep(0)
+            yield number
+
+    thread = await asyncio.to_thread(int, "5")
+    task = await asyncio.create_task(asyncio.sleep(0, 6))
+    return [thread, task, [number async for number in count()]]
+
+
+CULPRITS = [
+    stop,
+    stop_from_a_thread,
+    close,
+    cancel_all,
+    cancel_all_by_module,
+    gather_all,
+    shut_down_executor,
+    replace_executor,
+    shut_down_generators,
+    set_all,
+]
+
+
+@pytest.mark.parametrize("culprit", CULPRITS)
+def test_other_coroutines_go_on_when_one_ends_or_changes_the_loop(
+    play: Callable[[Scenario], None], culprit: Callable[..., Any]
+) -> None:
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        neighbour = await script.neighbour()
+        await script.value(culprit)
+        assert await script.value(use_all) == [5, 6, [0, 1, 2]]
+        await script.check(neighbour)
+
+    play(scenario)
+
+
+def test_all_tasks_shows_a_coroutine_its_own_tasks(play: Callable[[Scenario], None]) -> None:
+    async def look() -> list[int]:
+        inner = asyncio.create_task(asyncio.sleep(0))
+        found = asyncio.all_tasks()
+        return [len(found), inner in found, asyncio.current_task() in found]
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        neighbour = await script.neighbour()
+        assert await script.value(look) == [2, True, True]
+        await script.check(neighbour)
+
+    play(scenario)
+
+
+def test_an_asynchronous_generator_goes_on_when_another_coroutine_closes_all(play: Callable[[Scenario], None]) -> None:
+    async def generate() -> list[int]:
+        gate = sys.gate = asyncio.Event()  # type: ignore[attr-defined]
+
+        async def count() -> Any:
+            yield 1
+            yield 2
+
+        found = []
+        async for number in count():
+            found.append(number)
+            if number == 1:
+                print("waiting")
+                await gate.wait()
+        return found
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        lease_id = script.start(generate)
+        while "waiting" not in stream.logs(lease_id):
+            await stream.report()
+        await script.value(shut_down_generators)
+        await script.value(open_gate)
+        assert await stream.value(lease_id) == [1, 2]
+
+    play(scenario)
+
+
+def test_threads_that_a_coroutine_leaves_behind_keep_no_other_one_waiting(play: Callable[[Scenario], None]) -> None:
+    async def leave() -> None:
+        import threading
+
+        for _ in range(100):
+            asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        await script.value(leave)
+        assert await script.value(use_all) == [5, 6, [0, 1, 2]]
+
+    play(scenario)
+
+
+def test_the_loop_of_a_thread_does_not_hide_whose_step_takes_the_process_down(
+    play: Callable[[Scenario], None], tmp_path: Path
+) -> None:
+    async def run_a_loop(path: str) -> None:
+        def spin() -> None:
+            async def wait() -> None:
+                while not os.path.exists(path):
+                    await asyncio.sleep(0)
+
+            asyncio.run(wait())
+
+        await asyncio.to_thread(spin)
+
+    async def exit_late(path: str) -> None:
+        import time
+
+        time.sleep(0.05)  # While the loop of the thread goes round.
+        os._exit(3)
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        spinning = script.start(run_a_loop, path=str(tmp_path / "end"))
+        failed = (await stream.end(script.start(exit_late, path=""))).failed.failure
+        (tmp_path / "end").touch()
+        assert failed.kind == errors_pb2.FAILURE_KIND_CRASHED
+        assert stream.of(spinning)[-1] != "failed"
+
+    play(scenario)
