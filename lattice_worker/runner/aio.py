@@ -13,7 +13,7 @@ import threading
 import traceback
 from typing import Any
 
-from lattice_worker.runner import children
+from lattice_worker.runner import children, signals
 from lattice_worker.runner.attempt import Attempt
 from lattice_worker.runner.eventloop import Loop, show_own_tasks
 from lattice_worker.runner.frames import Channel
@@ -49,6 +49,7 @@ class _Invocations:
 
     def start(self) -> None:
         """Serve the agent from the next round of the loop on."""
+        signals.keep_apart(self._loop)
         children.keep_apart(self._loop, self._context)
         threading.Thread(target=self._read, daemon=True).start()
         self._channel.send({"kind": "ready"})
@@ -99,6 +100,7 @@ class _Invocations:
             return
         del self._running[name]
         answer, parts = _answer(name, main)
+        signals.end(attempt, self._loop)
         children.end(attempt)
         attempt.close()
         self._channel.send(answer | {"has_raw": False}, parts)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -277,5 +278,87 @@ def test_the_loop_of_a_thread_does_not_hide_whose_step_takes_the_process_down(
         (tmp_path / "end").touch()
         assert failed.kind == errors_pb2.FAILURE_KIND_CRASHED
         assert stream.of(spinning)[-1] != "failed"
+
+    play(scenario)
+
+
+async def ring() -> None:
+    """Have an alarm raise an error between two steps."""
+    rang = asyncio.Event()
+
+    def raise_it(*_: Any) -> None:
+        rang.set()
+        raise TimeoutError("alarm")
+
+    signal.signal(signal.SIGALRM, raise_it)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    await rang.wait()
+
+
+async def leave_alarm() -> None:
+    """Leave a timer and handlers behind."""
+
+    def raise_it(*_: Any) -> None:
+        raise TimeoutError("alarm")
+
+    signal.signal(signal.SIGALRM, raise_it)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, raise_it)
+    signal.alarm(600)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 600)
+
+
+async def signal_state() -> list[Any]:
+    """Return what is set up for signals."""
+    handlers = [signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGALRM, signal.SIGUSR1)]
+    return [*handlers, *(signal.getitimer(timer)[0] for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL))]
+
+
+async def wait_for_signal() -> str:
+    """Return what the handler of a signal says, which then raises an error."""
+    said: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def raise_it(*_: Any) -> None:
+        said.set_result("mine")
+        raise TimeoutError("signal")
+
+    signal.signal(signal.SIGUSR2, raise_it)
+    print("waiting")
+    return await said
+
+
+async def send_signal() -> str:
+    """Send a signal to the process."""
+    os.kill(os.getpid(), signal.SIGUSR2)
+    return "sent"
+
+
+def test_other_coroutines_go_on_when_the_signal_handler_of_one_raises(play: Callable[[Scenario], None]) -> None:
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        neighbour = await script.neighbour()
+        await script.value(ring)
+        waiting = script.start(wait_for_signal)
+        while "waiting" not in stream.logs(waiting):
+            await stream.report()
+        sending = script.start(send_signal)
+        found = dict.fromkeys((waiting, sending), "")
+        for _ in found:
+            report = await stream.report()
+            while report.WhichOneof("fact") not in {"succeeded", "failed", "returned"}:
+                report = await stream.report()
+            found[report.lease_id] = report.succeeded.outputs["out"].json
+        assert found == {waiting: '"mine"', sending: '"sent"'}
+        await script.check(neighbour)
+
+    play(scenario)
+
+
+def test_timers_and_signal_handlers_of_a_coroutine_end_with_it(play: Callable[[Scenario], None]) -> None:
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        neighbour = await script.neighbour()
+        await script.value(leave_alarm)
+        assert await script.value(signal_state) == [True, True, 0.0, 0.0]
+        await script.check(neighbour)
 
     play(scenario)
