@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 HANG_UP_S = 0.5
 DESCRIBE_S = 1.0
 MAX_AHEAD = 64
-MARK_BYTES = 8
+MARK_BYTES = 8  # Of each of two: whose step runs, and who alone has run since all that was written was read.
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +111,8 @@ class Runner:
                 os.set_blocking(descriptor, False)
             marks = os.memfd_create("lattice-marks")
             theirs.callback(os.close, marks)
-            os.ftruncate(marks, MARK_BYTES)
-            self._marks = mmap.mmap(marks, MARK_BYTES)
+            os.ftruncate(marks, 2 * MARK_BYTES)
+            self._marks = mmap.mmap(marks, 2 * MARK_BYTES)
             undo.callback(self._marks.close)
             given = (control.fileno(), out_write, err_write, self._claim_read, marks)
             self._process: Process = await zygotes.fork("async" if is_async else "process", given)
@@ -230,6 +230,9 @@ class Runner:
         if kind == "retired":
             self._retire(header["reason"])
             return
+        if kind == "written":
+            self._drain()
+            return
         invocation = self.running.get(header["id"])
         if invocation is None:
             self._drafts.delete(self.folder, header.get("made", ()))
@@ -253,9 +256,7 @@ class Runner:
         made = [str(name) for name in header["made"]]
         header["made"] = made
         if header["has_raw"]:
-            # The process waits, so what there is to read is all of this invocation's.
-            self._raw.read()
-            self._control.send({"kind": "drained"})
+            self._drain()
         if invocation.ending:
             self._drafts.delete(self.folder, made)
             header, blobs = invocation.ending, []
@@ -298,15 +299,27 @@ class Runner:
                 invocation.on_refused()
 
     def _take_raw(self, stream: str, text: str, size: int) -> None:
-        """Give what the process wrote past `sys.stdout` to the invocation that runs, if it is the only one."""
-        if len(self.running) != 1:
+        """Give what the process wrote past `sys.stdout` to the invocation that wrote it, as far as that is known."""
+        invocation = self._writer()
+        if invocation is None:
             return
-        (invocation,) = self.running.values()
         if invocation.raw_left > 0:
             invocation.raw_left -= size
             invocation.on_log(stream, text, False)
             if invocation.raw_left <= 0:
                 invocation.on_log(stream, "[output cut]\n", True)
+
+    def _drain(self) -> None:
+        """Read what the process wrote past `sys.stdout`: it starts no invocation until then."""
+        self._raw.read()
+        self._control.send({"kind": "drained"})
+
+    def _writer(self) -> Invocation | None:
+        """Return the invocation that wrote what is read now: of coroutines the only one that ran, or runs a step."""
+        if not self.key.is_async:
+            return next(iter(self.running.values())) if len(self.running) == 1 else None
+        number = int.from_bytes(self._marks[MARK_BYTES:], "little") or self._marked()
+        return next((invocation for invocation in self.running.values() if invocation.number == number), None)
 
     # Its end.
 

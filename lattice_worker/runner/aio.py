@@ -7,6 +7,7 @@ on after it was cancelled is abandoned: no step of its context runs any more.
 
 import asyncio
 import contextvars
+import ctypes
 import mmap
 import os
 import threading
@@ -18,10 +19,13 @@ from lattice_worker.runner.attempt import Attempt
 from lattice_worker.runner.eventloop import Loop, show_own_tasks
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.invocations import Answer, Program
-from lattice_worker.runner.output import current
+from lattice_worker.runner.output import current, has_unread_output
 from lattice_worker.runner.reset import Baseline
 
+STEP, ALONE = 0, 1  # The marks: whose step runs, and who alone ran since all that was written was read; 0 for none.
 CANCEL_GRACE_S = 0.5  # The agent waits for twice as long.
+
+_libc = ctypes.CDLL(None)
 
 Frame = tuple[dict[str, Any], list[bytes]]
 
@@ -30,22 +34,26 @@ def serve(channel: Channel, marks: int) -> None:
     """Run invocations side by side until the agent closes the socket."""
     loop = Loop()
     asyncio.set_event_loop(loop)
-    _mark_steps(memoryview(mmap.mmap(marks, 0)).cast("Q"), loop)
+    shared = memoryview(mmap.mmap(marks, 0)).cast("Q")
+    _mark_steps(shared, loop)
     show_own_tasks(loop)
-    _Invocations(channel, loop).start()
+    _Invocations(channel, loop, shared).start()
     loop.run()
 
 
 class _Invocations:
     """The invocations on the event loop of this process. None of its own code is a task of the loop."""
 
-    def __init__(self, channel: Channel, loop: Loop) -> None:
+    def __init__(self, channel: Channel, loop: Loop, marks: memoryview) -> None:
         self._channel = channel
         self._loop = loop
         self._running: dict[str, Attempt] = {}
         self._context = contextvars.copy_context()
         self._baseline = Baseline()
         self._program = Program(channel, self._baseline)
+        self._marks = marks
+        self._unread = 0  # How often the agent is to read what was written past `sys.stdout`.
+        self._held: list[Frame] = []  # What came meanwhile.
 
     def start(self) -> None:
         """Serve the agent from the next round of the loop on."""
@@ -61,28 +69,65 @@ class _Invocations:
         self._loop.call_soon_threadsafe(os._exit, 0)
 
     def _take(self, frame: Frame) -> None:
-        header, blobs = frame
+        kind = frame[0]["kind"]
         try:
-            match header["kind"]:
-                case "adopt":
-                    os.environ.update(header["environment"])
-                    self._baseline.capture()
-                case "function":
-                    self._program.define(header, blobs)
-                case "cancel":
-                    self._cancel(header["id"])
-                case "invoke":
-                    self._start(header, blobs)
-                case _:
-                    pass
+            if kind == "drained":
+                self._drained()
+            elif self._unread:
+                self._held.append(frame)
+            elif kind == "invoke" and self._is_to_be_read():
+                self._unread += 1
+                self._held.append(frame)
+                self._channel.send({"kind": "written"})
+            else:
+                self._handle(frame)
         except BaseException:
             # An invocation would never be answered. Ended with its process, it is.
             traceback.print_exc()
             os._exit(1)
 
+    def _handle(self, frame: Frame) -> None:
+        header, blobs = frame
+        match header["kind"]:
+            case "adopt":
+                os.environ.update(header["environment"])
+                self._baseline.capture()
+            case "function":
+                self._program.define(header, blobs)
+            case "cancel":
+                self._cancel(header["id"])
+            case "invoke":
+                self._start(header, blobs)
+            case _:
+                pass
+
+    def _is_to_be_read(self) -> bool:
+        """Whether what was written past `sys.stdout` so far could be taken for that of the invocation that starts."""
+        if len(self._running) > 1:
+            return False
+        if self._running:
+            _libc.fflush(None)
+        return has_unread_output()
+
+    def _drained(self) -> None:
+        """The agent has read what was written past `sys.stdout`."""
+        self._unread -= 1
+        if not self._unread:
+            self._note_alone()
+            held, self._held = self._held, []
+            for frame in held:
+                self._handle(frame)
+
+    def _note_alone(self) -> None:
+        """Name the one whose all is that is written from now on, if there is but one."""
+        alone = next(iter(self._running.values())).number if len(self._running) == 1 else 0
+        if self._marks[ALONE] != alone:
+            self._marks[ALONE] = alone
+
     def _start(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         attempt = Attempt(self._channel, header)
         self._running[header["id"]] = attempt
+        self._note_alone()
         self._loop.attempts.add(attempt)
         attempt.main = self._loop.create_task(self._program.run_async(attempt, blobs), context=attempt.context)
         attempt.main.add_done_callback(lambda _: self._finish(attempt), context=self._context)
@@ -103,7 +148,14 @@ class _Invocations:
         signals.end(attempt, self._loop)
         children.end(attempt)
         attempt.close()
-        self._channel.send(answer | {"has_raw": False}, parts)
+        _libc.fflush(None)
+        has_raw = has_unread_output()
+        if has_raw:
+            # Invocations that come now start when the agent has read it; those that run go on.
+            self._unread += 1
+        elif not self._unread:
+            self._note_alone()
+        self._channel.send(answer | {"has_raw": has_raw}, parts)
         for left in attempt.tasks:
             left.cancel()
         if main.done():
@@ -144,8 +196,8 @@ def _mark_steps(marks: memoryview, loop: asyncio.AbstractEventLoop) -> None:
         elif self._loop is not loop:  # type: ignore[attr-defined]  # One that an attempt runs in a thread of its own.
             run(self)
         else:
-            before = marks[0]  # None, unless an attempt runs the loop inside of its step, as nest_asyncio does.
-            marks[0] = attempt.number
+            before = marks[STEP]  # None, unless an attempt runs the loop inside of its step, as nest_asyncio does.
+            marks[STEP] = attempt.number
             try:
                 run(self)
             except (SystemExit, KeyboardInterrupt):
@@ -153,6 +205,6 @@ def _mark_steps(marks: memoryview, loop: asyncio.AbstractEventLoop) -> None:
             finally:
                 if is_forked:
                     os._exit(0)  # The task came back in both processes. This one would take the other's events.
-                marks[0] = before
+                marks[STEP] = before
 
     asyncio.Handle._run = run_marked  # type: ignore[method-assign]

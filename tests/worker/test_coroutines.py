@@ -362,3 +362,52 @@ def test_timers_and_signal_handlers_of_a_coroutine_end_with_it(play: Callable[[S
         await script.check(neighbour)
 
     play(scenario)
+
+
+async def write_raw(text: str) -> None:
+    """Write past `sys.stdout` in each of the ways there are."""
+    import ctypes
+
+    os.write(1, f"{text} descriptor\n".encode())
+    ctypes.CDLL(None).puts(f"{text} library".encode())
+    os.system(f"echo {text} shell")
+
+
+RAW = ["descriptor", "library", "shell"]
+
+
+def test_what_a_coroutine_writes_past_its_streams_is_in_its_log(play: Callable[[Scenario], None]) -> None:
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        for number in range(20):
+            lease_id = script.start(write_raw, text=f"n{number}")
+            await stream.value(lease_id)
+            assert sorted(stream.logs(lease_id).splitlines()) == [f"n{number} {how}" for how in RAW]
+
+    play(scenario)
+
+
+def test_what_a_coroutine_wrote_is_in_no_other_log_when_another_one_starts(play: Callable[[Scenario], None]) -> None:
+    async def write_and_wait() -> None:
+        gate = sys.gate = asyncio.Event()  # type: ignore[attr-defined]
+        print("waiting")
+        os.write(1, b"first\n")
+        await gate.wait()
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        for _ in range(10):
+            first = script.start(write_and_wait)
+            while "waiting" not in stream.logs(first):
+                await stream.report()
+            # Opens the gate while the worker may not have read the line yet.
+            second = script.start(open_gate)
+            ended = set()
+            while ended < {first, second}:
+                report = await stream.report()
+                if report.WhichOneof("fact") == "succeeded":
+                    ended.add(report.lease_id)
+            assert sorted(stream.logs(first).splitlines()) == ["first", "waiting"]
+            assert stream.logs(second) == ""
+
+    play(scenario)
