@@ -14,13 +14,13 @@ import threading
 import traceback
 from typing import Any
 
-from lattice_worker.runner import children, signals
+from lattice_worker.runner import children, signals, starting
 from lattice_worker.runner.attempt import Attempt
 from lattice_worker.runner.eventloop import Loop, show_own_tasks
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.invocations import Answer, Program
 from lattice_worker.runner.output import current, has_unread_output
-from lattice_worker.runner.reset import Baseline
+from lattice_worker.runner.reset import ANY_CHILD, Baseline, end_children
 
 STEP, ALONE = 0, 1  # The marks: whose step runs, and who alone ran since all that was written was read; 0 for none.
 CANCEL_GRACE_S = 0.5  # The agent waits for twice as long.
@@ -58,7 +58,7 @@ class _Invocations:
     def start(self) -> None:
         """Serve the agent from the next round of the loop on."""
         signals.keep_apart(self._loop)
-        children.keep_apart(self._loop, self._context)
+        starting.follow()
         threading.Thread(target=self._read, daemon=True).start()
         self._channel.send({"kind": "ready"})
 
@@ -145,8 +145,9 @@ class _Invocations:
             return
         del self._running[name]
         answer, parts = _answer(name, main)
-        signals.end(attempt, self._loop)
-        children.end(attempt)
+        self._end(attempt)
+        if not self._running and _libc.waitid(*ANY_CHILD) == 0:
+            end_children()
         attempt.close()
         _libc.fflush(None)
         has_raw = has_unread_output()
@@ -163,8 +164,13 @@ class _Invocations:
         else:
             self._abandon(attempt)
 
+    def _end(self, attempt: Attempt) -> None:
+        signals.end(attempt, self._loop)
+        children.end(attempt)
+
     def _abandon(self, attempt: Attempt) -> None:
         attempt.abandon()
+        self._end(attempt)  # Code that ran after the answer may have left something too.
         self._loop.attempts.discard(attempt)
 
 

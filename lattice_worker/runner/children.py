@@ -1,89 +1,179 @@
-"""Child processes of async invocations, which share a process: whose they are, and where their output goes."""
+"""Child processes of async invocations, which share a process: whose they are, and where their output goes.
 
-import asyncio
+Rule: a child belongs to the attempt whose code started it, and so do its descendants, also those that this process
+adopted from parents that died. They are told by their process ids, sessions and groups, by a variable of their
+environment, and by the pipe they inherited as their standard output. Children that can be told by none of these end
+when no attempt is left that they could belong to.
+"""
+
 import contextlib
-import contextvars
-import functools
 import os
-import subprocess
+import select
+import signal
+import threading
 import weakref
-from typing import Any
+from pathlib import Path
 
-from lattice_worker.runner.output import Output, current
-from lattice_worker.runner.reset import kill_tree
+from lattice_worker.runner.attempt import Attempt
+from lattice_worker.runner.reset import children_of
 
+MARK = "LATTICE_INVOCATION"
 READ_BYTES = 1 << 16
+STREAMS = {1: "stdout", 2: "stderr"}
 
 
-class _Family:
-    """The children of one invocation, and the pipes that they inherit as their standard streams."""
+class Family:
+    """The children of one attempt, and the pipes that they inherit as their standard streams."""
 
-    def __init__(self, output: Output, loop: asyncio.AbstractEventLoop, context: contextvars.Context) -> None:
-        self.processes: list[subprocess.Popen[Any]] = []
-        self._output, self._loop, self._context = weakref.ref(output), loop, context
-        self._pipes: dict[str, tuple[int, int]] = {}
+    def __init__(self, attempt: Attempt, listener: "Listener") -> None:
+        self.pids: set[int] = set()
+        self.mark = f"{os.getpid()}:{attempt.number}"
+        self._attempt = weakref.ref(attempt)
+        self._listener = listener
+        self._pipes: dict[int, tuple[int, int]] = {}
+        self._links: set[str] = set()
 
-    def stream(self, name: str) -> int:
-        """Return the descriptor a child is to write to."""
-        if name not in self._pipes:
-            read, write = os.pipe()
-            os.set_blocking(read, False)
-            self._pipes[name] = read, write
-            self._loop.call_soon_threadsafe(self._listen, name, read, context=self._context)
-        return self._pipes[name][1]
+    def streams(self) -> dict[int, int]:
+        """Return what children are to have for the standard streams that are still the process's own; fewer when
+        descriptors are short."""
+        with contextlib.suppress(OSError):
+            for descriptor in STREAMS.keys() - self._pipes.keys():
+                read, write = os.pipe()
+                os.set_blocking(read, False)
+                self._pipes[descriptor] = read, write
+                self._links.add(f"pipe:[{os.fstat(write).st_ino}]")
+                self._listener.add(read, self, descriptor)
+        is_own = self._listener.is_own
+        return {descriptor: write for descriptor, (_, write) in self._pipes.items() if is_own(descriptor)}
 
-    def _listen(self, name: str, read: int) -> None:
-        if self._pipes.get(name, (-1, -1))[0] == read:
-            self._loop.add_reader(read, self._read, name, read)
+    def read(self) -> None:
+        """Take all that children have written."""
+        for descriptor, (read, _) in list(self._pipes.items()):
+            self._listener.read(read, self, descriptor)
 
-    def _read(self, name: str, read: int) -> bool:
+    def write(self, descriptor: int, data: bytes) -> None:
+        """Give what a child wrote to the attempt."""
+        if (attempt := self._attempt()) is not None:
+            attempt.write(STREAMS[descriptor], data.decode(errors="replace"))
+
+    def kill(self) -> list[int]:
+        """Kill those who live; return them, each before its descendants."""
+        found: list[int] = []
+        for pid in children_of(os.getpid()):
+            if not _is_of_another(pid, self) and (pid in self.pids or self._is_member(pid)):
+                found += _tree(pid)
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return found
+
+    def _is_member(self, pid: int) -> bool:
+        """Whether a process whose parent died is one of the family."""
+        with contextlib.suppress(OSError):  # It ended meanwhile.
+            if os.getsid(pid) in self.pids or os.getpgid(pid) in self.pids:
+                return True
+            if f"{MARK}={self.mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return True
+            folder = f"/proc/{pid}/fd"
+            return any(os.readlink(f"{folder}/{name}") in self._links for name in os.listdir(folder))
+        return False
+
+    def close(self) -> None:
+        """Close the pipes, when what is in them has been read."""
+        self.read()
+        pipes, self._pipes = self._pipes, {}
+        for read, write in pipes.values():
+            self._listener.remove(read)
+            os.close(write)
+
+
+class Listener:
+    """Reads the pipes of all families, in a thread: a coroutine may wait for a child that waits to be read."""
+
+    def __init__(self) -> None:
+        self._own = {descriptor: os.fstat(descriptor).st_ino for descriptor in STREAMS}
+        self._epoll = select.epoll()
+        self._lock = threading.RLock()  # A signal handler may start a child too.
+        self._families: dict[int, tuple[Family, int]] = {}
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def is_own(self, descriptor: int) -> bool:
+        """Whether a standard stream is the one that the process was given."""
         try:
-            data = os.read(read, READ_BYTES)
+            return os.fstat(descriptor).st_ino == self._own[descriptor]
         except OSError:
             return False
-        if data and (output := self._output()) is not None:
-            output.write(name, data.decode(errors="replace"))
-        return bool(data)
 
-    def end(self) -> None:
-        """Kill the children that still run, and read what all of them wrote."""
-        for process in self.processes:
-            if process.poll() is None:
-                kill_tree(process.pid)
-        pipes, self._pipes = self._pipes, {}
-        for name, (read, write) in pipes.items():
-            self._loop.remove_reader(read)
-            os.close(write)
-            while self._read(name, read):
-                pass
+    def add(self, read: int, family: Family, descriptor: int) -> None:
+        """Listen to a pipe."""
+        with self._lock:
+            self._families[read] = family, descriptor
+        self._epoll.register(read, select.EPOLLIN)
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def remove(self, read: int) -> None:
+        """Close a pipe."""
+        with self._lock:
+            del self._families[read]
+            self._epoll.unregister(read)
             os.close(read)
 
+    def read(self, read: int, family: Family, descriptor: int) -> None:
+        """Take all that is in a pipe, in the order in which it was written."""
+        with self._lock, contextlib.suppress(BlockingIOError):
+            while self._families.get(read) == (family, descriptor) and (data := os.read(read, READ_BYTES)):
+                family.write(descriptor, data)
 
-_families: "weakref.WeakKeyDictionary[Output, _Family]" = weakref.WeakKeyDictionary()
-
-
-def keep_apart(loop: asyncio.AbstractEventLoop, context: contextvars.Context) -> None:
-    """Have children that invocations start write to a pipe of their invocation where they would inherit a stream."""
-    init = subprocess.Popen.__init__
-
-    @functools.wraps(init)
-    def init_here(self: "subprocess.Popen[Any]", args: Any, *more: Any, **settings: Any) -> None:
-        output = current.get()
-        if output is not None:
-            family = _families.get(output)
-            if family is None:
-                family = _families[output] = _Family(output, loop, context)
-            for position, name in ((3, "stdout"), (4, "stderr")):
-                if len(more) <= position and settings.get(name) is None:
-                    with contextlib.suppress(OSError):  # Short of descriptors: the child inherits the process's own.
-                        settings[name] = family.stream(name)
-            family.processes.append(self)
-        init(self, args, *more, **settings)
-
-    subprocess.Popen.__init__ = init_here  # type: ignore[method-assign]
+    def _listen(self) -> None:
+        while True:
+            for read, _ in self._epoll.poll():
+                if (found := self._families.get(read)) is not None:
+                    self.read(read, *found)
 
 
-def end(output: Output) -> None:
-    """End the children of an invocation that is over."""
-    if (family := _families.pop(output, None)) is not None:
-        family.end()
+_families: dict[Attempt, Family] = {}
+
+
+def family_of(attempt: Attempt, listener: Listener) -> Family:
+    """Return the family of an attempt, which may have no members yet."""
+    family = _families.get(attempt)
+    if family is None:
+        family = _families[attempt] = Family(attempt, listener)
+    return family
+
+
+def note(family: Family, pid: int) -> None:
+    """Note a new child; the id may have been that of another one before."""
+    for other in list(_families.values()):
+        other.pids.discard(pid)
+    family.pids.add(pid)
+
+
+def _is_of_another(pid: int, family: Family) -> bool:
+    return any(pid in other.pids for other in list(_families.values()) if other is not family)
+
+
+def end(attempt: Attempt) -> None:
+    """Kill the children of an attempt that is over, and read what they wrote."""
+    if (family := _families.get(attempt)) is None:
+        return
+    killed = family.kill()
+    family.close()
+    if killed:
+        # In a thread: a process does not always end at once, and other attempts go on.
+        threading.Thread(target=_reap, args=(family, killed), daemon=True).start()
+    del _families[attempt]
+
+
+def _reap(family: Family, killed: list[int]) -> None:
+    """Wait for what was killed, and for what it started meanwhile."""
+    while killed:
+        for pid in killed:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        killed = family.kill()
+
+
+def _tree(pid: int) -> list[int]:
+    return [pid, *(found for child in children_of(pid) for found in _tree(child))]

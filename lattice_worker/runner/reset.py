@@ -40,7 +40,7 @@ _sigmask: Callable[[int, tuple[int, ...]], Any] = sys.modules["_signal"].pthread
 _setitimer: Callable[[int, float], Any] = sys.modules["_signal"].setitimer
 _setlocale: Callable[..., str] = sys.modules["_locale"].setlocale
 _libc = ctypes.CDLL(None)
-_ANY_CHILD = (os.P_ALL, 0, None, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # Zero: there are children, -1: none.
+ANY_CHILD = (os.P_ALL, 0, None, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # Zero: there are children, -1: none.
 
 
 def _working_directory() -> str:
@@ -138,7 +138,7 @@ class Baseline:
             except BaseException:
                 continue
             break
-        if _libc.waitid(*_ANY_CHILD) == 0:
+        if _libc.waitid(*ANY_CHILD) == 0:
             end_children()
         _libc.fflush(None)
 

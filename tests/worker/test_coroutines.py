@@ -1,14 +1,17 @@
 """Coroutines of several attempts in one process: whatever one of them does to the loop, it does to itself alone."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import pytest
 from lattice.v1 import errors_pb2
 
@@ -266,8 +269,6 @@ def test_the_loop_of_a_thread_does_not_hide_whose_step_takes_the_process_down(
         await asyncio.to_thread(spin)
 
     async def exit_late(path: str) -> None:
-        import time
-
         time.sleep(0.05)  # While the loop of the thread goes round.
         os._exit(3)
 
@@ -391,6 +392,8 @@ def test_what_a_coroutine_wrote_is_in_no_other_log_when_another_one_starts(play:
     async def write_and_wait() -> None:
         gate = sys.gate = asyncio.Event()  # type: ignore[attr-defined]
         print("waiting")
+        while not asyncio.get_running_loop()._ready:  # type: ignore[attr-defined]
+            time.sleep(0.001)  # In this step, until the other one is to start in the next.
         os.write(1, b"first\n")
         await gate.wait()
 
@@ -400,7 +403,6 @@ def test_what_a_coroutine_wrote_is_in_no_other_log_when_another_one_starts(play:
             first = script.start(write_and_wait)
             while "waiting" not in stream.logs(first):
                 await stream.report()
-            # Opens the gate while the worker may not have read the line yet.
             second = script.start(open_gate)
             ended = set()
             while ended < {first, second}:
@@ -409,5 +411,140 @@ def test_what_a_coroutine_wrote_is_in_no_other_log_when_another_one_starts(play:
                     ended.add(report.lease_id)
             assert sorted(stream.logs(first).splitlines()) == ["first", "waiting"]
             assert stream.logs(second) == ""
+
+    play(scenario)
+
+
+async def leave_child(how: str, fifo: str) -> int:
+    """Start a child in one of the ways there are, which lives on; return its process id."""
+    import multiprocessing
+    import subprocess
+
+    command = ["/bin/sh", "-c", f"echo $$ > {fifo}; exec sleep 600"]
+
+    def fork_twice() -> None:
+        if (pid := os.fork()) == 0:
+            if os.fork() == 0:
+                os.execv(command[0], command)
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+    match how:
+        case "popen":
+            subprocess.Popen(command)
+        case "clean":
+            subprocess.Popen(["env", "-i", "setsid", *command])
+        case "daemon":
+            subprocess.run(
+                ["/bin/sh", "-c", f"(setsid sh -c '{command[-1]}' >/dev/null 2>&1 </dev/null &)"], check=True
+            )
+        case "shell":
+            os.system(f"nohup sh -c '{command[-1]}' >/dev/null 2>&1 &")
+        case "posix_spawn":
+            os.posix_spawn(command[0], command, {})
+        case "fork":
+            if os.fork() == 0:
+                os.execv(command[0], command)
+        case "double_fork":
+            fork_twice()
+        case "thread":
+            await asyncio.to_thread(fork_twice)
+        case "spawnv":
+            os.spawnv(os.P_NOWAIT, command[0], command)
+        case _:
+            multiprocessing.get_context(how).Process(target=os.execv, args=(command[0], command)).start()
+    with await asyncio.to_thread(open, fifo) as file:
+        return int(file.read())
+
+
+HOWS = ["popen", "clean", "daemon", "shell", "posix_spawn", "spawnv", "double_fork", "thread"]
+
+
+@pytest.mark.parametrize("how", [*HOWS, "fork", "spawn"])
+def test_children_end_with_the_coroutine_that_started_them_while_others_run(
+    play: Callable[[Scenario], None], how: str, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "kept")
+    os.mkfifo(tmp_path / "ended")
+
+    async def keep_child(fifo: str) -> int:
+        import subprocess
+
+        gate = sys.gate = asyncio.Event()  # type: ignore[attr-defined]
+        kept = subprocess.Popen(["/bin/sh", "-c", "sleep 600"])
+        daemon = ["/bin/sh", "-c", f"(setsid sh -c 'echo $$ > {fifo}; exec sleep 600' >/dev/null 2>&1 </dev/null &)"]
+        subprocess.run(daemon, check=True)
+        with await asyncio.to_thread(open, fifo) as file:
+            adopted = int(file.read())
+        print("waiting")
+        await gate.wait()
+        os.kill(adopted, 0)
+        return kept.poll() is None
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        neighbour = script.start(keep_child, fifo=str(tmp_path / "kept"))
+        while "waiting" not in stream.logs(neighbour):
+            await stream.report()
+        pid = await script.value(leave_child, how=how, fifo=str(tmp_path / "ended"))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _, alive = await asyncio.to_thread(psutil.wait_procs, [psutil.Process(pid)], 30)
+            assert not alive
+        await script.value(open_gate)
+        assert await stream.value(neighbour) is True
+
+    play(scenario)
+
+
+def test_children_of_unknown_origin_end_when_no_coroutine_runs(play: Callable[[Scenario], None]) -> None:
+    async def leave() -> int:
+        import ctypes
+
+        libc = ctypes.PyDLL(None)
+        if (pid := libc.fork()) == 0:
+            libc.pause()
+        return int(pid)
+
+    async def look(pid: int) -> bool:
+        return os.path.exists(f"/proc/{pid}")
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        assert await script.value(look, pid=await script.value(leave)) is False
+
+    play(scenario)
+
+
+def test_output_of_children_is_in_the_log_of_their_coroutine(play: Callable[[Scenario], None]) -> None:
+    async def speak(name: str) -> None:
+        import multiprocessing
+        import subprocess
+
+        subprocess.run(["echo", f"{name} run"], check=True)
+        os.system(f"echo {name} system")
+        os.waitpid(os.posix_spawn("/bin/echo", ["echo", f"{name} spawn"], os.environ), 0)
+        process = multiprocessing.get_context("fork").Process(target=print, args=(f"{name} fork",))
+        process.start()
+        process.join()
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        neighbour = await script.neighbour()
+        for name in ("a", "b", "c"):
+            lease_id = script.start(speak, name=name)
+            await stream.value(lease_id)
+            assert stream.logs(lease_id).splitlines() == [f"{name} {how}" for how in ("run", "system", "spawn", "fork")]
+        await script.check(neighbour)
+        assert stream.logs(neighbour) == "waiting\n"
+
+    play(scenario)
+
+
+def test_a_coroutine_may_wait_for_a_child_that_writes_much(play: Callable[[Scenario], None]) -> None:
+    async def flood() -> int:
+        return os.system("head -c 1000000 /dev/zero") + os.system("exit 3")
+
+    async def scenario(stream: Stream) -> None:
+        assert await Script(stream).value(flood) == 3 << 8
 
     play(scenario)
