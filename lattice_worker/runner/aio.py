@@ -20,7 +20,8 @@ from lattice_worker.runner.eventloop import Loop, show_own_tasks
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.invocations import Answer, Program
 from lattice_worker.runner.output import current, has_unread_output
-from lattice_worker.runner.reset import ANY_CHILD, Baseline, end_children
+from lattice_worker.runner.reset import ANY_CHILD, end_children
+from lattice_worker.runner.shared import Shared
 
 STEP, ALONE = 0, 1  # The marks: whose step runs, and who alone ran since all that was written was read; 0 for none.
 CANCEL_GRACE_S = 0.5  # The agent waits for twice as long.
@@ -49,8 +50,8 @@ class _Invocations:
         self._loop = loop
         self._running: dict[str, Attempt] = {}
         self._context = contextvars.copy_context()
-        self._baseline = Baseline()
-        self._program = Program(channel, self._baseline)
+        self._shared = Shared(self._running)
+        self._program = Program(channel, self._shared)
         self._marks = marks
         self._unread = 0  # How often the agent is to read what was written past `sys.stdout`.
         self._held: list[Frame] = []  # What came meanwhile.
@@ -91,7 +92,7 @@ class _Invocations:
         match header["kind"]:
             case "adopt":
                 os.environ.update(header["environment"])
-                self._baseline.capture()
+                self._shared.capture()
             case "function":
                 self._program.define(header, blobs)
             case "cancel":
@@ -163,10 +164,14 @@ class _Invocations:
             self._loop.call_later(CANCEL_GRACE_S, self._abandon, attempt, context=self._context)
         else:
             self._abandon(attempt)
+        if not self._running and (reason := self._shared.put_back()):
+            self._channel.send({"kind": "retired", "reason": reason})
+            os._exit(0)
 
     def _end(self, attempt: Attempt) -> None:
         signals.end(attempt, self._loop)
         children.end(attempt)
+        self._shared.end(attempt)
 
     def _abandon(self, attempt: Attempt) -> None:
         attempt.abandon()

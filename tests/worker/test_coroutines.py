@@ -383,7 +383,7 @@ def test_what_a_coroutine_writes_past_its_streams_is_in_its_log(play: Callable[[
         for number in range(20):
             lease_id = script.start(write_raw, text=f"n{number}")
             await stream.value(lease_id)
-            assert sorted(stream.logs(lease_id).splitlines()) == [f"n{number} {how}" for how in RAW]
+            assert all(f"n{number} {how}" in stream.logs(lease_id) for how in RAW), stream.logs(lease_id)
 
     play(scenario)
 
@@ -546,5 +546,109 @@ def test_a_coroutine_may_wait_for_a_child_that_writes_much(play: Callable[[Scena
 
     async def scenario(stream: Stream) -> None:
         assert await Script(stream).value(flood) == 3 << 8
+
+    play(scenario)
+
+
+async def move_away() -> None:
+    """Leave the process in a directory that is gone."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+
+
+async def directory() -> str:
+    """Return the working directory."""
+    return os.getcwd()
+
+
+def test_a_function_is_loaded_when_another_coroutine_removed_the_directory(play: Callable[[Scenario], None]) -> None:
+    async def move_and_wait() -> None:
+        import tempfile
+
+        gate = sys.gate = asyncio.Event()  # type: ignore[attr-defined]
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+        print("waiting")
+        await gate.wait()
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        before = await script.value(directory)
+        mover = script.start(move_and_wait)
+        while "waiting" not in stream.logs(mover):
+            await stream.report()
+        await script.value(open_gate)
+        await stream.value(mover)
+        neighbour = await script.neighbour()
+        await script.value(move_away)
+        assert await script.value(directory) == before
+        await script.check(neighbour)
+        await script.value(move_away)
+        assert await script.value(directory) == before
+
+    play(scenario)
+
+
+def test_what_coroutines_changed_of_the_process_is_put_back_when_none_runs(play: Callable[[Scenario], None]) -> None:
+    async def look() -> list[Any]:
+        import gc
+        import logging
+        import warnings
+
+        policy = type(asyncio.get_event_loop_policy()).__name__
+        umask = os.umask(0o22)
+        os.umask(umask)
+        warned = [str(found) for found in warnings.filters]
+        levels = [logging.root.level, len(logging.root.handlers), logging.root.manager.disable]
+        streams = [type(sys.stdout).__name__, os.fstat(1).st_ino]
+        environment = sorted(os.environ.items())
+        return [policy, umask, warned, levels, streams, environment, gc.isenabled(), sys.getrecursionlimit()]
+
+    async def change() -> None:
+        import gc
+        import logging
+        import warnings
+
+        class Policy(asyncio.DefaultEventLoopPolicy):
+            pass
+
+        asyncio.set_event_loop_policy(Policy())
+        os.umask(0o777)
+        warnings.simplefilter("error")
+        logging.basicConfig(level=logging.DEBUG)
+        logging.disable(logging.CRITICAL)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # left open, as careless code does
+        os.dup2(sys.stdout.fileno(), 1)
+        os.environ["LEFT"] = "behind"
+        gc.disable()
+        sys.setrecursionlimit(5000)
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        before = await script.value(look)
+        await script.value(change)
+        assert await script.value(look) == before
+
+    play(scenario)
+
+
+def test_a_process_takes_no_other_coroutine_when_one_cannot_be_undone(play: Callable[[Scenario], None]) -> None:
+    async def lower() -> int:
+        import resource
+
+        if os.getuid() == 0:
+            os.setuid(65534)  # Root could raise the limit again.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+        os.umask(0o777)
+        return os.getpid()
+
+    async def pid() -> int:
+        return os.getpid()
+
+    async def scenario(stream: Stream) -> None:
+        script = Script(stream)
+        assert await script.value(lower) != await script.value(pid)
 
     play(scenario)
