@@ -8,8 +8,10 @@ on after it was cancelled is abandoned: no step of its context runs any more.
 import asyncio
 import contextvars
 import ctypes
+import fcntl
 import mmap
 import os
+import termios
 import threading
 import traceback
 from typing import Any
@@ -22,10 +24,11 @@ from lattice_worker.runner.invocations import Answer, Program
 from lattice_worker.runner.output import current, has_unread_output
 from lattice_worker.runner.reset import ANY_CHILD, end_children
 from lattice_worker.runner.shared import Shared
+from lattice_worker.runner.steps import ALONE, mark_steps
 
-STEP, ALONE = 0, 1  # The marks: whose step runs, and who alone ran since all that was written was read; 0 for none.
 CANCEL_GRACE_S = 0.5  # The agent waits for twice as long.
 
+NONE = [bytes(4), bytes(4)]
 _libc = ctypes.CDLL(None)
 
 Frame = tuple[dict[str, Any], list[bytes]]
@@ -36,7 +39,7 @@ def serve(channel: Channel, marks: int) -> None:
     loop = Loop()
     asyncio.set_event_loop(loop)
     shared = memoryview(mmap.mmap(marks, 0)).cast("Q")
-    _mark_steps(shared, loop)
+    mark_steps(shared, loop)
     show_own_tasks(loop)
     _Invocations(channel, loop, shared).start()
     loop.run()
@@ -54,6 +57,7 @@ class _Invocations:
         self._program = Program(channel, self._shared)
         self._marks = marks
         self._unread = 0  # How often the agent is to read what was written past `sys.stdout`.
+        self._sizes = [bytearray(4), bytearray(4)]
         self._held: list[Frame] = []  # What came meanwhile.
 
     def start(self) -> None:
@@ -104,11 +108,19 @@ class _Invocations:
 
     def _is_to_be_read(self) -> bool:
         """Whether what was written past `sys.stdout` so far could be taken for that of the invocation that starts."""
-        if len(self._running) > 1:
+        if len(self._running) != 1:
             return False
-        if self._running:
-            _libc.fflush(None)
-        return has_unread_output()
+        _libc.fflush(None)
+        return self._has_unread_output()
+
+    def _has_unread_output(self) -> bool:
+        try:
+            fcntl.ioctl(1, termios.FIONREAD, self._sizes[0])
+            fcntl.ioctl(2, termios.FIONREAD, self._sizes[1])
+        except OSError:  # A coroutine closed it, or put something else in its place.
+            self._shared.is_changed = True
+            return has_unread_output()
+        return self._sizes != NONE
 
     def _drained(self) -> None:
         """The agent has read what was written past `sys.stdout`."""
@@ -130,8 +142,10 @@ class _Invocations:
         self._running[header["id"]] = attempt
         self._note_alone()
         self._loop.attempts.add(attempt)
-        attempt.main = self._loop.create_task(self._program.run_async(attempt, blobs), context=attempt.context)
-        attempt.main.add_done_callback(lambda _: self._finish(attempt), context=self._context)
+        context = contextvars.copy_context()
+        context.run(current.set, attempt)
+        main = self._loop.create_task(self._program.run_async(attempt, blobs), context=context)
+        main.add_done_callback(lambda _: self._finish(attempt), context=self._context)
 
     def _cancel(self, name: str) -> None:
         attempt = self._running.get(name)
@@ -146,19 +160,21 @@ class _Invocations:
             return
         del self._running[name]
         answer, parts = _answer(name, main)
+        if main.done():
+            attempt.main = None  # It holds the answer, which may be large.
         self._end(attempt)
         if not self._running and _libc.waitid(*ANY_CHILD) == 0:
             end_children()
         attempt.close()
         _libc.fflush(None)
-        has_raw = has_unread_output()
+        has_raw = self._has_unread_output()
         if has_raw:
             # Invocations that come now start when the agent has read it; those that run go on.
             self._unread += 1
         elif not self._unread:
             self._note_alone()
         self._channel.send(answer | {"has_raw": has_raw}, parts)
-        for left in attempt.tasks:
+        for left in attempt.tasks():
             left.cancel()
         if main.done():
             self._loop.call_later(CANCEL_GRACE_S, self._abandon, attempt, context=self._context)
@@ -184,38 +200,3 @@ def _answer(name: str, main: "asyncio.Task[Answer]") -> Answer:
         return main.result()
     failure = {"kind": "cancelled", "message": "the attempt was cancelled"}
     return {"kind": "result", "id": name, "made": [], "duration": 0.0, "failure": failure}, []
-
-
-def _mark_steps(marks: memoryview, loop: asyncio.AbstractEventLoop) -> None:
-    """Have each step of the event loop name the invocation it belongs to, and run none of one that was abandoned."""
-    run = asyncio.Handle._run
-
-    is_forked = False
-
-    def note_fork() -> None:
-        nonlocal is_forked
-        is_forked = True
-
-    os.register_at_fork(after_in_child=note_fork)
-
-    def run_marked(self: asyncio.Handle) -> None:
-        attempt: Attempt | None = self._context.get(current)  # type: ignore[attr-defined]
-        if attempt is None or is_forked:
-            run(self)
-        elif attempt.is_abandoned:
-            pass
-        elif self._loop is not loop:  # type: ignore[attr-defined]  # One that an attempt runs in a thread of its own.
-            run(self)
-        else:
-            before = marks[STEP]  # None, unless an attempt runs the loop inside of its step, as nest_asyncio does.
-            marks[STEP] = attempt.number
-            try:
-                run(self)
-            except (SystemExit, KeyboardInterrupt):
-                pass  # The task that raised it has it as its exception; the loop is not to end of it.
-            finally:
-                if is_forked:
-                    os._exit(0)  # The task came back in both processes. This one would take the other's events.
-                marks[STEP] = before
-
-    asyncio.Handle._run = run_marked  # type: ignore[method-assign]

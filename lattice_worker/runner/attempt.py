@@ -1,7 +1,6 @@
 """A coroutine's attempt: what it has for itself in a process and on an event loop that it shares."""
 
 import asyncio
-import contextvars
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -19,15 +18,26 @@ class Attempt(Output):
 
     def __init__(self, channel: Channel, header: dict[str, Any]) -> None:
         super().__init__(channel, header, header["number"])
-        self.context = contextvars.copy_context()
-        self.context.run(current.set, self)
         self.main: asyncio.Task[Any] | None = None
-        self.tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        self._tasks: weakref.WeakSet[asyncio.Task[Any]] | None = None
         self.generators: weakref.WeakSet[AsyncGenerator[Any, Any]] | None = None
         self.task_factory: Callable[..., Any] | None = None
         self.exception_handler: Callable[..., Any] | None = None
         self.executor: Executor | None = None
         self._pool: Executor | None = None
+
+    def own(self, task: "asyncio.Task[Any]") -> None:
+        """Note a task of the event loop that belongs to it; the first is the one that its function runs in."""
+        if self.main is None:
+            self.main = task
+        elif self._tasks is None:
+            self._tasks = weakref.WeakSet((task,))
+        else:
+            self._tasks.add(task)
+
+    def tasks(self) -> "list[asyncio.Task[Any]]":
+        """Return its tasks of the event loop, also those that are done as long as something refers to them."""
+        return [task for task in (self.main, *(self._tasks or ())) if task is not None]
 
     def pool(self) -> Executor:
         """Return the default executor; one of its own, so that threads that others leave behind do not fill it."""
@@ -38,7 +48,7 @@ class Attempt(Output):
     def abandon(self) -> None:
         """Have no step of it run any more, and no thread of its pool wait for work."""
         self.is_abandoned = True
-        for task in self.tasks:
+        for task in self.tasks():
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # It would be told to another attempt.
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -52,4 +62,4 @@ def here() -> Attempt | None:
 
 def owner_of(task: "asyncio.Task[Any]", running: Iterable[Attempt]) -> Attempt | None:
     """Return the running attempt that a task of the event loop belongs to."""
-    return next((attempt for attempt in running if task in attempt.tasks), None)
+    return next((attempt for attempt in running if task in attempt.tasks()), None)

@@ -162,7 +162,7 @@ def _create_task(
         task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **settings)
     else:
         task = attempt.task_factory(loop, coro, **settings)
-    attempt.tasks.add(task)
+    attempt.own(task)
     return task
 
 
@@ -185,6 +185,6 @@ def show_own_tasks(shared: asyncio.AbstractEventLoop) -> None:
         if loop is not shared:
             return all_tasks(loop)
         attempt = here()
-        return set() if attempt is None else {task for task in list(attempt.tasks) if not task.done()}
+        return set() if attempt is None else {task for task in attempt.tasks() if not task.done()}
 
     asyncio.all_tasks = asyncio.tasks.all_tasks = all_tasks_here

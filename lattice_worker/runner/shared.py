@@ -9,7 +9,10 @@ import functools
 import gc
 import locale
 import logging
+import operator
 import os
+import resource
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,8 +21,6 @@ from typing import Any
 from lattice_worker.runner.attempt import Attempt, here
 from lattice_worker.runner.reset import Baseline
 
-_setlocale: Callable[..., str] = sys.modules["_locale"].setlocale
-
 
 class Shared(Baseline):
     """The state of this process that coroutines find."""
@@ -27,9 +28,15 @@ class Shared(Baseline):
     def __init__(self, running: dict[str, Attempt]) -> None:
         self._running = running
         self._mover: Attempt | None = None
+        self.is_changed = False  # Set by others too that find something changed.
         self._is_mixed = False
         super().__init__()
         self._follow_moves()
+        # These cannot be asked as cheaply as they can be followed.
+        os.umask = self._following(os.umask)
+        locale.setlocale = self._following(locale.setlocale)
+        signal.pthread_sigmask = self._following(signal.pthread_sigmask)
+        resource.setrlimit = self._following(resource.setrlimit)
 
     def capture(self) -> None:
         """Take the process as it is now for what coroutines shall find, as soon as only modules have changed it."""
@@ -46,7 +53,9 @@ class Shared(Baseline):
             os.chdir(self._cwd)
         self._is_mixed = False
         super().capture()
-        self._inodes = self._inodes_now()
+        self.is_changed = False
+        root = logging.root
+        self._levels = (root.level, root.disabled, root.manager.disable)
         self._policy = asyncio.get_event_loop_policy()
         self._facts = self._facts_now()
 
@@ -67,50 +76,43 @@ class Shared(Baseline):
                     self._environ, self._environment = os.environ, dict(os.environ._data)  # type: ignore[attr-defined]
                 self._restore()
                 asyncio.set_event_loop_policy(self._policy)
+                self.is_changed = False
         except BaseException as error:
             return f"{type(error).__name__}: what a coroutine changed cannot be put back"
         return ""
 
     def _is_as_captured(self) -> bool:
         """Whether nothing was changed. Told in the time of a few calls: it is asked after each attempt."""
-        return (
-            not self._changed_environment()
-            and self._facts == self._facts_now()
-            and all(one is other for one, other in zip(warnings.filters, self._filters, strict=False))
-            and self._inodes == self._inodes_now()
+        root = logging.root
+        return not (
+            self.is_changed
+            or self._facts != self._facts_now()
+            or (root.level, root.disabled, root.manager.disable) != self._levels
+            or len(warnings.filters) != len(self._filters)
+            or not all(map(operator.is_, warnings.filters, self._filters))
+            or len(root.handlers) != len(self._logging[1])
+            or self._changed_environment()
         )
 
     @staticmethod
-    def _facts_now() -> tuple[Any, ...]:
-        root = logging.root
-        umask = os.umask(0o22)
-        os.umask(umask)
-        return (
-            umask,
+    def _facts_now() -> list[Any]:
+        return [
             sys.getrecursionlimit(),
             gc.isenabled(),
-            _setlocale(locale.LC_ALL),
             id(sys.stdin),
             id(sys.stdout),
             id(sys.stderr),
-            id(sys.displayhook),
-            id(sys.excepthook),
             id(warnings.showwarning),
-            len(warnings.filters),
-            root.level,
-            root.disabled,
-            root.manager.disable,
-            list(map(id, root.handlers)),
-            list(map(id, root.filters)),
             id(asyncio.get_event_loop_policy()),
-        )
+        ]
 
-    @staticmethod
-    def _inodes_now() -> list[int]:
-        try:
-            return [os.fstat(descriptor).st_ino for descriptor in (1, 2)]
-        except OSError:  # Closed.
-            return []
+    def _following(self, change: Callable[..., Any]) -> Any:
+        @functools.wraps(change)
+        def change_here(*args: Any, **settings: Any) -> Any:
+            self.is_changed = True
+            return change(*args, **settings)
+
+        return change_here
 
     def _follow_moves(self) -> None:
         def followed(move: Callable[[Any], None]) -> Callable[[Any], None]:

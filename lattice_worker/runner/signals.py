@@ -85,10 +85,12 @@ def _note(which: int, seconds: float) -> None:
 
 def end(attempt: Attempt, loop: asyncio.AbstractEventLoop) -> None:
     """Put back what an attempt that is over has left behind: first the timers, whose signals may end the process."""
+    handles: dict[int, asyncio.Handle] = loop._signal_handlers  # type: ignore[attr-defined]
+    if not (_armed or _changed or handles):
+        return
     for which in [which for which, owner in _armed.items() if owner is attempt]:
         _set_timer(which, 0)
         del _armed[which]
-    handles: dict[int, asyncio.Handle] = loop._signal_handlers  # type: ignore[attr-defined]
     for number, handle in list(handles.items()):
         if handle._context.get(current) is attempt:  # type: ignore[attr-defined]
             loop.remove_signal_handler(number)

@@ -156,6 +156,17 @@ async def set_all() -> None:
     asyncio.set_event_loop(None)
 
 
+async def trace() -> None:
+    """Leave a trace function behind, which ends the steps of others."""
+
+    def refuse(frame: Any, *_: Any) -> Any:
+        if frame.f_code.co_name in {"use_all", "wait_at_gate", "run_marked"}:
+            raise ValueError("traced")
+
+    sys.settrace(refuse)
+    sys.setprofile(refuse)
+
+
 async def use_all() -> list[Any]:
     """Use what the loop offers."""
 
@@ -180,6 +191,7 @@ CULPRITS = [
     replace_executor,
     shut_down_generators,
     set_all,
+    trace,
 ]
 
 
@@ -601,7 +613,8 @@ def test_what_coroutines_changed_of_the_process_is_put_back_when_none_runs(play:
         umask = os.umask(0o22)
         os.umask(umask)
         warned = [str(found) for found in warnings.filters]
-        levels = [logging.root.level, len(logging.root.handlers), logging.root.manager.disable]
+        blocked = len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        levels = [blocked, logging.root.level, len(logging.root.handlers), logging.root.manager.disable]
         streams = [type(sys.stdout).__name__, os.fstat(1).st_ino]
         environment = sorted(os.environ.items())
         return [policy, umask, warned, levels, streams, environment, gc.isenabled(), sys.getrecursionlimit()]
@@ -616,6 +629,7 @@ def test_what_coroutines_changed_of_the_process_is_put_back_when_none_runs(play:
 
         asyncio.set_event_loop_policy(Policy())
         os.umask(0o777)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         warnings.simplefilter("error")
         logging.basicConfig(level=logging.DEBUG)
         logging.disable(logging.CRITICAL)
