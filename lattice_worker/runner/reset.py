@@ -120,6 +120,11 @@ class Baseline:
         self._threads = set(threading.enumerate())
         self._capture_set_up()
 
+    @property
+    def cwd(self) -> str:
+        """The working directory."""
+        return str(self._settings[0])
+
     def _capture_set_up(self) -> None:
         """Take what modules set up when they are imported."""
         root = logging.root
@@ -148,7 +153,7 @@ class Baseline:
         for timer in TIMERS:
             _setitimer(timer, 0)
         faulthandler.cancel_dump_traceback_later()
-        if not _same(list(map(_getsignal, SIGNALS)), self._handlers):
+        if not same(list(map(_getsignal, SIGNALS)), self._handlers):
             for number, handler in zip(SIGNALS, self._handlers, strict=True):
                 if _getsignal(number) is not handler and handler is not None:
                     signal.signal(number, handler)
@@ -203,9 +208,9 @@ class Baseline:
 
     def _restore_set_up(self) -> None:
         for found, before in self._lists:
-            if not _same(found, before):
+            if not same(found, before):
                 found[:] = before
-        if not _same(warnings.filters, self._filters):
+        if not same(warnings.filters, self._filters):
             filters: Any = warnings.filters  # A list, whatever its stub says.
             filters[:] = self._filters
             warnings._filters_mutated()  # type: ignore[attr-defined]
@@ -228,7 +233,7 @@ class Baseline:
         time.tzset()  # It reads the environment.
 
 
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+def same(some: Sequence[Any], others: Sequence[Any]) -> bool:
     """Whether two sequences hold the same objects; comparing them for equality would call the user's methods."""
     return len(some) == len(others) and all(map(operator.is_, some, others))
 

@@ -9,7 +9,6 @@ import functools
 import gc
 import locale
 import logging
-import operator
 import os
 import resource
 import signal
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lattice_worker.runner.attempt import Attempt, here
-from lattice_worker.runner.reset import Baseline
+from lattice_worker.runner.reset import Baseline, same
 
 
 class Shared(Baseline):
@@ -50,12 +49,10 @@ class Shared(Baseline):
         try:
             os.getcwd()
         except OSError:  # It was removed.
-            os.chdir(self._cwd)
+            os.chdir(self.cwd)
         self._is_mixed = False
         super().capture()
         self.is_changed = False
-        root = logging.root
-        self._levels = (root.level, root.disabled, root.manager.disable)
         self._policy = asyncio.get_event_loop_policy()
         self._facts = self._facts_now()
 
@@ -63,7 +60,7 @@ class Shared(Baseline):
         """Leave the directory that an attempt went to which is over."""
         if self._mover is attempt:
             self._mover = None
-            os.chdir(self._cwd)
+            os.chdir(self.cwd)
 
     def put_back(self) -> str:
         """Put back what coroutines changed, when none runs; return why that is impossible, nothing when it is not."""
@@ -87,10 +84,9 @@ class Shared(Baseline):
         return not (
             self.is_changed
             or self._facts != self._facts_now()
-            or (root.level, root.disabled, root.manager.disable) != self._levels
-            or len(warnings.filters) != len(self._filters)
-            or not all(map(operator.is_, warnings.filters, self._filters))
-            or len(root.handlers) != len(self._logging[1])
+            or (root.level, root.disabled, root.manager.disable) != self._logging
+            or not same(warnings.filters, self._filters)
+            or not all(same(found, before) for found, before in self._lists)
             or self._changed_environment()
         )
 

@@ -127,7 +127,7 @@ def test_no_task_finds_how_the_worker_is_known(tmp_path: Path, monkeypatch: pyte
             assert both.stream.credentials == "Bearer secret"
             both.stream.assign("l", environment)
             found = await both.stream.value("l")
-            assert {name for name in found if name.startswith("LATTICE_")} <= {"LATTICE_WORKER_ID"}
+            assert {name for name in found if name.startswith("LATTICE_")} <= {"LATTICE_WORKER_ID", "LATTICE_TARGET"}
             assert "secret" not in found.values()
 
     asyncio.run(scenario())
