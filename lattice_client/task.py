@@ -146,6 +146,10 @@ class TaskDefinition(Generic[P, R]):
             "function": self.function_form.SerializeToString(),
             "outputs": self.outputs,
             "has_code": not self.entrypoint,
+            "entrypoint": self.entrypoint,
+            "inputs": self.inputs,
+            "required": sorted(self.required),
+            "takes_any": self.takes_any,
         }
 
     def __reduce__(self) -> Any:

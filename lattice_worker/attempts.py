@@ -220,7 +220,8 @@ class Attempts:
             "digest": function.digest,
             "attempts": [[attempt.run_id, attempt.task_id, attempt.number] for attempt in assignment.attempts],
             "items": [
-                {name: convert.binding_tree(a.inputs[name], store, blobs, upstream) for name in a.inputs}
+                # A map of the contract has no order; a function that takes any inputs gets them by name.
+                {name: convert.binding_tree(a.inputs[name], store, blobs, upstream) for name in sorted(a.inputs)}
                 for a in assignment.attempts
             ],
             "batched": assignment.batched,

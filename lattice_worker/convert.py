@@ -49,7 +49,7 @@ def binding_tree(binding: payload_pb2.Binding, store: str, blobs: list[bytes], o
             return {"items": [binding_tree(item, store, blobs, outputs) for item in binding.list.items]}
         case "map":
             entries = binding.map.entries
-            return {"entries": {key: binding_tree(entries[key], store, blobs, outputs) for key in entries}}
+            return {"entries": {key: binding_tree(entries[key], store, blobs, outputs) for key in sorted(entries)}}
         case _:
             payload = outputs[binding.output.output] if source == "output" else binding.payload
             media_type = payload.media_type or JSON

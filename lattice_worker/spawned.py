@@ -3,19 +3,35 @@
 Rule: whatever would read a value that no task has made yet raises.
 """
 
-from collections.abc import Iterator
-from typing import Any, NoReturn
+import re
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lattice_worker.runner.artifacts import Encoder
-from lattice_worker.runner.text import message_of, type_name
+from lattice_worker.runner.blame import refusal
+from lattice_worker.runner.text import utf8
 from lattice_worker.runner.values import WITH_OUTPUTS, PayloadError, among_json, encode_around, encode_value
 
 # A message may be nested 100 deep; each level of a binding takes two of those.
 MAX_LEVELS = 32
+# The text of a spawned task or an output of it, wherever an encoding holds it, and however it was quoted.
+WRITTEN = re.compile(rb"""Spawned(?:Task|Output)\(task_id=\\*['"](.+?)\\*['"], """)
+IN_TEXT = "give the output itself to the task as an input, and make the text there"
+# What would compute with a value: operators, calls and conversions.
+ARITHMETIC = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or"
+OPERATORS = (
+    *(f"__{side}{name}__" for name in ARITHMETIC.split() for side in ("", "r")),
+    *(f"__{name}__" for name in "lt le gt ge neg pos abs invert int float complex index round call".split()),
+)
 
 
 class DeferredValueError(PayloadError):
     """A value that no task has made yet was to be read or copied."""
+
+
+class DeferredAttributeError(DeferredValueError, AttributeError):
+    """An attribute of a value that no task has made yet was to be read."""
 
 
 class SpawnedOutput:
@@ -37,10 +53,18 @@ class SpawnedOutput:
         return hash((self.task_id, self.output))
 
     def __repr__(self) -> str:
-        return f"SpawnedOutput({self.task_id!r}, {self.output!r})"
+        return f"SpawnedOutput(task_id={self.task_id!r}, output={self.output!r})"
 
     def _unknown(self) -> DeferredValueError:
-        return DeferredValueError(f"{self!r} has no value yet: give it to a task as an input, and read it there")
+        return DeferredValueError(_advice(self))
+
+    if not TYPE_CHECKING:  # for which it has no other attributes
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # Whatever probes an object asks for names with an underscore, and for no others of this one.
+            if name.startswith("_") or name in self.__slots__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise DeferredAttributeError(_advice(self))
 
     def __str__(self) -> str:
         raise self._unknown()
@@ -73,54 +97,94 @@ class SpawnedOutput:
         raise self._unknown()
 
 
-def binding_of(value: Any, encoder: Encoder) -> dict[str, Any]:
-    """Return how an input is bound, its values encoded. Raises PayloadError.
-
-    As the client does it: lists and dicts of JSON and outputs stay what they are; anything else with outputs in it is
-    a list of its pickle and of the outputs that belong into it.
-    """
-    found = among_json(value, SpawnedOutput)
-    holders: set[int] = set()
-    if found and _note_holders(value, holders) <= MAX_LEVELS:
-        return _tree(value, holders, encoder)
-    try:
-        if not found:
-            return encoder.store(*encode_value(value))
-    except DeferredValueError:
-        pass
-    except Exception as error:
-        raise _refusal(value, error) from error
-    try:
-        parts, outputs = encode_around(value, SpawnedOutput)
-    except Exception as error:
-        raise _refusal(value, error) from error
-    return {"items": [encoder.store(WITH_OUTPUTS, parts), *map(_reference, outputs)]}
+def _advice(output: SpawnedOutput) -> str:
+    return f"{output!r} has no value yet: give it to a task as an input, and read it there"
 
 
-def _refusal(value: Any, error: Exception) -> PayloadError:
-    return PayloadError(f"an input of type {type_name(type(value))} cannot be pickled: {message_of(error)}")
+def _unreadable(self: SpawnedOutput, *_: object) -> NoReturn:
+    raise self._unknown()
 
 
-def _note_holders(value: Any, holders: set[int]) -> int:
-    """Add the identity of each container that holds an output; return how many lie one within the other."""
+for _name in OPERATORS:
+    setattr(SpawnedOutput, _name, _unreadable)
+
+
+@dataclass(frozen=True, slots=True)
+class Binder:
+    """Binds one input of a task. `what` names the input in errors; `siblings` are the tasks that were spawned here."""
+
+    what: str
+    encoder: Encoder
+    siblings: Container[str]
+    is_for_python: bool = True
+
+    def bind(self, value: Any) -> dict[str, Any]:
+        """Return how a value is bound, its parts encoded. Raises PayloadError.
+
+        As the client does it: lists and dicts of JSON and outputs stay what they are; anything else with outputs in it
+        is a list of its pickle and of the outputs that belong into it. So is a dict of several keys for a task in
+        Python, since the contract's maps have no order.
+        """
+        found = among_json(value, SpawnedOutput)
+        holders: dict[int, Any] = {}
+        if found and _note_holders(value, holders) <= MAX_LEVELS and self._may_be_tree(holders):
+            return self._tree(value, holders)
+        try:
+            if not found:
+                return self._stored(*encode_value(value))
+        except DeferredValueError:
+            pass
+        except Exception as error:
+            raise self._refusal(value, error) from error
+        try:
+            parts, outputs = encode_around(value, SpawnedOutput)
+        except Exception as error:
+            raise self._refusal(value, error) from error
+        return {"items": [self._stored(WITH_OUTPUTS, parts), *map(_reference, outputs)]}
+
+    def _may_be_tree(self, holders: dict[int, Any]) -> bool:
+        has_order = any(type(holder) is dict and len(holder) > 1 for holder in holders.values())
+        return not (has_order and self.is_for_python)
+
+    def _tree(self, value: Any, holders: dict[int, Any]) -> dict[str, Any]:
+        if isinstance(value, SpawnedOutput):
+            return _reference(value)
+        if id(value) not in holders:
+            return self._stored(*encode_value(value))
+        if type(value) is dict:
+            self._check_texts("".join(value).encode())
+            return {"entries": {key: self._tree(item, holders) for key, item in value.items()}}
+        return {"items": [self._tree(item, holders) for item in value]}
+
+    def _stored(self, media_type: str, parts: list[Any]) -> dict[str, Any]:
+        # Its pickle and what lies before that; behind it are the buffers of arrays.
+        for part in parts[:3]:
+            self._check_texts(part)
+        return self.encoder.store(media_type, parts)
+
+    def _check_texts(self, data: Any) -> None:
+        """Raise PayloadError for an encoding with a text that an output, or a task, was written into."""
+        for found in WRITTEN.finditer(data):
+            if found[1].decode(errors="replace").replace("\\", "") in self.siblings:
+                text = f"holds {found[0].decode(errors='replace')}...) as a text, which has no value yet"
+                raise DeferredValueError(f"{self.what} {text}: {IN_TEXT}")
+
+    def _refusal(self, value: Any, error: Exception) -> PayloadError:
+        if isinstance(error, PayloadError):  # it says itself what to do
+            return PayloadError(f"{self.what}: {error}")
+        return PayloadError(refusal(self.what, value, error))
+
+
+def _note_holders(value: Any, holders: dict[int, Any]) -> int:
+    """Note each container that holds an output, by its identity; return how many lie one within the other."""
     if isinstance(value, SpawnedOutput):
         return 1
     items = value.values() if type(value) is dict else value if type(value) is list else ()
     levels = max((_note_holders(item, holders) for item in items), default=0)
     if levels:
-        holders.add(id(value))
+        holders[id(value)] = value
         return levels + 1
     return 0
-
-
-def _tree(value: Any, holders: set[int], encoder: Encoder) -> dict[str, Any]:
-    if isinstance(value, SpawnedOutput):
-        return _reference(value)
-    if id(value) not in holders:
-        return encoder.encode(value)
-    if type(value) is dict:
-        return {"entries": {key: _tree(item, holders, encoder) for key, item in value.items()}}
-    return {"items": [_tree(item, holders, encoder) for item in value]}
 
 
 def _reference(output: SpawnedOutput) -> dict[str, Any]:

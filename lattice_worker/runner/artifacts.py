@@ -13,7 +13,7 @@ import os
 import uuid
 from typing import Any
 
-from lattice_worker.runner.text import message_of, type_name
+from lattice_worker.runner.blame import refusal
 from lattice_worker.runner.values import PayloadError, encode_value
 
 SPARES = "spares"
@@ -44,15 +44,14 @@ class Encoder:
             remove(os.path.join(self._folder, artifact))
         del self.blobs[blobs:], self.made[made:]
 
-    def encode(self, value: Any) -> dict[str, Any]:
-        """Return a reference to the encoded value."""
+    def encode(self, value: Any, name: str) -> dict[str, Any]:
+        """Return a reference to the encoded value of the output of this name."""
         try:
             media_type, parts = encode_value(value)
         except MemoryError:
             raise
         except BaseException as error:  # SystemExit too: pickling runs code of the value's own.
-            what = f"an output of type {type_name(type(value))} cannot be pickled"
-            raise PayloadError(f"{what}: {message_of(error)}") from error
+            raise PayloadError(refusal(f"output {name!r}", value, error)) from error
         return self.store(media_type, parts)
 
     def store(self, media_type: str, parts: list[Any]) -> dict[str, Any]:

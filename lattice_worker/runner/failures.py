@@ -5,8 +5,11 @@ Rule: an error is user code, and so is all it refers to: whatever its methods do
 
 import contextlib
 import os
+import pickle
 import traceback
 from typing import Any
+
+import cloudpickle
 
 from lattice_worker.runner import pickler
 from lattice_worker.runner.artifacts import Encoder, StoreFullError
@@ -15,6 +18,8 @@ from lattice_worker.runner.text import MESSAGE_CHARACTERS, clipped, message_of, 
 from lattice_worker.runner.values import PayloadError
 
 HERE = os.path.dirname(__file__) + os.sep
+# What pickles values: where that fails it is the value that is at fault, and the message says which part of it.
+PICKLING = (os.path.dirname(cloudpickle.__file__) + os.sep, pickle.__file__)
 # With the message, and in bytes, the text of a failure stays below 64 KiB unless it is mostly not Latin.
 TRACEBACK_CHARACTERS = 40 * 1024
 FAILURE_BYTES = 64 * 1024
@@ -39,7 +44,8 @@ def failure_of(error: BaseException, encoder: Encoder) -> dict[str, Any]:
         failure["type"] = "" if kind in OURS else type_name(type(error))
     failure["message"] = message_of(error)
     with contextlib.suppress(BaseException):
-        failure["traceback"] = _fitting(clipped(_traceback(error), TRACEBACK_CHARACTERS), failure["message"])
+        text = _traceback(error, is_ours=kind in OURS)
+        failure["traceback"] = _fitting(clipped(text, TRACEBACK_CHARACTERS), failure["message"])
     if kind in OURS:
         return failure
     with contextlib.suppress(BaseException):
@@ -53,17 +59,22 @@ def failure_of(error: BaseException, encoder: Encoder) -> dict[str, Any]:
     return failure
 
 
-def _traceback(error: BaseException) -> str:
-    """Return what Python prints of an error, groups, causes, contexts and notes included, from user code on."""
+def _traceback(error: BaseException, *, is_ours: bool) -> str:
+    """Return what Python prints of an error, groups, causes, contexts and notes included, from user code on.
+
+    Of an error that `is_ours` that is nothing when no user code took part.
+    """
     summary = traceback.TracebackException.from_exception(error, limit=None, compact=True)
     seen: set[int] = set()
-    pending = [summary]
+    hidden = (HERE, *PICKLING) if is_ours else (HERE,)
+    pending, has_frames = [summary], not is_ours
     while pending:
         found = pending.pop()
         if id(found) in seen:
             continue
         seen.add(id(found))
-        kept = [frame for frame in found.stack if not frame.filename.startswith(HERE)]
+        kept = [frame for frame in found.stack if not frame.filename.startswith(hidden)]
+        has_frames = has_frames or bool(kept)
         if len(kept) > MAX_FRAMES:
             kept = [*kept[: MAX_FRAMES // 2], *kept[-MAX_FRAMES // 2 :]]
         for frame in kept:
@@ -71,7 +82,7 @@ def _traceback(error: BaseException) -> str:
         found.stack[:] = kept
         _clip(found)
         pending += [other for other in (found.__cause__, found.__context__, *(found.exceptions or ())) if other]
-    return utf8("".join(summary.format()))
+    return utf8("".join(summary.format())) if has_frames else ""
 
 
 def _clip(summary: traceback.TracebackException) -> None:

@@ -163,8 +163,8 @@ class Outcome:
         outputs, encoder = self._outputs(value), self._encoder
         split = {name: _items(name, outputs[name]) for name in self._header["split"]}
         return {
-            "outputs": {name: encoder.encode(item) for name, item in outputs.items()},
-            "split": {name: [encoder.encode(item) for item in items] for name, items in split.items()},
+            "outputs": {name: encoder.encode(item, name) for name, item in outputs.items()},
+            "split": {name: [encoder.encode(item, name) for item in items] for name, items in split.items()},
         }
 
     def _batch(self, value: Any) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""`context.spawn` as a task calls it: which ids it gives, how inputs are bound, and what it refuses."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lattice_client import entrypoint, task
+from lattice_worker import context
+from lattice_worker.convert import binding_tree, spawned_from_frame
+from lattice_worker.runner.invocations import _bind_all
+from lattice_worker.runner.output import Output
+from lattice_worker.runner.output import current as running
+from lattice_worker.runner.values import PayloadError
+
+from lattice.v1 import payload_pb2, task_pb2  # isort: skip
+
+
+class Sent:
+    """Stands for the control socket: keeps the tasks that were spawned."""
+
+    def __init__(self) -> None:
+        self.tasks: list[task_pb2.TaskSpec] = []
+
+    def send(self, header: dict[str, Any], blobs: Any = ()) -> None:
+        spawned = spawned_from_frame(header["task"], list(blobs), task_pb2.Function(), "node")
+        self.tasks += spawned.tasks
+
+    def received(self, made: dict[str, Any]) -> dict[str, Any]:
+        """What the function of the last task is given, when the tasks of these ids made these JSON values."""
+        blobs: list[bytes] = []
+        outputs = {name: payload_pb2.Payload(media_type="application/json", json=text) for name, text in made.items()}
+        inputs = {name: binding_tree(tree, "", blobs, outputs) for name, tree in self.tasks[-1].inputs.items()}
+        return _bind_all(inputs, blobs)
+
+
+@pytest.fixture
+def sent(tmp_path: Path) -> Iterator[Sent]:
+    """A running attempt of the task `parent`, and what it has sent."""
+    channel: Any = Sent()
+    places = {"folder": str(tmp_path), "store": str(tmp_path), "inline_limit": 10_000, "log_limit": 1000}
+    header = {"id": "lease", "attempts": [["run", "parent", 1]], "batched": False, **places}
+    token = running.set(Output(channel, header))
+    yield channel
+    running.reset(token)
+
+
+@task
+def give(v: Any) -> Any:
+    return v
+
+
+def leaf(x: int, y: int = 0) -> int:
+    return x + y
+
+
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (["k", "k-2", "k"], ["k", "k-2", "k-3"]),
+        (["k", "k", "k-2"], ["k", "k-2", "k-2-2"]),
+        (["k-2", "k-3", "k", "k", "k"], ["k-2", "k-3", "k", "k-4", "k-5"]),
+        ([None, "give-2", None], ["give", "give-2", "give-3"]),
+    ],
+)
+def test_no_two_spawned_tasks_have_one_id(sent: Sent, names: list[str | None], ids: list[str]) -> None:
+    made = [context.spawn(give, {"v": number}, name=name) for number, name in enumerate(names)]
+    assert [found.task_id for found in made] == [f"parent/{name}" for name in ids]
+    assert [found.task_id for found in sent.tasks] == [f"parent/{name}" for name in ids]
+
+
+def test_threads_of_a_task_spawn_under_ids_of_their_own(sent: Sent) -> None:
+    output = running.get()
+
+    def spawn() -> None:
+        running.set(output)
+        for _ in range(50):
+            context.spawn(give, {"v": 1})
+
+    threads = [threading.Thread(target=spawn) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({found.task_id for found in sent.tasks}) == 200
+
+
+def test_a_spawn_that_failed_takes_no_id(sent: Sent) -> None:
+    with pytest.raises(PayloadError):
+        context.spawn(give, {"v": threading.Lock()}, name="k")
+    assert context.spawn(give, {"v": 1}, name="k").task_id == "parent/k"
+
+
+def test_a_dict_with_outputs_keeps_the_order_of_its_keys(sent: Sent) -> None:
+    made = context.spawn(give, {"v": 1}).output
+    keys = [chr(ord("z") - number) for number in range(20)]
+    for order in (keys, keys[::-1]):
+        context.spawn(give, {"v": [{key: made for key in order}]})
+        assert [list(item) for item in sent.received({"result": "1"})["v"]] == [order]
+
+
+def test_a_dict_for_another_language_stays_one(sent: Sent) -> None:
+    made = context.spawn(give, {"v": 1}).output
+    context.spawn(entrypoint("js/count", inputs=["v"]), {"v": {"z": made, "a": 1}})
+    assert set(sent.tasks[-1].inputs["v"].map.entries) == {"z", "a"}
+    context.spawn(entrypoint("statistics:mean", inputs=["v"]), {"v": {"z": made, "a": 1}})
+    assert list(sent.received({"result": "1"})["v"]) == ["z", "a"]
+
+
+# Texts.
+
+
+def test_neither_a_spawned_task_nor_its_output_becomes_a_text(sent: Sent) -> None:
+    made = context.spawn(give, {"v": 1})
+    for value in (made, made.output):
+        for write in (str, "{}".format, "%s".__mod__):
+            with pytest.raises(PayloadError, match="give"):
+                write(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda made: f"{[made.output]}",
+        lambda made: f"{made.output!r}",
+        lambda made: f"{made!r}",
+        lambda made: f"{made.outputs}",
+        lambda made: {"a": [f"see {[made.output]}"]},
+        lambda made: {"a": (repr([repr(made.output)]), made.output)},
+        lambda made: {repr(made.output): made.output},
+        lambda made: repr(made.output).encode(),
+    ],
+)
+def test_a_text_with_the_repr_of_an_output_is_refused(sent: Sent, value: Callable[[Any], Any]) -> None:
+    made = context.spawn(give, {"v": 1}, name="it's")
+    text = "spawn of 'give': input 'v' holds Spawned.* as a text, which has no value yet: give the output itself"
+    with pytest.raises(PayloadError, match=text):
+        context.spawn(give, {"v": value(made)})
+
+
+def test_a_text_with_the_repr_of_another_attempts_output_is_a_text(sent: Sent) -> None:
+    context.spawn(give, {"v": repr(context.SpawnedOutput("elsewhere", "result"))})
+    assert sent.received({})["v"] == "SpawnedOutput(task_id='elsewhere', output='result')"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.title,
+        lambda x: "a" + x,
+        lambda x: x + 1,
+        lambda x: 1 - x,
+        lambda x: x < 1,
+        lambda x: x(),
+        int,
+        list,
+        lambda x: -x,
+        lambda x: range(x),
+    ],
+)
+def test_a_spawned_output_that_is_read_says_what_to_do(sent: Sent, read: Callable[[Any], Any]) -> None:
+    made = context.spawn(give, {"v": 1}).output
+    with pytest.raises(PayloadError, match="has no value yet: give it to a task as an input"):
+        read(made)
+    assert not hasattr(made, "title")
+    with pytest.raises(AttributeError, match="has no attribute '_repr_html_'"):
+        made._repr_html_
+
+
+# What is refused.
+
+
+wrong: list[tuple[Callable[[], Any], str]] = [
+    (lambda: context.spawn(leaf, 1), r"spawn of 'leaf': the inputs are one dict by name, .* not 1"),  # type: ignore[arg-type]
+    (lambda: context.spawn(leaf, x=1), r"the inputs are one dict by name, .* not the argument 'x'"),
+    (lambda: context.spawn(leaf, {"x": 1}, name=5), "name must be a text, not 5"),  # type: ignore[arg-type]
+    (lambda: context.spawn(leaf, {"x": 1}, after=["first"]), "after must hold tasks .* not 'first'"),  # type: ignore[list-item]
+    (lambda: context.spawn(leaf, {"x": 1}, after="first"), r"after must be a list .* not 'first'"),  # type: ignore[arg-type]
+    (lambda: context.spawn(leaf, {"x": 1}, after=context.SpawnedTask("a", ("b",))), "after must be a list"),  # type: ignore[arg-type]
+    (lambda: context.spawn(leaf, {"x": 1}, after=[context.SpawnedOutput("a", "b")]), "after takes tasks"),  # type: ignore[list-item]
+    (lambda: context.spawn("leaf"), "it needs a function, a @task or an entrypoint.* not the text 'leaf'"),  # type: ignore[arg-type]
+    (lambda: context.spawn(leaf, {"z": 1}), "has no input 'z' and needs input 'x'; its inputs: x, y"),
+    (lambda: context.spawn(leaf), "'leaf': the task needs input 'x'; its inputs: x, y"),
+    (lambda: context.spawn(give, {"w": 1}), "has no input 'w' and needs input 'v'; its inputs: v"),
+    (lambda: context.spawn(entrypoint("js/x", inputs=["a"])), "needs input 'a'"),
+    (lambda: context.spawn(leaf, {1: 1}), "the name of an input must be a text, not 1"),  # type: ignore[dict-item]
+    (lambda: context.spawn(steps), "is a generator function: have it return a list"),
+]
+
+
+def steps() -> Iterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(("call", "text"), wrong)
+def test_a_wrong_call_of_spawn_is_refused_naming_the_argument(sent: Sent, call: Callable[[], Any], text: str) -> None:
+    with pytest.raises(context.SpawnError, match=text):
+        call()
+    assert sent.tasks == []
+
+
+def test_a_function_of_any_inputs_takes_any(sent: Sent) -> None:
+    def anything(**more: Any) -> None: ...
+    def params(params: Any) -> None: ...
+
+    for function in (anything, params, task(anything), task(params), entrypoint("js/x")):
+        context.spawn(function, {"one": 1})
+    assert len(sent.tasks) == 5
+
+
+def test_an_input_that_cannot_be_pickled_is_named_with_the_part_at_fault(sent: Sent) -> None:
+    with pytest.raises(PayloadError) as caught:
+        context.spawn(leaf, {"x": {"k": [threading.Lock()]}})
+    text = (
+        "spawn of 'leaf': input 'x', entry 'k', item 0 (_thread.lock) cannot be pickled: cannot pickle '_thread.lock'"
+    )
+    assert str(caught.value).startswith(text)
