@@ -6,10 +6,10 @@ by the methods that callers use, in their own thread; see `opening`.
 
 import asyncio
 import random
-import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, Self, TypeVar, Unpack
+from types import MappingProxyType
+from typing import Any, Never, NoReturn, Self, TypeVar, Unpack
 from uuid import uuid4
 
 import grpc
@@ -22,12 +22,13 @@ from lattice_client.brevity import Brevity, Kind
 from lattice_client.channel import Channel
 from lattice_client.convert import RunEvent
 from lattice_client.following import OnLoss, Reconnection, limited
-from lattice_client.inputs import Belongs, Upload
+from lattice_client.inputs import Upload
 from lattice_client.opening import Fetched, opened
-from lattice_client.outputs import TaskOutput
-from lattice_client.run import Answer, AsyncRun, Outcome, abandon
+from lattice_client.outputs import Scope, TaskOutput
+from lattice_client.run import Answer, AsyncRun, Outcome, RunId, abandon, task_id_of
 from lattice_client.security import SecurityOptions
-from lattice_client.workflow import Graph, LatticeTask
+from lattice_client.settings import RunSettings, check_settings
+from lattice_client.workflow import Graph, LatticeTask, single
 
 T = TypeVar("T")
 
@@ -57,8 +58,8 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name or self.workflow_id!r}, tasks: {len(self.tasks)}>"
 
-    async def run(self, run_id: str = "", **settings: Any) -> AsyncRun:
-        """Send the whole graph and start a run; see `AsyncLatticeClient.run` for the settings. Raises RequestError."""
+    async def run(self, run_id: str = "", **settings: Unpack[RunSettings]) -> AsyncRun:
+        """Send the whole graph and start a run; see `RunSettings`. Raises TaskDefinitionError, RequestError."""
         return await self.client.run(self, run_id, **settings)
 
     async def get_results(
@@ -147,43 +148,26 @@ class AsyncLatticeClient:
 
     # Starting.
 
-    async def run(
-        self,
-        graph: Graph[Any],
-        run_id: str = "",
-        *,
-        labels: Mapping[str, str] | None = None,
-        priority: int = 0,
-        timeout: float | None = None,
-    ) -> AsyncRun:
+    async def run(self, graph: Graph[Any], run_id: str = "", **settings: Unpack[RunSettings]) -> AsyncRun:
         """Send the whole graph and start a run.
 
         Args:
             graph: the workflow.
             run_id: names the run; the same id with the same content is the same run.
-            labels: to find the run by.
-            priority: among this caller's waiting tasks, higher goes first.
-            timeout: seconds after which the run fails.
+            settings: see `RunSettings`.
 
         Raises:
             TaskDefinitionError: a setting, a task or its wiring is wrong; nothing was sent.
             RequestError: the server refused it.
         """
-        upload = self.upload
-        request = await self.request_of(graph, upload, run_id, labels=labels, priority=priority, timeout=timeout)
-        return await self.submit(request, graph)
+        return await self.submit(await self.request_of(graph, self.upload, run_id, **settings), graph)
 
     async def request_of(
-        self,
-        graph: Graph[Any],
-        upload: Upload,
-        run_id: str = "",
-        *,
-        labels: Mapping[str, str] | None = None,
-        priority: int = 0,
-        timeout: float | None = None,
+        self, graph: Graph[Any], upload: Upload, run_id: str = "", **settings: Unpack[RunSettings]
     ) -> workflow_pb2.RunWorkflowRequest:
         """Return what `run` sends, without the code. Waits for nothing but `upload`."""
+        check_settings(settings)
+        labels, priority, timeout = settings.get("labels"), settings.get("priority", 0), settings.get("timeout")
         labels = {**({"tenant": self._tenant} if self._tenant else {}), **(labels or {})}
         # An id of our own makes the call safe to repeat when its answer is lost.
         run_id = run_id or f"run-{uuid4().hex}"
@@ -191,14 +175,12 @@ class AsyncLatticeClient:
         with _building():
             request = _made(workflow_pb2.RunWorkflowRequest, run_id=run_id, labels=labels, priority=priority)
             if timeout is not None:
-                if not timeout > 0:  # which the contract reads as no limit
-                    raise errors.TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")
                 request.timeout.CopyFrom(_duration(timeout))
             if graph.workflow_id and not graph.tasks:
                 request.workflow_id = graph.workflow_id
             else:
                 # Once, however often it is offered: large inputs would be uploaded each time.
-                request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), upload, graph.has))
+                request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), upload, graph.scope))
                 request.workflow.display_name = graph.name
                 request.workflow.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
         return request
@@ -206,13 +188,15 @@ class AsyncLatticeClient:
     async def submit(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> AsyncRun:
         """Start the run of a request, again while the server has as much work as it takes. Raises RequestError."""
         run = await self._offer(lambda: self._start(request, graph))
-        run.graph = weakref.ref(graph)
+        run.note_graph(graph)
         return run
 
-    async def run_task(self, task: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Run one task as a run of its own and return its outputs. Raises TaskFailedError, RequestError."""
-        graph: Graph[Any] = Graph(None)
-        added = graph.add_task(task, inputs)
+    async def run_task(self, task: Any, inputs: Mapping[str, Any] | None = None, **misplaced: Never) -> dict[str, Any]:
+        """Run one task as a run of its own and return its outputs.
+
+        Raises TaskDefinitionError, TaskFailedError, RequestError.
+        """
+        added = single(task, inputs, misplaced)
         found: dict[str, Any] = opened(await self.submit_task(await self.task_request_of(added, self.upload), added))
         return found
 
@@ -241,22 +225,22 @@ class AsyncLatticeClient:
         response = await self._offer(call)
         self._known_code.add(function.digest)
         if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
-            return {name: await self.fetch(payload) for name, payload in response.task.outputs.items()}
-        return await self.result_in(await self.ended(response.run.run_id))
+            outputs = convert.ordered(response.task.outputs, task.definition.outputs)
+            return {name: await self.fetch(payload) for name, payload in outputs.items()}
+        return await self.result_in(await self.ended(response.run.run_id), declared=convert.declared_by([task]))
 
     async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
         """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
-        belongs = run_id.belonging(tasks) if isinstance(run_id, AsyncRun) else _any
-        spec = await self.spec_of(tasks, self.upload, belongs)
+        ids = {task.task_id for task in tasks}
+        scope = run_id.scope(tasks) if isinstance(run_id, AsyncRun) else Scope(lambda output: True, ids)
+        spec = await self.spec_of(tasks, self.upload, scope)
         return await self.submit_tasks(run_id, spec, tasks, expected_revision)
 
-    async def spec_of(
-        self, tasks: Sequence[LatticeTask], upload: Upload, belongs: Belongs
-    ) -> workflow_pb2.WorkflowSpec:
+    async def spec_of(self, tasks: Sequence[LatticeTask], upload: Upload, scope: Scope) -> workflow_pb2.WorkflowSpec:
         """Return what `add_tasks` sends, without the code. Waits for nothing but `upload`."""
         convert.pack_code(tasks)
         with _building():
-            return await convert.tasks_of(tasks, upload, belongs)
+            return await convert.tasks_of(tasks, upload, scope)
 
     async def submit_tasks(
         self, run_id: str, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int
@@ -344,11 +328,13 @@ class AsyncLatticeClient:
             self._brevity.learn(kind, answer.run)
         return answer
 
-    async def result_in(self, answer: Answer, is_partial: bool = False) -> Any:
+    async def result_in(
+        self, answer: Answer, is_partial: bool = False, declared: convert.Declared = MappingProxyType({})
+    ) -> Any:
         """Return what `opened` turns into the outputs of a run that ended, or into its error; see `AsyncRun.result`."""
         if answer.run.state != run_pb2.RUN_STATE_SUCCEEDED and not is_partial:
             return await self.error_of(answer.run)
-        return await convert.result_of(answer.final_tasks, self.fetch)
+        return await convert.result_of(answer.final_tasks, self.fetch, declared)
 
     async def error_of(self, run: run_pb2.Run) -> errors.RunError | None:
         """Return the error of a run that ended otherwise than well, with the name of the task that failed if it can be
@@ -359,16 +345,23 @@ class AsyncLatticeClient:
                 name = (await self._rpc.call(self._rpc.tasks.GetTask(request))).task.display_name
         return convert.error_of(run, name)
 
-    async def output_of(self, run_id: str, task: LatticeTask | str) -> Any:
+    async def output_of(self, run_id: str, task: LatticeTask | TaskOutput | str) -> Any:
         """Wait for a task's end; return what `opened` turns into its output, or its error; see `AsyncRun.output`."""
-        task_id = task if isinstance(task, str) else task.task_id
+        task_id = task_id_of(task)
         request = _made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id, wait=_duration(WAIT_S))
         found = await self._until(run_id, lambda: self._rpc.tasks.GetTask(request), lambda r: r.task.state in ENDED)
         if (failed := convert.lack_of(found.task)) is not None:
             return failed
         items = await self.list_tasks(run_id) if found.task.item_count else []
         items = [item for item in items if item.parent_task_id == task_id]
-        return convert.value_of(await convert.outputs_of(found.task, items, self.fetch) or {}, task)
+        owner = task.owner if isinstance(task, TaskOutput) else task
+        known = convert.declared_by([owner] if isinstance(owner, LatticeTask) else ())
+        declared = known.get(task_id) or _declared(run_id).get(task_id, ())
+        outputs = await convert.outputs_of(found.task, items, self.fetch, declared) or {}
+        if isinstance(task, TaskOutput) and task.output not in outputs:
+            text = f"task {task_id!r} of run {str(run_id)!r} has no output {task.output!r}"
+            return errors.RunError(run_id, f"{text}; its outputs: {', '.join(map(repr, outputs)) or 'none'}")
+        return convert.value_of(outputs, task)
 
     async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:
         request = _made(results_pb2.GetResultRequest, run_id=run_id, wait=_duration(WAIT_S))
@@ -412,7 +405,7 @@ class AsyncLatticeClient:
                     async for response in self._rpc.results.WatchRun(request):
                         breaks.heard()
                         for message in response.events:
-                            yield await convert.event_of(message, fetch or self.fetch)
+                            yield await convert.event_of(message, fetch or self.fetch, _declared(run_id))
                         after = response.sequence
                         if response.complete:
                             return
@@ -517,8 +510,8 @@ class AsyncLatticeClient:
         raise errors.UnavailableError(f"{text}; its log may say why")
 
 
-def _any(output: TaskOutput) -> bool:
-    return True
+def _declared(run_id: str) -> convert.Declared:
+    return run_id.declared if isinstance(run_id, RunId) else {}
 
 
 async def _last(call: Any) -> workflow_pb2.ExecuteWorkflowResponse | None:

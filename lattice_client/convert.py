@@ -4,16 +4,20 @@ from collections.abc import Awaitable, Callable, Collection, Container, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, count
-from typing import Any
+from typing import Any, TypeVar
 
 from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.errors import RunCancelledError, RunError, RunTimeoutError, TaskDefinitionError, TaskFailedError
 from lattice_client.freshness import file_at
-from lattice_client.inputs import Belongs, Binder, Upload
+from lattice_client.inputs import Binder, Upload
+from lattice_client.outputs import Scope, TaskOutput
 from lattice_client.workflow import UNSET, LatticeTask
 
+T = TypeVar("T")
 Decode = Callable[[payload_pb2.Payload], Awaitable[Any]]
+# The names of the outputs of a run's tasks in their order, by task id, as far as that is known here.
+Declared = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +38,14 @@ FAILURE_POLICIES = {
 }
 
 
-async def tasks_of(tasks: Collection[LatticeTask], upload: Upload, belongs: Belongs) -> workflow_pb2.WorkflowSpec:
+async def tasks_of(tasks: Collection[LatticeTask], upload: Upload, scope: Scope) -> workflow_pb2.WorkflowSpec:
     """Return tasks as one message, without their code; see `fill_code`. Large inputs are uploaded.
 
     Raises TaskDefinitionError when a task is wired to an output that does not belong to the run.
     """
     spec, names = workflow_pb2.WorkflowSpec(), _names(tasks)
     for task in tasks:
-        await _fill_task(spec.tasks.add(), task, names[id(task.definition)], upload, belongs)
+        await _fill_task(spec.tasks.add(), task, names[id(task.definition)], upload, scope)
     return spec
 
 
@@ -87,12 +91,12 @@ def _names(tasks: Iterable[LatticeTask]) -> dict[int, str]:
 async def task_of(task: LatticeTask, function: str, upload: Upload) -> task_pb2.TaskSpec:
     """Return a task that runs alone as a message. Raises TaskDefinitionError."""
     message = task_pb2.TaskSpec()
-    await _fill_task(message, task, function, upload, lambda output: False)
+    await _fill_task(message, task, function, upload, Scope(lambda output: False, ()))
     return message
 
 
 async def _fill_task(
-    message: task_pb2.TaskSpec, task: LatticeTask, function: str, upload: Upload, belongs: Belongs
+    message: task_pb2.TaskSpec, task: LatticeTask, function: str, upload: Upload, scope: Scope
 ) -> None:
     message.CopyFrom(task.definition.form)
     message.task_id = task.task_id
@@ -101,23 +105,29 @@ async def _fill_task(
     message.after.extend(task.after)
     message.over = task.over
     if task.condition is not None:
-        binder = Binder(f"the condition of task {task.task_id!r}", upload, belongs)
+        binder = Binder(f"the condition of task {task.task_id!r}", upload, scope)
         binder.fill_reference(message.condition.output, task.condition.output)
         message.condition.negated = task.condition.is_negated
         if task.condition.equals is not UNSET:
             where = f"what the condition of task {task.task_id!r} is compared with"
-            binder = Binder(where, upload, belongs)
+            binder = Binder(where, upload, scope)
             message.condition.equals.CopyFrom(await binder.payload_of(task.condition.equals))
             if message.condition.equals.WhichOneof("content") != "json":
                 raise TaskDefinitionError(f"{where} must be JSON")
     entrypoint = task.definition.entrypoint
     for name, value in task.inputs.items():
         where = f"input {name!r} of task {task.task_id!r}"
-        binder = Binder(where, upload, belongs, is_for_python=not entrypoint or ":" in entrypoint)
+        binder = Binder(where, upload, scope, is_for_python=not entrypoint or ":" in entrypoint)
         await binder.fill(message.inputs[name], value)
 
 
-async def event_of(message: run_pb2.RunEvent, decode: Decode) -> RunEvent:
+def ordered(outputs: Mapping[str, T], declared: Sequence[str] = ()) -> dict[str, T]:
+    """Return outputs in the order they were declared in, and any others by name: a map of the contract has no order."""
+    first = [name for name in declared if name in outputs]
+    return {name: outputs[name] for name in [*first, *sorted(set(outputs).difference(first))]}
+
+
+async def event_of(message: run_pb2.RunEvent, decode: Decode, declared: Declared) -> RunEvent:
     """Return an event with its outputs decoded."""
     kind = message.WhichOneof("event") or ""
     body = getattr(message, kind)
@@ -126,7 +136,8 @@ async def event_of(message: run_pb2.RunEvent, decode: Decode) -> RunEvent:
         value = getattr(body, field.name)
         match field.name:
             case "outputs":
-                data["outputs"] = {name: await decode(payload) for name, payload in value.items()}
+                found = ordered(value, declared.get(body.task_id.partition("[")[0], ()))
+                data["outputs"] = {name: await decode(payload) for name, payload in found.items()}
             case "failure":
                 data["failure"] = failure_of(value) if body.HasField("failure") else None
             case "gpu_indices" | "task_ids":
@@ -160,7 +171,7 @@ def message_of(event: RunEvent, workflow_id: str, run_id: str) -> dict[str, Any]
             return None
 
 
-async def result_of(tasks: Iterable[run_pb2.TaskRun], decode: Decode) -> dict[str, Any]:
+async def result_of(tasks: Iterable[run_pb2.TaskRun], decode: Decode, declared: Declared) -> dict[str, Any]:
     """Return the outputs of the final tasks of a run that ended: of a single one by name, of several by task id.
 
     Whether there are several is a matter of the graph: one that did not succeed counts. Among several it is None.
@@ -174,14 +185,18 @@ async def result_of(tasks: Iterable[run_pb2.TaskRun], decode: Decode) -> dict[st
         final[task.task_id] = task
         if task.HasField("item_count"):
             items[task.task_id] = []
-    found = {name: await outputs_of(task, items.get(name, ()), decode) for name, task in final.items()}
+    found = {
+        name: await outputs_of(one, items.get(name, ()), decode, declared.get(name, ())) for name, one in final.items()
+    }
     if len(found) == 1:
         (outputs,) = found.values()
         return outputs or {}
     return found
 
 
-async def outputs_of(task: run_pb2.TaskRun, items: Sequence[run_pb2.TaskRun], decode: Decode) -> dict[str, Any] | None:
+async def outputs_of(
+    task: run_pb2.TaskRun, items: Sequence[run_pb2.TaskRun], decode: Decode, declared: Sequence[str]
+) -> dict[str, Any] | None:
     """Return the outputs of a task by name; None when it has none, because it did not succeed.
 
     Those of a mapped task are lists, with None for each of its `items` that did not succeed or has no such output.
@@ -189,8 +204,8 @@ async def outputs_of(task: run_pb2.TaskRun, items: Sequence[run_pb2.TaskRun], de
     if not items:
         if task.state != run_pb2.TASK_STATE_SUCCEEDED:
             return None
-        return {name: await decode(payload) for name, payload in task.outputs.items()}
-    names = dict.fromkeys(name for item in items for name in item.outputs)
+        return {name: await decode(payload) for name, payload in ordered(task.outputs, declared).items()}
+    names = ordered(dict.fromkeys(name for item in items for name in item.outputs), declared)
     if not names:
         return None
     return {
@@ -198,14 +213,21 @@ async def outputs_of(task: run_pb2.TaskRun, items: Sequence[run_pb2.TaskRun], de
     }
 
 
-def value_of(outputs: dict[str, Any], task: LatticeTask | str) -> Any:
+def value_of(outputs: dict[str, Any], task: LatticeTask | TaskOutput | str) -> Any:
     """Return a task's outputs as `AsyncRun.output` does: the value of a single one, or all by name.
 
     Of a task that is known its definition decides, whatever it returned; of one known by its id what it returned does.
     """
+    if isinstance(task, TaskOutput):
+        return outputs.get(task.output)
     names = tuple(outputs) if isinstance(task, str) else task.definition.outputs
     is_single = len(names) == 1 and (isinstance(task, str) or not task.definition.may_return_more)
     return outputs.get(names[0]) if is_single else outputs
+
+
+def declared_by(tasks: Iterable[LatticeTask]) -> dict[str, Sequence[str]]:
+    """Return the names of the outputs of tasks that have several, in their order."""
+    return {task.task_id: task.definition.outputs for task in tasks if len(task.definition.outputs) > 1}
 
 
 def lack_of(task: run_pb2.TaskRun) -> RunError | None:

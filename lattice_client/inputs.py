@@ -13,11 +13,9 @@ from lattice.v1 import payload_pb2
 
 from lattice_client import payloads
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.outputs import DeferredValueError, TaskOutput
+from lattice_client.outputs import IN_TEXT, DeferredValueError, Scope, TaskOutput, written_in
 
 Upload = Callable[[bytes], Awaitable[payload_pb2.Artifact]]
-# Whether an output is one of a task that the run has.
-Belongs = Callable[[TaskOutput], bool]
 # A message may be nested 100 deep; each level of a binding takes two of those.
 MAX_LEVELS = 32
 
@@ -28,7 +26,7 @@ class Binder:
 
     where: str
     upload: Upload
-    belongs: Belongs
+    scope: Scope
     is_for_python: bool = True
 
     async def fill(self, message: payload_pb2.Binding, value: Any) -> None:
@@ -47,7 +45,7 @@ class Binder:
 
     def fill_reference(self, message: payload_pb2.OutputRef, output: TaskOutput) -> None:
         """Write a reference to an output. Raises TaskDefinitionError when its task is not one of the run."""
-        if not self.belongs(output):
+        if not self.scope.has(output):
             raise TaskDefinitionError(
                 f"{self.where} is wired to output {output.output!r} of task {output.task_id!r} of another workflow, "
                 "which this run does not have"
@@ -73,6 +71,7 @@ class Binder:
             message.payload.CopyFrom(await self._stored(payloads.JSON, payloads.to_json(value)))
         elif type(value) is dict:
             for key, item in value.items():
+                self._check_texts(key.encode())
                 await self._fill_tree(message.map.entries[key], item, holders)
         else:
             for item in value:
@@ -99,9 +98,15 @@ class Binder:
             self.fill_reference(items.add().output, output)
 
     async def _stored(self, media_type: str, data: bytes) -> payload_pb2.Payload:
+        self._check_texts(data)
         if len(data) <= payloads.INLINE_LIMIT_BYTES:
             return payloads.inline(media_type, data)
         return payload_pb2.Payload(media_type=media_type, artifact=await self.upload(data))
+
+    def _check_texts(self, data: bytes) -> None:
+        """Raise TaskDefinitionError for an encoding with a text that an output, or a task, was written into."""
+        if found := written_in(data, self.scope.task_ids):
+            raise TaskDefinitionError(f"{self.where} holds {found} as a text, which has no value yet: {IN_TEXT}")
 
     def _refusal(self, error: Exception) -> TaskDefinitionError:
         if isinstance(error, TaskDefinitionError):  # what is clearly a mistake in the wiring says so itself

@@ -1,17 +1,56 @@
-"""Owns what stands for values that tasks will make. Rule: whatever would read such a value here raises."""
+"""Owns what stands for values that tasks will make. Rule: whatever would read such a value here raises.
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+Their `repr` is for people, and is all that can be had of them as a text. A text with one among the inputs of a task is
+a mistake: `written_in` finds it.
+"""
+
+import re
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lattice_client.errors import TaskDefinitionError
 
 IN_TEXT = 'to put it into a text, use template("... {x} ...", x=task.output)'
 AS_VALUE = "give it to a task as an input, and look into it inside that task"
 AS_CONDITION = "to run a task only if it is true, use add_task(..., when=task.output)"
+# What would compute with a value: operators, calls and conversions.
+BINARY = [
+    "add",
+    "sub",
+    "mul",
+    "matmul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "divmod",
+    "pow",
+    "lshift",
+    "rshift",
+    "and",
+    "xor",
+]
+UNARY = ["neg", "pos", "abs", "invert", "int", "float", "complex", "index", "round", "call", "lt", "le", "gt", "ge"]
+OPERATORS = [f"__{side}{name}__" for name in [*BINARY, "or"] for side in ("", "r")] + [f"__{name}__" for name in UNARY]
+# The reprs of tasks and outputs, wherever an encoding holds them, and however they were quoted there.
+MARK = b"(task_id="
+WRITTEN = re.compile(rb"""(?:LatticeTask|Outputs|TaskOutput)\(task_id=\\*['"](.+?)\\*['"][,)]""")
 
 
 class DeferredValueError(TaskDefinitionError):
     """A value that exists only while a run goes on was to be copied here."""
+
+
+class DeferredAttributeError(TaskDefinitionError, AttributeError):
+    """An attribute of a value that exists only while a run goes on was to be read here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What an input may be wired to: whether the run `has` an output, and the `task_ids` known here to be its own."""
+
+    has: Callable[["TaskOutput"], bool]
+    task_ids: Container[str]
 
 
 class Deferred:
@@ -21,6 +60,14 @@ class Deferred:
 
     def _unknown(self, advice: str) -> TaskDefinitionError:
         return TaskDefinitionError(f"{self!r} has no value yet: {advice}")
+
+    if not TYPE_CHECKING:  # for which it has no other attributes
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # Whatever probes an object asks for names with an underscore, and for no others of this one.
+            if name.startswith("_") or name in self.__slots__:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            raise DeferredAttributeError(f"{self!r} has no value yet: {AS_VALUE}")
 
     def __str__(self) -> str:
         raise self._unknown(IN_TEXT)
@@ -51,6 +98,33 @@ class Deferred:
 
     def __deepcopy__(self, memo: object) -> "Deferred":
         return self
+
+
+def _unreadable(self: Deferred, *_: object, **__: object) -> NoReturn:
+    raise self._unknown(AS_VALUE)
+
+
+def _unreadable_in_text(self: Deferred, other: object) -> NoReturn:
+    raise self._unknown(IN_TEXT if isinstance(other, str) else AS_VALUE)
+
+
+for _name in OPERATORS:
+    setattr(Deferred, _name, _unreadable_in_text if _name in {"__add__", "__radd__"} else _unreadable)
+
+
+def written_in(data: bytes, task_ids: Container[str]) -> str:
+    """Return the `repr` of a task, or of its outputs, that an encoding holds as a text; empty when it holds none.
+
+    Args:
+        data: an encoded value.
+        task_ids: those of the tasks that count.
+    """
+    if MARK not in data:
+        return ""
+    for found in WRITTEN.finditer(data):
+        if found[1].decode(errors="replace").replace("\\", "") in task_ids:
+            return found[0].decode(errors="replace").replace("\\", "").removesuffix(",").removesuffix(")") + ")"
+    return ""
 
 
 class TaskOutput(Deferred):
@@ -98,17 +172,26 @@ class TaskOutput(Deferred):
 
 
 class Outputs(Mapping[str, TaskOutput]):
-    """A task's outputs by name."""
+    """A task's outputs by name. `why_unpromised` tells why one of a name, or any if it is empty, is not among them."""
 
-    def __init__(self, task_id: str, names: tuple[str, ...], owner: object) -> None:
+    def __init__(
+        self,
+        task_id: str,
+        names: tuple[str, ...],
+        owner: object,
+        why_unpromised: Callable[[str], str] = lambda name: "",
+    ) -> None:
         self._task_id = task_id
         self._names = names
         self._owner = owner
+        self._why_unpromised = why_unpromised
 
     def __getitem__(self, name: str) -> TaskOutput:
         if name not in self._names:
             offered = ", ".join(map(repr, self._names)) or "none"
-            raise TaskDefinitionError(f"task {self._task_id!r} has no output {name!r}; its outputs: {offered}")
+            text = f"task {self._task_id!r} has no output {name!r}; its outputs: {offered}"
+            why = self._why_unpromised(name)
+            raise TaskDefinitionError(f"{text}; {why}" if why else text)
         return TaskOutput(self._task_id, name, owner=self._owner)
 
     def __iter__(self) -> Iterator[str]:
@@ -118,7 +201,13 @@ class Outputs(Mapping[str, TaskOutput]):
         return len(self._names)
 
     def __repr__(self) -> str:
-        return f"<outputs of task {self._task_id!r}: {', '.join(self._names) or 'none'}>"
+        return f"Outputs(task_id={self._task_id!r}, names={list(self._names)})"
+
+    def __str__(self) -> str:
+        raise TaskDefinitionError(f"the outputs of task {self._task_id!r} have no values yet: {IN_TEXT}")
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
 
     def __reduce__(self) -> NoReturn:
         names = ", ".join(f'task.outputs["{name}"]' for name in self._names) or "it declares none"

@@ -14,11 +14,15 @@ EITHER = task_pb2.RETURN_STYLE_UNSPECIFIED
 
 
 class Returned(NamedTuple):
-    """The outputs a function promises, how they are read from what it returns, and whether it may return more."""
+    """The outputs a function promises, how they are read from what it returns, and whether it may return more.
+
+    `optional` are the keys of its TypedDict that it may leave out.
+    """
 
     names: tuple[str, ...]
     style: task_pb2.ReturnStyle.ValueType
     may_be_more: bool = False
+    optional: tuple[str, ...] = ()
 
 
 def returned(function: Callable[..., Any], outputs: tuple[str, ...] | None, is_params: bool) -> Returned:
@@ -34,7 +38,8 @@ def returned(function: Callable[..., Any], outputs: tuple[str, ...] | None, is_p
     found, namespace = _annotation(function)
     if isinstance(found, type) and issubclass(found, dict) and hasattr(found, "__required_keys__"):  # a TypedDict
         keys = _keys(found, namespace)
-        return Returned(tuple(name for name in keys if keys[name]), MAPPING, not all(keys.values()))
+        optional = tuple(name for name in keys if not keys[name])
+        return Returned(tuple(name for name in keys if keys[name]), MAPPING, bool(optional), optional)
     if not is_params:
         return Returned(("result",), VALUE)
     kind = typing.get_origin(found) or found

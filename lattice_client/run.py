@@ -3,15 +3,18 @@
 import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import chain
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.brevity import Kind
-from lattice_client.convert import RunEvent
+from lattice_client.convert import Declared, RunEvent, declared_by
+from lattice_client.errors import TaskDefinitionError
 from lattice_client.following import limited
 from lattice_client.opening import opened
-from lattice_client.outputs import TaskOutput
+from lattice_client.outputs import Scope, TaskOutput
 from lattice_client.workflow import Graph, LatticeTask
 
 if TYPE_CHECKING:
@@ -23,7 +26,12 @@ Outcome = asyncio.Task[workflow_pb2.ExecuteWorkflowResponse | None]
 
 
 class RunId(str):
-    """The id of a run. What is made of it besides, a copy or a pickle, is the id and no more."""
+    """The id of a run. What is made of it besides, a copy or a pickle, is the id and no more.
+
+    `declared` has the names of the outputs of its tasks in their order, as far as that is known here.
+    """
+
+    declared: Declared = MappingProxyType({})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
@@ -48,6 +56,7 @@ class AsyncRun(RunId):
     # The graph it was started with, where that was here; and what was added to it from others.
     graph: Callable[[], Graph[Any] | None]
     _added: "weakref.WeakSet[LatticeTask]"
+    declared: dict[str, Sequence[str]]
 
     @classmethod
     def of(
@@ -65,7 +74,7 @@ class AsyncRun(RunId):
         """
         run = cls(run_id)
         run.client, run._outcome, run.answer, run.kind = client, outcome, answer, kind
-        run.graph, run._added = _unknown, weakref.WeakSet()
+        run.graph, run._added, run.declared = _unknown, weakref.WeakSet(), {}
         if outcome is not None:
             # Nobody can ask for the result any more: the call that would bring it may end.
             weakref.finalize(run, abandon, outcome).atexit = False
@@ -92,11 +101,11 @@ class AsyncRun(RunId):
         found: dict[str, Any] = opened(await self.fetched_result(timeout, partial))
         return found
 
-    async def output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
-        """Wait for the end of any task of the run, given itself or its id, and return what it gave.
+    async def output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:
+        """Wait for the end of any task of the run, given itself, its id or one of its outputs, and return what it gave.
 
-        That is the value of a task with a single output, and otherwise a dict of the outputs by name. Those of a mapped
-        task are lists, one value for each item.
+        That is the value of a task with a single output, and otherwise a dict of the outputs by name; given an output,
+        it is the value of that. Those of a mapped task are lists, one value for each item.
 
         Raises:
             TaskFailedError: the task failed; its cause is the original exception when it can be rebuilt.
@@ -113,9 +122,9 @@ class AsyncRun(RunId):
         async with limited(self, timeout):
             if self.answer is None:
                 self.answer = await self.client.ended(self, self._outcome, self.kind)
-            return await self.client.result_in(self.answer, partial)
+            return await self.client.result_in(self.answer, partial, self.declared)
 
-    async def fetched_output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
+    async def fetched_output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:
         """As `output`, for `opened`."""
         async with limited(self, timeout, task_id_of(task)):
             return await self.client.output_of(self, task)
@@ -149,15 +158,21 @@ class AsyncRun(RunId):
     def note_added(self, tasks: Sequence[LatticeTask]) -> None:
         """Note that the run has these tasks now."""
         self._added.update(tasks)
+        self.declared |= declared_by(tasks)
 
-    def belonging(self, tasks: Sequence[LatticeTask]) -> Callable[[TaskOutput], bool]:
-        """Return a test for whether an output is one of the run's, or of `tasks`, as far as that is known here."""
+    def note_graph(self, graph: Graph[Any]) -> None:
+        """Note the graph it was started with."""
+        self.graph, self.declared = weakref.ref(graph), declared_by(graph.tasks.values())
+
+    def scope(self, tasks: Sequence[LatticeTask]) -> Scope:
+        """Return what `tasks`, when they are added, may be wired to, as far as that is known here."""
         graph, added = self.graph(), {id(task) for task in tasks}
 
-        def belongs(output: TaskOutput) -> bool:
+        def has(output: TaskOutput) -> bool:
             return graph is None or graph.has(output) or id(output.owner) in added or output.owner in self._added
 
-        return belongs
+        known = chain(tasks, self._added, graph.tasks.values() if graph else ())
+        return Scope(has, {task.task_id for task in known})
 
     async def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""
@@ -173,9 +188,14 @@ def _unknown() -> None:
     return None
 
 
-def task_id_of(task: LatticeTask | str) -> str:
-    """Return the id of a task, given the task or its id."""
-    return task if isinstance(task, str) else task.task_id
+def task_id_of(task: LatticeTask | TaskOutput | str) -> str:
+    """Return the id of a task, given the task, its id or one of its outputs. Raises TaskDefinitionError for others."""
+    if isinstance(task, str):
+        return task
+    if not isinstance(task, LatticeTask | TaskOutput):
+        text = "a task of a run is named by itself, its id or one of its outputs, not by"
+        raise TaskDefinitionError(f"{text} {task!r}")
+    return task.task_id
 
 
 def abandon(outcome: Outcome) -> None:

@@ -1,8 +1,11 @@
-"""Owns the settings of a task besides its inputs, outputs and resources. Rule: what is out of range is said at once."""
+"""Owns the settings of a run, and those of a task besides its inputs, outputs and resources.
+
+Rule: what is out of range is said at once.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import errors_pb2, resources_pb2, task_pb2
@@ -21,6 +24,8 @@ MAX_INT = 2**31 - 1
 MAX_RETRIES = 9_999
 MAX_BATCH = 100_000
 MAX_WAIT_S = 30 * 24 * 3600
+# Of a run, in seconds; what fits the contract.
+MAX_TIMEOUT_S = 10**11
 Choice = TypeVar("Choice")
 RETRIED_KINDS = {
     "error": errors_pb2.FAILURE_KIND_USER_ERROR,
@@ -28,6 +33,34 @@ RETRIED_KINDS = {
     "out_of_memory": errors_pb2.FAILURE_KIND_OUT_OF_MEMORY,
     "timeout": errors_pb2.FAILURE_KIND_TIMEOUT,
 }
+
+
+class RunSettings(TypedDict, total=False):
+    """How a run is run.
+
+    Attributes:
+        labels: to find the run by.
+        priority: among this caller's waiting tasks, higher goes first.
+        timeout: seconds after which the run fails.
+    """
+
+    labels: Mapping[str, str] | None
+    priority: int
+    timeout: float | None
+
+
+def check_settings(settings: RunSettings) -> None:
+    """Raise TaskDefinitionError for a setting of a run that does not exist or is out of range."""
+    known = RunSettings.__annotations__
+    if unknown := [name for name in settings if name not in known]:
+        text = f"a run has no setting {', '.join(map(repr, unknown))}; its settings: run_id, {', '.join(known)}"
+        raise TaskDefinitionError(text)
+    timeout = settings.get("timeout")
+    if timeout is None:
+        return
+    # Zero the contract reads as no limit.
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_S:
+        raise TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")
 
 
 @dataclass(frozen=True)
@@ -43,7 +76,8 @@ class TaskSettings:
         timeout: how long an attempt may run; its process is ended then.
         total_timeout: how long the task may take from when it could start, queueing and all attempts included.
         batch_size: at most so many tasks in one call. A function that takes `params` then gets a list of them, any
-            other one list for each argument; it returns a list, in which an exception fails its item alone.
+            other one list for each argument, also for one that has its default in all of them; it returns a list, in
+            which an exception fails its item alone.
         batch_timeout: how long the first task of a batch may wait for others.
         batch_within: `server`, tasks of all your runs may meet, or `run`.
         max_parallel: at most so many calls at once, over all runs and callers.

@@ -10,9 +10,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Never, NoReturn, Self, TypeVar, Unpack
 
 import uvloop
 from lattice.v1 import run_pb2, task_pb2, worker_pb2
@@ -23,9 +23,11 @@ from lattice_client.convert import RunEvent
 from lattice_client.following import timed_out
 from lattice_client.inputs import Upload
 from lattice_client.opening import opened
+from lattice_client.outputs import TaskOutput
 from lattice_client.run import AsyncRun, RunId
 from lattice_client.security import SecurityOptions
-from lattice_client.workflow import Graph, LatticeTask
+from lattice_client.settings import RunSettings
+from lattice_client.workflow import Graph, LatticeTask, single
 
 if TYPE_CHECKING:
     from lattice.v1.payload_pb2 import Artifact
@@ -111,7 +113,7 @@ class Run(RunId):
     def of(cls, run: AsyncRun) -> Self:
         """Return the synchronous face of a run."""
         found = cls(run)
-        found.aio = run
+        found.aio, found.declared = run, run.declared
         return found
 
     def result(self, timeout: float | None = None, *, partial: bool = False) -> dict[str, Any]:
@@ -130,8 +132,10 @@ class Run(RunId):
         found: dict[str, Any] = opened(_wait(self.aio.fetched_result(timeout, partial), self))
         return found
 
-    def output(self, task: LatticeTask | str, timeout: float | None = None) -> Any:
+    def output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:
         """Wait for the end of any task of the run and return its output, or its outputs by name; see `AsyncRun.output`.
+
+        Given one output, as `task.output` or `task.outputs["name"]`, that is returned.
 
         Raises:
             TaskFailedError: the task failed; its cause is the original exception when it can be rebuilt.
@@ -163,7 +167,7 @@ class Run(RunId):
         the expected revision, PreconditionError when it has ended.
         """
         client = self.aio.client
-        spec = _here(client.spec_of(tasks, _uploader(client), self.aio.belonging(tasks)))
+        spec = _here(client.spec_of(tasks, _uploader(client), self.aio.scope(tasks)))
         revision = _wait(client.submit_tasks(self, spec, tasks, expected_revision))
         self.aio.note_added(tasks)
         return revision
@@ -192,8 +196,11 @@ class LatticeWorkflow(Graph["LatticeClient"]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name or self.workflow_id!r}, tasks: {len(self.tasks)}>"
 
-    def run(self, run_id: str = "", **settings: Any) -> Run:
-        """Send the whole graph and start a run; the result is its id, and more (see `Run`). Raises RequestError."""
+    def run(self, run_id: str = "", **settings: Unpack[RunSettings]) -> Run:
+        """Send the whole graph and start a run; the result is its id, and more (see `Run`).
+
+        For the settings see `RunSettings`. Raises TaskDefinitionError, RequestError.
+        """
         client = self.client.aio
         request = _here(client.request_of(self, _uploader(client), run_id, **settings))
         return Run.of(_wait(client.submit(request, self)))
@@ -270,9 +277,9 @@ class LatticeClient:
         """Return the port of the server's Ray head; zero without Ray."""
         return _wait(self.aio.get_ray_head_port())
 
-    def run_task(self, task: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Run one task and return its outputs. Raises TaskFailedError, RequestError."""
-        added = Graph(None).add_task(task, inputs)
+    def run_task(self, task: Any, inputs: Mapping[str, Any] | None = None, **misplaced: Never) -> dict[str, Any]:
+        """Run one task and return its outputs. Raises TaskDefinitionError, TaskFailedError, RequestError."""
+        added = single(task, inputs, misplaced)
         request = _here(self.aio.task_request_of(added, _uploader(self.aio)))
         found: dict[str, Any] = opened(_wait(self.aio.submit_task(request, added)))
         return found

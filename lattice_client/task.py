@@ -26,11 +26,12 @@ MIB = 1024 * 1024
 MAX_AMOUNT = 2**40
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TaskDefinition(Generic[P, R]):
     """A function that can be a task. Calling it runs the plain function, here.
 
-    With an `entrypoint` it is one that workers have, and `function` only stands for it.
+    With an `entrypoint` it is one that workers have, and `function` only stands for it. `may_be_left_out` are keys that
+    what it returns has not always.
     """
 
     function: Callable[P, R]
@@ -45,6 +46,7 @@ class TaskDefinition(Generic[P, R]):
     settings: task_pb2.TaskSpec = field(default_factory=task_pb2.TaskSpec)
     entrypoint: str = ""
     may_return_more: bool = False
+    may_be_left_out: tuple[str, ...] = ()
     choice: Choice = field(default_factory=Choice)
     has_fresh_process: bool = False
     _packed: tuple[Snapshot, task_pb2.Function, task_pb2.CodeBundle | None] | None = field(
@@ -57,6 +59,22 @@ class TaskDefinition(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the plain function."""
         return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        inputs = ", ".join([*self.inputs, "**"] if self.takes_any else self.inputs)
+        outputs = ", ".join([*self.outputs, "..."] if self.may_return_more else self.outputs)
+        return f"<task definition {self.name}({inputs}) -> {outputs or 'nothing'}>"
+
+    def why_unpromised(self, name: str) -> str:
+        """Return why an output, or any when `name` is empty, is not promised; empty when that says nothing."""
+        if name in self.may_be_left_out or (not name and self.may_be_left_out):
+            keys = repr(name) if name else ", ".join(map(repr, self.may_be_left_out))
+            text = f"{keys} of the TypedDict it returns may be left out, and only what is always returned can be wired"
+            return f"{text}: annotate the keys Required[...], or name them in @task(outputs=[...])"
+        if self.may_return_more and not self.may_be_left_out:
+            text = "what it returns is not declared: name it in @task(outputs=[...])"
+            return f"{text}, or annotate what the function returns with a TypedDict"
+        return "" if name else "it declares none; name what it returns in @task(outputs=[...])"
 
     def check_inputs(self, given: Mapping[Any, Any]) -> None:
         """Raise TaskDefinitionError unless the function can be called with inputs of these names."""
@@ -238,6 +256,7 @@ def define(
         raise TaskDefinitionError(f"a task must be a function, not {type(function).__name__}")
     label: str = name or _name_of(function)
     check_text("the name of a task", label)
+    _check_returns(label, function, is_batched=more.get("batch_size") is not None)
     for setting, patterns in (("modules", modules), ("exclude", exclude)):
         if isinstance(patterns, str) or not isinstance(patterns, Sequence):
             raise TaskDefinitionError(f"task {label!r}: {setting} must be a list, not {patterns!r}")
@@ -269,11 +288,24 @@ def define(
         call_style=task_pb2.CALL_STYLE_PARAMS if is_params else task_pb2.CALL_STYLE_KEYWORDS,
         return_style=found.style,
         may_return_more=found.may_be_more,
+        may_be_left_out=found.optional,
         resources=_resources(label, {**(resources or {}), **more}, inspect.iscoroutinefunction(function)),
         settings=settings,
         choice=Choice(tuple(modules), tuple(exclude)),
         has_fresh_process=fresh_process,
     )
+
+
+def _check_returns(label: str, function: Any, *, is_batched: bool) -> None:
+    """Raise TaskDefinitionError for a generator function, but one whose items are those of a batch."""
+    called = function
+    while isinstance(called, functools.partial):
+        called = called.func
+    if not inspect.isroutine(called) and not isinstance(called, type):
+        called = type(called).__call__
+    if inspect.isasyncgenfunction(called) or (inspect.isgeneratorfunction(called) and not is_batched):
+        text = "is a generator function, whose values come one by one; a task returns once"
+        raise TaskDefinitionError(f"task {label!r} {text}: collect them in a list and return that")
 
 
 def _name_of(function: Any) -> str:

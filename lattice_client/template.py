@@ -20,7 +20,8 @@ class Template(Deferred):
         self.fields = fields
 
     def __repr__(self) -> str:
-        return f"template({self.text!r}, {', '.join(self.fields)})"
+        fields = "".join(f", {name}={value!r}" for name, value in self.fields.items())
+        return f"template({self.text!r}{fields})"
 
     def __reduce__(self) -> Any:
         # Standard library only: whatever loads it gets the finished string and needs no code of this package.

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Generic, Never, NoReturn, TypeVar
 
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.outputs import Outputs, TaskOutput
+from lattice_client.outputs import IN_TEXT, Outputs, Scope, TaskOutput
 from lattice_client.task import TaskDefinition, check_text, define
 
 Client = TypeVar("Client")
@@ -49,7 +50,13 @@ class LatticeTask:
         self.after: list[str] = []
 
     def __repr__(self) -> str:
-        return f"<task {self.task_id!r}>"
+        return f"LatticeTask(task_id={self.task_id!r})"
+
+    def __str__(self) -> str:
+        raise TaskDefinitionError(f"{self.task_id!r} is a task and no text: {IN_TEXT}")
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
 
     def __reduce__(self) -> NoReturn:
         raise TaskDefinitionError(f'{self.task_id!r} is a task; wire one of its outputs: task.outputs["name"]')
@@ -57,14 +64,18 @@ class LatticeTask:
     @property
     def outputs(self) -> Outputs:
         """The task's outputs by name."""
-        return Outputs(self.task_id, self.definition.outputs, self)
+        return Outputs(self.task_id, self.definition.outputs, self, self.definition.why_unpromised)
 
     @property
     def output(self) -> TaskOutput:
         """The task's only output. Raises TaskDefinitionError when it has several."""
-        if len(self.definition.outputs) != 1:
-            raise TaskDefinitionError(f"task {self.task_id!r} has {len(self.definition.outputs)} outputs; name one")
-        return self.outputs[self.definition.outputs[0]]
+        names = self.definition.outputs
+        if not names:
+            raise TaskDefinitionError(f"task {self.task_id!r} promises no output: {self.definition.why_unpromised('')}")
+        if len(names) > 1:
+            ways = ", ".join(f"task.outputs[{name!r}]" for name in names)
+            raise TaskDefinitionError(f"task {self.task_id!r} has {len(names)} outputs; name one: {ways}")
+        return self.outputs[names[0]]
 
 
 class Graph(Generic[Client]):
@@ -112,10 +123,7 @@ class Graph(Generic[Client]):
             TaskDefinitionError: an input is missing or unknown, or the id is taken.
         """
         definition = self._definition(task_func)
-        if misplaced:
-            text = f"has no argument {', '.join(misplaced)}; the inputs are one dict"
-            raise TaskDefinitionError(f"task {definition.name!r}: add_task {text}: {_example(definition)}")
-        given = _given(definition, inputs)
+        given = _given(definition, inputs, misplaced, "add_task")
         return self._add(definition, given, task_name, task_id, condition=_condition(when, unless, equals))
 
     def map(
@@ -126,6 +134,7 @@ class Graph(Generic[Client]):
         task_name: str | None = None,
         *,
         task_id: str | None = None,
+        **misplaced: Never,
     ) -> LatticeTask:
         """Add a task for each item of a list that another task makes, however long it turns out to be.
 
@@ -143,27 +152,31 @@ class Graph(Generic[Client]):
                 is not an output.
         """
         definition = self._definition(task_func)
-        given = _given(definition, inputs)
+        given = _given(definition, inputs, misplaced, "map")
         if isinstance(over, TaskOutput):
             free = [name for name in definition.inputs if name not in given]
             if not free:
                 text = "has no input left for an item; say which: over={...}"
                 raise TaskDefinitionError(f"task {definition.name!r} {text}")
             over = {free[0]: over}
-        sources = dict(over) if isinstance(over, Mapping) else {"": over}
+        sources = dict(over) if isinstance(over, Mapping) and not isinstance(over, Outputs) else {"": over}
         if len(sources) != 1:
             raise TaskDefinitionError(f"task {definition.name!r} can be mapped over exactly one output of another task")
         ((name, source),) = sources.items()
         if not isinstance(source, TaskOutput):
-            text = f"it is mapped over a {type(source).__name__}, not over exactly one output of another task"
-            raise TaskDefinitionError(
-                f"task {definition.name!r}: {text}; of a list that is known, add a task for each item"
-            )
+            text = f"task {definition.name!r}: it is mapped over {_called(source)}, not over exactly one output"
+            if isinstance(source, LatticeTask | Outputs):
+                raise TaskDefinitionError(f"{text}; give one: {_an_output_of(source)}")
+            raise TaskDefinitionError(f"{text} of another task; of a list that is known, add a task for each item")
         return self._add(definition, {**given, name: source.required()}, task_name, task_id, over=name)
 
     def add_edge(self, source_task: LatticeTask, target_task: LatticeTask) -> None:
         """Have `target_task` start after `source_task` succeeded."""
-        for member in (source_task, target_task):
+        for name, member in (("source_task", source_task), ("target_task", target_task)):
+            if not isinstance(member, LatticeTask):
+                text = f"add_edge: {name} must be a task that add_task returned, not {_called(member)}"
+                advice = f"; give the task {member.task_id!r} itself" if isinstance(member, TaskOutput) else ""
+                raise TaskDefinitionError(f"{text}{advice}")
             if self.tasks.get(member.task_id) is not member:
                 raise TaskDefinitionError(f"task {member.task_id!r} belongs to another workflow")
         target_task.after.append(source_task.task_id)
@@ -172,9 +185,16 @@ class Graph(Generic[Client]):
         """Whether an output is one of a task of this workflow; of one that was named by hand the server knows."""
         return output.owner is None or self.tasks.get(output.task_id) is output.owner
 
+    @property
+    def scope(self) -> Scope:
+        """What inputs of its tasks may be wired to."""
+        return Scope(self.has, self.tasks)
+
     def _definition(self, task_func: TaskDefinition[..., Any] | Callable[..., Any]) -> TaskDefinition[..., Any]:
         if isinstance(task_func, TaskDefinition):
             return task_func
+        if isinstance(task_func, LatticeTask | Outputs | TaskOutput):
+            raise TaskDefinitionError(f"a task must be a function or a @task, not {_called(task_func)}")
         # One for all tasks of a function: its code is looked at, and sent, once.
         known = self._definitions.get(id(task_func))
         if known is None or known.function is not task_func:
@@ -215,18 +235,54 @@ class Graph(Generic[Client]):
         return found
 
 
-def _given(definition: TaskDefinition[..., Any], inputs: object) -> dict[str, Any]:
+def single(task_func: Any, inputs: Mapping[str, Any] | None, misplaced: Mapping[str, object]) -> LatticeTask:
+    """Return a task that runs alone. Raises TaskDefinitionError."""
+    graph: Graph[None] = Graph(None)
+    definition = graph._definition(task_func)
+    return graph.add_task(definition, _given(definition, inputs, misplaced, "run_task"))
+
+
+def _given(
+    definition: TaskDefinition[..., Any], inputs: object, misplaced: Mapping[str, object], method: str
+) -> dict[str, Any]:
+    if misplaced:
+        text = f"{method} has no argument {', '.join(misplaced)}; the inputs are one dict"
+        raise TaskDefinitionError(f"task {definition.name!r}: {text}: {_example(definition, method)}")
     if inputs is None:
         return {}
     if not isinstance(inputs, Mapping):
-        text = f"the inputs are one dict, {_example(definition)}, not {type(inputs).__name__}"
+        text = f"the inputs are one dict, {_example(definition, method)}, not {type(inputs).__name__}"
         raise TaskDefinitionError(f"task {definition.name!r}: {text}")
     return dict(inputs)
 
 
-def _example(definition: TaskDefinition[..., Any]) -> str:
+def _example(definition: TaskDefinition[..., Any], method: str) -> str:
     shown = ", ".join(f'"{name}": ...' for name in definition.inputs) or '"name": ...'
-    return f"add_task({definition.name}, {{{shown}}})"
+    return f"{method}({definition.name}, {'task.output, ' * (method == 'map')}{{{shown}}})"
+
+
+def _called(value: object) -> str:
+    """Return what a value that is not what it should be is called in an error."""
+    match value:
+        case LatticeTask():
+            return f"the task {value.task_id!r}"
+        case TaskOutput():
+            return f"the output {value.output!r} of task {value.task_id!r}"
+        case Outputs():
+            return f"all outputs of a task, {value!r}"
+        case TaskDefinition():
+            return f"the function {value.name!r}"
+        case None:
+            return "None"
+        case FunctionType():
+            return f"the function {value.__name__!r}"
+        case _:
+            return f"a {type(value).__name__}"
+
+
+def _an_output_of(value: "LatticeTask | Outputs") -> str:
+    names = list(value.outputs if isinstance(value, LatticeTask) else value)
+    return f"task.outputs[{names[0]!r}]" if len(names) > 1 else "task.output"
 
 
 def _condition(when: TaskOutput | None, unless: TaskOutput | None, equals: Any) -> Condition | None:
@@ -238,5 +294,8 @@ def _condition(when: TaskOutput | None, unless: TaskOutput | None, equals: Any) 
             raise TaskDefinitionError("`equals` needs `when` or `unless`")
         return None
     if not isinstance(output, TaskOutput):
-        raise TaskDefinitionError(f"a condition must be an output of a task, not {type(output).__name__}")
+        text = f"a condition must be an output of a task, not {_called(output)}"
+        name = "when" if unless is None else "unless"
+        is_known = isinstance(output, LatticeTask | Outputs)
+        raise TaskDefinitionError(f"{text}: {name}={_an_output_of(output)}" if is_known else text)
     return Condition(output, equals, is_negated=unless is not None)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.blame import refusal
-from lattice_worker.runner.text import utf8
 from lattice_worker.runner.values import WITH_OUTPUTS, PayloadError, among_json, encode_around, encode_value
 
 # A message may be nested 100 deep; each level of a binding takes two of those.
@@ -19,11 +18,23 @@ MAX_LEVELS = 32
 WRITTEN = re.compile(rb"""Spawned(?:Task|Output)\(task_id=\\*['"](.+?)\\*['"], """)
 IN_TEXT = "give the output itself to the task as an input, and make the text there"
 # What would compute with a value: operators, calls and conversions.
-ARITHMETIC = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or"
-OPERATORS = (
-    *(f"__{side}{name}__" for name in ARITHMETIC.split() for side in ("", "r")),
-    *(f"__{name}__" for name in "lt le gt ge neg pos abs invert int float complex index round call".split()),
-)
+BINARY = [
+    "add",
+    "sub",
+    "mul",
+    "matmul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "divmod",
+    "pow",
+    "lshift",
+    "rshift",
+    "and",
+    "xor",
+]
+UNARY = ["neg", "pos", "abs", "invert", "int", "float", "complex", "index", "round", "call", "lt", "le", "gt", "ge"]
+OPERATORS = [f"__{side}{name}__" for name in [*BINARY, "or"] for side in ("", "r")] + [f"__{name}__" for name in UNARY]
 
 
 class DeferredValueError(PayloadError):
@@ -101,7 +112,7 @@ def _advice(output: SpawnedOutput) -> str:
     return f"{output!r} has no value yet: give it to a task as an input, and read it there"
 
 
-def _unreadable(self: SpawnedOutput, *_: object) -> NoReturn:
+def _unreadable(self: SpawnedOutput, *_: object, **__: object) -> NoReturn:
     raise self._unknown()
 
 

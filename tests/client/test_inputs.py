@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import dataclasses
+import inspect
 import json
 import typing
 from collections import OrderedDict, defaultdict, deque
@@ -20,6 +21,7 @@ from lattice.v1 import payload_pb2
 
 from lattice_client import LatticeTask, TaskDefinitionError, TaskOutput, entrypoint, payloads, task, template
 from lattice_client.inputs import Binder
+from lattice_client.outputs import Scope
 from lattice_client.workflow import Graph
 from lattice_worker.convert import binding_tree
 from lattice_worker.runner.invocations import _bind_all
@@ -69,7 +71,8 @@ class Plain:
 def bound(value: Any, upload: Any = None, *, is_for_python: bool = True) -> payload_pb2.Binding:
     """The message of an input."""
     message = payload_pb2.Binding()
-    binder = Binder("input 'x' of task 't'", upload, lambda output: True, is_for_python)
+    scope = Scope(lambda output: True, {"t", "it's", "around"})
+    binder = Binder("input 'x' of task 't'", upload, scope, is_for_python)
     asyncio.run(binder.fill(message, value))
     return message
 
@@ -286,12 +289,82 @@ def test_an_output_in_the_code_of_a_task_is_refused(graph: Graph[None]) -> None:
 
 @pytest.mark.parametrize(
     "read",
-    [str, "{}".format, "%s".__mod__, list, len, bool, bytes, lambda x: 1 in x, lambda x: x["k"], lambda x: x[0], dict],
+    [
+        *[str, "{}".format, "%s".__mod__, list, len, bool, bytes, dict, int, float, range, sorted, round, "%d".__mod__],
+        *[lambda x: 1 in x, lambda x: x["k"], lambda x: x[0], lambda x: x.title, lambda x: x(), lambda x: x(1, key=2)],
+        *[lambda x: "a" + x, lambda x: x + "a", lambda x: x + 1, lambda x: 1 - x, lambda x: -x, lambda x: x | {}],
+        *[lambda x: x < 1, lambda x: x >= 1, lambda x: [1, 2][x], lambda x: x @ x, lambda x: divmod(7, x)],
+    ],
 )
 def test_an_output_that_is_read_here_raises_and_says_what_to_do(read: Callable[[Any], Any]) -> None:
     for unread in (output(), template("{x}", x=output())):
         with pytest.raises(TaskDefinitionError, match=r"has no value yet: .*(template\(|as an input|when=)"):
             read(unread)
+
+
+def test_what_probes_an_output_finds_it_has_no_such_attribute() -> None:
+    for probed in (output(), template("{x}", x=output())):
+        assert not hasattr(probed, "shape")
+        assert getattr(probed, "model_dump", None) is None
+        for name in ("_repr_html_", "__array__", "__wrapped__", "_ipython_canary_method_should_not_exist_"):
+            with pytest.raises(AttributeError, match=f"has no attribute {name!r}") as caught:
+                getattr(probed, name)
+            assert not isinstance(caught.value, TaskDefinitionError)
+        assert repr(pydantic.TypeAdapter(Any).validate_python(probed)) == repr(probed)
+        assert np.array([probed], dtype=object).shape == (1,)
+        assert inspect.isawaitable(probed) is inspect.isfunction(probed) is False
+        assert copy.deepcopy([probed])[0] is probed
+    assert not hasattr(TaskOutput.__new__(TaskOutput), "task_id")  # as while a copy is made
+
+
+@pytest.mark.parametrize("write", [str, "{}".format, "%s".__mod__, "{:>20}".format])
+def test_neither_a_task_nor_its_outputs_become_a_text(graph: Graph[None], write: Callable[[Any], Any]) -> None:
+    added = graph.add_task(around, {"n": 1})
+    for value in (added, added.outputs):
+        assert "around" in repr(value)
+        with pytest.raises(TaskDefinitionError, match=r"task.* template\("):
+            write(value)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda made: f"{[made.output]}",
+        lambda made: f"{made.output!r}",
+        lambda made: f"{made.output.optional()!r}",
+        lambda made: f"{[made]}",
+        lambda made: f"{[made.outputs]}",
+        lambda made: repr([repr(made.output)]),
+        lambda made: repr(template("{x}", x=made.output)),
+    ],
+)
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda text: text,
+        lambda text: [{"role": "user", "content": text}],
+        lambda text: {text: output()},
+        lambda text: (text, {1}),
+        lambda text: Query(text, more=output()),
+        lambda text: template(text.replace("{", "{{").replace("}", "}}")),
+        lambda text: text.encode(),
+        lambda text: {"long": "ü" * 300_000 + text},
+    ],
+)
+@pytest.mark.parametrize("name", ["t", "it's"])
+def test_a_text_that_an_output_was_written_into_is_refused(
+    graph: Graph[None], write: Callable[[Any], str], nest: Callable[[str], Any], name: str
+) -> None:
+    made = graph.add_task(number, task_id=name)
+    with pytest.raises(
+        TaskDefinitionError, match=r"input 'x' of task 't' holds \w+\(task_id=.* as a text, .*template\("
+    ):
+        bound(nest(write(made)))
+
+
+def test_a_text_about_tasks_of_no_one_here_is_a_text() -> None:
+    for text in ("TaskOutput(task_id='elsewhere', output='a')", "TaskOutput(task_id=", "f(task_id='t')"):
+        assert received([text], {}) == [text]
 
 
 def test_an_output_can_be_shown_compared_and_be_a_key() -> None:

@@ -159,7 +159,8 @@ def test_an_input_named_params_goes_to_a_function_that_takes_any_by_keyword(grap
     [
         ([1, 2], "is mapped over a list, not over exactly one output of another task; of a list that is known"),
         (lambda first: [first.output], "is mapped over a list"),
-        (lambda first: first, "is mapped over a LatticeTask"),
+        (lambda first: first, "is mapped over the task 'nothing', .* one output; give one: task.output$"),
+        (lambda first: first.outputs, r"mapped over all outputs of a task, Outputs\(.*\), .*; give one: task.output$"),
         (lambda first: {"text": first.output, "word": first.output}, "exactly one output"),
         (lambda first: {"text": [first.output]}, "is mapped over a list"),
     ],

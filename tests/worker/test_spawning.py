@@ -97,7 +97,7 @@ def test_a_dict_with_outputs_keeps_the_order_of_its_keys(sent: Sent) -> None:
     made = context.spawn(give, {"v": 1}).output
     keys = [chr(ord("z") - number) for number in range(20)]
     for order in (keys, keys[::-1]):
-        context.spawn(give, {"v": [{key: made for key in order}]})
+        context.spawn(give, {"v": [dict.fromkeys(order, made)]})
         assert [list(item) for item in sent.received({"result": "1"})["v"]] == [order]
 
 
@@ -157,7 +157,7 @@ def test_a_text_with_the_repr_of_another_attempts_output_is_a_text(sent: Sent) -
         int,
         list,
         lambda x: -x,
-        lambda x: range(x),
+        range,
     ],
 )
 def test_a_spawned_output_that_is_read_says_what_to_do(sent: Sent, read: Callable[[Any], Any]) -> None:
@@ -166,7 +166,7 @@ def test_a_spawned_output_that_is_read_says_what_to_do(sent: Sent, read: Callabl
         read(made)
     assert not hasattr(made, "title")
     with pytest.raises(AttributeError, match="has no attribute '_repr_html_'"):
-        made._repr_html_
+        getattr(made, "_repr_html_")  # noqa: B009
 
 
 # What is refused.
@@ -213,7 +213,5 @@ def test_a_function_of_any_inputs_takes_any(sent: Sent) -> None:
 def test_an_input_that_cannot_be_pickled_is_named_with_the_part_at_fault(sent: Sent) -> None:
     with pytest.raises(PayloadError) as caught:
         context.spawn(leaf, {"x": {"k": [threading.Lock()]}})
-    text = (
-        "spawn of 'leaf': input 'x', entry 'k', item 0 (_thread.lock) cannot be pickled: cannot pickle '_thread.lock'"
-    )
+    text = "spawn of 'leaf': input 'x', entry 'k', item 0 (_thread.lock) cannot be pickled: "
     assert str(caught.value).startswith(text)
