@@ -1,45 +1,89 @@
-"""Owns saying which variable keeps a function from being pickled. Rule: its parts are tried one by one, inwards."""
+"""Owns saying which part of a function or a value keeps it from being pickled.
+
+Rule: its parts are tried one by one, inwards, up to one that says itself why it cannot travel.
+"""
 
 import dis
 import functools
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-from lattice_client.errors import TaskDefinitionError
-from lattice_client.pickler import Pickler
+from lattice_client import pickler
 
 GLOBAL_STEPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"})
 MAX_DEPTH = 8
+# Of one value: a list may have millions of items, each of which takes a pickler of its own.
+MAX_PARTS = 10_000
 
 
 def blame(function: Any, error: Exception) -> str:
     """Return what a task does that cannot be sent, and what to do about it."""
-    path: list[str] = []
-    found, seen = function, {id(function)}
-    while len(path) < MAX_DEPTH:
-        parts = ((name, part) for name, part in _parts(found) if id(part) not in seen and not _is_picklable(part))
-        if (next_part := next(parts, None)) is None:
-            break
-        name, found = next_part
-        seen.add(id(found))
-        path.append(name)
-    kind = type(found)
-    label = (
-        kind.__qualname__ if kind.__module__ in {"builtins", "__main__"} else f"{kind.__module__}.{kind.__qualname__}"
-    )
+    path, found = _path(function, lambda part: pickler.dumps(part, [].append))
     if not path:
         return f"cannot be sent to a worker: {error}"
-    if isinstance(error, TaskDefinitionError):  # it says itself what to do
-        return f"uses {', '.join(path)}: {error}"
-    text = f"uses {', '.join(path)} ({label}), which cannot be pickled; create it inside the function"
+    if (own := _own_refusal(found)) is not None:
+        return f"uses {', '.join(path)}: {own}"
+    text = f"uses {', '.join(path)} ({_kind(found)}), which cannot be pickled; create it inside the function"
     return text if type(error) is TypeError and "cannot pickle" in str(error) else f"{text}: {error}"
 
 
-def _is_picklable(value: Any) -> bool:
+def blame_value(where: str, value: Any, error: Exception, dump: Callable[[Any], object]) -> str:
+    """Return what of a value cannot be sent.
+
+    Args:
+        where: what the value is, such as an input by name.
+        value: the value.
+        error: why it cannot be sent.
+        dump: what raises for a part of it that cannot be sent.
+    """
+    path, found = _path(value, dump)
+    where = ", ".join([where, *path])
+    if (own := _own_refusal(found)) is not None:
+        return f"{where}: {own}"
+    return f"{where} ({_kind(found)}) cannot be pickled: {error}"
+
+
+def _path(value: Any, dump: Callable[[Any], object]) -> tuple[list[str], Any]:
+    """Return the names that lead to the part of a value that is at fault, and that part."""
+    path: list[str] = []
+    found, seen = value, {id(value)}
+    while _own_refusal(found) is None:
+        parts = islice(_parts(found), MAX_PARTS)
+        fault = next(((name, part) for name, part in parts if id(part) not in seen and not _can(dump, part)), None)
+        if fault is None:
+            break
+        if len(path) == MAX_DEPTH:  # it is the nesting that is at fault
+            return [], value
+        name, found = fault
+        seen.add(id(found))
+        path.append(name)
+    return path, found
+
+
+def _own_refusal(value: Any) -> Exception | None:
+    """Return what a value that is not to be pickled raises itself."""
+    if isinstance(value, type):
+        return None
+    for name, args in (("__reduce_ex__", (5,)), ("__reduce__", ())):
+        if isinstance(method := getattr(type(value), name), FunctionType):
+            try:
+                method(value, *args)
+            except Exception as error:
+                return error
+    return None
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    is_plain = kind.__module__ in {"builtins", "__main__"}
+    return kind.__qualname__ if is_plain else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _can(dump: Callable[[Any], object], value: Any) -> bool:
     try:
-        Pickler(io.BytesIO()).dump(value)
+        dump(value)
     except Exception:
         return False
     return True

@@ -7,11 +7,13 @@ does a dict of several keys for a task in Python, since the contract's maps have
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lattice.v1 import payload_pb2
 
 from lattice_client import payloads
+from lattice_client.blame import blame_value
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.outputs import IN_TEXT, DeferredValueError, Scope, TaskOutput, written_in
 
@@ -57,7 +59,7 @@ class Binder:
         try:
             media_type, data = payloads.encode(value)
         except Exception as error:
-            raise self._refusal(error) from error
+            raise self._refusal(value, error) from error
         return await self._stored(media_type, data)
 
     def _may_be_tree(self, holders: dict[int, Any]) -> bool:
@@ -83,7 +85,7 @@ class Binder:
         except DeferredValueError:
             await self._fill_around(message, value)
         except Exception as error:
-            raise self._refusal(error) from error
+            raise self._refusal(value, error) from error
         else:
             message.payload.CopyFrom(await self._stored(media_type, data))
 
@@ -91,7 +93,7 @@ class Binder:
         try:
             data, outputs = payloads.encode_around(value, TaskOutput)
         except Exception as error:
-            raise self._refusal(error) from error
+            raise self._refusal(value, error) from error
         items = message.list.items
         items.add().payload.CopyFrom(await self._stored(payloads.WITH_OUTPUTS, data))
         for output in outputs:
@@ -108,10 +110,9 @@ class Binder:
         if found := written_in(data, self.scope.task_ids):
             raise TaskDefinitionError(f"{self.where} holds {found} as a text, which has no value yet: {IN_TEXT}")
 
-    def _refusal(self, error: Exception) -> TaskDefinitionError:
-        if isinstance(error, TaskDefinitionError):  # what is clearly a mistake in the wiring says so itself
-            return TaskDefinitionError(f"{self.where}: {error}")
-        return TaskDefinitionError(f"{self.where} cannot be pickled: {error}")
+    def _refusal(self, value: Any, error: Exception) -> TaskDefinitionError:
+        dump = partial(payloads.encode_around, kind=TaskOutput)
+        return TaskDefinitionError(blame_value(self.where, value, error, dump))
 
 
 def _note_holders(value: Any, holders: dict[int, Any]) -> int:

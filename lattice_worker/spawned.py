@@ -6,6 +6,7 @@ Rule: whatever would read a value that no task has made yet raises.
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lattice_worker.runner.artifacts import Encoder
@@ -183,7 +184,7 @@ class Binder:
     def _refusal(self, value: Any, error: Exception) -> PayloadError:
         if isinstance(error, PayloadError):  # it says itself what to do
             return PayloadError(f"{self.what}: {error}")
-        return PayloadError(refusal(self.what, value, error))
+        return PayloadError(refusal(self.what, value, error, partial(encode_around, kind=SpawnedOutput)))
 
 
 def _note_holders(value: Any, holders: dict[int, Any]) -> int:

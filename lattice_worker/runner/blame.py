@@ -1,7 +1,6 @@
 """Which part of a value keeps it from being pickled. Rule: its parts are tried one by one, inwards."""
 
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,34 +12,45 @@ MAX_DEPTH = 8
 MAX_PARTS = 10_000
 
 
-def refusal(what: str, value: Any, error: BaseException) -> str:
-    """Return that `what`, such as an input by name, cannot be pickled because of `error`, and which part of it is it.
+def refusal(what: str, value: Any, error: BaseException, dump: Callable[[Any], object] = pickler.dumps) -> str:
+    """Return that a value cannot be pickled, and which part of it cannot.
 
     It runs code of the value's own, which has failed before.
+
+    Args:
+        what: what the value is, such as an output by name.
+        value: the value.
+        error: why it cannot be pickled.
+        dump: what raises for a part of it that cannot be pickled.
     """
-    path, found = _path(value)
+    path, found = _path(value, dump)
     return f"{', '.join([what, *path])} ({type_name(type(found))}) cannot be pickled: {message_of(error)}"
 
 
-def _path(value: Any) -> tuple[list[str], Any]:
+def _path(value: Any, dump: Callable[[Any], object]) -> tuple[list[str], Any]:
+    """Return the names that lead to the part of a value that is at fault, and that part."""
     path: list[str] = []
-    seen = {id(value)}
-    while len(path) < MAX_DEPTH:
-        try:
-            parts = islice(_parts(value), MAX_PARTS)
-            name, found = next((name, part) for name, part in parts if id(part) not in seen and not _is_picklable(part))
-        except BaseException:  # no part is at fault by itself, or the value cannot be looked into
-            break
+    found, seen = value, {id(value)}
+    while (fault := _fault(found, seen, dump)) is not None:
+        if len(path) == MAX_DEPTH:  # it is the nesting that is at fault
+            return [], value
+        name, found = fault
         seen.add(id(found))
         path.append(utf8(name))
-        value = found
-    return path, value
+    return path, found
 
 
-def _is_picklable(value: Any) -> bool:
-    buffers: list[pickle.PickleBuffer] = []
+def _fault(value: Any, seen: set[int], dump: Callable[[Any], object]) -> tuple[str, Any] | None:
     try:
-        pickler.dumps(value, buffers.append)
+        parts = islice(_parts(value), MAX_PARTS)
+        return next(((name, part) for name, part in parts if id(part) not in seen and not _can(dump, part)), None)
+    except BaseException:  # the value cannot be looked into
+        return None
+
+
+def _can(dump: Callable[[Any], object], value: Any) -> bool:
+    try:
+        dump(value)
     except BaseException:  # SystemExit too: pickling runs code of the value's own
         return False
     return True

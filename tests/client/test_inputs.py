@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import threading
 import typing
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -221,13 +222,35 @@ def test_a_value_that_is_nested_too_deep_is_refused() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
-    with pytest.raises(TaskDefinitionError, match=r"input 'x' of task 't' cannot be pickled: .*deep"):
+    with pytest.raises(TaskDefinitionError, match=r"input 'x' of task 't' \(list\) cannot be pickled: .*deep"):
         bound(deep)
-    with pytest.raises(TaskDefinitionError, match=r"input 'x' of task 't' cannot be pickled: .*deep"):
+    with pytest.raises(TaskDefinitionError, match=r"input 'x' of task 't' \(list\) cannot be pickled: .*deep"):
         bound([output(), deep])
 
 
 # What is refused.
+
+
+class Holder:
+    def __init__(self, **held: Any) -> None:
+        self.__dict__.update(held)
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        (lambda bad: bad, ""),
+        (lambda bad: {"x": [bad]}, ", entry 'x', item 0"),
+        (lambda bad: {"made": output(), "x": (1, Holder(it=bad))}, ", entry 'x', item 1, attribute 'it'"),
+        (lambda bad: [[output()], output(), {"k": bad}], ", item 2, entry 'k'"),
+        (lambda bad: [0] * 5000 + [bad], ", item 5000"),
+    ],
+)
+def test_the_part_of_an_input_that_cannot_be_pickled_is_named(value: Callable[[Any], Any], path: str) -> None:
+    with pytest.raises(TaskDefinitionError) as caught:
+        bound(value(threading.Lock()))
+    text = "(_thread.lock) cannot be pickled: cannot pickle '_thread.lock' object"
+    assert str(caught.value) == f"input 'x' of task 't'{path} {text}"
 
 
 @task
@@ -259,9 +282,9 @@ nestings: list[Callable[[Any], Any]] = [
 @pytest.mark.parametrize("nest", nestings)
 def test_a_task_or_all_its_outputs_are_refused_at_any_depth(graph: Graph[None], nest: Callable[[Any], Any]) -> None:
     first = graph.add_task(around, {"n": 1})
-    with pytest.raises(TaskDefinitionError, match="input 'x' of task 't': 'around' is a task; wire one of its outputs"):
+    with pytest.raises(TaskDefinitionError, match=r"input 'x' of task 't'.*: 'around' is a task; wire one of its"):
         bound(nest(first))
-    with pytest.raises(TaskDefinitionError, match=r"input 'x' of task 't': .*task 'around' are no value; .*\"low\""):
+    with pytest.raises(TaskDefinitionError, match=r"input 'x' of task 't'.*: .* 'around' are no value; .*\"low\""):
         bound(nest(first.outputs))
 
 

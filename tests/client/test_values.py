@@ -208,7 +208,9 @@ def test_a_run_that_is_given_to_a_task_arrives_as_its_id(client: LatticeClient) 
 
 def test_a_client_that_is_given_to_a_task_is_refused_by_name(client: LatticeClient) -> None:
     for given in (client, client.aio):
-        with pytest.raises(TaskDefinitionError, match=r"input 'value' .* cannot be pickled: a task that needs"):
+        with pytest.raises(
+            TaskDefinitionError, match=r"input 'value' of .*'echo': <.* cannot be pickled: a task that needs"
+        ):
             client.run_task(echo, {"value": given})
 
 

@@ -211,7 +211,8 @@ def test_a_function_of_any_inputs_takes_any(sent: Sent) -> None:
 
 
 def test_an_input_that_cannot_be_pickled_is_named_with_the_part_at_fault(sent: Sent) -> None:
+    made = context.spawn(give, {"v": 1}).output
     with pytest.raises(PayloadError) as caught:
-        context.spawn(leaf, {"x": {"k": [threading.Lock()]}})
+        context.spawn(leaf, {"x": {"made": [made], "k": [threading.Lock()]}})
     text = "spawn of 'leaf': input 'x', entry 'k', item 0 (_thread.lock) cannot be pickled: "
     assert str(caught.value).startswith(text)

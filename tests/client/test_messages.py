@@ -1,0 +1,208 @@
+"""What a mistake in the use of tasks, outputs and runs is answered with: what is wrong, where, and what to do."""
+
+import functools
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NotRequired, TypedDict
+
+import pytest
+
+from lattice_client import LatticeClient, LatticeWorkflow, TargetError, TaskDefinitionError, entrypoint, task
+from lattice_client.run import task_id_of
+from lattice_client.workflow import Graph, single
+
+
+def leaf(a: int, b: int = 0) -> int:
+    return a + b
+
+
+def nothing() -> int:
+    return 1
+
+
+class Some(TypedDict, total=False):
+    title: str
+    body: str
+
+
+class Mostly(TypedDict):
+    title: str
+    body: NotRequired[str]
+
+
+def some() -> Some:
+    return {}
+
+
+def mostly() -> Mostly:
+    return {"title": ""}
+
+
+def unclear(params: dict[str, Any]) -> Any:
+    return params
+
+
+@pytest.fixture
+def graph() -> Graph[None]:
+    """An empty workflow of no client."""
+    return Graph(None)
+
+
+# Definitions.
+
+
+def items() -> Iterator[int]:
+    yield 1
+
+
+async def async_items() -> AsyncIterator[int]:
+    yield 1
+
+
+class Stepping:
+    def __call__(self) -> Iterator[int]:
+        yield 1
+
+    def steps(self) -> Iterator[int]:
+        yield 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [items, async_items, functools.partial(items), Stepping(), Stepping().steps, functools.partial(Stepping())],
+)
+def test_a_generator_function_is_no_task(function: Callable[..., Any]) -> None:
+    with pytest.raises(
+        TaskDefinitionError, match=r"is a generator function, .*: collect them in a list and return that"
+    ):
+        task(function)
+
+
+def test_a_generator_of_a_batch_or_behind_a_decorator_is_a_task() -> None:
+    assert task(batch_size=2)(items).outputs == ("result",)
+    assert task(contextmanager(items)).outputs == ("result",)
+    with pytest.raises(TaskDefinitionError, match="is a generator function"):
+        task(batch_size=2)(async_items)
+
+
+def test_a_definition_is_shown_in_one_line() -> None:
+    assert repr(task(leaf)) == "<task definition leaf(a, b) -> result>"
+    assert repr(task(mostly)) == "<task definition mostly() -> title, ...>"
+    assert repr(task(unclear)) == "<task definition unclear(**) -> ...>"
+    assert repr(entrypoint("js/count", inputs=["text"])) == "<task definition count(text) -> result>"
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (
+            some,
+            "task 'some' promises no output: 'title', 'body' of the TypedDict it returns may be left out, .*Required",
+        ),
+        (unclear, r"task 'unclear' promises no output: what it returns is not declared: name it in @task\(outputs="),
+        (task(outputs=[])(some), r"task 'some' promises no output: it declares none; name what it returns in @task"),
+    ],
+)
+def test_the_only_output_of_a_task_that_promises_none_is_explained(
+    graph: Graph[None], function: Callable[..., Any], text: str
+) -> None:
+    with pytest.raises(TaskDefinitionError, match=text):
+        _ = graph.add_task(function).output
+
+
+def test_an_output_that_may_be_left_out_is_explained(graph: Graph[None]) -> None:
+    added = graph.add_task(mostly)
+    with pytest.raises(
+        TaskDefinitionError, match=r"no output 'body'; its outputs: 'title'; 'body' of the .*Required\["
+    ):
+        added.outputs["body"]
+    with pytest.raises(TaskDefinitionError, match=r"no output 'rump'; its outputs: 'title'$"):
+        added.outputs["rump"]
+
+
+# Calls.
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda t: single(leaf, None, {"a": 1}),
+            r'run_task has no argument a; .*: run_task\(leaf, {"a": ..., "b": ...}\)',
+        ),
+        (lambda t: single(leaf, None, {}), "task 'leaf' needs input 'a'; its inputs: a, b"),
+        (lambda t: single(leaf, 1, {}), r"the inputs are one dict, run_task\(leaf, .*\), not int"),
+        (lambda t: single(t.output, None, {}), "must be a function or a @task, not the output 'result' of task 'leaf'"),
+        (
+            lambda t: task_id_of(t.outputs),
+            "a task of a run is named by itself, its id or one of its outputs, not by Out",
+        ),
+        (lambda t: task_id_of(None), "not by None"),
+    ],
+)
+def test_a_wrong_call_about_one_task_says_what_it_takes(
+    graph: Graph[None], call: Callable[[Any], Any], text: str
+) -> None:
+    with pytest.raises(TaskDefinitionError, match=text):
+        call(graph.add_task(leaf, {"a": 1}))
+
+
+@pytest.mark.parametrize(
+    ("wire", "text"),
+    [
+        (
+            lambda g, t: g.add_edge(t.output, t),
+            "source_task must be a task .* not the output 'result' of task 'leaf'; give the task 'leaf' itself",
+        ),
+        (
+            lambda g, t: g.add_edge(leaf, t),
+            "source_task must be a task that add_task returned, not the function 'leaf'",
+        ),
+        (lambda g, t: g.add_edge(t, task(leaf)), "target_task must be a task .*, not the function 'leaf'"),
+        (lambda g, t: g.add_edge(t, "leaf"), "target_task must be a task .*, not a str"),
+        (lambda g, t: g.add_task(leaf, {"a": 1}, when=t), "not the task 'leaf': when=task.output$"),
+        (
+            lambda g, t: g.add_task(leaf, {"a": 1}, unless=t.outputs),
+            "not all outputs of a task, .*: unless=task.output$",
+        ),
+        (lambda g, t: g.add_task(t, {"a": 1}), "must be a function or a @task, not the task 'leaf'"),
+        (
+            lambda g, t: g.map(leaf, t),
+            "mapped over the task 'leaf', not over exactly one output; give one: task.output$",
+        ),
+        (lambda g, t: g.map(leaf, t.output, b=1), r"map has no argument b; .*: map\(leaf, task.output, {"),
+    ],
+)
+def test_a_wrong_wire_names_what_was_given(graph: Graph[None], wire: Callable[[Any, Any], Any], text: str) -> None:
+    with pytest.raises(TaskDefinitionError, match=text):
+        wire(graph, graph.add_task(leaf, {"a": 1}))
+
+
+def test_a_task_without_inputs_runs_without_any(client: LatticeClient) -> None:
+    assert client.run_task(nothing) == {"result": 1}
+    with pytest.raises(TaskDefinitionError, match=r"run_task has no argument a"):
+        client.run_task(leaf, a=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"prioritty": 3}, "a run has no setting 'prioritty'; its settings: run_id, labels, priority, timeout"),
+        ({"timeout": 0}, "a run's timeout must be seconds above 0, not 0"),
+        ({"timeout": "5"}, "a run's timeout must be seconds above 0, not '5'"),
+        ({"timeout": float("inf")}, "a run's timeout must be seconds above 0, not inf"),
+    ],
+)
+def test_a_wrong_setting_of_a_run_is_refused(client: LatticeClient, settings: dict[str, Any], text: str) -> None:
+    workflow: LatticeWorkflow = client.create_workflow()
+    workflow.add_task(nothing)
+    with pytest.raises(TaskDefinitionError, match=text):
+        workflow.run(**settings)  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize("target", ["tcp://127.0.0.1:6117", "ws://h:1", "Http://h:1", "grpc+tls://h:1", "grpcs:/h:1"])
+def test_a_scheme_that_is_not_known_is_refused_with_those_that_are(target: str) -> None:
+    with pytest.raises(
+        TargetError, match=r"has the scheme .*: host:port .* grpc://, http://, grpcs://, https://, unix:"
+    ):
+        LatticeClient(target)
