@@ -8,6 +8,7 @@ from lattice_server.core.leases import EPSILON, Node
 from lattice_server.core.model import Capacity, Isolation, Resources, TaskSpec
 
 NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+UNITS = {20: "MiB", 30: "GiB", 40: "TiB"}
 PYTHON = re.compile(f"{NAME}:{NAME}")
 
 
@@ -138,11 +139,16 @@ class Shortage:
 
     def __str__(self) -> str:
         """Return a sentence's worth of it."""
+        return self.told("free")
+
+    def told(self, there: str) -> str:
+        """Return a sentence's worth of it, in which what the node has is called `there`: `free`, or `in all`."""
         match self.what:
             case "memory" | "gpu_memory":
-                amounts = f"{self.what.replace('_', ' ')}: {_mib(self.wanted)} wanted, {_mib(self.free)} free"
+                wanted, found = _sizes(self.wanted, self.free)
+                amounts = f"{self.what.replace('_', ' ')}: {wanted} wanted, {found} {there}"
             case "cpu" | "gpu":
-                amounts = f"{self.what}: {self.wanted:g} wanted, {self.free:g} free"
+                amounts = f"{self.what}: {self.wanted:g} wanted, {self.free:g} {there}"
             case _:
                 amounts = self.what
         return f"node {self.node_id!r}: {amounts}"
@@ -207,7 +213,7 @@ def impossibility(shape: Shape, nodes: Iterable[Node]) -> str:
         if not found:
             return ""
         reasons += found
-    return "; ".join(map(str, reasons))
+    return "; ".join(reason.told("in all") for reason in reasons)
 
 
 def idle(node: Node) -> Node:
@@ -231,5 +237,12 @@ def share_of(resources: Resources, is_async: bool, total: Capacity) -> float:
     return max(shares)
 
 
-def _mib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**20:g} MiB"
+def _sizes(wanted_bytes: float, found_bytes: float) -> tuple[str, str]:
+    """Return two sizes for people; in bytes when they would look the same."""
+    wanted, found = _size(wanted_bytes), _size(found_bytes)
+    return (f"{wanted_bytes:.0f} bytes", f"{found_bytes:.0f} bytes") if wanted == found else (wanted, found)
+
+
+def _size(size_bytes: float) -> str:
+    exponent = next((e for e in (40, 30) if size_bytes >= 2**e), 20)
+    return f"{size_bytes / 2**exponent:.4g} {UNITS[exponent]}"

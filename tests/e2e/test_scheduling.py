@@ -107,11 +107,11 @@ def test_a_task_for_two_devices_waits_while_others_go_on(client: LatticeClient, 
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [
-        ({"cpu": 64}, "cpu: 64 wanted, 4 free"),
-        ({"gpu": 3}, "gpu: 3 wanted, 2 free"),
-        ({"gpu": 0.5, "gpu_mem": 9000}, "gpu memory: 9000 MiB wanted, 8192 MiB free"),
-        ({"gpu_mem": 9000}, "gpu memory: 9000 MiB wanted, 8192 MiB free"),
-        ({"cpu_mem": 10**9}, "memory: .* MiB wanted"),
+        ({"cpu": 64}, "cpu: 64 wanted, 4 in all"),
+        ({"gpu": 3}, "gpu: 3 wanted, 2 in all"),
+        ({"gpu": 0.5, "gpu_mem": 9000}, "gpu memory: 8.789 GiB wanted, 8 GiB in all"),
+        ({"gpu_mem": 9000}, "gpu memory: 8.789 GiB wanted, 8 GiB in all"),
+        ({"cpu_mem": 10**9}, "memory: .* TiB wanted"),
         ({"node_selector": {"zone": "us"}}, "its label zone is 'eu', not 'us'"),
         ({"node_selector": {"disk": "fast"}}, "its label disk is '', not 'fast'"),
     ],
@@ -132,7 +132,7 @@ def test_what_could_never_run_is_refused_from_the_start() -> None:
     with (
         served("--executor", "local", "--num-cpus", "1") as fresh,
         LatticeClient(fresh) as client,
-        pytest.raises(PreconditionError, match="cpu: 2 wanted, 1 free"),
+        pytest.raises(PreconditionError, match="cpu: 2 wanted, 1 in all"),
     ):
         client.run_task(using(cpu=2), {})
 

@@ -86,11 +86,13 @@ def test_a_two_gpu_task_waits_and_then_runs_without_draining_the_node() -> None:
 @pytest.mark.parametrize(
     ("wanted", "text"),
     [
-        (Resources(gpu=3.0), "gpu: 3 wanted, 2 free"),
-        (Resources(gpu=2.0, gpu_memory_bytes=8 * GIB), "gpu memory: 8192 MiB wanted, 4096 MiB free"),
-        (Resources(gpu_memory_bytes=20 * GIB), "gpu memory: 20480 MiB wanted, 16384 MiB free"),
-        (Resources(cpu=9.0, gpu=0.5), "cpu: 9 wanted, 4 free"),
-        (Resources(memory_bytes=9 * GIB), "memory: 9216 MiB wanted, 8192 MiB free"),
+        (Resources(gpu=3.0), "gpu: 3 wanted, 2 in all"),
+        (Resources(gpu=2.0, gpu_memory_bytes=8 * GIB), "gpu memory: 8 GiB wanted, 4 GiB in all"),
+        (Resources(gpu_memory_bytes=20 * GIB), "gpu memory: 20 GiB wanted, 16 GiB in all"),
+        (Resources(cpu=9.0, gpu=0.5), "cpu: 9 wanted, 4 in all"),
+        (Resources(memory_bytes=9 * GIB), "memory: 9 GiB wanted, 8 GiB in all"),
+        (Resources(memory_bytes=10**7 * 2**20), "memory: 9.537 TiB wanted, 8 GiB in all"),
+        (Resources(memory_bytes=8 * GIB + 1), "memory: 8589934593 bytes wanted, 8589934592 bytes in all"),
     ],
 )
 def test_what_no_node_could_ever_run_is_told_with_what_is_missing(wanted: Resources, text: str) -> None:
@@ -112,3 +114,4 @@ def test_the_device_that_has_share_and_memory_is_told_from_those_that_have_one_o
     scene.tell(gpu("c", 0.5, 4))
     (reason,) = [reason for reason in scene.why("c") if reason.kind is ReasonKind.RESOURCES]
     assert (reason.resource, reason.wanted, reason.free) == ("gpu_memory", 4 * GIB, 2 * GIB)
+    assert reason.message == "node 'n': gpu memory: 4 GiB wanted, 2 GiB free"

@@ -153,7 +153,7 @@ def test_what_no_known_node_could_ever_run_is_refused_and_what_one_could_waits()
         assert start(orchestrator, "before any node is known", large).run.tasks
         machine = Dispatch("e")
         orchestrator.deliver(machine.handle_all([hello("n", cpu=2)], 0.0))
-        with pytest.raises(PreconditionError, match="node 'n': cpu: 4 wanted, 2 free") as caught:
+        with pytest.raises(PreconditionError, match="node 'n': cpu: 4 wanted, 2 in all") as caught:
             start(orchestrator, "too large", large)
         assert caught.value.reason == "UNSATISFIABLE_RESOURCES"
         orchestrator.deliver(machine.handle_all([hello("m", cpu=4)], 0.0))
