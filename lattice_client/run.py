@@ -121,13 +121,13 @@ class AsyncRun(RunId):
         """Wait for the end and return what `opened` turns into the result, or into its error."""
         async with limited(self, timeout):
             if self.answer is None:
-                self.answer = await self.client.ended(self, self._outcome, self.kind)
-            return await self.client.result_in(self.answer, partial, self.declared)
+                self.answer = await self.client.reader.ended(self, self._outcome, self.kind)
+            return await self.client.reader.result_in(self.answer, partial, self.declared)
 
     async def fetched_output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:
         """As `output`, for `opened`."""
         async with limited(self, timeout, task_id_of(task)):
-            return await self.client.output_of(self, task)
+            return await self.client.reader.output_of(self, task)
 
     def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield the run's events after number `after`, to its end. Raises UnavailableError; see `following`."""
@@ -135,7 +135,7 @@ class AsyncRun(RunId):
 
     def fetched_events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """As `events`, for `opened`."""
-        return self.client.fetched_events(self, after)
+        return self.client.reader.fetched_events(self, after)
 
     async def cancel(self, reason: str = "") -> None:
         """Cancel the run."""

@@ -12,7 +12,7 @@ from lattice.v1 import payload_pb2, run_pb2, task_pb2
 from rich.live import Live
 
 from lattice_client import convert, errors, payloads
-from lattice_client.client import TERMINAL, AsyncLatticeClient
+from lattice_client.client import AsyncLatticeClient
 from lattice_client.commands import (
     Server,
     address,
@@ -28,6 +28,7 @@ from lattice_client.commands import (
 from lattice_client.convert import RunEvent
 from lattice_client.following import RECONNECT_S
 from lattice_client.progress import Lines, Progress, span
+from lattice_client.reading import TERMINAL
 from lattice_client.terminal import one_line, printable, say
 
 MAX_RUNS = 1000
@@ -153,15 +154,15 @@ async def _watch(server: Server, run_id: str, as_json: bool) -> None:
         with reachable(server.target):
             run = await client.describe_run(run_id)
         if as_json:
-            async for event in client.fetched_events(run_id, fetch=_reader(client), on_loss=_say_lost):
+            async for event in client.reader.fetched_events(run_id, fetch=_reader(client), on_loss=_say_lost):
                 print_json({"sequence": event.sequence, "type": event.type, "data": event.data})
         elif console.is_terminal and not console.is_dumb_terminal:
             await _watch_live(client, run)
         else:
             lines = Lines()
-            async for event in client.fetched_events(run_id, fetch=_reader(client), on_loss=_say_lost):
+            async for event in client.reader.fetched_events(run_id, fetch=_reader(client), on_loss=_say_lost):
                 _print_plain(event, lines)
-        error = await client.error_of(await client.describe_run(run_id))
+        error = await client.reader.error_of(await client.describe_run(run_id))
     if error is not None:
         raise error
 
@@ -194,7 +195,7 @@ def _reader(client: AsyncLatticeClient) -> convert.Decode:
         if media_type != payloads.JSON:
             return opaque
         try:
-            return json.loads((await client.fetch(payload)).data)
+            return json.loads((await client.transfer.fetch(payload)).data)
         except (ValueError, RecursionError, errors.RequestError) as error:
             return replace(opaque, why=one_line(f"which cannot be read: {error}"))
 
@@ -222,7 +223,7 @@ async def _watch_live(client: AsyncLatticeClient, run: run_pb2.Run) -> None:
         return payload  # the picture has no outputs; large ones need not be fetched
 
     progress = Progress(run)
-    events = client.fetched_events(run.run_id, fetch=unfetched, on_loss=_say_lost)
+    events = client.reader.fetched_events(run.run_id, fetch=unfetched, on_loss=_say_lost)
     with Live(progress, console=console, auto_refresh=False, vertical_overflow="crop") as live:
         async for batch in _batches(events):
             lines = [line for event in batch for line in progress.take(event)]

@@ -18,7 +18,7 @@ import uvloop
 from lattice.v1 import run_pb2, task_pb2, worker_pb2
 
 from lattice_client import convert, errors, forks
-from lattice_client.client import ADMISSION_TIMEOUT_S, AsyncLatticeClient
+from lattice_client.client import AsyncLatticeClient
 from lattice_client.convert import RunEvent
 from lattice_client.following import timed_out
 from lattice_client.inputs import Upload
@@ -27,6 +27,7 @@ from lattice_client.outputs import TaskOutput
 from lattice_client.run import AsyncRun, RunId
 from lattice_client.security import SecurityOptions
 from lattice_client.settings import RunSettings
+from lattice_client.starting import ADMISSION_TIMEOUT_S
 from lattice_client.workflow import Graph, LatticeTask, single
 
 if TYPE_CHECKING:
@@ -167,8 +168,8 @@ class Run(RunId):
         the expected revision, PreconditionError when it has ended.
         """
         client = self.aio.client
-        spec = _here(client.spec_of(tasks, _uploader(client), self.aio.scope(tasks)))
-        revision = _wait(client.submit_tasks(self, spec, tasks, expected_revision))
+        spec = _here(client.starter.spec_of(tasks, _uploader(client), self.aio.scope(tasks)))
+        revision = _wait(client.starter.submit_tasks(self, spec, tasks, expected_revision))
         self.aio.note_added(tasks)
         return revision
 
@@ -185,7 +186,7 @@ def _uploader(client: AsyncLatticeClient) -> Upload:
     """Return what uploads on the background loop while this thread waits."""
 
     async def upload(data: bytes) -> "Artifact":
-        return _wait(client.upload(data))
+        return _wait(client.transfer.upload(data))
 
     return upload
 
@@ -202,7 +203,7 @@ class LatticeWorkflow(Graph["LatticeClient"]):
         For the settings see `RunSettings`. Raises TaskDefinitionError, RequestError.
         """
         client = self.client.aio
-        request = _here(client.request_of(self, _uploader(client), run_id, **settings))
+        request = _here(client.starter.request_of(self, _uploader(client), run_id, **settings))
         return Run.of(_wait(client.submit(request, self)))
 
     def get_results(self, run_id: str, verbose: bool = True, timeout: float | None = None) -> list[dict[str, Any]]:
@@ -212,7 +213,7 @@ class LatticeWorkflow(Graph["LatticeClient"]):
         last, `finish_workflow`. Raises TimeoutError when the run takes longer than `timeout` seconds.
         """
         messages = []
-        for event in _iterate(self.client.aio.fetched_events(run_id), run_id, timeout):
+        for event in _iterate(self.client.aio.reader.fetched_events(run_id), run_id, timeout):
             message = convert.message_of(opened(event), self.workflow_id, run_id)
             if message is None:
                 continue
@@ -280,7 +281,7 @@ class LatticeClient:
     def run_task(self, task: Any, inputs: Mapping[str, Any] | None = None, **misplaced: Never) -> dict[str, Any]:
         """Run one task and return its outputs. Raises TaskDefinitionError, TaskFailedError, RequestError."""
         added = single(task, inputs, misplaced)
-        request = _here(self.aio.task_request_of(added, _uploader(self.aio)))
+        request = _here(self.aio.starter.task_request_of(added, _uploader(self.aio)))
         found: dict[str, Any] = opened(_wait(self.aio.submit_task(request, added)))
         return found
 

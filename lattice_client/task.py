@@ -17,6 +17,7 @@ from lattice_client.errors import TaskDefinitionError
 from lattice_client.freshness import Look, Snapshot
 from lattice_client.returns import returned
 from lattice_client.settings import TaskSettings
+from lattice_client.signatures import check_keywords, check_params, check_returns, parameters_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -256,7 +257,7 @@ def define(
         raise TaskDefinitionError(f"a task must be a function, not {type(function).__name__}")
     label: str = name or _name_of(function)
     check_text("the name of a task", label)
-    _check_returns(label, function, is_batched=more.get("batch_size") is not None)
+    check_returns(label, function, is_batched=more.get("batch_size") is not None)
     for setting, patterns in (("modules", modules), ("exclude", exclude)):
         if isinstance(patterns, str) or not isinstance(patterns, Sequence):
             raise TaskDefinitionError(f"task {label!r}: {setting} must be a list, not {patterns!r}")
@@ -264,18 +265,18 @@ def define(
         raise TaskDefinitionError(f"task {label!r}: fresh_process must be True or False, not {fresh_process!r}")
     known = {found.name for found in fields(TaskSettings)}
     settings = TaskSettings(**{key: more.pop(key) for key in list(more) if key in known}).to_proto(label)
-    parameters = _parameters(function, label)
+    parameters = parameters_of(function, label)
     is_params = inputs is not None or list(parameters) == ["params"]
     if is_params:
         names = names_of(label, "inputs", inputs or ())
         required, takes_any = frozenset(names), inputs is None
-        _check_params(label, parameters, names)
+        check_params(label, parameters, names)
     else:
         kinds = {p.name: p for p in parameters.values() if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
         names = tuple(kinds)
         required = frozenset(n for n, p in kinds.items() if p.default is inspect.Parameter.empty)
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        _check_keywords(label, parameters)
+        check_keywords(label, parameters)
     named = None if outputs is None else names_of(label, "outputs", outputs)
     found = returned(function, named, is_params)
     return TaskDefinition(
@@ -296,47 +297,10 @@ def define(
     )
 
 
-def _check_returns(label: str, function: Any, *, is_batched: bool) -> None:
-    """Raise TaskDefinitionError for a generator function, but one whose items are those of a batch."""
-    called = function
-    while isinstance(called, functools.partial):
-        called = called.func
-    if not inspect.isroutine(called) and not isinstance(called, type):
-        called = type(called).__call__
-    if inspect.isasyncgenfunction(called) or (inspect.isgeneratorfunction(called) and not is_batched):
-        text = "is a generator function, whose values come one by one; a task returns once"
-        raise TaskDefinitionError(f"task {label!r} {text}: collect them in a list and return that")
-
-
 def _name_of(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
-
-
-def _parameters(function: Callable[..., Any], label: str) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError) as error:
-        text = f"Python knows no signature of it ({error}); call it in a function of your own and make that the task"
-        raise TaskDefinitionError(f"task {label!r}: {text}") from error
-
-
-def _check_params(label: str, parameters: Mapping[str, inspect.Parameter], names: Sequence[str]) -> None:
-    first = next(iter(parameters.values()), None)
-    if first is not None and first.kind not in {first.KEYWORD_ONLY, first.VAR_KEYWORD} and first.name not in names:
-        others = [p for p in parameters.values() if p is not first and p.default is p.empty]
-        if all(p.kind in {p.VAR_POSITIONAL, p.VAR_KEYWORD} for p in others):
-            return
-    text = "with inputs=[...] the function is called with one dict that has them all: def f(params)"
-    raise TaskDefinitionError(f"task {label!r}: {text}; leave inputs= out for a function that takes each by its name")
-
-
-def _check_keywords(label: str, parameters: Mapping[str, inspect.Parameter]) -> None:
-    for found in parameters.values():
-        if found.kind is found.POSITIONAL_ONLY and found.default is found.empty:
-            text = f"its parameter {found.name!r} is positional-only, and inputs are given by keyword"
-            raise TaskDefinitionError(f"task {label!r}: {text}; call it in a function of your own")
 
 
 def names_of(label: str, what: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,155 @@
+"""Owns how runs are followed: their events, their ends and their results.
+
+Rule: a watch that breaks goes on after the last event it saw; see `following`. Values are fetched here, and decoded by
+the methods that callers use, in their own thread; see `opening`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import grpc
+from lattice.v1 import results_pb2, run_pb2, task_pb2
+
+from lattice_client import convert, errors
+from lattice_client.brevity import Brevity, Kind
+from lattice_client.channel import Channel
+from lattice_client.convert import RunEvent
+from lattice_client.following import OnLoss, Reconnection
+from lattice_client.outputs import TaskOutput
+from lattice_client.requests import duration, made
+from lattice_client.run import Answer, Outcome, RunId, task_id_of
+from lattice_client.transfer import Transfer
+from lattice_client.workflow import LatticeTask
+
+T = TypeVar("T")
+
+WAIT_S = 60.0
+TERMINAL = frozenset({run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED, run_pb2.RUN_STATE_CANCELLED})
+ENDED = frozenset(
+    {
+        run_pb2.TASK_STATE_SUCCEEDED,
+        run_pb2.TASK_STATE_FAILED,
+        run_pb2.TASK_STATE_CANCELLED,
+        run_pb2.TASK_STATE_SKIPPED,
+    }
+)
+
+
+class Reader:
+    """Follows runs. What it returns is for `opened`."""
+
+    def __init__(self, rpc: Channel, transfer: Transfer, brevity: Brevity) -> None:
+        self._rpc = rpc
+        self._transfer = transfer
+        self._brevity = brevity
+
+    async def ended(self, run_id: str, outcome: Outcome | None = None, kind: Kind | None = None) -> Answer:
+        """Wait for a run's end; return what the server says of it. Raises RequestError."""
+        answer: Answer | None = None
+        if outcome is not None and outcome.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait([outcome])
+            answer = None if outcome.cancelled() else outcome.result()
+        if answer is None:
+            answer = await self._get_result(run_id)
+        if kind is not None:
+            self._brevity.learn(kind, answer.run)
+        return answer
+
+    async def result_in(
+        self, answer: Answer, is_partial: bool = False, declared: convert.Declared = MappingProxyType({})
+    ) -> Any:
+        """Return what `opened` turns into the outputs of a run that ended, or into its error; see `AsyncRun.result`."""
+        if answer.run.state != run_pb2.RUN_STATE_SUCCEEDED and not is_partial:
+            return await self.error_of(answer.run)
+        return await convert.result_of(answer.final_tasks, self._transfer.fetch, declared)
+
+    async def outcome_of(self, response: task_pb2.RunTaskResponse, task: LatticeTask) -> Any:
+        """Return the outputs of a task that runs alone, or its error. Waits for its end."""
+        if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
+            outputs = convert.ordered(response.task.outputs, task.definition.outputs)
+            return {name: await self._transfer.fetch(payload) for name, payload in outputs.items()}
+        return await self.result_in(await self.ended(response.run.run_id), declared=convert.declared_by([task]))
+
+    async def error_of(self, run: run_pb2.Run) -> errors.RunError | None:
+        """Return the error of a run that ended otherwise than well, with the name of the task that failed if it can be
+        had; None of one that ended well."""
+        request, name = task_pb2.GetTaskRequest(run_id=run.run_id, task_id=run.failure.task_id), ""
+        if request.task_id:
+            with suppress(errors.LatticeError):
+                name = (await self._rpc.call(self._rpc.tasks.GetTask(request))).task.display_name
+        return convert.error_of(run, name)
+
+    async def output_of(self, run_id: str, task: LatticeTask | TaskOutput | str) -> Any:
+        """Wait for a task's end; return what `opened` turns into its output, or its error; see `AsyncRun.output`."""
+        task_id = task_id_of(task)
+        request = made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id, wait=duration(WAIT_S))
+        found = await self._until(run_id, lambda: self._rpc.tasks.GetTask(request), lambda r: r.task.state in ENDED)
+        if (failed := convert.lack_of(found.task)) is not None:
+            return failed
+        items = await self.list_tasks(run_id) if found.task.item_count else []
+        items = [item for item in items if item.parent_task_id == task_id]
+        owner = task.owner if isinstance(task, TaskOutput) else task
+        known = convert.declared_by([owner] if isinstance(owner, LatticeTask) else ())
+        declared = known.get(task_id) or _declared(run_id).get(task_id, ())
+        outputs = await convert.outputs_of(found.task, items, self._transfer.fetch, declared) or {}
+        if isinstance(task, TaskOutput) and task.output not in outputs:
+            text = f"task {task_id!r} of run {str(run_id)!r} has no output {task.output!r}"
+            return errors.RunError(run_id, f"{text}; its outputs: {', '.join(map(repr, outputs)) or 'none'}")
+        return convert.value_of(outputs, task)
+
+    async def list_tasks(self, run_id: str) -> list[run_pb2.TaskRun]:
+        """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""
+        request = made(task_pb2.ListTasksRequest, run_id=run_id)
+        found: list[run_pb2.TaskRun] = []
+        while True:
+            response = await self._rpc.call(self._rpc.tasks.ListTasks(request))
+            found.extend(response.tasks)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return found
+
+    async def fetched_events(
+        self, run_id: str, after: int = 0, fetch: convert.Decode | None = None, on_loss: OnLoss | None = None
+    ) -> AsyncIterator[RunEvent]:
+        """As `events`, with outputs as `fetch` returns them; by default for `opened`. `on_loss` is told of a break."""
+        breaks = Reconnection(self._rpc, run_id, on_loss)
+        while True:
+            request = made(results_pb2.WatchRunRequest, run_id=run_id, after_sequence=after)
+            try:
+                with self._rpc.closing():
+                    async for response in self._rpc.results.WatchRun(request):
+                        breaks.heard()
+                        for message in response.events:
+                            yield await convert.event_of(message, fetch or self._transfer.fetch, _declared(run_id))
+                        after = response.sequence
+                        if response.complete:
+                            return
+            except grpc.aio.AioRpcError as error:
+                await breaks.wait(error)
+
+    async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:
+        request = made(results_pb2.GetResultRequest, run_id=run_id, wait=duration(WAIT_S))
+        return await self._until(
+            run_id, lambda: self._rpc.results.GetResult(request), lambda r: r.run.state in TERMINAL
+        )
+
+    async def _until(self, run_id: str, call: Callable[[], Awaitable[T]], is_over: Callable[[T], bool]) -> T:
+        """Make a call that waits, again until its response is the one waited for. Raises RequestError."""
+        breaks = Reconnection(self._rpc, run_id)
+        while True:
+            try:
+                with self._rpc.closing():
+                    response = await call()
+            except grpc.aio.AioRpcError as error:
+                await breaks.wait(error)
+                continue
+            breaks.heard()
+            if is_over(response):
+                return response
+
+
+def _declared(run_id: str) -> convert.Declared:
+    return run_id.declared if isinstance(run_id, RunId) else {}
