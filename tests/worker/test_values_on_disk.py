@@ -52,11 +52,11 @@ made.mkdir()
 spare.parent.mkdir()
 spare.write_bytes(b"x" * (7 << 20))
 encoder = Encoder({"folder": str(made), "store": str(memory), "inline_limit": 100})
-first = made / encoder.encode(b"x" * (2 << 20))["artifact"]
+first = made / encoder.encode(b"x" * (2 << 20), "out")["artifact"]
 print(first.is_file() and not first.is_symlink(), spare.exists())
 encoder.take_back()
 try:
-    large = made / encoder.encode(b"x" * (20 << 20))["artifact"]
+    large = made / encoder.encode(b"x" * (20 << 20), "out")["artifact"]
     print(len(open_artifact(str(large))), large.is_symlink())
 except StoreFullError as error:
     failure = failure_of(error, encoder)
