@@ -208,10 +208,42 @@ def test_a_run_that_is_given_to_a_task_arrives_as_its_id(client: LatticeClient) 
 
 def test_a_client_that_is_given_to_a_task_is_refused_by_name(client: LatticeClient) -> None:
     for given in (client, client.aio):
-        with pytest.raises(
-            TaskDefinitionError, match=r"input 'value' of .*'echo': <.* cannot be pickled: a task that needs"
-        ):
+        refusal = r": <\w+ of .*> cannot be pickled: a task that needs a client makes one of its own$"
+        with pytest.raises(TaskDefinitionError, match="^input 'value' of task 'echo'" + refusal):
             client.run_task(echo, {"value": given})
+        with pytest.raises(TaskDefinitionError, match="^input 'value' of task 'echo', item 1, entry 'k'" + refusal):
+            client.run_task(echo, {"value": [1, {"k": given}]})
+        with pytest.raises(TaskDefinitionError, match="uses variable 'used' of an enclosing function" + refusal):
+            client.run_task(using(given), {})
+
+
+def using(used: Any) -> Any:
+    return lambda: used
+
+
+def test_a_result_that_cannot_be_pickled_is_named_with_the_part_at_fault(client: LatticeClient) -> None:
+    def locked() -> Any:
+        import threading
+
+        return {"k": [1, threading.Lock()]}
+
+    with pytest.raises(TaskFailedError) as caught:
+        client.run_task(locked)
+    message = "output 'result', entry 'k', item 1 (_thread.lock) cannot be pickled: cannot pickle '_thread.lock' object"
+    assert str(caught.value).partition(" failed ")[2] == f"(PAYLOAD): {message}"
+    assert caught.value.remote_traceback == ""
+
+
+def test_code_of_a_value_that_fails_to_be_pickled_is_in_the_traceback(client: LatticeClient) -> None:
+    class Own:
+        def __reduce__(self) -> Any:
+            raise LookupError("not this one")
+
+    with pytest.raises(TaskFailedError, match="PAYLOAD") as caught:
+        client.run_task(Own)
+    found = caught.value.remote_traceback
+    assert 'raise LookupError("not this one")' in found
+    assert "cloudpickle" not in found
 
 
 HALF = "half \ud83d"
