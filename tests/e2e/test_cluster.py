@@ -21,6 +21,7 @@ README = Path(__file__).parent.parent.parent / "README.md"
 
 
 pytestmark = needs_network
+EXHAUSTIVE = pytest.mark.exhaustive
 
 
 @pytest.fixture
@@ -108,7 +109,9 @@ def stop_all(host: Host, worker: "subprocess.Popen[bytes]") -> None:
     host.signal_all(signal.SIGSTOP)
 
 
-@pytest.mark.parametrize("befall", [kill_worker, crash, cut, stop_all])
+@pytest.mark.parametrize(
+    "befall", [kill_worker, cut, *(pytest.param(one, marks=EXHAUSTIVE) for one in (crash, stop_all))]
+)
 def test_what_a_lost_worker_ran_is_run_elsewhere(
     befall: Callable[[Host, "subprocess.Popen[bytes]"], None], tmp_path: Path, room: Room
 ) -> None:
@@ -126,7 +129,7 @@ def test_what_a_lost_worker_ran_is_run_elsewhere(
         assert (node.attempts, node.free.cpu) == (0, 2), "the ledger is not true"
 
 
-@pytest.mark.parametrize("befall", [cut, stop_all])
+@pytest.mark.parametrize("befall", [cut, pytest.param(stop_all, marks=EXHAUSTIVE)])
 def test_a_worker_that_comes_back_too_late_serves_anew_and_what_it_ran_is_ended(
     befall: Callable[[Host, "subprocess.Popen[bytes]"], None], tmp_path: Path, room: Room
 ) -> None:
@@ -218,7 +221,7 @@ def test_what_outstays_the_deadline_of_a_drained_node_moves(tmp_path: Path, room
         assert nodes_that_finished(run) == {"b"}
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "lattice stop"])
+@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGINT", marks=EXHAUSTIVE), "lattice stop"])
 def test_a_worker_that_is_stopped_leaves_first(how: str, tmp_path: Path, room: Room) -> None:
     with cluster(tmp_path, "local") as found:
         worker = found.join(found.machines[0], "a", "--num-cpus", "2", "--drain-deadline", "0.2")
