@@ -27,13 +27,10 @@ class Loop(asyncio.SelectorEventLoop):
         self.set_exception_handler(_report)
 
     def run(self) -> None:
-        """Run until the process ends, or until the loop cannot go on."""
+        """Run until the process ends."""
         while True:
-            try:
+            with contextlib.suppress(BaseException):  # Raised between two steps: it belongs to no attempt.
                 self.run_forever()
-            except BaseException:
-                # Raised between two steps, such as by a trace function. Without its selector it would be raised again.
-                self._selector.select(0)  # type: ignore[attr-defined]
 
     def stop(self) -> None:
         """Do nothing: other attempts go on."""

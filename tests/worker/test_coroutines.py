@@ -1,10 +1,12 @@
 """Coroutines of several attempts in one process: whatever one of them does to the loop, it does to itself alone."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -248,6 +250,36 @@ def test_an_asynchronous_generator_goes_on_when_another_coroutine_closes_all(pla
         await script.value(shut_down_generators)
         await script.value(open_gate)
         assert await stream.value(lease_id) == [1, 2]
+
+    play(scenario)
+
+
+def test_what_a_coroutine_sets_on_the_loop_is_used_for_itself(play: Callable[[Scenario], None]) -> None:
+    async def use() -> list[Any]:
+        loop, closed, made = asyncio.get_running_loop(), [], []
+
+        async def count() -> Any:
+            try:
+                yield 1
+            finally:
+                closed.append("generator")
+
+        def make(loop: Any, coro: Any, **settings: Any) -> Any:
+            made.append(coro.__name__)
+            return asyncio.Task(coro, loop=loop, **settings)
+
+        numbers = count()
+        await anext(numbers)
+        await loop.shutdown_asyncgens()
+        with concurrent.futures.ThreadPoolExecutor(thread_name_prefix="mine") as pool:
+            loop.set_default_executor(pool)
+            thread = await asyncio.to_thread(lambda: threading.current_thread().name)
+        loop.set_task_factory(make)
+        await asyncio.create_task(asyncio.sleep(0))
+        return [closed, thread.partition("_")[0], made]
+
+    async def scenario(stream: Stream) -> None:
+        assert await Script(stream).value(use) == [["generator"], "mine", ["sleep"]]
 
     play(scenario)
 
