@@ -106,8 +106,6 @@ class Baseline:
         # Above the descriptors that programs count on; not inherited.
         self._streams = [os.dup(descriptor) for descriptor in range(3)]
         self._handlers: list[Any] = []
-        with contextlib.suppress(OSError):
-            tempfile.gettempdir()  # Python looks for it once; a task is to find what was found before it.
         self.capture()
 
     def capture(self) -> None:

@@ -19,6 +19,7 @@ import resource
 import select
 import signal
 import socket
+import tempfile
 import traceback
 from typing import Any
 
@@ -45,6 +46,8 @@ def main(descriptor: int, limit: int) -> None:
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        tempfile.gettempdir()  # Python looks for it once, by a file; a runner that is killed then would leave the file.
     zygote = Zygote(control)
     gc.collect()
     gc.freeze()  # Collections in a runner then leave the pages it shares with the others alone.
