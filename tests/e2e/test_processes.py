@@ -5,6 +5,7 @@ import asyncio
 import contextvars
 import gc
 import io
+import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +21,10 @@ from typing import Any
 import pytest
 
 from lattice_client import LatticeClient, Run, TaskFailedError, task
+
+# Soft limits that a task sets, by their names in `resource`.
+LIMITS = {"RLIMIT_NOFILE": 100, "RLIMIT_STACK": 1 << 20, "RLIMIT_FSIZE": 1 << 30, "RLIMIT_CPU": 90_000}
+LIMITS["RLIMIT_AS"] = 1 << 40
 
 level: contextvars.ContextVar[int] = contextvars.ContextVar("level", default=0)
 
@@ -47,7 +52,8 @@ def state() -> tuple[Any, ...]:
         sys.getrecursionlimit(),
         locale.setlocale(locale.LC_ALL),
         (logging.root.level, len(logging.root.handlers), logging.root.manager.disable),
-        [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_STACK)],
+        [resource.getrlimit(getattr(resource, name))[0] for name in LIMITS],
+        multiprocessing.get_start_method(allow_none=True),
         time.strftime("%Z", time.localtime(0)),
         (list(sys.path), list(sys.argv)),
         (socket.getdefaulttimeout(), tempfile.gettempdir(), tracemalloc.is_tracing()),
@@ -85,7 +91,9 @@ def disturb() -> int:
     locale.setlocale(locale.LC_ALL, "C.UTF-8")
     logging.disable(logging.CRITICAL)
     logging.root.setLevel(logging.DEBUG)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    for name, soft in LIMITS.items():
+        resource.setrlimit(getattr(resource, name), (soft, resource.getrlimit(getattr(resource, name))[1]))
+    multiprocessing.set_start_method("forkserver", force=True)
     gc.disable()
     gc.set_threshold(7)
     os.environ["TZ"] = "Asia/Tokyo"
@@ -101,7 +109,6 @@ def disturb() -> int:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     threading.excepthook = sys.unraisablehook = sys.breakpointhook = disturb  # type: ignore[assignment]
     faulthandler.dump_traceback_later(1, exit=True)
-    resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     level.set(7)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
