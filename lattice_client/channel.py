@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack, cast
 
 import grpc
-from lattice.v1 import results_pb2_grpc, task_pb2_grpc, worker_pb2_grpc, workflow_pb2_grpc
+from lattice.v1 import artifact_pb2_grpc, cluster_pb2_grpc, results_pb2_grpc, task_pb2_grpc, workflow_pb2_grpc
 
 from lattice_client import errors, forks
 from lattice_client.security import Security, SecurityOptions, secure
@@ -52,7 +52,8 @@ class Stubs:
         self.workflows = workflow_pb2_grpc.WorkflowServiceStub(channel)
         self.tasks = task_pb2_grpc.TaskServiceStub(channel)
         self.results = results_pb2_grpc.ResultsServiceStub(channel)
-        self.workers = worker_pb2_grpc.WorkerServiceStub(channel)
+        self.artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
+        self.cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
 
 
 class Channel:
@@ -81,9 +82,14 @@ class Channel:
         return self._here().results
 
     @property
-    def workers(self) -> "worker_pb2_grpc.WorkerServiceAsyncStub":
-        """Calls of WorkerService."""
-        return self._here().workers
+    def artifacts(self) -> "artifact_pb2_grpc.ArtifactServiceAsyncStub":
+        """Calls of ArtifactService."""
+        return self._here().artifacts
+
+    @property
+    def cluster(self) -> "cluster_pb2_grpc.ClusterServiceAsyncStub":
+        """Calls of ClusterService."""
+        return self._here().cluster
 
     def _here(self) -> Stubs:
         """Return the stubs of the running loop. Raises ClientClosedError, ForkError."""

@@ -7,7 +7,7 @@ import os
 import sys
 
 import click
-from lattice.v1 import worker_pb2
+from lattice.v1 import cluster_pb2
 
 from lattice_client.commands import Commands, Server, address, as_dict, as_json, connected, print_json, show
 from lattice_client.runs import runs
@@ -31,17 +31,17 @@ main.add_command(runs)
 def status(server: Server, as_json: bool) -> None:
     """Show the server and its load."""
     with connected(server) as client:
-        cluster = client.cluster()
+        info = client.server_info()
     if as_json:
-        print_json(as_dict(cluster))
+        print_json(as_dict(info))
         return
     rows = [
-        ("version", cluster.version),
-        ("executor", cluster.executor),
-        ("process", str(cluster.pid)),
-        ("active runs", str(cluster.active_runs)),
-        ("queued tasks", str(cluster.queued_tasks)),
-        ("running attempts", str(cluster.running_attempts)),
+        ("version", info.version),
+        ("executor", info.executor),
+        ("process", str(info.pid)),
+        ("active runs", str(info.active_runs)),
+        ("queued tasks", str(info.queued_tasks)),
+        ("running attempts", str(info.running_attempts)),
     ]
     show(("server", server.target), rows, wrapped=server.target)
 
@@ -90,8 +90,8 @@ def drain(server: Server, node_id: str, deadline: float | None) -> None:
     say("A node of the server's own comes back after that: the server replaces workers it started.", err=True)
 
 
-def _state(node: worker_pb2.Node) -> str:
-    return worker_pb2.NodeState.Name(node.state).removeprefix("NODE_STATE_").lower()
+def _state(node: cluster_pb2.Node) -> str:
+    return cluster_pb2.NodeState.Name(node.state).removeprefix("NODE_STATE_").lower()
 
 
 # What follows the script is the script's, also when it looks like an option of ours.

@@ -6,7 +6,7 @@ Rule: work is sent by `starting`, and followed by `reading`; here are the calls 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Never, NoReturn, Self, Unpack
 
-from lattice.v1 import run_pb2, task_pb2, worker_pb2, workflow_pb2
+from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client import convert
 from lattice_client.brevity import Brevity
@@ -115,7 +115,7 @@ class AsyncLatticeClient:
 
     async def get_ray_head_port(self) -> int:
         """Return the port of the server's Ray head; zero without Ray."""
-        return int((await self.cluster()).ray_address.rpartition(":")[2] or 0)
+        return int((await self.server_info()).ray_address.rpartition(":")[2] or 0)
 
     # Starting.
 
@@ -211,20 +211,20 @@ class AsyncLatticeClient:
         request = made(task_pb2.CancelTaskRequest, run_id=run_id, task_id=task_id)
         return (await self._rpc.call(self._rpc.tasks.CancelTask(request))).task
 
-    async def nodes(self) -> list[worker_pb2.Node]:
+    async def nodes(self) -> list[cluster_pb2.Node]:
         """Return the nodes in the ledger."""
-        return list((await self._rpc.call(self._rpc.workers.ListNodes(worker_pb2.ListNodesRequest()))).nodes)
+        return list((await self._rpc.call(self._rpc.cluster.ListNodes(cluster_pb2.ListNodesRequest()))).nodes)
 
-    async def drain_node(self, node_id: str, deadline: float | None = None) -> worker_pb2.Node:
+    async def drain_node(self, node_id: str, deadline: float | None = None) -> cluster_pb2.Node:
         """Let a node finish what it runs and leave; what still runs after `deadline` seconds moves to other nodes.
 
         Returns the node as it is now. Raises NotFoundError.
         """
-        request = made(worker_pb2.DrainNodeRequest, node_id=node_id)
+        request = made(cluster_pb2.DrainNodeRequest, node_id=node_id)
         if deadline is not None:
             request.deadline.FromNanoseconds(int(deadline * 1e9))
-        return (await self._rpc.call(self._rpc.workers.DrainNode(request))).node
+        return (await self._rpc.call(self._rpc.cluster.DrainNode(request))).node
 
-    async def cluster(self) -> worker_pb2.GetClusterResponse:
-        """Return facts about the server and its cluster."""
-        return await self._rpc.call(self._rpc.workers.GetCluster(worker_pb2.GetClusterRequest()))
+    async def server_info(self) -> cluster_pb2.GetServerInfoResponse:
+        """Return the server's version, limits and load."""
+        return await self._rpc.call(self._rpc.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest()))

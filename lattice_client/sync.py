@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Never, NoReturn, Self, TypeVar, Unpack
 
 import uvloop
-from lattice.v1 import run_pb2, task_pb2, worker_pb2
+from lattice.v1 import cluster_pb2, run_pb2, task_pb2
 
 from lattice_client import convert, errors, forks
 from lattice_client.client import AsyncLatticeClient
@@ -305,14 +305,14 @@ class LatticeClient:
         """Cancel a run. Raises NotFoundError."""
         return _wait(self.aio.cancel_run(run_id, reason))
 
-    def nodes(self) -> list[worker_pb2.Node]:
+    def nodes(self) -> list[cluster_pb2.Node]:
         """Return the nodes in the ledger."""
         return _wait(self.aio.nodes())
 
-    def drain_node(self, node_id: str, deadline: float | None = None) -> worker_pb2.Node:
+    def drain_node(self, node_id: str, deadline: float | None = None) -> cluster_pb2.Node:
         """As `AsyncLatticeClient.drain_node`."""
         return _wait(self.aio.drain_node(node_id, deadline))
 
-    def cluster(self) -> worker_pb2.GetClusterResponse:
-        """Return facts about the server and its cluster."""
-        return _wait(self.aio.cluster())
+    def server_info(self) -> cluster_pb2.GetServerInfoResponse:
+        """Return the server's version, limits and load."""
+        return _wait(self.aio.server_info())

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 
 import grpc
-from lattice.v1 import payload_pb2, results_pb2
+from lattice.v1 import artifact_pb2, payload_pb2
 
 from lattice_client import errors
 from lattice_client.channel import Channel
@@ -35,22 +35,22 @@ class Transfer:
 
     async def _download(self, artifact_id: str) -> bytearray:
         data = bytearray()
-        request = made(results_pb2.ReadArtifactRequest, artifact_id=artifact_id)
-        async for chunk in self._rpc.results.ReadArtifact(request):
+        request = made(artifact_pb2.ReadArtifactRequest, artifact_id=artifact_id)
+        async for chunk in self._rpc.artifacts.ReadArtifact(request):
             data += chunk.data
         return data
 
     async def upload(self, data: bytes) -> payload_pb2.Artifact:
         """Store bytes on the server. Raises RequestError."""
 
-        async def chunks() -> AsyncIterator[results_pb2.WriteArtifactRequest]:
+        async def chunks() -> AsyncIterator[artifact_pb2.WriteArtifactRequest]:
             for start in range(0, len(data), CHUNK_BYTES):
-                yield results_pb2.WriteArtifactRequest(data=data[start : start + CHUNK_BYTES])
+                yield artifact_pb2.WriteArtifactRequest(data=data[start : start + CHUNK_BYTES])
 
         for _ in range(UPLOAD_TRIES):
             try:
                 with self._rpc.closing():
-                    return (await self._rpc.results.WriteArtifact(chunks())).artifact
+                    return (await self._rpc.artifacts.WriteArtifact(chunks())).artifact
             except grpc.aio.AioRpcError as error:
                 if error.details() != LOST_STATUS:
                     raise self._rpc.error_of(error) from None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
-from lattice.v1 import worker_pb2
+from lattice.v1 import cluster_pb2
 
 from lattice_server import __version__
 from lattice_server.config import ServerConfig
@@ -28,7 +28,9 @@ from lattice_server.engine.scheduler import Scheduler
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.transfers import Transfers
+from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.authentication import Authentication
+from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.convert import timestamp
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.machines import Machines
@@ -94,12 +96,10 @@ class App:
             config,
             self._bus,
             self._sessions,
-            self._orchestrator.inquiries,
             intake,
             transfers,
             Machines(config, self._executor, self._bus, self._orchestrator.inquiries),
             epoch,
-            self._describe,
             admission.check_possible,
         )
         self._rpc = RpcServer(
@@ -107,7 +107,9 @@ class App:
             str(self._store.directory / SOCKET),
             WorkflowServicer(self._orchestrator, library, intake),
             TaskServicer(self._orchestrator, intake),
-            ResultsServicer(self._orchestrator, self._store, transfers),
+            ResultsServicer(self._orchestrator),
+            ArtifactServicer(self._store, transfers),
+            ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, self._describe),
             self._workers,
             authentication,
         )
@@ -158,9 +160,9 @@ class App:
             self._orchestrator.is_stopping = True
             await self._rpc.set_serving(False)
 
-    async def _describe(self) -> worker_pb2.GetClusterResponse:
+    async def _describe(self) -> cluster_pb2.GetServerInfoResponse:
         described = await self._orchestrator.inquiries.nodes()
-        return worker_pb2.GetClusterResponse(
+        return cluster_pb2.GetServerInfoResponse(
             version=__version__,
             executor=self._executor.name,
             start_time=timestamp(self._started_s),

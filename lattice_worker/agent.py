@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from lattice.v1 import resources_pb2, results_pb2_grpc, worker_pb2, worker_pb2_grpc
+from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
 from lattice_worker.attempts import Attempts
@@ -50,7 +50,7 @@ class Agent:
         store = config.store_directory
         incoming = self._drafts.incoming
         self._courier = None if config.host_fd is None else Courier(config.host_fd, store, incoming)
-        self._materials = Materials(store, config.store_name, self._drafts, lambda: self._results, self._courier)
+        self._materials = Materials(store, config.store_name, self._drafts, lambda: self._artifacts, self._courier)
         self._attempts = Attempts(self._pool, self._materials, self._emit, self._ended)
         self._leasing: Leasing[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs] = Leasing(
             self._attempts, self._say, convert.returned
@@ -64,7 +64,7 @@ class Agent:
         self._is_welcome = False
         self._listed: frozenset[str] = frozenset()
         self._leaving: worker_pb2.Draining | None = None
-        self._results: results_pb2_grpc.ResultsServiceAsyncStub | None = None
+        self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
         self._uploads: set[asyncio.Task[None]] = set()
         self.refusal = ""
 
@@ -104,7 +104,7 @@ class Agent:
         # A broken stream's generator may live on; what wakes this stream must not wake that one.
         self._wake = asyncio.Event()
         async with opened(self._config) as channel:
-            self._results = results_pb2_grpc.ResultsServiceStub(channel)
+            self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
             workers = worker_pb2_grpc.WorkerServiceStub(channel)
             call = workers.Connect(self._requests())
             beating = asyncio.create_task(self._beat(call))
@@ -128,7 +128,7 @@ class Agent:
                 log.info("nothing was heard for %.1f s", self._silence_limit_s)
             finally:
                 beating.cancel()
-                self._results = None
+                self._artifacts = None
         return False
 
     async def _beat(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:

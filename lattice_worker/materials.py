@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import grpc
-from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, task_pb2, worker_pb2
+from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, task_pb2, worker_pb2
 
 from lattice_worker import convert
 from lattice_worker.config import HEAD_STORE
@@ -33,7 +33,7 @@ class MissingError(Exception):
 
 
 class Materials:
-    """The store of one worker, with `drafts` for what is not to be there yet. `connect` gives the server's results
+    """The store of one worker, with `drafts` for what is not to be there yet. `connect` gives the server's artifact
     service, from which large values come that `courier` does not bring."""
 
     def __init__(
@@ -41,7 +41,7 @@ class Materials:
         directory: str,
         name: str,
         drafts: Drafts,
-        connect: "Callable[[], results_pb2_grpc.ResultsServiceAsyncStub | None]",
+        connect: "Callable[[], artifact_pb2_grpc.ArtifactServiceAsyncStub | None]",
         courier: Courier | None = None,
     ) -> None:
         self.directory, self.name = directory, name
@@ -174,10 +174,10 @@ class Materials:
         return Path(self.directory) / os.path.basename(artifact_id)
 
 
-async def _received(stub: "results_pb2_grpc.ResultsServiceAsyncStub", artifact_id: str, part: Path) -> int:
+async def _received(stub: "artifact_pb2_grpc.ArtifactServiceAsyncStub", artifact_id: str, part: Path) -> int:
     """Write a value to a file as it comes from the server; return its size."""
     with part.open("wb", buffering=0) as file:
-        async for response in stub.ReadArtifact(results_pb2.ReadArtifactRequest(artifact_id=artifact_id)):
+        async for response in stub.ReadArtifact(artifact_pb2.ReadArtifactRequest(artifact_id=artifact_id)):
             # A write into memory, at most 1 MiB of it.
             left = memoryview(response.data)
             while left:

@@ -7,7 +7,7 @@ import grpc from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 
 const PROTO = fileURLToPath(new URL("../../proto", import.meta.url));
-const FILES = ["lattice/v1/worker.proto", "lattice/v1/results.proto"];
+const FILES = ["lattice/v1/worker.proto", "lattice/v1/artifact.proto"];
 const LOADING = { includeDirs: [PROTO], keepCase: true, longs: Number, enums: String, oneofs: true, defaults: true };
 const { lattice } = grpc.loadPackageDefinition(loadSync(FILES, LOADING));
 
@@ -36,11 +36,11 @@ export function open(target, environment = process.env) {
   // What goes to this machine must not take a way over another one, whatever proxy the environment names.
   const options = { ...OPTIONS, "grpc.enable_http_proxy": isLoopback(target) ? 0 : 1 };
   const workers = new lattice.v1.WorkerService(target, credentials, options);
-  const results = new lattice.v1.ResultsService(target, credentials, { channelOverride: workers.getChannel() });
+  const artifacts = new lattice.v1.ArtifactService(target, credentials, { channelOverride: workers.getChannel() });
   const metadata = () => {
     const found = new grpc.Metadata();
     if (environment.LATTICE_TOKEN) found.set("authorization", `Bearer ${environment.LATTICE_TOKEN}`);
     return found;
   };
-  return { workers, results, metadata, close: () => workers.close() };
+  return { workers, artifacts, metadata, close: () => workers.close() };
 }

@@ -190,7 +190,7 @@ class Worker {
 
   async #read(artifactId) {
     const chunks = [];
-    const call = this.#channel.results.ReadArtifact({ artifact_id: artifactId }, this.#channel.metadata());
+    const call = this.#channel.artifacts.ReadArtifact({ artifact_id: artifactId }, this.#channel.metadata());
     for await (const { data } of call) chunks.push(data);
     return Buffer.concat(chunks);
   }

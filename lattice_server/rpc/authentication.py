@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2
-from lattice.v1 import results_pb2, worker_pb2
+from lattice.v1 import artifact_pb2, worker_pb2
 
 from lattice_server.core.errors import AuthenticationError, AuthorizationError
 from lattice_server.rpc.context import Context
@@ -24,13 +24,13 @@ HEADER = "authorization"
 SCHEME = "bearer"
 HEALTH = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}"
 WORKERS = f"/{worker_pb2.DESCRIPTOR.services_by_name['WorkerService'].full_name}"
-RESULTS = f"/{results_pb2.DESCRIPTOR.services_by_name['ResultsService'].full_name}"
+ARTIFACTS = f"/{artifact_pb2.DESCRIPTOR.services_by_name['ArtifactService'].full_name}"
 CONNECT = f"{WORKERS}/Connect"
 HANG_UP_S = 2.0
-# What each subject may call, services and single methods; None is everything.
+# The services and single methods each subject may call; None is everything.
 MAY_CALL: Mapping[str, frozenset[str] | None] = {
     "operator": None,
-    "worker": frozenset({WORKERS, f"{RESULTS}/ReadArtifact", HEALTH}),
+    "worker": frozenset({WORKERS, f"{ARTIFACTS}/ReadArtifact", HEALTH}),
 }
 
 Metadata = Iterable[tuple[str, str | bytes]]

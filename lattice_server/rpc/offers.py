@@ -3,7 +3,7 @@
 Rule: what the ledger would count with, and what people would read, is sound before anybody sees it.
 """
 
-from lattice.v1 import resources_pb2, worker_pb2
+from lattice.v1 import cluster_pb2, resources_pb2, worker_pb2
 
 from lattice_server.core.errors import invalid_field
 from lattice_server.engine.store import HEAD
@@ -28,7 +28,7 @@ def check_first(first: worker_pb2.ConnectRequest, *, is_beside: bool) -> None:
     _check_capacity(offer.capacity, f"{kind}.capacity")
 
 
-def deadline_from_proto(message: worker_pb2.Draining | worker_pb2.DrainNodeRequest) -> float | None:
+def deadline_from_proto(message: worker_pb2.Draining | cluster_pb2.DrainNodeRequest) -> float | None:
     """Return how long what runs may still run, in seconds, at most a month; None when it may finish.
 
     Raises InvalidError.

@@ -1,6 +1,5 @@
-"""Serves `ResultsService`: events, results and large values."""
+"""Serves `ResultsService`: events and results."""
 
-import contextlib
 from collections.abc import AsyncIterator
 
 from lattice.v1 import results_pb2, results_pb2_grpc
@@ -8,24 +7,17 @@ from lattice.v1 import results_pb2, results_pb2_grpc
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.messages import RunEvent, RunFinished, RunStarted, TaskLogged
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.store import ArtifactStore
-from lattice_server.engine.transfers import Transfers
-from lattice_server.rpc import convert
-from lattice_server.rpc.context import Context, whole
+from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import event_to_proto, final_tasks_to_proto, run_to_proto
 from lattice_server.rpc.parts import in_parts
 from lattice_server.rpc.waiting import wait_from_proto
-
-MAX_OFFSET = 1 << 62  # No file is as long, and the operating system refuses to go much further.
 
 
 class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
     """The `ResultsService`."""
 
-    def __init__(self, orchestrator: Orchestrator, store: ArtifactStore, transfers: Transfers) -> None:
+    def __init__(self, orchestrator: Orchestrator) -> None:
         self._orchestrator = orchestrator
-        self._store = store
-        self._transfers = transfers
 
     async def WatchRun(
         self, request: results_pb2.WatchRunRequest, context: Context
@@ -54,27 +46,6 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
         await entry.log.completed(wait_from_proto(request.wait, "wait"))
         final_tasks = final_tasks_to_proto(self._orchestrator, entry)
         return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=final_tasks)
-
-    async def ReadArtifact(  # type: ignore[override]  # the stubs know only handlers that yield
-        self, request: results_pb2.ReadArtifactRequest, context: Context
-    ) -> None:
-        """Stream the bytes of an artifact."""
-        if not 0 <= request.offset <= MAX_OFFSET:
-            raise invalid_field("offset", f"must be from 0 to {MAX_OFFSET}")
-        async with contextlib.aclosing(self._transfers.read(request.artifact_id, request.offset)) as chunks:
-            async for data in chunks:
-                # Not yielded: grpcio leaves a generator whose reader has left to be collected as garbage, sometime.
-                await context.write(results_pb2.ReadArtifactResponse(data=data))
-
-    async def WriteArtifact(
-        self,
-        request_iterator: AsyncIterator[results_pb2.WriteArtifactRequest],
-        context: Context,
-    ) -> results_pb2.WriteArtifactResponse:
-        """Store an artifact that inputs may then refer to."""
-        requests = whole(request_iterator, context)
-        artifact = await self._store.write(request.data async for request in requests)
-        return results_pb2.WriteArtifactResponse(artifact=convert.artifact_to_proto(artifact))
 
 
 def _is_wanted(event: RunEvent, task_ids: frozenset[str], exclude_logs: bool) -> bool:

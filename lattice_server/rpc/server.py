@@ -11,6 +11,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from lattice.v1 import (
+    artifact_pb2,
+    artifact_pb2_grpc,
+    cluster_pb2,
+    cluster_pb2_grpc,
     results_pb2,
     results_pb2_grpc,
     task_pb2,
@@ -24,7 +28,9 @@ from opentelemetry import trace
 from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
 from lattice_server.config import ServerConfig, ServerTls
+from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor
+from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.interceptors import ErrorInterceptor
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.tasks import TaskServicer
@@ -35,6 +41,8 @@ SERVICE_NAMES = (
     workflow_pb2.DESCRIPTOR.services_by_name["WorkflowService"].full_name,
     task_pb2.DESCRIPTOR.services_by_name["TaskService"].full_name,
     results_pb2.DESCRIPTOR.services_by_name["ResultsService"].full_name,
+    artifact_pb2.DESCRIPTOR.services_by_name["ArtifactService"].full_name,
+    cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
 )
 HANDSHAKE_MS = 10_000
@@ -69,6 +77,8 @@ class RpcServer:
         workflows: WorkflowServicer,
         tasks: TaskServicer,
         results: ResultsServicer,
+        artifacts: ArtifactServicer,
+        cluster: ClusterServicer,
         workers: WorkerServicer,
         authentication: Authentication | None,
     ) -> None:
@@ -92,6 +102,8 @@ class RpcServer:
             workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(workflows, server)
             task_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
             results_pb2_grpc.add_ResultsServiceServicer_to_server(results, server)
+            artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(artifacts, server)
+            cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
             reflection.enable_server_reflection((*SERVICE_NAMES, health_name, reflection.SERVICE_NAME), server)
 

@@ -1,11 +1,11 @@
-"""Serves `WorkerService`: the workers' streams, and the nodes. Rule: a stream's error goes into `Close`, never into
-its status, which grpcio may lose while the other side writes."""
+"""Serves `WorkerService`: the workers' streams. Rule: a stream's error goes into `Close`, never into its status, which
+grpcio may lose while the other side writes."""
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -13,11 +13,9 @@ from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_server.config import ServerConfig
 from lattice_server.core import messages
-from lattice_server.core.errors import InvalidError, LatticeError, NotFoundError
-from lattice_server.core.leases import NodeState, NodeView
+from lattice_server.core.errors import InvalidError, LatticeError
 from lattice_server.core.model import Artifact, Failure, FailureKind, TaskSpec
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.sessions import Connection, Sessions
 from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
@@ -32,7 +30,6 @@ log = logging.getLogger(__name__)
 
 HANG_UP_S = 2.0
 NO_LIMIT = 1 << 62
-NODE_STATE_TO_PROTO = {state: worker_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeState}
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
@@ -43,25 +40,21 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         config: ServerConfig,
         bus: MessageBus,
         sessions: Sessions,
-        inquiries: Inquiries,
         intake: Intake,
         transfers: Transfers,
         machines: Machines,
         server_id: str,
-        describe: Callable[[], Awaitable[worker_pb2.GetClusterResponse]],
         check_possible: Callable[[Sequence[TaskSpec]], None],
     ) -> None:
         self._config = config
         self._bus = bus
         self._sessions = sessions
         sessions.on_detached = self._detached
-        self._inquiries = inquiries
         self._intake = intake
         self._transfers = transfers
         self._machines = machines
         self._is_stopping = False
         self._server_id = server_id
-        self._describe = describe
         self._check_possible = check_possible
 
     def close_all(self) -> None:
@@ -218,47 +211,6 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         transfer_id = "" if first is None else first.transfer_id
         await self._transfers.take(transfer_id, _chunks(requests))
         return worker_pb2.UploadArtifactResponse()
-
-    async def ListNodes(self, request: worker_pb2.ListNodesRequest, context: Context) -> worker_pb2.ListNodesResponse:
-        """List the nodes in the ledger."""
-        nodes = (await self._inquiries.nodes()).nodes
-        return worker_pb2.ListNodesResponse(nodes=[self._node(node) for node in nodes])
-
-    async def DrainNode(self, request: worker_pb2.DrainNodeRequest, context: Context) -> worker_pb2.DrainNodeResponse:
-        """Let a node finish what it runs and give it nothing more."""
-        nodes = (await self._inquiries.nodes()).nodes
-        node = next((node for node in nodes if node.node_id == request.node_id), None)
-        if node is None:
-            raise NotFoundError("NODE_NOT_FOUND", f"there is no node {request.node_id!r}")
-        shown = self._node(node)
-        shown.state = worker_pb2.NODE_STATE_DRAINING
-        deadline_s = deadline_from_proto(request)
-        self._bus.post([messages.DrainRequested(request.node_id, deadline_s)])
-        return worker_pb2.DrainNodeResponse(node=shown)
-
-    async def GetCluster(
-        self, request: worker_pb2.GetClusterRequest, context: Context
-    ) -> worker_pb2.GetClusterResponse:
-        """Return facts about the server and its cluster."""
-        return await self._describe()
-
-    def _node(self, node: NodeView) -> worker_pb2.Node:
-        return worker_pb2.Node(
-            node_id=node.node_id,
-            hostname=node.hostname,
-            node_ip=node.node_ip,
-            state=NODE_STATE_TO_PROTO[node.state],
-            capacity=convert.capacity_to_proto(node.capacity),
-            free=convert.capacity_to_proto(node.free),
-            labels=node.labels,
-            worker_id=node.worker_id,
-            worker_pid=node.pid,
-            attempts=node.attempts,
-            heartbeat_time=convert.timestamp(self._sessions.heard_at(node.session_id)),
-            isolations=[convert.ISOLATION_TO_PROTO[level] for level in node.isolations],
-            runtime=node.runtime,
-            entrypoints=sorted(node.entrypoints),
-        )
 
 
 def protocol_error(error: LatticeError) -> worker_pb2.Close:

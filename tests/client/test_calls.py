@@ -11,7 +11,16 @@ from google.protobuf.any_pb2 import Any as Detail
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, run_pb2, workflow_pb2, workflow_pb2_grpc
+from lattice.v1 import (
+    artifact_pb2,
+    artifact_pb2_grpc,
+    payload_pb2,
+    results_pb2,
+    results_pb2_grpc,
+    run_pb2,
+    workflow_pb2,
+    workflow_pb2_grpc,
+)
 
 from lattice_client import AsyncLatticeClient, AsyncRun, InternalError, UnavailableError, task
 
@@ -23,7 +32,11 @@ def size(data: bytes) -> int:
     return len(data)
 
 
-class Server(workflow_pb2_grpc.WorkflowServiceServicer, results_pb2_grpc.ResultsServiceServicer):
+class Server(
+    workflow_pb2_grpc.WorkflowServiceServicer,
+    results_pb2_grpc.ResultsServiceServicer,
+    artifact_pb2_grpc.ArtifactServiceServicer,
+):
     """Counts calls and refuses as many as a test wants."""
 
     def __init__(self) -> None:
@@ -31,13 +44,13 @@ class Server(workflow_pb2_grpc.WorkflowServiceServicer, results_pb2_grpc.Results
         self.is_full = 0
 
     async def WriteArtifact(
-        self, request_iterator: AsyncIterator[results_pb2.WriteArtifactRequest], context: grpc.aio.ServicerContext
-    ) -> results_pb2.WriteArtifactResponse:
+        self, request_iterator: AsyncIterator[artifact_pb2.WriteArtifactRequest], context: grpc.aio.ServicerContext
+    ) -> artifact_pb2.WriteArtifactResponse:
         """Take an upload."""
         self.calls["WriteArtifact"] += 1
         total = sum([len(part.data) async for part in request_iterator])
         artifact = payload_pb2.Artifact(artifact_id="a", size_bytes=total, node_id="head")
-        return results_pb2.WriteArtifactResponse(artifact=artifact)
+        return artifact_pb2.WriteArtifactResponse(artifact=artifact)
 
     async def ExecuteWorkflow(
         self, request: workflow_pb2.ExecuteWorkflowRequest, context: grpc.aio.ServicerContext
@@ -100,6 +113,7 @@ def play(
         server, answering = grpc.aio.server(), served or Server()
         workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(answering, server)
         results_pb2_grpc.add_ResultsServiceServicer_to_server(answering, server)
+        artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(answering, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with asyncio.timeout(60), AsyncLatticeClient(f"127.0.0.1:{port}") as client:

@@ -90,7 +90,7 @@ def test_the_tree_of_errors_is_the_one_drawn() -> None:
 
 def test_a_server_that_is_not_there_is_unavailable() -> None:
     with LatticeClient("127.0.0.1:1") as nobody, pytest.raises(UnavailableError):
-        nobody.cluster()
+        nobody.server_info()
 
 
 def project(folder: Path, files: dict[str, str]) -> None:

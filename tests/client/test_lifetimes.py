@@ -27,7 +27,7 @@ def one() -> int:
 
 def test_the_twin_of_a_client_works_on_any_loop(client: LatticeClient) -> None:
     async def ask() -> Any:
-        return await client.aio.run_task(one, {}), (await client.aio.cluster()).executor
+        return await client.aio.run_task(one, {}), (await client.aio.server_info()).executor
 
     assert client.run_task(one, {}) == {"result": 1}
     for _ in range(2):
@@ -67,7 +67,7 @@ async def _start(workflow: Any) -> AsyncRun:
 
 
 CALLS: list[Callable[[LatticeClient], Any]] = [
-    lambda c: c.cluster(),
+    lambda c: c.server_info(),
     lambda c: c.nodes(),
     lambda c: c.get_run("r"),
     lambda c: c.list_runs(),
@@ -90,7 +90,7 @@ def test_every_call_of_a_closed_client_says_that_it_is_closed(
     address: str, ask: Callable[[LatticeClient], Any]
 ) -> None:
     client = LatticeClient(address)
-    assert client.cluster().executor == "local"
+    assert client.server_info().executor == "local"
     client.close()
     client.close()
     with pytest.raises(ClientClosedError, match=f"the client of {address} is closed"):
@@ -149,11 +149,11 @@ def forked(ask: Callable[[], Any]) -> Any:
 def test_a_child_of_a_process_that_used_a_client_is_told_at_once(
     address: str, client: LatticeClient, is_own: bool
 ) -> None:
-    assert client.cluster().executor == "local"
-    kind, text = forked(lambda: (LatticeClient(address) if is_own else client).cluster().executor)
+    assert client.server_info().executor == "local"
+    kind, text = forked(lambda: (LatticeClient(address) if is_own else client).server_info().executor)
     assert kind == ForkError.__name__
     assert "'spawn' or 'forkserver'" in text
-    assert client.cluster().executor == "local"
+    assert client.server_info().executor == "local"
 
 
 FORK_FIRST = """
@@ -247,7 +247,7 @@ print(holder.client.run_task(one, {}))
 if sys.argv[2] == "atexit":
     atexit.register(holder.client.close)
 if sys.argv[2] == "call":
-    Holder.__del__ = lambda self: self.client.cluster()
+    Holder.__del__ = lambda self: self.client.server_info()
 """
 
 

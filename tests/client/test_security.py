@@ -208,7 +208,7 @@ def test_a_token_goes_with_every_kind_of_call(guarded: str) -> None:
 def test_without_the_right_token_it_is_said_what_to_set(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for token in (None, "wrong"):
         with LatticeClient(guarded, token=token) as client, pytest.raises(UnauthenticatedError) as caught:
-            client.cluster()
+            client.server_info()
         assert caught.value.reason == "UNAUTHENTICATED"
         assert "set LATTICE_TOKEN" in str(caught.value)
     done = call(guarded, "status")
@@ -231,4 +231,4 @@ def test_a_proxy_is_no_way_to_this_machine(guarded: str, monkeypatch: pytest.Mon
     for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy"):
         monkeypatch.delenv(name, raising=False)
     with LatticeClient(guarded, token=TOKEN) as client:
-        assert client.cluster().executor == "local"
+        assert client.server_info().executor == "local"

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import code_pb2
-from lattice.v1 import payload_pb2, results_pb2, run_pb2
+from lattice.v1 import artifact_pb2, payload_pb2, results_pb2, run_pb2
 
 from lattice_client import (
     AsyncLatticeClient,
@@ -104,7 +104,7 @@ def test_a_value_that_is_slow_to_read_holds_up_its_reader_only(client: LatticeCl
     deadline = time.monotonic() + 2.0
     while time.monotonic() < deadline:
         asked = time.monotonic()
-        client.cluster()
+        client.server_info()
         worst_s = max(worst_s, time.monotonic() - asked)
         time.sleep(0.02)
     reader.join(WAIT_S)
@@ -144,7 +144,7 @@ def test_a_value_that_ends_the_program_where_it_is_read_is_an_error(client: Latt
         with pytest.raises(DecodeError, match="cannot be decoded here: SystemExit: good bye") as caught:
             read()
         assert isinstance(caught.value.__cause__, SystemExit)
-    assert client.cluster().executor == "local"
+    assert client.server_info().executor == "local"
 
 
 async def _result(address: str, run_id: str) -> Any:
@@ -272,7 +272,7 @@ def test_a_name_that_cannot_be_sent_is_an_error_of_this_package(client: LatticeC
     with pytest.raises((InvalidArgumentError, TaskDefinitionError)) as caught:
         ask(client)
     str(caught.value).encode(errors="backslashreplace")
-    assert client.cluster().executor == "local"
+    assert client.server_info().executor == "local"
 
 
 def _one_task(client: LatticeClient, name: str = "", task_name: str | None = None) -> Any:
@@ -285,8 +285,8 @@ class Refusing(test_calls.Server):
     """Ends an upload after its first part."""
 
     async def WriteArtifact(
-        self, request_iterator: AsyncIterator[results_pb2.WriteArtifactRequest], context: grpc.aio.ServicerContext
-    ) -> results_pb2.WriteArtifactResponse:
+        self, request_iterator: AsyncIterator[artifact_pb2.WriteArtifactRequest], context: grpc.aio.ServicerContext
+    ) -> artifact_pb2.WriteArtifactResponse:
         """Take one part, and refuse."""
         self.calls["WriteArtifact"] += 1
         async for _ in request_iterator:

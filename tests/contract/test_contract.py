@@ -44,3 +44,15 @@ def test_every_enum_value_translates(wire: EnumTypeWrapper, table: dict[Enum, in
 
 def test_failure_kinds_translate_both_ways() -> None:
     assert {FAILURE_KIND_FROM_PROTO[proto]: proto for proto in FAILURE_KIND_FROM_PROTO} == FAILURE_KIND_TO_PROTO
+
+
+@pytest.mark.parametrize("path", PROTOS, ids=lambda path: path.name)
+def test_file_names_its_package_in_go_java_and_csharp(path: Path) -> None:
+    text = path.read_text()
+    for option in (
+        'csharp_namespace = "Lattice.V1"',
+        'go_package = "lattice/v1;latticev1"',
+        "java_multiple_files = true",
+        'java_package = "lattice.v1"',
+    ):
+        assert f"option {option};" in text

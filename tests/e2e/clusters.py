@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lattice.v1 import worker_pb2
+from lattice.v1 import cluster_pb2
 
 from lattice_client import LatticeClient
 from tests.certificates import certificates
@@ -41,7 +41,7 @@ class Cluster:
         command = ["start", "--worker", "--addr", self.address, "--node-id", node_id]
         command += [*(flags or ("--num-cpus", "2")), "--label", f"at={node_id}"]
         worker = machine.lattice(*command, env=self.env, until=f"as node {node_id}")
-        self.until_node(node_id, worker_pb2.NODE_STATE_READY)
+        self.until_node(node_id, cluster_pb2.NODE_STATE_READY)
         return worker
 
     @property
@@ -64,11 +64,11 @@ class Cluster:
             self._client.close()
             self._client = None
 
-    def nodes(self) -> dict[str, worker_pb2.Node]:
+    def nodes(self) -> dict[str, cluster_pb2.Node]:
         """Return the nodes by their ids."""
         return {node.node_id: node for node in self.client.nodes()}
 
-    def until_node(self, node_id: str, *states: worker_pb2.NodeState.ValueType) -> None:
+    def until_node(self, node_id: str, *states: cluster_pb2.NodeState.ValueType) -> None:
         """Wait until a node is in one of these states; without any, until it is gone."""
 
         def is_so() -> bool:

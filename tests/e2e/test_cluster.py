@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lattice.v1 import worker_pb2
+from lattice.v1 import cluster_pb2
 
 from lattice_client import TaskFailedError, task
 from lattice_client.sync import Run
@@ -15,7 +15,7 @@ from tests.e2e.clusters import Cluster, cluster
 from tests.e2e.net import GONE_S, LATTICE, Host, needs_network
 from tests.e2e.rooms import WAIT_S, Room, enter, entered, started, until
 
-READY, DETACHED, DRAINING = (worker_pb2.NodeState.Value(f"NODE_STATE_{n}") for n in ("READY", "DETACHED", "DRAINING"))
+READY, DETACHED, DRAINING = (cluster_pb2.NodeState.Value(f"NODE_STATE_{n}") for n in ("READY", "DETACHED", "DRAINING"))
 LARGE_BYTES = 3_000_000
 README = Path(__file__).parent.parent.parent / "README.md"
 

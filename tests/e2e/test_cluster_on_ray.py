@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from lattice.v1 import worker_pb2
+from lattice.v1 import cluster_pb2
 
 from lattice_client import TaskFailedError, task
 from lattice_client.sync import Run
@@ -25,7 +25,7 @@ from tests.e2e.test_cluster import (
     wait_and_measure,
 )
 
-READY = worker_pb2.NODE_STATE_READY
+READY = cluster_pb2.NODE_STATE_READY
 # Several parts, and far more than what machines tell each other anyway.
 MANY_BYTES = 30_000_000
 AWAY_S = 3.0
@@ -79,7 +79,7 @@ def test_machines_join_ray_and_exchange_values(two: Cluster, room: Room) -> None
     made = workflow.add_task(make, {"size": LARGE_BYTES}, "make")
     workflow.add_task(measure, {"data": made.output}, "measure")
     assert workflow.run().result(timeout=WAIT_S) == {"result": LARGE_BYTES}
-    assert two.client.cluster().ray_address.startswith(f"{two.head.address}:")
+    assert two.client.server_info().ray_address.startswith(f"{two.head.address}:")
     assert {node.node_ip for node in two.nodes().values()} == {machine.address for machine in two.machines[:2]}
 
 
@@ -148,13 +148,13 @@ def test_a_machine_that_comes_back_before_ray_has_missed_it_goes_on_with_the_sam
 )
 def test_when_rays_head_dies_another_is_started_and_everybody_comes_back(what: str, two: Cluster, room: Room) -> None:
     run = four_in(two, room)
-    before = two.client.cluster()
+    before = two.client.server_info()
     kill(two.head, what)
-    two.until(lambda: two.client.cluster().ray_address not in {"", before.ray_address})
+    two.until(lambda: two.client.server_info().ray_address not in {"", before.ray_address})
     room.open()
     assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
     assert set(retried(run)) == {"WORKER_LOST"}
-    assert two.client.cluster().pid == before.pid
+    assert two.client.server_info().pid == before.pid
     for machine, name in zip(two.machines, "ab", strict=False):
         two.until_node(name, READY)
         started = [process for process in machine.processes() if before.ray_address in process.cmdline()]
@@ -168,7 +168,7 @@ def test_a_machine_leaves_when_it_is_told_to(how: str, two: Cluster, room: Room)
         two.command("nodes", "drain", "a")
     else:
         kill(two.machines[0], "-m lattice_worker --join", signal.SIGTERM)
-    two.until_node("a", worker_pb2.NODE_STATE_DRAINING)
+    two.until_node("a", cluster_pb2.NODE_STATE_DRAINING)
     room.open()
     assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
     assert retried(run) == []

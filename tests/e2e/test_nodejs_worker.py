@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from lattice.v1 import worker_pb2, worker_pb2_grpc
+from lattice.v1 import cluster_pb2, cluster_pb2_grpc
 
 from lattice_client import (
     AsyncLatticeClient,
@@ -100,7 +100,7 @@ def worker(address: str) -> Iterator[NodejsWorker]:
     started.kill()
 
 
-def node_of(client: LatticeClient) -> worker_pb2.Node:
+def node_of(client: LatticeClient) -> cluster_pb2.Node:
     """Return the worker's node as the server shows it."""
     (found,) = [node for node in client.nodes() if node.node_id == NODE]
     return found
@@ -408,9 +408,9 @@ def test_a_worker_that_leaves_finishes_what_it_has(
     entered(run, added.task_id)
     if how == "drained":
         with grpc.insecure_channel(address) as channel:
-            request = worker_pb2.DrainNodeRequest(node_id=NODE)
-            answer = worker_pb2_grpc.WorkerServiceStub(channel).DrainNode(request, timeout=WAIT_S)
-        assert answer.node.state == worker_pb2.NODE_STATE_DRAINING
+            request = cluster_pb2.DrainNodeRequest(node_id=NODE)
+            answer = cluster_pb2_grpc.ClusterServiceStub(channel).DrainNode(request, timeout=WAIT_S)
+        assert answer.node.state == cluster_pb2.NODE_STATE_DRAINING
     else:
         os.kill(worker.process.pid, signal.SIGTERM)
     room.open()

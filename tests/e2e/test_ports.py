@@ -8,7 +8,7 @@ from lattice_client import LatticeClient
 
 
 def test_nothing_listens_beyond_loopback(client: LatticeClient) -> None:
-    server = psutil.Process(client.cluster().pid)
+    server = psutil.Process(client.server_info().pid)
     listening = {
         (process.name(), connection.laddr.ip)
         for process in [server, *server.children(recursive=True)]

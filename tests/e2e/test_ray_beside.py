@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lattice.v1 import worker_pb2
+from lattice.v1 import cluster_pb2
 
 from lattice_client import LatticeClient, task
 from tests.e2e.conftest import LATTICE
@@ -75,7 +75,7 @@ def lattice(place: Path) -> Iterator[tuple[LatticeClient, "subprocess.Popen[str]
 
 def until_ready(client: LatticeClient, names: set[str]) -> None:
     deadline = time.monotonic() + WAIT_S
-    while {node.node_id for node in client.nodes() if node.state == worker_pb2.NODE_STATE_READY} != names:
+    while {node.node_id for node in client.nodes() if node.state == cluster_pb2.NODE_STATE_READY} != names:
         assert time.monotonic() < deadline, client.nodes()
         time.sleep(0.1)
 
@@ -99,7 +99,7 @@ def records(place: Path) -> set[str]:
 
 def test_a_ray_that_a_user_starts_is_apart_from_that_of_lattice_while_it_runs_and_after(place: Path) -> None:
     with lattice(place) as (client, worker, log):
-        gcs = client.cluster().ray_address
+        gcs = client.server_info().ray_address
         found, ours = users_ray()
         assert found != gcs
         assert ours == "[]"
@@ -123,7 +123,7 @@ def test_the_cluster_of_a_user_is_the_one_that_is_found(place: Path, monkeypatch
         before = records(place)
         assert (place / "ray" / "ray_current_cluster").read_text() == users
         with lattice(place) as (client, _, _):
-            assert client.cluster().ray_address != users
+            assert client.server_info().ray_address != users
             assert users_ray("auto") == (users, "[]")
             assert (place / "ray" / "ray_current_cluster").read_text() == users
         assert users_ray("auto") == (users, "[]")

@@ -42,7 +42,7 @@ def submit(client: LatticeClient, room: str) -> Run:
 
 def processes(client: LatticeClient) -> list[psutil.Process]:
     """Return every process the server started."""
-    return psutil.Process(client.cluster().pid).children(recursive=True)
+    return psutil.Process(client.server_info().pid).children(recursive=True)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def processes(client: LatticeClient) -> list[psutil.Process]:
 )
 def test_no_death_of_ray_is_the_end_of_a_run(victim: str, room: Room) -> None:
     with two_cpus() as client:
-        server = client.cluster().pid
+        server = client.server_info().pid
         running = submit(client, room)
         entered(running, "stay")
         queued = submit(client, room)
@@ -66,7 +66,7 @@ def test_no_death_of_ray_is_the_end_of_a_run(victim: str, room: Room) -> None:
         assert running.result(timeout=WAIT_S) == queued.result(timeout=WAIT_S) == STAYED
         failures = [e.data["failure"]["kind"] for e in running.events() if e.type == "task_retrying"]
         assert failures == ["WORKER_LOST"]
-        assert client.cluster().pid == server
+        assert client.server_info().pid == server
         names = {process.name() for process in processes(client)}
         assert {"gcs_server", "raylet"} <= names
         ours = [*before, *processes(client)]
@@ -103,7 +103,7 @@ def test_a_ray_of_somebody_else_is_shared_and_left_running(tmp_path: Path, room:
             assert free_resources(address)["CPU"] == 1
             assert {node.node_id for node in client.nodes()} == {"ray-1", "ray-2"}
             worker = psutil.Process(client.nodes()[0].worker_pid)
-            assert client.cluster().pid not in {parent.pid for parent in worker.parents()}
+            assert client.server_info().pid not in {parent.pid for parent in worker.parents()}
             room.open()
             assert [run.result(timeout=WAIT_S) for run in runs] == [STAYED] * 2
         assert free_resources(address)["CPU"] == 5

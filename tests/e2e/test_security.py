@@ -144,7 +144,7 @@ def test_the_token_shows_nowhere(safe: Served, made: Certificates) -> None:
     with LatticeClient(safe.address, token=TOKEN, tls_ca=made.ca) as client:
         seen = client.run_task(environment, {"names": []})["result"]
         with pytest.raises(UnavailableError):
-            LatticeClient(safe.address, token=TOKEN).cluster()
+            LatticeClient(safe.address, token=TOKEN).server_info()
     assert TOKEN not in json.dumps(seen)
     assert {name for name in seen if name.startswith("LATTICE_")} <= {"LATTICE_WORKER_ID", "LATTICE_TARGET"}
     server = psutil.Process(safe.process.pid)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from lattice.v1 import results_pb2, results_pb2_grpc
+from lattice.v1 import artifact_pb2, artifact_pb2_grpc
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted")
 CHUNK = b"x" * (1 << 20)
@@ -39,16 +39,16 @@ def test_an_upload_that_a_full_store_cannot_take_is_refused_with_its_folder_and_
         found = re.search(r"127\.0\.0\.1:\d+", server.stdout.readline())
         assert found
         with grpc.insecure_channel(found.group()) as channel:
-            results = results_pb2_grpc.ResultsServiceStub(channel)
+            artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
             with pytest.raises(grpc.RpcError) as caught:
-                results.WriteArtifact(results_pb2.WriteArtifactRequest(data=CHUNK) for _ in range(20))
+                artifacts.WriteArtifact(artifact_pb2.WriteArtifactRequest(data=CHUNK) for _ in range(20))
             assert isinstance(caught.value, grpc.Call)
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert re.search(
                 rf"{short_path}/store/lattice-head-\w+ cannot take it: No space left on device; \d of 8 MiB are free",
                 caught.value.details() or "",
             )
-            written = results.WriteArtifact(results_pb2.WriteArtifactRequest(data=CHUNK) for _ in range(4))
+            written = artifacts.WriteArtifact(artifact_pb2.WriteArtifactRequest(data=CHUNK) for _ in range(4))
             assert written.artifact.size_bytes == 4 << 20
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from lattice.v1 import results_pb2, results_pb2_grpc, worker_pb2, worker_pb2_grpc
+from lattice.v1 import artifact_pb2, artifact_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from lattice_worker.channel import ChannelError, check, opened
 from lattice_worker.config import WorkerConfig
@@ -82,19 +82,19 @@ def test_the_command_refuses_what_is_not_safe() -> None:
     assert done.stderr.startswith(f"lattice_worker: {FAR} is not this machine")
 
 
-class Reader(results_pb2_grpc.ResultsServiceServicer):
+class Reader(artifact_pb2_grpc.ArtifactServiceServicer):
     """Answers with the metadata it was sent."""
 
     async def ReadArtifact(self, request: object, context: grpc.aio.ServicerContext) -> object:
         """Answer once."""
-        yield results_pb2.ReadArtifactResponse(data=str(dict(context.invocation_metadata())["authorization"]).encode())
+        yield artifact_pb2.ReadArtifactResponse(data=str(dict(context.invocation_metadata())["authorization"]).encode())
 
 
 def test_every_call_is_encrypted_and_carries_the_token(made: Certificates) -> None:
     async def scenario() -> None:
         head, server = Head(), grpc.aio.server()
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(head, server)
-        results_pb2_grpc.add_ResultsServiceServicer_to_server(Reader(), server)
+        artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(Reader(), server)
         pairs = [(made.key.read_bytes(), made.cert.read_bytes())]
         credentials = grpc.ssl_server_credentials(pairs, made.ca.read_bytes(), require_client_auth=True)
         port = server.add_secure_port("127.0.0.1:0", credentials)
@@ -107,7 +107,7 @@ def test_every_call_is_encrypted_and_carries_the_token(made: Certificates) -> No
             stream, hello = await head.dialled()
             assert (stream.credentials, hello.worker_id) == (f"Bearer {TOKEN}", "w")
             stream.drop()
-            read = results_pb2_grpc.ResultsServiceStub(channel).ReadArtifact(results_pb2.ReadArtifactRequest())
+            read = artifact_pb2_grpc.ArtifactServiceStub(channel).ReadArtifact(artifact_pb2.ReadArtifactRequest())
             assert [answer.data async for answer in read] == [f"Bearer {TOKEN}".encode()]
         await server.stop(None)
 

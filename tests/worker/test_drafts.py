@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from lattice.v1 import errors_pb2, payload_pb2, results_pb2, results_pb2_grpc, worker_pb2
+from lattice.v1 import artifact_pb2, artifact_pb2_grpc, errors_pb2, payload_pb2, worker_pb2
 
 from lattice_worker import cli, context
 from lattice_worker.drafts import Drafts
@@ -222,34 +222,34 @@ def test_what_a_killed_worker_wrote_and_did_not_come_to_say_is_told_by_the_next_
     play(scenario, store)
 
 
-class Sender(results_pb2_grpc.ResultsServiceServicer):
+class Sender(artifact_pb2_grpc.ArtifactServiceServicer):
     """Sends large values in two parts, the second when it is told to."""
 
     def __init__(self) -> None:
         self.is_asked, self.may_go_on = asyncio.Event(), asyncio.Event()
 
     async def ReadArtifact(
-        self, request: results_pb2.ReadArtifactRequest, context: Any
-    ) -> AsyncIterator[results_pb2.ReadArtifactResponse]:
+        self, request: artifact_pb2.ReadArtifactRequest, context: Any
+    ) -> AsyncIterator[artifact_pb2.ReadArtifactResponse]:
         """Send one."""
-        yield results_pb2.ReadArtifactResponse(data=b"x")
+        yield artifact_pb2.ReadArtifactResponse(data=b"x")
         self.is_asked.set()
         await self.may_go_on.wait()
-        yield results_pb2.ReadArtifactResponse(data=b"y")
+        yield artifact_pb2.ReadArtifactResponse(data=b"y")
 
 
 @pytest.mark.parametrize("is_dropped", [True, False])
 def test_a_copy_of_what_was_dropped_on_its_way_does_not_stay(is_dropped: bool, store: Path) -> None:
     async def scenario() -> None:
         sender, server = Sender(), grpc.aio.server()
-        results_pb2_grpc.add_ResultsServiceServicer_to_server(sender, server)
+        artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(sender, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         drafts, artifact = Drafts(str(store)), payload_pb2.Artifact(artifact_id="0" * 32, size_bytes=2, node_id="other")
         payload = payload_pb2.Binding(payload=payload_pb2.Payload(artifact=artifact))
         assignment = worker_pb2.Assignment(attempts=[worker_pb2.Attempt(inputs={"x": payload})])
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub: Any = results_pb2_grpc.ResultsServiceStub(channel)
+            stub: Any = artifact_pb2_grpc.ArtifactServiceStub(channel)
             with drafts.opened():
                 materials = Materials(str(store), "n", drafts, lambda: stub)
                 (fetch,) = materials.missing("", assignment, {})

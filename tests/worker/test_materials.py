@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-from lattice.v1 import payload_pb2, results_pb2, results_pb2_grpc, task_pb2, worker_pb2
+from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, task_pb2, worker_pb2
 
 from lattice_worker import materials
 from lattice_worker.courier import Courier
@@ -35,15 +35,15 @@ class Server:
         self.asked: list[str] = []
 
     async def ReadArtifact(
-        self, request: results_pb2.ReadArtifactRequest
-    ) -> AsyncIterator[results_pb2.ReadArtifactResponse]:
+        self, request: artifact_pb2.ReadArtifactRequest
+    ) -> AsyncIterator[artifact_pb2.ReadArtifactResponse]:
         """Send bytes, in two pieces, or end with a status."""
         self.asked.append(request.artifact_id)
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, grpc.StatusCode):
             raise grpc.aio.AioRpcError(answer, grpc.aio.Metadata(), grpc.aio.Metadata(), "a reason")
         for data in (answer[:4], answer[4:]):
-            yield results_pb2.ReadArtifactResponse(data=data)
+            yield artifact_pb2.ReadArtifactResponse(data=data)
 
 
 class Bringer(Courier):
@@ -280,31 +280,31 @@ def test_code_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     play(scenario)
 
 
-class Results(results_pb2_grpc.ResultsServiceServicer):
+class Results(artifact_pb2_grpc.ArtifactServiceServicer):
     """Gives the value to the second who asks."""
 
     def __init__(self) -> None:
         self.is_asked = asyncio.Event()
 
     async def ReadArtifact(
-        self, request: results_pb2.ReadArtifactRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[results_pb2.ReadArtifactResponse]:
+        self, request: artifact_pb2.ReadArtifactRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[artifact_pb2.ReadArtifactResponse]:
         """Yield the value, or nothing ever."""
-        yield results_pb2.ReadArtifactResponse(data=b"x")
+        yield artifact_pb2.ReadArtifactResponse(data=b"x")
         if not self.is_asked.is_set():
             self.is_asked.set()
             await asyncio.Event().wait()
-        yield results_pb2.ReadArtifactResponse(data=b"yz")
+        yield artifact_pb2.ReadArtifactResponse(data=b"yz")
 
 
 def test_a_value_on_its_way_when_the_stream_breaks_comes_by_the_next_one(tmp_path: Path) -> None:
     async def scenario() -> None:
         server, results = grpc.aio.server(), Results()
-        results_pb2_grpc.add_ResultsServiceServicer_to_server(results, server)
+        artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(results, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}") for _ in range(2)]
-        stubs = [results_pb2_grpc.ResultsServiceStub(channel) for channel in channels]
+        stubs = [artifact_pb2_grpc.ArtifactServiceStub(channel) for channel in channels]
         materials = Materials(str(tmp_path), "here", drafts(tmp_path), lambda: stubs[0])
         attempt = worker_pb2.Attempt(inputs={"x": value(LARGE)})
         (fetching,) = materials.missing("", worker_pb2.Assignment(attempts=[attempt]), {})

@@ -60,8 +60,8 @@ Global___Payload: typing_extensions.TypeAlias = Payload
 
 @typing.final
 class Artifact(google.protobuf.message.Message):
-    """A reference to encoded bytes too large to inline. Read it with `ResultsService.ReadArtifact`, write one with
-    `ResultsService.WriteArtifact`. An artifact lives as long as the run that holds it.
+    """A reference to encoded bytes too large to inline. Read it with `ArtifactService.ReadArtifact`, write one with
+    `ArtifactService.WriteArtifact`. An artifact lives as long as the run that holds it.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -23,33 +23,25 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
-from lattice.v1 import payload_pb2 as lattice_dot_v1_dot_payload__pb2
 from lattice.v1 import run_pb2 as lattice_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lattice/v1/results.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18lattice/v1/payload.proto\x1a\x14lattice/v1/run.proto\"a\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0c\x65xclude_logs\x18\x03 \x01(\x08\x12\x10\n\x08task_ids\x18\x04 \x03(\t\"\\\n\x10WatchRunResponse\x12$\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x14.lattice.v1.RunEvent\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"K\n\x10GetResultRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"[\n\x11GetResultResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.lattice.v1.Run\x12(\n\x0b\x66inal_tasks\x18\x02 \x03(\x0b\x32\x13.lattice.v1.TaskRun\":\n\x13ReadArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"$\n\x14ReadArtifactResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"$\n\x14WriteArtifactRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"?\n\x15WriteArtifactResponse\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.lattice.v1.Artifact2\xd0\x02\n\x0eResultsService\x12G\n\x08WatchRun\x12\x1b.lattice.v1.WatchRunRequest\x1a\x1c.lattice.v1.WatchRunResponse0\x01\x12H\n\tGetResult\x12\x1c.lattice.v1.GetResultRequest\x1a\x1d.lattice.v1.GetResultResponse\x12S\n\x0cReadArtifact\x12\x1f.lattice.v1.ReadArtifactRequest\x1a .lattice.v1.ReadArtifactResponse0\x01\x12V\n\rWriteArtifact\x12 .lattice.v1.WriteArtifactRequest\x1a!.lattice.v1.WriteArtifactResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lattice/v1/results.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14lattice/v1/run.proto\"a\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0c\x65xclude_logs\x18\x03 \x01(\x08\x12\x10\n\x08task_ids\x18\x04 \x03(\t\"\\\n\x10WatchRunResponse\x12$\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x14.lattice.v1.RunEvent\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"K\n\x10GetResultRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"[\n\x11GetResultResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.lattice.v1.Run\x12(\n\x0b\x66inal_tasks\x18\x02 \x03(\x0b\x32\x13.lattice.v1.TaskRun2\xa3\x01\n\x0eResultsService\x12G\n\x08WatchRun\x12\x1b.lattice.v1.WatchRunRequest\x1a\x1c.lattice.v1.WatchRunResponse0\x01\x12H\n\tGetResult\x12\x1c.lattice.v1.GetResultRequest\x1a\x1d.lattice.v1.GetResultResponseB1\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lattice.v1.results_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
-  _globals['_WATCHRUNREQUEST']._serialized_start=120
-  _globals['_WATCHRUNREQUEST']._serialized_end=217
-  _globals['_WATCHRUNRESPONSE']._serialized_start=219
-  _globals['_WATCHRUNRESPONSE']._serialized_end=311
-  _globals['_GETRESULTREQUEST']._serialized_start=313
-  _globals['_GETRESULTREQUEST']._serialized_end=388
-  _globals['_GETRESULTRESPONSE']._serialized_start=390
-  _globals['_GETRESULTRESPONSE']._serialized_end=481
-  _globals['_READARTIFACTREQUEST']._serialized_start=483
-  _globals['_READARTIFACTREQUEST']._serialized_end=541
-  _globals['_READARTIFACTRESPONSE']._serialized_start=543
-  _globals['_READARTIFACTRESPONSE']._serialized_end=579
-  _globals['_WRITEARTIFACTREQUEST']._serialized_start=581
-  _globals['_WRITEARTIFACTREQUEST']._serialized_end=617
-  _globals['_WRITEARTIFACTRESPONSE']._serialized_start=619
-  _globals['_WRITEARTIFACTRESPONSE']._serialized_end=682
-  _globals['_RESULTSSERVICE']._serialized_start=685
-  _globals['_RESULTSSERVICE']._serialized_end=1021
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'\n\nlattice.v1P\001Z\024lattice/v1;latticev1\252\002\nLattice.V1'
+  _globals['_WATCHRUNREQUEST']._serialized_start=94
+  _globals['_WATCHRUNREQUEST']._serialized_end=191
+  _globals['_WATCHRUNRESPONSE']._serialized_start=193
+  _globals['_WATCHRUNRESPONSE']._serialized_end=285
+  _globals['_GETRESULTREQUEST']._serialized_start=287
+  _globals['_GETRESULTREQUEST']._serialized_end=362
+  _globals['_GETRESULTRESPONSE']._serialized_start=364
+  _globals['_GETRESULTRESPONSE']._serialized_end=455
+  _globals['_RESULTSSERVICE']._serialized_start=458
+  _globals['_RESULTSSERVICE']._serialized_end=621
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ResultsServiceStub(object):
-    """Follows runs and moves large values.
+    """Follows runs.
 
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
@@ -35,7 +35,7 @@ class ResultsServiceStub(object):
     readers may come, be slow, or leave without the run noticing. `complete` marks the last message.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
-    artifacts: `ReadArtifact` streams one, `WriteArtifact` stores one before a run that needs it is started.
+    artifacts; `ArtifactService` reads and writes them.
     """
 
     def __init__(self, channel):
@@ -54,20 +54,10 @@ class ResultsServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_results__pb2.GetResultRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_results__pb2.GetResultResponse.FromString,
                 _registered_method=True)
-        self.ReadArtifact = channel.unary_stream(
-                '/lattice.v1.ResultsService/ReadArtifact',
-                request_serializer=lattice_dot_v1_dot_results__pb2.ReadArtifactRequest.SerializeToString,
-                response_deserializer=lattice_dot_v1_dot_results__pb2.ReadArtifactResponse.FromString,
-                _registered_method=True)
-        self.WriteArtifact = channel.stream_unary(
-                '/lattice.v1.ResultsService/WriteArtifact',
-                request_serializer=lattice_dot_v1_dot_results__pb2.WriteArtifactRequest.SerializeToString,
-                response_deserializer=lattice_dot_v1_dot_results__pb2.WriteArtifactResponse.FromString,
-                _registered_method=True)
 
 
 class ResultsServiceServicer(object):
-    """Follows runs and moves large values.
+    """Follows runs.
 
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
@@ -76,7 +66,7 @@ class ResultsServiceServicer(object):
     readers may come, be slow, or leave without the run noticing. `complete` marks the last message.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
-    artifacts: `ReadArtifact` streams one, `WriteArtifact` stores one before a run that needs it is started.
+    artifacts; `ArtifactService` reads and writes them.
     """
 
     def WatchRun(self, request, context):
@@ -88,20 +78,6 @@ class ResultsServiceServicer(object):
 
     def GetResult(self, request, context):
         """Returns a run and the outputs of its final tasks, at once or when it has ended.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def ReadArtifact(self, request, context):
-        """Streams the bytes of an artifact.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def WriteArtifact(self, request_iterator, context):
-        """Stores an artifact that inputs may then refer to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,16 +96,6 @@ def add_ResultsServiceServicer_to_server(servicer, server):
                     request_deserializer=lattice_dot_v1_dot_results__pb2.GetResultRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_results__pb2.GetResultResponse.SerializeToString,
             ),
-            'ReadArtifact': grpc.unary_stream_rpc_method_handler(
-                    servicer.ReadArtifact,
-                    request_deserializer=lattice_dot_v1_dot_results__pb2.ReadArtifactRequest.FromString,
-                    response_serializer=lattice_dot_v1_dot_results__pb2.ReadArtifactResponse.SerializeToString,
-            ),
-            'WriteArtifact': grpc.stream_unary_rpc_method_handler(
-                    servicer.WriteArtifact,
-                    request_deserializer=lattice_dot_v1_dot_results__pb2.WriteArtifactRequest.FromString,
-                    response_serializer=lattice_dot_v1_dot_results__pb2.WriteArtifactResponse.SerializeToString,
-            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'lattice.v1.ResultsService', rpc_method_handlers)
@@ -139,7 +105,7 @@ def add_ResultsServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ResultsService(object):
-    """Follows runs and moves large values.
+    """Follows runs.
 
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
@@ -148,7 +114,7 @@ class ResultsService(object):
     readers may come, be slow, or leave without the run noticing. `complete` marks the last message.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
-    artifacts: `ReadArtifact` streams one, `WriteArtifact` stores one before a run that needs it is started.
+    artifacts; `ArtifactService` reads and writes them.
     """
 
     @staticmethod
@@ -195,60 +161,6 @@ class ResultsService(object):
             '/lattice.v1.ResultsService/GetResult',
             lattice_dot_v1_dot_results__pb2.GetResultRequest.SerializeToString,
             lattice_dot_v1_dot_results__pb2.GetResultResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ReadArtifact(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
-            target,
-            '/lattice.v1.ResultsService/ReadArtifact',
-            lattice_dot_v1_dot_results__pb2.ReadArtifactRequest.SerializeToString,
-            lattice_dot_v1_dot_results__pb2.ReadArtifactResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def WriteArtifact(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_unary(
-            request_iterator,
-            target,
-            '/lattice.v1.ResultsService/WriteArtifact',
-            lattice_dot_v1_dot_results__pb2.WriteArtifactRequest.SerializeToString,
-            lattice_dot_v1_dot_results__pb2.WriteArtifactResponse.FromString,
             options,
             channel_credentials,
             insecure,

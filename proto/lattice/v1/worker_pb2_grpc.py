@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WorkerServiceStub(object):
-    """Connects workers and shows nodes.
+    """Connects workers. Only workers call it; what callers ask about nodes is `ClusterService`.
 
     A worker is one process that serves one node. It dials `Connect` and says `Hello`: what it is, what it has, and, when
     it comes back after a broken stream, which session it had and which leases it holds. The server answers
@@ -66,25 +66,10 @@ class WorkerServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_worker__pb2.UploadArtifactRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_worker__pb2.UploadArtifactResponse.FromString,
                 _registered_method=True)
-        self.ListNodes = channel.unary_unary(
-                '/lattice.v1.WorkerService/ListNodes',
-                request_serializer=lattice_dot_v1_dot_worker__pb2.ListNodesRequest.SerializeToString,
-                response_deserializer=lattice_dot_v1_dot_worker__pb2.ListNodesResponse.FromString,
-                _registered_method=True)
-        self.DrainNode = channel.unary_unary(
-                '/lattice.v1.WorkerService/DrainNode',
-                request_serializer=lattice_dot_v1_dot_worker__pb2.DrainNodeRequest.SerializeToString,
-                response_deserializer=lattice_dot_v1_dot_worker__pb2.DrainNodeResponse.FromString,
-                _registered_method=True)
-        self.GetCluster = channel.unary_unary(
-                '/lattice.v1.WorkerService/GetCluster',
-                request_serializer=lattice_dot_v1_dot_worker__pb2.GetClusterRequest.SerializeToString,
-                response_deserializer=lattice_dot_v1_dot_worker__pb2.GetClusterResponse.FromString,
-                _registered_method=True)
 
 
 class WorkerServiceServicer(object):
-    """Connects workers and shows nodes.
+    """Connects workers. Only workers call it; what callers ask about nodes is `ClusterService`.
 
     A worker is one process that serves one node. It dials `Connect` and says `Hello`: what it is, what it has, and, when
     it comes back after a broken stream, which session it had and which leases it holds. The server answers
@@ -122,27 +107,6 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ListNodes(self, request, context):
-        """Lists the nodes in the ledger with their workers and load.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def DrainNode(self, request, context):
-        """Lets a node finish what it runs and gives it nothing more.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def GetCluster(self, request, context):
-        """Returns facts about the server and its cluster.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -156,21 +120,6 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=lattice_dot_v1_dot_worker__pb2.UploadArtifactRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_worker__pb2.UploadArtifactResponse.SerializeToString,
             ),
-            'ListNodes': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListNodes,
-                    request_deserializer=lattice_dot_v1_dot_worker__pb2.ListNodesRequest.FromString,
-                    response_serializer=lattice_dot_v1_dot_worker__pb2.ListNodesResponse.SerializeToString,
-            ),
-            'DrainNode': grpc.unary_unary_rpc_method_handler(
-                    servicer.DrainNode,
-                    request_deserializer=lattice_dot_v1_dot_worker__pb2.DrainNodeRequest.FromString,
-                    response_serializer=lattice_dot_v1_dot_worker__pb2.DrainNodeResponse.SerializeToString,
-            ),
-            'GetCluster': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetCluster,
-                    request_deserializer=lattice_dot_v1_dot_worker__pb2.GetClusterRequest.FromString,
-                    response_serializer=lattice_dot_v1_dot_worker__pb2.GetClusterResponse.SerializeToString,
-            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'lattice.v1.WorkerService', rpc_method_handlers)
@@ -180,7 +129,7 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService(object):
-    """Connects workers and shows nodes.
+    """Connects workers. Only workers call it; what callers ask about nodes is `ClusterService`.
 
     A worker is one process that serves one node. It dials `Connect` and says `Hello`: what it is, what it has, and, when
     it comes back after a broken stream, which session it had and which leases it holds. The server answers
@@ -248,87 +197,6 @@ class WorkerService(object):
             '/lattice.v1.WorkerService/UploadArtifact',
             lattice_dot_v1_dot_worker__pb2.UploadArtifactRequest.SerializeToString,
             lattice_dot_v1_dot_worker__pb2.UploadArtifactResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ListNodes(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/lattice.v1.WorkerService/ListNodes',
-            lattice_dot_v1_dot_worker__pb2.ListNodesRequest.SerializeToString,
-            lattice_dot_v1_dot_worker__pb2.ListNodesResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def DrainNode(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/lattice.v1.WorkerService/DrainNode',
-            lattice_dot_v1_dot_worker__pb2.DrainNodeRequest.SerializeToString,
-            lattice_dot_v1_dot_worker__pb2.DrainNodeResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetCluster(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/lattice.v1.WorkerService/GetCluster',
-            lattice_dot_v1_dot_worker__pb2.GetClusterRequest.SerializeToString,
-            lattice_dot_v1_dot_worker__pb2.GetClusterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,6 +11,8 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from lattice.v1 import (
+    artifact_pb2_grpc,
+    cluster_pb2_grpc,
     payload_pb2,
     results_pb2_grpc,
     task_pb2,
@@ -42,6 +44,8 @@ class Caller:
         self.workflows = workflow_pb2_grpc.WorkflowServiceStub(channel)
         self.tasks = task_pb2_grpc.TaskServiceStub(channel)
         self.results = results_pb2_grpc.ResultsServiceStub(channel)
+        self.artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
+        self.cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
         self.workers = worker_pb2_grpc.WorkerServiceStub(channel)
 
 

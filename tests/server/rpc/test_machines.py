@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from lattice.v1 import worker_pb2
+from lattice.v1 import cluster_pb2, worker_pb2
 
 from lattice_server.config import ServerConfig
 from lattice_server.engine.ports import Machine, Membership, RayCluster
@@ -119,7 +119,7 @@ def test_a_machine_that_leaves_is_drained_by_its_own_deadline() -> None:
         await hand.say(draining={"deadline": Duration(seconds=7)})
         drain = await worker.hear("drain")
         assert drain.deadline.ToTimedelta().total_seconds() == 7
-        await head.until_states(m=worker_pb2.NODE_STATE_DRAINING, other=worker_pb2.NODE_STATE_READY)
+        await head.until_states(m=cluster_pb2.NODE_STATE_DRAINING, other=cluster_pb2.NODE_STATE_READY)
         for each in (worker, other, hand):
             each.hang_up()
 

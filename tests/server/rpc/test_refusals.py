@@ -7,7 +7,17 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from grpc import StatusCode as Code
-from lattice.v1 import payload_pb2, resources_pb2, results_pb2, run_pb2, task_pb2, worker_pb2, workflow_pb2
+from lattice.v1 import (
+    artifact_pb2,
+    cluster_pb2,
+    payload_pb2,
+    resources_pb2,
+    results_pb2,
+    run_pb2,
+    task_pb2,
+    worker_pb2,
+    workflow_pb2,
+)
 
 from tests.server.apps import NoWorkers, serving_aside
 from tests.server.rpc.callers import (
@@ -202,8 +212,8 @@ def test_a_bundle_whose_digest_is_not_its_own_is_refused(idle: Caller) -> None:
         ("workflows.ListRuns", workflow_pb2.ListRunsRequest(page_size=-1), "page_size"),
         ("workflows.ListWorkflows", workflow_pb2.ListWorkflowsRequest(page_token="-1"), "page_token"),
         ("results.WatchRun", results_pb2.WatchRunRequest(run_id="any", after_sequence=-1), "after_sequence"),
-        ("results.ReadArtifact", results_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=-1), "offset"),
-        ("results.ReadArtifact", results_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=2**63 - 1), "offset"),
+        ("artifacts.ReadArtifact", artifact_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=-1), "offset"),
+        ("artifacts.ReadArtifact", artifact_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=2**63 - 1), "offset"),
     ],
 )
 def test_a_malformed_question_is_refused_by_its_field(idle: Caller, call: str, request_: Any, field: str) -> None:
@@ -242,9 +252,9 @@ def test_a_question_about_a_run_is_refused_by_its_field(idle: Caller) -> None:
         ("workflows.AddEdges", workflow_pb2.AddEdgesRequest(workflow_id="ghost"), "WORKFLOW_NOT_FOUND"),
         ("workflows.DeleteWorkflow", workflow_pb2.DeleteWorkflowRequest(workflow_id="ghost"), "WORKFLOW_NOT_FOUND"),
         ("workflows.RunWorkflow", workflow_pb2.RunWorkflowRequest(workflow_id="ghost"), "WORKFLOW_NOT_FOUND"),
-        ("results.ReadArtifact", results_pb2.ReadArtifactRequest(artifact_id="0" * 32), "ARTIFACT_NOT_FOUND"),
-        ("results.ReadArtifact", results_pb2.ReadArtifactRequest(artifact_id="../secret"), "ARTIFACT_NOT_FOUND"),
-        ("workers.DrainNode", worker_pb2.DrainNodeRequest(node_id="ghost"), "NODE_NOT_FOUND"),
+        ("artifacts.ReadArtifact", artifact_pb2.ReadArtifactRequest(artifact_id="0" * 32), "ARTIFACT_NOT_FOUND"),
+        ("artifacts.ReadArtifact", artifact_pb2.ReadArtifactRequest(artifact_id="../secret"), "ARTIFACT_NOT_FOUND"),
+        ("cluster.DrainNode", cluster_pb2.DrainNodeRequest(node_id="ghost"), "NODE_NOT_FOUND"),
     ],
 )
 def test_what_does_not_exist_is_not_found(idle: Caller, call: str, request_: Any, reason: str) -> None:
@@ -422,7 +432,7 @@ class Broken(NoWorkers):
 def test_a_bug_is_internal_and_tells_only_its_id(caplog: pytest.LogCaptureFixture) -> None:
     with serving_aside(Broken()) as address, calling(address) as caller:
         with refused(Code.INTERNAL, "INTERNAL") as refusal:
-            caller.workers.GetCluster(worker_pb2.GetClusterRequest())
+            caller.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest())
         assert "secret" not in refusal.message
         assert refusal.metadata["error_id"] in refusal.message
         assert refusal.metadata["error_id"] in caplog.text

@@ -11,13 +11,14 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from lattice.v1 import (
+    artifact_pb2,
+    artifact_pb2_grpc,
+    cluster_pb2,
     errors_pb2,
     payload_pb2,
     results_pb2,
-    results_pb2_grpc,
     run_pb2,
     task_pb2,
-    worker_pb2,
     workflow_pb2,
 )
 
@@ -281,19 +282,19 @@ def test_a_watch_may_leave_out_logs_and_other_tasks(busy: Caller) -> None:
 
 def test_an_artifact_is_written_and_read_from_any_offset(idle: Caller) -> None:
     data = bytes(range(256)) * 10_000
-    parts = (results_pb2.WriteArtifactRequest(data=data[i : i + 700_000]) for i in range(0, len(data), 700_000))
-    artifact = idle.results.WriteArtifact(parts).artifact
+    parts = (artifact_pb2.WriteArtifactRequest(data=data[i : i + 700_000]) for i in range(0, len(data), 700_000))
+    artifact = idle.artifacts.WriteArtifact(parts).artifact
     assert artifact.size_bytes == len(data)
     for offset in (0, 1, 1_048_576, len(data) - 1, len(data), len(data) + 5):
-        request = results_pb2.ReadArtifactRequest(artifact_id=artifact.artifact_id, offset=offset)
-        assert b"".join(chunk.data for chunk in idle.results.ReadArtifact(request)) == data[offset:]
+        request = artifact_pb2.ReadArtifactRequest(artifact_id=artifact.artifact_id, offset=offset)
+        assert b"".join(chunk.data for chunk in idle.artifacts.ReadArtifact(request)) == data[offset:]
 
 
 def test_a_repeated_run_is_the_same_when_equal_large_inputs_are_uploaded_again(idle: Caller) -> None:
     run_id = fresh()
 
     def start(data: bytes) -> workflow_pb2.RunWorkflowResponse:
-        artifact = idle.results.WriteArtifact(iter([results_pb2.WriteArtifactRequest(data=data)])).artifact
+        artifact = idle.artifacts.WriteArtifact(iter([artifact_pb2.WriteArtifactRequest(data=data)])).artifact
         payload = payload_pb2.Payload(media_type="application/octet-stream", artifact=artifact)
         return run(idle, task(inputs={"x": payload_pb2.Binding(payload=payload)}), run_id=run_id)
 
@@ -318,8 +319,8 @@ def test_nothing_stays_of_an_artifact_whose_writing_broke_off() -> None:
             serving(beside) as app,
             grpc.aio.insecure_channel(app.address) as channel,
         ):
-            writing = results_pb2_grpc.ResultsServiceStub(channel).WriteArtifact()
-            await writing.write(results_pb2.WriteArtifactRequest(data=b"x"))
+            writing = artifact_pb2_grpc.ArtifactServiceStub(channel).WriteArtifact()
+            await writing.write(artifact_pb2.WriteArtifactRequest(data=b"x"))
             while not beside.artifacts():
                 await asyncio.sleep(0.01)
             writing.cancel()
@@ -332,31 +333,37 @@ def test_nothing_stays_of_an_artifact_whose_writing_broke_off() -> None:
 @pytest.mark.parametrize("size", [1_000_000, 1, 0])
 def test_an_artifact_is_an_input_and_an_output(busy: Caller, size: int) -> None:
     data = bytes(size)
-    artifact = busy.results.WriteArtifact(iter([results_pb2.WriteArtifactRequest(data=data)])).artifact
+    artifact = busy.artifacts.WriteArtifact(iter([artifact_pb2.WriteArtifactRequest(data=data)])).artifact
     payload = payload_pb2.Payload(media_type="application/octet-stream", artifact=artifact)
     spec = task_pb2.TaskSpec(inputs={"x": payload_pb2.Binding(payload=payload)})
     response = busy.tasks.RunTask(task_pb2.RunTaskRequest(task=spec, function=function(), wait=WAIT))
     assert response.run.state == run_pb2.RUN_STATE_SUCCEEDED, response.task.failure.message
     found = response.task.outputs["out"]
     if found.HasField("artifact"):
-        request = results_pb2.ReadArtifactRequest(artifact_id=found.artifact.artifact_id)
-        found.data = b"".join(chunk.data for chunk in busy.results.ReadArtifact(request))
+        request = artifact_pb2.ReadArtifactRequest(artifact_id=found.artifact.artifact_id)
+        found.data = b"".join(chunk.data for chunk in busy.artifacts.ReadArtifact(request))
     assert hashlib.sha256(found.data).digest() == hashlib.sha256(data).digest()
 
 
 def test_nodes_and_the_cluster_are_described(busy: Caller) -> None:
     run_id = run(busy).run.run_id
     busy.results.GetResult(results_pb2.GetResultRequest(run_id=run_id, wait=WAIT))
-    (node,) = busy.workers.ListNodes(worker_pb2.ListNodesRequest()).nodes
-    assert node.state == worker_pb2.NODE_STATE_READY
+    (node,) = busy.cluster.ListNodes(cluster_pb2.ListNodesRequest()).nodes
+    assert node.state == cluster_pb2.NODE_STATE_READY
     assert node.capacity.cpu == 2
-    cluster = busy.workers.GetCluster(worker_pb2.GetClusterRequest())
-    assert (cluster.executor, cluster.ray_address, cluster.active_runs) == ("local", "", 0)
+    info = busy.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest())
+    assert (info.executor, info.ray_address, info.active_runs) == ("local", "", 0)
 
 
 def test_health_is_told_for_the_server_and_each_service(idle: Caller) -> None:
     health = health_pb2_grpc.HealthStub(idle.channel)
-    for name in ("", "lattice.v1.WorkflowService", "lattice.v1.TaskService", "lattice.v1.ResultsService"):
+    for name in (
+        "",
+        "lattice.v1.WorkflowService",
+        "lattice.v1.TaskService",
+        "lattice.v1.ResultsService",
+        "lattice.v1.ClusterService",
+    ):
         answer = health.Check(health_pb2.HealthCheckRequest(service=name))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
@@ -385,17 +392,17 @@ def test_a_port_belongs_to_one_server() -> None:
 
 
 def test_nothing_is_logged_of_readers_that_leave_in_the_middle(caplog: pytest.LogCaptureFixture) -> None:
-    chunk = results_pb2.WriteArtifactRequest(data=bytes(2**20))
+    chunk = artifact_pb2.WriteArtifactRequest(data=bytes(2**20))
     with serving_aside(NoWorkers()) as address, calling(address) as caller:
         # More than fits on the way to a reader: the server comes to wait until it can write.
-        artifact = caller.results.WriteArtifact(iter([chunk] * 50)).artifact
-        request = results_pb2.ReadArtifactRequest(artifact_id=artifact.artifact_id)
+        artifact = caller.artifacts.WriteArtifact(iter([chunk] * 50)).artifact
+        request = artifact_pb2.ReadArtifactRequest(artifact_id=artifact.artifact_id)
         with calling(address) as leaving:
-            readings = [leaving.results.ReadArtifact(request) for _ in range(5)]
+            readings = [leaving.artifacts.ReadArtifact(request) for _ in range(5)]
             for reading in readings:
                 next(reading)
             for _ in range(100):
-                caller.workers.ListNodes(worker_pb2.ListNodesRequest())
+                caller.cluster.ListNodes(cluster_pb2.ListNodesRequest())
             for reading in readings:
                 reading.cancel()
     assert not caplog.records

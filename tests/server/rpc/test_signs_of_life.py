@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from lattice.v1 import run_pb2, worker_pb2
+from lattice.v1 import cluster_pb2, run_pb2, worker_pb2
 
 from tests.server.rpc.test_worker_stream import Hand, Scene, play, succeeded
 
@@ -13,7 +13,7 @@ TTL_S = 0.9
 
 async def until_gone(head: Scene) -> None:
     """Wait until there is no node."""
-    while (await head.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes:
+    while (await head.cluster.ListNodes(cluster_pb2.ListNodesRequest())).nodes:
         await asyncio.sleep(0.02)
 
 
@@ -43,8 +43,8 @@ def test_heartbeats_keep_a_worker_that_has_nothing_to_say_and_are_answered() -> 
             await hand.say(heartbeat={})
             await asyncio.sleep(interval_s)
         await hand.hear("heartbeat")
-        (node,) = (await head.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes
-        assert node.state == worker_pb2.NODE_STATE_READY
+        (node,) = (await head.cluster.ListNodes(cluster_pb2.ListNodesRequest())).nodes
+        assert node.state == cluster_pb2.NODE_STATE_READY
         hand.hang_up()
 
     play(scenario, session_ttl_s=TTL_S)
@@ -90,7 +90,7 @@ def test_what_a_drained_worker_holds_after_the_deadline_moves() -> None:
         lease_id = (await hand.hear("assignments")).assignments[0].lease_id
         await hand.report(1, lease_id, started={})
         await head.until_event(run_id, "task_started")
-        await head.workers.DrainNode(worker_pb2.DrainNodeRequest(node_id="n", deadline=Duration(nanos=1_000_000)))
+        await head.cluster.DrainNode(cluster_pb2.DrainNodeRequest(node_id="n", deadline=Duration(nanos=1_000_000)))
         assert (await hand.hear("drain")).deadline.nanos == 1_000_000
         assert (await hand.hear("close")).reason == worker_pb2.CLOSE_REASON_DRAINED
         other, _ = await head.hand(worker_id="other", node_id="other")

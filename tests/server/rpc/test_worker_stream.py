@@ -11,6 +11,10 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import (
+    artifact_pb2,
+    artifact_pb2_grpc,
+    cluster_pb2,
+    cluster_pb2_grpc,
     errors_pb2,
     payload_pb2,
     resources_pb2,
@@ -77,6 +81,8 @@ class Scene:
         self.channel = channel
         self.workflows = workflow_pb2_grpc.WorkflowServiceStub(channel)
         self.results = results_pb2_grpc.ResultsServiceStub(channel)
+        self.artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
+        self.cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
         self.workers = worker_pb2_grpc.WorkerServiceStub(channel)
 
     def hello(self, **more: Any) -> worker_pb2.Hello:
@@ -109,15 +115,15 @@ class Scene:
                 call.cancel()
                 return
 
-    async def until(self, state: worker_pb2.NodeState.ValueType) -> None:
+    async def until(self, state: cluster_pb2.NodeState.ValueType) -> None:
         """Wait until the only node is in a state."""
-        while [node.state for node in (await self.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes] != [state]:
+        while [node.state for node in (await self.cluster.ListNodes(cluster_pb2.ListNodesRequest())).nodes] != [state]:
             await asyncio.sleep(0.01)
 
-    async def until_states(self, **states: worker_pb2.NodeState.ValueType) -> None:
+    async def until_states(self, **states: cluster_pb2.NodeState.ValueType) -> None:
         """Wait until the nodes are in these states."""
-        request = worker_pb2.ListNodesRequest()
-        while {node.node_id: node.state for node in (await self.workers.ListNodes(request)).nodes} != states:
+        request = cluster_pb2.ListNodesRequest()
+        while {node.node_id: node.state for node in (await self.cluster.ListNodes(request)).nodes} != states:
             await asyncio.sleep(0.01)
 
 
@@ -160,7 +166,7 @@ def test_whoever_may_not_join_is_told_so_in_band(message: dict[str, Any], reason
         hand = Hand(head.channel)
         await hand.say(**message)
         assert (await hand.hear("close")).reason == worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")
-        assert not (await head.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes
+        assert not (await head.cluster.ListNodes(cluster_pb2.ListNodesRequest())).nodes
         hand.hang_up()
 
     play(scenario)
@@ -216,7 +222,7 @@ def test_an_offer_nobody_could_count_with_is_refused_by_its_field(kind: str, off
         close = await hand.hear("close")
         assert close.reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
         assert close.message.startswith(f"{kind}.{field}: ")
-        assert not (await head.workers.ListNodes(worker_pb2.ListNodesRequest())).nodes
+        assert not (await head.cluster.ListNodes(cluster_pb2.ListNodesRequest())).nodes
         hand.hang_up()
 
     play(scenario)
@@ -274,7 +280,7 @@ def test_a_deadline_in_ages_is_one_in_a_month() -> None:
         await head.run("a")
         await hand.hear("assignments")
         ages = Duration(seconds=2**63 - 1)
-        await head.workers.DrainNode(worker_pb2.DrainNodeRequest(node_id="n", deadline=ages))
+        await head.cluster.DrainNode(cluster_pb2.DrainNodeRequest(node_id="n", deadline=ages))
         assert (await hand.hear("drain")).deadline == Duration(seconds=30 * 24 * 3600)
         await hand.say(draining={"deadline": ages})
         assert (await hand.hear("drain")).deadline == Duration(seconds=30 * 24 * 3600)
@@ -349,7 +355,7 @@ def test_a_cancellation_while_the_worker_is_away_reaches_it_when_it_is_back() ->
         await hand.report(1, lease_id, started={})
         await head.until_event(run_id, "task_started")
         hand.hang_up()
-        await head.until(worker_pb2.NODE_STATE_DETACHED)
+        await head.until(cluster_pb2.NODE_STATE_DETACHED)
         await head.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id))
         again, _ = await head.hand(session_id=welcome.session_id, held_lease_ids=[lease_id])
         assert list((await again.hear("stop")).lease_ids) == [lease_id]
@@ -362,7 +368,7 @@ def test_what_the_head_does_not_know_is_to_be_dropped() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
         hand.hang_up()
-        await head.until(worker_pb2.NODE_STATE_DETACHED)
+        await head.until(cluster_pb2.NODE_STATE_DETACHED)
         again, resumed = await head.hand(session_id=welcome.session_id, held_lease_ids=["stale"])
         assert list(resumed.drop_lease_ids) == ["stale"]
         other, fresh = await head.hand(worker_id="x", node_id="x", session_id="unknown", held_lease_ids=["stale"])
@@ -548,8 +554,8 @@ def test_a_drained_worker_finishes_what_it_has_and_is_let_go() -> None:
         hand, _ = await head.hand()
         run_id = await head.run("a", "b")
         lease_id = (await hand.hear("assignments")).assignments[0].lease_id
-        drained = await head.workers.DrainNode(worker_pb2.DrainNodeRequest(node_id="n"))
-        assert drained.node.state == worker_pb2.NODE_STATE_DRAINING
+        drained = await head.cluster.DrainNode(cluster_pb2.DrainNodeRequest(node_id="n"))
+        assert drained.node.state == cluster_pb2.NODE_STATE_DRAINING
         await hand.report(1, lease_id, succeeded=succeeded())
         assert (await hand.hear("close")).reason == worker_pb2.CLOSE_REASON_DRAINED
         hand.hang_up()
@@ -587,7 +593,7 @@ async def sending(head: Scene, size_bytes: int = 10) -> tuple[Hand, Any, Any]:
     made = payload_pb2.Payload(media_type="application/octet-stream", artifact=artifact)
     await hand.report(1, lease_id, succeeded={"outputs": {"out": made}})
     await head.result(run_id)
-    reading = head.results.ReadArtifact(results_pb2.ReadArtifactRequest(artifact_id=ARTIFACT))
+    reading = head.artifacts.ReadArtifact(artifact_pb2.ReadArtifactRequest(artifact_id=ARTIFACT))
     transfer_id = (await hand.hear("send_artifact")).transfer_id
     upload = head.workers.UploadArtifact()
     await upload.write(worker_pb2.UploadArtifactRequest(transfer_id=transfer_id))

@@ -1,0 +1,52 @@
+"""Serves `ArtifactService`: values too large to travel inline."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from lattice.v1 import artifact_pb2, artifact_pb2_grpc
+
+from lattice_server.core.errors import ExhaustedError, invalid_field
+from lattice_server.engine.store import ArtifactStore
+from lattice_server.engine.transfers import Transfers
+from lattice_server.rpc import convert
+from lattice_server.rpc.context import Context, whole
+
+MAX_OFFSET = 1 << 62  # No file is as long, and the operating system refuses to go much further.
+UPLOAD_CHUNK_BYTES = 1024 * 1024
+
+
+class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
+    """The `ArtifactService`."""
+
+    def __init__(self, store: ArtifactStore, transfers: Transfers) -> None:
+        self._store = store
+        self._transfers = transfers
+
+    async def ReadArtifact(  # type: ignore[override]  # the stubs know only handlers that yield
+        self, request: artifact_pb2.ReadArtifactRequest, context: Context
+    ) -> None:
+        """Stream the bytes of an artifact."""
+        if not 0 <= request.offset <= MAX_OFFSET:
+            raise invalid_field("offset", f"must be from 0 to {MAX_OFFSET}")
+        async with contextlib.aclosing(self._transfers.read(request.artifact_id, request.offset)) as chunks:
+            async for data in chunks:
+                # Not yielded: grpcio leaves a generator whose reader has left to be collected as garbage, sometime.
+                await context.write(artifact_pb2.ReadArtifactResponse(data=data))
+
+    async def WriteArtifact(
+        self,
+        request_iterator: AsyncIterator[artifact_pb2.WriteArtifactRequest],
+        context: Context,
+    ) -> artifact_pb2.WriteArtifactResponse:
+        """Store an artifact that inputs may then refer to."""
+        requests = whole(request_iterator, context)
+        artifact = await self._store.write(_data(request) async for request in requests)
+        return artifact_pb2.WriteArtifactResponse(artifact=convert.artifact_to_proto(artifact))
+
+
+def _data(request: artifact_pb2.WriteArtifactRequest) -> bytes:
+    """Return the bytes of one part of an upload. Raises ExhaustedError."""
+    if len(request.data) > UPLOAD_CHUNK_BYTES:
+        text = f"data: {len(request.data)} bytes in one message, the limit is {UPLOAD_CHUNK_BYTES}; send it in parts"
+        raise ExhaustedError("PAYLOAD_TOO_LARGE", text, metadata={"field": "data"})
+    return request.data

@@ -1,0 +1,74 @@
+"""Serves `ClusterService`: the server itself, and the nodes in the ledger."""
+
+from collections.abc import Awaitable, Callable
+
+from lattice.v1 import cluster_pb2, cluster_pb2_grpc
+
+from lattice_server.core import messages
+from lattice_server.core.errors import NotFoundError
+from lattice_server.core.leases import NodeState, NodeView
+from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.inquiries import Inquiries
+from lattice_server.engine.sessions import Sessions
+from lattice_server.rpc import convert
+from lattice_server.rpc.context import Context
+from lattice_server.rpc.offers import deadline_from_proto
+
+NODE_STATE_TO_PROTO = {state: cluster_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeState}
+
+
+class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
+    """The `ClusterService`."""
+
+    def __init__(
+        self,
+        bus: MessageBus,
+        sessions: Sessions,
+        inquiries: Inquiries,
+        describe: Callable[[], Awaitable[cluster_pb2.GetServerInfoResponse]],
+    ) -> None:
+        self._bus = bus
+        self._sessions = sessions
+        self._inquiries = inquiries
+        self._describe = describe
+
+    async def GetServerInfo(
+        self, request: cluster_pb2.GetServerInfoRequest, context: Context
+    ) -> cluster_pb2.GetServerInfoResponse:
+        """Return the server's version, limits, features and load."""
+        return await self._describe()
+
+    async def ListNodes(self, request: cluster_pb2.ListNodesRequest, context: Context) -> cluster_pb2.ListNodesResponse:
+        """List the nodes in the ledger."""
+        nodes = (await self._inquiries.nodes()).nodes
+        return cluster_pb2.ListNodesResponse(nodes=[self._node(node) for node in nodes])
+
+    async def DrainNode(self, request: cluster_pb2.DrainNodeRequest, context: Context) -> cluster_pb2.DrainNodeResponse:
+        """Let a node finish what it runs and give it nothing more."""
+        nodes = (await self._inquiries.nodes()).nodes
+        node = next((node for node in nodes if node.node_id == request.node_id), None)
+        if node is None:
+            raise NotFoundError("NODE_NOT_FOUND", f"there is no node {request.node_id!r}")
+        shown = self._node(node)
+        shown.state = cluster_pb2.NODE_STATE_DRAINING
+        deadline_s = deadline_from_proto(request)
+        self._bus.post([messages.DrainRequested(request.node_id, deadline_s)])
+        return cluster_pb2.DrainNodeResponse(node=shown)
+
+    def _node(self, node: NodeView) -> cluster_pb2.Node:
+        return cluster_pb2.Node(
+            node_id=node.node_id,
+            hostname=node.hostname,
+            node_ip=node.node_ip,
+            state=NODE_STATE_TO_PROTO[node.state],
+            capacity=convert.capacity_to_proto(node.capacity),
+            free=convert.capacity_to_proto(node.free),
+            labels=node.labels,
+            worker_id=node.worker_id,
+            worker_pid=node.pid,
+            attempts=node.attempts,
+            heartbeat_time=convert.timestamp(self._sessions.heard_at(node.session_id)),
+            isolations=[convert.ISOLATION_TO_PROTO[level] for level in node.isolations],
+            runtime=node.runtime,
+            entrypoints=sorted(node.entrypoints),
+        )
