@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack, cast
 
 import grpc
-from lattice.v1 import artifact_pb2_grpc, cluster_pb2_grpc, results_pb2_grpc, task_pb2_grpc, workflow_pb2_grpc
+from lattice.v1 import (
+    artifact_pb2_grpc,
+    cluster_pb2,
+    cluster_pb2_grpc,
+    results_pb2_grpc,
+    task_pb2_grpc,
+    workflow_pb2_grpc,
+)
 
 from lattice_client import errors, forks
 from lattice_client.security import Security, SecurityOptions, secure
@@ -65,6 +72,7 @@ class Channel:
         self.is_closed = False
         self._stubs: dict[asyncio.AbstractEventLoop, Stubs] = {}
         self._lock = threading.Lock()
+        self._limits: cluster_pb2.Limits | None = None
 
     @property
     def workflows(self) -> "workflow_pb2_grpc.WorkflowServiceAsyncStub":
@@ -90,6 +98,12 @@ class Channel:
     def cluster(self) -> "cluster_pb2_grpc.ClusterServiceAsyncStub":
         """Calls of ClusterService."""
         return self._here().cluster
+
+    async def limits(self) -> cluster_pb2.Limits:
+        """Return the server's limits; it is asked for them once. Raises RequestError, ClientClosedError."""
+        if self._limits is None:
+            self._limits = (await self.call(self.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest()))).limits
+        return self._limits
 
     def _here(self) -> Stubs:
         """Return the stubs of the running loop. Raises ClientClosedError, ForkError."""

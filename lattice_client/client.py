@@ -131,7 +131,7 @@ class AsyncLatticeClient:
             TaskDefinitionError: a setting, a task or its wiring is wrong; nothing was sent.
             RequestError: the server refused it.
         """
-        request = await self.starter.request_of(graph, self.transfer.upload, run_id, **settings)
+        request = await self.starter.request_of(graph, self.transfer.store, run_id, **settings)
         return await self.submit(request, graph)
 
     async def submit(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> AsyncRun:
@@ -147,7 +147,7 @@ class AsyncLatticeClient:
         Raises TaskDefinitionError, TaskFailedError, RequestError.
         """
         added = single(task, inputs, misplaced)
-        request = await self.starter.task_request_of(added, self.transfer.upload)
+        request = await self.starter.task_request_of(added, self.transfer.store)
         found: dict[str, Any] = opened(await self.submit_task(request, added))
         return found
 
@@ -159,7 +159,7 @@ class AsyncLatticeClient:
         """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
         ids = {task.task_id for task in tasks}
         scope = run_id.scope(tasks) if isinstance(run_id, AsyncRun) else Scope(lambda output: True, ids)
-        spec = await self.starter.spec_of(tasks, self.transfer.upload, scope)
+        spec = await self.starter.spec_of(tasks, self.transfer.store, scope)
         return await self.starter.submit_tasks(run_id, spec, tasks, expected_revision)
 
     # Following.

@@ -10,7 +10,7 @@ from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.errors import RunCancelledError, RunError, RunTimeoutError, TaskDefinitionError, TaskFailedError
 from lattice_client.freshness import file_at
-from lattice_client.inputs import Binder, Upload
+from lattice_client.inputs import Binder, Store
 from lattice_client.outputs import Scope, TaskOutput
 from lattice_client.workflow import UNSET, LatticeTask
 
@@ -38,14 +38,14 @@ FAILURE_POLICIES = {
 }
 
 
-async def tasks_of(tasks: Collection[LatticeTask], upload: Upload, scope: Scope) -> workflow_pb2.WorkflowSpec:
+async def tasks_of(tasks: Collection[LatticeTask], store: Store, scope: Scope) -> workflow_pb2.WorkflowSpec:
     """Return tasks as one message, without their code; see `fill_code`. Large inputs are uploaded.
 
     Raises TaskDefinitionError when a task is wired to an output that does not belong to the run.
     """
     spec, names = workflow_pb2.WorkflowSpec(), _names(tasks)
     for task in tasks:
-        await _fill_task(spec.tasks.add(), task, names[id(task.definition)], upload, scope)
+        await _fill_task(spec.tasks.add(), task, names[id(task.definition)], store, scope)
     return spec
 
 
@@ -88,16 +88,14 @@ def _names(tasks: Iterable[LatticeTask]) -> dict[int, str]:
     return names
 
 
-async def task_of(task: LatticeTask, function: str, upload: Upload) -> task_pb2.TaskSpec:
+async def task_of(task: LatticeTask, function: str, store: Store) -> task_pb2.TaskSpec:
     """Return a task that runs alone as a message. Raises TaskDefinitionError."""
     message = task_pb2.TaskSpec()
-    await _fill_task(message, task, function, upload, Scope(lambda output: False, ()))
+    await _fill_task(message, task, function, store, Scope(lambda output: False, ()))
     return message
 
 
-async def _fill_task(
-    message: task_pb2.TaskSpec, task: LatticeTask, function: str, upload: Upload, scope: Scope
-) -> None:
+async def _fill_task(message: task_pb2.TaskSpec, task: LatticeTask, function: str, store: Store, scope: Scope) -> None:
     message.CopyFrom(task.definition.form)
     message.task_id = task.task_id
     message.display_name = task.display_name
@@ -105,19 +103,19 @@ async def _fill_task(
     message.after.extend(task.after)
     message.over = task.over
     if task.condition is not None:
-        binder = Binder(f"the condition of task {task.task_id!r}", upload, scope)
+        binder = Binder(f"the condition of task {task.task_id!r}", store, scope)
         binder.fill_reference(message.condition.output, task.condition.output)
         message.condition.negated = task.condition.is_negated
         if task.condition.equals is not UNSET:
             where = f"what the condition of task {task.task_id!r} is compared with"
-            binder = Binder(where, upload, scope)
+            binder = Binder(where, store, scope)
             message.condition.equals.CopyFrom(await binder.payload_of(task.condition.equals))
             if message.condition.equals.WhichOneof("content") != "json":
                 raise TaskDefinitionError(f"{where} must be JSON")
     entrypoint = task.definition.entrypoint
     for name, value in task.inputs.items():
         where = f"input {name!r} of task {task.task_id!r}"
-        binder = Binder(where, upload, scope, is_for_python=not entrypoint or ":" in entrypoint)
+        binder = Binder(where, store, scope, is_for_python=not entrypoint or ":" in entrypoint)
         await binder.fill(message.inputs[name], value)
 
 

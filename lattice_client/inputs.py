@@ -17,17 +17,18 @@ from lattice_client.blame import blame_value
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.outputs import IN_TEXT, DeferredValueError, Scope, TaskOutput, written_in
 
-Upload = Callable[[bytes], Awaitable[payload_pb2.Artifact]]
+Store = Callable[[str, bytes], Awaitable[payload_pb2.Payload]]
 # A message may be nested 100 deep; each level of a binding takes two of those.
 MAX_LEVELS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Binder:
-    """Writes one input into a message. `where` names the input in errors; large values go through `upload`."""
+    """Writes one input into a message. `where` names the input in errors; values that may be too long to
+    travel inline go through `store`, by media type and encoding."""
 
     where: str
-    upload: Upload
+    store: Store
     scope: Scope
     is_for_python: bool = True
 
@@ -101,9 +102,9 @@ class Binder:
 
     async def _stored(self, media_type: str, data: bytes) -> payload_pb2.Payload:
         self._check_texts(data)
-        if len(data) <= payloads.INLINE_LIMIT_BYTES:
+        if len(data) <= payloads.ALWAYS_INLINE_BYTES:
             return payloads.inline(media_type, data)
-        return payload_pb2.Payload(media_type=media_type, artifact=await self.upload(data))
+        return await self.store(media_type, data)
 
     def _check_texts(self, data: bytes) -> None:
         """Raise TaskDefinitionError for an encoding with a text that an output, or a task, was written into."""

@@ -25,7 +25,8 @@ MAGIC = b"LTP5"
 ALIGN = 64
 # What cloudpickle names wherever it holds code itself, and not only where that is imported from.
 BY_VALUE = b"cloudpickle.cloudpickle"
-INLINE_LIMIT_BYTES = 256 * 1024
+# Every server takes values this short inline; for longer ones it is asked for its limit.
+ALWAYS_INLINE_BYTES = 4096
 # Python refuses to print and to read integers of over 4300 digits; these have fewer or as many.
 MAX_JSON_INT_BITS = 14_284
 MAX_JSON_LEVELS = 100

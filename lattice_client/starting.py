@@ -16,7 +16,7 @@ from lattice.v1 import run_pb2, task_pb2, workflow_pb2
 from lattice_client import brevity, convert, errors
 from lattice_client.brevity import Brevity, Kind
 from lattice_client.channel import Channel
-from lattice_client.inputs import Upload
+from lattice_client.inputs import Store
 from lattice_client.outputs import Scope
 from lattice_client.reading import TERMINAL, WAIT_S
 from lattice_client.requests import building, duration, made
@@ -59,9 +59,9 @@ class Starter:
             abandon(outcome)
 
     async def request_of(
-        self, graph: Graph[Any], upload: Upload, run_id: str = "", **settings: Unpack[RunSettings]
+        self, graph: Graph[Any], store: Store, run_id: str = "", **settings: Unpack[RunSettings]
     ) -> workflow_pb2.RunWorkflowRequest:
-        """Return what `run` sends, without the code. Waits for nothing but `upload`."""
+        """Return what `run` sends, without the code. Waits for nothing but `store`."""
         check_settings(settings)
         labels, priority, timeout = settings.get("labels"), settings.get("priority", 0), settings.get("timeout")
         labels = {**({"tenant": self._tenant} if self._tenant else {}), **(labels or {})}
@@ -76,7 +76,7 @@ class Starter:
                 request.workflow_id = graph.workflow_id
             else:
                 # Once, however often it is offered: large inputs would be uploaded each time.
-                request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), upload, graph.scope))
+                request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), store, graph.scope))
                 request.workflow.display_name = graph.name
                 request.workflow.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
         return request
@@ -85,13 +85,13 @@ class Starter:
         """Start the run of a request, again while the server has as much work as it takes. Raises RequestError."""
         return await self._offer(lambda: self._start(request, graph))
 
-    async def task_request_of(self, task: LatticeTask, upload: Upload) -> task_pb2.RunTaskRequest:
-        """Return what `run_task` sends, without the code. Waits for nothing but `upload`."""
+    async def task_request_of(self, task: LatticeTask, store: Store) -> task_pb2.RunTaskRequest:
+        """Return what `run_task` sends, without the code. Waits for nothing but `store`."""
         labels = {"tenant": self._tenant} if self._tenant else {}
         convert.pack_code([task])
         with building():
             request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", wait=duration(WAIT_S), labels=labels)
-            request.task.CopyFrom(await convert.task_of(task, "", upload))
+            request.task.CopyFrom(await convert.task_of(task, "", store))
         return request
 
     async def submit_task(self, request: task_pb2.RunTaskRequest, task: LatticeTask) -> task_pb2.RunTaskResponse:
@@ -111,11 +111,11 @@ class Starter:
         self._known_code.add(function.digest)
         return response
 
-    async def spec_of(self, tasks: Sequence[LatticeTask], upload: Upload, scope: Scope) -> workflow_pb2.WorkflowSpec:
-        """Return what `add_tasks` sends, without the code. Waits for nothing but `upload`."""
+    async def spec_of(self, tasks: Sequence[LatticeTask], store: Store, scope: Scope) -> workflow_pb2.WorkflowSpec:
+        """Return what `add_tasks` sends, without the code. Waits for nothing but `store`."""
         convert.pack_code(tasks)
         with building():
-            return await convert.tasks_of(tasks, upload, scope)
+            return await convert.tasks_of(tasks, store, scope)
 
     async def submit_tasks(
         self, run_id: str, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int

@@ -21,7 +21,7 @@ from lattice_client import convert, errors, forks
 from lattice_client.client import AsyncLatticeClient
 from lattice_client.convert import RunEvent
 from lattice_client.following import timed_out
-from lattice_client.inputs import Upload
+from lattice_client.inputs import Store
 from lattice_client.opening import opened
 from lattice_client.outputs import TaskOutput
 from lattice_client.run import AsyncRun, RunId
@@ -31,7 +31,7 @@ from lattice_client.starting import ADMISSION_TIMEOUT_S
 from lattice_client.workflow import Graph, LatticeTask, single
 
 if TYPE_CHECKING:
-    from lattice.v1.payload_pb2 import Artifact
+    from lattice.v1.payload_pb2 import Payload
 
 T = TypeVar("T")
 _END = object()
@@ -168,7 +168,7 @@ class Run(RunId):
         the expected revision, PreconditionError when it has ended.
         """
         client = self.aio.client
-        spec = _here(client.starter.spec_of(tasks, _uploader(client), self.aio.scope(tasks)))
+        spec = _here(client.starter.spec_of(tasks, _storing(client), self.aio.scope(tasks)))
         revision = _wait(client.starter.submit_tasks(self, spec, tasks, expected_revision))
         self.aio.note_added(tasks)
         return revision
@@ -182,13 +182,13 @@ class Run(RunId):
         return _wait(self.aio.status())
 
 
-def _uploader(client: AsyncLatticeClient) -> Upload:
+def _storing(client: AsyncLatticeClient) -> Store:
     """Return what uploads on the background loop while this thread waits."""
 
-    async def upload(data: bytes) -> "Artifact":
-        return _wait(client.transfer.upload(data))
+    async def store(media_type: str, data: bytes) -> "Payload":
+        return _wait(client.transfer.store(media_type, data))
 
-    return upload
+    return store
 
 
 class LatticeWorkflow(Graph["LatticeClient"]):
@@ -203,7 +203,7 @@ class LatticeWorkflow(Graph["LatticeClient"]):
         For the settings see `RunSettings`. Raises TaskDefinitionError, RequestError.
         """
         client = self.client.aio
-        request = _here(client.starter.request_of(self, _uploader(client), run_id, **settings))
+        request = _here(client.starter.request_of(self, _storing(client), run_id, **settings))
         return Run.of(_wait(client.submit(request, self)))
 
     def get_results(self, run_id: str, verbose: bool = True, timeout: float | None = None) -> list[dict[str, Any]]:
@@ -281,7 +281,7 @@ class LatticeClient:
     def run_task(self, task: Any, inputs: Mapping[str, Any] | None = None, **misplaced: Never) -> dict[str, Any]:
         """Run one task and return its outputs. Raises TaskDefinitionError, TaskFailedError, RequestError."""
         added = single(task, inputs, misplaced)
-        request = _here(self.aio.starter.task_request_of(added, _uploader(self.aio)))
+        request = _here(self.aio.starter.task_request_of(added, _storing(self.aio)))
         found: dict[str, Any] = opened(_wait(self.aio.submit_task(request, added)))
         return found
 

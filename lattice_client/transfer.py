@@ -5,12 +5,11 @@ from collections.abc import AsyncIterator
 import grpc
 from lattice.v1 import artifact_pb2, payload_pb2
 
-from lattice_client import errors
+from lattice_client import errors, payloads
 from lattice_client.channel import Channel
 from lattice_client.opening import Fetched
 from lattice_client.requests import made
 
-CHUNK_BYTES = 1024 * 1024
 # What gRPC says of an upload whose call the server ended while it was written to; the server's own words are lost then.
 LOST_STATUS = "Internal error from Core"
 UPLOAD_TRIES = 5
@@ -40,12 +39,22 @@ class Transfer:
             data += chunk.data
         return data
 
-    async def upload(self, data: bytes) -> payload_pb2.Artifact:
-        """Store bytes on the server. Raises RequestError."""
+    async def store(self, media_type: str, data: bytes) -> payload_pb2.Payload:
+        """Return the payload of an encoding, which is stored on the server when it is too long to travel inline.
+
+        Raises RequestError.
+        """
+        limits = await self._rpc.limits()
+        if len(data) <= limits.inline_payload_bytes:
+            return payloads.inline(media_type, data)
+        artifact = await self._upload(data, limits.upload_chunk_bytes)
+        return payload_pb2.Payload(media_type=media_type, artifact=artifact)
+
+    async def _upload(self, data: bytes, chunk_bytes: int) -> payload_pb2.Artifact:
 
         async def chunks() -> AsyncIterator[artifact_pb2.WriteArtifactRequest]:
-            for start in range(0, len(data), CHUNK_BYTES):
-                yield artifact_pb2.WriteArtifactRequest(data=data[start : start + CHUNK_BYTES])
+            for start in range(0, len(data), chunk_bytes):
+                yield artifact_pb2.WriteArtifactRequest(data=data[start : start + chunk_bytes])
 
         for _ in range(UPLOAD_TRIES):
             try:

@@ -33,6 +33,7 @@ from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.convert import timestamp
 from lattice_server.rpc.intake import Intake
+from lattice_server.rpc.limits import FEATURES, PROTOCOL_VERSION, limits_to_proto
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.server import RpcServer
@@ -79,7 +80,7 @@ class App:
             ),
             admission,
         )
-        epoch = secrets.token_hex(4)
+        self._epoch = epoch = secrets.token_hex(4)
         transfers = Transfers(self._store, self._sessions)
         self._store.on_drop = self._sessions.drop_artifact
         self._sessions.unneeded = self._store.unneeded
@@ -164,7 +165,11 @@ class App:
         described = await self._orchestrator.inquiries.nodes()
         return cluster_pb2.GetServerInfoResponse(
             version=__version__,
+            protocol_version=PROTOCOL_VERSION,
+            features=FEATURES,
+            limits=limits_to_proto(self.config),
             executor=self._executor.name,
+            server_epoch=self._epoch,
             start_time=timestamp(self._started_s),
             ray_address=self._executor.ray_address(),
             pid=os.getpid(),

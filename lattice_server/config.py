@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from lattice_server.core.batching import BatchRule
 
 MIN_BEAT_S = 0.05
+# The contract promises this much; see `Limits.inline_payload_bytes`.
+MIN_INLINE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)

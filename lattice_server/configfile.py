@@ -18,7 +18,7 @@ import tomllib
 from dataclasses import fields
 from typing import Any
 
-from lattice_server.config import ServerConfig
+from lattice_server.config import MIN_INLINE_BYTES, ServerConfig
 from lattice_server.core.batching import BatchRule, NameMatch
 
 PLAIN = {found.name: found.type for found in fields(ServerConfig) if found.type in {int, float, str}}
@@ -49,6 +49,8 @@ def read_config(text: str) -> ServerConfig:
         is_right = isinstance(value, kind | int if kind is float else kind) and not isinstance(value, bool)
         if not is_right or (isinstance(value, int | float) and not 0 <= value < math.inf):
             raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}")
+        if key == "inline_limit_bytes" and value < MIN_INLINE_BYTES:
+            raise ConfigError(f"{key} must be from {MIN_INLINE_BYTES}: clients send values that short inline, unasked")
         settings[key] = value
     return ServerConfig(**settings)
 

@@ -14,6 +14,8 @@ from grpc_status import rpc_status
 from lattice.v1 import (
     artifact_pb2,
     artifact_pb2_grpc,
+    cluster_pb2,
+    cluster_pb2_grpc,
     payload_pb2,
     results_pb2,
     results_pb2_grpc,
@@ -23,6 +25,8 @@ from lattice.v1 import (
 )
 
 from lattice_client import AsyncLatticeClient, AsyncRun, InternalError, UnavailableError, task
+from lattice_client.inputs import Binder
+from lattice_client.outputs import Scope
 
 LARGE = b"x" * 1_000_000
 
@@ -36,20 +40,30 @@ class Server(
     workflow_pb2_grpc.WorkflowServiceServicer,
     results_pb2_grpc.ResultsServiceServicer,
     artifact_pb2_grpc.ArtifactServiceServicer,
+    cluster_pb2_grpc.ClusterServiceServicer,
 ):
     """Counts calls and refuses as many as a test wants."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.is_full = 0
+        self.limits = cluster_pb2.Limits(inline_payload_bytes=256 * 1024, upload_chunk_bytes=1024 * 1024)
+        self.parts: list[int] = []
+
+    async def GetServerInfo(
+        self, request: cluster_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
+    ) -> cluster_pb2.GetServerInfoResponse:
+        """Tell the limits."""
+        self.calls["GetServerInfo"] += 1
+        return cluster_pb2.GetServerInfoResponse(limits=self.limits)
 
     async def WriteArtifact(
         self, request_iterator: AsyncIterator[artifact_pb2.WriteArtifactRequest], context: grpc.aio.ServicerContext
     ) -> artifact_pb2.WriteArtifactResponse:
         """Take an upload."""
         self.calls["WriteArtifact"] += 1
-        total = sum([len(part.data) async for part in request_iterator])
-        artifact = payload_pb2.Artifact(artifact_id="a", size_bytes=total, node_id="head")
+        self.parts = [len(part.data) async for part in request_iterator]
+        artifact = payload_pb2.Artifact(artifact_id="a", size_bytes=sum(self.parts), node_id="head")
         return artifact_pb2.WriteArtifactResponse(artifact=artifact)
 
     async def ExecuteWorkflow(
@@ -114,6 +128,7 @@ def play(
         workflow_pb2_grpc.add_WorkflowServiceServicer_to_server(answering, server)
         results_pb2_grpc.add_ResultsServiceServicer_to_server(answering, server)
         artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(answering, server)
+        cluster_pb2_grpc.add_ClusterServiceServicer_to_server(answering, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with asyncio.timeout(60), AsyncLatticeClient(f"127.0.0.1:{port}") as client:
@@ -129,7 +144,7 @@ def test_a_large_input_is_uploaded_once_however_often_a_run_is_offered() -> None
         workflow = client.create_workflow()
         workflow.add_task(size, {"data": LARGE})
         await workflow.run()
-        assert server.calls == {"WriteArtifact": 1, "ExecuteWorkflow": 4}
+        assert server.calls == {"GetServerInfo": 1, "WriteArtifact": 1, "ExecuteWorkflow": 4}
 
     play(scenario)
 
@@ -151,5 +166,38 @@ def test_events_go_on_after_a_break_and_end_with_an_error_of_the_server_s_own() 
             async for _ in client.events("r"):
                 pass
         assert server.calls == {"WatchRun": 2}
+
+    play(scenario)
+
+
+async def stored(client: AsyncLatticeClient, size_bytes: int) -> str:
+    """Return how an input of a size travels."""
+    message = payload_pb2.Binding()
+    await Binder("input", client.transfer.store, Scope(lambda output: True, ())).fill(message, b"x" * size_bytes)
+    return str(message.payload.WhichOneof("content"))
+
+
+def test_the_server_is_not_asked_for_its_limits_when_a_value_always_travels_inline() -> None:
+    async def scenario(client: AsyncLatticeClient, server: Server) -> None:
+        assert await stored(client, 4096) == "data"
+        assert not server.calls
+
+    play(scenario)
+
+
+def test_the_server_is_asked_for_its_limits_once_when_values_are_longer() -> None:
+    async def scenario(client: AsyncLatticeClient, server: Server) -> None:
+        assert [await stored(client, size) for size in (5000, 200_000, 300_000)] == ["data", "data", "artifact"]
+        assert server.calls == {"GetServerInfo": 1, "WriteArtifact": 1}
+
+    play(scenario)
+
+
+def test_values_are_uploaded_in_parts_of_the_servers_size_when_they_are_over_its_inline_limit() -> None:
+    async def scenario(client: AsyncLatticeClient, server: Server) -> None:
+        server.limits = cluster_pb2.Limits(inline_payload_bytes=8000, upload_chunk_bytes=3000)
+        assert await stored(client, 8000) == "data"
+        assert await stored(client, 8001) == "artifact"
+        assert server.parts == [3000, 3000, 2001]
 
     play(scenario)

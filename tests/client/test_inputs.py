@@ -69,11 +69,11 @@ class Plain:
         return 0
 
 
-def bound(value: Any, upload: Any = None, *, is_for_python: bool = True) -> payload_pb2.Binding:
+def bound(value: Any, store: Any = None, *, is_for_python: bool = True) -> payload_pb2.Binding:
     """The message of an input."""
     message = payload_pb2.Binding()
     scope = Scope(lambda output: True, {"t", "it's", "around"})
-    binder = Binder("input 'x' of task 't'", upload, scope, is_for_python)
+    binder = Binder("input 'x' of task 't'", store, scope, is_for_python)
     asyncio.run(binder.fill(message, value))
     return message
 
@@ -198,11 +198,11 @@ def test_arrays_travel_beside_the_pickle_that_has_outputs() -> None:
 def test_a_large_value_around_an_output_is_uploaded() -> None:
     sent = []
 
-    async def upload(data: bytes) -> payload_pb2.Artifact:
+    async def store(media_type: str, data: bytes) -> payload_pb2.Payload:
         sent.append(data)
-        return payload_pb2.Artifact(artifact_id="here")
+        return payload_pb2.Payload(media_type=media_type, artifact=payload_pb2.Artifact(artifact_id="here"))
 
-    message = bound((output(), b"x" * payloads.INLINE_LIMIT_BYTES), upload)
+    message = bound((output(), b"x" * payloads.ALWAYS_INLINE_BYTES), store)
     first, second = message.list.items
     assert (first.payload.artifact.artifact_id, first.payload.media_type) == ("here", payloads.WITH_OUTPUTS)
     assert (second.output.output, len(sent)) == ("a", 1)

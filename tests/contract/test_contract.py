@@ -1,5 +1,6 @@
 """The contract: documented, and translated completely."""
 
+import importlib
 import re
 from enum import Enum
 from pathlib import Path
@@ -13,7 +14,11 @@ from lattice_server.core.states import RunState, TaskState
 from lattice_server.rpc.convert import FAILURE_KIND_FROM_PROTO, FAILURE_KIND_TO_PROTO, ISOLATION_TO_PROTO
 from lattice_server.rpc.events import RUN_STATE_TO_PROTO, TASK_STATE_TO_PROTO
 
-PROTOS = sorted((Path(__file__).resolve().parent.parent.parent / "proto").rglob("*.proto"))
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROTOS = sorted((ROOT / "proto").rglob("*.proto"))
+PACKAGES = ("lattice_client", "lattice_server", "lattice_worker")
+# For workers in other languages; the workers of this project do not trace yet.
+UNUSED = {"lattice.v1.Assignment.trace_context"}
 DECLARATION = re.compile(r"^\s*(message|enum|service|rpc|oneof) \w+|^\s+[\w.<>, ]+ \w+ = \d+;")
 
 
@@ -56,3 +61,16 @@ def test_file_names_its_package_in_go_java_and_csharp(path: Path) -> None:
         'java_package = "lattice.v1"',
     ):
         assert f"option {option};" in text
+
+
+def test_every_field_is_read_or_written_by_one_of_the_packages() -> None:
+    sources = [path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    words = set(re.findall(r"\w+", "\n".join(sources)))
+    unused = [
+        field.full_name
+        for path in PROTOS
+        for message in importlib.import_module(f"lattice.v1.{path.stem}_pb2").DESCRIPTOR.message_types_by_name.values()
+        for field in message.fields
+        if field.name not in words
+    ]
+    assert set(unused) <= UNUSED

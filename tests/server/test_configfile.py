@@ -65,6 +65,7 @@ def test_rules_keep_their_order() -> None:
         (RULE.replace('"prefix"', "[1]"), r"batch\[0\].match must be one of exact, prefix, regex"),
         (RULE.replace('"embed"', "3"), r"batch\[0\].pattern must be a text"),
         (RULE.replace("prefix", "regex").replace("embed", "("), r"batch\[0\].pattern is no regular expression"),
+        ("inline_limit_bytes = 4095", "inline_limit_bytes must be from 4096"),
         (RULE.replace("32", "0"), r"batch\[0\].max_size must be a whole number from 1, not 0"),
         (RULE.replace("32", "1.5"), r"batch\[0\].max_size must be a whole number from 1, not 1.5"),
         (RULE.replace("0.05", "-1"), r"batch\[0\].max_wait_s must be a number from 0, not -1"),

@@ -69,7 +69,11 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
+    FEATURES_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
     EXECUTOR_FIELD_NUMBER: builtins.int
+    SERVER_EPOCH_FIELD_NUMBER: builtins.int
     START_TIME_FIELD_NUMBER: builtins.int
     RAY_ADDRESS_FIELD_NUMBER: builtins.int
     PID_FIELD_NUMBER: builtins.int
@@ -77,11 +81,17 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     QUEUED_TASKS_FIELD_NUMBER: builtins.int
     RUNNING_ATTEMPTS_FIELD_NUMBER: builtins.int
     version: builtins.str
-    """The version of the server's software."""
+    """The version of the server's software, for people."""
+    protocol_version: builtins.int
+    """The version of the protocol, for programs. It grows when an older client could no longer work with the server;
+    additions leave it as it is and are named in `features`.
+    """
     executor: builtins.str
-    """Who starts workers: `local` or `ray`."""
+    """The part that starts workers: `local` or `ray`."""
+    server_epoch: builtins.str
+    """Names this life of the server. Runs that an earlier life accepted may be unknown to this one."""
     ray_address: builtins.str
-    """Where Ray's head listens, `host:port`; empty without Ray."""
+    """The address of Ray's head, `host:port`; empty without Ray."""
     pid: builtins.int
     """The operating system's id of the server process."""
     active_runs: builtins.int
@@ -91,14 +101,28 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     running_attempts: builtins.int
     """Attempts assigned to workers."""
     @property
+    def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The optional parts of the protocol that this server has: `output-path` (`OutputRef.path`), `request-id` (repeated
+        requests get the first answer), `run-graph` (`GetRun` with `VIEW_FULL`). A name never changes its meaning.
+        """
+
+    @property
+    def limits(self) -> Global___Limits:
+        """The limits the server enforces."""
+
+    @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When the server started."""
+        """When this life of the server started."""
 
     def __init__(
         self,
         *,
         version: builtins.str = ...,
+        protocol_version: builtins.int = ...,
+        features: collections.abc.Iterable[builtins.str] | None = ...,
+        limits: Global___Limits | None = ...,
         executor: builtins.str = ...,
+        server_epoch: builtins.str = ...,
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         ray_address: builtins.str = ...,
         pid: builtins.int = ...,
@@ -106,10 +130,83 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         queued_tasks: builtins.int = ...,
         running_attempts: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "executor", b"executor", "pid", b"pid", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "start_time", b"start_time", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "executor", b"executor", "features", b"features", "limits", b"limits", "pid", b"pid", "protocol_version", b"protocol_version", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "server_epoch", b"server_epoch", "start_time", b"start_time", "version", b"version"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
+
+@typing.final
+class Limits(google.protobuf.message.Message):
+    """The limits a server enforces. A request beyond one is refused, unless the field says otherwise."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INLINE_PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
+    MESSAGE_BYTES_FIELD_NUMBER: builtins.int
+    UPLOAD_CHUNK_BYTES_FIELD_NUMBER: builtins.int
+    PAGE_BYTES_FIELD_NUMBER: builtins.int
+    DEFAULT_PAGE_SIZE_FIELD_NUMBER: builtins.int
+    MAX_PAGE_SIZE_FIELD_NUMBER: builtins.int
+    MAX_WAIT_FIELD_NUMBER: builtins.int
+    RUN_TASKS_FIELD_NUMBER: builtins.int
+    OPEN_TASKS_FIELD_NUMBER: builtins.int
+    MAP_ITEMS_FIELD_NUMBER: builtins.int
+    SPAWN_DEPTH_FIELD_NUMBER: builtins.int
+    STORED_WORKFLOWS_FIELD_NUMBER: builtins.int
+    LOG_BYTES_FIELD_NUMBER: builtins.int
+    ID_CHARACTERS_FIELD_NUMBER: builtins.int
+    inline_payload_bytes: builtins.int
+    """The longest value that may travel inline, in bytes; at least 4096. Longer ones are written as artifacts."""
+    message_bytes: builtins.int
+    """The largest message the server takes or sends, in bytes."""
+    upload_chunk_bytes: builtins.int
+    """The most bytes in one message of an upload."""
+    page_bytes: builtins.int
+    """The size at which a page or a message of events ends early, in bytes."""
+    default_page_size: builtins.int
+    """The page size when a request names none."""
+    max_page_size: builtins.int
+    """The largest page size; a request for more gets this many."""
+    run_tasks: builtins.int
+    """The most tasks of one run."""
+    open_tasks: builtins.int
+    """The most tasks of all runs that have not ended."""
+    map_items: builtins.int
+    """The most items of one mapped task."""
+    spawn_depth: builtins.int
+    """How deep tasks may spawn tasks."""
+    stored_workflows: builtins.int
+    """The most workflows stored."""
+    log_bytes: builtins.int
+    """The most bytes of output of one attempt that are kept; the rest is cut."""
+    id_characters: builtins.int
+    """The most characters of a run id, workflow id or task id."""
+    @property
+    def max_wait(self) -> google.protobuf.duration_pb2.Duration:
+        """The longest wait of one call; a request for more waits this long."""
+
+    def __init__(
+        self,
+        *,
+        inline_payload_bytes: builtins.int = ...,
+        message_bytes: builtins.int = ...,
+        upload_chunk_bytes: builtins.int = ...,
+        page_bytes: builtins.int = ...,
+        default_page_size: builtins.int = ...,
+        max_page_size: builtins.int = ...,
+        max_wait: google.protobuf.duration_pb2.Duration | None = ...,
+        run_tasks: builtins.int = ...,
+        open_tasks: builtins.int = ...,
+        map_items: builtins.int = ...,
+        spawn_depth: builtins.int = ...,
+        stored_workflows: builtins.int = ...,
+        log_bytes: builtins.int = ...,
+        id_characters: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_wait", b"max_wait"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["default_page_size", b"default_page_size", "id_characters", b"id_characters", "inline_payload_bytes", b"inline_payload_bytes", "log_bytes", b"log_bytes", "map_items", b"map_items", "max_page_size", b"max_page_size", "max_wait", b"max_wait", "message_bytes", b"message_bytes", "open_tasks", b"open_tasks", "page_bytes", b"page_bytes", "run_tasks", b"run_tasks", "spawn_depth", b"spawn_depth", "stored_workflows", b"stored_workflows", "upload_chunk_bytes", b"upload_chunk_bytes"]) -> None: ...
+
+Global___Limits: typing_extensions.TypeAlias = Limits
 
 @typing.final
 class ListNodesRequest(google.protobuf.message.Message):

@@ -113,8 +113,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """FAILED_PRECONDITION: no node, known or possible, could ever meet the resources."""
     ERROR_REASON_REVISION_MISMATCH: _ErrorReason.ValueType  # 13
     """ABORTED: the workflow or run changed since the revision the request expects."""
-    ERROR_REASON_CURSOR_TRIMMED: _ErrorReason.ValueType  # 14
-    """OUT_OF_RANGE: the cursor lies before the oldest event kept."""
+    ERROR_REASON_NODE_UNAVAILABLE: _ErrorReason.ValueType  # 14
+    """UNAVAILABLE: the node that holds the artifact does not answer now; `RetryInfo` says when to try again."""
     ERROR_REASON_CURSOR_AHEAD: _ErrorReason.ValueType  # 15
     """OUT_OF_RANGE: the cursor lies beyond the newest event."""
     ERROR_REASON_PAYLOAD_TOO_LARGE: _ErrorReason.ValueType  # 16
@@ -125,8 +125,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """RESOURCE_EXHAUSTED: admission is full; `RetryInfo` says when to try again."""
     ERROR_REASON_SHUTTING_DOWN: _ErrorReason.ValueType  # 18
     """UNAVAILABLE: the server is stopping."""
-    ERROR_REASON_WORKFLOW_IN_USE: _ErrorReason.ValueType  # 19
-    """FAILED_PRECONDITION: the workflow still has runs that have not ended."""
+    ERROR_REASON_TRANSFER_NOT_FOUND: _ErrorReason.ValueType  # 19
+    """NOT_FOUND: the transfer that an upload answers is over; only workers see this."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 20
     """INTERNAL: a bug; metadata `error_id` finds it in the server's log."""
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 21
@@ -173,8 +173,8 @@ ERROR_REASON_UNSATISFIABLE_RESOURCES: ErrorReason.ValueType  # 12
 """FAILED_PRECONDITION: no node, known or possible, could ever meet the resources."""
 ERROR_REASON_REVISION_MISMATCH: ErrorReason.ValueType  # 13
 """ABORTED: the workflow or run changed since the revision the request expects."""
-ERROR_REASON_CURSOR_TRIMMED: ErrorReason.ValueType  # 14
-"""OUT_OF_RANGE: the cursor lies before the oldest event kept."""
+ERROR_REASON_NODE_UNAVAILABLE: ErrorReason.ValueType  # 14
+"""UNAVAILABLE: the node that holds the artifact does not answer now; `RetryInfo` says when to try again."""
 ERROR_REASON_CURSOR_AHEAD: ErrorReason.ValueType  # 15
 """OUT_OF_RANGE: the cursor lies beyond the newest event."""
 ERROR_REASON_PAYLOAD_TOO_LARGE: ErrorReason.ValueType  # 16
@@ -185,8 +185,8 @@ ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 17
 """RESOURCE_EXHAUSTED: admission is full; `RetryInfo` says when to try again."""
 ERROR_REASON_SHUTTING_DOWN: ErrorReason.ValueType  # 18
 """UNAVAILABLE: the server is stopping."""
-ERROR_REASON_WORKFLOW_IN_USE: ErrorReason.ValueType  # 19
-"""FAILED_PRECONDITION: the workflow still has runs that have not ended."""
+ERROR_REASON_TRANSFER_NOT_FOUND: ErrorReason.ValueType  # 19
+"""NOT_FOUND: the transfer that an upload answers is over; only workers see this."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 20
 """INTERNAL: a bug; metadata `error_id` finds it in the server's log."""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 21

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import time
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,8 @@ from lattice.v1 import (
     workflow_pb2,
 )
 
+from lattice_server import __version__
+from lattice_server.config import ServerConfig
 from lattice_server.engine.ports import Contact
 from lattice_server.rpc.server import PortInUseError
 from tests.server.apps import NoWorkers, build, serving, serving_aside
@@ -353,6 +356,29 @@ def test_nodes_and_the_cluster_are_described(busy: Caller) -> None:
     assert node.capacity.cpu == 2
     info = busy.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest())
     assert (info.executor, info.ray_address, info.active_runs) == ("local", "", 0)
+
+
+def test_server_info_tells_version_epoch_and_limits(idle: Caller) -> None:
+    info = idle.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest())
+    assert (info.version, info.protocol_version) == (__version__, 1)
+    assert info.server_epoch
+    assert 0 < info.start_time.ToSeconds() <= time.time()
+    config, limits = ServerConfig(), info.limits
+    assert limits.inline_payload_bytes == config.inline_limit_bytes
+    assert limits.run_tasks == config.max_run_tasks
+    assert limits.max_wait.ToSeconds() == 300
+    unset = [field.name for field in limits.DESCRIPTOR.fields if not getattr(limits, field.name)]
+    assert not unset
+
+
+def test_an_upload_is_refused_when_one_of_its_parts_is_over_the_limit(idle: Caller) -> None:
+    limits = idle.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest()).limits
+    part = artifact_pb2.WriteArtifactRequest(data=bytes(limits.upload_chunk_bytes))
+    assert idle.artifacts.WriteArtifact(iter([part])).artifact.size_bytes == limits.upload_chunk_bytes
+    part.data += b"x"
+    with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "PAYLOAD_TOO_LARGE") as refusal:
+        idle.artifacts.WriteArtifact(iter([part]))
+    assert refusal.metadata == {"field": "data"}
 
 
 def test_health_is_told_for_the_server_and_each_service(idle: Caller) -> None:
