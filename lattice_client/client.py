@@ -15,7 +15,7 @@ from lattice_client.convert import RunEvent
 from lattice_client.following import limited
 from lattice_client.opening import opened
 from lattice_client.outputs import Scope
-from lattice_client.reading import Reader
+from lattice_client.reading import PAGE_SIZE, Reader
 from lattice_client.requests import made
 from lattice_client.run import AsyncRun
 from lattice_client.security import SecurityOptions
@@ -155,7 +155,7 @@ class AsyncLatticeClient:
         """Run the task of a request to its end; return what `opened` turns into its outputs, or into its error."""
         return await self.reader.outcome_of(await self.starter.submit_task(request, task), task)
 
-    async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
+    async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int | None = None) -> int:
         """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
         ids = {task.task_id for task in tasks}
         scope = run_id.scope(tasks) if isinstance(run_id, AsyncRun) else Scope(lambda output: True, ids)
@@ -178,7 +178,7 @@ class AsyncLatticeClient:
 
     async def describe_run(self, run_id: str) -> run_pb2.Run:
         """Return a run as it is now. Raises NotFoundError."""
-        request = made(workflow_pb2.GetRunRequest, run_id=run_id)
+        request = made(workflow_pb2.GetRunRequest, run_id=run_id, view=run_pb2.VIEW_FULL)
         return (await self._rpc.call(self._rpc.workflows.GetRun(request))).run
 
     async def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
@@ -192,9 +192,12 @@ class AsyncLatticeClient:
             if not request.page_token or len(found) >= limit:
                 return found[:limit]
 
-    async def list_tasks(self, run_id: str) -> list[run_pb2.TaskRun]:
-        """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""
-        return await self.reader.list_tasks(run_id)
+    async def list_tasks(self, run_id: str, with_outputs: bool = False) -> list[run_pb2.TaskRun]:
+        """Return a run's tasks as they are now, in the order of their definition.
+
+        Outputs, and the tracebacks of failures, are left out unless they are asked for. Raises NotFoundError.
+        """
+        return await self.reader.list_tasks(run_id, with_outputs)
 
     async def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits. Raises NotFoundError."""
@@ -213,7 +216,14 @@ class AsyncLatticeClient:
 
     async def nodes(self) -> list[cluster_pb2.Node]:
         """Return the nodes in the ledger."""
-        return list((await self._rpc.call(self._rpc.cluster.ListNodes(cluster_pb2.ListNodesRequest()))).nodes)
+        request = cluster_pb2.ListNodesRequest(page_size=PAGE_SIZE)
+        found: list[cluster_pb2.Node] = []
+        while True:
+            response = await self._rpc.call(self._rpc.cluster.ListNodes(request))
+            found.extend(response.nodes)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return found
 
     async def drain_node(self, node_id: str, deadline: float | None = None) -> cluster_pb2.Node:
         """Let a node finish what it runs and leave; what still runs after `deadline` seconds moves to other nodes.

@@ -27,6 +27,8 @@ from lattice_client.workflow import LatticeTask
 T = TypeVar("T")
 
 WAIT_S = 60.0
+# More than servers return; each returns as many as it may.
+PAGE_SIZE = 10_000
 TERMINAL = frozenset({run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED, run_pb2.RUN_STATE_CANCELLED})
 ENDED = frozenset(
     {
@@ -89,7 +91,7 @@ class Reader:
         found = await self._until(run_id, lambda: self._rpc.tasks.GetTask(request), lambda r: r.task.state in ENDED)
         if (failed := convert.lack_of(found.task)) is not None:
             return failed
-        items = await self.list_tasks(run_id) if found.task.item_count else []
+        items = await self.list_tasks(run_id, with_outputs=True) if found.task.item_count else []
         items = [item for item in items if item.parent_task_id == task_id]
         owner = task.owner if isinstance(task, TaskOutput) else task
         known = convert.declared_by([owner] if isinstance(owner, LatticeTask) else ())
@@ -100,9 +102,10 @@ class Reader:
             return errors.RunError(run_id, f"{text}; its outputs: {', '.join(map(repr, outputs)) or 'none'}")
         return convert.value_of(outputs, task)
 
-    async def list_tasks(self, run_id: str) -> list[run_pb2.TaskRun]:
-        """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""
-        request = made(task_pb2.ListTasksRequest, run_id=run_id)
+    async def list_tasks(self, run_id: str, with_outputs: bool = False) -> list[run_pb2.TaskRun]:
+        """As `AsyncLatticeClient.list_tasks`."""
+        view = run_pb2.VIEW_FULL if with_outputs else run_pb2.VIEW_BASIC
+        request = made(task_pb2.ListTasksRequest, run_id=run_id, view=view, page_size=PAGE_SIZE)
         found: list[run_pb2.TaskRun] = []
         while True:
             response = await self._rpc.call(self._rpc.tasks.ListTasks(request))

@@ -145,7 +145,7 @@ class AsyncRun(RunId):
         """Cancel one task; what depends on it follows the workflow's failure policy."""
         await self.client.cancel_task(self, task_id_of(task))
 
-    async def add_tasks(self, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
+    async def add_tasks(self, tasks: Sequence[LatticeTask], expected_revision: int | None = None) -> int:
         """Add tasks, of any workflow, to the run while it goes on; return its revision after that.
 
         They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have

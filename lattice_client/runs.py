@@ -85,7 +85,7 @@ def list_runs(server: Server, as_json: bool, limit: int) -> None:
 def show_run(server: Server, as_json: bool, run_id: str) -> None:
     """Show one run and its tasks."""
     with connected(server) as client:
-        run, tasks = client.describe_run(run_id), client.list_tasks(run_id)
+        run, tasks = client.describe_run(run_id), client.list_tasks(run_id, with_outputs=as_json)
     if as_json:
         print_json(as_dict(run) | {"tasks": [as_dict(task) for task in tasks]})
         return

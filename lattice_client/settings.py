@@ -58,7 +58,6 @@ def check_settings(settings: RunSettings) -> None:
     timeout = settings.get("timeout")
     if timeout is None:
         return
-    # Zero the contract reads as no limit.
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_S:
         raise TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")
 
@@ -96,7 +95,7 @@ class TaskSettings:
     batch_size: int | None = None
     batch_timeout: float | None = None
     batch_within: str = "server"
-    max_parallel: int = 0
+    max_parallel: int | None = None
     concurrency_key: str = ""
     priority: int = 0
     node_selector: Mapping[str, str] | None = field(default=None)
@@ -106,12 +105,12 @@ class TaskSettings:
         """Return the settings as part of a task. Raises TaskDefinitionError naming the task and the setting."""
         for name, least, most in (
             ("retries", 0, MAX_RETRIES),
-            ("max_parallel", 0, MAX_INT),
+            ("max_parallel", 1, MAX_INT),
             ("priority", -MAX_INT, MAX_INT),
             ("batch_size", 1, MAX_BATCH),
         ):
             value = getattr(self, name)
-            if value is None and name == "batch_size":
+            if value is None and name in {"max_parallel", "batch_size"}:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 is_above = isinstance(value, int) and value > most
@@ -181,7 +180,7 @@ def _duration(label: str, name: str, seconds: float) -> Duration:
 
 def _limit(label: str, name: str, seconds: float) -> Duration:
     duration = _duration(label, name, seconds)
-    if not duration.ToNanoseconds():  # which the contract reads as no limit
+    if not duration.ToNanoseconds():
         raise _bad(label, name, f"seconds above 0, not {seconds!r}")
     return duration
 

@@ -118,7 +118,7 @@ class Starter:
             return await convert.tasks_of(tasks, store, scope)
 
     async def submit_tasks(
-        self, run_id: str, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int
+        self, run_id: str, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int | None
     ) -> int:
         """Add the tasks of a spec to a run; see `add_tasks`."""
 

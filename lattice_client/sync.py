@@ -161,7 +161,7 @@ class Run(RunId):
         """Cancel one task; what depends on it follows the workflow's failure policy."""
         _wait(self.aio.cancel_task(task))
 
-    def add_tasks(self, tasks: Sequence[LatticeTask], expected_revision: int = 0) -> int:
+    def add_tasks(self, tasks: Sequence[LatticeTask], expected_revision: int | None = None) -> int:
         """Add tasks, of any workflow, to the run while it goes on; return its revision after that.
 
         They may be wired to each other and to every task of the run. Raises AbortedError when the run does not have
@@ -293,9 +293,9 @@ class LatticeClient:
         """Return the newest runs."""
         return _wait(self.aio.list_runs(limit))
 
-    def list_tasks(self, run_id: str) -> list[run_pb2.TaskRun]:
+    def list_tasks(self, run_id: str, with_outputs: bool = False) -> list[run_pb2.TaskRun]:
         """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""
-        return _wait(self.aio.list_tasks(run_id))
+        return _wait(self.aio.list_tasks(run_id, with_outputs))
 
     def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits. Raises NotFoundError."""

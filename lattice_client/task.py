@@ -207,7 +207,7 @@ def task(
     retry_backoff: float | None = None,
     timeout: float | None = None,
     total_timeout: float | None = None,
-    max_parallel: int = 0,
+    max_parallel: int | None = None,
     concurrency_key: str = "",
     priority: int = 0,
     node_selector: Mapping[str, str] | None = None,

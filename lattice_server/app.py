@@ -22,8 +22,9 @@ from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.folders import SOCKET
 from lattice_server.engine.library import WorkflowLibrary
-from lattice_server.engine.orchestrator import Orchestrator, Retention
+from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Contact, Executor
+from lattice_server.engine.run_entry import Retention
 from lattice_server.engine.scheduler import Scheduler
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.store import ArtifactStore

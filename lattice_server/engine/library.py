@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import count
 from uuid import uuid4
 
 from lattice_server.core import dag
@@ -13,9 +14,10 @@ from lattice_server.engine.store import ArtifactStore
 
 @dataclass(slots=True)
 class WorkflowEntry:
-    """A stored workflow. `definition` is what a caller gets back, opaque here."""
+    """A stored workflow. Later ones have a higher `number`; `definition` is what a caller gets back, opaque here."""
 
     workflow_id: str
+    number: int
     spec: WorkflowSpec
     functions: dict[str, Function]
     definition: object
@@ -30,6 +32,7 @@ class WorkflowLibrary:
 
     def __init__(self, store: ArtifactStore, max_workflows: int) -> None:
         self.workflows: OrderedDict[str, WorkflowEntry] = OrderedDict()
+        self._numbers = count(1)
         self._store = store
         self._max_workflows = max_workflows
 
@@ -58,7 +61,9 @@ class WorkflowLibrary:
             text = f"{len(self.workflows)} workflows are stored, as many as may be; delete one, or run graphs inline"
             raise ExhaustedError("TOO_MANY_WORKFLOWS", text)
         named = workflow_id or f"workflow-{uuid4().hex}"
-        entry = WorkflowEntry(named, spec, functions, definition, fingerprint, time.time(), graph.artifacts)
+        entry = WorkflowEntry(
+            named, next(self._numbers), spec, functions, definition, fingerprint, time.time(), graph.artifacts
+        )
         self._store.hold(entry.artifacts)
         self.workflows[named] = entry
         return entry, True
@@ -87,8 +92,8 @@ class WorkflowLibrary:
             raise NotFoundError("WORKFLOW_NOT_FOUND", f"there is no workflow {workflow_id!r}") from None
 
 
-def expect_revision(what: str, revision: int, expected: int) -> None:
-    """Raise AbortedError unless something has the revision a caller expects; zero expects any."""
-    if expected and expected != revision:
+def expect_revision(what: str, revision: int, expected: int | None) -> None:
+    """Raise AbortedError unless something has the revision a caller expects; None expects any."""
+    if expected is not None and expected != revision:
         text = f"{what} has revision {revision}, not {expected}"
         raise AbortedError("REVISION_MISMATCH", text, metadata={"revision": str(revision)})

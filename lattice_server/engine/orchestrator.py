@@ -1,12 +1,11 @@
 """Owns runs, on the main thread. Rule: a run changes only by what its machine decides."""
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import count
 from uuid import uuid4
 
 from lattice_server.core import dag
@@ -38,9 +37,9 @@ from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.library import expect_revision
+from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.store import ArtifactStore
-from lattice_server.engine.subscriptions import RunLog
 
 log = logging.getLogger(__name__)
 
@@ -57,45 +56,6 @@ TASK_EVENTS = (
 )
 ToRun = TaskEvent | TaskReturned | TasksSpawned
 TENANT_LABEL = "tenant"
-
-
-@dataclass(slots=True)
-class RunEntry:
-    """A run, its log, and what a caller may ask about it. `fingerprint` tells whether a repeated id means the same;
-    `parameter_bytes` is the memory of what the caller gave besides the graph. `artifacts` are those the run keeps in
-    the store, its inputs and its outputs; `graph_artifacts` of its graph's are among them. `open_tasks` is what
-    admission counts for it; `expiry` ends it when its time is over."""
-
-    run: Run
-    fingerprint: str
-    created_s: float
-    labels: Mapping[str, str]
-    parameter_bytes: int = 0
-    log: RunLog = field(default_factory=RunLog)
-    ended_s: float | None = None
-    artifacts: list[Artifact] = field(default_factory=list)
-    artifact_bytes: int = 0
-    graph_artifacts: int = 0
-    open_tasks: int = 0
-    expiry: asyncio.TimerHandle | None = None
-
-    @property
-    def kept_bytes(self) -> int:
-        """The memory of the run's values and events."""
-        return self.parameter_bytes + self.run.dag.kept_bytes + self.log.kept_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """What is kept of runs that ended, newest first; the newest of all is kept whatever its size.
-
-    `kept_bytes` bounds the memory of their values and events, `artifact_bytes` the values that lie in stores.
-    """
-
-    runs: int = 1000
-    tasks: int = 200_000
-    kept_bytes: int = 1024 * 1024 * 1024
-    artifact_bytes: int = 1024 * 1024 * 1024
 
 
 class Orchestrator:
@@ -117,6 +77,7 @@ class Orchestrator:
         self.inquiries = Inquiries(bus)
         self._retention = retention
         self._admission = admission
+        self._numbers = count(1)
         self._ended: OrderedDict[str, RunEntry] = OrderedDict()
         self._ended_tasks = 0
         self._ended_bytes = 0
@@ -163,7 +124,9 @@ class Orchestrator:
             tenant=labels.get(TENANT_LABEL, ""),
             bounds=self._admission.bounds,
         )
-        entry = RunEntry(run, fingerprint, time.time(), labels, sum(p.kept_bytes for p in parameters.values()))
+        entry = RunEntry(
+            run, next(self._numbers), fingerprint, time.time(), labels, sum(p.kept_bytes for p in parameters.values())
+        )
         self.runs[run.run_id] = entry
         given = [p.content for p in parameters.values() if isinstance(p.content, Artifact)]
         self._keep(entry, given)
@@ -173,11 +136,11 @@ class Orchestrator:
         self._change(entry, lambda: run.start(parameters, time.monotonic()))
         return entry, True
 
-    def add_tasks(self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int) -> RunEntry:
+    def add_tasks(self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int | None) -> RunEntry:
         """Add tasks to a run that has not ended.
 
         Raises:
-            AbortedError: the run has another revision; zero expects any.
+            AbortedError: the run has another revision; None expects any.
             ExhaustedError, InvalidError, NotFoundError, PreconditionError: see `start_run` and `Run.append`.
         """
         entry = self.run(run_id)
@@ -346,12 +309,3 @@ def _artifacts_of(event: TaskSucceeded) -> Iterator[Artifact]:
         for payload in items:
             if isinstance(payload.content, Artifact):
                 yield payload.content
-
-
-def fingerprint(*parts: bytes) -> str:
-    """Return a digest of a request's content, to tell a repeated call from another one with the same id."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()

@@ -13,6 +13,7 @@ from lattice_server.engine.sessions import Sessions
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.offers import deadline_from_proto
+from lattice_server.rpc.paging import page
 
 NODE_STATE_TO_PROTO = {state: cluster_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeState}
 
@@ -40,8 +41,10 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
 
     async def ListNodes(self, request: cluster_pb2.ListNodesRequest, context: Context) -> cluster_pb2.ListNodesResponse:
         """List the nodes in the ledger."""
-        nodes = (await self._inquiries.nodes()).nodes
-        return cluster_pb2.ListNodesResponse(nodes=[self._node(node) for node in nodes])
+        found = sorted((await self._inquiries.nodes()).nodes, key=lambda node: node.node_id)
+        rows = ((node.node_id, node) for node in found if node.node_id > request.page_token)
+        nodes, token = page(request, rows, self._node)
+        return cluster_pb2.ListNodesResponse(nodes=nodes, next_page_token=token)
 
     async def DrainNode(self, request: cluster_pb2.DrainNodeRequest, context: Context) -> cluster_pb2.DrainNodeResponse:
         """Let a node finish what it runs and give it nothing more."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -256,10 +257,12 @@ def failure_from_proto(message: errors_pb2.Failure) -> Failure:
     )
 
 
-def failure_to_proto(failure: Failure | None) -> errors_pb2.Failure | None:
-    """Return the message of a failure; None stays None."""
+def failure_to_proto(failure: Failure | None, *, is_brief: bool = False) -> errors_pb2.Failure | None:
+    """Return the message of a failure, a brief one without traceback, exception and cause; None stays None."""
     if failure is None:
         return None
+    if is_brief:
+        failure = replace(failure, traceback="", exception=None, cause=None)
     return errors_pb2.Failure(
         kind=FAILURE_KIND_TO_PROTO[failure.kind],
         type=failure.type,

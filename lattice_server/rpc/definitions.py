@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from lattice.v1 import task_pb2
 
 from lattice_server.core.batching import BatchRule, by_rule
@@ -24,7 +26,10 @@ MAX_ATTEMPTS = 10_000
 MAX_WAIT_S = 30 * 24 * 3600.0
 MAX_MULTIPLIER = 1000.0
 MAX_BATCH = 100_000
+MAX_PARALLEL = (1 << 31) - 1
 DEFAULT_RETRY = RetryPolicy()
+
+Number = TypeVar("Number", int, float)
 
 BATCH_SCOPE_FROM_PROTO = {
     task_pb2.BATCH_SCOPE_UNSPECIFIED: BatchScope.SERVER,
@@ -54,39 +59,59 @@ def code_to_proto(function: Function) -> tuple[task_pb2.Function, task_pb2.CodeB
     return code, bundle
 
 
-def limit_from_proto(message: Duration, field: str) -> float | None:
-    """Return a limit in seconds, None for none. Raises InvalidError when it is negative or beyond a month."""
+def wait_from_proto(message: Duration, field: str) -> float:
+    """Return how long something may wait, in seconds. Raises InvalidError when it is negative or beyond a month."""
     seconds = seconds_from(message)
     if not 0 <= seconds <= MAX_WAIT_S:
         raise invalid_field(field, f"must be from 0 to {MAX_WAIT_S:.0f} s")
-    return seconds or None
+    return seconds
+
+
+def limit_from_proto(message: Message, name: str, field: str) -> float | None:
+    """Return the limit that a message has by this name, in seconds; None when it is unset. Raises InvalidError."""
+    if not message.HasField(name):
+        return None
+    seconds = seconds_from(getattr(message, name))
+    if not 0 < seconds <= MAX_WAIT_S:
+        raise invalid_field(field, f"must be above 0 and at most {MAX_WAIT_S:.0f} s; leave it out for no limit")
+    return seconds
+
+
+def _number(message: Message, name: str, field: str, bounds: tuple[float, float], default: Number) -> Number:
+    """Return the number that a message has by this name, within bounds; the default when it is unset.
+
+    Raises InvalidError.
+    """
+    if not message.HasField(name):
+        return default
+    value: Number = getattr(message, name)
+    least, most = bounds
+    if not least <= value <= most:
+        raise invalid_field(f"{field}.{name}", f"must be from {least:.0f} to {most:.0f}")
+    return value
 
 
 def retry_from_proto(message: task_pb2.RetryPolicy, field: str) -> RetryPolicy:
     """Return a retry policy with defaults filled in. Raises InvalidError."""
-    for name in ("max_attempts", "max_worker_losses"):
-        if not 0 <= getattr(message, name) <= MAX_ATTEMPTS:
-            raise invalid_field(f"{field}.{name}", f"must be from 0 to {MAX_ATTEMPTS}")
-    if message.backoff_multiplier and not 1 <= message.backoff_multiplier <= MAX_MULTIPLIER:
-        raise invalid_field(f"{field}.backoff_multiplier", f"must be from 1 to {MAX_MULTIPLIER:.0f}")
     unknown = [kind for kind in message.retry_on if kind not in FAILURE_KIND_FROM_PROTO]
     if unknown:
         raise invalid_field(f"{field}.retry_on", f"there is no kind of failure {unknown[0]}")
     default = DEFAULT_RETRY
     initial_s, most_s = default.initial_backoff_s, default.max_backoff_s
-    # Zero is a wait like any other.
     if message.HasField("initial_backoff"):
-        initial_s = limit_from_proto(message.initial_backoff, f"{field}.initial_backoff") or 0.0
+        initial_s = wait_from_proto(message.initial_backoff, f"{field}.initial_backoff")
     if message.HasField("max_backoff"):
-        most_s = limit_from_proto(message.max_backoff, f"{field}.max_backoff") or 0.0
+        most_s = wait_from_proto(message.max_backoff, f"{field}.max_backoff")
     return RetryPolicy(
-        max_attempts=message.max_attempts or default.max_attempts,
+        max_attempts=_number(message, "max_attempts", field, (1, MAX_ATTEMPTS), default.max_attempts),
         initial_backoff_s=initial_s,
-        backoff_multiplier=message.backoff_multiplier or default.backoff_multiplier,
+        backoff_multiplier=_number(
+            message, "backoff_multiplier", field, (1, MAX_MULTIPLIER), default.backoff_multiplier
+        ),
         max_backoff_s=most_s,
         retry_on=frozenset(FAILURE_KIND_FROM_PROTO[kind] for kind in message.retry_on) or default.retry_on,
         retry_on_types=frozenset(message.retry_on_types),
-        max_worker_losses=message.max_worker_losses or default.max_worker_losses,
+        max_worker_losses=_number(message, "max_worker_losses", field, (1, MAX_ATTEMPTS), default.max_worker_losses),
     )
 
 
@@ -109,13 +134,10 @@ def task_from_proto(
         raise invalid_field(f"{field}.outputs", "an output is named twice")
     if ISOLATION_FROM_PROTO.get(message.isolation) is not Isolation.NONE:
         raise invalid_field(f"{field}.isolation", "this server has no worker that isolates more than ISOLATION_NONE")
-    if message.max_parallel < 0:
-        raise invalid_field(f"{field}.max_parallel", "must not be negative")
     inputs = {
         name: binding_from_proto(binding, f'{field}.inputs["{name}"]', inline_limit_bytes)
         for name, binding in message.inputs.items()
     }
-    has_timeout, has_retry = message.HasField("timeout"), message.HasField("retry")
     return TaskSpec(
         task_id=task_id,
         function=function,
@@ -124,16 +146,14 @@ def task_from_proto(
         outputs=tuple(message.outputs),
         after=tuple(message.after),
         resources=resources_from_proto(message.resources, f"{field}.resources", is_async=function.is_async),
-        retry=retry_from_proto(message.retry, f"{field}.retry") if has_retry else DEFAULT_RETRY,
-        attempt_timeout_s=limit_from_proto(message.timeout.attempt, f"{field}.timeout.attempt")
-        if has_timeout
-        else None,
+        retry=retry_from_proto(message.retry, f"{field}.retry") if message.HasField("retry") else DEFAULT_RETRY,
+        attempt_timeout_s=limit_from_proto(message.timeout, "attempt", f"{field}.timeout.attempt"),
         isolation=Isolation.NONE,
         node_selector=tuple(sorted(message.node_selector.items())),
         priority=message.priority,
-        total_timeout_s=limit_from_proto(message.timeout.total, f"{field}.timeout.total") if has_timeout else None,
+        total_timeout_s=limit_from_proto(message.timeout, "total", f"{field}.timeout.total"),
         batch=batch_from_proto(message, field, rules) if message.HasField("batch") else None,
-        max_parallel=message.max_parallel,
+        max_parallel=_number(message, "max_parallel", field, (1, MAX_PARALLEL), 0),
         concurrency_key=message.concurrency_key,
         over=message.over,
         condition=condition_from_proto(message.condition, f"{field}.condition", inline_limit_bytes)
@@ -142,17 +162,15 @@ def task_from_proto(
     )
 
 
-def batch_from_proto(message: task_pb2.TaskSpec, field: str, rules: Sequence[BatchRule]) -> BatchPolicy | None:
+def batch_from_proto(message: task_pb2.TaskSpec, field: str, rules: Sequence[BatchRule]) -> BatchPolicy:
     """Return how a task is batched, by the server's rules or its own policy. Raises InvalidError."""
     batch = message.batch
-    if not 0 <= batch.max_size <= MAX_BATCH:
-        raise invalid_field(f"{field}.batch.max_size", f"must be from 0 to {MAX_BATCH}")
+    if not 1 <= batch.max_size <= MAX_BATCH:
+        raise invalid_field(f"{field}.batch.max_size", f"must be from 1 to {MAX_BATCH}")
     scope = BATCH_SCOPE_FROM_PROTO.get(batch.scope)
     if scope is None:
         raise invalid_field(f"{field}.batch.scope", f"there is no scope {batch.scope}")
-    if batch.max_size == 0:
-        return None
-    wait_s = limit_from_proto(batch.max_wait, f"{field}.batch.max_wait") or 0.0
+    wait_s = wait_from_proto(batch.max_wait, f"{field}.batch.max_wait")
     return by_rule(message.display_name or message.task_id, BatchPolicy(batch.max_size, wait_s, scope), rules)
 
 

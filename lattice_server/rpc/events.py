@@ -21,7 +21,8 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Payload
 from lattice_server.core.records import TaskRecord
 from lattice_server.core.states import RunState, TaskState
-from lattice_server.engine.orchestrator import Orchestrator, RunEntry
+from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.run_entry import RunEntry
 from lattice_server.rpc.convert import JSON, failure_to_proto, payloads_to_proto, timestamp
 
 EMPTY_LIST = Payload(JSON, "[]")
@@ -101,15 +102,15 @@ def event_to_proto(event: RunEvent) -> run_pb2.RunEvent:
     return message
 
 
-def run_to_proto(entry: RunEntry) -> run_pb2.Run:
-    """Return a run as it is now."""
+def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
+    """Return a run as it is now; a brief one without what may be large of its failure."""
     run, counts = entry.run, entry.run.counts
     return run_pb2.Run(
         run_id=run.run_id,
         workflow_id=run.workflow_id,
         display_name=run.spec.display_name,
         state=RUN_STATE_TO_PROTO[run.state],
-        failure=failure_to_proto(run.failure) if run.is_terminal else None,
+        failure=failure_to_proto(run.failure, is_brief=is_brief) if run.is_terminal else None,
         sequence=len(entry.log.events),
         create_time=timestamp(entry.created_s),
         end_time=timestamp(entry.ended_s),
@@ -122,8 +123,10 @@ def run_to_proto(entry: RunEntry) -> run_pb2.Run:
     )
 
 
-def task_to_proto(orchestrator: Orchestrator, entry: RunEntry, task_id: str) -> run_pb2.TaskRun:
-    """Return one task of a run as it is now."""
+def task_to_proto(
+    orchestrator: Orchestrator, entry: RunEntry, task_id: str, *, is_brief: bool = False
+) -> run_pb2.TaskRun:
+    """Return one task of a run as it is now; a brief one without outputs, and what may be large of its failure."""
     record = entry.run.tasks[task_id]
     started_s = None if record.started_at is None else orchestrator.wall_time_s(record.started_at)
     ended_s = None if record.ended_at is None else orchestrator.wall_time_s(record.ended_at)
@@ -134,8 +137,8 @@ def task_to_proto(orchestrator: Orchestrator, entry: RunEntry, task_id: str) -> 
         state=TASK_STATE_TO_PROTO[record.state],
         attempt=record.attempt,
         node_id=record.node_id,
-        outputs=payloads_to_proto(record.outputs or _no_items(record)),
-        failure=failure_to_proto(record.failure),
+        outputs={} if is_brief else payloads_to_proto(record.outputs or _no_items(record)),
+        failure=failure_to_proto(record.failure, is_brief=is_brief),
         start_time=timestamp(started_s),
         end_time=timestamp(ended_s),
         parent_task_id=record.item_of or record.spawned_by,

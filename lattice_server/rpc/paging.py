@@ -1,30 +1,71 @@
-"""Owns pages of lists. Rule: a page token is a position; lists are walked in one direction; a page fits a message."""
+"""Owns pages of lists. Rule: a page token names the last row of its page, never a position; a page fits a message."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from google.protobuf.message import Message
+from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import invalid_field
-from lattice_server.rpc.parts import in_parts
+from lattice_server.rpc.parts import PART_BYTES
 
 Item = TypeVar("Item")
 Shown = TypeVar("Shown", bound=Message)
+Request = (
+    workflow_pb2.ListRunsRequest
+    | workflow_pb2.ListWorkflowsRequest
+    | task_pb2.ListTasksRequest
+    | cluster_pb2.ListNodesRequest
+)
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
 MAX_TOKEN_LENGTH = 18
 
 
-def page(
-    items: Sequence[Item], page_size: int, page_token: str, show: Callable[[Item], Shown]
-) -> tuple[list[Shown], str]:
-    """Return one page as shown and the token of the next, empty at the end. Raises InvalidError."""
-    if page_size < 0:
-        raise invalid_field("page_size", "must not be negative")
-    if page_token and not (page_token.isdecimal() and len(page_token) <= MAX_TOKEN_LENGTH):
+def number_after(request: Request) -> int | None:
+    """Return the number of the row a page comes after; None for the first page. Raises InvalidError."""
+    token = request.page_token
+    if not token:
+        return None
+    if not (token.isascii() and token.isdecimal() and len(token) <= MAX_TOKEN_LENGTH):
         raise invalid_field("page_token", "is not one this server gave")
-    start = int(page_token or 0)
-    wanted = items[start : start + min(page_size or DEFAULT_PAGE, MAX_PAGE)]
-    shown = next(in_parts(map(show, wanted)), [])
-    end = start + len(shown)
-    return shown, str(end) if end < len(items) else ""
+    return int(token)
+
+
+def page(
+    request: Request, rows: Iterable[tuple[int | str, Item]], show: Callable[[Item], Shown]
+) -> tuple[list[Shown], str]:
+    """Return one page as shown and the token of the next, empty at the end.
+
+    Args:
+        request: what was asked for.
+        rows: those after the request's token, in order, each with the name that a token has for it. They are taken one
+            by one, so that a page costs what it shows.
+        show: makes the message of a row.
+
+    Raises:
+        InvalidError: the page size is not from 1.
+    """
+    size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
+    if size < 1:
+        raise invalid_field("page_size", "must be from 1; leave it out for the default")
+    size = min(size, MAX_PAGE)
+    shown: list[Shown] = []
+    total, last = 0, ""
+    for name, item in rows:
+        if len(shown) == size:
+            return shown, last
+        message = show(item)
+        total += message.ByteSize()
+        if shown and total > PART_BYTES:
+            return shown, last
+        shown.append(message)
+        last = str(name)
+    return shown, ""
+
+
+def is_full(view: int) -> bool:
+    """Whether a request wants everything of each item. Raises InvalidError."""
+    if view not in run_pb2.View.values():
+        raise invalid_field("view", f"there is no view {view}")
+    return view == run_pb2.VIEW_FULL

@@ -2,18 +2,20 @@
 
 import asyncio
 from functools import partial
+from itertools import islice
 
 from lattice.v1 import run_pb2, task_pb2, task_pb2_grpc
 
 from lattice_server.core.messages import Explanation, ReasonKind
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.states import TASK_TERMINAL
-from lattice_server.engine.orchestrator import Orchestrator, RunEntry, fingerprint
+from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
 from lattice_server.rpc.intake import Intake
-from lattice_server.rpc.paging import page
+from lattice_server.rpc.paging import is_full, number_after, page
 from lattice_server.rpc.waiting import wait_from_proto
 
 REASON_KIND_TO_PROTO = {kind: task_pb2.WaitKind.Value(f"WAIT_KIND_{kind.name}") for kind in ReasonKind}
@@ -61,13 +63,15 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         """List the tasks of a run."""
         entry = self._orchestrator.run(request.run_id)
         states = set(request.states)
-        ids = [
-            task_id
-            for task_id, record in entry.run.tasks.items()
+        # Tasks keep their places, since a run only grows; so a task's place is a name for it.
+        start = number_after(request) or 0
+        rows = (
+            (place, task_id)
+            for place, (task_id, record) in enumerate(islice(entry.run.tasks.items(), start, None), start + 1)
             if not states or TASK_STATE_TO_PROTO[record.state] in states
-        ]
-        show = partial(task_to_proto, self._orchestrator, entry)
-        tasks, token = page(ids, request.page_size, request.page_token, show)
+        )
+        show = partial(task_to_proto, self._orchestrator, entry, is_brief=not is_full(request.view))
+        tasks, token = page(request, rows, show)
         sequence = len(entry.log.events)
         return task_pb2.ListTasksResponse(tasks=tasks, next_page_token=token, sequence=sequence)
 

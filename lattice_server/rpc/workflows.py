@@ -10,12 +10,13 @@ from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 from lattice_server.core import dag
 from lattice_server.core.errors import ConflictError, InvalidError, invalid_field
 from lattice_server.engine.library import WorkflowEntry, WorkflowLibrary, expect_revision
-from lattice_server.engine.orchestrator import Orchestrator, RunEntry, fingerprint
+from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.rpc import convert, definitions
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import RUN_STATE_TO_PROTO, event_to_proto, final_tasks_to_proto, run_to_proto
 from lattice_server.rpc.intake import Intake
-from lattice_server.rpc.paging import page
+from lattice_server.rpc.paging import is_full, number_after, page
 from lattice_server.rpc.parts import in_parts
 from lattice_server.rpc.waiting import wait_from_proto
 
@@ -46,7 +47,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         """Add tasks to a stored workflow, or to a run."""
         if request.run_id:
             return self._add_to_run(request)
-        entry = self._expect(request.workflow_id, request.expected_revision)
+        entry = self._expect(request.workflow_id, expected_revision(request))
         added = self._intake.functions(request.functions, request.bundles)
         for name, function in added.items():
             if name in entry.functions and entry.functions[name].digest != function.digest:
@@ -61,7 +62,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def AddEdges(self, request: workflow_pb2.AddEdgesRequest, context: Context) -> workflow_pb2.AddEdgesResponse:
         """Add order-only edges to a stored workflow."""
-        entry = self._expect(request.workflow_id, request.expected_revision)
+        entry = self._expect(request.workflow_id, expected_revision(request))
         tasks = {task.task_id: task for task in entry.spec.tasks}
         for index, edge in enumerate(request.edges):
             for name in (edge.source_task_id, edge.target_task_id):
@@ -88,9 +89,11 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request: workflow_pb2.ListWorkflowsRequest, context: Context
     ) -> workflow_pb2.ListWorkflowsResponse:
         """List stored workflows, newest first."""
-        entries = list(reversed(self._library.workflows.values()))
-        show = partial(_workflow_to_proto, with_tasks=False)
-        workflows, token = page(entries, request.page_size, request.page_token, show)
+        after = number_after(request)
+        entries = reversed(self._library.workflows.values())
+        rows = ((entry.number, entry) for entry in entries if after is None or entry.number < after)
+        show = partial(_workflow_to_proto, is_brief=not is_full(request.view))
+        workflows, token = page(request, rows, show)
         return workflow_pb2.ListWorkflowsResponse(workflows=workflows, next_page_token=token)
 
     async def DeleteWorkflow(
@@ -133,19 +136,23 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def GetRun(self, request: workflow_pb2.GetRunRequest, context: Context) -> workflow_pb2.GetRunResponse:
         """Return a run."""
-        return workflow_pb2.GetRunResponse(run=run_to_proto(self._orchestrator.run(request.run_id)))
+        return workflow_pb2.GetRunResponse(
+            run=run_to_proto(self._orchestrator.run(request.run_id), is_brief=not is_full(request.view))
+        )
 
     async def ListRuns(self, request: workflow_pb2.ListRunsRequest, context: Context) -> workflow_pb2.ListRunsResponse:
         """List runs, newest first."""
         states = set(request.states)
         wanted = request.labels.items()
-        entries = [
-            entry
+        after = number_after(request)
+        rows = (
+            (entry.number, entry)
             for entry in reversed(self._orchestrator.runs.values())
-            if (not states or RUN_STATE_TO_PROTO[entry.run.state] in states)
+            if (after is None or entry.number < after)
+            and (not states or RUN_STATE_TO_PROTO[entry.run.state] in states)
             and all(entry.labels.get(key) == value for key, value in wanted)
-        ]
-        runs, token = page(entries, request.page_size, request.page_token, run_to_proto)
+        )
+        runs, token = page(request, rows, partial(run_to_proto, is_brief=not is_full(request.view)))
         return workflow_pb2.ListRunsResponse(runs=runs, next_page_token=token)
 
     async def CancelRun(
@@ -182,7 +189,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             priority=request.priority,
             fingerprint=print_,
             workflow_id=request.workflow_id,
-            timeout_s=definitions.limit_from_proto(request.timeout, "timeout") if request.HasField("timeout") else None,
+            timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
         )
 
     def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
@@ -192,13 +199,18 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             raise invalid_field("tasks", "there is nothing to add")
         functions = self._intake.functions(request.functions, request.bundles)
         tasks = self._intake.tasks(request.tasks, functions)
-        entry = self._orchestrator.add_tasks(request.run_id, tasks, request.expected_revision)
+        entry = self._orchestrator.add_tasks(request.run_id, tasks, expected_revision(request))
         return workflow_pb2.AddTasksResponse(revision=entry.run.revision)
 
-    def _expect(self, workflow_id: str, revision: int) -> WorkflowEntry:
+    def _expect(self, workflow_id: str, revision: int | None) -> WorkflowEntry:
         entry = self._library.get(workflow_id)
         expect_revision(f"workflow {workflow_id!r}", entry.revision, revision)
         return entry
+
+
+def expected_revision(request: workflow_pb2.AddTasksRequest | workflow_pb2.AddEdgesRequest) -> int | None:
+    """Return the revision a caller expects; None for any."""
+    return request.expected_revision if request.HasField("expected_revision") else None
 
 
 def _merged(first: workflow_pb2.WorkflowSpec, second: workflow_pb2.WorkflowSpec) -> workflow_pb2.WorkflowSpec:
@@ -213,11 +225,12 @@ def _definition(entry: WorkflowEntry) -> workflow_pb2.WorkflowSpec:
     return entry.definition
 
 
-def _workflow_to_proto(entry: WorkflowEntry, *, with_tasks: bool = True) -> workflow_pb2.Workflow:
-    spec = workflow_pb2.WorkflowSpec()
-    spec.CopyFrom(_definition(entry))
-    if not with_tasks:
-        spec.ClearField("tasks")
+def _workflow_to_proto(entry: WorkflowEntry, *, is_brief: bool = False) -> workflow_pb2.Workflow:
+    spec, whole = workflow_pb2.WorkflowSpec(), _definition(entry)
+    if is_brief:
+        spec.display_name, spec.failure_policy = whole.display_name, whole.failure_policy
+    else:
+        spec.CopyFrom(whole)
     return workflow_pb2.Workflow(
         workflow_id=entry.workflow_id,
         revision=entry.revision,

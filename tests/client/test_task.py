@@ -80,7 +80,7 @@ def test_a_task_is_still_its_function() -> None:
         ({"timeout": 0}, "timeout must be seconds above 0"),
         ({"total_timeout": -1}, "total_timeout must be seconds from 0"),
         ({"priority": "high"}, "priority must be a whole number"),
-        ({"max_parallel": 2**40}, "max_parallel must be a whole number from 0"),
+        ({"max_parallel": 2**40}, "max_parallel must be a whole number from 1"),
         ({"concurrency_key": 3}, "concurrency_key must be a text, not 3"),
         ({"node_selector": {"zone": 1}}, "node_selector must be texts by text"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),

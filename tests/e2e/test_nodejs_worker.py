@@ -175,7 +175,7 @@ def test_maps_and_batches(client: LatticeClient) -> None:
     run = workflow.run()
     with pytest.raises(TaskFailedError, match="RangeError: -1 is below zero"):
         run.result(WAIT_S)
-    states = {found.task_id: found.outputs["result"].json for found in client.list_tasks(run) if found.outputs}
+    states = {found.task_id: found.outputs["result"].json for found in client.list_tasks(run, True) if found.outputs}
     assert states == {members[0].task_id: "4", members[2].task_id: "9"}
 
 

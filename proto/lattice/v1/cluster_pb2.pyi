@@ -214,9 +214,23 @@ class ListNodesRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """The most nodes to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a page
+    ends early.
+    """
+    page_token: builtins.str
+    """`next_page_token` of the previous response."""
     def __init__(
         self,
+        *,
+        page_size: builtins.int | None = ...,
+        page_token: builtins.str = ...,
     ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_page_size", b"_page_size"]) -> typing.Literal["page_size"] | None: ...
 
 Global___ListNodesRequest: typing_extensions.TypeAlias = ListNodesRequest
 
@@ -227,6 +241,9 @@ class ListNodesResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NODES_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Asks for the next page; empty at the end."""
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Node]:
         """The nodes."""
@@ -235,8 +252,9 @@ class ListNodesResponse(google.protobuf.message.Message):
         self,
         *,
         nodes: collections.abc.Iterable[Global___Node] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["nodes", b"nodes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "nodes", b"nodes"]) -> None: ...
 
 Global___ListNodesResponse: typing_extensions.TypeAlias = ListNodesResponse
 

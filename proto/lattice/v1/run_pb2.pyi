@@ -22,6 +22,34 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _View:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ViewEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_View.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    VIEW_UNSPECIFIED: _View.ValueType  # 0
+    """`VIEW_BASIC`."""
+    VIEW_BASIC: _View.ValueType  # 1
+    """Leaves out what may be large: outputs, parameters and definitions, and of a failure its traceback, its exception and
+    its cause.
+    """
+    VIEW_FULL: _View.ValueType  # 2
+    """Everything."""
+
+class View(_View, metaclass=_ViewEnumTypeWrapper):
+    """How much of each item a response carries."""
+
+VIEW_UNSPECIFIED: View.ValueType  # 0
+"""`VIEW_BASIC`."""
+VIEW_BASIC: View.ValueType  # 1
+"""Leaves out what may be large: outputs, parameters and definitions, and of a failure its traceback, its exception and
+its cause.
+"""
+VIEW_FULL: View.ValueType  # 2
+"""Everything."""
+Global___View: typing_extensions.TypeAlias = View
+
 class _RunState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType

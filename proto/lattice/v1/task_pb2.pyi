@@ -244,7 +244,7 @@ class TaskSpec(google.protobuf.message.Message):
     priority: builtins.int
     """Among waiting tasks of one caller, higher goes first; added to the run's priority."""
     max_parallel: builtins.int
-    """How many calls with this task's `concurrency_key` may run at once; a batch is one call; zero means no limit."""
+    """How many calls with this task's `concurrency_key` may run at once, from 1; a batch is one call. Unset means no limit."""
     concurrency_key: builtins.str
     """Names the group `max_parallel` counts, across runs and callers; empty means the function itself. The server may have
     a limit of its own for a name, which then holds as well.
@@ -305,13 +305,14 @@ class TaskSpec(google.protobuf.message.Message):
         isolation: lattice.v1.resources_pb2.Isolation.ValueType = ...,
         node_selector: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         priority: builtins.int = ...,
-        max_parallel: builtins.int = ...,
+        max_parallel: builtins.int | None = ...,
         concurrency_key: builtins.str = ...,
         over: builtins.str = ...,
         condition: Global___Condition | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["batch", b"batch", "condition", b"condition", "resources", b"resources", "retry", b"retry", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "condition", b"condition", "display_name", b"display_name", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "over", b"over", "priority", b"priority", "resources", b"resources", "retry", b"retry", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "batch", b"batch", "condition", b"condition", "max_parallel", b"max_parallel", "resources", b"resources", "retry", b"retry", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "condition", b"condition", "display_name", b"display_name", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "over", b"over", "priority", b"priority", "resources", b"resources", "retry", b"retry", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_parallel", b"_max_parallel"]) -> typing.Literal["max_parallel"] | None: ...
 
 Global___TaskSpec: typing_extensions.TypeAlias = TaskSpec
 
@@ -473,12 +474,12 @@ class RetryPolicy(google.protobuf.message.Message):
     RETRY_ON_TYPES_FIELD_NUMBER: builtins.int
     MAX_WORKER_LOSSES_FIELD_NUMBER: builtins.int
     max_attempts: builtins.int
-    """Attempts in all that may fail for reasons listed in `retry_on`; zero means 1."""
+    """Attempts in all that may fail for reasons listed in `retry_on`, from 1 to 10,000; unset means 1."""
     backoff_multiplier: builtins.float
-    """Each further wait is the last one times this, 1 to 1000; zero means 2."""
+    """Each further wait is the last one times this, from 1 to 1000; unset means 2."""
     max_worker_losses: builtins.int
-    """How many lost workers the task may be charged with before it fails; zero means 3. It is charged with those on which
-    its attempt, or the batch it was in, was alone.
+    """The task fails when it is charged with this many lost workers, from 1 to 10,000; unset means 3. It is charged with
+    those on which its attempt, or the batch it was in, was alone. With 1 it never runs again after such a loss.
     """
     @property
     def initial_backoff(self) -> google.protobuf.duration_pb2.Duration:
@@ -486,7 +487,7 @@ class RetryPolicy(google.protobuf.message.Message):
 
     @property
     def max_backoff(self) -> google.protobuf.duration_pb2.Duration:
-        """The longest wait; unset means 30 s."""
+        """The longest wait; unset means 30 s, zero that no attempt waits."""
 
     @property
     def retry_on(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.errors_pb2.FailureKind.ValueType]:
@@ -499,22 +500,28 @@ class RetryPolicy(google.protobuf.message.Message):
     def __init__(
         self,
         *,
-        max_attempts: builtins.int = ...,
+        max_attempts: builtins.int | None = ...,
         initial_backoff: google.protobuf.duration_pb2.Duration | None = ...,
-        backoff_multiplier: builtins.float = ...,
+        backoff_multiplier: builtins.float | None = ...,
         max_backoff: google.protobuf.duration_pb2.Duration | None = ...,
         retry_on: collections.abc.Iterable[lattice.v1.errors_pb2.FailureKind.ValueType] | None = ...,
         retry_on_types: collections.abc.Iterable[builtins.str] | None = ...,
-        max_worker_losses: builtins.int = ...,
+        max_worker_losses: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["initial_backoff", b"initial_backoff", "max_backoff", b"max_backoff"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backoff_multiplier", b"backoff_multiplier", "initial_backoff", b"initial_backoff", "max_attempts", b"max_attempts", "max_backoff", b"max_backoff", "max_worker_losses", b"max_worker_losses", "retry_on", b"retry_on", "retry_on_types", b"retry_on_types"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_backoff_multiplier", b"_backoff_multiplier", "_max_attempts", b"_max_attempts", "_max_worker_losses", b"_max_worker_losses", "backoff_multiplier", b"backoff_multiplier", "initial_backoff", b"initial_backoff", "max_attempts", b"max_attempts", "max_backoff", b"max_backoff", "max_worker_losses", b"max_worker_losses"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_backoff_multiplier", b"_backoff_multiplier", "_max_attempts", b"_max_attempts", "_max_worker_losses", b"_max_worker_losses", "backoff_multiplier", b"backoff_multiplier", "initial_backoff", b"initial_backoff", "max_attempts", b"max_attempts", "max_backoff", b"max_backoff", "max_worker_losses", b"max_worker_losses", "retry_on", b"retry_on", "retry_on_types", b"retry_on_types"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_backoff_multiplier", b"_backoff_multiplier"]) -> typing.Literal["backoff_multiplier"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_attempts", b"_max_attempts"]) -> typing.Literal["max_attempts"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_worker_losses", b"_max_worker_losses"]) -> typing.Literal["max_worker_losses"] | None: ...
 
 Global___RetryPolicy: typing_extensions.TypeAlias = RetryPolicy
 
 @typing.final
 class TimeoutPolicy(google.protobuf.message.Message):
-    """How long a task may take. Zero or unset means no limit."""
+    """How long a task may take. Unset means no limit; a limit is above zero and at most 30 days."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -553,14 +560,14 @@ class BatchPolicy(google.protobuf.message.Message):
     MAX_WAIT_FIELD_NUMBER: builtins.int
     SCOPE_FIELD_NUMBER: builtins.int
     max_size: builtins.int
-    """The most tasks in one call; zero means no batching. With one the function still takes a list. There are fewer when
-    their inputs would take more than 64 MiB in the worker's stream; values stored as artifacts do not count.
+    """The most tasks in one call, from 1 to 100,000. With one the function still takes a list. There are fewer when their
+    inputs would take more than 64 MiB in the worker's stream; values stored as artifacts do not count.
     """
     scope: Global___BatchScope.ValueType
     """Which tasks may meet in one batch."""
     @property
     def max_wait(self) -> google.protobuf.duration_pb2.Duration:
-        """How long the first task of a batch may wait for others."""
+        """How long the first task of a batch may wait for others; unset means not at all."""
 
     def __init__(
         self,
@@ -730,14 +737,17 @@ class ListTasksRequest(google.protobuf.message.Message):
     STATES_FIELD_NUMBER: builtins.int
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    VIEW_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
     page_size: builtins.int
-    """The most tasks to return; zero means 100, at most 1000. A page ends earlier
-    where it would take more than 2 MiB.
+    """The most tasks to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a page
+    ends early.
     """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
+    view: lattice.v1.run_pb2.View.ValueType
+    """How much of each task to return."""
     @property
     def states(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.run_pb2.TaskState.ValueType]:
         """Only tasks in these states; empty means all."""
@@ -747,10 +757,13 @@ class ListTasksRequest(google.protobuf.message.Message):
         *,
         run_id: builtins.str = ...,
         states: collections.abc.Iterable[lattice.v1.run_pb2.TaskState.ValueType] | None = ...,
-        page_size: builtins.int = ...,
+        page_size: builtins.int | None = ...,
         page_token: builtins.str = ...,
+        view: lattice.v1.run_pb2.View.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id", "states", b"states"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id", "states", b"states", "view", b"view"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_page_size", b"_page_size"]) -> typing.Literal["page_size"] | None: ...
 
 Global___ListTasksRequest: typing_extensions.TypeAlias = ListTasksRequest
 

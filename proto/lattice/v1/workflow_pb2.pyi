@@ -274,7 +274,7 @@ class AddTasksRequest(google.protobuf.message.Message):
     workflow_id: builtins.str
     """The workflow; empty when `run_id` is set."""
     expected_revision: builtins.int
-    """Fails with ABORTED unless the workflow or run has this revision; zero means any."""
+    """Fails with ABORTED unless the workflow or run has this revision; unset means any."""
     run_id: builtins.str
     """The run; empty when `workflow_id` is set."""
     @property
@@ -298,10 +298,12 @@ class AddTasksRequest(google.protobuf.message.Message):
         tasks: collections.abc.Iterable[lattice.v1.task_pb2.TaskSpec] | None = ...,
         functions: collections.abc.Mapping[builtins.str, lattice.v1.task_pb2.Function] | None = ...,
         bundles: collections.abc.Iterable[lattice.v1.task_pb2.CodeBundle] | None = ...,
-        expected_revision: builtins.int = ...,
+        expected_revision: builtins.int | None = ...,
         run_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bundles", b"bundles", "expected_revision", b"expected_revision", "functions", b"functions", "run_id", b"run_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "bundles", b"bundles", "expected_revision", b"expected_revision", "functions", b"functions", "run_id", b"run_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
 
 Global___AddTasksRequest: typing_extensions.TypeAlias = AddTasksRequest
 
@@ -335,7 +337,7 @@ class AddEdgesRequest(google.protobuf.message.Message):
     workflow_id: builtins.str
     """The workflow."""
     expected_revision: builtins.int
-    """Fails with ABORTED unless the workflow has this revision; zero means any."""
+    """Fails with ABORTED unless the workflow has this revision; unset means any."""
     @property
     def edges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Edge]:
         """The edges to add; an edge that exists is kept."""
@@ -345,9 +347,11 @@ class AddEdgesRequest(google.protobuf.message.Message):
         *,
         workflow_id: builtins.str = ...,
         edges: collections.abc.Iterable[Global___Edge] | None = ...,
-        expected_revision: builtins.int = ...,
+        expected_revision: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["edges", b"edges", "expected_revision", b"expected_revision", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "edges", b"edges", "expected_revision", b"expected_revision", "workflow_id", b"workflow_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
 
 Global___AddEdgesRequest: typing_extensions.TypeAlias = AddEdgesRequest
 
@@ -416,19 +420,25 @@ class ListWorkflowsRequest(google.protobuf.message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    VIEW_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """The most workflows to return; zero means 100, at most 1000. A page ends earlier
-    where it would take more than 2 MiB.
+    """The most workflows to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a
+    page ends early.
     """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
+    view: lattice.v1.run_pb2.View.ValueType
+    """How much of each workflow to return; with `VIEW_BASIC` its tasks, functions and parameters are left out."""
     def __init__(
         self,
         *,
-        page_size: builtins.int = ...,
+        page_size: builtins.int | None = ...,
         page_token: builtins.str = ...,
+        view: lattice.v1.run_pb2.View.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size", "page_token", b"page_token", "view", b"view"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_page_size", b"_page_size"]) -> typing.Literal["page_size"] | None: ...
 
 Global___ListWorkflowsRequest: typing_extensions.TypeAlias = ListWorkflowsRequest
 
@@ -444,7 +454,7 @@ class ListWorkflowsResponse(google.protobuf.message.Message):
     """Asks for the next page; empty at the end."""
     @property
     def workflows(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Workflow]:
-        """The workflows, without their tasks."""
+        """The workflows."""
 
     def __init__(
         self,
@@ -554,7 +564,7 @@ class RunWorkflowRequest(google.protobuf.message.Message):
 
     @property
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
-        """The run fails when it takes longer; zero means no limit."""
+        """The run fails when it takes longer; above zero, unset means no limit."""
 
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
@@ -688,14 +698,18 @@ class GetRunRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: builtins.int
+    VIEW_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
+    view: lattice.v1.run_pb2.View.ValueType
+    """How much of the run to return."""
     def __init__(
         self,
         *,
         run_id: builtins.str = ...,
+        view: lattice.v1.run_pb2.View.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["run_id", b"run_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["run_id", b"run_id", "view", b"view"]) -> None: ...
 
 Global___GetRunRequest: typing_extensions.TypeAlias = GetRunRequest
 
@@ -746,12 +760,15 @@ class ListRunsRequest(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    VIEW_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """The most runs to return; zero means 100, at most 1000. A page ends earlier
-    where it would take more than 2 MiB.
+    """The most runs to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a page
+    ends early.
     """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
+    view: lattice.v1.run_pb2.View.ValueType
+    """How much of each run to return."""
     @property
     def states(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.run_pb2.RunState.ValueType]:
         """Only runs in these states; empty means all."""
@@ -765,10 +782,13 @@ class ListRunsRequest(google.protobuf.message.Message):
         *,
         states: collections.abc.Iterable[lattice.v1.run_pb2.RunState.ValueType] | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
-        page_size: builtins.int = ...,
+        page_size: builtins.int | None = ...,
         page_token: builtins.str = ...,
+        view: lattice.v1.run_pb2.View.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["labels", b"labels", "page_size", b"page_size", "page_token", b"page_token", "states", b"states"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_page_size", b"_page_size", "labels", b"labels", "page_size", b"page_size", "page_token", b"page_token", "states", b"states", "view", b"view"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_page_size", b"_page_size"]) -> typing.Literal["page_size"] | None: ...
 
 Global___ListRunsRequest: typing_extensions.TypeAlias = ListRunsRequest
 

@@ -31,7 +31,8 @@ from lattice_server.core.states import RunState
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.library import WorkflowLibrary
-from lattice_server.engine.orchestrator import Orchestrator, Retention, RunEntry
+from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.sessions import Connection, Sessions
 from tests.server.core.graphs import VALUE, hello, task, workflow
 
@@ -365,7 +366,7 @@ def test_a_refusal_changes_nothing() -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         entry = start(orchestrator, "a")
         with pytest.raises(InvalidError):
-            orchestrator.add_tasks("a", [task("t")], 0)
+            orchestrator.add_tasks("a", [task("t")], None)
         assert entry.run.state is RunState.RUNNING
 
     play(scenario)

@@ -188,8 +188,9 @@ def test_an_enum_value_of_a_newer_contract_is_refused(idle: Caller, spec: workfl
         task(retry=task_pb2.RetryPolicy(max_attempts=9, initial_backoff=Duration(seconds=-1))),
         task(retry=task_pb2.RetryPolicy(max_attempts=9, initial_backoff=Duration(seconds=3 * 10**11))),
         task(timeout=task_pb2.TimeoutPolicy(attempt=Duration(seconds=-1))),
+        task(max_parallel=-1),
     ],
-    ids=["attempts", "multiplier", "nan", "negative-backoff", "endless-backoff", "negative-timeout"],
+    ids=["attempts", "multiplier", "nan", "negative-backoff", "endless-backoff", "negative-timeout", "parallel"],
 )
 def test_a_policy_out_of_range_is_refused(idle: Caller, bad: task_pb2.TaskSpec) -> None:
     with refused(Code.INVALID_ARGUMENT, "INVALID_FIELD"):
@@ -210,7 +211,12 @@ def test_a_bundle_whose_digest_is_not_its_own_is_refused(idle: Caller) -> None:
     [
         ("workflows.ListRuns", workflow_pb2.ListRunsRequest(page_token="soup"), "page_token"),
         ("workflows.ListRuns", workflow_pb2.ListRunsRequest(page_size=-1), "page_size"),
+        ("workflows.ListRuns", workflow_pb2.ListRunsRequest(page_size=0), "page_size"),
+        ("workflows.ListRuns", workflow_pb2.ListRunsRequest(view=99), "view"),
+        ("workflows.ListRuns", workflow_pb2.ListRunsRequest(page_token="\u0661"), "page_token"),
         ("workflows.ListWorkflows", workflow_pb2.ListWorkflowsRequest(page_token="-1"), "page_token"),
+        ("workflows.ListWorkflows", workflow_pb2.ListWorkflowsRequest(page_size=0), "page_size"),
+        ("cluster.ListNodes", cluster_pb2.ListNodesRequest(page_size=0), "page_size"),
         ("results.WatchRun", results_pb2.WatchRunRequest(run_id="any", after_sequence=-1), "after_sequence"),
         ("artifacts.ReadArtifact", artifact_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=-1), "offset"),
         ("artifacts.ReadArtifact", artifact_pb2.ReadArtifactRequest(artifact_id="0" * 32, offset=2**63 - 1), "offset"),
@@ -220,6 +226,22 @@ def test_a_malformed_question_is_refused_by_its_field(idle: Caller, call: str, r
     with refused(Code.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
         ask(idle, call, request_)
     assert list(refusal.violations) == [field]
+
+
+def test_a_run_is_refused_by_its_timeout_when_that_is_zero(idle: Caller) -> None:
+    with refused(Code.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+        run(idle, timeout=Duration())
+    assert list(refusal.violations) == ["timeout"]
+
+
+def test_tasks_are_not_added_when_revision_zero_is_expected(idle: Caller) -> None:
+    request = workflow_pb2.AddTasksRequest(run_id=run(idle).run.run_id, expected_revision=0)
+    request.tasks.append(task("more"))
+    request.functions["work"].CopyFrom(function())
+    with refused(Code.ABORTED, "REVISION_MISMATCH"):
+        idle.workflows.AddTasks(request)
+    request.ClearField("expected_revision")
+    assert idle.workflows.AddTasks(request).revision == 2
 
 
 def test_an_endless_page_token_is_refused(idle: Caller) -> None:

@@ -97,7 +97,9 @@ def test_what_is_large_comes_in_pages_and_messages_any_caller_takes(busy: Caller
         assert sequences == list(range(1, rest[-1].sequence + 1))
         assert all(response.sequence == response.events[-1].sequence for response in told)
     assert [response.complete for response in watched] == [False] * (len(watched) - 1) + [True]
-    pages = walk(busy.tasks.ListTasks, task_pb2.ListTasksRequest(run_id=first.run.run_id), "tasks", 1000)
+    pages = walk(
+        busy.tasks.ListTasks, task_pb2.ListTasksRequest(run_id=first.run.run_id, view=run_pb2.VIEW_FULL), "tasks", 1000
+    )
     assert [found.task_id for page in pages for found in page] == [*names, "last"]
 
 

@@ -1,0 +1,62 @@
+"""Owns what the server knows of one run besides its machine. Rule: only the orchestrator changes it."""
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lattice_server.core.model import Artifact
+from lattice_server.core.run import Run
+from lattice_server.engine.subscriptions import RunLog
+
+
+@dataclass(slots=True)
+class RunEntry:
+    """A run, its log, and what a caller may ask about it.
+
+    Later runs have a higher `number`. `fingerprint` tells whether a repeated id means the same; `parameter_bytes` is
+    the memory of what the caller gave besides the graph. `artifacts` are those the run keeps in the store, its inputs
+    and its outputs; `graph_artifacts` of its graph's are among them. `open_tasks` is what admission counts for it;
+    `expiry` ends it when its time is over.
+    """
+
+    run: Run
+    number: int
+    fingerprint: str
+    created_s: float
+    labels: Mapping[str, str]
+    parameter_bytes: int = 0
+    log: RunLog = field(default_factory=RunLog)
+    ended_s: float | None = None
+    artifacts: list[Artifact] = field(default_factory=list)
+    artifact_bytes: int = 0
+    graph_artifacts: int = 0
+    open_tasks: int = 0
+    expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of the run's values and events."""
+        return self.parameter_bytes + self.run.dag.kept_bytes + self.log.kept_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """What is kept of runs that ended, newest first; the newest of all is kept whatever its size.
+
+    `kept_bytes` bounds the memory of their values and events, `artifact_bytes` the values that lie in stores.
+    """
+
+    runs: int = 1000
+    tasks: int = 200_000
+    kept_bytes: int = 1024 * 1024 * 1024
+    artifact_bytes: int = 1024 * 1024 * 1024
+
+
+def fingerprint(*parts: bytes) -> str:
+    """Return a digest of a request's content, to tell a repeated call from another one with the same id."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
