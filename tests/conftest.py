@@ -6,11 +6,16 @@ With LATTICE_REQUIRE_ALL=1, as in CI, a skip is a failure, unless it waits for a
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+
+# Hundreds of Python processes are started; each would compile Lattice where the environment keeps byte code from disk.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 REQUIRE_ALL = os.environ.get("LATTICE_REQUIRE_ALL") == "1"
 

@@ -8,8 +8,8 @@ from lattice.v1 import run_pb2
 
 from lattice_client import LatticeClient, TaskFailedError, task
 from tests.e2e.rooms import WAIT_S
+from tests.examples import SEED, share
 from tests.hostile import Plan, act, act_async, act_each, is_expected, plan_of
-from tests.worker.examples import SEED, share
 
 TIMEOUT_S = 5.0
 ROUND = 5

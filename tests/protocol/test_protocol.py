@@ -17,6 +17,7 @@ from lattice_server.core.messages import Assign, CancelRequested, TaskCancelled,
 from lattice_server.core.model import Failure, FailureKind, Payload
 from lattice_server.engine.sessions import Connection, Sessions
 from lattice_worker.leasing import Leasing
+from tests.examples import share
 from tests.server.core.scenes import node, ready
 
 SILENCE_LIMIT_S = 2.0
@@ -313,4 +314,4 @@ class Wire(RuleBasedStateMachine):
 
 
 TestWire = Wire.TestCase
-TestWire.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+TestWire.settings = settings(max_examples=share(2000), stateful_step_count=60, deadline=None)

@@ -20,7 +20,7 @@ from lattice_worker.materials import Materials
 from lattice_worker.pool import Pool
 from lattice_worker.runner import frames
 from lattice_worker.runner.frames import FIRST, LAST, MIDDLE, WHOLE, Assembler, ProtocolError, packets_of, parse
-from tests.worker.examples import examples
+from tests.examples import examples
 from tests.worker.processes import FakeProcess, FakeZygotes, packet_of, settle, succeeded
 
 VALUES = [0, 1, -1, 2**31, 2**63, -(2**63), True, None, -1.0, 1e300, 0.1]

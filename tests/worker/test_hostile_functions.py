@@ -17,8 +17,8 @@ from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
 
 from lattice_worker.runner.values import decode_value
 from tests import hostile
+from tests.examples import SEED, examples
 from tests.hostile import BLOCKING, Plan, act, act_async, act_each, act_twice, is_expected, plan_of
-from tests.worker.examples import SEED, examples
 from tests.worker.head import Stream, pair, payload_of
 
 ENDS = ("succeeded", "failed", "returned")

@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 from lattice_server.core import dag
+from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.growth import Bounds
 from lattice_server.core.messages import (
     Assign,
@@ -37,7 +38,7 @@ MOST_STEPS = 200_000
 class Cluster:
     """Everything, driven step by step. What is said arrives in order, `latency_s` later.
 
-    With `is_checked` every invariant is asserted after every step.
+    With `is_checked` every invariant is asserted after every step, and the scheduler compared with a thorough one.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Cluster:
         session_ttl_s: float = 5.0,
     ) -> None:
         self.now = 0.0
-        self.machine = Twins("e", session_ttl_s, limits)
+        self.machine = (Twins if is_checked else Dispatch)("e", session_ttl_s, limits)
         self.watcher = Watcher(self.machine, limits)
         self.runs: dict[str, Run] = {}
         self.facts: dict[str, list[tuple[float, Any]]] = {}

@@ -26,6 +26,7 @@ from lattice_server.core.model import (
     WorkflowSpec,
 )
 from lattice_server.core.states import TaskState
+from tests.examples import share
 from tests.server.core.cluster import Cluster
 from tests.server.core.graphs import SYNC, VALUE, hello, task
 from tests.server.core.scenes import BROKEN, Scene, node, ready
@@ -350,7 +351,7 @@ class Culprits:
                 self.cluster.after(self.rng.choice([0.01, 0.5]), partial(self.join, node_id))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=share(1200), deadline=None)
 @given(seed=st.integers(0, 1 << 32), latency_s=st.sampled_from([0.0, 0.0005, 0.02]))
 def test_tasks_that_end_their_workers_fail_and_no_other_does(seed: int, latency_s: float) -> None:
     Culprits(seed, latency_s).play()

@@ -1,4 +1,4 @@
-"""How many generated examples the tests of the worker run, and from which seed.
+"""How many generated examples tests run, and, for the worker, from which seed.
 
 LATTICE_EXAMPLES is the percentage of all examples (default 5), LATTICE_SEED the seed (default: a new one, printed).
 """
