@@ -1,12 +1,15 @@
-"""Owns the channels to a server and the stubs on them. Rule: no gRPC error leaves by `call`."""
+"""Owns how calls reach a server. Rule: each gRPC error leaves as one of this package's.
 
-import asyncio
+What a client does is written once, as coroutines over a `Channel`. Calls of an `AsyncChannel` suspend the coroutine,
+those of a `BlockingChannel` block the thread: such a coroutine runs to its end in the caller's own thread.
+"""
+
 import functools
 import os
-import threading
-from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar, Unpack, cast
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, cast
 
 import grpc
 from lattice.v1 import (
@@ -18,10 +21,14 @@ from lattice.v1 import (
     workflow_pb2_grpc,
 )
 
-from lattice_client import errors, forks
+from lattice_client import errors
 from lattice_client.security import Security, SecurityOptions, secure
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from grpc.aio import StreamUnaryMultiCallable, UnaryStreamMultiCallable, UnaryUnaryMultiCallable
+
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
@@ -43,125 +50,146 @@ OPTIONS = [
 ]
 
 
+def dial(target: str | None, **security: Unpack[SecurityOptions]) -> Security:
+    """Return the server to call. Raises TargetError, SecurityError."""
+    return secure(target or os.environ.get("LATTICE_TARGET") or DEFAULT_TARGET, **security)
+
+
+def options_for(dialled: Security) -> list[tuple[str, Any]]:
+    """Return the options of a channel."""
+    # Calls to this machine must not go by way of another one, whatever proxy the environment names.
+    return [*OPTIONS, ("grpc.enable_http_proxy", int(not dialled.is_local))]
+
+
 class Stubs:
-    """One connection and the stubs on it, for one event loop."""
+    """The stubs on one connection. Those of a blocking one are typed as if their calls could be awaited."""
+
+    def __init__(self, channel: Any, token: str | None) -> None:
+        channel = channel if token is None else Signed(channel, token)
+        self.workflows: workflow_pb2_grpc.WorkflowServiceAsyncStub
+        self.tasks: task_pb2_grpc.TaskServiceAsyncStub
+        self.results: results_pb2_grpc.ResultsServiceAsyncStub
+        self.artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub
+        self.cluster: cluster_pb2_grpc.ClusterServiceAsyncStub
+        self.workflows = cast(Any, workflow_pb2_grpc.WorkflowServiceStub(channel))
+        self.tasks = cast(Any, task_pb2_grpc.TaskServiceStub(channel))
+        self.results = cast(Any, results_pb2_grpc.ResultsServiceStub(channel))
+        self.artifacts = cast(Any, artifact_pb2_grpc.ArtifactServiceStub(channel))
+        self.cluster = cast(Any, cluster_pb2_grpc.ClusterServiceStub(channel))
+
+
+class LimitReachedError(Exception):
+    """The time limit of a block passed; see `Channel.limit`."""
+
+
+class OpenCall(ABC, Generic[R]):
+    """A call whose first message was read, and whose last one is still to come."""
+
+    @abstractmethod
+    async def last(self) -> R | None:
+        """Wait for the last message. None when the call broke, or cannot be read here."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """End the call; nothing waits for it any more. May be called from any thread, and by a finalizer."""
+
+
+class Channel(ABC):
+    """The way to one server."""
 
     def __init__(self, dialled: Security) -> None:
-        forks.check_process()
-        # What goes to this machine must not take a way over another one, whatever proxy the environment names.
-        options = [*OPTIONS, ("grpc.enable_http_proxy", int(not dialled.is_local))]
-        if dialled.credentials is None:
-            self.channel = grpc.aio.insecure_channel(dialled.address, options=options)
-        else:
-            self.channel = grpc.aio.secure_channel(dialled.address, dialled.credentials, options=options)
-        forks.use(self.channel)
-        channel = self.channel if dialled.token is None else cast(grpc.aio.Channel, Signed(self.channel, dialled.token))
-        self.workflows = workflow_pb2_grpc.WorkflowServiceStub(channel)
-        self.tasks = task_pb2_grpc.TaskServiceStub(channel)
-        self.results = results_pb2_grpc.ResultsServiceStub(channel)
-        self.artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
-        self.cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
-
-
-class Channel:
-    """The connections to one server: one for each event loop that makes calls, since gRPC binds them to theirs."""
-
-    def __init__(self, target: str | None, **security: Unpack[SecurityOptions]) -> None:
-        self._dialled = secure(target or os.environ.get("LATTICE_TARGET") or DEFAULT_TARGET, **security)
-        self.target = self._dialled.address
+        self._dialled = dialled
+        self.target = dialled.address
         self.is_closed = False
-        self._stubs: dict[asyncio.AbstractEventLoop, Stubs] = {}
-        self._lock = threading.Lock()
         self._limits: cluster_pb2.Limits | None = None
 
     @property
     def workflows(self) -> "workflow_pb2_grpc.WorkflowServiceAsyncStub":
         """Calls of WorkflowService."""
-        return self._here().workflows
+        return self._stubs().workflows
 
     @property
     def tasks(self) -> "task_pb2_grpc.TaskServiceAsyncStub":
         """Calls of TaskService."""
-        return self._here().tasks
+        return self._stubs().tasks
 
     @property
     def results(self) -> "results_pb2_grpc.ResultsServiceAsyncStub":
         """Calls of ResultsService."""
-        return self._here().results
+        return self._stubs().results
 
     @property
     def artifacts(self) -> "artifact_pb2_grpc.ArtifactServiceAsyncStub":
         """Calls of ArtifactService."""
-        return self._here().artifacts
+        return self._stubs().artifacts
 
     @property
     def cluster(self) -> "cluster_pb2_grpc.ClusterServiceAsyncStub":
         """Calls of ClusterService."""
-        return self._here().cluster
+        return self._stubs().cluster
 
     async def limits(self) -> cluster_pb2.Limits:
         """Return the server's limits; it is asked for them once. Raises RequestError, ClientClosedError."""
         if self._limits is None:
-            self._limits = (await self.call(self.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest()))).limits
+            self._limits = (await self.call(self.cluster.GetServerInfo, cluster_pb2.GetServerInfoRequest())).limits
         return self._limits
 
-    def _here(self) -> Stubs:
-        """Return the stubs of the running loop. Raises ClientClosedError, ForkError."""
-        if self.is_closed:
-            raise self.closed_error()
-        loop = asyncio.get_running_loop()
-        found = self._stubs.get(loop)
-        if found is None or forks.is_broken():
-            with self._lock:
-                for other in [other for other in self._stubs if other.is_closed()]:
-                    del self._stubs[other]
-                found = self._stubs[loop] = Stubs(self._dialled)
-        return found
+    @abstractmethod
+    def _stubs(self) -> Stubs:
+        """Return the stubs to call with from here. Raises ClientClosedError, ForkError."""
 
-    def closed_error(self) -> errors.ClientClosedError:
-        """Return what a call of a closed client raises."""
-        return errors.ClientClosedError(f"the client of {self.target} is closed: make another one")
+    @abstractmethod
+    async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
+        """Return the answer of a call. Raises RequestError, ClientClosedError, LimitReachedError."""
 
-    async def call(self, call: Awaitable[T]) -> T:
-        """Return what a call answers. Raises RequestError, ClientClosedError."""
-        with self.closing():
-            try:
-                return await call
-            except grpc.aio.AioRpcError as error:
-                raise self.error_of(error) from None
+    @abstractmethod
+    def stream(self, method: "UnaryStreamMultiCallable[Q, R]", request: Q) -> AsyncIterator[R]:
+        """Yield the messages of a call. Raises as `call`."""
 
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        """Turn the cancellation of the block's calls, by which a channel closes, into ClientClosedError."""
-        try:
-            yield
-        except grpc.aio.UsageError:  # another thread closed it
-            raise self.closed_error() from None
-        except asyncio.CancelledError:
-            if self.is_closed and not _is_cancelling():
-                raise self.closed_error() from None
-            raise
+    @abstractmethod
+    async def upload(self, method: "StreamUnaryMultiCallable[Q, R]", messages: Iterable[Q]) -> R:
+        """Send messages; return the answer. Raises as `call`."""
 
-    def error_of(self, error: grpc.aio.AioRpcError) -> errors.LatticeError:
-        """Return this package's error for a call that failed."""
-        return self.closed_error() if self.is_closed else errors.from_rpc(error, self.target)
+    @abstractmethod
+    async def begin(
+        self, method: "UnaryStreamMultiCallable[Q, R]", request: Q, on_end: Callable[[OpenCall[R]], object]
+    ) -> tuple[R, OpenCall[R]]:
+        """Start a call of two messages; return the first one. `on_end` is told when it is over. Raises as `call`."""
+
+    @abstractmethod
+    def limit(self, timeout_s: float | None) -> AbstractAsyncContextManager[None]:
+        """Bound all calls of a block. Raises LimitReachedError."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Return the time, in seconds, on a clock that only goes forward."""
+
+    @abstractmethod
+    async def sleep(self, seconds: float) -> None:
+        """Wait. Raises LimitReachedError."""
+
+    @abstractmethod
+    def shut(self) -> None:
+        """Close the connections, from any thread. Calls under way raise ClientClosedError."""
 
     async def close(self) -> None:
-        """Close the connections."""
-        self.is_closed = True
-        with self._lock:
-            stubs, self._stubs = self._stubs, {}
-        here = asyncio.get_running_loop()
-        for loop, found in stubs.items():
-            if loop is here:
-                await found.channel.close()
-            elif loop.is_running():
-                asyncio.run_coroutine_threadsafe(found.channel.close(), loop)
+        """As `shut`; the connection of this thread is closed when it returns."""
+        self.shut()
 
+    def closed_error(self) -> errors.ClientClosedError:
+        """Return the error of a call of a closed client."""
+        return errors.ClientClosedError(f"the client of {self.target} is closed: make another one")
 
-def _is_cancelling() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    @contextmanager
+    def _converting(self) -> Iterator[None]:
+        """Turn an error of gRPC into one of this package's."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            if self.is_closed:
+                raise self.closed_error() from None
+            # Both kinds of calls have a status; only its subclasses say so.
+            raise errors.from_rpc(cast(grpc.aio.AioRpcError, error), self.target) from None
 
 
 class Signed:
@@ -170,11 +198,11 @@ class Signed:
     gRPC's own interceptors wrap each call in a task, and each message of a stream in another; this costs nothing.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, token: str) -> None:
+    def __init__(self, channel: Any, token: str) -> None:
         self._channel = channel
         self._metadata = (("authorization", f"Bearer {token}"),)
 
     def __getattr__(self, kind: str) -> Any:
-        """Return what makes calls of a kind: `unary_unary`, `unary_stream`, `stream_unary` or `stream_stream`."""
+        """Return the maker of calls of a kind: `unary_unary`, `unary_stream`, `stream_unary` or `stream_stream`."""
         make = getattr(self._channel, kind)
         return lambda *args, **kwargs: functools.partial(make(*args, **kwargs), metadata=self._metadata)

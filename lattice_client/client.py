@@ -1,4 +1,4 @@
-"""Owns what can be asked of a server, for asyncio. The synchronous client in `sync.py` is a facade of this one.
+"""Owns what can be asked of a server, for asyncio. The synchronous client runs the same over calls that block.
 
 Rule: work is sent by `starting`, and followed by `reading`; here are the calls of one answer.
 """
@@ -9,10 +9,8 @@ from typing import Any, Never, NoReturn, Self, Unpack
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client import convert
-from lattice_client.brevity import Brevity
-from lattice_client.channel import Channel
+from lattice_client.channel import Channel, dial
 from lattice_client.convert import RunEvent
-from lattice_client.following import limited
 from lattice_client.opening import opened
 from lattice_client.outputs import Scope
 from lattice_client.reading import PAGE_SIZE, Reader
@@ -21,6 +19,7 @@ from lattice_client.run import AsyncRun
 from lattice_client.security import SecurityOptions
 from lattice_client.settings import RunSettings
 from lattice_client.starting import ADMISSION_TIMEOUT_S, Starter
+from lattice_client.suspending import AsyncChannel
 from lattice_client.transfer import Transfer
 from lattice_client.workflow import Graph, LatticeTask, single
 
@@ -44,7 +43,7 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
         last, `finish_workflow`. Raises TimeoutError when the run takes longer than `timeout` seconds.
         """
         messages = []
-        async with limited(run_id, timeout):
+        async with self.client.reader.limited(run_id, timeout):
             async for message in self.messages(run_id):
                 messages.append(message)
                 if verbose:
@@ -76,12 +75,21 @@ class AsyncLatticeClient:
         admission_timeout: float = ADMISSION_TIMEOUT_S,
         **security: Unpack[SecurityOptions],
     ) -> None:
-        self._rpc = Channel(target, **security)
-        self.target = self._rpc.target
-        brevity = Brevity()
-        self.transfer = Transfer(self._rpc)
-        self.starter = Starter(self._rpc, brevity, tenant, admission_timeout)
-        self.reader = Reader(self._rpc, self.transfer, brevity)
+        self._use(AsyncChannel(dial(target, **security)), tenant, admission_timeout)
+
+    @classmethod
+    def over(cls, channel: Channel, tenant: str, admission_timeout: float) -> Self:
+        """Return a client whose calls go by a channel."""
+        client = cls.__new__(cls)
+        client._use(channel, tenant, admission_timeout)
+        return client
+
+    def _use(self, channel: Channel, tenant: str, admission_timeout: float) -> None:
+        self._rpc = channel
+        self.target = channel.target
+        self.transfer = Transfer(channel)
+        self.starter = Starter(channel, tenant, admission_timeout)
+        self.reader = Reader(channel, self.transfer)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.target}{', closed' if self._rpc.is_closed else ''}>"
@@ -99,6 +107,15 @@ class AsyncLatticeClient:
         """Close the connection; runs go on."""
         self.starter.close()
         await self._rpc.close()
+
+    def shut(self) -> None:
+        """As `close`, for all event loops, from a thread that needs to run none."""
+        self.starter.close()
+        self._rpc.shut()
+
+    def now(self) -> float:
+        """Return the time on the clock that its time limits go by, in seconds."""
+        return self._rpc.now()
 
     def create_workflow(self, name: str = "", failure_policy: str = "fail_fast") -> AsyncLatticeWorkflow:
         """Return an empty workflow; nothing is sent. See `LatticeClient.create_workflow`."""
@@ -137,7 +154,7 @@ class AsyncLatticeClient:
     async def submit(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> AsyncRun:
         """Start the run of a request that `starter` made. Raises RequestError."""
         started = await self.starter.submit(request, graph)
-        run = AsyncRun.of(started.run_id, self, started.outcome, started.answer, started.kind)
+        run = AsyncRun.of(started.run_id, self, started.call, started.answer)
         run.note_graph(graph)
         return run
 
@@ -179,14 +196,14 @@ class AsyncLatticeClient:
     async def describe_run(self, run_id: str) -> run_pb2.Run:
         """Return a run as it is now. Raises NotFoundError."""
         request = made(workflow_pb2.GetRunRequest, run_id=run_id, view=run_pb2.VIEW_FULL)
-        return (await self._rpc.call(self._rpc.workflows.GetRun(request))).run
+        return (await self._rpc.call(self._rpc.workflows.GetRun, request)).run
 
     async def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
         """Return the newest runs."""
         request = workflow_pb2.ListRunsRequest(page_size=limit)
         found: list[run_pb2.Run] = []
         while True:
-            response = await self._rpc.call(self._rpc.workflows.ListRuns(request))
+            response = await self._rpc.call(self._rpc.workflows.ListRuns, request)
             found.extend(response.runs)
             request.page_token = response.next_page_token
             if not request.page_token or len(found) >= limit:
@@ -202,24 +219,24 @@ class AsyncLatticeClient:
     async def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits. Raises NotFoundError."""
         request = made(task_pb2.ExplainTaskRequest, run_id=run_id, task_id=task_id)
-        return await self._rpc.call(self._rpc.tasks.ExplainTask(request))
+        return await self._rpc.call(self._rpc.tasks.ExplainTask, request)
 
     async def cancel_run(self, run_id: str, reason: str = "") -> run_pb2.Run:
         """Cancel a run. Raises NotFoundError."""
         request = made(workflow_pb2.CancelRunRequest, run_id=run_id, reason=reason)
-        return (await self._rpc.call(self._rpc.workflows.CancelRun(request))).run
+        return (await self._rpc.call(self._rpc.workflows.CancelRun, request)).run
 
     async def cancel_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
         """Cancel one task of a run. Raises NotFoundError."""
         request = made(task_pb2.CancelTaskRequest, run_id=run_id, task_id=task_id)
-        return (await self._rpc.call(self._rpc.tasks.CancelTask(request))).task
+        return (await self._rpc.call(self._rpc.tasks.CancelTask, request)).task
 
     async def nodes(self) -> list[cluster_pb2.Node]:
         """Return the nodes in the ledger."""
         request = cluster_pb2.ListNodesRequest(page_size=PAGE_SIZE)
         found: list[cluster_pb2.Node] = []
         while True:
-            response = await self._rpc.call(self._rpc.cluster.ListNodes(request))
+            response = await self._rpc.call(self._rpc.cluster.ListNodes, request)
             found.extend(response.nodes)
             request.page_token = response.next_page_token
             if not request.page_token:
@@ -233,8 +250,8 @@ class AsyncLatticeClient:
         request = made(cluster_pb2.DrainNodeRequest, node_id=node_id)
         if deadline is not None:
             request.deadline.FromNanoseconds(int(deadline * 1e9))
-        return (await self._rpc.call(self._rpc.cluster.DrainNode(request))).node
+        return (await self._rpc.call(self._rpc.cluster.DrainNode, request)).node
 
     async def server_info(self) -> cluster_pb2.GetServerInfoResponse:
         """Return the server's version, limits and load."""
-        return await self._rpc.call(self._rpc.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest()))
+        return await self._rpc.call(self._rpc.cluster.GetServerInfo, cluster_pb2.GetServerInfoRequest())

@@ -133,6 +133,8 @@ class RunCancelledError(RunError):
 class RequestError(LatticeError):
     """The server refused a call. `reason` is stable, `violations` maps fields to what is wrong with them.
 
+    `code` is gRPC's status; None of an error that was found without a call.
+
     `retry_after_s` is set when the server says that the same call may succeed after so many seconds, `advice` when this
     side knows what to do; it is part of the message.
     """
@@ -141,6 +143,7 @@ class RequestError(LatticeError):
         self, message: str, reason: str = "", metadata: Mapping[str, str] | None = None, **violations: str
     ) -> None:
         super().__init__(message)
+        self.code: grpc.StatusCode | None = None
         self.advice = ""
         self.reason = reason
         self.metadata = dict(metadata or {})
@@ -226,7 +229,7 @@ def from_rpc(error: grpc.aio.AioRpcError, target: str) -> RequestError:
     if _is_of_grpc(error) and error.code() is grpc.StatusCode.UNAVAILABLE:
         text = f"no Lattice server answers at {target}: {_cause(text)}" + ("" if advice else f"; {START}")
     found = CLASSES.get(error.code(), InternalError)(f"{text}; {advice}" if advice else text)
-    found.advice = advice
+    found.code, found.advice = error.code(), advice
     for key, value in error.trailing_metadata() or ():
         if key != DETAILS or not isinstance(value, bytes):
             continue

@@ -4,7 +4,6 @@ A call that follows a run is made again when its connection breaks, for RECONNEC
 sends ends the break. After that the call fails with UnavailableError; the run itself may go on.
 """
 
-import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,7 +11,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from lattice_client import errors
-from lattice_client.channel import Channel
+from lattice_client.channel import Channel, LimitReachedError
 
 # How long a server that cannot be reached is dialled again.
 RECONNECT_S = 30.0
@@ -36,26 +35,23 @@ class Reconnection:
         """Note that the server answers."""
         self._lost_at, self._tries = None, 0
 
-    async def wait(self, error: grpc.aio.AioRpcError) -> None:
-        """Wait before the call is made again. Raises RequestError when it is not to be, ClientClosedError."""
-        found = self._rpc.error_of(error)
-        if not isinstance(found, errors.RequestError):
-            raise found from None
+    async def wait(self, error: errors.RequestError) -> None:
+        """Wait before the call is made again. Raises the error when it is not to be, LimitReachedError."""
         # What the server itself says is wrong stays wrong; without a reason gRPC speaks of a broken stream.
-        if error.code() not in RESUMABLE or (isinstance(found, errors.InternalError) and found.reason):
-            raise _final(found) from None
-        now = asyncio.get_running_loop().time()
+        if error.code not in RESUMABLE or (isinstance(error, errors.InternalError) and error.reason):
+            raise _final(error) from None
+        now = self._rpc.now()
         if self._lost_at is None:
             self._lost_at = now
             if self._on_loss is not None:
-                self._on_loss(found)
+                self._on_loss(error)
         self._tries += 1
         left_s = self._lost_at + RECONNECT_S - now
         if left_s <= 0:
-            raise self._given_up(found) from None
+            raise self._given_up(error) from None
         # Spread, so that a server that comes back does not meet all its readers at once.
         backoff_s = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2 ** min(self._tries - 1, 10))
-        await asyncio.sleep(min(left_s, random.uniform(0, backoff_s)))
+        await self._rpc.sleep(min(left_s, random.uniform(0, backoff_s)))
 
     def _given_up(self, error: errors.RequestError) -> errors.RequestError:
         text = (
@@ -77,18 +73,21 @@ def _final(error: errors.RequestError) -> errors.RequestError:
 
 
 @asynccontextmanager
-async def limited(run_id: str, timeout: float | None, task_id: str = "") -> AsyncIterator[None]:
-    """Bound a block that follows a run, or a task of it. Raises TimeoutError, which says that the run goes on."""
+async def limited(
+    rpc: Channel, run_id: str, timeout: float | None, task_id: str = "", allowed_s: float | None = None
+) -> AsyncIterator[None]:
+    """Bound a block that follows a run, or a task of it. Raises TimeoutError, which says that the run goes on.
+
+    `allowed_s` is the limit to name, where the block has only the rest of it.
+    """
     try:
-        async with asyncio.timeout(timeout) as scope:
+        async with rpc.limit(timeout):
             yield
-    except TimeoutError:
-        if not scope.expired():
-            raise
-        raise timed_out(run_id, timeout, task_id) from None
+    except LimitReachedError:
+        raise _timed_out(run_id, timeout if allowed_s is None else allowed_s, task_id) from None
 
 
-def timed_out(run_id: str, timeout: float | None, task_id: str = "") -> TimeoutError:
+def _timed_out(run_id: str, timeout: float | None, task_id: str = "") -> TimeoutError:
     """Return the error of a call that followed a run, or a task of it, for as long as it was to."""
     if task_id:
         text = f"task {task_id!r} of run {str(run_id)!r} did not end within {timeout:g} s"

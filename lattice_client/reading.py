@@ -4,27 +4,29 @@ Rule: a watch that breaks goes on after the last event it saw; see `following`. 
 the methods that callers use, in their own thread; see `opening`.
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, suppress
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import grpc
-from lattice.v1 import results_pb2, run_pb2, task_pb2
+from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client import convert, errors
-from lattice_client.brevity import Brevity, Kind
-from lattice_client.channel import Channel
+from lattice_client.channel import Channel, OpenCall
 from lattice_client.convert import RunEvent
-from lattice_client.following import OnLoss, Reconnection
+from lattice_client.following import OnLoss, Reconnection, limited
 from lattice_client.outputs import TaskOutput
 from lattice_client.requests import duration, made
-from lattice_client.run import Answer, Outcome, RunId, task_id_of
+from lattice_client.run import Answer, RunId, task_id_of
 from lattice_client.transfer import Transfer
 from lattice_client.workflow import LatticeTask
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from grpc.aio import UnaryUnaryMultiCallable
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+Ended = workflow_pb2.ExecuteWorkflowResponse
 
 WAIT_S = 60.0
 # More than servers return; each returns as many as it may.
@@ -43,22 +45,20 @@ ENDED = frozenset(
 class Reader:
     """Follows runs. What it returns is for `opened`."""
 
-    def __init__(self, rpc: Channel, transfer: Transfer, brevity: Brevity) -> None:
+    def __init__(self, rpc: Channel, transfer: Transfer) -> None:
         self._rpc = rpc
         self._transfer = transfer
-        self._brevity = brevity
 
-    async def ended(self, run_id: str, outcome: Outcome | None = None, kind: Kind | None = None) -> Answer:
+    def limited(
+        self, run_id: str, timeout: float | None, task_id: str = "", *, allowed_s: float | None = None
+    ) -> AbstractAsyncContextManager[None]:
+        """As `following.limited`."""
+        return limited(self._rpc, run_id, timeout, task_id, allowed_s)
+
+    async def ended(self, run_id: str, call: OpenCall[Ended] | None = None) -> Answer:
         """Wait for a run's end; return what the server says of it. Raises RequestError."""
-        answer: Answer | None = None
-        if outcome is not None and outcome.get_loop() is asyncio.get_running_loop():
-            await asyncio.wait([outcome])
-            answer = None if outcome.cancelled() else outcome.result()
-        if answer is None:
-            answer = await self._get_result(run_id)
-        if kind is not None:
-            self._brevity.learn(kind, answer.run)
-        return answer
+        last = None if call is None else await call.last()
+        return await self._get_result(run_id) if last is None else last
 
     async def result_in(
         self, answer: Answer, is_partial: bool = False, declared: convert.Declared = MappingProxyType({})
@@ -81,14 +81,14 @@ class Reader:
         request, name = task_pb2.GetTaskRequest(run_id=run.run_id, task_id=run.failure.task_id), ""
         if request.task_id:
             with suppress(errors.LatticeError):
-                name = (await self._rpc.call(self._rpc.tasks.GetTask(request))).task.display_name
+                name = (await self._rpc.call(self._rpc.tasks.GetTask, request)).task.display_name
         return convert.error_of(run, name)
 
     async def output_of(self, run_id: str, task: LatticeTask | TaskOutput | str) -> Any:
         """Wait for a task's end; return what `opened` turns into its output, or its error; see `AsyncRun.output`."""
         task_id = task_id_of(task)
         request = made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id, wait=duration(WAIT_S))
-        found = await self._until(run_id, lambda: self._rpc.tasks.GetTask(request), lambda r: r.task.state in ENDED)
+        found = await self._until(run_id, self._rpc.tasks.GetTask, request, lambda r: r.task.state in ENDED)
         if (failed := convert.lack_of(found.task)) is not None:
             return failed
         items = await self.list_tasks(run_id, with_outputs=True) if found.task.item_count else []
@@ -108,7 +108,7 @@ class Reader:
         request = made(task_pb2.ListTasksRequest, run_id=run_id, view=view, page_size=PAGE_SIZE)
         found: list[run_pb2.TaskRun] = []
         while True:
-            response = await self._rpc.call(self._rpc.tasks.ListTasks(request))
+            response = await self._rpc.call(self._rpc.tasks.ListTasks, request)
             found.extend(response.tasks)
             request.page_token = response.next_page_token
             if not request.page_token:
@@ -119,34 +119,32 @@ class Reader:
     ) -> AsyncIterator[RunEvent]:
         """As `events`, with outputs as `fetch` returns them; by default for `opened`. `on_loss` is told of a break."""
         breaks = Reconnection(self._rpc, run_id, on_loss)
-        while True:
+        is_complete = False
+        while not is_complete:
             request = made(results_pb2.WatchRunRequest, run_id=run_id, after_sequence=after)
             try:
-                with self._rpc.closing():
-                    async for response in self._rpc.results.WatchRun(request):
-                        breaks.heard()
-                        for message in response.events:
-                            yield await convert.event_of(message, fetch or self._transfer.fetch, _declared(run_id))
-                        after = response.sequence
-                        if response.complete:
-                            return
-            except grpc.aio.AioRpcError as error:
-                await breaks.wait(error)
+                async for response in self._rpc.stream(self._rpc.results.WatchRun, request):
+                    breaks.heard()
+                    for message in response.events:
+                        yield await convert.event_of(message, fetch or self._transfer.fetch, _declared(run_id))
+                    after, is_complete = response.sequence, response.complete
+            except errors.RequestError as error:
+                if not is_complete:
+                    await breaks.wait(error)
 
     async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:
         request = made(results_pb2.GetResultRequest, run_id=run_id, wait=duration(WAIT_S))
-        return await self._until(
-            run_id, lambda: self._rpc.results.GetResult(request), lambda r: r.run.state in TERMINAL
-        )
+        return await self._until(run_id, self._rpc.results.GetResult, request, lambda r: r.run.state in TERMINAL)
 
-    async def _until(self, run_id: str, call: Callable[[], Awaitable[T]], is_over: Callable[[T], bool]) -> T:
+    async def _until(
+        self, run_id: str, method: "UnaryUnaryMultiCallable[Q, R]", request: Q, is_over: Callable[[R], bool]
+    ) -> R:
         """Make a call that waits, again until its response is the one waited for. Raises RequestError."""
         breaks = Reconnection(self._rpc, run_id)
         while True:
             try:
-                with self._rpc.closing():
-                    response = await call()
-            except grpc.aio.AioRpcError as error:
+                response = await self._rpc.call(method, request)
+            except errors.RequestError as error:
                 await breaks.wait(error)
                 continue
             breaks.heard()

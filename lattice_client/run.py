@@ -1,6 +1,5 @@
 """Owns the handle of a run, for asyncio. Rule: it is the run's id, and knows nothing the server does not."""
 
-import asyncio
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import chain
@@ -9,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
 
-from lattice_client.brevity import Kind
+from lattice_client.channel import OpenCall
 from lattice_client.convert import Declared, RunEvent, declared_by
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.following import limited
 from lattice_client.opening import opened
 from lattice_client.outputs import Scope, TaskOutput
 from lattice_client.workflow import Graph, LatticeTask
@@ -21,8 +19,7 @@ if TYPE_CHECKING:
     from lattice_client.client import AsyncLatticeClient
 
 Answer = workflow_pb2.ExecuteWorkflowResponse | workflow_pb2.RunWorkflowResponse | results_pb2.GetResultResponse
-# The last message of the call that started a run; None when the call broke.
-Outcome = asyncio.Task[workflow_pb2.ExecuteWorkflowResponse | None]
+StartCall = OpenCall[workflow_pb2.ExecuteWorkflowResponse]
 
 
 class RunId(str):
@@ -50,9 +47,8 @@ class AsyncRun(RunId):
     """A run: its id, as a string, that can also be followed."""
 
     client: "AsyncLatticeClient"
-    _outcome: Outcome | None
+    _call: StartCall | None
     answer: Answer | None
-    kind: Kind | None
     # The graph it was started with, where that was here; and what was added to it from others.
     graph: Callable[[], Graph[Any] | None]
     _added: "weakref.WeakSet[LatticeTask]"
@@ -63,21 +59,16 @@ class AsyncRun(RunId):
         cls,
         run_id: str,
         client: "AsyncLatticeClient",
-        outcome: Outcome | None = None,
+        call: StartCall | None = None,
         answer: Answer | None = None,
-        kind: Kind | None = None,
     ) -> Self:
-        """Return the run with this id.
-
-        `outcome` is the end of the call that started it, `answer` what that said when the run has ended already, and
-        `kind` what it has in common with others like it.
-        """
+        """Return the run with this id: `call` started it and ends with it, `answer` is its end where it has ended."""
         run = cls(run_id)
-        run.client, run._outcome, run.answer, run.kind = client, outcome, answer, kind
+        run.client, run._call, run.answer = client, call, answer
         run.graph, run._added, run.declared = _unknown, weakref.WeakSet(), {}
-        if outcome is not None:
+        if call is not None:
             # Nobody can ask for the result any more: the call that would bring it may end.
-            weakref.finalize(run, abandon, outcome).atexit = False
+            weakref.finalize(run, call.abandon).atexit = False
         return run
 
     async def result(self, timeout: float | None = None, *, partial: bool = False) -> dict[str, Any]:
@@ -119,14 +110,14 @@ class AsyncRun(RunId):
 
     async def fetched_result(self, timeout: float | None = None, partial: bool = False) -> Any:
         """Wait for the end and return what `opened` turns into the result, or into its error."""
-        async with limited(self, timeout):
+        async with self.client.reader.limited(self, timeout):
             if self.answer is None:
-                self.answer = await self.client.reader.ended(self, self._outcome, self.kind)
+                self.answer = await self.client.reader.ended(self, self._call)
             return await self.client.reader.result_in(self.answer, partial, self.declared)
 
     async def fetched_output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:
         """As `output`, for `opened`."""
-        async with limited(self, timeout, task_id_of(task)):
+        async with self.client.reader.limited(self, timeout, task_id_of(task)):
             return await self.client.reader.output_of(self, task)
 
     def events(self, after: int = 0) -> AsyncIterator[RunEvent]:
@@ -196,10 +187,3 @@ def task_id_of(task: LatticeTask | TaskOutput | str) -> str:
         text = "a task of a run is named by itself, its id or one of its outputs, not by"
         raise TaskDefinitionError(f"{text} {task!r}")
     return task.task_id
-
-
-def abandon(outcome: Outcome) -> None:
-    """End the call that would bring a result."""
-    loop = outcome.get_loop()
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(outcome.cancel)

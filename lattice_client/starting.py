@@ -3,24 +3,21 @@
 Rule: a graph is one RPC; it is offered again only where that cannot start it twice.
 """
 
-import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, Unpack
 from uuid import uuid4
 
-import grpc
-from lattice.v1 import run_pb2, task_pb2, workflow_pb2
+from lattice.v1 import task_pb2, workflow_pb2
 
-from lattice_client import brevity, convert, errors
-from lattice_client.brevity import Brevity, Kind
-from lattice_client.channel import Channel
+from lattice_client import convert, errors
+from lattice_client.channel import Channel, OpenCall
 from lattice_client.inputs import Store
 from lattice_client.outputs import Scope
-from lattice_client.reading import TERMINAL, WAIT_S
+from lattice_client.reading import TERMINAL, WAIT_S, Ended
 from lattice_client.requests import building, duration, made
-from lattice_client.run import Answer, Outcome, abandon
+from lattice_client.run import Answer
 from lattice_client.settings import RunSettings, check_settings
 from lattice_client.workflow import Graph, LatticeTask
 
@@ -37,26 +34,24 @@ class Started:
     """A run that was started; see `AsyncRun.of`."""
 
     run_id: str
-    kind: Kind
-    outcome: Outcome | None = None
+    call: OpenCall[Ended] | None = None
     answer: Answer | None = None
 
 
 class Starter:
     """Starts runs. `open` are the calls that end with their run; what code the server has is remembered."""
 
-    def __init__(self, rpc: Channel, brevity: Brevity, tenant: str, admission_timeout_s: float) -> None:
+    def __init__(self, rpc: Channel, tenant: str, admission_timeout_s: float) -> None:
         self._rpc = rpc
-        self._brevity = brevity
         self._tenant = tenant
         self._admission_timeout_s = admission_timeout_s
-        self._open: set[Outcome] = set()
+        self._open: set[OpenCall[Ended]] = set()
         self._known_code: set[str] = set()
 
     def close(self) -> None:
         """End the calls that would bring results."""
-        for outcome in list(self._open):
-            abandon(outcome)
+        for call in list(self._open):
+            call.abandon()
 
     async def request_of(
         self, graph: Graph[Any], store: Store, run_id: str = "", **settings: Unpack[RunSettings]
@@ -105,7 +100,7 @@ class Starter:
                 request.function.CopyFrom(function)
                 if bundle is not None:
                     request.bundle.CopyFrom(bundle)
-            return await self._rpc.call(self._rpc.tasks.RunTask(request))
+            return await self._rpc.call(self._rpc.tasks.RunTask, request)
 
         response = await self._offer(call)
         self._known_code.add(function.digest)
@@ -132,7 +127,7 @@ class Starter:
                 bundles=spec.bundles,
                 expected_revision=expected_revision,
             )
-            response = await self._rpc.call(self._rpc.workflows.AddTasks(request))
+            response = await self._rpc.call(self._rpc.workflows.AddTasks, request)
             self._known_code.update(function.digest for function in spec.functions.values())
             return response.revision
 
@@ -141,7 +136,7 @@ class Starter:
     async def _offer(self, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call that brings work: again with its code when the server has forgotten some, again later when the
         server has as much as it takes."""
-        deadline = asyncio.get_running_loop().time() + self._admission_timeout_s
+        deadline = self._rpc.now() + self._admission_timeout_s
         while True:
             try:
                 return await call()
@@ -154,45 +149,20 @@ class Starter:
                     raise
                 # Spread, so that all who were refused together do not come back together.
                 wait_s = error.retry_after_s * random.uniform(0.5, 1.5)
-                if asyncio.get_running_loop().time() + wait_s > deadline:
+                if self._rpc.now() + wait_s > deadline:
                     raise
-                await asyncio.sleep(wait_s)
+                await self._rpc.sleep(wait_s)
 
     async def _start(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> Started:
         if request.HasField("workflow"):
             convert.fill_code(request.workflow, graph.tasks.values(), self._known_code)
-        digests = frozenset(function.digest for function in request.workflow.functions.values())
-        kind = (digests, len(graph.tasks))
-        is_brief = self._brevity.is_brief(kind)
-        if is_brief or len(self._open) >= MAX_OPEN_CALLS:
-            if is_brief:
-                request.wait.CopyFrom(duration(brevity.WAIT_S))
-            answer = await self._rpc.call(self._rpc.workflows.RunWorkflow(request))
-            has_ended = answer.run.state in TERMINAL
-            if has_ended or is_brief:
-                self._brevity.learn(kind, answer.run)
-            started = Started(answer.run.run_id, kind, answer=answer if has_ended else None)
+        if len(self._open) < MAX_OPEN_CALLS:
+            execute = workflow_pb2.ExecuteWorkflowRequest(run=request, result_only=True)
+            first, call = await self._rpc.begin(self._rpc.workflows.ExecuteWorkflow, execute, self._open.discard)
+            self._open.add(call)
+            started = Started(first.run.run_id, call)
         else:
-            first, outcome = await self._rpc.call(self._execute(request))
-            started = Started(first.run_id, kind, outcome)
-        self._known_code.update(digests)
+            answer = await self._rpc.call(self._rpc.workflows.RunWorkflow, request)
+            started = Started(answer.run.run_id, answer=answer if answer.run.state in TERMINAL else None)
+        self._known_code.update(function.digest for function in request.workflow.functions.values())
         return started
-
-    async def _execute(self, request: workflow_pb2.RunWorkflowRequest) -> tuple[run_pb2.Run, Outcome]:
-        """Start a run by a call that ends with the run and brings its result."""
-        execute = workflow_pb2.ExecuteWorkflowRequest(run=request, result_only=True)
-        call = self._rpc.workflows.ExecuteWorkflow(execute)
-        first = await call.read()
-        assert isinstance(first, workflow_pb2.ExecuteWorkflowResponse), "the server answers before it ends the call"
-        outcome = asyncio.create_task(_last(call))
-        self._open.add(outcome)
-        outcome.add_done_callback(self._open.discard)
-        return first.run, outcome
-
-
-async def _last(call: Any) -> workflow_pb2.ExecuteWorkflowResponse | None:
-    try:
-        last = await call.read()
-    except grpc.aio.AioRpcError:
-        return None
-    return last if isinstance(last, workflow_pb2.ExecuteWorkflowResponse) else None

@@ -1,8 +1,7 @@
 """Owns the way of values to and from the server. Rule: bytes only; values are encoded and decoded elsewhere."""
 
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 
-import grpc
 from lattice.v1 import artifact_pb2, payload_pb2
 
 from lattice_client import errors, payloads
@@ -29,13 +28,13 @@ class Transfer:
             case "data":
                 return Fetched(payload.media_type, payload.data)
             case _:
-                data = await self._rpc.call(self._download(payload.artifact.artifact_id))
+                data = await self._download(payload.artifact.artifact_id)
                 return Fetched(payload.media_type, data)
 
     async def _download(self, artifact_id: str) -> bytearray:
         data = bytearray()
         request = made(artifact_pb2.ReadArtifactRequest, artifact_id=artifact_id)
-        async for chunk in self._rpc.artifacts.ReadArtifact(request):
+        async for chunk in self._rpc.stream(self._rpc.artifacts.ReadArtifact, request):
             data += chunk.data
         return data
 
@@ -51,17 +50,16 @@ class Transfer:
         return payload_pb2.Payload(media_type=media_type, artifact=artifact)
 
     async def _upload(self, data: bytes, chunk_bytes: int) -> payload_pb2.Artifact:
-
-        async def chunks() -> AsyncIterator[artifact_pb2.WriteArtifactRequest]:
-            for start in range(0, len(data), chunk_bytes):
-                yield artifact_pb2.WriteArtifactRequest(data=data[start : start + chunk_bytes])
-
         for _ in range(UPLOAD_TRIES):
             try:
-                with self._rpc.closing():
-                    return (await self._rpc.artifacts.WriteArtifact(chunks())).artifact
-            except grpc.aio.AioRpcError as error:
-                if error.details() != LOST_STATUS:
-                    raise self._rpc.error_of(error) from None
+                return (await self._rpc.upload(self._rpc.artifacts.WriteArtifact, _chunks(data, chunk_bytes))).artifact
+            except errors.InternalError as error:
+                if str(error) != LOST_STATUS:
+                    raise
         text = f"the server at {self._rpc.target} ended an upload of {len(data)} bytes before it had all of it"
         raise errors.UnavailableError(f"{text}; its log may say why")
+
+
+def _chunks(data: bytes, chunk_bytes: int) -> Iterator[artifact_pb2.WriteArtifactRequest]:
+    for start in range(0, len(data), chunk_bytes):
+        yield artifact_pb2.WriteArtifactRequest(data=data[start : start + chunk_bytes])

@@ -15,9 +15,10 @@ import pytest
 from lattice.v1 import results_pb2, results_pb2_grpc, run_pb2, workflow_pb2, workflow_pb2_grpc
 
 from lattice_client import AsyncLatticeClient, LatticeClient, NotFoundError, Run, UnavailableError, errors, following
-from lattice_client.channel import Channel
+from lattice_client.channel import dial
 from lattice_client.following import Reconnection
 from lattice_client.run import AsyncRun
+from lattice_client.suspending import AsyncChannel
 from tests.client.shell import LATTICE, WAIT_S, call
 from tests.server.apps import NoWorkers, serving_aside
 
@@ -136,18 +137,16 @@ def test_a_run_that_a_new_server_does_not_know_is_said_to_be_lost(way: Callable[
 
 def test_each_break_has_the_whole_time_and_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[errors.RequestError] = []
-    error = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "no way")
+    error = UnavailableError("no way")
+    error.code = grpc.StatusCode.UNAVAILABLE
     times = iter([0.0, 20.0, 100.0, 129.0, 131.0])
+    channel = AsyncChannel(dial("127.0.0.1:1"))
+
+    async def at_once(seconds: float) -> None:
+        assert 0 <= seconds <= following.MAX_BACKOFF_S
 
     async def scenario() -> None:
-        breaks = Reconnection(Channel("127.0.0.1:1"), "r", told.append)
-        loop = asyncio.get_running_loop()
-        monkeypatch.setattr(loop, "time", lambda: next(times))
-
-        async def at_once(seconds: float) -> None:
-            assert 0 <= seconds <= following.MAX_BACKOFF_S
-
-        monkeypatch.setattr(asyncio, "sleep", at_once)
+        breaks = Reconnection(channel, "r", told.append)
         await breaks.wait(error)
         await breaks.wait(error)
         breaks.heard()
@@ -156,8 +155,9 @@ def test_each_break_has_the_whole_time_and_is_told_once(monkeypatch: pytest.Monk
         assert len(told) == 2
         with pytest.raises(UnavailableError, match="3 tries in 30 s"):
             await breaks.wait(error)
-        monkeypatch.undo()
 
+    monkeypatch.setattr(channel, "now", lambda: next(times))
+    monkeypatch.setattr(channel, "sleep", at_once)
     asyncio.run(scenario())
 
 

@@ -80,8 +80,8 @@ CALLS: list[Callable[[LatticeClient], Any]] = [
     lambda c: c.run_task(one, {}),
     lambda c: c.get_workflow("w").run(),
     lambda c: c.get_workflow("w").get_results("r"),
-    lambda c: Run.of(AsyncRun.of("r", c.aio)).result(),
-    lambda c: list(Run.of(AsyncRun.of("r", c.aio)).events()),
+    lambda c: Run.of(AsyncRun.of("r", c.twin)).result(),
+    lambda c: list(Run.of(AsyncRun.of("r", c.twin)).events()),
 ]
 
 
@@ -104,7 +104,7 @@ def test_who_waits_for_a_run_is_told_when_the_client_is_closed(address: str, wai
     if by == "its own call":
         workflow = client.create_workflow()
         workflow.add_task(gated, {"gate": "/nowhere/at/all"}, "never")
-        workflow.add_task(gated, {"gate": str(waiting.aio.client.target)}, "never")
+        workflow.add_task(gated, {"gate": str(waiting.twin.client.target)}, "never")
     run = client.get_run(waiting)
     caught: list[BaseException] = []
 

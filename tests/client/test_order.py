@@ -67,7 +67,7 @@ def test_outputs_of_an_added_task_come_as_they_were_declared(client: LatticeClie
     workflow = client.create_workflow()
     workflow.add_task(declared)
     run = workflow.run()
-    run.aio.note_added([client.create_workflow().add_task(declared, task_id="later")])
+    run.twin.note_added([client.create_workflow().add_task(declared, task_id="later")])
     assert list(run.declared["later"]) == list(run.declared["several"]) == NAMES
 
 

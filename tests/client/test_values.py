@@ -184,8 +184,8 @@ def test_json_nested_too_deep_is_an_error_of_this_package(client: LatticeClient)
     task_run.outputs["result"].CopyFrom(deep)
     run = run_pb2.Run(run_id="r", state=run_pb2.RUN_STATE_SUCCEEDED)
     found = results_pb2.GetResultResponse(run=run, final_tasks=[task_run])
-    handle = Run.of(client.get_run(_ended(client)).aio)
-    handle.aio.answer = found
+    handle = Run.of(client.get_run(_ended(client)).twin)
+    handle.twin.answer = found
     with pytest.raises(DecodeError, match="RecursionError"):
         handle.result()
 
@@ -203,7 +203,7 @@ def test_a_run_that_is_given_to_a_task_arrives_as_its_id(client: LatticeClient) 
     assert client.run_task(echo, {"value": run})["result"] == ("str", str(run))
     assert client.run_task(echo, {"value": {"run": [run]}})["result"] == ("dict", {"run": [str(run)]})
     assert repr(run) == f"Run('{run}')"
-    assert type(pickle.loads(pickle.dumps(run.aio))) is str
+    assert type(pickle.loads(pickle.dumps(run.twin))) is str
 
 
 def test_a_client_that_is_given_to_a_task_is_refused_by_name(client: LatticeClient) -> None:
@@ -257,7 +257,7 @@ HALF = "half \ud83d"
         lambda c: c.cancel_run("r", HALF),
         lambda c: c.explain("r", HALF),
         lambda c: c.drain_node(HALF),
-        lambda c: list(Run.of(AsyncRun.of(HALF, c.aio)).events()),
+        lambda c: list(Run.of(AsyncRun.of(HALF, c.twin)).events()),
         lambda c: _one_task(c, name=HALF).run(),
         lambda c: _one_task(c, task_name=HALF).run(),
         lambda c: _one_task(c).run(run_id=HALF),

@@ -1,0 +1,146 @@
+"""The synchronous client's calls run in the caller's thread, and leave nothing behind when they are not read to their
+end."""
+
+import gc
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from lattice_client import LatticeClient, Run, TaskFailedError, task
+from lattice_client.blocking import BlockingChannel, _Stream
+from lattice_client.starting import MAX_OPEN_CALLS
+from tests.server.apps import NoWorkers, serving_aside
+
+
+@task
+async def double(x: int) -> int:
+    return 2 * x
+
+
+@task
+async def fail() -> None:
+    raise KeyError("no")
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[_Stream[Any]]:
+    """All streams that are opened from now on."""
+    found: list[_Stream[Any]] = []
+    init = _Stream.__init__
+
+    def noted(self: _Stream[Any], call: Any) -> None:
+        init(self, call)
+        found.append(self)
+
+    monkeypatch.setattr(_Stream, "__init__", noted)
+    return found
+
+
+@contextmanager
+def waiting_client() -> Iterator[LatticeClient]:
+    """A client of a server whose runs wait for ever."""
+    with serving_aside(NoWorkers()) as address, LatticeClient(address) as client:
+        yield client
+
+
+def start(client: LatticeClient, x: int = 1) -> Run:
+    workflow = client.create_workflow()
+    workflow.add_task(double, {"x": x})
+    return workflow.run()
+
+
+def test_calls_start_no_thread(client: LatticeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    begin = threading.Thread.start
+
+    def noted(self: threading.Thread) -> None:
+        # The server of this process starts threads of its own.
+        if threading.current_thread() is threading.main_thread():
+            started.append(self)
+        begin(self)
+
+    monkeypatch.setattr(threading.Thread, "start", noted)
+    run = start(client)
+    assert run.result() == {"result": 2}
+    assert [event.type for event in run.events()][-1] == "run_finished"
+    assert client.run_task(double, {"x": 2}) == {"result": 4}
+    assert started == []
+
+
+def test_streams_are_forgotten_when_they_are_read_to_their_end(
+    client: LatticeClient, streams: list[_Stream[Any]]
+) -> None:
+    run = start(client)
+    run.result()
+    list(run.events())
+    assert len(streams) == 2
+    assert not any(stream.is_kept for stream in streams)
+
+
+def test_streams_of_dropped_runs_are_forgotten_with_the_next_call(streams: list[_Stream[Any]]) -> None:
+    with waiting_client() as client:
+        runs = [start(client) for _ in range(3)]
+        next(runs[0].events())
+        with pytest.raises(TimeoutError):
+            runs[1].result(timeout=0.05)
+        assert all(stream.is_kept for stream in streams)
+        run_ids = [str(run) for run in runs]
+        del runs
+        gc.collect()
+        other = start(client)
+        assert [stream.is_kept for stream in streams] == [False] * 4 + [True]
+        assert [client.get_run(run_id).status() for run_id in [*run_ids, other]] == ["running"] * 4
+
+
+def test_a_result_is_the_same_for_all_threads_that_ask(client: LatticeClient) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for x in range(20):
+            run = start(client, x)
+            assert list(pool.map(lambda _, run=run: run.result(timeout=60), range(8))) == [{"result": 2 * x}] * 8
+
+
+def test_runs_beyond_the_open_streams_have_results(client: LatticeClient, streams: list[_Stream[Any]]) -> None:
+    runs = [start(client, x) for x in range(MAX_OPEN_CALLS + 6)]
+    assert len(streams) == MAX_OPEN_CALLS
+    assert [run.result() for run in runs] == [{"result": 2 * x} for x in range(len(runs))]
+    start(client).result()
+    assert len(streams) == MAX_OPEN_CALLS + 1
+
+
+def test_a_failure_comes_by_the_stream_and_by_a_later_call_alike(client: LatticeClient) -> None:
+    workflow = client.create_workflow()
+    workflow.add_task(fail)
+    run = workflow.run()
+    for handle in (run, run, client.get_run(str(run))):
+        with pytest.raises(TaskFailedError) as caught:
+            handle.result()
+        assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_result_can_be_asked_for_again_after_a_time_limit(client: LatticeClient, gate: Any) -> None:
+    @task
+    def wait(path: str) -> str:
+        with open(path, encoding="utf-8") as pipe:
+            return pipe.read()
+
+    workflow = client.create_workflow()
+    workflow.add_task(wait, {"path": str(gate)})
+    run = workflow.run()
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="it goes on"):
+            run.result(timeout=0.05)
+    gate.write_text("open")
+    assert run.result(timeout=60) == {"result": "open"}
+
+
+def test_a_time_limit_holds_for_the_block_it_was_set_for_only() -> None:
+    with waiting_client() as client:
+        run = start(client)
+        with pytest.raises(TimeoutError):
+            run.result(timeout=0.01)
+        assert run.status() == "running"
+        assert isinstance(client.twin._rpc, BlockingChannel)
