@@ -9,7 +9,7 @@ import math
 import os
 import random
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,14 @@ from lattice_worker.courier import Courier
 from lattice_worker.drafts import Drafts
 from lattice_worker.leasing import Leasing
 from lattice_worker.materials import Materials
+from lattice_worker.outgoing import CHUNK_BYTES, Leases, Outgoing
 from lattice_worker.pool import Pool
 from lattice_worker.zygote import Zygotes
 
 log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
-CHUNK_BYTES = 1024 * 1024
-PART_BYTES = 2 * CHUNK_BYTES
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
-COALESCE_S = 0.001
 FIRST_BEAT_S = 0.5  # Until the server says how often.
 DIAL_S = 10.0  # How long a server may take to say anything at all.
 
@@ -52,18 +50,13 @@ class Agent:
         self._courier = None if config.host_fd is None else Courier(config.host_fd, store, incoming)
         self._materials = Materials(store, config.store_name, self._drafts, lambda: self._artifacts, self._courier)
         self._attempts = Attempts(self._pool, self._materials, self._emit, self._ended)
-        self._leasing: Leasing[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs] = Leasing(
-            self._attempts, self._say, convert.returned
-        )
-        self._pending: list[worker_pb2.Report] = []
-        self._wake = asyncio.Event()
+        self._leasing: Leases = Leasing(self._attempts, self._say, convert.returned)
+        self._outgoing = Outgoing(self._leasing)
         self._heartbeat_s = FIRST_BEAT_S
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0
-        self._beat_is_due = False
         self._is_welcome = False
         self._listed: frozenset[str] = frozenset()
-        self._leaving: worker_pb2.Draining | None = None
         self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
         self._uploads: set[asyncio.Task[None]] = set()
         self.refusal = ""
@@ -94,31 +87,29 @@ class Agent:
 
     def leave(self, deadline_s: float) -> None:
         """Ask the server for no more work, and for the end once what is held is over or moved after `deadline_s`."""
-        self._leaving = worker_pb2.Draining(deadline=Duration(nanos=int(deadline_s % 1 * 1e9), seconds=int(deadline_s)))
-        self._wake.set()
+        deadline = Duration(nanos=int(deadline_s % 1 * 1e9), seconds=int(deadline_s))
+        self._outgoing.drain(worker_pb2.Draining(deadline=deadline))
 
     async def _serve_stream(self) -> bool:
         """Hold one stream; return whether the worker is to end."""
         self._is_welcome = False
         self._silence_limit_s, self._heard_at = DIAL_S, asyncio.get_running_loop().time()
-        # A broken stream's generator may live on; what wakes this stream must not wake that one.
-        self._wake = asyncio.Event()
         async with opened(self._config) as channel:
             self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
             workers = worker_pb2_grpc.WorkerServiceStub(channel)
-            call = workers.Connect(self._requests())
+            call = workers.Connect(self._outgoing.open(self._hello()))
             beating = asyncio.create_task(self._beat(call))
             try:
                 async for response in call:
                     self._heard_at = asyncio.get_running_loop().time()
-                    if response.WhichOneof("message") == "close":
-                        return self._closed(response.close)
-                    if not self._is_welcome and response.WhichOneof("message") != "welcome":
-                        continue
-                    if response.WhichOneof("message") == "send_artifact":
-                        self._upload(workers, response.send_artifact)
-                    else:
+                    if response.HasField("welcome"):
+                        self._welcome(response.welcome)
+                    if self._is_welcome:
                         self._take(response)
+                        for wanted in response.send_artifacts:
+                            self._upload(workers, wanted)
+                    if response.HasField("close"):
+                        return self._closed(response.close)
             except grpc.aio.AioRpcError as error:
                 log.info("the stream broke: %s", error.details())
             except asyncio.CancelledError:
@@ -137,8 +128,7 @@ class Agent:
         while loop.time() - self._heard_at <= self._silence_limit_s:
             # Signs of life are for when nothing else happens: nothing could wake this.
             await asyncio.sleep(self._heartbeat_s)
-            self._beat_is_due = True
-            self._wake.set()
+            self._outgoing.beat()
         call.cancel()
 
     def _closed(self, close: worker_pb2.Close) -> bool:
@@ -149,50 +139,6 @@ class Agent:
         if close.reason != worker_pb2.CLOSE_REASON_DRAINED:
             self.refusal = f"{reason}: {close.message}"
         return True
-
-    async def _requests(self) -> AsyncIterator[worker_pb2.ConnectRequest]:
-        yield worker_pb2.ConnectRequest(hello=self._hello())
-        loop = asyncio.get_running_loop()
-        sent_at = 0.0
-        wake = self._wake
-        has_said_leaving = False
-        while wake is self._wake:
-            await wake.wait()
-            wake.clear()
-            if not self._is_welcome:
-                continue
-            if self._pending:
-                if (wait_s := sent_at + COALESCE_S - loop.time()) > 0:
-                    # A message costs both sides more than the reports in it: what comes in quick succession shares one.
-                    await asyncio.sleep(wait_s)
-                pending, self._pending = self._pending, []
-                sent_at = loop.time()
-                for reports in self._in_parts(pending):
-                    yield worker_pb2.ConnectRequest(reports=reports)
-            if self._beat_is_due:
-                self._beat_is_due = False
-                for reports in self._in_parts(self._leasing.session.overdue()):
-                    yield worker_pb2.ConnectRequest(reports=reports)
-                held, received = self._leasing.session.held(), self._leasing.received
-                heartbeat = worker_pb2.Heartbeat(held_lease_ids=held, assignment_sequence=received)
-                yield worker_pb2.ConnectRequest(heartbeat=heartbeat)
-            if self._leaving is not None and not has_said_leaving:
-                has_said_leaving = True
-                yield worker_pb2.ConnectRequest(draining=self._leaving)
-
-    def _in_parts(self, reports: list[worker_pb2.Report]) -> Iterator[worker_pb2.Reports]:
-        """Yield reports in messages well below what the server takes: all that waits may be too much."""
-        # What surrounds each report is not counted.
-        part_bytes = min(PART_BYTES, self._attempts.message_limit_bytes * 3 // 4)
-        start, size = 0, 0
-        for end, report in enumerate(reports if len(reports) > 1 else ()):
-            own = report.ByteSize()
-            if size + own > part_bytes and end > start:
-                yield worker_pb2.Reports(reports=reports[start:end])
-                start, size = end, 0
-            size += own
-        if reports:
-            yield worker_pb2.Reports(reports=reports[start:])
 
     def _hello(self) -> worker_pb2.Hello:
         self._listed = frozenset(self._drafts.reported)
@@ -214,30 +160,23 @@ class Agent:
         )
 
     def _take(self, response: worker_pb2.ConnectResponse) -> None:
-        match response.WhichOneof("message"):
-            case "assignments":
-                work = response.assignments
-                self._attempts.learn(list(work.functions), list(work.bundles))
-                for assignment in work.assignments:
-                    named = (assignment.lease_id, assignment.slot, assignment.after_lease_id, assignment.sequence)
-                    self._leasing.assign(*named, assignment)
-            case "ack":
-                acknowledged = self._leasing.session.acknowledge(response.ack.sequence)
-                if self._drafts.reported:
-                    for report in acknowledged:
-                        self._drafts.settle(convert.artifacts_in(report))
-            case "revoke":
-                for lease_id in response.revoke.lease_ids:
-                    self._leasing.revoke(lease_id)
-            case "stop":
-                for lease_id in response.stop.lease_ids:
-                    self._leasing.stop(lease_id)
-            case "drop_artifacts":
-                self._materials.drop(response.drop_artifacts.artifact_ids)
-            case "welcome":
-                self._welcome(response.welcome)
-            case _:
-                pass
+        """Act on what a message asks for, in the order of its fields."""
+        if response.acknowledged_sequence:
+            acknowledged = self._leasing.session.acknowledge(response.acknowledged_sequence)
+            if self._drafts.reported:
+                for report in acknowledged:
+                    self._drafts.settle(convert.artifacts_in(report))
+        if response.drop_artifact_ids:
+            self._materials.drop(response.drop_artifact_ids)
+        if response.functions or response.bundles:
+            self._attempts.learn(list(response.functions), list(response.bundles))
+        for assignment in response.assignments:
+            named = (assignment.lease_id, assignment.slot, assignment.after_lease_id, assignment.sequence)
+            self._leasing.assign(*named, assignment)
+        for lease_id in response.revoke_lease_ids:
+            self._leasing.revoke(lease_id)
+        for lease_id in response.stop_lease_ids:
+            self._leasing.stop(lease_id)
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
         self._heartbeat_s = seconds(welcome.heartbeat_interval) or self._heartbeat_s
@@ -245,16 +184,16 @@ class Agent:
         self._attempts.inline_limit_bytes = welcome.inline_limit_bytes
         self._attempts.log_limit_bytes = welcome.log_limit_bytes
         limit_bytes = welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES
-        self._attempts.message_limit_bytes = min(limit_bytes, MESSAGE_LIMIT_BYTES)
+        self._attempts.message_limit_bytes = self._outgoing.message_limit_bytes = min(limit_bytes, MESSAGE_LIMIT_BYTES)
         is_new = not welcome.resumed and welcome.session_id != self._leasing.session.session_id
-        self._pending = self._leasing.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
+        unacknowledged = self._leasing.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         self._materials.drop(welcome.drop_artifact_ids)
         if is_new:
             # Of what was made since the hello nobody was told, and nobody will be.
             self._materials.drop(self._drafts.reported - self._listed)
             self._drafts.settle(self._listed)
         self._is_welcome = True
-        self._wake.set()
+        self._outgoing.resume(unacknowledged)
 
     def _upload(self, workers: "worker_pb2_grpc.WorkerServiceAsyncStub", wanted: worker_pb2.SendArtifact) -> None:
         task = asyncio.create_task(_send(workers, wanted, self._materials))
@@ -269,8 +208,7 @@ class Agent:
 
     def _say(self, sequence: int, report: worker_pb2.Report) -> None:
         report.sequence = sequence
-        self._pending.append(report)
-        self._wake.set()
+        self._outgoing.report(report)
 
     def _ended(self, lease_id: str, outputs: convert.Outputs | None) -> None:
         self._leasing.ended(lease_id, outputs)

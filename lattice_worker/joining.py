@@ -77,22 +77,21 @@ class Joiner:
                     async with asyncio.timeout(silence_s):
                         response: Any = await call.read()
                     self._complaint = ""
-                    match None if response is grpc.aio.EOF else response.WhichOneof("message"):
-                        case "joined" if not response.joined.HasField("ray"):
-                            break
-                        case "joined" if response.joined.ray.version not in {"", version()}:
-                            needed = response.joined.ray.version
-                            self.refusal = f"its cluster runs {needed}, this machine has {version()}; install the same"
-                            return True
-                        case "joined":
-                            silence_s = seconds(response.joined.silence_limit) or DIAL_S
-                            await self._start_ray(response.joined)
-                        case "close":
-                            return self._closed(response.close)
-                        case None:
-                            return False
-                        case _:
-                            pass
+                    if response is grpc.aio.EOF:
+                        return False
+                    if response.HasField("close"):
+                        return self._closed(response.close)
+                    if not response.HasField("joined"):
+                        continue
+                    joined = response.joined
+                    if not joined.HasField("ray"):
+                        break
+                    if joined.ray.version not in {"", version()}:
+                        needed = joined.ray.version
+                        self.refusal = f"its cluster runs {needed}, this machine has {version()}; install the same"
+                        return True
+                    silence_s = seconds(joined.silence_limit) or DIAL_S
+                    await self._start_ray(joined)
             except grpc.aio.AioRpcError as error:
                 self._complain(error.details() or error.code().name)
                 return False
@@ -154,7 +153,8 @@ class Joiner:
                     await wake.wait()
                 wake.clear()
             except TimeoutError:
-                yield worker_pb2.ConnectRequest(heartbeat=worker_pb2.Heartbeat())
+                # A message without a field is a sign of life.
+                yield worker_pb2.ConnectRequest()
             if self._leaving is not None and self._is_member and not has_said_leaving:
                 has_said_leaving = True
                 yield worker_pb2.ConnectRequest(draining=self._leaving)

@@ -34,6 +34,11 @@ class Session(Generic[Work, Report]):
         """Return all leases, started or not, and those with reports the server may not have."""
         return list(dict.fromkeys([*self._slot_of, *(lease_id for _, lease_id, _ in self._outbox)]))
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether leases wait behind others."""
+        return len(self._slot_of) > len(self._slots)
+
     def running(self) -> list[str]:
         """Return the leases that have started."""
         return [slot.running for slot in self._slots.values() if slot.running]

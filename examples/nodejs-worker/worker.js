@@ -76,12 +76,13 @@ class Worker {
       stream.write({ hello: this.#hello() });
       for await (const response of stream) {
         this.#heardAt = performance.now();
-        if (response.message === "close") {
+        if (response.welcome) this.#welcome(response.welcome, stream);
+        wasWelcome ||= response.welcome !== null;
+        if (this.#stream === stream) this.#take(response);
+        if (response.close) {
           close = response.close;
           break;
         }
-        wasWelcome ||= response.message === "welcome";
-        this.#take(response, stream);
       }
     } catch (error) {
       console.error(`the stream broke: ${error.details ?? error.message}`);
@@ -103,10 +104,8 @@ class Worker {
       return;
     }
     if (this.#stream === stream) {
-      const late = this.#leases.overdue();
-      if (late.length) stream.write({ reports: { reports: late } });
       const heartbeat = { held_lease_ids: this.#leases.held(), assignment_sequence: this.#leases.received };
-      stream.write({ heartbeat });
+      stream.write({ reports: this.#leases.overdue(), heartbeat });
     }
     again(setTimeout(() => this.#beat(stream, again), this.#beatMs));
   }
@@ -130,32 +129,16 @@ class Worker {
     };
   }
 
-  #take(response, stream) {
-    const body = response[response.message];
-    switch (response.message) {
-      case "welcome":
-        this.#welcome(body, stream);
-        break;
-      case "assignments":
-        this.#attempts.learn(body.functions);
-        for (const assignment of body.assignments) this.#leases.assign(assignment);
-        break;
-      case "ack":
-        this.#leases.acknowledge(body.sequence);
-        break;
-      case "revoke":
-        for (const id of body.lease_ids) this.#leases.revoke(id);
-        break;
-      case "stop":
-        for (const id of body.lease_ids) this.#leases.stop(id);
-        break;
-      case "drop_artifacts":
-        this.#values.drop(body.artifact_ids);
-        break;
-      case "send_artifact":
-        this.#values.upload(body, this.#channel.workers.UploadArtifact(this.#channel.metadata(), warn));
-        break;
-      // `Drain` asks for nothing: no work comes any more, and `Close` follows what is held. A heartbeat was heard.
+  /** Act on what a message asks for, in the order of its fields. `drain` asks for nothing: `close` follows it. */
+  #take(response) {
+    this.#leases.acknowledge(response.acknowledged_sequence);
+    this.#values.drop(response.drop_artifact_ids);
+    this.#attempts.learn(response.functions);
+    for (const assignment of response.assignments) this.#leases.assign(assignment);
+    for (const id of response.revoke_lease_ids) this.#leases.revoke(id);
+    for (const id of response.stop_lease_ids) this.#leases.stop(id);
+    for (const wanted of response.send_artifacts) {
+      this.#values.upload(wanted, this.#channel.workers.UploadArtifact(this.#channel.metadata(), warn));
     }
   }
 
@@ -185,7 +168,7 @@ class Worker {
   #flush() {
     const reports = this.#pending;
     this.#pending = [];
-    if (reports.length) this.#stream?.write({ reports: { reports } });
+    if (reports.length) this.#stream?.write({ reports });
   }
 
   async #read(artifactId) {

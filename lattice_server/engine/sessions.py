@@ -1,4 +1,4 @@
-"""Owns the connected workers' outboxes, and when one was last heard.
+"""Owns the workers' sessions, and when each worker was last heard.
 
 Rule: an outbox belongs to a connection; a session may outlive several.
 """
@@ -13,97 +13,14 @@ from lattice_server.core.messages import (
     CloseSession,
     DropArtifact,
     ForgetSession,
-    ToSession,
     WelcomeWorker,
     WorkerEffect,
 )
 from lattice_server.core.model import Artifact
+from lattice_server.engine.connections import Connection, Session
 from lattice_server.engine.store import HEAD
 
-# An acknowledgement only lets the worker forget; on its own it would cost as much as an assignment.
-ACK_AFTER_MESSAGES = 16
-
 Detached = Callable[[str, float], None]
-
-
-class Connection:
-    """One stream of a worker: what is to be sent on it, and when it was last heard.
-
-    `shares_store` tells that the worker uses the head's own store of large values. `stored` and `reported` are the
-    artifacts the worker had when it said hello, the latter named by reports the server may not have. `abort` ends the
-    stream of one that is given up for its silence, where even a word of farewell could get stuck.
-    """
-
-    def __init__(self, worker_id: str, node_id: str = "", shares_store: bool = True) -> None:
-        self.worker_id = worker_id
-        self.node_id = node_id
-        self.shares_store = shares_store
-        self.session: Session | None = None
-        self.stored: tuple[str, ...] = ()
-        self.reported: tuple[str, ...] = ()
-        self.greeting = 0
-        self.heard_at = time.monotonic()
-        self.is_closed = False
-        self.is_beat_due = False
-        self.abort: Callable[[], object] = lambda: None
-        self.on_end: list[Callable[[], None]] = []
-        self._outbox: list[WelcomeWorker | ToSession] = []
-        self._ready = asyncio.Event()
-        self.sent_digests: set[str] = set()
-        self.ack_sequence = 0
-        self._unacknowledged = 0
-        self._has_sent = False
-
-    def send(self, effect: WelcomeWorker | ToSession) -> None:
-        """Queue an effect."""
-        self._outbox.append(effect)
-        self._ready.set()
-
-    def acknowledge(self, sequence: int, *, at_once: bool = False) -> None:
-        """Have reports up to `sequence` acknowledged with the next message, or by one of its own when many wait."""
-        self.ack_sequence = sequence
-        self._unacknowledged += 1
-        if at_once or self._unacknowledged >= ACK_AFTER_MESSAGES:
-            self._ready.set()
-
-    def close(self) -> None:
-        """End the stream once the outbox is sent."""
-        self.is_closed = True
-        self._ready.set()
-
-    def beat(self) -> None:
-        """Give a sign of life, if nothing was sent since the last time."""
-        if not self._has_sent:
-            self.is_beat_due = True
-            self._ready.set()
-        self._has_sent = False
-
-    async def next_effects(self) -> list[WelcomeWorker | ToSession]:
-        """Wait until there is something to send, or the connection closed; return all effects there are."""
-        await self._ready.wait()
-        self._ready.clear()
-        self._unacknowledged = 0
-        self._has_sent = True
-        effects, self._outbox = self._outbox, []
-        return effects
-
-
-class Session:
-    """One life of a worker, over any number of connections."""
-
-    def __init__(self, session_id: str, connection: Connection) -> None:
-        self.session_id = session_id
-        self.connection = connection
-        self.is_connected = True
-        self.last_sequence = 0
-
-    def is_news(self, sequence: int) -> bool:
-        """Whether a report is the next one. Others are repetitions, or come after one that was lost on the way: the
-        worker sends again what is not acknowledged."""
-        if sequence != self.last_sequence + 1:
-            return False
-        self.last_sequence = sequence
-        return True
 
 
 class Sessions:

@@ -1,6 +1,6 @@
 """Owns how effects become messages to a worker. Rule: everything that waits goes out coalesced; code travels once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import assert_never
 
 from lattice.v1 import task_pb2, worker_pb2
@@ -17,7 +17,7 @@ from lattice_server.core.messages import (
     ToSession,
     WelcomeWorker,
 )
-from lattice_server.engine.sessions import Connection
+from lattice_server.engine.connections import Connection
 from lattice_server.rpc import convert
 from lattice_server.rpc.definitions import code_to_proto
 from lattice_server.rpc.parts import ENVELOPE_BYTES, PART_BYTES
@@ -31,60 +31,60 @@ def responses(
     config: ServerConfig,
     server_id: str,
     too_large: Callable[[Assign, str], None],
-) -> Iterator[worker_pb2.ConnectResponse]:
-    """Yield the messages that carry `effects`, in an order that keeps the effects' meaning.
+) -> list[worker_pb2.ConnectResponse]:
+    """Return the messages that carry `effects` and the acknowledgement that is due: one, unless it would be too large.
 
     `too_large` is told each lease that no message can carry, and why.
     """
+    sequence = connection.acknowledgement.take()
+    is_beat_due, connection.is_beat_due = connection.is_beat_due, False
+    if not (effects or sequence or is_beat_due):
+        return []
     work = _Work(connection, config)
-    stopped: list[str] = []
-    revoked: list[str] = []
-    dropped: list[str] = []
-    close: worker_pb2.Close | None = None
+    # A worker acts on the fields by their numbers: those before the assignments are in the first message, and those
+    # after them in the last.
+    first = work.last
+    first.acknowledged_sequence = sequence
+    later: list[StopLease | RevokeLease | SendArtifact | DrainWorker | CloseSession] = []
     for effect in effects:
         match effect:
             case Assign():
                 if excess := work.add(effect):
                     too_large(effect, excess)
-            case StopLease():
-                stopped.append(effect.lease_id)
-            case RevokeLease():
-                revoked.append(effect.lease_id)
             case WelcomeWorker():
-                yield worker_pb2.ConnectResponse(welcome=_welcome(effect, config, server_id))
-            case DrainWorker():
-                deadline = None if effect.deadline_s is None else convert.duration(effect.deadline_s)
-                yield worker_pb2.ConnectResponse(drain=worker_pb2.Drain(deadline=deadline))
-            case SendArtifact():
-                wanted = worker_pb2.SendArtifact(
-                    transfer_id=effect.transfer_id, artifact_id=effect.artifact_id, offset=effect.offset
-                )
-                yield worker_pb2.ConnectResponse(send_artifact=wanted)
+                first.welcome.CopyFrom(_welcome(effect, config, server_id))
             case DropArtifact():
-                dropped.append(effect.artifact_id)
-            case CloseSession():
-                close = worker_pb2.Close(
-                    reason=worker_pb2.CloseReason.Value(f"CLOSE_REASON_{effect.reason}"), message=effect.message
-                )
+                first.drop_artifact_ids.append(effect.artifact_id)
+            case StopLease() | RevokeLease() | SendArtifact() | DrainWorker() | CloseSession():
+                later.append(effect)
             case _:
                 assert_never(effect)
-    if connection.ack_sequence:
-        yield worker_pb2.ConnectResponse(ack=worker_pb2.Ack(sequence=connection.ack_sequence))
-        connection.ack_sequence = 0
-    if dropped:
-        # Before what may need one of the same content, which then has the same id.
-        yield worker_pb2.ConnectResponse(drop_artifacts=worker_pb2.DropArtifacts(artifact_ids=dropped))
-    for assignments in work.messages():
-        yield worker_pb2.ConnectResponse(assignments=assignments)
-    if revoked:
-        yield worker_pb2.ConnectResponse(revoke=worker_pb2.Revoke(lease_ids=revoked))
-    if stopped:
-        yield worker_pb2.ConnectResponse(stop=worker_pb2.Stop(lease_ids=stopped))
-    if not effects and connection.is_beat_due:
-        yield worker_pb2.ConnectResponse(heartbeat=worker_pb2.Heartbeat())
-    connection.is_beat_due = False
-    if close is not None:
-        yield worker_pb2.ConnectResponse(close=close)
+    for effect in later:
+        _add_later(work.last, effect)
+    return [*work.full, work.last]
+
+
+def _add_later(
+    message: worker_pb2.ConnectResponse, effect: StopLease | RevokeLease | SendArtifact | DrainWorker | CloseSession
+) -> None:
+    match effect:
+        case StopLease():
+            message.stop_lease_ids.append(effect.lease_id)
+        case RevokeLease():
+            message.revoke_lease_ids.append(effect.lease_id)
+        case SendArtifact():
+            message.send_artifacts.add(
+                transfer_id=effect.transfer_id, artifact_id=effect.artifact_id, offset=effect.offset
+            )
+        case DrainWorker():
+            message.drain.SetInParent()
+            if effect.deadline_s is not None:
+                message.drain.deadline.CopyFrom(convert.duration(effect.deadline_s))
+        case CloseSession():
+            message.close.reason = worker_pb2.CloseReason.Value(f"CLOSE_REASON_{effect.reason}")
+            message.close.message = effect.message
+        case _:
+            assert_never(effect)
 
 
 def _welcome(effect: WelcomeWorker, config: ServerConfig, server_id: str) -> worker_pb2.Welcome:
@@ -104,35 +104,31 @@ def _welcome(effect: WelcomeWorker, config: ServerConfig, server_id: str) -> wor
 
 
 class _Work:
-    """Assignments and the code they call, in messages of a size that workers take; code comes no later than its use."""
+    """Messages of a size that workers take, of which `last` is being filled; code comes no later than its use."""
 
     def __init__(self, connection: Connection, config: ServerConfig) -> None:
+        self.full: list[worker_pb2.ConnectResponse] = []
+        self.last = worker_pb2.ConnectResponse()
         self._sent = connection.sent_digests
         self._limit_bytes = min(config.message_limit_bytes, WORKER_LIMIT_BYTES) - ENVELOPE_BYTES
         # What surrounds each of many is not counted.
         self._part_bytes = min(PART_BYTES, self._limit_bytes * 3 // 4)
-        self._full: list[worker_pb2.Assignments] = []
-        self._last = worker_pb2.Assignments()
         self._size = 0
-
-    def messages(self) -> list[worker_pb2.Assignments]:
-        """Return what was added, in order."""
-        return [*self._full, self._last] if self._size else self._full
 
     def add(self, effect: Assign) -> str:
         """Add a lease; return for people why it cannot be sent, nothing when it can."""
         if effect.function.digest not in self._sent and (excess := self._add_code(*code_to_proto(effect.function))):
             return excess
-        message = _add(self._last, effect)
+        message = _add(self.last, effect)
         size = message.ByteSize()
         if self._size + size > self._part_bytes:
-            del self._last.assignments[-1]
+            del self.last.assignments[-1]
             if size > self._limit_bytes:
                 why = f"what it is given takes {size} bytes, and a message to a worker may have {self._limit_bytes}"
                 remedy = "give it fewer or smaller values, or larger ones, which are stored where they were made"
                 return f"{why}; {remedy}"
             self._make_room(size)
-            self._last.assignments.append(message)
+            self.last.assignments.append(message)
         self._size += size
         return ""
 
@@ -146,20 +142,20 @@ class _Work:
             self._make_room(size)
             self._size += size
             if isinstance(part, task_pb2.Function):
-                self._last.functions.append(part)
+                self.last.functions.append(part)
             else:
-                self._last.bundles.append(part)
+                self.last.bundles.append(part)
             self._sent.add(part.digest)
         return ""
 
     def _make_room(self, size: int) -> None:
         if self._size and self._size + size > self._part_bytes:
-            self._full.append(self._last)
-            self._last, self._size = worker_pb2.Assignments(), 0
+            self.full.append(self.last)
+            self.last, self._size = worker_pb2.ConnectResponse(), 0
 
 
-def _add(assignments: worker_pb2.Assignments, effect: Assign) -> worker_pb2.Assignment:
-    message = assignments.assignments.add(
+def _add(response: worker_pb2.ConnectResponse, effect: Assign) -> worker_pb2.Assignment:
+    message = response.assignments.add(
         lease_id=effect.lease_id,
         slot=effect.slot,
         tenant=effect.tenant,

@@ -60,7 +60,8 @@ class Machines:
                     break
                 if reading.done():
                     return
-                yield worker_pb2.ConnectResponse(heartbeat=worker_pb2.Heartbeat())
+                # A message without a field is a sign of life.
+                yield worker_pb2.ConnectResponse()
             # The machine hangs up when it has read the last word; ending first could lose it.
             await asyncio.wait({reading}, timeout=HANG_UP_S)
         finally:
@@ -86,7 +87,7 @@ class Machines:
             while True:
                 async with asyncio.timeout(self._config.silence_limit_s):
                     request = await anext(requests)
-                if request.WhichOneof("message") == "draining":
+                if request.HasField("draining"):
                     await self._drain(node_id, request.draining, membership)
 
     async def _drain(self, node_id: str, draining: worker_pb2.Draining, membership: Membership) -> None:

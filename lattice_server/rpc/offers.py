@@ -16,9 +16,9 @@ MAX_DEADLINE_S = 30 * 24 * 3600.0
 
 def check_first(first: worker_pb2.ConnectRequest, *, is_beside: bool) -> None:
     """Check how a stream begins; `is_beside` tells that it came by the server's own socket. Raises InvalidError."""
-    kind = first.WhichOneof("message")
-    if kind not in {"hello", "join"}:
-        raise invalid_field("message", "the first must be `hello` of a worker or `join` of a machine")
+    kind = first.WhichOneof("opening")
+    if kind is None:
+        raise invalid_field("opening", "the first message must have `hello` of a worker or `join` of a machine")
     offer: worker_pb2.Hello | worker_pb2.Join = getattr(first, kind)
     _check_name(offer.node_id, f"{kind}.node_id")
     if offer.node_id == HEAD and not is_beside:

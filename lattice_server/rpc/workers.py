@@ -16,7 +16,8 @@ from lattice_server.core import messages
 from lattice_server.core.errors import InvalidError, LatticeError
 from lattice_server.core.model import Artifact, Failure, FailureKind, TaskSpec
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.sessions import Connection, Sessions
+from lattice_server.engine.connections import Connection, Session
+from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import convert
 from lattice_server.rpc.assignments import responses
@@ -85,7 +86,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             yield worker_pb2.ConnectResponse(close=refusal)
             await _drain(requests)
             return
-        if first.WhichOneof("message") == "join":
+        if first.HasField("join"):
             async with contextlib.aclosing(self._machines.serve(first.join, requests)) as served:
                 async for response in served:
                     yield response
@@ -104,7 +105,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 effects = await connection.next_effects()
                 for response in responses(effects, connection, self._config, self._server_id, self._too_large):
                     yield response
-                    if response.WhichOneof("message") == "close":
+                    if response.HasField("close"):
                         connection.is_closed = True
             with contextlib.suppress(TimeoutError):
                 # The worker hangs up when it has read `Close`; ending first could lose it.
@@ -127,7 +128,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             check_first(first, is_beside=is_beside)
         except LatticeError as error:
             return protocol_error(error)
-        if first.WhichOneof("message") == "hello" and self._machines.has_given_up(first.hello.worker_id):
+        if first.HasField("hello") and self._machines.has_given_up(first.hello.worker_id):
             text = f"worker {first.hello.worker_id} was away for too long, and another is to take its place"
             return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_LOST, message=text)
         if self._is_stopping:
@@ -138,16 +139,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         try:
             async for request in requests:
                 connection.heard_at = time.monotonic()
-                match request.WhichOneof("message"):
-                    case "reports":
-                        self._take_reports(request.reports, connection)
-                    case "heartbeat":
-                        self._take_heartbeat(request.heartbeat, connection)
-                    case "draining" if connection.session is not None:
-                        deadline_s = deadline_from_proto(request.draining)
-                        self._bus.post([messages.DrainRequested(connection.node_id, deadline_s)])
-                    case _:
-                        pass
+                if (session := connection.session) is None:
+                    continue
+                if request.reports:
+                    self._take_reports(request.reports, session, connection)
+                if request.HasField("heartbeat"):
+                    self._take_heartbeat(request.heartbeat, session)
+                if request.HasField("draining"):
+                    deadline_s = deadline_from_proto(request.draining)
+                    self._bus.post([messages.DrainRequested(connection.node_id, deadline_s)])
         except grpc.RpcError as error:
             log.debug("the stream of worker %s broke: %s", connection.worker_id, error)
         except (DecodeError, InvalidError) as error:
@@ -158,13 +158,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         finally:
             connection.close()
 
-    def _take_reports(self, reports: worker_pb2.Reports, connection: Connection) -> None:
-        session = connection.session
-        if session is None:
-            return
+    def _take_reports(self, reports: Sequence[worker_pb2.Report], session: Session, connection: Connection) -> None:
         events: list[messages.SchedulerEvent] = []
         artifacts: list[Artifact] = []
-        for report in reports.reports:
+        for report in reports:
             is_news = session.is_news(report.sequence)
             if report.sequence <= session.last_sequence:
                 # Of one that comes again too: that what it names is to be dropped may not have been heard.
@@ -177,17 +174,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if artifacts:
             events.append(messages.ArtifactsReported(tuple(artifacts)))
         self._bus.post(events)
-        connection.acknowledge(session.last_sequence)
+        connection.acknowledgement.add(session.last_sequence)
 
-    def _take_heartbeat(self, heartbeat: worker_pb2.Heartbeat, connection: Connection) -> None:
-        session = connection.session
-        if session is None:
-            return
+    def _take_heartbeat(self, heartbeat: worker_pb2.Heartbeat, session: Session) -> None:
         held = frozenset(heartbeat.held_lease_ids)
         self._bus.post([messages.WorkerHeartbeat(session.session_id, held, heartbeat.assignment_sequence)])
-        if session.last_sequence:
-            # What waits to be acknowledged would be listed as held until then.
-            connection.acknowledge(session.last_sequence, at_once=bool(held))
 
     def _spawned_event(self, report: worker_pb2.Report, session_id: str) -> messages.AttemptSpawned:
         named = (session_id, report.lease_id, report.item)

@@ -3,7 +3,7 @@
 The head is the scheduler's machine behind the sessions, the worker its leases; only what runs an attempt is made up.
 """
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from lattice_server.core import messages
 from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import Assign, CancelRequested, TaskCancelled, TaskFailed, TaskReady, TaskSucceeded
 from lattice_server.core.model import Failure, FailureKind, Payload
-from lattice_server.engine.sessions import Connection, Sessions
+from lattice_server.engine.connections import Connection
+from lattice_server.engine.sessions import Sessions
 from lattice_worker.leasing import Leasing
 from tests.examples import share
 from tests.server.core.scenes import node, ready
@@ -70,7 +71,8 @@ class Stream:
     """One stream: what is on its way, in both directions."""
 
     def __init__(self) -> None:
-        self.connection = Connection("worker-of-n", "n")
+        self.timers: list[Callable[[], None]] = []
+        self.connection = Connection("worker-of-n", "n", later=lambda _, call: self.timers.append(call))
         self.to_head: list[Any] = []
         self.to_worker: list[Any] = []
         self.has_greeted = False  # Only the first message of a stream can be a hello.
@@ -110,9 +112,17 @@ class Protocol:
             connection = stream.connection
             if connection._ready.is_set():  # what the stream's own loop waits for
                 stream.to_worker += at_once(connection.next_effects())
-                if connection.ack_sequence:
-                    stream.to_worker.append(connection.ack_sequence)
-                    connection.ack_sequence = 0
+                if sequence := connection.acknowledgement.take():
+                    stream.to_worker.append(sequence)
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time go by."""
+        self.now += seconds
+        for stream in self.streams:
+            due, stream.timers[:] = list(stream.timers), []
+            for call in due:
+                call()
+        self.tell()
 
     def hear(self, stream: Stream, message: Any) -> None:
         """Take what came from the worker."""
@@ -124,11 +134,9 @@ class Protocol:
                 self.tell(replace(message, greeting=stream.connection.greeting))
             case ("reports", reports) if session is not None:
                 news = [report for number, report in reports if session.is_news(number)]
-                stream.connection.acknowledge(session.last_sequence)
+                stream.connection.acknowledgement.add(session.last_sequence)
                 self.tell(*[of_session(report, session.session_id) for report in news])
             case ("heartbeat", held, received) if session is not None:
-                if session.last_sequence:
-                    stream.connection.acknowledge(session.last_sequence, at_once=True)
                 self.tell(messages.WorkerHeartbeat(session.session_id, frozenset(held), received))
 
     def leave(self, stream: Stream) -> None:
@@ -284,8 +292,7 @@ class Wire(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.01, 0.5, 2.0, 5.0]))
     def wait(self, seconds: float) -> None:
-        self.both.now += seconds
-        self.both.tell()
+        self.both.pass_time(seconds)
 
     def teardown(self) -> None:
         both = self.both
@@ -293,8 +300,7 @@ class Wire(RuleBasedStateMachine):
             both.leave(stream)
         both.dial()
         for _ in range(60 + 4 * self.number):
-            both.now += TTL_S / 6
-            both.tell()
+            both.pass_time(TTL_S / 6)
             for stream, queue in self.queues():
                 while queue:
                     both.deliver(queue, 0, stream)

@@ -86,13 +86,13 @@ class Stream:
             return_style=task_pb2.RETURN_STYLE_VALUE,
             concurrency=task_pb2.CONCURRENCY_ASYNC if is_async else task_pb2.CONCURRENCY_PROCESS,
         )
-        self.say(assignments=worker_pb2.Assignments(functions=[code], assignments=[assignment]))
+        self.say(functions=[code], assignments=[assignment])
         return assignment
 
     async def report(self) -> worker_pb2.Report:
         """Return the next report."""
         while not self._unread:
-            self._unread = list((await self.requests.get()).reports.reports)
+            self._unread = list((await self.requests.get()).reports)
         report = self._unread.pop(0)
         self.reports.append(report)
         return report

@@ -100,7 +100,7 @@ def test_an_attempt_that_does_not_succeed_leaves_none_of_its_large_values(
         both.stream.assign("a", function, split_outputs=["out"], is_async=is_async, inputs=inputs)
         if how == "is stopped":
             await until(lambda: bool(files(store)))
-            both.stream.say(stop={"lease_ids": ["a"]})
+            both.stream.say(stop_lease_ids=["a"])
         assert (await both.stream.end("a")).WhichOneof("fact") == "failed"
         await until(lambda: not files(store))
 
@@ -156,11 +156,11 @@ def test_a_large_value_is_there_until_it_is_dropped_and_nothing_is_left_then(sto
         spawned = (await stream.until("spawn", "spawned")).spawned.tasks[0].inputs["it"].payload.artifact.artifact_id
         await stream.end("spawn")
         name = await made(stream)
-        stream.say(ack={"sequence": stream.reports[-1].sequence})
+        stream.say(acknowledged_sequence=stream.reports[-1].sequence)
         await settled(stream)
         assert files(store) == sorted([name, spawned])
         assert (store / name).stat().st_size == LARGE + 2
-        stream.say(drop_artifacts={"artifact_ids": [name, spawned]})
+        stream.say(drop_artifact_ids=[name, spawned])
         await settled(stream, "after")
         assert not files(store)
 
@@ -183,7 +183,7 @@ def test_a_worker_says_which_large_values_the_head_may_not_know_of(resumed: bool
     async def scenario(both: Pair) -> None:
         first = both.stream
         known, dropped = await made(first, "known"), await made(first, "dropped")
-        first.say(ack={"sequence": first.reports[-1].sequence})
+        first.say(acknowledged_sequence=first.reports[-1].sequence)
         unsaid = await made(first, "unsaid")
         first.assign("late", type(wait)(wait.__code__, {"open": open}), inputs={"gate": gate.path, "size": LARGE})
         await first.until("late", "started")

@@ -56,7 +56,7 @@ class Worker:
         async with asyncio.timeout(LEASE_S):
             while any(left.values()):
                 report = await self.stream.report()
-                self.stream.say(ack={"sequence": report.sequence})
+                self.stream.say(acknowledged_sequence=report.sequence)
                 if report.WhichOneof("fact") in ENDS and report.sequence not in self._seen:
                     self._seen.add(report.sequence)
                     found.append(report)

@@ -229,7 +229,7 @@ def test_stopping_an_attempt_kills_what_it_started_in_sessions_of_their_own(tmp_
         while len(stream.logs("a").split()) < 2:
             await stream.report()
         spawned = [psutil.Process(int(pid)) for pid in stream.logs("a").split()]
-        stream.say(stop={"lease_ids": ["a"]})
+        stream.say(stop_lease_ids=["a"])
         assert (await stream.end("a")).failed.failure.kind == errors_pb2.FAILURE_KIND_CANCELLED
         _, alive = await asyncio.to_thread(psutil.wait_procs, spawned, 30)
         assert not alive

@@ -107,7 +107,7 @@ def test_some_of_what_was_sent_ahead_can_be_taken_back(gate: Gate, tmp_path: Pat
         for name in "abcd":
             stream.assign(name, lambda: "ran")
         await stream.until("first", "started")
-        stream.say(revoke={"lease_ids": ["b", "d"]})
+        stream.say(revoke_lease_ids=["b", "d"])
         for name in "bd":
             assert (await stream.end(name)).HasField("returned")
         gate.open(1)
@@ -137,7 +137,7 @@ def test_nothing_is_lost_while_leases_are_taken_back_from_a_busy_process(tmp_pat
         for number in range(600):
             stream.assign(f"l{number}", lambda: "ran", slot=number % 2)
             if number % 3 == 2:
-                stream.say(revoke={"lease_ids": [f"l{number - 1}", f"l{number}"]})
+                stream.say(revoke_lease_ids=[f"l{number - 1}", f"l{number}"])
         ends = 0
         while ends < 600:
             report = await stream.report()
@@ -166,7 +166,7 @@ def test_what_was_fed_before_it_came_back_still_has_its_inputs(gate: Gate, tmp_p
         stream.assign("follower", echo, after_lease_id="source", bindings={"value": given})
         stream.assign("other", lambda: "ran")
         await stream.until("long", "started")
-        stream.say(revoke={"lease_ids": ["other"]})
+        stream.say(revoke_lease_ids=["other"])
         assert (await stream.end("other")).HasField("returned")
         gate.open(1)
         assert await stream.value("follower") == "given"

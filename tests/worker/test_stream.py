@@ -71,7 +71,7 @@ def test_what_has_not_started_can_be_taken_back(gate: Gate, tmp_path: Path) -> N
         for name in "abc":
             stream.assign(name, wait, inputs={"gate": gate.path})
         await stream.until("a", "started")
-        stream.say(revoke={"lease_ids": ["a", "b", "unknown"]})
+        stream.say(revoke_lease_ids=["a", "b", "unknown"])
         assert (await stream.end("b")).WhichOneof("fact") == "returned"
         gate.open(2)
         assert await stream.value("a") == "through"
@@ -87,7 +87,7 @@ def test_what_has_not_started_can_be_cancelled(gate: Gate, tmp_path: Path) -> No
         for name in "ab":
             stream.assign(name, wait, inputs={"gate": gate.path})
         await stream.until("a", "started")
-        stream.say(stop={"lease_ids": ["b"]})
+        stream.say(stop_lease_ids=["b"])
         assert (await stream.end("b")).failed.failure.kind == errors_pb2.FAILURE_KIND_CANCELLED
         gate.open()
         assert await stream.value("a") == "through"
@@ -103,7 +103,7 @@ def test_reports_are_numbered_and_those_not_acknowledged_come_again(tmp_path: Pa
         await first.end("c")
         assert [report.sequence for report in first.reports] == list(range(1, len(first.reports) + 1))
         seen = next(report.sequence for report in first.reports if report.lease_id == "b")
-        first.say(ack={"sequence": seen})
+        first.say(acknowledged_sequence=seen)
         first.drop()
         second, hello = await both.head.dialled()
         assert (hello.session_id, hello.worker_id) == ("s1", "w")
@@ -182,7 +182,7 @@ def test_a_resumed_worker_works_on_what_it_holds(gate: Gate, tmp_path: Path) -> 
         second, hello = await both.head.dialled()
         assert list(hello.held_lease_ids) == ["a", "b"]
         second.welcome(resumed=True)
-        second.say(ack={"sequence": 1})
+        second.say(acknowledged_sequence=1)
         gate.open(2)
         assert await second.value("a") == "through"
         assert await second.value("b") == "through"
@@ -205,7 +205,7 @@ def test_a_lease_whose_end_was_lost_on_the_way_is_not_run_twice(tmp_path: Path) 
         second.welcome(resumed=True)
         if "a" not in hello.held_lease_ids:
             # What a head does that never heard of the lease's start: it takes the assignment for lost.
-            second.say(assignments=worker_pb2.Assignments(assignments=[assignment]))
+            second.say(assignments=[assignment])
         second.assign("next in the slot", lambda: None)
         await second.end("next in the slot")
         assert journal.read_text() == "ran\n"

@@ -72,129 +72,140 @@ Global___CloseReason: typing_extensions.TypeAlias = CloseReason
 
 @typing.final
 class ConnectRequest(google.protobuf.message.Message):
-    """What a worker says."""
+    """Everything a worker has to say at one moment. The server takes the fields in the order of their numbers."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: builtins.int
-    HEARTBEAT_FIELD_NUMBER: builtins.int
-    REPORTS_FIELD_NUMBER: builtins.int
-    DRAINING_FIELD_NUMBER: builtins.int
     JOIN_FIELD_NUMBER: builtins.int
+    REPORTS_FIELD_NUMBER: builtins.int
+    HEARTBEAT_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello:
-        """The first message of every stream."""
-
-    @property
-    def heartbeat(self) -> Global___Heartbeat:
-        """Sign of life, and the leases held."""
-
-    @property
-    def reports(self) -> Global___Reports:
-        """What became of leases."""
-
-    @property
-    def draining(self) -> Global___Draining:
-        """The worker or the machine wants to leave: it finishes what it holds and takes nothing new."""
+        """Introduces a worker."""
 
     @property
     def join(self) -> Global___Join:
-        """Offers a machine; the first message of a stream, instead of `Hello`."""
+        """Offers a machine."""
+
+    @property
+    def reports(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Report]:
+        """What became of leases, in order, by rising `Report.sequence`. A message ends at about 2 MiB of reports."""
+
+    @property
+    def heartbeat(self) -> Global___Heartbeat:
+        """The leases held; due once in each `Welcome.heartbeat_interval`."""
+
+    @property
+    def draining(self) -> Global___Draining:
+        """The worker or the machine wants to leave. It finishes the leases it holds and takes no new ones."""
 
     def __init__(
         self,
         *,
         hello: Global___Hello | None = ...,
-        heartbeat: Global___Heartbeat | None = ...,
-        reports: Global___Reports | None = ...,
-        draining: Global___Draining | None = ...,
         join: Global___Join | None = ...,
+        reports: collections.abc.Iterable[Global___Report] | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
+        draining: Global___Draining | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "message", b"message", "reports", b"reports"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "message", b"message", "reports", b"reports"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "heartbeat", "reports", "draining", "join"] | None: ...
+    def HasField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "opening", b"opening"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "opening", b"opening", "reports", b"reports"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["opening", b"opening"]) -> typing.Literal["hello", "join"] | None: ...
 
 Global___ConnectRequest: typing_extensions.TypeAlias = ConnectRequest
 
 @typing.final
 class ConnectResponse(google.protobuf.message.Message):
-    """What the server says."""
+    """Everything the server has to say at one moment, coalesced into messages of at most 2 MiB, unless one function, bundle
+    or lease alone is larger: a worker takes messages of up to 256 MiB. The worker acts on the fields in the order of
+    their numbers.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     WELCOME_FIELD_NUMBER: builtins.int
+    JOINED_FIELD_NUMBER: builtins.int
+    ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: builtins.int
+    DROP_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
+    FUNCTIONS_FIELD_NUMBER: builtins.int
+    BUNDLES_FIELD_NUMBER: builtins.int
     ASSIGNMENTS_FIELD_NUMBER: builtins.int
-    STOP_FIELD_NUMBER: builtins.int
-    REVOKE_FIELD_NUMBER: builtins.int
-    ACK_FIELD_NUMBER: builtins.int
-    DROP_ARTIFACTS_FIELD_NUMBER: builtins.int
-    SEND_ARTIFACT_FIELD_NUMBER: builtins.int
+    REVOKE_LEASE_IDS_FIELD_NUMBER: builtins.int
+    STOP_LEASE_IDS_FIELD_NUMBER: builtins.int
+    SEND_ARTIFACTS_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     CLOSE_FIELD_NUMBER: builtins.int
-    HEARTBEAT_FIELD_NUMBER: builtins.int
-    JOINED_FIELD_NUMBER: builtins.int
+    acknowledged_sequence: builtins.int
+    """All reports up to this number were received: the worker forgets them. Zero acknowledges nothing."""
     @property
     def welcome(self) -> Global___Welcome:
-        """Answers `Hello`."""
+        """Accepts a worker."""
 
     @property
-    def assignments(self) -> Global___Assignments:
-        """Work."""
+    def joined(self) -> Global___Joined:
+        """Takes a machine into the cluster."""
 
     @property
-    def stop(self) -> Global___Stop:
-        """Leases to end, running or not."""
+    def drop_artifact_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Artifacts that no run needs any more: delete them. An assignment that comes after may need a value of the same
+        content, which then has the same id.
+        """
 
     @property
-    def revoke(self) -> Global___Revoke:
-        """Leases to give back unless they have started."""
+    def functions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.Function]:
+        """Functions this stream has not carried before, with code and digest. A function comes in the message of the first
+        assignment that names it, or earlier.
+        """
 
     @property
-    def ack(self) -> Global___Ack:
-        """Reports received."""
+    def bundles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.CodeBundle]:
+        """Bundles this stream has not carried before; each comes no later than the first function that names it."""
 
     @property
-    def drop_artifacts(self) -> Global___DropArtifacts:
-        """Artifacts no longer needed."""
+    def assignments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Assignment]:
+        """Leases to run, by rising `Assignment.sequence`."""
 
     @property
-    def send_artifact(self) -> Global___SendArtifact:
-        """An artifact the server wants to read."""
+    def revoke_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Leases to give back unless they have started. The worker reports each as returned, or later its end."""
+
+    @property
+    def stop_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Leases to end, running or not. The worker reports each as failed with kind CANCELLED."""
+
+    @property
+    def send_artifacts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SendArtifact]:
+        """Artifacts the server wants to read; the worker answers each with one call of `UploadArtifact`."""
 
     @property
     def drain(self) -> Global___Drain:
-        """Nothing more will come; finish what is held."""
+        """No more leases will come; the worker finishes those it holds."""
 
     @property
     def close(self) -> Global___Close:
         """The end of the stream, and why."""
 
-    @property
-    def heartbeat(self) -> Global___Heartbeat:
-        """Sign of life."""
-
-    @property
-    def joined(self) -> Global___Joined:
-        """Answers `Join`."""
-
     def __init__(
         self,
         *,
         welcome: Global___Welcome | None = ...,
-        assignments: Global___Assignments | None = ...,
-        stop: Global___Stop | None = ...,
-        revoke: Global___Revoke | None = ...,
-        ack: Global___Ack | None = ...,
-        drop_artifacts: Global___DropArtifacts | None = ...,
-        send_artifact: Global___SendArtifact | None = ...,
+        joined: Global___Joined | None = ...,
+        acknowledged_sequence: builtins.int = ...,
+        drop_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        functions: collections.abc.Iterable[lattice.v1.task_pb2.Function] | None = ...,
+        bundles: collections.abc.Iterable[lattice.v1.task_pb2.CodeBundle] | None = ...,
+        assignments: collections.abc.Iterable[Global___Assignment] | None = ...,
+        revoke_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        stop_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        send_artifacts: collections.abc.Iterable[Global___SendArtifact] | None = ...,
         drain: Global___Drain | None = ...,
         close: Global___Close | None = ...,
-        heartbeat: Global___Heartbeat | None = ...,
-        joined: Global___Joined | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ack", b"ack", "assignments", b"assignments", "close", b"close", "drain", b"drain", "drop_artifacts", b"drop_artifacts", "heartbeat", b"heartbeat", "joined", b"joined", "message", b"message", "revoke", b"revoke", "send_artifact", b"send_artifact", "stop", b"stop", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assignments", b"assignments", "close", b"close", "drain", b"drain", "drop_artifacts", b"drop_artifacts", "heartbeat", b"heartbeat", "joined", b"joined", "message", b"message", "revoke", b"revoke", "send_artifact", b"send_artifact", "stop", b"stop", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["welcome", "assignments", "stop", "revoke", "ack", "drop_artifacts", "send_artifact", "drain", "close", "heartbeat", "joined"] | None: ...
+    def HasField(self, field_name: typing.Literal["close", b"close", "drain", b"drain", "joined", b"joined", "opening", b"opening", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "assignments", b"assignments", "bundles", b"bundles", "close", b"close", "drain", b"drain", "drop_artifact_ids", b"drop_artifact_ids", "functions", b"functions", "joined", b"joined", "opening", b"opening", "revoke_lease_ids", b"revoke_lease_ids", "send_artifacts", b"send_artifacts", "stop_lease_ids", b"stop_lease_ids", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["opening", b"opening"]) -> typing.Literal["welcome", "joined"] | None: ...
 
 Global___ConnectResponse: typing_extensions.TypeAlias = ConnectResponse
 
@@ -502,19 +513,19 @@ Global___Welcome: typing_extensions.TypeAlias = Welcome
 
 @typing.final
 class Heartbeat(google.protobuf.message.Message):
-    """Sign of life."""
+    """The leases a worker holds at one moment."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HELD_LEASE_IDS_FIELD_NUMBER: builtins.int
     ASSIGNMENT_SEQUENCE_FIELD_NUMBER: builtins.int
     assignment_sequence: builtins.int
-    """From the worker: the number of the last assignment it received in this session. Of leases assigned up to it, those
-    not held are lost; later ones are still on their way.
+    """The number of the last assignment it received in this session. Of the leases assigned up to that number, those not
+    held are lost; leases with later numbers are still on their way.
     """
     @property
     def held_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """From the worker: all leases it holds, started or not. From the server: empty."""
+        """All leases it holds, started or not, and those with reports that are not acknowledged."""
 
     def __init__(
         self,
@@ -525,40 +536,6 @@ class Heartbeat(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids"]) -> None: ...
 
 Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
-
-@typing.final
-class Assignments(google.protobuf.message.Message):
-    """Work, coalesced, in messages of at most 2 MiB, unless one function, bundle or lease alone is larger: a worker takes up
-    to 256 MiB. Code may come in an earlier message than the leases that call it.
-    """
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    FUNCTIONS_FIELD_NUMBER: builtins.int
-    BUNDLES_FIELD_NUMBER: builtins.int
-    ASSIGNMENTS_FIELD_NUMBER: builtins.int
-    @property
-    def functions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.Function]:
-        """Functions this session has not been sent before, with code and digest."""
-
-    @property
-    def bundles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.CodeBundle]:
-        """Bundles this session has not been sent before."""
-
-    @property
-    def assignments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Assignment]:
-        """The leases."""
-
-    def __init__(
-        self,
-        *,
-        functions: collections.abc.Iterable[lattice.v1.task_pb2.Function] | None = ...,
-        bundles: collections.abc.Iterable[lattice.v1.task_pb2.CodeBundle] | None = ...,
-        assignments: collections.abc.Iterable[Global___Assignment] | None = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignments", b"assignments", "bundles", b"bundles", "functions", b"functions"]) -> None: ...
-
-Global___Assignments: typing_extensions.TypeAlias = Assignments
 
 @typing.final
 class Assignment(google.protobuf.message.Message):
@@ -718,26 +695,6 @@ class Attempt(google.protobuf.message.Message):
 Global___Attempt: typing_extensions.TypeAlias = Attempt
 
 @typing.final
-class Reports(google.protobuf.message.Message):
-    """What became of leases, coalesced; in several messages rather than in one of many MiB."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    REPORTS_FIELD_NUMBER: builtins.int
-    @property
-    def reports(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Report]:
-        """The reports, in order."""
-
-    def __init__(
-        self,
-        *,
-        reports: collections.abc.Iterable[Global___Report] | None = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["reports", b"reports"]) -> None: ...
-
-Global___Reports: typing_extensions.TypeAlias = Reports
-
-@typing.final
 class Report(google.protobuf.message.Message):
     """One fact about one attempt of a lease."""
 
@@ -781,7 +738,7 @@ class Report(google.protobuf.message.Message):
 
     @property
     def returned(self) -> Global___LeaseReturned:
-        """The lease is given back. Answers `Revoke`, or says that the worker cannot end it, through no fault of its tasks."""
+        """The lease is given back. Answers `revoke_lease_ids`, or says that the worker cannot end it, through no fault of its tasks."""
 
     @property
     def spawned(self) -> Global___AttemptSpawned:
@@ -1009,84 +966,6 @@ class LeaseReturned(google.protobuf.message.Message):
 Global___LeaseReturned: typing_extensions.TypeAlias = LeaseReturned
 
 @typing.final
-class Stop(google.protobuf.message.Message):
-    """Ends leases, running or not. The worker reports each as failed with kind CANCELLED."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    LEASE_IDS_FIELD_NUMBER: builtins.int
-    @property
-    def lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The leases."""
-
-    def __init__(
-        self,
-        *,
-        lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lease_ids", b"lease_ids"]) -> None: ...
-
-Global___Stop: typing_extensions.TypeAlias = Stop
-
-@typing.final
-class Revoke(google.protobuf.message.Message):
-    """Takes leases back unless they have started. The worker reports each as returned, or later its end."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    LEASE_IDS_FIELD_NUMBER: builtins.int
-    @property
-    def lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The leases."""
-
-    def __init__(
-        self,
-        *,
-        lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lease_ids", b"lease_ids"]) -> None: ...
-
-Global___Revoke: typing_extensions.TypeAlias = Revoke
-
-@typing.final
-class Ack(google.protobuf.message.Message):
-    """Acknowledges reports."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    SEQUENCE_FIELD_NUMBER: builtins.int
-    sequence: builtins.int
-    """All reports up to this number were received."""
-    def __init__(
-        self,
-        *,
-        sequence: builtins.int = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["sequence", b"sequence"]) -> None: ...
-
-Global___Ack: typing_extensions.TypeAlias = Ack
-
-@typing.final
-class DropArtifacts(google.protobuf.message.Message):
-    """Artifacts no longer needed."""
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    ARTIFACT_IDS_FIELD_NUMBER: builtins.int
-    @property
-    def artifact_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The artifacts."""
-
-    def __init__(
-        self,
-        *,
-        artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["artifact_ids", b"artifact_ids"]) -> None: ...
-
-Global___DropArtifacts: typing_extensions.TypeAlias = DropArtifacts
-
-@typing.final
 class SendArtifact(google.protobuf.message.Message):
     """An artifact the server wants to read; the worker answers with `UploadArtifact`."""
 
@@ -1114,7 +993,7 @@ Global___SendArtifact: typing_extensions.TypeAlias = SendArtifact
 
 @typing.final
 class Drain(google.protobuf.message.Message):
-    """Nothing more will come. The server closes the stream with DRAINED once the worker holds nothing."""
+    """No more leases will come. The server closes the stream with DRAINED once the worker holds none."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

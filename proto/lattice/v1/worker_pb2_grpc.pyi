@@ -60,26 +60,30 @@ _WorkerServiceUploadArtifactType = typing_extensions.TypeVar(
 class WorkerServiceStub(typing.Generic[_WorkerServiceConnectType, _WorkerServiceUploadArtifactType]):
     """Connects workers. Only workers call it; what callers ask about nodes is `ClusterService`.
 
-    A worker is one process that serves one node. It dials `Connect` and says `Hello`: what it is, what it has, and, when
-    it comes back after a broken stream, which session it had and which leases it holds. The server answers
-    `Welcome` and from then on sends `Assignments`, many in one message. An assignment is a lease: a batch of attempts
-    that holds a slot of the worker. Assignments with the same slot run one after the other; different slots run side by
-    side. So the server can send short work ahead without promising resources twice, and `Revoke` takes back what has not
-    started.
+    A worker is one process that serves one node. It dials `Connect` and sends `Hello`: what it is, what it has, and, when
+    it comes back after a broken stream, which session it had and which leases it holds. The server answers with
+    `Welcome`. From then on each direction is a sequence of envelopes: one message carries everything that is due, in
+    repeated fields, so that many leases or many reports cost one message. Every message is a sign of life, also one in
+    which no field is set.
 
-    The worker sends `Reports`, each numbered, and keeps them until an `Ack` covers them; after a reconnect it sends
-    the rest again, and the server ignores numbers it has seen. The lease is the fence: a report for a lease that is no
-    longer held is acknowledged and ignored. Both sides send `Heartbeat`s; the worker's lists the leases it holds,
-    and whatever the two sides disagree on is repaired from that.
+    The server sends assignments. An assignment is a lease: a batch of attempts that holds a slot of the worker.
+    Assignments with the same slot run one after the other; different slots run side by side. So the server can send short
+    work ahead without promising resources twice, and `revoke_lease_ids` takes back leases that have not started.
 
-    Large values stay in the store of the worker that made them; reports name them. `DropArtifacts` tells which of them
-    nobody needs any more. What of that gets lost, and values that no report came to name, are found when the worker
-    says hello again: it names what it has, and `Welcome` what of that is to be deleted.
+    The worker sends reports, each numbered, and keeps a report until `acknowledged_sequence` covers it; after a reconnect
+    it sends the rest again, and the server ignores numbers it has seen. An acknowledgement rides with the next message;
+    the server sends one alone only when nothing else is due for a while, or when many are missing. The lease is the
+    fence: a report for a lease that is no longer held is acknowledged and ignored. A heartbeat of the worker lists the
+    leases it holds, and whatever the two sides disagree on is repaired from that.
+
+    Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names those that
+    no run needs any more. Values that got lost on the way, and values that no report came to name, are found when the
+    worker sends `Hello` again: it names the values it has, and `Welcome` names those of them to delete.
 
     A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
     back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into
-    the stream's status: the server says why it ends in `Close` and then waits for the worker to hang up. A stream
-    that ends without `Close` means: reconnect.
+    the stream's status: the server says why it ends in `close` and then waits for the worker to end its side. A stream
+    that ends without `close` means: reconnect.
     """
 
     @typing.overload
@@ -110,7 +114,7 @@ class WorkerServiceStub(typing.Generic[_WorkerServiceConnectType, _WorkerService
     """The worker's stream, for the whole life of the worker."""
 
     UploadArtifact: _WorkerServiceUploadArtifactType
-    """Sends the server the bytes of an artifact it asked for with `SendArtifact`."""
+    """Sends the server the bytes of an artifact it asked for with `send_artifacts`."""
 
 WorkerServiceAsyncStub: typing_extensions.TypeAlias = WorkerServiceStub[
     grpc.aio.StreamStreamMultiCallable[
@@ -126,26 +130,30 @@ WorkerServiceAsyncStub: typing_extensions.TypeAlias = WorkerServiceStub[
 class WorkerServiceServicer(metaclass=abc.ABCMeta):
     """Connects workers. Only workers call it; what callers ask about nodes is `ClusterService`.
 
-    A worker is one process that serves one node. It dials `Connect` and says `Hello`: what it is, what it has, and, when
-    it comes back after a broken stream, which session it had and which leases it holds. The server answers
-    `Welcome` and from then on sends `Assignments`, many in one message. An assignment is a lease: a batch of attempts
-    that holds a slot of the worker. Assignments with the same slot run one after the other; different slots run side by
-    side. So the server can send short work ahead without promising resources twice, and `Revoke` takes back what has not
-    started.
+    A worker is one process that serves one node. It dials `Connect` and sends `Hello`: what it is, what it has, and, when
+    it comes back after a broken stream, which session it had and which leases it holds. The server answers with
+    `Welcome`. From then on each direction is a sequence of envelopes: one message carries everything that is due, in
+    repeated fields, so that many leases or many reports cost one message. Every message is a sign of life, also one in
+    which no field is set.
 
-    The worker sends `Reports`, each numbered, and keeps them until an `Ack` covers them; after a reconnect it sends
-    the rest again, and the server ignores numbers it has seen. The lease is the fence: a report for a lease that is no
-    longer held is acknowledged and ignored. Both sides send `Heartbeat`s; the worker's lists the leases it holds,
-    and whatever the two sides disagree on is repaired from that.
+    The server sends assignments. An assignment is a lease: a batch of attempts that holds a slot of the worker.
+    Assignments with the same slot run one after the other; different slots run side by side. So the server can send short
+    work ahead without promising resources twice, and `revoke_lease_ids` takes back leases that have not started.
 
-    Large values stay in the store of the worker that made them; reports name them. `DropArtifacts` tells which of them
-    nobody needs any more. What of that gets lost, and values that no report came to name, are found when the worker
-    says hello again: it names what it has, and `Welcome` what of that is to be deleted.
+    The worker sends reports, each numbered, and keeps a report until `acknowledged_sequence` covers it; after a reconnect
+    it sends the rest again, and the server ignores numbers it has seen. An acknowledgement rides with the next message;
+    the server sends one alone only when nothing else is due for a while, or when many are missing. The lease is the
+    fence: a report for a lease that is no longer held is acknowledged and ignored. A heartbeat of the worker lists the
+    leases it holds, and whatever the two sides disagree on is repaired from that.
+
+    Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names those that
+    no run needs any more. Values that got lost on the way, and values that no report came to name, are found when the
+    worker sends `Hello` again: it names the values it has, and `Welcome` names those of them to delete.
 
     A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
     back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into
-    the stream's status: the server says why it ends in `Close` and then waits for the worker to hang up. A stream
-    that ends without `Close` means: reconnect.
+    the stream's status: the server says why it ends in `close` and then waits for the worker to end its side. A stream
+    that ends without `close` means: reconnect.
     """
 
     @abc.abstractmethod
@@ -162,6 +170,6 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[lattice.v1.worker_pb2.UploadArtifactRequest],
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.worker_pb2.UploadArtifactResponse, collections.abc.Awaitable[lattice.v1.worker_pb2.UploadArtifactResponse]]:
-        """Sends the server the bytes of an artifact it asked for with `SendArtifact`."""
+        """Sends the server the bytes of an artifact it asked for with `send_artifacts`."""
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -30,10 +30,11 @@ from lattice_server.core.run import Bounds, Run
 from lattice_server.core.states import RunState
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.connections import Connection
 from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import Retention, RunEntry
-from lattice_server.engine.sessions import Connection, Sessions
+from lattice_server.engine.sessions import Sessions
 from tests.server.core.graphs import VALUE, hello, task, workflow
 
 SILENCE_LIMIT_S = 2.0

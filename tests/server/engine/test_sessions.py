@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import pytest
 
 from lattice_server.core.messages import DropArtifact, ForgetSession, WelcomeWorker
 from lattice_server.core.model import Artifact
-from lattice_server.engine.sessions import Connection, Sessions
+from lattice_server.engine.connections import ACK_AFTER_MESSAGES, Connection
+from lattice_server.engine.sessions import Sessions
 
 INTERVAL_S, LIMIT_S = 0.05, 0.2
 
@@ -98,7 +100,7 @@ def test_whoever_may_have_a_copy_is_told_what_is_dropped(shares_store: bool, nod
         connection = connect(sessions, shares_store=shares_store)
         await connection.next_effects()
         sessions.drop_artifact(Artifact("large", 1, node_id))
-        connection.acknowledge(1, at_once=True)
+        connection.close()
         assert await connection.next_effects() == [DropArtifact("s", "large")] * is_told
 
     asyncio.run(scenario())
@@ -156,5 +158,44 @@ def test_a_lost_session_serves_no_node() -> None:
         assert sessions.of_node("n") is not None
         sessions.perform(ForgetSession("s"))
         assert sessions.of_node("n") is None
+
+    asyncio.run(scenario())
+
+
+def test_an_acknowledgement_rides_with_the_next_message_and_goes_alone_when_there_is_none() -> None:
+    timers: list[Callable[[], None]] = []
+
+    async def scenario() -> None:
+        connection = Connection("w", later=lambda _, call: timers.append(call))
+        waiting = asyncio.ensure_future(connection.next_effects())
+        connection.acknowledgement.add(1)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        connection.send(DropArtifact("s", "large"))
+        assert await waiting == [DropArtifact("s", "large")]
+        assert (connection.acknowledgement.take(), connection.acknowledgement.take()) == (1, 0)
+        waiting = asyncio.ensure_future(connection.next_effects())
+        connection.acknowledgement.add(2)
+        timers.pop()()
+        await asyncio.sleep(0)
+        assert not waiting.done(), "it came after the timer was set"
+        timers.pop()()
+        assert await waiting == []
+        assert connection.acknowledgement.take() == 2
+        assert not timers
+
+    asyncio.run(scenario())
+
+
+def test_an_acknowledgement_goes_alone_when_many_messages_wait_for_one() -> None:
+    async def scenario() -> None:
+        connection = Connection("w")
+        waiting = asyncio.ensure_future(connection.next_effects())
+        for number in range(1, ACK_AFTER_MESSAGES + 1):
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            connection.acknowledgement.add(number)
+        assert await waiting == []
+        assert connection.acknowledgement.take() == ACK_AFTER_MESSAGES
 
     asyncio.run(scenario())

@@ -9,7 +9,8 @@ import pytest
 from lattice_server.core.errors import NotFoundError, UnavailableError
 from lattice_server.core.messages import ForgetSession, SendArtifact, WelcomeWorker
 from lattice_server.core.model import Artifact
-from lattice_server.engine.sessions import Connection, Sessions
+from lattice_server.engine.connections import Connection
+from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.transfers import AHEAD, Transfers
 

@@ -1,20 +1,86 @@
 """The order in which a worker is told what waits for it."""
 
+from dataclasses import replace
+from typing import Any
+
+from lattice.v1 import task_pb2, worker_pb2
+from lattice.v1.worker_pb2 import ConnectResponse
+
 from lattice_server.config import ServerConfig
-from lattice_server.core.messages import DropArtifact
-from lattice_server.core.model import Artifact, Payload
-from lattice_server.engine.sessions import Connection
+from lattice_server.core.messages import (
+    CloseSession,
+    DrainWorker,
+    DropArtifact,
+    RevokeLease,
+    SendArtifact,
+    StopLease,
+    WelcomeWorker,
+)
+from lattice_server.core.model import Function, Payload
+from lattice_server.engine.connections import Connection
 from lattice_server.rpc.assignments import responses
 from tests.server.core.scenes import Scene, node, ready
 
 CONTENT_ID = "0" * 64
 
 
-def test_a_value_is_dropped_before_an_assignment_that_needs_one_of_the_same_content() -> None:
+def told(scene: Scene, connection: Connection, *effects: Any, limit_bytes: int | None = None) -> list[ConnectResponse]:
+    """Return the messages that carry effects."""
+    config = ServerConfig() if limit_bytes is None else ServerConfig(message_limit_bytes=limit_bytes)
+    return responses(list(effects), connection, config, "id", lambda *_: None)
+
+
+def test_all_that_is_due_goes_out_in_one_message() -> None:
     scene = Scene(node())
-    scene.tell(ready("a", given=Payload("application/json", Artifact(CONTENT_ID, 1, "head"))))
-    lease, connection = scene.leases["a"], Connection("w")
-    connection.sent_digests.add(lease.function.digest)
-    dropped = DropArtifact(lease.session_id, CONTENT_ID)
-    told = responses([dropped, lease], connection, ServerConfig(), "id", lambda *_: None)
-    assert [message.WhichOneof("message") for message in told] == ["drop_artifacts", "assignments"]
+    scene.tell(ready("a"))
+    connection = Connection("w", later=lambda *_: None)
+    code = task_pb2.Function(digest=scene.leases["a"].function.digest, pickle=b"code")
+    lease = replace(scene.leases["a"], function=Function(code.digest, False, (code, None)))
+    connection.acknowledgement.add(7)
+    session_id = lease.session_id
+    (message,) = told(
+        scene,
+        connection,
+        WelcomeWorker("w", session_id, True, ()),
+        StopLease(session_id, "stopped"),
+        RevokeLease(session_id, "revoked"),
+        lease,
+        DropArtifact(session_id, CONTENT_ID),
+        SendArtifact(session_id, "transfer", "wanted", 5),
+        DrainWorker(session_id, None),
+        CloseSession(session_id, "DRAINED", "so it is"),
+    )
+    assert message.welcome.session_id == session_id
+    assert message.acknowledged_sequence == 7
+    assert list(message.drop_artifact_ids) == [CONTENT_ID]
+    assert list(message.functions) == [code]
+    assert [assigned.lease_id for assigned in message.assignments] == [lease.lease_id]
+    assert list(message.revoke_lease_ids) == ["revoked"]
+    assert list(message.stop_lease_ids) == ["stopped"]
+    assert [(wanted.transfer_id, wanted.offset) for wanted in message.send_artifacts] == [("transfer", 5)]
+    assert message.HasField("drain")
+    assert message.close.reason == worker_pb2.CLOSE_REASON_DRAINED
+
+
+def test_what_no_message_holds_comes_in_several_in_the_order_of_the_fields() -> None:
+    scene = Scene(node(cpu=9.0))
+    large = Payload("application/json", '"' + "x" * 400_000 + '"')
+    scene.tell(*(ready(name, given=large) for name in "abc"))
+    leases, connection = [scene.leases[name] for name in "abc"], Connection("w", later=lambda *_: None)
+    connection.sent_digests.add(leases[0].function.digest)
+    connection.acknowledgement.add(7)
+    stop = StopLease(leases[0].session_id, leases[0].lease_id)
+    first, *between, last = told(scene, connection, stop, *leases, limit_bytes=1_000_000)
+    assert (first.acknowledged_sequence, list(last.stop_lease_ids)) == (7, [leases[0].lease_id])
+    messages = [first, *between, last]
+    assert [a.lease_id for message in messages for a in message.assignments] == [lease.lease_id for lease in leases]
+    assert len(messages) > 1
+    assert all(message.ByteSize() < 1_000_000 for message in messages)
+    assert [message.acknowledged_sequence for message in messages[1:]] == [0] * len(messages[1:])
+
+
+def test_nothing_goes_out_when_nothing_is_due() -> None:
+    connection = Connection("w")
+    assert told(Scene(node()), connection) == []
+    connection.is_beat_due = True
+    assert told(Scene(node()), connection) == [ConnectResponse()], "a sign of life"

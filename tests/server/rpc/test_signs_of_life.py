@@ -42,7 +42,7 @@ def test_heartbeats_keep_a_worker_that_has_nothing_to_say_and_are_answered() -> 
         for _ in range(int(3 * TTL_S / interval_s)):
             await hand.say(heartbeat={})
             await asyncio.sleep(interval_s)
-        await hand.hear("heartbeat")
+        await hand.hear("")
         (node,) = (await head.cluster.ListNodes(cluster_pb2.ListNodesRequest())).nodes
         assert node.state == cluster_pb2.NODE_STATE_READY
         hand.hang_up()
@@ -62,7 +62,7 @@ def test_what_a_heartbeat_shows_to_be_forgotten_runs_again_and_what_is_on_its_wa
         assert (again.sequence, again.attempts[0].task_id) == (2, "a")
         assert again.lease_id != first.lease_id
         await hand.say(heartbeat={"held_lease_ids": [again.lease_id, "unheard-of"], "assignment_sequence": 2})
-        assert list((await hand.hear("stop")).lease_ids) == ["unheard-of"]
+        assert list((await hand.hear("stop_lease_ids")).stop_lease_ids) == ["unheard-of"]
         await hand.report(1, again.lease_id, succeeded=succeeded())
         assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
         hand.hang_up()

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from lattice.v1 import (
     artifact_pb2,
     artifact_pb2_grpc,
@@ -41,27 +42,34 @@ class Hand:
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._call = worker_pb2_grpc.WorkerServiceStub(channel).Connect()
-        self._heard: list[worker_pb2.ConnectResponse] = []
+        self._heard: list[tuple[worker_pb2.ConnectResponse, set[str]]] = []
 
     async def say(self, **message: Any) -> None:
         """Send one message."""
         await self._call.write(worker_pb2.ConnectRequest(**message))
 
-    async def hear(self, kind: str) -> Any:
-        """Return the next message of a kind; others are kept for later."""
+    async def hear(self, field: str) -> Any:
+        """Return the next message that has a field, or that field where it is one message; without a name, the next
+        message that has none. Other fields are kept for later."""
         while True:
-            for response in self._heard:
-                if response.WhichOneof("message") == kind:
-                    self._heard.remove(response)
-                    return getattr(response, kind)
-            response = await self._call.read()
-            assert response is not grpc.aio.EOF, f"the stream ended before {kind}"
-            self._heard.append(response)
+            for response, fields in self._heard:
+                if field in fields:
+                    fields.remove(field)
+                    found = getattr(response, field, None)
+                    return found if isinstance(found, Message) else response
+            response = await self.next()
+            self._heard.append((response, {known.name for known, _ in response.ListFields()} or {""}))
+
+    async def next(self) -> worker_pb2.ConnectResponse:
+        """Return the next message that nothing has been read of."""
+        response = await self._call.read()
+        assert isinstance(response, worker_pb2.ConnectResponse), "the stream ended"
+        return response
 
     async def report(self, sequence: int, lease_id: str, **fact: Any) -> None:
         """Send one report."""
         report = Report(sequence=sequence, lease_id=lease_id, **fact)
-        await self.say(reports=worker_pb2.Reports(reports=[report]))
+        await self.say(reports=[report])
 
     def hang_up(self) -> None:
         """Break the stream."""
@@ -156,7 +164,7 @@ def succeeded() -> worker_pb2.AttemptSucceeded:
         ({"hello": {"node_id": "n"}}, "PROTOCOL_ERROR"),
         ({"hello": {"worker_id": "w"}}, "PROTOCOL_ERROR"),
         ({"heartbeat": {}}, "PROTOCOL_ERROR"),
-        ({"reports": {}}, "PROTOCOL_ERROR"),
+        ({"reports": [{}]}, "PROTOCOL_ERROR"),
         ({}, "PROTOCOL_ERROR"),
         ({"hello": {"worker_id": "lost", "node_id": "n"}}, "LOST"),
     ],
@@ -249,7 +257,7 @@ def test_a_success_that_cannot_be_read_fails_the_task_and_loses_nothing_else(
         unreadable = worker_pb2.AttemptSucceeded(outputs={"out": payload_pb2.Payload(**payload)})
         facts = zip(lease_ids, (succeeded(), unreadable), strict=True)
         reports = [Report(sequence=n, lease_id=lease, succeeded=fact) for n, (lease, fact) in enumerate(facts, 1)]
-        await hand.say(reports=worker_pb2.Reports(reports=reports))
+        await hand.say(reports=reports)
         good, bad = [await head.result(run_id) for run_id in run_ids]
         assert good.state == run_pb2.RUN_STATE_SUCCEEDED
         assert (bad.state, bad.failure.kind) == (run_pb2.RUN_STATE_FAILED, errors_pb2.FAILURE_KIND_PAYLOAD)
@@ -358,7 +366,7 @@ def test_a_cancellation_while_the_worker_is_away_reaches_it_when_it_is_back() ->
         await head.until(cluster_pb2.NODE_STATE_DETACHED)
         await head.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id))
         again, _ = await head.hand(session_id=welcome.session_id, held_lease_ids=[lease_id])
-        assert list((await again.hear("stop")).lease_ids) == [lease_id]
+        assert list((await again.hear("stop_lease_ids")).stop_lease_ids) == [lease_id]
         again.hang_up()
 
     play(scenario)
@@ -389,7 +397,7 @@ def test_reports_are_acknowledged_in_time() -> None:
             await hand.report(number, lease_id, log=worker_pb2.AttemptLog(text="x"))
         last = 0
         while last < 50:
-            sequence = (await hand.hear("ack")).sequence
+            sequence = (await hand.hear("acknowledged_sequence")).acknowledged_sequence
             assert last < sequence <= 100
             last = sequence
         await head.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id))
@@ -432,7 +440,7 @@ def test_a_large_value_that_no_run_keeps_is_dropped_where_it_lies() -> None:
         hand, _ = await head.hand()
 
         async def dropped() -> list[str]:
-            return list((await hand.hear("drop_artifacts")).artifact_ids)
+            return list((await hand.hear("drop_artifact_ids")).drop_artifact_ids)
 
         run_id = await head.run("a")
         lease_id = (await hand.hear("assignments")).assignments[0].lease_id
@@ -480,12 +488,12 @@ def test_what_a_report_named_is_dropped_again_when_the_report_comes_again() -> N
         hand, welcome = await head.hand()
         stale = {"succeeded": {"outputs": {"out": large("stale")}}}
         await hand.report(1, "unknown", **stale)
-        assert list((await hand.hear("drop_artifacts")).artifact_ids) == ["stale"]
+        assert list((await hand.hear("drop_artifact_ids")).drop_artifact_ids) == ["stale"]
         hand.hang_up()
         again, _ = await head.hand(session_id=welcome.session_id, reported_artifact_ids=["stale"])
         await again.report(3, "unknown", succeeded={"outputs": {"out": large("after one that is missing")}})
         await again.report(1, "unknown", **stale)
-        assert list((await again.hear("drop_artifacts")).artifact_ids) == ["stale"]
+        assert list((await again.hear("drop_artifact_ids")).drop_artifact_ids) == ["stale"]
         again.hang_up()
 
     play(scenario)
@@ -498,7 +506,7 @@ def test_a_large_input_of_a_task_that_is_not_added_is_dropped_where_it_lies() ->
         hand, _ = await head.hand()
 
         async def dropped() -> list[str]:
-            return list((await hand.hear("drop_artifacts")).artifact_ids)
+            return list((await hand.hear("drop_artifact_ids")).drop_artifact_ids)
 
         await head.run("a")
         lease_id = (await hand.hear("assignments")).assignments[0].lease_id
@@ -594,7 +602,7 @@ async def sending(head: Scene, size_bytes: int = 10) -> tuple[Hand, Any, Any]:
     await hand.report(1, lease_id, succeeded={"outputs": {"out": made}})
     await head.result(run_id)
     reading = head.artifacts.ReadArtifact(artifact_pb2.ReadArtifactRequest(artifact_id=ARTIFACT))
-    transfer_id = (await hand.hear("send_artifact")).transfer_id
+    transfer_id = (await hand.hear("send_artifacts")).send_artifacts[0].transfer_id
     upload = head.workers.UploadArtifact()
     await upload.write(worker_pb2.UploadArtifactRequest(transfer_id=transfer_id))
     return hand, reading, upload
@@ -729,7 +737,7 @@ def test_code_comes_no_later_than_its_use_and_in_messages_any_worker_takes() -> 
         known: list[str] = []
         held = 0
         while held < len(names):
-            work = await hand.hear("assignments")
+            work = await hand.next()
             known += [code.digest for code in (*work.functions, *work.bundles)]
             assert {bundle.digest, *(lease.function_digest for lease in work.assignments)}.issubset(known)
             held += len(work.assignments)
@@ -775,7 +783,7 @@ def test_a_batch_given_more_than_a_message_can_carry_is_halved() -> None:
             for item in range(3):
                 number += 1
                 reports.append(Report(sequence=number, lease_id=lease.lease_id, item=item, succeeded=succeeded()))
-            await hand.say(reports=worker_pb2.Reports(reports=reports))
+            await hand.say(reports=reports)
         assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
         hand.hang_up()
 

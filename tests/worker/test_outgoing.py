@@ -1,0 +1,169 @@
+"""The messages of a worker: what shares one, and when one waits for more."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from lattice.v1 import worker_pb2
+
+from lattice_worker import outgoing
+from lattice_worker.leasing import Leasing
+from lattice_worker.outgoing import Outgoing
+
+LONG_S = 3600.0
+DRAINING = worker_pb2.Draining()
+HELLO = worker_pb2.Hello(worker_id="w")
+
+
+class Idle:
+    """What runs leases: they start, and nothing else happens to them."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: False
+
+
+class Scene:
+    """A worker whose stream has begun, and is welcome."""
+
+    def __init__(self) -> None:
+        self.leasing: Leasing[Any, worker_pb2.Report, Any] = Leasing(Idle(), self._say, lambda _: worker_pb2.Report())
+        self.outgoing = Outgoing(self.leasing)
+
+    async def welcome(self) -> AsyncIterator[worker_pb2.ConnectRequest]:
+        """Return what is sent on a new stream, after its hello."""
+        requests = self.outgoing.open(HELLO)
+        assert await anext(requests) == worker_pb2.ConnectRequest(hello=HELLO)
+        self.outgoing.resume(self.leasing.welcome("s", False, ()))
+        return requests
+
+    def assign(self, *lease_ids: str, slot: int = 1) -> None:
+        """Assign leases of one slot."""
+        for lease_id in lease_ids:
+            self.leasing.assign(lease_id, slot, "", self.leasing.received + 1, None)
+
+    def end(self, lease_id: str, **fact: Any) -> None:
+        """Report the end of a lease."""
+        self.leasing.report(lease_id, worker_pb2.Report(lease_id=lease_id, **fact or {"succeeded": {}}))
+        self.leasing.ended(lease_id, None)
+
+    def _say(self, sequence: int, report: worker_pb2.Report) -> None:
+        report.sequence = sequence
+        self.outgoing.report(report)
+
+
+async def soon(requests: AsyncIterator[worker_pb2.ConnectRequest]) -> worker_pb2.ConnectRequest | None:
+    """Return the next message if it is sent without a wait."""
+    waiting = asyncio.ensure_future(anext(requests))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    if waiting.done():
+        return waiting.result()
+    waiting.cancel()
+    return None
+
+
+def reported(request: worker_pb2.ConnectRequest | None) -> list[str]:
+    """Return the leases a message reports."""
+    assert request is not None
+    return [report.lease_id for report in request.reports]
+
+
+@pytest.fixture(autouse=True)
+def endless_coalescing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that waits for more waits visibly."""
+    monkeypatch.setattr(outgoing, "COALESCE_S", LONG_S)
+
+
+def test_a_report_is_sent_at_once_when_no_lease_waits_behind_another() -> None:
+    async def scenario() -> None:
+        scene = Scene()
+        requests = await scene.welcome()
+        scene.assign("long", slot=2)
+        for lease_id in "abc":
+            scene.assign(lease_id)
+            scene.end(lease_id)
+            assert reported(await soon(requests)) == [lease_id]
+
+    asyncio.run(scenario())
+
+
+def test_reports_share_a_message_when_leases_wait_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        scene = Scene()
+        requests = await scene.welcome()
+        scene.assign(*"abcd")
+        scene.end("a")
+        assert reported(await anext(requests)) == ["a"], "none was sent shortly before"
+        monkeypatch.setattr(outgoing, "COALESCE_S", 0.2)
+        scene.end("b")
+        waiting = asyncio.ensure_future(anext(requests))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        scene.end("c")
+        assert reported(await waiting) == ["b", "c"]
+
+    asyncio.run(scenario())
+
+
+def test_all_that_is_due_shares_one_message() -> None:
+    async def scenario() -> None:
+        scene = Scene()
+        requests = await scene.welcome()
+        scene.assign("a")
+        scene.assign("b", slot=2)
+        scene.end("a")
+        scene.outgoing.beat()
+        scene.outgoing.drain(DRAINING)
+        request = await soon(requests)
+        assert reported(request) == ["a"]
+        assert request is not None
+        assert sorted(request.heartbeat.held_lease_ids) == ["a", "b"], "the report of a is not acknowledged"
+        assert request.heartbeat.assignment_sequence == 2
+        assert request.HasField("draining")
+        scene.end("b")
+        request = await soon(requests)
+        assert reported(request) == ["b"]
+        assert request is not None
+        assert not request.HasField("draining"), "it was said"
+        again = await scene.welcome()
+        request = await soon(again)
+        assert request is not None
+        assert request.HasField("draining"), "to whoever may not have heard of it"
+
+    asyncio.run(scenario())
+
+
+def test_the_heartbeat_comes_last_when_the_reports_take_several_messages() -> None:
+    async def scenario() -> None:
+        scene = Scene()
+        requests = await scene.welcome()
+        scene.assign("a", "b", "c")
+        for lease_id in "abc":
+            scene.end(lease_id, log={"text": "x" * 900_000})
+        scene.outgoing.beat()
+        first, last = await anext(requests), await anext(requests)
+        assert (reported(first), reported(last)) == (["a", "b"], ["c"])
+        assert not first.HasField("heartbeat")
+        assert last.HasField("heartbeat")
+
+    asyncio.run(scenario())
+
+
+def test_an_overdue_report_is_sent_again_before_later_ones() -> None:
+    async def scenario() -> None:
+        scene = Scene()
+        requests = await scene.welcome()
+        scene.assign("a")
+        scene.end("a")
+        assert reported(await anext(requests)) == ["a"]
+        for _ in range(2):
+            scene.outgoing.beat()
+            assert reported(await anext(requests)) == []
+        scene.assign("b")
+        scene.end("b")
+        scene.outgoing.beat()
+        request = await anext(requests)
+        assert [report.sequence for report in request.reports] == [1, 2]
+
+    asyncio.run(scenario())
