@@ -33,11 +33,10 @@ R = TypeVar("R")
 DEFAULT_TARGET = "127.0.0.1:50051"
 MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
 RETRY_LIMIT_BYTES = 16 * 1024 * 1024
-# Every call may be repeated but one: tasks that were added, and whose answer was lost, would be refused as known.
+# Every call may be repeated: one that changes something carries an id by which the server knows it again.
 SERVICE_CONFIG = """{"methodConfig": [
 {"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.1s", "maxBackoff": "2s", "backoffMultiplier": 2,
-"retryableStatusCodes": ["UNAVAILABLE"]}},
-{"name": [{"service": "lattice.v1.WorkflowService", "method": "AddTasks"}]}]}"""
+"retryableStatusCodes": ["UNAVAILABLE"]}}]}"""
 OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),

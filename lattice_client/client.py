@@ -5,6 +5,7 @@ Rule: work is sent by `starting`, and followed by `reading`; here are the calls 
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Never, NoReturn, Self, Unpack
+from uuid import uuid4
 
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
@@ -216,6 +217,17 @@ class AsyncLatticeClient:
         """
         return await self.reader.list_tasks(run_id, with_outputs)
 
+    async def run_graph(self, run_id: str) -> list[workflow_pb2.GraphTask]:
+        """Return a run's tasks in the order of their definition, each with those it waits for. Raises NotFoundError."""
+        request = made(workflow_pb2.GetRunGraphRequest, run_id=run_id, page_size=PAGE_SIZE)
+        found: list[workflow_pb2.GraphTask] = []
+        while True:
+            response = await self._rpc.call(self._rpc.workflows.GetRunGraph, request)
+            found.extend(response.tasks)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return found
+
     async def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits. Raises NotFoundError."""
         request = made(task_pb2.ExplainTaskRequest, run_id=run_id, task_id=task_id)
@@ -223,12 +235,12 @@ class AsyncLatticeClient:
 
     async def cancel_run(self, run_id: str, reason: str = "") -> run_pb2.Run:
         """Cancel a run. Raises NotFoundError."""
-        request = made(workflow_pb2.CancelRunRequest, run_id=run_id, reason=reason)
+        request = made(workflow_pb2.CancelRunRequest, run_id=run_id, reason=reason, request_id=uuid4().hex)
         return (await self._rpc.call(self._rpc.workflows.CancelRun, request)).run
 
     async def cancel_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
         """Cancel one task of a run. Raises NotFoundError."""
-        request = made(task_pb2.CancelTaskRequest, run_id=run_id, task_id=task_id)
+        request = made(task_pb2.CancelTaskRequest, run_id=run_id, task_id=task_id, request_id=uuid4().hex)
         return (await self._rpc.call(self._rpc.tasks.CancelTask, request)).task
 
     async def nodes(self) -> list[cluster_pb2.Node]:
@@ -247,7 +259,7 @@ class AsyncLatticeClient:
 
         Returns the node as it is now. Raises NotFoundError.
         """
-        request = made(cluster_pb2.DrainNodeRequest, node_id=node_id)
+        request = made(cluster_pb2.DrainNodeRequest, node_id=node_id, request_id=uuid4().hex)
         if deadline is not None:
             request.deadline.FromNanoseconds(int(deadline * 1e9))
         return (await self._rpc.call(self._rpc.cluster.DrainNode, request)).node

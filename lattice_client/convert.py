@@ -144,6 +144,8 @@ async def event_of(message: run_pb2.RunEvent, decode: Decode, declared: Declared
                 data["state"] = run_pb2.RunState.Name(value).removeprefix("RUN_STATE_").lower()
             case "stream":
                 data["stream"] = "stderr" if value == run_pb2.LOG_STREAM_STDERR else "stdout"
+            case "duration" | "queue_time":
+                data[f"{field.name}_s"] = value.ToNanoseconds() / 1e9 if body.HasField(field.name) else None
             case "retry_time":
                 data["retry_time_s"] = value.ToNanoseconds() / 1e9
             case _:

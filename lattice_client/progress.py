@@ -66,7 +66,7 @@ def _overwritten(line: str) -> str:
 class Row:
     """One task that was heard of."""
 
-    task_id: str
+    label: str
     style: str
     state: str = ""
     attempt: int = 0
@@ -109,20 +109,22 @@ class Progress:
             case "run_finished":
                 self.state, self._ended_s = event.data["state"], event.time_s
             case "task_log":
-                row = self._row(event.task_id)
+                row = self._row_of(event)
                 newest = self._lines.open_line(event), *(line for _, line in reversed(completed))
                 row.note = next(filter(str.strip, newest), row.note)
             case kind if kind in MOVES:
                 self._move(event)
         return [self._prefixed(task_id, line) for task_id, line in completed]
 
-    def _row(self, task_id: str) -> Row:
+    def _row_of(self, event: RunEvent) -> Row:
+        task_id = event.task_id
         if task_id not in self._rows:
-            self._rows[task_id] = Row(task_id, PREFIX_STYLES[len(self._rows) % len(PREFIX_STYLES)])
+            label = label_of(task_id, event.data.get("display_name", ""))
+            self._rows[task_id] = Row(label, PREFIX_STYLES[len(self._rows) % len(PREFIX_STYLES)])
         return self._rows[task_id]
 
     def _move(self, event: RunEvent) -> None:
-        row = self._row(event.task_id)
+        row = self._row_of(event)
         state = event.type.removeprefix("task_")
         state = "running" if state == "started" else state
         self._states[row.state] -= 1
@@ -139,7 +141,8 @@ class Progress:
             row.note = failure["message"] if not failure["type"] else f"{failure['type']}: {failure['message']}"
 
     def _prefixed(self, task_id: str, line: str) -> Text:
-        return Text.assemble((one_line(task_id), self._row(task_id).style), (" | ", "dim"), first_line(line))
+        row = self._rows[task_id]
+        return Text.assemble((one_line(row.label), row.style), (" | ", "dim"), first_line(line))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the header, and as many tasks as there is room for."""
@@ -154,7 +157,7 @@ class Progress:
         for row in heapq.nsmallest(room, self._rows.values(), key=lambda row: row.order):
             style = STYLES.get(row.state, "dim")
             cells = (Text(row.state, style), str(row.attempt or ""), Text(one_line(row.node)), self._time(row))
-            table.add_row(Text(one_line(row.task_id), row.style), *cells, first_line(row.note))
+            table.add_row(Text(one_line(row.label), row.style), *cells, first_line(row.note))
         yield table
         if len(self._rows) > room:
             yield Text(f"... and {len(self._rows) - room} more", "dim")
@@ -175,6 +178,11 @@ class Progress:
 
     def _time(self, row: Row) -> str:
         return "" if row.began_s is None else span((row.ended_s or self.clock()) - row.began_s)
+
+
+def label_of(task_id: str, name: str) -> str:
+    """Return what a person is shown for a task: its id, with its name where the id does not begin with that."""
+    return task_id if not name or task_id.startswith(name) else f"{name} ({task_id})"
 
 
 def first_line(text: str) -> Text:

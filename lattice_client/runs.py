@@ -27,7 +27,7 @@ from lattice_client.commands import (
 )
 from lattice_client.convert import RunEvent
 from lattice_client.following import RECONNECT_S
-from lattice_client.progress import Lines, Progress, span
+from lattice_client.progress import Lines, Progress, label_of, span
 from lattice_client.reading import TERMINAL
 from lattice_client.terminal import one_line, printable, say
 
@@ -215,7 +215,7 @@ def _print_plain(event: RunEvent, lines: Lines) -> None:
     shown = f"{failure['kind']}: {failure['message']}" if failure else written(outputs) if outputs else ""
     if added := event.data.get("task_ids"):
         shown = f"{len(added)} tasks"
-    echo(event.type, event.task_id, " ".join(shown.split()))
+    echo(event.type, label_of(event.task_id, event.data.get("display_name", "")), " ".join(shown.split()))
 
 
 async def _watch_live(client: AsyncLatticeClient, run: run_pb2.Run) -> None:

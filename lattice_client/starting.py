@@ -59,12 +59,13 @@ class Starter:
         """Return what `run` sends, without the code. Waits for nothing but `store`."""
         check_settings(settings)
         labels, priority, timeout = settings.get("labels"), settings.get("priority", 0), settings.get("timeout")
-        labels = {**({"tenant": self._tenant} if self._tenant else {}), **(labels or {})}
         # An id of our own makes the call safe to repeat when its answer is lost.
         run_id = run_id or f"run-{uuid4().hex}"
         convert.pack_code(graph.tasks.values())
         with building():
-            request = made(workflow_pb2.RunWorkflowRequest, run_id=run_id, labels=labels, priority=priority)
+            request = made(
+                workflow_pb2.RunWorkflowRequest, run_id=run_id, tenant=self._tenant, labels=labels, priority=priority
+            )
             if timeout is not None:
                 request.timeout.CopyFrom(duration(timeout))
             if graph.workflow_id and not graph.tasks:
@@ -82,10 +83,9 @@ class Starter:
 
     async def task_request_of(self, task: LatticeTask, store: Store) -> task_pb2.RunTaskRequest:
         """Return what `run_task` sends, without the code. Waits for nothing but `store`."""
-        labels = {"tenant": self._tenant} if self._tenant else {}
         convert.pack_code([task])
         with building():
-            request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", wait=duration(WAIT_S), labels=labels)
+            request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", wait=duration(WAIT_S), tenant=self._tenant)
             request.task.CopyFrom(await convert.task_of(task, "", store))
         return request
 
@@ -116,6 +116,7 @@ class Starter:
         self, run_id: str, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int | None
     ) -> int:
         """Add the tasks of a spec to a run; see `add_tasks`."""
+        request_id = uuid4().hex
 
         async def call() -> int:
             convert.fill_code(spec, tasks, self._known_code)
@@ -126,6 +127,7 @@ class Starter:
                 functions=spec.functions,
                 bundles=spec.bundles,
                 expected_revision=expected_revision,
+                request_id=request_id,
             )
             response = await self._rpc.call(self._rpc.workflows.AddTasks, request)
             self._known_code.update(function.digest for function in spec.functions.values())

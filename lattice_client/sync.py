@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequenc
 from contextlib import suppress
 from typing import Any, Never, NoReturn, Self, TypeVar, Unpack
 
-from lattice.v1 import cluster_pb2, run_pb2, task_pb2
+from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client import convert, errors, forks
 from lattice_client.blocking import BlockingChannel
@@ -248,6 +248,10 @@ class LatticeClient:
     def list_tasks(self, run_id: str, with_outputs: bool = False) -> list[run_pb2.TaskRun]:
         """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""
         return _done(self.twin.list_tasks(run_id, with_outputs))
+
+    def run_graph(self, run_id: str) -> list[workflow_pb2.GraphTask]:
+        """As `AsyncLatticeClient.run_graph`."""
+        return _done(self.twin.run_graph(run_id))
 
     def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits. Raises NotFoundError."""

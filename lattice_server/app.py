@@ -36,6 +36,7 @@ from lattice_server.rpc.convert import timestamp
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.limits import FEATURES, PROTOCOL_VERSION, limits_to_proto
 from lattice_server.rpc.machines import Machines
+from lattice_server.rpc.repeats import Repeats
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.server import RpcServer
 from lattice_server.rpc.tasks import TaskServicer
@@ -93,6 +94,7 @@ class App:
         token = config.token
         authentication = None if token is None else Authentication(token, worker_token=self._join_token)
         intake = Intake(config.inline_limit_bytes, config.batch_rules)
+        repeats = Repeats()
         library = WorkflowLibrary(self._store, config.max_workflows)
         self._workers = WorkerServicer(
             config,
@@ -107,11 +109,11 @@ class App:
         self._rpc = RpcServer(
             config,
             str(self._store.directory / SOCKET),
-            WorkflowServicer(self._orchestrator, library, intake),
-            TaskServicer(self._orchestrator, intake),
+            WorkflowServicer(self._orchestrator, library, intake, repeats),
+            TaskServicer(self._orchestrator, intake, repeats),
             ResultsServicer(self._orchestrator),
             ArtifactServicer(self._store, transfers),
-            ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, self._describe),
+            ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, repeats, self._describe),
             self._workers,
             authentication,
         )

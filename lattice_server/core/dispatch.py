@@ -278,7 +278,7 @@ class Dispatch:
             self._fail(task, Failure(FailureKind.PAYLOAD, f"the worker reported a success without {lacking}"), now)
         else:
             self._forget(task)
-            self._effects.append(TaskSucceeded(*task.named, event.outputs, event.split))
+            self._effects.append(TaskSucceeded(*task.named, event.outputs, event.split, event.duration_s))
             for follower in following.release(task, event.outputs):
                 self._start_clock(follower, now)
                 if not follower.lease_id:

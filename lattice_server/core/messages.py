@@ -38,13 +38,15 @@ class TaskStarted:
 
 @dataclass(frozen=True, slots=True)
 class TaskSucceeded:
-    """A task ended well. `split` holds the outputs others map over, item by item."""
+    """A task ended well after its function ran for `duration_s` seconds. `split` holds the outputs others map over,
+    item by item."""
 
     run_id: str
     task_id: str
     attempt: int
     outputs: Outputs
     split: Split = field(default_factory=dict)
+    duration_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

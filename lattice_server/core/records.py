@@ -11,6 +11,9 @@ from lattice_server.core.states import TASK_TRANSITIONS, InvalidTransition, Task
 class TaskRecord:
     """One task of the run. Times are monotonic seconds.
 
+    `queued_at` is when it could start for the first time, `first_started_at` when its first attempt started. Its
+    function ran for `duration_s` in the attempt that succeeded.
+
     `missing` counts predecessors that have neither succeeded nor turned out to be dispensable. `is_promised` tells that
     the task was handed over while it waited for the last of them. `cancelled` is why it was asked to end.
 
@@ -26,6 +29,8 @@ class TaskRecord:
     outputs: Outputs | None = None
     split: Split | None = None
     failure: Failure | None = None
+    queued_at: float | None = None
+    first_started_at: float | None = None
     started_at: float | None = None
     ended_at: float | None = None
     is_promised: bool = False
@@ -35,6 +40,7 @@ class TaskRecord:
     item_of: str = ""
     spawned_by: str = ""
     depth: int = 0
+    duration_s: float | None = None
 
     @property
     def is_with_scheduler(self) -> bool:

@@ -87,6 +87,7 @@ class Run:
         self.failure: Failure | None = None
         self.revision = 1
         self.started_at = 0.0
+        self.first_started_at: float | None = None
         self._table = TaskTable(run_id)
         for task_id, task in dag.tasks.items():
             self._table.add(TaskRecord(task, missing=len(dag.predecessors[task_id])))
@@ -107,6 +108,11 @@ class Run:
     def open_tasks(self) -> int:
         """How many tasks have not ended."""
         return self.counts[TaskState.BLOCKED] + self.counts[TaskState.QUEUED] + self.counts[TaskState.RUNNING]
+
+    @property
+    def parameters(self) -> Mapping[str, Payload]:
+        """The values of its parameters, the workflow's defaults included."""
+        return self._values.parameters
 
     def final_task_ids(self) -> list[str]:
         """Return the tasks no other task depends on, in the order of definition; of mapped ones their items as well."""
@@ -134,6 +140,10 @@ class Run:
             case TaskStarted():
                 self._table.move(record, TaskState.RUNNING)
                 record.attempt, record.node_id, record.started_at = event.attempt, event.node_id, now
+                if record.first_started_at is None:
+                    record.first_started_at = now
+                if self.first_started_at is None:
+                    self.first_started_at = now
                 self._publish(event)
             case TaskLogged():
                 self._publish(event)
@@ -148,6 +158,7 @@ class Run:
                     self._refuse_success(event, refusal, now)
                 else:
                     record.outputs, record.split, record.failure = event.outputs, event.split or None, None
+                    record.duration_s = event.duration_s
                     self._end(record, TaskState.SUCCEEDED, event, now)
                     self._satisfy_successors(event.task_id)
             case TaskFailed():
@@ -271,6 +282,7 @@ class Run:
             self._expand(task_id, record, now)
             return
         self._table.move(record, TaskState.QUEUED)
+        record.queued_at = now
         if not record.is_promised:
             self._tell(record, "")
             self._promise_after(task_id)

@@ -55,7 +55,6 @@ TASK_EVENTS = (
     TasksSpawned,
 )
 ToRun = TaskEvent | TaskReturned | TasksSpawned
-TENANT_LABEL = "tenant"
 
 
 class Orchestrator:
@@ -94,6 +93,7 @@ class Orchestrator:
         labels: Mapping[str, str],
         priority: int,
         fingerprint: str,
+        tenant: str = "",
         workflow_id: str = "",
         timeout_s: float | None = None,
     ) -> tuple[RunEntry, bool]:
@@ -121,7 +121,7 @@ class Orchestrator:
             graph,
             workflow_id,
             priority,
-            tenant=labels.get(TENANT_LABEL, ""),
+            tenant=tenant,
             bounds=self._admission.bounds,
         )
         entry = RunEntry(
@@ -131,6 +131,7 @@ class Orchestrator:
         given = [p.content for p in parameters.values() if isinstance(p.content, Artifact)]
         self._keep(entry, given)
         if timeout_s is not None:
+            entry.timeout_s = timeout_s
             loop = asyncio.get_running_loop()
             entry.expiry = loop.call_later(timeout_s, self._expire, entry, timeout_s)
         self._change(entry, lambda: run.start(parameters, time.monotonic()))

@@ -32,6 +32,7 @@ class RunEntry:
     artifact_bytes: int = 0
     graph_artifacts: int = 0
     open_tasks: int = 0
+    timeout_s: float | None = None
     expiry: asyncio.TimerHandle | None = None
 
     @property

@@ -1,6 +1,7 @@
 """Serves `ClusterService`: the server itself, and the nodes in the ledger."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from lattice.v1 import cluster_pb2, cluster_pb2_grpc
 
@@ -14,6 +15,7 @@ from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.offers import deadline_from_proto
 from lattice_server.rpc.paging import page
+from lattice_server.rpc.repeats import Repeats
 
 NODE_STATE_TO_PROTO = {state: cluster_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeState}
 
@@ -26,11 +28,13 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         bus: MessageBus,
         sessions: Sessions,
         inquiries: Inquiries,
+        repeats: Repeats,
         describe: Callable[[], Awaitable[cluster_pb2.GetServerInfoResponse]],
     ) -> None:
         self._bus = bus
         self._sessions = sessions
         self._inquiries = inquiries
+        self._repeats = repeats
         self._describe = describe
 
     async def GetServerInfo(
@@ -48,6 +52,9 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
 
     async def DrainNode(self, request: cluster_pb2.DrainNodeRequest, context: Context) -> cluster_pb2.DrainNodeResponse:
         """Let a node finish what it runs and give it nothing more."""
+        return await self._repeats.once(request, partial(self._drain, request))
+
+    async def _drain(self, request: cluster_pb2.DrainNodeRequest) -> cluster_pb2.DrainNodeResponse:
         nodes = (await self._inquiries.nodes()).nodes
         node = next((node for node in nodes if node.node_id == request.node_id), None)
         if node is None:

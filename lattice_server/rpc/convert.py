@@ -161,6 +161,11 @@ def output_from_proto(message: payload_pb2.OutputRef) -> OutputRef:
     return OutputRef(message.task_id, message.output, message.optional)
 
 
+def output_to_proto(output: OutputRef) -> payload_pb2.OutputRef:
+    """Return the message of a reference to an output."""
+    return payload_pb2.OutputRef(task_id=output.task_id, output=output.output, optional=output.is_optional)
+
+
 def binding_from_proto(message: payload_pb2.Binding, field: str, inline_limit_bytes: int) -> Binding:
     """Check and return a binding, nested ones included."""
     match message.WhichOneof("source"):
@@ -185,8 +190,8 @@ def fill_binding(message: payload_pb2.Binding, binding: Binding) -> None:
     match binding:
         case Payload():
             _fill_payload(message.payload, binding)
-        case OutputRef(task_id, output, is_optional):
-            message.output.task_id, message.output.output, message.output.optional = task_id, output, is_optional
+        case OutputRef():
+            message.output.CopyFrom(output_to_proto(binding))
         case Parameter(name):
             message.parameter = name
         case BindingList(items):

@@ -1,7 +1,9 @@
 """Owns how runs, tasks and their events look on the wire. Rule: it reads, and changes nothing."""
 
+from collections.abc import Mapping
 from typing import assert_never
 
+from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import run_pb2
 
 from lattice_server.core.messages import (
@@ -10,6 +12,7 @@ from lattice_server.core.messages import (
     RunFinished,
     RunStarted,
     TaskCancelled,
+    TaskEvent,
     TaskFailed,
     TaskLogged,
     TaskRetrying,
@@ -23,7 +26,7 @@ from lattice_server.core.records import TaskRecord
 from lattice_server.core.states import RunState, TaskState
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
-from lattice_server.rpc.convert import JSON, failure_to_proto, payloads_to_proto, timestamp
+from lattice_server.rpc.convert import JSON, duration, failure_to_proto, payload_to_proto, payloads_to_proto, timestamp
 
 EMPTY_LIST = Payload(JSON, "[]")
 
@@ -45,8 +48,8 @@ TASK_STATE_TO_PROTO = {
 }
 
 
-def event_to_proto(event: RunEvent) -> run_pb2.RunEvent:
-    """Return the message of one event."""
+def event_to_proto(tasks: Mapping[str, TaskRecord], event: RunEvent) -> run_pb2.RunEvent:
+    """Return the message of one event of the run that has these tasks."""
     message = run_pb2.RunEvent(sequence=event.sequence, time=timestamp(event.time_s))
     fact = event.fact
     match fact:
@@ -58,7 +61,13 @@ def event_to_proto(event: RunEvent) -> run_pb2.RunEvent:
             message.task_started.gpu_indices.extend(fact.gpu_indices)
         case TaskSucceeded():
             outputs = payloads_to_proto(fact.outputs)
-            body = run_pb2.TaskSucceeded(task_id=fact.task_id, attempt=fact.attempt, outputs=outputs)
+            body = run_pb2.TaskSucceeded(
+                task_id=fact.task_id,
+                attempt=fact.attempt,
+                outputs=outputs,
+                duration=duration(fact.duration_s),
+                queue_time=_queue_time(tasks[fact.task_id]),
+            )
             message.task_succeeded.CopyFrom(body)
         case TaskLogged():
             stream = run_pb2.LOG_STREAM_STDERR if fact.is_error else run_pb2.LOG_STREAM_STDOUT
@@ -99,12 +108,30 @@ def event_to_proto(event: RunEvent) -> run_pb2.RunEvent:
             message.run_finished.CopyFrom(finished)
         case _:
             assert_never(fact)
+    if isinstance(fact, TaskEvent):
+        getattr(message, message.WhichOneof("event") or "").display_name = tasks[fact.task_id].spec.display_name
+    return message
+
+
+def _queue_time(record: TaskRecord) -> Duration | None:
+    if record.queued_at is None or record.first_started_at is None:
+        return None
+    return duration(record.first_started_at - record.queued_at)
+
+
+def run_to_view(entry: RunEntry, *, is_full: bool) -> run_pb2.Run:
+    """Return a run as one of the contract's views shows it."""
+    message = run_to_proto(entry, is_brief=not is_full)
+    if is_full:
+        for name, payload in entry.run.parameters.items():
+            message.parameters[name].CopyFrom(payload_to_proto(payload))
     return message
 
 
 def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
-    """Return a run as it is now; a brief one without what may be large of its failure."""
+    """Return a run as it is now, without its parameters; a brief one without what may be large of its failure."""
     run, counts = entry.run, entry.run.counts
+    began_s = None if run.first_started_at is None else entry.created_s + run.first_started_at - run.started_at
     return run_pb2.Run(
         run_id=run.run_id,
         workflow_id=run.workflow_id,
@@ -120,6 +147,10 @@ def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
         ),
         labels=entry.labels,
         revision=run.revision,
+        tenant=run.tenant,
+        priority=run.priority,
+        timeout=None if entry.timeout_s is None else duration(entry.timeout_s),
+        start_time=timestamp(began_s),
     )
 
 
@@ -142,6 +173,8 @@ def task_to_proto(
         start_time=timestamp(started_s),
         end_time=timestamp(ended_s),
         parent_task_id=record.item_of or record.spawned_by,
+        duration=None if record.duration_s is None else duration(record.duration_s),
+        queue_time=_queue_time(record),
         item_count=None if record.items is None else len(record.items),
     )
 

@@ -14,6 +14,7 @@ Shown = TypeVar("Shown", bound=Message)
 Request = (
     workflow_pb2.ListRunsRequest
     | workflow_pb2.ListWorkflowsRequest
+    | workflow_pb2.GetRunGraphRequest
     | task_pb2.ListTasksRequest
     | cluster_pb2.ListNodesRequest
 )

@@ -1,6 +1,7 @@
 """Serves `ResultsService`: events and results."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 
 from lattice.v1 import results_pb2, results_pb2_grpc
 
@@ -27,12 +28,13 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
             raise invalid_field("after_sequence", "must not be negative")
         entry = self._orchestrator.run(request.run_id)
         wanted = frozenset(request.task_ids)
+        show = partial(event_to_proto, entry.run.tasks)
         async for batch in entry.log.follow(request.after_sequence):
             last = batch[-1].sequence
             complete = entry.log.is_complete and last == len(entry.log.events)
             shown = [event for event in batch if _is_wanted(event, wanted, request.exclude_logs)]
             # The last part closes the batch; one without events moves the watermark.
-            *parts, closing = [*in_parts(map(event_to_proto, shown))] or [[]]
+            *parts, closing = [*in_parts(map(show, shown))] or [[]]
             for events in parts:
                 yield results_pb2.WatchRunResponse(events=events, sequence=events[-1].sequence)
             if shown or complete:

@@ -11,11 +11,12 @@ from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.states import TASK_TERMINAL
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
-from lattice_server.rpc import convert
+from lattice_server.rpc import convert, definitions
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import is_full, number_after, page
+from lattice_server.rpc.repeats import Repeats
 from lattice_server.rpc.waiting import wait_from_proto
 
 REASON_KIND_TO_PROTO = {kind: task_pb2.WaitKind.Value(f"WAIT_KIND_{kind.name}") for kind in ReasonKind}
@@ -25,9 +26,10 @@ FUNCTION_NAME = "function"
 class TaskServicer(task_pb2_grpc.TaskServiceServicer):
     """The `TaskService`."""
 
-    def __init__(self, orchestrator: Orchestrator, intake: Intake) -> None:
+    def __init__(self, orchestrator: Orchestrator, intake: Intake, repeats: Repeats) -> None:
         self._orchestrator = orchestrator
         self._intake = intake
+        self._repeats = repeats
 
     async def RunTask(self, request: task_pb2.RunTaskRequest, context: Context) -> task_pb2.RunTaskResponse:
         """Run one task as a run of its own."""
@@ -47,7 +49,14 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         )
         print_ = fingerprint(request.SerializeToString(deterministic=True)) if request.run_id else ""
         entry, created = self._orchestrator.start_run(
-            request.run_id, spec, parameters={}, labels=dict(request.labels), priority=0, fingerprint=print_
+            request.run_id,
+            spec,
+            parameters={},
+            labels=dict(request.labels),
+            tenant=request.tenant,
+            priority=request.priority,
+            fingerprint=print_,
+            timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
         )
         await self._wait(entry, task.task_id, wait_s)
         shown = task_to_proto(self._orchestrator, entry, task.task_id)
@@ -77,8 +86,12 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
 
     async def CancelTask(self, request: task_pb2.CancelTaskRequest, context: Context) -> task_pb2.CancelTaskResponse:
         """Cancel one task of a run."""
-        entry = self._orchestrator.cancel_task(request.run_id, request.task_id)
-        return task_pb2.CancelTaskResponse(task=task_to_proto(self._orchestrator, entry, request.task_id))
+
+        async def cancel() -> task_pb2.CancelTaskResponse:
+            entry = self._orchestrator.cancel_task(request.run_id, request.task_id)
+            return task_pb2.CancelTaskResponse(task=task_to_proto(self._orchestrator, entry, request.task_id))
+
+        return await self._repeats.once(request, cancel)
 
     async def ExplainTask(self, request: task_pb2.ExplainTaskRequest, context: Context) -> task_pb2.ExplainTaskResponse:
         """Say what a task waits for."""

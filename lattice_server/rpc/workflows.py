@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 
@@ -14,10 +15,18 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.rpc import convert, definitions
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.events import RUN_STATE_TO_PROTO, event_to_proto, final_tasks_to_proto, run_to_proto
+from lattice_server.rpc.events import (
+    RUN_STATE_TO_PROTO,
+    event_to_proto,
+    final_tasks_to_proto,
+    run_to_proto,
+    run_to_view,
+)
+from lattice_server.rpc.graphs import graph_task_to_proto
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import is_full, number_after, page
 from lattice_server.rpc.parts import in_parts
+from lattice_server.rpc.repeats import Repeats
 from lattice_server.rpc.waiting import wait_from_proto
 
 LARGE_GRAPH = 1000
@@ -26,10 +35,11 @@ LARGE_GRAPH = 1000
 class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     """The `WorkflowService`."""
 
-    def __init__(self, orchestrator: Orchestrator, library: WorkflowLibrary, intake: Intake) -> None:
+    def __init__(self, orchestrator: Orchestrator, library: WorkflowLibrary, intake: Intake, repeats: Repeats) -> None:
         self._orchestrator = orchestrator
         self._library = library
         self._intake = intake
+        self._repeats = repeats
 
     async def CreateWorkflow(
         self, request: workflow_pb2.CreateWorkflowRequest, context: Context
@@ -45,8 +55,10 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def AddTasks(self, request: workflow_pb2.AddTasksRequest, context: Context) -> workflow_pb2.AddTasksResponse:
         """Add tasks to a stored workflow, or to a run."""
-        if request.run_id:
-            return self._add_to_run(request)
+        add = self._add_to_run if request.run_id else self._add_to_workflow
+        return await self._repeats.once(request, partial(add, request))
+
+    async def _add_to_workflow(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
         entry = self._expect(request.workflow_id, expected_revision(request))
         added = self._intake.functions(request.functions, request.bundles)
         for name, function in added.items():
@@ -62,6 +74,9 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def AddEdges(self, request: workflow_pb2.AddEdgesRequest, context: Context) -> workflow_pb2.AddEdgesResponse:
         """Add order-only edges to a stored workflow."""
+        return await self._repeats.once(request, partial(self._add_edges, request))
+
+    async def _add_edges(self, request: workflow_pb2.AddEdgesRequest) -> workflow_pb2.AddEdgesResponse:
         entry = self._expect(request.workflow_id, expected_revision(request))
         tasks = {task.task_id: task for task in entry.spec.tasks}
         for index, edge in enumerate(request.edges):
@@ -100,15 +115,18 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request: workflow_pb2.DeleteWorkflowRequest, context: Context
     ) -> workflow_pb2.DeleteWorkflowResponse:
         """Delete a stored workflow."""
-        self._library.delete(request.workflow_id)
-        return workflow_pb2.DeleteWorkflowResponse()
+
+        async def delete() -> workflow_pb2.DeleteWorkflowResponse:
+            self._library.delete(request.workflow_id)
+            return workflow_pb2.DeleteWorkflowResponse()
+
+        return await self._repeats.once(request, delete)
 
     async def RunWorkflow(
         self, request: workflow_pb2.RunWorkflowRequest, context: Context
     ) -> workflow_pb2.RunWorkflowResponse:
         """Start a run."""
         wait_s = wait_from_proto(request.wait, "wait") if request.HasField("wait") else 0.0
-        request.ClearField("wait")  # how long a caller waits makes it no other run
         entry, created = await self._start(request)
         if wait_s and not entry.run.is_terminal:
             await entry.log.completed(wait_s)
@@ -125,7 +143,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             await entry.log.completed()
         else:
             async for batch in entry.log.follow(0):
-                for events in in_parts(map(event_to_proto, batch)):
+                for events in in_parts(map(partial(event_to_proto, entry.run.tasks), batch)):
                     yield workflow_pb2.ExecuteWorkflowResponse(events=events, sequence=events[-1].sequence)
         yield workflow_pb2.ExecuteWorkflowResponse(
             run=run_to_proto(entry),
@@ -137,8 +155,19 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     async def GetRun(self, request: workflow_pb2.GetRunRequest, context: Context) -> workflow_pb2.GetRunResponse:
         """Return a run."""
         return workflow_pb2.GetRunResponse(
-            run=run_to_proto(self._orchestrator.run(request.run_id), is_brief=not is_full(request.view))
+            run=run_to_view(self._orchestrator.run(request.run_id), is_full=is_full(request.view))
         )
+
+    async def GetRunGraph(
+        self, request: workflow_pb2.GetRunGraphRequest, context: Context
+    ) -> workflow_pb2.GetRunGraphResponse:
+        """Return a page of the graph of a run."""
+        run = self._orchestrator.run(request.run_id).run
+        start = number_after(request) or 0
+        rows = enumerate(islice(run.tasks, start, None), start + 1)
+        show = partial(graph_task_to_proto, run, is_brief=not is_full(request.view))
+        tasks, token = page(request, rows, show)
+        return workflow_pb2.GetRunGraphResponse(tasks=tasks, next_page_token=token, revision=run.revision)
 
     async def ListRuns(self, request: workflow_pb2.ListRunsRequest, context: Context) -> workflow_pb2.ListRunsResponse:
         """List runs, newest first."""
@@ -150,19 +179,25 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             for entry in reversed(self._orchestrator.runs.values())
             if (after is None or entry.number < after)
             and (not states or RUN_STATE_TO_PROTO[entry.run.state] in states)
+            and (not request.tenant or entry.run.tenant == request.tenant)
             and all(entry.labels.get(key) == value for key, value in wanted)
         )
-        runs, token = page(request, rows, partial(run_to_proto, is_brief=not is_full(request.view)))
+        runs, token = page(request, rows, partial(run_to_view, is_full=is_full(request.view)))
         return workflow_pb2.ListRunsResponse(runs=runs, next_page_token=token)
 
     async def CancelRun(
         self, request: workflow_pb2.CancelRunRequest, context: Context
     ) -> workflow_pb2.CancelRunResponse:
         """Cancel a run."""
-        entry = self._orchestrator.cancel_run(request.run_id, request.reason)
-        return workflow_pb2.CancelRunResponse(run=run_to_proto(entry))
+
+        async def cancel() -> workflow_pb2.CancelRunResponse:
+            entry = self._orchestrator.cancel_run(request.run_id, request.reason)
+            return workflow_pb2.CancelRunResponse(run=run_to_proto(entry))
+
+        return await self._repeats.once(request, cancel)
 
     async def _start(self, request: workflow_pb2.RunWorkflowRequest) -> tuple[RunEntry, bool]:
+        request.ClearField("wait")  # how long a caller waits makes it no other run
         match request.WhichOneof("source"):
             case "workflow":
                 functions = self._intake.functions(request.workflow.functions, request.workflow.bundles)
@@ -186,13 +221,14 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             spec,
             parameters=self._intake.payloads(request.parameters, "parameters"),
             labels=dict(request.labels),
+            tenant=request.tenant,
             priority=request.priority,
             fingerprint=print_,
             workflow_id=request.workflow_id,
             timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
         )
 
-    def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
+    async def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
         if request.workflow_id:
             raise invalid_field("run_id", "tasks are added to a workflow or to a run, not to both")
         if not request.tasks:

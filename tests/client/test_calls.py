@@ -24,7 +24,7 @@ from lattice.v1 import (
     workflow_pb2_grpc,
 )
 
-from lattice_client import AsyncLatticeClient, AsyncRun, InternalError, UnavailableError, task
+from lattice_client import AsyncLatticeClient, AsyncRun, InternalError, task
 from lattice_client.inputs import Binder
 from lattice_client.outputs import Scope
 
@@ -49,6 +49,7 @@ class Server(
         self.is_full = 0
         self.limits = cluster_pb2.Limits(inline_payload_bytes=256 * 1024, upload_chunk_bytes=1024 * 1024)
         self.parts: list[int] = []
+        self.request_ids: set[str] = set()
 
     async def GetServerInfo(
         self, request: cluster_pb2.GetServerInfoRequest, context: grpc.aio.ServicerContext
@@ -82,9 +83,12 @@ class Server(
     async def AddTasks(
         self, request: workflow_pb2.AddTasksRequest, context: grpc.aio.ServicerContext
     ) -> workflow_pb2.AddTasksResponse:
-        """Add tasks, and break off before the answer."""
+        """Add tasks, and break off before the first answer."""
         self.calls["AddTasks"] += 1
-        await fail(context, code_pb2.UNAVAILABLE)
+        self.request_ids.add(request.request_id)
+        if self.calls["AddTasks"] == 1:
+            await fail(context, code_pb2.UNAVAILABLE)
+        return workflow_pb2.AddTasksResponse(revision=2)
 
     async def ListRuns(
         self, request: workflow_pb2.ListRunsRequest, context: grpc.aio.ServicerContext
@@ -149,13 +153,14 @@ def test_a_large_input_is_uploaded_once_however_often_a_run_is_offered() -> None
     play(scenario)
 
 
-def test_tasks_are_added_once_and_other_calls_are_repeated() -> None:
+def test_calls_are_repeated_by_their_request_id_when_an_answer_is_lost() -> None:
     async def scenario(client: AsyncLatticeClient, server: Server) -> None:
         workflow = client.create_workflow()
-        with pytest.raises(UnavailableError):
-            await AsyncRun.of("r", client).add_tasks([workflow.add_task(size, {"data": b""})])
+        assert await AsyncRun.of("r", client).add_tasks([workflow.add_task(size, {"data": b""})]) == 2
         assert await client.list_runs() == []
-        assert server.calls == {"AddTasks": 1, "ListRuns": 2}
+        assert server.calls == {"AddTasks": 2, "ListRuns": 2}
+        assert len(server.request_ids) == 1
+        assert "" not in server.request_ids
 
     play(scenario)
 

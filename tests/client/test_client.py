@@ -205,6 +205,7 @@ def test_a_run_is_its_id(client: LatticeClient) -> None:
     assert run.result(timeout=60) == {"result": 1}
     assert run.status() == "succeeded"
     assert client.describe_run(run).display_name == "named"
+    assert [(found.task_id, list(found.predecessor_task_ids)) for found in client.run_graph(run)] == [("one", [])]
     assert run in [found.run_id for found in client.list_runs()]
 
 

@@ -155,3 +155,18 @@ def test_what_a_task_writes_cannot_take_the_terminal(written: str, shown: str) -
 @pytest.mark.parametrize(("seconds", "shown"), [(-1, "0.0s"), (0.04, "0.0s"), (59.9, "59.9s"), (3700, "1:01:40")])
 def test_a_length_of_time_is_short(seconds: float, shown: str) -> None:
     assert span(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("task_id", "name", "label"),
+    [("a1", "summarise", "summarise (a1)"), ("summarise-2", "summarise", "summarise-2"), ("a1", "", "a1")],
+)
+def test_a_task_is_shown_with_its_name_when_its_id_does_not_tell_it(
+    story: Story, task_id: str, name: str, label: str
+) -> None:
+    progress = progress_of()
+    started = story.started(task_id)
+    lines = progress.take(RunEvent(1, 1.0, started.type, task_id, {**started.data, "display_name": name}))
+    lines += progress.take(story.log(task_id, "hello\n"))
+    assert [line.plain for line in lines] == [f"{label} | hello"]
+    assert drawn(progress)[2].startswith(label)

@@ -103,7 +103,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The optional parts of the protocol that this server has: `output-path` (`OutputRef.path`), `request-id` (repeated
-        requests get the first answer), `run-graph` (`GetRun` with `VIEW_FULL`). A name never changes its meaning.
+        requests get the first answer), `run-graph` (`GetRunGraph`). A name never changes its meaning.
         """
 
     @property
@@ -365,8 +365,13 @@ class DrainNodeRequest(google.protobuf.message.Message):
 
     NODE_ID_FIELD_NUMBER: builtins.int
     DEADLINE_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     """The node."""
+    request_id: builtins.str
+    """Makes the call safe to repeat; see `WorkflowService`. Without it a repeated call may drain the worker that took the
+    place of the first one.
+    """
     @property
     def deadline(self) -> google.protobuf.duration_pb2.Duration:
         """Attempts that still run after this are moved; unset means they may finish."""
@@ -376,9 +381,10 @@ class DrainNodeRequest(google.protobuf.message.Message):
         *,
         node_id: builtins.str = ...,
         deadline: google.protobuf.duration_pb2.Duration | None = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["deadline", b"deadline"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deadline", b"deadline", "node_id", b"node_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deadline", b"deadline", "node_id", b"node_id", "request_id", b"request_id"]) -> None: ...
 
 Global___DrainNodeRequest: typing_extensions.TypeAlias = DrainNodeRequest
 

@@ -139,6 +139,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """RESOURCE_EXHAUSTED: the run would have more tasks than a run may."""
     ERROR_REASON_TOO_MANY_WORKFLOWS: _ErrorReason.ValueType  # 25
     """RESOURCE_EXHAUSTED: as many workflows are stored as the server keeps; delete one."""
+    ERROR_REASON_REQUEST_ID_CONFLICT: _ErrorReason.ValueType  # 26
+    """ALREADY_EXISTS: the request id was used with other content."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -199,6 +201,8 @@ ERROR_REASON_RUN_TOO_LARGE: ErrorReason.ValueType  # 24
 """RESOURCE_EXHAUSTED: the run would have more tasks than a run may."""
 ERROR_REASON_TOO_MANY_WORKFLOWS: ErrorReason.ValueType  # 25
 """RESOURCE_EXHAUSTED: as many workflows are stored as the server keeps; delete one."""
+ERROR_REASON_REQUEST_ID_CONFLICT: ErrorReason.ValueType  # 26
+"""ALREADY_EXISTS: the request id was used with other content."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final

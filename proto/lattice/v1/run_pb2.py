@@ -22,12 +22,13 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from lattice.v1 import errors_pb2 as lattice_dot_v1_dot_errors__pb2
 from lattice.v1 import payload_pb2 as lattice_dot_v1_dot_payload__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lattice/v1/run.proto\x12\nlattice.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17lattice/v1/errors.proto\x1a\x18lattice/v1/payload.proto\"\x97\x03\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0bworkflow_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.lattice.v1.RunState\x12$\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.lattice.v1.Failure\x12\x10\n\x08sequence\x18\x06 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x0btask_counts\x18\t \x01(\x0b\x32\x16.lattice.v1.TaskCounts\x12+\n\x06labels\x18\n \x03(\x0b\x32\x1b.lattice.v1.Run.LabelsEntry\x12\x10\n\x08revision\x18\x0b \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x94\x01\n\nTaskCounts\x12\r\n\x05total\x18\x01 \x01(\x05\x12\x0f\n\x07\x62locked\x18\x02 \x01(\x05\x12\x0e\n\x06queued\x18\x03 \x01(\x05\x12\x0f\n\x07running\x18\x04 \x01(\x05\x12\x11\n\tsucceeded\x18\x05 \x01(\x05\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x05\x12\x11\n\tcancelled\x18\x07 \x01(\x05\x12\x0f\n\x07skipped\x18\x08 \x01(\x05\"\xc4\x03\n\x07TaskRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.lattice.v1.TaskState\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x31\n\x07outputs\x18\x07 \x03(\x0b\x32 .lattice.v1.TaskRun.OutputsEntry\x12$\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x13.lattice.v1.Failure\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eparent_task_id\x18\x0b \x01(\t\x12\x17\n\nitem_count\x18\x0c \x01(\x05H\x00\x88\x01\x01\x1a\x43\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Payload:\x02\x38\x01\x42\r\n\x0b_item_count\"\xea\x04\n\x08RunEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x0brun_started\x18\x03 \x01(\x0b\x32\x16.lattice.v1.RunStartedH\x00\x12\x33\n\x0erun_cancelling\x18\x04 \x01(\x0b\x32\x19.lattice.v1.RunCancellingH\x00\x12/\n\x0crun_finished\x18\x05 \x01(\x0b\x32\x17.lattice.v1.RunFinishedH\x00\x12/\n\x0ctask_started\x18\x06 \x01(\x0b\x32\x17.lattice.v1.TaskStartedH\x00\x12\x33\n\x0etask_succeeded\x18\x07 \x01(\x0b\x32\x19.lattice.v1.TaskSucceededH\x00\x12\x31\n\rtask_retrying\x18\x08 \x01(\x0b\x32\x18.lattice.v1.TaskRetryingH\x00\x12-\n\x0btask_failed\x18\t \x01(\x0b\x32\x16.lattice.v1.TaskFailedH\x00\x12\x33\n\x0etask_cancelled\x18\n \x01(\x0b\x32\x19.lattice.v1.TaskCancelledH\x00\x12/\n\x0ctask_skipped\x18\x0b \x01(\x0b\x32\x17.lattice.v1.TaskSkippedH\x00\x12\'\n\x08task_log\x18\x0c \x01(\x0b\x32\x13.lattice.v1.TaskLogH\x00\x12-\n\x0btasks_added\x18\r \x01(\x0b\x32\x16.lattice.v1.TasksAddedH\x00\x42\x07\n\x05\x65vent\"5\n\nRunStarted\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\x12\x12\n\ntask_count\x18\x02 \x01(\x05\"5\n\rRunCancelling\x12$\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x13.lattice.v1.Failure\"X\n\x0bRunFinished\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.lattice.v1.RunState\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Failure\"f\n\x0bTaskStarted\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07node_ip\x18\x04 \x01(\t\x12\x13\n\x0bgpu_indices\x18\x05 \x03(\x05\"\xaf\x01\n\rTaskSucceeded\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x37\n\x07outputs\x18\x03 \x03(\x0b\x32&.lattice.v1.TaskSucceeded.OutputsEntry\x1a\x43\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Payload:\x02\x38\x01\"\x86\x01\n\x0cTaskRetrying\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.lattice.v1.Failure\x12.\n\nretry_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"T\n\nTaskFailed\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.lattice.v1.Failure\"W\n\rTaskCancelled\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.lattice.v1.Failure\"D\n\x0bTaskSkipped\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Failure\"H\n\nTasksAdded\x12\x10\n\x08task_ids\x18\x01 \x03(\t\x12\x16\n\x0eparent_task_id\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x03\"s\n\x07TaskLog\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12%\n\x06stream\x18\x03 \x01(\x0e\x32\x15.lattice.v1.LogStream\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttruncated\x18\x05 \x01(\x08*;\n\x04View\x12\x14\n\x10VIEW_UNSPECIFIED\x10\x00\x12\x0e\n\nVIEW_BASIC\x10\x01\x12\r\n\tVIEW_FULL\x10\x02*\x9e\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_RUNNING\x10\x01\x12\x18\n\x14RUN_STATE_CANCELLING\x10\x02\x12\x17\n\x13RUN_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x17\n\x13RUN_STATE_CANCELLED\x10\x05*\xd1\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_STATE_BLOCKED\x10\x01\x12\x15\n\x11TASK_STATE_QUEUED\x10\x02\x12\x16\n\x12TASK_STATE_RUNNING\x10\x03\x12\x18\n\x14TASK_STATE_SUCCEEDED\x10\x04\x12\x15\n\x11TASK_STATE_FAILED\x10\x05\x12\x18\n\x14TASK_STATE_CANCELLED\x10\x06\x12\x16\n\x12TASK_STATE_SKIPPED\x10\x07*U\n\tLogStream\x12\x1a\n\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n\x11LOG_STREAM_STDERR\x10\x02\x42\x31\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lattice/v1/run.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17lattice/v1/errors.proto\x1a\x18lattice/v1/payload.proto\"\x92\x05\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0bworkflow_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12#\n\x05state\x18\x04 \x01(\x0e\x32\x14.lattice.v1.RunState\x12$\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x13.lattice.v1.Failure\x12\x10\n\x08sequence\x18\x06 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x0btask_counts\x18\t \x01(\x0b\x32\x16.lattice.v1.TaskCounts\x12+\n\x06labels\x18\n \x03(\x0b\x32\x1b.lattice.v1.Run.LabelsEntry\x12\x10\n\x08revision\x18\x0b \x01(\x03\x12\x0e\n\x06tenant\x18\x0c \x01(\t\x12\x10\n\x08priority\x18\r \x01(\x05\x12*\n\x07timeout\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nstart_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\nparameters\x18\x10 \x03(\x0b\x32\x1f.lattice.v1.Run.ParametersEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x46\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Payload:\x02\x38\x01\"\x94\x01\n\nTaskCounts\x12\r\n\x05total\x18\x01 \x01(\x05\x12\x0f\n\x07\x62locked\x18\x02 \x01(\x05\x12\x0e\n\x06queued\x18\x03 \x01(\x05\x12\x0f\n\x07running\x18\x04 \x01(\x05\x12\x11\n\tsucceeded\x18\x05 \x01(\x05\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x05\x12\x11\n\tcancelled\x18\x07 \x01(\x05\x12\x0f\n\x07skipped\x18\x08 \x01(\x05\"\xa0\x04\n\x07TaskRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.lattice.v1.TaskState\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\x0f\n\x07node_id\x18\x06 \x01(\t\x12\x31\n\x07outputs\x18\x07 \x03(\x0b\x32 .lattice.v1.TaskRun.OutputsEntry\x12$\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x13.lattice.v1.Failure\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eparent_task_id\x18\x0b \x01(\t\x12+\n\x08\x64uration\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nqueue_time\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nitem_count\x18\x0c \x01(\x05H\x00\x88\x01\x01\x1a\x43\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Payload:\x02\x38\x01\x42\r\n\x0b_item_count\"\xea\x04\n\x08RunEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x0brun_started\x18\x03 \x01(\x0b\x32\x16.lattice.v1.RunStartedH\x00\x12\x33\n\x0erun_cancelling\x18\x04 \x01(\x0b\x32\x19.lattice.v1.RunCancellingH\x00\x12/\n\x0crun_finished\x18\x05 \x01(\x0b\x32\x17.lattice.v1.RunFinishedH\x00\x12/\n\x0ctask_started\x18\x06 \x01(\x0b\x32\x17.lattice.v1.TaskStartedH\x00\x12\x33\n\x0etask_succeeded\x18\x07 \x01(\x0b\x32\x19.lattice.v1.TaskSucceededH\x00\x12\x31\n\rtask_retrying\x18\x08 \x01(\x0b\x32\x18.lattice.v1.TaskRetryingH\x00\x12-\n\x0btask_failed\x18\t \x01(\x0b\x32\x16.lattice.v1.TaskFailedH\x00\x12\x33\n\x0etask_cancelled\x18\n \x01(\x0b\x32\x19.lattice.v1.TaskCancelledH\x00\x12/\n\x0ctask_skipped\x18\x0b \x01(\x0b\x32\x17.lattice.v1.TaskSkippedH\x00\x12\'\n\x08task_log\x18\x0c \x01(\x0b\x32\x13.lattice.v1.TaskLogH\x00\x12-\n\x0btasks_added\x18\r \x01(\x0b\x32\x16.lattice.v1.TasksAddedH\x00\x42\x07\n\x05\x65vent\"5\n\nRunStarted\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\x12\x12\n\ntask_count\x18\x02 \x01(\x05\"5\n\rRunCancelling\x12$\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x13.lattice.v1.Failure\"X\n\x0bRunFinished\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.lattice.v1.RunState\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Failure\"|\n\x0bTaskStarted\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07node_ip\x18\x04 \x01(\t\x12\x13\n\x0bgpu_indices\x18\x05 \x03(\x05\x12\x14\n\x0c\x64isplay_name\x18\x06 \x01(\t\"\xa1\x02\n\rTaskSucceeded\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x37\n\x07outputs\x18\x03 \x03(\x0b\x32&.lattice.v1.TaskSucceeded.OutputsEntry\x12+\n\x08\x64uration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nqueue_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x64isplay_name\x18\x06 \x01(\t\x1a\x43\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Payload:\x02\x38\x01\"\x9c\x01\n\x0cTaskRetrying\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.lattice.v1.Failure\x12.\n\nretry_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x64isplay_name\x18\x05 \x01(\t\"j\n\nTaskFailed\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.lattice.v1.Failure\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\"m\n\rTaskCancelled\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.lattice.v1.Failure\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\"Z\n\x0bTaskSkipped\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Failure\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\"H\n\nTasksAdded\x12\x10\n\x08task_ids\x18\x01 \x03(\t\x12\x16\n\x0eparent_task_id\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x03\"\x89\x01\n\x07TaskLog\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12%\n\x06stream\x18\x03 \x01(\x0e\x32\x15.lattice.v1.LogStream\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x12\x14\n\x0c\x64isplay_name\x18\x06 \x01(\t*;\n\x04View\x12\x14\n\x10VIEW_UNSPECIFIED\x10\x00\x12\x0e\n\nVIEW_BASIC\x10\x01\x12\r\n\tVIEW_FULL\x10\x02*\x9e\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_RUNNING\x10\x01\x12\x18\n\x14RUN_STATE_CANCELLING\x10\x02\x12\x17\n\x13RUN_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x12\x17\n\x13RUN_STATE_CANCELLED\x10\x05*\xd1\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_STATE_BLOCKED\x10\x01\x12\x15\n\x11TASK_STATE_QUEUED\x10\x02\x12\x16\n\x12TASK_STATE_RUNNING\x10\x03\x12\x18\n\x14TASK_STATE_SUCCEEDED\x10\x04\x12\x15\n\x11TASK_STATE_FAILED\x10\x05\x12\x18\n\x14TASK_STATE_CANCELLED\x10\x06\x12\x16\n\x12TASK_STATE_SKIPPED\x10\x07*U\n\tLogStream\x12\x1a\n\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n\x11LOG_STREAM_STDERR\x10\x02\x42\x31\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,52 +38,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\nlattice.v1P\001Z\024lattice/v1;latticev1\252\002\nLattice.V1'
   _globals['_RUN_LABELSENTRY']._loaded_options = None
   _globals['_RUN_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_RUN_PARAMETERSENTRY']._loaded_options = None
+  _globals['_RUN_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_TASKRUN_OUTPUTSENTRY']._loaded_options = None
   _globals['_TASKRUN_OUTPUTSENTRY']._serialized_options = b'8\001'
   _globals['_TASKSUCCEEDED_OUTPUTSENTRY']._loaded_options = None
   _globals['_TASKSUCCEEDED_OUTPUTSENTRY']._serialized_options = b'8\001'
-  _globals['_VIEW']._serialized_start=2812
-  _globals['_VIEW']._serialized_end=2871
-  _globals['_RUNSTATE']._serialized_start=2874
-  _globals['_RUNSTATE']._serialized_end=3032
-  _globals['_TASKSTATE']._serialized_start=3035
-  _globals['_TASKSTATE']._serialized_end=3244
-  _globals['_LOGSTREAM']._serialized_start=3246
-  _globals['_LOGSTREAM']._serialized_end=3331
-  _globals['_RUN']._serialized_start=121
-  _globals['_RUN']._serialized_end=528
-  _globals['_RUN_LABELSENTRY']._serialized_start=483
-  _globals['_RUN_LABELSENTRY']._serialized_end=528
-  _globals['_TASKCOUNTS']._serialized_start=531
-  _globals['_TASKCOUNTS']._serialized_end=679
-  _globals['_TASKRUN']._serialized_start=682
-  _globals['_TASKRUN']._serialized_end=1134
-  _globals['_TASKRUN_OUTPUTSENTRY']._serialized_start=1052
-  _globals['_TASKRUN_OUTPUTSENTRY']._serialized_end=1119
-  _globals['_RUNEVENT']._serialized_start=1137
-  _globals['_RUNEVENT']._serialized_end=1755
-  _globals['_RUNSTARTED']._serialized_start=1757
-  _globals['_RUNSTARTED']._serialized_end=1810
-  _globals['_RUNCANCELLING']._serialized_start=1812
-  _globals['_RUNCANCELLING']._serialized_end=1865
-  _globals['_RUNFINISHED']._serialized_start=1867
-  _globals['_RUNFINISHED']._serialized_end=1955
-  _globals['_TASKSTARTED']._serialized_start=1957
-  _globals['_TASKSTARTED']._serialized_end=2059
-  _globals['_TASKSUCCEEDED']._serialized_start=2062
-  _globals['_TASKSUCCEEDED']._serialized_end=2237
-  _globals['_TASKSUCCEEDED_OUTPUTSENTRY']._serialized_start=1052
-  _globals['_TASKSUCCEEDED_OUTPUTSENTRY']._serialized_end=1119
-  _globals['_TASKRETRYING']._serialized_start=2240
-  _globals['_TASKRETRYING']._serialized_end=2374
-  _globals['_TASKFAILED']._serialized_start=2376
-  _globals['_TASKFAILED']._serialized_end=2460
-  _globals['_TASKCANCELLED']._serialized_start=2462
-  _globals['_TASKCANCELLED']._serialized_end=2549
-  _globals['_TASKSKIPPED']._serialized_start=2551
-  _globals['_TASKSKIPPED']._serialized_end=2619
-  _globals['_TASKSADDED']._serialized_start=2621
-  _globals['_TASKSADDED']._serialized_end=2693
-  _globals['_TASKLOG']._serialized_start=2695
-  _globals['_TASKLOG']._serialized_end=2810
+  _globals['_VIEW']._serialized_start=3434
+  _globals['_VIEW']._serialized_end=3493
+  _globals['_RUNSTATE']._serialized_start=3496
+  _globals['_RUNSTATE']._serialized_end=3654
+  _globals['_TASKSTATE']._serialized_start=3657
+  _globals['_TASKSTATE']._serialized_end=3866
+  _globals['_LOGSTREAM']._serialized_start=3868
+  _globals['_LOGSTREAM']._serialized_end=3953
+  _globals['_RUN']._serialized_start=153
+  _globals['_RUN']._serialized_end=811
+  _globals['_RUN_LABELSENTRY']._serialized_start=694
+  _globals['_RUN_LABELSENTRY']._serialized_end=739
+  _globals['_RUN_PARAMETERSENTRY']._serialized_start=741
+  _globals['_RUN_PARAMETERSENTRY']._serialized_end=811
+  _globals['_TASKCOUNTS']._serialized_start=814
+  _globals['_TASKCOUNTS']._serialized_end=962
+  _globals['_TASKRUN']._serialized_start=965
+  _globals['_TASKRUN']._serialized_end=1509
+  _globals['_TASKRUN_OUTPUTSENTRY']._serialized_start=1427
+  _globals['_TASKRUN_OUTPUTSENTRY']._serialized_end=1494
+  _globals['_RUNEVENT']._serialized_start=1512
+  _globals['_RUNEVENT']._serialized_end=2130
+  _globals['_RUNSTARTED']._serialized_start=2132
+  _globals['_RUNSTARTED']._serialized_end=2185
+  _globals['_RUNCANCELLING']._serialized_start=2187
+  _globals['_RUNCANCELLING']._serialized_end=2240
+  _globals['_RUNFINISHED']._serialized_start=2242
+  _globals['_RUNFINISHED']._serialized_end=2330
+  _globals['_TASKSTARTED']._serialized_start=2332
+  _globals['_TASKSTARTED']._serialized_end=2456
+  _globals['_TASKSUCCEEDED']._serialized_start=2459
+  _globals['_TASKSUCCEEDED']._serialized_end=2748
+  _globals['_TASKSUCCEEDED_OUTPUTSENTRY']._serialized_start=1427
+  _globals['_TASKSUCCEEDED_OUTPUTSENTRY']._serialized_end=1494
+  _globals['_TASKRETRYING']._serialized_start=2751
+  _globals['_TASKRETRYING']._serialized_end=2907
+  _globals['_TASKFAILED']._serialized_start=2909
+  _globals['_TASKFAILED']._serialized_end=3015
+  _globals['_TASKCANCELLED']._serialized_start=3017
+  _globals['_TASKCANCELLED']._serialized_end=3126
+  _globals['_TASKSKIPPED']._serialized_start=3128
+  _globals['_TASKSKIPPED']._serialized_end=3218
+  _globals['_TASKSADDED']._serialized_start=3220
+  _globals['_TASKSADDED']._serialized_end=3292
+  _globals['_TASKLOG']._serialized_start=3295
+  _globals['_TASKLOG']._serialized_end=3432
 # @@protoc_insertion_point(module_scope)

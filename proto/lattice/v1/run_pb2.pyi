@@ -6,6 +6,7 @@ Runs and their events: what every service says about work that was accepted."""
 import builtins
 import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
@@ -176,6 +177,24 @@ class Run(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class ParametersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> lattice.v1.payload_pb2.Payload: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: lattice.v1.payload_pb2.Payload | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     RUN_ID_FIELD_NUMBER: builtins.int
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     DISPLAY_NAME_FIELD_NUMBER: builtins.int
@@ -187,6 +206,11 @@ class Run(google.protobuf.message.Message):
     TASK_COUNTS_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    TIMEOUT_FIELD_NUMBER: builtins.int
+    START_TIME_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run."""
     workflow_id: builtins.str
@@ -199,6 +223,10 @@ class Run(google.protobuf.message.Message):
     """The number of its newest event."""
     revision: builtins.int
     """Grows whenever tasks are added to the run."""
+    tenant: builtins.str
+    """The tenant whose share of the cluster the run counts towards; empty for callers that name none."""
+    priority: builtins.int
+    """Among waiting tasks of one tenant, higher goes first."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
         """Why it failed or was cancelled; unset otherwise."""
@@ -219,6 +247,18 @@ class Run(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """The caller's labels."""
 
+    @property
+    def timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """The run fails when it takes longer; unset means no limit."""
+
+    @property
+    def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When its first attempt started; unset before."""
+
+    @property
+    def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Payload]:
+        """The values of its parameters by name, the workflow's defaults included; only with `VIEW_FULL`."""
+
     def __init__(
         self,
         *,
@@ -233,9 +273,14 @@ class Run(google.protobuf.message.Message):
         task_counts: Global___TaskCounts | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         revision: builtins.int = ...,
+        tenant: builtins.str = ...,
+        priority: builtins.int = ...,
+        timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        parameters: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.Payload] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "task_counts", b"task_counts"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "state", b"state", "task_counts", b"task_counts", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time", "task_counts", b"task_counts", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "parameters", b"parameters", "priority", b"priority", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "task_counts", b"task_counts", "tenant", b"tenant", "timeout", b"timeout", "workflow_id", b"workflow_id"]) -> None: ...
 
 Global___Run: typing_extensions.TypeAlias = Run
 
@@ -320,6 +365,8 @@ class TaskRun(google.protobuf.message.Message):
     START_TIME_FIELD_NUMBER: builtins.int
     END_TIME_FIELD_NUMBER: builtins.int
     PARENT_TASK_ID_FIELD_NUMBER: builtins.int
+    DURATION_FIELD_NUMBER: builtins.int
+    QUEUE_TIME_FIELD_NUMBER: builtins.int
     ITEM_COUNT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
@@ -355,6 +402,14 @@ class TaskRun(google.protobuf.message.Message):
     def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When the task ended."""
 
+    @property
+    def duration(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the function ran in the attempt that succeeded, on the worker's clock; unset otherwise."""
+
+    @property
+    def queue_time(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the task waited, from when it could start to the start of its first attempt; unset before that."""
+
     def __init__(
         self,
         *,
@@ -369,10 +424,12 @@ class TaskRun(google.protobuf.message.Message):
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         parent_task_id: builtins.str = ...,
+        duration: google.protobuf.duration_pb2.Duration | None = ...,
+        queue_time: google.protobuf.duration_pb2.Duration | None = ...,
         item_count: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_item_count", b"_item_count", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_item_count", b"_item_count", "attempt", b"attempt", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "node_id", b"node_id", "outputs", b"outputs", "parent_task_id", b"parent_task_id", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "task_id", b"task_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_item_count", b"_item_count", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "queue_time", b"queue_time", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_item_count", b"_item_count", "attempt", b"attempt", "display_name", b"display_name", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "node_id", b"node_id", "outputs", b"outputs", "parent_task_id", b"parent_task_id", "queue_time", b"queue_time", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "task_id", b"task_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_item_count", b"_item_count"]) -> typing.Literal["item_count"] | None: ...
 
 Global___TaskRun: typing_extensions.TypeAlias = TaskRun
@@ -548,6 +605,7 @@ class TaskStarted(google.protobuf.message.Message):
     NODE_ID_FIELD_NUMBER: builtins.int
     NODE_IP_FIELD_NUMBER: builtins.int
     GPU_INDICES_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     attempt: builtins.int
@@ -556,6 +614,8 @@ class TaskStarted(google.protobuf.message.Message):
     """The node it runs on."""
     node_ip: builtins.str
     """That node's address."""
+    display_name: builtins.str
+    """The task's name, for people."""
     @property
     def gpu_indices(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """The GPUs it was given, by index on that node."""
@@ -568,8 +628,9 @@ class TaskStarted(google.protobuf.message.Message):
         node_id: builtins.str = ...,
         node_ip: builtins.str = ...,
         gpu_indices: collections.abc.Iterable[builtins.int] | None = ...,
+        display_name: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "gpu_indices", b"gpu_indices", "node_id", b"node_id", "node_ip", b"node_ip", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "display_name", b"display_name", "gpu_indices", b"gpu_indices", "node_id", b"node_id", "node_ip", b"node_ip", "task_id", b"task_id"]) -> None: ...
 
 Global___TaskStarted: typing_extensions.TypeAlias = TaskStarted
 
@@ -600,13 +661,26 @@ class TaskSucceeded(google.protobuf.message.Message):
     TASK_ID_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
     OUTPUTS_FIELD_NUMBER: builtins.int
+    DURATION_FIELD_NUMBER: builtins.int
+    QUEUE_TIME_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     attempt: builtins.int
     """The attempt that succeeded."""
+    display_name: builtins.str
+    """The task's name, for people."""
     @property
     def outputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Payload]:
         """The outputs by name."""
+
+    @property
+    def duration(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the function ran, on the worker's clock."""
+
+    @property
+    def queue_time(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the task waited, from when it could start to the start of its first attempt."""
 
     def __init__(
         self,
@@ -614,8 +688,12 @@ class TaskSucceeded(google.protobuf.message.Message):
         task_id: builtins.str = ...,
         attempt: builtins.int = ...,
         outputs: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.Payload] | None = ...,
+        duration: google.protobuf.duration_pb2.Duration | None = ...,
+        queue_time: google.protobuf.duration_pb2.Duration | None = ...,
+        display_name: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "outputs", b"outputs", "task_id", b"task_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["duration", b"duration", "queue_time", b"queue_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "display_name", b"display_name", "duration", b"duration", "outputs", b"outputs", "queue_time", b"queue_time", "task_id", b"task_id"]) -> None: ...
 
 Global___TaskSucceeded: typing_extensions.TypeAlias = TaskSucceeded
 
@@ -629,10 +707,13 @@ class TaskRetrying(google.protobuf.message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     RETRY_TIME_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     attempt: builtins.int
     """The attempt that failed."""
+    display_name: builtins.str
+    """The task's name, for people."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
         """Why."""
@@ -648,9 +729,10 @@ class TaskRetrying(google.protobuf.message.Message):
         attempt: builtins.int = ...,
         failure: lattice.v1.errors_pb2.Failure | None = ...,
         retry_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        display_name: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure", "retry_time", b"retry_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "failure", b"failure", "retry_time", b"retry_time", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "display_name", b"display_name", "failure", b"failure", "retry_time", b"retry_time", "task_id", b"task_id"]) -> None: ...
 
 Global___TaskRetrying: typing_extensions.TypeAlias = TaskRetrying
 
@@ -663,10 +745,13 @@ class TaskFailed(google.protobuf.message.Message):
     TASK_ID_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     attempt: builtins.int
     """The last attempt; zero when there was none."""
+    display_name: builtins.str
+    """The task's name, for people."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
         """Why."""
@@ -677,9 +762,10 @@ class TaskFailed(google.protobuf.message.Message):
         task_id: builtins.str = ...,
         attempt: builtins.int = ...,
         failure: lattice.v1.errors_pb2.Failure | None = ...,
+        display_name: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "failure", b"failure", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "display_name", b"display_name", "failure", b"failure", "task_id", b"task_id"]) -> None: ...
 
 Global___TaskFailed: typing_extensions.TypeAlias = TaskFailed
 
@@ -692,10 +778,13 @@ class TaskCancelled(google.protobuf.message.Message):
     TASK_ID_FIELD_NUMBER: builtins.int
     ATTEMPT_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     attempt: builtins.int
     """The last attempt; zero when there was none."""
+    display_name: builtins.str
+    """The task's name, for people."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
         """Who or what cancelled it."""
@@ -706,9 +795,10 @@ class TaskCancelled(google.protobuf.message.Message):
         task_id: builtins.str = ...,
         attempt: builtins.int = ...,
         failure: lattice.v1.errors_pb2.Failure | None = ...,
+        display_name: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "failure", b"failure", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "display_name", b"display_name", "failure", b"failure", "task_id", b"task_id"]) -> None: ...
 
 Global___TaskCancelled: typing_extensions.TypeAlias = TaskCancelled
 
@@ -720,8 +810,11 @@ class TaskSkipped(google.protobuf.message.Message):
 
     TASK_ID_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
+    display_name: builtins.str
+    """The task's name, for people."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
         """Why; names the task that stood in the way. Unset when a condition was not met: the task was skipped on purpose."""
@@ -731,9 +824,10 @@ class TaskSkipped(google.protobuf.message.Message):
         *,
         task_id: builtins.str = ...,
         failure: lattice.v1.errors_pb2.Failure | None = ...,
+        display_name: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["display_name", b"display_name", "failure", b"failure", "task_id", b"task_id"]) -> None: ...
 
 Global___TaskSkipped: typing_extensions.TypeAlias = TaskSkipped
 
@@ -776,6 +870,7 @@ class TaskLog(google.protobuf.message.Message):
     STREAM_FIELD_NUMBER: builtins.int
     TEXT_FIELD_NUMBER: builtins.int
     TRUNCATED_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The task."""
     attempt: builtins.int
@@ -786,6 +881,8 @@ class TaskLog(google.protobuf.message.Message):
     """The text; bytes that are not UTF-8 are replaced."""
     truncated: builtins.bool
     """True on the notice that ends the output of an attempt that wrote more than the limit."""
+    display_name: builtins.str
+    """The task's name, for people."""
     def __init__(
         self,
         *,
@@ -794,7 +891,8 @@ class TaskLog(google.protobuf.message.Message):
         stream: Global___LogStream.ValueType = ...,
         text: builtins.str = ...,
         truncated: builtins.bool = ...,
+        display_name: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "stream", b"stream", "task_id", b"task_id", "text", b"text", "truncated", b"truncated"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "display_name", b"display_name", "stream", b"stream", "task_id", b"task_id", "text", b"text", "truncated", b"truncated"]) -> None: ...
 
 Global___TaskLog: typing_extensions.TypeAlias = TaskLog

@@ -242,7 +242,7 @@ class TaskSpec(google.protobuf.message.Message):
     isolation: lattice.v1.resources_pb2.Isolation.ValueType
     """How strictly an attempt is isolated."""
     priority: builtins.int
-    """Among waiting tasks of one caller, higher goes first; added to the run's priority."""
+    """Among waiting tasks of one tenant, higher goes first; added to the run's priority."""
     max_parallel: builtins.int
     """How many calls with this task's `concurrency_key` may run at once, from 1; a batch is one call. Unset means no limit."""
     concurrency_key: builtins.str
@@ -609,8 +609,15 @@ class RunTaskRequest(google.protobuf.message.Message):
     BUNDLE_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    TIMEOUT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
+    tenant: builtins.str
+    """The tenant whose share of the cluster the run counts towards; runs that name none are one tenant's."""
+    priority: builtins.int
+    """Among waiting tasks of one tenant, higher goes first; added to the task's own priority."""
     @property
     def task(self) -> Global___TaskSpec:
         """The task; `TaskSpec.function` may stay empty."""
@@ -631,6 +638,10 @@ class RunTaskRequest(google.protobuf.message.Message):
     def wait(self) -> google.protobuf.duration_pb2.Duration:
         """Waits up to this long for the task to end before answering; at most 5 minutes."""
 
+    @property
+    def timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """The run fails when it takes longer; above zero, unset means no limit."""
+
     def __init__(
         self,
         *,
@@ -640,9 +651,12 @@ class RunTaskRequest(google.protobuf.message.Message):
         bundle: Global___CodeBundle | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         wait: google.protobuf.duration_pb2.Duration | None = ...,
+        tenant: builtins.str = ...,
+        priority: builtins.int = ...,
+        timeout: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "task", b"task", "wait", b"wait"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "labels", b"labels", "run_id", b"run_id", "task", b"task", "wait", b"wait"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "task", b"task", "timeout", b"timeout", "wait", b"wait"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "labels", b"labels", "priority", b"priority", "run_id", b"run_id", "task", b"task", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait"]) -> None: ...
 
 Global___RunTaskRequest: typing_extensions.TypeAlias = RunTaskRequest
 
@@ -803,17 +817,21 @@ class CancelTaskRequest(google.protobuf.message.Message):
 
     RUN_ID_FIELD_NUMBER: builtins.int
     TASK_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
     task_id: builtins.str
     """The task."""
+    request_id: builtins.str
+    """Makes the call safe to repeat; see `WorkflowService`."""
     def __init__(
         self,
         *,
         run_id: builtins.str = ...,
         task_id: builtins.str = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["run_id", b"run_id", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id", "run_id", b"run_id", "task_id", b"task_id"]) -> None: ...
 
 Global___CancelTaskRequest: typing_extensions.TypeAlias = CancelTaskRequest
 

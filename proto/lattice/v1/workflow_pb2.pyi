@@ -271,12 +271,15 @@ class AddTasksRequest(google.protobuf.message.Message):
     BUNDLES_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
     RUN_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     """The workflow; empty when `run_id` is set."""
     expected_revision: builtins.int
     """Fails with ABORTED unless the workflow or run has this revision; unset means any."""
     run_id: builtins.str
     """The run; empty when `workflow_id` is set."""
+    request_id: builtins.str
+    """Makes the call safe to repeat; see the service."""
     @property
     def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.TaskSpec]:
         """The tasks to add; they may refer to tasks that are there and to each other."""
@@ -300,9 +303,10 @@ class AddTasksRequest(google.protobuf.message.Message):
         bundles: collections.abc.Iterable[lattice.v1.task_pb2.CodeBundle] | None = ...,
         expected_revision: builtins.int | None = ...,
         run_id: builtins.str = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "bundles", b"bundles", "expected_revision", b"expected_revision", "functions", b"functions", "run_id", b"run_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "bundles", b"bundles", "expected_revision", b"expected_revision", "functions", b"functions", "request_id", b"request_id", "run_id", b"run_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
 
 Global___AddTasksRequest: typing_extensions.TypeAlias = AddTasksRequest
@@ -334,10 +338,13 @@ class AddEdgesRequest(google.protobuf.message.Message):
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     EDGES_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     """The workflow."""
     expected_revision: builtins.int
     """Fails with ABORTED unless the workflow has this revision; unset means any."""
+    request_id: builtins.str
+    """Makes the call safe to repeat; see the service."""
     @property
     def edges(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Edge]:
         """The edges to add; an edge that exists is kept."""
@@ -348,9 +355,10 @@ class AddEdgesRequest(google.protobuf.message.Message):
         workflow_id: builtins.str = ...,
         edges: collections.abc.Iterable[Global___Edge] | None = ...,
         expected_revision: builtins.int | None = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "edges", b"edges", "expected_revision", b"expected_revision", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "edges", b"edges", "expected_revision", b"expected_revision", "request_id", b"request_id", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
 
 Global___AddEdgesRequest: typing_extensions.TypeAlias = AddEdgesRequest
@@ -473,14 +481,18 @@ class DeleteWorkflowRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     """The workflow."""
+    request_id: builtins.str
+    """Makes the call safe to repeat; see the service."""
     def __init__(
         self,
         *,
         workflow_id: builtins.str = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id", "workflow_id", b"workflow_id"]) -> None: ...
 
 Global___DeleteWorkflowRequest: typing_extensions.TypeAlias = DeleteWorkflowRequest
 
@@ -544,12 +556,15 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     workflow_id: builtins.str
     """A stored workflow."""
     priority: builtins.int
-    """Among waiting runs of one caller, higher goes first."""
+    """Among waiting tasks of one tenant, higher goes first."""
+    tenant: builtins.str
+    """The tenant whose share of the cluster the run counts towards; runs that name none are one tenant's."""
     @property
     def workflow(self) -> Global___WorkflowSpec:
         """The whole graph."""
@@ -560,7 +575,7 @@ class RunWorkflowRequest(google.protobuf.message.Message):
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """Labels, to find the run by; `tenant` names the caller that fair share counts."""
+        """Labels, to find the run by."""
 
     @property
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
@@ -583,9 +598,10 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         priority: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         wait: google.protobuf.duration_pb2.Duration | None = ...,
+        tenant: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["source", b"source", "timeout", b"timeout", "wait", b"wait", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "run_id", b"run_id", "source", b"source", "timeout", b"timeout", "wait", b"wait", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["workflow_id", "workflow"] | None: ...
 
 Global___RunWorkflowRequest: typing_extensions.TypeAlias = RunWorkflowRequest
@@ -735,6 +751,111 @@ class GetRunResponse(google.protobuf.message.Message):
 Global___GetRunResponse: typing_extensions.TypeAlias = GetRunResponse
 
 @typing.final
+class GetRunGraphRequest(google.protobuf.message.Message):
+    """Request of `WorkflowService.GetRunGraph`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    VIEW_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    page_size: builtins.int
+    """The most tasks to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a page
+    ends early.
+    """
+    page_token: builtins.str
+    """`next_page_token` of the previous response."""
+    view: lattice.v1.run_pb2.View.ValueType
+    """How much of each task to return; with `VIEW_BASIC` its definition is left out."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        page_size: builtins.int | None = ...,
+        page_token: builtins.str = ...,
+        view: lattice.v1.run_pb2.View.ValueType = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id", "view", b"view"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_page_size", b"_page_size"]) -> typing.Literal["page_size"] | None: ...
+
+Global___GetRunGraphRequest: typing_extensions.TypeAlias = GetRunGraphRequest
+
+@typing.final
+class GetRunGraphResponse(google.protobuf.message.Message):
+    """Response of `WorkflowService.GetRunGraph`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASKS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Asks for the next page; empty at the end."""
+    revision: builtins.int
+    """The run's revision these tasks are of. A run that grows while its pages are read has a higher one on later pages."""
+    @property
+    def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GraphTask]:
+        """The tasks."""
+
+    def __init__(
+        self,
+        *,
+        tasks: collections.abc.Iterable[Global___GraphTask] | None = ...,
+        next_page_token: builtins.str = ...,
+        revision: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "revision", b"revision", "tasks", b"tasks"]) -> None: ...
+
+Global___GetRunGraphResponse: typing_extensions.TypeAlias = GetRunGraphResponse
+
+@typing.final
+class GraphTask(google.protobuf.message.Message):
+    """One task in the graph of a run."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
+    PREDECESSOR_TASK_IDS_FIELD_NUMBER: builtins.int
+    PARENT_TASK_ID_FIELD_NUMBER: builtins.int
+    FUNCTION_NAME_FIELD_NUMBER: builtins.int
+    SPEC_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task."""
+    display_name: builtins.str
+    """The task's name, for people."""
+    parent_task_id: builtins.str
+    """The task that added this one to the run: the mapped task it is an item of, or the task that spawned it."""
+    function_name: builtins.str
+    """The name of its function, for people."""
+    @property
+    def predecessor_task_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The tasks it waits for: those its inputs and its condition come from, and `TaskSpec.after`."""
+
+    @property
+    def spec(self) -> lattice.v1.task_pb2.TaskSpec:
+        """Its definition, with defaults filled in; only with `VIEW_FULL`. `TaskSpec.function` is the digest of its function."""
+
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        display_name: builtins.str = ...,
+        predecessor_task_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        parent_task_id: builtins.str = ...,
+        function_name: builtins.str = ...,
+        spec: lattice.v1.task_pb2.TaskSpec | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["display_name", b"display_name", "function_name", b"function_name", "parent_task_id", b"parent_task_id", "predecessor_task_ids", b"predecessor_task_ids", "spec", b"spec", "task_id", b"task_id"]) -> None: ...
+
+Global___GraphTask: typing_extensions.TypeAlias = GraphTask
+
+@typing.final
 class ListRunsRequest(google.protobuf.message.Message):
     """Request of `WorkflowService.ListRuns`."""
 
@@ -761,6 +882,7 @@ class ListRunsRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     VIEW_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
     page_size: builtins.int
     """The most runs to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a page
     ends early.
@@ -769,6 +891,8 @@ class ListRunsRequest(google.protobuf.message.Message):
     """`next_page_token` of the previous response."""
     view: lattice.v1.run_pb2.View.ValueType
     """How much of each run to return."""
+    tenant: builtins.str
+    """Only runs of this tenant; empty means all."""
     @property
     def states(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.run_pb2.RunState.ValueType]:
         """Only runs in these states; empty means all."""
@@ -785,9 +909,10 @@ class ListRunsRequest(google.protobuf.message.Message):
         page_size: builtins.int | None = ...,
         page_token: builtins.str = ...,
         view: lattice.v1.run_pb2.View.ValueType = ...,
+        tenant: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_page_size", b"_page_size", "labels", b"labels", "page_size", b"page_size", "page_token", b"page_token", "states", b"states", "view", b"view"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_page_size", b"_page_size", "labels", b"labels", "page_size", b"page_size", "page_token", b"page_token", "states", b"states", "tenant", b"tenant", "view", b"view"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_page_size", b"_page_size"]) -> typing.Literal["page_size"] | None: ...
 
 Global___ListRunsRequest: typing_extensions.TypeAlias = ListRunsRequest
@@ -824,17 +949,21 @@ class CancelRunRequest(google.protobuf.message.Message):
 
     RUN_ID_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
     reason: builtins.str
     """Why, for people; shown in the run's failure."""
+    request_id: builtins.str
+    """Makes the call safe to repeat; see the service."""
     def __init__(
         self,
         *,
         run_id: builtins.str = ...,
         reason: builtins.str = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["reason", b"reason", "run_id", b"run_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "request_id", b"request_id", "run_id", b"run_id"]) -> None: ...
 
 Global___CancelRunRequest: typing_extensions.TypeAlias = CancelRunRequest
 

@@ -37,6 +37,11 @@ class WorkflowServiceStub(object):
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
 
+    A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
+    call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
+    content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
+    remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
+
     A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
     `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
     """
@@ -92,6 +97,11 @@ class WorkflowServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.GetRunRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_workflow__pb2.GetRunResponse.FromString,
                 _registered_method=True)
+        self.GetRunGraph = channel.unary_unary(
+                '/lattice.v1.WorkflowService/GetRunGraph',
+                request_serializer=lattice_dot_v1_dot_workflow__pb2.GetRunGraphRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_workflow__pb2.GetRunGraphResponse.FromString,
+                _registered_method=True)
         self.ListRuns = channel.unary_unary(
                 '/lattice.v1.WorkflowService/ListRuns',
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.ListRunsRequest.SerializeToString,
@@ -115,6 +125,11 @@ class WorkflowServiceServicer(object):
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
+
+    A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
+    call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
+    content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
+    remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
     A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
     `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
@@ -183,6 +198,14 @@ class WorkflowServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRunGraph(self, request, context):
+        """Returns the graph of a run page by page: its tasks with their dependencies, in the order of their definition, those
+        that were added while it ran included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRuns(self, request, context):
         """Lists runs, newest first.
         """
@@ -245,6 +268,11 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.GetRunRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_workflow__pb2.GetRunResponse.SerializeToString,
             ),
+            'GetRunGraph': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRunGraph,
+                    request_deserializer=lattice_dot_v1_dot_workflow__pb2.GetRunGraphRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_workflow__pb2.GetRunGraphResponse.SerializeToString,
+            ),
             'ListRuns': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRuns,
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.ListRunsRequest.FromString,
@@ -274,6 +302,11 @@ class WorkflowService(object):
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
+
+    A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
+    call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
+    content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
+    remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
     A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
     `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
@@ -512,6 +545,33 @@ class WorkflowService(object):
             '/lattice.v1.WorkflowService/GetRun',
             lattice_dot_v1_dot_workflow__pb2.GetRunRequest.SerializeToString,
             lattice_dot_v1_dot_workflow__pb2.GetRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRunGraph(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lattice.v1.WorkflowService/GetRunGraph',
+            lattice_dot_v1_dot_workflow__pb2.GetRunGraphRequest.SerializeToString,
+            lattice_dot_v1_dot_workflow__pb2.GetRunGraphResponse.FromString,
             options,
             channel_credentials,
             insecure,

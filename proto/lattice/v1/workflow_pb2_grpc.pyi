@@ -169,6 +169,22 @@ _WorkflowServiceGetRunType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceGetRunGraphType = typing_extensions.TypeVar(
+    '_WorkflowServiceGetRunGraphType',
+    grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.GetRunGraphRequest,
+        lattice.v1.workflow_pb2.GetRunGraphResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.GetRunGraphRequest,
+        lattice.v1.workflow_pb2.GetRunGraphResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.GetRunGraphRequest,
+        lattice.v1.workflow_pb2.GetRunGraphResponse,
+    ],
+)
+
 _WorkflowServiceListRunsType = typing_extensions.TypeVar(
     '_WorkflowServiceListRunsType',
     grpc.UnaryUnaryMultiCallable[
@@ -201,7 +217,7 @@ _WorkflowServiceCancelRunType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceGetRunType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType]):
+class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType]):
     """Defines, runs, lists and cancels.
 
     The short way: one `RunWorkflow` with the whole graph inline starts a run and returns its id; then
@@ -212,6 +228,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
+
+    A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
+    call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
+    content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
+    remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
     A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
     `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
@@ -254,6 +275,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
         grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.GetRunRequest,
             lattice.v1.workflow_pb2.GetRunResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.GetRunGraphRequest,
+            lattice.v1.workflow_pb2.GetRunGraphResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.ListRunsRequest,
@@ -304,6 +329,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.GetRunResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.GetRunGraphRequest,
+            lattice.v1.workflow_pb2.GetRunGraphResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.ListRunsRequest,
             lattice.v1.workflow_pb2.ListRunsResponse,
         ],
@@ -339,6 +368,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     GetRun: _WorkflowServiceGetRunType
     """Returns a run."""
+
+    GetRunGraph: _WorkflowServiceGetRunGraphType
+    """Returns the graph of a run page by page: its tasks with their dependencies, in the order of their definition, those
+    that were added while it ran included.
+    """
 
     ListRuns: _WorkflowServiceListRunsType
     """Lists runs, newest first."""
@@ -384,6 +418,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
         lattice.v1.workflow_pb2.GetRunResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.GetRunGraphRequest,
+        lattice.v1.workflow_pb2.GetRunGraphResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.ListRunsRequest,
         lattice.v1.workflow_pb2.ListRunsResponse,
     ],
@@ -404,6 +442,11 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
+
+    A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
+    call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
+    content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
+    remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
     A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
     `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
@@ -480,6 +523,16 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.GetRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.GetRunResponse]]:
         """Returns a run."""
+
+    @abc.abstractmethod
+    def GetRunGraph(
+        self,
+        request: lattice.v1.workflow_pb2.GetRunGraphRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lattice.v1.workflow_pb2.GetRunGraphResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.GetRunGraphResponse]]:
+        """Returns the graph of a run page by page: its tasks with their dependencies, in the order of their definition, those
+        that were added while it ran included.
+        """
 
     @abc.abstractmethod
     def ListRuns(

@@ -56,6 +56,7 @@ MAY_CALL = {
     "lattice.v1.WorkflowService.DeleteWorkflow": CALLER,
     "lattice.v1.WorkflowService.ExecuteWorkflow": CALLER,
     "lattice.v1.WorkflowService.GetRun": CALLER,
+    "lattice.v1.WorkflowService.GetRunGraph": CALLER,
     "lattice.v1.WorkflowService.GetWorkflow": CALLER,
     "lattice.v1.WorkflowService.ListRuns": CALLER,
     "lattice.v1.WorkflowService.ListWorkflows": CALLER,

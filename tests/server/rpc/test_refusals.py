@@ -306,7 +306,7 @@ def test_a_repeated_run_is_the_same_run_and_another_one_a_conflict(idle: Caller)
     with refused(Code.ALREADY_EXISTS, "RUN_ID_CONFLICT"):
         run(idle, task("other"), run_id=run_id)
     with refused(Code.ALREADY_EXISTS, "RUN_ID_CONFLICT"):
-        run(idle, run_id=run_id, labels={"tenant": "somebody else"})
+        run(idle, run_id=run_id, tenant="somebody else")
 
 
 def test_a_repeated_task_is_the_same_run_and_another_one_a_conflict(idle: Caller) -> None:
