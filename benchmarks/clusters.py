@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from benchmarks.shapes import GIB
 from lattice_server.core.messages import WorkerHello
-from lattice_server.core.model import Capacity, Gpu, Isolation
+from lattice_server.core.model import Capacity, Gpu, Isolation, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,6 @@ def _node(index: int) -> WorkerHello:
         capacity=Capacity(cpu, int(cpu) * 4 * GIB, tuple(Gpu(device, memory_bytes=24 * GIB) for device in range(gpus))),
         labels={},
         isolations=frozenset({Isolation.NONE}),
-        runtime="python",
+        runtime=Runtime("python"),
         pid=index,
     )

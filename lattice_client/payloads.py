@@ -11,7 +11,7 @@ import struct
 import sys
 from typing import Any
 
-from lattice.v1 import payload_pb2
+from lattice.v1 import payload_pb2, resources_pb2
 
 from lattice_client import pickler
 
@@ -170,6 +170,7 @@ def decode(media_type: str, data: bytes | bytearray) -> Any:
             return bytes(data)
 
 
-def runtime_of(pickled: bytes) -> str:
-    """Return what a pickled function needs to run it: this version of Python if it holds bytecode, else anything."""
-    return f"python {sys.version_info.major}.{sys.version_info.minor}" if BY_VALUE in pickled else ""
+def runtime_of(pickled: bytes) -> resources_pb2.Runtime | None:
+    """Return what a pickled function needs to run it: this version of Python if it holds bytecode, else None."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return resources_pb2.Runtime(language="python", version=version) if BY_VALUE in pickled else None

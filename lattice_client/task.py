@@ -1,7 +1,6 @@
 """Owns `@task`: what a function takes, gives and needs. Rule: what can be found wrong is found at the decoration."""
 
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,6 +12,7 @@ from lattice.v1 import resources_pb2, task_pb2
 from lattice_client import payloads
 from lattice_client.bundle import Choice, Item, files_in
 from lattice_client.code import pack
+from lattice_client.digests import digest_of
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.freshness import Look, Snapshot
 from lattice_client.returns import returned
@@ -108,15 +108,10 @@ class TaskDefinition(Generic[P, R]):
     @property
     def function_form(self) -> task_pb2.Function:
         """All about the function but its code; where workers have that, its name."""
-        form = task_pb2.Function(
-            call_style=self.call_style,
-            return_style=self.return_style,
-            concurrency=self._concurrency,
-            display_name=self.name,
+        python = task_pb2.PythonFunction(
+            call_style=self.call_style, return_style=self.return_style, concurrency=self._concurrency
         )
-        if self.entrypoint:
-            form.entrypoint = self.entrypoint
-        return form
+        return task_pb2.Function(entrypoint=self.entrypoint, python=python, display_name=self.name)
 
     def pack(self, look: Look | None = None) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         """Return the function as it travels now, and the bundle it needs; `look` as in `freshness`.
@@ -139,11 +134,11 @@ class TaskDefinition(Generic[P, R]):
     def _pack(self) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
         function, bundle = self.function_form, None
         if not self.entrypoint:
-            function.pickle, bundle = pack(self.function, self.name, self.choice)
+            function.python.pickle, bundle = pack(self.function, self.name, self.choice)
             function.bundle_digest = bundle.digest if bundle else ""
-            function.runtime = payloads.runtime_of(function.pickle)
-        content = function.SerializeToString(deterministic=True)
-        function.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+            if (runtime := payloads.runtime_of(function.python.pickle)) is not None:
+                function.runtime.CopyFrom(runtime)
+        function.digest = digest_of(function)
         return function, bundle
 
     @property

@@ -32,6 +32,7 @@ from lattice_worker.zygote import Zygotes
 log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
+PROTOCOL_VERSION = 1
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 FIRST_BEAT_S = 0.5  # Until the server says how often.
 DIAL_S = 10.0  # How long a server may take to say anything at all.
@@ -153,6 +154,7 @@ class Agent:
             isolations=[resources_pb2.ISOLATION_NONE],
             runtime=host.runtime(),
             version=VERSION,
+            protocol_version=PROTOCOL_VERSION,
             held_lease_ids=self._leasing.session.held(),
             pid=os.getpid(),
             stored_artifact_ids=self._materials.stored(),

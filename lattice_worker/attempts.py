@@ -187,8 +187,8 @@ class Attempts:
     def _needs(self, assignment: worker_pb2.Assignment) -> tuple[task_pb2.Function, str, Key]:
         function = self._functions[assignment.function_digest]
         bundle = self._materials.bundle_path(function.bundle_digest)
-        is_async = function.concurrency == task_pb2.CONCURRENCY_ASYNC
-        is_alone = function.concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or self._is_suspect(assignment)
+        is_async = function.python.concurrency == task_pb2.CONCURRENCY_ASYNC
+        is_alone = function.python.concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or self._is_suspect(assignment)
         owner = assignment.lease_id if is_alone else ""
         return function, bundle, Key(assignment.tenant, bundle, tuple(assignment.gpu_indices), is_async, owner)
 

@@ -23,19 +23,20 @@ RETURN_STYLES = {task_pb2.RETURN_STYLE_MAPPING: "mapping", task_pb2.RETURN_STYLE
 
 def function_frame(function: task_pb2.Function, bundle_path: str) -> tuple[dict[str, Any], bytes]:
     """Return the frame that tells a runner about a function."""
-    code = function.WhichOneof("code") or "pickle"
+    python = function.python
+    code = python.WhichOneof("code") or "entrypoint"
     header = {
         "kind": "function",
         "digest": function.digest,
         "code": code,
         "bundle": bundle_path,
         "name": function.display_name,
-        "function": function.source.name,
+        "function": python.source.name,
         "entrypoint": function.entrypoint,
-        "call_style": CALL_STYLES.get(function.call_style, "auto"),
-        "return_style": RETURN_STYLES.get(function.return_style, "auto"),
+        "call_style": CALL_STYLES.get(python.call_style, "auto"),
+        "return_style": RETURN_STYLES.get(python.return_style, "auto"),
     }
-    return header, function.source.code.encode() if code == "source" else function.pickle
+    return header, python.source.code.encode() if code == "source" else python.pickle
 
 
 Outputs = Mapping[str, payload_pb2.Payload]
@@ -132,11 +133,12 @@ def spawned_from_frame(
     function = task_pb2.Function.FromString(blobs[frame["function"]])
     if not blobs[frame["spec"]]:  # a plain function, whose task the spawning one may wire to others
         task.outputs.append("result")
-        function.return_style = task_pb2.RETURN_STYLE_VALUE
+        function.python.return_style = task_pb2.RETURN_STYLE_VALUE
     if not function.entrypoint:
-        function.pickle, function.bundle_digest = blobs[frame["code"]], parent.bundle_digest
-        if BY_VALUE in function.pickle:
-            function.runtime = f"python {sys.version_info.major}.{sys.version_info.minor}"
+        function.python.pickle, function.bundle_digest = blobs[frame["code"]], parent.bundle_digest
+        if BY_VALUE in function.python.pickle:
+            version = f"{sys.version_info.major}.{sys.version_info.minor}"
+            function.runtime.language, function.runtime.version = "python", version
     return worker_pb2.AttemptSpawned(tasks=[task], functions={FUNCTION: function})
 
 

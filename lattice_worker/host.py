@@ -74,9 +74,9 @@ def address_towards(target: str) -> str:
         return "127.0.0.1"
 
 
-def runtime() -> str:
+def runtime() -> resources_pb2.Runtime:
     """Return what runs user code here."""
-    return f"python {platform.python_version()}"
+    return resources_pb2.Runtime(language="python", version=platform.python_version())
 
 
 def _named(count: int, memory_bytes: int) -> list[resources_pb2.Gpu]:

@@ -19,6 +19,7 @@ from lattice_worker.agent import (
     DIAL_S,
     MAX_BACKOFF_S,
     MIN_BACKOFF_S,
+    PROTOCOL_VERSION,
     VERSION,
     Agent,
     seconds,
@@ -167,4 +168,5 @@ class Joiner:
             capacity=host.capacity(self._config),
             labels=self._config.labels,
             version=VERSION,
+            protocol_version=PROTOCOL_VERSION,
         )

@@ -61,18 +61,18 @@ export class Attempts {
     const duration = () => durationOf((performance.now() - beganAt) / 1000);
     const failed = (error) => ({ failed: { failure: failureOf(error), duration: duration() } });
     try {
-      const call = this.#function(assignment);
+      const run = this.#function(assignment);
       const inputs = await Promise.all(assignment.attempts.map((attempt) => this.#inputs(attempt, upstream)));
       report(0, { started: {} });
       beganAt = performance.now();
-      const results = assignment.batched ? await call.run(inputs, context) : [await call.run(inputs[0], context)];
+      const results = assignment.batched ? await run(inputs, context) : [await run(inputs[0], context)];
       if (!Array.isArray(results) || results.length !== inputs.length) {
         throw new PayloadError(`a batch of ${inputs.length} must return a list of as many`);
       }
       return results.map((result) => {
         try {
           if (result instanceof Error) throw result;
-          return { succeeded: { ...this.#outputs(result, call.returnStyle, assignment), duration: duration() } };
+          return { succeeded: { ...this.#outputs(result, assignment), duration: duration() } };
         } catch (error) {
           return failed(error);
         }
@@ -89,7 +89,7 @@ export class Attempts {
     if (assignment.isolation !== "ISOLATION_NONE") {
       throw Object.assign(new PayloadError(`this worker cannot set up ${assignment.isolation}`), { kind: "RESOURCES" });
     }
-    return { run, returnStyle: code.return_style };
+    return run;
   }
 
   async #inputs(attempt, upstream) {
@@ -99,15 +99,13 @@ export class Attempts {
     return Object.fromEntries(await Promise.all(bound));
   }
 
-  #outputs(result, returnStyle, { outputs: names, split_outputs: splitNames }) {
+  #outputs(result, { outputs: names, split_outputs: splitNames }) {
     const hasAll = result !== null && typeof result === "object" && names.every((name) => Object.hasOwn(result, name));
-    const isValue = returnStyle === "RETURN_STYLE_VALUE" || (returnStyle !== "RETURN_STYLE_MAPPING" && !hasAll);
-    if (isValue && names.length > 1) throw new PayloadError(`one value for ${names.length} outputs: ${names}`);
+    if (!hasAll && names.length > 1) throw new PayloadError(`what the function returned does not have all of: ${names}`);
     const outputs = {};
     const split = {};
     for (const name of names) {
-      if (!isValue && !hasAll) throw new PayloadError(`what the function returned does not have all of: ${names}`);
-      const value = isValue ? result : result[name];
+      const value = hasAll ? result[name] : result;
       outputs[name] = this.#values.encoded(value);
       if (!splitNames.includes(name)) continue;
       if (!Array.isArray(value)) throw new PayloadError(`output ${name} is mapped over and is not a list`);

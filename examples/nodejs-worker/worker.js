@@ -16,6 +16,7 @@ import { Leases } from "./leases.js";
 import { Values } from "./values.js";
 
 const VERSION = "0.1.0";
+const PROTOCOL_VERSION = 1;
 const MIN_BACKOFF_MS = 100;
 const MAX_BACKOFF_MS = 2000;
 const DIAL_MS = 10_000; // how long a server may take to say anything at all
@@ -123,8 +124,9 @@ class Worker {
       labels,
       isolations: ["ISOLATION_NONE"],
       entrypoints: Object.keys(this.#registry),
-      runtime: `node ${process.version}`,
+      runtime: { language: "node", version: process.versions.node },
       version: VERSION,
+      protocol_version: PROTOCOL_VERSION,
       pid: process.pid,
     };
   }

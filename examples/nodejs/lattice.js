@@ -17,10 +17,10 @@ const MIN_BACKOFF_MS = 100;
 const MAX_BACKOFF_MS = 5000;
 
 /** Python source as a function of a workflow; `name` is the function to call in it. */
-export const source = (name, code) => ({ source: { name, code } });
+export const source = (name, code) => ({ python: { source: { name, code } } });
 
 /** An importable Python function, `package.module:name`, that takes its inputs by keyword. */
-export const entrypoint = (path) => ({ entrypoint: path, call_style: "CALL_STYLE_KEYWORDS" });
+export const entrypoint = (path) => ({ entrypoint: path, python: { call_style: "CALL_STYLE_KEYWORDS" } });
 
 /** An input known now. */
 export const value = (json) => ({ payload: { json: JSON.stringify(json) } });

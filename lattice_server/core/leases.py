@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from lattice_server.core.model import Capacity, Gpu, Isolation, Resources
+from lattice_server.core.model import Capacity, Gpu, Isolation, Resources, Runtime
 
 EPSILON = 1e-9
 
@@ -55,7 +55,7 @@ class NodeView:
     free: Capacity
     labels: Mapping[str, str]
     isolations: frozenset[Isolation]
-    runtime: str
+    runtime: Runtime
     pid: int
     attempts: int
     entrypoints: frozenset[str]
@@ -78,7 +78,7 @@ class Node:
     capacity: Capacity
     labels: Mapping[str, str]
     isolations: frozenset[Isolation]
-    runtime: str
+    runtime: Runtime
     pid: int
     entrypoints: frozenset[str] = frozenset()
     is_draining: bool = False

@@ -15,6 +15,7 @@ from lattice_server.core.model import (
     Outputs,
     Payload,
     Resources,
+    Runtime,
     TaskSpec,
 )
 from lattice_server.core.states import RunState
@@ -233,7 +234,7 @@ class WorkerHello:
     capacity: Capacity
     labels: Mapping[str, str]
     isolations: frozenset[Isolation]
-    runtime: str
+    runtime: Runtime
     pid: int
     entrypoints: frozenset[str] = frozenset()
     greeting: int = 0

@@ -186,16 +186,39 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Runtime:
+    """What runs a user's code: a language, and a version in parts between dots. Empty, it is any."""
+
+    language: str = ""
+    version: str = ""
+
+    def admits(self, other: "Runtime") -> bool:
+        """Whether code that needs this runtime runs on another: its version begins with the parts of this one's."""
+        if not self.language:
+            return True
+        return self.language == other.language and f"{other.version}.".startswith(
+            f"{self.version}." * bool(self.version)
+        )
+
+    def __str__(self) -> str:
+        """Return it for people."""
+        return f"{self.language} {self.version}".rstrip()
+
+
+ANY_RUNTIME = Runtime()
+
+
+@dataclass(frozen=True, slots=True)
 class Function:
     """Code to run. `definition` is opaque here: what a worker is sent, unopened. `entrypoint` is the name by which
-    workers have it; empty when it travels. `runtime` is what must run it, such as `python 3.11`; empty when any may."""
+    workers have it; empty when it travels. `runtime` is what must run it."""
 
     digest: str
     is_async: bool
     definition: object
     bundle_digest: str = ""
     entrypoint: str = ""
-    runtime: str = ""
+    runtime: Runtime = ANY_RUNTIME
 
 
 class BatchScope(Enum):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lattice_server.core.leases import EPSILON, Node
-from lattice_server.core.model import Capacity, Isolation, Resources, TaskSpec
+from lattice_server.core.model import ANY_RUNTIME, Capacity, Isolation, Resources, Runtime, TaskSpec
 
 NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 UNITS = {20: "MiB", 30: "GiB", 40: "TiB"}
@@ -28,7 +28,7 @@ class Shape:
     limit_key: str = ""
     max_parallel: int = 0
     entrypoint: str = ""
-    runtime: str = ""
+    runtime: Runtime = ANY_RUNTIME
     is_exclusive: bool = False
     _hash: int = field(init=False, repr=False, compare=False)
 
@@ -69,9 +69,8 @@ def has_code(shape: Shape, node: Node) -> bool:
 
 
 def has_runtime(shape: Shape, node: Node) -> bool:
-    """Whether the worker of `node` is of the language, and of the version of it, that the code of `shape` is for."""
-    after = node.runtime.removeprefix(shape.runtime)
-    return not shape.runtime or (node.runtime.startswith(shape.runtime) and after[:1] in {"", " ", "."})
+    """Whether what runs code on a node is what the function of `shape` needs."""
+    return shape.runtime.admits(node.runtime)
 
 
 def could_run(shape: Shape, node: Node) -> bool:

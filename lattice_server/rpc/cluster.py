@@ -79,6 +79,6 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             attempts=node.attempts,
             heartbeat_time=convert.timestamp(self._sessions.heard_at(node.session_id)),
             isolations=[convert.ISOLATION_TO_PROTO[level] for level in node.isolations],
-            runtime=node.runtime,
+            runtime=convert.runtime_to_proto(node.runtime),
             entrypoints=sorted(node.entrypoints),
         )

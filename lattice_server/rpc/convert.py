@@ -23,6 +23,7 @@ from lattice_server.core.model import (
     Parameter,
     Payload,
     Resources,
+    Runtime,
 )
 
 JSON = "application/json"
@@ -225,6 +226,16 @@ def resources_to_proto(resources: Resources) -> resources_pb2.Resources:
         gpu=resources.gpu,
         gpu_memory_bytes=resources.gpu_memory_bytes,
     )
+
+
+def runtime_from_proto(message: resources_pb2.Runtime) -> Runtime:
+    """Return what runs a user's code, or must."""
+    return Runtime(message.language, message.version)
+
+
+def runtime_to_proto(runtime: Runtime) -> resources_pb2.Runtime:
+    """Return what runs a user's code as a message."""
+    return resources_pb2.Runtime(language=runtime.language, version=runtime.version)
 
 
 def capacity_from_proto(message: resources_pb2.Capacity) -> Capacity:

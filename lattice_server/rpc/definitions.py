@@ -1,6 +1,5 @@
 """Owns the translation of what workflows are made of: functions, policies, tasks. Rule: a bad field is named."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -18,8 +17,10 @@ from lattice_server.rpc.convert import (
     output_from_proto,
     payload_from_proto,
     resources_from_proto,
+    runtime_from_proto,
     seconds_from,
 )
+from lattice_server.rpc.digests import digest_of
 
 MAX_ID_LENGTH = 128
 MAX_ATTEMPTS = 10_000
@@ -40,15 +41,13 @@ BATCH_SCOPE_FROM_PROTO = {
 
 def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], task_pb2.CodeBundle]) -> Function:
     """Return a function that came with its code, named by the digest of what came."""
-    stripped = task_pb2.Function()
-    stripped.CopyFrom(message)
-    stripped.ClearField("digest")
-    content = stripped.SerializeToString(deterministic=True)
-    stripped.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    kept = task_pb2.Function()
+    kept.CopyFrom(message)
+    kept.digest = digest_of(message)
     bundle = bundle_of(message.bundle_digest) if message.bundle_digest else None
-    is_async = message.concurrency == task_pb2.CONCURRENCY_ASYNC
-    needs = (message.bundle_digest, message.entrypoint, message.runtime)
-    return Function(stripped.digest, is_async, (stripped, bundle), *needs)
+    is_async = message.python.concurrency == task_pb2.CONCURRENCY_ASYNC
+    runtime = runtime_from_proto(message.runtime)
+    return Function(kept.digest, is_async, (kept, bundle), message.bundle_digest, message.entrypoint, runtime)
 
 
 def code_to_proto(function: Function) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:

@@ -110,9 +110,12 @@ class Intake:
         )
 
     def _function(self, message: task_pb2.Function, field: str) -> Function:
-        if message.WhichOneof("code") is None:
+        has_code = message.python.WhichOneof("code") is not None
+        if has_code and message.entrypoint:
+            raise invalid_field(field, "a function has either an entrypoint or code of its own")
+        if not (has_code or message.entrypoint):
             if not message.digest:
-                text = "a function needs pickle, entrypoint, source, or the digest of one sent before"
+                text = "a function needs python.pickle, python.source, entrypoint, or the digest of one sent before"
                 raise invalid_field(field, text)
             known: Function = self._code.get(message.digest)
             return known

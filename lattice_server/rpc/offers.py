@@ -5,9 +5,11 @@ Rule: what the ledger would count with, and what people would read, is sound bef
 
 from lattice.v1 import cluster_pb2, resources_pb2, worker_pb2
 
+from lattice_server import __version__
 from lattice_server.core.errors import invalid_field
 from lattice_server.engine.store import HEAD
 from lattice_server.rpc import convert
+from lattice_server.rpc.limits import PROTOCOL_VERSION
 
 MAX_NAME = 128
 MAX_CPUS = 1e6
@@ -26,6 +28,18 @@ def check_first(first: worker_pb2.ConnectRequest, *, is_beside: bool) -> None:
     if isinstance(offer, worker_pb2.Hello):
         _check_name(offer.worker_id, f"{kind}.worker_id")
     _check_capacity(offer.capacity, f"{kind}.capacity")
+
+
+def version_misfit(first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:
+    """Return the answer to a worker or a machine that speaks another version of the protocol; None to others."""
+    kind = first.WhichOneof("opening")
+    offer = first.hello if kind == "hello" else first.join
+    if kind is None or offer.protocol_version == PROTOCOL_VERSION:
+        return None
+    theirs = f"version {offer.version or 'unknown'} and speaks protocol {offer.protocol_version}"
+    ours = f"version {__version__} and speaks protocol {PROTOCOL_VERSION}"
+    text = f"the worker on node {offer.node_id!r} has {theirs}; the server has {ours}"
+    return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_VERSION, message=text)
 
 
 def deadline_from_proto(message: worker_pb2.Draining | cluster_pb2.DrainNodeRequest) -> float | None:

@@ -25,7 +25,7 @@ from lattice_server.rpc.context import Context, whole
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.interceptors import unreadable
 from lattice_server.rpc.machines import Machines
-from lattice_server.rpc.offers import check_first, deadline_from_proto
+from lattice_server.rpc.offers import check_first, deadline_from_proto, version_misfit
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._bus.post([messages.WorkerDetached(session_id, silent_s)])
 
     def _refusal(self, first: worker_pb2.ConnectRequest, is_beside: bool) -> worker_pb2.Close | None:
+        if (misfit := version_misfit(first)) is not None:
+            return misfit
         try:
             check_first(first, is_beside=is_beside)
         except LatticeError as error:
@@ -222,7 +224,7 @@ def _hello_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHello
         isolations=frozenset(
             convert.ISOLATION_FROM_PROTO[level] for level in hello.isolations if level in convert.ISOLATION_FROM_PROTO
         ),
-        runtime=hello.runtime,
+        runtime=convert.runtime_from_proto(hello.runtime),
         pid=hello.pid,
         entrypoints=frozenset(hello.entrypoints),
         greeting=greeting,

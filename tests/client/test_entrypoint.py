@@ -14,7 +14,11 @@ def test_what_is_called_and_what_it_takes_and_gives() -> None:
     assert (found.outputs, found.return_style) == (("words", "lines"), task_pb2.RETURN_STYLE_MAPPING)
     assert (found.resources.cpu, found.settings.retry.max_attempts) == (0.5, 3)
     function, bundle = found.pack()
-    assert (function.entrypoint, function.call_style, bundle) == ("js/word_count", task_pb2.CALL_STYLE_KEYWORDS, None)
+    assert (function.entrypoint, function.python.call_style, bundle) == (
+        "js/word_count",
+        task_pb2.CALL_STYLE_KEYWORDS,
+        None,
+    )
     plain = entrypoint("statistics:mean")
     assert (plain.name, plain.takes_any, plain.outputs) == ("mean", True, ("result",))
     assert function.digest not in {"", plain.pack()[0].digest}

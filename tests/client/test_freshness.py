@@ -114,7 +114,7 @@ def script() -> dict[str, Any]:
 
 def changed(definition: TaskDefinition[..., Any]) -> Any:
     """The value that a worker would get now."""
-    return pickle.loads(definition.pack()[0].pickle)()
+    return pickle.loads(definition.pack()[0].python.pickle)()
 
 
 def setting(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lattice.v1 import resources_pb2
 
 from lattice_client import entrypoint, payloads, task
 from lattice_client.code import pack
@@ -183,9 +184,10 @@ def test_an_unknown_encoding_comes_back_as_bytes() -> None:
 
 
 def test_code_needs_its_own_version_of_python_and_a_name_none() -> None:
-    here = f"python {sys.version_info.major}.{sys.version_info.minor}"
-    assert payloads.runtime_of(pack(statistics.mean)[0]) == ""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    here, anything = resources_pb2.Runtime(language="python", version=version), resources_pb2.Runtime()
+    assert payloads.runtime_of(pack(statistics.mean)[0]) is None
     for code in (lambda: 1, functools.partial(statistics.mean, key=lambda: 1), type("Local", (), {})):
         assert payloads.runtime_of(pack(code)[0]) == here
     assert task(lambda: 1).pack()[0].runtime == here
-    assert task(statistics.mean).pack()[0].runtime == entrypoint("statistics:mean").pack()[0].runtime == ""
+    assert task(statistics.mean).pack()[0].runtime == entrypoint("statistics:mean").pack()[0].runtime == anything

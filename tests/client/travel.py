@@ -23,7 +23,7 @@ def send(function, **inputs):
     task = function if isinstance(function, TaskDefinition) else define(function)
     form, bundle = task.pack()
     with open(os.environ["SENT"], "wb") as file:
-        pickle.dump((form.pickle, bundle.zip if bundle else b"", payloads.encode(inputs)), file)
+        pickle.dump((form.python.pickle, bundle.zip if bundle else b"", payloads.encode(inputs)), file)
 """
 
 # Calls what was sent; prints what comes of it as JSON.

@@ -126,7 +126,8 @@ def test_what_the_example_has(address: str, client: LatticeClient) -> None:
         example.welcomed()
         node = node_of(client)
         assert list(node.entrypoints) == ["js/sleep", "js/square_root", "js/word_count"]
-        assert (node.runtime[:6], node.worker_pid, node.capacity.cpu) == ("node v", example.process.pid, 2)
+        assert (node.runtime.language, node.worker_pid, node.capacity.cpu) == ("node", example.process.pid, 2)
+        assert node.runtime.version[0].isdigit()
         words = client.run_task(entrypoint("js/word_count", inputs=["text"]), {"text": "Ein Wort, ein Satz"})
         assert words == {"result": {"ein": 2, "wort": 1, "satz": 1}}
         assert client.run_task(entrypoint("js/square_root"), {"x": 9}) == {"result": 3}
@@ -229,7 +230,7 @@ def test_an_error_comes_with_its_type_and_stack(client: LatticeClient) -> None:
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize(
     ("path", "outputs", "inputs"),
-    [("js/sum", ["a"], {"numbers": [1]}), ("js/sum", None, {"numbers": {1, 2}})],
+    [("js/sum", ["a", "b"], {"numbers": [1]}), ("js/sum", None, {"numbers": {1, 2}})],
 )
 def test_what_cannot_travel_is_a_failure_of_its_own_kind(
     client: LatticeClient, path: str, outputs: list[str] | None, inputs: dict[str, Any]

@@ -62,7 +62,7 @@ def _calls_in_the_readme() -> list[tuple[str, dict[str, Any]]]:
 
 
 def _source(name: str, code: str) -> dict[str, Any]:
-    return {"source": {"name": name, "code": code}}
+    return {"python": {"source": {"name": name, "code": code}}}
 
 
 ADD = _source("add", "def add(a, b):\n    return a + b\n")
@@ -155,7 +155,7 @@ def test_a_workflow_from_a_shell_step_by_step(call: Call) -> None:
 
 def test_one_function_from_a_shell(call: Call) -> None:
     request = {
-        "function": {"entrypoint": "statistics:mean", "call_style": "CALL_STYLE_KEYWORDS"},
+        "function": {"entrypoint": "statistics:mean", "python": {"call_style": "CALL_STYLE_KEYWORDS"}},
         "task": {"task_id": "mean", "inputs": {"data": {"payload": {"json": "[1, 2, 6]"}}}, "outputs": ["mean"]},
         "wait": "30s",
     }

@@ -13,7 +13,7 @@ JSON = "application/json"
 
 
 def source(name: str, code: str) -> dict[str, Any]:
-    return {"source": {"name": name, "code": code}}
+    return {"python": {"source": {"name": name, "code": code}}}
 
 
 FUNCTIONS = {
@@ -28,7 +28,7 @@ FUNCTIONS = {
         "        time.sleep(0.01)\n"
         "    return 21\n",
     ),
-    "total": {"entrypoint": "builtins:sum", "call_style": "CALL_STYLE_KEYWORDS"},
+    "total": {"entrypoint": "builtins:sum", "python": {"call_style": "CALL_STYLE_KEYWORDS"}},
 }
 WAIT = "60s"
 

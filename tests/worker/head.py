@@ -81,10 +81,12 @@ class Stream:
         )
         code = task_pb2.Function(
             digest=assignment.function_digest,
-            pickle=cloudpickle.dumps(function),
-            call_style=task_pb2.CALL_STYLE_KEYWORDS,
-            return_style=task_pb2.RETURN_STYLE_VALUE,
-            concurrency=task_pb2.CONCURRENCY_ASYNC if is_async else task_pb2.CONCURRENCY_PROCESS,
+            python=task_pb2.PythonFunction(
+                pickle=cloudpickle.dumps(function),
+                call_style=task_pb2.CALL_STYLE_KEYWORDS,
+                return_style=task_pb2.RETURN_STYLE_VALUE,
+                concurrency=task_pb2.CONCURRENCY_ASYNC if is_async else task_pb2.CONCURRENCY_PROCESS,
+            ),
         )
         self.say(functions=[code], assignments=[assignment])
         return assignment

@@ -166,7 +166,8 @@ class Scene:
     def assign(self, lease_id: str, size: int, *, is_async: bool) -> worker_pb2.Assignment:
         """Start a lease."""
         concurrency = task_pb2.CONCURRENCY_ASYNC if is_async else task_pb2.CONCURRENCY_PROCESS
-        function = task_pb2.Function(digest=f"sha256:{is_async}", pickle=b"x", concurrency=concurrency)
+        python = task_pb2.PythonFunction(pickle=b"x", concurrency=concurrency)
+        function = task_pb2.Function(digest=f"sha256:{is_async}", python=python)
         self.attempts.learn([function], [])
         payload = payload_pb2.Binding(payload=payload_pb2.Payload(media_type="application/json", json="1"))
         assignment = worker_pb2.Assignment(

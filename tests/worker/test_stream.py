@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
+from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, worker_pb2
 
 from tests.e2e.proxy import Gate
 from tests.worker.head import TIMEOUT_S, Pair, pair
@@ -289,7 +289,8 @@ def test_what_a_task_spawns_needs_the_python_it_was_written_by_if_it_holds_code(
         for _ in range(2):
             spawned = (await both.stream.until("a", "spawned")).spawned
             needs[spawned.tasks[0].display_name] = spawned.functions[spawned.tasks[0].function].runtime
-        here = f"python {sys.version_info.major}.{sys.version_info.minor}"
-        assert needs == {"named": "", "held": here}
+        here = f"{sys.version_info.major}.{sys.version_info.minor}"
+        held = resources_pb2.Runtime(language="python", version=here)
+        assert needs == {"named": resources_pb2.Runtime(), "held": held}
 
     play(scenario, tmp_path)

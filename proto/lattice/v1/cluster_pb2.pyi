@@ -308,8 +308,6 @@ class Node(google.protobuf.message.Message):
     """The operating system's id of the worker process."""
     attempts: builtins.int
     """Attempts assigned to it."""
-    runtime: builtins.str
-    """What runs the user's code, such as `python 3.11.7`."""
     @property
     def capacity(self) -> lattice.v1.resources_pb2.Capacity:
         """All that it offers."""
@@ -331,6 +329,10 @@ class Node(google.protobuf.message.Message):
         """The isolation levels it can set up."""
 
     @property
+    def runtime(self) -> lattice.v1.resources_pb2.Runtime:
+        """What runs the user's code, such as `python 3.11.7`."""
+
+    @property
     def entrypoints(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The entry points its worker has of its own, and runs alone; empty for a worker that runs Python."""
 
@@ -349,10 +351,10 @@ class Node(google.protobuf.message.Message):
         attempts: builtins.int = ...,
         heartbeat_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         isolations: collections.abc.Iterable[lattice.v1.resources_pb2.Isolation.ValueType] | None = ...,
-        runtime: builtins.str = ...,
+        runtime: lattice.v1.resources_pb2.Runtime | None = ...,
         entrypoints: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["capacity", b"capacity", "free", b"free", "heartbeat_time", b"heartbeat_time"]) -> builtins.bool: ...
+    def HasField(self, field_name: typing.Literal["capacity", b"capacity", "free", b"free", "heartbeat_time", b"heartbeat_time", "runtime", b"runtime"]) -> builtins.bool: ...
     def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "capacity", b"capacity", "entrypoints", b"entrypoints", "free", b"free", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "runtime", b"runtime", "state", b"state", "worker_id", b"worker_id", "worker_pid", b"worker_pid"]) -> None: ...
 
 Global___Node: typing_extensions.TypeAlias = Node

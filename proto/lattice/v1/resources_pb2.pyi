@@ -157,3 +157,31 @@ class Gpu(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["index", b"index", "memory_bytes", b"memory_bytes", "model", b"model", "uuid", b"uuid"]) -> None: ...
 
 Global___Gpu: typing_extensions.TypeAlias = Gpu
+
+@typing.final
+class Runtime(google.protobuf.message.Message):
+    """What runs a user's code.
+
+    A function that names a runtime runs on nodes of the same language whose version begins with the function's: each of
+    the parts between the dots of the function's version equals the part of the node's at that place. So 3.11 admits
+    3.11.7, and neither 3.1 nor 3.110. A function without a version runs on every node of its language, and one without a
+    language on every node.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LANGUAGE_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    language: builtins.str
+    """The language, in lower case, such as `python` or `node`."""
+    version: builtins.str
+    """The version, such as `3.11.7`; for a function the beginning of one."""
+    def __init__(
+        self,
+        *,
+        language: builtins.str = ...,
+        version: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["language", b"language", "version", b"version"]) -> None: ...
+
+Global___Runtime: typing_extensions.TypeAlias = Runtime

@@ -29,7 +29,7 @@ from lattice.v1 import resources_pb2 as lattice_dot_v1_dot_resources__pb2
 from lattice.v1 import run_pb2 as lattice_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lattice/v1/task.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17lattice/v1/errors.proto\x1a\x18lattice/v1/payload.proto\x1a\x1alattice/v1/resources.proto\x1a\x14lattice/v1/run.proto\"\xac\x05\n\x08TaskSpec\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x30\n\x06inputs\x18\x04 \x03(\x0b\x32 .lattice.v1.TaskSpec.InputsEntry\x12\x0f\n\x07outputs\x18\x05 \x03(\t\x12\r\n\x05\x61\x66ter\x18\x06 \x03(\t\x12(\n\tresources\x18\x07 \x01(\x0b\x32\x15.lattice.v1.Resources\x12&\n\x05retry\x18\x08 \x01(\x0b\x32\x17.lattice.v1.RetryPolicy\x12*\n\x07timeout\x18\t \x01(\x0b\x32\x19.lattice.v1.TimeoutPolicy\x12&\n\x05\x62\x61tch\x18\n \x01(\x0b\x32\x17.lattice.v1.BatchPolicy\x12(\n\tisolation\x18\x0b \x01(\x0e\x32\x15.lattice.v1.Isolation\x12=\n\rnode_selector\x18\x0c \x03(\x0b\x32&.lattice.v1.TaskSpec.NodeSelectorEntry\x12\x10\n\x08priority\x18\r \x01(\x05\x12\x19\n\x0cmax_parallel\x18\x0e \x01(\x05H\x00\x88\x01\x01\x12\x17\n\x0f\x63oncurrency_key\x18\x0f \x01(\t\x12\x0c\n\x04over\x18\x10 \x01(\t\x12(\n\tcondition\x18\x11 \x01(\x0b\x32\x15.lattice.v1.Condition\x1a\x42\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Binding:\x02\x38\x01\x1a\x33\n\x11NodeSelectorEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_max_parallel\"h\n\tCondition\x12%\n\x06output\x18\x01 \x01(\x0b\x32\x15.lattice.v1.OutputRef\x12#\n\x06\x65quals\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Payload\x12\x0f\n\x07negated\x18\x03 \x01(\x08\"\xbc\x02\n\x08\x46unction\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x10\n\x06pickle\x18\x02 \x01(\x0cH\x00\x12\x14\n\nentrypoint\x18\x03 \x01(\tH\x00\x12*\n\x06source\x18\x04 \x01(\x0b\x32\x18.lattice.v1.PythonSourceH\x00\x12\x15\n\rbundle_digest\x18\x05 \x01(\t\x12)\n\ncall_style\x18\x06 \x01(\x0e\x32\x15.lattice.v1.CallStyle\x12-\n\x0creturn_style\x18\x07 \x01(\x0e\x32\x17.lattice.v1.ReturnStyle\x12,\n\x0b\x63oncurrency\x18\x08 \x01(\x0e\x32\x17.lattice.v1.Concurrency\x12\x14\n\x0c\x64isplay_name\x18\t \x01(\t\x12\x0f\n\x07runtime\x18\n \x01(\tB\x06\n\x04\x63ode\"*\n\x0cPythonSource\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\")\n\nCodeBundle\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0b\n\x03zip\x18\x02 \x01(\x0c\"\xce\x02\n\x0bRetryPolicy\x12\x19\n\x0cmax_attempts\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x12\x62\x61\x63koff_multiplier\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12.\n\x0bmax_backoff\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x08retry_on\x18\x05 \x03(\x0e\x32\x17.lattice.v1.FailureKind\x12\x16\n\x0eretry_on_types\x18\x06 \x03(\t\x12\x1e\n\x11max_worker_losses\x18\x07 \x01(\x05H\x02\x88\x01\x01\x42\x0f\n\r_max_attemptsB\x15\n\x13_backoff_multiplierB\x14\n\x12_max_worker_losses\"e\n\rTimeoutPolicy\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"s\n\x0b\x42\x61tchPolicy\x12\x10\n\x08max_size\x18\x01 \x01(\x05\x12+\n\x08max_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x05scope\x18\x03 \x01(\x0e\x32\x16.lattice.v1.BatchScope\"\xf2\x02\n\x0eRunTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\"\n\x04task\x18\x02 \x01(\x0b\x32\x14.lattice.v1.TaskSpec\x12&\n\x08\x66unction\x18\x03 \x01(\x0b\x32\x14.lattice.v1.Function\x12&\n\x06\x62undle\x18\x04 \x01(\x0b\x32\x16.lattice.v1.CodeBundle\x12\x36\n\x06labels\x18\x05 \x03(\x0b\x32&.lattice.v1.RunTaskRequest.LabelsEntry\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12*\n\x07timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x0fRunTaskResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.lattice.v1.Run\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12!\n\x04task\x18\x03 \x01(\x0b\x32\x13.lattice.v1.TaskRun\"Z\n\x0eGetTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\x0fGetTaskResponse\x12!\n\x04task\x18\x01 \x01(\x0b\x32\x13.lattice.v1.TaskRun\"\xa3\x01\n\x10ListTasksRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12%\n\x06states\x18\x02 \x03(\x0e\x32\x15.lattice.v1.TaskState\x12\x16\n\tpage_size\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x1e\n\x04view\x18\x05 \x01(\x0e\x32\x10.lattice.v1.ViewB\x0c\n\n_page_size\"b\n\x11ListTasksResponse\x12\"\n\x05tasks\x18\x01 \x03(\x0b\x32\x13.lattice.v1.TaskRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\"H\n\x11\x43\x61ncelTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"7\n\x12\x43\x61ncelTaskResponse\x12!\n\x04task\x18\x01 \x01(\x0b\x32\x13.lattice.v1.TaskRun\"5\n\x12\x45xplainTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\"\xb9\x01\n\x13\x45xplainTaskResponse\x12!\n\x04task\x18\x01 \x01(\x0b\x32\x13.lattice.v1.TaskRun\x12\'\n\x07reasons\x18\x02 \x03(\x0b\x32\x16.lattice.v1.WaitReason\x12)\n\x06waited\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08start_in\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x93\x01\n\nWaitReason\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.lattice.v1.WaitKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x10\n\x08resource\x18\x05 \x01(\t\x12\x0e\n\x06wanted\x18\x06 \x01(\x01\x12\x0c\n\x04\x66ree\x18\x07 \x01(\x01*W\n\tCallStyle\x12\x1a\n\x16\x43\x41LL_STYLE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41LL_STYLE_PARAMS\x10\x01\x12\x17\n\x13\x43\x41LL_STYLE_KEYWORDS\x10\x02*]\n\x0bReturnStyle\x12\x1c\n\x18RETURN_STYLE_UNSPECIFIED\x10\x00\x12\x18\n\x14RETURN_STYLE_MAPPING\x10\x01\x12\x16\n\x12RETURN_STYLE_VALUE\x10\x02*y\n\x0b\x43oncurrency\x12\x1b\n\x17\x43ONCURRENCY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43ONCURRENCY_PROCESS\x10\x01\x12\x15\n\x11\x43ONCURRENCY_ASYNC\x10\x02\x12\x1d\n\x19\x43ONCURRENCY_FRESH_PROCESS\x10\x03*V\n\nBatchScope\x12\x1b\n\x17\x42\x41TCH_SCOPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42\x41TCH_SCOPE_SERVER\x10\x01\x12\x13\n\x0f\x42\x41TCH_SCOPE_RUN\x10\x02*\xe7\x01\n\x08WaitKind\x12\x19\n\x15WAIT_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fWAIT_KIND_INPUT\x10\x01\x12\x12\n\x0eWAIT_KIND_TURN\x10\x02\x12\x17\n\x13WAIT_KIND_RESOURCES\x10\x03\x12\x13\n\x0fWAIT_KIND_NODES\x10\x04\x12\x13\n\x0fWAIT_KIND_LIMIT\x10\x05\x12\x13\n\x0fWAIT_KIND_BATCH\x10\x06\x12\x13\n\x0fWAIT_KIND_RETRY\x10\x07\x12\x15\n\x11WAIT_KIND_RUNNING\x10\x08\x12\x13\n\x0fWAIT_KIND_ENDED\x10\t2\xfc\x02\n\x0bTaskService\x12\x42\n\x07RunTask\x12\x1a.lattice.v1.RunTaskRequest\x1a\x1b.lattice.v1.RunTaskResponse\x12\x42\n\x07GetTask\x12\x1a.lattice.v1.GetTaskRequest\x1a\x1b.lattice.v1.GetTaskResponse\x12H\n\tListTasks\x12\x1c.lattice.v1.ListTasksRequest\x1a\x1d.lattice.v1.ListTasksResponse\x12K\n\nCancelTask\x12\x1d.lattice.v1.CancelTaskRequest\x1a\x1e.lattice.v1.CancelTaskResponse\x12N\n\x0b\x45xplainTask\x12\x1e.lattice.v1.ExplainTaskRequest\x1a\x1f.lattice.v1.ExplainTaskResponseB1\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lattice/v1/task.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17lattice/v1/errors.proto\x1a\x18lattice/v1/payload.proto\x1a\x1alattice/v1/resources.proto\x1a\x14lattice/v1/run.proto\"\xac\x05\n\x08TaskSpec\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x10\n\x08\x66unction\x18\x03 \x01(\t\x12\x30\n\x06inputs\x18\x04 \x03(\x0b\x32 .lattice.v1.TaskSpec.InputsEntry\x12\x0f\n\x07outputs\x18\x05 \x03(\t\x12\r\n\x05\x61\x66ter\x18\x06 \x03(\t\x12(\n\tresources\x18\x07 \x01(\x0b\x32\x15.lattice.v1.Resources\x12&\n\x05retry\x18\x08 \x01(\x0b\x32\x17.lattice.v1.RetryPolicy\x12*\n\x07timeout\x18\t \x01(\x0b\x32\x19.lattice.v1.TimeoutPolicy\x12&\n\x05\x62\x61tch\x18\n \x01(\x0b\x32\x17.lattice.v1.BatchPolicy\x12(\n\tisolation\x18\x0b \x01(\x0e\x32\x15.lattice.v1.Isolation\x12=\n\rnode_selector\x18\x0c \x03(\x0b\x32&.lattice.v1.TaskSpec.NodeSelectorEntry\x12\x10\n\x08priority\x18\r \x01(\x05\x12\x19\n\x0cmax_parallel\x18\x0e \x01(\x05H\x00\x88\x01\x01\x12\x17\n\x0f\x63oncurrency_key\x18\x0f \x01(\t\x12\x0c\n\x04over\x18\x10 \x01(\t\x12(\n\tcondition\x18\x11 \x01(\x0b\x32\x15.lattice.v1.Condition\x1a\x42\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Binding:\x02\x38\x01\x1a\x33\n\x11NodeSelectorEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_max_parallel\"h\n\tCondition\x12%\n\x06output\x18\x01 \x01(\x0b\x32\x15.lattice.v1.OutputRef\x12#\n\x06\x65quals\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Payload\x12\x0f\n\x07negated\x18\x03 \x01(\x08\"\xb3\x01\n\x08\x46unction\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nentrypoint\x18\x02 \x01(\t\x12*\n\x06python\x18\x03 \x01(\x0b\x32\x1a.lattice.v1.PythonFunction\x12\x15\n\rbundle_digest\x18\x04 \x01(\t\x12$\n\x07runtime\x18\x05 \x01(\x0b\x32\x13.lattice.v1.Runtime\x12\x14\n\x0c\x64isplay_name\x18\x06 \x01(\tJ\x04\x08\x07\x10\x10\"\xde\x01\n\x0ePythonFunction\x12\x10\n\x06pickle\x18\x01 \x01(\x0cH\x00\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x18.lattice.v1.PythonSourceH\x00\x12)\n\ncall_style\x18\x03 \x01(\x0e\x32\x15.lattice.v1.CallStyle\x12-\n\x0creturn_style\x18\x04 \x01(\x0e\x32\x17.lattice.v1.ReturnStyle\x12,\n\x0b\x63oncurrency\x18\x05 \x01(\x0e\x32\x17.lattice.v1.ConcurrencyB\x06\n\x04\x63ode\"*\n\x0cPythonSource\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\")\n\nCodeBundle\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0b\n\x03zip\x18\x02 \x01(\x0c\"\xce\x02\n\x0bRetryPolicy\x12\x19\n\x0cmax_attempts\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x12\x62\x61\x63koff_multiplier\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12.\n\x0bmax_backoff\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x08retry_on\x18\x05 \x03(\x0e\x32\x17.lattice.v1.FailureKind\x12\x16\n\x0eretry_on_types\x18\x06 \x03(\t\x12\x1e\n\x11max_worker_losses\x18\x07 \x01(\x05H\x02\x88\x01\x01\x42\x0f\n\r_max_attemptsB\x15\n\x13_backoff_multiplierB\x14\n\x12_max_worker_losses\"e\n\rTimeoutPolicy\x12*\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"s\n\x0b\x42\x61tchPolicy\x12\x10\n\x08max_size\x18\x01 \x01(\x05\x12+\n\x08max_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x05scope\x18\x03 \x01(\x0e\x32\x16.lattice.v1.BatchScope\"\xf2\x02\n\x0eRunTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\"\n\x04task\x18\x02 \x01(\x0b\x32\x14.lattice.v1.TaskSpec\x12&\n\x08\x66unction\x18\x03 \x01(\x0b\x32\x14.lattice.v1.Function\x12&\n\x06\x62undle\x18\x04 \x01(\x0b\x32\x16.lattice.v1.CodeBundle\x12\x36\n\x06labels\x18\x05 \x03(\x0b\x32&.lattice.v1.RunTaskRequest.LabelsEntry\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12*\n\x07timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"c\n\x0fRunTaskResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.lattice.v1.Run\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12!\n\x04task\x18\x03 \x01(\x0b\x32\x13.lattice.v1.TaskRun\"Z\n\x0eGetTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\'\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\x0fGetTaskResponse\x12!\n\x04task\x18\x01 \x01(\x0b\x32\x13.lattice.v1.TaskRun\"\xa3\x01\n\x10ListTasksRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12%\n\x06states\x18\x02 \x03(\x0e\x32\x15.lattice.v1.TaskState\x12\x16\n\tpage_size\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x1e\n\x04view\x18\x05 \x01(\x0e\x32\x10.lattice.v1.ViewB\x0c\n\n_page_size\"b\n\x11ListTasksResponse\x12\"\n\x05tasks\x18\x01 \x03(\x0b\x32\x13.lattice.v1.TaskRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\"H\n\x11\x43\x61ncelTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"7\n\x12\x43\x61ncelTaskResponse\x12!\n\x04task\x18\x01 \x01(\x0b\x32\x13.lattice.v1.TaskRun\"5\n\x12\x45xplainTaskRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\"\xb9\x01\n\x13\x45xplainTaskResponse\x12!\n\x04task\x18\x01 \x01(\x0b\x32\x13.lattice.v1.TaskRun\x12\'\n\x07reasons\x18\x02 \x03(\x0b\x32\x16.lattice.v1.WaitReason\x12)\n\x06waited\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08start_in\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x93\x01\n\nWaitReason\x12\"\n\x04kind\x18\x01 \x01(\x0e\x32\x14.lattice.v1.WaitKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07task_id\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x10\n\x08resource\x18\x05 \x01(\t\x12\x0e\n\x06wanted\x18\x06 \x01(\x01\x12\x0c\n\x04\x66ree\x18\x07 \x01(\x01*W\n\tCallStyle\x12\x1a\n\x16\x43\x41LL_STYLE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41LL_STYLE_PARAMS\x10\x01\x12\x17\n\x13\x43\x41LL_STYLE_KEYWORDS\x10\x02*]\n\x0bReturnStyle\x12\x1c\n\x18RETURN_STYLE_UNSPECIFIED\x10\x00\x12\x18\n\x14RETURN_STYLE_MAPPING\x10\x01\x12\x16\n\x12RETURN_STYLE_VALUE\x10\x02*y\n\x0b\x43oncurrency\x12\x1b\n\x17\x43ONCURRENCY_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43ONCURRENCY_PROCESS\x10\x01\x12\x15\n\x11\x43ONCURRENCY_ASYNC\x10\x02\x12\x1d\n\x19\x43ONCURRENCY_FRESH_PROCESS\x10\x03*V\n\nBatchScope\x12\x1b\n\x17\x42\x41TCH_SCOPE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42\x41TCH_SCOPE_SERVER\x10\x01\x12\x13\n\x0f\x42\x41TCH_SCOPE_RUN\x10\x02*\xe7\x01\n\x08WaitKind\x12\x19\n\x15WAIT_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fWAIT_KIND_INPUT\x10\x01\x12\x12\n\x0eWAIT_KIND_TURN\x10\x02\x12\x17\n\x13WAIT_KIND_RESOURCES\x10\x03\x12\x13\n\x0fWAIT_KIND_NODES\x10\x04\x12\x13\n\x0fWAIT_KIND_LIMIT\x10\x05\x12\x13\n\x0fWAIT_KIND_BATCH\x10\x06\x12\x13\n\x0fWAIT_KIND_RETRY\x10\x07\x12\x15\n\x11WAIT_KIND_RUNNING\x10\x08\x12\x13\n\x0fWAIT_KIND_ENDED\x10\t2\xfc\x02\n\x0bTaskService\x12\x42\n\x07RunTask\x12\x1a.lattice.v1.RunTaskRequest\x1a\x1b.lattice.v1.RunTaskResponse\x12\x42\n\x07GetTask\x12\x1a.lattice.v1.GetTaskRequest\x1a\x1b.lattice.v1.GetTaskResponse\x12H\n\tListTasks\x12\x1c.lattice.v1.ListTasksRequest\x1a\x1d.lattice.v1.ListTasksResponse\x12K\n\nCancelTask\x12\x1d.lattice.v1.CancelTaskRequest\x1a\x1e.lattice.v1.CancelTaskResponse\x12N\n\x0b\x45xplainTask\x12\x1e.lattice.v1.ExplainTaskRequest\x1a\x1f.lattice.v1.ExplainTaskResponseB1\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,16 +43,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASKSPEC_NODESELECTORENTRY']._serialized_options = b'8\001'
   _globals['_RUNTASKREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_RUNTASKREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CALLSTYLE']._serialized_start=3336
-  _globals['_CALLSTYLE']._serialized_end=3423
-  _globals['_RETURNSTYLE']._serialized_start=3425
-  _globals['_RETURNSTYLE']._serialized_end=3518
-  _globals['_CONCURRENCY']._serialized_start=3520
-  _globals['_CONCURRENCY']._serialized_end=3641
-  _globals['_BATCHSCOPE']._serialized_start=3643
-  _globals['_BATCHSCOPE']._serialized_end=3729
-  _globals['_WAITKIND']._serialized_start=3732
-  _globals['_WAITKIND']._serialized_end=3963
+  _globals['_CALLSTYLE']._serialized_start=3424
+  _globals['_CALLSTYLE']._serialized_end=3511
+  _globals['_RETURNSTYLE']._serialized_start=3513
+  _globals['_RETURNSTYLE']._serialized_end=3606
+  _globals['_CONCURRENCY']._serialized_start=3608
+  _globals['_CONCURRENCY']._serialized_end=3729
+  _globals['_BATCHSCOPE']._serialized_start=3731
+  _globals['_BATCHSCOPE']._serialized_end=3817
+  _globals['_WAITKIND']._serialized_start=3820
+  _globals['_WAITKIND']._serialized_end=4051
   _globals['_TASKSPEC']._serialized_start=171
   _globals['_TASKSPEC']._serialized_end=855
   _globals['_TASKSPEC_INPUTSENTRY']._serialized_start=719
@@ -62,41 +62,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONDITION']._serialized_start=857
   _globals['_CONDITION']._serialized_end=961
   _globals['_FUNCTION']._serialized_start=964
-  _globals['_FUNCTION']._serialized_end=1280
-  _globals['_PYTHONSOURCE']._serialized_start=1282
-  _globals['_PYTHONSOURCE']._serialized_end=1324
-  _globals['_CODEBUNDLE']._serialized_start=1326
-  _globals['_CODEBUNDLE']._serialized_end=1367
-  _globals['_RETRYPOLICY']._serialized_start=1370
-  _globals['_RETRYPOLICY']._serialized_end=1704
-  _globals['_TIMEOUTPOLICY']._serialized_start=1706
-  _globals['_TIMEOUTPOLICY']._serialized_end=1807
-  _globals['_BATCHPOLICY']._serialized_start=1809
-  _globals['_BATCHPOLICY']._serialized_end=1924
-  _globals['_RUNTASKREQUEST']._serialized_start=1927
-  _globals['_RUNTASKREQUEST']._serialized_end=2297
-  _globals['_RUNTASKREQUEST_LABELSENTRY']._serialized_start=2252
-  _globals['_RUNTASKREQUEST_LABELSENTRY']._serialized_end=2297
-  _globals['_RUNTASKRESPONSE']._serialized_start=2299
-  _globals['_RUNTASKRESPONSE']._serialized_end=2398
-  _globals['_GETTASKREQUEST']._serialized_start=2400
-  _globals['_GETTASKREQUEST']._serialized_end=2490
-  _globals['_GETTASKRESPONSE']._serialized_start=2492
-  _globals['_GETTASKRESPONSE']._serialized_end=2544
-  _globals['_LISTTASKSREQUEST']._serialized_start=2547
-  _globals['_LISTTASKSREQUEST']._serialized_end=2710
-  _globals['_LISTTASKSRESPONSE']._serialized_start=2712
-  _globals['_LISTTASKSRESPONSE']._serialized_end=2810
-  _globals['_CANCELTASKREQUEST']._serialized_start=2812
-  _globals['_CANCELTASKREQUEST']._serialized_end=2884
-  _globals['_CANCELTASKRESPONSE']._serialized_start=2886
-  _globals['_CANCELTASKRESPONSE']._serialized_end=2941
-  _globals['_EXPLAINTASKREQUEST']._serialized_start=2943
-  _globals['_EXPLAINTASKREQUEST']._serialized_end=2996
-  _globals['_EXPLAINTASKRESPONSE']._serialized_start=2999
-  _globals['_EXPLAINTASKRESPONSE']._serialized_end=3184
-  _globals['_WAITREASON']._serialized_start=3187
-  _globals['_WAITREASON']._serialized_end=3334
-  _globals['_TASKSERVICE']._serialized_start=3966
-  _globals['_TASKSERVICE']._serialized_end=4346
+  _globals['_FUNCTION']._serialized_end=1143
+  _globals['_PYTHONFUNCTION']._serialized_start=1146
+  _globals['_PYTHONFUNCTION']._serialized_end=1368
+  _globals['_PYTHONSOURCE']._serialized_start=1370
+  _globals['_PYTHONSOURCE']._serialized_end=1412
+  _globals['_CODEBUNDLE']._serialized_start=1414
+  _globals['_CODEBUNDLE']._serialized_end=1455
+  _globals['_RETRYPOLICY']._serialized_start=1458
+  _globals['_RETRYPOLICY']._serialized_end=1792
+  _globals['_TIMEOUTPOLICY']._serialized_start=1794
+  _globals['_TIMEOUTPOLICY']._serialized_end=1895
+  _globals['_BATCHPOLICY']._serialized_start=1897
+  _globals['_BATCHPOLICY']._serialized_end=2012
+  _globals['_RUNTASKREQUEST']._serialized_start=2015
+  _globals['_RUNTASKREQUEST']._serialized_end=2385
+  _globals['_RUNTASKREQUEST_LABELSENTRY']._serialized_start=2340
+  _globals['_RUNTASKREQUEST_LABELSENTRY']._serialized_end=2385
+  _globals['_RUNTASKRESPONSE']._serialized_start=2387
+  _globals['_RUNTASKRESPONSE']._serialized_end=2486
+  _globals['_GETTASKREQUEST']._serialized_start=2488
+  _globals['_GETTASKREQUEST']._serialized_end=2578
+  _globals['_GETTASKRESPONSE']._serialized_start=2580
+  _globals['_GETTASKRESPONSE']._serialized_end=2632
+  _globals['_LISTTASKSREQUEST']._serialized_start=2635
+  _globals['_LISTTASKSREQUEST']._serialized_end=2798
+  _globals['_LISTTASKSRESPONSE']._serialized_start=2800
+  _globals['_LISTTASKSRESPONSE']._serialized_end=2898
+  _globals['_CANCELTASKREQUEST']._serialized_start=2900
+  _globals['_CANCELTASKREQUEST']._serialized_end=2972
+  _globals['_CANCELTASKRESPONSE']._serialized_start=2974
+  _globals['_CANCELTASKRESPONSE']._serialized_end=3029
+  _globals['_EXPLAINTASKREQUEST']._serialized_start=3031
+  _globals['_EXPLAINTASKREQUEST']._serialized_end=3084
+  _globals['_EXPLAINTASKRESPONSE']._serialized_start=3087
+  _globals['_EXPLAINTASKRESPONSE']._serialized_end=3272
+  _globals['_WAITREASON']._serialized_start=3275
+  _globals['_WAITREASON']._serialized_end=3422
+  _globals['_TASKSERVICE']._serialized_start=4054
+  _globals['_TASKSERVICE']._serialized_end=4434
 # @@protoc_insertion_point(module_scope)

@@ -351,68 +351,108 @@ Global___Condition: typing_extensions.TypeAlias = Condition
 
 @typing.final
 class Function(google.protobuf.message.Message):
-    """Code to run. Its identity is the digest of its content: functions travel once to each server and each worker."""
+    """A function: code, or the name of code that workers have. It travels once to the server and once on each worker's
+    stream; after that its digest names it.
+
+    The digest is `sha256:` and the SHA-256, in lower-case hex, of these parts one after the other. Each of the fields
+    below that is set to anything but its default gives one part, in this order: `entrypoint`, `python.pickle`,
+    `python.source.code`, `python.source.name`, `python.call_style`, `python.return_style`, `python.concurrency`,
+    `bundle_digest`, `runtime.language`, `runtime.version`, `display_name`. A part is the path as written here, a zero
+    byte, the length of the value in bytes as decimal digits, a zero byte, and the value: a text in UTF-8, bytes as they
+    are, an enum as the decimal digits of its number. So the function with the entry point `statistics:mean` and nothing
+    else is the SHA-256 of `entrypoint`, 0, `15`, 0, `statistics:mean`:
+    `sha256:e380290616cc1a9a44a5f1daa38ffe80450828a1973313e27ac60795bf7c7d22`.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: builtins.int
-    PICKLE_FIELD_NUMBER: builtins.int
     ENTRYPOINT_FIELD_NUMBER: builtins.int
-    SOURCE_FIELD_NUMBER: builtins.int
+    PYTHON_FIELD_NUMBER: builtins.int
     BUNDLE_DIGEST_FIELD_NUMBER: builtins.int
-    CALL_STYLE_FIELD_NUMBER: builtins.int
-    RETURN_STYLE_FIELD_NUMBER: builtins.int
-    CONCURRENCY_FIELD_NUMBER: builtins.int
-    DISPLAY_NAME_FIELD_NUMBER: builtins.int
     RUNTIME_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
     digest: builtins.str
-    """`sha256:` and the digest of the content, in lower-case hex. A caller that leaves `code` out names a function it
-    sent before by this digest; one that sends code may leave it empty.
+    """The digest. A caller that leaves out the code names a function it sent before; one that sends code may leave the
+    digest empty, and otherwise the server checks it.
     """
-    pickle: builtins.bytes
-    """A Python callable as cloudpickle wrote it."""
     entrypoint: builtins.str
-    """A function by its name where it runs. `package.module:name`, dotted Python names around one colon, is an importable
+    """The function's name where it runs. `package.module:name`, dotted Python names around one colon, is an importable
     callable that any Python worker runs; any other name, such as `js/word_count`, is run by a worker whose `Hello`
-    names it. A worker in another language may name what looks like Python too: both then run it.
+    names it. A worker in another language may name what looks like Python too: both then run it. Set instead of code.
     """
     bundle_digest: builtins.str
     """The digest of the bundle of modules the code imports; empty when it needs none."""
+    display_name: builtins.str
+    """The function's name, for people."""
+    @property
+    def python(self) -> Global___PythonFunction:
+        """Code in Python, and how Python calls it. An entry point may have it too, for the way it is called. Without code and
+        without an entry point the server must know the digest, or the call fails with FUNCTION_MISSING.
+        """
+
+    @property
+    def runtime(self) -> lattice.v1.resources_pb2.Runtime:
+        """The runtime the code needs, such as python 3.11 for a pickle that holds bytecode, which is of one version of Python.
+        Unset when any will do.
+        """
+
+    def __init__(
+        self,
+        *,
+        digest: builtins.str = ...,
+        entrypoint: builtins.str = ...,
+        python: Global___PythonFunction | None = ...,
+        bundle_digest: builtins.str = ...,
+        runtime: lattice.v1.resources_pb2.Runtime | None = ...,
+        display_name: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["python", b"python", "runtime", b"runtime"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bundle_digest", b"bundle_digest", "digest", b"digest", "display_name", b"display_name", "entrypoint", b"entrypoint", "python", b"python", "runtime", b"runtime"]) -> None: ...
+
+Global___Function: typing_extensions.TypeAlias = Function
+
+@typing.final
+class PythonFunction(google.protobuf.message.Message):
+    """What Python alone needs to know of a function.
+
+    A worker in another language calls a function with its inputs by name. What the function returns is read by name
+    where it has every declared output, and is otherwise the value of the single output.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PICKLE_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    CALL_STYLE_FIELD_NUMBER: builtins.int
+    RETURN_STYLE_FIELD_NUMBER: builtins.int
+    CONCURRENCY_FIELD_NUMBER: builtins.int
+    pickle: builtins.bytes
+    """A callable as cloudpickle wrote it."""
     call_style: Global___CallStyle.ValueType
     """How the inputs are handed over."""
     return_style: Global___ReturnStyle.ValueType
     """How outputs are read from what the function returns."""
     concurrency: Global___Concurrency.ValueType
     """How attempts share a process."""
-    display_name: builtins.str
-    """The function's name, for people."""
-    runtime: builtins.str
-    """What must run it: what `Node.runtime` says, or the beginning of that up to a blank or a dot. `python 3.11` for a
-    pickle that holds bytecode, which is of one version of Python. Empty when any will do.
-    """
     @property
     def source(self) -> Global___PythonSource:
-        """Python source text that defines the function."""
+        """Source text that defines the function."""
 
     def __init__(
         self,
         *,
-        digest: builtins.str = ...,
         pickle: builtins.bytes = ...,
-        entrypoint: builtins.str = ...,
         source: Global___PythonSource | None = ...,
-        bundle_digest: builtins.str = ...,
         call_style: Global___CallStyle.ValueType = ...,
         return_style: Global___ReturnStyle.ValueType = ...,
         concurrency: Global___Concurrency.ValueType = ...,
-        display_name: builtins.str = ...,
-        runtime: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["code", b"code", "entrypoint", b"entrypoint", "pickle", b"pickle", "source", b"source"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bundle_digest", b"bundle_digest", "call_style", b"call_style", "code", b"code", "concurrency", b"concurrency", "digest", b"digest", "display_name", b"display_name", "entrypoint", b"entrypoint", "pickle", b"pickle", "return_style", b"return_style", "runtime", b"runtime", "source", b"source"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["code", b"code"]) -> typing.Literal["pickle", "entrypoint", "source"] | None: ...
+    def HasField(self, field_name: typing.Literal["code", b"code", "pickle", b"pickle", "source", b"source"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["call_style", b"call_style", "code", b"code", "concurrency", b"concurrency", "pickle", b"pickle", "return_style", b"return_style", "source", b"source"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["code", b"code"]) -> typing.Literal["pickle", "source"] | None: ...
 
-Global___Function: typing_extensions.TypeAlias = Function
+Global___PythonFunction: typing_extensions.TypeAlias = PythonFunction
 
 @typing.final
 class PythonSource(google.protobuf.message.Message):

@@ -41,7 +41,7 @@ class _CloseReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     CLOSE_REASON_PROTOCOL_ERROR: _CloseReason.ValueType  # 3
     """The worker broke the protocol. Do not come back."""
     CLOSE_REASON_VERSION: _CloseReason.ValueType  # 4
-    """The worker's version does not fit. Do not come back."""
+    """The worker speaks another version of the protocol; the message names the versions of both sides. Do not come back."""
     CLOSE_REASON_DRAINED: _CloseReason.ValueType  # 5
     """The worker was drained. Do not come back."""
     CLOSE_REASON_UNAUTHENTICATED: _CloseReason.ValueType  # 6
@@ -61,7 +61,7 @@ CLOSE_REASON_SHUTDOWN: CloseReason.ValueType  # 2
 CLOSE_REASON_PROTOCOL_ERROR: CloseReason.ValueType  # 3
 """The worker broke the protocol. Do not come back."""
 CLOSE_REASON_VERSION: CloseReason.ValueType  # 4
-"""The worker's version does not fit. Do not come back."""
+"""The worker speaks another version of the protocol; the message names the versions of both sides. Do not come back."""
 CLOSE_REASON_DRAINED: CloseReason.ValueType  # 5
 """The worker was drained. Do not come back."""
 CLOSE_REASON_UNAUTHENTICATED: CloseReason.ValueType  # 6
@@ -237,6 +237,7 @@ class Join(google.protobuf.message.Message):
     CAPACITY_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     """The node the machine is to be; unique in the cluster."""
     hostname: builtins.str
@@ -244,7 +245,9 @@ class Join(google.protobuf.message.Message):
     node_ip: builtins.str
     """Its address, as other nodes see it."""
     version: builtins.str
-    """Version of the machine's software."""
+    """Version of the machine's software, for people."""
+    protocol_version: builtins.int
+    """See `Hello.protocol_version`."""
     @property
     def capacity(self) -> lattice.v1.resources_pb2.Capacity:
         """What it offers."""
@@ -262,9 +265,10 @@ class Join(google.protobuf.message.Message):
         capacity: lattice.v1.resources_pb2.Capacity | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         version: builtins.str = ...,
+        protocol_version: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "hostname", b"hostname", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "hostname", b"hostname", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "protocol_version", b"protocol_version", "version", b"version"]) -> None: ...
 
 Global___Join: typing_extensions.TypeAlias = Join
 
@@ -368,22 +372,25 @@ class Hello(google.protobuf.message.Message):
     ENTRYPOINTS_FIELD_NUMBER: builtins.int
     STORED_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
     REPORTED_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Names the worker; stable over its reconnects, unique among workers."""
     session_id: builtins.str
     """The session to resume; empty for a new one."""
     node_id: builtins.str
-    """The node this worker serves; whoever started the worker chose it."""
+    """The node this worker serves, as given to the worker at its start."""
     hostname: builtins.str
     """The node's host name."""
     node_ip: builtins.str
     """The node's address, as other nodes see it."""
-    runtime: builtins.str
-    """What runs the user's code, such as `python 3.11.7`."""
     version: builtins.str
-    """Version of the worker's software."""
+    """Version of the worker's software, for people."""
     pid: builtins.int
     """The operating system's id of the worker process."""
+    protocol_version: builtins.int
+    """The version of this protocol that the worker speaks: 1. The server closes the stream of a worker that speaks another
+    one with reason VERSION.
+    """
     @property
     def capacity(self) -> lattice.v1.resources_pb2.Capacity:
         """What the node offers."""
@@ -395,6 +402,10 @@ class Hello(google.protobuf.message.Message):
     @property
     def isolations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.resources_pb2.Isolation.ValueType]:
         """The isolation levels this worker can set up."""
+
+    @property
+    def runtime(self) -> lattice.v1.resources_pb2.Runtime:
+        """What runs the user's code."""
 
     @property
     def held_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -425,16 +436,17 @@ class Hello(google.protobuf.message.Message):
         capacity: lattice.v1.resources_pb2.Capacity | None = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         isolations: collections.abc.Iterable[lattice.v1.resources_pb2.Isolation.ValueType] | None = ...,
-        runtime: builtins.str = ...,
+        runtime: lattice.v1.resources_pb2.Runtime | None = ...,
         version: builtins.str = ...,
         held_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         pid: builtins.int = ...,
         entrypoints: collections.abc.Iterable[builtins.str] | None = ...,
         stored_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
         reported_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        protocol_version: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["capacity", b"capacity"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["capacity", b"capacity", "runtime", b"runtime"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 

@@ -3,7 +3,17 @@
 from collections.abc import Mapping, Sequence
 
 from lattice_server.core.messages import WorkerHello
-from lattice_server.core.model import Binding, Capacity, Function, Isolation, OutputRef, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.model import (
+    Binding,
+    Capacity,
+    Function,
+    Isolation,
+    OutputRef,
+    Payload,
+    Runtime,
+    TaskSpec,
+    WorkflowSpec,
+)
 
 SYNC = Function("sha256:sync", is_async=False, definition=None)
 VALUE = Payload("application/json", "1")
@@ -32,6 +42,6 @@ def hello(node_id: str, cpu: float = 2.0, session_id: str = "", held: Sequence[s
         capacity=Capacity(cpu, memory_bytes=1 << 30),
         labels={},
         isolations=frozenset({Isolation.NONE}),
-        runtime="python",
+        runtime=Runtime("python"),
         pid=1,
     )

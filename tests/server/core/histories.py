@@ -20,6 +20,7 @@ from lattice_server.core.model import (
     OutputRef,
     Resources,
     RetryPolicy,
+    Runtime,
     TaskSpec,
 )
 from tests.server.core.graphs import SYNC, VALUE, hello, task
@@ -31,7 +32,7 @@ ASYNC = Function("sha256:async", is_async=True, definition=None)
 OTHER = Function("sha256:other", is_async=False, definition=None)
 NAMED = Function("sha256:named", is_async=False, definition=None, entrypoint="package:call")
 FOREIGN = Function("sha256:foreign", is_async=False, definition=None, entrypoint="js/count")
-NEWER = Function("sha256:newer", is_async=False, definition=None, runtime="python 3.12")
+NEWER = Function("sha256:newer", is_async=False, definition=None, runtime=Runtime("python", "3.12"))
 STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 LIMITS = {"db": 2, "api": 1}
 NODES = ["n1", "n2", "n3"]
@@ -282,7 +283,7 @@ def worker(node_id: str, cpu: float, gpus: int, own: Sequence[str] = ()) -> Work
     devices = tuple(Gpu(index, "model", 8 * GIB) for index in range(gpus))
     capacity = Capacity(cpu, 4 * GIB, devices, slots=6, async_slots=4)
     labels = {"zone": "b" if node_id == "n2" else "a"}
-    runtime = "python 3.12.1" if node_id == "n1" else "python 3.1.2"
+    runtime = Runtime("python", "3.12.1" if node_id == "n1" else "3.1.2")
     more = {"labels": labels, "entrypoints": frozenset(own), "runtime": runtime}
     return replace(hello(node_id), capacity=capacity, **more)
 

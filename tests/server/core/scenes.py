@@ -7,7 +7,17 @@ from typing import Any
 from lattice_server.core import messages
 from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import Assign, Explanation, Reason, TaskExplained, TaskReady
-from lattice_server.core.model import Binding, Capacity, Failure, FailureKind, Function, Gpu, OutputRef
+from lattice_server.core.model import (
+    ANY_RUNTIME,
+    Binding,
+    Capacity,
+    Failure,
+    FailureKind,
+    Function,
+    Gpu,
+    OutputRef,
+    Runtime,
+)
 from tests.server.core.graphs import VALUE, hello, task
 
 GIB = 1 << 30
@@ -98,7 +108,7 @@ def ready(
     after: str = "",
     function: str = "sha256:sync",
     entrypoint: str = "",
-    runtime: str = "",
+    runtime: Runtime = ANY_RUNTIME,
     split: tuple[str, ...] = (),
     given: Binding | None = None,
     **settings: Any,

@@ -3,6 +3,7 @@
 import pytest
 
 from lattice_server.core.messages import NodesDescribed, NodesRequested, WorkerLost
+from lattice_server.core.model import ANY_RUNTIME, Runtime
 from lattice_server.core.placement import Shape, impossibility, shape_of
 from tests.server.core.scenes import Scene, node, ready
 
@@ -44,17 +45,23 @@ def test_a_name_of_pythons_form_may_be_another_workers_too() -> None:
     assert scene.leases["a"].session_id != scene.leases["b"].session_id
 
 
-@pytest.mark.parametrize("runtime", ["python", "python 3.11", "python 3.11.7", ""])
-def test_code_of_one_version_of_python_runs_there(runtime: str) -> None:
-    scene = Scene(node("new", runtime="python 3.12.1"), node("js", runtime="node 18.1", entrypoints=OWN))
-    if runtime.startswith("python 3"):
+@pytest.mark.parametrize(
+    "runtime", [Runtime("python"), Runtime("python", "3.11"), Runtime("python", "3.11.7"), ANY_RUNTIME]
+)
+def test_code_of_one_version_of_python_runs_there(runtime: Runtime) -> None:
+    new, js = Runtime("python", "3.12.1"), Runtime("node", "18.1")
+    scene = Scene(node("new", runtime=new), node("js", runtime=js, entrypoints=OWN))
+    if runtime.version:
         assert scene.tell(ready("a", runtime=runtime)) == []
-    assert scene.tell(node("old", runtime="python 3.11.7"), ready("b", runtime=runtime))[-1] == "b"
+    assert scene.tell(node("old", runtime=Runtime("python", "3.11.7")), ready("b", runtime=runtime))[-1] == "b"
 
 
-@pytest.mark.parametrize("runtime", ["python 3.1", "python 3.11.70", "python 3.12", "node 18", "3.11"])
-def test_code_of_another_version_does_not(runtime: str) -> None:
-    scene = Scene(node(runtime="python 3.11.7"))
+@pytest.mark.parametrize(
+    "runtime",
+    [Runtime("python", version) for version in ("3.1", "3.11.70", "3.12", "3.11.")] + [Runtime("node", "3.11")],
+)
+def test_code_of_another_version_does_not(runtime: Runtime) -> None:
+    scene = Scene(node(runtime=Runtime("python", "3.11.7")))
     assert scene.tell(ready("a", runtime=runtime)) == []
     reason = f"node 'n': it runs python 3.11.7, and the function is for {runtime}"
     assert [found.message for found in scene.why("a")] == [reason]

@@ -124,7 +124,7 @@ class Watcher:
             is_python = first.function.entrypoint in {"", "package:call"}
             has_code = first.function.entrypoint in node.entrypoints if node.entrypoints else is_python
             assert has_code, "a worker was given what it cannot call"
-            assert first.function.runtime in {"", ".".join(node.runtime.split(".")[:2])}
+            assert first.function.runtime.admits(node.runtime)
 
     def check(self, now: float) -> None:
         """Assert what must hold after every step."""

@@ -99,7 +99,7 @@ def fresh(kind: str = "run") -> str:
 def function(name: str = "work") -> task_pb2.Function:
     """Return one of the functions above."""
     source = task_pb2.PythonSource(code=CODE, name=name)
-    return task_pb2.Function(source=source, call_style=task_pb2.CALL_STYLE_PARAMS)
+    return task_pb2.Function(python={"source": source, "call_style": task_pb2.CALL_STYLE_PARAMS})
 
 
 def json_payload(text: str) -> payload_pb2.Payload:

@@ -34,7 +34,7 @@ def test_all_that_is_due_goes_out_in_one_message() -> None:
     scene = Scene(node())
     scene.tell(ready("a"))
     connection = Connection("w", later=lambda *_: None)
-    code = task_pb2.Function(digest=scene.leases["a"].function.digest, pickle=b"code")
+    code = task_pb2.Function(digest=scene.leases["a"].function.digest, python={"pickle": b"code"})
     lease = replace(scene.leases["a"], function=Function(code.digest, False, (code, None)))
     connection.acknowledgement.add(7)
     session_id = lease.session_id

@@ -194,7 +194,7 @@ def test_reflection_tells_whoever_has_the_token(guarded: Caller) -> None:
 
 def first_answer(caller: Caller, metadata: Metadata) -> worker_pb2.ConnectResponse:
     """Return the first thing the server says to a worker, and hang up."""
-    hello = worker_pb2.Hello(worker_id=fresh("w"), node_id=fresh("n"))
+    hello = worker_pb2.Hello(worker_id=fresh("w"), node_id=fresh("n"), protocol_version=1)
     return said_first(caller, worker_pb2.ConnectRequest(hello=hello), metadata)
 
 

@@ -32,7 +32,9 @@ def test_the_graph_of_an_inline_workflow_is_read_back_when_it_runs(idle: Caller)
 
 def test_items_are_in_the_graph_when_a_task_was_mapped(busy: Caller) -> None:
     code = "def split(params):\n    return {'out': [1, 2]}\n"
-    split = task_pb2.Function(source={"code": code, "name": "split"}, call_style=task_pb2.CALL_STYLE_PARAMS)
+    split = task_pb2.Function(
+        python={"source": {"code": code, "name": "split"}, "call_style": task_pb2.CALL_STYLE_PARAMS}
+    )
     spec = graph(task("s", function="split"), task("m", inputs={"x": output("s")}, over="x"))
     spec.functions["split"].CopyFrom(split)
     request = workflow_pb2.RunWorkflowRequest(workflow=spec, wait=Duration(seconds=60))
@@ -135,7 +137,7 @@ def test_tasks_tell_how_long_they_waited_and_ran(busy: Caller) -> None:
     code = "import time\ndef nap(params):\n    time.sleep(0.05)\n    return {'out': 1}\n"
     spec = graph(task("a", function="nap", display_name="Nap"))
     spec.functions["nap"].CopyFrom(
-        task_pb2.Function(source={"code": code, "name": "nap"}, call_style=task_pb2.CALL_STYLE_PARAMS)
+        task_pb2.Function(python={"source": {"code": code, "name": "nap"}, "call_style": task_pb2.CALL_STYLE_PARAMS})
     )
     request = workflow_pb2.RunWorkflowRequest(workflow=spec, wait=Duration(seconds=60))
     answer = busy.workflows.RunWorkflow(request)

@@ -42,7 +42,7 @@ class TakesMachines(NoWorkers):
 async def join(head: Scene, node_id: str = "m") -> tuple[Hand, worker_pb2.Joined]:
     """Have a machine join."""
     hand = Hand(head.channel)
-    await hand.say(join={"node_id": node_id, "node_ip": "10.0.0.2", "labels": {"zone": "eu"}})
+    await hand.say(join={"node_id": node_id, "protocol_version": 1, "node_ip": "10.0.0.2", "labels": {"zone": "eu"}})
     return hand, await hand.hear("joined")
 
 

@@ -359,7 +359,7 @@ def test_a_function_named_by_an_unknown_digest_is_missing(idle: Caller) -> None:
 
 def test_code_of_a_python_that_no_node_has_is_refused() -> None:
     code = function()
-    code.runtime = "python 2.7"
+    code.runtime.language, code.runtime.version = "python", "2.7"
     spec = workflow_pb2.WorkflowSpec(functions={"work": code}, tasks=[task()])
     with serving_aside(num_cpus=1) as address, calling(address) as caller:
         ended = results_pb2.GetResultRequest(run_id=run(caller).run.run_id, wait=Duration(seconds=60))

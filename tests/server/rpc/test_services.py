@@ -166,7 +166,7 @@ def test_a_workflow_may_be_only_checked(idle: Caller) -> None:
 def test_a_stored_workflow_comes_back_without_its_code(idle: Caller) -> None:
     stored = idle.workflows.CreateWorkflow(workflow_pb2.CreateWorkflowRequest(spec=graph(task()))).workflow
     for found in stored.spec.functions.values():
-        assert found.WhichOneof("code") is None
+        assert not found.HasField("python")
         assert found.digest.startswith("sha256:")
     by_digest = workflow_pb2.WorkflowSpec(functions=stored.spec.functions, tasks=stored.spec.tasks)
     assert idle.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=by_digest)).created

@@ -105,12 +105,12 @@ def test_what_a_drained_worker_holds_after_the_deadline_moves() -> None:
 def test_a_machine_is_told_to_serve_its_node_itself_where_nobody_else_would() -> None:
     async def scenario(head: Scene) -> None:
         hand = Hand(head.channel)
-        await hand.say(join={"node_id": "m"})
+        await hand.say(join={"node_id": "m", "protocol_version": 1})
         joined = await hand.hear("joined")
         assert not joined.HasField("ray")
         hand.hang_up()
         nameless = Hand(head.channel)
-        await nameless.say(join={})
+        await nameless.say(join={"protocol_version": 1})
         assert (await nameless.hear("close")).reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
         nameless.hang_up()
 

@@ -29,6 +29,7 @@ from lattice.v1 import (
     workflow_pb2_grpc,
 )
 
+from lattice_server import __version__
 from lattice_server.engine.ports import Executor
 from tests.server.apps import NoWorkers, serving
 from tests.server.rpc.callers import CODE, function, graph, output, task, value
@@ -96,7 +97,7 @@ class Scene:
     def hello(self, **more: Any) -> worker_pb2.Hello:
         """Return the greeting of a worker of one CPU."""
         capacity = resources_pb2.Capacity(cpu=1, slots=1)
-        known = {"worker_id": "w", "node_id": "n", "capacity": capacity}
+        known = {"worker_id": "w", "node_id": "n", "capacity": capacity, "protocol_version": 1}
         return worker_pb2.Hello(**known | {"isolations": [resources_pb2.ISOLATION_NONE]} | more)
 
     async def hand(self, **hello: Any) -> tuple[Hand, worker_pb2.Welcome]:
@@ -161,12 +162,12 @@ def succeeded() -> worker_pb2.AttemptSucceeded:
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ({"hello": {"node_id": "n"}}, "PROTOCOL_ERROR"),
-        ({"hello": {"worker_id": "w"}}, "PROTOCOL_ERROR"),
+        ({"hello": {"node_id": "n", "protocol_version": 1}}, "PROTOCOL_ERROR"),
+        ({"hello": {"worker_id": "w", "protocol_version": 1}}, "PROTOCOL_ERROR"),
         ({"heartbeat": {}}, "PROTOCOL_ERROR"),
         ({"reports": [{}]}, "PROTOCOL_ERROR"),
         ({}, "PROTOCOL_ERROR"),
-        ({"hello": {"worker_id": "lost", "node_id": "n"}}, "LOST"),
+        ({"hello": {"worker_id": "lost", "node_id": "n", "protocol_version": 1}}, "LOST"),
     ],
 )
 def test_whoever_may_not_join_is_told_so_in_band(message: dict[str, Any], reason: str) -> None:
@@ -175,6 +176,21 @@ def test_whoever_may_not_join_is_told_so_in_band(message: dict[str, Any], reason
         await hand.say(**message)
         assert (await hand.hear("close")).reason == worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")
         assert not (await head.cluster.ListNodes(cluster_pb2.ListNodesRequest())).nodes
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("kind", ["hello", "join"])
+def test_the_stream_is_closed_and_both_versions_named_when_a_worker_speaks_another_protocol(kind: str) -> None:
+    async def scenario(head: Scene) -> None:
+        hand = Hand(head.channel)
+        named = {"node_id": "n"} | ({"worker_id": "w"} if kind == "hello" else {})
+        await hand.say(**{kind: {"version": "9.8.7", "protocol_version": 2, **named}})
+        close = await hand.hear("close")
+        assert close.reason == worker_pb2.CLOSE_REASON_VERSION
+        assert "version 9.8.7 and speaks protocol 2" in close.message
+        assert f"version {__version__} and speaks protocol 1" in close.message
         hand.hang_up()
 
     play(scenario)
@@ -225,7 +241,7 @@ GPUS = {"gpus": [{"index": 0}, {"index": 0}]}
 def test_an_offer_nobody_could_count_with_is_refused_by_its_field(kind: str, offer: dict[str, Any], field: str) -> None:
     async def scenario(head: Scene) -> None:
         hand = Hand(head.channel)
-        named = {"node_id": "n"} | ({"worker_id": "w"} if kind == "hello" else {})
+        named = {"node_id": "n", "protocol_version": 1} | ({"worker_id": "w"} if kind == "hello" else {})
         await hand.say(**{kind: named | offer})
         close = await hand.hear("close")
         assert close.reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
@@ -731,8 +747,9 @@ def test_code_comes_no_later_than_its_use_and_in_messages_any_worker_takes() -> 
         bundle = task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(zipped).hexdigest()}", zip=zipped)
         spec.bundles.append(bundle)
         for name in names:
-            code = task_pb2.PythonSource(code=f"{CODE}#{name}{'#' * 1_900_000}", name="work")
-            spec.functions[name].CopyFrom(task_pb2.Function(source=code, bundle_digest=bundle.digest))
+            source = task_pb2.PythonSource(code=f"{CODE}#{name}{'#' * 1_900_000}", name="work")
+            code = task_pb2.Function(python={"source": source}, bundle_digest=bundle.digest)
+            spec.functions[name].CopyFrom(code)
         await head.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=spec))
         known: list[str] = []
         held = 0
