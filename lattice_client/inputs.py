@@ -54,6 +54,11 @@ class Binder:
                 "which this run does not have"
             )
         message.task_id, message.output, message.optional = output.task_id, output.output, output.is_optional
+        for step in output.path:
+            if isinstance(step, str):
+                message.path.add(key=step)
+            else:
+                message.path.add(index=step)
 
     async def payload_of(self, value: Any) -> payload_pb2.Payload:
         """Return a value that holds no outputs. Raises TaskDefinitionError."""

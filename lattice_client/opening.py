@@ -10,6 +10,7 @@ from typing import Any
 from lattice_client import payloads
 from lattice_client.convert import RunEvent
 from lattice_client.errors import DecodeError, RunError, TaskFailedError
+from lattice_client.outputs import TaskOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +21,28 @@ class Fetched:
     data: bytes | bytearray
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a value that an output with a path selects."""
+
+    run_id: str
+    output: TaskOutput
+    whole: Any
+
+
 def opened(found: Any) -> Any:
     """Return what was fetched with every value in it decoded.
 
     Raises:
-        RunError: that is what was fetched; a failed task's has the original exception as its cause.
+        RunError: that is what was fetched; a failed task's has the original exception as its cause. Or a value has no
+            such part as was asked for.
         DecodeError: a value cannot be decoded.
     """
     match found:
         case Fetched():
             return _decoded(found)
+        case Part():
+            return _selected(found)
         case dict():
             return {key: opened(value) for key, value in found.items()}
         case list():
@@ -40,6 +53,17 @@ def opened(found: Any) -> Any:
             raise _rebuilt(found)
         case _:
             return found
+
+
+def _selected(part: Part) -> Any:
+    value = opened(part.whole)
+    for step in part.output.path:
+        try:
+            value = value[step]
+        except Exception as error:  # the class is the user's
+            text = f"{part.output!r} of run {str(part.run_id)!r} cannot be had: there is no {step!r}"
+            raise RunError(part.run_id, f"{text} in a {type(value).__name__}") from error
+    return value
 
 
 def _decoded(found: Fetched) -> Any:

@@ -37,6 +37,10 @@ MARK = b"(task_id="
 WRITTEN = re.compile(rb"""(?:LatticeTask|Outputs|TaskOutput)\(task_id=\\*['"](.+?)\\*['"][,)]""")
 
 
+# How many steps into a value the contract allows.
+MAX_PATH = 32
+
+
 class DeferredValueError(TaskDefinitionError):
     """A value that exists only while a run goes on was to be copied here."""
 
@@ -130,17 +134,38 @@ def written_in(data: bytes, task_ids: Container[str]) -> str:
 class TaskOutput(Deferred):
     """One output of a task, to be wired into another task's inputs.
 
-    `owner` is the task it was taken from; None for an output that was named by hand, such as one of a task that the run
-    will have by then. Not a dataclass: `dataclasses.asdict` would turn it into a dict.
+    `output["key"]` and `output[0]` select a part of it; they may follow each other. `owner` is the task it was taken
+    from; None for an output that was named by hand, such as one of a task that the run will have by then. Not a
+    dataclass: `dataclasses.asdict` would turn it into a dict.
     """
 
-    __slots__ = ("is_optional", "output", "owner", "task_id")
+    __slots__ = ("is_optional", "output", "owner", "path", "task_id")
 
-    def __init__(self, task_id: str, output: str, is_optional: bool = False, owner: object = None) -> None:
+    def __init__(
+        self,
+        task_id: str,
+        output: str,
+        is_optional: bool = False,
+        owner: object = None,
+        path: tuple[str | int, ...] = (),
+    ) -> None:
         self.task_id = task_id
         self.output = output
         self.is_optional = is_optional
         self.owner = owner
+        self.path = path
+
+    def __getitem__(self, key: Any) -> "TaskOutput":
+        """Return the part under a key of a dict, or at a position of a list. Raises TaskDefinitionError.
+
+        Whether there is such a part is known once the task has run; a task that is wired to one that is missing fails.
+        """
+        if type(key) is not str and type(key) is not int:
+            text = f"a part of {self!r} is selected by a text or a whole number, not by {key!r}; {AS_VALUE}"
+            raise TaskDefinitionError(text)
+        if len(self.path) >= MAX_PATH:
+            raise TaskDefinitionError(f"{self!r} is as deep as a part may lie: {MAX_PATH} steps; {AS_VALUE}")
+        return TaskOutput(self.task_id, self.output, self.is_optional, self.owner, (*self.path, key))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TaskOutput) and self._key() == other._key()
@@ -149,7 +174,8 @@ class TaskOutput(Deferred):
         return hash(self._key())
 
     def __repr__(self) -> str:
-        text = f"TaskOutput(task_id={self.task_id!r}, output={self.output!r})"
+        steps = "".join(f"[{step!r}]" for step in self.path)
+        text = f"TaskOutput(task_id={self.task_id!r}, output={self.output!r}){steps}"
         return f"{text}.optional()" if self.is_optional else text
 
     def __reduce__(self) -> NoReturn:
@@ -161,14 +187,14 @@ class TaskOutput(Deferred):
         The task then gets None when the one that makes it was skipped or, under `finish_independent`, failed, instead
         of being skipped as well.
         """
-        return TaskOutput(self.task_id, self.output, True, self.owner)
+        return TaskOutput(self.task_id, self.output, True, self.owner, self.path)
 
     def required(self) -> "TaskOutput":
         """Return this output for a task that cannot do without it."""
-        return TaskOutput(self.task_id, self.output, False, self.owner)
+        return TaskOutput(self.task_id, self.output, False, self.owner, self.path)
 
-    def _key(self) -> tuple[str, str, bool]:
-        return self.task_id, self.output, self.is_optional
+    def _key(self) -> tuple[object, ...]:
+        return self.task_id, self.output, self.is_optional, self.path
 
 
 class Outputs(Mapping[str, TaskOutput]):

@@ -15,6 +15,7 @@ from lattice_client import convert, errors
 from lattice_client.channel import Channel, OpenCall
 from lattice_client.convert import RunEvent
 from lattice_client.following import OnLoss, Reconnection, limited
+from lattice_client.opening import Part
 from lattice_client.outputs import TaskOutput
 from lattice_client.requests import duration, made
 from lattice_client.run import Answer, RunId, task_id_of
@@ -100,7 +101,8 @@ class Reader:
         if isinstance(task, TaskOutput) and task.output not in outputs:
             text = f"task {task_id!r} of run {str(run_id)!r} has no output {task.output!r}"
             return errors.RunError(run_id, f"{text}; its outputs: {', '.join(map(repr, outputs)) or 'none'}")
-        return convert.value_of(outputs, task)
+        found = convert.value_of(outputs, task)
+        return Part(run_id, task, found) if isinstance(task, TaskOutput) and task.path else found
 
     async def list_tasks(self, run_id: str, with_outputs: bool = False) -> list[run_pb2.TaskRun]:
         """As `AsyncLatticeClient.list_tasks`."""

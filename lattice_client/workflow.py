@@ -168,6 +168,9 @@ class Graph(Generic[Client]):
             if isinstance(source, LatticeTask | Outputs):
                 raise TaskDefinitionError(f"{text}; give one: {_an_output_of(source)}")
             raise TaskDefinitionError(f"{text} of another task; of a list that is known, add a task for each item")
+        if source.path:
+            text = f"task {definition.name!r}: it is mapped over {source!r}, a part of an output"
+            raise TaskDefinitionError(f"{text}; have the task that makes it return the list as an output of its own")
         return self._add(definition, {**given, name: source.required()}, task_name, task_id, over=name)
 
     def add_edge(self, source_task: LatticeTask, target_task: LatticeTask) -> None:

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -51,6 +51,12 @@ def binding_tree(binding: payload_pb2.Binding, store: str, blobs: list[bytes], o
         case "map":
             entries = binding.map.entries
             return {"entries": {key: binding_tree(entries[key], store, blobs, outputs) for key in sorted(entries)}}
+        case "selection":
+            of = binding_tree(binding.selection.value, store, blobs, outputs)
+            return {"of": of, "select": _steps(binding.selection.path)}
+        case "output" if binding.output.path:
+            whole = payload_pb2.Binding(payload=outputs[binding.output.output])
+            return {"of": binding_tree(whole, store, blobs, outputs), "select": _steps(binding.output.path)}
         case _:
             payload = outputs[binding.output.output] if source == "output" else binding.payload
             media_type = payload.media_type or JSON
@@ -59,6 +65,10 @@ def binding_tree(binding: payload_pb2.Binding, store: str, blobs: list[bytes], o
                 return {"type": media_type, "path": os.path.join(store, name)}
             blobs.append(payload.json.encode() if payload.WhichOneof("content") == "json" else payload.data)
             return {"type": media_type, "blob": len(blobs) - 1}
+
+
+def _steps(path: Iterable[payload_pb2.PathStep]) -> list[str | int]:
+    return [step.key if step.WhichOneof("step") == "key" else step.index for step in path]
 
 
 def payload_from_answer(answer: dict[str, Any], blobs: list[bytes], node_id: str) -> payload_pb2.Payload:

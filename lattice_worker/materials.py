@@ -97,6 +97,8 @@ class Materials:
 
     def _absent(self, binding: payload_pb2.Binding, upstream: convert.Outputs) -> list[payload_pb2.Artifact]:
         match binding.WhichOneof("source"):
+            case "selection":
+                return self._absent(binding.selection.value, upstream)
             case "list":
                 return [found for item in binding.list.items for found in self._absent(item, upstream)]
             case "map":

@@ -9,6 +9,20 @@ const CHUNK_BYTES = 1 << 20;
 /** A value, a binding or an output that cannot be read or written. */
 export class PayloadError extends Error {}
 
+/** Return the part of a JSON value at the end of a path: keys of objects, and positions in arrays. */
+export function partOf(value, path) {
+  for (const step of path) {
+    const isThere =
+      step.step === "key"
+        ? value !== null && typeof value === "object" && !Array.isArray(value) && Object.hasOwn(value, step.key)
+        : Array.isArray(value) && step.index >= -value.length && step.index < value.length;
+    const name = step.step === "key" ? JSON.stringify(step.key) : step.index;
+    if (!isThere) throw new PayloadError(`the output it is wired to has no part [${name}]`);
+    value = step.step === "key" ? value[step.key] : value.at(step.index);
+  }
+  return value;
+}
+
 /** Large values made here, and the way to those made elsewhere; `read(id)` gets the bytes of one from the server. */
 export class Values {
   inlineLimitBytes = 256 * 1024;
@@ -30,8 +44,10 @@ export class Values {
         const entries = Object.entries(binding.map.entries);
         return Object.fromEntries(await Promise.all(entries.map(async ([k, v]) => [k, await this.bound(v, upstream)])));
       }
+      case "selection":
+        return partOf(await this.bound(binding.selection.value, upstream), binding.selection.path);
       case "output":
-        return this.decoded(upstream[binding.output.output]);
+        return partOf(await this.decoded(upstream[binding.output.output]), binding.output.path);
       default:
         return this.decoded(binding.payload);
     }

@@ -161,9 +161,11 @@ class _Draft:
             self._note_map(task, path, found)
         if task.condition is not None and self._is_output(task.condition.output, f"{path}.condition"):
             found[task.condition.output.task_id] = False
-            if task.condition.equals is not None and self.tasks[task.condition.output.task_id].over:
+            field = "equals" if task.condition.equals is not None else "output.path"
+            is_of_one = task.condition.equals is not None or task.condition.output.path
+            if is_of_one and self.tasks[task.condition.output.task_id].over:
                 text = "the outputs of a mapped task are not one value to compare; have a task look at them"
-                self.complain(f"{path}.condition.equals", text)
+                self.complain(f"{path}.condition.{field}", text)
         for position, source in enumerate(task.after):
             if source in self.tasks:
                 found[source] = False
@@ -188,6 +190,8 @@ class _Draft:
         over = task.inputs.get(task.over)
         if not isinstance(over, OutputRef):
             self.complain(f"{path}.over", f"must name an input that is wired to an output; {task.over!r} is not")
+        elif over.path:
+            self.complain(f"{path}.over", "a task is mapped over a whole output; have a task return the part")
         elif over.task_id in self.tasks:
             found[over.task_id] = False
             if not self.tasks[over.task_id].over:

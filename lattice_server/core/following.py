@@ -1,7 +1,7 @@
 """Owns what waits for another task of its run. Rule: it goes on when that one succeeds, and never without it."""
 
 from lattice_server.core.attempts import Task
-from lattice_server.core.model import Binding, Failure, FailureKind, OutputRef, Outputs, Parameter, resolve
+from lattice_server.core.model import Binding, Failure, FailureKind, OutputRef, Outputs, Parameter, part_of, resolve
 
 
 def follow(task: Task, source: Task) -> None:
@@ -22,7 +22,7 @@ def release(source: Task, outputs: Outputs) -> list[Task]:
 
     def value_of(reference: OutputRef | Parameter) -> Binding:
         assert isinstance(reference, OutputRef), "the run resolved its parameters"
-        return outputs[reference.output]
+        return part_of(outputs[reference.output], reference.path)
 
     released, source.followers = list(source.followers.values()), {}
     for follower in released:

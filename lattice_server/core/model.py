@@ -28,15 +28,20 @@ class Payload:
         return 0 if isinstance(self.content, Artifact) else sys.getsizeof(self.content)
 
 
+# Keys of mappings and positions in lists, from the outside in.
+Path = tuple[str | int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class OutputRef:
     """One output of one task. An optional one is null when that task was skipped, or failed in a run that finishes what
     is independent; of a mapped task that became items, the list has null for each such item. A task that needs the
-    output otherwise is skipped too."""
+    output otherwise is skipped too. `path` selects a part of it, step by step."""
 
     task_id: str
     output: str
     is_optional: bool = False
+    path: Path = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,15 @@ class BindingMap:
     entries: Mapping[str, "Binding"]
 
 
-Binding = Payload | OutputRef | Parameter | BindingList | BindingMap
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A part of a value that is known; whoever decodes the value takes the steps of `path`."""
+
+    value: "Binding"
+    path: Path
+
+
+Binding = Payload | OutputRef | Parameter | BindingList | BindingMap | Selection
 Outputs = Mapping[str, Payload]
 
 
@@ -75,6 +88,8 @@ def inline_bytes(binding: Binding) -> int:
             return sum(map(inline_bytes, items))
         case BindingMap(entries):
             return sum(map(inline_bytes, entries.values()))
+        case Selection(value):
+            return inline_bytes(value)
         case _:
             return 0
 
@@ -301,14 +316,21 @@ def leaves(binding: Binding) -> list[Leaf]:
             return [found for item in items for found in leaves(item)]
         case BindingMap(entries):
             return [found for item in entries.values() for found in leaves(item)]
+        case Selection(value):
+            return leaves(value)
         case _:
             return [binding]
+
+
+def part_of(value: Binding, path: Path) -> Binding:
+    """Return the part of a known value that a reference selects; the value itself when it selects none."""
+    return Selection(value, path) if path else value
 
 
 def resolve(binding: Binding, value_of: Callable[[OutputRef | Parameter], Binding]) -> Binding:
     """Return `binding` with every reference replaced by what `value_of` gives for it."""
     match binding:
-        case Payload():
+        case Payload() | Selection():
             return binding
         case OutputRef() | Parameter():
             return value_of(binding)

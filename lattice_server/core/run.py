@@ -10,6 +10,7 @@ from typing import assert_never
 
 from lattice_server.core import dag as graphs
 from lattice_server.core.auditing import check_run
+from lattice_server.core.conditions import PathError
 from lattice_server.core.errors import ExhaustedError, LatticeError, PreconditionError
 from lattice_server.core.explanation import explain_in_run
 from lattice_server.core.growth import DEFAULT_BOUNDS, Bounds, items_of, refuse_late_maps
@@ -268,10 +269,14 @@ class Run:
     def _become_ready(self, task_id: str, record: TaskRecord, now: float) -> None:
         condition = record.spec.condition
         if condition is not None:
-            is_met = self._values.is_met(condition)
+            source = f"its condition, output {condition.output.task_id}.{condition.output.output}"
+            try:
+                is_met = self._values.is_met(condition)
+            except PathError as error:
+                self._fail_unstarted(record, Failure(FailureKind.PAYLOAD, f"{source}, cannot be told: {error}"), now)
+                return
             if is_met is None:
-                source = f"{condition.output.task_id}.{condition.output.output}"
-                text = f"its condition, output {source}, is not JSON, so nothing but a task can read it"
+                text = f"{source}, is not JSON, so nothing but a task can read it"
                 self._fail_unstarted(record, Failure(FailureKind.PAYLOAD, text), now)
                 return
             if not is_met:

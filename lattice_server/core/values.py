@@ -2,9 +2,10 @@
 but that of a condition, if it is JSON."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lattice_server.core.conditions import is_met
-from lattice_server.core.model import Binding, BindingList, Condition, OutputRef, Parameter, Payload, TaskSpec
+from lattice_server.core.model import Binding, BindingList, Condition, OutputRef, Parameter, Payload, TaskSpec, part_of
 from lattice_server.core.records import TaskRecord
 from lattice_server.core.states import TASK_TERMINAL
 
@@ -27,14 +28,17 @@ class Values:
             return self.parameters[reference.name]
         record = self._tasks[reference.task_id]
         if record.state in TASK_TERMINAL and record.items is not None:
-            return BindingList(tuple(self._of_items(record.items, reference.output)))
+            return part_of(BindingList(tuple(self._of_items(record.items, reference.output))), reference.path)
         if record.outputs is not None:
-            return record.outputs[reference.output]
+            return part_of(record.outputs[reference.output], reference.path)
         return NULL if record.state in TASK_TERMINAL else reference
 
     def is_met(self, condition: Condition) -> bool | None:
-        """Whether a task runs; None when that cannot be told without opening the value."""
-        value = self.of(condition.output)
+        """Whether a task runs; None when that cannot be told without opening the value.
+
+        Raises PathError when the value has no such part as the condition selects.
+        """
+        value = self.of(replace(condition.output, path=()))
         if isinstance(value, BindingList):
             return bool(value.items) is not condition.is_negated
         if not isinstance(value, Payload) or not isinstance(value.content, str):

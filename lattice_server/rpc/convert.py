@@ -21,12 +21,15 @@ from lattice_server.core.model import (
     Isolation,
     OutputRef,
     Parameter,
+    Path,
     Payload,
     Resources,
     Runtime,
+    Selection,
 )
 
 JSON = "application/json"
+MAX_PATH = 32
 # What every store can call a file.
 FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\x00-\x1f\x7f]{1,255}")
 
@@ -157,14 +160,30 @@ def payloads_to_proto(payloads: Mapping[str, Payload]) -> dict[str, payload_pb2.
     return {name: payload_to_proto(payload) for name, payload in payloads.items()}
 
 
-def output_from_proto(message: payload_pb2.OutputRef) -> OutputRef:
-    """Return a reference to an output."""
-    return OutputRef(message.task_id, message.output, message.optional)
+def output_from_proto(message: payload_pb2.OutputRef, field: str) -> OutputRef:
+    """Check and return a reference to an output. Raises InvalidError."""
+    if len(message.path) > MAX_PATH:
+        raise invalid_field(f"{field}.path", f"must have at most {MAX_PATH} steps")
+    path: list[str | int] = []
+    for number, step in enumerate(message.path):
+        kind = step.WhichOneof("step")
+        if kind is None:
+            raise invalid_field(f"{field}.path[{number}]", "a step needs a key or an index")
+        path.append(step.key if kind == "key" else step.index)
+    return OutputRef(message.task_id, message.output, message.optional, tuple(path))
 
 
 def output_to_proto(output: OutputRef) -> payload_pb2.OutputRef:
     """Return the message of a reference to an output."""
-    return payload_pb2.OutputRef(task_id=output.task_id, output=output.output, optional=output.is_optional)
+    return payload_pb2.OutputRef(
+        task_id=output.task_id, output=output.output, optional=output.is_optional, path=_path_to_proto(output.path)
+    )
+
+
+def _path_to_proto(path: Path) -> list[payload_pb2.PathStep]:
+    return [
+        payload_pb2.PathStep(key=step) if isinstance(step, str) else payload_pb2.PathStep(index=step) for step in path
+    ]
 
 
 def binding_from_proto(message: payload_pb2.Binding, field: str, inline_limit_bytes: int) -> Binding:
@@ -173,7 +192,7 @@ def binding_from_proto(message: payload_pb2.Binding, field: str, inline_limit_by
         case "payload":
             return payload_from_proto(message.payload, field, inline_limit_bytes)
         case "output":
-            return output_from_proto(message.output)
+            return output_from_proto(message.output, field)
         case "parameter":
             return Parameter(message.parameter)
         case "list":
@@ -203,6 +222,9 @@ def fill_binding(message: payload_pb2.Binding, binding: Binding) -> None:
             message.map.SetInParent()
             for key, item in entries.items():
                 fill_binding(message.map.entries[key], item)
+        case Selection(value, path):
+            fill_binding(message.selection.value, value)
+            message.selection.path.extend(_path_to_proto(path))
 
 
 def resources_from_proto(message: resources_pb2.Resources, field: str, *, is_async: bool) -> Resources:

@@ -182,7 +182,7 @@ def condition_from_proto(message: task_pb2.Condition, field: str, inline_limit_b
         equals = payload_from_proto(message.equals, f"{field}.equals", inline_limit_bytes)
         if not isinstance(equals.content, str):
             raise invalid_field(f"{field}.equals", "must be JSON")
-    return Condition(output_from_proto(message.output), equals, message.negated)
+    return Condition(output_from_proto(message.output, f"{field}.output"), equals, message.negated)
 
 
 def tasks_from_proto(

@@ -11,7 +11,7 @@ from lattice_server.rpc.parts import PART_BYTES
 from lattice_server.rpc.waiting import MAX_WAIT_S
 
 PROTOCOL_VERSION = 1
-FEATURES = ("request-id", "run-graph")
+FEATURES = ("output-path", "request-id", "run-graph")
 
 
 def limits_to_proto(config: ServerConfig) -> cluster_pb2.Limits:

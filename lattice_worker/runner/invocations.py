@@ -22,7 +22,7 @@ from lattice_worker.runner.memory import memory_limit
 from lattice_worker.runner.output import Output, flush_streams
 from lattice_worker.runner.reset import Baseline
 from lattice_worker.runner.text import message_of, type_name, utf8
-from lattice_worker.runner.values import WITH_OUTPUTS, PayloadError, decode_value
+from lattice_worker.runner.values import WITH_OUTPUTS, PartError, PayloadError, decode_value, part_of
 
 MAX_ANSWER_BYTES = MAX_FRAME_BYTES // 2
 # What a class is called, whatever its metaclass says.
@@ -217,6 +217,8 @@ def _bind_all(inputs: dict[str, Any], blobs: list[bytes]) -> dict[str, Any]:
     for name, binding in inputs.items():
         try:
             bound[name] = _bind(binding, blobs)
+        except PartError as error:
+            raise PayloadError(f"input {name!r}: {error}") from None
         except (PayloadError, MemoryError):
             raise
         except BaseException as error:  # SystemExit too: unpickling runs code of the value's own.
@@ -231,6 +233,8 @@ def _bind(binding: dict[str, Any], blobs: list[bytes]) -> Any:
         if items and items[0].get("type") == WITH_OUTPUTS:
             return _decode(items[0], blobs, [_bind(item, blobs) for item in items[1:]])
         return [_bind(item, blobs) for item in items]
+    if "select" in binding:
+        return part_of(_bind(binding["of"], blobs), binding["select"])
     if "entries" in binding:
         return {key: _bind(item, blobs) for key, item in binding["entries"].items()}
     return _decode(binding, blobs)

@@ -23,12 +23,41 @@ ALIGN = 64
 # Python refuses to print and to read integers of over 4300 digits; these have fewer or as many.
 MAX_JSON_INT_BITS = 14_284
 MAX_JSON_LEVELS = 100
+MAX_KEYS_SHOWN = 8
 _to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, check_circular=False).encode
 _from_json = json.loads  # A task may put something else in its place.
 
 
 class PayloadError(Exception):
     """A value or a function cannot be decoded, encoded or found."""
+
+
+class PartError(PayloadError):
+    """A value has no such part as a path names."""
+
+
+def part_of(value: Any, path: list[str | int]) -> Any:
+    """Return the part of a value at the end of a path: keys of mappings, and positions in lists. Raises PartError."""
+    for number, step in enumerate(path):
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError("a text is one value")
+            value = value[step]
+        except Exception as error:
+            found = _described(value)
+            steps = "".join(f"[{step!r}]" for step in path[:number])
+            where = f"its part {steps}" if steps else "it"
+            raise PartError(f"the output it is wired to has no part {steps}[{step!r}]: {where} is {found}") from error
+    return value
+
+
+def _described(value: Any) -> str:
+    if type(value) is list:
+        return f"a list of {len(value)}"
+    if type(value) is not dict:
+        return f"a value of type {type(value).__name__}"
+    keys = [repr(key) for key in value if type(key) is str]
+    return f"a dict with {', '.join(keys[:MAX_KEYS_SHOWN]) or 'no text as a key'}"
 
 
 def among_json(value: Any, *kinds: type) -> list[Any] | None:

@@ -314,7 +314,7 @@ def test_an_output_in_the_code_of_a_task_is_refused(graph: Graph[None]) -> None:
     "read",
     [
         *[str, "{}".format, "%s".__mod__, list, len, bool, bytes, dict, int, float, range, sorted, round, "%d".__mod__],
-        *[lambda x: 1 in x, lambda x: x["k"], lambda x: x[0], lambda x: x.title, lambda x: x(), lambda x: x(1, key=2)],
+        *[lambda x: 1 in x, lambda x: x.title, lambda x: x(), lambda x: x(1, key=2)],
         *[lambda x: "a" + x, lambda x: x + "a", lambda x: x + 1, lambda x: 1 - x, lambda x: -x, lambda x: x | {}],
         *[lambda x: x < 1, lambda x: x >= 1, lambda x: [1, 2][x], lambda x: x @ x, lambda x: divmod(7, x)],
     ],
@@ -458,3 +458,70 @@ def test_an_entry_point_of_another_language_is_wired_by_json(graph: Graph[None])
     counted: LatticeTask = graph.add_task(entrypoint("js/word_count", inputs=["text"]), {"text": "a b"})
     message = bound({"counts": [counted.output, 1], "other": 1}, is_for_python=False)
     assert message.map.entries["counts"].list.items[0].output.task_id == counted.task_id
+
+
+PARTS = {"choices": [{"text": "first"}, {"text": "second"}], "n": {"deep": [[1, 2]]}}
+
+
+@pytest.mark.parametrize(
+    ("select", "part"),
+    [
+        (lambda x: x["choices"], PARTS["choices"]),
+        (lambda x: x["choices"][1]["text"], "second"),
+        (lambda x: x["choices"][-1]["text"], "second"),
+        (lambda x: x["n"]["deep"][0][1], 2),
+    ],
+)
+@pytest.mark.parametrize("made", [PARTS, {**PARTS, "pickled": {1, 2}}], ids=["json", "pickle"])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [0, x], Frozen], ids=["bare", "list", "pickle"])
+def test_a_task_is_given_the_part_of_an_output_that_is_selected(
+    select: Callable[[Any], Any], part: Any, made: Any, wrap: Callable[[Any], Any]
+) -> None:
+    assert received(wrap(select(output())), {"a": made}) == wrap(part)
+
+
+@pytest.mark.parametrize(
+    ("select", "text"),
+    [
+        (lambda x: x["gone"], r"no part \['gone'\]: it is a dict with 'choices', 'n'$"),
+        (lambda x: x["choices"][2], r"no part \['choices'\]\[2\]: its part \['choices'\] is a list of 2$"),
+        (lambda x: x["choices"]["text"], r"no part \['choices'\]\['text'\]: .* is a list of 2$"),
+        (
+            lambda x: x["choices"][0]["text"][0],
+            r"no part .*\[0\]: its part \['choices'\]\[0\]\['text'\] is a value of type str$",
+        ),
+        (lambda x: x[0], r"no part \[0\]: it is a dict"),
+    ],
+)
+def test_an_input_is_refused_when_its_output_has_no_such_part(select: Callable[[Any], Any], text: str) -> None:
+    with pytest.raises(PayloadError, match=f"^input 'x': the output it is wired to has {text}"):
+        received(select(output()), {"a": PARTS})
+
+
+@pytest.mark.parametrize("key", [1.0, True, None, slice(1), ("a",), b"k"])
+def test_a_part_is_refused_when_it_is_selected_by_neither_text_nor_number(key: Any) -> None:
+    with pytest.raises(TaskDefinitionError, match="is selected by a text or a whole number"):
+        output()[key]
+
+
+def test_a_part_is_refused_when_it_lies_deeper_than_the_contract_allows() -> None:
+    found = output()
+    for _ in range(32):
+        found = found[0]
+    with pytest.raises(TaskDefinitionError, match="32 steps"):
+        found[0]
+
+
+def test_a_part_of_an_output_keeps_what_is_said_of_the_output() -> None:
+    part = output().optional()["k"]
+    assert part.is_optional
+    assert part.required()["j"].path == ("k", "j")
+    assert repr(part) == "TaskOutput(task_id='t', output='a')['k'].optional()"
+    assert part != output().optional()
+    assert len({part, output().optional()["k"]}) == 1
+
+
+def test_a_map_over_a_part_of_an_output_is_refused(graph: Graph[None]) -> None:
+    first = graph.add_task(number)
+    with pytest.raises(TaskDefinitionError, match=r"mapped over .*, a part of an output; have the task"):
+        graph.map(lambda x: x, first.output["items"])

@@ -7,6 +7,7 @@ import pytest
 from lattice_client import (
     LatticeClient,
     Run,
+    RunError,
     TaskDefinitionError,
     TaskFailedError,
     task,
@@ -268,3 +269,51 @@ def test_a_condition_may_be_a_map(client: LatticeClient) -> None:
         workflow.add_task(give, {"value": "none"}, unless=mapped.output)
         some, none = ({"result": "some"}, None) if n else (None, {"result": "none"})
         assert workflow.run().result(timeout=WAIT_S) == {"give": some, "give-2": none}
+
+
+# Parts of outputs.
+
+
+@task
+def answer(large: bool = False) -> dict[str, Any]:
+    return {"choices": [{"text": "no"}, {"text": "yes" * (100_000 if large else 1)}], "is_final": True}
+
+
+@task
+def answer_pickled() -> dict[str, Any]:
+    return {"choices": [{"text": "no"}, {"text": "yes"}], "seen": {1, 2}}
+
+
+@pytest.mark.parametrize("kind", ["json", "large", "pickle"])
+def test_tasks_are_given_parts_of_outputs(client: LatticeClient, kind: str) -> None:
+    workflow = client.create_workflow()
+    made = (
+        workflow.add_task(answer_pickled) if kind == "pickle" else workflow.add_task(answer, {"large": kind == "large"})
+    )
+    first = workflow.add_task(give, {"value": made.output["choices"][-1]["text"]})
+    workflow.add_task(give, {"value": {"parts": [made.output["choices"][0], first.output]}})
+    run = workflow.run()
+    wanted = "yes" * (100_000 if kind == "large" else 1)
+    assert run.result(timeout=WAIT_S) == {"result": {"parts": [{"text": "no"}, wanted]}}
+    assert run.output(made.output["choices"][0]["text"]) == "no"
+    with pytest.raises(RunError, match="there is no 'gone' in a dict"):
+        run.output(made.output["gone"])
+
+
+def test_a_task_fails_when_its_output_has_no_such_part(client: LatticeClient) -> None:
+    workflow = client.create_workflow()
+    made = workflow.add_task(answer)
+    workflow.add_task(give, {"value": made.output["choices"][7]})
+    with pytest.raises(
+        TaskFailedError, match=r"no part \['choices'\]\[7\]: its part \['choices'\] is a list of 2"
+    ) as caught:
+        workflow.run().result(timeout=WAIT_S)
+    assert caught.value.kind == "PAYLOAD"
+
+
+def test_a_condition_selects_a_part(client: LatticeClient) -> None:
+    workflow = client.create_workflow()
+    made = workflow.add_task(answer)
+    workflow.add_task(give, {"value": 1}, task_id="then", when=made.output["is_final"])
+    workflow.add_task(give, {"value": 2}, task_id="else", unless=made.output["choices"][0]["text"], equals="no")
+    assert states(workflow.run()) == {"answer": "succeeded", "then": "succeeded", "else": "skipped"}

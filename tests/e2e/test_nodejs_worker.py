@@ -181,6 +181,20 @@ def test_maps_and_batches(client: LatticeClient) -> None:
 
 
 @pytest.mark.usefixtures("worker")
+def test_parts_of_outputs_are_selected(client: LatticeClient) -> None:
+    workflow = client.create_workflow("parts")
+    numbers = workflow.add_task(entrypoint("js/range", inputs=["size"]), {"size": 5})
+    told_numbers = workflow.add_task(told, {"numbers": numbers.output})
+    workflow.add_task(SUM, {"numbers": [told_numbers.output["numbers"][-1], numbers.output[1]]})
+    assert workflow.run().result(WAIT_S) == {"result": 5}
+    workflow = client.create_workflow("parts")
+    numbers = workflow.add_task(entrypoint("js/range", inputs=["size"]), {"size": 5})
+    workflow.add_task(SUM, {"numbers": [numbers.output[5]]})
+    with pytest.raises(TaskFailedError, match=r"no part \[5\]"):
+        workflow.run().result(WAIT_S)
+
+
+@pytest.mark.usefixtures("worker")
 def test_chains_of_short_tasks_go_out_together(client: LatticeClient) -> None:
     # Once it is known how long they take, a task is sent along with the one it needs.
     for _ in range(3):

@@ -99,6 +99,7 @@ class Binding(google.protobuf.message.Message):
     PARAMETER_FIELD_NUMBER: builtins.int
     LIST_FIELD_NUMBER: builtins.int
     MAP_FIELD_NUMBER: builtins.int
+    SELECTION_FIELD_NUMBER: builtins.int
     parameter: builtins.str
     """A run parameter, by name."""
     @property
@@ -117,6 +118,10 @@ class Binding(google.protobuf.message.Message):
     def map(self) -> Global___BindingMap:
         """A string-keyed map whose values are bound one by one."""
 
+    @property
+    def selection(self) -> Global___Selection:
+        """A part of a value. Only workers receive it, in place of an output with a `path`; a caller names the output."""
+
     def __init__(
         self,
         *,
@@ -125,12 +130,64 @@ class Binding(google.protobuf.message.Message):
         parameter: builtins.str = ...,
         list: Global___BindingList | None = ...,
         map: Global___BindingMap | None = ...,
+        selection: Global___Selection | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["list", b"list", "map", b"map", "output", b"output", "parameter", b"parameter", "payload", b"payload", "source", b"source"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["list", b"list", "map", b"map", "output", b"output", "parameter", b"parameter", "payload", b"payload", "source", b"source"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["payload", "output", "parameter", "list", "map"] | None: ...
+    def HasField(self, field_name: typing.Literal["list", b"list", "map", b"map", "output", b"output", "parameter", b"parameter", "payload", b"payload", "selection", b"selection", "source", b"source"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["list", b"list", "map", b"map", "output", b"output", "parameter", b"parameter", "payload", b"payload", "selection", b"selection", "source", b"source"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["payload", "output", "parameter", "list", "map", "selection"] | None: ...
 
 Global___Binding: typing_extensions.TypeAlias = Binding
+
+@typing.final
+class Selection(google.protobuf.message.Message):
+    """A part of a value, such as `["choices"][0]`. The worker decodes the whole value and then takes the steps."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    @property
+    def value(self) -> Global___Binding:
+        """The whole value."""
+
+    @property
+    def path(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PathStep]:
+        """The steps to the part, from the outside in."""
+
+    def __init__(
+        self,
+        *,
+        value: Global___Binding | None = ...,
+        path: collections.abc.Iterable[Global___PathStep] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["path", b"path", "value", b"value"]) -> None: ...
+
+Global___Selection: typing_extensions.TypeAlias = Selection
+
+@typing.final
+class PathStep(google.protobuf.message.Message):
+    """One step into a value."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    key: builtins.str
+    """To the value under this key of a JSON object or another mapping."""
+    index: builtins.int
+    """To the item at this position of a list, from 0; negative positions count from the end, -1 being the last item."""
+    def __init__(
+        self,
+        *,
+        key: builtins.str = ...,
+        index: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["index", b"index", "key", b"key", "step", b"step"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index", "key", b"key", "step", b"step"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["step", b"step"]) -> typing.Literal["key", "index"] | None: ...
+
+Global___PathStep: typing_extensions.TypeAlias = PathStep
 
 @typing.final
 class OutputRef(google.protobuf.message.Message):
@@ -141,6 +198,7 @@ class OutputRef(google.protobuf.message.Message):
     TASK_ID_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
     OPTIONAL_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """The producing task."""
     output: builtins.str
@@ -150,14 +208,22 @@ class OutputRef(google.protobuf.message.Message):
     what is independent, the value is JSON `null`. Otherwise the task that reads it would be skipped as well. Of a
     mapped task that became items, the value is the list with `null` in the place of each that did not succeed.
     """
+    @property
+    def path(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PathStep]:
+        """Selects a part of the output, at most 32 steps deep; empty means the whole. A task whose input has no such part
+        fails with kind PAYLOAD. An optional output that is `null` for want of a value has no parts, and stays `null`. An
+        output that a task is mapped over, `TaskSpec.over`, has no path.
+        """
+
     def __init__(
         self,
         *,
         task_id: builtins.str = ...,
         output: builtins.str = ...,
         optional: builtins.bool = ...,
+        path: collections.abc.Iterable[Global___PathStep] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["optional", b"optional", "output", b"output", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["optional", b"optional", "output", b"output", "path", b"path", "task_id", b"task_id"]) -> None: ...
 
 Global___OutputRef: typing_extensions.TypeAlias = OutputRef
 

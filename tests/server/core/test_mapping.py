@@ -1,5 +1,7 @@
 """Graphs that depend on values: maps over lists known at run time, conditions, references one can do without."""
 
+import re
+
 import pytest
 
 from lattice_server.core import dag
@@ -19,6 +21,7 @@ from lattice_server.core.model import (
     FailurePolicy,
     OutputRef,
     Payload,
+    Selection,
     TaskSpec,
     WorkflowSpec,
 )
@@ -299,3 +302,81 @@ def test_a_long_chain_of_what_needs_no_worker_is_no_trouble() -> None:
     story = RunScene(task("a"), *skips)
     story.succeed("a", outputs={"out": value("0")})
     assert len(story.states(TaskState.SKIPPED)) == 2000
+
+
+# Parts of outputs.
+
+
+def part(task_id: str, source: str, *path: str | int, is_optional: bool = False, **settings: object) -> TaskSpec:
+    """Return a task that is given a part of another's output."""
+    inputs = {"x": OutputRef(source, "out", is_optional, path)}
+    return TaskSpec(task_id, SYNC, inputs=inputs, outputs=("out",), **settings)  # type: ignore[arg-type]
+
+
+def test_a_part_of_an_output_is_selected_by_the_worker_when_the_output_is_known() -> None:
+    inputs = {"x": OutputRef("a", "out", path=("k", 0)), "y": OutputRef("b", "out")}
+    story = RunScene(task("a"), task("b"), TaskSpec("c", SYNC, inputs=inputs, outputs=("out",)))
+    assert story.succeed("a", outputs={"out": value("9")}) == ["c after b"]
+    assert story.inputs("c") == {"x": Selection(value("9"), ("k", 0)), "y": OutputRef("b", "out")}
+
+
+def test_a_part_of_an_output_is_sent_ahead_as_the_output_it_is_of() -> None:
+    story = RunScene(task("a"), part("b", "a", "k"))
+    assert story.ready() == ["a", "b after a"]
+    assert story.inputs("b") == {"x": OutputRef("a", "out", path=("k",))}
+
+
+def test_a_part_of_a_mapped_output_is_selected_from_the_list() -> None:
+    story = RunScene(task("a"), mapped("m", "a"), part("b", "m", 1, "k"))
+    story.succeed("a", ["1", "2"])
+    story.succeed("m[0]")
+    assert story.succeed("m[1]") == ["b"]
+    assert story.inputs("b") == {"x": Selection(BindingList((value("1"), value("1"))), (1, "k"))}
+
+
+def test_an_optional_part_is_null_when_its_task_failed() -> None:
+    story = RunScene(task("a"), part("b", "a", "k", is_optional=True), policy=ANYWAY)
+    assert story.fail("a") == ["b"]
+    assert story.inputs("b") == {"x": NULL}
+
+
+@pytest.mark.parametrize(
+    ("made", "path", "runs"),
+    [
+        ('{"k": true}', ("k",), True),
+        ('{"k": []}', ("k",), False),
+        ('[0, {"k": "yes"}]', (1, "k"), True),
+        ("[[0]]", (0, -1), False),
+    ],
+)
+def test_a_condition_looks_at_a_part_when_it_selects_one(made: str, path: tuple[str | int, ...], runs: bool) -> None:
+    condition = Condition(OutputRef("a", "out", path=path))
+    story = RunScene(task("a"), task("b", condition=condition))
+    assert story.succeed("a", outputs={"out": Payload("application/json", made)}) == (["b"] if runs else [])
+
+
+@pytest.mark.parametrize(
+    ("made", "text"), [('{"j": 1}', r"it has no part \['k'\]"), ("[1]", r"it has no part \['k'\]"), ("soup", "no JSON")]
+)
+def test_a_task_fails_when_its_condition_selects_a_part_that_is_not_there(made: str, text: str) -> None:
+    story = RunScene(task("a"), task("b", condition=Condition(OutputRef("a", "out", path=("k",)))))
+    story.succeed("a", outputs={"out": Payload("application/json", made)})
+    failure = story.run.tasks["b"].failure
+    assert failure is not None
+    assert failure.kind is FailureKind.PAYLOAD
+    assert re.search(text, failure.message)
+
+
+def test_a_map_over_a_part_is_refused() -> None:
+    spec = WorkflowSpec((task("a"), part("m", "a", "k", over="x")))
+    with pytest.raises(InvalidError) as caught:
+        dag.build(spec)
+    assert [found.field for found in caught.value.violations] == ["tasks[1].over"]
+
+
+def test_a_condition_on_a_part_of_a_mapped_output_is_refused() -> None:
+    condition = Condition(OutputRef("m", "out", path=(0,)))
+    spec = WorkflowSpec((task("a"), mapped("m", "a"), task("b", condition=condition)))
+    with pytest.raises(InvalidError) as caught:
+        dag.build(spec)
+    assert [found.field for found in caught.value.violations] == ["tasks[2].condition.output.path"]

@@ -46,7 +46,9 @@ def test_items_are_in_the_graph_when_a_task_was_mapped(busy: Caller) -> None:
 def rich_task() -> task_pb2.TaskSpec:
     """Return a task that sets all it can."""
     optional = payload_pb2.OutputRef(task_id="a", output="out", optional=True)
-    items = payload_pb2.BindingList(items=[output("a"), value("1")])
+    steps = [payload_pb2.PathStep(key="k"), payload_pb2.PathStep(index=-1)]
+    part = payload_pb2.Binding(output=payload_pb2.OutputRef(task_id="a", output="out", path=steps))
+    items = payload_pb2.BindingList(items=[part, value("1")])
     entries = payload_pb2.BindingMap(entries={"key": payload_pb2.Binding(parameter="p")})
     return task_pb2.TaskSpec(
         task_id="t",

@@ -189,8 +189,22 @@ def test_an_enum_value_of_a_newer_contract_is_refused(idle: Caller, spec: workfl
         task(retry=task_pb2.RetryPolicy(max_attempts=9, initial_backoff=Duration(seconds=3 * 10**11))),
         task(timeout=task_pb2.TimeoutPolicy(attempt=Duration(seconds=-1))),
         task(max_parallel=-1),
+        task(inputs={"x": payload_pb2.Binding(output={"task_id": "a", "output": "out", "path": [{}]})}),
+        task(inputs={"x": payload_pb2.Binding(output={"task_id": "a", "output": "out", "path": [{"index": 0}] * 33})}),
+        task(inputs={"x": payload_pb2.Binding(selection={"value": value("1"), "path": [{"index": 0}]})}),
     ],
-    ids=["attempts", "multiplier", "nan", "negative-backoff", "endless-backoff", "negative-timeout", "parallel"],
+    ids=[
+        "attempts",
+        "multiplier",
+        "nan",
+        "negative-backoff",
+        "endless-backoff",
+        "negative-timeout",
+        "parallel",
+        "empty-step",
+        "deep-path",
+        "selection",
+    ],
 )
 def test_a_policy_out_of_range_is_refused(idle: Caller, bad: task_pb2.TaskSpec) -> None:
     with refused(Code.INVALID_ARGUMENT, "INVALID_FIELD"):
