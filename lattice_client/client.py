@@ -155,7 +155,7 @@ class AsyncLatticeClient:
     async def submit(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> AsyncRun:
         """Start the run of a request that `starter` made. Raises RequestError."""
         started = await self.starter.submit(request, graph)
-        run = AsyncRun.of(started.run_id, self, started.call, started.answer)
+        run = AsyncRun.of(started.run_id, self, started.call)
         run.note_graph(graph)
         return run
 

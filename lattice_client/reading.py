@@ -9,16 +9,16 @@ from contextlib import AbstractAsyncContextManager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
+from lattice.v1 import results_pb2, run_pb2, task_pb2
 
 from lattice_client import convert, errors
-from lattice_client.channel import Channel, OpenCall
+from lattice_client.channel import Channel
 from lattice_client.convert import RunEvent
 from lattice_client.following import OnLoss, Reconnection, limited
 from lattice_client.opening import Part
 from lattice_client.outputs import TaskOutput
 from lattice_client.requests import duration, made
-from lattice_client.run import Answer, RunId, task_id_of
+from lattice_client.run import RunId, StartCall, task_id_of
 from lattice_client.transfer import Transfer
 from lattice_client.workflow import LatticeTask
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Q = TypeVar("Q")
 R = TypeVar("R")
-Ended = workflow_pb2.ExecuteWorkflowResponse
 
 WAIT_S = 60.0
 # More than servers return; each returns as many as it may.
@@ -56,13 +55,16 @@ class Reader:
         """As `following.limited`."""
         return limited(self._rpc, run_id, timeout, task_id, allowed_s)
 
-    async def ended(self, run_id: str, call: OpenCall[Ended] | None = None) -> Answer:
-        """Wait for a run's end; return what the server says of it. Raises RequestError."""
+    async def ended(self, run_id: str, call: StartCall | None = None) -> results_pb2.GetResultResponse:
+        """Wait for a run's end; return the server's answer to it. Raises RequestError."""
         last = None if call is None else await call.last()
-        return await self._get_result(run_id) if last is None else last
+        return await self._get_result(run_id) if last is None else last.ended
 
     async def result_in(
-        self, answer: Answer, is_partial: bool = False, declared: convert.Declared = MappingProxyType({})
+        self,
+        answer: results_pb2.GetResultResponse,
+        is_partial: bool = False,
+        declared: convert.Declared = MappingProxyType({}),
     ) -> Any:
         """Return what `opened` turns into the outputs of a run that ended, or into its error; see `AsyncRun.result`."""
         if answer.run.state != run_pb2.RUN_STATE_SUCCEEDED and not is_partial:

@@ -18,7 +18,6 @@ from lattice_client.workflow import Graph, LatticeTask
 if TYPE_CHECKING:
     from lattice_client.client import AsyncLatticeClient
 
-Answer = workflow_pb2.ExecuteWorkflowResponse | workflow_pb2.RunWorkflowResponse | results_pb2.GetResultResponse
 StartCall = OpenCall[workflow_pb2.ExecuteWorkflowResponse]
 
 
@@ -48,7 +47,7 @@ class AsyncRun(RunId):
 
     client: "AsyncLatticeClient"
     _call: StartCall | None
-    answer: Answer | None
+    answer: results_pb2.GetResultResponse | None
     # The graph it was started with, where that was here; and what was added to it from others.
     graph: Callable[[], Graph[Any] | None]
     _added: "weakref.WeakSet[LatticeTask]"
@@ -60,11 +59,10 @@ class AsyncRun(RunId):
         run_id: str,
         client: "AsyncLatticeClient",
         call: StartCall | None = None,
-        answer: Answer | None = None,
     ) -> Self:
-        """Return the run with this id: `call` started it and ends with it, `answer` is its end where it has ended."""
+        """Return the run with this id. `call` started it and ends with it."""
         run = cls(run_id)
-        run.client, run._call, run.answer = client, call, answer
+        run.client, run._call, run.answer = client, call, None
         run.graph, run._added, run.declared = _unknown, weakref.WeakSet(), {}
         if call is not None:
             # Nobody can ask for the result any more: the call that would bring it may end.

@@ -12,12 +12,12 @@ from uuid import uuid4
 from lattice.v1 import task_pb2, workflow_pb2
 
 from lattice_client import convert, errors
-from lattice_client.channel import Channel, OpenCall
+from lattice_client.channel import Channel
 from lattice_client.inputs import Store
 from lattice_client.outputs import Scope
-from lattice_client.reading import TERMINAL, WAIT_S, Ended
+from lattice_client.reading import WAIT_S
 from lattice_client.requests import building, duration, made
-from lattice_client.run import Answer
+from lattice_client.run import StartCall
 from lattice_client.settings import RunSettings, check_settings
 from lattice_client.workflow import Graph, LatticeTask
 
@@ -34,8 +34,7 @@ class Started:
     """A run that was started; see `AsyncRun.of`."""
 
     run_id: str
-    call: OpenCall[Ended] | None = None
-    answer: Answer | None = None
+    call: StartCall | None = None
 
 
 class Starter:
@@ -45,7 +44,7 @@ class Starter:
         self._rpc = rpc
         self._tenant = tenant
         self._admission_timeout_s = admission_timeout_s
-        self._open: set[OpenCall[Ended]] = set()
+        self._open: set[StartCall] = set()
         self._known_code: set[str] = set()
 
     def close(self) -> None:
@@ -159,12 +158,12 @@ class Starter:
         if request.HasField("workflow"):
             convert.fill_code(request.workflow, graph.tasks.values(), self._known_code)
         if len(self._open) < MAX_OPEN_CALLS:
-            execute = workflow_pb2.ExecuteWorkflowRequest(run=request, result_only=True)
+            execute = workflow_pb2.ExecuteWorkflowRequest(run=request)
             first, call = await self._rpc.begin(self._rpc.workflows.ExecuteWorkflow, execute, self._open.discard)
             self._open.add(call)
-            started = Started(first.run.run_id, call)
+            started = Started(first.accepted.run.run_id, call)
         else:
             answer = await self._rpc.call(self._rpc.workflows.RunWorkflow, request)
-            started = Started(answer.run.run_id, answer=answer if answer.run.state in TERMINAL else None)
+            started = Started(answer.run.run_id)
         self._known_code.update(function.digest for function in request.workflow.functions.values())
         return started

@@ -55,12 +55,12 @@ export class LatticeClient {
     let sequence = 0;
     let backoffMs = MIN_BACKOFF_MS;
     for (;;) {
-      const stream = accepted
-        ? this.results.WatchRun({ run_id: runId, after_sequence: sequence })
-        : this.workflows.ExecuteWorkflow({ run: { run_id: runId, workflow } });
+      let stream;
       try {
+        if (!accepted) await answer(this.workflows, "RunWorkflow", { run_id: runId, workflow });
+        accepted = true;
+        stream = this.results.WatchRun({ run_id: runId, after_sequence: sequence });
         for await (const response of stream) {
-          accepted = true;
           backoffMs = MIN_BACKOFF_MS;
           yield* response.events ?? [];
           sequence = response.sequence ?? sequence;
@@ -69,7 +69,7 @@ export class LatticeClient {
       } catch (error) {
         if (!RESUMABLE.has(error.code)) throw error;
       } finally {
-        stream.cancel(); // a reader that leaves changes nothing for the run
+        stream?.cancel(); // a reader that leaves changes nothing for the run
       }
       await sleep(Math.random() * backoffMs);
       backoffMs = Math.min(2 * backoffMs, MAX_BACKOFF_MS);
@@ -79,13 +79,17 @@ export class LatticeClient {
   /** Return the outputs of a run's final tasks, by task id. Throws when the run did not succeed. */
   async outputs(runId) {
     const request = { run_id: runId, wait: { seconds: 60 } };
-    const { run, final_tasks: tasks } = await new Promise((resolve, reject) =>
-      this.results.GetResult(request, (error, response) => (error ? reject(error) : resolve(response))),
-    );
+    const { run, final_tasks: tasks } = await answer(this.results, "GetResult", request);
     if (run.state !== "RUN_STATE_SUCCEEDED") throw new Error(`${run.state}: ${run.failure?.message ?? ""}`);
     return Object.fromEntries(tasks.map(({ task_id, outputs }) => [task_id, decoded(outputs)]));
   }
 }
+
+/** The response of a call. */
+const answer = (service, method, request) =>
+  new Promise((resolve, reject) =>
+    service[method](request, (error, response) => (error ? reject(error) : resolve(response))),
+  );
 
 /** Outputs as plain values. Only JSON is readable from every language; other encodings stay payloads. */
 export function decoded(outputs = {}) {

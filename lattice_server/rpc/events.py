@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import assert_never
 
 from google.protobuf.duration_pb2 import Duration
-from lattice.v1 import run_pb2
+from lattice.v1 import results_pb2, run_pb2
 
 from lattice_server.core.messages import (
     RunCancelling,
@@ -185,6 +185,7 @@ def _no_items(record: TaskRecord) -> dict[str, Payload]:
     return dict.fromkeys(record.spec.outputs, EMPTY_LIST) if is_empty else {}
 
 
-def final_tasks_to_proto(orchestrator: Orchestrator, entry: RunEntry) -> list[run_pb2.TaskRun]:
-    """Return the tasks no other task depends on, as they are now; after a mapped one its items."""
-    return [task_to_proto(orchestrator, entry, task_id) for task_id in entry.run.final_task_ids()]
+def result_to_proto(orchestrator: Orchestrator, entry: RunEntry) -> results_pb2.GetResultResponse:
+    """Return a run and its final tasks as they are now; after a mapped one its items."""
+    final_tasks = [task_to_proto(orchestrator, entry, task_id) for task_id in entry.run.final_task_ids()]
+    return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=final_tasks)

@@ -9,7 +9,7 @@ from lattice_server.core.errors import invalid_field
 from lattice_server.core.messages import RunEvent, RunFinished, RunStarted, TaskLogged
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.events import event_to_proto, final_tasks_to_proto, run_to_proto
+from lattice_server.rpc.events import event_to_proto, result_to_proto
 from lattice_server.rpc.parts import in_parts
 from lattice_server.rpc.waiting import wait_from_proto
 
@@ -46,8 +46,7 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
         """Return a run and the outputs of its final tasks."""
         entry = self._orchestrator.run(request.run_id)
         await entry.log.completed(wait_from_proto(request.wait, "wait"))
-        final_tasks = final_tasks_to_proto(self._orchestrator, entry)
-        return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=final_tasks)
+        return result_to_proto(self._orchestrator, entry)
 
 
 def _is_wanted(event: RunEvent, task_ids: frozenset[str], exclude_logs: bool) -> bool:

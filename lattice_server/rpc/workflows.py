@@ -15,19 +15,11 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.rpc import convert, definitions
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.events import (
-    RUN_STATE_TO_PROTO,
-    event_to_proto,
-    final_tasks_to_proto,
-    run_to_proto,
-    run_to_view,
-)
+from lattice_server.rpc.events import RUN_STATE_TO_PROTO, result_to_proto, run_to_proto, run_to_view
 from lattice_server.rpc.graphs import graph_task_to_proto
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import is_full, number_after, page
-from lattice_server.rpc.parts import in_parts
 from lattice_server.rpc.repeats import Repeats
-from lattice_server.rpc.waiting import wait_from_proto
 
 LARGE_GRAPH = 1000
 
@@ -126,31 +118,18 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request: workflow_pb2.RunWorkflowRequest, context: Context
     ) -> workflow_pb2.RunWorkflowResponse:
         """Start a run."""
-        wait_s = wait_from_proto(request.wait, "wait") if request.HasField("wait") else 0.0
         entry, created = await self._start(request)
-        if wait_s and not entry.run.is_terminal:
-            await entry.log.completed(wait_s)
-        final_tasks = final_tasks_to_proto(self._orchestrator, entry) if entry.run.is_terminal else ()
-        return workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created, final_tasks=final_tasks)
+        return workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
 
     async def ExecuteWorkflow(
         self, request: workflow_pb2.ExecuteWorkflowRequest, context: Context
     ) -> AsyncIterator[workflow_pb2.ExecuteWorkflowResponse]:
-        """Start a run and stream its events."""
-        entry, _ = await self._start(request.run)
-        yield workflow_pb2.ExecuteWorkflowResponse(run=run_to_proto(entry))
-        if request.result_only:
-            await entry.log.completed()
-        else:
-            async for batch in entry.log.follow(0):
-                for events in in_parts(map(partial(event_to_proto, entry.run.tasks), batch)):
-                    yield workflow_pb2.ExecuteWorkflowResponse(events=events, sequence=events[-1].sequence)
-        yield workflow_pb2.ExecuteWorkflowResponse(
-            run=run_to_proto(entry),
-            sequence=len(entry.log.events),
-            complete=True,
-            final_tasks=final_tasks_to_proto(self._orchestrator, entry),
-        )
+        """Start a run; answer again when it has ended."""
+        entry, created = await self._start(request.run)
+        accepted = workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
+        yield workflow_pb2.ExecuteWorkflowResponse(accepted=accepted)
+        await entry.log.completed()
+        yield workflow_pb2.ExecuteWorkflowResponse(ended=result_to_proto(self._orchestrator, entry))
 
     async def GetRun(self, request: workflow_pb2.GetRunRequest, context: Context) -> workflow_pb2.GetRunResponse:
         """Return a run."""
@@ -197,7 +176,6 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         return await self._repeats.once(request, cancel)
 
     async def _start(self, request: workflow_pb2.RunWorkflowRequest) -> tuple[RunEntry, bool]:
-        request.ClearField("wait")  # how long a caller waits makes it no other run
         match request.WhichOneof("source"):
             case "workflow":
                 functions = self._intake.functions(request.workflow.functions, request.workflow.bundles)

@@ -78,7 +78,8 @@ class Server(
         spec = request.run.workflow
         assert [found.WhichOneof("code") for found in spec.functions.values()] == ["pickle"]
         assert spec.tasks[0].inputs["data"].payload.artifact.size_bytes >= len(LARGE)
-        yield workflow_pb2.ExecuteWorkflowResponse(run=run_pb2.Run(run_id=request.run.run_id))
+        run = run_pb2.Run(run_id=request.run.run_id)
+        yield workflow_pb2.ExecuteWorkflowResponse(accepted=workflow_pb2.RunWorkflowResponse(run=run))
 
     async def AddTasks(
         self, request: workflow_pb2.AddTasksRequest, context: grpc.aio.ServicerContext

@@ -121,9 +121,12 @@ def test_a_workflow_from_a_shell_in_one_call(call: Call) -> None:
     messages = call(
         "WorkflowService/ExecuteWorkflow", {"run": {"workflow": {"functions": {"add": ADD}, "tasks": tasks}}}
     )
-    assert messages[0]["run"]["runId"]
-    assert messages[-1]["complete"] is True
-    events = [event for message in messages for event in message.get("events", [])]
+    accepted, ended = messages
+    run_id = accepted["accepted"]["run"]["runId"]
+    assert [final["taskId"] for final in ended["ended"]["finalTasks"]] == ["both"]
+    watched = call("ResultsService/WatchRun", {"run_id": run_id})
+    assert watched[-1]["complete"] is True
+    events = [event for message in watched for event in message.get("events", [])]
     assert [int(event["sequence"]) for event in events] == list(range(1, len(events) + 1))
     outputs = {
         event["taskSucceeded"]["taskId"]: event["taskSucceeded"]["outputs"]

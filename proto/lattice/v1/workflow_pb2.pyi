@@ -12,6 +12,7 @@ import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
 import lattice.v1.payload_pb2
+import lattice.v1.results_pb2
 import lattice.v1.run_pb2
 import lattice.v1.task_pb2
 import sys
@@ -555,7 +556,6 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     LABELS_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
-    WAIT_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
@@ -581,12 +581,6 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
         """The run fails when it takes longer; above zero, unset means no limit."""
 
-    @property
-    def wait(self) -> google.protobuf.duration_pb2.Duration:
-        """`RunWorkflow` waits up to this long for the run to end before answering; at most 5 minutes. For runs known to be
-        short, which then cost one call in all.
-        """
-
     def __init__(
         self,
         *,
@@ -597,11 +591,10 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         priority: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
-        wait: google.protobuf.duration_pb2.Duration | None = ...,
         tenant: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["source", b"source", "timeout", b"timeout", "wait", b"wait", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["workflow_id", "workflow"] | None: ...
 
 Global___RunWorkflowRequest: typing_extensions.TypeAlias = RunWorkflowRequest
@@ -614,28 +607,20 @@ class RunWorkflowResponse(google.protobuf.message.Message):
 
     RUN_FIELD_NUMBER: builtins.int
     CREATED_FIELD_NUMBER: builtins.int
-    FINAL_TASKS_FIELD_NUMBER: builtins.int
     created: builtins.bool
     """Whether this call created it."""
     @property
     def run(self) -> lattice.v1.run_pb2.Run:
         """The run."""
 
-    @property
-    def final_tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.TaskRun]:
-        """The tasks no other task depends on, with their outputs; set when the run has ended. All are in this one message,
-        whatever its size: a caller that takes less does not wait here, and reads the pages of `ListTasks` after the end.
-        """
-
     def __init__(
         self,
         *,
         run: lattice.v1.run_pb2.Run | None = ...,
         created: builtins.bool = ...,
-        final_tasks: collections.abc.Iterable[lattice.v1.run_pb2.TaskRun] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["created", b"created", "final_tasks", b"final_tasks", "run", b"run"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["created", b"created", "run", b"run"]) -> None: ...
 
 Global___RunWorkflowResponse: typing_extensions.TypeAlias = RunWorkflowResponse
 
@@ -646,9 +631,6 @@ class ExecuteWorkflowRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RUN_FIELD_NUMBER: builtins.int
-    RESULT_ONLY_FIELD_NUMBER: builtins.int
-    result_only: builtins.bool
-    """Leaves out the events: the first message says that the run was accepted, the last one how it ended."""
     @property
     def run(self) -> Global___RunWorkflowRequest:
         """What to run, and how."""
@@ -657,53 +639,37 @@ class ExecuteWorkflowRequest(google.protobuf.message.Message):
         self,
         *,
         run: Global___RunWorkflowRequest | None = ...,
-        result_only: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["result_only", b"result_only", "run", b"run"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["run", b"run"]) -> None: ...
 
 Global___ExecuteWorkflowRequest: typing_extensions.TypeAlias = ExecuteWorkflowRequest
 
 @typing.final
 class ExecuteWorkflowResponse(google.protobuf.message.Message):
-    """Response of `WorkflowService.ExecuteWorkflow`: the run in the first message, then its events, then its result."""
+    """Response of `WorkflowService.ExecuteWorkflow`: two messages, one of each kind."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
-    RUN_FIELD_NUMBER: builtins.int
-    EVENTS_FIELD_NUMBER: builtins.int
-    SEQUENCE_FIELD_NUMBER: builtins.int
-    COMPLETE_FIELD_NUMBER: builtins.int
-    FINAL_TASKS_FIELD_NUMBER: builtins.int
-    sequence: builtins.int
-    """Every event up to this number has been sent; where `WatchRun` goes on."""
-    complete: builtins.bool
-    """Set in the last message: the run has ended and all its events were sent."""
+    ACCEPTED_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
     @property
-    def run(self) -> lattice.v1.run_pb2.Run:
-        """The run; set in the first message as it was accepted and in the last as it ended."""
+    def accepted(self) -> Global___RunWorkflowResponse:
+        """The run was accepted; the first message."""
 
     @property
-    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.RunEvent]:
-        """Events, in order, each once. They take at most 2 MiB, unless one event alone is larger."""
-
-    @property
-    def final_tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.TaskRun]:
-        """The tasks no other task depends on, with their outputs; set in the last message. All are in that one message,
-        whatever its size: a caller that takes less goes by the events, and reads the pages of `ListTasks`.
-        """
+    def ended(self) -> lattice.v1.results_pb2.GetResultResponse:
+        """The run ended; the last message."""
 
     def __init__(
         self,
         *,
-        run: lattice.v1.run_pb2.Run | None = ...,
-        events: collections.abc.Iterable[lattice.v1.run_pb2.RunEvent] | None = ...,
-        sequence: builtins.int = ...,
-        complete: builtins.bool = ...,
-        final_tasks: collections.abc.Iterable[lattice.v1.run_pb2.TaskRun] | None = ...,
+        accepted: Global___RunWorkflowResponse | None = ...,
+        ended: lattice.v1.results_pb2.GetResultResponse | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["complete", b"complete", "events", b"events", "final_tasks", b"final_tasks", "run", b"run", "sequence", b"sequence"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "ended", b"ended", "message", b"message"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "ended", b"ended", "message", b"message"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["accepted", "ended"] | None: ...
 
 Global___ExecuteWorkflowResponse: typing_extensions.TypeAlias = ExecuteWorkflowResponse
 

@@ -28,11 +28,12 @@ if _version_not_supported:
 class WorkflowServiceStub(object):
     """Defines, runs, lists and cancels.
 
-    The short way: one `RunWorkflow` with the whole graph inline starts a run and returns its id; then
-    `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
-    following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
-    as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
-    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
+    The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
+    ended, then with its results. `RunWorkflow` answers once, when the run was accepted; `ResultsService.GetResult` waits
+    for the end and `ResultsService.WatchRun` follows the events. The long way, for people at a shell: `CreateWorkflow`,
+    `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing
+    a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
+    outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
@@ -42,8 +43,8 @@ class WorkflowServiceStub(object):
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
-    `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
+    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
+    Only `CancelRun` cancels.
     """
 
     def __init__(self, channel):
@@ -117,11 +118,12 @@ class WorkflowServiceStub(object):
 class WorkflowServiceServicer(object):
     """Defines, runs, lists and cancels.
 
-    The short way: one `RunWorkflow` with the whole graph inline starts a run and returns its id; then
-    `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
-    following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
-    as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
-    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
+    The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
+    ended, then with its results. `RunWorkflow` answers once, when the run was accepted; `ResultsService.GetResult` waits
+    for the end and `ResultsService.WatchRun` follows the events. The long way, for people at a shell: `CreateWorkflow`,
+    `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing
+    a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
+    outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
@@ -131,8 +133,8 @@ class WorkflowServiceServicer(object):
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
-    `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
+    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
+    Only `CancelRun` cancels.
     """
 
     def CreateWorkflow(self, request, context):
@@ -185,7 +187,7 @@ class WorkflowServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExecuteWorkflow(self, request, context):
-        """Starts a run and streams its events. Idempotent by `run_id`.
+        """Starts a run, and answers again when it has ended. Idempotent by `run_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -294,11 +296,12 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
 class WorkflowService(object):
     """Defines, runs, lists and cancels.
 
-    The short way: one `RunWorkflow` with the whole graph inline starts a run and returns its id; then
-    `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
-    following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
-    as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
-    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
+    The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
+    ended, then with its results. `RunWorkflow` answers once, when the run was accepted; `ResultsService.GetResult` waits
+    for the end and `ResultsService.WatchRun` follows the events. The long way, for people at a shell: `CreateWorkflow`,
+    `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing
+    a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
+    outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
@@ -308,8 +311,8 @@ class WorkflowService(object):
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
-    `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
+    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
+    Only `CancelRun` cancels.
     """
 
     @staticmethod

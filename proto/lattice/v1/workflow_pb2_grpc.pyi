@@ -220,11 +220,12 @@ _WorkflowServiceCancelRunType = typing_extensions.TypeVar(
 class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType]):
     """Defines, runs, lists and cancels.
 
-    The short way: one `RunWorkflow` with the whole graph inline starts a run and returns its id; then
-    `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
-    following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
-    as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
-    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
+    The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
+    ended, then with its results. `RunWorkflow` answers once, when the run was accepted; `ResultsService.GetResult` waits
+    for the end and `ResultsService.WatchRun` follows the events. The long way, for people at a shell: `CreateWorkflow`,
+    `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing
+    a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
+    outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
@@ -234,8 +235,8 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
-    `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
+    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
+    Only `CancelRun` cancels.
     """
 
     @typing.overload
@@ -364,7 +365,7 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     """Starts a run. Idempotent by `run_id`."""
 
     ExecuteWorkflow: _WorkflowServiceExecuteWorkflowType
-    """Starts a run and streams its events. Idempotent by `run_id`."""
+    """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
 
     GetRun: _WorkflowServiceGetRunType
     """Returns a run."""
@@ -434,11 +435,12 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
 class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     """Defines, runs, lists and cancels.
 
-    The short way: one `RunWorkflow` with the whole graph inline starts a run and returns its id; then
-    `ResultsService.WatchRun` follows it. `ExecuteWorkflow` does both in one RPC: the first message carries the run, the
-    following ones its events, the last one its result. The long way, for people at a shell: `CreateWorkflow`, `AddTasks`, `AddEdges`, as often
-    as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing a workflow later changes no run.
-    A run grows by itself when a task is mapped over a list or spawns tasks, and from outside by `AddTasks` with its id.
+    The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
+    ended, then with its results. `RunWorkflow` answers once, when the run was accepted; `ResultsService.GetResult` waits
+    for the end and `ResultsService.WatchRun` follows the events. The long way, for people at a shell: `CreateWorkflow`,
+    `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing
+    a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
+    outside by `AddTasks` with its id.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
@@ -448,8 +450,8 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream goes on with
-    `ResultsService.WatchRun` after the last `sequence` it saw. Only `CancelRun` cancels.
+    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
+    Only `CancelRun` cancels.
     """
 
     @abc.abstractmethod
@@ -514,7 +516,7 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         request: lattice.v1.workflow_pb2.ExecuteWorkflowRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[lattice.v1.workflow_pb2.ExecuteWorkflowResponse], collections.abc.AsyncIterator[lattice.v1.workflow_pb2.ExecuteWorkflowResponse]]:
-        """Starts a run and streams its events. Idempotent by `run_id`."""
+        """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
 
     @abc.abstractmethod
     def GetRun(

@@ -134,6 +134,14 @@ def run(caller: Caller, *tasks: task_pb2.TaskSpec, **more: Any) -> workflow_pb2.
     return caller.workflows.RunWorkflow(request)
 
 
+def ended(caller: Caller, *tasks: task_pb2.TaskSpec) -> str:
+    """Run a workflow of these tasks to its end; return the run's id."""
+    request = workflow_pb2.RunWorkflowRequest(workflow=graph(*(tasks or (task(),))))
+    *_, last = caller.workflows.ExecuteWorkflow(workflow_pb2.ExecuteWorkflowRequest(run=request), timeout=60)
+    found: str = last.ended.run.run_id
+    return found
+
+
 def walk(call: Callable[[Any], Any], request: Any, items: str, page_size: int) -> list[list[Any]]:
     """Return all pages of a list, following its tokens."""
     pages = []

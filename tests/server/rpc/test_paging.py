@@ -9,7 +9,7 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_server.rpc.paging import MAX_PAGE, number_after, page
 from tests.server.apps import NoWorkers, serving_aside
-from tests.server.rpc.callers import Caller, calling, fresh, function, graph, run, task
+from tests.server.rpc.callers import Caller, calling, ended, fresh, function, graph, run, task
 
 
 class Listing:
@@ -103,7 +103,7 @@ def test_tasks_are_listed_once_when_their_states_change_between_pages(idle: Call
 
 
 def test_nodes_are_listed_by_id_page_by_page(busy: Caller) -> None:
-    run(busy, wait={"seconds": 60})
+    ended(busy)
     (node,) = busy.cluster.ListNodes(cluster_pb2.ListNodesRequest(page_size=1)).nodes
     after = cluster_pb2.ListNodesRequest(page_token=node.node_id)
     assert not busy.cluster.ListNodes(after).nodes
@@ -113,7 +113,7 @@ def test_nodes_are_listed_by_id_page_by_page(busy: Caller) -> None:
 def test_outputs_are_listed_when_the_view_is_full(
     busy: Caller, view: run_pb2.View.ValueType | None, is_whole: bool
 ) -> None:
-    run_id = run(busy, task("good"), task("bad", after=["good"], function="fail"), wait={"seconds": 60}).run.run_id
+    run_id = ended(busy, task("good"), task("bad", after=["good"], function="fail"))
     good, bad = busy.tasks.ListTasks(task_pb2.ListTasksRequest(run_id=run_id, view=view)).tasks
     assert ("out" in good.outputs) is is_whole
     assert bad.failure.message == "broken"

@@ -90,16 +90,13 @@ def test_what_is_large_comes_in_pages_and_messages_any_caller_takes(busy: Caller
     large = value('"' + "x" * 240_000 + '"')
     spec = graph(*(task(name, inputs={"x": large}) for name in names), task("last", after=names))
     request = workflow_pb2.RunWorkflowRequest(workflow=spec)
-    first, *rest = busy.workflows.ExecuteWorkflow(workflow_pb2.ExecuteWorkflowRequest(run=request), timeout=60)
-    watched = watch(busy, first.run.run_id)
-    for told in (rest[:-1], watched):
-        sequences = [event.sequence for response in told for event in response.events]
-        assert sequences == list(range(1, rest[-1].sequence + 1))
-        assert all(response.sequence == response.events[-1].sequence for response in told)
+    run_id = busy.workflows.RunWorkflow(request).run.run_id
+    watched = watch(busy, run_id)
+    sequences = [event.sequence for response in watched for event in response.events]
+    assert sequences == list(range(1, watched[-1].sequence + 1))
+    assert all(response.sequence == response.events[-1].sequence for response in watched)
     assert [response.complete for response in watched] == [False] * (len(watched) - 1) + [True]
-    pages = walk(
-        busy.tasks.ListTasks, task_pb2.ListTasksRequest(run_id=first.run.run_id, view=run_pb2.VIEW_FULL), "tasks", 1000
-    )
+    pages = walk(busy.tasks.ListTasks, task_pb2.ListTasksRequest(run_id=run_id, view=run_pb2.VIEW_FULL), "tasks", 1000)
     assert [found.task_id for page in pages for found in page] == [*names, "last"]
 
 
@@ -207,16 +204,15 @@ def test_parameters_of_a_run_override_those_of_its_workflow(busy: Caller) -> Non
         assert result.final_tasks[0].outputs["out"].json == expected
 
 
-def test_one_call_runs_and_watches(busy: Caller) -> None:
+def test_one_call_answers_when_a_run_is_accepted_and_when_it_has_ended(busy: Caller) -> None:
     request = workflow_pb2.RunWorkflowRequest(run_id=fresh(), workflow=graph(task("a"), task("b", after=["a"])))
-    for _ in range(2):
+    for is_new in (True, False):
         execute = workflow_pb2.ExecuteWorkflowRequest(run=request)
-        first, *rest = busy.workflows.ExecuteWorkflow(execute, timeout=60)
-        assert first.run.run_id == request.run_id
-        events = [event for response in rest for event in response.events]
-        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
-        assert events[-1].run_finished.state == run_pb2.RUN_STATE_SUCCEEDED
-        assert [response.complete for response in rest] == [False] * (len(rest) - 1) + [True]
+        first, last = busy.workflows.ExecuteWorkflow(execute, timeout=60)
+        assert first.accepted.run.run_id == request.run_id
+        assert first.accepted.created is is_new
+        assert last.ended == busy.results.GetResult(results_pb2.GetResultRequest(run_id=request.run_id))
+        assert last.ended.run.state == run_pb2.RUN_STATE_SUCCEEDED
 
 
 def test_one_task_is_run_and_waited_for(busy: Caller) -> None:
