@@ -76,7 +76,7 @@ class Server(
             again = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=1_000_000))
             await fail(context, code_pb2.RESOURCE_EXHAUSTED, again)
         spec = request.run.workflow
-        assert [found.WhichOneof("code") for found in spec.functions.values()] == ["pickle"]
+        assert [found.python.WhichOneof("code") for found in spec.functions.values()] == ["pickle"]
         assert spec.tasks[0].inputs["data"].payload.artifact.size_bytes >= len(LARGE)
         run = run_pb2.Run(run_id=request.run.run_id)
         yield workflow_pb2.ExecuteWorkflowResponse(accepted=workflow_pb2.RunWorkflowResponse(run=run))
