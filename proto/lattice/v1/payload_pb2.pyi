@@ -21,7 +21,20 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 @typing.final
 class Payload(google.protobuf.message.Message):
     """One value in some encoding. The server routes payloads and never opens them; only the sandbox that runs a
-    task, and the client that reads a result, decode.
+    task, and the client that reads a result, decode. A program that cannot decode a payload may still pass it on: as
+    the input of another task it is the same value.
+
+    Encodings:
+      `application/json`: UTF-8 text.
+      `application/octet-stream`: the value is these bytes.
+      `application/vnd.lattice.cloudpickle`: a pickle, for Python only.
+      `application/vnd.lattice.pickle5`: a pickle and its out-of-band buffers, for Python only, in the layout below.
+      `application/vnd.lattice.pickle-with-outputs`: in the same layout; only as the first item of a `BindingList`.
+
+    The layout holds n parts, the pickle first and then its buffers in order. All numbers are little-endian. Offset 0: the
+    four bytes `LTP5`. Offset 4: the version of the layout, 1, as uint32. Offset 8: n, from 1, as uint64. Offset 16: the n
+    lengths of the parts in bytes, each as uint64. Then the parts: each begins at the next multiple of 64 from offset 0, and
+    the bytes before it are zero. The value ends with the last part.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -31,15 +44,13 @@ class Payload(google.protobuf.message.Message):
     DATA_FIELD_NUMBER: builtins.int
     ARTIFACT_FIELD_NUMBER: builtins.int
     media_type: builtins.str
-    """The encoding, as a media type. Empty means `application/json` when `json` is set. Known types:
-    `application/json`, `application/octet-stream` (raw bytes), `application/vnd.lattice.cloudpickle`
-    (Python only), `application/vnd.lattice.pickle5` (Python only, out-of-band buffers),
-    `application/vnd.lattice.pickle-with-outputs` (Python only, first item of a list of bindings; see `BindingList`).
-    """
+    """The encoding, as a media type. Empty means `application/json` when `json` is set."""
     json: builtins.str
-    """The value as JSON text; readable and writable from any language and from a shell."""
+    """The value as JSON text, at most `Limits.inline_payload_bytes` in UTF-8; readable and writable from any language and
+    from a shell.
+    """
     data: builtins.bytes
-    """The value as bytes in the encoding `media_type` names; at most 256 KiB."""
+    """The value as bytes in the encoding `media_type` names, at most `Limits.inline_payload_bytes`."""
     @property
     def artifact(self) -> Global___Artifact:
         """The value as bytes kept elsewhere, because it is too large to travel inline."""

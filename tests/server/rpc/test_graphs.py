@@ -13,6 +13,12 @@ from tests.server.rpc.callers import Caller, graph, json_payload, output, run, t
 FUNCTION = Function("sha256:f", False, None)
 
 
+def result_of(caller: Caller, spec: workflow_pb2.WorkflowSpec) -> results_pb2.GetResultResponse:
+    """Run a workflow to its end."""
+    run_id = caller.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=spec)).run.run_id
+    return caller.results.GetResult(results_pb2.GetResultRequest(run_id=run_id, wait=Duration(seconds=60)))
+
+
 def graph_of(caller: Caller, run_id: str, **more: Any) -> list[workflow_pb2.GraphTask]:
     """Return all tasks in the graph of a run."""
     request = workflow_pb2.GetRunGraphRequest(run_id=run_id, **more)
@@ -37,8 +43,7 @@ def test_items_are_in_the_graph_when_a_task_was_mapped(busy: Caller) -> None:
     )
     spec = graph(task("s", function="split"), task("m", inputs={"x": output("s")}, over="x"))
     spec.functions["split"].CopyFrom(split)
-    request = workflow_pb2.RunWorkflowRequest(workflow=spec, wait=Duration(seconds=60))
-    run_id = busy.workflows.RunWorkflow(request).run.run_id
+    run_id = result_of(busy, spec).run.run_id
     found = {each.task_id: each.parent_task_id for each in graph_of(busy, run_id)}
     assert found == {"s": "", "m": "", "m[0]": "m", "m[1]": "m"}
 
@@ -141,8 +146,7 @@ def test_tasks_tell_how_long_they_waited_and_ran(busy: Caller) -> None:
     spec.functions["nap"].CopyFrom(
         task_pb2.Function(python={"source": {"code": code, "name": "nap"}, "call_style": task_pb2.CALL_STYLE_PARAMS})
     )
-    request = workflow_pb2.RunWorkflowRequest(workflow=spec, wait=Duration(seconds=60))
-    answer = busy.workflows.RunWorkflow(request)
+    answer = result_of(busy, spec)
     assert answer.run.start_time.ToNanoseconds() >= answer.run.create_time.ToNanoseconds()
     (found,) = answer.final_tasks
     assert found.duration.ToNanoseconds() >= 50_000_000
