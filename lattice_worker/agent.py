@@ -9,6 +9,7 @@ import math
 import os
 import random
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ class Agent:
             runtime=host.runtime(),
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,
+            send_time=convert.timestamp(time.time_ns()),
             held_lease_ids=self._leasing.session.held(),
             pid=os.getpid(),
             stored_artifact_ids=self._materials.stored(),

@@ -47,7 +47,7 @@ class Attempts:
         self._upstream: dict[str, convert.Outputs] = {}
         self._running: dict[str, tuple[Runner, Invocation]] = {}
         self._ahead: dict[str, Runner] = {}
-        self._unstarted: dict[str, None] = {}
+        self._unstarted: dict[str, int] = {}  # When they began, in nanoseconds since the epoch.
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._starting: dict[str, tuple[asyncio.Task[None], worker_pb2.Assignment]] = {}
         self._converting: set[asyncio.Task[None]] = set()
@@ -249,7 +249,7 @@ class Attempts:
     def _begin(self, assignment: worker_pb2.Assignment, runner: Runner, invocation: Invocation) -> None:
         lease_id = assignment.lease_id
         self._running[lease_id] = (runner, invocation)
-        self._unstarted[lease_id] = None
+        self._unstarted[lease_id] = time.time_ns()
         if self._start_timer is None:
             self._start_timer = asyncio.get_running_loop().call_later(START_DELAY_S, self._tell_starts)
         if assignment.HasField("timeout"):
@@ -266,12 +266,11 @@ class Attempts:
     def _tell_starts(self) -> None:
         self._start_timer = None
         starts, self._unstarted = self._unstarted, {}
-        for lease_id in starts:
-            self._tell_start(lease_id)
+        for lease_id, began_ns in starts.items():
+            self._tell_start(lease_id, began_ns)
 
-    def _tell_start(self, lease_id: str) -> None:
-        self._unstarted.pop(lease_id, None)
-        report = convert.report(lease_id, time.time_ns())
+    def _tell_start(self, lease_id: str, began_ns: int) -> None:
+        report = convert.report(lease_id, began_ns)
         report.started.SetInParent()
         self._emit(report)
 
@@ -302,9 +301,9 @@ class Attempts:
         """Give back a lease whose process another one took down."""
         if is_suspect:
             self._suspect(assignment)
-        if assignment.lease_id in self._unstarted:
+        if (began_ns := self._unstarted.pop(assignment.lease_id, None)) is not None:
             # It may have begun, so its attempts must not have the same numbers again.
-            self._tell_start(assignment.lease_id)
+            self._tell_start(assignment.lease_id, began_ns)
         self._emit(convert.returned(assignment.lease_id, reason))
         self._forget(assignment.lease_id)
         self._ended(assignment.lease_id, None)

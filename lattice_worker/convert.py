@@ -189,8 +189,13 @@ def close_reason(close: worker_pb2.Close) -> str:
 def report(lease_id: str, now_ns: int) -> worker_pb2.Report:
     """Return an empty report of a lease at a time in nanoseconds since the epoch."""
     message = worker_pb2.Report(lease_id=lease_id)
-    message.time.CopyFrom(Timestamp(seconds=now_ns // 10**9, nanos=now_ns % 10**9))
+    message.time.CopyFrom(timestamp(now_ns))
     return message
+
+
+def timestamp(time_ns: int) -> Timestamp:
+    """Return a time in nanoseconds since the epoch as a message."""
+    return Timestamp(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
 
 
 def returned(lease_id: str, reason: str = "") -> worker_pb2.Report:

@@ -5,6 +5,7 @@ Rule: everything that is due goes into one message; a message waits for more onl
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Iterator
 
 from lattice.v1 import worker_pb2
@@ -85,7 +86,11 @@ class Outgoing:
             self._is_beat_due = False
             session = self._leasing.session
             reports = session.overdue() + reports
-            heartbeat = worker_pb2.Heartbeat(held_lease_ids=session.held(), assignment_sequence=self._leasing.received)
+            heartbeat = worker_pb2.Heartbeat(
+                held_lease_ids=session.held(),
+                assignment_sequence=self._leasing.received,
+                send_time=convert.timestamp(time.time_ns()),
+            )
         is_draining = self._draining is not None and not self._has_said_draining
         if not (reports or heartbeat or is_draining):
             return []

@@ -101,7 +101,7 @@ export class Attempts {
 
   #outputs(result, { outputs: names, split_outputs: splitNames }) {
     const hasAll = result !== null && typeof result === "object" && names.every((name) => Object.hasOwn(result, name));
-    if (!hasAll && names.length > 1) throw new PayloadError(`what the function returned does not have all of: ${names}`);
+    if (!hasAll && names.length > 1) throw new PayloadError(`what it returned does not have all of: ${names}`);
     const outputs = {};
     const split = {};
     for (const name of names) {

@@ -140,7 +140,8 @@ export class Leases {
   }
 }
 
-const now = () => {
+/** The time on this worker's clock. */
+export const now = () => {
   const ms = Date.now();
   return { seconds: Math.floor(ms / 1000), nanos: (ms % 1000) * 1e6 };
 };

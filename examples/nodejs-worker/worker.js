@@ -12,7 +12,7 @@ import { parseArgs } from "node:util";
 
 import { Attempts } from "./attempts.js";
 import { isLoopback, open } from "./channel.js";
-import { Leases } from "./leases.js";
+import { Leases, now } from "./leases.js";
 import { Values } from "./values.js";
 
 const VERSION = "0.1.0";
@@ -105,7 +105,8 @@ class Worker {
       return;
     }
     if (this.#stream === stream) {
-      const heartbeat = { held_lease_ids: this.#leases.held(), assignment_sequence: this.#leases.received };
+      const { received } = this.#leases;
+      const heartbeat = { held_lease_ids: this.#leases.held(), assignment_sequence: received, send_time: now() };
       stream.write({ reports: this.#leases.overdue(), heartbeat });
     }
     again(setTimeout(() => this.#beat(stream, again), this.#beatMs));
@@ -127,6 +128,7 @@ class Worker {
       runtime: { language: "node", version: process.versions.node },
       version: VERSION,
       protocol_version: PROTOCOL_VERSION,
+      send_time: now(),
       pid: process.pid,
     };
   }

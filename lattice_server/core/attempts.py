@@ -84,6 +84,11 @@ class Lease:
     repeated_at: float = 0.0
     ended: set[int] = field(default_factory=set)
 
+    def time_of(self, at: float | None, now: float) -> float | None:
+        """Return when something told at `now` happened to the lease: at `at`, but while the worker had it. None means
+        now."""
+        return None if at is None else min(max(at, self.sent_at), now)
+
     def members(self) -> list[Task]:
         """Return the members that have not ended."""
         if not self.ended:

@@ -132,9 +132,9 @@ class Dispatch:
             case TaskReady():
                 self._admit(event, now)
             case AttemptStarted():
-                self._holding.started(event.session_id, event.lease_id, event.item, now)
+                self._holding.started(event.session_id, event.lease_id, event.item, event.at, now)
             case AttemptLogged():
-                if found := self._holding.started(event.session_id, event.lease_id, event.item, now):
+                if found := self._holding.started(event.session_id, event.lease_id, event.item, None, now):
                     text = (event.is_error, event.text, event.is_truncated)
                     self._effects.append(TaskLogged(*found[1].named, *text))
             case AttemptFailed():
@@ -143,7 +143,7 @@ class Dispatch:
                 if lease := self._holding.find(event.session_id, event.lease_id):
                     self._take_returned(lease, event.reason, now)
             case AttemptSpawned():
-                if found := self._holding.started(event.session_id, event.lease_id, event.item, now):
+                if found := self._holding.started(event.session_id, event.lease_id, event.item, None, now):
                     if event.refusal is not None:
                         self._end_early(found[1], event.refusal, now)
                     else:
@@ -262,11 +262,12 @@ class Dispatch:
     # Ending.
 
     def _succeed(self, event: AttemptSucceeded, now: float) -> None:
-        found = self._holding.started(event.session_id, event.lease_id, event.item, now)
+        found = self._holding.started(event.session_id, event.lease_id, event.item, _began_at(event), now)
         if found is None:
             self._refuse_unready(event, now)
             return
         lease, task = found
+        ended_at = lease.time_of(event.at, now)
         if event.item == 0:
             # It cannot have taken longer than it was away, whatever its worker says.
             self._launcher.learn(task, min(max(0.0, event.duration_s), now - lease.sent_at))
@@ -275,10 +276,12 @@ class Dispatch:
             # It is too late, or was refused what it wanted; only who was asked to stop may have been done already.
             self._end(task)
         elif lacking := _lacking(task, event):
-            self._fail(task, Failure(FailureKind.PAYLOAD, f"the worker reported a success without {lacking}"), now)
+            failure = Failure(FailureKind.PAYLOAD, f"the worker reported a success without {lacking}")
+            self._fail(task, failure, now, ended_at)
         else:
             self._forget(task)
-            self._effects.append(TaskSucceeded(*task.named, event.outputs, event.split, event.duration_s))
+            done = TaskSucceeded(*task.named, event.outputs, event.split, event.duration_s, ended_at)
+            self._effects.append(done)
             for follower in following.release(task, event.outputs):
                 self._start_clock(follower, now)
                 if not follower.lease_id:
@@ -294,12 +297,12 @@ class Dispatch:
             self._lose_leases(self.nodes[lease.slot.node_id], [lease], event.failure, now)
             return
         if event.failure.kind is not FailureKind.CANCELLED:
-            self._holding.note_start(lease, now)
+            self._holding.note_start(lease, now, _began_at(event))
         if event.failure.kind in BISECTED and len(lease.tasks) > 1:
             self._bisect(self._holding.dissolve(lease, now), event.failure, now)
             return
         self._holding.leave(lease, task, now)
-        self._fail(task, event.failure, now)
+        self._fail(task, event.failure, now, lease.time_of(event.at, now))
 
     def _refuse_unready(self, event: AttemptSucceeded | AttemptFailed, now: float) -> None:
         """Take back what cannot have ended, because its inputs were not there."""
@@ -319,11 +322,11 @@ class Dispatch:
                     self._effects.append(TaskRetrying(*task.named, failure, 0.0))
                 self._requeue(task, now)
 
-    def _fail(self, task: Task, failure: Failure, now: float) -> None:
+    def _fail(self, task: Task, failure: Failure, now: float, ended_at: float | None = None) -> None:
         retry = task.ready.spec.retry
         delay_s = 0.0
         if task.ending is not None:
-            self._end(task)
+            self._end(task, ended_at)
             return
         if failure.kind is FailureKind.WORKER_LOST:
             task.losses += 1
@@ -334,7 +337,7 @@ class Dispatch:
             delay_s = 0.0 if is_final else retry.backoff_s(task.failures) * task.jitter()
         if is_final:
             task.ending = failure
-            self._end(task)
+            self._end(task, ended_at)
             return
         self._effects.append(TaskRetrying(*task.named, failure, delay_s))
         # What took its process down alone must not take others with it the next time.
@@ -359,8 +362,8 @@ class Dispatch:
             self._holding.leave(lease, task, now)
             self._end(task)
 
-    def _end(self, task: Task) -> None:
-        """Say how a task ended, for the reason it must."""
+    def _end(self, task: Task, ended_at: float | None = None) -> None:
+        """Say how a task ended, for the reason it must; at `ended_at` if that is not now."""
         assert task.ending is not None
         self._launcher.queue.discard(task)
         following.leave(task)
@@ -368,8 +371,10 @@ class Dispatch:
             # Its run knows that by itself.
             self._forget(dropped)
         self._forget(task)
-        is_cancelled = task.ending.kind is FailureKind.CANCELLED
-        self._effects.append((TaskCancelled if is_cancelled else TaskFailed)(*task.named, task.ending))
+        if task.ending.kind is FailureKind.CANCELLED:
+            self._effects.append(TaskCancelled(*task.named, task.ending))
+        else:
+            self._effects.append(TaskFailed(*task.named, task.ending, ended_at))
 
     def _forget(self, task: Task) -> None:
         task.is_over = True
@@ -476,6 +481,11 @@ class Dispatch:
                 self._run_again(lease, failure, now)
         self._fleet.remove(node, may_return=may_return)
         self._effects.append(NodesChanged(self._fleet.known()))
+
+
+def _began_at(event: AttemptSucceeded | AttemptFailed) -> float | None:
+    """Return when an attempt whose start was not reported began, as far as its end tells."""
+    return None if event.at is None else event.at - max(0.0, event.duration_s)
 
 
 def _lacking(task: Task, event: AttemptSucceeded) -> str:

@@ -28,28 +28,31 @@ class Holding:
             return None
         return lease
 
-    def started(self, session_id: str, lease_id: str, item: int, now: float) -> tuple[Lease, Task] | None:
+    def started(
+        self, session_id: str, lease_id: str, item: int, at: float | None, now: float
+    ) -> tuple[Lease, Task] | None:
         """Return the member of a lease that a report is about, which has started by that; None when there is none.
 
-        Only a lease whose tasks have all their inputs can have started.
+        Only a lease whose tasks have all their inputs can have started; it did at `at` unless its start is known.
         """
         lease = self.find(session_id, lease_id)
         if lease is None or lease.tasks[0].follows is not None or not 0 <= item < len(lease.tasks):
             return None
         if lease.started_at is None:
-            self.note_start(lease, now)
+            self.note_start(lease, now, at)
         task = lease.member(item)
         return None if task is None else (lease, task)
 
-    def note_start(self, lease: Lease, now: float) -> None:
-        """Note that a lease has started, unless that is known."""
+    def note_start(self, lease: Lease, now: float, at: float | None = None) -> None:
+        """Note that a lease has started, unless that is known; at `at` if that is not now."""
         if lease.started_at is not None:
             return
-        lease.started_at = now
+        started_at = lease.time_of(at, now)
+        lease.started_at = now if started_at is None else started_at
         node = self._fleet.nodes[lease.slot.node_id]
         where = (node.node_id, node.node_ip, lease.slot.gpu_indices)
         for task in lease.members():
-            self._emit(TaskStarted(*task.named, *where))
+            self._emit(TaskStarted(*task.named, *where, started_at))
 
     def leave(self, lease: Lease, task: Task, now: float) -> None:
         """Note that one member of a lease is over; with the last one the lease is released."""

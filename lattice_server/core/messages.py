@@ -27,7 +27,7 @@ Split = Mapping[str, Sequence[Payload]]
 
 @dataclass(frozen=True, slots=True)
 class TaskStarted:
-    """An attempt started on a worker."""
+    """An attempt started on a worker, at `at` if that is not now."""
 
     run_id: str
     task_id: str
@@ -35,12 +35,13 @@ class TaskStarted:
     node_id: str
     node_ip: str
     gpu_indices: tuple[int, ...]
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSucceeded:
-    """A task ended well after its function ran for `duration_s` seconds. `split` holds the outputs others map over,
-    item by item."""
+    """A task ended well, at `at` if that is not now, after its function ran for `duration_s` seconds. `split` holds the
+    outputs others map over, item by item."""
 
     run_id: str
     task_id: str
@@ -48,6 +49,7 @@ class TaskSucceeded:
     outputs: Outputs
     split: Split = field(default_factory=dict)
     duration_s: float = 0.0
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +65,13 @@ class TaskRetrying:
 
 @dataclass(frozen=True, slots=True)
 class TaskFailed:
-    """A task ended in a failure."""
+    """A task ended in a failure, at `at` if that is not now."""
 
     run_id: str
     task_id: str
     attempt: int
     failure: Failure
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,16 +278,18 @@ class DrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class AttemptStarted:
-    """An attempt of a lease started."""
+    """An attempt of a lease started; at `at` as far as can be told of another clock."""
 
     session_id: str
     lease_id: str
     item: int
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptSucceeded:
-    """An attempt of a lease ended well after `duration_s` seconds; see `TaskSucceeded` for `split`."""
+    """An attempt of a lease ended well after `duration_s` seconds. See `TaskSucceeded` for `split` and `AttemptStarted`
+    for `at`."""
 
     session_id: str
     lease_id: str
@@ -292,16 +297,19 @@ class AttemptSucceeded:
     outputs: Outputs
     duration_s: float
     split: Split = field(default_factory=dict)
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptFailed:
-    """An attempt of a lease ended in a failure."""
+    """An attempt of a lease ended in a failure after `duration_s` seconds; see `AttemptStarted` for `at`."""
 
     session_id: str
     lease_id: str
     item: int
     failure: Failure
+    duration_s: float = 0.0
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,11 +140,12 @@ class Run:
         match event:
             case TaskStarted():
                 self._table.move(record, TaskState.RUNNING)
-                record.attempt, record.node_id, record.started_at = event.attempt, event.node_id, now
+                started_at = now if event.at is None else event.at
+                record.attempt, record.node_id, record.started_at = event.attempt, event.node_id, started_at
                 if record.first_started_at is None:
-                    record.first_started_at = now
+                    record.first_started_at = started_at
                 if self.first_started_at is None:
-                    self.first_started_at = now
+                    self.first_started_at = started_at
                 self._publish(event)
             case TaskLogged():
                 self._publish(event)
@@ -160,11 +161,11 @@ class Run:
                 else:
                     record.outputs, record.split, record.failure = event.outputs, event.split or None, None
                     record.duration_s = event.duration_s
-                    self._end(record, TaskState.SUCCEEDED, event, now)
+                    self._end(record, TaskState.SUCCEEDED, event, now, event.at)
                     self._satisfy_successors(event.task_id)
             case TaskFailed():
                 record.attempt, record.failure = event.attempt, event.failure
-                self._end(record, TaskState.FAILED, event, now)
+                self._end(record, TaskState.FAILED, event, now, event.at)
                 self._fail_after(event.task_id, event.failure, now)
             case TaskCancelled():
                 record.failure = event.failure
@@ -483,9 +484,9 @@ class Run:
         if held:
             self._effects.append(CancelRequested(self.run_id, held, stopped))
 
-    def _end(self, record: TaskRecord, state: TaskState, fact: Fact, now: float) -> None:
+    def _end(self, record: TaskRecord, state: TaskState, fact: Fact, now: float, ended_at: float | None = None) -> None:
         self._table.move(record, state)
-        record.ended_at = now
+        record.ended_at = now if ended_at is None else ended_at
         self._publish(fact)
         if record.item_of:
             mapped = self.tasks[record.item_of]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from lattice_server.core.messages import ToSession, WelcomeWorker
+from lattice_server.engine.worker_clock import WorkerClock
 
 # An acknowledgement only lets the worker forget. Alone, it would cost both sides as much as an assignment does.
 ACK_AFTER_MESSAGES = 32
@@ -95,6 +96,7 @@ class Connection:
         self._outbox: list[WelcomeWorker | ToSession] = []
         self._ready = asyncio.Event()
         self.acknowledgement = Acknowledgement(self._ready.set, later)
+        self.clock = WorkerClock()
         self._has_sent = False
 
     def send(self, effect: WelcomeWorker | ToSession) -> None:

@@ -81,7 +81,6 @@ class Orchestrator:
         self._ended_tasks = 0
         self._ended_bytes = 0
         self._ended_artifact_bytes = 0
-        self._clock_offset_s = time.time() - time.monotonic()
         bus.subscribe(self.deliver)
 
     def start_run(
@@ -185,10 +184,6 @@ class Orchestrator:
         self._change(entry, lambda: entry.run.cancel_task(task_id, "cancelled by the caller", time.monotonic()))
         return entry
 
-    def wall_time_s(self, monotonic_s: float) -> float:
-        """Return the seconds since the epoch of a monotonic time."""
-        return monotonic_s + self._clock_offset_s
-
     def deliver(self, effects: list[SchedulerEffect]) -> None:
         """Take what the scheduler decided: facts about tasks go to their runs, answers to who asked, the rest to
         workers."""
@@ -254,7 +249,9 @@ class Orchestrator:
                 case _:
                     if isinstance(effect, TaskSucceeded):
                         self._keep(entry, list(_artifacts_of(effect)))
-                    entry.log.append(effect, time.time())
+                    time_s = time.time()
+                    entry.note_times(effect, time_s - time.monotonic())
+                    entry.log.append(effect, time_s)
         if posts is None:
             self._bus.post(own)
         if len(entry.run.dag.artifacts) > entry.graph_artifacts:

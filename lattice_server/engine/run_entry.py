@@ -5,9 +5,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskSkipped, TaskStarted, TaskSucceeded
 from lattice_server.core.model import Artifact
-from lattice_server.core.run import Run
+from lattice_server.core.run import Effect, Run
 from lattice_server.engine.subscriptions import RunLog
+
+ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
 
 
 @dataclass(slots=True)
@@ -17,7 +20,8 @@ class RunEntry:
     Later runs have a higher `number`. `fingerprint` tells whether a repeated id means the same; `parameter_bytes` is
     the memory of what the caller gave besides the graph. `artifacts` are those the run keeps in the store, its inputs
     and its outputs; `graph_artifacts` of its graph's are among them. `open_tasks` is what admission counts for it;
-    `expiry` ends it when its time is over.
+    `expiry` ends it when its time is over. `start_times_s` and `end_times_s` are those of its tasks, and `began_s` that
+    of the first start, in seconds since the epoch.
     """
 
     run: Run
@@ -34,6 +38,24 @@ class RunEntry:
     open_tasks: int = 0
     timeout_s: float | None = None
     expiry: asyncio.TimerHandle | None = None
+    start_times_s: dict[str, float] = field(default_factory=dict)
+    end_times_s: dict[str, float] = field(default_factory=dict)
+    began_s: float | None = None
+
+    def note_times(self, fact: Effect, offset_s: float) -> None:
+        """Note the times a fact tells, given how far the clock that people read is ahead of the machines' clock.
+
+        They are not worked out later: while a computer is suspended only one of the two clocks goes on.
+        """
+        if not isinstance(fact, TaskStarted | ENDS):
+            return
+        record = self.run.tasks[fact.task_id]
+        if record.started_at is not None and (isinstance(fact, TaskStarted) or record.items is not None):
+            self.start_times_s[fact.task_id] = record.started_at + offset_s
+            if self.began_s is None:
+                self.began_s = record.started_at + offset_s
+        if record.ended_at is not None:
+            self.end_times_s[fact.task_id] = record.ended_at + offset_s
 
     @property
     def kept_bytes(self) -> int:

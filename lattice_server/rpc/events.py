@@ -24,7 +24,6 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Payload
 from lattice_server.core.records import TaskRecord
 from lattice_server.core.states import RunState, TaskState
-from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.rpc.convert import JSON, duration, failure_to_proto, payload_to_proto, payloads_to_proto, timestamp
 
@@ -116,7 +115,8 @@ def event_to_proto(tasks: Mapping[str, TaskRecord], event: RunEvent) -> run_pb2.
 def _queue_time(record: TaskRecord) -> Duration | None:
     if record.queued_at is None or record.first_started_at is None:
         return None
-    return duration(record.first_started_at - record.queued_at)
+    # A task sent ahead may start before the server has heard of the end of the one it waits for.
+    return duration(max(0.0, record.first_started_at - record.queued_at))
 
 
 def run_to_view(entry: RunEntry, *, is_full: bool) -> run_pb2.Run:
@@ -131,7 +131,6 @@ def run_to_view(entry: RunEntry, *, is_full: bool) -> run_pb2.Run:
 def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
     """Return a run as it is now, without its parameters; a brief one without what may be large of its failure."""
     run, counts = entry.run, entry.run.counts
-    began_s = None if run.first_started_at is None else entry.created_s + run.first_started_at - run.started_at
     return run_pb2.Run(
         run_id=run.run_id,
         workflow_id=run.workflow_id,
@@ -150,17 +149,13 @@ def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
         tenant=run.tenant,
         priority=run.priority,
         timeout=None if entry.timeout_s is None else duration(entry.timeout_s),
-        start_time=timestamp(began_s),
+        start_time=timestamp(entry.began_s),
     )
 
 
-def task_to_proto(
-    orchestrator: Orchestrator, entry: RunEntry, task_id: str, *, is_brief: bool = False
-) -> run_pb2.TaskRun:
+def task_to_proto(entry: RunEntry, task_id: str, *, is_brief: bool = False) -> run_pb2.TaskRun:
     """Return one task of a run as it is now; a brief one without outputs, and what may be large of its failure."""
     record = entry.run.tasks[task_id]
-    started_s = None if record.started_at is None else orchestrator.wall_time_s(record.started_at)
-    ended_s = None if record.ended_at is None else orchestrator.wall_time_s(record.ended_at)
     return run_pb2.TaskRun(
         run_id=entry.run.run_id,
         task_id=task_id,
@@ -170,8 +165,8 @@ def task_to_proto(
         node_id=record.node_id,
         outputs={} if is_brief else payloads_to_proto(record.outputs or _no_items(record)),
         failure=failure_to_proto(record.failure, is_brief=is_brief),
-        start_time=timestamp(started_s),
-        end_time=timestamp(ended_s),
+        start_time=timestamp(entry.start_times_s.get(task_id)),
+        end_time=timestamp(entry.end_times_s.get(task_id)),
         parent_task_id=record.item_of or record.spawned_by,
         duration=None if record.duration_s is None else duration(record.duration_s),
         queue_time=_queue_time(record),
@@ -185,7 +180,7 @@ def _no_items(record: TaskRecord) -> dict[str, Payload]:
     return dict.fromkeys(record.spec.outputs, EMPTY_LIST) if is_empty else {}
 
 
-def result_to_proto(orchestrator: Orchestrator, entry: RunEntry) -> results_pb2.GetResultResponse:
+def result_to_proto(entry: RunEntry) -> results_pb2.GetResultResponse:
     """Return a run and its final tasks as they are now; after a mapped one its items."""
-    final_tasks = [task_to_proto(orchestrator, entry, task_id) for task_id in entry.run.final_task_ids()]
+    final_tasks = [task_to_proto(entry, task_id) for task_id in entry.run.final_task_ids()]
     return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=final_tasks)

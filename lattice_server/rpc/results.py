@@ -46,7 +46,7 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
         """Return a run and the outputs of its final tasks."""
         entry = self._orchestrator.run(request.run_id)
         await entry.log.completed(wait_from_proto(request.wait, "wait"))
-        return result_to_proto(self._orchestrator, entry)
+        return result_to_proto(entry)
 
 
 def _is_wanted(event: RunEvent, task_ids: frozenset[str], exclude_logs: bool) -> bool:

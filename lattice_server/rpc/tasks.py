@@ -59,14 +59,14 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
         )
         await self._wait(entry, task.task_id, wait_s)
-        shown = task_to_proto(self._orchestrator, entry, task.task_id)
+        shown = task_to_proto(entry, task.task_id)
         return task_pb2.RunTaskResponse(run=run_to_proto(entry), created=created, task=shown)
 
     async def GetTask(self, request: task_pb2.GetTaskRequest, context: Context) -> task_pb2.GetTaskResponse:
         """Return one task of a run."""
         entry = self._orchestrator.task(request.run_id, request.task_id)
         await self._wait(entry, request.task_id, wait_from_proto(request.wait, "wait"))
-        return task_pb2.GetTaskResponse(task=task_to_proto(self._orchestrator, entry, request.task_id))
+        return task_pb2.GetTaskResponse(task=task_to_proto(entry, request.task_id))
 
     async def ListTasks(self, request: task_pb2.ListTasksRequest, context: Context) -> task_pb2.ListTasksResponse:
         """List the tasks of a run."""
@@ -79,7 +79,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             for place, (task_id, record) in enumerate(islice(entry.run.tasks.items(), start, None), start + 1)
             if not states or TASK_STATE_TO_PROTO[record.state] in states
         )
-        show = partial(task_to_proto, self._orchestrator, entry, is_brief=not is_full(request.view))
+        show = partial(task_to_proto, entry, is_brief=not is_full(request.view))
         tasks, token = page(request, rows, show)
         sequence = len(entry.log.events)
         return task_pb2.ListTasksResponse(tasks=tasks, next_page_token=token, sequence=sequence)
@@ -89,7 +89,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
 
         async def cancel() -> task_pb2.CancelTaskResponse:
             entry = self._orchestrator.cancel_task(request.run_id, request.task_id)
-            return task_pb2.CancelTaskResponse(task=task_to_proto(self._orchestrator, entry, request.task_id))
+            return task_pb2.CancelTaskResponse(task=task_to_proto(entry, request.task_id))
 
         return await self._repeats.once(request, cancel)
 
@@ -97,7 +97,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         """Say what a task waits for."""
         entry = self._orchestrator.task(request.run_id, request.task_id)
         explanation = await self._orchestrator.explain(request.run_id, request.task_id)
-        shown = task_to_proto(self._orchestrator, entry, request.task_id)
+        shown = task_to_proto(entry, request.task_id)
         return _explanation_to_proto(explanation, shown)
 
     async def _wait(self, entry: RunEntry, task_id: str, wait_s: float) -> None:

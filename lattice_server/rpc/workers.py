@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
 from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_server.config import ServerConfig
@@ -19,6 +20,7 @@ from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.connections import Connection, Session
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.transfers import Transfers
+from lattice_server.engine.worker_clock import WorkerClock
 from lattice_server.rpc import convert
 from lattice_server.rpc.assignments import responses
 from lattice_server.rpc.context import Context, whole
@@ -95,6 +97,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         connection = Connection(hello.worker_id, hello.node_id, is_beside)
         connection.stored = tuple(hello.stored_artifact_ids)
         connection.reported = tuple(hello.reported_artifact_ids)
+        note_time(connection, hello)
         if (task := asyncio.current_task()) is not None:
             connection.abort = task.cancel
         self._sessions.greet(connection)
@@ -146,6 +149,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 if request.reports:
                     self._take_reports(request.reports, session, connection)
                 if request.HasField("heartbeat"):
+                    note_time(connection, request.heartbeat)
                     self._take_heartbeat(request.heartbeat, session)
                 if request.HasField("draining"):
                     deadline_s = deadline_from_proto(request.draining)
@@ -163,6 +167,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def _take_reports(self, reports: Sequence[worker_pb2.Report], session: Session, connection: Connection) -> None:
         events: list[messages.SchedulerEvent] = []
         artifacts: list[Artifact] = []
+        if reports[-1].HasField("time"):
+            connection.clock.note(seconds_of(reports[-1].time), connection.heard_at)
         for report in reports:
             is_news = session.is_news(report.sequence)
             if report.sequence <= session.last_sequence:
@@ -171,7 +177,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             if is_news:
                 if report.WhichOneof("fact") == "spawned":
                     events.append(self._spawned_event(report, session.session_id))
-                elif (event := _report_event(report, session.session_id)) is not None:
+                elif (event := _report_event(report, session.session_id, connection.clock)) is not None:
                     events.append(event)
         if artifacts:
             events.append(messages.ArtifactsReported(tuple(artifacts)))
@@ -231,20 +237,33 @@ def _hello_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHello
     )
 
 
-def _report_event(report: worker_pb2.Report, session_id: str) -> messages.SchedulerEvent | None:
+def note_time(connection: Connection, message: worker_pb2.Hello | worker_pb2.Heartbeat) -> None:
+    """Have the clocks compared by when a message was sent."""
+    if message.HasField("send_time"):
+        connection.clock.note(seconds_of(message.send_time), connection.heard_at)
+
+
+def seconds_of(time: Timestamp) -> float:
+    """Return a time in seconds since the epoch."""
+    return time.seconds + time.nanos / 1e9
+
+
+def _report_event(report: worker_pb2.Report, session_id: str, clock: WorkerClock) -> messages.SchedulerEvent | None:
     named = (session_id, report.lease_id, report.item)
+    at = clock.at(seconds_of(report.time)) if report.HasField("time") else None
     match report.WhichOneof("fact"):
         case "succeeded":
             try:
-                return _success_event(report.succeeded, named)
+                return _success_event(report.succeeded, named, at)
             except InvalidError as error:
                 # Its sequence number is taken: what it means must not get lost, nor what came with it.
                 text = f"the worker reported a success that cannot be read: {error.message}"
-                return messages.AttemptFailed(*named, Failure(FailureKind.PAYLOAD, text))
+                return messages.AttemptFailed(*named, Failure(FailureKind.PAYLOAD, text), at=at)
         case "started":
-            return messages.AttemptStarted(*named)
+            return messages.AttemptStarted(*named, at)
         case "failed":
-            return messages.AttemptFailed(*named, convert.failure_from_proto(report.failed.failure))
+            failure = convert.failure_from_proto(report.failed.failure)
+            return messages.AttemptFailed(*named, failure, convert.seconds_from(report.failed.duration), at)
         case "log":
             written = report.log
             is_error = written.stream == run_pb2.LOG_STREAM_STDERR
@@ -255,7 +274,9 @@ def _report_event(report: worker_pb2.Report, session_id: str) -> messages.Schedu
             return None
 
 
-def _success_event(succeeded: worker_pb2.AttemptSucceeded, named: tuple[str, str, int]) -> messages.AttemptSucceeded:
+def _success_event(
+    succeeded: worker_pb2.AttemptSucceeded, named: tuple[str, str, int], at: float | None
+) -> messages.AttemptSucceeded:
     outputs = {
         name: convert.payload_from_proto(payload, f'outputs["{name}"]', NO_LIMIT)
         for name, payload in succeeded.outputs.items()
@@ -264,7 +285,7 @@ def _success_event(succeeded: worker_pb2.AttemptSucceeded, named: tuple[str, str
         name: [convert.payload_from_proto(item, f'split["{name}"]', NO_LIMIT) for item in items.items]
         for name, items in succeeded.split.items()
     }
-    return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(succeeded.duration), split)
+    return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(succeeded.duration), split, at)
 
 
 async def _chunks(requests: AsyncIterator[worker_pb2.UploadArtifactRequest]) -> AsyncIterator[bytes | None]:

@@ -129,7 +129,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         accepted = workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
         yield workflow_pb2.ExecuteWorkflowResponse(accepted=accepted)
         await entry.log.completed()
-        yield workflow_pb2.ExecuteWorkflowResponse(ended=result_to_proto(self._orchestrator, entry))
+        yield workflow_pb2.ExecuteWorkflowResponse(ended=result_to_proto(entry))
 
     async def GetRun(self, request: workflow_pb2.GetRunRequest, context: Context) -> workflow_pb2.GetRunResponse:
         """Return a run."""

@@ -373,6 +373,7 @@ class Hello(google.protobuf.message.Message):
     STORED_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
     REPORTED_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
+    SEND_TIME_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Names the worker; stable over its reconnects, unique among workers."""
     session_id: builtins.str
@@ -425,6 +426,10 @@ class Hello(google.protobuf.message.Message):
         left unsaid. The server judges them only when it does not resume the session: then no report of it counts any more.
         """
 
+    @property
+    def send_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was sent, on the worker's clock."""
+
     def __init__(
         self,
         *,
@@ -444,9 +449,10 @@ class Hello(google.protobuf.message.Message):
         stored_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
         reported_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
         protocol_version: builtins.int = ...,
+        send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["capacity", b"capacity", "runtime", b"runtime"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["capacity", b"capacity", "runtime", b"runtime", "send_time", b"send_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -531,6 +537,7 @@ class Heartbeat(google.protobuf.message.Message):
 
     HELD_LEASE_IDS_FIELD_NUMBER: builtins.int
     ASSIGNMENT_SEQUENCE_FIELD_NUMBER: builtins.int
+    SEND_TIME_FIELD_NUMBER: builtins.int
     assignment_sequence: builtins.int
     """The number of the last assignment it received in this session. Of the leases assigned up to that number, those not
     held are lost; leases with later numbers are still on their way.
@@ -539,13 +546,21 @@ class Heartbeat(google.protobuf.message.Message):
     def held_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """All leases it holds, started or not, and those with reports that are not acknowledged."""
 
+    @property
+    def send_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it was sent, on the worker's clock. The server compares it with the time of receipt: the least difference of
+        the last messages is taken for the difference of the clocks.
+        """
+
     def __init__(
         self,
         *,
         held_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         assignment_sequence: builtins.int = ...,
+        send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["send_time", b"send_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids", "send_time", b"send_time"]) -> None: ...
 
 Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
 
@@ -730,7 +745,9 @@ class Report(google.protobuf.message.Message):
     """Which attempt of the lease, by position."""
     @property
     def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When it happened, on the worker's clock."""
+        """When it happened, on the worker's clock. The server corrects it by the difference of the clocks, to no earlier than
+        it sent the lease and no later than it received the report. Unset, it is when the report is received.
+        """
 
     @property
     def started(self) -> Global___AttemptStarted:

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -35,6 +36,7 @@ from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.sessions import Sessions
+from lattice_server.rpc.events import run_to_proto, task_to_proto
 from tests.server.core.graphs import VALUE, hello, task, workflow
 
 SILENCE_LIMIT_S = 2.0
@@ -440,3 +442,29 @@ def test_a_session_being_resumed_is_not_detached_by_the_connection_before() -> N
         assert detached == [], "the scheduler has the newer hello already; this would detach the live session"
 
     asyncio.run(scenario())
+
+
+def test_times_stay_true_when_the_computer_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machines' clock stands still meanwhile, and the one that people read goes on."""
+    machines_s, people_s = 100.0, 1_000_000.0
+    clocks = SimpleNamespace(monotonic=lambda: machines_s, time=lambda: people_s)
+    monkeypatch.setattr("lattice_server.engine.orchestrator.time", clocks)
+
+    def pass_time(seconds: float, suspended: float = 0.0) -> None:
+        nonlocal machines_s, people_s
+        machines_s += seconds
+        people_s += seconds + suspended
+
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        entry = start(orchestrator, "r")
+        pass_time(5.0)
+        orchestrator.deliver([TaskStarted("r", "t", 1, "n", "ip", (), at=104.0)])
+        pass_time(2.0, suspended=3600.0)
+        orchestrator.deliver([TaskSucceeded("r", "t", 1, {"out": VALUE}, at=106.5)])
+        pass_time(9.0, suspended=7200.0)
+        found = task_to_proto(entry, "t")
+        assert found.start_time.seconds == 1_000_004
+        assert found.end_time.ToNanoseconds() == 1_003_606_500_000_000
+        assert run_to_proto(entry).start_time.seconds == 1_000_004
+
+    play(scenario)

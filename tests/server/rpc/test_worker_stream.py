@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from lattice.v1 import (
     artifact_pb2,
     artifact_pb2_grpc,
@@ -23,6 +25,7 @@ from lattice.v1 import (
     results_pb2_grpc,
     run_pb2,
     task_pb2,
+    task_pb2_grpc,
     worker_pb2,
     worker_pb2_grpc,
     workflow_pb2,
@@ -417,6 +420,32 @@ def test_reports_are_acknowledged_in_time() -> None:
             assert last < sequence <= 100
             last = sequence
         await head.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id))
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("skew_s", [-3600, 0, 3600])
+def test_times_are_the_server_s_when_the_worker_s_clock_is_another(skew_s: int) -> None:
+    def here(ago_s: float) -> Timestamp:
+        """Return a time on the worker's clock."""
+        time_ns = int((time.time() + skew_s - ago_s) * 1e9)
+        return Timestamp(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
+
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(send_time=here(0.0))
+        began_s = time.time()
+        run_id = await head.run("a")
+        lease_id = (await hand.hear("assignments")).assignments[0].lease_id
+        await asyncio.sleep(0.3)
+        done = worker_pb2.AttemptSucceeded(outputs=succeeded().outputs, duration=Duration(nanos=100_000_000))
+        await hand.report(1, lease_id, time=here(0.1), succeeded=done)
+        await head.result(run_id)
+        request = task_pb2.GetTaskRequest(run_id=run_id, task_id="a")
+        found = (await task_pb2_grpc.TaskServiceStub(head.channel).GetTask(request)).task
+        start_s, end_s = found.start_time.ToNanoseconds() / 1e9, found.end_time.ToNanoseconds() / 1e9
+        assert end_s - start_s == pytest.approx(0.1, abs=0.001)
+        assert began_s <= start_s < end_s <= time.time() - 0.1
         hand.hang_up()
 
     play(scenario)
