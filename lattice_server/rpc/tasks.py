@@ -4,7 +4,7 @@ import asyncio
 from functools import partial
 from itertools import islice
 
-from lattice.v1 import run_pb2, task_pb2, task_pb2_grpc
+from lattice.v1 import resources_pb2, run_pb2, task_pb2, task_pb2_grpc
 
 from lattice_server.core.messages import Explanation, ReasonKind
 from lattice_server.core.model import WorkflowSpec
@@ -20,6 +20,13 @@ from lattice_server.rpc.repeats import Repeats
 from lattice_server.rpc.waiting import wait_from_proto
 
 REASON_KIND_TO_PROTO = {kind: task_pb2.WaitKind.Value(f"WAIT_KIND_{kind.name}") for kind in ReasonKind}
+# By the names that the ledger has for what a node is short of.
+RESOURCE_KIND_TO_PROTO = {
+    "cpu": resources_pb2.RESOURCE_KIND_CPU,
+    "memory": resources_pb2.RESOURCE_KIND_MEMORY,
+    "gpu": resources_pb2.RESOURCE_KIND_GPU,
+    "gpu_memory": resources_pb2.RESOURCE_KIND_GPU_MEMORY,
+}
 FUNCTION_NAME = "function"
 
 
@@ -120,7 +127,7 @@ def _explanation_to_proto(explanation: Explanation, task: run_pb2.TaskRun) -> ta
             message=reason.message,
             task_id=reason.task_id,
             node_id=reason.node_id,
-            resource=reason.resource,
+            resource=RESOURCE_KIND_TO_PROTO.get(reason.resource, resources_pb2.RESOURCE_KIND_UNSPECIFIED),
             wanted=reason.wanted,
             free=reason.free,
         )

@@ -47,7 +47,10 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def AddTasks(self, request: workflow_pb2.AddTasksRequest, context: Context) -> workflow_pb2.AddTasksResponse:
         """Add tasks to a stored workflow, or to a run."""
-        add = self._add_to_run if request.run_id else self._add_to_workflow
+        parent = request.WhichOneof("parent")
+        if parent is None:
+            raise invalid_field("parent", "tasks are added to a workflow or to a run: name one")
+        add = self._add_to_run if parent == "run_id" else self._add_to_workflow
         return await self._repeats.once(request, partial(add, request))
 
     async def _add_to_workflow(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
@@ -207,8 +210,6 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         )
 
     async def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
-        if request.workflow_id:
-            raise invalid_field("run_id", "tasks are added to a workflow or to a run, not to both")
         if not request.tasks:
             raise invalid_field("tasks", "there is nothing to add")
         functions = self._intake.functions(request.functions, request.bundles)

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from lattice.v1 import task_pb2
+from lattice.v1 import resources_pb2, task_pb2
 
 from lattice_client import LatticeClient, PreconditionError, Run, task
 from tests.client.shell import call
@@ -95,7 +95,7 @@ def test_a_task_for_two_devices_waits_while_others_go_on(client: LatticeClient, 
     workflow.add_task(using(gpu=2))
     both = workflow.run()
     shortage = reasons(both, "devices")["RESOURCES"]
-    assert (shortage.resource, shortage.wanted, shortage.free) == ("gpu", 2, 1)
+    assert (shortage.resource, shortage.wanted, shortage.free) == (resources_pb2.RESOURCE_KIND_GPU, 2, 1)
     for _ in range(10):
         assert client.run_task(devices, {}) == {"result": ""}
     assert reasons(both, "devices").keys() == {"RESOURCES"}

@@ -108,7 +108,7 @@ def test_a_waiting_task_is_explained(call: Call, room: Room) -> None:  # noqa: F
     (second,) = call("TaskService/ExplainTask", {"run_id": run_id, "task_id": "large"})
     assert second["task"]["state"] == "TASK_STATE_QUEUED"
     shortage = next(reason for reason in second["reasons"] if reason["kind"] == "WAIT_KIND_RESOURCES")
-    assert (shortage["resource"], shortage["wanted"], shortage["free"]) == ("cpu", 4, 3)
+    assert (shortage["resource"], shortage["wanted"], shortage["free"]) == ("RESOURCE_KIND_CPU", 4, 3)
     room.open()
     assert finals(call, run_id) == {"large": 2, "double": 42}
 

@@ -19,6 +19,38 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _ResourceKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ResourceKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_ResourceKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    RESOURCE_KIND_UNSPECIFIED: _ResourceKind.ValueType  # 0
+    """None of the others, such as a label, a runtime or a free slot."""
+    RESOURCE_KIND_CPU: _ResourceKind.ValueType  # 1
+    """CPUs."""
+    RESOURCE_KIND_MEMORY: _ResourceKind.ValueType  # 2
+    """Main memory."""
+    RESOURCE_KIND_GPU: _ResourceKind.ValueType  # 3
+    """GPUs."""
+    RESOURCE_KIND_GPU_MEMORY: _ResourceKind.ValueType  # 4
+    """Memory of GPUs."""
+
+class ResourceKind(_ResourceKind, metaclass=_ResourceKindEnumTypeWrapper):
+    """A resource that a task can be short of."""
+
+RESOURCE_KIND_UNSPECIFIED: ResourceKind.ValueType  # 0
+"""None of the others, such as a label, a runtime or a free slot."""
+RESOURCE_KIND_CPU: ResourceKind.ValueType  # 1
+"""CPUs."""
+RESOURCE_KIND_MEMORY: ResourceKind.ValueType  # 2
+"""Main memory."""
+RESOURCE_KIND_GPU: ResourceKind.ValueType  # 3
+"""GPUs."""
+RESOURCE_KIND_GPU_MEMORY: ResourceKind.ValueType  # 4
+"""Memory of GPUs."""
+Global___ResourceKind: typing_extensions.TypeAlias = ResourceKind
+
 class _Isolation:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType

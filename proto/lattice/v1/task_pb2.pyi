@@ -978,8 +978,8 @@ class WaitReason(google.protobuf.message.Message):
     """The task waited for; for `WAIT_KIND_INPUT`."""
     node_id: builtins.str
     """The node that is short of something, or runs the task."""
-    resource: builtins.str
-    """What the node is short of: `cpu`, `memory`, `gpu`, `gpu_memory`, or a sentence; for `WAIT_KIND_RESOURCES`."""
+    resource: lattice.v1.resources_pb2.ResourceKind.ValueType
+    """The resource the node is short of, for `WAIT_KIND_RESOURCES`; `message` tells one that has no kind."""
     wanted: builtins.float
     """How much of it the task needs; memory in bytes."""
     free: builtins.float
@@ -991,7 +991,7 @@ class WaitReason(google.protobuf.message.Message):
         message: builtins.str = ...,
         task_id: builtins.str = ...,
         node_id: builtins.str = ...,
-        resource: builtins.str = ...,
+        resource: lattice.v1.resources_pb2.ResourceKind.ValueType = ...,
         wanted: builtins.float = ...,
         free: builtins.float = ...,
     ) -> None: ...

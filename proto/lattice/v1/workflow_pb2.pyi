@@ -267,18 +267,18 @@ class AddTasksRequest(google.protobuf.message.Message):
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
+    RUN_ID_FIELD_NUMBER: builtins.int
     TASKS_FIELD_NUMBER: builtins.int
     FUNCTIONS_FIELD_NUMBER: builtins.int
     BUNDLES_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
-    RUN_ID_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
-    """The workflow; empty when `run_id` is set."""
+    """A stored workflow."""
+    run_id: builtins.str
+    """A run that has not ended."""
     expected_revision: builtins.int
     """Fails with ABORTED unless the workflow or run has this revision; unset means any."""
-    run_id: builtins.str
-    """The run; empty when `workflow_id` is set."""
     request_id: builtins.str
     """Makes the call safe to repeat; see the service."""
     @property
@@ -299,16 +299,19 @@ class AddTasksRequest(google.protobuf.message.Message):
         self,
         *,
         workflow_id: builtins.str = ...,
+        run_id: builtins.str = ...,
         tasks: collections.abc.Iterable[lattice.v1.task_pb2.TaskSpec] | None = ...,
         functions: collections.abc.Mapping[builtins.str, lattice.v1.task_pb2.Function] | None = ...,
         bundles: collections.abc.Iterable[lattice.v1.task_pb2.CodeBundle] | None = ...,
         expected_revision: builtins.int | None = ...,
-        run_id: builtins.str = ...,
         request_id: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "bundles", b"bundles", "expected_revision", b"expected_revision", "functions", b"functions", "request_id", b"request_id", "run_id", b"run_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "parent", b"parent", "run_id", b"run_id", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "bundles", b"bundles", "expected_revision", b"expected_revision", "functions", b"functions", "parent", b"parent", "request_id", b"request_id", "run_id", b"run_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["parent", b"parent"]) -> typing.Literal["workflow_id", "run_id"] | None: ...
 
 Global___AddTasksRequest: typing_extensions.TypeAlias = AddTasksRequest
 

@@ -225,6 +225,7 @@ def test_a_bundle_whose_digest_is_not_its_own_is_refused(idle: Caller) -> None:
     [
         ("workflows.ListRuns", workflow_pb2.ListRunsRequest(page_token="soup"), "page_token"),
         ("workflows.ListRuns", workflow_pb2.ListRunsRequest(page_size=-1), "page_size"),
+        ("workflows.AddTasks", workflow_pb2.AddTasksRequest(tasks=[task()]), "parent"),
         ("workflows.ListRuns", workflow_pb2.ListRunsRequest(page_size=0), "page_size"),
         ("workflows.ListRuns", workflow_pb2.ListRunsRequest(view=99), "view"),
         ("workflows.ListRuns", workflow_pb2.ListRunsRequest(page_token="\u0661"), "page_token"),
