@@ -1,6 +1,7 @@
 """The Python client: declares workflows, runs them, reads what happens."""
 
 import lattice_client.grpc_import  # noqa: F401  # before anything else imports gRPC
+from lattice_client import context
 from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow
 from lattice_client.convert import RunEvent
 from lattice_client.entrypoint import entrypoint
@@ -30,7 +31,7 @@ from lattice_client.errors import (
     UnavailableError,
 )
 from lattice_client.langgraph import LangGraphClient
-from lattice_client.outputs import TaskOutput
+from lattice_client.outputs import Parameter, TaskOutput
 from lattice_client.run import AsyncRun
 from lattice_client.sync import LatticeClient, LatticeWorkflow, Run
 from lattice_client.task import TaskDefinition, task
@@ -55,6 +56,7 @@ __all__ = [
     "LatticeWorkflow",
     "NotFoundError",
     "OutOfRangeError",
+    "Parameter",
     "PermissionDeniedError",
     "PreconditionError",
     "RequestError",
@@ -72,6 +74,7 @@ __all__ = [
     "TaskOutput",
     "UnauthenticatedError",
     "UnavailableError",
+    "context",
     "entrypoint",
     "task",
     "template",

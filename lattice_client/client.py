@@ -35,6 +35,10 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
         """Send the whole graph and start a run; see `RunSettings`. Raises TaskDefinitionError, RequestError."""
         return await self.client.run(self, run_id, **settings)
 
+    async def store(self, workflow_id: str = "") -> Self:
+        """Store the workflow on the server; return the stored one. See `LatticeWorkflow.store`."""
+        return type(self)(self.client, workflow_id=await self.client.store(self, workflow_id))
+
     async def get_results(
         self, run_id: str, verbose: bool = True, timeout: float | None = None
     ) -> list[dict[str, Any]]:
@@ -89,7 +93,7 @@ class AsyncLatticeClient:
         self._rpc = channel
         self.target = channel.target
         self.transfer = Transfer(channel)
-        self.starter = Starter(channel, tenant, admission_timeout)
+        self.starter = Starter(channel, self.transfer, tenant, admission_timeout)
         self.reader = Reader(channel, self.transfer)
 
     def __repr__(self) -> str:
@@ -149,36 +153,42 @@ class AsyncLatticeClient:
             TaskDefinitionError: a setting, a task or its wiring is wrong; nothing was sent.
             RequestError: the server refused it.
         """
-        request = await self.starter.request_of(graph, self.transfer.store, run_id, **settings)
-        return await self.submit(request, graph)
-
-    async def submit(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> AsyncRun:
-        """Start the run of a request that `starter` made. Raises RequestError."""
-        started = await self.starter.submit(request, graph)
+        started = await self.starter.run(graph, run_id, **settings)
         run = AsyncRun.of(started.run_id, self, started.call)
         run.note_graph(graph)
         return run
 
-    async def run_task(self, task: Any, inputs: Mapping[str, Any] | None = None, **misplaced: Never) -> dict[str, Any]:
+    async def run_task(
+        self,
+        task: Any,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        labels: Mapping[str, str] | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        **misplaced: Never,
+    ) -> dict[str, Any]:
         """Run one task as a run of its own and return its outputs.
 
-        Raises TaskDefinitionError, TaskFailedError, RequestError.
+        The run has `labels` to find it by; among this caller's waiting tasks, higher `priority` goes first; it fails
+        when it takes longer than `timeout` seconds.
+
+        Raises TaskDefinitionError, TaskFailedError, RunTimeoutError, RequestError.
         """
         added = single(task, inputs, misplaced)
-        request = await self.starter.task_request_of(added, self.transfer.store)
-        found: dict[str, Any] = opened(await self.submit_task(request, added))
+        response = await self.starter.run_task(added, labels=labels, priority=priority, timeout=timeout)
+        found: dict[str, Any] = opened(await self.reader.outcome_of(response, added))
         return found
 
-    async def submit_task(self, request: task_pb2.RunTaskRequest, task: LatticeTask) -> Any:
-        """Run the task of a request to its end; return what `opened` turns into its outputs, or into its error."""
-        return await self.reader.outcome_of(await self.starter.submit_task(request, task), task)
+    async def store(self, graph: Graph[Any], workflow_id: str) -> str:
+        """Store a workflow; return its id. See `AsyncLatticeWorkflow.store`."""
+        return await self.starter.store(graph, workflow_id)
 
     async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int | None = None) -> int:
         """Add tasks to a run that goes on; return its revision. See `AsyncRun.add_tasks`."""
         ids = {task.task_id for task in tasks}
         scope = run_id.scope(tasks) if isinstance(run_id, AsyncRun) else Scope(lambda output: True, ids)
-        spec = await self.starter.spec_of(tasks, self.transfer.store, scope)
-        return await self.starter.submit_tasks(run_id, spec, tasks, expected_revision)
+        return await self.starter.add_tasks(run_id, tasks, scope, expected_revision)
 
     # Following.
 
@@ -199,9 +209,15 @@ class AsyncLatticeClient:
         request = made(workflow_pb2.GetRunRequest, run_id=run_id, view=run_pb2.VIEW_FULL)
         return (await self._rpc.call(self._rpc.workflows.GetRun, request)).run
 
-    async def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
-        """Return the newest runs."""
-        request = workflow_pb2.ListRunsRequest(page_size=limit)
+    async def list_runs(
+        self, limit: int = 100, *, states: Sequence[str] = (), labels: Mapping[str, str] | None = None
+    ) -> list[run_pb2.Run]:
+        """Return the newest runs: those in one of `states`, such as `"failed"`, that have all `labels`.
+
+        Raises InvalidArgumentError.
+        """
+        numbers = [convert.run_state(state) for state in states]
+        request = made(workflow_pb2.ListRunsRequest, page_size=min(limit, PAGE_SIZE), states=numbers, labels=labels)
         found: list[run_pb2.Run] = []
         while True:
             response = await self._rpc.call(self._rpc.workflows.ListRuns, request)
@@ -209,6 +225,22 @@ class AsyncLatticeClient:
             request.page_token = response.next_page_token
             if not request.page_token or len(found) >= limit:
                 return found[:limit]
+
+    async def list_workflows(self) -> list[workflow_pb2.Workflow]:
+        """Return the stored workflows, newest first, without their tasks."""
+        request = workflow_pb2.ListWorkflowsRequest(page_size=PAGE_SIZE)
+        found: list[workflow_pb2.Workflow] = []
+        while True:
+            response = await self._rpc.call(self._rpc.workflows.ListWorkflows, request)
+            found.extend(response.workflows)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return found
+
+    async def delete_workflow(self, workflow_id: str) -> None:
+        """Delete a stored workflow; its runs go on. Raises NotFoundError."""
+        request = made(workflow_pb2.DeleteWorkflowRequest, workflow_id=workflow_id)
+        await self._rpc.call(self._rpc.workflows.DeleteWorkflow, request)
 
     async def list_tasks(self, run_id: str, with_outputs: bool = False) -> list[run_pb2.TaskRun]:
         """Return a run's tasks as they are now, in the order of their definition.

@@ -8,11 +8,18 @@ from typing import Any, TypeVar
 
 from lattice.v1 import errors_pb2, payload_pb2, run_pb2, task_pb2, workflow_pb2
 
-from lattice_client.errors import RunCancelledError, RunError, RunTimeoutError, TaskDefinitionError, TaskFailedError
+from lattice_client.errors import (
+    InvalidArgumentError,
+    RunCancelledError,
+    RunError,
+    RunTimeoutError,
+    TaskDefinitionError,
+    TaskFailedError,
+)
 from lattice_client.freshness import file_at
 from lattice_client.inputs import Binder, Store
-from lattice_client.outputs import Scope, TaskOutput
-from lattice_client.workflow import UNSET, LatticeTask
+from lattice_client.outputs import UNSET, Scope, TaskOutput
+from lattice_client.workflow import LatticeTask
 
 T = TypeVar("T")
 Decode = Callable[[payload_pb2.Payload], Awaitable[Any]]
@@ -117,6 +124,14 @@ async def _fill_task(message: task_pb2.TaskSpec, task: LatticeTask, function: st
         where = f"input {name!r} of task {task.task_id!r}"
         binder = Binder(where, store, scope, is_for_python=not entrypoint or ":" in entrypoint)
         await binder.fill(message.inputs[name], value)
+
+
+def run_state(name: str) -> run_pb2.RunState.ValueType:
+    """Return the state of a run by its name, such as `running`. Raises InvalidArgumentError."""
+    known = [state.removeprefix("RUN_STATE_").lower() for state in run_pb2.RunState.keys()[1:]]
+    if name not in known:
+        raise InvalidArgumentError(f"a run has no state {name!r}; its states: {', '.join(known)}")
+    return run_pb2.RunState.Value(f"RUN_STATE_{name.upper()}")
 
 
 def ordered(outputs: Mapping[str, T], declared: Sequence[str] = ()) -> dict[str, T]:

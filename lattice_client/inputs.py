@@ -15,7 +15,7 @@ from lattice.v1 import payload_pb2
 from lattice_client import payloads
 from lattice_client.blame import blame_value
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.outputs import IN_TEXT, DeferredValueError, Scope, TaskOutput, written_in
+from lattice_client.outputs import IN_TEXT, WIRES, DeferredValueError, Scope, TaskOutput, Wire, written_in
 
 Store = Callable[[str, bytes], Awaitable[payload_pb2.Payload]]
 # A message may be nested 100 deep; each level of a binding takes two of those.
@@ -34,10 +34,10 @@ class Binder:
 
     async def fill(self, message: payload_pb2.Binding, value: Any) -> None:
         """Write a value that may hold outputs. Raises TaskDefinitionError."""
-        if isinstance(value, TaskOutput):
-            self.fill_reference(message.output, value)
+        if isinstance(value, WIRES):
+            self._fill_wire(message, value)
             return
-        found = payloads.among_json(value, TaskOutput)
+        found = payloads.among_json(value, *WIRES)
         holders: dict[int, Any] = {}
         if found == []:
             message.payload.CopyFrom(await self._stored(payloads.JSON, payloads.to_json(value)))
@@ -45,6 +45,14 @@ class Binder:
             await self._fill_tree(message, value, holders)
         else:
             await self._fill_pickled(message, value)
+
+    def _fill_wire(self, message: payload_pb2.Binding, value: Wire) -> None:
+        if isinstance(value, TaskOutput):
+            self.fill_reference(message.output, value)
+        elif self.scope.parameters.get(value.name) is value:
+            message.parameter = value.name
+        else:
+            raise TaskDefinitionError(f"{self.where} is wired to {value!r} of another workflow")
 
     def fill_reference(self, message: payload_pb2.OutputRef, output: TaskOutput) -> None:
         """Write a reference to an output. Raises TaskDefinitionError when its task is not one of the run."""
@@ -73,8 +81,8 @@ class Binder:
         return not (has_order and self.is_for_python)
 
     async def _fill_tree(self, message: payload_pb2.Binding, value: Any, holders: dict[int, Any]) -> None:
-        if isinstance(value, TaskOutput):
-            self.fill_reference(message.output, value)
+        if isinstance(value, WIRES):
+            self._fill_wire(message, value)
         elif id(value) not in holders:
             message.payload.CopyFrom(await self._stored(payloads.JSON, payloads.to_json(value)))
         elif type(value) is dict:
@@ -97,13 +105,13 @@ class Binder:
 
     async def _fill_around(self, message: payload_pb2.Binding, value: Any) -> None:
         try:
-            data, outputs = payloads.encode_around(value, TaskOutput)
+            data, wires = payloads.encode_around(value, WIRES)
         except Exception as error:
             raise self._refusal(value, error) from error
         items = message.list.items
         items.add().payload.CopyFrom(await self._stored(payloads.WITH_OUTPUTS, data))
-        for output in outputs:
-            self.fill_reference(items.add().output, output)
+        for wire in wires:
+            self._fill_wire(items.add(), wire)
 
     async def _stored(self, media_type: str, data: bytes) -> payload_pb2.Payload:
         self._check_texts(data)
@@ -113,17 +121,17 @@ class Binder:
 
     def _check_texts(self, data: bytes) -> None:
         """Raise TaskDefinitionError for an encoding with a text that an output, or a task, was written into."""
-        if found := written_in(data, self.scope.task_ids):
+        if found := written_in(data, self.scope):
             raise TaskDefinitionError(f"{self.where} holds {found} as a text, which has no value yet: {IN_TEXT}")
 
     def _refusal(self, value: Any, error: Exception) -> TaskDefinitionError:
-        dump = partial(payloads.encode_around, kind=TaskOutput)
+        dump = partial(payloads.encode_around, kinds=WIRES)
         return TaskDefinitionError(blame_value(self.where, value, error, dump))
 
 
 def _note_holders(value: Any, holders: dict[int, Any]) -> int:
     """Note each container that holds an output, by its identity; return how many lie one within the other."""
-    if isinstance(value, TaskOutput):
+    if isinstance(value, WIRES):
         return 1
     items = value.values() if type(value) is dict else value if type(value) is list else ()
     levels = max((_note_holders(item, holders) for item in items), default=0)

@@ -6,7 +6,7 @@ a mistake: `written_in` finds it.
 
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lattice_client.errors import TaskDefinitionError
@@ -32,13 +32,16 @@ BINARY = [
 ]
 UNARY = ["neg", "pos", "abs", "invert", "int", "float", "complex", "index", "round", "call", "lt", "le", "gt", "ge"]
 OPERATORS = [f"__{side}{name}__" for name in [*BINARY, "or"] for side in ("", "r")] + [f"__{name}__" for name in UNARY]
-# The reprs of tasks and outputs, wherever an encoding holds them, and however they were quoted there.
-MARK = b"(task_id="
-WRITTEN = re.compile(rb"""(?:LatticeTask|Outputs|TaskOutput)\(task_id=\\*['"](.+?)\\*['"][,)]""")
+# The reprs of tasks, outputs and parameters, wherever an encoding holds them, and however they were quoted there.
+MARKS = (b"(task_id=", b"Parameter(name=")
+WRITTEN = re.compile(rb"""(?:(?:LatticeTask|Outputs|TaskOutput)\(task_id|Parameter\(name)=\\*['"](.+?)\\*['"][,)]""")
 
 
 # How many steps into a value the contract allows.
 MAX_PATH = 32
+
+
+UNSET = object()
 
 
 class DeferredValueError(TaskDefinitionError):
@@ -51,10 +54,15 @@ class DeferredAttributeError(TaskDefinitionError, AttributeError):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What an input may be wired to: whether the run `has` an output, and the `task_ids` known here to be its own."""
+    """What an input may be wired to.
+
+    `has` says whether an output is one of the run's; `task_ids` are those known here to be its own, and `parameters`
+    are its parameters by name.
+    """
 
     has: Callable[["TaskOutput"], bool]
     task_ids: Container[str]
+    parameters: Mapping[str, "Parameter"] = field(default_factory=dict)
 
 
 class Deferred:
@@ -116,19 +124,37 @@ for _name in OPERATORS:
     setattr(Deferred, _name, _unreadable_in_text if _name in {"__add__", "__radd__"} else _unreadable)
 
 
-def written_in(data: bytes, task_ids: Container[str]) -> str:
-    """Return the `repr` of a task, or of its outputs, that an encoding holds as a text; empty when it holds none.
+def written_in(data: bytes, scope: Scope) -> str:
+    """Return the `repr` of a task, of its outputs or of a parameter of a run, that an encoding holds as a text.
 
-    Args:
-        data: an encoded value.
-        task_ids: those of the tasks that count.
+    Empty when it holds none.
     """
-    if MARK not in data:
+    if not any(mark in data for mark in MARKS):
         return ""
     for found in WRITTEN.finditer(data):
-        if found[1].decode(errors="replace").replace("\\", "") in task_ids:
+        known = scope.parameters if found[0].startswith(b"Parameter") else scope.task_ids
+        if found[1].decode(errors="replace").replace("\\", "") in known:
             return found[0].decode(errors="replace").replace("\\", "").removesuffix(",").removesuffix(")") + ")"
     return ""
+
+
+class Parameter(Deferred):
+    """A value that is given when a workflow is run, to be wired into inputs of its tasks.
+
+    `default` is the value of runs that are given none; UNSET when each run needs one.
+    """
+
+    __slots__ = ("default", "name")
+
+    def __init__(self, name: str, default: Any) -> None:
+        self.name = name
+        self.default = default
+
+    def __repr__(self) -> str:
+        return f"Parameter(name={self.name!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise DeferredValueError(f"{self!r} has no value yet: {AS_VALUE}")
 
 
 class TaskOutput(Deferred):
@@ -195,6 +221,11 @@ class TaskOutput(Deferred):
 
     def _key(self) -> tuple[object, ...]:
         return self.task_id, self.output, self.is_optional, self.path
+
+
+# What an input may be wired to.
+Wire = TaskOutput | Parameter
+WIRES = (TaskOutput, Parameter)
 
 
 class Outputs(Mapping[str, TaskOutput]):

@@ -9,6 +9,7 @@ import math
 import pickle
 import struct
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lattice.v1 import payload_pb2, resources_pb2
@@ -106,27 +107,27 @@ def encode(value: Any) -> tuple[str, bytes]:
     return (PICKLE5, _layout(stream, buffers)) if buffers else (CLOUDPICKLE, stream)
 
 
-def encode_around(value: Any, kind: type) -> tuple[bytes, list[Any]]:
-    """Return the encoding, as `WITH_OUTPUTS`, of a value without the parts that are of `kind`, and those parts.
+def encode_around(value: Any, kinds: Sequence[type]) -> tuple[bytes, list[Any]]:
+    """Return the encoding, as `WITH_OUTPUTS`, of a value without the parts that are of `kinds`, and those parts.
 
     A part that stands in several places is returned once. Raises what pickling raises.
     """
     stream = io.BytesIO()
-    around = _Around(stream, kind)
+    around = _Around(stream, kinds)
     around.dump(value)
     return _layout(stream.getbuffer(), around.buffers), [item for _, item in around.found.values()]
 
 
 class _Around(pickler.Pickler):
-    def __init__(self, stream: io.BytesIO, kind: type) -> None:
+    def __init__(self, stream: io.BytesIO, kinds: Sequence[type]) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
         super().__init__(stream, self.buffers.append)
         # By identity: each with its position, and kept so that no other one comes to have that identity.
         self.found: dict[int, tuple[int, Any]] = {}
-        self._kind = kind
+        self._kinds = kinds
 
     def persistent_id(self, item: Any) -> int | None:
-        if type(item) is not self._kind:
+        if type(item) not in self._kinds:
             return None
         return self.found.setdefault(id(item), (len(self.found), item))[0]
 

@@ -161,7 +161,7 @@ class AsyncRun(RunId):
             return graph is None or graph.has(output) or id(output.owner) in added or output.owner in self._added
 
         known = chain(tasks, self._added, graph.tasks.values() if graph else ())
-        return Scope(has, {task.task_id for task in known})
+        return Scope(has, {task.task_id for task in known}, graph.parameters if graph else {})
 
     async def explain(self, task: LatticeTask | str) -> task_pb2.ExplainTaskResponse:
         """Return why a task waits: its state, the reasons, since when, and a guess at how much longer."""

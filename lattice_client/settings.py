@@ -5,7 +5,7 @@ Rule: what is out of range is said at once.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import errors_pb2, resources_pb2, task_pb2
@@ -35,8 +35,8 @@ RETRIED_KINDS = {
 }
 
 
-class RunSettings(TypedDict, total=False):
-    """How a run is run.
+class TaskRunSettings(TypedDict, total=False):
+    """How a run of one task is run.
 
     Attributes:
         labels: to find the run by.
@@ -49,12 +49,28 @@ class RunSettings(TypedDict, total=False):
     timeout: float | None
 
 
-def check_settings(settings: RunSettings) -> None:
+class RunSettings(TaskRunSettings, total=False):
+    """How a run is run.
+
+    Attributes:
+        labels: to find the run by.
+        priority: among this caller's waiting tasks, higher goes first.
+        timeout: seconds after which the run fails.
+        parameters: values of the workflow's parameters, by name.
+    """
+
+    parameters: Mapping[str, Any] | None
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise TaskDefinitionError for a setting of a run that does not exist or is out of range."""
     known = RunSettings.__annotations__
     if unknown := [name for name in settings if name not in known]:
         text = f"a run has no setting {', '.join(map(repr, unknown))}; its settings: run_id, {', '.join(known)}"
         raise TaskDefinitionError(text)
+    parameters = settings.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise TaskDefinitionError(f'a run\'s parameters are one dict, {{"name": ...}}, not {parameters!r}')
     timeout = settings.get("timeout")
     if timeout is None:
         return

@@ -4,21 +4,22 @@ Rule: a graph is one RPC; it is offered again only where that cannot start it tw
 """
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, Unpack
 from uuid import uuid4
 
-from lattice.v1 import task_pb2, workflow_pb2
+from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
 
 from lattice_client import convert, errors
 from lattice_client.channel import Channel
-from lattice_client.inputs import Store
-from lattice_client.outputs import Scope
+from lattice_client.inputs import Binder
+from lattice_client.outputs import UNSET, Scope
 from lattice_client.reading import WAIT_S
 from lattice_client.requests import building, duration, made
 from lattice_client.run import StartCall
-from lattice_client.settings import RunSettings, check_settings
+from lattice_client.settings import RunSettings, TaskRunSettings, check_settings
+from lattice_client.transfer import Transfer
 from lattice_client.workflow import Graph, LatticeTask
 
 T = TypeVar("T")
@@ -40,8 +41,9 @@ class Started:
 class Starter:
     """Starts runs. `open` are the calls that end with their run; what code the server has is remembered."""
 
-    def __init__(self, rpc: Channel, tenant: str, admission_timeout_s: float) -> None:
+    def __init__(self, rpc: Channel, transfer: Transfer, tenant: str, admission_timeout_s: float) -> None:
         self._rpc = rpc
+        self._transfer = transfer
         self._tenant = tenant
         self._admission_timeout_s = admission_timeout_s
         self._open: set[StartCall] = set()
@@ -52,44 +54,35 @@ class Starter:
         for call in list(self._open):
             call.abandon()
 
-    async def request_of(
-        self, graph: Graph[Any], store: Store, run_id: str = "", **settings: Unpack[RunSettings]
-    ) -> workflow_pb2.RunWorkflowRequest:
-        """Return what `run` sends, without the code. Waits for nothing but `store`."""
+    async def run(self, graph: Graph[Any], run_id: str = "", **settings: Unpack[RunSettings]) -> Started:
+        """Start a run. Raises TaskDefinitionError, RequestError."""
         check_settings(settings)
-        labels, priority, timeout = settings.get("labels"), settings.get("priority", 0), settings.get("timeout")
-        # An id of our own makes the call safe to repeat when its answer is lost.
-        run_id = run_id or f"run-{uuid4().hex}"
-        convert.pack_code(graph.tasks.values())
+        parameters = settings.get("parameters") or {}
+        is_stored = bool(graph.workflow_id) and not graph.tasks
+        if not is_stored:
+            _check_parameters(graph, parameters)
         with building():
-            request = made(
-                workflow_pb2.RunWorkflowRequest, run_id=run_id, tenant=self._tenant, labels=labels, priority=priority
-            )
-            if timeout is not None:
-                request.timeout.CopyFrom(duration(timeout))
-            if graph.workflow_id and not graph.tasks:
-                request.workflow_id = graph.workflow_id
-            else:
-                # Once, however often it is offered: large inputs would be uploaded each time.
-                request.workflow.CopyFrom(await convert.tasks_of(graph.tasks.values(), store, graph.scope))
-                request.workflow.display_name = graph.name
-                request.workflow.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
-        return request
-
-    async def submit(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> Started:
-        """Start the run of a request, again while the server has as much work as it takes. Raises RequestError."""
+            # An id of our own makes the call safe to repeat when its answer is lost.
+            request = made(workflow_pb2.RunWorkflowRequest, **self._common(settings, run_id))
+            for name, value in parameters.items():
+                request.parameters[name].CopyFrom(await self._parameter(name, value))
+        if is_stored:
+            request.workflow_id = graph.workflow_id
+        else:
+            # Once, however often it is offered: large inputs would be uploaded each time.
+            request.workflow.CopyFrom(await self._spec_of(graph))
         return await self._offer(lambda: self._start(request, graph))
 
-    async def task_request_of(self, task: LatticeTask, store: Store) -> task_pb2.RunTaskRequest:
-        """Return what `run_task` sends, without the code. Waits for nothing but `store`."""
+    async def run_task(self, task: LatticeTask, **settings: Unpack[TaskRunSettings]) -> task_pb2.RunTaskResponse:
+        """Run one task; return the server's answer when it has ended, or after WAIT_S.
+
+        Raises TaskDefinitionError, RequestError.
+        """
+        check_settings(settings)
         convert.pack_code([task])
         with building():
-            request = task_pb2.RunTaskRequest(run_id=f"run-{uuid4().hex}", wait=duration(WAIT_S), tenant=self._tenant)
-            request.task.CopyFrom(await convert.task_of(task, "", store))
-        return request
-
-    async def submit_task(self, request: task_pb2.RunTaskRequest, task: LatticeTask) -> task_pb2.RunTaskResponse:
-        """Run the task of a request; return what the server says when it has ended, or for how long it waits."""
+            request = made(task_pb2.RunTaskRequest, wait=duration(WAIT_S), **self._common(settings))
+            request.task.CopyFrom(await convert.task_of(task, "", self._transfer.store))
         function, bundle = task.definition.packed
 
         async def call() -> task_pb2.RunTaskResponse:
@@ -105,16 +98,26 @@ class Starter:
         self._known_code.add(function.digest)
         return response
 
-    async def spec_of(self, tasks: Sequence[LatticeTask], store: Store, scope: Scope) -> workflow_pb2.WorkflowSpec:
-        """Return what `add_tasks` sends, without the code. Waits for nothing but `store`."""
+    async def store(self, graph: Graph[Any], workflow_id: str) -> str:
+        """Store a workflow; return its id. Raises TaskDefinitionError, RequestError."""
+        with building():
+            request = made(workflow_pb2.CreateWorkflowRequest, workflow_id=workflow_id or f"workflow-{uuid4().hex}")
+        request.spec.CopyFrom(await self._spec_of(graph))
+
+        async def call() -> str:
+            convert.fill_code(request.spec, graph.tasks.values(), self._known_code)
+            return (await self._rpc.call(self._rpc.workflows.CreateWorkflow, request)).workflow.workflow_id
+
+        return await self._offer(call)
+
+    async def add_tasks(
+        self, run_id: str, tasks: Sequence[LatticeTask], scope: Scope, expected_revision: int | None
+    ) -> int:
+        """Add tasks to a run; return its revision. Raises TaskDefinitionError, RequestError."""
         convert.pack_code(tasks)
         with building():
-            return await convert.tasks_of(tasks, store, scope)
-
-    async def submit_tasks(
-        self, run_id: str, spec: workflow_pb2.WorkflowSpec, tasks: Sequence[LatticeTask], expected_revision: int | None
-    ) -> int:
-        """Add the tasks of a spec to a run; see `add_tasks`."""
+            spec = await convert.tasks_of(tasks, self._transfer.store, scope)
+        # One for all tries: the server adds the tasks once.
         request_id = uuid4().hex
 
         async def call() -> int:
@@ -133,6 +136,33 @@ class Starter:
             return response.revision
 
         return await self._offer(call)
+
+    def _common(self, settings: TaskRunSettings, run_id: str = "") -> dict[str, Any]:
+        """Return the fields that requests for runs of one task and of a workflow have in common."""
+        timeout = settings.get("timeout")
+        return {
+            "run_id": run_id or f"run-{uuid4().hex}",
+            "tenant": self._tenant,
+            "labels": settings.get("labels"),
+            "priority": settings.get("priority", 0),
+            "timeout": None if timeout is None else duration(timeout),
+        }
+
+    async def _spec_of(self, graph: Graph[Any]) -> workflow_pb2.WorkflowSpec:
+        """Return a workflow without its code."""
+        convert.pack_code(graph.tasks.values())
+        with building():
+            spec = await convert.tasks_of(graph.tasks.values(), self._transfer.store, graph.scope)
+            spec.display_name = graph.name
+            spec.failure_policy = convert.FAILURE_POLICIES[graph.failure_policy]
+            for name, parameter in graph.parameters.items():
+                if parameter.default is not UNSET:
+                    spec.parameters[name].CopyFrom(await self._parameter(name, parameter.default))
+        return spec
+
+    async def _parameter(self, name: str, value: Any) -> payload_pb2.Payload:
+        nothing = Scope(lambda output: False, ())
+        return await Binder(f"parameter {name!r}", self._transfer.store, nothing).payload_of(value)
 
     async def _offer(self, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call that brings work: again with its code when the server has forgotten some, again later when the
@@ -167,3 +197,15 @@ class Starter:
             started = Started(answer.run.run_id)
         self._known_code.update(function.digest for function in request.workflow.functions.values())
         return started
+
+
+def _check_parameters(graph: Graph[Any], given: Mapping[str, Any]) -> None:
+    """Raise TaskDefinitionError for a parameter that the workflow does not have, or that it needs and is not given."""
+    unknown = [name for name in given if name not in graph.parameters]
+    missing = [name for name, found in graph.parameters.items() if found.default is UNSET and name not in given]
+    if not unknown and not missing:
+        return
+    faults = [f"has no parameter {', '.join(map(repr, unknown))}"] * bool(unknown)
+    faults += [f"needs parameter {', '.join(map(repr, missing))}"] * bool(missing)
+    known = ", ".join(graph.parameters) or "none"
+    raise errors.TaskDefinitionError(f"the workflow {' and '.join(faults)}; its parameters: {known}")

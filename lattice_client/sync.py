@@ -151,6 +151,15 @@ class LatticeWorkflow(Graph["LatticeClient"]):
         """
         return Run.of(_done(self.client.twin.run(self, run_id, **settings)))
 
+    def store(self, workflow_id: str = "") -> Self:
+        """Store the workflow on the server, for `LatticeClient.get_workflow` and for other callers; return it.
+
+        The id is chosen when none is given. The same id with the same content is stored once.
+
+        Raises TaskDefinitionError, AlreadyExistsError when the id is taken by other content, RequestError.
+        """
+        return type(self)(self.client, workflow_id=_done(self.client.twin.store(self, workflow_id)))
+
     def get_results(self, run_id: str, verbose: bool = True, timeout: float | None = None) -> list[dict[str, Any]]:
         """Follow a run to its end and return its messages, printing them when `verbose`.
 
@@ -233,17 +242,40 @@ class LatticeClient:
         """Return the port of the server's Ray head; zero without Ray."""
         return _done(self.twin.get_ray_head_port())
 
-    def run_task(self, task: Any, inputs: Mapping[str, Any] | None = None, **misplaced: Never) -> dict[str, Any]:
-        """Run one task and return its outputs. Raises TaskDefinitionError, TaskFailedError, RequestError."""
-        return _done(self.twin.run_task(task, inputs, **misplaced))
+    def run_task(
+        self,
+        task: Any,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        labels: Mapping[str, str] | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        **misplaced: Never,
+    ) -> dict[str, Any]:
+        """Run one task as a run of its own and return its outputs; see `AsyncLatticeClient.run_task`.
+
+        Raises TaskDefinitionError, TaskFailedError, RunTimeoutError, RequestError.
+        """
+        call = self.twin.run_task(task, inputs, labels=labels, priority=priority, timeout=timeout, **misplaced)
+        return _done(call)
 
     def describe_run(self, run_id: str) -> run_pb2.Run:
         """Return a run as it is now. Raises NotFoundError."""
         return _done(self.twin.describe_run(run_id))
 
-    def list_runs(self, limit: int = 100) -> list[run_pb2.Run]:
-        """Return the newest runs."""
-        return _done(self.twin.list_runs(limit))
+    def list_runs(
+        self, limit: int = 100, *, states: Sequence[str] = (), labels: Mapping[str, str] | None = None
+    ) -> list[run_pb2.Run]:
+        """Return the newest runs: those in one of `states`, such as `"failed"`, that have all `labels`."""
+        return _done(self.twin.list_runs(limit, states=states, labels=labels))
+
+    def list_workflows(self) -> list[workflow_pb2.Workflow]:
+        """Return the stored workflows, newest first, without their tasks."""
+        return _done(self.twin.list_workflows())
+
+    def delete_workflow(self, workflow_id: str) -> None:
+        """Delete a stored workflow; its runs go on. Raises NotFoundError."""
+        _done(self.twin.delete_workflow(workflow_id))
 
     def list_tasks(self, run_id: str, with_outputs: bool = False) -> list[run_pb2.TaskRun]:
         """Return a run's tasks as they are now, in the order of their definition. Raises NotFoundError."""

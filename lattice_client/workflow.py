@@ -6,7 +6,7 @@ from types import FunctionType
 from typing import Any, Generic, Never, NoReturn, TypeVar
 
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.outputs import IN_TEXT, Outputs, Scope, TaskOutput
+from lattice_client.outputs import IN_TEXT, UNSET, Outputs, Parameter, Scope, TaskOutput
 from lattice_client.task import TaskDefinition, check_text, define
 
 Client = TypeVar("Client")
@@ -21,9 +21,6 @@ class Condition:
     output: TaskOutput
     equals: Any
     is_negated: bool
-
-
-UNSET = object()
 
 
 class LatticeTask:
@@ -91,6 +88,7 @@ class Graph(Generic[Client]):
         self.workflow_id = workflow_id
         self.failure_policy = failure_policy
         self.tasks: dict[str, LatticeTask] = {}
+        self.parameters: dict[str, Parameter] = {}
         self._numbers: dict[str, int] = {}
         self._definitions: dict[int, TaskDefinition[..., Any]] = {}
 
@@ -173,6 +171,17 @@ class Graph(Generic[Client]):
             raise TaskDefinitionError(f"{text}; have the task that makes it return the list as an output of its own")
         return self._add(definition, {**given, name: source.required()}, task_name, task_id, over=name)
 
+    def parameter(self, name: str, default: Any = UNSET) -> Parameter:
+        """Return a value that is given when the workflow is run, `run(parameters={name: ...})`; wire it as an output.
+
+        Raises TaskDefinitionError when the workflow has a parameter of that name, or when the name is no text.
+        """
+        check_text("the name of a parameter", name)
+        if not name or name in self.parameters:
+            raise TaskDefinitionError(f"the name of a parameter must be new and not empty, not {name!r}")
+        added = self.parameters[name] = Parameter(name, default)
+        return added
+
     def add_edge(self, source_task: LatticeTask, target_task: LatticeTask) -> None:
         """Have `target_task` start after `source_task` succeeded."""
         for name, member in (("source_task", source_task), ("target_task", target_task)):
@@ -191,7 +200,7 @@ class Graph(Generic[Client]):
     @property
     def scope(self) -> Scope:
         """What inputs of its tasks may be wired to."""
-        return Scope(self.has, self.tasks)
+        return Scope(self.has, self.tasks, self.parameters)
 
     def _definition(self, task_func: TaskDefinition[..., Any] | Callable[..., Any]) -> TaskDefinition[..., Any]:
         if isinstance(task_func, TaskDefinition):
@@ -271,6 +280,8 @@ def _called(value: object) -> str:
             return f"the task {value.task_id!r}"
         case TaskOutput():
             return f"the output {value.output!r} of task {value.task_id!r}"
+        case Parameter():
+            return f"the parameter {value.name!r}"
         case Outputs():
             return f"all outputs of a task, {value!r}"
         case TaskDefinition():

@@ -20,6 +20,7 @@ class Dag:
 
     `optional` holds the edges a target can do without. `split` names, by task, the outputs others are mapped over.
     `artifacts` are those that inputs and parameters refer to; those that lie in the graph itself take `kept_bytes`.
+    `parameters` are the names that inputs take their values from.
     """
 
     tasks: dict[str, TaskSpec] = field(default_factory=dict)
@@ -29,6 +30,7 @@ class Dag:
     split: dict[str, tuple[str, ...]] = field(default_factory=dict)
     artifacts: list[Artifact] = field(default_factory=list)
     kept_bytes: int = 0
+    parameters: set[str] = field(default_factory=set)
     _heights: dict[str, int] = field(default_factory=dict)
 
     def height(self, task_id: str) -> int:
@@ -79,7 +81,11 @@ def build(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Dag:
         artifacts=[p.content for p in spec.parameters.values() if isinstance(p.content, Artifact)],
         kept_bytes=sum(payload.kept_bytes for payload in spec.parameters.values()),
     )
-    extend(dag, spec.tasks, None if parameters is None else set(parameters) | set(spec.parameters))
+    given = None if parameters is None else set(parameters)
+    extend(dag, spec.tasks, None if given is None else given | set(spec.parameters))
+    if unknown := sorted((given or set()) - set(spec.parameters) - dag.parameters):
+        violations = [FieldViolation(f'parameters["{name}"]', "the workflow has no such parameter") for name in unknown]
+        raise _refusal(violations)
     return dag
 
 
@@ -113,6 +119,16 @@ def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | Non
         dag.split[source] = tuple(dict.fromkeys([*dag.split.get(source, ()), *outputs]))
     dag.artifacts += draft.artifacts
     dag.kept_bytes += draft.kept_bytes
+    dag.parameters |= draft.parameters
+
+
+def _refusal(violations: list[FieldViolation]) -> InvalidError:
+    return InvalidError(
+        "INVALID_WORKFLOW",
+        f"{violations[0].field}: {violations[0].description}",
+        metadata={"total_violations": str(len(violations))},
+        violations=violations[:MAX_VIOLATIONS],
+    )
 
 
 class _Draft:
@@ -123,7 +139,8 @@ class _Draft:
         self.artifacts: list[Artifact] = []
         self.kept_bytes = 0
         self.split: dict[str, list[str]] = {}
-        self._parameters = parameters
+        self.parameters: set[str] = set()
+        self._provided = parameters
         self._violations: list[FieldViolation] = []
 
     def complain(self, where: str, what: str) -> None:
@@ -133,12 +150,7 @@ class _Draft:
     def refuse(self) -> None:
         """Raise InvalidError if anything was wrong."""
         if self._violations:
-            raise InvalidError(
-                "INVALID_WORKFLOW",
-                f"{self._violations[0].field}: {self._violations[0].description}",
-                metadata={"total_violations": str(len(self._violations))},
-                violations=self._violations[:MAX_VIOLATIONS],
-            )
+            raise _refusal(self._violations)
 
     def check_item_ids(self, new: Mapping[str, TaskSpec]) -> None:
         """Complain about ids that items of mapped tasks may come to have."""
@@ -179,7 +191,8 @@ class _Draft:
                 if self._is_output(leaf, where):
                     found[source] = is_optional and found.get(source, True)
             case Parameter(parameter):
-                if self._parameters is not None and parameter not in self._parameters:
+                self.parameters.add(parameter)
+                if self._provided is not None and parameter not in self._provided:
                     self.complain(where, f"the run has no parameter {parameter!r}")
             case Payload(content=Artifact() as artifact):
                 self.artifacts.append(artifact)

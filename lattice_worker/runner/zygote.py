@@ -23,6 +23,7 @@ import tempfile
 import traceback
 from typing import Any
 
+import lattice_worker.context  # noqa: F401  # tasks find it among the loaded modules
 from lattice_worker.runner import process
 from lattice_worker.runner.reset import children_of
 

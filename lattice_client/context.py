@@ -1,0 +1,88 @@
+"""What a running task may know and do: which attempt it is, and adding tasks to its run. For use inside tasks.
+
+    from lattice_client import context
+
+    @task
+    def plan(question: str) -> int:
+        found = [context.spawn(search, {"query": query}) for query in queries(question)]
+        context.spawn(answer, {"question": question, "found": [task.output for task in found]})
+        return len(found)
+
+Rule: nothing is done here. The process that runs the task has a module that does it.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+IMPLEMENTATION = "lattice_worker.context"
+
+
+class Attempt(Protocol):
+    """The attempt that is running."""
+
+    @property
+    def run_id(self) -> str:
+        """The id of its run."""
+
+    @property
+    def task_id(self) -> str:
+        """The id of its task."""
+
+    @property
+    def number(self) -> int:
+        """The number of the attempt, from 1."""
+
+
+class SpawnedTask(Protocol):
+    """A task that was added to the run."""
+
+    @property
+    def task_id(self) -> str:
+        """Its id."""
+
+    @property
+    def outputs(self) -> Mapping[str, Any]:
+        """Its outputs by name, to be wired into inputs of other spawned tasks."""
+
+    @property
+    def output(self) -> Any:
+        """Its only output. Raises ValueError when it has several."""
+
+
+def current() -> Attempt:
+    """Return the attempt that is running. Raises RuntimeError outside a task, and inside a batch, which is several."""
+    found: Attempt = _implementation().current()
+    return found
+
+
+def spawn(
+    task: Callable[..., Any],
+    inputs: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    after: Sequence[SpawnedTask] = (),
+    **misplaced: Any,
+) -> SpawnedTask:
+    """Add a task to the run; it starts as soon as its inputs are there, this task need not end first.
+
+    Args:
+        task: a `@task`, an `entrypoint` or a plain function; its settings (resources, retries, ...) hold.
+        inputs: by name; outputs of other spawned tasks may stand anywhere inside them.
+        name: names it below this task; by default the function's name, numbered when this task has spawned one of that
+            id. A later attempt of this task that spawns the same names in the same order means the same tasks, which
+            are then not added again.
+        after: tasks that must succeed first, besides those whose outputs it takes.
+
+    Raises:
+        RuntimeError: there is no task running here.
+        TypeError: an argument is wrong; nothing was added.
+    """
+    found: SpawnedTask = _implementation().spawn(task, inputs, name, after, **misplaced)
+    return found
+
+
+def _implementation() -> Any:
+    found = sys.modules.get(IMPLEMENTATION)
+    if found is None:
+        raise RuntimeError("there is no task running here; this works inside tasks only")
+    return found
