@@ -154,7 +154,12 @@ def spawned_from_frame(
 
 def _binding_from_tree(tree: dict[str, Any], blobs: list[bytes], node_id: str) -> payload_pb2.Binding:
     if "task" in tree:
-        return payload_pb2.Binding(output=payload_pb2.OutputRef(task_id=tree["task"], output=tree["output"]))
+        path = [
+            payload_pb2.PathStep(key=step) if isinstance(step, str) else payload_pb2.PathStep(index=step)
+            for step in tree.get("select", ())
+        ]
+        reference = payload_pb2.OutputRef(task_id=tree["task"], output=tree["output"], path=path)
+        return payload_pb2.Binding(output=reference)
     if "items" in tree:
         items = [_binding_from_tree(item, blobs, node_id) for item in tree["items"]]
         return payload_pb2.Binding(list=payload_pb2.BindingList(items=items))

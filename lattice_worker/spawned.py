@@ -38,6 +38,10 @@ UNARY = ["neg", "pos", "abs", "invert", "int", "float", "complex", "index", "rou
 OPERATORS = [f"__{side}{name}__" for name in [*BINARY, "or"] for side in ("", "r")] + [f"__{name}__" for name in UNARY]
 
 
+# How many steps into a value the contract allows.
+MAX_PATH = 32
+
+
 class DeferredValueError(PayloadError):
     """A value that no task has made yet was to be read or copied."""
 
@@ -49,23 +53,36 @@ class DeferredAttributeError(DeferredValueError, AttributeError):
 class SpawnedOutput:
     """One output of a spawned task, to be wired into another one's inputs.
 
-    Not a dataclass: `dataclasses.asdict` would turn it into a dict.
+    `output["key"]` and `output[0]` select a part of it; they may follow each other. Not a dataclass:
+    `dataclasses.asdict` would turn it into a dict.
     """
 
-    __slots__ = ("output", "task_id")
+    __slots__ = ("output", "path", "task_id")
 
-    def __init__(self, task_id: str, output: str) -> None:
+    def __init__(self, task_id: str, output: str, path: tuple[str | int, ...] = ()) -> None:
         self.task_id = task_id
         self.output = output
+        self.path = path
+
+    def __getitem__(self, key: Any) -> "SpawnedOutput":
+        """Return the part under a key of a dict, or at a position of a list. Raises DeferredValueError."""
+        if (type(key) is not str and type(key) is not int) or len(self.path) >= MAX_PATH:
+            text = f"a part of {self!r} is selected by up to {MAX_PATH} texts and whole numbers, not by {key!r}"
+            raise DeferredValueError(text)
+        return SpawnedOutput(self.task_id, self.output, (*self.path, key))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SpawnedOutput) and (self.task_id, self.output) == (other.task_id, other.output)
+        return isinstance(other, SpawnedOutput) and self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((self.task_id, self.output))
+        return hash(self._key())
 
     def __repr__(self) -> str:
-        return f"SpawnedOutput(task_id={self.task_id!r}, output={self.output!r})"
+        steps = "".join(f"[{step!r}]" for step in self.path)
+        return f"SpawnedOutput(task_id={self.task_id!r}, output={self.output!r}){steps}"
+
+    def _key(self) -> tuple[object, ...]:
+        return self.task_id, self.output, self.path
 
     def _unknown(self) -> DeferredValueError:
         return DeferredValueError(_advice(self))
@@ -94,9 +111,6 @@ class SpawnedOutput:
         raise self._unknown()
 
     def __contains__(self, item: object) -> bool:
-        raise self._unknown()
-
-    def __getitem__(self, key: Any) -> Any:
         raise self._unknown()
 
     def __copy__(self) -> "SpawnedOutput":
@@ -200,4 +214,4 @@ def _note_holders(value: Any, holders: dict[int, Any]) -> int:
 
 
 def _reference(output: SpawnedOutput) -> dict[str, Any]:
-    return {"task": output.task_id, "output": output.output}
+    return {"task": output.task_id, "output": output.output, "select": list(output.path)}

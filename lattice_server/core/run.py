@@ -88,7 +88,6 @@ class Run:
         self.failure: Failure | None = None
         self.revision = 1
         self.started_at = 0.0
-        self.first_started_at: float | None = None
         self._table = TaskTable(run_id)
         for task_id, task in dag.tasks.items():
             self._table.add(TaskRecord(task, missing=len(dag.predecessors[task_id])))
@@ -144,8 +143,6 @@ class Run:
                 record.attempt, record.node_id, record.started_at = event.attempt, event.node_id, started_at
                 if record.first_started_at is None:
                     record.first_started_at = started_at
-                if self.first_started_at is None:
-                    self.first_started_at = started_at
                 self._publish(event)
             case TaskLogged():
                 self._publish(event)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lattice_client import payloads
@@ -37,6 +37,7 @@ def encoded_by_worker(value: Any) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("encode", [payloads.encode, encoded_by_worker], ids=["client", "worker"])
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=4))
 def test_value_is_a_pickle_and_its_buffers_when_it_holds_arrays(
     encode: Callable[[Any], tuple[str, bytes]], sizes: list[int]

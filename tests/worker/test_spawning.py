@@ -109,6 +109,19 @@ def test_a_dict_for_another_language_stays_one(sent: Sent) -> None:
     assert list(sent.received({"result": "1"})["v"]) == ["z", "a"]
 
 
+def test_a_spawned_task_is_given_the_part_of_an_output_that_is_selected(sent: Sent) -> None:
+    made = context.spawn(give, {"v": 1}).output
+    text = '{"k": [1, {"j": 2}]}'
+    context.spawn(give, {"v": made["k"][-1]["j"]})
+    assert sent.received({"result": text})["v"] == 2
+    context.spawn(give, {"v": (made["k"][0], made)})
+    assert sent.received({"result": text})["v"] == (1, {"k": [1, {"j": 2}]})
+    assert repr(made["k"][0]).endswith("['k'][0]")
+    assert made["k"] == made["k"] != made
+    with pytest.raises(PayloadError, match="selected by up to 32 texts and whole numbers"):
+        made[1.0]
+
+
 # Texts.
 
 

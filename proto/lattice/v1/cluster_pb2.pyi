@@ -330,7 +330,7 @@ class Node(google.protobuf.message.Message):
 
     @property
     def runtime(self) -> lattice.v1.resources_pb2.Runtime:
-        """What runs the user's code, such as `python 3.11.7`."""
+        """The language runtime that runs the user's code, such as python 3.11.7."""
 
     @property
     def entrypoints(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:

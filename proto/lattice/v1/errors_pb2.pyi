@@ -40,7 +40,7 @@ class _FailureKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     FAILURE_KIND_TIMEOUT: _FailureKind.ValueType  # 4
     """A time limit ran out."""
     FAILURE_KIND_CANCELLED: _FailureKind.ValueType  # 5
-    """Somebody cancelled it."""
+    """A caller or an operator cancelled it."""
     FAILURE_KIND_WORKER_LOST: _FailureKind.ValueType  # 6
     """The worker that held the attempt went away, as often as the retry policy allows."""
     FAILURE_KIND_PAYLOAD: _FailureKind.ValueType  # 7
@@ -66,7 +66,7 @@ FAILURE_KIND_OUT_OF_MEMORY: FailureKind.ValueType  # 3
 FAILURE_KIND_TIMEOUT: FailureKind.ValueType  # 4
 """A time limit ran out."""
 FAILURE_KIND_CANCELLED: FailureKind.ValueType  # 5
-"""Somebody cancelled it."""
+"""A caller or an operator cancelled it."""
 FAILURE_KIND_WORKER_LOST: FailureKind.ValueType  # 6
 """The worker that held the attempt went away, as often as the retry policy allows."""
 FAILURE_KIND_PAYLOAD: FailureKind.ValueType  # 7

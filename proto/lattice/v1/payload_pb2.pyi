@@ -99,7 +99,7 @@ Global___Artifact: typing_extensions.TypeAlias = Artifact
 
 @typing.final
 class Binding(google.protobuf.message.Message):
-    """Where the value of one input comes from. A list or map nests further bindings, so that an output can be wired
+    """The source of the value of one input. A list or map nests further bindings, so that an output can be wired
     into the middle of a structure.
     """
 

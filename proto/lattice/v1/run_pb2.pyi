@@ -68,10 +68,10 @@ class _RunStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     RUN_STATE_FAILED: _RunState.ValueType  # 4
     """A task failed."""
     RUN_STATE_CANCELLED: _RunState.ValueType  # 5
-    """Somebody cancelled it."""
+    """Cancelled."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
-    """Where a run is."""
+    """The state of a run."""
 
 RUN_STATE_UNSPECIFIED: RunState.ValueType  # 0
 """Not set; never sent by this server."""
@@ -84,7 +84,7 @@ RUN_STATE_SUCCEEDED: RunState.ValueType  # 3
 RUN_STATE_FAILED: RunState.ValueType  # 4
 """A task failed."""
 RUN_STATE_CANCELLED: RunState.ValueType  # 5
-"""Somebody cancelled it."""
+"""Cancelled."""
 Global___RunState: typing_extensions.TypeAlias = RunState
 
 class _TaskState:
@@ -106,12 +106,12 @@ class _TaskStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     TASK_STATE_FAILED: _TaskState.ValueType  # 5
     """Ended in a failure."""
     TASK_STATE_CANCELLED: _TaskState.ValueType  # 6
-    """Ended because somebody cancelled it."""
+    """Cancelled."""
     TASK_STATE_SKIPPED: _TaskState.ValueType  # 7
     """Never started: a task it depends on did not succeed, or a condition was not met."""
 
 class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
-    """Where a task of a run is."""
+    """The state of a task of a run."""
 
 TASK_STATE_UNSPECIFIED: TaskState.ValueType  # 0
 """Not set; never sent by this server."""
@@ -126,7 +126,7 @@ TASK_STATE_SUCCEEDED: TaskState.ValueType  # 4
 TASK_STATE_FAILED: TaskState.ValueType  # 5
 """Ended in a failure."""
 TASK_STATE_CANCELLED: TaskState.ValueType  # 6
-"""Ended because somebody cancelled it."""
+"""Cancelled."""
 TASK_STATE_SKIPPED: TaskState.ValueType  # 7
 """Never started: a task it depends on did not succeed, or a condition was not met."""
 Global___TaskState: typing_extensions.TypeAlias = TaskState
@@ -218,7 +218,7 @@ class Run(google.protobuf.message.Message):
     display_name: builtins.str
     """The workflow's name, for people."""
     state: Global___RunState.ValueType
-    """Where the run is."""
+    """Its state."""
     sequence: builtins.int
     """The number of its newest event."""
     revision: builtins.int
@@ -311,7 +311,7 @@ class TaskCounts(google.protobuf.message.Message):
     failed: builtins.int
     """Ended in a failure."""
     cancelled: builtins.int
-    """Ended because somebody cancelled them."""
+    """Cancelled."""
     skipped: builtins.int
     """Never started: a task they depend on did not succeed, or a condition was not met."""
     def __init__(
@@ -375,7 +375,7 @@ class TaskRun(google.protobuf.message.Message):
     display_name: builtins.str
     """The task's name, for people."""
     state: Global___TaskState.ValueType
-    """Where the task is."""
+    """Its state."""
     attempt: builtins.int
     """The number of the newest attempt, from 1; zero before the first."""
     node_id: builtins.str
@@ -787,7 +787,7 @@ class TaskCancelled(google.protobuf.message.Message):
     """The task's name, for people."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
-        """Who or what cancelled it."""
+        """The reason: the caller's, or the failure that led to it."""
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ class _FailurePolicyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._
     """Tasks that do not depend on the failed one still run."""
 
 class FailurePolicy(_FailurePolicy, metaclass=_FailurePolicyEnumTypeWrapper):
-    """What a failed task means for the others."""
+    """The effect of a failed task on the others."""
 
 FAILURE_POLICY_UNSPECIFIED: FailurePolicy.ValueType  # 0
 """`FAILURE_POLICY_FAIL_FAST`."""
@@ -100,7 +100,7 @@ class WorkflowSpec(google.protobuf.message.Message):
     display_name: builtins.str
     """A name for people."""
     failure_policy: Global___FailurePolicy.ValueType
-    """What a failed task means for the others."""
+    """The effect of a failed task on the others."""
     @property
     def functions(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.task_pb2.Function]:
         """The code the tasks call, by names that hold in this workflow only."""
@@ -636,7 +636,7 @@ class ExecuteWorkflowRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     @property
     def run(self) -> Global___RunWorkflowRequest:
-        """What to run, and how."""
+        """The run to start."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
@@ -43,6 +43,7 @@ class Listing:
 changes = st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(1, 30), max_size=3)), max_size=10)
 
 
+@settings(deadline=None)
 @given(count=st.integers(0, 30), size=st.integers(1, 8), changes=changes)
 def test_each_row_is_seen_once_when_rows_come_and_go_between_pages(
     count: int, size: int, changes: list[tuple[int, list[int]]]
