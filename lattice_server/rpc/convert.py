@@ -72,6 +72,12 @@ def duration(seconds: float) -> Duration:
     return Duration(seconds=int(seconds), nanos=int((seconds % 1) * 1e9))
 
 
+def fill_duration(message: Duration, seconds: float) -> None:
+    """Write a duration into an empty message."""
+    message.seconds, message.nanos = int(seconds), int((seconds % 1) * 1e9)
+    message.SetInParent()
+
+
 def seconds_from(message: Duration) -> float:
     """Return a duration in seconds."""
     return float(message.seconds) + message.nanos / 1e9
@@ -109,11 +115,12 @@ def artifact_from_proto(message: payload_pb2.Artifact, field: str) -> Artifact:
 def payload_to_proto(payload: Payload) -> payload_pb2.Payload:
     """Return the message of a payload."""
     message = payload_pb2.Payload()
-    _fill_payload(message, payload)
+    fill_payload(message, payload)
     return message
 
 
-def _fill_payload(message: payload_pb2.Payload, payload: Payload) -> None:
+def fill_payload(message: payload_pb2.Payload, payload: Payload) -> None:
+    """Write a payload into an empty message."""
     message.media_type = payload.media_type
     content = payload.content
     if isinstance(content, str):
@@ -209,7 +216,7 @@ def fill_binding(message: payload_pb2.Binding, binding: Binding) -> None:
     """Write a binding into an empty message."""
     match binding:
         case Payload():
-            _fill_payload(message.payload, binding)
+            fill_payload(message.payload, binding)
         case OutputRef():
             message.output.CopyFrom(output_to_proto(binding))
         case Parameter(name):

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import assert_never
 
-from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import results_pb2, run_pb2
 
 from lattice_server.core.messages import (
@@ -12,7 +11,6 @@ from lattice_server.core.messages import (
     RunFinished,
     RunStarted,
     TaskCancelled,
-    TaskEvent,
     TaskFailed,
     TaskLogged,
     TaskRetrying,
@@ -25,7 +23,16 @@ from lattice_server.core.model import Payload
 from lattice_server.core.records import TaskRecord
 from lattice_server.core.states import RunState, TaskState
 from lattice_server.engine.run_entry import RunEntry
-from lattice_server.rpc.convert import JSON, duration, failure_to_proto, payload_to_proto, payloads_to_proto, timestamp
+from lattice_server.rpc.convert import (
+    JSON,
+    duration,
+    failure_to_proto,
+    fill_duration,
+    fill_payload,
+    payload_to_proto,
+    payloads_to_proto,
+    timestamp,
+)
 
 EMPTY_LIST = Payload(JSON, "[]")
 
@@ -59,15 +66,7 @@ def event_to_proto(tasks: Mapping[str, TaskRecord], event: RunEvent) -> run_pb2.
             message.task_started.node_ip = fact.node_ip
             message.task_started.gpu_indices.extend(fact.gpu_indices)
         case TaskSucceeded():
-            outputs = payloads_to_proto(fact.outputs)
-            body = run_pb2.TaskSucceeded(
-                task_id=fact.task_id,
-                attempt=fact.attempt,
-                outputs=outputs,
-                duration=duration(fact.duration_s),
-                queue_time=_queue_time(tasks[fact.task_id]),
-            )
-            message.task_succeeded.CopyFrom(body)
+            _fill_success(message.task_succeeded, fact, tasks[fact.task_id])
         case TaskLogged():
             stream = run_pb2.LOG_STREAM_STDERR if fact.is_error else run_pb2.LOG_STREAM_STDOUT
             message.task_log.task_id = fact.task_id
@@ -107,16 +106,26 @@ def event_to_proto(tasks: Mapping[str, TaskRecord], event: RunEvent) -> run_pb2.
             message.run_finished.CopyFrom(finished)
         case _:
             assert_never(fact)
-    if isinstance(fact, TaskEvent):
-        getattr(message, message.WhichOneof("event") or "").display_name = tasks[fact.task_id].spec.display_name
+    if (task_id := getattr(fact, "task_id", None)) is not None:
+        getattr(message, message.WhichOneof("event") or "").display_name = tasks[task_id].spec.display_name
     return message
 
 
-def _queue_time(record: TaskRecord) -> Duration | None:
+def _fill_success(message: run_pb2.TaskSucceeded, fact: TaskSucceeded, record: TaskRecord) -> None:
+    """Write a success into an empty message, in place: runs have more of these than of all other events."""
+    message.task_id, message.attempt = fact.task_id, fact.attempt
+    for name, payload in fact.outputs.items():
+        fill_payload(message.outputs[name], payload)
+    fill_duration(message.duration, fact.duration_s)
+    if (queued_s := _queued_s(record)) is not None:
+        fill_duration(message.queue_time, queued_s)
+
+
+def _queued_s(record: TaskRecord) -> float | None:
     if record.queued_at is None or record.first_started_at is None:
         return None
     # A task sent ahead may start before the server has heard of the end of the one it waits for.
-    return duration(max(0.0, record.first_started_at - record.queued_at))
+    return max(0.0, record.first_started_at - record.queued_at)
 
 
 def run_to_view(entry: RunEntry, *, is_full: bool) -> run_pb2.Run:
@@ -156,6 +165,7 @@ def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
 def task_to_proto(entry: RunEntry, task_id: str, *, is_brief: bool = False) -> run_pb2.TaskRun:
     """Return one task of a run as it is now; a brief one without outputs, and what may be large of its failure."""
     record = entry.run.tasks[task_id]
+    queued_s = _queued_s(record)
     return run_pb2.TaskRun(
         run_id=entry.run.run_id,
         task_id=task_id,
@@ -169,7 +179,7 @@ def task_to_proto(entry: RunEntry, task_id: str, *, is_brief: bool = False) -> r
         end_time=timestamp(entry.end_times_s.get(task_id)),
         parent_task_id=record.item_of or record.spawned_by,
         duration=None if record.duration_s is None else duration(record.duration_s),
-        queue_time=_queue_time(record),
+        queue_time=None if queued_s is None else duration(queued_s),
         item_count=None if record.items is None else len(record.items),
     )
 
