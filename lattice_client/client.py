@@ -270,6 +270,16 @@ class AsyncLatticeClient:
         request = made(workflow_pb2.CancelRunRequest, run_id=run_id, reason=reason, request_id=uuid4().hex)
         return (await self._rpc.call(self._rpc.workflows.CancelRun, request)).run
 
+    async def retry_run(self, run_id: str, new_run_id: str = "") -> AsyncRun:
+        """Start a run that takes over the finished tasks of one that has ended, and runs the others.
+
+        It has the same workflow, parameters and settings. Raises NotFoundError, PreconditionError when the run goes on.
+        """
+        new_run_id = new_run_id or f"run-{uuid4().hex}"
+        request = made(workflow_pb2.RetryRunRequest, run_id=run_id, new_run_id=new_run_id)
+        found = await self._rpc.call(self._rpc.workflows.RetryRun, request)
+        return AsyncRun.of(found.run.run_id, self)
+
     async def cancel_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
         """Cancel one task of a run. Raises NotFoundError."""
         request = made(task_pb2.CancelTaskRequest, run_id=run_id, task_id=task_id, request_id=uuid4().hex)

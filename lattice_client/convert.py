@@ -39,6 +39,7 @@ class RunEvent:
     data: Mapping[str, Any]
 
 
+RUN_STATES = [state.removeprefix("RUN_STATE_").lower() for state in run_pb2.RunState.keys()[1:]]
 FAILURE_POLICIES = {
     "fail_fast": workflow_pb2.FAILURE_POLICY_FAIL_FAST,
     "finish_independent": workflow_pb2.FAILURE_POLICY_FINISH_INDEPENDENT,
@@ -128,9 +129,8 @@ async def _fill_task(message: task_pb2.TaskSpec, task: LatticeTask, function: st
 
 def run_state(name: str) -> run_pb2.RunState.ValueType:
     """Return the state of a run by its name, such as `running`. Raises InvalidArgumentError."""
-    known = [state.removeprefix("RUN_STATE_").lower() for state in run_pb2.RunState.keys()[1:]]
-    if name not in known:
-        raise InvalidArgumentError(f"a run has no state {name!r}; its states: {', '.join(known)}")
+    if name not in RUN_STATES:
+        raise InvalidArgumentError(f"a run has no state {name!r}; its states: {', '.join(RUN_STATES)}")
     return run_pb2.RunState.Value(f"RUN_STATE_{name.upper()}")
 
 

@@ -130,6 +130,12 @@ class AsyncRun(RunId):
         """Cancel the run."""
         await self.client.cancel_run(self, reason)
 
+    async def retry(self, new_run_id: str = "") -> "AsyncRun":
+        """Start a run that takes over what this one finished; see `AsyncLatticeClient.retry_run`."""
+        retried = await self.client.retry_run(self, new_run_id)
+        retried.graph, retried._added, retried.declared = self.graph, self._added, self.declared
+        return retried
+
     async def cancel_task(self, task: LatticeTask | str) -> None:
         """Cancel one task; what depends on it follows the workflow's failure policy."""
         await self.client.cancel_task(self, task_id_of(task))

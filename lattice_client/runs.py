@@ -67,10 +67,18 @@ def _task_row(task: run_pb2.TaskRun) -> tuple[str, ...]:
 @address
 @as_json
 @click.option("--limit", type=click.IntRange(1, MAX_RUNS), default=100, show_default=True, help="The most to list.")
-def list_runs(server: Server, as_json: bool, limit: int) -> None:
-    """List runs, newest first."""
+@click.option(
+    "--state", "states", multiple=True, type=click.Choice(convert.RUN_STATES), help="Only runs in this state."
+)
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Only runs with this label.")
+def list_runs(server: Server, as_json: bool, limit: int, states: tuple[str, ...], labels: tuple[str, ...]) -> None:
+    """List runs, newest first. Several states mean any of them, several labels all of them."""
+    wrong = [label for label in labels if "=" not in label]
+    if wrong:
+        raise click.BadParameter(f"{wrong[0]!r} is not KEY=VALUE", param_hint="--label")
+    wanted = {key: value for key, _, value in (label.partition("=") for label in labels)}
     with connected(server) as client:
-        found = client.list_runs(limit)
+        found = client.list_runs(limit, states=states, labels=wanted)
     if as_json:
         for run in found:
             print_json(as_dict(run))
@@ -113,6 +121,20 @@ def cancel(server: Server, as_json: bool, run_id: str) -> None:
         say(f"Run {run_id} is cancelled.")
     else:
         say(f"Cancelling run {run_id}.")
+
+
+@runs.command()
+@address
+@as_json
+@click.argument("run_id")
+def retry(server: Server, as_json: bool, run_id: str) -> None:
+    """Run what a run did not finish, in a new run that takes over the rest."""
+    with connected(server) as client:
+        run = client.describe_run(client.retry_run(run_id))
+    if as_json:
+        print_json(as_dict(run))
+    else:
+        say(f"Run {run.run_id} retries run {run_id}; `lattice runs watch {run.run_id}` follows it.")
 
 
 @runs.command()

@@ -117,6 +117,10 @@ class Run(RunId):
         """Cancel the run."""
         _done(self.twin.cancel(reason))
 
+    def retry(self, new_run_id: str = "") -> "Run":
+        """Start a run that takes over what this one finished; see `LatticeClient.retry_run`."""
+        return Run.of(_done(self.twin.retry(new_run_id)))
+
     def cancel_task(self, task: LatticeTask | str) -> None:
         """Cancel one task; what depends on it follows the workflow's failure policy."""
         _done(self.twin.cancel_task(task))
@@ -195,6 +199,7 @@ class LatticeClient:
         **security: Unpack[SecurityOptions],
     ) -> None:
         self._dialled = dial(target, **security)
+        self.target = self._dialled.address
         self._settings = tenant, admission_timeout
         # The asyncio client, over calls that block; `_done` runs its coroutines.
         self.twin = AsyncLatticeClient.over(BlockingChannel(self._dialled), *self._settings)
@@ -292,6 +297,13 @@ class LatticeClient:
     def cancel_run(self, run_id: str, reason: str = "") -> run_pb2.Run:
         """Cancel a run. Raises NotFoundError."""
         return _done(self.twin.cancel_run(run_id, reason))
+
+    def retry_run(self, run_id: str, new_run_id: str = "") -> Run:
+        """Start a run that takes over the finished tasks of one that has ended, and runs the others.
+
+        It has the same workflow, parameters and settings. Raises NotFoundError, PreconditionError when the run goes on.
+        """
+        return Run.of(_done(self.twin.retry_run(run_id, new_run_id)))
 
     def nodes(self) -> list[cluster_pb2.Node]:
         """Return the nodes in the ledger."""

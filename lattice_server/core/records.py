@@ -19,6 +19,8 @@ class TaskRecord:
 
     A mapped task never runs itself: once its list is known, `items` are the tasks that do, and `open_items` counts
     those that have not ended. `item_of` names the mapped task an item belongs to, `spawned_by` the task that added it.
+
+    `is_taken_over` tells that its outputs are those of the run that this one retries.
     """
 
     spec: TaskSpec
@@ -41,6 +43,7 @@ class TaskRecord:
     spawned_by: str = ""
     depth: int = 0
     duration_s: float | None = None
+    is_taken_over: bool = False
 
     @property
     def is_with_scheduler(self) -> bool:

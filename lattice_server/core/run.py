@@ -44,6 +44,7 @@ from lattice_server.core.model import (
 )
 from lattice_server.core.ranking import Ranking, least_left_aged
 from lattice_server.core.records import TaskRecord, TaskTable
+from lattice_server.core.reuse import Earlier
 from lattice_server.core.states import (
     RUN_TERMINAL,
     RUN_TRANSITIONS,
@@ -77,6 +78,7 @@ class Run:
         tenant: str = "",
         ranking: Ranking = least_left_aged,
         bounds: Bounds = DEFAULT_BOUNDS,
+        earlier: Earlier | None = None,
     ) -> None:
         self.run_id = run_id
         self.spec = spec
@@ -95,6 +97,8 @@ class Run:
         self.counts: Mapping[TaskState, int] = self._table.counts
         self._ranking = ranking
         self._bounds = bounds
+        self._earlier = earlier
+        self.retried_run_id = earlier.run_id if earlier else ""
         self._values = Values(self.tasks, spec.parameters)
         self._due: deque[str] = deque()
         self._effects: list[Effect] = []
@@ -284,11 +288,37 @@ class Run:
         if record.spec.over:
             self._expand(task_id, record, now)
             return
+        if self._earlier is not None and self._take_over(task_id, record, self._earlier, now):
+            return
         self._table.move(record, TaskState.QUEUED)
         record.queued_at = now
         if not record.is_promised:
             self._tell(record, "")
             self._promise_after(task_id)
+
+    def _take_over(self, task_id: str, record: TaskRecord, earlier: Earlier, now: float) -> bool:
+        """Have a task succeed with the outputs it had in the run that this one retries; return whether it could."""
+        found = earlier.success_of(record.spec)
+        sources = self.dag.predecessors[record.item_of or task_id]
+        if found is None or not all(self._is_as_before(source, earlier) for source in sources):
+            return False
+        if spawned := earlier.spawned_by(task_id):
+            try:
+                self._grow(spawned, now, task_id, record.depth + 1)
+            except LatticeError:
+                return False  # it runs, and spawns them again
+        record.outputs, record.split, record.duration_s = found.outputs, found.split, found.duration_s
+        record.is_taken_over = True
+        fact = TaskSucceeded(self.run_id, task_id, 0, found.outputs or {}, found.split or {}, found.duration_s or 0.0)
+        self._end(record, TaskState.SUCCEEDED, fact, now)
+        self._satisfy_successors(task_id)
+        return True
+
+    def _is_as_before(self, task_id: str, earlier: Earlier) -> bool:
+        record = self.tasks[task_id]
+        if record.items is not None:
+            return all(self.tasks[item].is_taken_over for item in record.items)
+        return record.is_taken_over or (record.state is TaskState.SKIPPED and earlier.was_skipped(task_id))
 
     def _promise_after(self, task_id: str) -> None:
         """Hand over, early, whatever waits for this task alone, and what waits for that alone, and so on.
@@ -528,5 +558,6 @@ class Run:
             else:
                 self._become(RunState.FAILED)
             self._publish(RunFinished(self.state, self.failure))
+            self._earlier = None
         effects, self._effects = self._effects, []
         return effects

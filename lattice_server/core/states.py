@@ -40,10 +40,12 @@ RUN_TERMINAL = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLE
 
 TASK_TRANSITIONS = {
     # A mapped task runs from when its items are known, without ever being queued. One fails unstarted when its
-    # condition cannot be read or it has too many items.
+    # condition cannot be read or it has too many items. One succeeds unstarted when its run retries another, which had
+    # its outputs.
     TaskState.BLOCKED: {
         TaskState.QUEUED,
         TaskState.RUNNING,
+        TaskState.SUCCEEDED,
         TaskState.SKIPPED,
         TaskState.CANCELLED,
         TaskState.FAILED,

@@ -9,7 +9,7 @@ from itertools import count
 from uuid import uuid4
 
 from lattice_server.core import dag
-from lattice_server.core.errors import ConflictError, LatticeError, NotFoundError, UnavailableError
+from lattice_server.core.errors import ConflictError, LatticeError, NotFoundError, PreconditionError, UnavailableError
 from lattice_server.core.messages import (
     CancelRequested,
     Explanation,
@@ -32,6 +32,7 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.reuse import Earlier, workflow_of
 from lattice_server.core.run import Effect, Run
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
@@ -95,6 +96,7 @@ class Orchestrator:
         tenant: str = "",
         workflow_id: str = "",
         timeout_s: float | None = None,
+        earlier: Earlier | None = None,
     ) -> tuple[RunEntry, bool]:
         """Start a run, or return the one that has this id and content; the flag tells whether it is new.
 
@@ -122,6 +124,7 @@ class Orchestrator:
             priority,
             tenant=tenant,
             bounds=self._admission.bounds,
+            earlier=earlier,
         )
         entry = RunEntry(
             run, next(self._numbers), fingerprint, time.time(), labels, sum(p.kept_bytes for p in parameters.values())
@@ -135,6 +138,32 @@ class Orchestrator:
             entry.expiry = loop.call_later(timeout_s, self._expire, entry, timeout_s)
         self._change(entry, lambda: run.start(parameters, time.monotonic()))
         return entry, True
+
+    def retry_run(self, run_id: str, new_run_id: str, fingerprint: str) -> tuple[RunEntry, bool]:
+        """Start a run that takes over what another one finished, or return the one that has this id and content.
+
+        Raises:
+            NotFoundError: there is no such run.
+            PreconditionError: it has not ended.
+            ConflictError, ExhaustedError, InvalidError, UnavailableError: see `start_run`.
+        """
+        entry = self.run(run_id)
+        old = entry.run
+        if not old.is_terminal:
+            text = f"run {run_id!r} is {old.state.value}; it can be retried when it has ended"
+            raise PreconditionError("RUN_NOT_ENDED", text)
+        return self.start_run(
+            new_run_id,
+            workflow_of(old.spec, old.tasks),
+            parameters=old.parameters,
+            labels=entry.labels,
+            priority=old.priority,
+            fingerprint=fingerprint,
+            tenant=old.tenant,
+            workflow_id=old.workflow_id,
+            timeout_s=entry.timeout_s,
+            earlier=Earlier(run_id, old.tasks, lambda artifact: self._store.held(artifact.artifact_id) is not None),
+        )
 
     def add_tasks(self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int | None) -> RunEntry:
         """Add tasks to a run that has not ended.

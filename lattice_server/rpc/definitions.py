@@ -39,6 +39,12 @@ BATCH_SCOPE_FROM_PROTO = {
 }
 
 
+def check_run_id(run_id: str, field: str) -> None:
+    """Raise InvalidError for a run id that is too long."""
+    if len(run_id) > MAX_ID_LENGTH:
+        raise invalid_field(field, f"must have at most {MAX_ID_LENGTH} characters")
+
+
 def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], task_pb2.CodeBundle]) -> Function:
     """Return a function that came with its code, named by the digest of what came."""
     kept = task_pb2.Function()

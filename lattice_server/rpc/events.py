@@ -155,6 +155,7 @@ def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
         ),
         labels=entry.labels,
         revision=run.revision,
+        retried_run_id=run.retried_run_id,
         tenant=run.tenant,
         priority=run.priority,
         timeout=None if entry.timeout_s is None else duration(entry.timeout_s),

@@ -178,6 +178,13 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
         return await self._repeats.once(request, cancel)
 
+    async def RetryRun(self, request: workflow_pb2.RetryRunRequest, context: Context) -> workflow_pb2.RetryRunResponse:
+        """Start a run that takes over what another one finished."""
+        definitions.check_run_id(request.new_run_id, "new_run_id")
+        print_ = fingerprint(b"retry", request.run_id.encode()) if request.new_run_id else ""
+        entry, created = self._orchestrator.retry_run(request.run_id, request.new_run_id, print_)
+        return workflow_pb2.RetryRunResponse(run=run_to_proto(entry), created=created)
+
     async def _start(self, request: workflow_pb2.RunWorkflowRequest) -> tuple[RunEntry, bool]:
         match request.WhichOneof("source"):
             case "workflow":
@@ -193,8 +200,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
                 raise invalid_field("source", "a run needs a workflow, inline or by workflow_id")
         if not spec.tasks:
             raise InvalidError("INVALID_WORKFLOW", "the workflow has no tasks")
-        if len(request.run_id) > definitions.MAX_ID_LENGTH:
-            raise invalid_field("run_id", f"must have at most {definitions.MAX_ID_LENGTH} characters")
+        definitions.check_run_id(request.run_id, "run_id")
         # Without an id nobody can repeat the call, so there is nothing to compare later.
         print_ = fingerprint(request.SerializeToString(deterministic=True)) if request.run_id else ""
         return self._orchestrator.start_run(

@@ -141,6 +141,8 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """RESOURCE_EXHAUSTED: as many workflows are stored as the server keeps; delete one."""
     ERROR_REASON_REQUEST_ID_CONFLICT: _ErrorReason.ValueType  # 26
     """ALREADY_EXISTS: the request id was used with other content."""
+    ERROR_REASON_RUN_NOT_ENDED: _ErrorReason.ValueType  # 27
+    """FAILED_PRECONDITION: the run has not ended, so it cannot be retried."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -203,6 +205,8 @@ ERROR_REASON_TOO_MANY_WORKFLOWS: ErrorReason.ValueType  # 25
 """RESOURCE_EXHAUSTED: as many workflows are stored as the server keeps; delete one."""
 ERROR_REASON_REQUEST_ID_CONFLICT: ErrorReason.ValueType  # 26
 """ALREADY_EXISTS: the request id was used with other content."""
+ERROR_REASON_RUN_NOT_ENDED: ErrorReason.ValueType  # 27
+"""FAILED_PRECONDITION: the run has not ended, so it cannot be retried."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final

@@ -211,6 +211,7 @@ class Run(google.protobuf.message.Message):
     TIMEOUT_FIELD_NUMBER: builtins.int
     START_TIME_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
+    RETRIED_RUN_ID_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run."""
     workflow_id: builtins.str
@@ -227,6 +228,8 @@ class Run(google.protobuf.message.Message):
     """The tenant whose share of the cluster the run counts towards; empty for callers that name none."""
     priority: builtins.int
     """Among waiting tasks of one tenant, higher goes first."""
+    retried_run_id: builtins.str
+    """The run this one retries; empty for others."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
         """Why it failed or was cancelled; unset otherwise."""
@@ -278,9 +281,10 @@ class Run(google.protobuf.message.Message):
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         parameters: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.Payload] | None = ...,
+        retried_run_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time", "task_counts", b"task_counts", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "parameters", b"parameters", "priority", b"priority", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "task_counts", b"task_counts", "tenant", b"tenant", "timeout", b"timeout", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "parameters", b"parameters", "priority", b"priority", "retried_run_id", b"retried_run_id", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "task_counts", b"task_counts", "tenant", b"tenant", "timeout", b"timeout", "workflow_id", b"workflow_id"]) -> None: ...
 
 Global___Run: typing_extensions.TypeAlias = Run
 
@@ -377,7 +381,7 @@ class TaskRun(google.protobuf.message.Message):
     state: Global___TaskState.ValueType
     """Its state."""
     attempt: builtins.int
-    """The number of the newest attempt, from 1; zero before the first."""
+    """The number of the newest attempt, from 1; zero before the first, and for outputs taken over from a retried run."""
     node_id: builtins.str
     """The node the newest attempt ran on."""
     parent_task_id: builtins.str
@@ -667,7 +671,7 @@ class TaskSucceeded(google.protobuf.message.Message):
     task_id: builtins.str
     """The task."""
     attempt: builtins.int
-    """The attempt that succeeded."""
+    """The attempt that succeeded; zero when its outputs were taken over from the run that this one retries."""
     display_name: builtins.str
     """The task's name, for people."""
     @property

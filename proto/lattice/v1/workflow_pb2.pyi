@@ -956,3 +956,53 @@ class CancelRunResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["run", b"run"]) -> None: ...
 
 Global___CancelRunResponse: typing_extensions.TypeAlias = CancelRunResponse
+
+@typing.final
+class RetryRunRequest(google.protobuf.message.Message):
+    """Request of `WorkflowService.RetryRun`. The new run has the workflow, parameters, labels, priority, timeout and tenant
+    of the old one. A task that succeeded is not run again if the tasks it depends on are not either and its outputs are
+    still kept; the tasks it spawned are taken over likewise.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    NEW_RUN_ID_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run to retry."""
+    new_run_id: builtins.str
+    """Names the new run and makes the call idempotent; the server picks one when empty."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        new_run_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["new_run_id", b"new_run_id", "run_id", b"run_id"]) -> None: ...
+
+Global___RetryRunRequest: typing_extensions.TypeAlias = RetryRunRequest
+
+@typing.final
+class RetryRunResponse(google.protobuf.message.Message):
+    """Response of `WorkflowService.RetryRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    CREATED_FIELD_NUMBER: builtins.int
+    created: builtins.bool
+    """Whether this call created it."""
+    @property
+    def run(self) -> lattice.v1.run_pb2.Run:
+        """The new run."""
+
+    def __init__(
+        self,
+        *,
+        run: lattice.v1.run_pb2.Run | None = ...,
+        created: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["created", b"created", "run", b"run"]) -> None: ...
+
+Global___RetryRunResponse: typing_extensions.TypeAlias = RetryRunResponse

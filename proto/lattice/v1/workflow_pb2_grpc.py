@@ -113,6 +113,11 @@ class WorkflowServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.FromString,
                 _registered_method=True)
+        self.RetryRun = channel.unary_unary(
+                '/lattice.v1.WorkflowService/RetryRun',
+                request_serializer=lattice_dot_v1_dot_workflow__pb2.RetryRunRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_workflow__pb2.RetryRunResponse.FromString,
+                _registered_method=True)
 
 
 class WorkflowServiceServicer(object):
@@ -222,6 +227,14 @@ class WorkflowServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetryRun(self, request, context):
+        """Starts a run that takes over the finished tasks of one that has ended, and runs the others. Idempotent by
+        `new_run_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkflowServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -284,6 +297,11 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'RetryRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryRun,
+                    request_deserializer=lattice_dot_v1_dot_workflow__pb2.RetryRunRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_workflow__pb2.RetryRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -629,6 +647,33 @@ class WorkflowService(object):
             '/lattice.v1.WorkflowService/CancelRun',
             lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.SerializeToString,
             lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lattice.v1.WorkflowService/RetryRun',
+            lattice_dot_v1_dot_workflow__pb2.RetryRunRequest.SerializeToString,
+            lattice_dot_v1_dot_workflow__pb2.RetryRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

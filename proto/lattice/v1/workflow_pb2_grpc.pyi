@@ -217,7 +217,23 @@ _WorkflowServiceCancelRunType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType]):
+_WorkflowServiceRetryRunType = typing_extensions.TypeVar(
+    '_WorkflowServiceRetryRunType',
+    grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.RetryRunRequest,
+        lattice.v1.workflow_pb2.RetryRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.RetryRunRequest,
+        lattice.v1.workflow_pb2.RetryRunResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.RetryRunRequest,
+        lattice.v1.workflow_pb2.RetryRunResponse,
+    ],
+)
+
+class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceRetryRunType]):
     """Defines, runs, lists and cancels.
 
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
@@ -289,6 +305,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.CancelRunRequest,
             lattice.v1.workflow_pb2.CancelRunResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.RetryRunRequest,
+            lattice.v1.workflow_pb2.RetryRunResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -341,6 +361,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.CancelRunRequest,
             lattice.v1.workflow_pb2.CancelRunResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.RetryRunRequest,
+            lattice.v1.workflow_pb2.RetryRunResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateWorkflow: _WorkflowServiceCreateWorkflowType
@@ -380,6 +404,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     CancelRun: _WorkflowServiceCancelRunType
     """Cancels a run. A run that has ended stays as it is."""
+
+    RetryRun: _WorkflowServiceRetryRunType
+    """Starts a run that takes over the finished tasks of one that has ended, and runs the others. Idempotent by
+    `new_run_id`.
+    """
 
 WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -429,6 +458,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.CancelRunRequest,
         lattice.v1.workflow_pb2.CancelRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.RetryRunRequest,
+        lattice.v1.workflow_pb2.RetryRunResponse,
     ],
 ]
 
@@ -551,5 +584,15 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.CancelRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.CancelRunResponse]]:
         """Cancels a run. A run that has ended stays as it is."""
+
+    @abc.abstractmethod
+    def RetryRun(
+        self,
+        request: lattice.v1.workflow_pb2.RetryRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lattice.v1.workflow_pb2.RetryRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.RetryRunResponse]]:
+        """Starts a run that takes over the finished tasks of one that has ended, and runs the others. Idempotent by
+        `new_run_id`.
+        """
 
 def add_WorkflowServiceServicer_to_server(servicer: WorkflowServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -52,6 +52,7 @@ MAY_CALL = {
     "lattice.v1.WorkflowService.AddEdges": CALLER,
     "lattice.v1.WorkflowService.AddTasks": CALLER,
     "lattice.v1.WorkflowService.CancelRun": CALLER,
+    "lattice.v1.WorkflowService.RetryRun": CALLER,
     "lattice.v1.WorkflowService.CreateWorkflow": CALLER,
     "lattice.v1.WorkflowService.DeleteWorkflow": CALLER,
     "lattice.v1.WorkflowService.ExecuteWorkflow": CALLER,
