@@ -51,7 +51,7 @@ class Agent:
         incoming = self._drafts.incoming
         self._courier = None if config.host_fd is None else Courier(config.host_fd, store, incoming)
         self._materials = Materials(store, config.store_name, self._drafts, lambda: self._artifacts, self._courier)
-        self._attempts = Attempts(self._pool, self._materials, self._emit, self._ended)
+        self._attempts = Attempts(self._pool, self._materials, self._emit, self._ended, self._ask)
         self._leasing: Leases = Leasing(self._attempts, self._say, convert.returned)
         self._outgoing = Outgoing(self._leasing)
         self._heartbeat_s = FIRST_BEAT_S
@@ -181,6 +181,8 @@ class Agent:
             self._leasing.revoke(lease_id)
         for lease_id in response.stop_lease_ids:
             self._leasing.stop(lease_id)
+        if response.forget_digests:
+            self._attempts.forget(response.forget_digests)
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
         self._heartbeat_s = seconds(welcome.heartbeat_interval) or self._heartbeat_s
@@ -198,6 +200,8 @@ class Agent:
             self._drafts.settle(self._listed)
         self._is_welcome = True
         self._outgoing.resume(unacknowledged)
+        if unknown := self._attempts.unknown():
+            self._outgoing.ask(unknown)
 
     def _upload(self, workers: "worker_pb2_grpc.WorkerServiceAsyncStub", wanted: worker_pb2.SendArtifact) -> None:
         task = asyncio.create_task(_send(workers, wanted, self._materials))
@@ -213,6 +217,9 @@ class Agent:
     def _say(self, sequence: int, report: worker_pb2.Report) -> None:
         report.sequence = sequence
         self._outgoing.report(report)
+
+    def _ask(self, digest: str) -> None:
+        self._outgoing.ask([digest])
 
     def _ended(self, lease_id: str, outputs: convert.Outputs | None) -> None:
         self._leasing.ended(lease_id, outputs)

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lattice.v1 import resources_pb2, task_pb2, worker_pb2
@@ -32,18 +32,23 @@ MAX_SUSPECTS = 1000
 
 Emit = Callable[[worker_pb2.Report], None]
 Ended = Callable[[str, convert.Outputs | None], None]
+Ask = Callable[[str], None]
 
 
 class Attempts:
-    """Runs leases on runners. `emit` takes reports, `ended` is told each lease that is over, with what it gave."""
+    """Runs leases on runners. `emit` takes reports, `ended` is told each lease that is over, with what it gave.
 
-    def __init__(self, pool: Pool, materials: Materials, emit: Emit, ended: Ended) -> None:
+    `ask` is told the digest of each function that a lease names and that is not here.
+    """
+
+    def __init__(self, pool: Pool, materials: Materials, emit: Emit, ended: Ended, ask: Ask) -> None:
         self.inline_limit_bytes = 256 * 1024
         self.log_limit_bytes = 1024 * 1024
         self.message_limit_bytes = MESSAGE_LIMIT_BYTES
         self._pool, self._materials = pool, materials
-        self._emit, self._ended = emit, ended
+        self._emit, self._ended, self._ask = emit, ended, ask
         self._functions: dict[str, task_pb2.Function] = {}
+        self._codeless: dict[str, worker_pb2.Assignment] = {}
         self._upstream: dict[str, convert.Outputs] = {}
         self._running: dict[str, tuple[Runner, Invocation]] = {}
         self._ahead: dict[str, Runner] = {}
@@ -59,6 +64,20 @@ class Attempts:
         for function in functions:
             self._functions[function.digest] = function
         self._materials.learn(bundles)
+        for lease_id, assignment in list(self._codeless.items()):
+            if assignment.function_digest in self._functions:
+                del self._codeless[lease_id]
+                self.start(assignment)
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Drop functions, here and in the processes."""
+        for digest in digests:
+            self._functions.pop(digest, None)
+        self._pool.forget(digests)
+
+    def unknown(self) -> set[str]:
+        """Return the digests of the functions that leases wait for."""
+        return {assignment.function_digest for assignment in self._codeless.values()}
 
     def feed(self, lease_id: str, outputs: convert.Outputs) -> None:
         """Keep what a lease will need when its turn comes."""
@@ -82,6 +101,10 @@ class Attempts:
         if (sent := self._ahead.pop(lease_id, None)) is not None and lease_id in sent.ahead:
             self._begin(assignment, sent, sent.begin(lease_id))
             return
+        if assignment.function_digest not in self._functions:
+            self._codeless[lease_id] = assignment
+            self._ask(assignment.function_digest)
+            return
         function, bundle, key = self._needs(assignment)
         missing = self._missing(assignment, function)
         runner = None if missing else self._pool.take_idle(key)
@@ -100,6 +123,8 @@ class Attempts:
         if found is None or (assignment.after_lease_id and lease_id not in self._upstream):
             return False
         runner = found[0]
+        if assignment.function_digest not in self._functions:
+            return False
         function, bundle, key = self._needs(assignment)
         if key != runner.key or key.is_async or not runner.is_fit or len(runner.ahead) >= MAX_AHEAD:
             return False
@@ -127,6 +152,9 @@ class Attempts:
     def stop(self, lease_id: str, kind: str, message: str) -> None:
         """End a running lease as a failure of this kind."""
         answer = {"kind": "result", "failure": {"kind": kind, "message": message}, "duration": 0.0}
+        if (codeless := self._codeless.pop(lease_id, None)) is not None:
+            self._end(codeless, answer, [])
+            return
         found = self._starting.pop(lease_id, None)
         if found is not None:
             starting, assignment = found

@@ -6,7 +6,7 @@ Rule: everything that is due goes into one message; a message waits for more onl
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 from lattice.v1 import worker_pb2
 
@@ -27,6 +27,7 @@ class Outgoing:
         self.message_limit_bytes = 2 * PART_BYTES
         self._leasing = leasing
         self._pending: list[worker_pb2.Report] = []
+        self._unknown: list[str] = []
         self._is_beat_due = False
         self._draining: worker_pb2.Draining | None = None
         self._has_said_draining = False
@@ -42,13 +43,18 @@ class Outgoing:
 
     def resume(self, reports: list[worker_pb2.Report]) -> None:
         """Begin to send: the worker is welcome, and these are the reports the server may not have."""
-        self._pending = reports
+        self._pending, self._unknown = reports, []
         self._is_welcome = True
         self._wake.set()
 
     def report(self, report: worker_pb2.Report) -> None:
         """Send a report."""
         self._pending.append(report)
+        self._wake.set()
+
+    def ask(self, digests: Iterable[str]) -> None:
+        """Ask for functions that leases name and this worker does not have."""
+        self._unknown += digests
         self._wake.set()
 
     def beat(self) -> None:
@@ -92,11 +98,13 @@ class Outgoing:
                 send_time=convert.timestamp(time.time_ns()),
             )
         is_draining = self._draining is not None and not self._has_said_draining
-        if not (reports or heartbeat or is_draining):
+        unknown, self._unknown = self._unknown, []
+        if not (reports or heartbeat or unknown or is_draining):
             return []
         requests = [worker_pb2.ConnectRequest(reports=part) for part in self._in_parts(reports)]
         if heartbeat is not None:
             requests[-1].heartbeat.CopyFrom(heartbeat)
+        requests[-1].unknown_digests.extend(unknown)
         if self._draining is not None and is_draining:
             self._has_said_draining = True
             requests[-1].draining.CopyFrom(self._draining)

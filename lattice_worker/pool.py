@@ -6,6 +6,7 @@ was used longest ago makes room for others, and spares are replaced in the backg
 
 import asyncio
 import contextlib
+from collections.abc import Iterable
 
 from lattice_worker.drafts import Drafts
 from lattice_worker.runners import Key, Runner
@@ -74,6 +75,11 @@ class Pool:
         if shared is not None and shared.done() and (shared.exception() or not shared.result().is_fit):
             return None
         return shared
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Have every runner drop functions."""
+        for runner in self._all:
+            runner.forget(digests)
 
     def close(self) -> None:
         """Kill every runner."""

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -81,6 +81,7 @@ class Runner:
         self.key = Key()
         self.folder = ""
         self.known: set[str] = set()
+        self._unneeded: set[str] = set()
         self.running: dict[str, Invocation] = {}
         self.ahead: dict[str, Invocation] = {}
         self._drafts = drafts
@@ -142,6 +143,18 @@ class Runner:
         if digest not in self.known:
             self.known.add(digest)
             self._control.send(header, [blob])
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Have the process drop functions; those that it calls, or was sent calls of, when these are over."""
+        self._unneeded |= self.known.intersection(digests)
+        self._drop_unneeded()
+
+    def _drop_unneeded(self) -> None:
+        called = {invocation.header["digest"] for invocation in (*self.running.values(), *self.ahead.values())}
+        if (dropped := self._unneeded - called) and self._is_fit:
+            self._unneeded -= dropped
+            self.known -= dropped
+            self._control.send({"kind": "forget", "digests": sorted(dropped)})
 
     def invoke(self, invocation: Invocation) -> None:
         """Run one invocation."""
@@ -268,6 +281,8 @@ class Runner:
                 header, blobs = _failed("resources", text), []
         self._time_description(invocation, True)
         del self.running[invocation.name]
+        if self._unneeded:
+            self._drop_unneeded()
         if not self.running and not self.ahead:
             self._on_idle(self)
         invocation.on_end(header, blobs)

@@ -223,7 +223,7 @@ class Runtime:
 ANY_RUNTIME = Runtime()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Function:
     """Code to run. `definition` is opaque here: what a worker is sent, unopened. `entrypoint` is the name by which
     workers have it; empty when it travels. `runtime` is what must run it."""

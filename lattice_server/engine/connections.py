@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 
 from lattice_server.core.messages import ToSession, WelcomeWorker
+from lattice_server.core.model import Function
+from lattice_server.engine.code_store import SentCode
 from lattice_server.engine.worker_clock import WorkerClock
 
 # An acknowledgement only lets the worker forget. Alone, it would cost both sides as much as an assignment does.
@@ -92,7 +94,8 @@ class Connection:
         self.is_beat_due = False
         self.abort: Callable[[], object] = lambda: None
         self.on_end: list[Callable[[], None]] = []
-        self.sent_digests: set[str] = set()
+        self.sent = SentCode()
+        self._wanted: list[Function] = []
         self._outbox: list[WelcomeWorker | ToSession] = []
         self._ready = asyncio.Event()
         self.acknowledgement = Acknowledgement(self._ready.set, later)
@@ -103,6 +106,17 @@ class Connection:
         """Queue an effect."""
         self._outbox.append(effect)
         self._ready.set()
+
+    def send_code(self, function: Function) -> None:
+        """Queue a function that the worker does not have."""
+        self.sent.discard(function.digest)
+        self._wanted.append(function)
+        self._ready.set()
+
+    def take_wanted(self) -> list[Function]:
+        """Return the functions that are queued, which count as sent."""
+        wanted, self._wanted = self._wanted, []
+        return wanted
 
     def close(self) -> None:
         """End the stream once the outbox is sent."""

@@ -17,6 +17,7 @@ from lattice_server.core.messages import (
     ToSession,
     WelcomeWorker,
 )
+from lattice_server.core.model import Function
 from lattice_server.engine.connections import Connection
 from lattice_server.rpc import convert
 from lattice_server.rpc.definitions import code_to_proto
@@ -38,9 +39,12 @@ def responses(
     """
     sequence = connection.acknowledgement.take()
     is_beat_due, connection.is_beat_due = connection.is_beat_due, False
-    if not (effects or sequence or is_beat_due):
+    wanted = connection.take_wanted()
+    if not (effects or sequence or wanted or is_beat_due):
         return []
     work = _Work(connection, config)
+    for function in wanted:
+        work.add_code(function)
     # A worker acts on the fields by their numbers: those before the assignments are in the first message, and those
     # after them in the last.
     first = work.last
@@ -59,6 +63,7 @@ def responses(
                 later.append(effect)
             case _:
                 assert_never(effect)
+    work.last.forget_digests.extend(connection.sent.take_excess())
     for effect in later:
         _add_later(work.last, effect)
     return [*work.full, work.last]
@@ -109,7 +114,7 @@ class _Work:
     def __init__(self, connection: Connection, config: ServerConfig) -> None:
         self.full: list[worker_pb2.ConnectResponse] = []
         self.last = worker_pb2.ConnectResponse()
-        self._sent = connection.sent_digests
+        self._sent = connection.sent
         self._limit_bytes = min(config.message_limit_bytes, WORKER_LIMIT_BYTES) - ENVELOPE_BYTES
         # What surrounds each of many is not counted.
         self._part_bytes = min(PART_BYTES, self._limit_bytes * 3 // 4)
@@ -117,7 +122,7 @@ class _Work:
 
     def add(self, effect: Assign) -> str:
         """Add a lease; return for people why it cannot be sent, nothing when it can."""
-        if effect.function.digest not in self._sent and (excess := self._add_code(*code_to_proto(effect.function))):
+        if excess := self.add_code(effect.function):
             return excess
         message = _add(self.last, effect)
         size = message.ByteSize()
@@ -132,8 +137,12 @@ class _Work:
         self._size += size
         return ""
 
-    def _add_code(self, function: task_pb2.Function, bundle: task_pb2.CodeBundle | None) -> str:
-        for part in (bundle, function):
+    def add_code(self, function: Function) -> str:
+        """Add a function unless the worker has it, and its bundle; return for people why it cannot be sent."""
+        if self._sent.use(function.digest):
+            return ""
+        code, bundle = code_to_proto(function)
+        for part in (bundle, code):
             if part is None or part.digest in self._sent:
                 continue
             size = part.ByteSize()
@@ -143,9 +152,10 @@ class _Work:
             self._size += size
             if isinstance(part, task_pb2.Function):
                 self.last.functions.append(part)
+                self._sent.add_function(part.digest, size)
             else:
                 self.last.bundles.append(part)
-            self._sent.add(part.digest)
+                self._sent.add_bundle(part.digest)
         return ""
 
     def _make_room(self, size: int) -> None:

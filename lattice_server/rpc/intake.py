@@ -4,18 +4,15 @@ Rule: code is named by the digest of what was received; a name a caller made up 
 """
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.batching import BatchRule
-from lattice_server.core.errors import PreconditionError, invalid_field
+from lattice_server.core.errors import invalid_field
 from lattice_server.core.model import FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
+from lattice_server.engine.code_store import CodeStore
 from lattice_server.rpc import convert, definitions
-
-CODE_LIMIT_BYTES = 256 * 1024 * 1024
 
 FAILURE_POLICY_FROM_PROTO = {
     workflow_pb2.FAILURE_POLICY_UNSPECIFIED: FailurePolicy.FAIL_FAST,
@@ -24,41 +21,13 @@ FAILURE_POLICY_FROM_PROTO = {
 }
 
 
-class CodeCache:
-    """Functions and bundles by digest; over the limit, those not used for longest are forgotten."""
-
-    def __init__(self, limit_bytes: int = CODE_LIMIT_BYTES) -> None:
-        self._limit_bytes = limit_bytes
-        self._size_bytes = 0
-        self._entries: OrderedDict[str, tuple[Any, int]] = OrderedDict()
-
-    def get(self, digest: str) -> Any:
-        """Return what has this digest. Raises PreconditionError with the reason FUNCTION_MISSING."""
-        if digest not in self._entries:
-            message = f"code {digest} is not known here; send it"
-            raise PreconditionError("FUNCTION_MISSING", message, metadata={"digest": digest})
-        self._entries.move_to_end(digest)
-        return self._entries[digest][0]
-
-    def put(self, digest: str, code: Any, size_bytes: int) -> None:
-        """Keep code under its digest."""
-        if digest in self._entries:
-            self._entries.move_to_end(digest)
-            return
-        self._entries[digest] = (code, size_bytes)
-        self._size_bytes += size_bytes
-        while self._size_bytes > self._limit_bytes and len(self._entries) > 1:
-            _, (_, freed) = self._entries.popitem(last=False)
-            self._size_bytes -= freed
-
-
 class Intake:
     """Checks and translates what callers send."""
 
     def __init__(self, inline_limit_bytes: int, rules: Sequence[BatchRule] = ()) -> None:
         self.inline_limit_bytes = inline_limit_bytes
         self._rules = rules
-        self._code = CodeCache()
+        self.code = CodeStore()
 
     def functions(
         self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle]
@@ -72,7 +41,7 @@ class Intake:
                 digest = f"sha256:{hashlib.sha256(bundle.zip).hexdigest()}"
                 if bundle.digest != digest:
                     raise invalid_field(f"bundles[{index}].digest", f"must be that of `zip`, {digest}")
-                self._code.put(digest, task_pb2.CodeBundle(digest=digest, zip=bundle.zip), len(bundle.zip))
+                self.code.put(digest, task_pb2.CodeBundle(digest=digest, zip=bundle.zip), len(bundle.zip))
         found = {}
         for name, message in messages.items():
             found[name] = self._function(message, f'functions["{name}"]')
@@ -117,10 +86,10 @@ class Intake:
             if not message.digest:
                 text = "a function needs python.pickle, python.source, entrypoint, or the digest of one sent before"
                 raise invalid_field(field, text)
-            known: Function = self._code.get(message.digest)
+            known: Function = self.code.get(message.digest)
             return known
-        function = definitions.function_from_proto(message, self._code.get)
+        function = definitions.function_from_proto(message, self.code.get)
         if message.digest not in {"", function.digest}:
             raise invalid_field(f"{field}.digest", f"must be empty or that of the function, {function.digest}")
-        self._code.put(function.digest, function, message.ByteSize())
+        self.code.put(function.digest, function, message.ByteSize())
         return function

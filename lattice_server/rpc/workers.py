@@ -151,6 +151,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 if request.HasField("heartbeat"):
                     note_time(connection, request.heartbeat)
                     self._take_heartbeat(request.heartbeat, session)
+                for digest in request.unknown_digests:
+                    # A lease refers to its function; a digest that is not found is of no lease any more.
+                    if (function := self._intake.code.find(digest)) is not None:
+                        connection.send_code(function)
                 if request.HasField("draining"):
                     deadline_s = deadline_from_proto(request.draining)
                     self._bus.post([messages.DrainRequested(connection.node_id, deadline_s)])

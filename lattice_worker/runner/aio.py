@@ -99,6 +99,8 @@ class _Invocations:
                 self._shared.capture()
             case "function":
                 self._program.define(header, blobs)
+            case "forget":
+                self._program.forget(header["digests"])
             case "cancel":
                 self._cancel(header["id"])
             case "invoke":

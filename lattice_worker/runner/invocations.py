@@ -6,11 +6,12 @@ Rule: whatever user code does, the answer travels on the control socket and neve
 import asyncio
 import contextlib
 import functools
+import gc
 import inspect
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Self
 
 from lattice_worker.runner.artifacts import Encoder, open_artifact
@@ -43,6 +44,15 @@ class Program:
     def define(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         """Remember a function; it is loaded when first called."""
         self._definitions[header["digest"]] = (header, blobs[0] if blobs else b"")
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Drop functions, none of which is being called."""
+        for digest in digests:
+            self._definitions.pop(digest, None)
+            self._loaded.pop(digest, None)
+        # A function and the names of its script refer to each other. They may be large and few, so that nothing else
+        # would have them collected for long.
+        gc.collect()
 
     def run(self, output: Output, blobs: list[bytes]) -> Answer:
         """Run an invocation to its end. Never raises."""

@@ -79,6 +79,8 @@ def serve(channel: Channel, claims: Claims) -> None:
                 baseline.capture()
             case "function":
                 program.define(header, blobs)
+            case "forget":
+                program.forget(header["digests"])
             case "invoke" if "claim" not in header or claims.owns(header["claim"]):
                 if _run(channel, program, baseline, header, blobs):
                     # What the agent has not read yet it would take for the next invocation's.

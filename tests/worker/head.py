@@ -32,7 +32,7 @@ class Stream:
         self.responses: asyncio.Queue[worker_pb2.ConnectResponse | None] = asyncio.Queue()
         self.is_over = asyncio.Event()
         self.reports: list[worker_pb2.Report] = []
-        self._known: set[str] = set()
+        self.code: dict[str, task_pb2.Function] = {}
         self._unread: list[worker_pb2.Report] = []
 
     async def hello(self) -> worker_pb2.Hello:
@@ -88,6 +88,7 @@ class Stream:
                 concurrency=task_pb2.CONCURRENCY_ASYNC if is_async else task_pb2.CONCURRENCY_PROCESS,
             ),
         )
+        self.code[code.digest] = code
         self.say(functions=[code], assignments=[assignment])
         return assignment
 
@@ -98,6 +99,12 @@ class Stream:
         report = self._unread.pop(0)
         self.reports.append(report)
         return report
+
+    async def asked(self) -> list[str]:
+        """Return the digests of the next message that asks for code; reports that come before are left out."""
+        while not (digests := list((await self.requests.get()).unknown_digests)):
+            pass
+        return digests
 
     async def until(self, lease_id: str, *facts: str) -> worker_pb2.Report:
         """Read reports up to one of a lease that tells one of these facts."""

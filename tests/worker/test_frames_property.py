@@ -147,7 +147,7 @@ class Scene:
         self.zygotes = FakeZygotes()
         self.pool = Pool(1, drafts, self.zygotes)
         materials = Materials(str(folder), "n", drafts, lambda: None)
-        self.attempts = Attempts(self.pool, materials, self._emit, self._ended)
+        self.attempts = Attempts(self.pool, materials, self._emit, self._ended, lambda digest: None)
         self.ends: list[tuple[str, int, str]] = []
         self.ended: Counter[str] = Counter()
         self.kinds: dict[str, int] = {}

@@ -294,3 +294,67 @@ def test_what_a_task_spawns_needs_the_python_it_was_written_by_if_it_holds_code(
         assert needs == {"named": resources_pb2.Runtime(), "held": held}
 
     play(scenario, tmp_path)
+
+
+def test_a_lease_waits_for_code_that_was_forgotten_and_asks_for_it(tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        stream = both.stream
+        first = stream.assign("a", lambda: "known")
+        assert await stream.value("a") == "known"
+        code = stream.code[first.function_digest]
+        stream.say(forget_digests=[code.digest, "sha256:never had"])
+        for name in "bc":
+            again = worker_pb2.Assignment.FromString(first.SerializeToString())
+            again.lease_id = name
+            stream.say(assignments=[again])
+        assert await stream.asked() == [code.digest]
+        stream.drop()
+        second, hello = await both.head.dialled()
+        assert {"b", "c"} <= set(hello.held_lease_ids)
+        second.welcome(resumed=True)
+        assert await second.asked() == [code.digest], "the answer may have been lost with the stream"
+        second.say(functions=[code])
+        assert [await second.value(name) for name in "bc"] == ["known", "known"]
+
+    play(scenario, tmp_path)
+
+
+def test_a_lease_that_waits_for_its_code_can_be_cancelled(tmp_path: Path) -> None:
+    async def scenario(both: Pair) -> None:
+        stream = both.stream
+        first = stream.assign("a", lambda: "known")
+        await stream.value("a")
+        first.lease_id = "b"
+        stream.say(forget_digests=[first.function_digest], assignments=[])
+        stream.say(assignments=[first])
+        await stream.asked()
+        stream.say(stop_lease_ids=["b"])
+        assert (await stream.end("b")).failed.failure.kind == errors_pb2.FAILURE_KIND_CANCELLED
+        stream.assign("c", lambda: "free")
+        assert await stream.value("c") == "free"
+
+    play(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_code_that_a_call_needs_is_forgotten_when_the_call_is_over(is_async: bool, gate: Gate, tmp_path: Path) -> None:
+    async def wait_async(gate: str) -> str:
+        import asyncio
+
+        return await asyncio.to_thread(lambda: open(gate, "rb", buffering=0).read(1) and "through")
+
+    async def scenario(both: Pair) -> None:
+        stream = both.stream
+        wait = by_value(wait_at) if not is_async else wait_async
+        first = stream.assign("a", wait, is_async=is_async, inputs={"gate": gate.path})
+        await stream.until("a", "started")
+        stream.say(forget_digests=[first.function_digest])
+        gate.open()
+        assert await stream.value("a") == "through"
+        code = stream.code[first.function_digest]
+        first.lease_id = "b"
+        stream.say(functions=[code], assignments=[first])
+        gate.open()
+        assert await stream.value("b") == "through"
+
+    play(scenario, tmp_path)

@@ -80,6 +80,7 @@ class ConnectRequest(google.protobuf.message.Message):
     JOIN_FIELD_NUMBER: builtins.int
     REPORTS_FIELD_NUMBER: builtins.int
     HEARTBEAT_FIELD_NUMBER: builtins.int
+    UNKNOWN_DIGESTS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello:
@@ -98,6 +99,10 @@ class ConnectRequest(google.protobuf.message.Message):
         """The leases held; due once in each `Welcome.heartbeat_interval`."""
 
     @property
+    def unknown_digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Functions that leases name and the worker does not have, by digest. The server sends them again; the leases wait."""
+
+    @property
     def draining(self) -> Global___Draining:
         """The worker or the machine wants to leave. It finishes the leases it holds and takes no new ones."""
 
@@ -108,10 +113,11 @@ class ConnectRequest(google.protobuf.message.Message):
         join: Global___Join | None = ...,
         reports: collections.abc.Iterable[Global___Report] | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        unknown_digests: collections.abc.Iterable[builtins.str] | None = ...,
         draining: Global___Draining | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "opening", b"opening"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "opening", b"opening", "reports", b"reports"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "opening", b"opening", "reports", b"reports", "unknown_digests", b"unknown_digests"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["opening", b"opening"]) -> typing.Literal["hello", "join"] | None: ...
 
 Global___ConnectRequest: typing_extensions.TypeAlias = ConnectRequest
@@ -134,6 +140,7 @@ class ConnectResponse(google.protobuf.message.Message):
     ASSIGNMENTS_FIELD_NUMBER: builtins.int
     REVOKE_LEASE_IDS_FIELD_NUMBER: builtins.int
     STOP_LEASE_IDS_FIELD_NUMBER: builtins.int
+    FORGET_DIGESTS_FIELD_NUMBER: builtins.int
     SEND_ARTIFACTS_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     CLOSE_FIELD_NUMBER: builtins.int
@@ -155,8 +162,8 @@ class ConnectResponse(google.protobuf.message.Message):
 
     @property
     def functions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.Function]:
-        """Functions this stream has not carried before, with code and digest. A function comes in the message of the first
-        assignment that names it, or earlier.
+        """Functions with code and digest: those this stream has not carried before, those the worker was told to forget, and
+        those it asked for. A function comes in the message of the first assignment that names it, or earlier.
         """
 
     @property
@@ -174,6 +181,12 @@ class ConnectResponse(google.protobuf.message.Message):
     @property
     def stop_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Leases to end, running or not. The worker reports each as failed with kind CANCELLED."""
+
+    @property
+    def forget_digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Functions the worker may drop, by digest. The server sends a function again before the next lease that names it; a
+        worker that misses it for a lease it holds asks by `unknown_digests`.
+        """
 
     @property
     def send_artifacts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SendArtifact]:
@@ -199,12 +212,13 @@ class ConnectResponse(google.protobuf.message.Message):
         assignments: collections.abc.Iterable[Global___Assignment] | None = ...,
         revoke_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         stop_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        forget_digests: collections.abc.Iterable[builtins.str] | None = ...,
         send_artifacts: collections.abc.Iterable[Global___SendArtifact] | None = ...,
         drain: Global___Drain | None = ...,
         close: Global___Close | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["close", b"close", "drain", b"drain", "joined", b"joined", "opening", b"opening", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "assignments", b"assignments", "bundles", b"bundles", "close", b"close", "drain", b"drain", "drop_artifact_ids", b"drop_artifact_ids", "functions", b"functions", "joined", b"joined", "opening", b"opening", "revoke_lease_ids", b"revoke_lease_ids", "send_artifacts", b"send_artifacts", "stop_lease_ids", b"stop_lease_ids", "welcome", b"welcome"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "assignments", b"assignments", "bundles", b"bundles", "close", b"close", "drain", b"drain", "drop_artifact_ids", b"drop_artifact_ids", "forget_digests", b"forget_digests", "functions", b"functions", "joined", b"joined", "opening", b"opening", "revoke_lease_ids", b"revoke_lease_ids", "send_artifacts", b"send_artifacts", "stop_lease_ids", b"stop_lease_ids", "welcome", b"welcome"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["opening", b"opening"]) -> typing.Literal["welcome", "joined"] | None: ...
 
 Global___ConnectResponse: typing_extensions.TypeAlias = ConnectResponse

@@ -17,6 +17,7 @@ from lattice_server.core.messages import (
     WelcomeWorker,
 )
 from lattice_server.core.model import Function, Payload
+from lattice_server.engine.code_store import SentCode
 from lattice_server.engine.connections import Connection
 from lattice_server.rpc.assignments import responses
 from tests.server.core.scenes import Scene, node, ready
@@ -67,7 +68,7 @@ def test_what_no_message_holds_comes_in_several_in_the_order_of_the_fields() -> 
     large = Payload("application/json", '"' + "x" * 400_000 + '"')
     scene.tell(*(ready(name, given=large) for name in "abc"))
     leases, connection = [scene.leases[name] for name in "abc"], Connection("w", later=lambda *_: None)
-    connection.sent_digests.add(leases[0].function.digest)
+    connection.sent.add_function(leases[0].function.digest, 1)
     connection.acknowledgement.add(7)
     stop = StopLease(leases[0].session_id, leases[0].lease_id)
     first, *between, last = told(scene, connection, stop, *leases, limit_bytes=1_000_000)
@@ -84,3 +85,31 @@ def test_nothing_goes_out_when_nothing_is_due() -> None:
     assert told(Scene(node()), connection) == []
     connection.is_beat_due = True
     assert told(Scene(node()), connection) == [ConnectResponse()], "a sign of life"
+
+
+def test_a_worker_is_told_to_forget_code_and_sent_it_again_when_it_is_called_again() -> None:
+    scene = Scene(node(cpu=9.0))
+    scene.tell(*(ready(name) for name in "abc"))
+    connection = Connection("w", later=lambda *_: None)
+    connection.sent = SentCode(limit_bytes=150)
+    codes = {name: task_pb2.Function(digest=name, python={"pickle": b"x" * 60}) for name in "abc"}
+    leases = {
+        name: replace(scene.leases[name], function=Function(name, False, (code, None))) for name, code in codes.items()
+    }
+    (message,) = told(scene, connection, leases["a"], leases["b"])
+    assert (list(message.functions), list(message.forget_digests)) == ([codes["a"], codes["b"]], [])
+    (message,) = told(scene, connection, leases["a"], leases["c"])
+    assert (list(message.functions), list(message.forget_digests)) == ([codes["c"]], ["b"])
+    (message,) = told(scene, connection, leases["b"])
+    assert (list(message.functions), list(message.forget_digests)) == ([codes["b"]], ["a"])
+
+
+def test_code_goes_out_again_when_a_worker_asks_for_it() -> None:
+    scene = Scene(node())
+    connection = Connection("w", later=lambda *_: None)
+    code = task_pb2.Function(digest="a", python={"pickle": b"code"})
+    connection.sent.add_function("a", 9)
+    connection.send_code(Function("a", False, (code, None)))
+    (message,) = told(scene, connection)
+    assert list(message.functions) == [code]
+    assert told(scene, connection) == []
