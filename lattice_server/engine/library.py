@@ -9,6 +9,7 @@ from uuid import uuid4
 from lattice_server.core import dag
 from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact, Function, WorkflowSpec
+from lattice_server.engine.folders import MIB
 from lattice_server.engine.store import ArtifactStore
 
 
@@ -24,17 +25,20 @@ class WorkflowEntry:
     fingerprint: str
     created_s: float
     artifacts: list[Artifact]
+    size_bytes: int
     revision: int = 1
 
 
 class WorkflowLibrary:
-    """The stored workflows by id, oldest first, and no more than `max_workflows` of them."""
+    """The stored workflows by id, oldest first: at most `max_workflows`, with definitions of `max_bytes` in all."""
 
-    def __init__(self, store: ArtifactStore, max_workflows: int) -> None:
+    def __init__(self, store: ArtifactStore, max_workflows: int, max_bytes: int = 512 * MIB) -> None:
         self.workflows: OrderedDict[str, WorkflowEntry] = OrderedDict()
         self._numbers = count(1)
         self._store = store
         self._max_workflows = max_workflows
+        self._max_bytes = max_bytes
+        self._kept_bytes = 0
 
     def create(
         self,
@@ -43,12 +47,13 @@ class WorkflowLibrary:
         functions: dict[str, Function],
         definition: object,
         fingerprint: str,
+        size_bytes: int = 0,
     ) -> tuple[WorkflowEntry, bool]:
-        """Store a workflow, or return the one that has this id and content.
+        """Store a workflow, or return the one that has this id and content. Its definition takes `size_bytes`.
 
         Raises:
             ConflictError: the id was used with other content.
-            ExhaustedError: TOO_MANY_WORKFLOWS, one has to be deleted first.
+            ExhaustedError: TOO_MANY_WORKFLOWS, by number or by size; one has to be deleted first.
             InvalidError: the graph is not valid.
         """
         existing = self.workflows.get(workflow_id)
@@ -60,20 +65,38 @@ class WorkflowLibrary:
         if len(self.workflows) >= self._max_workflows:
             text = f"{len(self.workflows)} workflows are stored, as many as may be; delete one, or run graphs inline"
             raise ExhaustedError("TOO_MANY_WORKFLOWS", text)
+        self._check_size(size_bytes)
         named = workflow_id or f"workflow-{uuid4().hex}"
         entry = WorkflowEntry(
-            named, next(self._numbers), spec, functions, definition, fingerprint, time.time(), graph.artifacts
+            named,
+            next(self._numbers),
+            spec,
+            functions,
+            definition,
+            fingerprint,
+            time.time(),
+            graph.artifacts,
+            size_bytes,
         )
-        self._store.hold(entry.artifacts)
+        self._kept_bytes += size_bytes
+        self._store.take(entry.artifacts)
         self.workflows[named] = entry
         return entry, True
 
     def change(
-        self, entry: WorkflowEntry, spec: WorkflowSpec, functions: dict[str, Function], definition: object
+        self,
+        entry: WorkflowEntry,
+        spec: WorkflowSpec,
+        functions: dict[str, Function],
+        definition: object,
+        size_bytes: int = 0,
     ) -> None:
-        """Replace a stored workflow's definition. Raises InvalidError."""
+        """Replace a stored workflow's definition. Raises ExhaustedError, InvalidError."""
         graph = dag.build(spec)
-        self._store.hold(graph.artifacts)
+        self._check_size(size_bytes - entry.size_bytes)
+        self._kept_bytes += size_bytes - entry.size_bytes
+        entry.size_bytes = size_bytes
+        self._store.take(graph.artifacts)
         self._store.release(entry.artifacts)
         entry.spec, entry.functions, entry.artifacts = spec, functions, graph.artifacts
         entry.definition = definition
@@ -81,8 +104,15 @@ class WorkflowLibrary:
 
     def delete(self, workflow_id: str) -> None:
         """Forget a stored workflow. Raises NotFoundError."""
-        self._store.release(self.get(workflow_id).artifacts)
+        entry = self.get(workflow_id)
+        self._store.release(entry.artifacts)
+        self._kept_bytes -= entry.size_bytes
         del self.workflows[workflow_id]
+
+    def _check_size(self, added_bytes: int) -> None:
+        if self._kept_bytes + added_bytes > self._max_bytes:
+            text = f"the stored workflows would take more than {self._max_bytes // MIB} MiB"
+            raise ExhaustedError("TOO_MANY_WORKFLOWS", f"{text}; delete one, or run graphs inline")
 
     def get(self, workflow_id: str) -> WorkflowEntry:
         """Return a stored workflow. Raises NotFoundError."""

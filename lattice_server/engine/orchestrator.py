@@ -36,6 +36,7 @@ from lattice_server.core.reuse import Earlier, workflow_of
 from lattice_server.core.run import Effect, Run
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.ended_ids import EndedIds
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.library import expect_revision
 from lattice_server.engine.run_entry import Retention, RunEntry
@@ -79,6 +80,7 @@ class Orchestrator:
         self._admission = admission
         self._numbers = count(1)
         self._ended: OrderedDict[str, RunEntry] = OrderedDict()
+        self._dropped = EndedIds()
         self._ended_tasks = 0
         self._ended_bytes = 0
         self._ended_artifact_bytes = 0
@@ -102,6 +104,7 @@ class Orchestrator:
 
         Raises:
             ConflictError: the id was used with other content.
+            NotFoundError: the run with this id and content has ended and is no longer kept.
             ExhaustedError: the server has as many open tasks as it may, or the run too many of its own.
             InvalidError: the graph is not valid.
             PreconditionError: no node could ever run one of its tasks.
@@ -114,6 +117,10 @@ class Orchestrator:
             if existing.fingerprint != fingerprint:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} exists with other content")
             return existing, False
+        if (known := self._dropped.fingerprint_of(run_id, time.monotonic())) is not None:
+            if known != fingerprint:
+                raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} existed with other content")
+            raise self._no_run(run_id)
         graph = dag.build(spec, parameters)
         self._admission.check(spec.tasks)
         run = Run(
@@ -183,7 +190,13 @@ class Orchestrator:
         try:
             return self.runs[run_id]
         except KeyError:
-            raise NotFoundError("RUN_NOT_FOUND", f"there is no run {run_id!r}", metadata={"run_id": run_id}) from None
+            raise self._no_run(run_id) from None
+
+    def _no_run(self, run_id: str) -> NotFoundError:
+        text = f"there is no run {run_id!r}"
+        if self._dropped.fingerprint_of(run_id, time.monotonic()) is not None:
+            text = f"run {run_id!r} has ended, and its results are no longer kept; it is not run again by that id"
+        return NotFoundError("RUN_NOT_FOUND", text, metadata={"run_id": run_id})
 
     def task(self, run_id: str, task_id: str) -> RunEntry:
         """Return the run of a task. Raises NotFoundError when there is no such run or task."""
@@ -300,7 +313,7 @@ class Orchestrator:
 
     def _keep(self, entry: RunEntry, artifacts: list[Artifact]) -> None:
         if artifacts:
-            self._store.hold(artifacts)
+            self._store.take(artifacts)
             entry.artifacts += artifacts
             entry.artifact_bytes += sum(artifact.size_bytes for artifact in artifacts)
 
@@ -315,6 +328,7 @@ class Orchestrator:
             self._ended_bytes -= oldest.kept_bytes
             self._let_go(oldest)
             del self.runs[run_id]
+            self._dropped.remember(run_id, oldest.fingerprint, time.monotonic())
         if self._ended_artifact_bytes <= kept.artifact_bytes:
             return
         for entry in list(self._ended.values())[:-1]:

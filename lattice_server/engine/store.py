@@ -32,7 +32,7 @@ SPARES = "spares"
 UPLOADS = "uploads"
 CHUNK_BYTES = 1024 * 1024
 MIN_SPARE_BYTES = 1024 * 1024
-UPLOAD_TTL_S = 3600.0
+UPLOAD_TTL_S = 600.0
 _ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
 
@@ -60,6 +60,8 @@ class ArtifactStore:
         self.total_bytes = room(self.directory)[1]
         self._spare_limit_bytes = min(spare_limit_bytes, self.total_bytes // 4)
         self._held: dict[str, _Holding] = {}
+        # Uploads that no run and no workflow has taken, by id; equal ones wait one by one.
+        self._waiting: dict[str, list[tuple[Artifact, asyncio.TimerHandle]]] = {}
 
     async def read(self, artifact_id: str, offset: int) -> AsyncIterator[bytes]:
         """Yield the bytes of an artifact from `offset` on, in chunks of 1 MiB. Raises NotFoundError."""
@@ -70,7 +72,7 @@ class ArtifactStore:
                 yield chunk
 
     async def write(self, chunks: AsyncIterator[bytes]) -> Artifact:
-        """Store the chunks as one artifact; it is dropped after an hour in which no run and no workflow named it.
+        """Store the chunks as one artifact; it is dropped after 10 minutes in which no run and no workflow took it.
 
         Raises:
             ExhaustedError: the store has no room for it.
@@ -84,8 +86,25 @@ class ArtifactStore:
             artifact = self._admit(draft, Artifact(digest.hexdigest(), size, HEAD))
         finally:
             draft.unlink(missing_ok=True)
-        asyncio.get_running_loop().call_later(UPLOAD_TTL_S, self.release, [artifact])
+        timer = asyncio.get_running_loop().call_later(UPLOAD_TTL_S, self._stop_waiting, artifact.artifact_id)
+        self._waiting.setdefault(artifact.artifact_id, []).append((artifact, timer))
         return artifact
+
+    def take(self, artifacts: Sequence[Artifact]) -> None:
+        """As `hold`, for a run or a workflow: an upload it names waits no longer to be taken."""
+        self.hold(artifacts)
+        # One of equal uploads each: another one may be for another run.
+        for artifact_id in {artifact.artifact_id for artifact in artifacts} & self._waiting.keys():
+            self._stop_waiting(artifact_id)
+
+    def _stop_waiting(self, artifact_id: str) -> None:
+        """Let go of an upload that was taken, or that nothing has taken for too long."""
+        waiting = self._waiting[artifact_id]
+        artifact, timer = waiting.pop(0)
+        timer.cancel()
+        if not waiting:
+            del self._waiting[artifact_id]
+        self.release([artifact])
 
     def hold(self, artifacts: Iterable[Artifact]) -> None:
         """Keep artifacts until as many `release` as `hold` have named them."""

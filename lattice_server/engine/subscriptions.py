@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import sys
+from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from lattice_server.core.errors import RangeError
 from lattice_server.core.messages import (
@@ -21,13 +23,22 @@ from lattice_server.core.model import Failure
 BATCH = 512
 # What an event takes by itself, whatever it tells.
 EVENT_BYTES = 256
+# The output of tasks that a run's log keeps, in bytes.
+MAX_OUTPUT_BYTES = 64 * 1024 * 1024
 
 
 class RunLog:
-    """The numbered events of one run, and the memory they take; lives on the main thread."""
+    """The numbered events of one run, and the memory they take; lives on the main thread.
 
-    def __init__(self) -> None:
+    Of what tasks write to their output the newest `max_output_bytes` are kept; an older event stays, without its text
+    and marked as cut. All other events are kept whole.
+    """
+
+    def __init__(self, max_output_bytes: int = MAX_OUTPUT_BYTES) -> None:
         self.events: list[RunEvent] = []
+        self._max_output_bytes = max_output_bytes
+        self._output_bytes = 0
+        self._outputs: deque[int] = deque()  # The positions of events with text.
         self.kept_bytes = 0
         self.is_complete = False
         self._waiting: dict[asyncio.Future[None], None] = {}
@@ -37,6 +48,11 @@ class RunLog:
         """Number a fact and wake the readers that wait for one."""
         self.events.append(RunEvent(len(self.events) + 1, time_s, fact))
         self.kept_bytes += EVENT_BYTES + _content_bytes(fact)
+        if isinstance(fact, TaskLogged):
+            self._outputs.append(len(self.events) - 1)
+            self._output_bytes += _content_bytes(fact)
+            while self._output_bytes > self._max_output_bytes and len(self._outputs) > 1:
+                self._cut(self._outputs.popleft())
         if isinstance(fact, RunFinished):
             self.is_complete = True
             self._complete.set()
@@ -44,6 +60,15 @@ class RunLog:
         for future in waiting:
             if not future.done():
                 future.set_result(None)
+
+    def _cut(self, position: int) -> None:
+        event = self.events[position]
+        assert isinstance(event.fact, TaskLogged), "only events with text are noted"
+        cut = replace(event.fact, text="", is_truncated=True)
+        freed = _content_bytes(event.fact) - _content_bytes(cut)
+        self.events[position] = replace(event, fact=cut)
+        self._output_bytes -= _content_bytes(event.fact)
+        self.kept_bytes -= freed
 
     async def follow(self, after: int) -> AsyncIterator[list[RunEvent]]:
         """Yield the events after number `after` in batches, to the run's end.

@@ -42,7 +42,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             dag.build(spec)
             return workflow_pb2.CreateWorkflowResponse(workflow=workflow_pb2.Workflow(spec=request.spec))
         print_ = fingerprint(request.spec.SerializeToString(deterministic=True))
-        entry, created = self._library.create(request.workflow_id, spec, functions, request.spec, print_)
+        size = request.spec.ByteSize()
+        entry, created = self._library.create(request.workflow_id, spec, functions, request.spec, print_, size)
         return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry), created=created)
 
     async def AddTasks(self, request: workflow_pb2.AddTasksRequest, context: Context) -> workflow_pb2.AddTasksResponse:
@@ -64,7 +65,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         definition = workflow_pb2.WorkflowSpec(functions=request.functions, tasks=request.tasks)
         definition = _merged(_definition(entry), definition)
         changed = replace(entry.spec, tasks=entry.spec.tasks + tasks)
-        self._library.change(entry, changed, functions, definition)
+        self._library.change(entry, changed, functions, definition, definition.ByteSize())
         return workflow_pb2.AddTasksResponse(revision=entry.revision)
 
     async def AddEdges(self, request: workflow_pb2.AddEdgesRequest, context: Context) -> workflow_pb2.AddEdgesResponse:
@@ -85,7 +86,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         for message in definition.tasks:
             message.after[:] = tasks[message.task_id].after
         changed = replace(entry.spec, tasks=tuple(tasks.values()))
-        self._library.change(entry, changed, entry.functions, definition)
+        self._library.change(entry, changed, entry.functions, definition, definition.ByteSize())
         return workflow_pb2.AddEdgesResponse(revision=entry.revision)
 
     async def GetWorkflow(

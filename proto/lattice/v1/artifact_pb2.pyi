@@ -84,7 +84,9 @@ class WriteArtifactResponse(google.protobuf.message.Message):
     ARTIFACT_FIELD_NUMBER: builtins.int
     @property
     def artifact(self) -> lattice.v1.payload_pb2.Artifact:
-        """The artifact, to be used in a `Payload`. It is dropped if no run refers to it within an hour."""
+        """The artifact, to be used in a `Payload`. It is dropped when nothing takes it within 10 minutes, and otherwise with the
+        last run or stored workflow that took it.
+        """
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ from lattice_server.core.states import RunState
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.connections import Connection
+from lattice_server.engine.ended_ids import EndedIds
 from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import Retention, RunEntry
@@ -54,6 +55,8 @@ class Holdings:
     def hold(self, artifacts: Iterable[Artifact]) -> None:
         """Count a holder."""
         self.holders.update(artifact.artifact_id for artifact in artifacts)
+
+    take = hold
 
     def release(self, artifacts: Iterable[Artifact]) -> None:
         """Count one less; nobody may let go of what he does not hold."""
@@ -89,6 +92,7 @@ def stored(name: str, size_bytes: int = 9) -> Payload:
 
 
 def start(orchestrator: Orchestrator, run_id: str, spec: WorkflowSpec = ONE_TASK, **parameters: Payload) -> RunEntry:
+    spec = replace(spec, parameters={**dict.fromkeys(parameters, VALUE), **spec.parameters})
     settings: Any = {"parameters": parameters, "labels": {}, "priority": 0, "fingerprint": run_id}
     return orchestrator.start_run(run_id, spec, **settings)[0]
 
@@ -109,7 +113,6 @@ def test_the_newest_ended_runs_are_kept_and_all_that_go_on() -> None:
         with pytest.raises(NotFoundError) as caught:
             orchestrator.run("r0")
         assert caught.value.reason == "RUN_NOT_FOUND"
-        assert start(orchestrator, "r0").run.tasks, "its id is free again"
 
     play(scenario)
 
@@ -302,6 +305,48 @@ def test_no_more_workflows_are_stored_than_may_be_and_a_place_that_is_free_is_gi
     assert library.create("a", ONE_TASK, {}, None, "print")[1] is False, "what is there may be asked for again"
     library.delete("b")
     assert library.create("c", ONE_TASK, {}, None, "print")[1]
+
+
+def test_stored_workflows_take_no_more_bytes_than_they_may() -> None:
+    library = WorkflowLibrary(Holdings(), 9, max_bytes=100)  # type: ignore[arg-type]  # it counts as one
+    entry, _ = library.create("a", ONE_TASK, {}, None, "print", 60)
+    with pytest.raises(ExhaustedError, match="would take more than"):
+        library.create("b", ONE_TASK, {}, None, "print", 41)
+    library.create("b", ONE_TASK, {}, None, "print", 40)
+    with pytest.raises(ExhaustedError):
+        library.change(entry, ONE_TASK, {}, None, 61)
+    library.change(entry, ONE_TASK, {}, None, 50)
+    library.delete("b")
+    library.create("c", ONE_TASK, {}, None, "print", 50)
+
+
+def test_a_run_that_is_no_longer_kept_is_not_run_again() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        for name in "abc":
+            start(orchestrator, name)
+            finish(orchestrator, name)
+        assert list(orchestrator.runs) == ["c"]
+        text = "run 'a' has ended, and its results are no longer kept; it is not run again by that id"
+        for ask in (lambda: start(orchestrator, "a"), lambda: orchestrator.run("a")):
+            with pytest.raises(NotFoundError) as caught:
+                ask()
+            assert (caught.value.message, caught.value.reason) == (text, "RUN_NOT_FOUND")
+        with pytest.raises(NotFoundError, match="there is no run 'other'"):
+            orchestrator.run("other")
+        assert list(orchestrator.runs) == ["c"]
+
+    play(scenario, retained_runs=1)
+
+
+def test_ended_ids_are_remembered_for_an_hour_up_to_a_number() -> None:
+    ended = EndedIds(max_ids=3)
+    for number, name in enumerate("abcd"):
+        ended.remember(name, f"print of {name}", 1000.0 * number)
+    assert [ended.fingerprint_of(name, 3000.0) for name in "abd"] == [None, "print of b", "print of d"]
+    assert ended.fingerprint_of("b", 1000.0 + 3600.0) == "print of b"
+    assert ended.fingerprint_of("b", 1000.0 + 3600.1) is None
+    ended.remember("e", "print", 7000.0)
+    assert len(ended) == 1
 
 
 def test_a_reader_of_a_run_that_is_forgotten_reads_on() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lattice_server.core.errors import RangeError
-from lattice_server.core.messages import RunFinished, RunStarted
+from lattice_server.core.messages import RunFinished, RunStarted, TaskLogged
 from lattice_server.core.states import RunState
 from lattice_server.engine.subscriptions import RunLog
 
@@ -147,5 +147,31 @@ def test_the_end_can_be_waited_for() -> None:
         log.append(FINISHED, 0.0)
         await waiting
         await log.completed()
+
+    play(scenario)
+
+
+def test_the_oldest_output_is_cut_and_no_event_is_lost() -> None:
+    async def scenario(log: RunLog) -> None:
+        log = RunLog(max_output_bytes=3000)
+        for number in range(10):
+            log.append(TaskLogged("r", "t", 1, False, str(number) * 1000, False), 0.0)
+            log.append(RunStarted("w", number), 0.0)
+        assert log.kept_bytes < 20 * 400 + 3000
+        log.append(FINISHED, 0.0)
+        assert await read(log) == list(range(1, 22))
+        told = [event.fact for event in log.events if isinstance(event.fact, TaskLogged)]
+        assert [(len(fact.text), fact.is_truncated) for fact in told] == [(0, True)] * 8 + [(1000, False)] * 2
+        assert log.events[1].fact == RunStarted("w", 0)
+
+    play(scenario)
+
+
+def test_one_output_over_the_limit_is_kept() -> None:
+    async def scenario(log: RunLog) -> None:
+        log = RunLog(max_output_bytes=10)
+        log.append(TaskLogged("r", "t", 1, False, "x" * 1000, False), 0.0)
+        assert isinstance(log.events[0].fact, TaskLogged)
+        assert log.events[0].fact.text == "x" * 1000
 
     play(scenario)

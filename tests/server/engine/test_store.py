@@ -300,3 +300,17 @@ def test_what_a_server_that_was_killed_left_is_deleted_and_nobody_else_s(
     assert sorted(tmp_path.iterdir()) == sorted([new, first.directory, second.directory])
     for store in (first, second):
         store.close()
+
+
+def test_an_upload_goes_with_the_run_that_took_it() -> None:
+    async def scenario(store: ArtifactStore) -> None:
+        first, second = await store.write(chunks(b"x")), await store.write(chunks(b"x"))
+        assert first == second
+        store.take([first, first])
+        store.release([first, first])
+        assert await is_there(store, second), "another run may take it"
+        store.take([second])
+        store.release([second])
+        assert not await is_there(store, second)
+
+    play(scenario)
