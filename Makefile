@@ -27,6 +27,12 @@ lint: $(VENV)/.stamp
 	$(VENV)/bin/buf lint
 	BUF=$(VENV)/bin/buf scripts/lint_breaking.sh
 
+# The contract as it is now becomes what later changes are compared with; a decision page must name its digest.
+.PHONY: baseline
+baseline: $(VENV)/.stamp
+	$(VENV)/bin/buf build --as-file-descriptor-set --exclude-source-info -o proto/lattice_v1.binpb
+	sha256sum proto/lattice_v1.binpb
+
 # The Node.js examples. On a machine that has no Node.js and may not install it, their tests are skipped.
 .PHONY: nodejs
 nodejs: examples/nodejs/node_modules/.stamp examples/nodejs-worker/node_modules/.stamp
