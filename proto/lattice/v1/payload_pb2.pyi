@@ -46,11 +46,11 @@ class Payload(google.protobuf.message.Message):
     media_type: builtins.str
     """The encoding, as a media type. Empty means `application/json` when `json` is set."""
     json: builtins.str
-    """The value as JSON text, at most `Limits.inline_payload_bytes` in UTF-8; readable and writable from any language and
-    from a shell.
-    """
+    """The value as JSON text, which any language and a shell can read and write; as long as `data` may be, in UTF-8."""
     data: builtins.bytes
-    """The value as bytes in the encoding `media_type` names, at most `Limits.inline_payload_bytes`."""
+    """The value as bytes in the encoding `media_type` names; at most 256 KiB, unless `Limits.inline_payload_bytes` says
+    otherwise.
+    """
     @property
     def artifact(self) -> Global___Artifact:
         """The value as bytes kept elsewhere, because it is too large to travel inline."""
