@@ -16,6 +16,7 @@ from grpc.experimental import ChannelOptions
 
 from lattice_client import errors, forks
 from lattice_client.channel import Channel, LimitReachedError, OpenCall, Stubs, options_for
+from lattice_client.interrupts import calling
 from lattice_client.security import Security
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ class BlockingChannel(Channel):
     async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
         """Return the answer of a call. Raises RequestError, ClientClosedError, LimitReachedError."""
         with self._closing():
-            return cast(R, method(request, timeout=left_s()))
+            return cast(R, calling(cast(Any, method), request, timeout=left_s()))
 
     async def stream(self, method: "UnaryStreamMultiCallable[Q, R]", request: Q) -> AsyncIterator[R]:
         """Yield the messages of a call. Raises as `call`."""
         with self._closing():
-            found: _Stream[R] = _Stream(method(request, timeout=left_s()))
+            found: _Stream[R] = _Stream(calling(cast(Any, method), request, timeout=left_s()))
             try:
                 while (response := found.read()) is not None:
                     yield response
@@ -64,7 +65,7 @@ class BlockingChannel(Channel):
     async def upload(self, method: "StreamUnaryMultiCallable[Q, R]", messages: Iterable[Q]) -> R:
         """Send messages; return the answer. Raises as `call`."""
         with self._closing():
-            return cast(R, cast(Any, method)(iter(messages), timeout=left_s()))
+            return cast(R, calling(cast(Any, method), iter(messages), timeout=left_s()))
 
     async def begin(
         self, method: "UnaryStreamMultiCallable[Q, R]", request: Q, on_end: Callable[[OpenCall[R]], object]
@@ -72,7 +73,7 @@ class BlockingChannel(Channel):
         """Start a call of two messages; return the first one. Raises as `call`."""
         self._forget_cancelled()
         with self._closing():
-            found: _Stream[R] = _Stream(method(request, timeout=left_s()))
+            found: _Stream[R] = _Stream(calling(cast(Any, method), request, timeout=left_s()))
             first = found.read()
         assert first is not None, "the server answers before it ends the call"
         return first, BlockingOpenCall(self, found, on_end)
@@ -108,7 +109,7 @@ class BlockingChannel(Channel):
             connection, self._connection = self._connection, None
         if connection is not None and not forks.is_broken():
             self._forget_cancelled()
-            connection[0].close()
+            calling(connection[0].close)
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
@@ -148,7 +149,7 @@ class _Stream(Generic[R]):
     def read(self) -> R | None:
         """Wait for the next message; None at the end. Raises grpc.RpcError."""
         try:
-            return cast("R | None", next(self._call, None))
+            return cast("R | None", calling(next, self._call, None))
         except grpc.RpcError:
             raise
         except BaseException:
@@ -159,7 +160,7 @@ class _Stream(Generic[R]):
     def cancel(self) -> None:
         """Have the next, or the present, `read` raise grpc.RpcError."""
         if not forks.is_broken():  # there it is the parent's
-            self._call.cancel()
+            calling(self._call.cancel)
 
     @property
     def is_kept(self) -> bool:
@@ -169,7 +170,7 @@ class _Stream(Generic[R]):
     def forget(self) -> None:
         """Take the last events of a call that was cancelled. gRPC has no public way to do this."""
         while self.is_kept:
-            self._call._consume_next_event()
+            calling(self._call._consume_next_event)
 
 
 def _connect(dialled: Security) -> tuple[grpc.Channel, Stubs]:
