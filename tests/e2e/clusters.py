@@ -1,5 +1,6 @@
 """A cluster on a network of hosts: a head that runs nothing itself, and workers that join it, all by TLS and token."""
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ class Cluster:
         self.env = {"LATTICE_TOKEN": TOKEN, "LATTICE_TLS_CA": str(self._files.ca)}
         self._server: subprocess.Popen[bytes] | None = None
         self._client: LatticeClient | None = None
+        self.workers: dict[str, subprocess.Popen[bytes]] = {}
 
     def start_head(self, *flags: str) -> None:
         """Start the head and wait until it serves. It offers nothing to run on unless `flags` say so."""
@@ -42,7 +44,21 @@ class Cluster:
         command += [*(flags or ("--num-cpus", "2")), "--label", f"at={node_id}"]
         worker = machine.lattice(*command, env=self.env, until=f"as node {node_id}")
         self.until_node(node_id, cluster_pb2.NODE_STATE_READY)
+        self.workers[node_id] = worker
         return worker
+
+    def restore(self, names: str, *flags: str) -> None:
+        """Have the first machines be nodes with these names of one letter each, whatever befell the cluster before."""
+        for machine, name in zip(self.machines, names, strict=False):
+            machine.mend()
+            machine.signal_all(signal.SIGCONT)
+            if not any({"--join", name} <= {*process.cmdline()} for process in machine.processes()):
+                machine.kill_all()
+                self.join(machine, name, *flags)
+        ready = cluster_pb2.NODE_STATE_READY
+        self.until(
+            lambda: {node_id: node.state for node_id, node in self.nodes().items()} == dict.fromkeys(names, ready)
+        )
 
     @property
     def client(self) -> LatticeClient:

@@ -5,43 +5,78 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lattice_server.executors.leftovers import end_session
+from tests.e2e.rooms import WAIT_S
 
 TOKEN = "0123456789abcdef" * 4
 # What a program needs to talk to that Ray.
 ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
+# A program of its owner's: tells the free resources at each line it reads.
+DRIVER = """
+import json, sys, time, ray
+ray.init(sys.argv[1], log_to_driver=False)
+for _ in sys.stdin:
+    while not (found := ray.available_resources()):
+        time.sleep(0.1)
+    print("free:" + json.dumps(found), flush=True)
+"""
+
+
+class UsersRay:
+    """A Ray that runs, and a program that is connected to it."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._driver = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, address],
+            env={**os.environ, **ACCESS},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def free(self) -> dict[str, float]:
+        """Return the resources that no task or actor has; nothing when the program has ended."""
+        assert self._driver.stdin is not None
+        assert self._driver.stdout is not None
+        self._driver.stdin.write("\n")
+        self._driver.stdin.flush()
+        for line in self._driver.stdout:
+            if line.startswith("free:"):
+                found: dict[str, float] = json.loads(line.removeprefix("free:"))
+                return found
+        return {}
+
+    def until_free(self, cpus: float) -> None:
+        """Wait until that many CPUs are free, no more and no fewer."""
+        deadline = time.monotonic() + WAIT_S
+        while (found := self.free().get("CPU")) != cpus:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """End the program."""
+        self._driver.communicate(timeout=30)
+
+
 def machine_address() -> str:
     """Return this machine's address as Ray sees it."""
-    return ask("import ray._private.services as s; print(s.get_node_ip_address())")
+    from ray._private.services import get_node_ip_address
 
-
-def ask(script: str) -> str:
-    """Run a script that uses Ray, and return the last line it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, **ACCESS}, check=True, capture_output=True, text=True
-    )
-    return done.stdout.splitlines()[-1]
-
-
-def free_resources(address: str) -> dict[str, float]:
-    """Return what nobody uses of that Ray."""
-    script = (
-        f"import json, ray; ray.init({address!r}, log_to_driver=False); print(json.dumps(ray.available_resources()))"
-    )
-    found: dict[str, float] = json.loads(ask(script))
-    return found
+    return str(get_node_ip_address())
 
 
 @contextmanager
-def ray_head(folder: Path, ip: str, *flags: str, autoscaling: dict[str, Any] | None = None) -> Iterator[str]:
-    """Run a Ray head while the block runs; yield where it listens."""
+def ray_head(folder: Path, ip: str, *flags: str, autoscaling: dict[str, Any] | None = None) -> Iterator[UsersRay]:
+    """Run a Ray head while the block runs."""
     with socket.socket() as probe:
         probe.bind((ip, 0))
         address = f"{ip}:{probe.getsockname()[1]}"
@@ -68,14 +103,14 @@ def ray_head(folder: Path, ip: str, *flags: str, autoscaling: dict[str, Any] | N
         process = subprocess.Popen(
             [*command, *flags], env=environment, stdout=file, stderr=file, start_new_session=True
         )
+    users = UsersRay(address)
     try:
-        for _ in range(3):
-            # Waits for Ray itself, and fails when there is none in time.
-            if process.poll() is None and free_resources(address):
-                break
-        yield address
+        # Waits for Ray itself.
+        assert users.free(), log.read_text()
+        yield users
         assert process.poll() is None, log.read_text()
     finally:
+        users.close()
         process.terminate()
         process.wait(30)
         end_session(process.pid)

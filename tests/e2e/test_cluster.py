@@ -1,10 +1,8 @@
 """A head and workers on hosts of their own: how they join, leave, die and come back, and what that costs nobody."""
 
-import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from lattice.v1 import cluster_pb2
@@ -12,25 +10,40 @@ from lattice.v1 import cluster_pb2
 from lattice_client import TaskFailedError, task
 from lattice_client.sync import Run
 from tests.e2e.clusters import Cluster, cluster
-from tests.e2e.net import GONE_S, LATTICE, Host, needs_network
+from tests.e2e.net import GONE_S, Host, needs_network
 from tests.e2e.rooms import WAIT_S, Room, enter, entered, started, until
 
 READY, DETACHED, DRAINING = (cluster_pb2.NodeState.Value(f"NODE_STATE_{n}") for n in ("READY", "DETACHED", "DRAINING"))
+DEADLINE_S = 0.2
 LARGE_BYTES = 3_000_000
-README = Path(__file__).parent.parent.parent / "README.md"
 
 
 pytestmark = needs_network
 EXHAUSTIVE = pytest.mark.exhaustive
 
 
-@pytest.fixture
-def two(tmp_path: Path) -> Iterator[Cluster]:
-    """A head and two workers of two CPUs, on hosts called `a` and `b`."""
-    with cluster(tmp_path, "local") as found:
-        for machine, name in zip(found.machines, "ab", strict=True):
-            found.join(machine, name)
+@pytest.fixture(scope="module")
+def cluster_of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head and two machines."""
+    with cluster(tmp_path_factory.mktemp("cluster"), "local") as found:
         yield found
+
+
+@pytest.fixture
+def two(cluster_of_two: Cluster) -> Cluster:
+    """That cluster, each machine a node of two CPUs, `a` and `b`, whatever befell it before."""
+    cluster_of_two.restore("ab", "--num-cpus", "2", "--drain-deadline", str(DEADLINE_S))
+    return cluster_of_two
+
+
+@pytest.fixture
+def empty(cluster_of_two: Cluster) -> Cluster:
+    """That cluster without any node."""
+    for machine in cluster_of_two.machines:
+        machine.mend()
+        machine.kill_all()
+    cluster_of_two.until(lambda: not cluster_of_two.nodes())
+    return cluster_of_two
 
 
 @task
@@ -73,20 +86,18 @@ def all_outputs(run: Run) -> set[str]:
     return {e.data["outputs"]["result"] for e in ends}
 
 
-def test_a_machine_that_joins_takes_what_waited_for_one(tmp_path: Path, room: Room) -> None:
-    with cluster(tmp_path, "local", machines=1) as found:
-        assert not found.nodes()
-        workflow = found.client.create_workflow()
-        workflow.add_task(stay, {"room": room, "name": "early"})
-        run = workflow.run()
-        found.join(found.machines[0], "a", "--num-cpus", "2", "--label", "zone=eu", "--memory", "1000")
-        started(run, "stay")
-        room.open()
-        assert run.result(timeout=WAIT_S) == {"result": "early"}
-        node = found.nodes()["a"]
-        assert (node.node_ip, node.capacity.cpu, dict(node.labels)["zone"]) == (found.machines[0].address, 2, "eu")
-        assert node.capacity.memory_bytes == 1000 * 2**20
-        assert "a" in found.command("nodes")
+def test_a_machine_that_joins_takes_what_waited_for_one(empty: Cluster, room: Room) -> None:
+    workflow = empty.client.create_workflow()
+    workflow.add_task(stay, {"room": room, "name": "early"})
+    run = workflow.run()
+    empty.join(empty.machines[0], "c", "--num-cpus", "2", "--label", "zone=eu", "--memory", "1000")
+    started(run, "stay")
+    room.open()
+    assert run.result(timeout=WAIT_S) == {"result": "early"}
+    node = empty.nodes()["c"]
+    assert (node.node_ip, node.capacity.cpu, dict(node.labels)["zone"]) == (empty.machines[0].address, 2, "eu")
+    assert node.capacity.memory_bytes == 1000 * 2**20
+    assert "\nc\t" in empty.command("nodes")
 
 
 def kill_worker(host: Host, worker: "subprocess.Popen[bytes]") -> None:
@@ -113,44 +124,38 @@ def stop_all(host: Host, worker: "subprocess.Popen[bytes]") -> None:
     "befall", [kill_worker, cut, *(pytest.param(one, marks=EXHAUSTIVE) for one in (crash, stop_all))]
 )
 def test_what_a_lost_worker_ran_is_run_elsewhere(
-    befall: Callable[[Host, "subprocess.Popen[bytes]"], None], tmp_path: Path, room: Room
+    befall: Callable[[Host, "subprocess.Popen[bytes]"], None], two: Cluster, room: Room
 ) -> None:
-    with cluster(tmp_path, "local") as found:
-        worker = found.join(found.machines[0], "a")
-        found.join(found.machines[1], "b")
-        run = four_in(found, room)
-        befall(found.machines[0], worker)
-        found.until_node("a")
-        room.open()
-        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
-        assert retried(run) == ["WORKER_LOST"] * 2
-        assert nodes_that_finished(run) == {"b"}
-        node = found.nodes()["b"]
-        assert (node.attempts, node.free.cpu) == (0, 2), "the ledger is not true"
+    run = four_in(two, room)
+    befall(two.machines[0], two.workers["a"])
+    two.until_node("a")
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert retried(run) == ["WORKER_LOST"] * 2
+    assert nodes_that_finished(run) == {"b"}
+    node = two.nodes()["b"]
+    assert (node.attempts, node.free.cpu) == (0, 2), "the ledger is not true"
 
 
 @pytest.mark.parametrize("befall", [cut, pytest.param(stop_all, marks=EXHAUSTIVE)])
 def test_a_worker_that_comes_back_too_late_serves_anew_and_what_it_ran_is_ended(
-    befall: Callable[[Host, "subprocess.Popen[bytes]"], None], tmp_path: Path, room: Room
+    befall: Callable[[Host, "subprocess.Popen[bytes]"], None], two: Cluster, room: Room
 ) -> None:
-    with cluster(tmp_path, "local") as found:
-        worker = found.join(found.machines[0], "a")
-        found.join(found.machines[1], "b")
-        run = four_in(found, room)
-        befall(found.machines[0], worker)
-        found.until_node("a")
-        if befall is cut:
-            found.machines[0].mend()
-        else:
-            found.machines[0].signal_all(signal.SIGCONT)
-        found.until_node("a", READY)
-        # Both attempts of the lost worker run again, each alone on its node: the other node is busy, so one at a time.
-        while len([line for line in room.notes() if line.startswith("+")]) < 5:
-            entered(run, "stay")
-        room.open()
-        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
-        left = [line for line in room.notes() if line.startswith("-")]
-        assert len(left) == 4, "an attempt went on although its lease was lost"
+    run = four_in(two, room)
+    befall(two.machines[0], two.workers["a"])
+    two.until_node("a")
+    if befall is cut:
+        two.machines[0].mend()
+    else:
+        two.machines[0].signal_all(signal.SIGCONT)
+    two.until_node("a", READY)
+    # Both attempts of the lost worker run again, each alone on its node: the other node is busy, so one at a time.
+    while len([line for line in room.notes() if line.startswith("+")]) < 5:
+        entered(run, "stay")
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    left = [line for line in room.notes() if line.startswith("-")]
+    assert len(left) == 4, "an attempt went on although its lease was lost"
 
 
 def test_a_short_break_of_the_cable_costs_nothing(two: Cluster, room: Room) -> None:
@@ -163,79 +168,68 @@ def test_a_short_break_of_the_cable_costs_nothing(two: Cluster, room: Room) -> N
     assert len(room.notes()) == 8
 
 
-def test_without_any_node_work_waits_for_one(tmp_path: Path, room: Room) -> None:
-    with cluster(tmp_path, "local") as found:
-        worker = found.join(found.machines[0], "a")
-        workflow = found.client.create_workflow()
-        workflow.add_task(stay, {"room": room, "name": "patient"})
-        run = workflow.run()
-        entered(run, "stay")
+def test_without_any_node_work_waits_for_one(two: Cluster, room: Room) -> None:
+    workflow = two.client.create_workflow()
+    workflow.add_task(stay, {"room": room, "name": "patient"})
+    run = workflow.run()
+    entered(run, "stay")
+    for machine in two.machines:
+        machine.kill_all()
+    two.until(lambda: not two.nodes())
+    later = workflow.run()
+    two.join(two.machines[1], "b")
+    room.open()
+    assert run.result(timeout=WAIT_S) == later.result(timeout=WAIT_S) == {"result": "patient"}
+    assert retried(run) == ["WORKER_LOST"]
+
+
+def test_a_task_that_loses_three_workers_fails(empty: Cluster, room: Room) -> None:
+    workflow = empty.client.create_workflow()
+    workflow.add_task(stay, {"room": room, "name": "poison"})
+    run = workflow.run()
+    for number in range(1, 4):
+        worker = empty.join(empty.machines[0], f"n{number}")
+        while len(room.notes()) < number:
+            entered(run, "stay")
         worker.kill()
-        found.until_node("a")
-        later = workflow.run()
-        found.join(found.machines[1], "b")
-        room.open()
-        assert run.result(timeout=WAIT_S) == later.result(timeout=WAIT_S) == {"result": "patient"}
-        assert retried(run) == ["WORKER_LOST"]
+        empty.until_node(f"n{number}")
+    with pytest.raises(TaskFailedError, match="lost"):
+        run.result(timeout=WAIT_S)
 
 
-def test_a_task_that_loses_three_workers_fails(tmp_path: Path, room: Room) -> None:
-    with cluster(tmp_path, "local", machines=1) as found:
-        workflow = found.client.create_workflow()
-        workflow.add_task(stay, {"room": room, "name": "poison"})
-        run = workflow.run()
-        for number in range(1, 4):
-            worker = found.join(found.machines[0], f"n{number}")
-            while len(room.notes()) < number:
-                entered(run, "stay")
-            worker.kill()
-            found.until_node(f"n{number}")
-        with pytest.raises(TaskFailedError, match="lost"):
-            run.result(timeout=WAIT_S)
+def test_a_node_that_is_drained_finishes_what_it_runs_and_leaves(two: Cluster, room: Room) -> None:
+    run = four_in(two, room)
+    assert "draining" in two.command("nodes", "drain", "a")
+    two.until_node("a", DRAINING)
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert retried(run) == []
+    assert two.workers["a"].wait(GONE_S) == 0
+    assert set(two.nodes()) == {"b"}
 
 
-def test_a_node_that_is_drained_finishes_what_it_runs_and_leaves(tmp_path: Path, room: Room) -> None:
-    with cluster(tmp_path, "local") as found:
-        worker = found.join(found.machines[0], "a")
-        found.join(found.machines[1], "b")
-        run = four_in(found, room)
-        assert "draining" in found.command("nodes", "drain", "a")
-        found.until_node("a", DRAINING)
-        room.open()
-        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
-        assert retried(run) == []
-        assert worker.wait(GONE_S) == 0
-        assert set(found.nodes()) == {"b"}
-
-
-def test_what_outstays_the_deadline_of_a_drained_node_moves(tmp_path: Path, room: Room) -> None:
-    with cluster(tmp_path, "local") as found:
-        worker = found.join(found.machines[0], "a")
-        found.join(found.machines[1], "b")
-        run = four_in(found, room)
-        found.command("nodes", "drain", "a", "--deadline", "0.2")
-        assert worker.wait(GONE_S) == 0
-        room.open()
-        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
-        assert retried(run) == ["WORKER_LOST"] * 2
-        assert nodes_that_finished(run) == {"b"}
+def test_what_outstays_the_deadline_of_a_drained_node_moves(two: Cluster, room: Room) -> None:
+    run = four_in(two, room)
+    two.command("nodes", "drain", "a", "--deadline", str(DEADLINE_S))
+    assert two.workers["a"].wait(GONE_S) == 0
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert retried(run) == ["WORKER_LOST"] * 2
+    assert nodes_that_finished(run) == {"b"}
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGINT", marks=EXHAUSTIVE), "lattice stop"])
-def test_a_worker_that_is_stopped_leaves_first(how: str, tmp_path: Path, room: Room) -> None:
-    with cluster(tmp_path, "local") as found:
-        worker = found.join(found.machines[0], "a", "--num-cpus", "2", "--drain-deadline", "0.2")
-        found.join(found.machines[1], "b")
-        run = four_in(found, room)
-        if how == "lattice stop":
-            stopping = found.machines[0].lattice("stop", "--node", "a")
-            assert worker.wait(GONE_S) == stopping.wait(GONE_S) == 0
-        else:
-            worker.send_signal(signal.Signals[how])
-            assert worker.wait(GONE_S) == 0
-        room.open()
-        assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
-        assert nodes_that_finished(run) == {"b"}
+def test_a_worker_that_is_stopped_leaves_first(how: str, two: Cluster, room: Room) -> None:
+    run, worker = four_in(two, room), two.workers["a"]
+    if how == "lattice stop":
+        stopping = two.machines[0].lattice("stop", "--node", "a")
+        assert worker.wait(GONE_S) == stopping.wait(GONE_S) == 0
+    else:
+        worker.send_signal(signal.Signals[how])
+        assert worker.wait(GONE_S) == 0
+    room.open()
+    assert all_outputs(run) == {"t0", "t1", "t2", "t3"}
+    assert nodes_that_finished(run) == {"b"}
 
 
 def test_workers_come_back_to_a_head_that_starts_anew(two: Cluster, room: Room) -> None:
@@ -281,39 +275,17 @@ def test_large_values_move_between_nodes_and_to_clients(two: Cluster) -> None:
     assert two.client.run_task(measure, {"data": b"y" * LARGE_BYTES}) == {"result": LARGE_BYTES}
 
 
-def test_a_value_that_died_with_its_node_fails_typed(tmp_path: Path, room: Room) -> None:
-    with cluster(tmp_path, "local") as found:
-        worker = found.join(found.machines[0], "a")
-        found.join(found.machines[1], "b")
-        workflow = found.client.create_workflow()
-        made = workflow.add_task(make, {"size": LARGE_BYTES}, "make")
-        waits = workflow.add_task(stay, {"room": room, "name": "later"}, "stay")
-        workflow.add_task(wait_and_measure, {"room": room, "data": made.output, "after": waits.output}, "measure")
-        run = workflow.run()
-        until(run, "task_succeeded", "make")
-        entered(run, "stay")
-        worker.kill()
-        found.until_node("a")
-        room.open()
-        with pytest.raises(TaskFailedError, match=r"node 'a'.*gone") as failed:
-            run.result(timeout=WAIT_S)
-        assert failed.value.kind == "PAYLOAD"
-
-
-def test_the_readme_s_cluster_works_as_it_is_typed(tmp_path: Path) -> None:
-    section = re.findall(r"^## A cluster\n(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)[0]
-    join, look = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    variables, start = join.splitlines()
-    with cluster(tmp_path, "ray", machines=1) as found:
-        path = f"PATH={Path(LATTICE).parent}:$PATH"
-        typed = variables.replace("10.1.2.3:50051", found.address).replace("cert.pem", found.env["LATTICE_TLS_CA"])
-        (tmp_path / "token").write_text(found.env["LATTICE_TOKEN"])
-        machine = found.machines[0]
-        worker = machine.start("sh", "-c", f"cd {tmp_path}; {path}; {typed}; exec {start}")
-        machine.hear(worker, "as node second")
-        found.until_node("second", READY)
-        shown = found.head.run("sh", "-c", f"cd {tmp_path}; {path}; {typed}; {look}")
-        assert shown.splitlines()[1].startswith("second")
-        assert "draining" in shown
-        assert worker.wait(GONE_S) == 0
-        assert not found.nodes()
+def test_a_value_that_died_with_its_node_fails_typed(two: Cluster, room: Room) -> None:
+    workflow = two.client.create_workflow()
+    made = workflow.add_task(make, {"size": LARGE_BYTES}, "make")
+    waits = workflow.add_task(stay, {"room": room, "name": "later"}, "stay")
+    workflow.add_task(wait_and_measure, {"room": room, "data": made.output, "after": waits.output}, "measure")
+    run = workflow.run()
+    until(run, "task_succeeded", "make")
+    entered(run, "stay")
+    two.workers["a"].kill()
+    two.until_node("a")
+    room.open()
+    with pytest.raises(TaskFailedError, match=r"node 'a'.*gone") as failed:
+        run.result(timeout=WAIT_S)
+    assert failed.value.kind == "PAYLOAD"

@@ -1,5 +1,6 @@
 """The same cluster on Ray: machines start Ray nodes, Ray starts the workers, and any part of it may die."""
 
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from lattice.v1 import cluster_pb2
 from lattice_client import TaskFailedError, task
 from lattice_client.sync import Run
 from tests.e2e.clusters import PORT, Cluster, cluster
-from tests.e2e.net import GONE_S, Host, needs_network, network
+from tests.e2e.net import GONE_S, LATTICE, Host, needs_network
 from tests.e2e.rooms import WAIT_S, Room, entered, until
 from tests.e2e.test_cluster import (
     LARGE_BYTES,
@@ -26,6 +27,7 @@ from tests.e2e.test_cluster import (
 )
 
 READY = cluster_pb2.NODE_STATE_READY
+README = Path(__file__).parent.parent.parent / "README.md"
 # Several parts, and far more than what machines tell each other anyway.
 MANY_BYTES = 30_000_000
 AWAY_S = 3.0
@@ -35,21 +37,16 @@ pytestmark = [needs_network, pytest.mark.timeout(240)]
 
 @pytest.fixture(scope="module")
 def cluster_of_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head and two machines of two CPUs, `a` and `b`; Ray takes its time to start."""
+    """A head, which offers nothing, and three machines; Ray takes its time to start."""
     with cluster(tmp_path_factory.mktemp("cluster"), "ray", machines=3) as found:
+        assert not found.nodes()
         yield found
 
 
 @pytest.fixture
 def two(cluster_of_two: Cluster) -> Cluster:
     """That cluster, whole, whatever befell it before."""
-    for machine, name in zip(cluster_of_two.machines, "ab", strict=False):
-        machine.mend()
-        machine.signal_all(signal.SIGCONT)
-        if not any("--join" in process.cmdline() for process in machine.processes()):
-            cluster_of_two.join(machine, name)
-    for name in "ab":
-        cluster_of_two.until_node(name, READY)
+    cluster_of_two.restore("ab")
     return cluster_of_two
 
 
@@ -92,6 +89,24 @@ def test_a_machine_offers_its_gpus_through_ray(two: Cluster) -> None:
     assert two.client.run_task(whole, {}) == {"result": "0,1"}
     agent.terminate()
     assert agent.wait(GONE_S) == 0
+
+
+def test_the_readme_s_cluster_works_as_it_is_typed(two: Cluster, tmp_path: Path) -> None:
+    section = re.findall(r"^## A cluster\n(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)[0]
+    join, look = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    variables, start = join.splitlines()
+    path = f"PATH={Path(LATTICE).parent}:$PATH"
+    typed = variables.replace("10.1.2.3:50051", two.address).replace("cert.pem", two.env["LATTICE_TLS_CA"])
+    (tmp_path / "token").write_text(two.env["LATTICE_TOKEN"])
+    machine = two.machines[2]
+    worker = machine.start("sh", "-c", f"cd {tmp_path}; {path}; {typed}; exec {start}")
+    machine.hear(worker, "as node second")
+    two.until_node("second", READY)
+    shown = two.head.run("sh", "-c", f"cd {tmp_path}; {path}; {typed}; {look}")
+    assert re.search(r"^second\tready", shown, re.MULTILINE)
+    assert "draining" in shown
+    assert worker.wait(GONE_S) == 0
+    assert set(two.nodes()) == {"a", "b"}
 
 
 BEFALL: dict[str, Callable[[Host], None]] = {
@@ -144,7 +159,8 @@ def test_a_machine_that_comes_back_before_ray_has_missed_it_goes_on_with_the_sam
 
 
 @pytest.mark.parametrize(
-    "what", ["gcs_server", "ray_driver", pytest.param("raylet/raylet", marks=pytest.mark.exhaustive)]
+    "what",
+    ["gcs_server", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("ray_driver", "raylet/raylet"))],
 )
 def test_when_rays_head_dies_another_is_started_and_everybody_comes_back(what: str, two: Cluster, room: Room) -> None:
     run = four_in(two, room)
@@ -176,25 +192,11 @@ def test_a_machine_leaves_when_it_is_told_to(how: str, two: Cluster, room: Room)
     assert set(two.nodes()) == {"b"}
 
 
-def test_machines_come_back_to_a_head_that_starts_anew(two: Cluster, room: Room) -> None:
-    four_in(two, room)
-    two.head.kill_all()
-    two.start_head()
-    for name in "ab":
-        two.until_node(name, READY)
-    room.open()
-    again = Room(room + "/again")
-    Path(again).mkdir()
-    # Open before: a worker of the former Ray may take some of the four before it is ended, and those run one by one.
-    again.open()
-    assert all_outputs(start_four(two, again)) == {"t0", "t1", "t2", "t3"}
-    assert not [line for line in room.notes() if line.startswith("-")], "what the head forgot went on"
-
-
-def passed_on(found: Cluster) -> Run:
-    """Start a run that makes a large value on `a` and measures it on `b`."""
+def passed_on(found: Cluster, source: str = "a") -> Run:
+    """Start a run that makes a large value on a node, `a` unless told otherwise, and measures it on `b`."""
     workflow = found.client.create_workflow()
-    made = workflow.add_task(make, {"size": MANY_BYTES}, "make")
+    make_there = task(node_selector={"at": source})(make.function)
+    made = workflow.add_task(make_there, {"size": MANY_BYTES}, "make")
     workflow.add_task(measure, {"data": made.output}, "measure")
     return workflow.run()
 
@@ -238,13 +240,23 @@ def test_a_large_value_that_died_with_its_node_fails_typed(what: str, is_known: 
     assert failed.value.kind == "PAYLOAD"
 
 
-def test_a_large_value_of_the_head_s_own_node_does_not_pass_the_server(tmp_path: Path) -> None:
-    with network(2, tmp_path) as hosts:
-        found = Cluster(hosts, tmp_path, "ray")
-        found.start_head("--num-cpus", "1", "--label", "at=a")
-        found.join(found.machines[0], "b")
-        before = found.head.carried_bytes()
-        assert passed_on(found).result(timeout=WAIT_S) == {"result": MANY_BYTES}
-        assert found.head.sent_bytes(PORT) < MANY_BYTES / 10
-        assert found.head.carried_bytes() - before > MANY_BYTES
-        found.close()
+# It leaves another head behind, and so comes last.
+def test_machines_come_back_to_a_head_that_starts_anew_and_large_values_of_its_own_node_do_not_pass_it(
+    two: Cluster, room: Room
+) -> None:
+    four_in(two, room)
+    two.head.kill_all()
+    two.start_head("--num-cpus", "1", "--label", "at=head")
+    for name in "ab":
+        two.until_node(name, READY)
+    room.open()
+    again = Room(room + "/again")
+    Path(again).mkdir()
+    # Open before: a worker of the former Ray may take some of the four before it is ended, and those run one by one.
+    again.open()
+    assert all_outputs(start_four(two, again)) == {"t0", "t1", "t2", "t3"}
+    assert not [line for line in room.notes() if line.startswith("-")], "what the head forgot went on"
+    sent, carried = two.head.sent_bytes(PORT), two.head.carried_bytes()
+    assert passed_on(two, "head").result(timeout=WAIT_S) == {"result": MANY_BYTES}
+    assert two.head.sent_bytes(PORT) - sent < MANY_BYTES / 10
+    assert two.head.carried_bytes() - carried > MANY_BYTES

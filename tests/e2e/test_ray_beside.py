@@ -117,7 +117,8 @@ def test_a_ray_that_a_user_starts_is_apart_from_that_of_lattice_while_it_runs_an
 def test_the_cluster_of_a_user_is_the_one_that_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ACCESS.items():
         monkeypatch.setenv(name, value)
-    with ray_head(place, machine_address(), "--num-cpus", "1") as users:
+    with ray_head(place, machine_address(), "--num-cpus", "1") as head:
+        users = head.address
         # What leads the user's programs to it leads no part of Lattice there.
         monkeypatch.setenv("RAY_ADDRESS", users)
         before = records(place)
