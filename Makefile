@@ -10,14 +10,19 @@ $(VENV)/.stamp: pyproject.toml
 .PHONY: setup test lint proto
 setup: $(VENV)/.stamp nodejs network
 
-# On a machine with more than two cores, PYTEST_FLAGS="-n 2 --dist loadgroup" runs the tests of clusters beside the others.
+# Three processes: much of the time tests wait. PYTEST_FLAGS="-n 0" runs all in one.
 test: setup
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS)
+
+# What to run at each change: all but the tests that start servers, or processes in great numbers.
+.PHONY: check
+check: lint
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow and not exhaustive" $(PYTEST_FLAGS)
 
 # Also the tests that are left out of `make test` because another one takes nearly the same way.
 .PHONY: test-all
 test-all: setup
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
+	$(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check .

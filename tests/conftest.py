@@ -1,8 +1,7 @@
 """Owns the rules of all tests.
 
-With LATTICE_REQUIRE_ALL=1, as in CI, a skip is a failure, unless it waits for a GPU. With `-n 2
---dist loadgroup` one process has the tests of clusters, which wait most of the time, and the other has the rest.
-`lattice stop` of one finds no server of the other.
+With LATTICE_REQUIRE_ALL=1, as in CI, a skip is a failure, unless it waits for a GPU. `make test` runs several
+processes; `lattice stop` of one finds no server of another.
 """
 
 import os
@@ -10,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +18,6 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 REQUIRE_ALL = os.environ.get("LATTICE_REQUIRE_ALL") == "1"
-
-CLUSTERS = frozenset({"test_cluster.py", "test_cluster_on_ray.py", "test_ray_cluster.py", "test_ray_beside.py"})
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,11 +35,23 @@ def short_path() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which process a test belongs to."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("clusters" if item.path.name in CLUSTERS else "others"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a group in one process, and begin with those that come first."""
+    from tests.groups import Groups
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
+    """In one of several processes, have what takes longest begin first."""
+    yield
+    if hasattr(config, "workerinput"):
+        from tests.groups import rank_of
+
+        items.sort(key=lambda item: rank_of(item.nodeid))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -41,7 +41,7 @@ MODULE = "import pytest\npytest.importorskip('there_is_no_such_module')\n"
 )
 def test_a_skip_is_a_failure_when_all_is_required(tmp_path: Path, switch: str, summary: str) -> None:
     shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    xdist_group\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     (tmp_path / "test_cases.py").write_text(CASES)
     (tmp_path / "test_module.py").write_text(MODULE)
     command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", str(tmp_path)]

@@ -14,6 +14,8 @@ from benchmarks.simulation import Simulation
 from benchmarks.workloads import CROWD, Workload, generate
 from lattice_server.core.ranking import first_come, least_left_aged
 
+pytestmark = pytest.mark.slow
+
 DEFAULT = Policy("default", least_left_aged, True)
 TINY = replace(SMALL, tasks=500)
 

@@ -13,6 +13,8 @@ from lattice_client import LatticeClient, Run
 from lattice_client.cli import main
 from tests.client.shell import LATTICE, WAIT_S, call, ended, fail, greet, terminal
 
+pytestmark = pytest.mark.slow
+
 NOBODY = "127.0.0.1:1"
 
 

@@ -11,6 +11,8 @@ from lattice_client import pickler as client_pickler
 from lattice_worker.runner import pickler as runner_pickler
 from tests.client.travel import Travel
 
+pytestmark = pytest.mark.slow
+
 HELPER = "def double(x):\n    return 2 * x\n"
 WORK = """
 from sender import send

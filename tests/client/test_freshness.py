@@ -21,6 +21,8 @@ from lattice_client import LatticeClient, TaskDefinition, convert, task
 from lattice_client.freshness import Snapshot, file_at
 from lattice_client.workflow import Graph
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import math
 from functools import partial

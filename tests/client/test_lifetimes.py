@@ -17,6 +17,8 @@ import pytest
 from lattice_client import AsyncLatticeClient, AsyncRun, ClientClosedError, ForkError, LatticeClient, Run, task
 from tests.client.shell import WAIT_S, gated
 
+pytestmark = pytest.mark.slow
+
 FORK_S = 5.0
 
 

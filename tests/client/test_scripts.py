@@ -9,6 +9,8 @@ import pytest
 from tests.client.kinds import KINDS
 from tests.client.travel import Travel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def travel(tmp_path: Path) -> Travel:

@@ -18,6 +18,8 @@ from lattice_client.terminal import harmless, one_line, printable
 from tests.client.shell import LATTICE, call, ended, terminal
 from tests.client.test_progress import Story, drawn, progress_of
 
+pytestmark = pytest.mark.slow
+
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 NASTY = "\x1b]0;owned\x07\x1b[2J\x9b1A\u202egnp.exe\u2066\r\x08\x7f"
 HOSTILE = st.text(st.one_of(st.characters(), st.sampled_from("\x1b\x9b]P[;08mJ\x07\\\u202e\ud83d\r\n")))

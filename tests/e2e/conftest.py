@@ -15,7 +15,24 @@ from tests.e2e.rooms import Room
 LATTICE = str(Path(sys.executable).parent / "lattice")
 CONFIG = Path(__file__).parent / "server.toml"
 # The devices are made up: nothing but the ledger and `CUDA_VISIBLE_DEVICES` knows of them.
+# The executor starts workers, and these files are about what happens after that, which is the same on Ray:
+# `make test-all` runs them there.
+SAME_ON_RAY = frozenset(
+    f"test_{name}.py" for name in ("adding", "batches", "examples", "growth", "langgraph", "limits", "other_languages")
+)
 OFFERS = ["--num-cpus", "4", "--num-gpus", "2", "--gpu-memory", "8192", "--label", "zone=eu"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what is the same on Ray, and have `make check` leave out all that starts a server."""
+    for item in items:
+        if item.path.parent != Path(__file__).parent:
+            continue
+        item.add_marker(pytest.mark.slow)
+        call = getattr(item, "callspec", None)
+        if item.path.name in SAME_ON_RAY and call is not None and call.params.get("address") == "ray":
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @contextmanager

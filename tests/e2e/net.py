@@ -24,7 +24,7 @@ LATTICE = str(Path(sys.executable).parent / "lattice")
 START_S = 120.0
 RAY_FOLDER = Path("/tmp/ray")
 NUMBERS = itertools.count(1)
-GONE_S = 60.0
+GONE_S = 120.0
 
 
 def ip(*words: str) -> None:

@@ -18,7 +18,7 @@ DEADLINE_S = 0.2
 LARGE_BYTES = 3_000_000
 
 
-pytestmark = needs_network
+pytestmark = [needs_network, pytest.mark.timeout(240)]
 EXHAUSTIVE = pytest.mark.exhaustive
 
 

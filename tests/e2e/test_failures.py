@@ -62,7 +62,7 @@ def fail_at_first(room: str, times: int, how: str) -> int:
         ("lookup", {"retry_on": "error"}),
         ("exit", {"retry_on": "crash"}),
         ("kill", {"retry_on": ["crash", TypeError]}),
-        ("sleep", {"retry_on": "timeout", "timeout": 2.0}),
+        ("sleep", {"retry_on": "timeout", "timeout": 4.0}),
         ("memory", {"retry_on": "out_of_memory"}),
     ],
 )

@@ -11,6 +11,8 @@ from lattice_server.configfile import ConfigError, read_config
 from lattice_server.core.batching import BatchRule, NameMatch
 from tests.client.shell import LATTICE
 
+pytestmark = pytest.mark.slow
+
 RULE = '[[batch]]\nmatch = "prefix"\npattern = "embed"\nmax_size = 32\nmax_wait_s = 0.05\n'
 
 

@@ -17,6 +17,8 @@ from lattice_worker.materials import Materials
 from tests.e2e.proxy import Gate
 from tests.worker.head import LIMIT_BYTES, TIMEOUT_S, Pair, Stream, pair
 
+pytestmark = pytest.mark.slow
+
 LARGE = 2 * LIMIT_BYTES
 
 

@@ -23,6 +23,8 @@ from lattice_worker.runner.frames import FIRST, LAST, MIDDLE, WHOLE, Assembler, 
 from tests.examples import examples
 from tests.worker.processes import FakeProcess, FakeZygotes, packet_of, settle, succeeded
 
+pytestmark = pytest.mark.slow
+
 VALUES = [0, 1, -1, 2**31, 2**63, -(2**63), True, None, -1.0, 1e300, 0.1]
 VALUES += ["a" * 300, "/etc/passwd", "..", "", "\0", "user_error", "cancelled", "x/y", "é", "😀"]
 ODD = [*VALUES, 10**400, float("nan"), float("inf"), "\ud83d"]
@@ -120,7 +122,7 @@ def test_a_damaged_frame_is_refused_or_read_as_it_was_sent(damage: str, seed: in
     assert len(found) <= (2 if damage == "twice" else 1)
 
 
-@examples(20_000)
+@examples(48_000)
 @given(seed=st.integers(0, 2**64))
 def test_garbage_is_refused_and_raises_nothing_else(seed: int) -> None:
     choice = random.Random(seed)
@@ -289,7 +291,7 @@ def test_a_lease_ends_when_its_process_lives_on_after_an_unreadable_answer(
     asyncio.run(scene())
 
 
-@examples(40_000)
+@examples(12_000)
 @given(seed=st.integers(0, 2**64))
 def test_every_lease_ends_once_whatever_its_process_says(drafts: tuple[Drafts, Path], seed: int) -> None:
     choice = random.Random(seed)

@@ -21,6 +21,8 @@ from tests.examples import SEED, examples
 from tests.hostile import BLOCKING, Plan, act, act_async, act_each, act_twice, is_expected, plan_of
 from tests.worker.head import Stream, pair, payload_of
 
+pytestmark = pytest.mark.slow
+
 ENDS = ("succeeded", "failed", "returned")
 LEASE_S = 30.0
 SLOTS = (1, 2)

@@ -16,6 +16,8 @@ from lattice.v1 import errors_pb2, resources_pb2, run_pb2
 
 from tests.worker.head import LIMIT_BYTES, Pair, pair
 
+pytestmark = pytest.mark.slow
+
 Scenario = Callable[[Pair], Coroutine[Any, Any, None]]
 FLOOD_BYTES = 300 * 1024 * 1024
 SPARE_BYTES = 64 * 1024 * 1024

@@ -12,6 +12,8 @@ from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, worker_pb2
 from tests.e2e.proxy import Gate
 from tests.worker.head import TIMEOUT_S, Pair, pair
 
+pytestmark = pytest.mark.slow
+
 
 def play(scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path, *flags: str) -> None:
     """Play a scenario with a worker."""
