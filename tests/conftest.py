@@ -11,11 +11,16 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Hundreds of Python processes are started; each would compile Lattice where the environment keeps byte code from disk.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# No test asserts how fast something is.
+hypothesis.settings.register_profile("lattice", deadline=None)
+hypothesis.settings.load_profile("lattice")
 
 REQUIRE_ALL = os.environ.get("LATTICE_REQUIRE_ALL") == "1"
 

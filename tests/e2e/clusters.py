@@ -11,7 +11,7 @@ from lattice.v1 import cluster_pb2
 
 from lattice_client import LatticeClient
 from tests.certificates import certificates
-from tests.e2e.net import GONE_S, LATTICE, Host, network
+from tests.e2e.net import GONE_S, LATTICE, Host, network, starting
 
 TOKEN = "a-token-for-tests"
 PORT = 50051
@@ -36,7 +36,8 @@ class Cluster:
         command += ["--tls-cert", str(self._files.cert), "--tls-key", str(self._files.key)]
         command += flags or ("--num-cpus", "0")
         self.close()
-        self._server = self.head.lattice(*command, env={"LATTICE_TOKEN": TOKEN}, until="Lattice is listening")
+        with starting(self.executor):
+            self._server = self.head.lattice(*command, env={"LATTICE_TOKEN": TOKEN}, until="Lattice is listening")
 
     def join(self, machine: Host, node_id: str, *flags: str) -> subprocess.Popen[bytes]:
         """Have a machine join and wait until it is a node that takes work."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lattice_client import LatticeClient
+from tests.e2e.net import starting
 from tests.e2e.rooms import Room
 
 LATTICE = str(Path(sys.executable).parent / "lattice")
@@ -39,9 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def served(*flags: str) -> Iterator[str]:
     """Run a server while the block runs; yield its address."""
     command = [LATTICE, "start", "--head", "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
+    with starting("ray" if "ray" in flags else "local"):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        line = process.stdout.readline()
     found = re.search(r"127\.0\.0\.1:\d+", line)
     assert found, f"the server said {line!r}"
     yield found.group()

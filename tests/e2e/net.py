@@ -4,6 +4,7 @@ Rule: nothing outside the namespaces is touched, and they go with all that was s
 """
 
 import contextlib
+import fcntl
 import itertools
 import os
 import re
@@ -25,6 +26,18 @@ START_S = 120.0
 RAY_FOLDER = Path("/tmp/ray")
 NUMBERS = itertools.count(1)
 GONE_S = 120.0
+
+
+@contextlib.contextmanager
+def starting(executor: str) -> Iterator[None]:
+    """Have no two Rays start at once, in whichever process of the suite: Ray gives a start up that takes 30 s."""
+    descriptor = os.open(Path(__file__).parent, os.O_RDONLY)
+    try:
+        if executor == "ray":
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def ip(*words: str) -> None:

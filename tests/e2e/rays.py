@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lattice_server.executors.leftovers import end_session
+from tests.e2e.net import starting
 from tests.e2e.rooms import WAIT_S
 
 TOKEN = "0123456789abcdef" * 4
@@ -99,14 +100,15 @@ def ray_head(folder: Path, ip: str, *flags: str, autoscaling: dict[str, Any] | N
         command += [f"--autoscaling-config={config}"]
         environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     log = folder / "ray.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*command, *flags], env=environment, stdout=file, stderr=file, start_new_session=True
-        )
-    users = UsersRay(address)
+    with starting("ray"):
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [*command, *flags], env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+        users = UsersRay(address)
+        found = users.free()  # Waits for Ray itself.
     try:
-        # Waits for Ray itself.
-        assert users.free(), log.read_text()
+        assert found, log.read_text()
         yield users
         assert process.poll() is None, log.read_text()
     finally:

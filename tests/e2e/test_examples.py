@@ -66,10 +66,10 @@ def test_the_analysis_reports_what_is_in_the_data(address: str) -> None:
 
 
 def test_retrieval_finds_the_passage(address: str) -> None:
-    question = "the value as bytes in the encoding media type names, at most inline payload bytes"
+    question = "the value as bytes in the encoding media type names, at most 256 KiB"
     path, line, text = re.findall(r"^[\d.]+  (\S+):(\d+)\n +(.*)$", _run(address, "rag", question), re.MULTILINE)[0]
     assert path == "proto/lattice/v1/payload.proto"
-    assert "at most `Limits.inline_payload_bytes`" in text
+    assert "at most 256 KiB" in text
     assert 1 < int(line) < len((ROOT / path).read_text().splitlines())
 
 

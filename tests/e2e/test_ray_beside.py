@@ -16,6 +16,7 @@ from lattice.v1 import cluster_pb2
 
 from lattice_client import LatticeClient, task
 from tests.e2e.conftest import LATTICE
+from tests.e2e.net import starting
 from tests.e2e.rays import ACCESS, machine_address, ray_head
 from tests.e2e.rooms import WAIT_S
 
@@ -47,11 +48,11 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def command(place: Path, *words: str, until: str) -> Iterator[tuple["subprocess.Popen[str]", str, Path]]:
     """Run a `lattice` command while the block runs; yield it, its first line, and where its stderr goes."""
     log = place / f"{words[1]}.err"
-    with log.open("wb") as file:
+    with starting("ray"), log.open("wb") as file:
         process = subprocess.Popen([LATTICE, *words], stdout=subprocess.PIPE, stderr=file, text=True)
-    try:
         assert process.stdout is not None
         line = process.stdout.readline()
+    try:
         assert until in line, log.read_text()
         yield process, line.split()[-1], log
     finally:
