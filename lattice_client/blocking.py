@@ -36,7 +36,8 @@ class BlockingChannel(Channel):
         super().__init__(dialled)
         self._lock = threading.Lock()
         self._connection: tuple[grpc.Channel, Stubs] | None = None
-        self._cancelled: deque[_Stream[Any]] = deque()
+        # Streams that nothing reads any more, and that gRPC still keeps.
+        self._left_over: deque[_Stream[Any]] = deque()
 
     def _stubs(self) -> Stubs:
         if self.is_closed:
@@ -71,7 +72,7 @@ class BlockingChannel(Channel):
         self, method: "UnaryStreamMultiCallable[Q, R]", request: Q, on_end: Callable[[OpenCall[R]], object]
     ) -> tuple[R, OpenCall[R]]:
         """Start a call of two messages; return the first one. Raises as `call`."""
-        self._forget_cancelled()
+        self._forget_left_over()
         with self._closing():
             found: _Stream[R] = _Stream(calling(cast(Any, method), request, timeout=left_s()))
             first = found.read()
@@ -108,7 +109,7 @@ class BlockingChannel(Channel):
         with self._lock:
             connection, self._connection = self._connection, None
         if connection is not None and not forks.is_broken():
-            self._forget_cancelled()
+            self._forget_left_over()
             calling(connection[0].close)
 
     @contextmanager
@@ -129,13 +130,17 @@ class BlockingChannel(Channel):
     def discard(self, stream: "_Stream[Any]") -> None:
         """End a stream that is not being read. May be called by a finalizer, in any thread."""
         stream.cancel()
-        if stream.is_kept:
-            self._cancelled.append(stream)
+        self.put_aside(stream)
 
-    def _forget_cancelled(self) -> None:
-        while self._cancelled:
+    def put_aside(self, stream: "_Stream[Any]") -> None:
+        """Have gRPC forget a stream that has ended, or was cancelled, with the next call: its end is on its way."""
+        if stream.is_kept:
+            self._left_over.append(stream)
+
+    def _forget_left_over(self) -> None:
+        while self._left_over:
             with suppress(IndexError):  # another thread took it
-                self._cancelled.popleft().forget()
+                self._left_over.popleft().forget()
 
 
 class _Stream(Generic[R]):
@@ -168,7 +173,7 @@ class _Stream(Generic[R]):
         return bool(self._call._state.due) and not (self._is_interrupted or forks.is_broken())
 
     def forget(self) -> None:
-        """Take the last events of a call that was cancelled. gRPC has no public way to do this."""
+        """Take the last events of a call that has ended or was cancelled. gRPC has no public way to do this."""
         while self.is_kept:
             calling(self._call._consume_next_event)
 
@@ -222,12 +227,15 @@ class BlockingOpenCall(OpenCall[R], Generic[R]):
             timer.start()
         try:
             last = stream.read()
-            stream.read()  # Takes the status, after which gRPC forgets the call.
         except grpc.RpcError:
             if left_s() == 0:
                 raise LimitReachedError from None
             return None
         else:
+            # The server ends the call with this message: nothing is to be cancelled.
+            self._stream = None
+            self._channel.put_aside(stream)
+            self._on_end(self)
             return last
         finally:
             if timer is not None:

@@ -18,8 +18,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 AGAIN_S = 0.005
-# What wraps it makes an enum member of each answer.
+# What wraps these makes enum members of each argument and answer, at the cost of a good part of a call.
 _getsignal: Callable[[int], Any] = sys.modules["_signal"].getsignal
+_setsignal: Callable[[int, Any], Any] = sys.modules["_signal"].signal
+_SIGINT = int(signal.SIGINT)
 
 
 class _Deferring:
@@ -47,11 +49,11 @@ def calling(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T
     """Return what a function that enters gRPC returns."""
     if threading.current_thread() is not threading.main_thread():
         return function(*args, **kwargs)
-    handler = _getsignal(signal.SIGINT)
+    handler = _getsignal(_SIGINT)
     if not callable(handler) or isinstance(handler, _Deferring):
         return function(*args, **kwargs)
-    signal.signal(signal.SIGINT, _Deferring(handler))
+    _setsignal(_SIGINT, _Deferring(handler))
     try:
         return function(*args, **kwargs)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        _setsignal(_SIGINT, handler)

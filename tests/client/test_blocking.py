@@ -77,8 +77,9 @@ def test_streams_are_forgotten_when_they_are_read_to_their_end(
     run = start(client)
     run.result()
     list(run.events())
-    assert len(streams) == 2
-    assert not any(stream.is_kept for stream in streams)
+    other = start(client)
+    assert [stream.is_kept for stream in streams] == [False, False, True]
+    assert other.result() == {"result": 2}
 
 
 def test_streams_of_dropped_runs_are_forgotten_with_the_next_call(streams: list[_Stream[Any]]) -> None:
