@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lattice_client import LatticeClient, Run, TaskFailedError, task
+from lattice_client import LatticeClient, NotFoundError, Run, TaskFailedError, task
 from lattice_client.blocking import BlockingChannel, _Stream
 from lattice_client.starting import MAX_OPEN_CALLS
 from tests.server.apps import NoWorkers, serving_aside
@@ -79,6 +79,15 @@ def test_streams_are_forgotten_when_they_are_read_to_their_end(
     list(run.events())
     other = start(client)
     assert [stream.is_kept for stream in streams] == [False, False, True]
+    assert other.result() == {"result": 2}
+
+
+def test_streams_of_refused_runs_are_forgotten(client: LatticeClient, streams: list[_Stream[Any]]) -> None:
+    for _ in range(3):
+        with pytest.raises(NotFoundError):
+            client.get_workflow("nothing").run()
+    other = start(client)
+    assert [stream.is_kept for stream in streams] == [False] * 3 + [True]
     assert other.result() == {"result": 2}
 
 
