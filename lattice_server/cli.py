@@ -17,12 +17,8 @@ import psutil
 import uvloop
 
 from lattice_server import MAY_SERVE, records, security
-from lattice_server.app import SchedulerError, serve
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
-from lattice_server.engine.folders import StoreError
-from lattice_server.engine.ports import ExecutorError
-from lattice_server.rpc.server import PortInUseError
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +160,12 @@ def _config(flags: Flags) -> ServerConfig:
 
 def _serve(config: ServerConfig) -> None:
     """Be the server until a signal ends it, noted for `lattice stop`. Raises click.ClickException."""
+    # Here, since the server takes most of a second to import, and `lattice start` starts anew before it serves.
+    from lattice_server.app import SchedulerError, serve
+    from lattice_server.engine.folders import StoreError
+    from lattice_server.engine.ports import ExecutorError
+    from lattice_server.rpc.server import PortInUseError
+
     noted: list[str] = []
     with _noting():
         records.check()

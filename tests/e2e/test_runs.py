@@ -67,7 +67,7 @@ def test_results_come_as_the_messages_of_the_seed(client: LatticeClient) -> None
     assert messages[2]["data"]["run_id"] == run_id
 
 
-def test_independent_tasks_run_side_by_side(client: LatticeClient) -> None:
+def test_independent_tasks_run_side_by_side(client: LatticeClient, tmp_path: Path) -> None:
     @task
     def meet(folder: str, name: str) -> bool:
         (Path(folder) / name).touch()
@@ -78,11 +78,9 @@ def test_independent_tasks_run_side_by_side(client: LatticeClient) -> None:
             time.sleep(0.01)
         return True
 
-    folder = Path(f"/tmp/lattice-test-{os.getpid()}-{time.monotonic_ns()}")
-    folder.mkdir()
     workflow = client.create_workflow()
     for name in "abcd":
-        workflow.add_task(meet, {"folder": str(folder), "name": name})
+        workflow.add_task(meet, {"folder": str(tmp_path), "name": name})
     results = workflow.run().result(timeout=60)
     assert [outputs["result"] for outputs in results.values()] == [True] * 4
 
