@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lattice_server import cli, security
+from lattice_server import app, cli, security
 from lattice_server.config import ServerConfig, ServerTls
 from lattice_server.configfile import ConfigError, read_config
 from tests.certificates import Certificates, certificates
@@ -125,7 +125,7 @@ def test_the_command_serves_as_it_is_told_and_warns(
     async def serve(config: ServerConfig, announce: object) -> None:
         served.append(config)
 
-    monkeypatch.setattr(cli, "serve", serve)
+    monkeypatch.setattr(app, "serve", serve)
     monkeypatch.setattr(cli, "MAY_SERVE", True)
     monkeypatch.delenv("LATTICE_TOKEN", raising=False)
     safe = ["--tls-cert", str(made.cert), "--tls-key", str(made.key), "--tls-ca", str(made.ca)]
