@@ -1,6 +1,6 @@
 """Owns how calls reach a server. Rule: each gRPC error leaves as one of this package's.
 
-What a client does is written once, as coroutines over a `Channel`. Calls of an `AsyncChannel` suspend the coroutine,
+The client's logic is written once, as coroutines over a `Channel`. Calls of an `AsyncChannel` suspend the coroutine,
 those of a `BlockingChannel` block the thread: such a coroutine runs to its end in the caller's own thread.
 """
 

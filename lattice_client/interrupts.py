@@ -46,7 +46,7 @@ def _interrupt_again() -> None:
 
 
 def calling(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what a function that enters gRPC returns."""
+    """Call a function that enters gRPC; return its result."""
     if threading.current_thread() is not threading.main_thread():
         return function(*args, **kwargs)
     handler = _getsignal(_SIGINT)
