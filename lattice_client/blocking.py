@@ -98,7 +98,7 @@ class BlockingChannel(Channel):
     async def sleep(self, seconds: float) -> None:
         """Wait. Raises LimitReachedError."""
         limit_s = left_s()
-        # The caller asked for something that the server cannot do yet: this is the time it is to be asked again.
+        # The length of a backoff: the server sends nothing that could end it.
         time.sleep(seconds if limit_s is None else min(seconds, limit_s))
         if limit_s is not None and limit_s <= seconds:
             raise LimitReachedError

@@ -1,4 +1,4 @@
-"""Owns what can be asked of a server, for asyncio. The synchronous client runs the same over calls that block.
+"""Owns the calls of a server, for asyncio. The synchronous client runs the same over calls that block.
 
 Rule: work is sent by `starting`, and followed by `reading`; here are the calls of one answer.
 """
@@ -238,7 +238,7 @@ class AsyncLatticeClient:
                 return found
 
     async def delete_workflow(self, workflow_id: str) -> None:
-        """Delete a stored workflow; its runs go on. Raises NotFoundError."""
+        """Delete a stored workflow; its runs keep their copies. Raises NotFoundError."""
         request = made(workflow_pb2.DeleteWorkflowRequest, workflow_id=workflow_id)
         await self._rpc.call(self._rpc.workflows.DeleteWorkflow, request)
 
@@ -273,7 +273,8 @@ class AsyncLatticeClient:
     async def retry_run(self, run_id: str, new_run_id: str = "") -> AsyncRun:
         """Start a run that takes over the finished tasks of one that has ended, and runs the others.
 
-        It has the same workflow, parameters and settings. Raises NotFoundError, PreconditionError when the run goes on.
+        It has the same workflow, parameters and settings. Raises NotFoundError, and PreconditionError when the run has not
+        ended.
         """
         new_run_id = new_run_id or f"run-{uuid4().hex}"
         request = made(workflow_pb2.RetryRunRequest, run_id=run_id, new_run_id=new_run_id)

@@ -1,4 +1,4 @@
-"""What a running task may know and do: which attempt it is, and adding tasks to its run. For use inside tasks.
+"""The context of a running task: its attempt, and adding tasks to its run. For use inside tasks.
 
     from lattice_client import context
 

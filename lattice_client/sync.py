@@ -279,7 +279,7 @@ class LatticeClient:
         return _done(self.twin.list_workflows())
 
     def delete_workflow(self, workflow_id: str) -> None:
-        """Delete a stored workflow; its runs go on. Raises NotFoundError."""
+        """Delete a stored workflow; its runs keep their copies. Raises NotFoundError."""
         _done(self.twin.delete_workflow(workflow_id))
 
     def list_tasks(self, run_id: str, with_outputs: bool = False) -> list[run_pb2.TaskRun]:
@@ -301,7 +301,8 @@ class LatticeClient:
     def retry_run(self, run_id: str, new_run_id: str = "") -> Run:
         """Start a run that takes over the finished tasks of one that has ended, and runs the others.
 
-        It has the same workflow, parameters and settings. Raises NotFoundError, PreconditionError when the run goes on.
+        It has the same workflow, parameters and settings. Raises NotFoundError, and PreconditionError when the run has not
+        ended.
         """
         return Run.of(_done(self.twin.retry_run(run_id, new_run_id)))
 

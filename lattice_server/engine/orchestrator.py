@@ -36,7 +36,7 @@ from lattice_server.core.reuse import Earlier, workflow_of
 from lattice_server.core.run import Effect, Run
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.ended_ids import EndedIds
+from lattice_server.engine.ended_runs import EndedRuns
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.library import expect_revision
 from lattice_server.engine.run_entry import Retention, RunEntry
@@ -76,14 +76,9 @@ class Orchestrator:
         self._sessions = sessions
         self._store = store
         self.inquiries = Inquiries(bus)
-        self._retention = retention
         self._admission = admission
         self._numbers = count(1)
-        self._ended: OrderedDict[str, RunEntry] = OrderedDict()
-        self._dropped = EndedIds()
-        self._ended_tasks = 0
-        self._ended_bytes = 0
-        self._ended_artifact_bytes = 0
+        self._ended = EndedRuns(self.runs, store, retention)
         bus.subscribe(self.deliver)
 
     def start_run(
@@ -117,7 +112,7 @@ class Orchestrator:
             if existing.fingerprint != fingerprint:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} exists with other content")
             return existing, False
-        if (known := self._dropped.fingerprint_of(run_id, time.monotonic())) is not None:
+        if (known := self._ended.fingerprint_of(run_id)) is not None:
             if known != fingerprint:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} existed with other content")
             raise self._no_run(run_id)
@@ -194,7 +189,7 @@ class Orchestrator:
 
     def _no_run(self, run_id: str) -> NotFoundError:
         text = f"there is no run {run_id!r}"
-        if self._dropped.fingerprint_of(run_id, time.monotonic()) is not None:
+        if self._ended.fingerprint_of(run_id) is not None:
             text = f"run {run_id!r} has ended, and its results are no longer kept; it is not run again by that id"
         return NotFoundError("RUN_NOT_FOUND", text, metadata={"run_id": run_id})
 
@@ -305,41 +300,13 @@ class Orchestrator:
             if entry.expiry is not None:
                 entry.expiry.cancel()
             entry.ended_s = time.time()
-            self._ended[entry.run.run_id] = entry
-            self._ended_tasks += len(entry.run.tasks)
-            self._ended_bytes += entry.kept_bytes
-            self._ended_artifact_bytes += entry.artifact_bytes
-            self._trim()
+            self._ended.add(entry)
 
     def _keep(self, entry: RunEntry, artifacts: list[Artifact]) -> None:
         if artifacts:
             self._store.take(artifacts)
             entry.artifacts += artifacts
             entry.artifact_bytes += sum(artifact.size_bytes for artifact in artifacts)
-
-    def _trim(self) -> None:
-        """Forget the oldest runs over their limit, and the oldest artifacts over theirs, but for the newest run."""
-        kept = self._retention
-        while len(self._ended) > kept.runs or (
-            len(self._ended) > 1 and (self._ended_tasks > kept.tasks or self._ended_bytes > kept.kept_bytes)
-        ):
-            run_id, oldest = self._ended.popitem(last=False)
-            self._ended_tasks -= len(oldest.run.tasks)
-            self._ended_bytes -= oldest.kept_bytes
-            self._let_go(oldest)
-            del self.runs[run_id]
-            self._dropped.remember(run_id, oldest.fingerprint, time.monotonic())
-        if self._ended_artifact_bytes <= kept.artifact_bytes:
-            return
-        for entry in list(self._ended.values())[:-1]:
-            if self._ended_artifact_bytes <= kept.artifact_bytes:
-                break
-            self._let_go(entry)
-
-    def _let_go(self, entry: RunEntry) -> None:
-        self._ended_artifact_bytes -= entry.artifact_bytes
-        self._store.release(entry.artifacts)
-        entry.artifacts, entry.artifact_bytes = [], 0
 
 
 def _artifacts_of(event: TaskSucceeded) -> Iterator[Artifact]:
