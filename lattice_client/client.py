@@ -273,8 +273,9 @@ class AsyncLatticeClient:
     async def retry_run(self, run_id: str, new_run_id: str = "") -> AsyncRun:
         """Start a run that takes over the finished tasks of one that has ended, and runs the others.
 
-        It has the same workflow, parameters and settings. Raises NotFoundError, and PreconditionError when the run has not
-        ended.
+        It has the same workflow, parameters and settings.
+
+        Raises NotFoundError, and PreconditionError when the run has not ended.
         """
         new_run_id = new_run_id or f"run-{uuid4().hex}"
         request = made(workflow_pb2.RetryRunRequest, run_id=run_id, new_run_id=new_run_id)

@@ -301,8 +301,9 @@ class LatticeClient:
     def retry_run(self, run_id: str, new_run_id: str = "") -> Run:
         """Start a run that takes over the finished tasks of one that has ended, and runs the others.
 
-        It has the same workflow, parameters and settings. Raises NotFoundError, and PreconditionError when the run has not
-        ended.
+        It has the same workflow, parameters and settings.
+
+        Raises NotFoundError, and PreconditionError when the run has not ended.
         """
         return Run.of(_done(self.twin.retry_run(run_id, new_run_id)))
 
