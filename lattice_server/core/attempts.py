@@ -8,10 +8,11 @@ from zlib import crc32
 from lattice_server.core.leases import Slot
 from lattice_server.core.messages import TaskReady
 from lattice_server.core.model import Binding, Failure
+from lattice_server.core.permits import Concurrency
 from lattice_server.core.placement import Shape
 
 if TYPE_CHECKING:
-    from lattice_server.core.batching import BatchCollector
+    from lattice_server.core.batching import TaskGroup
 
 
 @dataclass(slots=True, eq=False)
@@ -19,20 +20,22 @@ class Task:
     """One task handed over.
 
     `rank` and then `ticket` order it among its equals; both stay with it over retries. `follows` is the task it still
-    waits for, and `inputs` refer to that one's outputs until it succeeds. `collector` is where it waits, `entry` which
-    of its stays in a line is the present one. `lease_id` is set while a worker holds it. `attempt` is the number of its
-    newest attempt. `losses` counts the workers lost under it when nothing else was on them. `cohort` names what is left
-    of a batch that crashed. `ending` is why it must end, `is_over` that it has.
+    waits for, and `inputs` refer to that one's outputs until it succeeds. `concurrency` is what its calls count for.
+    `group` is where it waits, `entry` which of its stays in a group is the present one. `lease_id` is set while a
+    worker holds it. `attempt` is the number of its newest attempt. `losses` counts the workers lost under it when
+    nothing else was on them. `cohort` names what is left of a batch that crashed. `ending` is why it must end,
+    `is_over` that it has.
     """
 
     ready: TaskReady
     shape: Shape
+    concurrency: Concurrency | None
     ticket: int
     inputs: Mapping[str, Binding]
     admitted_at: float
     follows: "Task | None" = None
     followers: "dict[int, Task]" = field(default_factory=dict)
-    collector: "BatchCollector | None" = None
+    group: "TaskGroup | None" = None
     entry: int = 0
     waiting_since: float = 0.0
     retry_at: float | None = None

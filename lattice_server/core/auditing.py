@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lattice_server.core.attempts import Lease, Task
+from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.leases import Node, held_leases
 from lattice_server.core.placement import suits
 from lattice_server.core.queue import Queue
 from lattice_server.core.states import TASK_TERMINAL, RunState, TaskState
-from lattice_server.core.timers import Timers
 
 if TYPE_CHECKING:
     from lattice_server.core.records import TaskRecord
@@ -22,8 +22,8 @@ def check(
     nodes: Mapping[str, Node],
     leases: Mapping[str, Lease],
     queue: Queue,
-    backoff: Timers,
-    timeouts: Timers,
+    backoff: Deadlines[Task],
+    timeouts: Deadlines[Task],
 ) -> None:
     """Assert what must hold between the parts of the machine; each checks itself as well."""
     for node in nodes.values():
@@ -31,18 +31,17 @@ def check(
     assert sorted(held_leases(nodes)) == sorted(leases)
     for lease in leases.values():
         _check_lease(lease, nodes[lease.slot.node_id])
-    waiting = [task for collector in queue.collectors() for task in collector.tasks()]
-    assert len(waiting) == sum(collector.count for collector in queue.collectors())
-    queue.check()
-    assert all(task.collector is not None and not task.lease_id for task in waiting)
-    backing_off = backoff.tasks()
+    waiting = [task for group in queue.groups() for task in group.tasks()]
+    assert len(waiting) == sum(group.count for group in queue.groups())
+    assert all(task.group is not None and not task.lease_id for task in waiting)
+    backing_off = list(backoff)
     assert all(task.retry_at is not None for task in backing_off)
     leased = [task for lease in leases.values() for task in lease.members()]
     following = [task for task in tasks.values() if task.follows is not None and not task.lease_id]
     places = [id(task) for task in (*waiting, *backing_off, *leased, *following)]
     assert len(places) == len(set(places)), "a task is in two places"
     assert set(places) == {id(task) for task in tasks.values()}, "a task is nowhere"
-    timed = {id(task) for task in timeouts.tasks()}
+    timed = {id(task) for task in timeouts}
     for key, task in tasks.items():
         assert key == (task.ready.run_id, task.ready.spec.task_id)
         _check_task(task)

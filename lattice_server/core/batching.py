@@ -1,7 +1,7 @@
-"""Owns what waits in one line, and how much of it leaves at once. Rule: a batch never holds more than its size,
-nor several members whose inputs no message would hold.
+"""Owns queued tasks that are alike, and how many of them are placed as one batch.
 
-A task that is not batched stands in a line too, whose batches have one member.
+Rule: a batch never holds more than its size, nor several members whose inputs no message would hold. A task that is not
+batched waits in a group too, whose batches have one member.
 """
 
 import heapq
@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import NamedTuple
 
 from lattice_server.core.attempts import Task
 from lattice_server.core.model import BatchPolicy, BatchScope, inline_bytes
+from lattice_server.core.permits import Concurrency
 from lattice_server.core.placement import Shape
 
 INFINITY = float("inf")
@@ -21,16 +21,16 @@ SLACK = 64  # How many entries of tasks that left may stay beyond the number of 
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """What tasks must share to meet in one batch: the caller, the code and how it is called, what they need, and how
-    they are batched. Never the name.
+class GroupKey:
+    """What tasks of one tenant must share to be in one group: what they need and what they count for; if they are
+    batched, also the code, how it is called, and how it is batched. Never the name.
 
     `run_id` is set for batches within one run. `cohort` is set for what is left of a batch that crashed: its members
-    meet again with each other and with nobody else, so that the one at fault is found.
+    meet again with each other and with no other task, so that the one at fault is found.
     """
 
-    tenant: str
     shape: Shape
+    concurrency: Concurrency | None
     digest: str = ""
     outputs: tuple[str, ...] = ()
     split_outputs: tuple[str, ...] = ()
@@ -40,42 +40,19 @@ class Group:
     cohort: int = 0
 
 
-def line_of(task: Task) -> Group | Shape:
-    """Return what tells the line in which a task waits: its group, or its shape alone when it is not batched.
+def group_key(task: Task) -> GroupKey | tuple[Shape, Concurrency | None]:
+    """Return the key of the group in which a task waits; a plain pair, which is quicker to look up, when it is not
+    batched.
 
     A task that runs alone on its node meets no others in a batch but those with which its batch was halved.
     """
     ready, spec = task.ready, task.ready.spec
     policy = spec.batch
     if policy is None or policy.max_size <= 1 or (task.shape.is_exclusive and not task.cohort):
-        return task.shape
+        return task.shape, task.concurrency
     run_id = ready.run_id if policy.scope is BatchScope.RUN else ""
     call = (spec.function.digest, spec.outputs, ready.split_outputs, spec.attempt_timeout_s)
-    return Group(ready.tenant, task.shape, *call, policy, run_id, task.cohort)
-
-
-class Stage(Enum):
-    """How far a line has come that waits for resources; what does not hold any more puts it back to the first."""
-
-    OPEN = "open"  # Is tried in every round.
-    ALIKE = "alike"  # Is tried until one of its very shape could not start.
-    WAITING = "waiting"  # It could not start; is tried while its kind can, limits aside.
-    PASSED = "passed"  # The same, and others were placed since.
-    RIPE = "ripe"  # The same, for so long that a node may be kept for it.
-    LIMITED = "limited"  # Its limit is reached; is tried until one of the same limit could not start for that.
-    HELD = "held"  # The same, and no other has that limit; is not tried until a call of it starts or ends.
-
-
-class Lane(NamedTuple):
-    """What lines of one caller share that are passed over together. `shape` is without its limit but for `ALIKE`."""
-
-    stage: Stage
-    shape: Shape | None = None
-    limit_key: str = ""
-
-
-OPEN = Lane(Stage.OPEN)
-HELD = Lane(Stage.HELD)
+    return GroupKey(task.shape, task.concurrency, *call, policy, run_id, task.cohort)
 
 
 class NameMatch(Enum):
@@ -112,51 +89,56 @@ def by_rule(name: str, policy: BatchPolicy, rules: Iterable[BatchRule]) -> Batch
     return policy if rule is None else replace(policy, max_size=rule.max_size, max_wait_s=rule.max_wait_s)
 
 
-# A task's stay in a line, by its place and by its time: what orders it, which stay it is, and the task.
+# A task's stay in a group, by its place and by its time: what orders it, which stay it is, and the task.
 _Ordered = tuple[int, float, int, int, Task]
 _Dated = tuple[float, int, int, Task]
-# A line's place among those of its caller: the rank and the ticket of the task that leaves first.
-Entry = tuple[int, float, int, "BatchCollector"]
+# A group's place among those of its tenant: the rank and the ticket of the task that leaves first.
+Entry = tuple[int, float, int, "TaskGroup"]
 
 
 @dataclass(slots=True, eq=False)
-class BatchCollector:
-    """The tasks of one group that wait, in the order they will leave.
+class TaskGroup:
+    """The queued tasks of one tenant and one key, in the order in which they will leave.
 
-    `blocked_since` is when its first batch last began to wait for resources only; `was_passed` tells that others, later
-    in turn or earlier only by their rank, were placed since. `entry` and `lane` are where the queue has it while a
-    batch may leave, `noted_due` when it has it down for being due.
+    `entry` is the group's place in the order of its tenant while a batch of it may be placed.
     """
 
-    group: Group
+    tenant: str
+    key: GroupKey
     count: int = 0
-    blocked_since: float | None = None
-    was_passed: bool = False
     entry: Entry | None = None
-    lane: Lane = OPEN
-    noted_due: float | None = None
     _order: list[_Ordered] = field(default_factory=list)
     _since: list[_Dated] = field(default_factory=list)
 
     @property
+    def shape(self) -> Shape:
+        """All that placement looks at in its tasks."""
+        return self.key.shape
+
+    @property
+    def concurrency(self) -> Concurrency | None:
+        """What its calls count for."""
+        return self.key.concurrency
+
+    @property
     def max_size(self) -> int:
         """The most tasks a batch of this group may hold."""
-        return 1 if self.group.policy is None else self.group.policy.max_size
+        return 1 if self.key.policy is None else self.key.policy.max_size
 
     def add(self, task: Task, now: float) -> None:
         """Let a task wait here."""
         # A task that comes back finds entries of its last stay, which must not count again.
         task.entry += 1
-        task.collector, task.waiting_since = self, now
+        task.group, task.waiting_since = self, now
         self.count += 1
         heapq.heappush(self._order, (*task.rank, task.ticket, task.entry, task))
-        if self.group.policy is not None:
+        if self.key.policy is not None:
             heapq.heappush(self._since, (now, task.ticket, task.entry, task))
 
     def remove(self, task: Task) -> None:
         """Let a task wait no longer."""
-        assert task.collector is self
-        task.collector = None
+        assert task.group is self
+        task.group = None
         self.count -= 1
         if len(self._order) > 2 * self.count + SLACK:
             self._order = [entry for entry in self._order if self._holds(entry)]
@@ -172,21 +154,16 @@ class BatchCollector:
             heapq.heappop(order)
         return order[0][-1] if order else None
 
-    def priority(self) -> int:
-        """Return the priority of the task that leaves first; zero when there is none."""
-        head = self.head()
-        return 0 if head is None else head.ready.priority
-
     def due_at(self) -> float:
         """Return when the next batch may leave: at once when it is full, or when its first task waited long enough."""
         if self.count == 0:
             return INFINITY
-        if self.group.policy is None or self.group.cohort or self.count >= self.max_size:
+        if self.key.policy is None or self.key.cohort or self.count >= self.max_size:
             return -INFINITY
         since = self._since
         while not self._holds(since[0]):
             heapq.heappop(since)
-        return since[0][0] + self.group.policy.max_wait_s
+        return since[0][0] + self.key.policy.max_wait_s
 
     def next_batch(self) -> list[Task]:
         """Return the tasks that would leave next, and let them wait on."""
@@ -212,4 +189,4 @@ class BatchCollector:
 
     def _holds(self, entry: _Ordered | _Dated) -> bool:
         task = entry[-1]
-        return task.collector is self and task.entry == entry[-2]
+        return task.group is self and task.entry == entry[-2]

@@ -6,13 +6,11 @@ save up turns nor be made to pay for the time before it came. When nobody waits,
 are set to the same.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 LOOK_AHEAD_S = 0.01  # Who holds more is that much further ahead already; it orders those whose clocks are the same.
 MAX_ACCOUNTS = 1000
-SLACK_S = 1e-6  # Clocks that run for long are not exact.
 
 
 @dataclass(slots=True, eq=False)
@@ -69,21 +67,6 @@ class Clocks:
     def turn(self, name: str, now: float) -> float:
         """Return what orders callers: the one with the least is next."""
         return self._turn(self._account(name, now))
-
-    def steady_until(self, names: Iterable[str], since: float) -> float:
-        """Return no later than when the order that these callers had at a time changes by time alone."""
-        turns = []
-        for name in names:
-            account = self._account(name, since)
-            turns.append((self._turn(account) + account.share * (since - account.at), account.share))
-        turns.sort()
-        at = float("inf")
-        for (turn, share), (later, slower) in pairwise(turns):
-            if later == turn and share != slower:
-                return since
-            if share > slower:
-                at = min(at, since + (later - turn) / (share - slower))
-        return at - SLACK_S
 
     def check(self, held: Mapping[str, float], ahead: Mapping[str, float]) -> None:
         """Assert that callers hold, and were sent ahead, what is counted for them."""

@@ -12,10 +12,10 @@ from typing import assert_never
 
 from lattice_server.core import auditing, following
 from lattice_server.core.attempts import Lease, Task
+from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.explanation import explain
 from lattice_server.core.fleet import Fleet
 from lattice_server.core.holding import Holding
-from lattice_server.core.launching import Launcher
 from lattice_server.core.leases import Node
 from lattice_server.core.messages import (
     ArtifactsReported,
@@ -55,7 +55,8 @@ from lattice_server.core.messages import (
     WorkerLost,
 )
 from lattice_server.core.model import Failure, FailureKind
-from lattice_server.core.timers import Timers
+from lattice_server.core.permits import concurrency_of
+from lattice_server.core.placer import Placer
 
 # A batch that ended like this is halved until the member at fault is alone.
 BISECTED = frozenset({FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY})
@@ -70,11 +71,12 @@ class Dispatch:
         self._numbers = count(1)
         self._effects: list[SchedulerEffect] = []
         self._fleet = Fleet(session_ttl_s)
-        self._launcher = Launcher(self._fleet, self._numbers, epoch, self._effects.append, limits or {})
-        self._leases = self._launcher.leases
-        self._holding = Holding(self._fleet, self._launcher, self._effects.append)
-        self._backoff = Timers()
-        self._timeouts = Timers()
+        self._placer = Placer(self._fleet, self._numbers, epoch, self._effects.append, limits or {})
+        self._table = self._placer.table
+        self._leases = self._table.leases
+        self._holding = Holding(self._fleet, self._placer, self._effects.append)
+        self._backoff: Deadlines[Task] = Deadlines()
+        self._timeouts: Deadlines[Task] = Deadlines()
 
     def handle_all(self, events: Sequence[SchedulerEvent], now: float) -> list[SchedulerEffect]:
         """Take events in order, then place what can be placed. One placement serves them all."""
@@ -97,15 +99,15 @@ class Dispatch:
             self._end_early(task, Failure(FailureKind.TIMEOUT, f"the task took longer than {limit_s:g} s in all"), now)
         for task in self._backoff.due(now):
             self._wait(task, now)
-        self._launcher.take_back(now)
-        self._launcher.place_waiting(now)
+        self._placer.ahead.take_back(now)
+        self._placer.place_queued(now)
         effects = list(self._effects)
         self._effects.clear()
         return effects
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is due next, or None."""
-        due = [self._launcher.next_deadline(), self._fleet.next_deadline()]
+        due = [self._placer.next_deadline(), self._fleet.next_deadline()]
         due += [self._backoff.next_at(), self._timeouts.next_at()]
         return min((at for at in due if at is not None), default=None)
 
@@ -121,8 +123,9 @@ class Dispatch:
 
     def check(self) -> None:
         """Assert every invariant; tests call it after each step."""
-        self._launcher.check()
-        auditing.check(self.tasks, self.nodes, self._leases, self._launcher.queue, self._backoff, self._timeouts)
+        self._fleet.check()
+        self._placer.check()
+        auditing.check(self.tasks, self.nodes, self._leases, self._placer.queue, self._backoff, self._timeouts)
 
     def take(self, event: SchedulerEvent, now: float) -> None:
         """Take one event; its effects come with the next `tick`."""
@@ -158,13 +161,12 @@ class Dispatch:
                 self._greet(event, now)
             case WorkerDetached():
                 if node := self._fleet.by_session(event.session_id):
-                    self._launcher.look_again()
-                    node.detached_at = now - event.silent_s
+                    self._fleet.detach(node, now - event.silent_s)
             case WorkerHeartbeat():
                 if node := self._fleet.by_session(event.session_id):
                     self._compare(node, event, now)
             case WorkerLost():
-                for node in [n for n in self.nodes.values() if n.worker_id == event.worker_id]:
+                for node in self._fleet.by_worker(event.worker_id):
                     self._lose(node, event.reason, now)
             case DrainRequested():
                 if node := self.nodes.get(event.node_id):
@@ -175,7 +177,7 @@ class Dispatch:
                 self._effects.append(NodesDescribed(event.request_id, nodes, len(self.tasks) - running, running))
             case ExplainRequested():
                 task = self.tasks.get((event.run_id, event.task_id))
-                explained = explain(task, self._launcher, self._fleet, now) if task else None
+                explained = explain(task, self._placer, self._fleet, now) if task else None
                 self._effects.append(TaskExplained(event.request_id, explained))
             case _:
                 assert_never(event)
@@ -186,7 +188,8 @@ class Dispatch:
         key = (ready.run_id, ready.spec.task_id)
         if key in self.tasks:
             return
-        task = Task(ready, self._fleet.shape(ready.spec), next(self._numbers), ready.inputs, now)
+        spec = ready.spec
+        task = Task(ready, self._fleet.shape(spec), concurrency_of(spec), next(self._numbers), ready.inputs, now)
         if ready.after:
             source = self.tasks.get((ready.run_id, ready.after))
             if source is None or source.ending is not None:
@@ -195,7 +198,7 @@ class Dispatch:
             self.tasks[key] = task
             following.follow(task, source)
             if source.lease_id:
-                self._launcher.send_along(source)
+                self._placer.send_along(source, now)
             return
         self.tasks[key] = task
         self._start_clock(task, now)
@@ -205,12 +208,12 @@ class Dispatch:
         """Count the task's time from when it could have started; what it waited for is not its own."""
         limit_s = task.ready.spec.total_timeout_s
         if limit_s is not None:
-            self._timeouts.add(task, now + limit_s)
+            self._timeouts.set(task, now + limit_s)
 
     def _wait(self, task: Task, now: float) -> None:
         task.retry_at = None
         if not task.is_over and task.follows is None:
-            self._launcher.queue.push(task, now)
+            self._placer.queue.push(task, now)
 
     def _requeue(self, task: Task, now: float) -> None:
         if task.is_over:
@@ -243,7 +246,7 @@ class Dispatch:
         Only a lease that was alone on the node can have ended its worker. It is charged, also when its start was not
         reported in time; others are not.
         """
-        held = self._launcher.held_by(node)
+        held = self._table.held_by(node)
         # A lease that waits for its input cannot have begun.
         is_alone = len(held) == 1 and held[0].tasks[0].follows is None
         for lease in lost:
@@ -270,7 +273,7 @@ class Dispatch:
         ended_at = lease.time_of(event.at, now)
         if event.item == 0:
             # It cannot have taken longer than it was away, whatever its worker says.
-            self._launcher.learn(task, min(max(0.0, event.duration_s), now - lease.sent_at))
+            self._placer.learn(task, min(max(0.0, event.duration_s), now - lease.sent_at))
         self._holding.leave(lease, task, now)
         if task.ending is not None and task.ending.kind is not FailureKind.CANCELLED:
             # It is too late, or was refused what it wanted; only who was asked to stop may have been done already.
@@ -344,7 +347,7 @@ class Dispatch:
         is_batched = task.ready.spec.batch is not None
         task.cohort = next(self._numbers) if is_batched and failure.kind in BISECTED else 0
         task.retry_at = now + delay_s
-        self._backoff.add(task, task.retry_at)
+        self._backoff.set(task, task.retry_at)
 
     def _end_early(self, task: Task, failure: Failure, now: float) -> None:
         """End a task before its time; one that a worker holds ends when the worker says so."""
@@ -365,7 +368,7 @@ class Dispatch:
     def _end(self, task: Task, ended_at: float | None = None) -> None:
         """Say how a task ended, for the reason it must; at `ended_at` if that is not now."""
         assert task.ending is not None
-        self._launcher.queue.discard(task)
+        self._placer.queue.discard(task)
         following.leave(task)
         for dropped in following.drop(task, task.ending):
             # Its run knows that by itself.
@@ -378,16 +381,18 @@ class Dispatch:
 
     def _forget(self, task: Task) -> None:
         task.is_over = True
+        self._backoff.discard(task)
+        self._timeouts.discard(task)
         del self.tasks[task.ready.run_id, task.ready.spec.task_id]
 
     # Workers.
 
     def _greet(self, hello: WorkerHello, now: float) -> None:
-        self._launcher.look_again()
+        self._placer.look_again()
         node = self.nodes.get(hello.node_id)
         if node is not None and node.worker_id == hello.worker_id and node.session_id == hello.session_id:
-            node.detached_at = None
-            held, ours = set(hello.held_lease_ids), self._launcher.held_by(node)
+            self._fleet.resume(node)
+            held, ours = set(hello.held_lease_ids), self._table.held_by(node)
             dropped = tuple(held.difference(lease.lease_id for lease in ours))
             self._effects.append(WelcomeWorker(node.worker_id, node.session_id, True, dropped, hello.greeting))
             self._repeat(node, ours, held, now)
@@ -418,7 +423,7 @@ class Dispatch:
                 if lease.started_at is not None:
                     forgotten.append(lease)
                     continue
-                self._effects.append(self._launcher.assignment(lease))
+                self._effects.append(self._table.assignment(lease))
             self._repeat_end(lease)
         failure = Failure(FailureKind.WORKER_LOST, "the worker came back and had forgotten the task")
         self._lose_leases(node, forgotten, failure, now)
@@ -433,7 +438,7 @@ class Dispatch:
 
     def _compare(self, node: Node, heartbeat: WorkerHeartbeat, now: float) -> None:
         """Repair what a worker and the ledger disagree on; what is still on its way is no disagreement."""
-        ours = self._launcher.held_by(node)
+        ours = self._table.held_by(node)
         forgotten = []
         for lease in ours:
             if lease.lease_id in heartbeat.held_lease_ids:
@@ -442,42 +447,39 @@ class Dispatch:
                 forgotten.append(lease)
             elif now >= max(lease.sent_at, lease.repeated_at) + self._fleet.session_ttl_s:
                 lease.repeated_at = now
-                self._effects.append(self._launcher.assignment(lease))
+                self._effects.append(self._table.assignment(lease))
         for lease_id in sorted(heartbeat.held_lease_ids.difference(lease.lease_id for lease in ours)):
             self._effects.append(StopLease(node.session_id, lease_id))
         failure = Failure(FailureKind.WORKER_LOST, "its worker no longer knew of the task")
         self._lose_leases(node, forgotten, failure, now)
 
     def _drain(self, node: Node, deadline_s: float | None, now: float) -> None:
-        self._launcher.look_again()
-        node.is_draining = True
-        if deadline_s is not None:
-            # Asked again, it may have to be quicker, and is never given more time.
-            node.drain_at = min(now + deadline_s, now + deadline_s if node.drain_at is None else node.drain_at)
+        self._placer.look_again()
+        self._fleet.drain(node, None if deadline_s is None else now + deadline_s)
         self._effects.append(NodesChanged(self._fleet.known()))
         self._effects.append(DrainWorker(node.session_id, deadline_s))
-        self._launcher.vacate(node)
+        self._placer.ahead.vacate(node)
         self._holding.let_go(node)
 
     def _move_all(self, node: Node, now: float) -> None:
         """Have done elsewhere what a node that is drained has not got done in time; no fault of the tasks."""
         node.drain_at = None
         failure = Failure(FailureKind.WORKER_LOST, f"node {node.node_id!r} was drained before the task ended")
-        for lease in self._launcher.held_by(node):
+        for lease in self._table.held_by(node):
             self._run_again(lease, failure, now)
 
     def _lose(self, node: Node, reason: str, now: float) -> None:
-        self._launcher.look_again()
+        self._placer.look_again()
         self._effects.append(ForgetSession(node.session_id))
         failure = Failure(FailureKind.WORKER_LOST, f"node {node.node_id!r} was lost: {reason}")
         # A node that is lost does not leave for being drained.
         may_return, node.is_draining = not node.is_draining, False
         if may_return:
-            self._lose_leases(node, self._launcher.held_by(node), failure, now)
+            self._lose_leases(node, self._table.held_by(node), failure, now)
         else:
             # It was to end anyway, which says nothing about what ran there.
             self._fleet.unwant(node.worker_id)
-            for lease in self._launcher.held_by(node):
+            for lease in self._table.held_by(node):
                 self._run_again(lease, failure, now)
         self._fleet.remove(node, may_return=may_return)
         self._effects.append(NodesChanged(self._fleet.known()))

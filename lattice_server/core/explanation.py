@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lattice_server.core.attempts import Task
-from lattice_server.core.batching import BatchCollector
+from lattice_server.core.batching import TaskGroup
 from lattice_server.core.fleet import Fleet
-from lattice_server.core.launching import Launcher
 from lattice_server.core.messages import Explanation, Reason, ReasonKind
 from lattice_server.core.placement import shortages
+from lattice_server.core.placer import Placer
 from lattice_server.core.states import TASK_TERMINAL, TaskState
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 MAX_NODES = 20
 
 
-def explain(task: Task, launcher: Launcher, fleet: Fleet, now: float) -> Explanation:
+def explain(task: Task, placer: Placer, fleet: Fleet, now: float) -> Explanation:
     """Return why a task that was handed over is not running, since when, and when it may start."""
     if task.lease_id:
-        return _explain_leased(task, launcher, now)
+        return _explain_leased(task, placer, now)
     if task.follows is not None:
         source = task.follows.ready.spec.task_id
         reason = Reason(ReasonKind.INPUT, f"it waits for task {source!r}", task_id=source)
@@ -29,13 +29,13 @@ def explain(task: Task, launcher: Launcher, fleet: Fleet, now: float) -> Explana
         wait_s = max(0.0, task.retry_at - now)
         text = f"attempt {task.attempt} failed; the next one may start in {wait_s:.1f} s"
         return Explanation((Reason(ReasonKind.RETRY, text),), 0.0, wait_s)
-    assert task.collector is not None, "a task is in one place"
-    reasons = tuple(_waiting(task, task.collector, launcher, fleet, now))
-    return Explanation(reasons, now - task.waiting_since, _start_in_s(task, task.collector, launcher, fleet, now))
+    assert task.group is not None, "a task is in one place"
+    reasons = tuple(_waiting(task, task.group, placer, fleet, now))
+    return Explanation(reasons, now - task.waiting_since, _start_in_s(task, task.group, placer, fleet, now))
 
 
-def _explain_leased(task: Task, launcher: Launcher, now: float) -> Explanation:
-    lease = launcher.leases[task.lease_id]
+def _explain_leased(task: Task, placer: Placer, now: float) -> Explanation:
+    lease = placer.table.leases[task.lease_id]
     node_id = lease.slot.node_id
     if task.ending is not None:
         text = f"it is being stopped on node {node_id!r}: {task.ending.message}"
@@ -56,28 +56,28 @@ def _explain_leased(task: Task, launcher: Launcher, now: float) -> Explanation:
     return Explanation((Reason(ReasonKind.TURN, text, node_id=node_id),), waited_s, lease.slot.backlog_s)
 
 
-def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: Fleet, now: float) -> Iterator[Reason]:
-    shape = collector.group.shape
+def _waiting(task: Task, group: TaskGroup, placer: Placer, fleet: Fleet, now: float) -> Iterator[Reason]:
+    shape = group.shape
     if not fleet.nodes:
         yield Reason(ReasonKind.NODES, "no node is connected")
         return
-    due_s = collector.due_at() - now
+    due_s = group.due_at() - now
     if due_s > 0:
-        size = collector.max_size
-        yield Reason(ReasonKind.BATCH, f"its batch has {collector.count} of {size} tasks and leaves in {due_s:.1f} s")
-    limit = launcher.limit_reached(shape)
-    if limit is not None:
-        running = launcher.running_calls(shape.limit_key)
-        yield Reason(ReasonKind.LIMIT, f"{running} calls of {shape.limit_key!r} run, the limit is {limit}")
-    elif launcher.limited.get(shape.limit_key, collector) is not collector:
-        text = f"a call of {shape.limit_key!r} that allows fewer of them waited longer and goes first"
+        size = group.max_size
+        yield Reason(ReasonKind.BATCH, f"its batch has {group.count} of {size} tasks and leaves in {due_s:.1f} s")
+    concurrency = group.concurrency
+    if concurrency is not None and not placer.permits.has_free(concurrency):
+        taken, limit = placer.permits.taken(concurrency.key), placer.permits.limit(concurrency)
+        yield Reason(ReasonKind.LIMIT, f"{taken} calls of {concurrency.key!r} run, the limit is {limit}")
+    elif concurrency is not None and placer.queue.is_exhausted(concurrency.key):
+        text = f"a call of {concurrency.key!r} that allows fewer of them goes first"
         yield Reason(ReasonKind.LIMIT, text)
-    ahead = _batches_ahead(task, collector) * collector.max_size
+    ahead = _batches_ahead(task, group) * group.max_size
     if ahead:
         yield Reason(ReasonKind.TURN, f"{ahead} tasks of its kind go first")
-    clocks = launcher.queue.clocks
-    mine = clocks.turn(collector.group.tenant, now)
-    earlier = sorted(name for name in launcher.queue.tenants if clocks.turn(name, now) < mine)
+    clocks = placer.queue.clocks
+    mine = clocks.turn(group.tenant, now)
+    earlier = sorted(name for name in placer.queue.tenants if clocks.turn(name, now) < mine)
     if earlier:
         names = ", ".join(repr(name) for name in earlier[:5])
         yield Reason(ReasonKind.TURN, f"other callers had less of the cluster and go first: {names}")
@@ -85,27 +85,27 @@ def _waiting(task: Task, collector: BatchCollector, launcher: Launcher, fleet: F
         for found in shortages(shape, node):
             fields = {"node_id": found.node_id, "resource": found.what, "wanted": found.wanted, "free": found.free}
             yield Reason(ReasonKind.RESOURCES, str(found), **fields)  # type: ignore[arg-type]  # by name
-        keeper = launcher.keeping.kept_for(node)
-        if keeper is not None and keeper is not collector:
+        keeper = placer.reservations.group_of(node)
+        if keeper is not None and keeper is not group:
             text = f"node {node.node_id!r} gathers resources for a larger task that waited longer"
-            if keeper.group.shape.is_exclusive:
+            if keeper.shape.is_exclusive:
                 text = f"node {node.node_id!r} is kept for a task that waited longer and runs alone on it"
             yield Reason(ReasonKind.TURN, text, node_id=node.node_id)
 
 
-def _batches_ahead(task: Task, collector: BatchCollector) -> int:
+def _batches_ahead(task: Task, group: TaskGroup) -> int:
     mine = (*task.rank, task.ticket)
-    return sum((*other.rank, other.ticket) < mine for other in collector.tasks()) // collector.max_size
+    return sum((*other.rank, other.ticket) < mine for other in group.tasks()) // group.max_size
 
 
-def _start_in_s(task: Task, collector: BatchCollector, launcher: Launcher, fleet: Fleet, now: float) -> float | None:
+def _start_in_s(task: Task, group: TaskGroup, placer: Placer, fleet: Fleet, now: float) -> float | None:
     """Return a guess: the batches ahead, side by side on what its kind uses today, each as long as the last ones."""
-    expected_s = launcher.expected_s(task)
-    if expected_s is None or not any(fleet.could_run(collector.group.shape, node) for node in fleet.nodes.values()):
+    expected_s = placer.ahead.expected_s(task)
+    if expected_s is None or not any(fleet.could_run(group.shape, node) for node in fleet.nodes.values()):
         return None
-    batches = _batches_ahead(task, collector) + 1
-    side_by_side = max(1, launcher.running_slots(collector.group.shape))
-    return max(0.0, collector.due_at() - now, batches * expected_s / side_by_side)
+    batches = _batches_ahead(task, group) + 1
+    side_by_side = max(1, len(placer.table.slots((group.shape, group.concurrency))))
+    return max(0.0, group.due_at() - now, batches * expected_s / side_by_side)
 
 
 def explain_in_run(run: "Run", task_id: str, now: float) -> Explanation:

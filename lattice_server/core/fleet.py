@@ -1,11 +1,14 @@
 """Owns the nodes and the sessions of their workers. Rule: a node is served by one session; a newer one replaces it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from lattice_server.core.leases import Node
+from lattice_server.core.deadlines import Deadlines
+from lattice_server.core.leases import Node, Slot
 from lattice_server.core.messages import WorkerHello
-from lattice_server.core.model import Capacity, TaskSpec
-from lattice_server.core.placement import Shape, could_run, idle, shape_of, share_of, suits
+from lattice_server.core.model import TaskSpec
+from lattice_server.core.node_index import NodeIndex
+from lattice_server.core.placement import Shape, Total, could_run, idle, shape_of, share_of
 
 MAX_GONE = 1000
 MAX_SHAPES = 100_000
@@ -16,23 +19,32 @@ class Fleet:
 
     def __init__(self, session_ttl_s: float) -> None:
         self.nodes: dict[str, Node] = {}
-        self.total = Capacity(0.0, slots=0, async_slots=0)
+        self.total = Total()
+        self.index = NodeIndex()
         self._sessions: dict[str, Node] = {}
+        self._workers: dict[str, dict[str, Node]] = {}
+        self._idle: dict[str, Node] = {}  # Those that are here, but for drained ones, as if nothing ran there.
         self._gone: dict[str, Node] = {}
         self._unwanted: dict[str, None] = {}
         self.session_ttl_s = session_ttl_s
+        self._detached: Deadlines[Node] = Deadlines()
+        self._drained: Deadlines[Node] = Deadlines()
         self._could_run: dict[tuple[Shape, str], bool] = {}
-        self._suits: dict[tuple[Shape, str], bool] = {}
         self._shares: dict[Shape, float] = {}
         self._shapes: dict[Shape, Shape] = {}
-        self._kinds: dict[Shape, Shape] = {}
 
     def by_session(self, session_id: str) -> Node | None:
         """Return the node a session serves."""
         return self._sessions.get(session_id)
 
+    def by_worker(self, worker_id: str) -> list[Node]:
+        """Return the nodes a worker serves."""
+        return list(self._workers.get(worker_id, {}).values())
+
     def join(self, hello: WorkerHello, session_id: str) -> Node:
-        """Add a node."""
+        """Add a node, in the place of one of its name."""
+        if (known := self.nodes.get(hello.node_id)) is not None:
+            self.remove(known, may_return=False)
         node = Node(
             hello.node_id,
             hello.worker_id,
@@ -48,19 +60,30 @@ class Fleet:
         )
         self.nodes[node.node_id] = node
         self._sessions[session_id] = node
+        self._workers.setdefault(node.worker_id, {})[node.node_id] = node
         self._gone.pop(node.node_id, None)
-        self._count()
+        self._idle[node.node_id] = idle(node)
+        self.index.update(node)
+        self._count(node, 1)
         return node
 
     def remove(self, node: Node, *, may_return: bool) -> None:
         """Take a node out."""
-        self.nodes.pop(node.node_id, None)
+        if self.nodes.pop(node.node_id, None) is not None:
+            self._count(node, -1)
+            served = self._workers[node.worker_id]
+            del served[node.node_id]
+            if not served:
+                del self._workers[node.worker_id]
+        self._idle.pop(node.node_id, None)
+        self.index.remove(node)
         self._sessions.pop(node.session_id, None)
+        self._detached.discard(node)
+        self._drained.discard(node)
         if may_return:
             self._gone[node.node_id] = idle(node)
             while len(self._gone) > MAX_GONE:
                 del self._gone[next(iter(self._gone))]
-        self._count()
 
     def unwant(self, worker_id: str) -> None:
         """Remember a worker that is to leave, and is lost before it is told so."""
@@ -74,20 +97,11 @@ class Fleet:
 
     def known(self) -> tuple[Node, ...]:
         """Return every node that is here or may come back, as it is when nothing runs on it."""
-        return (*(idle(node) for node in self.nodes.values() if not node.is_draining), *self._gone.values())
+        return (*self._idle.values(), *self._gone.values())
 
     def shape(self, spec: TaskSpec) -> Shape:
         """Return what placement looks at in a task: the same object for the same, which is quick to look up."""
         return self._same(shape_of(spec))
-
-    def kind(self, shape: Shape) -> Shape:
-        """Return a shape without its limit, which is all that says where it can start; the same object for the same."""
-        if not shape.limit_key:
-            return shape
-        found = self._kinds.get(shape)
-        if found is None:
-            found = self._kinds[shape] = self._same(replace(shape, limit_key="", max_parallel=0))
-        return found
 
     def alone(self, shape: Shape) -> Shape:
         """Return a shape as one whose lease is the only one on its node."""
@@ -95,20 +109,11 @@ class Fleet:
 
     def could_run(self, shape: Shape, node: Node) -> bool:
         """Whether a node could run `shape` if nothing else ran there."""
-        key = (self.kind(shape), node.node_id)
+        key = (shape, node.node_id)
         found = self._could_run.get(key)
         if found is None:
             self._forget_shapes()
             found = self._could_run[key] = could_run(shape, node)
-        return found
-
-    def suits(self, shape: Shape, node: Node) -> bool:
-        """Whether a node may run `shape` at all, load and size aside."""
-        key = (self.kind(shape), node.node_id)
-        found = self._suits.get(key)
-        if found is None:
-            self._forget_shapes()
-            found = self._suits[key] = suits(shape, node)
         return found
 
     def share(self, shape: Shape) -> float:
@@ -118,22 +123,59 @@ class Fleet:
             found = self._shares[shape] = share_of(shape.resources, shape.is_async, self.total)
         return found
 
-    def overdue(self, now: float) -> list[Node]:
-        """Return the nodes whose worker has been away for too long."""
-        return [n for n in self.nodes.values() if n.detached_at is not None and now >= self._deadline(n.detached_at)]
+    def take(self, node: Node, slot: Slot) -> None:
+        """Reserve what a slot holds."""
+        node.take(slot)
+        self.index.update(node)
 
-    def outstaying(self, now: float) -> list[Node]:
-        """Return the nodes that are drained and on which things run for too long."""
-        return [n for n in self.nodes.values() if n.drain_at is not None and now >= n.drain_at]
+    def release(self, slot: Slot) -> None:
+        """Free what a slot held."""
+        node = self.nodes[slot.node_id]
+        node.release(slot)
+        self.index.update(node)
+
+    def detach(self, node: Node, at: float) -> None:
+        """Note that the stream of a node's worker broke at a time."""
+        node.detached_at = at
+        self._detached.set(node, at + self.session_ttl_s)
+        self.index.update(node)
+
+    def resume(self, node: Node) -> None:
+        """Note that the worker of a node that was detached is back."""
+        node.detached_at = None
+        self._detached.discard(node)
+        self.index.update(node)
+
+    def drain(self, node: Node, deadline: float | None) -> None:
+        """Have a node take nothing new, and leave no later than a deadline; an earlier one that was set holds."""
+        node.is_draining = True
+        self._idle.pop(node.node_id, None)
+        self.index.update(node)
+        if deadline is not None and (node.drain_at is None or deadline < node.drain_at):
+            node.drain_at = deadline
+            self._drained.set(node, deadline)
+
+    def overdue(self, now: float) -> Iterator[Node]:
+        """Take out the nodes whose worker has been away for too long."""
+        return self._detached.due(now)
+
+    def outstaying(self, now: float) -> Iterator[Node]:
+        """Take out the nodes that are drained and on which attempts run for too long."""
+        return self._drained.due(now)
 
     def next_deadline(self) -> float | None:
         """Return when the next node is overdue or outstays its time."""
-        due = [self._deadline(n.detached_at) for n in self.nodes.values() if n.detached_at is not None]
-        due += [n.drain_at for n in self.nodes.values() if n.drain_at is not None]
-        return min(due, default=None)
+        due = [self._detached.next_at(), self._drained.next_at()]
+        return min((at for at in due if at is not None), default=None)
 
-    def _deadline(self, detached_at: float) -> float:
-        return detached_at + self.session_ttl_s
+    def check(self) -> None:
+        """Assert that what is kept about nodes is so."""
+        self.index.check(self.nodes)
+        assert set(self._detached) == {node for node in self.nodes.values() if node.detached_at is not None}
+        assert set(self._drained) == {node for node in self.nodes.values() if node.drain_at is not None}
+        assert self.total.nodes == len(self.nodes)
+        served = [node for nodes in self._workers.values() for node in nodes.values()]
+        assert {node.node_id: node for node in served} == self.nodes
 
     def _same(self, made: Shape) -> Shape:
         found = self._shapes.get(made)
@@ -144,22 +186,14 @@ class Fleet:
 
     def _forget_shapes(self) -> None:
         """Callers make up shapes without end; work out anew what is asked for after many others."""
-        if len(self._could_run) + len(self._suits) + len(self._shapes) > MAX_SHAPES:
+        if len(self._could_run) + len(self._shapes) > MAX_SHAPES:
             self._could_run.clear()
-            self._suits.clear()
             self._shares.clear()
             self._shapes.clear()
-            self._kinds.clear()
 
-    def _count(self) -> None:
+    def _count(self, node: Node, sign: int) -> None:
+        """Add what a node offers to the total, or take it away."""
+        self.total.add(node.capacity, sign)
+        # Of nodes of one name, the newest may offer something else.
         self._could_run.clear()
-        self._suits.clear()
         self._shares.clear()
-        offers = [node.capacity for node in self.nodes.values()]
-        self.total = Capacity(
-            sum(offer.cpu for offer in offers),
-            sum(offer.memory_bytes for offer in offers),
-            tuple(gpu for offer in offers for gpu in offer.gpus),
-            sum(offer.slots for offer in offers),
-            sum(offer.async_slots for offer in offers),
-        )

@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 from lattice_server.core.attempts import Lease, Task
 from lattice_server.core.fleet import Fleet
-from lattice_server.core.launching import Launcher
 from lattice_server.core.leases import Node
 from lattice_server.core.messages import CloseSession, TaskStarted
+from lattice_server.core.placer import Placer
 
 
 class Holding:
     """The leases in the hands of workers."""
 
-    def __init__(self, fleet: Fleet, launcher: Launcher, emit: Callable[[TaskStarted | CloseSession], None]) -> None:
+    def __init__(self, fleet: Fleet, placer: Placer, emit: Callable[[TaskStarted | CloseSession], None]) -> None:
         self._fleet = fleet
-        self._launcher = launcher
-        self._leases = launcher.leases
+        self._placer = placer
+        self._leases = placer.table.leases
         self._emit = emit
 
     def find(self, session_id: str, lease_id: str) -> Lease | None:
@@ -77,5 +77,5 @@ class Holding:
             self._emit(CloseSession(node.session_id, "DRAINED", "the node was drained"))
 
     def _release(self, lease: Lease, now: float) -> None:
-        self._launcher.release(lease, now)
+        self._placer.release(lease, now)
         self.let_go(self._fleet.nodes[lease.slot.node_id])

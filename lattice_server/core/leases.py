@@ -9,15 +9,16 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from lattice_server.core.model import Capacity, Gpu, Isolation, Resources, Runtime
+from lattice_server.core.permits import Concurrency
 
 EPSILON = 1e-9
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Slot:
     """One reservation. `gpu_indices` are the devices it uses; `lease_ids` run in order, and tell how many attempts each
     has; `progress_at` is when the first of them became first, and `is_slow` tells that it took longer than others were
-    ready to wait. `limit_key` names the limit it counts for. `is_exclusive` tells that its one lease is the only one of
+    ready to wait. `concurrency` is what its calls count for. `is_exclusive` tells that its one lease is the only one of
     its node."""
 
     slot_id: int
@@ -25,7 +26,7 @@ class Slot:
     resources: Resources
     is_async: bool
     gpu_indices: tuple[int, ...]
-    limit_key: str = ""
+    concurrency: Concurrency | None = None
     lease_ids: dict[str, int] = field(default_factory=dict)
     backlog_s: float = 0.0
     progress_at: float = 0.0

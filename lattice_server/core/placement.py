@@ -1,7 +1,7 @@
 """Owns the choice of a node. Rule: pure functions of what is wanted, what is free, and what is kept for others."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lattice_server.core.leases import EPSILON, Node
@@ -16,17 +16,14 @@ PYTHON = re.compile(f"{NAME}:{NAME}")
 class Shape:
     """All that placement looks at; tasks of one shape are interchangeable to it.
 
-    `limit_key` names the group whose calls `max_parallel` counts; empty when nothing limits it. `entrypoint` is the
-    function by the name workers have for it; empty when its code travels. `runtime` is what must run that.
-    `is_exclusive` tells that a lease of it is the only one on its node while it lasts.
+    `entrypoint` is the function by the name workers have for it; empty when its code travels. `runtime` is what must
+    run that. `is_exclusive` tells that a lease of it is the only one on its node while it lasts.
     """
 
     resources: Resources
     is_async: bool
     isolation: Isolation
     node_selector: tuple[tuple[str, str], ...]
-    limit_key: str = ""
-    max_parallel: int = 0
     entrypoint: str = ""
     runtime: Runtime = ANY_RUNTIME
     is_exclusive: bool = False
@@ -34,7 +31,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         # It is looked up several times for every task, and made once.
-        key = (self.resources, self.is_async, self.isolation, self.node_selector, self.limit_key, self.max_parallel)
+        key = (self.resources, self.is_async, self.isolation, self.node_selector)
         object.__setattr__(self, "_hash", hash((*key, self.entrypoint, self.runtime, self.is_exclusive)))
 
     def __hash__(self) -> int:
@@ -44,8 +41,7 @@ class Shape:
 def shape_of(spec: TaskSpec) -> Shape:
     """Return what placement looks at in a task."""
     function = spec.function
-    limit_key = spec.concurrency_key or (function.digest if spec.max_parallel else "")
-    where = (spec.isolation, spec.node_selector, limit_key, spec.max_parallel)
+    where = (spec.isolation, spec.node_selector)
     return Shape(spec.resources, function.is_async, *where, function.entrypoint, function.runtime)
 
 
@@ -78,33 +74,17 @@ def could_run(shape: Shape, node: Node) -> bool:
     return not shortages(shape, idle(node))
 
 
-def place(
-    shape: Shape,
-    nodes: Iterable[Node],
-    kept: Mapping[str, Shape] | None = None,
-    suits: Callable[[Shape, Node], bool] = suits,
-) -> tuple[Node, tuple[int, ...]] | None:
-    """Return the node to run `shape` and the devices to use, or None when nothing is free.
+def devices_on(node: Node, shape: Shape, kept: Shape | None = None) -> tuple[int, ...] | None:
+    """Return the devices to use if `shape` started on a node now; None when it cannot.
 
-    Best fit: tasks that need GPUs go to the fullest node that has them free; others spread to the node with most CPUs
-    free, and keep off GPU nodes while they can. `kept` maps nodes to the shape for which room must be, or become, free.
+    `kept` is the shape for which room must be, or become, free there. Whether the node suits is not looked at.
     """
-    best: tuple[Node, tuple[int, ...]] | None = None
-    best_score: tuple[float, float] | None = None
-    for node in nodes:
-        if not (node.takes_work and node.fits(shape.resources, shape.is_async) and suits(shape, node)):
-            continue
-        if not node.admits(is_exclusive=shape.is_exclusive):
-            continue
-        devices = node.devices_for(shape.resources)
-        if devices is None:
-            continue
-        if kept and node.node_id in kept and not leaves_room(shape, devices, node, kept[node.node_id]):
-            continue
-        score = (sum(node.free_gpu.values()), -node.free_cpu)
-        if best_score is None or score < best_score:
-            best, best_score = (node, devices), score
-    return best
+    if not node.fits(shape.resources, shape.is_async) or not node.admits(is_exclusive=shape.is_exclusive):
+        return None
+    devices = node.devices_for(shape.resources)
+    if devices is None or (kept is not None and not leaves_room(shape, devices, node, kept)):
+        return None
+    return devices
 
 
 def leaves_room(shape: Shape, devices: tuple[int, ...], node: Node, kept: Shape) -> bool:
@@ -221,7 +201,31 @@ def idle(node: Node) -> Node:
     return Node(*fields, node.isolations, node.runtime, node.pid, node.entrypoints)
 
 
-def share_of(resources: Resources, is_async: bool, total: Capacity) -> float:
+@dataclass(slots=True)
+class Total:
+    """What all nodes offer together; `gpus` counts devices."""
+
+    nodes: int = 0
+    cpu: float = 0.0
+    memory_bytes: int = 0
+    gpus: int = 0
+    gpu_memory_bytes: int = 0
+    slots: int = 0
+    async_slots: int = 0
+
+    def add(self, offer: Capacity, sign: int) -> None:
+        """Add what a node offers, or with `sign` -1 take it away."""
+        self.nodes += sign
+        # Fractions added and taken away many times do not add up to nothing.
+        self.cpu = self.cpu + sign * offer.cpu if self.nodes else 0.0
+        self.memory_bytes += sign * offer.memory_bytes
+        self.gpus += sign * len(offer.gpus)
+        self.gpu_memory_bytes += sign * sum(gpu.memory_bytes for gpu in offer.gpus)
+        self.slots += sign * offer.slots
+        self.async_slots += sign * offer.async_slots
+
+
+def share_of(resources: Resources, is_async: bool, total: Total) -> float:
     """Return the largest share of the cluster's `total` that `resources` take: what a caller's use is counted by."""
     slots = total.async_slots if is_async else total.slots
     shares = [1.0 / slots if slots else 1.0]
@@ -230,9 +234,9 @@ def share_of(resources: Resources, is_async: bool, total: Capacity) -> float:
     if total.memory_bytes > 0:
         shares.append(resources.memory_bytes / total.memory_bytes)
     if total.gpus:
-        shares.append(resources.gpu / len(total.gpus))
-        if memory := sum(gpu.memory_bytes for gpu in total.gpus):
-            shares.append(resources.gpu_memory_bytes * max(1.0, resources.gpu) / memory)
+        shares.append(resources.gpu / total.gpus)
+        if total.gpu_memory_bytes:
+            shares.append(resources.gpu_memory_bytes * max(1.0, resources.gpu) / total.gpu_memory_bytes)
     return max(shares)
 
 

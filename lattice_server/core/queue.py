@@ -1,247 +1,195 @@
-"""Owns what waits, in the order in which it would leave. Rule: who has not changed is not looked at again."""
+"""Owns queued tasks, by tenant and in the order in which they are placed.
+
+Rule: a group is in the order while a batch of it is due and its concurrency key is not exhausted.
+"""
 
 import heapq
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from lattice_server.core.attempts import Task
-from lattice_server.core.batching import OPEN, BatchCollector, Entry, Group, Lane, Stage, line_of
+from lattice_server.core.batching import INFINITY, Entry, GroupKey, TaskGroup, group_key
 from lattice_server.core.clocks import Clocks
+from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.placement import Shape
 
 
 @dataclass(slots=True, eq=False)
-class Tenant:
-    """One caller that waits, and what it has waiting by line.
-
-    `order` holds the lines of which a batch may leave, first the one that leaves first; `lanes` holds them by lane, in
-    the same order. `used` counts, for all callers, those that have lines in a lane.
-    """
+class TenantQueue:
+    """What one tenant has queued. `order` has the groups of which a batch may be placed: by shape, first the first."""
 
     name: str
-    used: Counter[Lane]
-    collectors: dict[Group | Shape, BatchCollector] = field(default_factory=dict)
-    order: list[Entry] = field(default_factory=list)
-    lanes: dict[Lane, list[Entry]] = field(default_factory=dict)
+    groups: dict[object, TaskGroup] = field(default_factory=dict)
+    order: dict[Shape, list[Entry]] = field(default_factory=dict)
 
-    def enter(self, collector: BatchCollector, entry: Entry) -> None:
-        """Line up a line at its place, in its lane."""
-        collector.entry = entry
-        insort(self.order, entry)
-        self._join(collector, entry, collector.lane)
-
-    def leave(self, collector: BatchCollector) -> None:
-        """Take a line out of the order."""
-        if collector.entry is not None:
-            del self.order[bisect_left(self.order, collector.entry)]
-            self._quit(collector, collector.entry)
-            collector.entry = None
-
-    def move(self, collector: BatchCollector, lane: Lane) -> None:
-        """Move a line that is lined up to another lane."""
-        if collector.entry is not None and collector.lane != lane:
-            self._quit(collector, collector.entry)
-            self._join(collector, collector.entry, lane)
-
-    def check(self) -> None:
-        """Assert that every line that may leave is in the order and in its lane, once."""
-        lined_up = sorted(c.entry for c in self.collectors.values() if c.entry is not None)
-        assert self.order == lined_up
-        assert sorted(entry for lane in self.lanes.values() for entry in lane) == lined_up
-        for lane, entries in self.lanes.items():
-            assert entries == sorted(entries), "a lane is out of order"
-            assert entries, "an empty lane"
-            assert all(entry[-1].lane == lane for entry in entries)
-
-    def _join(self, collector: BatchCollector, entry: Entry, lane: Lane) -> None:
-        collector.lane = lane
-        entries = self.lanes.get(lane)
-        if entries is None:
-            self.lanes[lane] = [entry]
-            self.used[lane] += 1
-        else:
-            insort(entries, entry)
-
-    def _quit(self, collector: BatchCollector, entry: Entry) -> None:
-        entries = self.lanes[collector.lane]
-        del entries[bisect_left(entries, entry)]
-        if not entries:
-            del self.lanes[collector.lane]
-            _subtract(self.used, collector.lane)
+    def move(self, group: TaskGroup, entry: Entry | None) -> None:
+        """Give a group another place in the order, or none."""
+        if group.entry is not None:
+            entries = self.order[group.shape]
+            del entries[bisect_left(entries, group.entry)]
+            if not entries:
+                del self.order[group.shape]
+        group.entry = entry
+        if entry is not None:
+            insort(self.order.setdefault(group.shape, []), entry)
 
 
-@dataclass(slots=True, eq=False)
-class Key:
-    """The lines that wait and count for one limit: whose, and of how many. `parked` are those that are not open."""
+class Candidates:
+    """The groups of one tenant in the order in which one pass tries them, without those of shapes that are `full`."""
 
-    owners: Counter[tuple[str, int]] = field(default_factory=Counter)
-    parked: dict[BatchCollector, None] = field(default_factory=dict)
+    def __init__(self, tenant: TenantQueue, full: Container[Shape]) -> None:
+        self._order = tenant.order
+        self._full = full
+        # The shapes by their first group as it was, for the first one whose shape is not full.
+        self._heads = [(entries[0], shape) for shape, entries in tenant.order.items() if shape not in full]
+        heapq.heapify(self._heads)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether all lines are one caller's and agree on the limit, so that they reach it together."""
-        return len(self.owners) == 1
+    def first(self) -> TaskGroup | None:
+        """Return the group that is next; None when there is none."""
+        heads = self._heads
+        while heads:
+            entry, shape = heads[0]
+            entries = self._order.get(shape)
+            if not entries or shape in self._full:
+                heapq.heappop(heads)
+            elif entries[0] is not entry:
+                heapq.heapreplace(heads, (entries[0], shape))
+            else:
+                return entry[-1]
+        return None
 
 
 class Queue:
-    """All that waits for resources. `shapes` counts the lines of each shape, `lanes` the callers in each lane."""
+    """All tasks that wait for resources or permits. `shapes` counts their groups by shape."""
 
     def __init__(self) -> None:
-        self.tenants: dict[str, Tenant] = {}
+        self.tenants: dict[str, TenantQueue] = {}
         self.shapes: Counter[Shape] = Counter()
-        self.lanes: Counter[Lane] = Counter()
-        self.keys: dict[str, Key] = {}
         self.clocks = Clocks()
-        self._changed: dict[BatchCollector, None] = {}
-        self._due: list[tuple[float, int, BatchCollector]] = []
-        self._numbers = 0
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether tasks came or went since the last `refresh`."""
-        return bool(self._changed)
+        self._by_key: dict[str, dict[TaskGroup, None]] = {}
+        self._exhausted: set[str] = set()
+        self.has_changed = False  # Whether tasks came or went since the last `refresh`.
+        self._changed: dict[TaskGroup, None] = {}
+        self._due: Deadlines[TaskGroup] = Deadlines()
 
     def push(self, task: Task, now: float) -> None:
-        """Let a task wait."""
+        """Queue a task."""
         name = task.ready.tenant
         tenant = self.tenants.get(name)
         if tenant is None:
             if not self.tenants:
                 self.clocks.level(now)
             self.clocks.come(name, now)
-            tenant = self.tenants[name] = Tenant(name, self.lanes)
-        line = line_of(task)
-        collector = tenant.collectors.get(line)
-        if collector is None:
-            group = line if isinstance(line, Group) else Group(name, line)
-            lane = OPEN if group.shape.limit_key else Lane(Stage.ALIKE, group.shape)
-            collector = tenant.collectors[line] = BatchCollector(group, lane=lane)
-            self._add(collector)
-        collector.add(task, now)
-        self._changed[collector] = None
+            tenant = self.tenants[name] = TenantQueue(name)
+        key = group_key(task)
+        group = tenant.groups.get(key)
+        if group is None:
+            group = TaskGroup(name, key if isinstance(key, GroupKey) else GroupKey(*key))
+            tenant.groups[key] = group
+            self.shapes[group.shape] += 1
+            if group.concurrency is not None:
+                self._by_key.setdefault(group.concurrency.key, {})[group] = None
+        group.add(task, now)
+        self._note_changed(group)
 
     def discard(self, task: Task) -> None:
-        """Let a task wait no longer."""
-        collector = task.collector
-        if collector is None:
+        """Take a task out of the queue, if it is there."""
+        group = task.group
+        if group is None:
             return
-        collector.remove(task)
-        self._changed[collector] = None
-        if collector.count == 0:
-            tenant = self.tenants[collector.group.tenant]
-            del tenant.collectors[line_of(task)]
-            tenant.leave(collector)
-            self._remove(collector)
-            if not tenant.collectors:
+        group.remove(task)
+        self._note_changed(group)
+        if group.count == 0:
+            tenant = self.tenants[group.tenant]
+            del tenant.groups[group_key(task)]
+            self._remove(group, tenant)
+            if not tenant.groups:
                 del self.tenants[tenant.name]
 
     def refresh(self, now: float) -> None:
-        """Line up what came, what has changed, and what became due."""
-        while self._due and self._due[0][0] <= now:
-            collector = heapq.heappop(self._due)[-1]
-            collector.noted_due = None
-            self._changed[collector] = None
-        for collector in self._changed:
-            self.update(collector, now)
+        """Put the groups that changed, and those of which a batch became due, where they belong."""
+        for group in self._due.due(now):
+            self._changed[group] = None
+        for group in self._changed:
+            if group.count:
+                self._update(group, now)
         self._changed.clear()
+        self.has_changed = False
 
-    def update(self, collector: BatchCollector, now: float) -> None:
-        """Line up a line where it belongs now; one that stays where it was stays as it was."""
-        head, due_at = collector.head(), collector.due_at()
-        if head is None:
-            return
-        if due_at > now and due_at != collector.noted_due:
-            self._numbers += 1
-            collector.noted_due = due_at
-            heapq.heappush(self._due, (due_at, self._numbers, collector))
-        entry = None if due_at > now else (*head.rank, head.ticket, collector)
-        if entry != collector.entry:
-            tenant = self.tenants[collector.group.tenant]
-            tenant.leave(collector)
-            if collector.group.shape.limit_key:
-                self._unpark(collector)
-                collector.lane = OPEN
-            if entry is not None:
-                tenant.enter(collector, entry)
+    def exhaust(self, key: str) -> None:
+        """Take the groups that count for a concurrency key out of the order, until it is `reopened`."""
+        self._exhausted.add(key)
+        for group in self._by_key.get(key, ()):
+            self.tenants[group.tenant].move(group, None)
 
-    def park(self, collector: BatchCollector, lane: Lane) -> None:
-        """Move a line that is lined up to a lane."""
-        self.tenants[collector.group.tenant].move(collector, lane)
-        if lane == OPEN:
-            self._unpark(collector)
-        elif collector.group.shape.limit_key:
-            self.keys[collector.group.shape.limit_key].parked[collector] = None
+    def reopen(self, key: str) -> None:
+        """Note that a permit of a concurrency key may be free."""
+        if key in self._exhausted:
+            self._exhausted.remove(key)
+            self._changed.update(self._by_key.get(key, {}))
 
-    def reopen(self, limit_key: str) -> None:
-        """Have all lines looked at again that count for a limit."""
-        key = self.keys.get(limit_key)
-        if key is not None:
-            parked, key.parked = key.parked, {}
-            for collector in parked:
-                self.tenants[collector.group.tenant].move(collector, OPEN)
+    def is_exhausted(self, key: str) -> bool:
+        """Whether the groups that count for a key wait for a permit."""
+        return key in self._exhausted
 
-    def collectors(self) -> Iterator[BatchCollector]:
-        """Yield everything that waits, by group."""
+    def groups(self) -> Iterator[TaskGroup]:
+        """Yield all groups."""
         for tenant in self.tenants.values():
-            yield from tenant.collectors.values()
+            yield from tenant.groups.values()
 
     def next_due(self) -> float | None:
-        """Return when a batch that waits for more tasks will wait no longer.
-
-        One that was due before waits for resources, and no time will give it those.
-        """
-        while self._due and self._due[0][-1].due_at() != self._due[0][0]:
-            heapq.heappop(self._due)[-1].noted_due = None
-        return self._due[0][0] if self._due else None
+        """Return when a batch that waits for more tasks is due."""
+        return self._due.next_at()
 
     def check(self) -> None:
-        """Assert that what is kept about lines is so."""
-        lines = list(self.collectors())
-        assert self.shapes == Counter(line.group.shape for line in lines)
-        limited = [line for line in lines if line.group.shape.limit_key]
-        assert self.keys.keys() == {line.group.shape.limit_key for line in limited}
-        for name, key in self.keys.items():
-            mine = [line for line in limited if line.group.shape.limit_key == name]
-            assert key.owners == Counter(map(_owner, mine))
-            assert key.parked.keys() == {line for line in mine if line.entry is not None and line.lane != OPEN}
+        """Assert that what is kept about groups is so."""
+        groups = list(self.groups())
+        assert self.shapes == Counter(group.shape for group in groups)
+        keyed: dict[str, set[TaskGroup]] = {}
+        for group in groups:
+            if group.concurrency is not None:
+                keyed.setdefault(group.concurrency.key, set()).add(group)
+        assert {key: set(found) for key, found in self._by_key.items()} == keyed
+        assert self._exhausted <= keyed.keys()
         for tenant in self.tenants.values():
-            tenant.check()
-        assert self.lanes == Counter(lane for tenant in self.tenants.values() for lane in tenant.lanes)
+            placeable = [group for group in tenant.groups.values() if group.entry is not None]
+            assert all(group.concurrency is None or group.concurrency.key not in self._exhausted for group in placeable)
+            ordered = [entry[-1] for entries in tenant.order.values() for entry in entries]
+            assert set(ordered) == set(placeable)
+            assert len(ordered) == len(placeable)
+            for shape, entries in tenant.order.items():
+                assert entries, "a shape without a group"
+                assert entries == sorted(entries), "groups are out of order"
+                assert all(entry[-1].shape == shape and entry[-1].entry is entry for entry in entries)
 
-    def _add(self, collector: BatchCollector) -> None:
-        shape = collector.group.shape
-        self.shapes[shape] += 1
-        if not shape.limit_key:
-            return
-        key = self.keys.setdefault(shape.limit_key, Key())
-        key.owners[_owner(collector)] += 1
-        if not key.is_plain or self.shapes[shape] == 2 or key.owners.total() == 2:
-            self.reopen(shape.limit_key)
+    def _note_changed(self, group: TaskGroup) -> None:
+        self.has_changed = True
+        self._changed[group] = None
 
-    def _remove(self, collector: BatchCollector) -> None:
-        shape = collector.group.shape
-        _subtract(self.shapes, shape)
-        if not shape.limit_key:
-            return
-        key = self.keys[shape.limit_key]
-        self._unpark(collector)
-        _subtract(key.owners, _owner(collector))
-        if not key.owners:
-            del self.keys[shape.limit_key]
+    def _update(self, group: TaskGroup, now: float) -> None:
+        head, due_at = group.head(), group.due_at()
+        if now < due_at < INFINITY:
+            self._due.set(group, due_at)
+        else:
+            self._due.discard(group)
+        is_exhausted = group.concurrency is not None and group.concurrency.key in self._exhausted
+        entry = None if head is None or due_at > now or is_exhausted else (*head.rank, head.ticket, group)
+        if entry != group.entry:
+            self.tenants[group.tenant].move(group, entry)
 
-    def _unpark(self, collector: BatchCollector) -> None:
-        if collector.group.shape.limit_key:
-            self.keys[collector.group.shape.limit_key].parked.pop(collector, None)
-
-
-def _owner(collector: BatchCollector) -> tuple[str, int]:
-    return collector.group.tenant, collector.group.shape.max_parallel
-
-
-def _subtract(counter: Counter[Any], item: Any) -> None:
-    counter[item] -= 1
-    if not counter[item]:
-        del counter[item]
+    def _remove(self, group: TaskGroup, tenant: TenantQueue) -> None:
+        tenant.move(group, None)
+        self._due.discard(group)
+        del self._changed[group]
+        self.shapes[group.shape] -= 1
+        if not self.shapes[group.shape]:
+            del self.shapes[group.shape]
+        if group.concurrency is not None:
+            key = group.concurrency.key
+            del self._by_key[key][group]
+            # It may have been the only one that allows so few calls.
+            self.reopen(key)
+            if not self._by_key[key]:
+                del self._by_key[key]

@@ -8,7 +8,7 @@ from lattice_server.core.messages import Assign, SchedulerEvent, TaskReady
 from lattice_server.core.model import BatchPolicy, BatchScope, Capacity, Function, Gpu, Resources
 from tests.server.core.graphs import VALUE, hello, task
 from tests.server.core.scenes import BROKEN, GIB, STOPPED
-from tests.server.core.twins import Twins
+from tests.server.core.watched import Watched
 
 RESOURCES = [
     Resources(0.0),
@@ -28,7 +28,7 @@ class Crowd:
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
-        self.machine = Twins("e", 5.0, {"db": 2, "api": 1})
+        self.machine = Watched("e", 5.0, {"db": 2, "api": 1})
         self.now = 0.0
         self.held: list[Assign] = []
         self.number = 0

@@ -24,7 +24,7 @@ from lattice_server.core.model import (
     TaskSpec,
 )
 from tests.server.core.graphs import SYNC, VALUE, hello, task
-from tests.server.core.twins import Twins
+from tests.server.core.watched import Watched
 from tests.server.core.watching import Watcher
 
 GIB = 1 << 30
@@ -102,7 +102,7 @@ class DispatchHistories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.machine = Twins("e", session_ttl_s=5.0, limits=LIMITS)
+        self.machine = Watched("e", session_ttl_s=5.0, limits=LIMITS)
         self.watcher = Watcher(self.machine, LIMITS)
         self.now = 0.0
         self.number = 0

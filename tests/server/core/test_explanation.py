@@ -81,7 +81,7 @@ def test_a_limit_is_kept_for_one_that_allows_fewer() -> None:
     scene = Scene(node())
     scene.tell(ready("a", concurrency_key="db", max_parallel=3))
     scene.tell(ready("alone", concurrency_key="db", max_parallel=1), ready("b", concurrency_key="db", max_parallel=3))
-    text = "a call of 'db' that allows fewer of them waited longer and goes first"
+    text = "a call of 'db' that allows fewer of them goes first"
     assert told(scene, "b") == [(ReasonKind.LIMIT, text)]
 
 
