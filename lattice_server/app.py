@@ -81,6 +81,7 @@ class App:
                 min(config.retained_artifact_bytes, self._store.total_bytes // 2),
             ),
             admission,
+            config.open_run_grace_s,
         )
         self._epoch = epoch = secrets.token_hex(4)
         transfers = Transfers(self._store, self._sessions)
@@ -109,7 +110,7 @@ class App:
         self._rpc = RpcServer(
             config,
             str(self._store.directory / SOCKET),
-            WorkflowServicer(self._orchestrator, library, intake, repeats),
+            WorkflowServicer(self._orchestrator, library, intake, repeats, config.question_limit_bytes),
             TaskServicer(self._orchestrator, intake, repeats),
             ResultsServicer(self._orchestrator),
             ArtifactServicer(self._store, transfers),

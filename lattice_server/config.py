@@ -25,7 +25,8 @@ class ServerConfig:
 
     A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`,
     by default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are
-    placed, each with `num_cpus` and `num_gpus`. Without a `token` whoever reaches the server may do everything. Large
+    placed, each with `num_cpus` and `num_gpus`. An open run that no stream has held for `open_run_grace_s` is cancelled;
+    questions to callers, and their answers, have at most `question_limit_bytes`. Without a `token` whoever reaches the server may do everything. Large
     values are kept in a folder of `store_folder`; by default in `/dev/shm` if 256 MiB of it are free when the server
     starts, or else where temporary files go, which `TMPDIR` says.
     """
@@ -58,6 +59,8 @@ class ServerConfig:
     max_run_tasks: int = 1_000_000
     max_map_items: int = 100_000
     max_spawn_depth: int = 100
+    open_run_grace_s: float = 30.0
+    question_limit_bytes: int = 1024 * 1024
     limits: Mapping[str, int] = field(default_factory=dict)
     batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0

@@ -78,7 +78,8 @@ def _check_task(task: Task) -> None:
 def check_run(run: "Run") -> None:
     """Assert what must hold of a run that has started."""
     assert run.counts == {state: sum(r.state is state for r in run.tasks.values()) for state in TaskState}
-    assert run.is_terminal == (run.open_tasks == 0), "a run ends with its last task"
+    assert run.is_terminal == (run.open_tasks == 0 and not run.is_open), "a run ends with its last task"
+    assert not run.is_open or run.state is RunState.RUNNING, "a run that stops is open"
     assert run.tasks.keys() == run.dag.tasks.keys()
     for task_id, record in run.tasks.items():
         _check_record(run, task_id, record)

@@ -57,6 +57,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.permits import concurrency_of
 from lattice_server.core.placer import Placer
+from lattice_server.core.questions import AttemptAsked, question_of
 
 # A batch that ended like this is halved until the member at fault is alone.
 BISECTED = frozenset({FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY})
@@ -151,6 +152,9 @@ class Dispatch:
                         self._end_early(found[1], event.refusal, now)
                     else:
                         self._effects.append(TasksSpawned(*found[1].named[:2], event.tasks))
+            case AttemptAsked():
+                if found := self._holding.started(event.session_id, event.lease_id, event.item, None, now):
+                    self._effects.append(question_of(event, *found[1].named))
             case ArtifactsReported():
                 self._effects.append(SettleArtifacts(event.artifacts))
             case CancelRequested():

@@ -18,6 +18,7 @@ from lattice_server.core.model import (
     Runtime,
     TaskSpec,
 )
+from lattice_server.core.questions import AnswerQuestion, AttemptAsked, QuestionAsked
 from lattice_server.core.states import RunState
 
 Split = Mapping[str, Sequence[Payload]]
@@ -366,6 +367,7 @@ SchedulerEvent = (
     | AttemptFailed
     | AttemptLogged
     | AttemptSpawned
+    | AttemptAsked
     | ArtifactsReported
     | LeaseReturned
 )
@@ -548,6 +550,8 @@ class SettleArtifacts:
 
 Answer = TaskExplained | NodesDescribed
 
-ToSession = Assign | StopLease | RevokeLease | DrainWorker | SendArtifact | DropArtifact | CloseSession
+ToSession = Assign | StopLease | RevokeLease | DrainWorker | SendArtifact | DropArtifact | CloseSession | AnswerQuestion
 WorkerEffect = WelcomeWorker | ForgetSession | ToSession
-SchedulerEffect = TaskEvent | TaskReturned | TasksSpawned | WorkerEffect | Answer | NodesChanged | SettleArtifacts
+SchedulerEffect = (
+    TaskEvent | TaskReturned | TasksSpawned | QuestionAsked | WorkerEffect | Answer | NodesChanged | SettleArtifacts
+)

@@ -64,7 +64,7 @@ class Run:
     """The machine of one run; owned by the orchestrator's thread.
 
     `handle` takes what the scheduler tells about tasks; the effects are facts to publish, in order, and tasks to
-    hand to the scheduler or take back from it.
+    hand to the scheduler or take back from it. One that `is_open` goes on while none of its tasks does.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Run:
         ranking: Ranking = least_left_aged,
         bounds: Bounds = DEFAULT_BOUNDS,
         earlier: Earlier | None = None,
+        is_open: bool = False,
     ) -> None:
         self.run_id = run_id
         self.spec = spec
@@ -87,6 +88,7 @@ class Run:
         self.priority = priority
         self.tenant = tenant
         self.state = RunState.RUNNING
+        self.is_open = is_open
         self.failure: Failure | None = None
         self.revision = 1
         self.started_at = 0.0
@@ -208,6 +210,7 @@ class Run:
                 self._table.move(record, TaskState.CANCELLED)
                 record.failure, record.ended_at, record.open_items = stopped, now, 0
                 self._publish(TaskCancelled(self.run_id, task_id, record.attempt, stopped))
+        self.is_open = False
         # No transition: it may have ended in a way that nobody has been told.
         self.state, self.failure = RunState.FAILED, failure
         self._publish(RunFinished(self.state, failure))
@@ -227,6 +230,11 @@ class Run:
         if record.is_with_scheduler:
             return [CancelRequested(self.run_id, (task_id,), failure)]
         return self.handle(TaskCancelled(self.run_id, task_id, 0, failure), now)
+
+    def close(self, now: float) -> list[Effect]:
+        """Have an open run end once its tasks have; it is as any other run from now on."""
+        self.is_open = False
+        return self._settle(now)
 
     def append(self, added: Sequence[TaskSpec], now: float) -> list[Effect]:
         """Add tasks; they may depend on any task of the run and on each other.
@@ -499,6 +507,7 @@ class Run:
 
     def _stop(self, failure: Failure, now: float) -> None:
         self.failure = self.failure or failure
+        self.is_open = False
         self._become(RunState.CANCELLING)
         held = tuple(t for t, r in self.tasks.items() if r.is_with_scheduler)
         stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
@@ -550,7 +559,7 @@ class Run:
             record = self.tasks[task_id]
             if record.state is TaskState.BLOCKED and self.state is RunState.RUNNING:
                 self._become_ready(task_id, record, now)
-        if self._table.is_done() and not self.is_terminal:
+        if self._table.is_done() and not self.is_open and not self.is_terminal:
             if self.failure is None:
                 self._become(RunState.SUCCEEDED)
             elif self.failure.kind is FailureKind.CANCELLED:

@@ -5,10 +5,13 @@ Rule: an acknowledgement never costs a message of its own while another message 
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from lattice_server.core.messages import ToSession, WelcomeWorker
 from lattice_server.core.model import Function
+from lattice_server.core.questions import AnswerQuestion
 from lattice_server.engine.code_store import SentCode
 from lattice_server.engine.worker_clock import WorkerClock
 
@@ -147,6 +150,8 @@ class Session:
         self.connection = connection
         self.is_connected = True
         self.last_sequence = 0
+        self._answers: deque[AnswerQuestion] = deque()
+        self._last_answer = 0
 
     def is_news(self, sequence: int) -> bool:
         """Whether a report is the next one. Others are repetitions, or come after one that was lost on the way: the
@@ -155,3 +160,19 @@ class Session:
             return False
         self.last_sequence = sequence
         return True
+
+    def number(self, answer: AnswerQuestion) -> AnswerQuestion:
+        """Return an answer with its number, and keep it until the worker acknowledges it."""
+        self._last_answer += 1
+        numbered = replace(answer, sequence=self._last_answer)
+        self._answers.append(numbered)
+        return numbered
+
+    def acknowledge(self, sequence: int) -> None:
+        """Forget the answers up to a number."""
+        while self._answers and self._answers[0].sequence <= sequence:
+            self._answers.popleft()
+
+    def unacknowledged(self) -> list[AnswerQuestion]:
+        """Return the answers that the worker may not have."""
+        return list(self._answers)

@@ -15,6 +15,7 @@ from lattice_server.core.messages import (
     Explanation,
     NodesChanged,
     NodesDescribed,
+    RunFinished,
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
@@ -32,6 +33,8 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.open_run import HolderEffect
+from lattice_server.core.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
 from lattice_server.core.reuse import Earlier, workflow_of
 from lattice_server.core.run import Effect, Run
 from lattice_server.engine.admission import Admission
@@ -39,6 +42,7 @@ from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.ended_runs import EndedRuns
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.library import expect_revision
+from lattice_server.engine.open_runs import TOLD, OpenRuns
 from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.store import ArtifactStore
@@ -55,8 +59,9 @@ TASK_EVENTS = (
     TaskReturned,
     TaskLogged,
     TasksSpawned,
+    QuestionAsked,
 )
-ToRun = TaskEvent | TaskReturned | TasksSpawned
+ToRun = TaskEvent | TaskReturned | TasksSpawned | QuestionAsked
 
 
 class Orchestrator:
@@ -69,6 +74,7 @@ class Orchestrator:
         store: ArtifactStore,
         retention: Retention,
         admission: Admission,
+        open_run_grace_s: float = 30.0,
     ) -> None:
         self.runs: OrderedDict[str, RunEntry] = OrderedDict()
         self.is_stopping = False
@@ -79,6 +85,7 @@ class Orchestrator:
         self._admission = admission
         self._numbers = count(1)
         self._ended = EndedRuns(self.runs, store, retention)
+        self.open_runs = OpenRuns(open_run_grace_s, self._change, sessions.perform)
         bus.subscribe(self.deliver)
 
     def start_run(
@@ -94,6 +101,7 @@ class Orchestrator:
         workflow_id: str = "",
         timeout_s: float | None = None,
         earlier: Earlier | None = None,
+        is_open: bool = False,
     ) -> tuple[RunEntry, bool]:
         """Start a run, or return the one that has this id and content; the flag tells whether it is new.
 
@@ -127,6 +135,7 @@ class Orchestrator:
             tenant=tenant,
             bounds=self._admission.bounds,
             earlier=earlier,
+            is_open=is_open,
         )
         entry = RunEntry(
             run, next(self._numbers), fingerprint, time.time(), labels, sum(p.kept_bytes for p in parameters.values())
@@ -138,6 +147,8 @@ class Orchestrator:
             entry.timeout_s = timeout_s
             loop = asyncio.get_running_loop()
             entry.expiry = loop.call_later(timeout_s, self._expire, entry, timeout_s)
+        if is_open:
+            self.open_runs.open(entry)
         self._change(entry, lambda: run.start(parameters, time.monotonic()))
         return entry, True
 
@@ -241,9 +252,11 @@ class Orchestrator:
         self._bus.post(posts)
 
     def _tell_run(self, entry: RunEntry, event: ToRun, now: float, posts: list[SchedulerEvent]) -> None:
-        def decide() -> list[Effect]:
+        def decide() -> Sequence[Effect | HolderEffect]:
             if isinstance(event, TasksSpawned):
                 return entry.run.spawn(event.task_id, event.tasks, now)
+            if isinstance(event, QuestionAsked):
+                return self.open_runs.ask(entry, event)
             return entry.run.handle(event, now)
 
         try:
@@ -256,7 +269,10 @@ class Orchestrator:
         self._change(entry, lambda: entry.run.expire(limit_s, time.monotonic()))
 
     def _change(
-        self, entry: RunEntry, decide: Callable[[], list[Effect]], posts: list[SchedulerEvent] | None = None
+        self,
+        entry: RunEntry,
+        decide: Callable[[], Sequence[Effect | HolderEffect]],
+        posts: list[SchedulerEvent] | None = None,
     ) -> None:
         """Do what a run's machine decides; a machine that raises ends its run, or its readers would wait for ever.
 
@@ -277,18 +293,29 @@ class Orchestrator:
         failure = Failure(FailureKind.INTERNAL, f"internal error {error_id}; the server's log has the details")
         self._perform(entry, entry.run.abandon(failure, time.monotonic()), posts)
 
-    def _perform(self, entry: RunEntry, effects: list[Effect], posts: list[SchedulerEvent] | None = None) -> None:
+    def _perform(
+        self,
+        entry: RunEntry,
+        effects: Sequence[Effect | HolderEffect],
+        posts: list[SchedulerEvent] | None = None,
+    ) -> None:
         own: list[SchedulerEvent] = [] if posts is None else posts
+        if entry.open_run is not None:
+            effects = [*entry.open_run.withdraw(effects), *effects]
         for effect in effects:
             match effect:
                 case TaskReady() | CancelRequested():
                     own.append(effect)
+                case AskHolder() | WithdrawQuestion() | AnswerQuestion():
+                    self.open_runs.perform(entry, effect)
                 case _:
                     if isinstance(effect, TaskSucceeded):
                         self._keep(entry, list(_artifacts_of(effect)))
                     time_s = time.time()
                     entry.note_times(effect, time_s - time.monotonic())
                     entry.log.append(effect, time_s)
+                    if entry.holder is not None and isinstance(effect, TOLD | RunFinished):
+                        entry.holder.news.set()
         if posts is None:
             self._bus.post(own)
         if len(entry.run.dag.artifacts) > entry.graph_artifacts:
@@ -297,8 +324,9 @@ class Orchestrator:
         self._admission.count(entry.run.open_tasks - entry.open_tasks)
         entry.open_tasks = entry.run.open_tasks
         if entry.run.is_terminal and entry.ended_s is None:
-            if entry.expiry is not None:
-                entry.expiry.cancel()
+            for timer in (entry.expiry, entry.grace):
+                if timer is not None:
+                    timer.cancel()
             entry.ended_s = time.time()
             self._ended.add(entry)
 

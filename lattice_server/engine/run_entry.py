@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskSkipped, TaskStarted, TaskSucceeded
 from lattice_server.core.model import Artifact
+from lattice_server.core.open_run import HolderEffect, OpenRun
 from lattice_server.core.run import Effect, Run
+from lattice_server.engine.holder import Holder
 from lattice_server.engine.subscriptions import RunLog
 
 ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
@@ -21,7 +23,8 @@ class RunEntry:
     the memory of what the caller gave besides the graph. `artifacts` are those the run keeps in the store, its inputs
     and its outputs; `graph_artifacts` of its graph's are among them. `open_tasks` is what admission counts for it;
     `expiry` ends it when its time is over. `start_times_s` and `end_times_s` are those of its tasks, and `began_s` that
-    of the first start, in seconds since the epoch.
+    of the first start, in seconds since the epoch. Of a run that was opened, `open_run` is the machine of its caller,
+    `holder` the stream that holds it, and `grace` ends it when there is none for too long.
     """
 
     run: Run
@@ -41,8 +44,11 @@ class RunEntry:
     start_times_s: dict[str, float] = field(default_factory=dict)
     end_times_s: dict[str, float] = field(default_factory=dict)
     began_s: float | None = None
+    open_run: OpenRun | None = None
+    holder: Holder | None = None
+    grace: asyncio.TimerHandle | None = None
 
-    def note_times(self, fact: Effect, offset_s: float) -> None:
+    def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times a fact tells, given how far the clock that people read is ahead of the machines' clock.
 
         They are not worked out later: while a computer is suspended only one of the two clocks goes on.

@@ -17,6 +17,7 @@ from lattice_server.core.messages import (
     WorkerEffect,
 )
 from lattice_server.core.model import Artifact
+from lattice_server.core.questions import AnswerQuestion
 from lattice_server.engine.connections import Connection, Session
 from lattice_server.engine.store import HEAD
 
@@ -58,7 +59,7 @@ class Sessions:
                 # Whoever is there all the same learns by dialling again that the session is lost.
                 session.connection.close()
         elif session := self._sessions.get(effect.session_id):
-            session.connection.send(effect)
+            session.connection.send(session.number(effect) if isinstance(effect, AnswerQuestion) else effect)
             if isinstance(effect, CloseSession):
                 del self._sessions[effect.session_id]
 
@@ -143,3 +144,5 @@ class Sessions:
         listed = connection.stored if effect.resumed else connection.stored + connection.reported
         connection.stored = connection.reported = ()
         connection.send(replace(effect, drop_artifact_ids=tuple(self.unneeded(listed))))
+        for answer in session.unacknowledged():
+            connection.send(answer)

@@ -70,12 +70,8 @@ class RunLog:
         self._output_bytes -= _content_bytes(event.fact)
         self.kept_bytes -= freed
 
-    async def follow(self, after: int) -> AsyncIterator[list[RunEvent]]:
-        """Yield the events after number `after` in batches, to the run's end.
-
-        Raises:
-            RangeError: CURSOR_AHEAD when `after` lies beyond the newest event.
-        """
+    def check_cursor(self, after: int) -> None:
+        """Raise RangeError, CURSOR_AHEAD, when number `after` lies beyond the newest event."""
         if after > len(self.events):
             newest = len(self.events)
             raise RangeError(
@@ -83,6 +79,14 @@ class RunLog:
                 f"the run has {newest} events; there is none after {after}",
                 metadata={"oldest_sequence": "1", "last_sequence": str(newest)},
             )
+
+    async def follow(self, after: int) -> AsyncIterator[list[RunEvent]]:
+        """Yield the events after number `after` in batches, to the run's end.
+
+        Raises:
+            RangeError: CURSOR_AHEAD when `after` lies beyond the newest event.
+        """
+        self.check_cursor(after)
         while True:
             batch = self.events[after : after + BATCH]
             after += len(batch)

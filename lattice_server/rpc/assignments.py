@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import assert_never
 
-from lattice.v1 import task_pb2, worker_pb2
+from lattice.v1 import errors_pb2, task_pb2, worker_pb2
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import (
@@ -17,12 +17,14 @@ from lattice_server.core.messages import (
     ToSession,
     WelcomeWorker,
 )
-from lattice_server.core.model import Function
+from lattice_server.core.model import Failure, Function
+from lattice_server.core.questions import AnswerQuestion
 from lattice_server.engine.connections import Connection
 from lattice_server.rpc import convert
 from lattice_server.rpc.definitions import code_to_proto
 from lattice_server.rpc.parts import ENVELOPE_BYTES, PART_BYTES
 
+Later = StopLease | RevokeLease | SendArtifact | DrainWorker | CloseSession
 WORKER_LIMIT_BYTES = 256 * 1024 * 1024  # What every worker takes.
 
 
@@ -49,7 +51,8 @@ def responses(
     # after them in the last.
     first = work.last
     first.acknowledged_sequence = sequence
-    later: list[StopLease | RevokeLease | SendArtifact | DrainWorker | CloseSession] = []
+    answers: list[AnswerQuestion] = []
+    later: list[Later] = []
     for effect in effects:
         match effect:
             case Assign():
@@ -59,19 +62,21 @@ def responses(
                 first.welcome.CopyFrom(_welcome(effect, config, server_id))
             case DropArtifact():
                 first.drop_artifact_ids.append(effect.artifact_id)
+            case AnswerQuestion():
+                answers.append(effect)
             case StopLease() | RevokeLease() | SendArtifact() | DrainWorker() | CloseSession():
                 later.append(effect)
             case _:
                 assert_never(effect)
+    for answer in answers:
+        work.add_answer(answer)
     work.last.forget_digests.extend(connection.sent.take_excess())
     for effect in later:
         _add_later(work.last, effect)
     return [*work.full, work.last]
 
 
-def _add_later(
-    message: worker_pb2.ConnectResponse, effect: StopLease | RevokeLease | SendArtifact | DrainWorker | CloseSession
-) -> None:
+def _add_later(message: worker_pb2.ConnectResponse, effect: Later) -> None:
     match effect:
         case StopLease():
             message.stop_lease_ids.append(effect.lease_id)
@@ -105,6 +110,7 @@ def _welcome(effect: WelcomeWorker, config: ServerConfig, server_id: str) -> wor
         server_id=server_id,
         drop_artifact_ids=effect.drop_artifact_ids,
         message_limit_bytes=config.message_limit_bytes,
+        question_limit_bytes=config.question_limit_bytes,
     )
 
 
@@ -136,6 +142,21 @@ class _Work:
             self.last.assignments.append(message)
         self._size += size
         return ""
+
+    def add_answer(self, effect: AnswerQuestion) -> None:
+        """Add the answer of a question."""
+        message = worker_pb2.Answer(sequence=effect.sequence, lease_id=effect.lease_id, number=effect.number)
+        match effect.answer:
+            case str():
+                message.unanswered = effect.answer
+            case Failure():
+                message.failure.CopyFrom(convert.failure_to_proto(effect.answer) or errors_pb2.Failure())
+            case payload:
+                convert.fill_payload(message.payload, payload)
+        size = message.ByteSize()
+        self._make_room(size)
+        self._size += size
+        self.last.answers.append(message)
 
     def add_code(self, function: Function) -> str:
         """Add a function unless the worker has it, and its bundle; return for people why it cannot be sent."""

@@ -103,6 +103,19 @@ def payload_from_proto(message: payload_pb2.Payload, field: str, inline_limit_by
     return Payload(message.media_type or JSON, content)
 
 
+def question_from_proto(message: payload_pb2.Payload, limit_bytes: int) -> Payload:
+    """Return what a question asks about, or its answer: a value that travels inline. Raises InvalidError."""
+    size = message.ByteSize()
+    if size > limit_bytes or message.HasField("artifact"):
+        what = "an artifact" if message.HasField("artifact") else f"{size} bytes"
+        remedy = "give what is larger to the task as an input, or have it return it as an output"
+        raise invalid_field(
+            "payload",
+            f"it is {what}, and a question or its answer travels inline and may have {limit_bytes} bytes; {remedy}",
+        )
+    return payload_from_proto(message, "payload", limit_bytes)
+
+
 def artifact_from_proto(message: payload_pb2.Artifact, field: str) -> Artifact:
     """Check and return a reference to a large value. Raises InvalidError."""
     if not FILE_NAME.fullmatch(message.artifact_id):

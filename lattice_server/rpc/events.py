@@ -160,6 +160,7 @@ def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
         priority=run.priority,
         timeout=None if entry.timeout_s is None else duration(entry.timeout_s),
         start_time=timestamp(entry.began_s),
+        open=run.is_open,
     )
 
 

@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_interceptor.exception_to_status import AsyncExceptionToStatusInterceptor
+from lattice.v1 import errors_pb2
 
 from lattice_server.core import errors
 from lattice_server.rpc.context import Context
@@ -61,6 +62,31 @@ def status_of(error: errors.LatticeError) -> tuple[grpc.StatusCode, str, bytes]:
         packed.Pack(detail)
         status.details.append(packed)
     return code, message, status.SerializeToString()
+
+
+def refusal_of(error: errors.LatticeError) -> errors_pb2.Refusal:
+    """Return an error as it is told within a stream that goes on."""
+    code, message, _ = status_of(error)
+    refusal = errors_pb2.Refusal(
+        code=code.value[0],
+        reason=errors_pb2.ErrorReason.Value(f"ERROR_REASON_{error.reason}"),
+        message=message,
+        metadata=error.metadata,
+        violations={violation.field: violation.description for violation in error.violations},
+    )
+    if error.retry_after_s is not None:
+        refusal.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+    return refusal
+
+
+def internal_refusal(error_id: str) -> errors_pb2.Refusal:
+    """Return what a caller is told of a bug, within a stream."""
+    return errors_pb2.Refusal(
+        code=grpc.StatusCode.INTERNAL.value[0],
+        reason=errors_pb2.ERROR_REASON_INTERNAL,
+        message=f"internal error {error_id}; the server's log has the details",
+        metadata={"error_id": error_id},
+    )
 
 
 def unreadable(error: DecodeError) -> errors.InvalidError:

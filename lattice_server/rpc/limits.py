@@ -3,6 +3,7 @@
 from lattice.v1 import cluster_pb2
 
 from lattice_server.config import ServerConfig
+from lattice_server.core.open_run import MAX_QUESTIONS
 from lattice_server.rpc import convert
 from lattice_server.rpc.artifacts import UPLOAD_CHUNK_BYTES
 from lattice_server.rpc.definitions import MAX_ID_LENGTH
@@ -11,7 +12,7 @@ from lattice_server.rpc.parts import PART_BYTES
 from lattice_server.rpc.waiting import MAX_WAIT_S
 
 PROTOCOL_VERSION = 1
-FEATURES = ("output-path", "request-id", "run-graph")
+FEATURES = ("output-path", "request-id", "run-graph", "open-run")
 
 
 def limits_to_proto(config: ServerConfig) -> cluster_pb2.Limits:
@@ -31,4 +32,7 @@ def limits_to_proto(config: ServerConfig) -> cluster_pb2.Limits:
         stored_workflows=config.max_workflows,
         log_bytes=config.log_limit_bytes,
         id_characters=MAX_ID_LENGTH,
+        open_run_grace=convert.duration(config.open_run_grace_s),
+        question_bytes=config.question_limit_bytes,
+        open_questions=MAX_QUESTIONS,
     )

@@ -88,7 +88,9 @@ class RpcServer:
         # Without a provider spans go nowhere, and the interceptor would only cost every call a quarter of its time.
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             # A span that lives as long as a worker tells nobody anything.
-            long_streams = filters.any_of(filters.method_name("Connect"), filters.method_name("WatchRun"))
+            long_streams = filters.any_of(
+                filters.method_name("Connect"), filters.method_name("WatchRun"), filters.method_name("OpenRun")
+            )
             tracing = aio_server_interceptor(filter_=filters.negate(long_streams))  # type: ignore[no-untyped-call]
             # Outermost: further in, it would not see the status an error becomes.
             interceptors.insert(0, tracing)

@@ -16,6 +16,7 @@ from lattice_server.config import ServerConfig
 from lattice_server.core import messages
 from lattice_server.core.errors import InvalidError, LatticeError
 from lattice_server.core.model import Artifact, Failure, FailureKind, TaskSpec
+from lattice_server.core.questions import AnswerQuestion, AttemptAsked
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.connections import Connection, Session
 from lattice_server.engine.sessions import Sessions
@@ -151,6 +152,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 if request.HasField("heartbeat"):
                     note_time(connection, request.heartbeat)
                     self._take_heartbeat(request.heartbeat, session)
+                session.acknowledge(request.acknowledged_answer)
                 for digest in request.unknown_digests:
                     # A lease refers to its function; a digest that is not found is of no lease any more.
                     if (function := self._intake.code.find(digest)) is not None:
@@ -179,8 +181,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 # Of one that comes again too: that what it names is to be dropped may not have been heard.
                 artifacts += convert.artifacts_in_report(report)
             if is_news:
-                if report.WhichOneof("fact") == "spawned":
+                fact = report.WhichOneof("fact")
+                if fact == "spawned":
                     events.append(self._spawned_event(report, session.session_id))
+                elif fact == "asked":
+                    events += self._asked_events(report, session.session_id)
                 elif (event := _report_event(report, session.session_id, connection.clock)) is not None:
                     events.append(event)
         if artifacts:
@@ -204,6 +209,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             kind = FailureKind.RESOURCES if is_impossible else FailureKind.PAYLOAD
             refusal = Failure(kind, f"what it spawned cannot be added: {error.message}")
             return messages.AttemptSpawned(*named, (), refusal)
+
+    def _asked_events(self, report: worker_pb2.Report, session_id: str) -> list[messages.SchedulerEvent]:
+        """Return what asks a question; one that cannot be put to a caller is answered at once."""
+        asked = report.asked
+        try:
+            name, payload = asked.name, convert.question_from_proto(asked.payload, self._config.question_limit_bytes)
+        except LatticeError as error:
+            text = f"the question cannot be put to the caller: {error.message}"
+            self._sessions.perform(AnswerQuestion(session_id, report.lease_id, asked.number, text))
+            return []
+        return [AttemptAsked(session_id, report.lease_id, report.item, asked.number, name, payload)]
 
     async def UploadArtifact(
         self, request_iterator: AsyncIterator[worker_pb2.UploadArtifactRequest], context: Context

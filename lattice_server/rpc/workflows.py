@@ -1,6 +1,7 @@
 """Serves `WorkflowService`: convert, ask the orchestrator, convert back."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 
 from lattice_server.core import dag
 from lattice_server.core.errors import ConflictError, InvalidError, invalid_field
+from lattice_server.core.model import WorkflowSpec
 from lattice_server.engine.library import WorkflowEntry, WorkflowLibrary, expect_revision
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
@@ -18,6 +20,7 @@ from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import RUN_STATE_TO_PROTO, result_to_proto, run_to_proto, run_to_view
 from lattice_server.rpc.graphs import graph_task_to_proto
 from lattice_server.rpc.intake import Intake
+from lattice_server.rpc.open_runs import OpenRunStreams
 from lattice_server.rpc.paging import is_full, number_after, page
 from lattice_server.rpc.repeats import Repeats
 
@@ -27,11 +30,20 @@ LARGE_GRAPH = 1000
 class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     """The `WorkflowService`."""
 
-    def __init__(self, orchestrator: Orchestrator, library: WorkflowLibrary, intake: Intake, repeats: Repeats) -> None:
+    def __init__(
+        self,
+        orchestrator: Orchestrator,
+        library: WorkflowLibrary,
+        intake: Intake,
+        repeats: Repeats,
+        question_limit_bytes: int,
+    ) -> None:
         self._orchestrator = orchestrator
         self._library = library
         self._intake = intake
         self._repeats = repeats
+        start = partial(self._start, is_open=True)
+        self._open_runs = OpenRunStreams(orchestrator, question_limit_bytes, start, self._add_once)
 
     async def CreateWorkflow(
         self, request: workflow_pb2.CreateWorkflowRequest, context: Context
@@ -51,7 +63,10 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         parent = request.WhichOneof("parent")
         if parent is None:
             raise invalid_field("parent", "tasks are added to a workflow or to a run: name one")
-        add = self._add_to_run if parent == "run_id" else self._add_to_workflow
+        return await self._add_once(request)
+
+    async def _add_once(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
+        add = self._add_to_run if request.WhichOneof("parent") == "run_id" else self._add_to_workflow
         return await self._repeats.once(request, partial(add, request))
 
     async def _add_to_workflow(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
@@ -135,6 +150,14 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         await entry.log.completed()
         yield workflow_pb2.ExecuteWorkflowResponse(ended=result_to_proto(entry))
 
+    async def OpenRun(
+        self, request_iterator: AsyncIterator[workflow_pb2.OpenRunRequest], context: Context
+    ) -> AsyncIterator[workflow_pb2.OpenRunResponse]:
+        """Start a run that accepts tasks while its stream is open, or take one over."""
+        async with contextlib.aclosing(self._open_runs.serve(request_iterator, context)) as responses:
+            async for response in responses:
+                yield response
+
     async def GetRun(self, request: workflow_pb2.GetRunRequest, context: Context) -> workflow_pb2.GetRunResponse:
         """Return a run."""
         return workflow_pb2.GetRunResponse(
@@ -186,7 +209,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         entry, created = self._orchestrator.retry_run(request.run_id, request.new_run_id, print_)
         return workflow_pb2.RetryRunResponse(run=run_to_proto(entry), created=created)
 
-    async def _start(self, request: workflow_pb2.RunWorkflowRequest) -> tuple[RunEntry, bool]:
+    async def _start(self, request: workflow_pb2.RunWorkflowRequest, *, is_open: bool = False) -> tuple[RunEntry, bool]:
         match request.WhichOneof("source"):
             case "workflow":
                 functions = self._intake.functions(request.workflow.functions, request.workflow.bundles)
@@ -197,13 +220,16 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
                     spec = self._intake.graph(request.workflow, functions)
             case "workflow_id":
                 spec = self._library.get(request.workflow_id).spec
+            case None if is_open:
+                spec = WorkflowSpec(tasks=())
             case _:
                 raise invalid_field("source", "a run needs a workflow, inline or by workflow_id")
-        if not spec.tasks:
+        if not spec.tasks and not is_open:
             raise InvalidError("INVALID_WORKFLOW", "the workflow has no tasks")
         definitions.check_run_id(request.run_id, "run_id")
         # Without an id nobody can repeat the call, so there is nothing to compare later.
-        print_ = fingerprint(request.SerializeToString(deterministic=True)) if request.run_id else ""
+        content = request.SerializeToString(deterministic=True)
+        print_ = fingerprint(*[b"open"] * is_open, content) if request.run_id else ""
         return self._orchestrator.start_run(
             request.run_id,
             spec,
@@ -214,6 +240,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             fingerprint=print_,
             workflow_id=request.workflow_id,
             timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
+            is_open=is_open,
         )
 
     async def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:

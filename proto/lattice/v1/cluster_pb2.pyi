@@ -103,7 +103,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The optional parts of the protocol that this server has: `output-path` (`OutputRef.path`), `request-id` (repeated
-        requests get the first answer), `run-graph` (`GetRunGraph`). A name never changes its meaning.
+        requests get the first answer), `run-graph` (`GetRunGraph`), `open-run` (`OpenRun`). A name never changes its meaning.
         """
 
     @property
@@ -155,6 +155,9 @@ class Limits(google.protobuf.message.Message):
     STORED_WORKFLOWS_FIELD_NUMBER: builtins.int
     LOG_BYTES_FIELD_NUMBER: builtins.int
     ID_CHARACTERS_FIELD_NUMBER: builtins.int
+    OPEN_RUN_GRACE_FIELD_NUMBER: builtins.int
+    QUESTION_BYTES_FIELD_NUMBER: builtins.int
+    OPEN_QUESTIONS_FIELD_NUMBER: builtins.int
     inline_payload_bytes: builtins.int
     """The longest value that may travel inline, in bytes; at least 4096. Longer ones are written as artifacts."""
     message_bytes: builtins.int
@@ -181,9 +184,17 @@ class Limits(google.protobuf.message.Message):
     """The most bytes of output of one attempt that are kept; the rest is cut."""
     id_characters: builtins.int
     """The most characters of a run id, workflow id or task id."""
+    question_bytes: builtins.int
+    """The longest question to a caller, or answer of one, in bytes."""
+    open_questions: builtins.int
+    """The most questions of one run that wait for an answer; one more gets none."""
     @property
     def max_wait(self) -> google.protobuf.duration_pb2.Duration:
         """The longest wait of one call; a request for more waits this long."""
+
+    @property
+    def open_run_grace(self) -> google.protobuf.duration_pb2.Duration:
+        """How long an open run goes on that no stream holds."""
 
     def __init__(
         self,
@@ -202,9 +213,12 @@ class Limits(google.protobuf.message.Message):
         stored_workflows: builtins.int = ...,
         log_bytes: builtins.int = ...,
         id_characters: builtins.int = ...,
+        open_run_grace: google.protobuf.duration_pb2.Duration | None = ...,
+        question_bytes: builtins.int = ...,
+        open_questions: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["max_wait", b"max_wait"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["default_page_size", b"default_page_size", "id_characters", b"id_characters", "inline_payload_bytes", b"inline_payload_bytes", "log_bytes", b"log_bytes", "map_items", b"map_items", "max_page_size", b"max_page_size", "max_wait", b"max_wait", "message_bytes", b"message_bytes", "open_tasks", b"open_tasks", "page_bytes", b"page_bytes", "run_tasks", b"run_tasks", "spawn_depth", b"spawn_depth", "stored_workflows", b"stored_workflows", "upload_chunk_bytes", b"upload_chunk_bytes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_wait", b"max_wait", "open_run_grace", b"open_run_grace"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["default_page_size", b"default_page_size", "id_characters", b"id_characters", "inline_payload_bytes", b"inline_payload_bytes", "log_bytes", b"log_bytes", "map_items", b"map_items", "max_page_size", b"max_page_size", "max_wait", b"max_wait", "message_bytes", b"message_bytes", "open_questions", b"open_questions", "open_run_grace", b"open_run_grace", "open_tasks", b"open_tasks", "page_bytes", b"page_bytes", "question_bytes", b"question_bytes", "run_tasks", b"run_tasks", "spawn_depth", b"spawn_depth", "stored_workflows", b"stored_workflows", "upload_chunk_bytes", b"upload_chunk_bytes"]) -> None: ...
 
 Global___Limits: typing_extensions.TypeAlias = Limits
 

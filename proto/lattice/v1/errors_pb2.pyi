@@ -9,6 +9,7 @@ is data: an OK RPC that carries a `Failure`.
 import builtins
 import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
@@ -143,6 +144,10 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """ALREADY_EXISTS: the request id was used with other content."""
     ERROR_REASON_RUN_NOT_ENDED: _ErrorReason.ValueType  # 27
     """FAILED_PRECONDITION: the run has not ended, so it cannot be retried."""
+    ERROR_REASON_RUN_NOT_OPEN: _ErrorReason.ValueType  # 28
+    """FAILED_PRECONDITION: the run was not started by `OpenRun`, so no stream can hold it."""
+    ERROR_REASON_RUN_TAKEN_OVER: _ErrorReason.ValueType  # 29
+    """ABORTED: another stream holds the run now."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -207,6 +212,10 @@ ERROR_REASON_REQUEST_ID_CONFLICT: ErrorReason.ValueType  # 26
 """ALREADY_EXISTS: the request id was used with other content."""
 ERROR_REASON_RUN_NOT_ENDED: ErrorReason.ValueType  # 27
 """FAILED_PRECONDITION: the run has not ended, so it cannot be retried."""
+ERROR_REASON_RUN_NOT_OPEN: ErrorReason.ValueType  # 28
+"""FAILED_PRECONDITION: the run was not started by `OpenRun`, so no stream can hold it."""
+ERROR_REASON_RUN_TAKEN_OVER: ErrorReason.ValueType  # 29
+"""ABORTED: another stream holds the run now."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final
@@ -266,3 +275,80 @@ class Failure(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_exit_status", b"_exit_status"]) -> typing.Literal["exit_status"] | None: ...
 
 Global___Failure: typing_extensions.TypeAlias = Failure
+
+@typing.final
+class Refusal(google.protobuf.message.Message):
+    """A refusal that is told within a stream that goes on; otherwise it would be the status of a call."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MetadataEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    @typing.final
+    class ViolationsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    CODE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    METADATA_FIELD_NUMBER: builtins.int
+    VIOLATIONS_FIELD_NUMBER: builtins.int
+    RETRY_DELAY_FIELD_NUMBER: builtins.int
+    code: builtins.int
+    """The status, as a number of `google.rpc.Code`."""
+    reason: Global___ErrorReason.ValueType
+    """Why; stable."""
+    message: builtins.str
+    """The same for people."""
+    @property
+    def metadata(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """What the reason is about, by name; see `ErrorReason`."""
+
+    @property
+    def violations(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """What is wrong with fields of the request, by field."""
+
+    @property
+    def retry_delay(self) -> google.protobuf.duration_pb2.Duration:
+        """When a repetition may succeed; unset when it cannot be told."""
+
+    def __init__(
+        self,
+        *,
+        code: builtins.int = ...,
+        reason: Global___ErrorReason.ValueType = ...,
+        message: builtins.str = ...,
+        metadata: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        violations: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        retry_delay: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["retry_delay", b"retry_delay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["code", b"code", "message", b"message", "metadata", b"metadata", "reason", b"reason", "retry_delay", b"retry_delay", "violations", b"violations"]) -> None: ...
+
+Global___Refusal: typing_extensions.TypeAlias = Refusal

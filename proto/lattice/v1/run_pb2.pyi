@@ -212,6 +212,7 @@ class Run(google.protobuf.message.Message):
     START_TIME_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     RETRIED_RUN_ID_FIELD_NUMBER: builtins.int
+    OPEN_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run."""
     workflow_id: builtins.str
@@ -230,6 +231,8 @@ class Run(google.protobuf.message.Message):
     """Among waiting tasks of one tenant, higher goes first."""
     retried_run_id: builtins.str
     """The run this one retries; empty for others."""
+    open: builtins.bool
+    """Whether it accepts tasks from the caller that opened it, and so goes on also when all its tasks have ended."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
         """Why it failed or was cancelled; unset otherwise."""
@@ -282,9 +285,10 @@ class Run(google.protobuf.message.Message):
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         parameters: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.Payload] | None = ...,
         retried_run_id: builtins.str = ...,
+        open: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time", "task_counts", b"task_counts", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "parameters", b"parameters", "priority", b"priority", "retried_run_id", b"retried_run_id", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "task_counts", b"task_counts", "tenant", b"tenant", "timeout", b"timeout", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "open", b"open", "parameters", b"parameters", "priority", b"priority", "retried_run_id", b"retried_run_id", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "task_counts", b"task_counts", "tenant", b"tenant", "timeout", b"timeout", "workflow_id", b"workflow_id"]) -> None: ...
 
 Global___Run: typing_extensions.TypeAlias = Run
 

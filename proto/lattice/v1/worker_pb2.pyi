@@ -82,6 +82,9 @@ class ConnectRequest(google.protobuf.message.Message):
     HEARTBEAT_FIELD_NUMBER: builtins.int
     UNKNOWN_DIGESTS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    ACKNOWLEDGED_ANSWER_FIELD_NUMBER: builtins.int
+    acknowledged_answer: builtins.int
+    """All answers up to this number were received. Zero acknowledges nothing."""
     @property
     def hello(self) -> Global___Hello:
         """Introduces a worker."""
@@ -115,9 +118,10 @@ class ConnectRequest(google.protobuf.message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         unknown_digests: collections.abc.Iterable[builtins.str] | None = ...,
         draining: Global___Draining | None = ...,
+        acknowledged_answer: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "opening", b"opening"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "opening", b"opening", "reports", b"reports", "unknown_digests", b"unknown_digests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acknowledged_answer", b"acknowledged_answer", "draining", b"draining", "heartbeat", b"heartbeat", "hello", b"hello", "join", b"join", "opening", b"opening", "reports", b"reports", "unknown_digests", b"unknown_digests"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["opening", b"opening"]) -> typing.Literal["hello", "join"] | None: ...
 
 Global___ConnectRequest: typing_extensions.TypeAlias = ConnectRequest
@@ -144,6 +148,7 @@ class ConnectResponse(google.protobuf.message.Message):
     SEND_ARTIFACTS_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     CLOSE_FIELD_NUMBER: builtins.int
+    ANSWERS_FIELD_NUMBER: builtins.int
     acknowledged_sequence: builtins.int
     """All reports up to this number were received: the worker forgets them. Zero acknowledges nothing."""
     @property
@@ -200,6 +205,10 @@ class ConnectResponse(google.protobuf.message.Message):
     def close(self) -> Global___Close:
         """The end of the stream, and why."""
 
+    @property
+    def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Answer]:
+        """Answers to questions of attempts, by rising `Answer.sequence`."""
+
     def __init__(
         self,
         *,
@@ -216,9 +225,10 @@ class ConnectResponse(google.protobuf.message.Message):
         send_artifacts: collections.abc.Iterable[Global___SendArtifact] | None = ...,
         drain: Global___Drain | None = ...,
         close: Global___Close | None = ...,
+        answers: collections.abc.Iterable[Global___Answer] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["close", b"close", "drain", b"drain", "joined", b"joined", "opening", b"opening", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "assignments", b"assignments", "bundles", b"bundles", "close", b"close", "drain", b"drain", "drop_artifact_ids", b"drop_artifact_ids", "forget_digests", b"forget_digests", "functions", b"functions", "joined", b"joined", "opening", b"opening", "revoke_lease_ids", b"revoke_lease_ids", "send_artifacts", b"send_artifacts", "stop_lease_ids", b"stop_lease_ids", "welcome", b"welcome"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acknowledged_sequence", b"acknowledged_sequence", "answers", b"answers", "assignments", b"assignments", "bundles", b"bundles", "close", b"close", "drain", b"drain", "drop_artifact_ids", b"drop_artifact_ids", "forget_digests", b"forget_digests", "functions", b"functions", "joined", b"joined", "opening", b"opening", "revoke_lease_ids", b"revoke_lease_ids", "send_artifacts", b"send_artifacts", "stop_lease_ids", b"stop_lease_ids", "welcome", b"welcome"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["opening", b"opening"]) -> typing.Literal["welcome", "joined"] | None: ...
 
 Global___ConnectResponse: typing_extensions.TypeAlias = ConnectResponse
@@ -487,6 +497,7 @@ class Welcome(google.protobuf.message.Message):
     SERVER_ID_FIELD_NUMBER: builtins.int
     DROP_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
     MESSAGE_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    QUESTION_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
@@ -501,6 +512,8 @@ class Welcome(google.protobuf.message.Message):
     """The largest message the server takes, in bytes; one that is larger breaks the stream. An attempt whose end does not
     fit is to be reported as failed with kind PAYLOAD.
     """
+    question_limit_bytes: builtins.int
+    """The longest question that is put to a caller, in bytes; zero when this server puts none."""
     @property
     def heartbeat_interval(self) -> google.protobuf.duration_pb2.Duration:
         """How often either side sends a heartbeat."""
@@ -537,9 +550,10 @@ class Welcome(google.protobuf.message.Message):
         server_id: builtins.str = ...,
         drop_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
         message_limit_bytes: builtins.int = ...,
+        question_limit_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 
@@ -751,6 +765,7 @@ class Report(google.protobuf.message.Message):
     LOG_FIELD_NUMBER: builtins.int
     RETURNED_FIELD_NUMBER: builtins.int
     SPAWNED_FIELD_NUMBER: builtins.int
+    ASKED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The report's number in its session, dense from 1."""
     lease_id: builtins.str
@@ -787,6 +802,10 @@ class Report(google.protobuf.message.Message):
     def spawned(self) -> Global___AttemptSpawned:
         """The attempt adds tasks to its run."""
 
+    @property
+    def asked(self) -> Global___AttemptAsked:
+        """The attempt asks the caller that holds its run open."""
+
     def __init__(
         self,
         *,
@@ -800,10 +819,11 @@ class Report(google.protobuf.message.Message):
         log: Global___AttemptLog | None = ...,
         returned: Global___LeaseReturned | None = ...,
         spawned: Global___AttemptSpawned | None = ...,
+        asked: Global___AttemptAsked | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["fact", b"fact", "failed", b"failed", "log", b"log", "returned", b"returned", "spawned", b"spawned", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned"] | None: ...
+    def HasField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "log", b"log", "returned", b"returned", "spawned", b"spawned", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked"] | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
 
@@ -933,6 +953,79 @@ class AttemptSpawned(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["functions", b"functions", "tasks", b"tasks"]) -> None: ...
 
 Global___AttemptSpawned: typing_extensions.TypeAlias = AttemptSpawned
+
+@typing.final
+class AttemptAsked(google.protobuf.message.Message):
+    """The attempt asks the caller that holds its run open, and goes on when it has the answer."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Names the question within its lease, from 1."""
+    name: builtins.str
+    """What is asked, by a name that caller and task have agreed on."""
+    @property
+    def payload(self) -> lattice.v1.payload_pb2.Payload:
+        """What is asked about, inline and of at most `Welcome.question_limit_bytes`."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        name: builtins.str = ...,
+        payload: lattice.v1.payload_pb2.Payload | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["payload", b"payload"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "number", b"number", "payload", b"payload"]) -> None: ...
+
+Global___AttemptAsked: typing_extensions.TypeAlias = AttemptAsked
+
+@typing.final
+class Answer(google.protobuf.message.Message):
+    """Answers a question of an attempt. An answer for a lease that is over is ignored."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    LEASE_ID_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    UNANSWERED_FIELD_NUMBER: builtins.int
+    sequence: builtins.int
+    """The answer's number in its session, dense from 1."""
+    lease_id: builtins.str
+    """The lease."""
+    number: builtins.int
+    """Which question of the lease; see `AttemptAsked.number`."""
+    unanswered: builtins.str
+    """Why no caller answers, for people."""
+    @property
+    def payload(self) -> lattice.v1.payload_pb2.Payload:
+        """What the caller answered."""
+
+    @property
+    def failure(self) -> lattice.v1.errors_pb2.Failure:
+        """What went wrong when the caller answered."""
+
+    def __init__(
+        self,
+        *,
+        sequence: builtins.int = ...,
+        lease_id: builtins.str = ...,
+        number: builtins.int = ...,
+        payload: lattice.v1.payload_pb2.Payload | None = ...,
+        failure: lattice.v1.errors_pb2.Failure | None = ...,
+        unanswered: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "payload", b"payload", "unanswered", b"unanswered"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "lease_id", b"lease_id", "number", b"number", "payload", b"payload", "sequence", b"sequence", "unanswered", b"unanswered"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["payload", "failure", "unanswered"] | None: ...
+
+Global___Answer: typing_extensions.TypeAlias = Answer
 
 @typing.final
 class AttemptFailed(google.protobuf.message.Message):

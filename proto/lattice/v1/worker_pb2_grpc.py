@@ -48,6 +48,10 @@ class WorkerServiceStub(object):
     no run needs any more. Values that got lost on the way, and values that no report came to name, are found when the
     worker sends `Hello` again: it names the values it has, and `Welcome` names those of them to delete.
 
+    An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one answer
+    unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers it, and
+    after a reconnect sends the rest again.
+
     A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
     back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into
     the stream's status: the server says why it ends in `close` and then waits for the worker to end its side. A stream
@@ -94,6 +98,10 @@ class WorkerServiceServicer(object):
     Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names those that
     no run needs any more. Values that got lost on the way, and values that no report came to name, are found when the
     worker sends `Hello` again: it names the values it has, and `Welcome` names those of them to delete.
+
+    An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one answer
+    unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers it, and
+    after a reconnect sends the rest again.
 
     A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
     back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into
@@ -158,6 +166,10 @@ class WorkerService(object):
     Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names those that
     no run needs any more. Values that got lost on the way, and values that no report came to name, are found when the
     worker sends `Hello` again: it names the values it has, and `Welcome` names those of them to delete.
+
+    An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one answer
+    unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers it, and
+    after a reconnect sends the rest again.
 
     A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
     back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into

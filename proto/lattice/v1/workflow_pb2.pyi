@@ -11,6 +11,7 @@ import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
+import lattice.v1.errors_pb2
 import lattice.v1.payload_pb2
 import lattice.v1.results_pb2
 import lattice.v1.run_pb2
@@ -675,6 +676,261 @@ class ExecuteWorkflowResponse(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["accepted", "ended"] | None: ...
 
 Global___ExecuteWorkflowResponse: typing_extensions.TypeAlias = ExecuteWorkflowResponse
+
+@typing.final
+class OpenRunRequest(google.protobuf.message.Message):
+    """Everything the caller of `WorkflowService.OpenRun` has to say at one moment. The server takes the fields in the order
+    of their numbers.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OPENING_FIELD_NUMBER: builtins.int
+    ADDITIONS_FIELD_NUMBER: builtins.int
+    ANSWERS_FIELD_NUMBER: builtins.int
+    CLOSE_FIELD_NUMBER: builtins.int
+    close: builtins.bool
+    """No more tasks will come from this stream. The run ends when its tasks have; until then it can still be added to as
+    any other run, and its questions be answered.
+    """
+    @property
+    def opening(self) -> Global___OpenRunOpening:
+        """Opens the stream; in its first message, which carries nothing else, and in no other."""
+
+    @property
+    def additions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AddTasksRequest]:
+        """Tasks to add, each list as a whole or not at all. `AddTasksRequest.run_id` may stay empty. The server answers each
+        in `OpenRunResponse.additions`, in the same order. With a `request_id` an addition is safe to repeat.
+        """
+
+    @property
+    def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___QuestionAnswer]:
+        """Answers to questions."""
+
+    def __init__(
+        self,
+        *,
+        opening: Global___OpenRunOpening | None = ...,
+        additions: collections.abc.Iterable[Global___AddTasksRequest] | None = ...,
+        answers: collections.abc.Iterable[Global___QuestionAnswer] | None = ...,
+        close: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["opening", b"opening"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["additions", b"additions", "answers", b"answers", "close", b"close", "opening", b"opening"]) -> None: ...
+
+Global___OpenRunRequest: typing_extensions.TypeAlias = OpenRunRequest
+
+@typing.final
+class OpenRunOpening(google.protobuf.message.Message):
+    """Opens a stream of `WorkflowService.OpenRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    RUN_ID_FIELD_NUMBER: builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """Takes over a run that was opened before. A stream that holds it ends with RUN_TAKEN_OVER."""
+    after_sequence: builtins.int
+    """Tells only events with a higher number: `OpenRunResponse.sequence` of the last message of an earlier stream. Zero
+    means from the beginning.
+    """
+    @property
+    def run(self) -> Global___RunWorkflowRequest:
+        """Starts a run. The workflow may be empty, or left out. Idempotent by `run_id` as `RunWorkflow` is: a run that
+        exists with the same content is taken over.
+        """
+
+    def __init__(
+        self,
+        *,
+        run: Global___RunWorkflowRequest | None = ...,
+        run_id: builtins.str = ...,
+        after_sequence: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["run", b"run", "run_id", b"run_id", "start", b"start"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["after_sequence", b"after_sequence", "run", b"run", "run_id", b"run_id", "start", b"start"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["start", b"start"]) -> typing.Literal["run", "run_id"] | None: ...
+
+Global___OpenRunOpening: typing_extensions.TypeAlias = OpenRunOpening
+
+@typing.final
+class QuestionAnswer(google.protobuf.message.Message):
+    """Answers a question."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    QUESTION_ID_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    question_id: builtins.str
+    """The question."""
+    @property
+    def payload(self) -> lattice.v1.payload_pb2.Payload:
+        """A value, inline and of at most `Limits.question_bytes`."""
+
+    @property
+    def failure(self) -> lattice.v1.errors_pb2.Failure:
+        """What went wrong when it was answered."""
+
+    def __init__(
+        self,
+        *,
+        question_id: builtins.str = ...,
+        payload: lattice.v1.payload_pb2.Payload | None = ...,
+        failure: lattice.v1.errors_pb2.Failure | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "payload", b"payload"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "payload", b"payload", "question_id", b"question_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["payload", "failure"] | None: ...
+
+Global___QuestionAnswer: typing_extensions.TypeAlias = QuestionAnswer
+
+@typing.final
+class OpenRunResponse(google.protobuf.message.Message):
+    """Everything the server has to say to the caller that holds a run open, at one moment."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: builtins.int
+    ADDITIONS_FIELD_NUMBER: builtins.int
+    QUESTIONS_FIELD_NUMBER: builtins.int
+    WITHDRAWN_QUESTION_IDS_FIELD_NUMBER: builtins.int
+    REFUSED_QUESTION_IDS_FIELD_NUMBER: builtins.int
+    RECEIVED_ANSWERS_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
+    STOPPED_FIELD_NUMBER: builtins.int
+    received_answers: builtins.int
+    """How many answers were received on this stream."""
+    sequence: builtins.int
+    """Every event up to this number was told or left out."""
+    @property
+    def accepted(self) -> Global___RunWorkflowResponse:
+        """The run was accepted, or taken over; the first message, which carries nothing else."""
+
+    @property
+    def additions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AdditionResult]:
+        """What became of the additions, in the order in which they were sent."""
+
+    @property
+    def questions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Question]:
+        """Questions to answer, in the order in which each attempt asked them."""
+
+    @property
+    def withdrawn_question_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Questions that need no answer any more: the attempts that asked them are over."""
+
+    @property
+    def refused_question_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Answers that came too late: the question was answered before, or was withdrawn, or never asked."""
+
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.RunEvent]:
+        """The ends of tasks, in order, each once: `task_succeeded`, `task_failed`, `task_cancelled` and `task_skipped`. Other
+        events are to be had of `ResultsService.WatchRun`. They take at most 2 MiB, unless one alone is larger.
+        """
+
+    @property
+    def ended(self) -> lattice.v1.run_pb2.Run:
+        """The run has ended; the last message. `ResultsService.GetResult` has the outputs of the final tasks once more."""
+
+    @property
+    def stopped(self) -> lattice.v1.errors_pb2.Refusal:
+        """The stream ends before its run; the last message."""
+
+    def __init__(
+        self,
+        *,
+        accepted: Global___RunWorkflowResponse | None = ...,
+        additions: collections.abc.Iterable[Global___AdditionResult] | None = ...,
+        questions: collections.abc.Iterable[Global___Question] | None = ...,
+        withdrawn_question_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        refused_question_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        received_answers: builtins.int = ...,
+        events: collections.abc.Iterable[lattice.v1.run_pb2.RunEvent] | None = ...,
+        sequence: builtins.int = ...,
+        ended: lattice.v1.run_pb2.Run | None = ...,
+        stopped: lattice.v1.errors_pb2.Refusal | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "ended", b"ended", "stopped", b"stopped"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "additions", b"additions", "ended", b"ended", "events", b"events", "questions", b"questions", "received_answers", b"received_answers", "refused_question_ids", b"refused_question_ids", "sequence", b"sequence", "stopped", b"stopped", "withdrawn_question_ids", b"withdrawn_question_ids"]) -> None: ...
+
+Global___OpenRunResponse: typing_extensions.TypeAlias = OpenRunResponse
+
+@typing.final
+class AdditionResult(google.protobuf.message.Message):
+    """What became of an addition."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    ADDED_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """The addition; empty when it named none."""
+    @property
+    def added(self) -> Global___AddTasksResponse:
+        """The tasks were added."""
+
+    @property
+    def refused(self) -> lattice.v1.errors_pb2.Refusal:
+        """They were refused, and nothing changed."""
+
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        added: Global___AddTasksResponse | None = ...,
+        refused: lattice.v1.errors_pb2.Refusal | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["added", b"added", "refused", b"refused", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["added", b"added", "refused", b"refused", "request_id", b"request_id", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["added", "refused"] | None: ...
+
+Global___AdditionResult: typing_extensions.TypeAlias = AdditionResult
+
+@typing.final
+class Question(google.protobuf.message.Message):
+    """What an attempt asks the caller that holds its run open."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    QUESTION_ID_FIELD_NUMBER: builtins.int
+    RUN_ID_FIELD_NUMBER: builtins.int
+    TASK_ID_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    question_id: builtins.str
+    """Names the question; unique in its run."""
+    run_id: builtins.str
+    """The run."""
+    task_id: builtins.str
+    """The task."""
+    attempt: builtins.int
+    """The number of the attempt, from 1."""
+    name: builtins.str
+    """What is asked, by a name that caller and task have agreed on."""
+    @property
+    def payload(self) -> lattice.v1.payload_pb2.Payload:
+        """What is asked about, inline."""
+
+    def __init__(
+        self,
+        *,
+        question_id: builtins.str = ...,
+        run_id: builtins.str = ...,
+        task_id: builtins.str = ...,
+        attempt: builtins.int = ...,
+        name: builtins.str = ...,
+        payload: lattice.v1.payload_pb2.Payload | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["payload", b"payload"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "name", b"name", "payload", b"payload", "question_id", b"question_id", "run_id", b"run_id", "task_id", b"task_id"]) -> None: ...
+
+Global___Question: typing_extensions.TypeAlias = Question
 
 @typing.final
 class GetRunRequest(google.protobuf.message.Message):

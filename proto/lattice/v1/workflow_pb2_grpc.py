@@ -43,8 +43,15 @@ class WorkflowServiceStub(object):
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
-    Only `CancelRun` cancels.
+    A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
+    opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run
+    does not end while it has nothing to do: it ends when its caller has closed it and its tasks have ended. A running
+    attempt may ask the caller that holds the stream a question and waits for the one answer.
+
+    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
+    stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
+    held for `Limits.open_run_grace` is cancelled. Otherwise only `CancelRun` cancels.
     """
 
     def __init__(self, channel):
@@ -93,6 +100,11 @@ class WorkflowServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowResponse.FromString,
                 _registered_method=True)
+        self.OpenRun = channel.stream_stream(
+                '/lattice.v1.WorkflowService/OpenRun',
+                request_serializer=lattice_dot_v1_dot_workflow__pb2.OpenRunRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_workflow__pb2.OpenRunResponse.FromString,
+                _registered_method=True)
         self.GetRun = channel.unary_unary(
                 '/lattice.v1.WorkflowService/GetRun',
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.GetRunRequest.SerializeToString,
@@ -138,8 +150,15 @@ class WorkflowServiceServicer(object):
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
-    Only `CancelRun` cancels.
+    A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
+    opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run
+    does not end while it has nothing to do: it ends when its caller has closed it and its tasks have ended. A running
+    attempt may ask the caller that holds the stream a question and waits for the one answer.
+
+    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
+    stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
+    held for `Limits.open_run_grace` is cancelled. Otherwise only `CancelRun` cancels.
     """
 
     def CreateWorkflow(self, request, context):
@@ -193,6 +212,15 @@ class WorkflowServiceServicer(object):
 
     def ExecuteWorkflow(self, request, context):
         """Starts a run, and answers again when it has ended. Idempotent by `run_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OpenRun(self, request_iterator, context):
+        """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream with
+        a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. What is refused later is told
+        in the stream, which goes on. A caller that ends its side of the stream closes the run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -278,6 +306,11 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowResponse.SerializeToString,
             ),
+            'OpenRun': grpc.stream_stream_rpc_method_handler(
+                    servicer.OpenRun,
+                    request_deserializer=lattice_dot_v1_dot_workflow__pb2.OpenRunRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_workflow__pb2.OpenRunResponse.SerializeToString,
+            ),
             'GetRun': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRun,
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.GetRunRequest.FromString,
@@ -329,8 +362,15 @@ class WorkflowService(object):
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
-    Only `CancelRun` cancels.
+    A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
+    opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run
+    does not end while it has nothing to do: it ends when its caller has closed it and its tasks have ended. A running
+    attempt may ask the caller that holds the stream a question and waits for the one answer.
+
+    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
+    stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
+    held for `Limits.open_run_grace` is cancelled. Otherwise only `CancelRun` cancels.
     """
 
     @staticmethod
@@ -539,6 +579,33 @@ class WorkflowService(object):
             '/lattice.v1.WorkflowService/ExecuteWorkflow',
             lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowRequest.SerializeToString,
             lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenRun(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lattice.v1.WorkflowService/OpenRun',
+            lattice_dot_v1_dot_workflow__pb2.OpenRunRequest.SerializeToString,
+            lattice_dot_v1_dot_workflow__pb2.OpenRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

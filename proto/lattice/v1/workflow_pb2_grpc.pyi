@@ -153,6 +153,22 @@ _WorkflowServiceExecuteWorkflowType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceOpenRunType = typing_extensions.TypeVar(
+    '_WorkflowServiceOpenRunType',
+    grpc.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.OpenRunRequest,
+        lattice.v1.workflow_pb2.OpenRunResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.OpenRunRequest,
+        lattice.v1.workflow_pb2.OpenRunResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.OpenRunRequest,
+        lattice.v1.workflow_pb2.OpenRunResponse,
+    ],
+)
+
 _WorkflowServiceGetRunType = typing_extensions.TypeVar(
     '_WorkflowServiceGetRunType',
     grpc.UnaryUnaryMultiCallable[
@@ -233,7 +249,7 @@ _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceRetryRunType]):
+class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceRetryRunType]):
     """Defines, runs, lists and cancels.
 
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
@@ -251,8 +267,15 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
-    Only `CancelRun` cancels.
+    A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
+    opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run
+    does not end while it has nothing to do: it ends when its caller has closed it and its tasks have ended. A running
+    attempt may ask the caller that holds the stream a question and waits for the one answer.
+
+    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
+    stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
+    held for `Limits.open_run_grace` is cancelled. Otherwise only `CancelRun` cancels.
     """
 
     @typing.overload
@@ -288,6 +311,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
         grpc.UnaryStreamMultiCallable[
             lattice.v1.workflow_pb2.ExecuteWorkflowRequest,
             lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
+            lattice.v1.workflow_pb2.OpenRunRequest,
+            lattice.v1.workflow_pb2.OpenRunResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.GetRunRequest,
@@ -345,6 +372,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.ExecuteWorkflowRequest,
             lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
         ],
+        grpc.aio.StreamStreamMultiCallable[
+            lattice.v1.workflow_pb2.OpenRunRequest,
+            lattice.v1.workflow_pb2.OpenRunResponse,
+        ],
         grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.GetRunRequest,
             lattice.v1.workflow_pb2.GetRunResponse,
@@ -390,6 +421,12 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     ExecuteWorkflow: _WorkflowServiceExecuteWorkflowType
     """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
+
+    OpenRun: _WorkflowServiceOpenRunType
+    """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream with
+    a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. What is refused later is told
+    in the stream, which goes on. A caller that ends its side of the stream closes the run.
+    """
 
     GetRun: _WorkflowServiceGetRunType
     """Returns a run."""
@@ -443,6 +480,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
         lattice.v1.workflow_pb2.ExecuteWorkflowRequest,
         lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
     ],
+    grpc.aio.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.OpenRunRequest,
+        lattice.v1.workflow_pb2.OpenRunResponse,
+    ],
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.GetRunRequest,
         lattice.v1.workflow_pb2.GetRunResponse,
@@ -483,8 +524,15 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
-    A disconnect never ends a run. A caller that loses an `ExecuteWorkflow` stream waits with `ResultsService.GetResult`.
-    Only `CancelRun` cancels.
+    A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
+    opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run
+    does not end while it has nothing to do: it ends when its caller has closed it and its tasks have ended. A running
+    attempt may ask the caller that holds the stream a question and waits for the one answer.
+
+    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
+    stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
+    held for `Limits.open_run_grace` is cancelled. Otherwise only `CancelRun` cancels.
     """
 
     @abc.abstractmethod
@@ -550,6 +598,17 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[lattice.v1.workflow_pb2.ExecuteWorkflowResponse], collections.abc.AsyncIterator[lattice.v1.workflow_pb2.ExecuteWorkflowResponse]]:
         """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
+
+    @abc.abstractmethod
+    def OpenRun(
+        self,
+        request_iterator: _MaybeAsyncIterator[lattice.v1.workflow_pb2.OpenRunRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[lattice.v1.workflow_pb2.OpenRunResponse], collections.abc.AsyncIterator[lattice.v1.workflow_pb2.OpenRunResponse]]:
+        """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream with
+        a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. What is refused later is told
+        in the stream, which goes on. A caller that ends its side of the stream closes the run.
+        """
 
     @abc.abstractmethod
     def GetRun(

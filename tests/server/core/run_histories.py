@@ -1,4 +1,5 @@
-"""Random histories of one run: facts from a scheduler that may be late, and callers who append and cancel meanwhile."""
+"""Random histories of one run: facts from a scheduler that may be late, callers who append and cancel
+meanwhile, and of an open run the stream that holds it."""
 
 from collections import deque
 from contextlib import suppress
@@ -25,10 +26,13 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import BindingList, Failure, FailureKind, Payload
+from lattice_server.core.open_run import OpenRun
+from lattice_server.core.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
 from lattice_server.core.run import Run
 from lattice_server.core.states import RunState
 from tests.server.core.worlds import items_of, outputs_of, random_task, random_workflow
 
+ASKED = Payload("application/json", "1")
 BROKEN = Failure(FailureKind.USER_ERROR, "broken")
 ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
 
@@ -51,7 +55,12 @@ class RunHistories(RuleBasedStateMachine):
     def begin(self, seed: int, size: int) -> None:
         self.rng = Random(seed)
         spec = random_workflow(self.rng, size)
-        self.run = Run("r", spec, dag.build(spec, ()), bounds=Bounds(60, 6, 2))
+        is_open = bool(seed % 2)
+        self.run = Run("r", spec, dag.build(spec, ()), bounds=Bounds(60, 6, 2), is_open=is_open)
+        self.caller = OpenRun(self.run, 5.0, 0.0, max_questions=3) if is_open else None
+        # The questions the caller knows of, and those that were answered in any way.
+        self.asked: dict[str, QuestionAsked] = {}
+        self.answered: set[str] = set()
         self.to_scheduler: deque[TaskReady | CancelRequested] = deque()
         self.to_run: deque[Any] = deque()
         self.held: dict[str, Held] = {}
@@ -62,7 +71,12 @@ class RunHistories(RuleBasedStateMachine):
         self.perform(self.run.start({}, 0.0))
 
     def perform(self, effects: list[Any]) -> None:
+        if self.caller is not None:
+            effects = [*self.caller.withdraw(effects), *effects]
         for effect in effects:
+            if isinstance(effect, AskHolder | WithdrawQuestion | AnswerQuestion):
+                self.tell_caller(effect)
+                continue
             if isinstance(effect, TaskReady | CancelRequested):
                 self.to_scheduler.append(effect)
                 continue
@@ -74,6 +88,20 @@ class RunHistories(RuleBasedStateMachine):
             if isinstance(effect, TaskReady):
                 assert self.run.state is RunState.RUNNING
         self.now += 1
+
+    def tell_caller(self, effect: Any) -> None:
+        match effect:
+            case AskHolder():
+                name = effect.question.question_id
+                assert name not in self.answered, "an answered question is asked"
+                self.asked[name] = effect.question
+            case WithdrawQuestion():
+                self.asked.pop(effect.question_id, None)
+            case AnswerQuestion():
+                name = f"{effect.lease_id}/{effect.number}"
+                assert name not in self.answered, "a question is answered twice"
+                self.answered.add(name)
+                self.asked.pop(name, None)
 
     def told_tasks(self, is_running: bool) -> list[str]:
         return [name for name, held in self.held.items() if not held.after and held.is_running is is_running]
@@ -102,6 +130,8 @@ class RunHistories(RuleBasedStateMachine):
             event = self.to_run.popleft()
             if isinstance(event, TasksSpawned):
                 self.perform(self.run.spawn(event.task_id, event.tasks, self.now))
+            elif isinstance(event, QuestionAsked):
+                self.perform([] if self.caller is None else list(self.caller.ask(event)))
             else:
                 self.perform(self.run.handle(event, self.now))
             self.run.check()
@@ -136,7 +166,7 @@ class RunHistories(RuleBasedStateMachine):
         self.to_run.append(messages.TaskStarted("r", task_id, held.attempt, "n", "ip", ()))
 
     @precondition(lambda self: self.told_tasks(True))
-    @rule(data=st.data(), what=st.sampled_from(["succeed", "succeed", "fail", "retry", "log", "spawn"]))
+    @rule(data=st.data(), what=st.sampled_from(["succeed", "succeed", "fail", "retry", "log", "spawn", "ask"]))
     def goes_on(self, data: st.DataObject, what: str) -> None:
         self.go_on(data.draw(st.sampled_from(self.told_tasks(True))), what)
 
@@ -147,6 +177,10 @@ class RunHistories(RuleBasedStateMachine):
         match what:
             case "log":
                 self.to_run.append(messages.TaskLogged(*named, False, "text", False))
+            case "ask":
+                self.to_run.append(
+                    QuestionAsked(*named, "s", f"{task_id}/{held.attempt}", self.rng.randint(1, 9), "q", ASKED)
+                )
             case "spawn":
                 known = [record.spec for record in self.run.tasks.values()]
                 tasks = tuple(random_task(self.rng, f"{task_id}/{number}", known) for number in range(2))
@@ -187,11 +221,36 @@ class RunHistories(RuleBasedStateMachine):
                 with suppress(LatticeError):
                     self.perform(self.run.append(self.rng.sample(added, len(added)), self.now))
 
+    @precondition(lambda self: self.caller is not None)
+    @rule(what=st.sampled_from(["hold", "hold", "leave", "tick", "answer", "answer", "again", "close", "release"]))
+    def holder(self, what: str) -> None:
+        assert self.caller is not None
+        match what:
+            case "hold":
+                self.perform(list(self.caller.hold()))
+            case "leave":
+                self.caller.leave(self.now)
+            case "tick":
+                self.now = max(self.now, self.caller.next_deadline() or 0.0)
+                self.perform(list(self.caller.tick(self.now)))
+            case "close":
+                self.perform(self.run.close(self.now))
+            case "release":
+                self.perform(list(self.caller.release()))
+            case "answer" if self.asked:
+                answer = self.caller.answer(self.rng.choice(list(self.asked)), ASKED)
+                assert answer is not None, "a question that was not withdrawn takes no answer"
+                self.perform([answer])
+            case "again" if self.answered:
+                assert self.caller.answer(self.rng.choice(sorted(self.answered)), ASKED) is None
+
     @invariant()
     def holds(self) -> None:
         if not hasattr(self, "run"):
             return
         self.run.check()
+        if self.caller is not None:
+            self.caller.check()
         assert isinstance(self.facts[0], RunStarted)
         assert self.run.is_terminal == isinstance(self.facts[-1], RunFinished)
         added = sum(len(fact.task_ids) for fact in self.facts if isinstance(fact, TasksAdded))
@@ -203,6 +262,7 @@ class RunHistories(RuleBasedStateMachine):
         """When everything is delivered and every attempt succeeds, the run ends."""
         if not hasattr(self, "run"):
             return
+        self.perform(self.run.close(self.now))
         for _ in range(1000):
             if not (self.to_scheduler or self.to_run or self.held):
                 break

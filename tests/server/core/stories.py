@@ -33,6 +33,8 @@ from lattice_server.core.model import (
     TaskSpec,
     WorkflowSpec,
 )
+from lattice_server.core.open_run import OpenRun
+from lattice_server.core.questions import QuestionAsked
 from lattice_server.core.ranking import first_come
 from lattice_server.core.run import Run
 from tests.server.core.graphs import SYNC, VALUE, hello, task
@@ -165,14 +167,18 @@ def report(name: str, word: str, assign: Assign, given: Settings) -> Any:
 
 
 def run(words: Words, settings: Settings) -> Play:
-    """Return a play of one run's machine; `policy` is on a failure. Words are tasks: `d<b,c` is one that needs b and c,
-    `d<b?` can do without b, `d<b!` runs when b's output is true, `d<b*` is mapped over it.
+    """Return a play of one run's machine; `policy` is on a failure, and `open` the grace of a run that a stream holds.
+
+    Words are tasks: `d<b,c` is one that needs b and c, `d<b?` can do without b, `d<b!` runs when b's output is true,
+    `d<b*` is mapped over it.
 
     Events: `start`, `started|succeeded|retrying|failed|cancelled|returned TASK...`, `cancel`, `cancel-task TASK`,
-    `append WORD...`, `spawn TASK WORD...`. `succeeded` may say the `value`, or the `items` of a list.
+    `append WORD...`, `spawn TASK WORD...`. `succeeded` may say the `value`, or the `items` of a list. Of an open run
+    also `hold`, `leave`, `close`, `release`, `tick`, `ask TASK NUMBER` and `answer ID`.
     """
     spec = WorkflowSpec(tuple(map(wired, words)), failure_policy=FailurePolicy(settings.get("policy", "fail_fast")))
-    machine = Run(RUN_ID, spec, dag.build(spec, ()), ranking=first_come)
+    machine = Run(RUN_ID, spec, dag.build(spec, ()), ranking=first_come, is_open="open" in settings)
+    caller = OpenRun(machine, float(settings["open"]), 0.0, max_questions=2) if "open" in settings else None
     attempts: dict[str, int] = {}
 
     def step(name: str, words: Words, given: Settings, time: float) -> list[Any]:
@@ -187,6 +193,11 @@ def run(words: Words, settings: Settings) -> Play:
                 return list(machine.append([wired(word) for word in words], time))
             case "spawn":
                 return list(machine.spawn(words[0], [wired(word) for word in words[1:]], time))
+            case "close":
+                return list(machine.close(time))
+            case "hold" | "leave" | "release" | "tick" | "ask" | "answer":
+                assert caller is not None, "the run is not open"
+                return called(caller, name, words, time)
         return [effect for word in words for effect in machine.handle(fact(name, word, given), time)]
 
     def fact(name: str, word: str, given: Settings) -> Any:
@@ -212,9 +223,30 @@ def run(words: Words, settings: Settings) -> Play:
     def play(time: float, parts: list[tuple[str, Words, Settings]]) -> list[Any]:
         effects = [effect for part in parts for effect in step(*part, time)]
         machine.check()
+        if caller is not None:
+            effects = [*caller.withdraw(effects), *effects]
+            caller.check()
         return effects
 
     return play
+
+
+def called(caller: OpenRun, name: str, words: Words, time: float) -> list[Any]:
+    """Return what happens when the stream that holds a run, or an attempt, does something."""
+    match name:
+        case "hold":
+            return list(caller.hold())
+        case "leave":
+            caller.leave(time)
+            return []
+        case "release":
+            return list(caller.release())
+        case "tick":
+            return list(caller.tick(time))
+        case "answer":
+            return [answer for word in words if (answer := caller.answer(word, VALUE)) is not None]
+    task_id, number = words
+    return list(caller.ask(QuestionAsked(RUN_ID, task_id, 1, "s", f"l-{task_id}", int(number), "what", VALUE)))
 
 
 def wired(word: str) -> TaskSpec:

@@ -61,6 +61,7 @@ MAY_CALL = {
     "lattice.v1.WorkflowService.GetWorkflow": CALLER,
     "lattice.v1.WorkflowService.ListRuns": CALLER,
     "lattice.v1.WorkflowService.ListWorkflows": CALLER,
+    "lattice.v1.WorkflowService.OpenRun": CALLER,
     "lattice.v1.WorkflowService.RunWorkflow": CALLER,
 }
 # An empty request that passed authorisation is answered, or refused for what it lacks.

@@ -1,0 +1,219 @@
+"""Serves the streams that hold open runs.
+
+Rule: what one message asks for is refused in the stream, which goes on; only a refused opening ends it with a status.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from uuid import uuid4
+
+from google.protobuf.message import DecodeError
+from lattice.v1 import errors_pb2, run_pb2, workflow_pb2
+
+from lattice_server.core.errors import LatticeError, invalid_field
+from lattice_server.core.messages import RunEvent
+from lattice_server.core.model import Failure, Payload
+from lattice_server.core.questions import QuestionAsked
+from lattice_server.engine.holder import Holder
+from lattice_server.engine.open_runs import TOLD, OpenRuns
+from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.subscriptions import BATCH
+from lattice_server.rpc import convert
+from lattice_server.rpc.context import Context, whole
+from lattice_server.rpc.events import event_to_proto, run_to_proto
+from lattice_server.rpc.interceptors import internal_refusal, refusal_of, unreadable
+from lattice_server.rpc.parts import PART_BYTES, in_parts
+
+log = logging.getLogger(__name__)
+
+HANG_UP_S = 2.0
+
+Requests = AsyncIterator[workflow_pb2.OpenRunRequest]
+Start = Callable[[workflow_pb2.RunWorkflowRequest], Awaitable[tuple[RunEntry, bool]]]
+Add = Callable[[workflow_pb2.AddTasksRequest], Awaitable[workflow_pb2.AddTasksResponse]]
+
+
+class OpenRunStreams:
+    """The streams of `WorkflowService.OpenRun`. `start` starts the run of a request, `add` adds tasks to a run."""
+
+    def __init__(self, orchestrator: Orchestrator, question_limit_bytes: int, start: Start, add: Add) -> None:
+        self._orchestrator = orchestrator
+        self._limit_bytes = question_limit_bytes
+        self._start = start
+        self._add = add
+
+    async def serve(self, request_iterator: Requests, context: Context) -> AsyncGenerator[workflow_pb2.OpenRunResponse]:
+        """Serve one stream. Raises LatticeError for an opening that is refused."""
+        requests = aiter(whole(request_iterator, context))
+        first = await anext(requests, None)
+        if first is None or not first.HasField("opening"):
+            raise invalid_field("opening", "the first message opens a run, or takes one over")
+        opening = first.opening
+        entry, created = await self._opened(opening)
+        if opening.after_sequence < 0:
+            raise invalid_field("opening.after_sequence", "must not be negative")
+        entry.log.check_cursor(opening.after_sequence)
+        holder = self._orchestrator.open_runs.hold(entry)
+        stream = _Stream(entry, holder, self._orchestrator.open_runs, self._add, self._limit_bytes)
+        reading = asyncio.create_task(stream.read(requests))
+        try:
+            accepted = workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
+            yield workflow_pb2.OpenRunResponse(accepted=accepted)
+            async for response in stream.responses(opening.after_sequence):
+                yield response
+            with contextlib.suppress(TimeoutError):
+                # The caller hangs up when it has read the last message; ending first could lose it.
+                async with asyncio.timeout(HANG_UP_S):
+                    await asyncio.shield(reading)
+        finally:
+            reading.cancel()
+            self._orchestrator.open_runs.leave(entry, holder)
+
+    async def _opened(self, opening: workflow_pb2.OpenRunOpening) -> tuple[RunEntry, bool]:
+        match opening.WhichOneof("start"):
+            case "run":
+                return await self._start(opening.run)
+            case "run_id":
+                return self._orchestrator.run(opening.run_id), False
+            case _:
+                raise invalid_field("opening.start", "name a run to start, or one to take over")
+
+
+class _Stream:
+    """One stream: what its caller says, and what it is told."""
+
+    def __init__(self, entry: RunEntry, holder: Holder, open_runs: OpenRuns, add: Add, limit_bytes: int) -> None:
+        self._entry = entry
+        self._holder = holder
+        self._open_runs = open_runs
+        self._add = add
+        self._limit_bytes = limit_bytes
+        self._results: list[workflow_pb2.AdditionResult] = []
+        self._refused: list[str] = []
+        self._answers = 0
+        self._told_answers = 0
+        self._stopped: errors_pb2.Refusal | None = None
+
+    async def read(self, requests: Requests) -> None:
+        """Take what the caller says, to the end of its side of the stream, which closes the run."""
+        try:
+            async for request in requests:
+                for addition in request.additions:
+                    self._results.append(await self._added(addition))
+                for answer in request.answers:
+                    self._take_answer(answer)
+                if request.close:
+                    self._open_runs.close(self._entry, self._holder)
+                if request.additions or self._refused:
+                    self._holder.news.set()
+            self._open_runs.close(self._entry, self._holder, is_mute=True)
+        except DecodeError as error:
+            self._stop(refusal_of(unreadable(error)))
+        except Exception:
+            error_id = uuid4().hex
+            log.exception("the stream that holds run %s failed, error id %s", self._entry.run.run_id, error_id)
+            self._stop(internal_refusal(error_id))
+
+    def _stop(self, refusal: errors_pb2.Refusal) -> None:
+        self._stopped = refusal
+        self._holder.news.set()
+
+    async def _added(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AdditionResult:
+        run_id = self._entry.run.run_id
+        result = workflow_pb2.AdditionResult(request_id=request.request_id)
+        try:
+            if self._holder.taken_over is not None:
+                raise self._holder.taken_over
+            if request.WhichOneof("parent") is not None and request.run_id != run_id:
+                raise invalid_field("run_id", f"this stream holds run {run_id!r}; name that, or none")
+            request.run_id = run_id
+            result.added.CopyFrom(await self._add(request))
+        except LatticeError as error:
+            result.refused.CopyFrom(refusal_of(error))
+        return result
+
+    def _take_answer(self, message: workflow_pb2.QuestionAnswer) -> None:
+        self._answers += 1
+        answer: Payload | Failure | str
+        is_taken = True
+        match message.WhichOneof("answer"):
+            case "failure":
+                answer = convert.failure_from_proto(message.failure)
+            case "payload":
+                try:
+                    answer = convert.question_from_proto(message.payload, self._limit_bytes)
+                except LatticeError as error:
+                    answer, is_taken = f"the caller's answer cannot be passed on: {error.message}", False
+            case _:
+                answer, is_taken = "the caller's answer has neither a value nor a failure", False
+        if not self._open_runs.answer(self._entry, self._holder, message.question_id, answer) or not is_taken:
+            self._refused.append(message.question_id)
+
+    async def responses(self, after: int) -> AsyncIterator[workflow_pb2.OpenRunResponse]:
+        """Yield what the caller is to be told, of events those after a number, to the end of the run or the stream."""
+        run_log, holder = self._entry.log, self._holder
+        while True:
+            await holder.news.wait()
+            holder.news.clear()
+            stopped = self._stopped or (holder.taken_over and refusal_of(holder.taken_over))
+            if stopped:
+                yield workflow_pb2.OpenRunResponse(stopped=stopped)
+                return
+            response = workflow_pb2.OpenRunResponse()
+            for part in self._due(response):
+                yield part
+            while after < len(run_log.events):
+                batch = run_log.events[after : after + BATCH]
+                after += len(batch)
+                for events in self._shown(batch):
+                    response.events.extend(events)
+                    response.sequence = events[-1].sequence
+                    yield response
+                    response = workflow_pb2.OpenRunResponse()
+            if run_log.is_complete and after == len(run_log.events) and not self._results:
+                response.ended.CopyFrom(run_to_proto(self._entry))
+                response.sequence = after
+                yield response
+                return
+            if response.ByteSize():
+                yield response
+
+    def _due(self, response: workflow_pb2.OpenRunResponse) -> Iterator[workflow_pb2.OpenRunResponse]:
+        """Write all that is due but events into a message; yield it, and go on, whenever it is large enough."""
+        results, self._results = self._results, []
+        refused, self._refused = self._refused, []
+        questions, withdrawn = self._holder.take()
+        response.additions.extend(results)
+        response.withdrawn_question_ids.extend(withdrawn)
+        response.refused_question_ids.extend(refused)
+        if self._told_answers < self._answers:
+            response.received_answers = self._told_answers = self._answers
+        size = 0
+        for question in questions:
+            message = _question_to_proto(question)
+            size += message.ByteSize()
+            if size > PART_BYTES and response.questions:
+                yield response
+                response.Clear()
+                size = message.ByteSize()
+            response.questions.append(message)
+
+    def _shown(self, batch: Sequence[RunEvent]) -> Iterator[list[run_pb2.RunEvent]]:
+        show = partial(event_to_proto, self._entry.run.tasks)
+        return in_parts(show(event) for event in batch if isinstance(event.fact, TOLD))
+
+
+def _question_to_proto(question: QuestionAsked) -> workflow_pb2.Question:
+    message = workflow_pb2.Question(
+        question_id=question.question_id,
+        run_id=question.run_id,
+        task_id=question.task_id,
+        attempt=question.attempt,
+        name=question.name,
+    )
+    convert.fill_payload(message.payload, question.payload)
+    return message
