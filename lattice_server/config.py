@@ -25,10 +25,10 @@ class ServerConfig:
 
     A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`,
     by default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are
-    placed, each with `num_cpus` and `num_gpus`. An open run that no stream has held for `open_run_grace_s` is cancelled;
-    questions to callers, and their answers, have at most `question_limit_bytes`. Without a `token` whoever reaches the server may do everything. Large
-    values are kept in a folder of `store_folder`; by default in `/dev/shm` if 256 MiB of it are free when the server
-    starts, or else where temporary files go, which `TMPDIR` says.
+    placed, each with `num_cpus` and `num_gpus`. An open run that no stream has held for `open_run_grace_s` is
+    cancelled; questions to callers, and their answers, have at most `question_limit_bytes`. Without a `token` whoever
+    reaches the server may do everything. Large values are kept in a folder of `store_folder`; by default in `/dev/shm`
+    if 256 MiB of it are free when the server starts, or else where temporary files go, which `TMPDIR` says.
     """
 
     host: str = "127.0.0.1"
