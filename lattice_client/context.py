@@ -1,4 +1,5 @@
-"""The context of a running task: its attempt, and adding tasks to its run. For use inside tasks.
+"""The context of a running task: its attempt, adding tasks to its run, asking the caller that holds the run. For use
+inside tasks.
 
     from lattice_client import context
 
@@ -79,6 +80,36 @@ def spawn(
     """
     found: SpawnedTask = _implementation().spawn(task, inputs, name, after, **misplaced)
     return found
+
+
+def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
+    """Ask the caller that holds the run open, wait, and return its answer. Any thread of the task may ask.
+
+    In a coroutine use `ask_async`: this holds up all coroutines of the process until the answer is there.
+
+    Args:
+        name: what is asked, as the caller knows it.
+        payload: what is asked about; a value that can be pickled.
+        item: in a batched function the position of the member that asks; nowhere else.
+
+    Raises:
+        context.AnswerError: the caller answered that something went wrong. It is a QuestionError.
+        context.QuestionError: no caller answers: the run is not open, its caller is gone, or too much is asked at once.
+        RuntimeError: there is no task running here.
+    """
+    return _implementation().ask(name, payload, item=item)
+
+
+async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
+    """As `ask`, while other coroutines go on."""
+    return await _implementation().ask_async(name, payload, item=item)
+
+
+def __getattr__(name: str) -> Any:
+    # The classes of errors are those of the process that runs the task.
+    if name in {"AnswerError", "QuestionError"} and (found := sys.modules.get(IMPLEMENTATION)) is not None:
+        return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _implementation() -> Any:

@@ -53,7 +53,7 @@ class Agent:
         self._materials = Materials(store, config.store_name, self._drafts, lambda: self._artifacts, self._courier)
         self._attempts = Attempts(self._pool, self._materials, self._emit, self._ended, self._ask)
         self._leasing: Leases = Leasing(self._attempts, self._say, convert.returned)
-        self._outgoing = Outgoing(self._leasing)
+        self._outgoing = Outgoing(self._leasing, lambda: self._attempts.questions.last_answer)
         self._heartbeat_s = FIRST_BEAT_S
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0
@@ -183,6 +183,8 @@ class Agent:
             self._leasing.stop(lease_id)
         if response.forget_digests:
             self._attempts.forget(response.forget_digests)
+        for answer in response.answers:
+            self._attempts.questions.answer(answer)
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
         self._heartbeat_s = seconds(welcome.heartbeat_interval) or self._heartbeat_s
@@ -194,7 +196,9 @@ class Agent:
         is_new = not welcome.resumed and welcome.session_id != self._leasing.session.session_id
         unacknowledged = self._leasing.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         self._materials.drop(welcome.drop_artifact_ids)
+        self._attempts.questions.limit_bytes = welcome.question_limit_bytes
         if is_new:
+            self._attempts.questions.reset()
             # Of what was made since the hello nobody was told, and nobody will be.
             self._materials.drop(self._drafts.reported - self._listed)
             self._drafts.settle(self._listed)

@@ -16,6 +16,7 @@ from lattice_worker import convert
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES
 from lattice_worker.materials import Materials, MissingError
 from lattice_worker.pool import Pool
+from lattice_worker.questions import Questions
 from lattice_worker.runners import MAX_AHEAD, Invocation, Key, Runner
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Attempts:
         self.message_limit_bytes = MESSAGE_LIMIT_BYTES
         self._pool, self._materials = pool, materials
         self._emit, self._ended, self._ask = emit, ended, ask
+        self.questions = Questions(emit)
         self._functions: dict[str, task_pb2.Function] = {}
         self._codeless: dict[str, worker_pb2.Assignment] = {}
         self._upstream: dict[str, convert.Outputs] = {}
@@ -261,6 +263,7 @@ class Attempts:
             "folder": runner.folder,
             "inline_limit": self.inline_limit_bytes,
             "log_limit": self.log_limit_bytes,
+            "question_limit": self.questions.limit_bytes,
         }
         return Invocation(
             lease_id,
@@ -268,6 +271,7 @@ class Attempts:
             blobs,
             on_log=lambda stream, text, truncated: self._log(lease_id, stream, text, truncated),
             on_spawn=lambda task, parts: self._spawn(lease_id, function, task, parts),
+            on_ask=lambda asked, parts: self.questions.ask(assignment, runner, asked, parts),
             on_end=lambda answer, parts: self._end(assignment, answer, parts),
             on_refused=lambda: self._start_again(assignment),
             on_given_back=lambda reason, is_suspect: self._give_back(assignment, reason, is_suspect=is_suspect),
@@ -386,6 +390,7 @@ class Attempts:
         self._ahead.pop(lease_id, None)
         self._unstarted.pop(lease_id, None)
         self._upstream.pop(lease_id, None)
+        self.questions.forget(lease_id)
         self._cancel_timer(lease_id)
 
     def _cancel_timer(self, lease_id: str) -> None:

@@ -1,4 +1,5 @@
-"""What a running task may know and do: which attempt it is, and adding tasks to its run. For use inside tasks.
+"""What a running task may know and do: which attempt it is, adding tasks to its run, asking the caller that holds the
+run. For use inside tasks.
 
     from lattice_worker import context
 
@@ -11,23 +12,39 @@
 Rule: no gRPC here. The encoding is that of the process the task runs in.
 """
 
+import asyncio
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain, count
 from types import FunctionType, MethodType
 from typing import Any, NoReturn
 
 from lattice_worker.runner.artifacts import Encoder
+from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
+from lattice_worker.runner.blame import refusal
 from lattice_worker.runner.functions import dump
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.text import utf8
-from lattice_worker.runner.values import PayloadError
+from lattice_worker.runner.values import PayloadError, encode_value
 from lattice_worker.spawned import Binder, SpawnedOutput
 
-__all__ = ["Attempt", "SpawnError", "SpawnedOutput", "SpawnedTask", "current", "spawn"]
+__all__ = [
+    "AnswerError",
+    "Attempt",
+    "QuestionError",
+    "SpawnError",
+    "SpawnedOutput",
+    "SpawnedTask",
+    "ask",
+    "ask_async",
+    "current",
+    "spawn",
+]
 
+MAX_NAME_LENGTH = 128
 PLAIN: Mapping[str, Any] = {"spec": b"", "function": b"", "outputs": ("result",), "has_code": True}
 # A task may spawn in several threads.
 _taking = threading.Lock()
@@ -136,6 +153,58 @@ def spawn(
     }
     output.spawn(frame, blobs, encoder.made)
     return SpawnedTask(task_id, tuple(form["outputs"]))
+
+
+def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
+    """Ask the caller that holds the run, wait, and return its answer. Any thread of the task may ask.
+
+    In a coroutine use `ask_async`: this holds up all coroutines of the process until the answer is there.
+
+    Args:
+        name: what is asked, as the caller knows it.
+        payload: what is asked about; a value that can be pickled.
+        item: in a batched function the position of the member that asks; nowhere else.
+
+    Raises:
+        AnswerError: the caller answered that something went wrong.
+        QuestionError: no caller answers: the run is not open, its caller is gone, or too much is asked at once.
+        PayloadError: the payload cannot be pickled, or is too large.
+        RuntimeError: there is no task running here.
+    """
+    return decoded(_asked(name, payload, item).result())
+
+
+async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
+    """As `ask`, while other coroutines go on."""
+    return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
+
+
+def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
+    output = running.get()
+    if output is None or output.questions.is_inherited:
+        raise RuntimeError("there is no task running here; this works inside tasks, and not in processes they fork")
+    header = output.header
+    if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME_LENGTH:
+        raise QuestionError(f"the name of a question must be a text of 1 to {MAX_NAME_LENGTH} characters, not {name!r}")
+    size = len(header["attempts"])
+    if header["batched"] and (type(item) is not int or not 0 <= item < size):
+        text = f"a batch is several tasks at once: give item=, the position of the one that asks, from 0 to {size - 1}"
+        raise QuestionError(f"{text}, not {item!r}")
+    if not header["batched"] and item is not None:
+        raise QuestionError("item is for batched functions; this task is alone")
+    where = f"question {name!r}"
+    try:
+        media_type, parts = encode_value(payload)
+    except Exception as error:
+        raise PayloadError(refusal(where, payload, error)) from error
+    data = b"".join(parts)
+    limit = header["question_limit"]
+    if limit and len(data) > limit:
+        text = f"{where} takes {len(data)} bytes; questions travel inline and may have {limit}"
+        raise PayloadError(f"{text}: give what is larger to the caller as an output")
+    reference = {"type": media_type, "blob": 0}
+    position = item if isinstance(item, int) else 0
+    return output.questions.ask(position, utf8(name), reference, [data])
 
 
 def _take_id(task_id: str, taken: set[str]) -> str:

@@ -6,7 +6,7 @@ Rule: everything that is due goes into one message; a message waits for more onl
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from lattice.v1 import worker_pb2
 
@@ -21,11 +21,15 @@ Leases = Leasing[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs]
 
 
 class Outgoing:
-    """What one worker has to say. `open` begins a stream; nothing is sent on it before `resume`."""
+    """What one worker has to say. `open` begins a stream; nothing is sent on it before `resume`.
 
-    def __init__(self, leasing: Leases) -> None:
+    `last_answer` says up to which number the answers of questions have come.
+    """
+
+    def __init__(self, leasing: Leases, last_answer: Callable[[], int] = lambda: 0) -> None:
         self.message_limit_bytes = 2 * PART_BYTES
         self._leasing = leasing
+        self._last_answer = last_answer
         self._pending: list[worker_pb2.Report] = []
         self._unknown: list[str] = []
         self._is_beat_due = False
@@ -105,6 +109,7 @@ class Outgoing:
         if heartbeat is not None:
             requests[-1].heartbeat.CopyFrom(heartbeat)
         requests[-1].unknown_digests.extend(unknown)
+        requests[-1].acknowledged_answer = self._last_answer()
         if self._draining is not None and is_draining:
             self._has_said_draining = True
             requests[-1].draining.CopyFrom(self._draining)

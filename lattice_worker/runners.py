@@ -45,8 +45,10 @@ class Key:
 
 @dataclass(slots=True)
 class Invocation:
-    """One call of a function. `on_log` takes (stream, text, truncated); `on_spawn` and `on_end` a header and its blobs;
-    `on_refused` is called when the process did not begin it, `on_given_back` when another invocation took it down.
+    """One call of a function.
+
+    `on_log` takes (stream, text, truncated); `on_spawn`, `on_ask` and `on_end` a header and its blobs; `on_refused` is
+    called when the process did not begin it, `on_given_back` when another invocation took it down.
 
     `claim` numbers one that was sent ahead; `ending` is the answer of one that is being ended, whatever it says itself.
     """
@@ -56,6 +58,7 @@ class Invocation:
     blobs: Sequence[bytes]
     on_log: Callable[[str, str, bool], None]
     on_spawn: Callable[[dict[str, Any], list[bytes]], None]
+    on_ask: Callable[[dict[str, Any], list[bytes]], None]
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     on_refused: Callable[[], None]
     on_given_back: Callable[[str, bool], None]
@@ -84,6 +87,7 @@ class Runner:
         self._unneeded: set[str] = set()
         self.running: dict[str, Invocation] = {}
         self.ahead: dict[str, Invocation] = {}
+        self._early: dict[str, list[tuple[dict[str, Any], list[bytes]]]] = {}  # What those ahead have said.
         self._drafts = drafts
         self._on_idle, self._on_gone = on_idle, on_gone
         self._numbers = count(1)
@@ -172,7 +176,18 @@ class Runner:
     def begin(self, name: str) -> Invocation:
         """Note that it is the turn of an invocation sent ahead."""
         invocation = self.running[name] = self.ahead.pop(name)
+        if name in self._early:
+            asyncio.get_running_loop().call_soon(self._catch_up, name)
         return invocation
+
+    def _catch_up(self, name: str) -> None:
+        """Take what an invocation has said before its turn was told."""
+        for header, blobs in self._early.pop(name, ()):
+            self._take(header, blobs)
+
+    def answer(self, name: str, header: dict[str, Any], blobs: Sequence[bytes]) -> None:
+        """Send the answer of a question that an invocation has asked."""
+        self._control.send({"kind": "answer", "id": name} | header, blobs)
 
     def take_back(self, name: str) -> bool:
         """Take back an invocation sent ahead; False when the process has begun it.
@@ -247,6 +262,10 @@ class Runner:
             self._drain()
             return
         invocation = self.running.get(header["id"])
+        if invocation is None and header["id"] in self.ahead:
+            # The process has gone on while the answer before it is still being worked on.
+            self._early.setdefault(header["id"], []).append((header, blobs))
+            return
         if invocation is None:
             self._drafts.delete(self.folder, header.get("made", ()))
             return
@@ -257,6 +276,8 @@ class Runner:
             case "spawn":
                 self._drafts.publish(self.folder, header["made"])
                 invocation.on_spawn(header["task"], blobs)
+            case "ask":
+                invocation.on_ask(header, blobs)
             case "describing":
                 self._time_description(invocation, header["is_over"], str(header["type"]))
             case "result":

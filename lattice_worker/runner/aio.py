@@ -69,7 +69,11 @@ class _Invocations:
 
     def _read(self) -> None:
         for frame in self._channel.frames():
-            self._loop.call_soon_threadsafe(self._take, frame)
+            if frame[0]["kind"] != "answer":
+                self._loop.call_soon_threadsafe(self._take, frame)
+            elif (attempt := self._running.get(frame[0]["id"])) is not None:
+                # Here: the event loop may be waiting for this in a step that blocks.
+                attempt.questions.take(*frame)
         # Threads of tasks do not keep a process that nothing will be sent to.
         self._loop.call_soon_threadsafe(os._exit, 0)
 

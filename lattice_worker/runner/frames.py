@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -90,8 +90,11 @@ class Assembler:
 class Channel:
     """The runner's end of the control socket; frames may be sent by any thread, and by signal handlers.
 
-    A process that the task forks has no part in it: its frames would be taken for the runner's own.
+    A process that the task forks has no part in it: its frames would be taken for the runner's own. `listen` has frames
+    read while an invocation waits for one.
     """
+
+    listen: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

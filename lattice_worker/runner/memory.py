@@ -2,10 +2,12 @@
 
 import contextlib
 import resource
+import threading
 from collections.abc import Iterator
 
 # What a task may use beyond the memory it asked for before it is stopped: it is counted by the page, and early.
 MEMORY_SLACK_BYTES = 64 * 1024 * 1024
+STACK_BYTES = 8 * 1024 * 1024  # Of a thread, unless `threading.stack_size` says otherwise.
 UNLIMITED = contextlib.nullcontext()
 
 
@@ -25,3 +27,10 @@ def _limited(limit_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def allow_stack() -> None:
+    """Let a memory limit grow by a thread's stack, which the limit counts whole though little of it is ever used."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft not in {resource.RLIM_INFINITY, hard}:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft + (threading.stack_size() or STACK_BYTES), hard))

@@ -13,6 +13,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+from lattice_worker.runner.asking import Questions
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.text import utf8
 
@@ -41,6 +42,7 @@ class Output:
         self._lock = threading.RLock()  # A signal handler may print while its thread does.
         self._pending: list[tuple[str, str]] = []
         self._pending_bytes = 0
+        self.questions = Questions(channel, header["id"])
 
     def write(self, stream: str, text: str) -> None:
         """Take text; it is sent by the line. What comes after the limit, or after the end, is dropped."""
@@ -70,9 +72,10 @@ class Output:
                 self._channel.send(self._header(parts, truncated=False))
 
     def close(self) -> None:
-        """Send what is pending; a thread that outlives the invocation writes nowhere."""
+        """Send what is pending; a thread that outlives the invocation writes nowhere, and asks nobody."""
         self.flush()
         self._is_open = False
+        self.questions.close()
 
     def spawn(self, task: dict[str, Any], blobs: Sequence[bytes], made: Sequence[str]) -> None:
         """Have a task added to the run; see `lattice_worker.context`. `made` are the artifacts among its inputs."""

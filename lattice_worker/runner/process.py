@@ -12,6 +12,7 @@ from typing import Any
 
 from lattice_worker.runner import aio, threads
 from lattice_worker.runner.frames import Channel
+from lattice_worker.runner.inbox import Inbox
 from lattice_worker.runner.invocations import Program
 from lattice_worker.runner.output import Output, Stream, has_unread_output
 from lattice_worker.runner.reset import Baseline
@@ -68,7 +69,7 @@ def serve(channel: Channel, claims: Claims) -> None:
     """Run invocations one after the other."""
     baseline = Baseline()
     program = Program(channel, baseline)
-    frames = channel.frames()
+    frames = Inbox(channel)
     waiting: deque[tuple[dict[str, Any], list[bytes]]] = deque()
     channel.send({"kind": "ready"})
     while (frame := waiting.popleft() if waiting else next(frames, None)) is not None:
@@ -82,7 +83,7 @@ def serve(channel: Channel, claims: Claims) -> None:
             case "forget":
                 program.forget(header["digests"])
             case "invoke" if "claim" not in header or claims.owns(header["claim"]):
-                if _run(channel, program, baseline, header, blobs):
+                if _run(channel, program, baseline, frames, header, blobs):
                     # What the agent has not read yet it would take for the next invocation's.
                     for later in frames:
                         if later[0]["kind"] == "drained":
@@ -97,9 +98,11 @@ def serve(channel: Channel, claims: Claims) -> None:
     os._exit(0)
 
 
-def _run(channel: Channel, program: Program, baseline: Baseline, header: dict[str, Any], blobs: list[bytes]) -> bool:
+def _run(
+    channel: Channel, program: Program, baseline: Baseline, inbox: Inbox, header: dict[str, Any], blobs: list[bytes]
+) -> bool:
     """Run one invocation and send its answer; return whether output is left that the agent has to read first."""
-    output = Output(channel, header)
+    output = inbox.running = Output(channel, header)
     # A context of its own: what it sets in context variables is not there for the next one.
     answer, parts = threads.in_context(output, program.run, output, blobs)
     baseline.quiet()

@@ -6,17 +6,15 @@ context of whoever started them, and so does what is given to a thread pool, who
 
 import contextvars
 import functools
-import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from lattice_worker.runner.memory import allow_stack
 from lattice_worker.runner.output import Output, current
 
 T = TypeVar("T")
-
-STACK_BYTES = 8 * 1024 * 1024  # Of a thread, unless `threading.stack_size` says otherwise.
 
 
 def in_context(output: Output, call: Callable[..., T], *args: Any) -> T:
@@ -34,7 +32,7 @@ def inherit_context() -> None:
     def start_here(self: threading.Thread) -> None:
         if current.get() is not None:
             self.run = functools.partial(contextvars.copy_context().run, self.run)  # type: ignore[method-assign]
-            _allow_stack()
+            allow_stack()
         start(self)
 
     @functools.wraps(submit)  # type: ignore[arg-type]  # its own type is generic in ways that no wrapper can repeat
@@ -45,10 +43,3 @@ def inherit_context() -> None:
 
     threading.Thread.start = start_here  # type: ignore[method-assign]
     ThreadPoolExecutor.submit = submit_here  # type: ignore[assignment, method-assign]
-
-
-def _allow_stack() -> None:
-    """Let a memory limit grow by a thread's stack, which the limit counts whole though little of it is ever used."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft not in {resource.RLIM_INFINITY, hard}:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft + (threading.stack_size() or STACK_BYTES), hard))

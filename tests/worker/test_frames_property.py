@@ -150,6 +150,7 @@ class Scene:
         self.pool = Pool(1, drafts, self.zygotes)
         materials = Materials(str(folder), "n", drafts, lambda: None)
         self.attempts = Attempts(self.pool, materials, self._emit, self._ended, lambda digest: None)
+        self.attempts.questions.limit_bytes = 100
         self.ends: list[tuple[str, int, str]] = []
         self.ended: Counter[str] = Counter()
         self.kinds: dict[str, int] = {}
@@ -157,6 +158,10 @@ class Scene:
     def _emit(self, report: worker_pb2.Report) -> None:
         report.SerializeToString()
         fact = report.WhichOneof("fact")
+        if fact == "asked":
+            assert report.asked.number > 0
+            assert not report.asked.payload.HasField("artifact")
+            assert self.ended[report.lease_id] == 0, "a lease that is over asks"
         if fact in {"succeeded", "failed", "returned"}:
             self.ends.append((report.lease_id, report.item, fact))
             if fact == "failed":
@@ -198,6 +203,7 @@ class Scene:
         assert all(kind in set(errors_pb2.FailureKind.values()) - {0} for kind in self.kinds.values())
         for name in ("_running", "_ahead", "_unstarted", "_upstream", "_timers", "_starting", "_converting"):
             assert not getattr(self.attempts, name), name
+        assert not self.attempts.questions._unanswered
         pool: Any = self.pool
         live = {runner for runner in pool._all if runner.is_fit}
         shared = {future.result() for future in pool._shared.values()}
@@ -223,7 +229,20 @@ def drafts() -> Iterator[tuple[Drafts, Path]]:
 
 
 PATHS = ["kind", "id", "made", "duration", "has_raw", "outputs", "split", "items", "failure", "out", "type", "blob"]
-PATHS += ["message", "exception", "base_types", "traceback", "exit_status", "parts", "truncated", "is_over", "task"]
+PATHS += [
+    "message",
+    "exception",
+    "base_types",
+    "traceback",
+    "exit_status",
+    "parts",
+    "truncated",
+    "is_over",
+    "task",
+    "item",
+    "number",
+]
+PATHS += ["name", "payload"]
 
 
 def damaged(value: Any, key: str, change: Any) -> Any:
@@ -236,7 +255,9 @@ def damaged(value: Any, key: str, change: Any) -> Any:
 
 def speak(process: FakeProcess, choice: random.Random) -> None:
     """Have a process send something: a frame, most likely damaged, or garbage."""
-    kind = choice.choice(["answer", "answer", "answer", "log", "spawn", "describing", "failure", "any", "packets"])
+    kind = choice.choice(
+        ["answer", "answer", "answer", "log", "spawn", "ask", "ask", "describing", "failure", "any", "packets"]
+    )
     if kind == "packets":
         for _ in range(choice.randrange(1, 4)):
             process.send(packet(choice))
@@ -257,6 +278,9 @@ def speak(process: FakeProcess, choice: random.Random) -> None:
         case "spawn":
             task = {"spec": 0, "function": 0, "code": 0, "task_id": "t", "name": "t", "after": [], "inputs": {}}
             header, blobs = {"kind": "spawn", "id": named, "task": task, "made": []}, [b""]
+        case "ask":
+            asked = {"item": count % 2, "number": count, "name": "q", "payload": {"type": "x/y", "blob": 0}}
+            header, blobs = {"kind": "ask", "id": named} | asked, [b"1"]
         case "describing":
             header = {"kind": "describing", "id": named, "is_over": bool(count % 2)}
         case "failure":

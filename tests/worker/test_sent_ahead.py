@@ -174,3 +174,24 @@ def test_what_was_fed_before_it_came_back_still_has_its_inputs(gate: Gate, tmp_p
         assert await stream.value("follower") == "given"
 
     play(scenario, tmp_path)
+
+
+def test_what_was_sent_ahead_ends_while_the_answer_before_it_is_still_converted(gate: Gate, tmp_path: Path) -> None:
+    def many(gate: str) -> list[str]:
+        with open(gate, "rb", buffering=0) as file:
+            file.read(1)
+        return ["x"] * 30_000
+
+    def note() -> str:
+        return "fine"
+
+    async def scenario(both: Pair) -> None:
+        both.stream.assign("many", many, inputs={"gate": gate.path}, split_outputs=["out"])
+        for name in "abc":
+            both.stream.assign(name, note)
+        await both.stream.until("many", "started")
+        gate.open(1)
+        assert len((await both.stream.end("many")).succeeded.split["out"].items) == 30_000
+        assert [await both.stream.value(name) for name in "abc"] == ["fine"] * 3
+
+    play(scenario, tmp_path)

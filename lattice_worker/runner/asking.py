@@ -1,0 +1,94 @@
+"""The questions that an invocation asks the caller that holds its run, and their answers.
+
+Rule: whoever waits for an answer gets one, or an error when the invocation is over.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from itertools import count
+from typing import Any
+
+from lattice_worker.runner.frames import Channel
+from lattice_worker.runner.values import decode_value
+
+OVER = "the attempt is over: nothing can be asked any more"
+
+
+class QuestionError(Exception):
+    """A question got no answer: no caller holds the run, or the question cannot be put to it."""
+
+    __module__ = "lattice_worker.context"
+
+
+class AnswerError(QuestionError):
+    """The caller answered that something went wrong; `type` names its error."""
+
+    __module__ = "lattice_worker.context"
+
+    def __init__(self, message: str, type: str = "") -> None:
+        super().__init__(message, type)
+        self.type = type
+
+    def __str__(self) -> str:
+        message = str(self.args[0])
+        return f"{self.type}: {message}" if self.type else message
+
+
+class Questions:
+    """The questions of one invocation that wait for an answer; for any thread."""
+
+    def __init__(self, channel: Channel, name: str) -> None:
+        self._channel = channel
+        self._name = name
+        self._numbers = count(1)
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Future[Any]] = {}
+        self._is_over = False
+
+    def ask(self, item: int, name: str, payload: dict[str, Any], blobs: Sequence[bytes]) -> "Future[Any]":
+        """Ask; the future has the encoded answer or a QuestionError. Raises that when the invocation is over."""
+        answer: Future[Any] = Future()
+        with self._lock:
+            if self._is_over:
+                raise QuestionError(OVER)
+            number = next(self._numbers)
+            self._waiting[number] = answer
+            self._channel.listen()
+        header = {"kind": "ask", "id": self._name, "item": item, "number": number, "name": name, "payload": payload}
+        self._channel.send(header, blobs)
+        return answer
+
+    def take(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        """Take the answer of a question. Called by a thread that runs no code of the invocation."""
+        with self._lock:
+            waiting = self._waiting.pop(header["number"], None)
+        if waiting is None or not waiting.set_running_or_notify_cancel():
+            return
+        if "unanswered" in header:
+            waiting.set_exception(QuestionError(header["unanswered"]))
+        elif "failure" in header:
+            failure = header["failure"]
+            waiting.set_exception(AnswerError(failure["message"], failure["type"]))
+        else:
+            waiting.set_result((header["value"]["type"], blobs[header["value"]["blob"]]))
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is a process that the invocation has forked."""
+        return self._channel.owner != os.getpid()
+
+    def close(self) -> None:
+        """End the invocation: what still waits gets QuestionError."""
+        with self._lock:
+            self._is_over = True
+            waiting, self._waiting = self._waiting, {}
+        for answer in waiting.values():
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(QuestionError(OVER))
+
+
+def decoded(answer: tuple[str, bytes]) -> Any:
+    """Return the value of an answer."""
+    return decode_value(*answer)
