@@ -31,9 +31,12 @@ from lattice_client.errors import (
     UnavailableError,
 )
 from lattice_client.langgraph import LangGraphClient
+from lattice_client.open_runs import AsyncOpenRun
 from lattice_client.outputs import Parameter, TaskOutput
+from lattice_client.questions import Question
 from lattice_client.run import AsyncRun
-from lattice_client.sync import LatticeClient, LatticeWorkflow, Run
+from lattice_client.sync import LatticeClient, LatticeWorkflow
+from lattice_client.sync_runs import OpenRun, Run
 from lattice_client.task import TaskDefinition, task
 from lattice_client.template import template
 from lattice_client.workflow import LatticeTask
@@ -43,6 +46,7 @@ __all__ = [
     "AlreadyExistsError",
     "AsyncLatticeClient",
     "AsyncLatticeWorkflow",
+    "AsyncOpenRun",
     "AsyncRun",
     "ClientClosedError",
     "DecodeError",
@@ -55,10 +59,12 @@ __all__ = [
     "LatticeTask",
     "LatticeWorkflow",
     "NotFoundError",
+    "OpenRun",
     "OutOfRangeError",
     "Parameter",
     "PermissionDeniedError",
     "PreconditionError",
+    "Question",
     "RequestError",
     "ResourceExhaustedError",
     "Run",

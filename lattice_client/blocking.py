@@ -6,7 +6,7 @@ gRPC's calls of this kind run in the caller's own thread, which so finds out of 
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -15,12 +15,18 @@ import grpc
 from grpc.experimental import ChannelOptions
 
 from lattice_client import errors, forks
-from lattice_client.channel import Channel, LimitReachedError, OpenCall, Stubs, options_for
+from lattice_client.channel import Channel, Conversation, LimitReachedError, OpenCall, Steps, Stubs, options_for
 from lattice_client.interrupts import calling
 from lattice_client.security import Security
+from lattice_client.talking import BlockingConversation, BlockingSteps
 
 if TYPE_CHECKING:
-    from grpc.aio import StreamUnaryMultiCallable, UnaryStreamMultiCallable, UnaryUnaryMultiCallable
+    from grpc.aio import (
+        StreamStreamMultiCallable,
+        StreamUnaryMultiCallable,
+        UnaryStreamMultiCallable,
+        UnaryUnaryMultiCallable,
+    )
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -78,6 +84,15 @@ class BlockingChannel(Channel):
             first = found.read()
         assert first is not None, "the server answers before it ends the call"
         return first, BlockingOpenCall(self, found, on_end)
+
+    def converse(self, method: "StreamStreamMultiCallable[Q, R]") -> Conversation[Q, R]:
+        """Start a call with messages both ways. Raises ClientClosedError, ForkError."""
+        with self._closing():
+            return BlockingConversation(cast(Any, method), self._closing, left_s)
+
+    def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:
+        """Return what makes these steps, in the threads that wait."""
+        return BlockingSteps(step, left_s)
 
     @asynccontextmanager
     async def limit(self, timeout_s: float | None) -> AsyncIterator[None]:

@@ -7,7 +7,7 @@ those of a `BlockingChannel` block the thread: such a coroutine runs to its end 
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, cast
 
@@ -25,7 +25,12 @@ from lattice_client import errors
 from lattice_client.security import Security, SecurityOptions, secure
 
 if TYPE_CHECKING:
-    from grpc.aio import StreamUnaryMultiCallable, UnaryStreamMultiCallable, UnaryUnaryMultiCallable
+    from grpc.aio import (
+        StreamStreamMultiCallable,
+        StreamUnaryMultiCallable,
+        UnaryStreamMultiCallable,
+        UnaryUnaryMultiCallable,
+    )
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -93,6 +98,44 @@ class OpenCall(ABC, Generic[R]):
         """End the call; nothing waits for it any more. May be called from any thread, and by a finalizer."""
 
 
+class Conversation(ABC, Generic[Q, R]):
+    """A call with messages both ways, which either side may send at any time."""
+
+    @abstractmethod
+    def send(self, message: Q) -> None:
+        """Queue a message."""
+
+    @abstractmethod
+    async def read(self) -> R | None:
+        """Wait for the next message; None at the end. After an error the call is over.
+
+        Raises RequestError, ClientClosedError, LimitReachedError.
+        """
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """End the call. May be called from any thread, and by a finalizer."""
+
+
+class Steps(ABC):
+    """Has a coroutine called again and again, one call at a time, as long as something waits for what it brings about.
+
+    It returns False when nothing more will come of it; what it raises then, everything that waits raises.
+    """
+
+    @abstractmethod
+    async def until(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until something holds. Returns as well when nothing more will come. Raises what a step raised."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Have what waits look again whether it is ready."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Make no more steps. May be called from any thread, and by a finalizer."""
+
+
 class Channel(ABC):
     """The way to one server."""
 
@@ -154,6 +197,14 @@ class Channel(ABC):
         self, method: "UnaryStreamMultiCallable[Q, R]", request: Q, on_end: Callable[[OpenCall[R]], object]
     ) -> tuple[R, OpenCall[R]]:
         """Start a call of two messages; return the first one. `on_end` is told when it is over. Raises as `call`."""
+
+    @abstractmethod
+    def converse(self, method: "StreamStreamMultiCallable[Q, R]") -> Conversation[Q, R]:
+        """Start a call with messages both ways. Raises ClientClosedError, ForkError."""
+
+    @abstractmethod
+    def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:
+        """Return what makes these steps."""
 
     @abstractmethod
     def limit(self, timeout_s: float | None) -> AbstractAsyncContextManager[None]:

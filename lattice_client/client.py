@@ -12,13 +12,16 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 from lattice_client import convert
 from lattice_client.channel import Channel, dial
 from lattice_client.convert import RunEvent
+from lattice_client.holding import Hold
+from lattice_client.open_runs import AsyncOpenRun, Opening
 from lattice_client.opening import opened
 from lattice_client.outputs import Scope
+from lattice_client.questions import OnQuestion
 from lattice_client.reading import PAGE_SIZE, Reader
 from lattice_client.requests import made
 from lattice_client.run import AsyncRun
 from lattice_client.security import SecurityOptions
-from lattice_client.settings import RunSettings
+from lattice_client.settings import RunSettings, TaskRunSettings
 from lattice_client.starting import ADMISSION_TIMEOUT_S, Starter
 from lattice_client.suspending import AsyncChannel
 from lattice_client.transfer import Transfer
@@ -157,6 +160,53 @@ class AsyncLatticeClient:
         run = AsyncRun.of(started.run_id, self, started.call)
         run.note_graph(graph)
         return run
+
+    def open_run(
+        self,
+        name: str = "",
+        *,
+        on_question: OnQuestion | None = None,
+        failure_policy: str = "finish_independent",
+        run_id: str = "",
+        **settings: Unpack[TaskRunSettings],
+    ) -> Opening:
+        """Open a run that tasks are added to as it goes: `async with client.open_run() as run`, or `await` it.
+
+        It is cancelled when this client is away from the server for longer than `Limits.open_run_grace`, 30 s unless
+        the server is set otherwise.
+
+        Args:
+            name: of the run, for people.
+            on_question: answers what tasks ask with `context.ask`: called with each `Question`, in a task of its own;
+                what it returns, or its coroutine does, is the answer, and what it raises the task is told. Without it
+                questions are to be had of `run.questions()`.
+            failure_policy: with `finish_independent` a failed task stops only what needs it; with `fail_fast` the run.
+            run_id: names the run; the same id and settings again take the run over.
+            settings: see `TaskRunSettings`.
+
+        Raises:
+            TaskDefinitionError: a setting is wrong; nothing was sent.
+            RequestError: the server refused it.
+        """
+        graph: Graph[None] = Graph(None, name, failure_policy=failure_policy)
+        return Opening(lambda: self.opened(graph, on_question, run_id, settings, is_served_apart=True))
+
+    async def opened(
+        self,
+        graph: Graph[None],
+        on_question: OnQuestion | None,
+        run_id: str,
+        settings: TaskRunSettings,
+        *,
+        is_served_apart: bool,
+    ) -> AsyncOpenRun:
+        """Return a run that is open; see `open_run`. Its questions are served apart, or while its caller waits."""
+        request = await self.starter.opening(graph, run_id, settings)
+        hold = Hold(self._rpc, workflow_pb2.OpenRunOpening(run=request))
+        limits = await self._rpc.limits()
+        return await AsyncOpenRun.opened(
+            self, hold, limits, on_question, self._rpc.steps, is_served_apart=is_served_apart
+        )
 
     async def run_task(
         self,

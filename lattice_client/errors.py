@@ -33,6 +33,7 @@ from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
+from lattice.v1 import errors_pb2
 from lattice.v1.payload_pb2 import Payload
 
 DETAILS = "grpc-status-details-bin"
@@ -220,6 +221,19 @@ HANDSHAKES = {
     "another protocol: check the port",
 }
 START = "is a server running there? start one with `lattice start --head`"
+
+
+def from_refusal(refusal: errors_pb2.Refusal) -> RequestError:
+    """Return this package's error for what a server refused within a stream."""
+    code = next((code for code in grpc.StatusCode if code.value[0] == refusal.code), grpc.StatusCode.UNKNOWN)
+    found = CLASSES.get(code, InternalError)(refusal.message)
+    known = errors_pb2.ErrorReason.values()
+    name = errors_pb2.ErrorReason.Name(refusal.reason) if refusal.reason in known else ""
+    found.code, found.reason = code, name.removeprefix("ERROR_REASON_")
+    found.metadata, found.violations = dict(refusal.metadata), dict(refusal.violations)
+    if refusal.HasField("retry_delay"):
+        found.retry_after_s = refusal.retry_delay.ToNanoseconds() / 1e9
+    return found
 
 
 def from_rpc(error: grpc.aio.AioRpcError, target: str) -> RequestError:

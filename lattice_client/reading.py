@@ -92,14 +92,23 @@ class Reader:
         task_id = task_id_of(task)
         request = made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id, wait=duration(WAIT_S))
         found = await self._until(run_id, self._rpc.tasks.GetTask, request, lambda r: r.task.state in ENDED)
-        if (failed := convert.lack_of(found.task)) is not None:
+        return await self.output_in(found.task, run_id, task)
+
+    async def find_task(self, run_id: str, task_id: str) -> None:
+        """Raise NotFoundError when a run has no such task."""
+        await self._rpc.call(self._rpc.tasks.GetTask, made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id))
+
+    async def output_in(self, ended: run_pb2.TaskRun, run_id: str, task: LatticeTask | TaskOutput | str) -> Any:
+        """Return what `opened` turns into the output of a task that ended, or its error."""
+        task_id = ended.task_id
+        if (failed := convert.lack_of(ended)) is not None:
             return failed
-        items = await self.list_tasks(run_id, with_outputs=True) if found.task.item_count else []
+        items = await self.list_tasks(run_id, with_outputs=True) if ended.item_count else []
         items = [item for item in items if item.parent_task_id == task_id]
         owner = task.owner if isinstance(task, TaskOutput) else task
         known = convert.declared_by([owner] if isinstance(owner, LatticeTask) else ())
         declared = known.get(task_id) or _declared(run_id).get(task_id, ())
-        outputs = await convert.outputs_of(found.task, items, self._transfer.fetch, declared) or {}
+        outputs = await convert.outputs_of(ended, items, self._transfer.fetch, declared) or {}
         if isinstance(task, TaskOutput) and task.output not in outputs:
             text = f"task {task_id!r} of run {str(run_id)!r} has no output {task.output!r}"
             return errors.RunError(run_id, f"{text}; its outputs: {', '.join(map(repr, outputs)) or 'none'}")

@@ -54,6 +54,16 @@ class Starter:
         for call in list(self._open):
             call.abandon()
 
+    async def opening(
+        self, graph: Graph[Any], run_id: str, settings: TaskRunSettings
+    ) -> workflow_pb2.RunWorkflowRequest:
+        """Return the request for an open run that begins without tasks. Raises TaskDefinitionError."""
+        check_settings(settings)
+        with building():
+            request = made(workflow_pb2.RunWorkflowRequest, **self._common(settings, run_id))
+        request.workflow.CopyFrom(await self._spec_of(graph))
+        return request
+
     async def run(self, graph: Graph[Any], run_id: str = "", **settings: Unpack[RunSettings]) -> Started:
         """Start a run. Raises TaskDefinitionError, RequestError."""
         check_settings(settings)
@@ -114,6 +124,21 @@ class Starter:
         self, run_id: str, tasks: Sequence[LatticeTask], scope: Scope, expected_revision: int | None
     ) -> int:
         """Add tasks to a run; return its revision. Raises TaskDefinitionError, RequestError."""
+
+        async def add(request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
+            return await self._rpc.call(self._rpc.workflows.AddTasks, request)
+
+        return await self.add_by(add, run_id, tasks, scope, expected_revision)
+
+    async def add_by(
+        self,
+        add: Callable[[workflow_pb2.AddTasksRequest], Awaitable[workflow_pb2.AddTasksResponse]],
+        run_id: str,
+        tasks: Sequence[LatticeTask],
+        scope: Scope,
+        expected_revision: int | None,
+    ) -> int:
+        """As `add_tasks`, by `add`, which sends a request and returns the answer. Raises what that raises."""
         convert.pack_code(tasks)
         with building():
             spec = await convert.tasks_of(tasks, self._transfer.store, scope)
@@ -131,7 +156,7 @@ class Starter:
                 expected_revision=expected_revision,
                 request_id=request_id,
             )
-            response = await self._rpc.call(self._rpc.workflows.AddTasks, request)
+            response = await add(request)
             self._known_code.update(function.digest for function in spec.functions.values())
             return response.revision
 

@@ -2,18 +2,23 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import grpc
 
 from lattice_client import forks
-from lattice_client.channel import Channel, LimitReachedError, OpenCall, Stubs, options_for
+from lattice_client.channel import Channel, Conversation, LimitReachedError, OpenCall, Steps, Stubs, options_for
 from lattice_client.security import Security
 
 if TYPE_CHECKING:
-    from grpc.aio import StreamUnaryMultiCallable, UnaryStreamMultiCallable, UnaryUnaryMultiCallable
+    from grpc.aio import (
+        StreamStreamMultiCallable,
+        StreamUnaryMultiCallable,
+        UnaryStreamMultiCallable,
+        UnaryUnaryMultiCallable,
+    )
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -63,6 +68,15 @@ class AsyncChannel(Channel):
             call = method(request)
             first = cast(R, await call.read())
         return first, AsyncOpenCall(call, on_end)
+
+    def converse(self, method: "StreamStreamMultiCallable[Q, R]") -> Conversation[Q, R]:
+        """Start a call with messages both ways. Raises ClientClosedError, ForkError."""
+        with self._closing():
+            return AsyncConversation(method, self._closing)
+
+    def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:
+        """Return what makes these steps, in a task of the running loop."""
+        return AsyncSteps(step)
 
     @asynccontextmanager
     async def limit(self, timeout_s: float | None) -> AsyncIterator[None]:
@@ -163,3 +177,76 @@ async def _last(call: Any) -> Any:
     except grpc.aio.AioRpcError:
         return None
     return None if last is grpc.aio.EOF else last
+
+
+class AsyncConversation(Conversation[Q, R], Generic[Q, R]):
+    """A call of the loop it was started on."""
+
+    def __init__(
+        self, method: "StreamStreamMultiCallable[Q, R]", converting: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._converting = converting
+        self._requests: asyncio.Queue[Q | None] = asyncio.Queue()
+        self._call: Any = method(_queued(self._requests))
+
+    def send(self, message: Q) -> None:
+        """Queue a message."""
+        self._requests.put_nowait(message)
+
+    async def read(self) -> R | None:
+        """Wait for the next message; None at the end."""
+        with self._converting():
+            found = await self._call.read()
+        return None if found is grpc.aio.EOF else cast(R, found)
+
+    def abandon(self) -> None:
+        """End the call."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._call.cancel)
+
+
+async def _queued(requests: "asyncio.Queue[Q | None]") -> AsyncIterator[Q]:
+    while (request := await requests.get()) is not None:
+        yield request
+
+
+class AsyncSteps(Steps):
+    """Steps made by a task of the running loop, whether or not anything waits."""
+
+    def __init__(self, step: Callable[[], Awaitable[bool]]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._going = asyncio.create_task(self._go(step))
+        self._going.add_done_callback(lambda _: self.wake())
+
+    async def _go(self, step: Callable[[], Awaitable[bool]]) -> None:
+        while await step():
+            self.wake()
+
+    async def until(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until something holds."""
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError("an open run belongs to the event loop it was opened on: use it there")
+        while not is_ready():
+            if self._going.done():
+                if not self._going.cancelled():
+                    self._going.result()
+                return
+            turn = self._loop.create_future()
+            self._waiting.add(turn)
+            try:
+                await turn
+            finally:
+                self._waiting.discard(turn)
+
+    def wake(self) -> None:
+        """Have what waits look again."""
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_result(None)
+
+    def stop(self) -> None:
+        """Make no more steps."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._going.cancel)

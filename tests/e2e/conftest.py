@@ -19,7 +19,8 @@ CONFIG = Path(__file__).parent / "server.toml"
 # The executor starts workers, and these files are about what happens after that, which is the same on Ray:
 # `make test-all` runs them there.
 SAME_ON_RAY = frozenset(
-    f"test_{name}.py" for name in ("adding", "batches", "examples", "growth", "langgraph", "limits", "other_languages")
+    f"test_{name}.py"
+    for name in ("adding", "batches", "examples", "growth", "langgraph", "limits", "open_runs", "other_languages")
 )
 OFFERS = ["--num-cpus", "4", "--num-gpus", "2", "--gpu-memory", "8192", "--label", "zone=eu"]
 

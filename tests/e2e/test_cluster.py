@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from lattice.v1 import cluster_pb2
 
-from lattice_client import TaskFailedError, task
-from lattice_client.sync import Run
+from lattice_client import Run, TaskFailedError, task
 from tests.e2e.clusters import Cluster, cluster
 from tests.e2e.net import GONE_S, Host, needs_network
 from tests.e2e.rooms import WAIT_S, Room, enter, entered, started, until

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from lattice.v1 import cluster_pb2
 
-from lattice_client import TaskFailedError, task
-from lattice_client.sync import Run
+from lattice_client import Run, TaskFailedError, task
 from tests.e2e.clusters import PORT, Cluster, cluster
 from tests.e2e.net import GONE_S, LATTICE, Host, needs_network
 from tests.e2e.rooms import WAIT_S, Room, entered, until
