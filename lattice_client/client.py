@@ -202,8 +202,9 @@ class AsyncLatticeClient:
     ) -> AsyncOpenRun:
         """Return a run that is open; see `open_run`. Its questions are served apart, or while its caller waits."""
         request = await self.starter.opening(graph, run_id, settings)
-        hold = Hold(self._rpc, workflow_pb2.OpenRunOpening(run=request))
         limits = await self._rpc.limits()
+        grace_s = limits.open_run_grace.ToNanoseconds() / 1e9
+        hold = Hold(self._rpc, workflow_pb2.OpenRunOpening(run=request), grace_s)
         return await AsyncOpenRun.opened(
             self, hold, limits, on_question, self._rpc.steps, is_served_apart=is_served_apart
         )

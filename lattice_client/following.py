@@ -24,8 +24,11 @@ OnLoss = Callable[[errors.RequestError], None]
 class Reconnection:
     """The breaks of one call that follows a run. `on_loss` is told once of each break."""
 
-    def __init__(self, rpc: Channel, run_id: str, on_loss: OnLoss | None = None) -> None:
+    def __init__(
+        self, rpc: Channel, run_id: str, on_loss: OnLoss | None = None, max_backoff_s: float = MAX_BACKOFF_S
+    ) -> None:
         self._rpc = rpc
+        self._max_backoff_s = max_backoff_s
         self._run_id = str(run_id)
         self._on_loss = on_loss
         self._lost_at: float | None = None
@@ -50,7 +53,7 @@ class Reconnection:
         if left_s <= 0:
             raise self._given_up(error) from None
         # Spread, so that a server that comes back does not meet all its readers at once.
-        backoff_s = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2 ** min(self._tries - 1, 10))
+        backoff_s = min(self._max_backoff_s, MIN_BACKOFF_S * 2 ** min(self._tries - 1, 10))
         await self._rpc.sleep(min(left_s, random.uniform(0, backoff_s)))
 
     def _given_up(self, error: errors.RequestError) -> errors.RequestError:

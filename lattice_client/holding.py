@@ -12,7 +12,7 @@ from lattice.v1 import run_pb2, workflow_pb2
 
 from lattice_client import errors
 from lattice_client.channel import Channel, Conversation, LimitReachedError
-from lattice_client.following import Reconnection
+from lattice_client.following import MAX_BACKOFF_S, Reconnection
 from lattice_client.requests import made
 
 # Of the ends of tasks these are kept here, for the newest; others can be asked for.
@@ -35,7 +35,7 @@ class Hold:
     Steps are made by one thread at a time.
     """
 
-    def __init__(self, rpc: Channel, opening: workflow_pb2.OpenRunOpening) -> None:
+    def __init__(self, rpc: Channel, opening: workflow_pb2.OpenRunOpening, grace_s: float) -> None:
         self.on_question: Callable[[workflow_pb2.Question], None] = lambda question: None
         self.on_withdrawal: Callable[[str], None] = lambda question_id: None
         self.run_id = ""
@@ -45,6 +45,8 @@ class Hold:
         self._opening = opening
         self._talk: Talk | None = None
         self._breaks: Reconnection | None = None
+        # The server waits for so long for another stream.
+        self._max_backoff_s = min(MAX_BACKOFF_S, grace_s / 10)
         self._additions: dict[str, workflow_pb2.AddTasksRequest] = {}
         self._ends: dict[str, run_pb2.RunEvent | None] = {}
         self._kept: deque[str] = deque()
@@ -69,7 +71,9 @@ class Hold:
             raise
         if not self.run_id:
             self.run_id = first.accepted.run.run_id
-            self._breaks = Reconnection(self._rpc, self.run_id)
+            self._breaks = Reconnection(self._rpc, self.run_id, max_backoff_s=self._max_backoff_s)
+        assert self._breaks is not None, "it has a run"
+        self._breaks.heard()
         with self._lock:
             self._opening.run_id = self.run_id  # instead of what starts it
             self._sent.clear()

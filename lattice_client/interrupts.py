@@ -2,7 +2,8 @@
 
 Python raises KeyboardInterrupt between any two instructions, so also inside `threading.Condition`, where gRPC takes and
 releases the lock of a channel. The lock then stays held, and every other thread waits for it for ever. There the
-interrupt is delivered again a moment later.
+interrupt is delivered again a moment later. Code that is at the same instruction then waits there, with its lock in
+order, and is interrupted.
 """
 
 import _thread
@@ -29,9 +30,12 @@ class _Deferring:
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
         self._handler = handler
+        self._deferred_at: tuple[int, int] | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> Any:
-        if frame is not None and frame.f_code.co_filename == threading.__file__:
+        at = None if frame is None else (id(frame), frame.f_lasti)
+        is_waiting, self._deferred_at = at == self._deferred_at, at
+        if frame is not None and frame.f_code.co_filename == threading.__file__ and not is_waiting:
             # Not a `threading.Thread`: to start one takes locks that the interrupted code may hold.
             _thread.start_new_thread(_interrupt_again, ())
             return None

@@ -85,15 +85,15 @@ class BlockingSteps(Steps):
 
     async def until(self, is_ready: Callable[[], bool]) -> None:
         """Wait until something holds."""
-        while not is_ready() and not self._is_over:
+        while not self._is_over:
             with self._turn:
+                # Looked at here: what makes it ready wakes those that wait by then.
+                if is_ready():
+                    return
                 if self._is_stepping:
-                    # Looked at again from time to time: what is ready may be so by another way than by a step.
                     if not self._turn.wait(self._left_s()) and self._left_s() == 0:
                         raise LimitReachedError
                     continue
-                if is_ready():
-                    return
                 self._is_stepping = True
             try:
                 self._is_over = not await self._step()

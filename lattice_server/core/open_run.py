@@ -49,15 +49,10 @@ class OpenRun:
         return [AskHolder(question) for question in self._questions.values()]
 
     def leave(self, now: float) -> None:
-        """Note that the stream that held the run has broken."""
+        """Note that the stream that held the run has broken, or that its caller says nothing more on it."""
         if self._is_held:
             self._is_held = False
             self._left_at = None if self._run.is_terminal else now
-
-    def release(self) -> list[HolderEffect]:
-        """Note that the stream that held the run has closed it and answers no more; the run goes on by itself."""
-        self._is_held, self._left_at = False, None
-        return self._leave_unanswered()
 
     def next_deadline(self) -> float | None:
         """Return when `tick` is due next, or None."""
@@ -69,7 +64,8 @@ class OpenRun:
         if deadline is None or now < deadline:
             return []
         self._left_at = None
-        effects: list[Effect | HolderEffect] = [*self._leave_unanswered()]
+        effects: list[Effect | HolderEffect] = [answer_to(asked, NOT_HELD) for asked in self._questions.values()]
+        self._questions.clear()
         if self._run.is_open:
             reason = f"the caller that held it open did not come back within {self._grace_s:g} s"
             effects += self._run.cancel(reason, now)
@@ -111,8 +107,3 @@ class OpenRun:
         for question in self._questions.values():
             assert not self._run.is_terminal, "a question outlived its run"
             assert self._run.tasks[question.task_id].is_with_scheduler, "a question outlived its task"
-
-    def _leave_unanswered(self) -> list[HolderEffect]:
-        unanswered = [answer_to(question, NOT_HELD) for question in self._questions.values()]
-        self._questions.clear()
-        return [*unanswered]

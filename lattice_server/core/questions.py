@@ -6,7 +6,7 @@ from lattice_server.core.model import Failure, Payload
 
 # For people whose task gets no answer.
 NOT_OPEN = "no caller can be asked: the run was not started by OpenRun, or `open_run`, which holds it open"
-NOT_HELD = "no caller answers any more: the one that opened the run has ended its stream, or did not come back"
+NOT_HELD = "no caller answers any more: the one that held the run open has gone and did not come back"
 TOO_MANY = "more than {} questions of the run wait for an answer"
 
 

@@ -62,19 +62,20 @@ class OpenRuns:
 
     def leave(self, entry: RunEntry, holder: Holder) -> None:
         """Note that a stream is over."""
-        if entry.holder is holder and entry.open_run is not None:
+        self.fall_silent(entry, holder)
+        if entry.holder is holder:
             entry.holder = None
+
+    def fall_silent(self, entry: RunEntry, holder: Holder) -> None:
+        """Note that the caller of a stream says nothing more on it, whether it has broken or is still read."""
+        if entry.holder is holder and entry.open_run is not None:
             entry.open_run.leave(time.monotonic())
             self._watch(entry)
 
-    def close(self, entry: RunEntry, holder: Holder, *, is_mute: bool = False) -> None:
-        """Have a run end with its tasks. A caller that is mute from now on answers no question."""
-        machine = entry.open_run
-        if entry.holder is not holder or machine is None:
-            return
-        if is_mute:
-            self._change(entry, machine.release)
-        self._change(entry, lambda: entry.run.close(time.monotonic()))
+    def close(self, entry: RunEntry, holder: Holder) -> None:
+        """Have a run end with its tasks."""
+        if entry.holder is holder:
+            self._change(entry, lambda: entry.run.close(time.monotonic()))
 
     def answer(self, entry: RunEntry, holder: Holder, question_id: str, answer: Payload | Failure | str) -> bool:
         """Take an answer; return whether the question needs one, and this stream is the one to give it."""

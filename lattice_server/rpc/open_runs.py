@@ -23,7 +23,6 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.subscriptions import BATCH
 from lattice_server.rpc import convert
-from lattice_server.rpc.context import Context, whole
 from lattice_server.rpc.events import event_to_proto, run_to_proto
 from lattice_server.rpc.interceptors import internal_refusal, refusal_of, unreadable
 from lattice_server.rpc.parts import PART_BYTES, in_parts
@@ -46,9 +45,9 @@ class OpenRunStreams:
         self._start = start
         self._add = add
 
-    async def serve(self, request_iterator: Requests, context: Context) -> AsyncGenerator[workflow_pb2.OpenRunResponse]:
+    async def serve(self, request_iterator: Requests) -> AsyncGenerator[workflow_pb2.OpenRunResponse]:
         """Serve one stream. Raises LatticeError for an opening that is refused."""
-        requests = aiter(whole(request_iterator, context))
+        requests = aiter(request_iterator)
         first = await anext(requests, None)
         if first is None or not first.HasField("opening"):
             raise invalid_field("opening", "the first message opens a run, or takes one over")
@@ -99,18 +98,20 @@ class _Stream:
         self._stopped: errors_pb2.Refusal | None = None
 
     async def read(self, requests: Requests) -> None:
-        """Take what the caller says, to the end of its side of the stream, which closes the run."""
+        """Take what the caller says, to the end of its side of the stream."""
         try:
             async for request in requests:
                 for addition in request.additions:
-                    self._results.append(await self._added(addition))
+                    result = await self._added(addition)  # meanwhile another list may have taken the place of this one
+                    self._results.append(result)
                 for answer in request.answers:
                     self._take_answer(answer)
                 if request.close:
                     self._open_runs.close(self._entry, self._holder)
                 if request.additions or self._refused:
                     self._holder.news.set()
-            self._open_runs.close(self._entry, self._holder, is_mute=True)
+            # Whether the caller has ended its side or the stream broke: grpcio tells the two alike.
+            self._open_runs.fall_silent(self._entry, self._holder)
         except DecodeError as error:
             self._stop(refusal_of(unreadable(error)))
         except Exception:

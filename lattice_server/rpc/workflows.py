@@ -154,7 +154,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request_iterator: AsyncIterator[workflow_pb2.OpenRunRequest], context: Context
     ) -> AsyncIterator[workflow_pb2.OpenRunResponse]:
         """Start a run that accepts tasks while its stream is open, or take one over."""
-        async with contextlib.aclosing(self._open_runs.serve(request_iterator, context)) as responses:
+        async with contextlib.aclosing(self._open_runs.serve(request_iterator)) as responses:
             async for response in responses:
                 yield response
 

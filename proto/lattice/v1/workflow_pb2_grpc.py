@@ -220,7 +220,8 @@ class WorkflowServiceServicer(object):
     def OpenRun(self, request_iterator, context):
         """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream with
         a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. What is refused later is told
-        in the stream, which goes on. A caller that ends its side of the stream closes the run.
+        in the stream, which goes on. A caller that ends its side of the stream without `close` counts as one whose stream
+        broke; it is still told what becomes of the run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -425,7 +425,8 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     OpenRun: _WorkflowServiceOpenRunType
     """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream with
     a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. What is refused later is told
-    in the stream, which goes on. A caller that ends its side of the stream closes the run.
+    in the stream, which goes on. A caller that ends its side of the stream without `close` counts as one whose stream
+    broke; it is still told what becomes of the run.
     """
 
     GetRun: _WorkflowServiceGetRunType
@@ -607,7 +608,8 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[lattice.v1.workflow_pb2.OpenRunResponse], collections.abc.AsyncIterator[lattice.v1.workflow_pb2.OpenRunResponse]]:
         """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream with
         a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. What is refused later is told
-        in the stream, which goes on. A caller that ends its side of the stream closes the run.
+        in the stream, which goes on. A caller that ends its side of the stream without `close` counts as one whose stream
+        broke; it is still told what becomes of the run.
         """
 
     @abc.abstractmethod

@@ -222,7 +222,7 @@ class RunHistories(RuleBasedStateMachine):
                     self.perform(self.run.append(self.rng.sample(added, len(added)), self.now))
 
     @precondition(lambda self: self.caller is not None)
-    @rule(what=st.sampled_from(["hold", "hold", "leave", "tick", "answer", "answer", "again", "close", "release"]))
+    @rule(what=st.sampled_from(["hold", "hold", "leave", "tick", "answer", "answer", "again", "close"]))
     def holder(self, what: str) -> None:
         assert self.caller is not None
         match what:
@@ -235,8 +235,6 @@ class RunHistories(RuleBasedStateMachine):
                 self.perform(list(self.caller.tick(self.now)))
             case "close":
                 self.perform(self.run.close(self.now))
-            case "release":
-                self.perform(list(self.caller.release()))
             case "answer" if self.asked:
                 answer = self.caller.answer(self.rng.choice(list(self.asked)), ASKED)
                 assert answer is not None, "a question that was not withdrawn takes no answer"

@@ -174,7 +174,7 @@ def run(words: Words, settings: Settings) -> Play:
 
     Events: `start`, `started|succeeded|retrying|failed|cancelled|returned TASK...`, `cancel`, `cancel-task TASK`,
     `append WORD...`, `spawn TASK WORD...`. `succeeded` may say the `value`, or the `items` of a list. Of an open run
-    also `hold`, `leave`, `close`, `release`, `tick`, `ask TASK NUMBER` and `answer ID`.
+    also `hold`, `leave`, `close`, `tick`, `ask TASK NUMBER` and `answer ID`.
     """
     spec = WorkflowSpec(tuple(map(wired, words)), failure_policy=FailurePolicy(settings.get("policy", "fail_fast")))
     machine = Run(RUN_ID, spec, dag.build(spec, ()), ranking=first_come, is_open="open" in settings)
@@ -195,7 +195,7 @@ def run(words: Words, settings: Settings) -> Play:
                 return list(machine.spawn(words[0], [wired(word) for word in words[1:]], time))
             case "close":
                 return list(machine.close(time))
-            case "hold" | "leave" | "release" | "tick" | "ask" | "answer":
+            case "hold" | "leave" | "tick" | "ask" | "answer":
                 assert caller is not None, "the run is not open"
                 return called(caller, name, words, time)
         return [effect for word in words for effect in machine.handle(fact(name, word, given), time)]
@@ -239,8 +239,6 @@ def called(caller: OpenRun, name: str, words: Words, time: float) -> list[Any]:
         case "leave":
             caller.leave(time)
             return []
-        case "release":
-            return list(caller.release())
         case "tick":
             return list(caller.tick(time))
         case "answer":

@@ -96,15 +96,6 @@ def test_an_open_run_starts_empty_grows_and_ends_when_it_is_closed(busy: Caller)
     assert next(stream.call, None) is None
 
 
-def test_an_open_run_ends_when_its_caller_ends_the_stream(busy: Caller) -> None:
-    stream = Stream(busy)
-    stream.add(task("a"))
-    stream.hang_up()
-    assert stream.until("ended").state == run_pb2.RUN_STATE_SUCCEEDED
-    assert stream.ends() == [("task_succeeded", "a")]
-    assert next(stream.call, None) is None
-
-
 def test_an_open_run_has_a_graph_to_begin_with(busy: Caller) -> None:
     stream = Stream(busy, workflow=graph(task("a")), labels={"k": "v"}, priority=3)
     assert (stream.accepted.run.labels, stream.accepted.run.priority) == ({"k": "v"}, 3)
@@ -170,12 +161,11 @@ def test_an_open_run_is_cancelled_when_its_stream_breaks_and_none_comes(left: Ca
     assert "did not come back within 0.3 s" in found.failure.message
 
 
-def test_breaks_are_not_taken_for_closings(left: Caller) -> None:
-    streams = [Stream(left) for _ in range(30)]
-    for stream in streams:
-        stream.call.cancel()
-    states = {result(left, stream.run_id).state for stream in streams}
-    assert states == {run_pb2.RUN_STATE_CANCELLED}
+def test_a_caller_that_ends_its_side_without_closing_is_told_of_the_end(left: Caller) -> None:
+    stream = Stream(left)
+    stream.hang_up()
+    assert stream.until("ended").state == run_pb2.RUN_STATE_CANCELLED
+    assert next(stream.call, None) is None
 
 
 def test_a_run_that_was_closed_goes_on_when_its_stream_breaks(left: Caller) -> None:

@@ -175,10 +175,10 @@ def test_a_question_that_nobody_can_answer_is_told_so_at_once() -> None:
             assert list(await holder.until("refused_question_ids")) == [question.question_id]
             (answer,) = await answers(hand)
             assert "the caller's answer" in answer.unanswered
-        # And one whose caller has ended its side of the stream.
-        await hand.report(8, lease, asked=asked(8))
-        await holder.until("questions")
+        # And one whose caller has closed the run and ended its side of the stream.
+        await holder.say(close=True)
         await holder.call.done_writing()
+        await hand.report(8, lease, asked=asked(8))
         (answer,) = await answers(hand)
         assert answer.unanswered == NOT_HELD
         await hand.report(9, lease, asked=asked(9))
@@ -187,7 +187,7 @@ def test_a_question_that_nobody_can_answer_is_told_so_at_once() -> None:
         await hand.report(10, lease, succeeded=succeeded())
         await holder.until("ended")
 
-    play(scenario, question_limit_bytes=LIMIT_BYTES)
+    play(scenario, question_limit_bytes=LIMIT_BYTES, open_run_grace_s=0.2)
 
 
 def test_a_question_waits_for_a_stream_that_takes_the_run_over() -> None:
