@@ -44,7 +44,7 @@ def runs() -> None:
 
 
 def _state(run: run_pb2.Run) -> str:
-    return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+    return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower() + ", open" * run.open
 
 
 def _run_row(run: run_pb2.Run) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The page on scheduling, as a reader follows it: its server, every script and what it prints, every call."""
+"""The pages with examples, as a reader follows them: their server, every script and what it prints, every call."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 from tests.e2e.conftest import served
 from tests.e2e.test_other_languages import curl
 
-PAGE = (Path(__file__).resolve().parent.parent.parent / "docs" / "scheduling.md").read_text()
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,19 @@ class Block:
     shown: str
 
 
-def _blocks() -> list[Block]:
+def _blocks(name: str) -> list[Block]:
     found: list[Block] = []
-    pieces = list(re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+    page = (DOCS / name).read_text()
+    pieces = list(re.finditer(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
     for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-        section = re.findall(r"^#+ (.*)$", PAGE[: piece.start()], re.MULTILINE)[-1]
-        is_next = following is not None and PAGE[piece.end() : following.start()].strip() == ""
+        section = re.findall(r"^#+ (.*)$", page[: piece.start()], re.MULTILINE)[-1]
+        is_next = following is not None and page[piece.end() : following.start()].strip() == ""
         shown = following[2] if following and is_next and following[1] in {"text", "json"} else ""
         found.append(Block(piece[1], piece[2], section, shown))
     return found
 
 
-BLOCKS = _blocks()
+BLOCKS = _blocks("scheduling.md") + _blocks("client.md")
 SCRIPTS = [block for block in BLOCKS if block.language == "python"]
 CALL = re.compile(r"-d '(.*?)' (?:\\\n)?\s*127\.0\.0\.1:50051 lattice\.v1\.(\S+)", re.DOTALL)
 CALLS = [block for block in BLOCKS if block.text.startswith("grpcurl")]
