@@ -52,9 +52,7 @@ class Questions:
 
     def answer(self, message: worker_pb2.Answer) -> None:
         """Take an answer of the server to the process that waits for it."""
-        if message.sequence <= self.last_answer:
-            return
-        self.last_answer = message.sequence
+        self.last_answer = max(self.last_answer, message.sequence)
         runner = self._unanswered.get(message.lease_id, {}).pop(message.number, None)
         if runner is not None:
             runner.answer(message.lease_id, *_frame(message))

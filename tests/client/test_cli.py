@@ -38,6 +38,14 @@ def test_a_run_is_shown_with_its_tasks(address: str, waiting: Run, gate: Path) -
     assert [found["state"] for found in document["tasks"]] == ["TASK_STATE_SUCCEEDED"] * 21
 
 
+def test_an_open_run_is_shown_as_open(address: str, client: LatticeClient) -> None:
+    with client.open_run("steps") as run:
+        rows = [line.split("\t") for line in call(address, "runs", "list").stdout.splitlines()]
+        assert [row[1:4] for row in rows if row[0] == run] == [["steps", "running, open", "0/0"]]
+        assert "running, open" in call(address, "runs", "show", run).stdout
+    assert "succeeded" in call(address, "runs", "show", run).stdout
+
+
 def test_a_failed_run_is_shown_with_its_traceback(address: str, client: LatticeClient) -> None:
     done = call(address, "runs", "show", ended(client, fail, {"name": "x"}))
     assert done.exit_code == 0

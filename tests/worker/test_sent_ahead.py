@@ -180,18 +180,20 @@ def test_what_was_sent_ahead_ends_while_the_answer_before_it_is_still_converted(
     def many(gate: str) -> list[str]:
         with open(gate, "rb", buffering=0) as file:
             file.read(1)
-        return ["x"] * 30_000
+        return ["x"] * 60_000
 
     def note() -> str:
         return "fine"
 
     async def scenario(both: Pair) -> None:
+        both.stream.assign("first", note)  # leases are sent ahead to a process that is there
+        await both.stream.value("first")
         both.stream.assign("many", many, inputs={"gate": gate.path}, split_outputs=["out"])
         for name in "abc":
             both.stream.assign(name, note)
         await both.stream.until("many", "started")
         gate.open(1)
-        assert len((await both.stream.end("many")).succeeded.split["out"].items) == 30_000
+        assert len((await both.stream.end("many")).succeeded.split["out"].items) == 60_000
         assert [await both.stream.value(name) for name in "abc"] == ["fine"] * 3
 
     play(scenario, tmp_path)
