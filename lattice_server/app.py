@@ -50,8 +50,9 @@ log = logging.getLogger(__name__)
 # How long one thread may hold the interpreter; the default of 5 ms would be most of a task's latency.
 SWITCH_INTERVAL_S = 0.0005
 WORKER_START_S = 30.0
-# Collections of a heap that holds whole graphs take long, and find little: almost nothing here forms cycles.
-GC_THRESHOLDS = (50_000, 50, 100)
+# Collections of a heap that holds whole graphs take long, and find little: almost nothing here forms cycles. The two
+# younger generations are small, so that no thread is held up for long; the oldest one is rarely looked through.
+GC_THRESHOLDS = (5_000, 4, 12_500)
 
 
 class SchedulerError(Exception):
@@ -117,7 +118,7 @@ class App:
             str(self._store.directory / SOCKET),
             WorkflowServicer(self._orchestrator, library, drafts, intake, repeats, slices, config.question_limit_bytes),
             TaskServicer(self._orchestrator, intake, repeats),
-            ResultsServicer(self._orchestrator),
+            ResultsServicer(self._orchestrator, slices),
             ArtifactServicer(self._store, transfers),
             ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, repeats, self._describe),
             self._workers,

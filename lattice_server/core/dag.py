@@ -119,8 +119,13 @@ def _extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] |
         if is_step:
             yield
     draft.refuse()
-    linked = yield from _link(new, edges)
+    linked, ordered = yield from _link(new, edges)
     dag._heights.clear()
+    if not dag.tasks:
+        for task_id, is_step in stepwise(reversed(ordered)):
+            dag._heights[task_id] = 1 + max((dag._heights[target] for target in linked.get(task_id, ())), default=0)
+            if is_step:
+                yield
     dag.tasks.update(new)
     behind: dict[str, list[str]] = {}
     for (task_id, sources), is_step in stepwise(edges.items()):
@@ -244,8 +249,12 @@ class _Draft:
         return False
 
 
-def _link(tasks: Mapping[str, TaskSpec], edges: Mapping[str, Mapping[str, bool]]) -> Steps[dict[str, tuple[str, ...]]]:
-    """Return the successors of those tasks that have any among each other. Raises InvalidError when there is a cycle.
+def _link(
+    tasks: Mapping[str, TaskSpec], edges: Mapping[str, Mapping[str, bool]]
+) -> Steps[tuple[dict[str, tuple[str, ...]], list[str]]]:
+    """Return the successors of those tasks that have any among each other, and those tasks in an order that fits.
+
+    Raises InvalidError when there is a cycle.
 
     What was there before cannot depend on what is new, so a cycle lies among the new tasks.
     """
@@ -259,21 +268,21 @@ def _link(tasks: Mapping[str, TaskSpec], edges: Mapping[str, Mapping[str, bool]]
                 successors.setdefault(source, []).append(target)
         if is_step:
             yield
-    sorted_: list[str] = [source for source in successors if source not in missing]
+    ordered: list[str] = [source for source in successors if source not in missing]
     # It grows while it is walked through; those that stay missing are in a cycle, or behind one.
-    for source, is_step in stepwise(sorted_):
+    for source, is_step in stepwise(ordered):
         for target in successors.get(source, ()):
             missing[target] -= 1
             if not missing[target]:
                 del missing[target]
-                sorted_.append(target)
+                ordered.append(target)
         if is_step:
             yield
     if missing:
         cycle = _cycle_of(missing, edges)
         path = " -> ".join([*cycle, cycle[0]])
         raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]})
-    return {source: tuple(targets) for source, targets in successors.items()}
+    return {source: tuple(targets) for source, targets in successors.items()}, ordered
 
 
 def _cycle_of(missing: Mapping[str, int], edges: Mapping[str, Mapping[str, bool]]) -> list[str]:

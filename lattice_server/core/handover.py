@@ -1,21 +1,29 @@
-"""Owns which tasks of a run are to be handed over, and in which order. Part of `run`.
+"""Owns which tasks of a run are to be handed over, or to be stopped, and in which order. Part of `run`.
 
 Rule: so many at once, and the rest later; what else happens to the run may happen in between.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from lattice_server.core.model import Failure
+
+# Of the tasks that wait for one alone, how many are handed over before it ends: all of them go on at once when it does.
+MAX_PROMISED = 500
 
 
 class Handover:
-    """What a run still has to hand over.
+    """What a run still has to hand over, or, once it stops, to stop.
 
-    `ready` are the tasks that wait for nothing. Before the next of them come promises: each is a stack of tasks, with
-    the place of the first successor of each that was not looked at.
+    `ready` are the tasks that wait for nothing. `stopping` are those that may have to be stopped, because of `cause`.
+    Promises come before the next task that is ready: each is a stack of tasks, with the place of the first successor of
+    each that was not looked at.
     """
 
     def __init__(self, slice_tasks: int | None) -> None:
         self.ready: deque[str] = deque()
+        self.stopping: deque[str] = deque()
+        self.cause: Failure | None = None
         self._promises: deque[list[tuple[str, int]]] = deque()
         self._slice_tasks = slice_tasks
         self._left = 0
@@ -23,7 +31,7 @@ class Handover:
     @property
     def is_under_way(self) -> bool:
         """Whether there is more to hand over."""
-        return bool(self.ready or self._promises)
+        return bool(self.ready or self._promises or self.stopping)
 
     @property
     def is_over(self) -> bool:
@@ -52,7 +60,7 @@ class Handover:
         """Hand over what waits for a task; `hand_over` is given the two and tells whether it did."""
         stack = self._promises[0]
         source, start = stack.pop()
-        waiting = successors[source]
+        waiting = successors[source][:MAX_PROMISED]
         end = len(waiting) if self._slice_tasks is None else min(len(waiting), start + max(1, self._left))
         handed_over = [successor for successor in waiting[start:end] if hand_over(source, successor)]
         self._left -= end - start
@@ -62,7 +70,20 @@ class Handover:
         if not stack:
             self._promises.popleft()
 
+    def stop(self, task_ids: Iterable[str], cause: Failure) -> None:
+        """Hand over nothing more; note the tasks that may have to be stopped."""
+        self.clear()
+        self.stopping.extend(task_ids)
+        self.cause = cause
+
+    def next_stopping(self) -> list[str]:
+        """Take out some of the tasks that may have to be stopped."""
+        count = len(self.stopping) if self._slice_tasks is None else min(self._left, len(self.stopping))
+        self._left -= count
+        return [self.stopping.popleft() for _ in range(count)]
+
     def clear(self) -> None:
-        """Forget everything: the run is over."""
+        """Forget everything."""
         self.ready.clear()
+        self.stopping.clear()
         self._promises.clear()

@@ -118,7 +118,7 @@ class Run:
         self._earlier = earlier
         self.retried_run_id = earlier.run_id if earlier else ""
         self._values = Values(self.tasks, spec.parameters)
-        self._handover = Handover(slice_tasks)
+        self.handover = Handover(slice_tasks)
         self._effects: list[Effect] = []
 
     @property
@@ -134,7 +134,7 @@ class Run:
     @property
     def is_unsettled(self) -> bool:
         """Whether there are tasks to hand over still: `go_on` hands over the next of them."""
-        return self._handover.is_under_way and not self.is_terminal
+        return self.handover.is_under_way and not self.is_terminal
 
     def go_on(self, now: float) -> list[Effect]:
         """Hand over more tasks, after a call that left some."""
@@ -159,7 +159,7 @@ class Run:
         self._values.parameters = {**self.spec.parameters, **parameters}
         self.started_at = now
         self._publish(RunStarted(self.workflow_id, len(self.tasks)))
-        self._handover.ready += [task_id for task_id, record in self.tasks.items() if record.missing == 0]
+        self.handover.ready += [task_id for task_id, record in self.tasks.items() if record.missing == 0]
         return self._settle(now)
 
     def handle(self, event: TaskEvent | TaskReturned, now: float) -> list[Effect]:
@@ -231,7 +231,7 @@ class Run:
         """
         stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
         held = tuple(task_id for task_id, record in self.tasks.items() if record.is_with_scheduler)
-        self._handover.clear()
+        self.handover.clear()
         self._effects = [CancelRequested(self.run_id, held, stopped)] if held else []
         for task_id, record in self.tasks.items():
             if record.state not in TASK_TERMINAL:
@@ -254,7 +254,12 @@ class Run:
         record.cancelled = record.cancelled or failure
         if record.items:
             held = tuple(item for item in record.items if self.tasks[item].is_with_scheduler)
-            return [CancelRequested(self.run_id, held, failure)]
+            effects: list[Effect] = [CancelRequested(self.run_id, held, failure)]
+            for item in record.items:
+                if self.tasks[item].state is TaskState.BLOCKED:
+                    # It was not handed over yet.
+                    effects += self.handle(TaskCancelled(self.run_id, item, 0, failure), now)
+            return effects
         if record.is_with_scheduler:
             return [CancelRequested(self.run_id, (task_id,), failure)]
         return self.handle(TaskCancelled(self.run_id, task_id, 0, failure), now)
@@ -361,7 +366,7 @@ class Run:
 
         The scheduler then goes on by itself when the task succeeds, instead of asking here first.
         """
-        self._handover.promise(task_id)
+        self.handover.promise(task_id)
 
     def _promise(self, source: str, successor: str) -> bool:
         """Hand over a task early if it waits for another one alone; return whether it was."""
@@ -406,7 +411,7 @@ class Run:
         if record.state is not TaskState.BLOCKED or self.state is not RunState.RUNNING:
             return
         if record.missing == 0:
-            self._handover.ready.append(task_id)
+            self.handover.ready.append(task_id)
         elif record.missing == 1 and not record.is_promised:
             sources = self.dag.predecessors[task_id]
             last = next((source for source in sources if self.tasks[source].state not in TASK_TERMINAL), None)
@@ -435,7 +440,7 @@ class Run:
         self._table.move(record, TaskState.RUNNING)
         self.revision += 1
         self._publish(TasksAdded(tuple(record.items), task_id, self.revision))
-        self._handover.ready.extendleft(reversed(record.items))
+        self.handover.ready.extendleft(reversed(record.items))
         if not record.items:
             self._end_mapped(task_id, record, now)
 
@@ -538,16 +543,24 @@ class Run:
         self.failure = self.failure or failure
         self.is_open = False
         self._become(RunState.CANCELLING)
-        held = tuple(t for t, r in self.tasks.items() if r.is_with_scheduler)
-        stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
-        for task_id in held:
-            self.tasks[task_id].cancelled = stopped
-        if held or self.counts[TaskState.BLOCKED]:
+        if self.open_tasks:
             self._publish(RunCancelling(self.failure))
-        for record in [r for r in self.tasks.values() if r.state is TaskState.BLOCKED]:
-            self._skip(record, failure, now)
+        self.handover.stop(self.tasks, failure)
+
+    def _stop_some(self, now: float) -> None:
+        """Skip tasks that have not been handed over, and have the others end."""
+        held, cause = [], self.handover.cause
+        assert cause is not None
+        stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {cause.message}", cause=cause)
+        for task_id in self.handover.next_stopping():
+            record = self.tasks[task_id]
+            if record.is_with_scheduler:
+                record.cancelled = stopped
+                held.append(task_id)
+            if record.state is TaskState.BLOCKED:
+                self._skip(record, cause, now)
         if held:
-            self._effects.append(CancelRequested(self.run_id, held, stopped))
+            self._effects.append(CancelRequested(self.run_id, tuple(held), stopped))
 
     def _end(self, record: TaskRecord, state: TaskState, fact: Fact, now: float, ended_at: float | None = None) -> None:
         self._table.move(record, state)
@@ -583,12 +596,15 @@ class Run:
 
     def _settle(self, now: float) -> list[Effect]:
         # Step by step instead of each within the last: a chain of tasks that need no worker may be long.
-        self._handover.begin()
-        while not self._handover.is_over:
-            if self._handover.is_promising:
-                self._handover.keep_promises(self.dag.successors, self._promise)
+        self.handover.begin()
+        while not self.handover.is_over:
+            if self.handover.stopping:
+                self._stop_some(now)
                 continue
-            task_id = self._handover.next_ready()
+            if self.handover.is_promising:
+                self.handover.keep_promises(self.dag.successors, self._promise)
+                continue
+            task_id = self.handover.next_ready()
             record = self.tasks[task_id]
             if record.state is TaskState.BLOCKED and self.state is RunState.RUNNING:
                 self._become_ready(task_id, record, now)

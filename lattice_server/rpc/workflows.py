@@ -173,7 +173,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         accepted = workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
         yield workflow_pb2.ExecuteWorkflowResponse(accepted=accepted)
         await entry.log.completed()
-        yield workflow_pb2.ExecuteWorkflowResponse(ended=result_to_proto(entry))
+        yield workflow_pb2.ExecuteWorkflowResponse(ended=await result_to_proto(entry, self._slices))
 
     async def OpenRun(
         self, request_iterator: AsyncIterator[workflow_pb2.OpenRunRequest], context: Context
