@@ -11,6 +11,8 @@ from lattice_server.core.run import Bounds
 from lattice_server.core.steps import Steps, finish, stepwise
 
 RETRY_AFTER_S = 1.0
+# A tenth of the open tasks is for runs of at most so many, so that large runs do not keep small ones out.
+SMALL_RUN_TASKS = 1000
 
 
 class Admission:
@@ -41,8 +43,9 @@ class Admission:
         """Let so many tasks in. Raises ExhaustedError: RUN_TOO_LARGE, or QUEUE_FULL when it is worth asking again."""
         if count > self.bounds.max_tasks:
             raise ExhaustedError("RUN_TOO_LARGE", f"a run may have at most {self.bounds.max_tasks} tasks")
-        if self._open_tasks and self._open_tasks + count > self._max_open_tasks:
-            text = f"{self._open_tasks} tasks are open, {count} more are over the limit of {self._max_open_tasks}"
+        limit = self._max_open_tasks if count <= SMALL_RUN_TASKS else self._max_open_tasks * 9 // 10
+        if self._open_tasks and self._open_tasks + count > limit:
+            text = f"{self._open_tasks} tasks are open, {count} more are over the limit of {limit}"
             raise ExhaustedError("QUEUE_FULL", text, retry_after_s=RETRY_AFTER_S)
 
     def check_possible(self, tasks: Sequence[TaskSpec]) -> None:

@@ -177,7 +177,7 @@ class Limits(google.protobuf.message.Message):
     run_tasks: builtins.int
     """The most tasks of one run."""
     open_tasks: builtins.int
-    """The most tasks of all runs that have not ended."""
+    """The most tasks of all runs that have not ended. The last tenth is for runs of up to 1,000 tasks."""
     map_items: builtins.int
     """The most items of one mapped task."""
     spawn_depth: builtins.int
