@@ -1,10 +1,12 @@
 """Owns the graph of a workflow: validation, growth, and who follows whom. Rule: a graph that does not fit changes
-nothing."""
+nothing, and networkx stays inside this file."""
 
 import re
 from collections import ChainMap
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+
+import networkx as nx
 
 from lattice_server.core.errors import FieldViolation, InvalidError
 from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, TaskSpec, WorkflowSpec, leaves
@@ -258,38 +260,21 @@ def _link(
 
     What was there before cannot depend on what is new, so a cycle lies among the new tasks.
     """
-    successors: dict[str, list[str]] = {}
-    missing: dict[str, int] = {}
+    graph: nx.DiGraph[str] = nx.DiGraph()
     for (target, sources), is_step in stepwise(edges.items()):
-        inner = [source for source in sources if source in tasks]
-        if inner:
-            missing[target] = len(inner)
-            for source in inner:
-                successors.setdefault(source, []).append(target)
+        graph.add_edges_from((source, target) for source in sources if source in tasks)
         if is_step:
             yield
-    ordered: list[str] = [source for source in successors if source not in missing]
-    # It grows while it is walked through; those that stay missing are in a cycle, or behind one.
-    for source, is_step in stepwise(ordered):
-        for target in successors.get(source, ()):
-            missing[target] -= 1
-            if not missing[target]:
-                del missing[target]
-                ordered.append(target)
-        if is_step:
-            yield
-    if missing:
-        cycle = _cycle_of(missing, edges)
+    ordered: list[str] = []
+    try:
+        for source, is_step in stepwise(nx.topological_sort(graph)):
+            ordered.append(source)
+            if is_step:
+                yield
+    except nx.NetworkXUnfeasible:
+        cycle = [source for source, _ in nx.find_cycle(graph)]
         path = " -> ".join([*cycle, cycle[0]])
-        raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]})
-    return {source: tuple(targets) for source, targets in successors.items()}, ordered
-
-
-def _cycle_of(missing: Mapping[str, int], edges: Mapping[str, Mapping[str, bool]]) -> list[str]:
-    """Return a cycle among tasks each of which waits for another of them."""
-    walked: dict[str, int] = {}
-    found = next(iter(missing))
-    while found not in walked:
-        walked[found] = len(walked)
-        found = next(source for source in edges[found] if source in missing)
-    return list(walked)[walked[found] :][::-1]
+        raise InvalidError(
+            "WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]}
+        ) from None
+    return {source: tuple(graph.successors(source)) for source in ordered}, ordered
