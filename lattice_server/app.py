@@ -20,6 +20,7 @@ from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.run import Bounds
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.drafts import Drafts
 from lattice_server.engine.folders import SOCKET
 from lattice_server.engine.library import WorkflowLibrary
@@ -31,12 +32,13 @@ from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.transfers import Transfers
+from lattice_server.engine.usage import Bound
 from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.convert import timestamp
 from lattice_server.rpc.intake import Intake
-from lattice_server.rpc.limits import FEATURES, PROTOCOL_VERSION, limits_to_proto
+from lattice_server.rpc.limits import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.repeats import Repeats
 from lattice_server.rpc.results import ResultsServicer
@@ -66,7 +68,11 @@ class App:
         self.config = config
         self.address = ""
         self._started_s = time.time()
-        self._store = ArtifactStore(config.store_folder)
+        share = config.tenant_share
+        self._store = ArtifactStore(config.store_folder, config.spare_bytes, upload_ttl_s=config.upload_ttl_s)
+        # What all upload leaves as much again for what tasks make.
+        self._store.uploads.usage.bound = Bound(min(config.upload_bytes, self._store.total_bytes // 2), share)
+        code = CodeStore(Bound(config.code_bytes, share))
         loop = asyncio.get_running_loop()
         self._bus = MessageBus(loop)
         self.has_failed = asyncio.Event()
@@ -78,11 +84,14 @@ class App:
             self._bus,
             self._sessions,
             self._store,
+            code,
             Retention(
                 config.retained_runs,
-                config.retained_tasks,
                 config.retained_bytes,
                 min(config.retained_artifact_bytes, self._store.total_bytes // 2),
+                share,
+                config.result_ttl_s,
+                config.repeat_ttl_s,
             ),
             admission,
             config.open_run_grace_s,
@@ -99,10 +108,12 @@ class App:
         self._join_token = secrets.token_urlsafe(32)
         token = config.token
         authentication = None if token is None else Authentication(token, worker_token=self._join_token)
-        intake = Intake(config.inline_limit_bytes, config.batch_rules)
-        repeats = Repeats(slices=slices)
-        library = WorkflowLibrary(self._store, config.max_workflows)
+        intake = Intake(code, config.inline_limit_bytes, config.batch_rules)
+        repeats = Repeats(slices=slices, kept_s=config.repeat_ttl_s)
+        library = WorkflowLibrary(self._store, code, config.max_workflows, Bound(config.workflow_bytes, share))
         drafts = Drafts(self._store, config.max_run_tasks)
+        ended = self._orchestrator.ended
+        self._stores = (code.usage, self._store.uploads.usage, library.usage, ended.memory, ended.values)
         self._workers = WorkerServicer(
             config,
             self._bus,
@@ -178,7 +189,8 @@ class App:
             version=__version__,
             protocol_version=PROTOCOL_VERSION,
             features=FEATURES,
-            limits=limits_to_proto(self.config),
+            limits=limits_to_proto(self.config, self._stores),
+            stores=map(usage_to_proto, self._stores),
             executor=self._executor.name,
             server_epoch=self._epoch,
             start_time=timestamp(self._started_s),

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from lattice_server.core.batching import BatchRule
 
+MIB = 1024 * 1024
+GIB = 1024 * MIB
 MIN_BEAT_S = 0.05
 # The contract promises this much; see `Limits.inline_payload_bytes`.
 MIN_INLINE_BYTES = 4096
@@ -32,6 +34,11 @@ class ServerConfig:
     cancelled; questions to callers, and their answers, have at most `question_limit_bytes`. Without a `token` whoever
     reaches the server may do everything. Large values are kept in a folder of `store_folder`; by default in `/dev/shm`
     if 256 MiB of it are free when the server starts, or else where temporary files go, which `TMPDIR` says.
+
+    One tenant may have `tenant_share` of each of the server's stores. A result that was read, or is older than
+    `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all. For
+    `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
+    large values' files are kept to be written again.
     """
 
     host: str = "127.0.0.1"
@@ -56,9 +63,16 @@ class ServerConfig:
     message_limit_tasks: int = 50_000
     worker_message_limit_bytes: int = 256 * 1024 * 1024
     retained_runs: int = 1000
-    retained_tasks: int = 200_000
-    retained_bytes: int = 1024 * 1024 * 1024
-    retained_artifact_bytes: int = 1024 * 1024 * 1024
+    retained_bytes: int = 2 * GIB
+    retained_artifact_bytes: int = 2 * GIB
+    result_ttl_s: float = 3600.0
+    repeat_ttl_s: float = 3600.0
+    code_bytes: int = 512 * MIB
+    upload_bytes: int = 8 * GIB
+    upload_ttl_s: float = 600.0
+    workflow_bytes: int = GIB
+    spare_bytes: int = 512 * MIB
+    tenant_share: float = 0.5
     max_workflows: int = 10_000
     max_open_tasks: int = 1_000_000
     max_run_tasks: int = 1_000_000

@@ -57,6 +57,8 @@ def read_config(text: str) -> ServerConfig:
             raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}")
         if value < (least := LEAST.get(key, value)):
             raise ConfigError(f"{key} must be from {least}: clients send that much unasked")
+        if key == "tenant_share" and not 0 < value <= 1:
+            raise ConfigError(f"{key} must be above 0 and at most 1, not {value!r}")
         settings[key] = value
     return ServerConfig(**settings)
 

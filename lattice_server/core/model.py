@@ -224,16 +224,26 @@ ANY_RUNTIME = Runtime()
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
+class Bundle:
+    """Modules that travel with functions. `content` is opaque here: what a worker is sent, unopened."""
+
+    digest: str
+    content: object
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Function:
-    """Code to run. `definition` is opaque here: what a worker is sent, unopened. `entrypoint` is the name by which
-    workers have it; empty when it travels. `runtime` is what must run it."""
+    """Code to run. `definition` is opaque here: what a worker is sent, unopened; it takes `size_bytes`. `entrypoint` is
+    the name by which workers have it; empty when it travels. `runtime` is what must run it."""
 
     digest: str
     is_async: bool
     definition: object
-    bundle_digest: str = ""
+    bundle: Bundle | None = None
     entrypoint: str = ""
     runtime: Runtime = ANY_RUNTIME
+    size_bytes: int = 0
 
 
 class BatchScope(Enum):

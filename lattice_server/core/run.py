@@ -280,8 +280,10 @@ class Run:
         self._grow(added, now)
         return self._settle(now)
 
-    def spawn(self, parent: str, added: Sequence[TaskSpec], now: float) -> list[Effect]:
-        """Add tasks on behalf of a running task, which fails when they cannot be added.
+    def spawn(
+        self, parent: str, added: Sequence[TaskSpec], now: float, refusal: ExhaustedError | None = None
+    ) -> list[Effect]:
+        """Add tasks on behalf of a running task, which fails when they cannot be added; `refusal` says that, if known.
 
         What an earlier attempt of the same task added is already there, and stays as it was.
         """
@@ -290,13 +292,15 @@ class Run:
         if self.state is not RunState.RUNNING or record.state in TASK_TERMINAL or not new:
             return []
         try:
+            if refusal is not None:
+                raise refusal
             self._grow(new, now, parent, record.depth + 1)
         except LatticeError as error:
             kind = FailureKind.RESOURCES if isinstance(error, ExhaustedError) else FailureKind.PAYLOAD
-            refusal = Failure(kind, f"what it spawned cannot be added: {error.message}")
+            failure = Failure(kind, f"what it spawned cannot be added: {error.message}")
             # It may have succeeded before the scheduler hears of this.
-            record.cancelled = refusal
-            return [CancelRequested(self.run_id, (parent,), refusal)]
+            record.cancelled = failure
+            return [CancelRequested(self.run_id, (parent,), failure)]
         return self._settle(now)
 
     def explain(self, task_id: str, now: float) -> Explanation:

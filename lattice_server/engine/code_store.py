@@ -1,55 +1,127 @@
-"""Owns the code that callers sent, by its digest.
+"""Owns the code that callers sent, by its digest within a tenant.
 
-Rule: code is found for as long as something refers to it, such as a run, a stored workflow or a lease. Other code is
-kept up to a limit, and the code used longest ago goes first.
+Rule: code that a stored workflow or a run that has not ended holds is kept. Other code is kept while there is room, and
+what was used longest ago is evicted first. What can be neither kept nor make room is refused.
 """
 
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from lattice_server.core.errors import PreconditionError
-from lattice_server.core.model import Function
+from lattice_server.core.model import Bundle, Function
+from lattice_server.engine.folders import MIB
+from lattice_server.engine.usage import Bound, Evictable, Usage
 
-CODE_LIMIT_BYTES = 256 * 1024 * 1024
-WORKER_CODE_BYTES = 32 * 1024 * 1024
+CODE_BOUND = Bound(512 * MIB, share=0.5)
+WORKER_CODE_BYTES = 32 * MIB
+RETRY_AFTER_S = 1.0
+
+Code = Function | Bundle
+C = TypeVar("C", bound=Function | Bundle)
+
+
+@dataclass(slots=True)
+class _Kept:
+    code: Code
+    holders: int = 0
 
 
 class CodeStore:
-    """Functions and bundles by digest."""
+    """Functions and bundles by tenant and digest. Equal ones of several tenants are one object, and count for each."""
 
-    def __init__(self, limit_bytes: int = CODE_LIMIT_BYTES) -> None:
-        self._limit_bytes = limit_bytes
-        self._size_bytes = 0
-        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
-        self._referred: WeakValueDictionary[str, Function] = WeakValueDictionary()
+    def __init__(self, bound: Bound = CODE_BOUND) -> None:
+        self.usage = Usage("code", bound)
+        self._kept: dict[tuple[str, str], _Kept] = {}
+        self._evictable = Evictable(self.usage)
+        self._referred: WeakValueDictionary[str, Code] = WeakValueDictionary()
 
-    def find(self, digest: str) -> Function | None:
-        """Return a function that something refers to, or that is kept; None when there is none."""
+    def find(self, digest: str) -> Code | None:
+        """Return code of any tenant that something refers to, such as a lease; None when there is none."""
         return self._referred.get(digest)
 
-    def get(self, digest: str) -> Any:
-        """Return what has this digest. Raises PreconditionError with the reason FUNCTION_MISSING."""
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return self._kept[digest][0]
-        if (found := self._referred.get(digest)) is not None:
-            return found
-        message = f"code {digest} is not known here; send it"
-        raise PreconditionError("FUNCTION_MISSING", message, metadata={"digest": digest})
+    def get(self, tenant: str | None, digest: str) -> Any:
+        """Return what a tenant has by this digest, or, for None, what any tenant has.
 
-    def put(self, digest: str, code: Any, size_bytes: int) -> None:
-        """Keep code under its digest."""
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return
-        if isinstance(code, Function):
-            self._referred[digest] = code
-        self._kept[digest] = (code, size_bytes)
-        self._size_bytes += size_bytes
-        while self._size_bytes > self._limit_bytes and len(self._kept) > 1:
-            _, (_, freed) = self._kept.popitem(last=False)
-            self._size_bytes -= freed
+        Raises:
+            PreconditionError: FUNCTION_MISSING, there is none.
+        """
+        if tenant is None:
+            found = self._referred.get(digest)
+        else:
+            kept = self._kept.get((tenant, digest))
+            found = None if kept is None else self._used(tenant, kept)
+        if found is None:
+            message = f"code {digest} is not known here; send it"
+            raise PreconditionError("FUNCTION_MISSING", message, metadata={"digest": digest})
+        return found
+
+    def put(self, tenant: str, code: C) -> C:
+        """Keep code of a tenant under its digest; return what is to be used in its place.
+
+        Raises:
+            ExhaustedError: STORE_FULL, the tenant or all tenants hold too much code.
+        """
+        name = (tenant, code.digest)
+        if (kept := self._kept.get(name)) is None:
+            refusal = self.usage.refusal(tenant, code.size_bytes)
+            kept = self._kept[name] = _Kept(self._referred.setdefault(code.digest, code))
+            self.usage.hold(*name, code.size_bytes)
+            self._evictable.add(*name)
+            self._evict(tenant)
+            if name not in self._kept and refusal is not None:
+                refusal.retry_after_s = RETRY_AFTER_S
+                raise refusal
+        found: C = self._used(tenant, kept)
+        return found
+
+    def hold(self, tenant: str, functions: Iterable[Function]) -> None:
+        """Keep functions of a tenant and their bundles until as many `release` as `hold` have named them.
+
+        Raises:
+            ExhaustedError: STORE_FULL, the tenant or all tenants hold too much code; then none of them is held.
+        """
+        held: list[str] = []
+        try:
+            for code in _parts(functions):
+                # It may have been evicted since it came.
+                self.put(tenant, code)
+                self._kept[tenant, code.digest].holders += 1
+                self._evictable.discard(tenant, code.digest)
+                held.append(code.digest)
+        except BaseException:
+            self._release(tenant, held)
+            raise
+
+    def release(self, tenant: str, functions: Iterable[Function]) -> None:
+        """Release functions and their bundles; what nothing else holds may be evicted."""
+        self._release(tenant, [code.digest for code in _parts(functions)])
+
+    def _release(self, tenant: str, digests: Iterable[str]) -> None:
+        for digest in digests:
+            kept = self._kept[tenant, digest]
+            kept.holders -= 1
+            self._used(tenant, kept)
+
+    def _used(self, tenant: str, kept: _Kept) -> Any:
+        if not kept.holders:
+            self._evictable.add(tenant, kept.code.digest)
+        return kept.code
+
+    def _evict(self, tenant: str) -> None:
+        while (victim := self._evictable.victim(tenant)) is not None:
+            self._evictable.discard(*victim)
+            self.usage.release(*victim)
+            del self._kept[victim]
+
+
+def _parts(functions: Iterable[Function]) -> Iterator[Code]:
+    for function in functions:
+        if function.bundle is not None:
+            yield function.bundle
+        yield function
 
 
 class SentCode:

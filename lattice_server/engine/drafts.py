@@ -11,6 +11,7 @@ from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedErr
 from lattice_server.core.model import Artifact, Function, Payload, TaskSpec, leaves
 from lattice_server.engine.folders import MIB
 from lattice_server.engine.store import ArtifactStore
+from lattice_server.engine.uploads import Name
 
 TTL_S = 600.0
 # For as long a request that is repeated finds what was made of its draft; see `EndedIds`.
@@ -28,6 +29,7 @@ class Draft:
     tasks: list[TaskSpec] = field(default_factory=list)
     functions: dict[str, Function] = field(default_factory=dict)
     artifacts: list[Artifact] = field(default_factory=list)
+    uploads: list[Name] = field(default_factory=list)
     size_bytes: int = 0
     revision: int = 0
     is_used: bool = False
@@ -98,7 +100,7 @@ class Drafts:
         if draft is None:
             draft = self._drafts[draft_id] = Draft(draft_id, print_)
         artifacts = list(_artifacts_in(tasks))
-        self._store.take(artifacts)
+        draft.uploads += self._store.take(artifacts)
         draft.artifacts += artifacts
         draft.tasks += tasks
         draft.functions.update(functions)
@@ -134,7 +136,9 @@ class Drafts:
 
     def _empty(self, draft: Draft) -> None:
         self._kept_bytes -= draft.size_bytes
+        self._store.uploads.release(draft.uploads)
         self._store.release(draft.artifacts)
+        draft.uploads = []
         draft.tasks, draft.functions, draft.artifacts, draft.size_bytes = [], {}, [], 0
 
 

@@ -14,8 +14,9 @@ MAX_IDS = 200_000
 class EndedIds:
     """Ids of runs and what they were started with, oldest first."""
 
-    def __init__(self, max_ids: int = MAX_IDS) -> None:
+    def __init__(self, max_ids: int = MAX_IDS, kept_s: float = KEPT_S) -> None:
         self._max_ids = max_ids
+        self._kept_s = kept_s
         self._found: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -24,10 +25,12 @@ class EndedIds:
     def remember(self, run_id: str, fingerprint: str, now: float) -> None:
         """Remember a run, and forget those that are over the limit."""
         self._found[run_id] = fingerprint, now
-        while self._found and (len(self._found) > self._max_ids or next(iter(self._found.values()))[1] < now - KEPT_S):
+        while self._found and (
+            len(self._found) > self._max_ids or next(iter(self._found.values()))[1] < now - self._kept_s
+        ):
             self._found.popitem(last=False)
 
     def fingerprint_of(self, run_id: str, now: float) -> str | None:
         """Return what a run was started with; None for one that is not remembered."""
         fingerprint, ended = self._found.get(run_id, (None, 0.0))
-        return fingerprint if ended >= now - KEPT_S else None
+        return fingerprint if ended >= now - self._kept_s else None

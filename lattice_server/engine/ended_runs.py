@@ -1,57 +1,129 @@
-"""Owns the runs that have ended, on the main thread. Rule: the oldest are dropped first, the newest is always kept."""
+"""Owns the runs that have ended, on the main thread.
+
+Rule: a result is kept until a caller was given it, or its time is over; then its run is history, of which the newest is
+kept. When there is too much, history is evicted first, then the oldest results; no run by its own end.
+"""
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 
 from lattice_server.engine.ended_ids import EndedIds
 from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.store import ArtifactStore
+from lattice_server.engine.usage import Bound, Evictable, Usage
+
+# How long large values of a result are kept like those of one that was not read: they are fetched after it.
+FETCH_S = 60.0
 
 
 class EndedRuns:
-    """The ended ones among `runs`, oldest first, and what they take. Those over a limit are deleted from `runs`."""
+    """The ended ones among `runs`, and what they take. Those over a limit are deleted from `runs`."""
 
-    def __init__(self, runs: OrderedDict[str, RunEntry], store: ArtifactStore, retention: Retention) -> None:
+    def __init__(
+        self,
+        runs: OrderedDict[str, RunEntry],
+        store: ArtifactStore,
+        retention: Retention,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._runs = runs
         self._store = store
-        self._retention = retention
-        self._ended: OrderedDict[str, RunEntry] = OrderedDict()
-        self._dropped = EndedIds()
-        self._tasks = 0
-        self._bytes = 0
-        self._artifact_bytes = 0
+        self._clock = clock
+        self._result_ttl_s = retention.result_ttl_s
+        self._dropped = EndedIds(kept_s=retention.id_ttl_s)
+        self.memory = Usage("ended runs", Bound(retention.kept_bytes, retention.share))
+        self.values = Usage("results", Bound(retention.artifact_bytes, retention.share))
+        self.history = Usage("history", Bound(retention.runs))
+        self._memory, self._values = Evictable(self.memory), Evictable(self.values)
+        self._history = Evictable(self.history)
+        # Results to keep, with the time until when; in the order of these times.
+        self._unread: OrderedDict[str, float] = OrderedDict()
+        self._fetched: OrderedDict[str, float] = OrderedDict()
 
     def fingerprint_of(self, run_id: str) -> str | None:
-        """Return what a run that was dropped had been started with; None for one that is not remembered."""
-        return self._dropped.fingerprint_of(run_id, time.monotonic())
+        """Return what a run that was evicted had been started with; None for one that is not remembered."""
+        return self._dropped.fingerprint_of(run_id, self._clock())
 
     def add(self, entry: RunEntry) -> None:
-        """Keep a run that has ended; drop the oldest runs over their limit, and the oldest artifacts over theirs."""
-        self._ended[entry.run.run_id] = entry
-        self._tasks += len(entry.run.tasks)
-        self._bytes += entry.kept_bytes
-        self._artifact_bytes += entry.artifact_bytes
-        kept = self._retention
-        while len(self._ended) > kept.runs or (
-            len(self._ended) > 1 and (self._tasks > kept.tasks or self._bytes > kept.kept_bytes)
-        ):
-            self._drop_oldest()
-        if self._artifact_bytes <= kept.artifact_bytes:
+        """Keep a run that has ended; evict what is too much."""
+        tenant, run_id = entry.run.tenant, entry.run.run_id
+        for name, size in _sizes(entry):
+            self.memory.hold(tenant, name, size)
+        for artifact in entry.artifacts:
+            self.values.hold(tenant, artifact.artifact_id, artifact.size_bytes)
+        self._memory.add(tenant, run_id, sooner=False)
+        if entry.artifacts:
+            self._values.add(tenant, run_id, sooner=False)
+        self._unread[run_id] = self._clock() + self._result_ttl_s
+        self._expire()
+        self._evict(tenant, spared=run_id)
+
+    def note_read(self, entry: RunEntry) -> None:
+        """Note that a caller was given the result of a run, which may have been evicted."""
+        tenant, run_id = entry.run.tenant, entry.run.run_id
+        self._expire()
+        if self._unread.pop(run_id, None) is None:
             return
-        for oldest in list(self._ended.values())[:-1]:
-            if self._artifact_bytes <= kept.artifact_bytes:
-                break
-            self._release(oldest)
+        if entry.artifacts:
+            self._fetched[run_id] = self._clock() + min(FETCH_S, self._result_ttl_s)
+        else:
+            self._retire(tenant, run_id)
+        self._evict(tenant)
 
-    def _drop_oldest(self) -> None:
-        run_id, oldest = self._ended.popitem(last=False)
-        self._tasks -= len(oldest.run.tasks)
-        self._bytes -= oldest.kept_bytes
-        self._release(oldest)
-        del self._runs[run_id]
-        self._dropped.remember(run_id, oldest.fingerprint, time.monotonic())
+    def _expire(self) -> None:
+        """Make history of the runs whose time is over."""
+        now = self._clock()
+        for waiting in (self._unread, self._fetched):
+            while waiting and next(iter(waiting.values())) <= now:
+                run_id, _ = waiting.popitem(last=False)
+                self._retire(self._runs[run_id].run.tenant, run_id)
 
-    def _release(self, entry: RunEntry) -> None:
-        self._artifact_bytes -= entry.artifact_bytes
+    def _retire(self, tenant: str, run_id: str) -> None:
+        """Make a run history."""
+        self._memory.add(tenant, run_id)
+        if self._runs[run_id].artifacts:
+            self._values.add(tenant, run_id)
+        self.history.hold(tenant, run_id, 1)
+        self._history.add(tenant, run_id)
+
+    def _evict(self, tenant: str, spared: str = "") -> None:
+        for evictable, evict in (
+            (self._history, self._drop),
+            (self._memory, self._drop),
+            (self._values, self._release),
+        ):
+            while (victim := evictable.victim(tenant, spared)) is not None:
+                evict(*victim)
+
+    def _drop(self, tenant: str, run_id: str) -> None:
+        self._release(tenant, run_id)
+        entry = self._runs.pop(run_id)
+        self._memory.discard(tenant, run_id)
+        for name, _ in _sizes(entry):
+            self.memory.release(tenant, name)
+        if self.history.holds(tenant, run_id):
+            self._history.discard(tenant, run_id)
+            self.history.release(tenant, run_id)
+        self._unread.pop(run_id, None)
+        self._fetched.pop(run_id, None)
+        self._dropped.remember(run_id, entry.fingerprint, self._clock())
+
+    def _release(self, tenant: str, run_id: str) -> None:
+        """Release the large values of a run."""
+        entry = self._runs[run_id]
+        self._values.discard(tenant, run_id)
+        for artifact in entry.artifacts:
+            self.values.release(tenant, artifact.artifact_id)
         self._store.release(entry.artifacts)
-        entry.artifacts, entry.artifact_bytes = [], 0
+        entry.artifacts = []
+
+
+def _sizes(entry: RunEntry) -> Iterator[tuple[str, int]]:
+    """Return what a run takes, by name; code that several ended runs have counts once."""
+    # A colon and a blank are in no digest, so that no run can be named like code.
+    yield f"run: {entry.run.run_id}", entry.kept_bytes
+    for function in entry.functions.values():
+        if function.bundle is not None:
+            yield function.bundle.digest, function.bundle.size_bytes
+        yield function.digest, function.size_bytes

@@ -9,8 +9,13 @@ from uuid import uuid4
 from lattice_server.core import dag
 from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact, Function, WorkflowSpec
+from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.folders import MIB
 from lattice_server.engine.store import ArtifactStore
+from lattice_server.engine.uploads import Name
+from lattice_server.engine.usage import Bound, Usage
+
+BOUND = Bound(1024 * MIB, share=0.5)
 
 
 @dataclass(slots=True)
@@ -25,20 +30,22 @@ class WorkflowEntry:
     fingerprint: str
     created_s: float
     artifacts: list[Artifact]
-    size_bytes: int
+    uploads: list[Name]
+    tenant: str = ""
     revision: int = 1
 
 
 class WorkflowLibrary:
-    """The stored workflows by id, oldest first: at most `max_workflows`, with definitions of `max_bytes` in all."""
+    """The stored workflows by id, oldest first: at most `max_workflows`, and of definitions as many bytes as `bound`
+    says. Their code is held in `code`, their large values in `store`."""
 
-    def __init__(self, store: ArtifactStore, max_workflows: int, max_bytes: int = 512 * MIB) -> None:
+    def __init__(self, store: ArtifactStore, code: CodeStore, max_workflows: int, bound: Bound = BOUND) -> None:
         self.workflows: OrderedDict[str, WorkflowEntry] = OrderedDict()
+        self.usage = Usage("stored workflows", bound)
         self._numbers = count(1)
         self._store = store
+        self._code = code
         self._max_workflows = max_workflows
-        self._max_bytes = max_bytes
-        self._kept_bytes = 0
 
     def create(
         self,
@@ -48,6 +55,7 @@ class WorkflowLibrary:
         definition: object,
         fingerprint: str,
         size_bytes: int = 0,
+        tenant: str = "",
         graph: dag.Dag | None = None,
     ) -> tuple[WorkflowEntry, bool]:
         """Store a workflow, or return the one that has this id and content. Its definition takes `size_bytes`.
@@ -56,7 +64,7 @@ class WorkflowLibrary:
 
         Raises:
             ConflictError: the id was used with other content.
-            ExhaustedError: TOO_MANY_WORKFLOWS, by number or by size; one has to be deleted first.
+            ExhaustedError: TOO_MANY_WORKFLOWS or STORE_FULL; one has to be deleted first.
             InvalidError: the graph is not valid.
         """
         existing = self.find(workflow_id, fingerprint)
@@ -66,7 +74,8 @@ class WorkflowLibrary:
         if len(self.workflows) >= self._max_workflows:
             text = f"{len(self.workflows)} workflows are stored, as many as may be; delete one, or run graphs inline"
             raise ExhaustedError("TOO_MANY_WORKFLOWS", text)
-        self._check_size(size_bytes)
+        self._check_size(tenant, size_bytes)
+        self._code.hold(tenant, functions.values())
         named = workflow_id or f"workflow-{uuid4().hex}"
         entry = WorkflowEntry(
             named,
@@ -77,10 +86,10 @@ class WorkflowLibrary:
             fingerprint,
             time.time(),
             graph.artifacts,
-            size_bytes,
+            self._store.take(graph.artifacts, tenant),
+            tenant,
         )
-        self._kept_bytes += size_bytes
-        self._store.take(entry.artifacts)
+        self.usage.hold(tenant, named, size_bytes)
         self.workflows[named] = entry
         return entry, True
 
@@ -102,26 +111,32 @@ class WorkflowLibrary:
     ) -> None:
         """Replace a stored workflow's definition; see `create`. Raises ExhaustedError, InvalidError."""
         graph = graph or dag.build(spec)
-        self._check_size(size_bytes - entry.size_bytes)
-        self._kept_bytes += size_bytes - entry.size_bytes
-        entry.size_bytes = size_bytes
-        self._store.take(graph.artifacts)
-        self._store.release(entry.artifacts)
-        entry.spec, entry.functions, entry.artifacts = spec, functions, graph.artifacts
+        tenant = entry.tenant
+        self._check_size(tenant, size_bytes - self.usage.size_of(tenant, entry.workflow_id))
+        self._code.hold(tenant, functions.values())
+        uploads = self._store.take(graph.artifacts, tenant)
+        self._release(entry)
+        self.usage.hold(tenant, entry.workflow_id, size_bytes)
+        entry.spec, entry.functions, entry.artifacts, entry.uploads = spec, functions, graph.artifacts, uploads
         entry.definition = definition
         entry.revision += 1
 
     def delete(self, workflow_id: str) -> None:
         """Forget a stored workflow. Raises NotFoundError."""
         entry = self.get(workflow_id)
-        self._store.release(entry.artifacts)
-        self._kept_bytes -= entry.size_bytes
+        self._release(entry)
         del self.workflows[workflow_id]
 
-    def _check_size(self, added_bytes: int) -> None:
-        if self._kept_bytes + added_bytes > self._max_bytes:
-            text = f"the stored workflows would take more than {self._max_bytes // MIB} MiB"
-            raise ExhaustedError("TOO_MANY_WORKFLOWS", f"{text}; delete one, or run graphs inline")
+    def _release(self, entry: WorkflowEntry) -> None:
+        self.usage.release(entry.tenant, entry.workflow_id)
+        self._code.release(entry.tenant, entry.functions.values())
+        self._store.uploads.release(entry.uploads)
+        self._store.release(entry.artifacts)
+
+    def _check_size(self, tenant: str, added_bytes: int) -> None:
+        if added_bytes > 0 and (refusal := self.usage.refusal(tenant, added_bytes)) is not None:
+            refusal.message += "; delete one, or run graphs inline"
+            raise refusal
 
     def get(self, workflow_id: str) -> WorkflowEntry:
         """Return a stored workflow. Raises NotFoundError."""

@@ -4,13 +4,20 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import NamedTuple, NotRequired, TypedDict, Unpack
 from uuid import uuid4
 
 from lattice_server.core import dag
-from lattice_server.core.errors import ConflictError, LatticeError, NotFoundError, PreconditionError, UnavailableError
+from lattice_server.core.errors import (
+    ConflictError,
+    ExhaustedError,
+    LatticeError,
+    NotFoundError,
+    PreconditionError,
+    UnavailableError,
+)
 from lattice_server.core.messages import (
     CancelRequested,
     Explanation,
@@ -33,15 +40,16 @@ from lattice_server.core.messages import (
     TaskStarted,
     TaskSucceeded,
 )
-from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.model import Artifact, Failure, FailureKind, Function, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.open_run import HolderEffect
 from lattice_server.core.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
 from lattice_server.core.records import TaskTable, tabulating
 from lattice_server.core.reuse import Earlier, workflow_of
 from lattice_server.core.run import Effect, Run
-from lattice_server.core.steps import STEP_ITEMS, Steps, finish
+from lattice_server.core.steps import STEP_ITEMS, Steps, finish, stepwise
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_runs import EndedRuns
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.library import expect_revision
@@ -86,6 +94,7 @@ class Prepared(NamedTuple):
     spec: WorkflowSpec
     graph: dag.Dag
     table: TaskTable
+    functions: Mapping[str, Function]
 
 
 class Orchestrator:
@@ -96,6 +105,7 @@ class Orchestrator:
         bus: MessageBus,
         sessions: Sessions,
         store: ArtifactStore,
+        code: CodeStore,
         retention: Retention,
         admission: Admission,
         open_run_grace_s: float = 30.0,
@@ -106,11 +116,12 @@ class Orchestrator:
         self._bus = bus
         self._sessions = sessions
         self._store = store
+        self._code = code
         self.inquiries = Inquiries(bus)
         self._admission = admission
         self._slices = slices or Slices()
         self._numbers = count(1)
-        self._ended = EndedRuns(self.runs, store, retention)
+        self.ended = EndedRuns(self.runs, store, retention)
         self.open_runs = OpenRuns(open_run_grace_s, self._change, sessions.perform)
         bus.subscribe(self.deliver)
 
@@ -128,7 +139,8 @@ class Orchestrator:
         Raises:
             ConflictError: the id was used with other content.
             NotFoundError: the run with this id and content has ended and is no longer kept.
-            ExhaustedError: the server has as many open tasks as it may, or the run too many of its own.
+            ExhaustedError: the server has as many open tasks as it may, the run too many of its own, or the tenant
+                holds too much code.
             InvalidError: the graph is not valid.
             PreconditionError: no node could ever run one of its tasks.
             UnavailableError: the server is stopping.
@@ -165,7 +177,7 @@ class Orchestrator:
             if existing.fingerprint != fingerprint:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} exists with other content")
             return existing
-        if (known := self._ended.fingerprint_of(run_id)) is not None:
+        if (known := self.ended.fingerprint_of(run_id)) is not None:
             if known != fingerprint:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} existed with other content")
             raise self._no_run(run_id)
@@ -176,12 +188,13 @@ class Orchestrator:
         graph = yield from dag.building(spec, parameters)
         yield from self._admission.checking(spec.tasks)
         table = yield from tabulating(run_id or f"run-{uuid4().hex}", graph)
-        return Prepared(spec, graph, table)
+        functions = yield from _functions_of(spec.tasks)
+        return Prepared(spec, graph, table, functions)
 
     def _begin(
         self, prepared: Prepared, parameters: Mapping[str, Payload], fingerprint: str, settings: StartSettings
     ) -> RunEntry:
-        spec, graph, table = prepared
+        spec, graph, table, functions = prepared
         self._admission.check_room(len(spec.tasks))
         timeout_s = settings.get("timeout_s")
         run = Run(
@@ -205,6 +218,7 @@ class Orchestrator:
             settings["labels"],
             sum(p.kept_bytes for p in parameters.values()),
         )
+        self._hold_code(entry, functions)
         self.runs[run.run_id] = entry
         given = [p.content for p in parameters.values() if isinstance(p.content, Artifact)]
         self._keep(entry, given)
@@ -254,6 +268,7 @@ class Orchestrator:
         expect_revision(f"run {run_id!r}", entry.run.revision, expected_revision)
         self._admission.check_room(len(tasks))
         self._admission.check_possible(tasks)
+        self._hold_code(entry, finish(_functions_of(tasks)))
         self._change(entry, lambda: entry.run.append(tasks, time.monotonic()))
         return entry
 
@@ -265,10 +280,11 @@ class Orchestrator:
             raise self._no_run(run_id) from None
 
     def _no_run(self, run_id: str) -> NotFoundError:
-        text = f"there is no run {run_id!r}"
-        if self._ended.fingerprint_of(run_id) is not None:
-            text = f"run {run_id!r} has ended, and its results are no longer kept; it is not run again by that id"
-        return NotFoundError("RUN_NOT_FOUND", text, metadata={"run_id": run_id})
+        metadata = {"run_id": run_id}
+        if self.ended.fingerprint_of(run_id) is None:
+            return NotFoundError("RUN_NOT_FOUND", f"there is no run {run_id!r}", metadata=metadata)
+        text = f"run {run_id!r} has ended, and its results are no longer kept; it is not run again by that id"
+        return NotFoundError("RUN_EVICTED", text, metadata=metadata)
 
     def task(self, run_id: str, task_id: str) -> RunEntry:
         """Return the run of a task. Raises NotFoundError when there is no such run or task."""
@@ -320,7 +336,12 @@ class Orchestrator:
     def _tell_run(self, entry: RunEntry, event: ToRun, now: float, posts: list[SchedulerEvent]) -> None:
         def decide() -> Sequence[Effect | HolderEffect]:
             if isinstance(event, TasksSpawned):
-                return entry.run.spawn(event.task_id, event.tasks, now)
+                refusal = None
+                try:
+                    self._hold_code(entry, finish(_functions_of(event.tasks)))
+                except ExhaustedError as error:
+                    refusal = error
+                return entry.run.spawn(event.task_id, event.tasks, now, refusal)
             if isinstance(event, QuestionAsked):
                 return self.open_runs.ask(entry, event)
             return entry.run.handle(event, now)
@@ -397,7 +418,10 @@ class Orchestrator:
                 if timer is not None:
                     timer.cancel()
             entry.ended_s = time.time()
-            self._ended.add(entry)
+            self._code.release(entry.run.tenant, entry.functions.values())
+            self._store.uploads.release(entry.uploads)
+            entry.uploads = []
+            self.ended.add(entry)
 
     def _go_on(self, entry: RunEntry) -> None:
         """Have a run hand over more of its tasks."""
@@ -406,9 +430,25 @@ class Orchestrator:
 
     def _keep(self, entry: RunEntry, artifacts: list[Artifact]) -> None:
         if artifacts:
-            self._store.take(artifacts)
+            entry.uploads += self._store.take(artifacts, entry.run.tenant)
             entry.artifacts += artifacts
-            entry.artifact_bytes += sum(artifact.size_bytes for artifact in artifacts)
+
+    def _hold_code(self, entry: RunEntry, functions: Mapping[str, Function]) -> None:
+        """Have a run that goes on hold code. Raises ExhaustedError."""
+        if entry.ended_s is None:
+            new = {digest: function for digest, function in functions.items() if digest not in entry.functions}
+            self._code.hold(entry.run.tenant, new.values())
+            entry.functions |= new
+
+
+def _functions_of(tasks: Iterable[TaskSpec]) -> Steps[dict[str, Function]]:
+    """Return the functions that tasks call, by digest."""
+    found: dict[str, Function] = {}
+    for task, is_step in stepwise(tasks, 1000):
+        found[task.function.digest] = task.function
+        if is_step:
+            yield
+    return found
 
 
 def _artifacts_of(event: TaskSucceeded) -> Iterator[Artifact]:

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskSkipped, TaskStarted, TaskSucceeded
-from lattice_server.core.model import Artifact
+from lattice_server.core.model import Artifact, Function
 from lattice_server.core.open_run import HolderEffect, OpenRun
 from lattice_server.core.run import Effect, Run
 from lattice_server.engine.holder import Holder
 from lattice_server.engine.subscriptions import RunLog
+from lattice_server.engine.uploads import Name
 
+GIB = 1024 * 1024 * 1024
+# What a run and a task take by themselves, whatever they are given and give.
+RUN_BYTES = 4096
+TASK_BYTES = 3072
 ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
 
 
@@ -21,7 +26,8 @@ class RunEntry:
 
     Later runs have a higher `number`. `fingerprint` tells whether a repeated id means the same; `parameter_bytes` is
     the memory of what the caller gave besides the graph. `artifacts` are those the run keeps in the store, its inputs
-    and its outputs; `graph_artifacts` of its graph's are among them. `open_tasks` is what admission counts for it;
+    and its outputs; `graph_artifacts` of its graph's are among them. `uploads` are those that count for its tenant, and
+    `functions` the code that it holds, until it ends. `open_tasks` is what admission counts for it;
     `expiry` ends it when its time is over. `start_times_s` and `end_times_s` are those of its tasks, and `began_s` that
     of the first start, in seconds since the epoch. Of a run that was opened, `open_run` is the machine of its caller,
     `holder` the stream that holds it, and `grace` ends it when there is none for too long. It `is_going_on` while a
@@ -37,8 +43,9 @@ class RunEntry:
     log: RunLog = field(default_factory=RunLog)
     ended_s: float | None = None
     artifacts: list[Artifact] = field(default_factory=list)
-    artifact_bytes: int = 0
     graph_artifacts: int = 0
+    uploads: list[Name] = field(default_factory=list)
+    functions: dict[str, Function] = field(default_factory=dict)
     open_tasks: int = 0
     timeout_s: float | None = None
     expiry: asyncio.TimerHandle | None = None
@@ -67,21 +74,26 @@ class RunEntry:
 
     @property
     def kept_bytes(self) -> int:
-        """The memory of the run's values and events."""
-        return self.parameter_bytes + self.run.dag.kept_bytes + self.log.kept_bytes
+        """The memory of the run, but for its code."""
+        tasks = RUN_BYTES + TASK_BYTES * len(self.run.tasks)
+        return tasks + self.parameter_bytes + self.run.dag.kept_bytes + self.log.kept_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What is kept of runs that ended, newest first; the newest of all is kept whatever its size.
+    """What is kept of runs that have ended.
 
-    `kept_bytes` bounds the memory of their values and events, `artifact_bytes` the values that lie in stores.
+    A result is kept for `result_ttl_s` if no caller was given it before; of other runs the newest `runs` are kept.
+    `kept_bytes` bounds the memory of all, `artifact_bytes` the values that lie in stores; one tenant may have a `share`
+    of either. The ids of runs that are kept no longer are remembered for `id_ttl_s`.
     """
 
     runs: int = 1000
-    tasks: int = 200_000
-    kept_bytes: int = 1024 * 1024 * 1024
-    artifact_bytes: int = 1024 * 1024 * 1024
+    kept_bytes: int = 2 * GIB
+    artifact_bytes: int = 2 * GIB
+    share: float = 0.5
+    result_ttl_s: float = 3600.0
+    id_ttl_s: float = 3600.0
 
 
 def fingerprint(*parts: bytes) -> str:

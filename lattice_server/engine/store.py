@@ -26,12 +26,16 @@ from uuid import uuid4
 from lattice_server.core.errors import ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact
 from lattice_server.engine.folders import MIB, linked, made, remove, room
+from lattice_server.engine.uploads import Name, Uploads
+from lattice_server.engine.usage import Bound
 
+GIB = 1024 * MIB
 HEAD = "head"
 SPARES = "spares"
 UPLOADS = "uploads"
 CHUNK_BYTES = 1024 * 1024
 MIN_SPARE_BYTES = 1024 * 1024
+UPLOAD_BOUND = Bound(8 * GIB, share=0.5)
 UPLOAD_TTL_S = 600.0
 _ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
@@ -50,7 +54,13 @@ class ArtifactStore:
     Raises StoreError.
     """
 
-    def __init__(self, folder: str = "", spare_limit_bytes: int = 512 * 1024 * 1024) -> None:
+    def __init__(
+        self,
+        folder: str = "",
+        spare_limit_bytes: int = 512 * MIB,
+        upload_bound: Bound = UPLOAD_BOUND,
+        upload_ttl_s: float = UPLOAD_TTL_S,
+    ) -> None:
         self.on_drop: Callable[[Artifact], None] = lambda artifact: None
         self.directory, self._lock = made(folder)
         self._on_disk = linked(self.directory)
@@ -58,10 +68,9 @@ class ArtifactStore:
         self._spares.mkdir()
         self._uploads.mkdir()
         self.total_bytes = room(self.directory)[1]
+        self.uploads = Uploads(upload_bound, upload_ttl_s, lambda artifact: self.release([artifact]))
         self._spare_limit_bytes = min(spare_limit_bytes, self.total_bytes // 4)
         self._held: dict[str, _Holding] = {}
-        # Uploads that no run and no workflow has taken, by id; equal ones wait one by one.
-        self._waiting: dict[str, list[tuple[Artifact, asyncio.TimerHandle]]] = {}
 
     async def read(self, artifact_id: str, offset: int) -> AsyncIterator[bytes]:
         """Yield the bytes of an artifact from `offset` on, in chunks of 1 MiB. Raises NotFoundError."""
@@ -71,40 +80,35 @@ class ArtifactStore:
             while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
                 yield chunk
 
-    async def write(self, chunks: AsyncIterator[bytes]) -> Artifact:
-        """Store the chunks as one artifact; it is dropped after 10 minutes in which no run and no workflow took it.
+    async def write(self, chunks: AsyncIterator[bytes], tenant: str = "") -> Artifact:
+        """Store the chunks as one artifact of a tenant.
+
+        It is dropped when no run and no workflow has named it within the time that uploads wait.
 
         Raises:
-            ExhaustedError: the store has no room for it.
+            ExhaustedError: the store has no room for it, or the tenant has uploaded as much as it may.
         """
         draft, digest, size = self._uploads / uuid4().hex, hashlib.sha256(), 0
         try:
             with self._created(draft) as file:
                 async for chunk in chunks:
-                    await asyncio.to_thread(self._append, file, chunk, digest)
+                    self.uploads.receive(tenant, len(chunk))
                     size += len(chunk)
+                    await asyncio.to_thread(self._append, file, chunk, digest)
             artifact = self._admit(draft, Artifact(digest.hexdigest(), size, HEAD))
         finally:
+            self.uploads.forget(tenant, size)
             draft.unlink(missing_ok=True)
-        timer = asyncio.get_running_loop().call_later(UPLOAD_TTL_S, self._stop_waiting, artifact.artifact_id)
-        self._waiting.setdefault(artifact.artifact_id, []).append((artifact, timer))
+        self.uploads.wait(tenant, artifact)
         return artifact
 
-    def take(self, artifacts: Sequence[Artifact]) -> None:
-        """As `hold`, for a run or a workflow: an upload it names waits no longer to be taken."""
+    def take(self, artifacts: Sequence[Artifact], tenant: str = "") -> list[Name]:
+        """As `hold`, for a run or a workflow of a tenant; return the uploads among them, which go on counting as such
+        until they are given to `uploads.release`."""
         self.hold(artifacts)
-        # One of equal uploads each: another one may be for another run.
-        for artifact_id in {artifact.artifact_id for artifact in artifacts} & self._waiting.keys():
-            self._stop_waiting(artifact_id)
-
-    def _stop_waiting(self, artifact_id: str) -> None:
-        """Let go of an upload that was taken, or that nothing has taken for too long."""
-        waiting = self._waiting[artifact_id]
-        artifact, timer = waiting.pop(0)
-        timer.cancel()
-        if not waiting:
-            del self._waiting[artifact_id]
-        self.release([artifact])
+        held, named = self.uploads.take(tenant, artifacts)
+        self.release(named)
+        return held
 
     def hold(self, artifacts: Iterable[Artifact]) -> None:
         """Keep artifacts until as many `release` as `hold` have named them."""

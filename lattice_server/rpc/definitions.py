@@ -9,7 +9,16 @@ from lattice.v1 import task_pb2
 
 from lattice_server.core.batching import BatchRule, by_rule
 from lattice_server.core.errors import invalid_field
-from lattice_server.core.model import BatchPolicy, BatchScope, Condition, Function, Isolation, RetryPolicy, TaskSpec
+from lattice_server.core.model import (
+    BatchPolicy,
+    BatchScope,
+    Bundle,
+    Condition,
+    Function,
+    Isolation,
+    RetryPolicy,
+    TaskSpec,
+)
 from lattice_server.rpc.convert import (
     FAILURE_KIND_FROM_PROTO,
     ISOLATION_FROM_PROTO,
@@ -45,7 +54,7 @@ def check_run_id(run_id: str, field: str) -> None:
         raise invalid_field(field, f"must have at most {MAX_ID_LENGTH} characters")
 
 
-def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], task_pb2.CodeBundle]) -> Function:
+def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], Bundle]) -> Function:
     """Return a function that came with its code, named by the digest of what came."""
     kept = task_pb2.Function()
     kept.CopyFrom(message)
@@ -53,14 +62,19 @@ def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], t
     bundle = bundle_of(message.bundle_digest) if message.bundle_digest else None
     is_async = message.python.concurrency == task_pb2.CONCURRENCY_ASYNC
     runtime = runtime_from_proto(message.runtime)
-    return Function(kept.digest, is_async, (kept, bundle), message.bundle_digest, message.entrypoint, runtime)
+    return Function(kept.digest, is_async, kept, bundle, message.entrypoint, runtime, message.ByteSize())
+
+
+def bundle_from_proto(message: task_pb2.CodeBundle) -> Bundle:
+    """Return a bundle that came with its content."""
+    return Bundle(message.digest, task_pb2.CodeBundle(digest=message.digest, zip=message.zip), len(message.zip))
 
 
 def code_to_proto(function: Function) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
-    """Return a function's code and its bundle, as `function_from_proto` put them by."""
-    definition = function.definition
-    assert isinstance(definition, tuple)
-    code, bundle = definition
+    """Return a function's code and its bundle, as they came."""
+    code, bundle = function.definition, None if function.bundle is None else function.bundle.content
+    assert isinstance(code, task_pb2.Function)
+    assert bundle is None or isinstance(bundle, task_pb2.CodeBundle)
     return code, bundle
 
 

@@ -5,6 +5,7 @@ Rule: code is named by the digest of what was received; a name a caller made up 
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
 
@@ -24,27 +25,31 @@ FAILURE_POLICY_FROM_PROTO = {
 class Intake:
     """Checks and translates what callers send."""
 
-    def __init__(self, inline_limit_bytes: int, rules: Sequence[BatchRule] = ()) -> None:
+    def __init__(self, code: CodeStore, inline_limit_bytes: int, rules: Sequence[BatchRule] = ()) -> None:
+        self.code = code
         self.inline_limit_bytes = inline_limit_bytes
         self._rules = rules
-        self.code = CodeStore()
 
     def functions(
-        self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle]
+        self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle], tenant: str
     ) -> dict[str, Function]:
-        """Check and keep functions and bundles; return the functions by their names in the workflow.
+        """Check and keep functions and bundles of a tenant; return the functions by their names in the workflow.
 
-        What stays in `messages` is their digests, so that requests that mean the same are the same.
+        What stays in `messages` is their digests.
+
+        Raises:
+            ExhaustedError: the tenant has as much code as it may.
+            InvalidError, PreconditionError: see `CodeStore.get`; a digest is wrong, or of nothing that is known.
         """
         for index, bundle in enumerate(bundles):
             if bundle.zip:
                 digest = f"sha256:{hashlib.sha256(bundle.zip).hexdigest()}"
                 if bundle.digest != digest:
                     raise invalid_field(f"bundles[{index}].digest", f"must be that of `zip`, {digest}")
-                self.code.put(digest, task_pb2.CodeBundle(digest=digest, zip=bundle.zip), len(bundle.zip))
+                self.code.put(tenant, definitions.bundle_from_proto(bundle))
         found = {}
         for name, message in messages.items():
-            found[name] = self._function(message, f'functions["{name}"]')
+            found[name] = self._function(message, f'functions["{name}"]', tenant)
             message.Clear()
             message.digest = found[name].digest
         return found
@@ -77,7 +82,13 @@ class Intake:
             failure_policy=policy,
         )
 
-    def _function(self, message: task_pb2.Function, field: str) -> Function:
+    def spawned(self, messages: Mapping[str, task_pb2.Function]) -> dict[str, Function]:
+        """Check functions that a running task named; they are kept once the tasks that call them belong to its run."""
+        return {
+            name: self._function(message, f'functions["{name}"]', tenant=None) for name, message in messages.items()
+        }
+
+    def _function(self, message: task_pb2.Function, field: str, tenant: str | None) -> Function:
         has_code = message.python.WhichOneof("code") is not None
         if has_code and message.entrypoint:
             raise invalid_field(field, "a function has either an entrypoint or code of its own")
@@ -85,10 +96,9 @@ class Intake:
             if not message.digest:
                 text = "a function needs python.pickle, python.source, entrypoint, or the digest of one sent before"
                 raise invalid_field(field, text)
-            known: Function = self.code.get(message.digest)
+            known: Function = self.code.get(tenant, message.digest)
             return known
-        function = definitions.function_from_proto(message, self.code.get)
+        function = definitions.function_from_proto(message, partial(self.code.get, tenant))
         if message.digest not in {"", function.digest}:
             raise invalid_field(f"{field}.digest", f"must be empty or that of the function, {function.digest}")
-        self.code.put(function.digest, function, message.ByteSize())
-        return function
+        return function if tenant is None else self.code.put(tenant, function)

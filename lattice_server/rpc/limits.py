@@ -1,9 +1,12 @@
 """Owns how the server's limits and features look on the wire. Rule: each limit is read from where it is enforced."""
 
+from collections.abc import Iterable
+
 from lattice.v1 import cluster_pb2
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.open_run import MAX_QUESTIONS
+from lattice_server.engine.usage import Usage
 from lattice_server.rpc import convert
 from lattice_server.rpc.artifacts import UPLOAD_CHUNK_BYTES
 from lattice_server.rpc.definitions import MAX_ID_LENGTH
@@ -15,8 +18,9 @@ PROTOCOL_VERSION = 1
 FEATURES = ("drafts", "output-path", "request-id", "run-graph", "open-run")
 
 
-def limits_to_proto(config: ServerConfig) -> cluster_pb2.Limits:
-    """Return the limits that callers of a server with this configuration meet."""
+def limits_to_proto(config: ServerConfig, stores: Iterable[Usage]) -> cluster_pb2.Limits:
+    """Return the limits that callers of a server with this configuration and these stores meet."""
+    of = {usage.what: usage.bound.of_tenant for usage in stores}
     return cluster_pb2.Limits(
         inline_payload_bytes=config.inline_limit_bytes,
         message_bytes=config.message_limit_bytes,
@@ -36,4 +40,18 @@ def limits_to_proto(config: ServerConfig) -> cluster_pb2.Limits:
         question_bytes=config.question_limit_bytes,
         open_questions=MAX_QUESTIONS,
         message_tasks=config.message_limit_tasks,
+        tenant_code_bytes=of["code"],
+        tenant_upload_bytes=of["uploads"],
+        tenant_workflow_bytes=of["stored workflows"],
+        upload_time=convert.duration(config.upload_ttl_s),
+        result_time=convert.duration(config.result_ttl_s),
+        repeat_time=convert.duration(config.repeat_ttl_s),
+    )
+
+
+def usage_to_proto(usage: Usage) -> cluster_pb2.StoreUsage:
+    """Return how full a store is."""
+    bound = usage.bound
+    return cluster_pb2.StoreUsage(
+        name=usage.what, used_bytes=usage.total, limit_bytes=bound.total, tenant_limit_bytes=bound.of_tenant
     )

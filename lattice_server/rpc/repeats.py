@@ -31,7 +31,7 @@ class _Answer:
 
 
 class Repeats:
-    """The answers of the last hour by request id, oldest first, and no more of them than the limits say."""
+    """The answers of the last `kept_s` by request id, oldest first, and no more of them than the limits say."""
 
     def __init__(
         self,
@@ -39,9 +39,11 @@ class Repeats:
         max_answers: int = MAX_ANSWERS,
         max_bytes: int = MAX_BYTES,
         slices: Slices | None = None,
+        kept_s: float = KEPT_S,
     ) -> None:
         self._slices = slices or Slices()
         self._clock = clock
+        self._kept_s = kept_s
         self._max_answers = max_answers
         self._max_bytes = max_bytes
         self._answers: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
@@ -91,7 +93,7 @@ class Repeats:
 
     def _forget(self) -> None:
         """Drop what is too old or too much, oldest first; what is still being carried out stays."""
-        oldest = self._clock() - KEPT_S
+        oldest = self._clock() - self._kept_s
         while self._answers:
             key, answer = next(iter(self._answers.items()))
             is_too_much = len(self._answers) > self._max_answers or self._size_bytes > self._max_bytes

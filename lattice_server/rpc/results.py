@@ -43,12 +43,16 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
                 yield results_pb2.WatchRunResponse(events=closing, sequence=last, complete=complete)
         if request.after_sequence == len(entry.log.events):
             yield results_pb2.WatchRunResponse(sequence=request.after_sequence, complete=True)
+        if not wanted:
+            self._orchestrator.ended.note_read(entry)
 
     async def GetResult(self, request: results_pb2.GetResultRequest, context: Context) -> results_pb2.GetResultResponse:
         """Return a run and the outputs of its final tasks."""
         entry = self._orchestrator.run(request.run_id)
         await entry.log.completed(wait_from_proto(request.wait, "wait"))
-        return await result_to_proto(entry, self._slices)
+        response = await result_to_proto(entry, self._slices)
+        self._orchestrator.ended.note_read(entry)
+        return response
 
 
 def _is_wanted(event: RunEvent, task_ids: frozenset[str], exclude_logs: bool) -> bool:

@@ -17,6 +17,8 @@ from lattice_server.rpc.graphs import task_to_spec
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.prints import GraphPrint
 
+NO_TENANT = ""  # Whose drafts and stored workflows are.
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
@@ -43,8 +45,8 @@ class Submissions:
         self._drafts = drafts
         self._slices = slices
 
-    async def graph(self, message: workflow_pb2.WorkflowSpec) -> Submission:
-        """Check and return a workflow, without looking at its edges.
+    async def graph(self, message: workflow_pb2.WorkflowSpec, tenant: str) -> Submission:
+        """Check and return a workflow of a tenant, without looking at its edges.
 
         What stays in `message` of its code are digests, so that requests that mean the same are the same.
 
@@ -52,7 +54,7 @@ class Submissions:
         """
         draft = self._drafts.get(message.draft_id) if message.draft_id else None
         print_ = _print_of(draft)
-        functions = self._functions(message, {} if draft is None else draft.functions)
+        functions = self._functions(message, {} if draft is None else draft.functions, tenant)
         print_.add_functions(functions)
         tasks = [] if draft is None else list(draft.tasks)
         if draft is not None and draft.is_used:
@@ -68,10 +70,10 @@ class Submissions:
         parts = (head.SerializeToString(deterministic=True), *print_.parts())
         return Submission(spec, functions, parts, message.draft_id, draft is not None and draft.is_used)
 
-    async def added(self, request: workflow_pb2.AddTasksRequest) -> list[TaskSpec]:
-        """Check and return what is to be added to a run. Raises as `graph`."""
+    async def added(self, request: workflow_pb2.AddTasksRequest, tenant: str) -> list[TaskSpec]:
+        """Check and return what is to be added to a run of a tenant. Raises as `graph`."""
         draft = self._drafts.get(request.source_draft_id) if request.source_draft_id else None
-        functions = self._functions(request, {} if draft is None else draft.functions)
+        functions = self._functions(request, {} if draft is None else draft.functions, tenant)
         before = [] if draft is None else list(draft.tasks)
         return before + await self.tasks(request.tasks, functions)
 
@@ -86,7 +88,7 @@ class Submissions:
         size, count = request.ByteSize(), len(request.tasks)
         known = self._drafts.expect(draft_id, revision, size, count)
         print_ = _print_of(self._drafts.get(draft_id) if known else None)
-        functions = self._functions(request, known)
+        functions = self._functions(request, known, NO_TENANT)
         print_.add_functions(functions)
         tasks = await self.tasks(request.tasks, functions, print_)
         # Another part may have come meanwhile.
@@ -125,9 +127,12 @@ class Submissions:
         return tasks
 
     def _functions(
-        self, message: workflow_pb2.WorkflowSpec | workflow_pb2.AddTasksRequest, known: Mapping[str, Function]
+        self,
+        message: workflow_pb2.WorkflowSpec | workflow_pb2.AddTasksRequest,
+        known: Mapping[str, Function],
+        tenant: str,
     ) -> dict[str, Function]:
-        return merged(known, self._intake.functions(message.functions, message.bundles))
+        return merged(known, self._intake.functions(message.functions, message.bundles, tenant))
 
 
 def merged(known: Mapping[str, Function], added: Mapping[str, Function]) -> dict[str, Function]:

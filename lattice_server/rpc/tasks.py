@@ -44,7 +44,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         request.ClearField("wait")  # how long a caller waits makes it no other run
         bundles = [request.bundle] if request.HasField("bundle") else []
         name = request.task.function or FUNCTION_NAME
-        functions = self._intake.functions({name: request.function}, bundles)
+        functions = self._intake.functions({name: request.function}, bundles, request.tenant)
         request.ClearField("bundle")
         task = task_pb2.TaskSpec()
         task.CopyFrom(request.task)
@@ -67,7 +67,9 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         )
         await self._wait(entry, task.task_id, wait_s)
         shown = task_to_proto(entry, task.task_id)
-        return task_pb2.RunTaskResponse(run=run_to_proto(entry), created=created, task=shown)
+        response = task_pb2.RunTaskResponse(run=run_to_proto(entry), created=created, task=shown)
+        self._orchestrator.ended.note_read(entry)
+        return response
 
     async def GetTask(self, request: task_pb2.GetTaskRequest, context: Context) -> task_pb2.GetTaskResponse:
         """Return one task of a run."""

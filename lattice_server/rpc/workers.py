@@ -15,7 +15,7 @@ from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 from lattice_server.config import ServerConfig
 from lattice_server.core import messages
 from lattice_server.core.errors import InvalidError, LatticeError
-from lattice_server.core.model import Artifact, Failure, FailureKind, TaskSpec
+from lattice_server.core.model import Artifact, Failure, FailureKind, Function, TaskSpec
 from lattice_server.core.questions import AnswerQuestion, AttemptAsked
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.connections import Connection, Session
@@ -155,7 +155,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 session.acknowledge(request.acknowledged_answer)
                 for digest in request.unknown_digests:
                     # A lease refers to its function; a digest that is not found is of no lease any more.
-                    if (function := self._intake.code.find(digest)) is not None:
+                    if isinstance(function := self._intake.code.find(digest), Function):
                         connection.send_code(function)
                 if request.HasField("draining"):
                     deadline_s = deadline_from_proto(request.draining)
@@ -200,7 +200,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def _spawned_event(self, report: worker_pb2.Report, session_id: str) -> messages.AttemptSpawned:
         named = (session_id, report.lease_id, report.item)
         try:
-            functions = self._intake.functions(report.spawned.functions, ())
+            functions = self._intake.spawned(report.spawned.functions)
             tasks = self._intake.tasks(report.spawned.tasks, functions)
             self._check_possible(tasks)
             return messages.AttemptSpawned(*named, tasks)

@@ -24,7 +24,7 @@ from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.open_runs import OpenRunStreams
 from lattice_server.rpc.paging import is_full, number_after, page
 from lattice_server.rpc.repeats import Repeats
-from lattice_server.rpc.submissions import Submission, Submissions, merged
+from lattice_server.rpc.submissions import NO_TENANT, Submission, Submissions, merged
 
 
 class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
@@ -54,7 +54,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request: workflow_pb2.CreateWorkflowRequest, context: Context
     ) -> workflow_pb2.CreateWorkflowResponse:
         """Store a workflow, or only check it."""
-        found = await self._submissions.graph(request.spec)
+        found = await self._submissions.graph(request.spec, NO_TENANT)
         if request.validate_only:
             found.check()
             await self._slices.finish(dag.building(found.spec))
@@ -68,7 +68,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         definition = await self._submissions.definition(request.spec, found)
         size, functions = definition.ByteSize(), dict(found.functions)
         entry, created = self._library.create(
-            request.workflow_id, found.spec, functions, definition, print_, size, graph
+            request.workflow_id, found.spec, functions, definition, print_, size, NO_TENANT, graph
         )
         self._drafts.use_up(found.draft_id)
         return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry), created=created)
@@ -93,7 +93,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def _add_to_workflow(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
         entry = self._expect(request.workflow_id, expected_revision(request))
-        added = self._intake.functions(request.functions, request.bundles)
+        added = self._intake.functions(request.functions, request.bundles, entry.tenant)
         merged(entry.functions, added)
         tasks = await self._submissions.tasks(request.tasks, merged(entry.functions, added))
         while True:
@@ -174,6 +174,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         yield workflow_pb2.ExecuteWorkflowResponse(accepted=accepted)
         await entry.log.completed()
         yield workflow_pb2.ExecuteWorkflowResponse(ended=await result_to_proto(entry, self._slices))
+        self._orchestrator.ended.note_read(entry)
 
     async def OpenRun(
         self, request_iterator: AsyncIterator[workflow_pb2.OpenRunRequest], context: Context
@@ -240,7 +241,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         found: Submission | None = None
         match request.WhichOneof("source"):
             case "workflow":
-                found = await self._submissions.graph(request.workflow)
+                found = await self._submissions.graph(request.workflow, request.tenant)
                 spec, parts = found.spec, (*parts, *found.print_parts)
                 request.ClearField("workflow")
             case "workflow_id":
@@ -274,7 +275,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         return started
 
     async def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
-        tasks = await self._submissions.added(request)
+        tenant = self._orchestrator.run(request.run_id).run.tenant
+        tasks = await self._submissions.added(request, tenant)
         if not tasks:
             raise invalid_field("tasks", "there is nothing to add")
         entry = self._orchestrator.add_tasks(request.run_id, tasks, expected_revision(request))

@@ -121,10 +121,15 @@ def test_what_the_pages_say_of_defaults_is_so() -> None:
     found, root = ServerConfig(), Path(__file__).parent.parent.parent
     pages = " ".join(f"{(root / 'README.md').read_text()} {(root / 'docs' / 'cluster.md').read_text()}".split())
     for claim in (
+        f"no longer than {found.result_ttl_s:,.0f} s (`result_ttl_s`)",
         f"the newest: {found.retained_runs:,} (`retained_runs`)",
-        f"more than {found.retained_tasks:,} tasks (`retained_tasks`)",
-        f"more than {found.retained_bytes // 2**30} GiB (`retained_bytes`)",
+        f"at most {found.retained_bytes // 2**30} GiB of memory (`retained_bytes`)",
         f"kept to {found.retained_artifact_bytes // 2**30} GiB in all (`retained_artifact_bytes`)",
+        f"stored workflows, {found.code_bytes // 2**20} MiB (`code_bytes`)",
+        f"{found.upload_bytes // 2**30} GiB (`upload_bytes`)",
+        f"stored workflows, {found.workflow_bytes // 2**30} GiB (`workflow_bytes`)",
+        f"waits for {found.upload_ttl_s:.0f} s (`upload_ttl_s`)",
+        f"(`tenant_share`, {found.tenant_share})",
         f"Up to {found.max_workflows:,} workflows are stored (`max_workflows`)",
         f"in `session_ttl_s` ({found.session_ttl_s:g} s)",
         f"A value over {found.inline_limit_bytes // 1024} KiB stays on the node that made it",

@@ -17,13 +17,16 @@ CHUNK = b"x" * (1 << 20)
 
 
 @contextmanager
-def started(folder: Path, mount: str) -> Iterator["subprocess.Popen[str]"]:
-    """Run a server while the block runs that keeps large values in a folder on which no other process sees a mount."""
+def started(folder: Path, mount: str, filled_mib: int = 0) -> Iterator["subprocess.Popen[str]"]:
+    """Run a server while the block runs that keeps large values in a folder on which no other process sees a mount.
+
+    `filled_mib` of it are taken by another file."""
     store, settings = folder / "store", folder / "lattice.toml"
     store.mkdir()
     settings.write_text(f'store_folder = "{store}"\n')
     serve = f"{sys.executable} -m lattice_server start --head --executor local --num-cpus 0 --port 0"
-    command = f"mount -t tmpfs -o {mount} none {store} && exec {serve} --config {settings}"
+    fill = f"head -c {filled_mib}M /dev/zero > {store}/filler" if filled_mib else "true"
+    command = f"mount -t tmpfs -o {mount} none {store} && {fill} && exec {serve} --config {settings}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(["unshare", "-m", "sh", "-c", command], text=True, **pipes) as server:
         try:
@@ -34,7 +37,7 @@ def started(folder: Path, mount: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def test_an_upload_that_a_full_store_cannot_take_is_refused_with_its_folder_and_sizes(short_path: Path) -> None:
-    with started(short_path, "size=8m") as server:
+    with started(short_path, "size=8m", filled_mib=7) as server:
         assert server.stdout is not None
         found = re.search(r"127\.0\.0\.1:\d+", server.stdout.readline())
         assert found
@@ -48,8 +51,8 @@ def test_an_upload_that_a_full_store_cannot_take_is_refused_with_its_folder_and_
                 rf"{short_path}/store/lattice-head-\w+ cannot take it: No space left on device; \d of 8 MiB are free",
                 caught.value.details() or "",
             )
-            written = artifacts.WriteArtifact(artifact_pb2.WriteArtifactRequest(data=CHUNK) for _ in range(4))
-            assert written.artifact.size_bytes == 4 << 20
+            written = artifacts.WriteArtifact(artifact_pb2.WriteArtifactRequest(data=b"x") for _ in range(9))
+            assert written.artifact.size_bytes == 9
 
 
 def test_a_folder_that_cannot_be_used_ends_the_start_with_one_line(short_path: Path) -> None:

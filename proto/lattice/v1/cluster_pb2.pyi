@@ -80,6 +80,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     ACTIVE_RUNS_FIELD_NUMBER: builtins.int
     QUEUED_TASKS_FIELD_NUMBER: builtins.int
     RUNNING_ATTEMPTS_FIELD_NUMBER: builtins.int
+    STORES_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The version of the server's software, for people."""
     protocol_version: builtins.int
@@ -115,6 +116,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When this life of the server started."""
 
+    @property
+    def stores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StoreUsage]:
+        """What the server keeps for its tenants, and how much of it there may be."""
+
     def __init__(
         self,
         *,
@@ -130,11 +135,44 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         active_runs: builtins.int = ...,
         queued_tasks: builtins.int = ...,
         running_attempts: builtins.int = ...,
+        stores: collections.abc.Iterable[Global___StoreUsage] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "executor", b"executor", "features", b"features", "limits", b"limits", "pid", b"pid", "protocol_version", b"protocol_version", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "server_epoch", b"server_epoch", "start_time", b"start_time", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "executor", b"executor", "features", b"features", "limits", b"limits", "pid", b"pid", "protocol_version", b"protocol_version", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "server_epoch", b"server_epoch", "start_time", b"start_time", "stores", b"stores", "version", b"version"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
+
+@typing.final
+class StoreUsage(google.protobuf.message.Message):
+    """How full one of the server's stores is."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    USED_BYTES_FIELD_NUMBER: builtins.int
+    LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    TENANT_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """`code`, `uploads`, `stored workflows`, `ended runs` (their values, events and code) or `results` (the large values of
+    ended runs).
+    """
+    used_bytes: builtins.int
+    """The bytes in it, of all tenants."""
+    limit_bytes: builtins.int
+    """The most bytes that all tenants may have in it."""
+    tenant_limit_bytes: builtins.int
+    """The most bytes that one tenant may have in it."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        used_bytes: builtins.int = ...,
+        limit_bytes: builtins.int = ...,
+        tenant_limit_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["limit_bytes", b"limit_bytes", "name", b"name", "tenant_limit_bytes", b"tenant_limit_bytes", "used_bytes", b"used_bytes"]) -> None: ...
+
+Global___StoreUsage: typing_extensions.TypeAlias = StoreUsage
 
 @typing.final
 class Limits(google.protobuf.message.Message):
@@ -160,6 +198,12 @@ class Limits(google.protobuf.message.Message):
     QUESTION_BYTES_FIELD_NUMBER: builtins.int
     OPEN_QUESTIONS_FIELD_NUMBER: builtins.int
     MESSAGE_TASKS_FIELD_NUMBER: builtins.int
+    TENANT_CODE_BYTES_FIELD_NUMBER: builtins.int
+    TENANT_UPLOAD_BYTES_FIELD_NUMBER: builtins.int
+    TENANT_WORKFLOW_BYTES_FIELD_NUMBER: builtins.int
+    UPLOAD_TIME_FIELD_NUMBER: builtins.int
+    RESULT_TIME_FIELD_NUMBER: builtins.int
+    REPEAT_TIME_FIELD_NUMBER: builtins.int
     inline_payload_bytes: builtins.int
     """The longest value that may travel inline, in bytes; at least 4096. Longer ones are written as artifacts."""
     message_bytes: builtins.int
@@ -196,6 +240,14 @@ class Limits(google.protobuf.message.Message):
     """The most tasks in one message, at least 1000. It also holds for edges, and for all other entries of a message
     together.
     """
+    tenant_code_bytes: builtins.int
+    """The most bytes of code that runs and stored workflows of one tenant hold; more is refused with STORE_FULL. Code that
+    none holds is kept as well while there is room.
+    """
+    tenant_upload_bytes: builtins.int
+    """The most bytes of uploads of one tenant that wait to be named, or that runs and stored workflows need."""
+    tenant_workflow_bytes: builtins.int
+    """The most bytes of definitions of one tenant's stored workflows."""
     @property
     def max_wait(self) -> google.protobuf.duration_pb2.Duration:
         """The longest wait of one call; a request for more waits this long."""
@@ -203,6 +255,18 @@ class Limits(google.protobuf.message.Message):
     @property
     def open_run_grace(self) -> google.protobuf.duration_pb2.Duration:
         """How long an open run goes on that no stream holds."""
+
+    @property
+    def upload_time(self) -> google.protobuf.duration_pb2.Duration:
+        """How long an upload waits for a run or a workflow that names it; then it is deleted."""
+
+    @property
+    def result_time(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the result of a run is kept that no caller has read, if its tenant's results are not too many."""
+
+    @property
+    def repeat_time(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the ids of ended runs, and the answers to requests with a `request_id`, are remembered."""
 
     def __init__(
         self,
@@ -225,9 +289,15 @@ class Limits(google.protobuf.message.Message):
         question_bytes: builtins.int = ...,
         open_questions: builtins.int = ...,
         message_tasks: builtins.int = ...,
+        tenant_code_bytes: builtins.int = ...,
+        tenant_upload_bytes: builtins.int = ...,
+        tenant_workflow_bytes: builtins.int = ...,
+        upload_time: google.protobuf.duration_pb2.Duration | None = ...,
+        result_time: google.protobuf.duration_pb2.Duration | None = ...,
+        repeat_time: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["max_wait", b"max_wait", "open_run_grace", b"open_run_grace"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["default_page_size", b"default_page_size", "id_characters", b"id_characters", "inline_payload_bytes", b"inline_payload_bytes", "log_bytes", b"log_bytes", "map_items", b"map_items", "max_page_size", b"max_page_size", "max_wait", b"max_wait", "message_bytes", b"message_bytes", "message_tasks", b"message_tasks", "open_questions", b"open_questions", "open_run_grace", b"open_run_grace", "open_tasks", b"open_tasks", "page_bytes", b"page_bytes", "question_bytes", b"question_bytes", "run_tasks", b"run_tasks", "spawn_depth", b"spawn_depth", "stored_workflows", b"stored_workflows", "upload_chunk_bytes", b"upload_chunk_bytes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_wait", b"max_wait", "open_run_grace", b"open_run_grace", "repeat_time", b"repeat_time", "result_time", b"result_time", "upload_time", b"upload_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["default_page_size", b"default_page_size", "id_characters", b"id_characters", "inline_payload_bytes", b"inline_payload_bytes", "log_bytes", b"log_bytes", "map_items", b"map_items", "max_page_size", b"max_page_size", "max_wait", b"max_wait", "message_bytes", b"message_bytes", "message_tasks", b"message_tasks", "open_questions", b"open_questions", "open_run_grace", b"open_run_grace", "open_tasks", b"open_tasks", "page_bytes", b"page_bytes", "question_bytes", b"question_bytes", "repeat_time", b"repeat_time", "result_time", b"result_time", "run_tasks", b"run_tasks", "spawn_depth", b"spawn_depth", "stored_workflows", b"stored_workflows", "tenant_code_bytes", b"tenant_code_bytes", "tenant_upload_bytes", b"tenant_upload_bytes", "tenant_workflow_bytes", b"tenant_workflow_bytes", "upload_chunk_bytes", b"upload_chunk_bytes", "upload_time", b"upload_time"]) -> None: ...
 
 Global___Limits: typing_extensions.TypeAlias = Limits
 

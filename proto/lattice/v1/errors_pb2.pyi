@@ -97,7 +97,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_WORKFLOW_NOT_FOUND: _ErrorReason.ValueType  # 4
     """NOT_FOUND: no such workflow."""
     ERROR_REASON_RUN_NOT_FOUND: _ErrorReason.ValueType  # 5
-    """NOT_FOUND: no such run; also for a run whose retention ended."""
+    """NOT_FOUND: no such run, or one that is forgotten."""
     ERROR_REASON_TASK_NOT_FOUND: _ErrorReason.ValueType  # 6
     """NOT_FOUND: the run has no such task."""
     ERROR_REASON_NODE_NOT_FOUND: _ErrorReason.ValueType  # 7
@@ -154,6 +154,14 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """
     ERROR_REASON_DRAFT_NOT_FOUND: _ErrorReason.ValueType  # 31
     """NOT_FOUND: no such draft; also for one that was dropped, 10 minutes after its last part. Send its parts again."""
+    ERROR_REASON_STORE_FULL: _ErrorReason.ValueType  # 34
+    """RESOURCE_EXHAUSTED: the tenant, or all tenants together, have as many bytes in a store as they may; metadata `store`
+    is `code`, `uploads` or `stored workflows`, `kept_bytes` and `limit_bytes` are the figures. See `Limits`.
+    """
+    ERROR_REASON_RUN_EVICTED: _ErrorReason.ValueType  # 35
+    """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
+    nothing again.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -171,7 +179,7 @@ ERROR_REASON_WORKFLOW_CYCLE: ErrorReason.ValueType  # 3
 ERROR_REASON_WORKFLOW_NOT_FOUND: ErrorReason.ValueType  # 4
 """NOT_FOUND: no such workflow."""
 ERROR_REASON_RUN_NOT_FOUND: ErrorReason.ValueType  # 5
-"""NOT_FOUND: no such run; also for a run whose retention ended."""
+"""NOT_FOUND: no such run, or one that is forgotten."""
 ERROR_REASON_TASK_NOT_FOUND: ErrorReason.ValueType  # 6
 """NOT_FOUND: the run has no such task."""
 ERROR_REASON_NODE_NOT_FOUND: ErrorReason.ValueType  # 7
@@ -228,6 +236,14 @@ parts, see `WorkflowSpec.draft_id`. Metadata `limit` names the limit, and its va
 """
 ERROR_REASON_DRAFT_NOT_FOUND: ErrorReason.ValueType  # 31
 """NOT_FOUND: no such draft; also for one that was dropped, 10 minutes after its last part. Send its parts again."""
+ERROR_REASON_STORE_FULL: ErrorReason.ValueType  # 34
+"""RESOURCE_EXHAUSTED: the tenant, or all tenants together, have as many bytes in a store as they may; metadata `store`
+is `code`, `uploads` or `stored workflows`, `kept_bytes` and `limit_bytes` are the figures. See `Limits`.
+"""
+ERROR_REASON_RUN_EVICTED: ErrorReason.ValueType  # 35
+"""NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
+nothing again.
+"""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final

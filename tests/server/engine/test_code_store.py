@@ -4,34 +4,84 @@ import gc
 
 import pytest
 
-from lattice_server.core.errors import PreconditionError
-from lattice_server.core.model import Function
+from lattice_server.core.errors import ExhaustedError, PreconditionError
+from lattice_server.core.model import Bundle, Function
 from lattice_server.engine.code_store import CodeStore, SentCode
+from lattice_server.engine.usage import Bound
+
+A, B = "tenant-a", "tenant-b"
 
 
-def function(digest: str) -> Function:
-    return Function(digest, False, None)
+def function(digest: str, size_bytes: int = 10, bundle: Bundle | None = None) -> Function:
+    return Function(digest, False, None, bundle, size_bytes=size_bytes)
 
 
-def test_the_code_used_longest_ago_goes_first_when_there_is_too_much() -> None:
-    store = CodeStore(limit_bytes=20)
+def is_kept(store: CodeStore, tenant: str, digest: str) -> bool:
+    try:
+        store.get(tenant, digest)
+    except PreconditionError:
+        return False
+    return True
+
+
+def test_the_code_used_longest_ago_is_evicted_first_when_there_is_too_much() -> None:
+    store = CodeStore(Bound(20))
     for digest in "ab":
-        store.put(digest, function(digest), 10)
-    store.get("a")
-    store.put("c", function("c"), 10)
-    gc.collect()
-    assert (store.find("a") is not None, store.find("b"), store.find("c") is not None) == (True, None, True)
+        store.put(A, function(digest))
+    store.get(A, "a")
+    store.put(A, function("c"))
+    assert [is_kept(store, A, digest) for digest in "abc"] == [True, False, True]
     with pytest.raises(PreconditionError) as caught:
-        store.get("b")
-    assert caught.value.reason == "FUNCTION_MISSING"
+        store.get(A, "b")
+    assert (caught.value.reason, caught.value.metadata) == ("FUNCTION_MISSING", {"digest": "b"})
 
 
-def test_code_is_found_while_something_refers_to_it() -> None:
-    store, held = CodeStore(limit_bytes=10), function("a")
-    store.put("a", held, 10)
-    store.put("b", function("b"), 10)
-    assert store.get("a") is store.find("a") is held
-    del held
+def test_code_is_kept_while_it_is_held() -> None:
+    store, held = CodeStore(Bound(20)), function("a", bundle=Bundle("bundle", None, 5))
+    store.hold(A, [held])
+    store.hold(A, [held])
+    store.put(A, function("b", 5))
+    store.put(A, function("c", 5))
+    assert [is_kept(store, A, digest) for digest in ("a", "bundle", "b", "c")] == [True, True, False, True]
+    store.release(A, [held])
+    store.put(A, function("d", 5))
+    assert is_kept(store, A, "a"), "held once more"
+    store.release(A, [held])
+    store.put(A, function("e", 15))
+    assert not is_kept(store, A, "a")
+    assert store.usage.total == 15
+
+
+def test_code_is_refused_when_what_is_held_leaves_no_room() -> None:
+    store = CodeStore(Bound(100, share=0.5))
+    store.hold(A, [function("a", 30)])
+    with pytest.raises(ExhaustedError) as caught:
+        store.put(A, function("b", 21))
+    assert (caught.value.reason, caught.value.retry_after_s) == ("STORE_FULL", 1.0)
+    assert caught.value.metadata == {"store": "code", "kept_bytes": "30", "limit_bytes": "50"}
+    with pytest.raises(ExhaustedError):
+        store.hold(A, [function("c", 10), function("d", 11)])
+    assert (store.usage.of(A), is_kept(store, A, "c")) == (40, True), "c came, and is not held"
+    store.put(B, function("b", 21))
+    store.put(A, function("e", 20))
+    assert [is_kept(store, *name) for name in ((A, "a"), (A, "c"), (A, "e"), (B, "b"))] == [True, False, True, True]
+
+
+def test_a_tenant_has_its_own_code_only() -> None:
+    store = CodeStore()
+    mine = store.put(A, function("f"))
+    assert not is_kept(store, B, "f")
+    assert store.put(B, function("f")) is mine, "equal code is one object"
+    assert (store.usage.of(A), store.usage.of(B), store.usage.total) == (10, 10, 20)
+
+
+def test_code_that_a_lease_refers_to_is_found_though_it_is_evicted() -> None:
+    store, referred = CodeStore(Bound(10)), function("a")
+    store.put(A, referred)
+    store.put(A, function("b"))
+    assert not is_kept(store, A, "a")
+    assert store.find("a") is store.get(None, "a") is referred
+    del referred
     gc.collect()
     assert store.find("a") is None
 

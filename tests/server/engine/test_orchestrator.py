@@ -31,12 +31,15 @@ from lattice_server.core.run import Bounds, Run
 from lattice_server.core.states import RunState
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.connections import Connection
 from lattice_server.engine.ended_ids import EndedIds
 from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.uploads import Name, Uploads
+from lattice_server.engine.usage import Bound
 from lattice_server.rpc.events import run_to_proto, task_to_proto
 from tests.server.core.graphs import VALUE, hello, task, workflow
 
@@ -49,6 +52,7 @@ class Holdings:
     """A store without a directory: it counts who holds what, and notes what it drops."""
 
     def __init__(self) -> None:
+        self.uploads = Uploads(Bound(0), 0.0, lambda artifact: None)
         self.holders: Counter[str] = Counter()
         self.dropped: list[str] = []
 
@@ -56,7 +60,10 @@ class Holdings:
         """Count a holder."""
         self.holders.update(artifact.artifact_id for artifact in artifacts)
 
-    take = hold
+    def take(self, artifacts: Iterable[Artifact], tenant: str) -> list[Name]:
+        """Count a holder; none of them was uploaded here."""
+        self.hold(artifacts)
+        return []
 
     def release(self, artifacts: Iterable[Artifact]) -> None:
         """Count one less; nobody may let go of what he does not hold."""
@@ -70,19 +77,19 @@ class Holdings:
 def play(
     scenario: Callable[[Orchestrator, Holdings], None],
     retained_runs: int = 2,
-    retained_tasks: int = 1000,
     retained_bytes: int = 1 << 30,
     retained_artifact_bytes: int = 1 << 30,
     max_open_tasks: int = 1000,
+    result_ttl_s: float = 3600.0,
 ) -> None:
     """Play a scenario with an orchestrator that keeps that much of ended runs, and with the store it uses."""
 
     async def run() -> None:
         store: Any = Holdings()
         bus = MessageBus(asyncio.get_running_loop())
-        retention = Retention(retained_runs, retained_tasks, retained_bytes, retained_artifact_bytes)
+        retention = Retention(retained_runs, retained_bytes, retained_artifact_bytes, 1.0, result_ttl_s)
         admission = Admission(Bounds(), max_open_tasks)
-        scenario(Orchestrator(bus, Sessions(SILENCE_LIMIT_S), store, retention, admission), store)
+        scenario(Orchestrator(bus, Sessions(SILENCE_LIMIT_S), store, CodeStore(), retention, admission), store)
 
     asyncio.run(run())
 
@@ -97,9 +104,12 @@ def start(orchestrator: Orchestrator, run_id: str, spec: WorkflowSpec = ONE_TASK
     return orchestrator.start_run(run_id, spec, **settings)[0]
 
 
-def finish(orchestrator: Orchestrator, run_id: str, output: Payload = VALUE) -> None:
+def finish(orchestrator: Orchestrator, run_id: str, output: Payload = VALUE, *, is_read: bool = True) -> None:
+    entry = orchestrator.runs[run_id]
     facts = [TaskStarted(run_id, "t", 1, "n", "ip", ()), TaskSucceeded(run_id, "t", 1, {"out": output})]
     orchestrator.deliver(facts)
+    if is_read:
+        orchestrator.ended.note_read(entry)
 
 
 def test_the_newest_ended_runs_are_kept_and_all_that_go_on() -> None:
@@ -112,23 +122,23 @@ def test_the_newest_ended_runs_are_kept_and_all_that_go_on() -> None:
         assert list(orchestrator.runs) == ["long", "r3", "r4"]
         with pytest.raises(NotFoundError) as caught:
             orchestrator.run("r0")
-        assert caught.value.reason == "RUN_NOT_FOUND"
+        assert caught.value.reason == "RUN_EVICTED"
 
     play(scenario)
 
 
-def test_large_runs_are_forgotten_sooner_but_never_the_newest() -> None:
+def test_runs_of_many_tasks_evict_others_but_not_the_newest() -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         for name in "abc":
             start(orchestrator, name)
             finish(orchestrator, name)
-        assert list(orchestrator.runs) == ["b", "c"]
+        assert list(orchestrator.runs) == ["a", "b", "c"]
         start(orchestrator, "large", workflow({f"t{number}": () for number in range(9)}))
         orchestrator.cancel_run("large", "")
         orchestrator.deliver([TaskCancelled("large", f"t{n}", 0, STOPPED) for n in range(9)])
         assert list(orchestrator.runs) == ["large"]
 
-    play(scenario, retained_runs=100, retained_tasks=2)
+    play(scenario, retained_runs=100, retained_bytes=30_000)
 
 
 def test_no_more_tasks_are_open_than_may_be_and_a_place_that_is_free_is_given_again() -> None:
@@ -174,7 +184,9 @@ def test_a_run_fails_when_its_time_is_over() -> None:
     async def scenario() -> None:
         bus = MessageBus(asyncio.get_running_loop())
         store: Any = Holdings()
-        orchestrator = Orchestrator(bus, Sessions(SILENCE_LIMIT_S), store, Retention(), Admission(Bounds(), 10))
+        orchestrator = Orchestrator(
+            bus, Sessions(SILENCE_LIMIT_S), store, CodeStore(), Retention(), Admission(Bounds(), 10)
+        )
         settings: Any = {"parameters": {}, "labels": {}, "priority": 0, "fingerprint": "", "timeout_s": 0.001}
         entry, _ = orchestrator.start_run("r", ONE_TASK, **settings)
         while entry.run.failure is None:
@@ -192,7 +204,7 @@ def test_the_artifacts_of_a_run_go_with_it() -> None:
             finish(orchestrator, name, stored(f"artifact-of-{name}"))
         assert store.dropped == ["artifact-of-a"]
 
-    play(scenario)
+    play(scenario, result_ttl_s=0.0)
 
 
 def test_what_a_run_was_given_is_kept_with_it_from_its_start() -> None:
@@ -207,7 +219,7 @@ def test_what_a_run_was_given_is_kept_with_it_from_its_start() -> None:
             finish(orchestrator, name)
         assert sorted(store.dropped) == ["default", "given"]
 
-    play(scenario)
+    play(scenario, result_ttl_s=0.0)
 
 
 def test_what_two_runs_share_goes_with_the_last_of_them() -> None:
@@ -220,7 +232,7 @@ def test_what_two_runs_share_goes_with_the_last_of_them() -> None:
         finish(orchestrator, "c")
         assert store.dropped == ["shared"]
 
-    play(scenario, retained_runs=1)
+    play(scenario, retained_runs=1, result_ttl_s=0.0)
 
 
 def test_over_the_limit_the_oldest_artifacts_go_and_their_runs_stay() -> None:
@@ -228,10 +240,10 @@ def test_over_the_limit_the_oldest_artifacts_go_and_their_runs_stay() -> None:
         start(orchestrator, "long", p=stored("of-long", 1000))
         for name in "abc":
             start(orchestrator, name)
-            finish(orchestrator, name, stored(f"of-{name}", 10))
+            finish(orchestrator, name, stored(f"of-{name}", 10), is_read=False)
         assert store.dropped == ["of-a"]
         start(orchestrator, "large")
-        finish(orchestrator, "large", stored("of-large", 100))
+        finish(orchestrator, "large", stored("of-large", 100), is_read=False)
         assert store.dropped == ["of-a", "of-b", "of-c"], "the newest run's own stay, however large"
         assert list(orchestrator.runs) == ["long", "a", "b", "c", "large"]
         start(orchestrator, "d")
@@ -247,7 +259,7 @@ def test_a_stored_workflow_keeps_what_it_names_until_it_names_it_no_more() -> No
         def naming(*names: str) -> WorkflowSpec:
             return workflow({"t": ()}, parameters={name: stored(name) for name in names})
 
-        library = WorkflowLibrary(store, 9)  # type: ignore[arg-type]  # it counts as one
+        library = WorkflowLibrary(store, CodeStore(), 9)  # type: ignore[arg-type]  # it counts as one
         entry, _ = library.create("w", naming("x", "y"), {}, None, "print")
         library.create("w", naming("x", "y"), {}, None, "print")
         assert store.holders == {"x": 1, "y": 1}
@@ -260,9 +272,11 @@ def test_a_stored_workflow_keeps_what_it_names_until_it_names_it_no_more() -> No
         library.delete("w")
         assert store.dropped == ["x"], "a run of it goes on"
         finish(orchestrator, "a")
+        start(orchestrator, "b")
+        finish(orchestrator, "b")
         assert sorted(store.dropped) == ["x", "y", "z"]
 
-    play(scenario, retained_runs=0)
+    play(scenario, retained_runs=0, result_ttl_s=0.0)
 
 
 @pytest.mark.parametrize("told", ["graph", "parameter", "output", "item", "log", "lines", "retry"])
@@ -292,11 +306,11 @@ def test_runs_that_keep_many_bytes_are_forgotten_sooner_but_never_the_newest(tol
         finish(orchestrator, "d")
         assert list(orchestrator.runs) == ["d"]
 
-    play(scenario, retained_runs=100, retained_bytes=40_000)
+    play(scenario, retained_runs=100, retained_bytes=45_000)
 
 
 def test_no_more_workflows_are_stored_than_may_be_and_a_place_that_is_free_is_given_again() -> None:
-    library = WorkflowLibrary(Holdings(), 2)  # type: ignore[arg-type]  # it counts as one
+    library = WorkflowLibrary(Holdings(), CodeStore(), 2)  # type: ignore[arg-type]  # it counts as one
     for name in "ab":
         library.create(name, ONE_TASK, {}, None, "print")
     with pytest.raises(ExhaustedError) as caught:
@@ -308,9 +322,9 @@ def test_no_more_workflows_are_stored_than_may_be_and_a_place_that_is_free_is_gi
 
 
 def test_stored_workflows_take_no_more_bytes_than_they_may() -> None:
-    library = WorkflowLibrary(Holdings(), 9, max_bytes=100)  # type: ignore[arg-type]  # it counts as one
+    library = WorkflowLibrary(Holdings(), CodeStore(), 9, Bound(100))  # type: ignore[arg-type]  # it counts as one
     entry, _ = library.create("a", ONE_TASK, {}, None, "print", 60)
-    with pytest.raises(ExhaustedError, match="would take more than"):
+    with pytest.raises(ExhaustedError, match="60 bytes of stored workflows are kept, and 41 more are over the 100"):
         library.create("b", ONE_TASK, {}, None, "print", 41)
     library.create("b", ONE_TASK, {}, None, "print", 40)
     with pytest.raises(ExhaustedError):
@@ -330,7 +344,7 @@ def test_a_run_that_is_no_longer_kept_is_not_run_again() -> None:
         for ask in (lambda: start(orchestrator, "a"), lambda: orchestrator.run("a")):
             with pytest.raises(NotFoundError) as caught:
                 ask()
-            assert (caught.value.message, caught.value.reason) == (text, "RUN_NOT_FOUND")
+            assert (caught.value.message, caught.value.reason) == (text, "RUN_EVICTED")
         with pytest.raises(NotFoundError, match="there is no run 'other'"):
             orchestrator.run("other")
         assert list(orchestrator.runs) == ["c"]
@@ -364,7 +378,7 @@ def test_a_fact_one_run_cannot_take_ends_that_run_and_no_other(caplog: pytest.Lo
     async def scenario() -> None:
         bus, store = MessageBus(asyncio.get_running_loop()), Holdings()
         sessions, admission = Sessions(SILENCE_LIMIT_S), Admission(Bounds(), 10)
-        orchestrator = Orchestrator(bus, sessions, store, Retention(), admission)  # type: ignore[arg-type]  # counts
+        orchestrator = Orchestrator(bus, sessions, store, CodeStore(), Retention(), admission)  # type: ignore[arg-type]  # counts
         start(orchestrator, "good")
         entry = start(orchestrator, "bad", workflow({"t": (), "u": ("t",)}))
         unknown = TaskFailed("bad", "ghost", 1, Failure(FailureKind.USER_ERROR, "broken"))

@@ -14,17 +14,22 @@ import pytest
 from lattice_server.core.errors import NotFoundError
 from lattice_server.core.model import Artifact
 from lattice_server.engine import folders
-from lattice_server.engine import store as store_module
-from lattice_server.engine.store import HEAD, SPARES, ArtifactStore
+from lattice_server.engine.store import HEAD, SPARES, UPLOAD_BOUND, ArtifactStore
+from lattice_server.engine.usage import Bound
 from lattice_worker.runner import artifacts
 
 TIMEOUT_S = 60.0
 LARGE = 3 << 20
 
 
-def play(scenario: Callable[[ArtifactStore], Coroutine[Any, Any, None]], spare_limit_bytes: int = 4 * LARGE) -> None:
+def play(
+    scenario: Callable[[ArtifactStore], Coroutine[Any, Any, None]],
+    spare_limit_bytes: int = 4 * LARGE,
+    upload_ttl_s: float = TIMEOUT_S,
+    upload_bound: Bound = UPLOAD_BOUND,
+) -> None:
     """Play a scenario with a fresh store."""
-    store = ArtifactStore(spare_limit_bytes=spare_limit_bytes)
+    store = ArtifactStore(spare_limit_bytes=spare_limit_bytes, upload_ttl_s=upload_ttl_s, upload_bound=upload_bound)
 
     async def run() -> None:
         async with asyncio.timeout(TIMEOUT_S):
@@ -148,9 +153,7 @@ def test_what_lies_elsewhere_is_let_go_of_in_silence() -> None:
     play(scenario)
 
 
-def test_what_nobody_names_in_time_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "UPLOAD_TTL_S", 0.0)
-
+def test_what_nobody_names_in_time_is_dropped() -> None:
     async def scenario(store: ArtifactStore) -> None:
         named = await store.write(chunks(b"x"))
         store.hold([named])
@@ -161,7 +164,7 @@ def test_what_nobody_names_in_time_is_dropped(monkeypatch: pytest.MonkeyPatch) -
         store.release([named])
         assert not await is_there(store, named)
 
-    play(scenario)
+    play(scenario, upload_ttl_s=0.0)
 
 
 def test_what_is_large_is_written_again_under_another_name() -> None:

@@ -36,7 +36,7 @@ def test_all_that_is_due_goes_out_in_one_message() -> None:
     scene.tell(ready("a"))
     connection = Connection("w", later=lambda *_: None)
     code = task_pb2.Function(digest=scene.leases["a"].function.digest, python={"pickle": b"code"})
-    lease = replace(scene.leases["a"], function=Function(code.digest, False, (code, None)))
+    lease = replace(scene.leases["a"], function=Function(code.digest, False, code))
     connection.acknowledgement.add(7)
     session_id = lease.session_id
     (message,) = told(
@@ -93,9 +93,7 @@ def test_a_worker_is_told_to_forget_code_and_sent_it_again_when_it_is_called_aga
     connection = Connection("w", later=lambda *_: None)
     connection.sent = SentCode(limit_bytes=150)
     codes = {name: task_pb2.Function(digest=name, python={"pickle": b"x" * 60}) for name in "abc"}
-    leases = {
-        name: replace(scene.leases[name], function=Function(name, False, (code, None))) for name, code in codes.items()
-    }
+    leases = {name: replace(scene.leases[name], function=Function(name, False, code)) for name, code in codes.items()}
     (message,) = told(scene, connection, leases["a"], leases["b"])
     assert (list(message.functions), list(message.forget_digests)) == ([codes["a"], codes["b"]], [])
     (message,) = told(scene, connection, leases["a"], leases["c"])
@@ -109,7 +107,7 @@ def test_code_goes_out_again_when_a_worker_asks_for_it() -> None:
     connection = Connection("w", later=lambda *_: None)
     code = task_pb2.Function(digest="a", python={"pickle": b"code"})
     connection.sent.add_function("a", 9)
-    connection.send_code(Function("a", False, (code, None)))
+    connection.send_code(Function("a", False, code))
     (message,) = told(scene, connection)
     assert list(message.functions) == [code]
     assert told(scene, connection) == []

@@ -1,0 +1,94 @@
+"""Owns the count of what clients upload, and how long it waits for a run or a workflow that names it.
+
+Rule: an upload counts for its tenant until nothing that goes on needs it: it waits to be named, or a stored workflow or
+a run that has not ended names it. An upload that is over the bound is refused; none is evicted to make room.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from lattice_server.core.model import Artifact
+from lattice_server.engine.usage import Bound, Usage
+
+Name = tuple[str, str]  # The tenant that uploaded it, and its id.
+
+
+class Uploads:
+    """The uploads of all tenants; lives on the main thread. `on_timeout` is told each that waited for too long."""
+
+    def __init__(self, bound: Bound, ttl_s: float, on_timeout: Callable[[Artifact], None]) -> None:
+        self.usage = Usage("uploads", bound)
+        self._ttl_s = ttl_s
+        self._on_timeout = on_timeout
+        # Equal ones wait one by one.
+        self._waiting: dict[Name, list[asyncio.TimerHandle]] = {}
+        self._owners: dict[str, dict[str, None]] = {}
+
+    def receive(self, tenant: str, size: int) -> None:
+        """Count bytes of an upload that is on its way. Raises ExhaustedError with the reason STORE_FULL."""
+        if (refusal := self.usage.refusal(tenant, size)) is not None:
+            raise refusal
+        self.usage.add(tenant, size)
+
+    def forget(self, tenant: str, size: int) -> None:
+        """Count the bytes of an upload no longer: it broke, or it has arrived."""
+        self.usage.add(tenant, -size)
+
+    def wait(self, tenant: str, artifact: Artifact) -> None:
+        """Have an upload that has arrived wait to be named."""
+        name = (tenant, artifact.artifact_id)
+        self._hold(name, artifact.size_bytes)
+        timer = asyncio.get_running_loop().call_later(self._ttl_s, self._time_out, tenant, artifact)
+        self._waiting.setdefault(name, []).append(timer)
+
+    def take(self, tenant: str, artifacts: Iterable[Artifact]) -> tuple[list[Name], list[Artifact]]:
+        """Hold those artifacts that are uploads, for a run or a workflow of a tenant that names them.
+
+        They go on counting for the tenant that uploaded them, which is this one if it did too. Of equal uploads that
+        wait one waits no longer: others may be for another run.
+
+        Returns:
+            The names of the uploads, to be given to `release`; and the artifacts among them that wait no longer.
+        """
+        held: list[Name] = []
+        named: list[Artifact] = []
+        for artifact in artifacts:
+            owners = self._owners.get(artifact.artifact_id, ())
+            if not owners:
+                continue
+            name = (tenant if tenant in owners else next(iter(owners)), artifact.artifact_id)
+            self._hold(name, artifact.size_bytes)
+            held.append(name)
+            if artifact not in named and name in self._waiting:
+                named.append(artifact)
+                self._stop_waiting(name).cancel()
+        return held, named
+
+    def release(self, names: Iterable[Name]) -> None:
+        """Release what `take` held."""
+        for name in names:
+            self._release(name)
+
+    def _hold(self, name: Name, size: int) -> None:
+        self.usage.hold(*name, size)
+        self._owners.setdefault(name[1], {})[name[0]] = None
+
+    def _release(self, name: Name) -> None:
+        self.usage.release(*name)
+        if not self.usage.holds(*name):
+            owners = self._owners[name[1]]
+            del owners[name[0]]
+            if not owners:
+                del self._owners[name[1]]
+
+    def _time_out(self, tenant: str, artifact: Artifact) -> None:
+        self._stop_waiting((tenant, artifact.artifact_id))
+        self._on_timeout(artifact)
+
+    def _stop_waiting(self, name: Name) -> asyncio.TimerHandle:
+        waiting = self._waiting[name]
+        timer = waiting.pop(0)
+        if not waiting:
+            del self._waiting[name]
+        self._release(name)
+        return timer

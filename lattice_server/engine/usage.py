@@ -1,0 +1,138 @@
+"""Owns how much of a store each tenant has, and in which order things are evicted.
+
+Rules: what has several holders counts once. A tenant over its own bound loses its own things. When all tenants together
+are over theirs, the tenant that has the most loses; so none ever loses anything to a tenant that has more.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from lattice_server.core.errors import ExhaustedError
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How much may be in a store: `total` in all, of which one tenant may have a `share`."""
+
+    total: int
+    share: float = 1.0
+
+    @property
+    def of_tenant(self) -> int:
+        """How much one tenant may have."""
+        return int(self.total * self.share)
+
+
+@dataclass(slots=True)
+class _Held:
+    size: int
+    holders: int = 0
+
+
+class Usage:
+    """The sizes of `what` tenants hold, by tenant and name."""
+
+    def __init__(self, what: str, bound: Bound) -> None:
+        self.what = what
+        self.bound = bound
+        self.total = 0
+        self._held: dict[tuple[str, str], _Held] = {}
+        self._by_tenant: dict[str, int] = {}
+
+    def hold(self, tenant: str, name: str, size: int) -> None:
+        """Count one more holder of something; its size counts with the first."""
+        held = self._held.get((tenant, name))
+        if held is None:
+            held = self._held[tenant, name] = _Held(size)
+            self.add(tenant, size)
+        held.holders += 1
+
+    def release(self, tenant: str, name: str) -> None:
+        """Count one holder less; the size of something counts until its last holder releases it."""
+        held = self._held[tenant, name]
+        held.holders -= 1
+        if not held.holders:
+            del self._held[tenant, name]
+            self.add(tenant, -held.size)
+
+    def holds(self, tenant: str, name: str) -> bool:
+        """Whether a tenant has something."""
+        return (tenant, name) in self._held
+
+    def size_of(self, tenant: str, name: str) -> int:
+        """Return how much something takes that a tenant has."""
+        return self._held[tenant, name].size
+
+    def of(self, tenant: str) -> int:
+        """Return how much a tenant has."""
+        return self._by_tenant.get(tenant, 0)
+
+    def is_over(self, tenant: str, added: int = 0) -> bool:
+        """Whether a tenant has, or with `added` would have, more than one tenant may."""
+        return self.of(tenant) + added > self.bound.of_tenant
+
+    def is_full(self, added: int = 0) -> bool:
+        """Whether all have, or with `added` would have, more than they may together."""
+        return self.total + added > self.bound.total
+
+    def refusal(self, tenant: str, added: int) -> ExhaustedError | None:
+        """Return why a tenant may not have `added` more; None when it may."""
+        if self.is_over(tenant, added):
+            has, may, whose = self.of(tenant), self.bound.of_tenant, "one tenant"
+        elif self.is_full(added):
+            has, may, whose = self.total, self.bound.total, "all tenants together"
+        else:
+            return None
+        text = f"{has} bytes of {self.what} are kept, and {added} more are over the {may} bytes that {whose} may have"
+        metadata = {"store": self.what, "kept_bytes": str(has), "limit_bytes": str(may)}
+        return ExhaustedError("STORE_FULL", text, metadata=metadata)
+
+    def add(self, tenant: str, size: int) -> None:
+        """Count what has no name yet; what is negative counts no longer."""
+        self.total += size
+        self._by_tenant[tenant] = self.of(tenant) + size
+        if not self._by_tenant[tenant]:
+            del self._by_tenant[tenant]
+
+
+class Evictable:
+    """What of a `usage` may be evicted, by tenant: what is marked as `sooner` first, then what came first."""
+
+    def __init__(self, usage: Usage) -> None:
+        self._usage = usage
+        self._queues: dict[str, tuple[OrderedDict[str, None], OrderedDict[str, None]]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(part) for queue in self._queues.values() for part in queue)
+
+    def add(self, tenant: str, name: str, *, sooner: bool = True) -> None:
+        """Let something be evicted, after all that is there and marked likewise."""
+        self.discard(tenant, name)
+        queue = self._queues.setdefault(tenant, (OrderedDict(), OrderedDict()))
+        queue[0 if sooner else 1][name] = None
+
+    def discard(self, tenant: str, name: str) -> None:
+        """Let something be evicted no longer, if it might."""
+        for part in (queue := self._queues.get(tenant, ())):
+            part.pop(name, None)
+        if queue and not any(queue):
+            del self._queues[tenant]
+
+    def victim(self, tenant: str, spared: str = "") -> tuple[str, str] | None:
+        """Return what is to be evicted next, as its tenant and name, now that this tenant has got more.
+
+        None when the bounds are kept, or nothing may be evicted but what is `spared`.
+        """
+        if self._usage.is_over(tenant) and (found := self._first(tenant, spared)):
+            return tenant, found
+        if not self._usage.is_full():
+            return None
+        # Tenants that have less than this one lose nothing to it.
+        losers = [other for other in self._queues if self._usage.of(other) >= self._usage.of(tenant)]
+        for loser in sorted(losers, key=self._usage.of, reverse=True):
+            if found := self._first(loser, spared):
+                return loser, found
+        return None
+
+    def _first(self, tenant: str, spared: str) -> str:
+        return next((name for part in self._queues.get(tenant, ()) for name in part if name != spared), "")
