@@ -66,6 +66,7 @@ class Agent:
     async def run(self) -> None:
         """Serve until the server closes the session for good; `refusal` says why if it would not have the worker."""
         (Path(self._config.store_directory) / "spares").mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(self._materials.bundles.sweep)
         with self._drafts.opened():
             await self._serve()
 
@@ -84,6 +85,7 @@ class Agent:
         finally:
             warming.cancel()
             self._pool.close()
+            self._materials.bundles.close()
             if self._courier is not None:
                 self._courier.close()
 
@@ -202,6 +204,7 @@ class Agent:
             # Of what was made since the hello nobody was told, and nobody will be.
             self._materials.drop(self._drafts.reported - self._listed)
             self._drafts.settle(self._listed)
+        self._attempts.renew()
         self._is_welcome = True
         self._outgoing.resume(unacknowledged)
         if unknown := self._attempts.unknown():

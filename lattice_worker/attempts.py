@@ -50,6 +50,7 @@ class Attempts:
         self._emit, self._ended, self._ask = emit, ended, ask
         self.questions = Questions(emit)
         self._functions: dict[str, task_pb2.Function] = {}
+        self._stale: set[str] = set()
         self._codeless: dict[str, worker_pb2.Assignment] = {}
         self._upstream: dict[str, convert.Outputs] = {}
         self._running: dict[str, tuple[Runner, Invocation]] = {}
@@ -60,22 +61,39 @@ class Attempts:
         self._converting: set[asyncio.Task[None]] = set()
         self._suspects: dict[tuple[str, str], None] = {}
         self._start_timer: asyncio.TimerHandle | None = None
+        self._bundles = materials.bundles
+        pool.retired, pool.on_gone = self._bundles.retired, self._drop_bundles
 
     def learn(self, functions: list[task_pb2.Function], bundles: list[task_pb2.CodeBundle]) -> None:
         """Keep code for later assignments."""
+        self._stale.difference_update(function.digest for function in functions)
+        self._stale.difference_update(bundle.digest for bundle in bundles)
         for function in functions:
             self._functions[function.digest] = function
-        self._materials.learn(bundles)
+        self._bundles.learn(bundles)
         for lease_id, assignment in list(self._codeless.items()):
             if assignment.function_digest in self._functions:
                 del self._codeless[lease_id]
                 self.start(assignment)
 
     def forget(self, digests: Iterable[str]) -> None:
-        """Drop functions, here and in the processes."""
+        """Drop functions, here and in the processes, and bundles with the processes that have them."""
         for digest in digests:
             self._functions.pop(digest, None)
+        self._bundles.retire(digests)
         self._pool.forget(digests)
+        self._drop_bundles()
+
+    def _drop_bundles(self) -> None:
+        self._bundles.drop_unused(self._pool.uses)
+
+    def renew(self) -> None:
+        """Note that a new stream begins: the server sends again what it uses, and names nothing else to be dropped.
+
+        What it has not used on the last stream is dropped. To drop all would end processes that are used again soon.
+        """
+        self.forget(self._stale)
+        self._stale = self._functions.keys() | self._bundles.known
 
     def unknown(self) -> set[str]:
         """Return the digests of the functions that leases wait for."""
@@ -113,8 +131,11 @@ class Attempts:
         if runner is not None:
             self._run(assignment, function, bundle, runner)
         else:
-            cold = self._start_cold(assignment, function, bundle, key, missing)
-            self._starting[lease_id] = (asyncio.get_running_loop().create_task(cold), assignment)
+            cold = asyncio.get_running_loop().create_task(self._start_cold(assignment, function, bundle, key, missing))
+            self._starting[lease_id] = (cold, assignment)
+            self._bundles.need(bundle)
+            cold.add_done_callback(lambda _: self._bundles.release(bundle))
+            cold.add_done_callback(lambda _: self._drop_bundles())
 
     def send_ahead(self, assignment: worker_pb2.Assignment, running: str) -> bool:
         """Send a lease whose turn will come to the process of the one that is running; False when it has to wait."""
@@ -191,7 +212,7 @@ class Attempts:
         function: task_pb2.Function,
         bundle: str,
         key: Key,
-        missing: list[asyncio.Task[None]],
+        missing: list[asyncio.Task[Any]],
     ) -> None:
         failure = {}
         try:
@@ -216,7 +237,7 @@ class Attempts:
 
     def _needs(self, assignment: worker_pb2.Assignment) -> tuple[task_pb2.Function, str, Key]:
         function = self._functions[assignment.function_digest]
-        bundle = self._materials.bundle_path(function.bundle_digest)
+        bundle = self._bundles.path(function.bundle_digest)
         is_async = function.python.concurrency == task_pb2.CONCURRENCY_ASYNC
         is_alone = function.python.concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or self._is_suspect(assignment)
         owner = assignment.lease_id if is_alone else ""
@@ -225,7 +246,7 @@ class Attempts:
     def _is_suspect(self, assignment: worker_pb2.Assignment) -> bool:
         return any((attempt.run_id, attempt.task_id) in self._suspects for attempt in assignment.attempts)
 
-    def _missing(self, assignment: worker_pb2.Assignment, function: task_pb2.Function) -> list[asyncio.Task[None]]:
+    def _missing(self, assignment: worker_pb2.Assignment, function: task_pb2.Function) -> list[asyncio.Task[Any]]:
         upstream = self._upstream.get(assignment.lease_id, {})
         return self._materials.missing(function.bundle_digest, assignment, upstream)
 

@@ -1,4 +1,4 @@
-"""Owns what attempts need to have on this machine before they start: code bundles, and large values made elsewhere.
+"""Owns what attempts need to have on this machine before they start: bundles, and large values made elsewhere.
 
 Rule: a file is in the store whole or not at all.
 """
@@ -6,18 +6,15 @@ Rule: a file is in the store whole or not at all.
 import asyncio
 import errno
 import os
-import shutil
-import uuid
-import zipfile
 from collections.abc import Callable, Iterable
-from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import grpc
-from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, task_pb2, worker_pb2
+from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, worker_pb2
 
 from lattice_worker import convert
+from lattice_worker.bundles import Bundles
 from lattice_worker.config import HEAD_STORE
 from lattice_worker.courier import Courier
 from lattice_worker.drafts import Drafts
@@ -46,28 +43,16 @@ class Materials:
     ) -> None:
         self.directory, self.name = directory, name
         self._drafts, self._connect, self._courier = drafts, connect, courier
-        self._bundles: dict[str, asyncio.Task[None]] = {}
+        self.bundles = Bundles(directory)
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._unneeded: set[str] = set()
 
-    def learn(self, bundles: Iterable[task_pb2.CodeBundle]) -> None:
-        """Unpack code, off the event loop: a worker that is not heard for a while is taken for lost."""
-        for bundle in bundles:
-            folder = Path(self.bundle_path(bundle.digest))
-            self._bundles[bundle.digest] = asyncio.create_task(asyncio.to_thread(_unpack, bundle.zip, folder))
-
-    def bundle_path(self, digest: str) -> str:
-        """Return where a bundle is, or will be, unpacked; nothing for no bundle."""
-        return os.path.join(self.directory, "bundles", digest.removeprefix("sha256:")) if digest else ""
-
     def missing(
         self, bundle_digest: str, assignment: worker_pb2.Assignment, upstream: convert.Outputs
-    ) -> list[asyncio.Task[None]]:
+    ) -> list[asyncio.Task[Any]]:
         """Return what has to be done before an assignment can start; nothing in most cases."""
-        waits = []
-        bundle = self._bundles.get(bundle_digest)
-        if bundle is not None and not (bundle.done() and bundle.exception() is None):
-            waits.append(bundle)
+        unpacking = self.bundles.unpacking(bundle_digest)
+        waits: list[asyncio.Task[Any]] = [] if unpacking is None else [unpacking]
         for attempt in assignment.attempts:
             for binding in attempt.inputs.values():
                 waits += [self._fetch(artifact) for artifact in self._absent(binding, upstream)]
@@ -185,19 +170,3 @@ async def _received(stub: "artifact_pb2_grpc.ArtifactServiceAsyncStub", artifact
             while left:
                 left = left[file.write(left) :]
         return file.tell()
-
-
-def _unpack(data: bytes, folder: Path) -> None:
-    """Unpack a bundle: it appears whole, and one that is there, which tasks may be reading, is left alone."""
-    if folder.is_dir():
-        return
-    aside = folder.with_name(f"{folder.name}-{uuid.uuid4().hex}")
-    try:
-        with zipfile.ZipFile(BytesIO(data)) as archive:
-            archive.extractall(aside)
-        aside.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # and not because it was unpacked meanwhile
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -6,7 +6,7 @@ was used longest ago makes room for others, and spares are replaced in the backg
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 
 from lattice_worker.drafts import Drafts
 from lattice_worker.runners import Key, Runner
@@ -17,7 +17,8 @@ IDLE_PER_SPARE = 2
 
 class Pool:
     """Runners. Process runners run one invocation at a time, async runners any number. `spares` is how many unused
-    processes are kept ready; at most twice as many used ones are kept besides."""
+    processes are kept ready; at most twice as many used ones are kept besides. Those of `retired` bundles are ended as
+    soon as they are free; `on_gone` is told that a runner has ended."""
 
     def __init__(self, spares: int, drafts: Drafts, zygotes: Zygotes | None = None) -> None:
         self._wanted = spares
@@ -30,6 +31,8 @@ class Pool:
         self._all: set[Runner] = set()
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
+        self.retired: Container[str] = ()
+        self.on_gone: Callable[[], None] = lambda: None
 
     async def warm(self) -> None:
         """Start the spare processes."""
@@ -77,9 +80,16 @@ class Pool:
         return shared
 
     def forget(self, digests: Iterable[str]) -> None:
-        """Have every runner drop functions."""
-        for runner in self._all:
+        """Have every runner drop functions, and end the free ones of retired bundles."""
+        for runner in list(self._all):
             runner.forget(digests)
+        for runner in [runner for runner in self._idle if runner.key.bundle in self.retired]:
+            self._leave_idle(runner)
+            runner.kill()
+
+    def uses(self, bundle: str) -> bool:
+        """Whether a runner has a bundle."""
+        return any(runner.key.bundle == bundle for runner in self._all)
 
     def close(self) -> None:
         """Kill every runner."""
@@ -113,7 +123,7 @@ class Pool:
 
     def _put_back(self, runner: Runner) -> None:
         """Note that a runner has nothing to do."""
-        if runner.key.owner:
+        if runner.key.owner or runner.key.bundle in self.retired:
             runner.kill()
         if not runner.is_fit or runner not in self._all:
             return
@@ -142,3 +152,4 @@ class Pool:
         shared = self._shared.get(runner.key)
         if shared is not None and shared.done() and not shared.exception() and shared.result() is runner:
             del self._shared[runner.key]
+        self.on_gone()

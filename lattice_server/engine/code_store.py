@@ -16,7 +16,7 @@ from lattice_server.engine.folders import MIB
 from lattice_server.engine.usage import Bound, Evictable, Usage
 
 CODE_BOUND = Bound(512 * MIB, share=0.5)
-WORKER_CODE_BYTES = 32 * MIB
+WORKER_CODE_BYTES = 64 * MIB
 RETRY_AFTER_S = 1.0
 
 Code = Function | Bundle
@@ -127,15 +127,14 @@ def _parts(functions: Iterable[Function]) -> Iterator[Code]:
 class SentCode:
     """The code that a worker has: what one stream has carried and the worker was not told to forget.
 
-    Functions are counted, and those used longest ago are forgotten beyond a limit. Bundles stay: they are unpacked
-    where other workers of the same machine use them too.
+    Beyond a limit the functions used longest ago are forgotten, and each bundle with the last of its functions.
     """
 
     def __init__(self, limit_bytes: int = WORKER_CODE_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._size_bytes = 0
-        self._functions: OrderedDict[str, int] = OrderedDict()
-        self._bundles: set[str] = set()
+        self._functions: OrderedDict[str, Function] = OrderedDict()
+        self._bundles: dict[str, set[str]] = {}  # The functions of each.
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._functions or digest in self._bundles
@@ -147,24 +146,34 @@ class SentCode:
         self._functions.move_to_end(digest)
         return True
 
-    def add_function(self, digest: str, size_bytes: int) -> None:
-        """Note that a function is sent."""
-        self._functions[digest] = size_bytes
-        self._size_bytes += size_bytes
-
-    def add_bundle(self, digest: str) -> None:
-        """Note that a bundle is sent."""
-        self._bundles.add(digest)
+    def add(self, function: Function) -> None:
+        """Note that a function is sent, and its bundle if the worker did not have it."""
+        self._functions[function.digest] = function
+        self._size_bytes += function.size_bytes
+        if (bundle := function.bundle) is not None:
+            if bundle.digest not in self._bundles:
+                self._bundles[bundle.digest] = set()
+                self._size_bytes += bundle.size_bytes
+            self._bundles[bundle.digest].add(function.digest)
 
     def discard(self, digest: str) -> None:
         """Note that the worker does not have a function."""
-        self._size_bytes -= self._functions.pop(digest, 0)
+        if (function := self._functions.pop(digest, None)) is not None:
+            self._size_bytes -= function.size_bytes
+            if function.bundle is not None:
+                self._bundles[function.bundle.digest].discard(digest)
 
     def take_excess(self) -> list[str]:
-        """Return the functions that the worker is to forget, and count them as forgotten."""
+        """Return the functions and bundles that the worker is to forget, and count them as forgotten."""
         forgotten = []
         while self._size_bytes > self._limit_bytes and len(self._functions) > 1:
-            digest, size_bytes = self._functions.popitem(last=False)
-            self._size_bytes -= size_bytes
+            digest, function = self._functions.popitem(last=False)
+            self._size_bytes -= function.size_bytes
             forgotten.append(digest)
+            if (bundle := function.bundle) is not None:
+                self._bundles[bundle.digest].discard(digest)
+                if not self._bundles[bundle.digest]:
+                    del self._bundles[bundle.digest]
+                    self._size_bytes -= bundle.size_bytes
+                    forgotten.append(bundle.digest)
         return forgotten

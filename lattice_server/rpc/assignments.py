@@ -162,21 +162,17 @@ class _Work:
         """Add a function unless the worker has it, and its bundle; return for people why it cannot be sent."""
         if self._sent.use(function.digest):
             return ""
-        code, bundle = code_to_proto(function)
-        for part in (bundle, code):
-            if part is None or part.digest in self._sent:
-                continue
-            size = part.ByteSize()
-            if size > self._limit_bytes:
-                return f"its code takes {size} bytes, and a message to a worker may have {self._limit_bytes}"
-            self._make_room(size)
-            self._size += size
+        parts = [part for part in code_to_proto(function) if part is not None and part.digest not in self._sent]
+        if (size := max(part.ByteSize() for part in parts)) > self._limit_bytes:
+            return f"its code takes {size} bytes, and a message to a worker may have {self._limit_bytes}"
+        for part in reversed(parts):  # a bundle comes no later than its function
+            self._make_room(part.ByteSize())
+            self._size += part.ByteSize()
             if isinstance(part, task_pb2.Function):
                 self.last.functions.append(part)
-                self._sent.add_function(part.digest, size)
             else:
                 self.last.bundles.append(part)
-                self._sent.add_bundle(part.digest)
+        self._sent.add(function)
         return ""
 
     def _make_room(self, size: int) -> None:

@@ -199,7 +199,7 @@ def test_values_are_dropped_and_code_stays(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         found = Scene(store).materials
-        found.learn([bundle(zipped())])
+        found.bundles.learn([bundle(zipped())])
         await asyncio.gather(*found.missing(DIGEST, worker_pb2.Assignment(), {}))
         for name in ("store/one", "store/two", "store/three", "beside"):
             (tmp_path / name).write_bytes(BYTES)
@@ -218,12 +218,12 @@ def test_values_are_dropped_and_code_stays(tmp_path: Path) -> None:
 def test_code_is_waited_for_until_it_is_there(tmp_path: Path) -> None:
     async def scenario() -> None:
         found = Scene(tmp_path).materials
-        assert found.bundle_path("") == ""
-        found.learn([bundle(zipped())])
+        assert found.bundles.path("") == ""
+        found.bundles.learn([bundle(zipped())])
         (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
         await wait
         assert not found.missing(DIGEST, worker_pb2.Assignment(), {})
-        assert names(Path(found.bundle_path(DIGEST))) == {"module.py"}
+        assert names(Path(found.bundles.path(DIGEST))) == {"module.py"}
 
     play(scenario)
 
@@ -231,7 +231,7 @@ def test_code_is_waited_for_until_it_is_there(tmp_path: Path) -> None:
 def test_nothing_starts_with_code_that_cannot_be_unpacked(tmp_path: Path) -> None:
     async def scenario() -> None:
         found = Scene(tmp_path).materials
-        found.learn([bundle(b"no archive")])
+        found.bundles.learn([bundle(b"no archive")])
         for _ in range(2):
             (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
             with pytest.raises(zipfile.BadZipFile):
@@ -243,15 +243,15 @@ def test_nothing_starts_with_code_that_cannot_be_unpacked(tmp_path: Path) -> Non
 def test_code_that_is_there_is_left_alone_when_it_comes_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         found = Scene(tmp_path).materials
-        folder = Path(found.bundle_path(DIGEST))
+        folder = Path(found.bundles.path(DIGEST))
         # Twice at once, and again later, as after each reconnect.
         waits = []
         for _ in range(2):
-            found.learn([bundle(zipped())])
+            found.bundles.learn([bundle(zipped())])
             waits += found.missing(DIGEST, worker_pb2.Assignment(), {})
         await asyncio.gather(*waits)
         file = os.stat(folder / "module.py")
-        found.learn([bundle(zipped())])
+        found.bundles.learn([bundle(zipped())])
         await asyncio.gather(*found.missing(DIGEST, worker_pb2.Assignment(), {}))
         assert os.stat(folder / "module.py").st_ino == file.st_ino
         assert names(folder.parent) == {folder.name}
@@ -268,14 +268,14 @@ def test_code_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         found = Scene(tmp_path).materials
-        found.learn([bundle(damaged)])
+        found.bundles.learn([bundle(damaged)])
         (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
         with pytest.raises(zipfile.BadZipFile):
             await wait
         assert names(tmp_path / "bundles") == set()
-        found.learn([bundle(data.getvalue())])
+        found.bundles.learn([bundle(data.getvalue())])
         await asyncio.gather(*found.missing(DIGEST, worker_pb2.Assignment(), {}))
-        assert names(Path(found.bundle_path(DIGEST))) == {"first.py", "second.py"}
+        assert names(Path(found.bundles.path(DIGEST))) == {"first.py", "second.py"}
 
     play(scenario)
 

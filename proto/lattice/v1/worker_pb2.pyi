@@ -189,8 +189,9 @@ class ConnectResponse(google.protobuf.message.Message):
 
     @property
     def forget_digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Functions the worker may drop, by digest. The server sends a function again before the next lease that names it; a
-        worker that misses it for a lease it holds asks by `unknown_digests`.
+        """Functions and bundles the worker may drop, by digest; a bundle comes with the last of its functions. The server sends
+        them again before the next lease that names the function; a worker that misses a function for a lease it holds asks
+        by `unknown_digests`.
         """
 
     @property

@@ -88,22 +88,36 @@ def test_code_that_a_lease_refers_to_is_found_though_it_is_evicted() -> None:
 
 def test_a_worker_forgets_the_functions_called_longest_ago_when_it_has_too_much() -> None:
     sent = SentCode(limit_bytes=20)
-    sent.add_bundle("bundle")
     for digest in "ab":
-        sent.add_function(digest, 10)
+        sent.add(function(digest))
         assert sent.take_excess() == []
     assert sent.use("a")
-    sent.add_function("c", 10)
+    sent.add(function("c"))
     assert sent.take_excess() == ["b"]
     assert not sent.use("b")
-    assert "bundle" in sent
+
+
+def test_a_worker_forgets_a_bundle_with_the_last_of_its_functions() -> None:
+    sent, bundle = SentCode(limit_bytes=25), Bundle("bundle", None, 10)
+    sent.add(function("a", 5, bundle))
+    sent.add(function("b", 5, bundle))
+    sent.discard("a")
+    sent.add(function("a", 5, bundle))
+    assert (sent.take_excess(), "bundle" in sent) == ([], True)
+    sent.add(function("c", 10))
+    assert (sent.take_excess(), "bundle" in sent) == (["b"], True)
+    sent.add(function("d", 10))
+    assert sent.take_excess() == ["a", "bundle"]
+    assert "bundle" not in sent
+    sent.add(function("e", 5, bundle))
+    assert sent.take_excess() == ["c"], "the bundle counts again"
 
 
 def test_a_function_that_is_too_large_alone_is_kept_until_the_next() -> None:
     sent = SentCode(limit_bytes=20)
-    sent.add_function("large", 100)
+    sent.add(function("large", 100))
     assert sent.take_excess() == []
-    sent.add_function("next", 1)
+    sent.add(function("next", 1))
     assert sent.take_excess() == ["large"]
     sent.discard("next")
     assert "next" not in sent

@@ -68,7 +68,7 @@ def test_what_no_message_holds_comes_in_several_in_the_order_of_the_fields() -> 
     large = Payload("application/json", '"' + "x" * 400_000 + '"')
     scene.tell(*(ready(name, given=large) for name in "abc"))
     leases, connection = [scene.leases[name] for name in "abc"], Connection("w", later=lambda *_: None)
-    connection.sent.add_function(leases[0].function.digest, 1)
+    connection.sent.add(leases[0].function)
     connection.acknowledgement.add(7)
     stop = StopLease(leases[0].session_id, leases[0].lease_id)
     first, *between, last = told(scene, connection, stop, *leases, limit_bytes=1_000_000)
@@ -93,7 +93,10 @@ def test_a_worker_is_told_to_forget_code_and_sent_it_again_when_it_is_called_aga
     connection = Connection("w", later=lambda *_: None)
     connection.sent = SentCode(limit_bytes=150)
     codes = {name: task_pb2.Function(digest=name, python={"pickle": b"x" * 60}) for name in "abc"}
-    leases = {name: replace(scene.leases[name], function=Function(name, False, code)) for name, code in codes.items()}
+    leases = {
+        name: replace(scene.leases[name], function=Function(name, False, code, size_bytes=60))
+        for name, code in codes.items()
+    }
     (message,) = told(scene, connection, leases["a"], leases["b"])
     assert (list(message.functions), list(message.forget_digests)) == ([codes["a"], codes["b"]], [])
     (message,) = told(scene, connection, leases["a"], leases["c"])
@@ -106,8 +109,9 @@ def test_code_goes_out_again_when_a_worker_asks_for_it() -> None:
     scene = Scene(node())
     connection = Connection("w", later=lambda *_: None)
     code = task_pb2.Function(digest="a", python={"pickle": b"code"})
-    connection.sent.add_function("a", 9)
-    connection.send_code(Function("a", False, code))
+    function = Function("a", False, code)
+    connection.sent.add(function)
+    connection.send_code(function)
     (message,) = told(scene, connection)
     assert list(message.functions) == [code]
     assert told(scene, connection) == []
