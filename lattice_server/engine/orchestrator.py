@@ -86,6 +86,7 @@ class StartSettings(TypedDict):
     timeout_s: NotRequired[float | None]
     earlier: NotRequired[Earlier | None]
     is_open: NotRequired[bool]
+    request_id: NotRequired[str]
 
 
 class Prepared(NamedTuple):
@@ -145,7 +146,7 @@ class Orchestrator:
             PreconditionError: no node could ever run one of its tasks.
             UnavailableError: the server is stopping.
         """
-        if entry := self.known(run_id, fingerprint):
+        if entry := self.known(run_id, fingerprint, settings.get("request_id", "")):
             return entry, False
         prepared = finish(self._preparing(run_id, spec, parameters))
         return self._begin(prepared, parameters, fingerprint, settings), True
@@ -160,25 +161,28 @@ class Orchestrator:
         **settings: Unpack[StartSettings],
     ) -> tuple[RunEntry, bool]:
         """As `start_run`, in slices: others are served meanwhile."""
-        if entry := self.known(run_id, fingerprint):
+        if entry := self.known(run_id, fingerprint, settings.get("request_id", "")):
             return entry, False
         prepared = await self._slices.finish(self._preparing(run_id, spec, parameters))
         # The same request may have come twice.
-        if entry := self.known(run_id, fingerprint):
+        if entry := self.known(run_id, fingerprint, settings.get("request_id", "")):
             return entry, False
         return self._begin(prepared, parameters, fingerprint, settings), True
 
-    def known(self, run_id: str, fingerprint: str) -> RunEntry | None:
-        """Return the run that has this id and content, if there is one. Raises as `start_run`."""
+    def known(self, run_id: str, fingerprint: str, request_id: str = "") -> RunEntry | None:
+        """Return the run that has this id and content, if there is one. Raises as `start_run`.
+
+        A call that repeats the `request_id` of the one that started the run has its content, whatever else it says.
+        """
         if self.is_stopping:
             raise UnavailableError("SHUTTING_DOWN", "the server is stopping", retry_after_s=1.0)
         existing = self.runs.get(run_id)
         if existing is not None:
-            if existing.fingerprint != fingerprint:
+            if fingerprint != existing.fingerprint and not (request_id and request_id == existing.request_id):
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} exists with other content")
             return existing
         if (known := self.ended.fingerprint_of(run_id)) is not None:
-            if known != fingerprint:
+            if known != fingerprint and not request_id:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} existed with other content")
             raise self._no_run(run_id)
         return None
@@ -217,6 +221,7 @@ class Orchestrator:
             time.time(),
             settings["labels"],
             sum(p.kept_bytes for p in parameters.values()),
+            settings.get("request_id", ""),
         )
         self._hold_code(entry, functions)
         self.runs[run.run_id] = entry

@@ -24,14 +24,14 @@ ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
 class RunEntry:
     """A run, its log, and what a caller may ask about it.
 
-    Later runs have a higher `number`. `fingerprint` tells whether a repeated id means the same; `parameter_bytes` is
-    the memory of what the caller gave besides the graph. `artifacts` are those the run keeps in the store, its inputs
-    and its outputs; `graph_artifacts` of its graph's are among them. `uploads` are those that count for its tenant, and
-    `functions` the code that it holds, until it ends. `open_tasks` is what admission counts for it;
-    `expiry` ends it when its time is over. `start_times_s` and `end_times_s` are those of its tasks, and `began_s` that
-    of the first start, in seconds since the epoch. Of a run that was opened, `open_run` is the machine of its caller,
-    `holder` the stream that holds it, and `grace` ends it when there is none for too long. It `is_going_on` while a
-    turn of it to hand over tasks is to come.
+    Later runs have a higher `number`. `fingerprint` and `request_id` tell whether a repeated id means the same;
+    `parameter_bytes` is the memory of what the caller gave besides the graph. `artifacts` are those the run keeps in
+    the store, its inputs and its outputs; `graph_artifacts` of its graph's are among them. `uploads` are those that
+    count for its tenant, and `functions` the code that it holds, until it ends. `open_tasks` is what admission counts
+    for it; `expiry` ends it when its time is over. `start_times_s` and `end_times_s` are those of its tasks, and
+    `began_s` that of the first start, in seconds since the epoch. Of a run that was opened, `open_run` is the machine
+    of its caller, `holder` the stream that holds it, and `grace` ends it when there is none for too long. It
+    `is_going_on` while a turn of it to hand over tasks is to come.
     """
 
     run: Run
@@ -40,6 +40,7 @@ class RunEntry:
     created_s: float
     labels: Mapping[str, str]
     parameter_bytes: int = 0
+    request_id: str = ""
     log: RunLog = field(default_factory=RunLog)
     ended_s: float | None = None
     artifacts: list[Artifact] = field(default_factory=list)

@@ -54,6 +54,12 @@ def check_run_id(run_id: str, field: str) -> None:
         raise invalid_field(field, f"must have at most {MAX_ID_LENGTH} characters")
 
 
+def check_request_id(request_id: str) -> None:
+    """Raise InvalidError for a request id that is too long."""
+    if len(request_id) > MAX_ID_LENGTH:
+        raise invalid_field("request_id", f"must have at most {MAX_ID_LENGTH} characters")
+
+
 def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], Bundle]) -> Function:
     """Return a function that came with its code, named by the digest of what came."""
     kept = task_pb2.Function()

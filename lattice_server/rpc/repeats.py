@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
-from lattice_server.core.errors import ConflictError, invalid_field
+from lattice_server.core.errors import ConflictError
 from lattice_server.engine.slices import Slices
+from lattice_server.rpc.definitions import check_request_id
 from lattice_server.rpc.prints import fingerprint_of
 
 Response = TypeVar("Response", bound=Message)
@@ -19,7 +20,6 @@ Response = TypeVar("Response", bound=Message)
 KEPT_S = 3600.0
 MAX_ANSWERS = 10_000
 MAX_BYTES = 64 * 1024 * 1024
-MAX_ID_LENGTH = 128
 
 
 @dataclass(slots=True)
@@ -65,8 +65,7 @@ class Repeats:
         """
         if not request.request_id:
             return await make()
-        if len(request.request_id) > MAX_ID_LENGTH:
-            raise invalid_field("request_id", f"must have at most {MAX_ID_LENGTH} characters")
+        check_request_id(request.request_id)
         key = (request.DESCRIPTOR.full_name, request.request_id)
         print_ = await fingerprint_of(request, self._slices)
         self._forget()

@@ -16,17 +16,20 @@ from lattice_server.rpc.definitions import MAX_ID_LENGTH
 from lattice_server.rpc.graphs import task_to_spec
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.prints import GraphPrint
+from lattice_server.rpc.sameness import reduce_values
 
 NO_TENANT = ""  # Whose drafts and stored workflows are.
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A graph that came in. `print_parts` tell it from others. A draft that was used has no tasks any more."""
+    """A graph that came in. `print_parts` tell it from others, and `run_parts` a run of it from other runs. A draft
+    that was used has no tasks any more."""
 
     spec: WorkflowSpec
     functions: Mapping[str, Function]
     print_parts: tuple[bytes, ...]
+    run_parts: tuple[bytes, ...]
     draft_id: str
     is_used: bool
 
@@ -68,7 +71,10 @@ class Submissions:
             display_name=message.display_name, failure_policy=message.failure_policy, parameters=message.parameters
         )
         parts = (head.SerializeToString(deterministic=True), *print_.parts())
-        return Submission(spec, functions, parts, message.draft_id, draft is not None and draft.is_used)
+        reduce_values(head.parameters.values())
+        run_parts = (head.SerializeToString(deterministic=True), *print_.run_parts())
+        is_used = draft is not None and draft.is_used
+        return Submission(spec, functions, parts, run_parts, message.draft_id, is_used)
 
     async def added(self, request: workflow_pb2.AddTasksRequest, tenant: str) -> list[TaskSpec]:
         """Check and return what is to be added to a run of a tenant. Raises as `graph`."""

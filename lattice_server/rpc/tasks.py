@@ -10,13 +10,14 @@ from lattice_server.core.messages import Explanation, ReasonKind
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.states import TASK_TERMINAL
 from lattice_server.engine.orchestrator import Orchestrator
-from lattice_server.engine.run_entry import RunEntry, fingerprint
+from lattice_server.engine.run_entry import RunEntry
 from lattice_server.rpc import convert, definitions
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.paging import is_full, number_after, page
 from lattice_server.rpc.repeats import Repeats
+from lattice_server.rpc.sameness import task_fingerprint
 from lattice_server.rpc.waiting import wait_from_proto
 
 REASON_KIND_TO_PROTO = {kind: task_pb2.WaitKind.Value(f"WAIT_KIND_{kind.name}") for kind in ReasonKind}
@@ -41,11 +42,11 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
     async def RunTask(self, request: task_pb2.RunTaskRequest, context: Context) -> task_pb2.RunTaskResponse:
         """Run one task as a run of its own."""
         wait_s = wait_from_proto(request.wait, "wait")
-        request.ClearField("wait")  # how long a caller waits makes it no other run
+        definitions.check_request_id(request.request_id)
+        request_id = request.request_id
         bundles = [request.bundle] if request.HasField("bundle") else []
         name = request.task.function or FUNCTION_NAME
         functions = self._intake.functions({name: request.function}, bundles, request.tenant)
-        request.ClearField("bundle")
         task = task_pb2.TaskSpec()
         task.CopyFrom(request.task)
         task.function = name
@@ -54,7 +55,6 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             tasks=self._intake.tasks([task], functions),
             display_name=task.display_name or task.task_id,
         )
-        print_ = fingerprint(request.SerializeToString(deterministic=True)) if request.run_id else ""
         entry, created = self._orchestrator.start_run(
             request.run_id,
             spec,
@@ -62,7 +62,8 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             labels=dict(request.labels),
             tenant=request.tenant,
             priority=request.priority,
-            fingerprint=print_,
+            fingerprint=task_fingerprint(request, functions[name]),
+            request_id=request_id,
             timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
         )
         await self._wait(entry, task.task_id, wait_s)

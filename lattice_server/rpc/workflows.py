@@ -24,6 +24,7 @@ from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.open_runs import OpenRunStreams
 from lattice_server.rpc.paging import is_full, number_after, page
 from lattice_server.rpc.repeats import Repeats
+from lattice_server.rpc.sameness import reduce_values
 from lattice_server.rpc.submissions import NO_TENANT, Submission, Submissions, merged
 
 
@@ -237,12 +238,13 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def _start(self, request: workflow_pb2.RunWorkflowRequest, *, is_open: bool = False) -> tuple[RunEntry, bool]:
         definitions.check_run_id(request.run_id, "run_id")
+        definitions.check_request_id(request.request_id)
         parts: tuple[bytes, ...] = (b"open",) if is_open else ()
         found: Submission | None = None
         match request.WhichOneof("source"):
             case "workflow":
                 found = await self._submissions.graph(request.workflow, request.tenant)
-                spec, parts = found.spec, (*parts, *found.print_parts)
+                spec, parts = found.spec, (*parts, *found.run_parts)
                 request.ClearField("workflow")
             case "workflow_id":
                 spec = self._library.get(request.workflow_id).spec
@@ -250,9 +252,12 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
                 spec = WorkflowSpec(tasks=())
             case _:
                 raise invalid_field("source", "a run needs a workflow, inline or by workflow_id")
+        request_id, parameters = request.request_id, self._intake.payloads(request.parameters, "parameters")
+        request.ClearField("request_id")
+        reduce_values(request.parameters.values())
         # Without an id nobody can repeat the call, so there is nothing to compare later.
         print_ = fingerprint(request.SerializeToString(deterministic=True), *parts) if request.run_id else ""
-        if entry := self._orchestrator.known(request.run_id, print_):
+        if entry := self._orchestrator.known(request.run_id, print_, request_id):
             return entry, False
         if found is not None:
             found.check()
@@ -261,11 +266,12 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         started = await self._orchestrator.submit(
             request.run_id,
             spec,
-            parameters=self._intake.payloads(request.parameters, "parameters"),
+            parameters=parameters,
             labels=dict(request.labels),
             tenant=request.tenant,
             priority=request.priority,
             fingerprint=print_,
+            request_id=request_id,
             workflow_id=request.workflow_id,
             timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
             is_open=is_open,

@@ -6,6 +6,7 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import grpc
 import pytest
@@ -13,7 +14,16 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 
 import lattice_client
-from lattice_client import LangGraphClient, LatticeClient, Run, TaskFailedError, UnavailableError, errors, task
+from lattice_client import (
+    AlreadyExistsError,
+    LangGraphClient,
+    LatticeClient,
+    Run,
+    TaskFailedError,
+    UnavailableError,
+    errors,
+    task,
+)
 from lattice_client.code import pack
 
 PUBLIC = [
@@ -264,3 +274,22 @@ def test_an_exception_of_a_node_comes_back(address: str) -> None:
         fail({})
     assert isinstance(caught.value.__cause__, LookupError)
     assert "in fail" in caught.value.remote_traceback
+
+
+def test_a_run_that_is_started_again_under_its_id_is_the_same_run(client: LatticeClient) -> None:
+    run_id = f"nightly-{uuid4().hex}"
+
+    def start(number: int, text: str) -> Run:
+        @task
+        def say(text: str, tags: set[int]) -> list[object]:
+            return [text, number]
+
+        workflow = client.create_workflow()
+        workflow.add_task(say, {"text": text, "tags": {number}}, "say")
+        return workflow.run(run_id=run_id)
+
+    first = start(1, "a")
+    assert first.result() == {"result": ["a", 1]}
+    assert start(2, "a").result() == {"result": ["a", 1]}, "code and pickled values may have other bytes"
+    with pytest.raises(AlreadyExistsError):
+        start(1, "b")

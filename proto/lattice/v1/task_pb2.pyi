@@ -653,12 +653,15 @@ class RunTaskRequest(google.protobuf.message.Message):
     TENANT_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     tenant: builtins.str
     """The tenant whose share of the cluster the run counts towards; runs that name none are one tenant's."""
     priority: builtins.int
     """Among waiting tasks of one tenant, higher goes first; added to the task's own priority."""
+    request_id: builtins.str
+    """A call with the `run_id` and the `request_id` of the call that started a run returns that run, whatever else it says."""
     @property
     def task(self) -> Global___TaskSpec:
         """The task; `TaskSpec.function` may stay empty."""
@@ -695,9 +698,10 @@ class RunTaskRequest(google.protobuf.message.Message):
         tenant: builtins.str = ...,
         priority: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "task", b"task", "timeout", b"timeout", "wait", b"wait"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "labels", b"labels", "priority", b"priority", "run_id", b"run_id", "task", b"task", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "labels", b"labels", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "task", b"task", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait"]) -> None: ...
 
 Global___RunTaskRequest: typing_extensions.TypeAlias = RunTaskRequest
 

@@ -578,6 +578,7 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     workflow_id: builtins.str
@@ -586,6 +587,8 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     """Among waiting tasks of one tenant, higher goes first."""
     tenant: builtins.str
     """The tenant whose share of the cluster the run counts towards; runs that name none are one tenant's."""
+    request_id: builtins.str
+    """A call with the `run_id` and the `request_id` of the call that started a run returns that run, whatever else it says."""
     @property
     def workflow(self) -> Global___WorkflowSpec:
         """The whole graph."""
@@ -613,9 +616,10 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         priority: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         tenant: builtins.str = ...,
+        request_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["workflow_id", "workflow"] | None: ...
 
 Global___RunWorkflowRequest: typing_extensions.TypeAlias = RunWorkflowRequest

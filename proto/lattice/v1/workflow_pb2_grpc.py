@@ -41,7 +41,9 @@ class WorkflowServiceStub(object):
     is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
-    false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
+    false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again. The
+    content is the ids, names, wiring, settings and values of the request. Code of functions and pickled values are not
+    compared, because pickling the same things again gives other bytes.
 
     A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
     call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
@@ -153,7 +155,9 @@ class WorkflowServiceServicer(object):
     is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
-    false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
+    false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again. The
+    content is the ids, names, wiring, settings and values of the request. Code of functions and pickled values are not
+    compared, because pickling the same things again gives other bytes.
 
     A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
     call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
@@ -371,7 +375,9 @@ class WorkflowService(object):
     is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
-    false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
+    false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again. The
+    content is the ids, names, wiring, settings and values of the request. Code of functions and pickled values are not
+    compared, because pickling the same things again gives other bytes.
 
     A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
     call with the same `request_id` and the same content changes nothing again and gets the first answer; with other

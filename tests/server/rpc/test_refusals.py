@@ -36,6 +36,7 @@ from tests.server.rpc.callers import (
 
 Resources = resources_pb2.Resources
 Binding = payload_pb2.Binding
+PICKLE = "application/vnd.lattice.pickle5"
 NOTHING = payload_pb2.Payload()
 BARE_BYTES = payload_pb2.Payload(data=b"x")
 NESTED = Binding(list=payload_pb2.BindingList(items=[value("1"), Binding()]))
@@ -330,6 +331,46 @@ def test_a_repeated_task_is_the_same_run_and_another_one_a_conflict(idle: Caller
     request.task.priority = 3
     with refused(Code.ALREADY_EXISTS, "RUN_ID_CONFLICT"):
         idle.tasks.RunTask(request)
+
+
+def named_run(run_id: str, code: bytes, inputs: dict[str, payload_pb2.Payload]) -> workflow_pb2.RunWorkflowRequest:
+    spec = graph(task(inputs={name: payload_pb2.Binding(payload=payload) for name, payload in inputs.items()}))
+    spec.functions["work"].python.pickle = code
+    spec.parameters["p"].CopyFrom(inputs["pickled"])
+    return workflow_pb2.RunWorkflowRequest(run_id=run_id, workflow=spec)
+
+
+def test_a_repeated_run_is_the_same_run_though_its_pickles_have_other_bytes(idle: Caller) -> None:
+    run_id, json = fresh(), payload_pb2.Payload(json="1")
+
+    def start(code: bytes, pickled: payload_pb2.Payload, json: payload_pb2.Payload, **more: str) -> bool:
+        request = named_run(run_id, code, {"pickled": pickled, "json": json})
+        request.MergeFrom(workflow_pb2.RunWorkflowRequest(**more))
+        return idle.workflows.RunWorkflow(request).created
+
+    first, second = (payload_pb2.Payload(media_type=PICKLE, data=data) for data in (b"one", b"other"))
+    assert start(b"code", first, json, request_id="q")
+    assert not start(b"other code", second, json)
+    with refused(Code.ALREADY_EXISTS, "RUN_ID_CONFLICT"):
+        start(b"code", first, payload_pb2.Payload(json="2"))
+    with refused(Code.ALREADY_EXISTS, "RUN_ID_CONFLICT"):
+        start(b"code", payload_pb2.Payload(media_type="x/y", data=b"one"), json)
+    with refused(Code.ALREADY_EXISTS, "RUN_ID_CONFLICT"):
+        start(b"code", first, payload_pb2.Payload(json="2"), request_id="other")
+    assert not start(b"code", first, payload_pb2.Payload(json="2"), request_id="q")
+    with refused(Code.INVALID_ARGUMENT, "INVALID_FIELD"):
+        start(b"code", first, json, request_id="q" * 129)
+
+
+def test_a_repeated_run_names_the_same_entry_points(idle: Caller) -> None:
+    run_id = fresh()
+    specs = [graph(task()) for _ in range(2)]
+    for spec, name in zip(specs, ("package:one", "package:other"), strict=True):
+        spec.functions["work"].CopyFrom(task_pb2.Function(entrypoint=name))
+    for _ in range(2):
+        idle.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(run_id=run_id, workflow=specs[0]))
+    with refused(Code.ALREADY_EXISTS, "RUN_ID_CONFLICT"):
+        idle.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(run_id=run_id, workflow=specs[1]))
 
 
 def test_a_repeated_workflow_is_the_same_workflow_and_another_one_a_conflict(idle: Caller) -> None:
