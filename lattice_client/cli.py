@@ -9,6 +9,7 @@ import sys
 import click
 from lattice.v1 import cluster_pb2
 
+from lattice_client import logs
 from lattice_client.commands import Commands, Server, address, as_dict, as_json, connected, print_json, show
 from lattice_client.runs import runs
 from lattice_client.terminal import say
@@ -18,8 +19,19 @@ DISTRIBUTION = "lattice-control-plane"
 
 @click.group(cls=Commands)
 @click.version_option(package_name=DISTRIBUTION, prog_name="lattice", message="%(prog)s %(version)s")
-def main() -> None:
+@click.option("--log-level", type=click.Choice(logs.LEVELS), envvar="LATTICE_LOG_LEVEL", help="Log from this level on.")
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    envvar="LATTICE_LOG_FORMAT",
+    help="Log lines as text, or as one JSON object each.",
+)
+def main(log_level: str | None, log_format: str | None) -> None:
     """Lattice, a control plane for the workflows of LLM agents."""
+    logs.set_up(log_format or "text", log_level or "warning")
+    # `start` and `run` begin another program, which is to log likewise.
+    given = {"LATTICE_LOG_LEVEL": log_level, "LATTICE_LOG_FORMAT": log_format}
+    os.environ.update({name: value for name, value in given.items() if value})
 
 
 main.add_command(runs)

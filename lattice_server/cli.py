@@ -16,7 +16,7 @@ import click
 import psutil
 import uvloop
 
-from lattice_server import MAY_SERVE, records, security
+from lattice_server import MAY_SERVE, logs, records, security
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 
@@ -69,7 +69,14 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 @click.option("--token-file", type=FILE, help="The token callers must show, or LATTICE_TOKEN; a worker shows it.")
 @click.option("--insecure", is_flag=True, help="Serve, or join, beyond this machine without TLS or a token.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
-@click.option("--verbose", is_flag=True, help="Log more.")
+@click.option("--verbose", is_flag=True, help="As --log-level info.")
+@click.option("--log-level", type=click.Choice(logs.LEVELS), envvar="LATTICE_LOG_LEVEL", help="Log from this level on.")
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    envvar="LATTICE_LOG_FORMAT",
+    help="Log lines as text, or as one JSON object each.",
+)
 def start(**given: Any) -> None:
     """Start a Lattice server on this machine, or have the machine join one, until Ctrl-C or `lattice stop`."""
     flags = Flags(**given)
@@ -81,12 +88,9 @@ def start(**given: Any) -> None:
         _become_worker(flags)
     if not MAY_SERVE:
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
-    logging.basicConfig(
-        level=logging.INFO if flags.verbose else logging.WARNING,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    _serve(_config(flags))
+    config = flags.logging(ServerConfig() if flags.config_file is None else _read(flags.config_file))
+    logs.set_up(config.log_format, config.log_level)
+    _serve(_config(flags, config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,13 @@ class Flags:
     insecure: bool
     config_file: Path | None
     verbose: bool
+    log_level: str | None
+    log_format: str | None
+
+    def logging(self, config: ServerConfig) -> ServerConfig:
+        """Return a configuration with what the flags say of the log."""
+        level = self.log_level or ("info" if self.verbose else config.log_level)
+        return replace(config, log_level=level, log_format=self.log_format or config.log_format)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -128,8 +139,8 @@ class Flags:
         return None if self.gpu_memory is None else self.gpu_memory * MIB
 
 
-def _config(flags: Flags) -> ServerConfig:
-    """Return how the server is to be. Raises click.ClickException."""
+def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
+    """Return how the server is to be, given what the configuration file says. Raises click.ClickException."""
     if flags.ray_address and (flags.executor != "ray" or not flags.num_cpus):
         raise click.UsageError("with --ray-address, which needs --executor ray, say what to reserve: --num-cpus")
     with _secured():
@@ -141,7 +152,7 @@ def _config(flags: Flags) -> ServerConfig:
     # What this process starts has no use for it: workers beside the server come by its own socket.
     os.environ.pop(security.TOKEN, None)
     return replace(
-        ServerConfig() if flags.config_file is None else _read(flags.config_file),
+        base,
         host=flags.host,
         port=flags.port,
         tls=tls,
@@ -212,8 +223,10 @@ def _become_worker(flags: Flags) -> NoReturn:
         "--num-gpus": flags.num_gpus,
         "--memory-bytes": flags.memory_bytes,
         "--gpu-memory-bytes": flags.gpu_memory_bytes,
+        "--log-level": flags.logging(ServerConfig()).log_level,
+        "--log-format": flags.log_format,
     }
-    command = [sys.executable, "-m", "lattice_worker", "--join", *(["--verbose"] if flags.verbose else [])]
+    command = [sys.executable, "-m", "lattice_worker", "--join"]
     command += [part for name, value in words.items() if value is not None for part in (name, str(value))]
     command += [part for label in flags.labels for part in ("--label", label)]
     with _noting():

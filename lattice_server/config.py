@@ -39,6 +39,8 @@ class ServerConfig:
     `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all. For
     `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
     large values' files are kept to be written again.
+
+    The log has records from `log_level` on (`debug`, `info`, `warning`, `error`), in the `log_format` `text` or `json`.
     """
 
     host: str = "127.0.0.1"
@@ -83,6 +85,8 @@ class ServerConfig:
     limits: Mapping[str, int] = field(default_factory=dict)
     batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0
+    log_format: str = "text"
+    log_level: str = "warning"
 
     def address(self, port: int) -> str:
         """Return `host:port`."""

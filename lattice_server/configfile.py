@@ -18,6 +18,7 @@ import tomllib
 from dataclasses import fields
 from typing import Any
 
+from lattice_server import logs
 from lattice_server.config import MIN_INLINE_BYTES, MIN_MESSAGE_BYTES, MIN_MESSAGE_TASKS, ServerConfig
 from lattice_server.core.batching import BatchRule, NameMatch
 
@@ -30,6 +31,7 @@ LEAST = {
     "message_limit_bytes": MIN_MESSAGE_BYTES,
     "message_limit_tasks": MIN_MESSAGE_TASKS,
 }
+CHOICES = {"log_format": logs.FORMATS, "log_level": logs.LEVELS}
 RULE_KEYS = frozenset({"match", "pattern", "max_size", "max_wait_s"})
 
 
@@ -59,6 +61,8 @@ def read_config(text: str) -> ServerConfig:
             raise ConfigError(f"{key} must be from {least}: clients send that much unasked")
         if key == "tenant_share" and not 0 < value <= 1:
             raise ConfigError(f"{key} must be above 0 and at most 1, not {value!r}")
+        if value not in CHOICES.get(key, (value,)):
+            raise ConfigError(f"{key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
         settings[key] = value
     return ServerConfig(**settings)
 

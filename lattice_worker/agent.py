@@ -115,12 +115,12 @@ class Agent:
                     if response.HasField("close"):
                         return self._closed(response.close)
             except grpc.aio.AioRpcError as error:
-                log.info("the stream broke: %s", error.details())
+                log.info("the stream broke: %s", error.details(), extra=self._named())
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
-                log.info("nothing was heard for %.1f s", self._silence_limit_s)
+                log.info("nothing was heard for %.1f s", self._silence_limit_s, extra=self._named())
             finally:
                 beating.cancel()
                 self._artifacts = None
@@ -137,12 +137,17 @@ class Agent:
 
     def _closed(self, close: worker_pb2.Close) -> bool:
         reason = convert.close_reason(close)
-        log.info("the server closed the stream: %s: %s", reason, close.message)
+        log.info("the server closed the stream: %s: %s", reason, close.message, extra=self._named())
         if close.reason == worker_pb2.CLOSE_REASON_SHUTDOWN:
             return self._config.exit_on_close
         if close.reason != worker_pb2.CLOSE_REASON_DRAINED:
             self.refusal = f"{reason}: {close.message}"
         return True
+
+    def _named(self) -> dict[str, str]:
+        """Return what a log line about the stream names."""
+        session_id = self._leasing.session.session_id
+        return {"worker_id": self._config.worker_id, "node_id": self._config.node_id, "session_id": session_id}
 
     def _hello(self) -> worker_pb2.Hello:
         self._listed = frozenset(self._drafts.reported)

@@ -108,7 +108,7 @@ class Attempts:
         try:
             self._start(assignment)
         except Exception as error:  # A lease that was taken has to end, also if this is a bug.
-            log.exception("lease %s could not be started", assignment.lease_id)
+            log.exception("the lease could not be started", extra=_named(assignment))
             text = f"the attempt could not be started: {type(error).__name__}: {error}"
             self._fail(assignment, {"kind": "internal", "message": text})
 
@@ -301,6 +301,7 @@ class Attempts:
 
     def _begin(self, assignment: worker_pb2.Assignment, runner: Runner, invocation: Invocation) -> None:
         lease_id = assignment.lease_id
+        _note("the attempt starts", assignment)
         self._running[lease_id] = (runner, invocation)
         self._unstarted[lease_id] = time.time_ns()
         if self._start_timer is None:
@@ -374,6 +375,7 @@ class Attempts:
     def _end(self, assignment: worker_pb2.Assignment, answer: dict[str, Any], blobs: list[bytes]) -> None:
         """Report the end of every member of a lease."""
         lease_id = assignment.lease_id
+        _note("the attempt ended", assignment)
         self._forget(lease_id)
         if convert.has_crashed(answer):
             self._suspect(assignment)
@@ -417,3 +419,15 @@ class Attempts:
     def _cancel_timer(self, lease_id: str) -> None:
         if (timer := self._timers.pop(lease_id, None)) is not None:
             timer.cancel()
+
+
+def _note(what: str, assignment: worker_pb2.Assignment) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug(what, extra=_named(assignment))
+
+
+def _named(assignment: worker_pb2.Assignment) -> dict[str, object]:
+    """Return what a log line about a lease names; of a batch it is the first attempt."""
+    first = assignment.attempts[0] if assignment.attempts else worker_pb2.Attempt()
+    named = {"run_id": first.run_id, "task_id": first.task_id, "attempt": first.number}
+    return {"lease_id": assignment.lease_id, **named}

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
-import logging
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from uuid import uuid4
 
 import uvloop
 
-from lattice_worker import host
+from lattice_worker import host, logs
 from lattice_worker.agent import Agent
 from lattice_worker.channel import ChannelError, check
 from lattice_worker.config import HEAD_STORE, WorkerConfig
@@ -40,7 +39,8 @@ def main() -> None:
     parser.add_argument("--worker-id", help="by default one that nobody else has")
     parser.add_argument("--join", action="store_true", help="offer this machine, and let the server say what to do")
     parser.add_argument("--drain-deadline", type=float, default=30.0, help="seconds for what runs when told to stop")
-    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--log-level", choices=logs.LEVELS, default="warning")
+    parser.add_argument("--log-format", choices=logs.FORMATS, default="text")
     parser.add_argument("--store-dir", help="the server's own store of large values; without it the worker has its own")
     parser.add_argument("--server", default="", help="what a client in a task dials; by default what the worker dials")
     parser.add_argument("--num-cpus", type=float)
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--exit-on-close", action="store_true", help="end when the server ends")
     parser.add_argument("--host-fd", type=int, help="a socket to who started the worker, and fetches large values")
     flags = parser.parse_args()
-    logging.basicConfig(level=logging.INFO if flags.verbose else logging.WARNING, stream=sys.stderr)
+    logs.set_up(flags.log_format, flags.log_level)
     _die_with(os.environ.get("LATTICE_PARENT_PID"))
     # What a task's process leaves behind when it dies comes here, to be ended; see `Zygotes`.
     host.adopt_orphans()

@@ -74,11 +74,12 @@ class Courier:
             part.rename(path)
             self._shunned.pop(node_id, None)
         except TimeoutError:
-            log.warning("nothing came from node %s for %g s; the server is asked instead", node_id, self._patience_s)
+            text = "nothing came from the node for %g s; the server is asked instead"
+            log.warning(text, self._patience_s, extra={"node_id": node_id})
             self._shunned[node_id] = loop.time() + SHUN_S
             return False
         except (CourierError, OSError) as error:
-            log.info("%s was not fetched from node %s: %s", path.name, node_id, error)
+            log.info("%s was not fetched from the node: %s", path.name, error, extra={"node_id": node_id})
             return False
         finally:
             del self._answers[number]

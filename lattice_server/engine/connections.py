@@ -105,6 +105,12 @@ class Connection:
         self.clock = WorkerClock()
         self._has_sent = False
 
+    @property
+    def named(self) -> dict[str, str]:
+        """What a log line about the stream names."""
+        session_id = "" if self.session is None else self.session.session_id
+        return {"worker_id": self.worker_id, "node_id": self.node_id, "session_id": session_id}
+
     def send(self, effect: WelcomeWorker | ToSession) -> None:
         """Queue an effect."""
         self._outbox.append(effect)

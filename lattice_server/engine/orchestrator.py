@@ -47,6 +47,7 @@ from lattice_server.core.records import TaskTable, tabulating
 from lattice_server.core.reuse import Earlier, workflow_of
 from lattice_server.core.run import Effect, Run
 from lattice_server.core.steps import STEP_ITEMS, Steps, finish, stepwise
+from lattice_server.engine import run_notes
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.code_store import CodeStore
@@ -355,7 +356,8 @@ class Orchestrator:
             self._change(entry, decide, posts)
         except Exception:
             # The last resort: a fact that breaks one run's invariants must not stop the others.
-            log.exception("run %s could not take %s", entry.run.run_id, type(event).__name__)
+            about = {"run_id": entry.run.run_id, "task_id": event.task_id}
+            log.exception("the run could not take %s", type(event).__name__, extra=about)
 
     def _expire(self, entry: RunEntry, limit_s: float) -> None:
         self._change(entry, lambda: entry.run.expire(limit_s, time.monotonic()))
@@ -381,7 +383,7 @@ class Orchestrator:
 
     def _abandon(self, entry: RunEntry, posts: list[SchedulerEvent] | None) -> None:
         error_id = uuid4().hex
-        log.exception("run %s ends by a bug, error id %s", entry.run.run_id, error_id)
+        log.exception("the run ends by a bug", extra={"run_id": entry.run.run_id, "error_id": error_id})
         failure = Failure(FailureKind.INTERNAL, f"internal error {error_id}; the server's log has the details")
         self._perform(entry, entry.run.abandon(failure, time.monotonic()), posts)
 
@@ -408,6 +410,7 @@ class Orchestrator:
                     entry.log.append(effect, time_s)
                     if entry.holder is not None and isinstance(effect, TOLD | RunFinished):
                         entry.holder.news.set()
+                    run_notes.note(entry, effect)
         if posts is None:
             self._bus.post(own)
         if len(entry.run.dag.artifacts) > entry.graph_artifacts:

@@ -4,6 +4,7 @@ Rule: an outbox belongs to a connection; a session may outlive several.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -20,6 +21,8 @@ from lattice_server.core.model import Artifact
 from lattice_server.core.questions import AnswerQuestion
 from lattice_server.engine.connections import Connection, Session
 from lattice_server.engine.store import HEAD
+
+log = logging.getLogger(__name__)
 
 Detached = Callable[[str, float], None]
 
@@ -55,6 +58,8 @@ class Sessions:
             self._welcome(effect)
         elif isinstance(effect, ForgetSession):
             session = self._sessions.pop(effect.session_id, None)
+            if session is not None:
+                log.info("the worker is lost", extra=session.connection.named)
             if session is not None and session.is_connected:
                 # Whoever is there all the same learns by dialling again that the session is lost.
                 session.connection.close()
@@ -78,6 +83,7 @@ class Sessions:
         for session in self._sessions.values():
             if session.connection.worker_id == connection.worker_id:
                 session.is_connected = False
+                log.info("the stream broke; the worker may come back", extra=connection.named)
                 self.on_detached(session.session_id, silent_s)
 
     async def watch(self, interval_s: float) -> None:
@@ -140,6 +146,7 @@ class Sessions:
         session.connection = connection
         session.is_connected = True
         connection.session = session
+        log.info("the worker is back" if effect.resumed else "the worker joined", extra=connection.named)
         # All that older reports led to has been done by now: the scheduler answered them before the hello.
         listed = connection.stored if effect.resumed else connection.stored + connection.reported
         connection.stored = connection.reported = ()

@@ -31,6 +31,11 @@ def offer_of_machine(capacity: Capacity, labels: Mapping[str, str]) -> Offer:
     return Offer(capacity.cpu, len(capacity.gpus), capacity.memory_bytes or None, gpu_memory_bytes, labels)
 
 
+def log_flags(config: ServerConfig) -> list[str]:
+    """Return the flags of a worker that logs as the server does."""
+    return ["--log-level", config.log_level, "--log-format", config.log_format]
+
+
 def worker_flags(offer: Offer, *, worker_id: str, node_id: str, store_directory: Path | None, server: str) -> list[str]:
     """Return the flags of a worker that serves `node_id`.
 

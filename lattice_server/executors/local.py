@@ -11,7 +11,7 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, Machine, Membership
-from lattice_server.executors.command import offer_of_head, worker_flags
+from lattice_server.executors.command import log_flags, offer_of_head, worker_flags
 from lattice_server.executors.leftovers import MARK, end_leftovers
 from lattice_server.executors.program import worker_command
 
@@ -84,7 +84,7 @@ class LocalExecutor:
                 reason = f"its process could not be started: {error}"
             if self._is_stopping:
                 return
-            log.warning("worker %s is gone: %s; starting another", worker_id, reason)
+            log.warning("the worker is gone: %s; starting another", reason, extra={"worker_id": worker_id})
             post([WorkerLost(worker_id, reason)])
             lived_s = asyncio.get_running_loop().time() - started
             backoff_s = 0.0 if lived_s > MAX_BACKOFF_S else min(MAX_BACKOFF_S, backoff_s * 2 or 0.1)
@@ -95,6 +95,7 @@ class LocalExecutor:
         """Run a worker to its end and return how it ended. Raises OSError."""
         offer, store, server = offer_of_head(self._config), self._store_directory, contact.target
         flags = worker_flags(offer, worker_id=worker_id, node_id="local", store_directory=store, server=server)
+        flags += log_flags(self._config)
         self._process = await asyncio.create_subprocess_exec(
             *worker_command(contact.local_target, flags),
             env={**os.environ, "LATTICE_PARENT_PID": str(os.getpid()), MARK: worker_id},

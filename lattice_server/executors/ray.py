@@ -19,7 +19,7 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, ExecutorError, Machine, Membership, RayCluster
-from lattice_server.executors.command import offer_of_machine, worker_flags
+from lattice_server.executors.command import log_flags, offer_of_machine, worker_flags
 from lattice_server.executors.leftovers import MARK, end_leftovers
 from lattice_server.executors.ray_child import RayChild, ray_child
 from lattice_server.executors.reservation import (
@@ -212,6 +212,7 @@ class RayExecutor:
         node_id, store = reservation.node_id, reservation.store_directory
         offer, server = reservation.offer, self._contact.target
         flags = worker_flags(offer, worker_id=worker_id, node_id=node_id, store_directory=store, server=server)
+        flags += log_flags(self._config)
         self._order(
             "serve",
             reservation,
@@ -227,6 +228,7 @@ class RayExecutor:
     async def _end(self, reservation: Reservation, status: int | None, reason: str) -> None:
         """Release the reservation of a worker that was to leave; start another for one that was not."""
         worker_id = reservation.worker_id
+        about = {"worker_id": worker_id, "node_id": reservation.node_id}
         if reservation.store_directory is not None:
             # The actor sees to it, unless it was killed. On other machines nobody else could.
             await asyncio.to_thread(end_leftovers, worker_id)
@@ -234,11 +236,11 @@ class RayExecutor:
         if self._is_stopping:
             reservation.placed_at = None
         elif is_news and status == 0:
-            log.info("worker %s of node %s left", worker_id, reservation.node_id)
+            log.info("the worker left", extra=about)
             reservation.placed_at = None
             self._release(reservation)
         elif is_news:
-            log.warning("worker %s is gone: %s; starting another", worker_id, reason)
+            log.warning("the worker is gone: %s; starting another", reason, extra=about)
             self._give_up(reservation, reason)
             loop = asyncio.get_running_loop()
             reservation.again = loop.call_later(reservation.lost(loop.time()), self._serve, reservation)

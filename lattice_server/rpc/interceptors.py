@@ -141,7 +141,9 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
             ex = unreadable(ex)
         if not isinstance(ex, errors.LatticeError):
             error_id = uuid4().hex
-            log.error("%s failed, error id %s", method_name, error_id, exc_info=ex)
+            # Only what names something: the rest of a request is its caller's.
+            named = {field: getattr(request_or_iterator, field, "") for field in ("run_id", "task_id", "node_id")}
+            log.error("%s failed", method_name, exc_info=ex, extra={"error_id": error_id, **named})
             text = f"internal error {error_id}; the server's log has the details"
             ex = errors.LatticeError("INTERNAL", text, metadata={"error_id": error_id})
             code, message = grpc.StatusCode.INTERNAL, text

@@ -161,7 +161,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     deadline_s = deadline_from_proto(request.draining)
                     self._bus.post([messages.DrainRequested(connection.node_id, deadline_s)])
         except grpc.RpcError as error:
-            log.debug("the stream of worker %s broke: %s", connection.worker_id, error)
+            log.debug("the stream broke: %s", error, extra=connection.named)
         except (DecodeError, InvalidError) as error:
             text = error.message if isinstance(error, InvalidError) else unreadable(error).message
             connection.send(messages.CloseSession("", "PROTOCOL_ERROR", text))

@@ -1,0 +1,57 @@
+"""Owns how log lines look. Rule: a record is one line, and text of others neither begins a line nor steers a terminal.
+
+A record says by `extra` which run, task, attempt, node, worker, session or lease it is about.
+"""
+
+import logging
+
+from pythonjsonlogger.json import JsonFormatter
+
+FORMATS = ("text", "json")
+LEVELS = ("debug", "info", "warning", "error")
+FIELDS = ("run_id", "task_id", "attempt", "node_id", "worker_id", "session_id", "lease_id", "error_id")
+
+
+def set_up(form: str = "text", level: str = "warning") -> None:
+    """Write the log of this process to stderr, as text or as one JSON object a line, from a level on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class TextLines(logging.Formatter):
+    """Records for people: fields follow the message, and the lines of a traceback are indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as text."""
+        told = vars(record)
+        fields = "".join(f" {name}={_word(str(told[name]))}" for name in FIELDS if told.get(name))
+        text = f"{self.formatTime(record)} {record.levelname} {record.name}: {shown(record.getMessage())}{fields}"
+        if record.exc_info:
+            lines = self.formatException(record.exc_info).splitlines()
+            text += "".join(f"\n    {shown(line)}" for line in lines)
+        return text
+
+
+class JsonLines(JsonFormatter):
+    """Records for programs: `time`, `level`, `logger`, `message`, `exception` and the fields, all in ASCII."""
+
+    def __init__(self) -> None:
+        names = {"levelname": "level", "name": "logger", "exc_info": "exception"}
+        form = "%(levelname)s %(name)s %(message)s"
+        super().__init__(form, rename_fields=names, timestamp="time", json_ensure_ascii=True)
+
+    def process_log_record(self, log_data: dict[str, object]) -> dict[str, object]:
+        """Leave out fields without a value."""
+        return {name: value for name, value in log_data.items() if name not in FIELDS or value}
+
+
+def shown(text: str) -> str:
+    """Return text with an escape for each character that a terminal, or a reader of lines, would obey."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _word(text: str) -> str:
+    return repr(text) if not text or " " in text or "=" in text else shown(text)

@@ -1,0 +1,137 @@
+"""How log lines look: one line a record, whatever is in it, with the ids of what it is about."""
+
+import ast
+import io
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lattice_client import LatticeClient, RunError, UnauthenticatedError, task
+from lattice_client import logs as client_logs
+from lattice_server import logs
+from lattice_worker import logs as worker_logs
+from tests.e2e.conftest import LATTICE
+
+HOSTILE = "ok\r\n2026-01-01 00:00:00,000 ERROR forged: \x1b[2J\u202e\u2028 \ud83d end"
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    """The root logger, put back afterwards."""
+    found = logging.getLogger()
+    before, level = found.handlers[:], found.level
+    yield found
+    found.handlers[:] = before
+    found.setLevel(level)
+
+
+def written(form: str, message: str, **named: object) -> str:
+    """Return what a record looks like."""
+    logs.set_up(form, "info")
+    (handler,) = logging.getLogger().handlers
+    assert isinstance(handler, logging.StreamHandler)
+    stream = handler.setStream(io.StringIO())
+    assert stream is sys.stderr
+    logging.getLogger("lattice.test").info(message, extra=named)
+    found = handler.stream.getvalue()
+    assert isinstance(found, str)
+    return found
+
+
+def test_the_packages_write_their_logs_alike() -> None:
+    # They share nothing but the contract.
+    first, *others = (
+        ast.unparse(ast.parse(Path(str(m.__file__)).read_text())) for m in (logs, worker_logs, client_logs)
+    )
+    assert others == [first, first]
+
+
+@pytest.mark.usefixtures("root")
+@given(st.text(st.characters()), st.text(st.characters()))
+def test_a_record_is_one_printable_line_whatever_users_wrote(message: str, run_id: str) -> None:
+    for form in logs.FORMATS:
+        line = written(form, message.replace("%", "%%"), run_id=run_id, task_id="", attempt=3)
+        assert line.endswith("\n")
+        assert line[:-1].isprintable()
+        assert "task_id" not in line
+    found = json.loads(line)
+    assert (found["message"], found.get("run_id", "")) == (message.replace("%", "%%"), run_id)
+    assert found["attempt"] == 3
+
+
+@pytest.mark.usefixtures("root")
+def test_a_line_has_its_time_level_logger_and_fields() -> None:
+    found = json.loads(written("json", HOSTILE, run_id="r", session_id="s"))
+    assert datetime.fromisoformat(found.pop("time")).tzinfo is not None
+    assert found == {"level": "INFO", "logger": "lattice.test", "message": HOSTILE, "run_id": "r", "session_id": "s"}
+    line = written("text", HOSTILE, run_id="r=1", node_id="a b")
+    assert line.partition(" INFO ")[2] == (
+        "lattice.test: ok\\r\\n2026-01-01 00:00:00,000 ERROR forged: \\x1b[2J\\u202e\\u2028 \\ud83d end"
+        " run_id='r=1' node_id='a b'\n"
+    )
+
+
+@pytest.mark.usefixtures("root")
+def test_the_lines_of_a_traceback_cannot_be_taken_for_records() -> None:
+    logs.set_up("text", "error")
+    (handler,) = logging.getLogger().handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(io.StringIO())
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        logging.getLogger("x").exception("broken")
+    first, *others = handler.stream.getvalue().splitlines()
+    assert first.endswith("ERROR x: broken")
+    assert others
+    assert all(line.startswith("    ") and line.isprintable() for line in others)
+
+
+@task
+def fail() -> None:
+    raise ValueError("what-the-user-wrote")
+
+
+@pytest.mark.slow
+def test_a_server_and_its_worker_log_json_with_ids_and_no_secrets(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("a-token-of-callers-1234567890\n")
+    (tmp_path / "lattice.toml").write_text('log_level = "debug"\n')
+    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--num-cpus", "1"]
+    command += ["--token-file", str(tmp_path / "token"), "--config", str(tmp_path / "lattice.toml")]
+    with (tmp_path / "log").open("w") as file:
+        server = subprocess.Popen([*command, "--log-format", "json"], stdout=subprocess.PIPE, stderr=file, text=True)
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().strip().rpartition(" ")[2]
+            with (
+                LatticeClient(address, token="another-token-0987654321") as stranger,
+                pytest.raises(UnauthenticatedError),
+            ):
+                stranger.list_runs()
+            with LatticeClient(address, token="a-token-of-callers-1234567890") as client:
+                workflow = client.create_workflow()
+                made = workflow.add_task(fail, {}, "t")
+                run = workflow.run()
+                with pytest.raises(RunError):
+                    run.result()
+        finally:
+            server.terminate()
+            server.wait(30)
+    text = (tmp_path / "log").read_text()
+    assert "what-the-user-wrote" not in text
+    assert "token-of-callers" not in text
+    assert "another-token" not in text
+    records = [json.loads(line) for line in text.splitlines()]
+    about = {record["message"]: record for record in records if record.get("run_id") == run.run_id}
+    assert about["the task failed: user_error ValueError"].items() >= {"task_id": made.task_id, "attempt": 1}.items()
+    assert about["the run ended as failed: user_error"]["level"] == "INFO"
+    assert about["the attempt starts"].keys() >= {"lease_id", "task_id", "attempt"}
+    assert any(r["message"] == "the worker joined" and r["session_id"] and r["node_id"] == "local" for r in records)
