@@ -15,6 +15,7 @@ MIN_SHARED_MEMORY_BYTES = 256 * 1024 * 1024  # With less of it free, as in most 
 PREFIX = "lattice-head-"
 SOCKET = "head.sock"
 SOCKET_PATH_BYTES = 107  # The longest path Linux takes for a socket.
+NEW = "new-"  # Begins the name of a folder that may not be locked yet.
 NEW_S = 10.0
 DISK = "disk"  # In a store in memory, a link to the folder of values for which that has no room.
 MIB = 1024 * 1024
@@ -91,13 +92,18 @@ def room(folder: Path) -> tuple[int, int]:
 def _made_in(parent: Path, remedy: str) -> tuple[Path, int]:
     _delete_left(parent)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        new = Path(tempfile.mkdtemp(prefix=f"{NEW}{PREFIX}", dir=parent))
+        lock = _lock(new)
     except OSError as error:
         raise StoreError(f"large values cannot be kept in {parent}: {error.strerror}; {remedy}") from error
+    folder = parent / new.name.removeprefix(NEW)
     if len(os.fsencode(folder / SOCKET)) > SOCKET_PATH_BYTES:
-        folder.rmdir()
+        new.rmdir()
+        os.close(lock)
         raise StoreError(f"large values cannot be kept in {parent}: its path is too long for a socket; {remedy}")
-    return folder, _lock(folder)
+    # Not before it is locked: another server would take it for one of a killed one.
+    new.rename(folder)
+    return folder, lock
 
 
 def _lock(directory: Path) -> int:
@@ -112,13 +118,10 @@ def _lock(directory: Path) -> int:
 
 
 def _delete_left(parent: Path) -> None:
-    """Delete the directories of servers that were killed: they hold memory, and nobody else deletes them.
-
-    One that is new may not be locked yet.
-    """
-    for left in parent.glob(f"{PREFIX}*"):
+    """Delete the directories of servers that were killed: they hold memory, and nobody else deletes them."""
+    for left in [*parent.glob(f"{PREFIX}*"), *parent.glob(f"{NEW}{PREFIX}*")]:
         with suppress(OSError):
             descriptor = _lock(left)
-            if time.time() - left.stat().st_mtime > NEW_S:
+            if left.name.startswith(PREFIX) or time.time() - left.stat().st_mtime > NEW_S:
                 shutil.rmtree(left, ignore_errors=True)
             os.close(descriptor)

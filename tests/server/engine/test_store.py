@@ -292,13 +292,13 @@ def test_what_a_server_that_was_killed_left_is_deleted_and_nobody_else_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path)
-    left, new = tmp_path / "lattice-head-left", tmp_path / "lattice-head-new"
-    for directory in (left, new):
+    left = [tmp_path / name for name in ("lattice-head-left", "new-lattice-head-left")]
+    new = tmp_path / "new-lattice-head-new"
+    for directory in (*left, new):
         directory.mkdir()
         (directory / "large").write_bytes(b"x")
-    os.utime(left, (0, 0))
+    os.utime(left[1], (0, 0))
     first = ArtifactStore()
-    os.utime(first.directory, (0, 0))
     second = ArtifactStore()
     assert sorted(tmp_path.iterdir()) == sorted([new, first.directory, second.directory])
     for store in (first, second):
