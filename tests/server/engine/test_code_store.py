@@ -44,7 +44,9 @@ def test_code_is_kept_while_it_is_held() -> None:
     store.put(A, function("c", 5))
     assert [is_kept(store, A, digest) for digest in ("a", "bundle", "b", "c")] == [True, True, False, True]
     store.release(A, [held])
-    store.put(A, function("d", 5))
+    store.get(A, "a")
+    for digest in "dfgh":
+        store.put(A, function(digest, 5))
     assert is_kept(store, A, "a"), "held once more"
     store.release(A, [held])
     store.put(A, function("e", 15))

@@ -41,6 +41,19 @@ def test_usage_counts_each_thing_once_while_it_has_holders(steps: list[tuple[str
         check_usage(usage, {name: int(name[1]) for name in +holders})
 
 
+def test_a_tenant_loses_nothing_to_one_that_has_more_though_nothing_else_may_be_evicted() -> None:
+    usage = Usage("things", BOUND)
+    evictable = Evictable(usage)
+    for tenant, size in (("a", 45), ("b", 10), ("c", 46)):
+        usage.hold(tenant, "x", size)
+    evictable.add("b", "x")
+    assert evictable.victim("c") is None
+    assert evictable.victim("b") == ("b", "x")
+    evictable.add("c", "x", sooner=False)
+    assert evictable.victim("c") == evictable.victim("a") == ("c", "x")
+    assert evictable.victim("c", spared="x") is None
+
+
 @given(st.lists(st.tuples(TENANTS, st.integers(1, 60), st.booleans()), max_size=60))
 def test_no_tenant_loses_anything_to_one_that_has_more(steps: list[tuple[str, int, bool]]) -> None:
     usage = Usage("things", BOUND)
@@ -127,6 +140,26 @@ def ended_run(number: int, tenant: str, size: int, artifacts: list[int], code: l
         functions={f.digest: f for f in code},
         fingerprint="",
     )
+
+
+def test_runs_whose_results_were_read_are_evicted_first_then_the_oldest() -> None:
+    clock, store = Clock(), Holdings()
+    runs: OrderedDict[str, Any] = OrderedDict()
+    ended = EndedRuns(runs, store, Retention(9, 100, 100, 1.0, 100.0), clock)  # type: ignore[arg-type]
+    for number in range(4):
+        runs[f"r{number}"] = entry = ended_run(number, "a", 30, [], [])
+        if number == 3:
+            ended.note_read(runs["r1"])
+        ended.add(entry)
+    assert list(runs) == ["r0", "r2", "r3"], "r1 was read"
+    runs["r4"] = ended_run(4, "a", 30, [], [])
+    ended.add(runs["r4"])
+    assert list(runs) == ["r2", "r3", "r4"]
+    clock.now = 101.0
+    ended.note_read(runs["r2"])
+    runs["r5"] = ended_run(5, "a", 90, [], [])
+    ended.add(runs["r5"])
+    assert list(runs) == ["r5"]
 
 
 RUN_STEPS = st.lists(
