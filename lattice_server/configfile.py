@@ -23,7 +23,7 @@ from lattice_server.config import MIN_INLINE_BYTES, MIN_MESSAGE_BYTES, MIN_MESSA
 from lattice_server.core.batching import BatchRule, NameMatch
 
 PLAIN = {found.name: found.type for found in fields(ServerConfig) if found.type in {int, float, str}}
-FLAGS = frozenset({"host", "port", "executor"})
+FLAGS = frozenset({"host", "port", "executor", "node_ip", "ray_address", "ray_workers"})
 KINDS = {int: "a whole number from 0", float: "a number from 0", str: "a text"}
 # What the contract promises.
 LEAST = {
@@ -59,6 +59,8 @@ def read_config(text: str) -> ServerConfig:
             raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}")
         if value < (least := LEAST.get(key, value)):
             raise ConfigError(f"{key} must be from {least}: clients send that much unasked")
+        if key == "session_ttl_s" and not value:
+            raise ConfigError(f"{key} must be above 0: every worker would be lost at once")
         if key == "tenant_share" and not 0 < value <= 1:
             raise ConfigError(f"{key} must be above 0 and at most 1, not {value!r}")
         if value not in CHOICES.get(key, (value,)):

@@ -69,6 +69,8 @@ def test_rules_keep_their_order() -> None:
         (RULE.replace("prefix", "regex").replace("embed", "("), r"batch\[0\].pattern is no regular expression"),
         ("log_format = 'xml'", "log_format must be one of text, json, not 'xml'"),
         ("log_level = 'loud'", "log_level must be one of debug, info, warning, error, not 'loud'"),
+        ("ray_address = 'a:1'", "there is no setting 'ray_address'"),
+        ("session_ttl_s = 0", "session_ttl_s must be above 0"),
         ("tenant_share = 0", "tenant_share must be above 0 and at most 1, not 0"),
         ("tenant_share = 1.5", "tenant_share must be above 0 and at most 1, not 1.5"),
         ("inline_limit_bytes = 4095", "inline_limit_bytes must be from 4096"),
