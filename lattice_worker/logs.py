@@ -4,19 +4,28 @@ A record says by `extra` which run, task, attempt, node, worker, session or leas
 """
 
 import logging
+from typing import TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
+HANDLER = "lattice"
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 FIELDS = ("run_id", "task_id", "attempt", "node_id", "worker_id", "session_id", "lease_id", "error_id")
 
 
-def set_up(form: str = "text", level: str = "warning") -> None:
+def set_up(form: str = "text", level: str = "warning") -> logging.StreamHandler[TextIO]:
     """Write the log of this process to stderr, as text or as one JSON object a line, from a level on."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    root = logging.getLogger()
+    # Only what an earlier call set up, of any package, is replaced: the process may be another program's.
+    for earlier in [found for found in root.handlers if found.name == HANDLER]:
+        root.removeHandler(earlier)
+    handler.name = HANDLER
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    return handler
 
 
 class TextLines(logging.Formatter):

@@ -1,11 +1,9 @@
 """How log lines look: one line a record, whatever is in it, with the ids of what it is about."""
 
 import ast
-import io
 import json
 import logging
 import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -33,17 +31,14 @@ def root() -> Iterator[logging.Logger]:
     found.setLevel(level)
 
 
-def written(form: str, message: str, **named: object) -> str:
-    """Return what a record looks like."""
-    logs.set_up(form, "info")
-    (handler,) = logging.getLogger().handlers
-    assert isinstance(handler, logging.StreamHandler)
-    stream = handler.setStream(io.StringIO())
-    assert stream is sys.stderr
-    logging.getLogger("lattice.test").info(message, extra=named)
-    found = handler.stream.getvalue()
-    assert isinstance(found, str)
-    return found
+def written(form: str, message: str, error: BaseException | None = None, **named: object) -> str:
+    """Return what a record looks like. No logger gets it: pytest cannot report half a character."""
+    formatter = logs.JsonLines() if form == "json" else logs.TextLines()
+    raised = None if error is None else (type(error), error, error.__traceback__)
+    record = logging.getLogger("lattice.test").makeRecord(
+        "lattice.test", logging.INFO, "file.py", 1, message, (), raised, extra=named
+    )
+    return formatter.format(record)
 
 
 def test_the_packages_write_their_logs_alike() -> None:
@@ -54,20 +49,17 @@ def test_the_packages_write_their_logs_alike() -> None:
     assert others == [first, first]
 
 
-@pytest.mark.usefixtures("root")
 @given(st.text(st.characters()), st.text(st.characters()))
 def test_a_record_is_one_printable_line_whatever_users_wrote(message: str, run_id: str) -> None:
     for form in logs.FORMATS:
-        line = written(form, message.replace("%", "%%"), run_id=run_id, task_id="", attempt=3)
-        assert line.endswith("\n")
-        assert line[:-1].isprintable()
+        line = written(form, message, run_id=run_id, task_id="", attempt=3)
+        assert line.isprintable()
         assert "task_id" not in line
     found = json.loads(line)
-    assert (found["message"], found.get("run_id", "")) == (message.replace("%", "%%"), run_id)
+    assert (found["message"], found.get("run_id", "")) == (message, run_id)
     assert found["attempt"] == 3
 
 
-@pytest.mark.usefixtures("root")
 def test_a_line_has_its_time_level_logger_and_fields() -> None:
     found = json.loads(written("json", HOSTILE, run_id="r", session_id="s"))
     assert datetime.fromisoformat(found.pop("time")).tzinfo is not None
@@ -75,24 +67,27 @@ def test_a_line_has_its_time_level_logger_and_fields() -> None:
     line = written("text", HOSTILE, run_id="r=1", node_id="a b")
     assert line.partition(" INFO ")[2] == (
         "lattice.test: ok\\r\\n2026-01-01 00:00:00,000 ERROR forged: \\x1b[2J\\u202e\\u2028 \\ud83d end"
-        " run_id='r=1' node_id='a b'\n"
+        " run_id='r=1' node_id='a b'"
     )
 
 
-@pytest.mark.usefixtures("root")
 def test_the_lines_of_a_traceback_cannot_be_taken_for_records() -> None:
-    logs.set_up("text", "error")
-    (handler,) = logging.getLogger().handlers
-    assert isinstance(handler, logging.StreamHandler)
-    handler.setStream(io.StringIO())
-    try:
-        raise ValueError(HOSTILE)
-    except ValueError:
-        logging.getLogger("x").exception("broken")
-    first, *others = handler.stream.getvalue().splitlines()
-    assert first.endswith("ERROR x: broken")
+    error = ValueError(HOSTILE)
+    first, *others = written("text", "broken", error).split("\n")
+    assert first.endswith("INFO lattice.test: broken")
     assert others
     assert all(line.startswith("    ") and line.isprintable() for line in others)
+    assert json.loads(written("json", "broken", error))["exception"].endswith(HOSTILE)
+
+
+def test_setting_up_again_replaces_what_was_set_up_and_nothing_else(root: logging.Logger) -> None:
+    own = logging.NullHandler()
+    root.addHandler(own)
+    first = logs.set_up("text", "info")
+    second = logs.set_up("json", "error")
+    assert first not in root.handlers
+    assert {own, second} <= set(root.handlers)
+    assert root.level == logging.ERROR
 
 
 @task
