@@ -61,14 +61,14 @@ def read_tls(certificate: Path | None, key: Path | None, client_ca: Path | None)
     return ServerTls(certificate.read_bytes(), key.read_bytes(), None if client_ca is None else client_ca.read_bytes())
 
 
-def check_exposure(host: str, tls: ServerTls | None, token: str | None, *, is_allowed: bool) -> str | None:
+def check_exposure(host: str, tls: ServerTls | None, has_tokens: bool, *, is_allowed: bool) -> str | None:
     """Return a warning about what serving on an address exposes, if that is allowed. Raises SecurityError if not."""
-    missing = [name for name, found in (("TLS", tls), ("a token", token)) if found is None]
+    missing = [name for name, is_found in (("TLS", tls is not None), ("a token", has_tokens)) if not is_found]
     if is_loopback(host) or not missing:
         return None
     what = f"serving on {host} without {' and '.join(missing)}"
     if not is_allowed:
-        flags = {"TLS": "--tls-cert and --tls-key", "a token": f"--token-file or {TOKEN}"}
+        flags = {"TLS": "--tls-cert and --tls-key", "a token": f"--tokens-file, --token-file or {TOKEN}"}
         wanted = ", and ".join(flags[name] for name in missing)
         raise SecurityError(f"{what} would let others run code here: give {wanted}, or --insecure to do it anyway")
     return f"{what}: whoever reaches this address can run code here, or read what others send"

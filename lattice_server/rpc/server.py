@@ -29,7 +29,7 @@ from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
 from lattice_server.config import ServerConfig, ServerTls
 from lattice_server.rpc.artifacts import ArtifactServicer
-from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor
+from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor, TrustInterceptor
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.interceptors import ErrorInterceptor
 from lattice_server.rpc.results import ResultsServicer
@@ -94,9 +94,10 @@ class RpcServer:
             tracing = aio_server_interceptor(filter_=filters.negate(long_streams))  # type: ignore[no-untyped-call]
             # Outermost: further in, it would not see the status an error becomes.
             interceptors.insert(0, tracing)
-        guards = [] if authentication is None else [AuthenticationInterceptor(authentication)]
-        self._server = _server(config, [*interceptors, *guards])
-        self._local_server = _server(config, interceptors)
+        trust = TrustInterceptor()
+        guard = trust if authentication is None else AuthenticationInterceptor(authentication)
+        self._server = _server(config, [*interceptors, guard])
+        self._local_server = _server(config, [*interceptors, trust])
         self._health = health_aio.HealthServicer()
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         for server in (self._server, self._local_server):

@@ -29,6 +29,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, Resources, WorkflowSpec
 from lattice_server.core.run import Bounds, Run
 from lattice_server.core.states import RunState
+from lattice_server.core.tenancy import Reach
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.connections import Connection
@@ -52,13 +53,16 @@ class Holdings:
         self.holders: Counter[str] = Counter()
         self.dropped: list[str] = []
 
-    def hold(self, artifacts: Iterable[Artifact]) -> None:
+    def check(self, artifact_ids: Iterable[str], reach: Reach) -> None:
+        """Let whatever is named be there."""
+
+    def hold(self, artifacts: Iterable[Artifact], tenant: str = "", uploader: str | None = None) -> None:
         """Count a holder."""
         self.holders.update(artifact.artifact_id for artifact in artifacts)
 
     take = hold
 
-    def release(self, artifacts: Iterable[Artifact]) -> None:
+    def release(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
         """Count one less; nobody may let go of what he does not hold."""
         for artifact in artifacts:
             assert self.holders[artifact.artifact_id] > 0
