@@ -27,6 +27,7 @@ from lattice_server.engine.worker_clock import WorkerClock
 from lattice_server.rpc import callers, convert
 from lattice_server.rpc.assignments import responses
 from lattice_server.rpc.callers import no_longer_valid
+from lattice_server.rpc.claims import check_heartbeat
 from lattice_server.rpc.context import Context, whole
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.interceptors import unreadable
@@ -220,6 +221,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         connection.acknowledgement.add(session.last_sequence)
 
     def _take_heartbeat(self, heartbeat: worker_pb2.Heartbeat, session: Session) -> None:
+        check_heartbeat(heartbeat)
         held = frozenset(heartbeat.held_lease_ids)
         self._bus.post([messages.WorkerHeartbeat(session.session_id, held, heartbeat.assignment_sequence)])
 
