@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import glob
 import logging
 import os
 import secrets
@@ -93,8 +94,7 @@ class App:
         machine = Dispatch(epoch, config.session_ttl_s, config.limits)
         self._scheduler = Scheduler(machine, self._bus, lambda: loop.call_soon_threadsafe(self.has_failed.set))
         self._executor = _executor(config, self._store)
-        self._join_token = new_token()
-        self._authentication = _authentication(config, self._join_token)
+        self._authentication = _authentication(config)
         intake = Intake(config.inline_limit_bytes, config.batch_rules)
         repeats = Repeats()
         library = WorkflowLibrary(self._store, config.max_workflows)
@@ -135,7 +135,7 @@ class App:
         self._watching.append(asyncio.create_task(self._sessions.watch(config.heartbeat_interval_s)))
         if self._authentication is not None and config.tokens_file:
             self._watching.append(asyncio.create_task(follow(Path(config.tokens_file), self._authentication.replace)))
-        contact = Contact(self._rpc.local_target, self.address, self._join_token)
+        contact = Contact(self._rpc.local_target, self.address, self._issue, self._revoke)
         try:
             await self._executor.start(contact, self._bus.post)
         except BaseException:
@@ -167,6 +167,18 @@ class App:
             self._orchestrator.is_stopping = True
             await self._rpc.set_serving(False)
 
+    def _issue(self, node_id: str, subject: str) -> str:
+        """Return a new token for the worker of a node."""
+        token = new_token()
+        if self._authentication is not None:
+            worker = credential(subject, digest_of(token), {Scope.WORKER}, nodes=(glob.escape(node_id),))
+            self._authentication.issue(worker)
+        return token
+
+    def _revoke(self, token: str) -> None:
+        if self._authentication is not None:
+            self._authentication.revoke(digest_of(token))
+
     async def _describe(self) -> cluster_pb2.GetServerInfoResponse:
         described = await self._orchestrator.inquiries.nodes()
         return cluster_pb2.GetServerInfoResponse(
@@ -185,13 +197,12 @@ class App:
         )
 
 
-def _authentication(config: ServerConfig, join_token: str) -> Authentication | None:
+def _authentication(config: ServerConfig) -> Authentication | None:
     """Return who may call; None where nobody is asked. Raises SecurityError."""
     if config.token is None and not config.tokens_file:
         return None
-    own = [credential("workers of the server", digest_of(join_token), {Scope.WORKER})]
-    if config.token is not None:
-        own.append(credential("operator", digest_of(config.token), [*Scope], tenant=ANY_TENANT))
+    token = config.token
+    own = [] if token is None else [credential("operator", digest_of(token), [*Scope], tenant=ANY_TENANT)]
     made = Authentication(own)
     if config.tokens_file:
         made.replace(read_tokens(Path(config.tokens_file)))

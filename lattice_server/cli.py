@@ -19,6 +19,7 @@ import uvloop
 from lattice_server import MAY_SERVE, records, security
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
+from lattice_server.executors.program import token_flags
 from lattice_server.tokens import read_tokens
 
 log = logging.getLogger(__name__)
@@ -206,14 +207,15 @@ def _become_worker(flags: Flags) -> NoReturn:
         raise click.UsageError("say which server to join: --addr HOST:PORT")
     if not re.search(r":\d{1,5}$", flags.addr):
         raise click.UsageError(f"--addr {flags.addr!r} names no port: write HOST:PORT")
-    # By the environment: everybody on this machine may read a command line.
+    # Not by flags: everybody on this machine may read a command line.
     files = {"LATTICE_TLS_CA": flags.tls_ca, "LATTICE_TLS_CERT": flags.tls_cert, "LATTICE_TLS_KEY": flags.tls_key}
     os.environ.update({name: str(path.absolute()) for name, path in files.items() if path is not None})
     if flags.insecure:
         os.environ["LATTICE_INSECURE"] = "1"
     with _secured():
-        if (token := security.read_token(flags.token_file, os.environ)) is not None:
-            os.environ[security.TOKEN] = token
+        token = security.read_token(flags.token_file, os.environ)
+    # Nor by the environment, which the tasks of the same user may read.
+    os.environ.pop(security.TOKEN, None)
     node_id = flags.node_id or f"{socket.gethostname()}-{secrets.token_hex(2)}"
     words = {
         "--addr": flags.addr,
@@ -227,6 +229,8 @@ def _become_worker(flags: Flags) -> NoReturn:
     command = [sys.executable, "-m", "lattice_worker", "--join", *(["--verbose"] if flags.verbose else [])]
     command += [part for name, value in words.items() if value is not None for part in (name, str(value))]
     command += [part for label in flags.labels for part in ("--label", label)]
+    if token is not None:
+        command += token_flags(token)
     with _noting():
         records.note(f"node-{node_id}")
     sys.stdout.flush()

@@ -12,6 +12,7 @@ from pathlib import Path
 from lattice_server.config import ServerTls
 
 TOKEN = "LATTICE_TOKEN"
+MAX_TOKEN = 4096
 PRINTABLE = re.compile(r"[!-~]+")
 
 
@@ -33,6 +34,8 @@ def read_token(path: Path | None, environment: Mapping[str, str]) -> str | None:
             raise SecurityError(f"{source}: {_reason(error)}") from None
     if not text:
         raise SecurityError(f"{source}: it is empty, and an empty token is none")
+    if len(text) > MAX_TOKEN:
+        raise SecurityError(f"{source}: a token has at most {MAX_TOKEN} characters")
     if not PRINTABLE.fullmatch(text):
         raise SecurityError(f"{source}: a token is printable ASCII without spaces or line breaks")
     return text

@@ -52,10 +52,15 @@ class Machines:
 
     async def serve(self, join: worker_pb2.Join, requests: Requests) -> AsyncGenerator[worker_pb2.ConnectResponse]:
         """Take a machine in and hold its stream."""
-        machine = Machine(
-            join.node_id, join.hostname, join.node_ip, convert.capacity_from_proto(join.capacity), dict(join.labels)
-        )
         caller = callers.caller()
+        machine = Machine(
+            join.node_id,
+            join.hostname,
+            join.node_ip,
+            convert.capacity_from_proto(join.capacity),
+            dict(join.labels),
+            caller.subject,
+        )
         self._owners.setdefault(machine.node_id, []).append(caller.subject)
         try:
             membership = await self._executor.join(machine)

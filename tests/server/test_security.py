@@ -31,7 +31,9 @@ def test_a_token_is_the_line_of_its_file(tmp_path: Path, content: bytes) -> None
     assert security.read_token(file(tmp_path, content), {}) == "se-cret"
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b" ", b"two\nlines", b"two words", b"x\n\n", "é".encode(), b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b" ", b"two\nlines", b"two words", b"x\n\n", "é".encode(), b"\xff", b"x" * 4097]
+)
 def test_what_is_no_token_is_refused_and_not_shown(tmp_path: Path, content: bytes) -> None:
     path = file(tmp_path, content)
     with pytest.raises(security.SecurityError, match="--token-file") as caught:

@@ -162,7 +162,7 @@ def test_rpc_ends_as_the_table_says_when_called_by(
 ) -> None:
     assert witness.contact is not None
     tokens = {name: token_of(name) for name in SCOPES}
-    tokens |= {"operator": TOKEN, "the server's worker": witness.contact.join_token}
+    tokens |= {"operator": TOKEN, "the server's worker": witness.contact.issue("n", "s")}
     assert method.full_name in MAY_CALL, "an RPC needs a row that says which subjects may call it"
     refusal = Code.UNAUTHENTICATED if subject == "nobody" else Code.PERMISSION_DENIED
     if method.full_name == CONNECT:
@@ -214,9 +214,9 @@ def test_reflection_tells_whoever_has_the_token(guarded: Caller) -> None:
     assert "lattice.v1.WorkflowService" in reflected(guarded.channel, bearer(TOKEN))
 
 
-def first_answer(caller: Caller, metadata: Metadata) -> worker_pb2.ConnectResponse:
+def first_answer(caller: Caller, metadata: Metadata, node_id: str = "") -> worker_pb2.ConnectResponse:
     """Return the first thing the server says to a worker, and hang up."""
-    hello = worker_pb2.Hello(worker_id=fresh("w"), node_id=fresh("n"), protocol_version=1)
+    hello = worker_pb2.Hello(worker_id=fresh("w"), node_id=node_id or fresh("n"), protocol_version=1)
     return said_first(caller, worker_pb2.ConnectRequest(hello=hello), metadata)
 
 
@@ -281,8 +281,13 @@ def test_a_stranger_is_told_of_the_whole_servers_health_whatever_it_asks(guarded
 
 def test_a_worker_with_either_token_is_welcome(guarded: Caller, witness: Witness) -> None:
     assert witness.contact is not None
-    for token in (TOKEN, witness.contact.join_token):
-        assert first_answer(guarded, bearer(token)).HasField("welcome")
+    node_id = fresh("n")
+    issued = witness.contact.issue(node_id, "its owner")
+    assert first_answer(guarded, bearer(TOKEN)).HasField("welcome")
+    assert first_answer(guarded, bearer(issued), node_id).HasField("welcome")
+    assert "not for node" in first_answer(guarded, bearer(issued), "another").close.message
+    witness.contact.revoke(issued)
+    assert first_answer(guarded, bearer(issued), node_id).close.reason == worker_pb2.CLOSE_REASON_UNAUTHENTICATED
 
 
 def test_the_name_of_the_scheme_may_be_written_small(guarded: Caller) -> None:
