@@ -46,6 +46,12 @@ SERVICE_NAMES = (
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
 )
 HANDSHAKE_MS = 10_000
+# Bounds what one connection takes. Each waiting call of a client holds a stream; more than these wait for others, or
+# are refused with UNAVAILABLE while others are being closed. So it is far from what clients need.
+MAX_STREAMS = 1024
+# Headers beyond the first are refused by chance, the likelier the longer; beyond the second always.
+METADATA_BYTES, MAX_METADATA_BYTES = 16 * 1024, 32 * 1024
+IDLE_MS = 300_000
 
 
 class _WithoutWhoLeft(logging.Filter):
@@ -152,6 +158,11 @@ def _server(config: ServerConfig, interceptors: Sequence[Any]) -> grpc.aio.Serve
             ("grpc.http2.min_ping_interval_without_data_ms", int(config.min_ping_interval_s * 1000)),
             # Whoever connects and says nothing holds a file for as long; by default two minutes.
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
+            ("grpc.max_metadata_size", METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+            # Of a connection without a stream; a caller's next call opens another one.
+            ("grpc.max_connection_idle_ms", IDLE_MS),
         ],
     )
 
