@@ -1,6 +1,7 @@
 """Owns what is let in. Rule: what is let in is never lost; what cannot be kept, or never run, is refused at once."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 
 from lattice_server.core.errors import ExhaustedError, PreconditionError
@@ -10,6 +11,8 @@ from lattice_server.core.placement import Shape, impossibility, shape_of
 from lattice_server.core.run import Bounds
 
 RETRY_AFTER_S = 1.0
+# While others fill the queue a tenant still gets this part of it, and the queue grows to twice its length at most.
+TENANT_PART = 16
 
 
 class Admission:
@@ -20,7 +23,8 @@ class Admission:
         self._nodes: tuple[Node, ...] = ()
         self._has_nodes = asyncio.Event()
         self._max_open_tasks = max_open_tasks
-        self._open_tasks = 0
+        self._open_tasks: Counter[str] = Counter()
+        self._total = 0
 
     def know(self, nodes: tuple[Node, ...]) -> None:
         """Take the nodes there are, as they are when nothing runs on them."""
@@ -32,12 +36,15 @@ class Admission:
         """Wait for the first node: before it is there, nobody can tell what could never run."""
         await self._has_nodes.wait()
 
-    def count(self, change: int) -> None:
-        """Note that tasks opened or, when negative, ended."""
-        self._open_tasks += change
+    def count(self, change: int, tenant: str = "") -> None:
+        """Note that tasks of a tenant opened or, when negative, ended."""
+        self._total += change
+        self._open_tasks[tenant] += change
+        if not self._open_tasks[tenant]:
+            del self._open_tasks[tenant]
 
-    def check(self, tasks: Sequence[TaskSpec]) -> None:
-        """Let tasks in.
+    def check(self, tasks: Sequence[TaskSpec], tenant: str = "") -> None:
+        """Let tasks of a tenant in.
 
         Raises:
             ExhaustedError: RUN_TOO_LARGE, or QUEUE_FULL when it is worth asking again.
@@ -45,10 +52,17 @@ class Admission:
         """
         if len(tasks) > self.bounds.max_tasks:
             raise ExhaustedError("RUN_TOO_LARGE", f"a run may have at most {self.bounds.max_tasks} tasks")
-        if self._open_tasks and self._open_tasks + len(tasks) > self._max_open_tasks:
-            text = f"{self._open_tasks} tasks are open, {len(tasks)} more are over the limit of {self._max_open_tasks}"
-            raise ExhaustedError("QUEUE_FULL", text, retry_after_s=RETRY_AFTER_S)
+        if self._total and not self._has_room(len(tasks), tenant):
+            # How much of it is other tenants' is not said.
+            text = f"{self._open_tasks[tenant]} tasks are open, {len(tasks)} more are over what is left of the limit of"
+            raise ExhaustedError("QUEUE_FULL", f"{text} {self._max_open_tasks}", retry_after_s=RETRY_AFTER_S)
         self.check_possible(tasks)
+
+    def _has_room(self, more: int, tenant: str) -> bool:
+        most = self._max_open_tasks
+        if self._total + more <= most:
+            return True
+        return self._open_tasks[tenant] + more <= most // TENANT_PART and self._total + more <= 2 * most
 
     def check_possible(self, tasks: Sequence[TaskSpec]) -> None:
         """Raise PreconditionError, UNSATISFIABLE_RESOURCES, when no node could ever run one of these tasks."""

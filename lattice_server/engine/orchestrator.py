@@ -134,7 +134,7 @@ class Orchestrator:
         given = [p.content for p in parameters.values() if isinstance(p.content, Artifact)]
         if earlier is None:
             self._store.check((artifact.artifact_id for artifact in (*graph.artifacts, *given)), reach)
-        self._admission.check(spec.tasks)
+        self._admission.check(spec.tasks, tenant)
         run = Run(
             key,
             spec,
@@ -200,7 +200,7 @@ class Orchestrator:
         entry = self.run(run_id, reach)
         expect_revision(f"run {run_id!r}", entry.run.revision, expected_revision)
         self._store.check((artifact.artifact_id for artifact in dag.artifacts_in(tasks)), reach)
-        self._admission.check(tasks)
+        self._admission.check(tasks, entry.run.tenant)
         self._change(entry, lambda: entry.run.append(tasks, time.monotonic()), uploader=reach.tenant)
         return entry
 
@@ -339,7 +339,7 @@ class Orchestrator:
         if len(entry.run.dag.artifacts) > entry.graph_artifacts:
             self._keep(entry, entry.run.dag.artifacts[entry.graph_artifacts :], uploader)
             entry.graph_artifacts = len(entry.run.dag.artifacts)
-        self._admission.count(entry.run.open_tasks - entry.open_tasks)
+        self._admission.count(entry.run.open_tasks - entry.open_tasks, entry.run.tenant)
         entry.open_tasks = entry.run.open_tasks
         if entry.run.is_terminal and entry.ended_s is None:
             for timer in (entry.expiry, entry.grace):

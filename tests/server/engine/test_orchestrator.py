@@ -149,6 +149,25 @@ def test_no_more_tasks_are_open_than_may_be_and_a_place_that_is_free_is_given_ag
     play(scenario, max_open_tasks=2)
 
 
+def test_a_tenant_is_let_in_while_another_one_fills_the_queue() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        def ask(tenant: str, count: int) -> bool:
+            spec, settings = workflow({f"t{number}": () for number in range(count)}), {"labels": {}, "priority": 0}
+            try:
+                orchestrator.start_run("", spec, parameters={}, fingerprint="", tenant=tenant, **settings)  # type: ignore[arg-type]
+            except ExhaustedError:
+                return False
+            return True
+
+        assert ask("greedy", 31)
+        assert [ask("greedy", 2), ask("greedy", 1), ask("greedy", 1)] == [False, True, False]
+        assert [ask("modest", 3), ask("modest", 2), ask("modest", 1)] == [False, True, False]
+        granted = [ask(f"tenant-{number}", 2) for number in range(20)]
+        assert granted == [True] * 15 + [False] * 5, "all of them at most twice the limit"
+
+    play(scenario, max_open_tasks=32)
+
+
 def test_a_run_that_finds_nothing_open_is_taken_whatever_its_size() -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         start(orchestrator, "large", workflow({f"t{number}": () for number in range(9)}))
