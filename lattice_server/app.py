@@ -135,6 +135,8 @@ class App:
         self._watching.append(asyncio.create_task(self._sessions.watch(config.heartbeat_interval_s)))
         if self._authentication is not None and config.tokens_file:
             self._watching.append(asyncio.create_task(follow(Path(config.tokens_file), self._authentication.replace)))
+        if self._rpc.certificates is not None:
+            self._watching.append(asyncio.create_task(self._rpc.certificates.follow()))
         contact = Contact(self._rpc.local_target, self.address, self._issue, self._revoke)
         try:
             await self._executor.start(contact, self._bus.post)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lattice_server.core.batching import BatchRule
 
@@ -12,11 +13,15 @@ MIN_INLINE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """What the server shows callers, and, with `client_ca`, who must have signed what they show; all PEM."""
+    """What the server shows callers, and, with `client_ca`, who must have signed what they show; all PEM.
+
+    `files` are those of the three, as far as they came from files, which are read again when they change.
+    """
 
     certificate: bytes
     key: bytes = field(repr=False)
     client_ca: bytes | None = None
+    files: tuple[Path | None, Path | None, Path | None] = field(default=(None, None, None), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

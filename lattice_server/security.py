@@ -61,7 +61,8 @@ def read_tls(certificate: Path | None, key: Path | None, client_ca: Path | None)
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(client_ca)
         except (OSError, ValueError) as error:
             raise SecurityError(f"{callers}: no certificates in PEM: {_reason(error)}") from None
-    return ServerTls(certificate.read_bytes(), key.read_bytes(), None if client_ca is None else client_ca.read_bytes())
+    authority = None if client_ca is None else client_ca.read_bytes()
+    return ServerTls(certificate.read_bytes(), key.read_bytes(), authority, (certificate, key, client_ca))
 
 
 def check_exposure(host: str, tls: ServerTls | None, has_tokens: bool, *, is_allowed: bool) -> str | None:

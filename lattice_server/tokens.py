@@ -16,7 +16,7 @@ import re
 import secrets
 import stat
 import tomllib
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -24,9 +24,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import asyncinotify
-
 from lattice_server.security import SecurityError
+from lattice_server.watching import changes
 
 log = logging.getLogger(__name__)
 
@@ -135,37 +134,9 @@ async def follow(path: Path, apply: Callable[[tuple[Credential, ...]], object]) 
                 apply(read_tokens(path))
             except SecurityError as error:
                 log.error("%s; the tokens stay as they were", error)
-    except SecurityError as error:
-        log.error("%s", error)
-    log.error("--tokens-file %s: its changes are seen no more; start the server anew to have them seen", path)
-
-
-async def changes(path: Path) -> AsyncIterator[None]:
-    """Yield whenever a file may have changed: written, replaced, removed, or given other rights.
-
-    The folder is watched, since a file that is replaced is another file. A write is seen when the writer closes the
-    file, so a file is not read half-written. It is over when the folder is gone. Raises SecurityError.
-    """
-    mask = asyncinotify.Mask
-    wanted = mask.CLOSE_WRITE | mask.MOVED_TO | mask.MOVED_FROM | mask.DELETE | mask.ATTRIB
-    path = path.absolute()
-    try:
-        inotify = asyncinotify.Inotify()
     except OSError as error:
-        raise SecurityError(f"--tokens-file {path}: its changes cannot be watched: {error.strerror}") from None
-    with inotify:
-        try:
-            inotify.add_watch(path.parent, wanted)
-        except OSError as error:
-            raise SecurityError(f"--tokens-file {path}: its folder cannot be watched: {error.strerror}") from None
-        # What changed before the watch began.
-        yield
-        async for event in inotify:
-            if mask.IGNORED in event.mask:
-                return
-            # What a link leads to may change with any other name of the folder.
-            if event.name is None or event.name.name == path.name or path.is_symlink():
-                yield
+        log.error("--tokens-file %s: its changes cannot be watched: %s", path, error.strerror)
+    log.error("--tokens-file %s: its changes are seen no more; start the server anew to have them seen", path)
 
 
 def _read(path: Path) -> bytes:

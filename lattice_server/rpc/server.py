@@ -27,9 +27,10 @@ from lattice.v1 import (
 from opentelemetry import trace
 from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
-from lattice_server.config import ServerConfig, ServerTls
+from lattice_server.config import ServerConfig
 from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor, TrustInterceptor
+from lattice_server.rpc.certificates import Certificates
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.interceptors import ErrorInterceptor
 from lattice_server.rpc.results import ResultsServicer
@@ -104,6 +105,7 @@ class RpcServer:
         guard = trust if authentication is None else AuthenticationInterceptor(authentication)
         self._server = _server(config, [*interceptors, guard])
         self._local_server = _server(config, [*interceptors, trust])
+        self.certificates = None if config.tls is None else Certificates(config.tls)
         self._health = health_aio.HealthServicer()
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         for server in (self._server, self._local_server):
@@ -119,12 +121,11 @@ class RpcServer:
     async def start(self) -> int:
         """Listen and serve; return the port. Raises PortInUseError."""
         address = self._config.address(self._config.port)
-        tls = self._config.tls
         try:
-            if tls is None:
+            if self.certificates is None:
                 port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, _credentials(tls))
+                port = self._server.add_secure_port(address, self.certificates.credentials())
         except RuntimeError:
             raise PortInUseError(f"cannot listen on {address}: {_refusal(self._config)}") from None
         # In a folder that is this user's alone, so plain and open to all who get there.
@@ -165,11 +166,6 @@ def _server(config: ServerConfig, interceptors: Sequence[Any]) -> grpc.aio.Serve
             ("grpc.max_connection_idle_ms", IDLE_MS),
         ],
     )
-
-
-def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    pairs = [(tls.key, tls.certificate)]
-    return grpc.ssl_server_credentials(pairs, tls.client_ca, require_client_auth=tls.client_ca is not None)
 
 
 def _refusal(config: ServerConfig) -> str:

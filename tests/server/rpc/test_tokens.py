@@ -17,6 +17,7 @@ from grpc import StatusCode as Code
 from lattice.v1 import cluster_pb2, results_pb2, task_pb2, worker_pb2, workflow_pb2
 
 from lattice_server.core.errors import AuthenticationError
+from lattice_server.rpc import callers
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.sparing import LINES
 from lattice_server.tokens import Scope, credential, digest_of
@@ -110,16 +111,40 @@ def connected(caller: Caller, node_id: str = "n") -> Any:
     return call
 
 
+class Entries:
+    """Counts the calls whose caller the server knows, from where on they end with their token."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._enter = callers.enter
+        self._count = 0
+        monkeypatch.setattr(callers, "enter", self._note)
+
+    def _note(self, caller: callers.Caller) -> None:
+        self._enter(caller)
+        self._count += 1
+
+    def wait(self, count: int) -> None:
+        """Wait for this many calls since the last time."""
+        deadline = time.monotonic() + 30
+        while self._count < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert self._count == count
+        self._count = 0
+
+
 @pytest.mark.parametrize("way", ["removed", "expired", "narrowed"])
-def test_open_calls_end_when_their_token_no_longer_holds(scene: Scene, way: str) -> None:
+def test_open_calls_end_when_their_token_no_longer_holds(
+    scene: Scene, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = Entries(monkeypatch)
     if way == "expired":
-        soon = datetime.now(UTC) + timedelta(seconds=1.5)
+        soon = datetime.now(UTC) + timedelta(seconds=4)
         write_tokens(scene.path, KEPT, entry("gone", scopes=["submit", "worker"], tenant="t", expires=soon.isoformat()))
-        time.sleep(0.3)  # so that the calls are made with the credential that expires
+        time.sleep(0.5)  # so that the calls are made with the credential that expires
     ends = open_calls(scene.gone)
     stream = connected(scene.gone)
     assert next(stream).HasField("welcome")
-    time.sleep(0.3)
+    entries.wait(len(ends) + 2)
     if way == "removed":
         write_tokens(scene.path, KEPT)
     elif way == "narrowed":
