@@ -312,6 +312,22 @@ def test_equal_uploads_and_code_are_each_tenants_own(world: World) -> None:
     assert world.b.workflows.RunWorkflow(by_digest).created
 
 
+def test_a_task_that_is_added_names_its_tenants_artifacts_only(world: World) -> None:
+    artifact = {"artifact_id": world.names["artifact_id"], "size_bytes": 1, "node_id": "head"}
+    reading = task("more", inputs={"x": {"payload": {"artifact": artifact}}})
+    for caller, is_own in ((world.a, True), (world.b, False)):
+        parents = [{"run_id": run(caller).run.run_id}]
+        stored = caller.workflows.CreateWorkflow(workflow_pb2.CreateWorkflowRequest(spec=graph(task()))).workflow
+        parents.append({"workflow_id": stored.workflow_id})
+        for parent in parents:
+            request = workflow_pb2.AddTasksRequest(**parent, tasks=[reading], functions={"work": function()})
+            if is_own:
+                assert caller.workflows.AddTasks(request).revision == 2
+            else:
+                with refused(Code.NOT_FOUND, "ARTIFACT_NOT_FOUND"):
+                    caller.workflows.AddTasks(request)
+
+
 def test_a_request_id_is_its_subjects_own(world: World) -> None:
     request_id = fresh("request")
     for caller in (world.a, world.b):
