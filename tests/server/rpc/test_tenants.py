@@ -143,6 +143,8 @@ def put_workflow(request: Any, workflow: workflow_pb2.WorkflowSpec) -> bool:
     fields = {field.name: field for field in request.DESCRIPTOR.fields}
     if "run" in fields and fields["run"].message_type is not None:
         return put_workflow(request.run, workflow)
+    if "opening" in fields:
+        return put_workflow(request.opening.run, workflow)
     for name in ("workflow", "spec"):
         if name in fields and fields[name].message_type.full_name == "lattice.v1.WorkflowSpec":
             getattr(request, name).CopyFrom(workflow)
