@@ -418,6 +418,27 @@ def test_a_report_that_comes_again_counts_once() -> None:
     play(scenario)
 
 
+def test_two_tenants_runs_of_one_id_are_told_apart_and_named_by_it() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(capacity=resources_pb2.Capacity(cpu=2, slots=2))
+        for tenant in ("one", "two"):
+            request = workflow_pb2.RunWorkflowRequest(run_id="same", workflow=graph(task("a")), tenant=tenant)
+            assert (await head.workflows.RunWorkflow(request)).created
+        found: list[worker_pb2.Assignment] = []
+        while len(found) < 2:
+            found += (await hand.hear("assignments")).assignments
+        assert [(a.tenant, a.attempts[0].run_id) for a in found] == [("one", "same"), ("two", "same")]
+        await hand.report(1, found[1].lease_id, succeeded=succeeded())
+        ended: list[str] = []
+        while not ended:
+            runs = (await head.workflows.ListRuns(workflow_pb2.ListRunsRequest())).runs
+            ended = [run.tenant for run in runs if run.state == run_pb2.RUN_STATE_SUCCEEDED]
+        assert ended == ["two"]
+        hand.hang_up()
+
+    play(scenario)
+
+
 def test_an_assignment_lost_with_its_stream_is_sent_again() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
