@@ -1,7 +1,7 @@
-"""Owns the code that callers sent, by its digest.
+"""Owns the code that callers sent, by its digest within a tenant.
 
 Rule: code is found for as long as something refers to it, such as a run, a stored workflow or a lease. Other code is
-kept up to a limit, and the code used longest ago goes first.
+kept up to a limit, and the code used longest ago goes first. A digest alone finds nothing that only other tenants sent.
 """
 
 from collections import OrderedDict
@@ -10,46 +10,57 @@ from weakref import WeakValueDictionary
 
 from lattice_server.core.errors import PreconditionError
 from lattice_server.core.model import Function
+from lattice_server.core.tenancy import UNNAMED, Reach, Shelf, key_of
 
 CODE_LIMIT_BYTES = 256 * 1024 * 1024
 WORKER_CODE_BYTES = 32 * 1024 * 1024
 
 
 class CodeStore:
-    """Functions and bundles by digest."""
+    """Functions and bundles by digest. A function is one object, whichever tenants sent it."""
 
     def __init__(self, limit_bytes: int = CODE_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._size_bytes = 0
-        self._kept: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._kept: Shelf[tuple[Any, int]] = Shelf()
         self._referred: WeakValueDictionary[str, Function] = WeakValueDictionary()
+        self._sent: WeakValueDictionary[str, Function] = WeakValueDictionary()  # By the keys of tenants that sent it.
 
     def find(self, digest: str) -> Function | None:
-        """Return a function that something refers to, or that is kept; None when there is none."""
+        """Return a function that something refers to, or that is kept, for a worker; None when there is none."""
         return self._referred.get(digest)
 
-    def get(self, digest: str) -> Any:
-        """Return what has this digest. Raises PreconditionError with the reason FUNCTION_MISSING."""
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return self._kept[digest][0]
-        if (found := self._referred.get(digest)) is not None:
-            return found
+    def get(self, digest: str, reach: Reach = UNNAMED) -> Any:
+        """Return what has this digest and is within reach. Raises PreconditionError: FUNCTION_MISSING."""
+        key = key_of(digest, reach.tenant)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+        if (sent := self._sent.get(key)) is not None:
+            return sent
+        if reach.is_any:
+            if (kept := self._kept.find(digest, reach)) is not None:
+                return kept[0]
+            if (found := self._referred.get(digest)) is not None:
+                return found
         message = f"code {digest} is not known here; send it"
         raise PreconditionError("FUNCTION_MISSING", message, metadata={"digest": digest})
 
-    def put(self, digest: str, code: Any, size_bytes: int) -> None:
-        """Keep code under its digest."""
-        if digest in self._kept:
-            self._kept.move_to_end(digest)
-            return
+    def put(self, digest: str, code: Any, size_bytes: int, tenant: str = "") -> Any:
+        """Keep code that a tenant sent under its digest; return the object that stands for this code."""
+        key = key_of(digest, tenant)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
         if isinstance(code, Function):
-            self._referred[digest] = code
-        self._kept[digest] = (code, size_bytes)
+            code = self._referred.setdefault(digest, code)
+            self._sent[key] = code
+        self._kept[key] = (code, size_bytes)
         self._size_bytes += size_bytes
         while self._size_bytes > self._limit_bytes and len(self._kept) > 1:
             _, (_, freed) = self._kept.popitem(last=False)
             self._size_bytes -= freed
+        return code
 
 
 class SentCode:

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 
+from lattice_server.core.tenancy import Reach
 from lattice_server.engine.ended_ids import EndedIds
 from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.store import ArtifactStore
@@ -21,13 +22,13 @@ class EndedRuns:
         self._bytes = 0
         self._artifact_bytes = 0
 
-    def fingerprint_of(self, run_id: str) -> str | None:
+    def fingerprint_of(self, run_id: str, reach: Reach) -> str | None:
         """Return what a run that was dropped had been started with; None for one that is not remembered."""
-        return self._dropped.fingerprint_of(run_id, time.monotonic())
+        return self._dropped.fingerprint_of(run_id, time.monotonic(), reach)
 
     def add(self, entry: RunEntry) -> None:
         """Keep a run that has ended; drop the oldest runs over their limit, and the oldest artifacts over theirs."""
-        self._ended[entry.run.run_id] = entry
+        self._ended[entry.key] = entry
         self._tasks += len(entry.run.tasks)
         self._bytes += entry.kept_bytes
         self._artifact_bytes += entry.artifact_bytes
@@ -44,14 +45,14 @@ class EndedRuns:
             self._release(oldest)
 
     def _drop_oldest(self) -> None:
-        run_id, oldest = self._ended.popitem(last=False)
+        key, oldest = self._ended.popitem(last=False)
         self._tasks -= len(oldest.run.tasks)
         self._bytes -= oldest.kept_bytes
         self._release(oldest)
-        del self._runs[run_id]
-        self._dropped.remember(run_id, oldest.fingerprint, time.monotonic())
+        del self._runs[key]
+        self._dropped.remember(key, oldest.fingerprint, time.monotonic())
 
     def _release(self, entry: RunEntry) -> None:
         self._artifact_bytes -= entry.artifact_bytes
-        self._store.release(entry.artifacts)
+        self._store.release(entry.artifacts, entry.run.tenant)
         entry.artifacts, entry.artifact_bytes = [], 0

@@ -15,9 +15,10 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,7 @@ from uuid import uuid4
 
 from lattice_server.core.errors import ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact
+from lattice_server.core.tenancy import Reach
 from lattice_server.engine.folders import MIB, linked, made, remove, room
 
 HEAD = "head"
@@ -38,8 +40,10 @@ _ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
 @dataclass(slots=True)
 class _Holding:
+    """An artifact, and how many runs, workflows and uploads of each tenant hold it."""
+
     artifact: Artifact
-    holders: int = 0
+    holders: Counter[str] = field(default_factory=Counter)
 
 
 class ArtifactStore:
@@ -60,8 +64,8 @@ class ArtifactStore:
         self.total_bytes = room(self.directory)[1]
         self._spare_limit_bytes = min(spare_limit_bytes, self.total_bytes // 4)
         self._held: dict[str, _Holding] = {}
-        # Uploads that no run and no workflow has taken, by id; equal ones wait one by one.
-        self._waiting: dict[str, list[tuple[Artifact, asyncio.TimerHandle]]] = {}
+        # Uploads that no run and no workflow has taken, by id and tenant; equal ones wait one by one.
+        self._waiting: dict[tuple[str, str], list[tuple[Artifact, asyncio.TimerHandle]]] = {}
 
     async def read(self, artifact_id: str, offset: int) -> AsyncIterator[bytes]:
         """Yield the bytes of an artifact from `offset` on, in chunks of 1 MiB. Raises NotFoundError."""
@@ -71,8 +75,8 @@ class ArtifactStore:
             while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
                 yield chunk
 
-    async def write(self, chunks: AsyncIterator[bytes]) -> Artifact:
-        """Store the chunks as one artifact; it is dropped after 10 minutes in which no run and no workflow took it.
+    async def write(self, chunks: AsyncIterator[bytes], tenant: str = "") -> Artifact:
+        """Store the chunks as one artifact of a tenant; it is dropped after 10 minutes in which nothing took it.
 
         Raises:
             ExhaustedError: the store has no room for it.
@@ -83,42 +87,50 @@ class ArtifactStore:
                 async for chunk in chunks:
                     await asyncio.to_thread(self._append, file, chunk, digest)
                     size += len(chunk)
-            artifact = self._admit(draft, Artifact(digest.hexdigest(), size, HEAD))
+            artifact = self._admit(draft, Artifact(digest.hexdigest(), size, HEAD), tenant)
         finally:
             draft.unlink(missing_ok=True)
-        timer = asyncio.get_running_loop().call_later(UPLOAD_TTL_S, self._stop_waiting, artifact.artifact_id)
-        self._waiting.setdefault(artifact.artifact_id, []).append((artifact, timer))
+        named = (artifact.artifact_id, tenant)
+        timer = asyncio.get_running_loop().call_later(UPLOAD_TTL_S, self._stop_waiting, named)
+        self._waiting.setdefault(named, []).append((artifact, timer))
         return artifact
 
-    def take(self, artifacts: Sequence[Artifact]) -> None:
-        """As `hold`, for a run or a workflow: an upload it names waits no longer to be taken."""
-        self.hold(artifacts)
-        # One of equal uploads each: another one may be for another run.
-        for artifact_id in {artifact.artifact_id for artifact in artifacts} & self._waiting.keys():
-            self._stop_waiting(artifact_id)
+    def take(self, artifacts: Sequence[Artifact], tenant: str = "", uploader: str | None = None) -> None:
+        """As `hold`, for a run or a workflow: an upload it names waits no longer to be taken.
 
-    def _stop_waiting(self, artifact_id: str) -> None:
+        `uploader` is the tenant that uploaded what the caller did; by default it is `tenant` too.
+        """
+        self.hold(artifacts, tenant)
+        # One of equal uploads each: another one may be for another run.
+        for artifact_id in {artifact.artifact_id for artifact in artifacts}:
+            named = (artifact_id, tenant if uploader is None else uploader)
+            if named in self._waiting:
+                self._stop_waiting(named)
+
+    def _stop_waiting(self, named: tuple[str, str]) -> None:
         """Let go of an upload that was taken, or that nothing has taken for too long."""
-        waiting = self._waiting[artifact_id]
+        waiting = self._waiting[named]
         artifact, timer = waiting.pop(0)
         timer.cancel()
         if not waiting:
-            del self._waiting[artifact_id]
-        self.release([artifact])
+            del self._waiting[named]
+        self.release([artifact], named[1])
 
-    def hold(self, artifacts: Iterable[Artifact]) -> None:
-        """Keep artifacts until as many `release` as `hold` have named them."""
+    def hold(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
+        """Keep artifacts for a tenant until as many `release` as `hold` have named them."""
         for artifact in artifacts:
-            self._held.setdefault(artifact.artifact_id, _Holding(artifact)).holders += 1
+            self._held.setdefault(artifact.artifact_id, _Holding(artifact)).holders[tenant] += 1
 
-    def release(self, artifacts: Iterable[Artifact]) -> None:
+    def release(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
         """Let go of artifacts; those nobody holds are dropped."""
         for artifact in artifacts:
             holding = self._held.get(artifact.artifact_id)
             if holding is None:
                 continue
-            holding.holders -= 1
-            if holding.holders == 0:
+            holding.holders[tenant] -= 1
+            if holding.holders[tenant] <= 0:
+                del holding.holders[tenant]
+            if not holding.holders:
                 del self._held[artifact.artifact_id]
                 self.on_drop(holding.artifact)
                 self._drop(artifact.artifact_id)
@@ -137,6 +149,13 @@ class ArtifactStore:
         holding = self._held.get(artifact_id)
         return None if holding is None else holding.artifact
 
+    def check(self, artifact_ids: Iterable[str], reach: Reach) -> None:
+        """Raise NotFoundError unless artifacts are held by tenants within reach."""
+        for artifact_id in artifact_ids:
+            holding = self._held.get(artifact_id)
+            if holding is None or not (reach.is_any or reach.tenant in holding.holders):
+                raise self._missing(artifact_id)
+
     def close(self) -> None:
         """Delete the directory, and the one on disk."""
         own = [(self.directory, self._lock)]
@@ -144,7 +163,7 @@ class ArtifactStore:
             shutil.rmtree(directory, ignore_errors=True)
             os.close(lock)
 
-    def _admit(self, draft: Path, artifact: Artifact) -> Artifact:
+    def _admit(self, draft: Path, artifact: Artifact, tenant: str) -> Artifact:
         """Give what was uploaded its place, unless the same is there already, and hold it."""
         holding = self._held.get(artifact.artifact_id)
         if holding is not None and holding.artifact != artifact:
@@ -153,7 +172,7 @@ class ArtifactStore:
         path = self._path(artifact.artifact_id)
         if holding is None or not path.exists():
             draft.rename(path)
-        self.hold([artifact])
+        self.hold([artifact], tenant)
         return artifact
 
     def _created(self, path: Path) -> FileIO:

@@ -5,12 +5,14 @@ Rule: code is named by the digest of what was received; a name a caller made up 
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.batching import BatchRule
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.model import FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.tenancy import Reach
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.rpc import convert, definitions
 
@@ -30,21 +32,23 @@ class Intake:
         self.code = CodeStore()
 
     def functions(
-        self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle]
+        self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle], reach: Reach
     ) -> dict[str, Function]:
         """Check and keep functions and bundles; return the functions by their names in the workflow.
 
-        What stays in `messages` is their digests, so that requests that mean the same are the same.
+        They are kept for the tenant of `reach`, which also says whose code a digest alone may name. What stays in
+        `messages` is their digests, so that requests that mean the same are the same.
         """
         for index, bundle in enumerate(bundles):
             if bundle.zip:
                 digest = f"sha256:{hashlib.sha256(bundle.zip).hexdigest()}"
                 if bundle.digest != digest:
                     raise invalid_field(f"bundles[{index}].digest", f"must be that of `zip`, {digest}")
-                self.code.put(digest, task_pb2.CodeBundle(digest=digest, zip=bundle.zip), len(bundle.zip))
+                kept = task_pb2.CodeBundle(digest=digest, zip=bundle.zip)
+                self.code.put(digest, kept, len(bundle.zip), reach.tenant)
         found = {}
         for name, message in messages.items():
-            found[name] = self._function(message, f'functions["{name}"]')
+            found[name] = self._function(message, f'functions["{name}"]', reach)
             message.Clear()
             message.digest = found[name].digest
         return found
@@ -77,7 +81,7 @@ class Intake:
             failure_policy=policy,
         )
 
-    def _function(self, message: task_pb2.Function, field: str) -> Function:
+    def _function(self, message: task_pb2.Function, field: str, reach: Reach) -> Function:
         has_code = message.python.WhichOneof("code") is not None
         if has_code and message.entrypoint:
             raise invalid_field(field, "a function has either an entrypoint or code of its own")
@@ -85,10 +89,10 @@ class Intake:
             if not message.digest:
                 text = "a function needs python.pickle, python.source, entrypoint, or the digest of one sent before"
                 raise invalid_field(field, text)
-            known: Function = self.code.get(message.digest)
+            known: Function = self.code.get(message.digest, reach)
             return known
-        function = definitions.function_from_proto(message, self.code.get)
+        function = definitions.function_from_proto(message, partial(self.code.get, reach=reach))
         if message.digest not in {"", function.digest}:
             raise invalid_field(f"{field}.digest", f"must be empty or that of the function, {function.digest}")
-        self.code.put(function.digest, function, message.ByteSize())
-        return function
+        kept: Function = self.code.put(function.digest, function, message.ByteSize(), reach.tenant)
+        return kept

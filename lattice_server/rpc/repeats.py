@@ -12,9 +12,11 @@ from google.protobuf.message import Message
 
 from lattice_server.core.errors import ConflictError, invalid_field
 from lattice_server.engine.slices import Slices
+from lattice_server.rpc import callers
 from lattice_server.rpc.prints import fingerprint_of
 
 Response = TypeVar("Response", bound=Message)
+Key = tuple[str, str, str, str]  # The subject and its tenant, the kind of request, and its id.
 
 KEPT_S = 3600.0
 MAX_ANSWERS = 10_000
@@ -44,7 +46,7 @@ class Repeats:
         self._clock = clock
         self._max_answers = max_answers
         self._max_bytes = max_bytes
-        self._answers: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
+        self._answers: OrderedDict[Key, _Answer] = OrderedDict()
         self._size_bytes = 0
 
     async def once(self, request: Any, make: Callable[[], Awaitable[Response]]) -> Response:
@@ -65,7 +67,9 @@ class Repeats:
             return await make()
         if len(request.request_id) > MAX_ID_LENGTH:
             raise invalid_field("request_id", f"must have at most {MAX_ID_LENGTH} characters")
-        key = (request.DESCRIPTOR.full_name, request.request_id)
+        caller = callers.caller()
+        # Its own answers: another subject's say what that one did, and other tenants' what there is of theirs.
+        key = (caller.subject, caller.reach.tenant, request.DESCRIPTOR.full_name, request.request_id)
         print_ = await fingerprint_of(request, self._slices)
         self._forget()
         known = self._answers.get(key)
@@ -79,7 +83,7 @@ class Repeats:
         answer: Response = await asyncio.shield(known.given)
         return answer
 
-    def _settle(self, key: tuple[str, str], answer: _Answer, given: asyncio.Future[Any]) -> None:
+    def _settle(self, key: Key, answer: _Answer, given: asyncio.Future[Any]) -> None:
         if self._answers.get(key) is not answer:
             return
         if given.cancelled() or given.exception() is not None:
