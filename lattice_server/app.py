@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import glob
 import logging
 import os
 import secrets
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from lattice.v1 import cluster_pb2
@@ -46,6 +48,7 @@ from lattice_server.rpc.server import RpcServer
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
 from lattice_server.rpc.workflows import WorkflowServicer
+from lattice_server.tokens import ANY_TENANT, Scope, credential, digest_of, follow, new_token, read_tokens
 
 log = logging.getLogger(__name__)
 
@@ -101,13 +104,11 @@ class App:
         transfers = Transfers(self._store, self._sessions)
         self._store.on_drop = self._sessions.drop_artifact
         self._sessions.unneeded = self._store.unneeded
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         machine = Dispatch(epoch, config.session_ttl_s, config.limits)
         self._scheduler = Scheduler(machine, self._bus, lambda: loop.call_soon_threadsafe(self.has_failed.set))
         self._executor = _executor(config, self._store)
-        self._join_token = secrets.token_urlsafe(32)
-        token = config.token
-        authentication = None if token is None else Authentication(token, worker_token=self._join_token)
+        self._authentication = _authentication(config)
         intake = Intake(code, config.inline_limit_bytes, config.batch_rules)
         repeats = Repeats(slices=slices, kept_s=config.repeat_ttl_s)
         library = WorkflowLibrary(self._store, code, config.max_workflows, Bound(config.workflow_bytes, share))
@@ -133,7 +134,7 @@ class App:
             ArtifactServicer(self._store, transfers),
             ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, repeats, self._describe),
             self._workers,
-            authentication,
+            self._authentication,
             slices,
         )
 
@@ -149,9 +150,12 @@ class App:
         self.address = self.config.address(port)
         self._scheduler.start()
         config = self.config
-        watching = self._sessions.watch(config.heartbeat_interval_s)
-        self._watching = asyncio.create_task(watching)
-        contact = Contact(self._rpc.local_target, self.address, self._join_token)
+        self._watching.append(asyncio.create_task(self._sessions.watch(config.heartbeat_interval_s)))
+        if self._authentication is not None and config.tokens_file:
+            self._watching.append(asyncio.create_task(follow(Path(config.tokens_file), self._authentication.replace)))
+        if self._rpc.certificates is not None:
+            self._watching.append(asyncio.create_task(self._rpc.certificates.follow()))
+        contact = Contact(self._rpc.local_target, self.address, self._issue, self._revoke)
         try:
             await self._executor.start(contact, self._bus.post)
         except BaseException:
@@ -175,13 +179,25 @@ class App:
         async with AsyncExitStack() as ending:
             ending.callback(self._store.close)
             ending.push_async_callback(asyncio.to_thread, self._scheduler.stop)
-            if self._watching is not None:
-                ending.callback(self._watching.cancel)
+            for watching in self._watching:
+                ending.callback(watching.cancel)
             ending.push_async_callback(self._rpc.stop, self.config.stop_grace_s)
             ending.push_async_callback(self._executor.stop)
             ending.callback(self._workers.close_all)
             self._orchestrator.is_stopping = True
             await self._rpc.set_serving(False)
+
+    def _issue(self, node_id: str, subject: str) -> str:
+        """Return a new token for the worker of a node."""
+        token = new_token()
+        if self._authentication is not None:
+            worker = credential(subject, digest_of(token), {Scope.WORKER}, nodes=(glob.escape(node_id),))
+            self._authentication.issue(worker)
+        return token
+
+    def _revoke(self, token: str) -> None:
+        if self._authentication is not None:
+            self._authentication.revoke(digest_of(token))
 
     async def _describe(self) -> cluster_pb2.GetServerInfoResponse:
         described = await self._orchestrator.inquiries.nodes()
@@ -200,6 +216,18 @@ class App:
             queued_tasks=described.waiting,
             running_attempts=described.running,
         )
+
+
+def _authentication(config: ServerConfig) -> Authentication | None:
+    """Return who may call; None where nobody is asked. Raises SecurityError."""
+    if config.token is None and not config.tokens_file:
+        return None
+    token = config.token
+    own = [] if token is None else [credential("operator", digest_of(token), [*Scope], tenant=ANY_TENANT)]
+    made = Authentication(own)
+    if config.tokens_file:
+        made.replace(read_tokens(Path(config.tokens_file)))
+    return made
 
 
 def _executor(config: ServerConfig, store: ArtifactStore) -> Executor:

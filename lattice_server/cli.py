@@ -19,6 +19,8 @@ import uvloop
 from lattice_server import MAY_SERVE, logs, records, security
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
+from lattice_server.executors.program import token_flags
+from lattice_server.tokens import read_tokens
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,9 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 @click.option("--tls-key", type=FILE, help="The certificate's key, in PEM.")
 @click.option("--tls-ca", type=FILE, help="Callers need certificates signed by this one; for a worker: the server.")
 @click.option("--token-file", type=FILE, help="The token callers must show, or LATTICE_TOKEN; a worker shows it.")
+@click.option(
+    "--tokens-file", type=FILE, envvar="LATTICE_TOKENS_FILE", help="Who may do what, by token; see docs/security.md."
+)
 @click.option("--insecure", is_flag=True, help="Serve, or join, beyond this machine without TLS or a token.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
 @click.option("--verbose", is_flag=True, help="As --log-level info.")
@@ -117,6 +122,7 @@ class Flags:
     tls_key: Path | None
     tls_ca: Path | None
     token_file: Path | None
+    tokens_file: Path | None
     insecure: bool
     config_file: Path | None
     verbose: bool
@@ -143,10 +149,14 @@ def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
     """Return how the server is to be, given what the configuration file says. Raises click.ClickException."""
     if flags.ray_address and (flags.executor != "ray" or not flags.num_cpus):
         raise click.UsageError("with --ray-address, which needs --executor ray, say what to reserve: --num-cpus")
+    tokens_file = base.tokens_file if flags.tokens_file is None else str(flags.tokens_file.absolute())
     with _secured():
         token = security.read_token(flags.token_file, os.environ)
+        if tokens_file:
+            read_tokens(Path(tokens_file))
         tls = security.read_tls(flags.tls_cert, flags.tls_key, flags.tls_ca)
-        warning = security.check_exposure(flags.host, tls, token, is_allowed=flags.insecure)
+        has_tokens = token is not None or bool(tokens_file)
+        warning = security.check_exposure(flags.host, tls, has_tokens, is_allowed=flags.insecure)
     if warning is not None:
         log.warning("%s", warning)
     # What this process starts has no use for it: workers beside the server come by its own socket.
@@ -157,6 +167,7 @@ def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
         port=flags.port,
         tls=tls,
         token=token,
+        tokens_file=tokens_file,
         executor=flags.executor,
         node_ip=flags.node_ip or "",
         ray_address=flags.ray_address or "",
@@ -206,14 +217,15 @@ def _become_worker(flags: Flags) -> NoReturn:
         raise click.UsageError("say which server to join: --addr HOST:PORT")
     if not re.search(r":\d{1,5}$", flags.addr):
         raise click.UsageError(f"--addr {flags.addr!r} names no port: write HOST:PORT")
-    # By the environment: everybody on this machine may read a command line.
+    # Not by flags: everybody on this machine may read a command line.
     files = {"LATTICE_TLS_CA": flags.tls_ca, "LATTICE_TLS_CERT": flags.tls_cert, "LATTICE_TLS_KEY": flags.tls_key}
     os.environ.update({name: str(path.absolute()) for name, path in files.items() if path is not None})
     if flags.insecure:
         os.environ["LATTICE_INSECURE"] = "1"
     with _secured():
-        if (token := security.read_token(flags.token_file, os.environ)) is not None:
-            os.environ[security.TOKEN] = token
+        token = security.read_token(flags.token_file, os.environ)
+    # Nor by the environment, which the tasks of the same user may read.
+    os.environ.pop(security.TOKEN, None)
     node_id = flags.node_id or f"{socket.gethostname()}-{secrets.token_hex(2)}"
     words = {
         "--addr": flags.addr,
@@ -229,6 +241,8 @@ def _become_worker(flags: Flags) -> NoReturn:
     command = [sys.executable, "-m", "lattice_worker", "--join"]
     command += [part for name, value in words.items() if value is not None for part in (name, str(value))]
     command += [part for label in flags.labels for part in ("--label", label)]
+    if token is not None:
+        command += token_flags(token)
     with _noting():
         records.note(f"node-{node_id}")
     sys.stdout.flush()

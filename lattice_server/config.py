@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lattice_server.core.batching import BatchRule
 
@@ -17,11 +18,15 @@ MIN_MESSAGE_TASKS = 1000
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """What the server shows callers, and, with `client_ca`, who must have signed what they show; all PEM."""
+    """What the server shows callers, and, with `client_ca`, who must have signed what they show; all PEM.
+
+    `files` are those of the three, as far as they came from files, which are read again when they change.
+    """
 
     certificate: bytes
     key: bytes = field(repr=False)
     client_ca: bytes | None = None
+    files: tuple[Path | None, Path | None, Path | None] = field(default=(None, None, None), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +36,10 @@ class ServerConfig:
     A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`,
     by default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are
     placed, each with `num_cpus` and `num_gpus`. An open run that no stream has held for `open_run_grace_s` is
-    cancelled; questions to callers, and their answers, have at most `question_limit_bytes`. Without a `token` whoever
-    reaches the server may do everything. Large values are kept in a folder of `store_folder`; by default in `/dev/shm`
-    if 256 MiB of it are free when the server starts, or else where temporary files go, which `TMPDIR` says.
+    cancelled; questions to callers, and their answers, have at most `question_limit_bytes`. A `token` is for
+    everything, and a `tokens_file` says which other tokens are for what; without either whoever reaches the server may
+    do everything. Large values are kept in a folder of `store_folder`; by default in `/dev/shm` if 256 MiB of it are
+    free when the server starts, or else where temporary files go, which `TMPDIR` says.
 
     One tenant may have `tenant_share` of each of the server's stores. A result that was read, or is older than
     `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all. For
@@ -47,6 +53,7 @@ class ServerConfig:
     port: int = 50051
     tls: ServerTls | None = None
     token: str | None = field(default=None, repr=False)
+    tokens_file: str = ""
     executor: str = "ray"
     num_cpus: float | None = None
     num_gpus: int | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from lattice_server.config import ServerTls
 
 TOKEN = "LATTICE_TOKEN"
+MAX_TOKEN = 4096
 PRINTABLE = re.compile(r"[!-~]+")
 
 
@@ -33,6 +34,8 @@ def read_token(path: Path | None, environment: Mapping[str, str]) -> str | None:
             raise SecurityError(f"{source}: {_reason(error)}") from None
     if not text:
         raise SecurityError(f"{source}: it is empty, and an empty token is none")
+    if len(text) > MAX_TOKEN:
+        raise SecurityError(f"{source}: a token has at most {MAX_TOKEN} characters")
     if not PRINTABLE.fullmatch(text):
         raise SecurityError(f"{source}: a token is printable ASCII without spaces or line breaks")
     return text
@@ -58,17 +61,18 @@ def read_tls(certificate: Path | None, key: Path | None, client_ca: Path | None)
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(client_ca)
         except (OSError, ValueError) as error:
             raise SecurityError(f"{callers}: no certificates in PEM: {_reason(error)}") from None
-    return ServerTls(certificate.read_bytes(), key.read_bytes(), None if client_ca is None else client_ca.read_bytes())
+    authority = None if client_ca is None else client_ca.read_bytes()
+    return ServerTls(certificate.read_bytes(), key.read_bytes(), authority, (certificate, key, client_ca))
 
 
-def check_exposure(host: str, tls: ServerTls | None, token: str | None, *, is_allowed: bool) -> str | None:
+def check_exposure(host: str, tls: ServerTls | None, has_tokens: bool, *, is_allowed: bool) -> str | None:
     """Return a warning about what serving on an address exposes, if that is allowed. Raises SecurityError if not."""
-    missing = [name for name, found in (("TLS", tls), ("a token", token)) if found is None]
+    missing = [name for name, is_found in (("TLS", tls is not None), ("a token", has_tokens)) if not is_found]
     if is_loopback(host) or not missing:
         return None
     what = f"serving on {host} without {' and '.join(missing)}"
     if not is_allowed:
-        flags = {"TLS": "--tls-cert and --tls-key", "a token": f"--token-file or {TOKEN}"}
+        flags = {"TLS": "--tls-cert and --tls-key", "a token": f"--tokens-file, --token-file or {TOKEN}"}
         wanted = ", and ".join(flags[name] for name in missing)
         raise SecurityError(f"{what} would let others run code here: give {wanted}, or --insecure to do it anyway")
     return f"{what}: whoever reaches this address can run code here, or read what others send"

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import uvloop
 
-from lattice_worker import host, logs
+from lattice_worker import host, logs, secrecy
 from lattice_worker.agent import Agent
 from lattice_worker.channel import ChannelError, check
 from lattice_worker.config import HEAD_STORE, WorkerConfig
@@ -33,6 +33,7 @@ LET_GO_S = 5.0
 
 def main() -> None:
     """Run a worker until the server lets it go or a signal ends it."""
+    secrecy.move_token(os.environ, sys.orig_argv)
     parser = argparse.ArgumentParser(prog="lattice_worker", description="Run attempts for a Lattice server.")
     parser.add_argument("--addr", required=True, help="the server, host:port or, for TLS, grpcs://host:port")
     parser.add_argument("--node-id", required=True)
@@ -49,15 +50,19 @@ def main() -> None:
     parser.add_argument("--gpu-memory-bytes", type=int, help="of each device, where it cannot be measured")
     parser.add_argument("--label", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--exit-on-close", action="store_true", help="end when the server ends")
+    parser.add_argument(secrecy.FLAG, type=int, help="a pipe with the token; without it LATTICE_TOKEN, or none")
     parser.add_argument("--host-fd", type=int, help="a socket to who started the worker, and fetches large values")
     flags = parser.parse_args()
     logs.set_up(flags.log_format, flags.log_level)
+    token = "" if flags.token_fd is None else secrecy.read_token(flags.token_fd)
+    if token:
+        secrecy.hide()
     _die_with(os.environ.get("LATTICE_PARENT_PID"))
     # What a task's process leaves behind when it dies comes here, to be ended; see `Zygotes`.
     host.adopt_orphans()
     host.raise_descriptor_limit()
     with store(flags.store_dir) as directory:
-        config = _config(flags, directory)
+        config = _config(flags, directory, token)
         try:
             check(config)
         except ChannelError as error:
@@ -68,7 +73,7 @@ def main() -> None:
         sys.exit(f"the server would not have this worker: {worker.refusal}")
 
 
-def _config(flags: argparse.Namespace, directory: str) -> WorkerConfig:
+def _config(flags: argparse.Namespace, directory: str, token: str) -> WorkerConfig:
     return WorkerConfig(
         target=flags.addr,
         server=flags.server or flags.addr,
@@ -76,7 +81,7 @@ def _config(flags: argparse.Namespace, directory: str) -> WorkerConfig:
         node_id=flags.node_id,
         store_directory=directory,
         store_name=HEAD_STORE if flags.store_dir else flags.node_id,
-        token=os.environ.get("LATTICE_TOKEN", ""),
+        token=token,
         tls_ca=os.environ.get("LATTICE_TLS_CA", ""),
         tls_cert=os.environ.get("LATTICE_TLS_CERT", ""),
         tls_key=os.environ.get("LATTICE_TLS_KEY", ""),

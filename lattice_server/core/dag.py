@@ -3,7 +3,7 @@ nothing, and networkx stays inside this file."""
 
 import re
 from collections import ChainMap
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -94,6 +94,15 @@ def building(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Ste
         violations = [FieldViolation(f'parameters["{name}"]', "the workflow has no such parameter") for name in unknown]
         raise _refusal(violations)
     return dag
+
+
+def artifacts_in(tasks: Iterable[TaskSpec]) -> Iterator[Artifact]:
+    """Yield the artifacts that the inputs of tasks name."""
+    for task in tasks:
+        for binding in task.inputs.values():
+            for leaf in leaves(binding):
+                if isinstance(leaf, Payload) and isinstance(leaf.content, Artifact):
+                    yield leaf.content
 
 
 def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> None:

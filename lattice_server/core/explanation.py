@@ -77,10 +77,9 @@ def _waiting(task: Task, group: TaskGroup, placer: Placer, fleet: Fleet, now: fl
         yield Reason(ReasonKind.TURN, f"{ahead} tasks of its kind go first")
     clocks = placer.queue.clocks
     mine = clocks.turn(group.tenant, now)
-    earlier = sorted(name for name in placer.queue.tenants if clocks.turn(name, now) < mine)
-    if earlier:
-        names = ", ".join(repr(name) for name in earlier[:5])
-        yield Reason(ReasonKind.TURN, f"other callers had less of the cluster and go first: {names}")
+    # Their names are no other tenant's business.
+    if earlier := sum(clocks.turn(name, now) < mine for name in placer.queue.tenants):
+        yield Reason(ReasonKind.TURN, f"tenants that had less of the cluster go first: {earlier}")
     for node in list(fleet.nodes.values())[:MAX_NODES]:
         for found in shortages(shape, node):
             fields = {"node_id": found.node_id, "resource": found.what, "wanted": found.wanted, "free": found.free}

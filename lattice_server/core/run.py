@@ -54,6 +54,7 @@ from lattice_server.core.states import (
     TaskState,
 )
 from lattice_server.core.steps import finish
+from lattice_server.core.tenancy import id_of
 from lattice_server.core.values import Values
 
 __all__ = ["Bounds", "Effect", "Run"]
@@ -451,7 +452,7 @@ class Run:
     def _grow(self, added: Sequence[TaskSpec], now: float, parent: str = "", depth: int = 0) -> None:
         if self.state is not RunState.RUNNING:
             raise PreconditionError(
-                "RUN_ENDED", f"run {self.run_id!r} is {self.state.value}; nothing can be added to it"
+                "RUN_ENDED", f"run {id_of(self.run_id)!r} is {self.state.value}; nothing can be added to it"
             )
         self._bounds.refuse(len(self.tasks) + len(added), depth)
         refuse_late_maps(added, self.tasks, self.dag.split)

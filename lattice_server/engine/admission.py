@@ -1,6 +1,7 @@
 """Owns what is let in. Rule: what is let in is never lost; what cannot be kept, or never run, is refused at once."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 
 from lattice_server.core.errors import ExhaustedError, PreconditionError
@@ -13,6 +14,8 @@ from lattice_server.core.steps import Steps, finish, stepwise
 RETRY_AFTER_S = 1.0
 # A tenth of the open tasks is for runs of at most so many, so that large runs do not keep small ones out.
 SMALL_RUN_TASKS = 1000
+# While others fill the queue a tenant still gets this part of it, and the queue grows to twice its length at most.
+TENANT_PART = 16
 
 
 class Admission:
@@ -23,7 +26,8 @@ class Admission:
         self._nodes: tuple[Node, ...] = ()
         self._has_nodes = asyncio.Event()
         self._max_open_tasks = max_open_tasks
-        self._open_tasks = 0
+        self._open_tasks: Counter[str] = Counter()
+        self._total = 0
 
     def know(self, nodes: tuple[Node, ...]) -> None:
         """Take the nodes there are, as they are when nothing runs on them."""
@@ -35,18 +39,31 @@ class Admission:
         """Wait for the first node: before it is there, nobody can tell what could never run."""
         await self._has_nodes.wait()
 
-    def count(self, change: int) -> None:
-        """Note that tasks opened or, when negative, ended."""
-        self._open_tasks += change
+    def count(self, change: int, tenant: str = "") -> None:
+        """Note that tasks of a tenant opened or, when negative, ended."""
+        self._total += change
+        self._open_tasks[tenant] += change
+        if not self._open_tasks[tenant]:
+            del self._open_tasks[tenant]
 
-    def check_room(self, count: int) -> None:
-        """Let so many tasks in. Raises ExhaustedError: RUN_TOO_LARGE, or QUEUE_FULL when it is worth asking again."""
+    def check_room(self, count: int, tenant: str = "") -> None:
+        """Let so many tasks of a tenant in.
+
+        Raises:
+            ExhaustedError: RUN_TOO_LARGE, or QUEUE_FULL when it is worth asking again.
+        """
         if count > self.bounds.max_tasks:
             raise ExhaustedError("RUN_TOO_LARGE", f"a run may have at most {self.bounds.max_tasks} tasks")
-        limit = self._max_open_tasks if count <= SMALL_RUN_TASKS else self._max_open_tasks * 9 // 10
-        if self._open_tasks and self._open_tasks + count > limit:
-            text = f"{self._open_tasks} tasks are open, {count} more are over the limit of {limit}"
-            raise ExhaustedError("QUEUE_FULL", text, retry_after_s=RETRY_AFTER_S)
+        if self._total and not self._has_room(count, tenant):
+            # How much of it is other tenants' is not said.
+            text = f"{self._open_tasks[tenant]} tasks are open, {count} more are over what is left of the limit of"
+            raise ExhaustedError("QUEUE_FULL", f"{text} {self._max_open_tasks}", retry_after_s=RETRY_AFTER_S)
+
+    def _has_room(self, more: int, tenant: str) -> bool:
+        most = self._max_open_tasks
+        if self._total + more <= (most if more <= SMALL_RUN_TASKS else most * 9 // 10):
+            return True
+        return self._open_tasks[tenant] + more <= most // TENANT_PART and self._total + more <= 2 * most
 
     def check_possible(self, tasks: Sequence[TaskSpec]) -> None:
         """Raise PreconditionError, UNSATISFIABLE_RESOURCES, when no node could ever run one of these tasks."""

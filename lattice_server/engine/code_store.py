@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 from lattice_server.core.errors import PreconditionError
 from lattice_server.core.model import Bundle, Function
+from lattice_server.core.tenancy import UNNAMED, Reach
 from lattice_server.engine.folders import MIB
 from lattice_server.engine.usage import Bound, Evictable, Usage
 
@@ -42,23 +43,22 @@ class CodeStore:
         """Return code of any tenant that something refers to, such as a lease; None when there is none."""
         return self._referred.get(digest)
 
-    def get(self, tenant: str | None, digest: str) -> Any:
-        """Return what a tenant has by this digest, or, for None, what any tenant has.
+    def get(self, digest: str, reach: Reach = UNNAMED) -> Any:
+        """Return what has this digest and is within reach.
 
         Raises:
             PreconditionError: FUNCTION_MISSING, there is none.
         """
-        if tenant is None:
-            found = self._referred.get(digest)
+        if (kept := self._kept.get((reach.tenant, digest))) is not None:
+            found = self._used(reach.tenant, kept)
         else:
-            kept = self._kept.get((tenant, digest))
-            found = None if kept is None else self._used(tenant, kept)
+            found = self._referred.get(digest) if reach.is_any else None
         if found is None:
             message = f"code {digest} is not known here; send it"
             raise PreconditionError("FUNCTION_MISSING", message, metadata={"digest": digest})
         return found
 
-    def put(self, tenant: str, code: C) -> C:
+    def put(self, code: C, tenant: str = "") -> C:
         """Keep code of a tenant under its digest; return what is to be used in its place.
 
         Raises:
@@ -87,7 +87,7 @@ class CodeStore:
         try:
             for code in _parts(functions):
                 # It may have been evicted since it came.
-                self.put(tenant, code)
+                self.put(code, tenant)
                 self._kept[tenant, code.digest].holders += 1
                 self._evictable.discard(tenant, code.digest)
                 held.append(code.digest)

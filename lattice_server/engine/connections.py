@@ -78,7 +78,8 @@ class Connection:
     """One stream of a worker: what is to be sent on it, and when it was last heard.
 
     `shares_store` tells that the worker uses the head's own store of large values. `stored` and `reported` are the
-    artifacts the worker had when it said hello, the latter named by reports the server may not have. `abort` ends the
+    artifacts the worker had when it said hello, the latter named by reports the server may not have. `subject` is who
+    showed the worker's token. `abort` ends the
     stream of one that is given up for its silence, where even a word of farewell could get stuck.
     """
 
@@ -88,6 +89,7 @@ class Connection:
         self.worker_id = worker_id
         self.node_id = node_id
         self.shares_store = shares_store
+        self.subject = ""
         self.session: Session | None = None
         self.stored: tuple[str, ...] = ()
         self.reported: tuple[str, ...] = ()

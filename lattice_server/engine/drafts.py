@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact, Function, Payload, TaskSpec, leaves
+from lattice_server.core.tenancy import Reach, id_of
 from lattice_server.engine.folders import MIB
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.uploads import Name
@@ -24,7 +25,8 @@ class Draft:
     """A graph that is not complete. `print_`, opaque here, tells what its parts were; those of one that `is_used` are
     gone."""
 
-    draft_id: str
+    key: str
+    tenant: str
     print_: object
     tasks: list[TaskSpec] = field(default_factory=list)
     functions: dict[str, Function] = field(default_factory=dict)
@@ -37,7 +39,7 @@ class Draft:
 
 
 class Drafts:
-    """The drafts by id: at most `max_drafts`, with parts of `max_bytes` in all."""
+    """The drafts by key: at most `max_drafts`, with parts of `max_bytes` in all."""
 
     def __init__(
         self,
@@ -59,16 +61,16 @@ class Drafts:
     def __len__(self) -> int:
         return len(self._drafts)
 
-    def get(self, draft_id: str) -> Draft:
+    def get(self, key: str) -> Draft:
         """Return a draft, which then lives for another 10 minutes. Raises NotFoundError."""
-        draft = self._drafts.get(draft_id)
+        draft = self._drafts.get(key)
         if draft is None:
-            text = f"there is no draft {draft_id!r}: it was dropped, or never made; send its parts again"
-            raise NotFoundError("DRAFT_NOT_FOUND", text, metadata={"draft_id": draft_id})
+            text = f"there is no draft {id_of(key)!r}: it was dropped, or never made; send its parts again"
+            raise NotFoundError("DRAFT_NOT_FOUND", text, metadata={"draft_id": id_of(key)})
         self._keep(draft)
         return draft
 
-    def expect(self, draft_id: str, revision: int | None, size_bytes: int, tasks: int) -> Mapping[str, Function]:
+    def expect(self, key: str, revision: int | None, size_bytes: int, tasks: int) -> Mapping[str, Function]:
         """See whether a part may be added to a draft, or begin one; return the functions that came before.
 
         Raises:
@@ -76,12 +78,12 @@ class Drafts:
             ConflictError: it was used.
             ExhaustedError: RUN_TOO_LARGE, or QUEUE_FULL when there are as many drafts as may be.
         """
-        draft = self._drafts.get(draft_id)
+        draft = self._drafts.get(key)
         known = 0 if draft is None else draft.revision
         if draft is not None and draft.is_used:
-            raise ConflictError("WORKFLOW_ID_CONFLICT", f"draft {draft_id!r} was used; take another id")
+            raise ConflictError("WORKFLOW_ID_CONFLICT", f"draft {id_of(key)!r} was used; take another id")
         if revision not in {None, known}:
-            text = f"draft {draft_id!r} has revision {known}, not {revision}"
+            text = f"draft {id_of(key)!r} has revision {known}, not {revision}"
             raise AbortedError("REVISION_MISMATCH", text, metadata={"revision": str(known)})
         if tasks + (0 if draft is None else len(draft.tasks)) > self._max_tasks:
             raise ExhaustedError("RUN_TOO_LARGE", f"a run may have at most {self._max_tasks} tasks")
@@ -93,14 +95,24 @@ class Drafts:
         return {} if draft is None else draft.functions
 
     def add(
-        self, draft_id: str, functions: Mapping[str, Function], tasks: list[TaskSpec], size_bytes: int, print_: object
+        self,
+        key: str,
+        functions: Mapping[str, Function],
+        tasks: list[TaskSpec],
+        size_bytes: int,
+        print_: object,
+        reach: Reach,
     ) -> Draft:
-        """Add a part, after `expect`. `print_` is that of all parts so far."""
-        draft = self._drafts.get(draft_id)
-        if draft is None:
-            draft = self._drafts[draft_id] = Draft(draft_id, print_)
+        """Add a part, after `expect`; `print_` is that of all parts so far.
+
+        Raises NotFoundError when it names an artifact that is not within `reach`, which is its sender's.
+        """
         artifacts = list(_artifacts_in(tasks))
-        draft.uploads += self._store.take(artifacts)
+        self._store.check((artifact.artifact_id for artifact in artifacts), reach)
+        draft = self._drafts.get(key)
+        if draft is None:
+            draft = self._drafts[key] = Draft(key, reach.tenant, print_)
+        draft.uploads += self._store.take(artifacts, draft.tenant, reach.tenant)
         draft.artifacts += artifacts
         draft.tasks += tasks
         draft.functions.update(functions)
@@ -111,9 +123,9 @@ class Drafts:
         self._keep(draft)
         return draft
 
-    def use_up(self, draft_id: str) -> None:
+    def use_up(self, key: str) -> None:
         """Drop what a draft has, of which a run or a workflow was made; that it was there is known for an hour."""
-        draft = self._drafts.get(draft_id)
+        draft = self._drafts.get(key)
         if draft is not None and not draft.is_used:
             self._empty(draft)
             draft.is_used = True
@@ -132,12 +144,12 @@ class Drafts:
         if draft.expiry is not None:
             draft.expiry.cancel()
         self._empty(draft)
-        del self._drafts[draft.draft_id]
+        del self._drafts[draft.key]
 
     def _empty(self, draft: Draft) -> None:
         self._kept_bytes -= draft.size_bytes
         self._store.uploads.release(draft.uploads)
-        self._store.release(draft.artifacts)
+        self._store.release(draft.artifacts, draft.tenant)
         draft.uploads = []
         draft.tasks, draft.functions, draft.artifacts, draft.size_bytes = [], {}, [], 0
 

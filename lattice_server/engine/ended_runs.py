@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
+from lattice_server.core.tenancy import UNNAMED, Reach
 from lattice_server.engine.ended_ids import EndedIds
 from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.store import ArtifactStore
@@ -41,34 +42,34 @@ class EndedRuns:
         self._unread: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()
 
-    def fingerprint_of(self, run_id: str) -> str | None:
+    def fingerprint_of(self, run_id: str, reach: Reach = UNNAMED) -> str | None:
         """Return what a run that was evicted had been started with; None for one that is not remembered."""
-        return self._dropped.fingerprint_of(run_id, self._clock())
+        return self._dropped.fingerprint_of(run_id, self._clock(), reach)
 
     def add(self, entry: RunEntry) -> None:
         """Keep a run that has ended; evict what is too much."""
-        tenant, run_id = entry.run.tenant, entry.run.run_id
+        tenant, key = entry.run.tenant, entry.key
         for name, size in _sizes(entry):
             self.memory.hold(tenant, name, size)
         for artifact in entry.artifacts:
             self.values.hold(tenant, artifact.artifact_id, artifact.size_bytes)
-        self._memory.add(tenant, run_id, sooner=False)
+        self._memory.add(tenant, key, sooner=False)
         if entry.artifacts:
-            self._values.add(tenant, run_id, sooner=False)
-        self._unread[run_id] = self._clock() + self._result_ttl_s
+            self._values.add(tenant, key, sooner=False)
+        self._unread[key] = self._clock() + self._result_ttl_s
         self._expire()
-        self._evict(tenant, spared=run_id)
+        self._evict(tenant, spared=key)
 
     def note_read(self, entry: RunEntry) -> None:
         """Note that a caller was given the result of a run, which may have been evicted."""
-        tenant, run_id = entry.run.tenant, entry.run.run_id
+        tenant, key = entry.run.tenant, entry.key
         self._expire()
-        if self._unread.pop(run_id, None) is None:
+        if self._unread.pop(key, None) is None:
             return
         if entry.artifacts:
-            self._fetched[run_id] = self._clock() + min(FETCH_S, self._result_ttl_s)
+            self._fetched[key] = self._clock() + min(FETCH_S, self._result_ttl_s)
         else:
-            self._retire(tenant, run_id)
+            self._retire(tenant, key)
         self._evict(tenant)
 
     def _expire(self) -> None:
@@ -76,16 +77,16 @@ class EndedRuns:
         now = self._clock()
         for waiting in (self._unread, self._fetched):
             while waiting and next(iter(waiting.values())) <= now:
-                run_id, _ = waiting.popitem(last=False)
-                self._retire(self._runs[run_id].run.tenant, run_id)
+                key, _ = waiting.popitem(last=False)
+                self._retire(self._runs[key].run.tenant, key)
 
-    def _retire(self, tenant: str, run_id: str) -> None:
+    def _retire(self, tenant: str, key: str) -> None:
         """Make a run history."""
-        self._memory.add(tenant, run_id)
-        if self._runs[run_id].artifacts:
-            self._values.add(tenant, run_id)
-        self.history.hold(tenant, run_id, 1)
-        self._history.add(tenant, run_id)
+        self._memory.add(tenant, key)
+        if self._runs[key].artifacts:
+            self._values.add(tenant, key)
+        self.history.hold(tenant, key, 1)
+        self._history.add(tenant, key)
 
     def _evict(self, tenant: str, spared: str = "") -> None:
         for evictable, evict in (
@@ -96,33 +97,34 @@ class EndedRuns:
             while (victim := evictable.victim(tenant, spared)) is not None:
                 evict(*victim)
 
-    def _drop(self, tenant: str, run_id: str) -> None:
-        self._release(tenant, run_id)
-        entry = self._runs.pop(run_id)
-        self._memory.discard(tenant, run_id)
+    def _drop(self, tenant: str, key: str) -> None:
+        self._release(tenant, key)
+        entry = self._runs[key]
+        del self._runs[key]
+        self._memory.discard(tenant, key)
         for name, _ in _sizes(entry):
             self.memory.release(tenant, name)
-        if self.history.holds(tenant, run_id):
-            self._history.discard(tenant, run_id)
-            self.history.release(tenant, run_id)
-        self._unread.pop(run_id, None)
-        self._fetched.pop(run_id, None)
-        self._dropped.remember(run_id, entry.fingerprint, self._clock())
+        if self.history.holds(tenant, key):
+            self._history.discard(tenant, key)
+            self.history.release(tenant, key)
+        self._unread.pop(key, None)
+        self._fetched.pop(key, None)
+        self._dropped.remember(key, entry.fingerprint, self._clock())
 
-    def _release(self, tenant: str, run_id: str) -> None:
+    def _release(self, tenant: str, key: str) -> None:
         """Release the large values of a run."""
-        entry = self._runs[run_id]
-        self._values.discard(tenant, run_id)
+        entry = self._runs[key]
+        self._values.discard(tenant, key)
         for artifact in entry.artifacts:
             self.values.release(tenant, artifact.artifact_id)
-        self._store.release(entry.artifacts)
+        self._store.release(entry.artifacts, tenant)
         entry.artifacts = []
 
 
 def _sizes(entry: RunEntry) -> Iterator[tuple[str, int]]:
     """Return what a run takes, by name; code that several ended runs have counts once."""
     # A colon and a blank are in no digest, so that no run can be named like code.
-    yield f"run: {entry.run.run_id}", entry.kept_bytes
+    yield f"run: {entry.key}", entry.kept_bytes
     for function in entry.functions.values():
         if function.bundle is not None:
             yield function.bundle.digest, function.bundle.size_bytes

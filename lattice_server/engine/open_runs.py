@@ -49,11 +49,11 @@ class OpenRuns:
         """Have a new stream hold a run; an older one is told. Raises PreconditionError."""
         machine = entry.open_run
         if machine is None:
-            text = f"run {entry.run.run_id!r} was not started by OpenRun, so no stream can hold it"
+            text = f"run {entry.run_id!r} was not started by OpenRun, so no stream can hold it"
             raise PreconditionError("RUN_NOT_OPEN", text)
         older, holder = entry.holder, Holder()
         if older is not None:
-            older.taken_over = AbortedError("RUN_TAKEN_OVER", f"another stream holds run {entry.run.run_id!r} now")
+            older.taken_over = AbortedError("RUN_TAKEN_OVER", f"another stream holds run {entry.run_id!r} now")
             older.news.set()
         entry.holder = holder
         self._change(entry, machine.hold)

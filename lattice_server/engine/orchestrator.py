@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import NamedTuple, NotRequired, TypedDict, Unpack
@@ -47,6 +46,7 @@ from lattice_server.core.records import TaskTable, tabulating
 from lattice_server.core.reuse import Earlier, workflow_of
 from lattice_server.core.run import Effect, Run
 from lattice_server.core.steps import STEP_ITEMS, Steps, finish, stepwise
+from lattice_server.core.tenancy import UNNAMED, Reach, Shelf, key_of
 from lattice_server.engine import run_notes
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
@@ -88,6 +88,7 @@ class StartSettings(TypedDict):
     earlier: NotRequired[Earlier | None]
     is_open: NotRequired[bool]
     request_id: NotRequired[str]
+    reach: NotRequired[Reach]  # That of the caller, whose artifacts the run may name.
 
 
 class Prepared(NamedTuple):
@@ -113,7 +114,7 @@ class Orchestrator:
         open_run_grace_s: float = 30.0,
         slices: Slices | None = None,
     ) -> None:
-        self.runs: OrderedDict[str, RunEntry] = OrderedDict()
+        self.runs: Shelf[RunEntry] = Shelf()
         self.is_stopping = False
         self._bus = bus
         self._sessions = sessions
@@ -136,20 +137,21 @@ class Orchestrator:
         fingerprint: str,
         **settings: Unpack[StartSettings],
     ) -> tuple[RunEntry, bool]:
-        """Start a run, or return the one that has this id and content; the flag tells whether it is new.
+        """Start a run of a tenant, or return its run that has this id and content; the flag tells whether it is new.
 
         Raises:
-            ConflictError: the id was used with other content.
-            NotFoundError: the run with this id and content has ended and is no longer kept.
+            ConflictError: the tenant used the id with other content.
+            NotFoundError: the run with this id and content has ended and is no longer kept, or there is no such
+                artifact within reach.
             ExhaustedError: the server has as many open tasks as it may, the run too many of its own, or the tenant
                 holds too much code.
             InvalidError: the graph is not valid.
             PreconditionError: no node could ever run one of its tasks.
             UnavailableError: the server is stopping.
         """
-        if entry := self.known(run_id, fingerprint, settings.get("request_id", "")):
+        if entry := self.known(run_id, fingerprint, settings.get("tenant", ""), settings.get("request_id", "")):
             return entry, False
-        prepared = finish(self._preparing(run_id, spec, parameters))
+        prepared = finish(self._preparing(run_id, spec, parameters, settings))
         return self._begin(prepared, parameters, fingerprint, settings), True
 
     async def submit(
@@ -162,37 +164,45 @@ class Orchestrator:
         **settings: Unpack[StartSettings],
     ) -> tuple[RunEntry, bool]:
         """As `start_run`, in slices: others are served meanwhile."""
-        if entry := self.known(run_id, fingerprint, settings.get("request_id", "")):
+        if entry := self.known(run_id, fingerprint, settings.get("tenant", ""), settings.get("request_id", "")):
             return entry, False
-        prepared = await self._slices.finish(self._preparing(run_id, spec, parameters))
+        prepared = await self._slices.finish(self._preparing(run_id, spec, parameters, settings))
         # The same request may have come twice.
-        if entry := self.known(run_id, fingerprint, settings.get("request_id", "")):
+        if entry := self.known(run_id, fingerprint, settings.get("tenant", ""), settings.get("request_id", "")):
             return entry, False
         return self._begin(prepared, parameters, fingerprint, settings), True
 
-    def known(self, run_id: str, fingerprint: str, request_id: str = "") -> RunEntry | None:
-        """Return the run that has this id and content, if there is one. Raises as `start_run`.
+    def known(self, run_id: str, fingerprint: str, tenant: str, request_id: str = "") -> RunEntry | None:
+        """Return a tenant's run that has this id and content, if there is one. Raises as `start_run`.
 
         A call that repeats the `request_id` of the one that started the run has its content, whatever else it says.
         """
         if self.is_stopping:
             raise UnavailableError("SHUTTING_DOWN", "the server is stopping", retry_after_s=1.0)
-        existing = self.runs.get(run_id)
+        existing = self.runs.get(key_of(run_id, tenant))
         if existing is not None:
             if fingerprint != existing.fingerprint and not (request_id and request_id == existing.request_id):
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} exists with other content")
             return existing
-        if (known := self.ended.fingerprint_of(run_id)) is not None:
+        own = Reach(tenant)
+        if (known := self.ended.fingerprint_of(run_id, own)) is not None:
             if known != fingerprint and not request_id:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} existed with other content")
-            raise self._no_run(run_id)
+            raise self._no_run(run_id, own)
         return None
 
-    def _preparing(self, run_id: str, spec: WorkflowSpec, parameters: Mapping[str, Payload]) -> Steps[Prepared]:
-        self._admission.check_room(len(spec.tasks))
+    def _preparing(
+        self, run_id: str, spec: WorkflowSpec, parameters: Mapping[str, Payload], settings: StartSettings
+    ) -> Steps[Prepared]:
+        tenant = settings.get("tenant", "")
+        self._admission.check_room(len(spec.tasks), tenant)
         graph = yield from dag.building(spec, parameters)
+        if settings.get("earlier") is None:
+            given = (p.content for p in parameters.values() if isinstance(p.content, Artifact))
+            named = (artifact.artifact_id for artifact in (*graph.artifacts, *given))
+            self._store.check(named, settings.get("reach", UNNAMED))
         yield from self._admission.checking(spec.tasks)
-        table = yield from tabulating(run_id or f"run-{uuid4().hex}", graph)
+        table = yield from tabulating(key_of(run_id or f"run-{uuid4().hex}", tenant), graph)
         functions = yield from _functions_of(spec.tasks)
         return Prepared(spec, graph, table, functions)
 
@@ -200,7 +210,8 @@ class Orchestrator:
         self, prepared: Prepared, parameters: Mapping[str, Payload], fingerprint: str, settings: StartSettings
     ) -> RunEntry:
         spec, graph, table, functions = prepared
-        self._admission.check_room(len(spec.tasks))
+        tenant, uploader = settings.get("tenant", ""), settings.get("reach", UNNAMED).tenant
+        self._admission.check_room(len(spec.tasks), tenant)
         timeout_s = settings.get("timeout_s")
         run = Run(
             table.run_id,
@@ -208,7 +219,7 @@ class Orchestrator:
             graph,
             settings.get("workflow_id", ""),
             settings["priority"],
-            tenant=settings.get("tenant", ""),
+            tenant=tenant,
             bounds=self._admission.bounds,
             earlier=settings.get("earlier"),
             table=table,
@@ -225,19 +236,21 @@ class Orchestrator:
             settings.get("request_id", ""),
         )
         self._hold_code(entry, functions)
-        self.runs[run.run_id] = entry
+        self.runs[table.run_id] = entry
         given = [p.content for p in parameters.values() if isinstance(p.content, Artifact)]
-        self._keep(entry, given)
+        self._keep(entry, given, uploader)
         if timeout_s is not None:
             entry.timeout_s = timeout_s
             loop = asyncio.get_running_loop()
             entry.expiry = loop.call_later(timeout_s, self._expire, entry, timeout_s)
         if run.is_open:
             self.open_runs.open(entry)
-        self._change(entry, lambda: run.start(parameters, time.monotonic()))
+        self._change(entry, lambda: run.start(parameters, time.monotonic()), uploader=uploader)
         return entry
 
-    async def retry_run(self, run_id: str, new_run_id: str, fingerprint: str) -> tuple[RunEntry, bool]:
+    async def retry_run(
+        self, run_id: str, new_run_id: str, fingerprint: str, reach: Reach = UNNAMED
+    ) -> tuple[RunEntry, bool]:
         """Start a run that takes over what another one finished, or return the one that has this id and content.
 
         Raises:
@@ -245,7 +258,7 @@ class Orchestrator:
             PreconditionError: it has not ended.
             ConflictError, ExhaustedError, InvalidError, UnavailableError: see `start_run`.
         """
-        entry = self.run(run_id)
+        entry = self.run(run_id, reach)
         old = entry.run
         if not old.is_terminal:
             text = f"run {run_id!r} is {old.state.value}; it can be retried when it has ended"
@@ -263,60 +276,63 @@ class Orchestrator:
             earlier=Earlier(run_id, old.tasks, lambda artifact: self._store.held(artifact.artifact_id) is not None),
         )
 
-    def add_tasks(self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int | None) -> RunEntry:
+    def add_tasks(
+        self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int | None, reach: Reach = UNNAMED
+    ) -> RunEntry:
         """Add tasks to a run that has not ended.
 
         Raises:
             AbortedError: the run has another revision; None expects any.
             ExhaustedError, InvalidError, NotFoundError, PreconditionError: see `start_run` and `Run.append`.
         """
-        entry = self.run(run_id)
+        entry = self.run(run_id, reach)
         expect_revision(f"run {run_id!r}", entry.run.revision, expected_revision)
-        self._admission.check_room(len(tasks))
+        self._store.check((artifact.artifact_id for artifact in dag.artifacts_in(tasks)), reach)
+        self._admission.check_room(len(tasks), entry.run.tenant)
         self._admission.check_possible(tasks)
         self._hold_code(entry, finish(_functions_of(tasks)))
-        self._change(entry, lambda: entry.run.append(tasks, time.monotonic()))
+        self._change(entry, lambda: entry.run.append(tasks, time.monotonic()), uploader=reach.tenant)
         return entry
 
-    def run(self, run_id: str) -> RunEntry:
-        """Return a run. Raises NotFoundError."""
-        try:
-            return self.runs[run_id]
-        except KeyError:
-            raise self._no_run(run_id) from None
+    def run(self, run_id: str, reach: Reach = UNNAMED) -> RunEntry:
+        """Return a run within reach. Raises NotFoundError."""
+        entry = self.runs.find(run_id, reach)
+        if entry is None:
+            raise self._no_run(run_id, reach)
+        return entry
 
-    def _no_run(self, run_id: str) -> NotFoundError:
+    def _no_run(self, run_id: str, reach: Reach) -> NotFoundError:
         metadata = {"run_id": run_id}
-        if self.ended.fingerprint_of(run_id) is None:
+        if self.ended.fingerprint_of(run_id, reach) is None:
             return NotFoundError("RUN_NOT_FOUND", f"there is no run {run_id!r}", metadata=metadata)
         text = f"run {run_id!r} has ended, and its results are no longer kept; it is not run again by that id"
         return NotFoundError("RUN_EVICTED", text, metadata=metadata)
 
-    def task(self, run_id: str, task_id: str) -> RunEntry:
+    def task(self, run_id: str, task_id: str, reach: Reach = UNNAMED) -> RunEntry:
         """Return the run of a task. Raises NotFoundError when there is no such run or task."""
-        entry = self.run(run_id)
+        entry = self.run(run_id, reach)
         if task_id not in entry.run.tasks:
             raise NotFoundError("TASK_NOT_FOUND", f"run {run_id!r} has no task {task_id!r}")
         return entry
 
-    async def explain(self, run_id: str, task_id: str) -> Explanation:
+    async def explain(self, run_id: str, task_id: str, reach: Reach = UNNAMED) -> Explanation:
         """Return why a task waits. Raises NotFoundError."""
-        entry = self.task(run_id, task_id)
+        entry = self.task(run_id, task_id, reach)
         if entry.run.tasks[task_id].is_with_scheduler:
-            found = await self.inquiries.explain(run_id, task_id)
+            found = await self.inquiries.explain(entry.key, task_id)
             if found is not None:
                 return found
         return entry.run.explain(task_id, time.monotonic())
 
-    def cancel_run(self, run_id: str, reason: str) -> RunEntry:
+    def cancel_run(self, run_id: str, reason: str, reach: Reach = UNNAMED) -> RunEntry:
         """Cancel a run; one that has ended stays as it is. Raises NotFoundError."""
-        entry = self.run(run_id)
+        entry = self.run(run_id, reach)
         self._change(entry, lambda: entry.run.cancel(reason or "cancelled by the caller", time.monotonic()))
         return entry
 
-    def cancel_task(self, run_id: str, task_id: str) -> RunEntry:
+    def cancel_task(self, run_id: str, task_id: str, reach: Reach = UNNAMED) -> RunEntry:
         """Cancel one task. Raises NotFoundError."""
-        entry = self.task(run_id, task_id)
+        entry = self.task(run_id, task_id, reach)
         self._change(entry, lambda: entry.run.cancel_task(task_id, "cancelled by the caller", time.monotonic()))
         return entry
 
@@ -356,7 +372,7 @@ class Orchestrator:
             self._change(entry, decide, posts)
         except Exception:
             # The last resort: a fact that breaks one run's invariants must not stop the others.
-            about = {"run_id": entry.run.run_id, "task_id": event.task_id}
+            about = {"run_id": entry.run_id, "task_id": event.task_id}
             log.exception("the run could not take %s", type(event).__name__, extra=about)
 
     def _expire(self, entry: RunEntry, limit_s: float) -> None:
@@ -367,13 +383,17 @@ class Orchestrator:
         entry: RunEntry,
         decide: Callable[[], Sequence[Effect | HolderEffect]],
         posts: list[SchedulerEvent] | None = None,
+        *,
+        uploader: str = "",
     ) -> None:
         """Do what a run's machine decides; a machine that raises ends its run, or its readers would wait for ever.
+
+        `uploader` is the tenant of the caller who changes the graph, whose uploads it may name.
 
         Raises LatticeError when the machine refuses, which changes nothing, and whatever else it raises.
         """
         try:
-            self._perform(entry, decide(), posts)
+            self._perform(entry, decide(), posts, uploader)
         except LatticeError:
             raise
         except Exception:
@@ -383,7 +403,7 @@ class Orchestrator:
 
     def _abandon(self, entry: RunEntry, posts: list[SchedulerEvent] | None) -> None:
         error_id = uuid4().hex
-        log.exception("the run ends by a bug", extra={"run_id": entry.run.run_id, "error_id": error_id})
+        log.exception("the run ends by a bug", extra={"run_id": entry.run_id, "error_id": error_id})
         failure = Failure(FailureKind.INTERNAL, f"internal error {error_id}; the server's log has the details")
         self._perform(entry, entry.run.abandon(failure, time.monotonic()), posts)
 
@@ -392,6 +412,7 @@ class Orchestrator:
         entry: RunEntry,
         effects: Sequence[Effect | HolderEffect],
         posts: list[SchedulerEvent] | None = None,
+        uploader: str = "",
     ) -> None:
         own: list[SchedulerEvent] = [] if posts is None else posts
         if entry.open_run is not None:
@@ -404,7 +425,7 @@ class Orchestrator:
                     self.open_runs.perform(entry, effect)
                 case _:
                     if isinstance(effect, TaskSucceeded):
-                        self._keep(entry, list(_artifacts_of(effect)))
+                        self._keep(entry, list(_artifacts_of(effect)), entry.run.tenant)
                     time_s = time.time()
                     entry.note_times(effect, time_s - time.monotonic())
                     entry.log.append(effect, time_s)
@@ -414,9 +435,9 @@ class Orchestrator:
         if posts is None:
             self._bus.post(own)
         if len(entry.run.dag.artifacts) > entry.graph_artifacts:
-            self._keep(entry, entry.run.dag.artifacts[entry.graph_artifacts :])
+            self._keep(entry, entry.run.dag.artifacts[entry.graph_artifacts :], uploader)
             entry.graph_artifacts = len(entry.run.dag.artifacts)
-        self._admission.count(entry.run.open_tasks - entry.open_tasks)
+        self._admission.count(entry.run.open_tasks - entry.open_tasks, entry.run.tenant)
         entry.open_tasks = entry.run.open_tasks
         if entry.run.is_unsettled and not entry.is_going_on:
             entry.is_going_on = True
@@ -436,9 +457,9 @@ class Orchestrator:
         entry.is_going_on = False
         self._change(entry, lambda: entry.run.go_on(time.monotonic()))
 
-    def _keep(self, entry: RunEntry, artifacts: list[Artifact]) -> None:
+    def _keep(self, entry: RunEntry, artifacts: list[Artifact], uploader: str) -> None:
         if artifacts:
-            entry.uploads += self._store.take(artifacts, entry.run.tenant)
+            entry.uploads += self._store.take(artifacts, entry.run.tenant, uploader)
             entry.artifacts += artifacts
 
     def _hold_code(self, entry: RunEntry, functions: Mapping[str, Function]) -> None:

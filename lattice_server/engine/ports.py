@@ -12,22 +12,27 @@ from lattice_server.core.model import Capacity
 @dataclass(frozen=True, slots=True)
 class Contact:
     """How workers reach the server: beside it by `local_target`, a socket that only the server's user may open; from
-    other machines by `target`, where they show `join_token`."""
+    other machines by `target`, where they show a token.
+
+    `issue` makes a token for the worker of a node, which belongs to a subject, and `revoke` takes a token back.
+    """
 
     local_target: str
     target: str
-    join_token: str
+    issue: Callable[[str, str], str]
+    revoke: Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A machine somebody offers to the cluster, and the node it is to be."""
+    """A machine that a subject offers to the cluster, and the node it is to be."""
 
     node_id: str
     hostname: str
     node_ip: str
     capacity: Capacity
     labels: Mapping[str, str]
+    subject: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class RayCluster:
 @dataclass(frozen=True, slots=True)
 class Membership:
     """What a machine that joined has to do. `over` is given the name of a `CloseReason` when it is no longer needed:
-    DRAINED for good, SHUTDOWN when it should join again."""
+    DRAINED or UNAUTHENTICATED for good, SHUTDOWN when it should join again."""
 
     ray: RayCluster | None
     over: asyncio.Future[str]

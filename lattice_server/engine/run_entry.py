@@ -9,6 +9,7 @@ from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskSkipped,
 from lattice_server.core.model import Artifact, Function
 from lattice_server.core.open_run import HolderEffect, OpenRun
 from lattice_server.core.run import Effect, Run
+from lattice_server.core.tenancy import id_of
 from lattice_server.engine.holder import Holder
 from lattice_server.engine.subscriptions import RunLog
 from lattice_server.engine.uploads import Name
@@ -72,6 +73,16 @@ class RunEntry:
                 self.began_s = record.started_at + offset_s
         if record.ended_at is not None:
             self.end_times_s[fact.task_id] = record.ended_at + offset_s
+
+    @property
+    def key(self) -> str:
+        """What the run goes by inside the server."""
+        return self.run.run_id
+
+    @property
+    def run_id(self) -> str:
+        """What its callers, and the tasks in it, know the run by."""
+        return id_of(self.run.run_id)
 
     @property
     def kept_bytes(self) -> int:

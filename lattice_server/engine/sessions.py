@@ -116,6 +116,11 @@ class Sessions:
         """Return the session that serves a node."""
         return next((s for s in self._sessions.values() if s.connection.node_id == node_id), None)
 
+    def owner_of(self, node_id: str, worker_id: str) -> str | None:
+        """Return the subject whose worker serves a node, or has an id; None when neither is known."""
+        known = [*self._greeting.values(), *(session.connection for session in self._sessions.values())]
+        return next((c.subject for c in known if c.node_id == node_id or c.worker_id == worker_id), None)
+
     def drop_artifact(self, artifact: Artifact) -> None:
         """Tell every worker that may have an artifact, or a copy of it, that nobody needs it any more.
 

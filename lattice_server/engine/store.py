@@ -15,9 +15,10 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,7 @@ from uuid import uuid4
 
 from lattice_server.core.errors import ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact
+from lattice_server.core.tenancy import Reach
 from lattice_server.engine.folders import MIB, linked, made, remove, room
 from lattice_server.engine.uploads import Name, Uploads
 from lattice_server.engine.usage import Bound
@@ -42,8 +44,10 @@ _ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 
 @dataclass(slots=True)
 class _Holding:
+    """An artifact, and how many runs, workflows and uploads of each tenant hold it."""
+
     artifact: Artifact
-    holders: int = 0
+    holders: Counter[str] = field(default_factory=Counter)
 
 
 class ArtifactStore:
@@ -68,7 +72,7 @@ class ArtifactStore:
         self._spares.mkdir()
         self._uploads.mkdir()
         self.total_bytes = room(self.directory)[1]
-        self.uploads = Uploads(upload_bound, upload_ttl_s, lambda artifact: self.release([artifact]))
+        self.uploads = Uploads(upload_bound, upload_ttl_s, lambda artifact, tenant: self.release([artifact], tenant))
         self._spare_limit_bytes = min(spare_limit_bytes, self.total_bytes // 4)
         self._held: dict[str, _Holding] = {}
 
@@ -95,34 +99,40 @@ class ArtifactStore:
                     self.uploads.receive(tenant, len(chunk))
                     size += len(chunk)
                     await asyncio.to_thread(self._append, file, chunk, digest)
-            artifact = self._admit(draft, Artifact(digest.hexdigest(), size, HEAD))
+            artifact = self._admit(draft, Artifact(digest.hexdigest(), size, HEAD), tenant)
         finally:
             self.uploads.forget(tenant, size)
             draft.unlink(missing_ok=True)
         self.uploads.wait(tenant, artifact)
         return artifact
 
-    def take(self, artifacts: Sequence[Artifact], tenant: str = "") -> list[Name]:
-        """As `hold`, for a run or a workflow of a tenant; return the uploads among them, which go on counting as such
-        until they are given to `uploads.release`."""
-        self.hold(artifacts)
-        held, named = self.uploads.take(tenant, artifacts)
-        self.release(named)
+    def take(self, artifacts: Sequence[Artifact], tenant: str = "", uploader: str | None = None) -> list[Name]:
+        """As `hold`, for a run or a workflow of a tenant: uploads that it names wait no longer.
+
+        `uploader` is the tenant that uploaded what the caller did; by default it is `tenant` too. Its uploads are
+        returned, and go on counting as such until they are given to `uploads.release`.
+        """
+        uploader = tenant if uploader is None else uploader
+        self.hold(artifacts, tenant)
+        held, named = self.uploads.take(uploader, artifacts)
+        self.release(named, uploader)
         return held
 
-    def hold(self, artifacts: Iterable[Artifact]) -> None:
-        """Keep artifacts until as many `release` as `hold` have named them."""
+    def hold(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
+        """Keep artifacts for a tenant until as many `release` as `hold` have named them."""
         for artifact in artifacts:
-            self._held.setdefault(artifact.artifact_id, _Holding(artifact)).holders += 1
+            self._held.setdefault(artifact.artifact_id, _Holding(artifact)).holders[tenant] += 1
 
-    def release(self, artifacts: Iterable[Artifact]) -> None:
+    def release(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
         """Let go of artifacts; those nobody holds are dropped."""
         for artifact in artifacts:
             holding = self._held.get(artifact.artifact_id)
             if holding is None:
                 continue
-            holding.holders -= 1
-            if holding.holders == 0:
+            holding.holders[tenant] -= 1
+            if holding.holders[tenant] <= 0:
+                del holding.holders[tenant]
+            if not holding.holders:
                 del self._held[artifact.artifact_id]
                 self.on_drop(holding.artifact)
                 self._drop(artifact.artifact_id)
@@ -141,6 +151,13 @@ class ArtifactStore:
         holding = self._held.get(artifact_id)
         return None if holding is None else holding.artifact
 
+    def check(self, artifact_ids: Iterable[str], reach: Reach) -> None:
+        """Raise NotFoundError unless artifacts are held by tenants within reach."""
+        for artifact_id in artifact_ids:
+            holding = self._held.get(artifact_id)
+            if holding is None or not (reach.is_any or reach.tenant in holding.holders):
+                raise self._missing(artifact_id)
+
     def close(self) -> None:
         """Delete the directory, and the one on disk."""
         own = [(self.directory, self._lock)]
@@ -148,7 +165,7 @@ class ArtifactStore:
             shutil.rmtree(directory, ignore_errors=True)
             os.close(lock)
 
-    def _admit(self, draft: Path, artifact: Artifact) -> Artifact:
+    def _admit(self, draft: Path, artifact: Artifact, tenant: str) -> Artifact:
         """Give what was uploaded its place, unless the same is there already, and hold it."""
         holding = self._held.get(artifact.artifact_id)
         if holding is not None and holding.artifact != artifact:
@@ -157,7 +174,7 @@ class ArtifactStore:
         path = self._path(artifact.artifact_id)
         if holding is None or not path.exists():
             draft.rename(path)
-        self.hold([artifact])
+        self.hold([artifact], tenant)
         return artifact
 
     def _created(self, path: Path) -> FileIO:

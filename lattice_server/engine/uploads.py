@@ -14,15 +14,15 @@ Name = tuple[str, str]  # The tenant that uploaded it, and its id.
 
 
 class Uploads:
-    """The uploads of all tenants; lives on the main thread. `on_timeout` is told each that waited for too long."""
+    """The uploads of all tenants; lives on the main thread. `on_timeout` is told each that waited
+    for too long, and its tenant."""
 
-    def __init__(self, bound: Bound, ttl_s: float, on_timeout: Callable[[Artifact], None]) -> None:
+    def __init__(self, bound: Bound, ttl_s: float, on_timeout: Callable[[Artifact, str], None]) -> None:
         self.usage = Usage("uploads", bound)
         self._ttl_s = ttl_s
         self._on_timeout = on_timeout
         # Equal ones wait one by one.
         self._waiting: dict[Name, list[asyncio.TimerHandle]] = {}
-        self._owners: dict[str, dict[str, None]] = {}
 
     def receive(self, tenant: str, size: int) -> None:
         """Count bytes of an upload that is on its way. Raises ExhaustedError with the reason STORE_FULL."""
@@ -37,15 +37,14 @@ class Uploads:
     def wait(self, tenant: str, artifact: Artifact) -> None:
         """Have an upload that has arrived wait to be named."""
         name = (tenant, artifact.artifact_id)
-        self._hold(name, artifact.size_bytes)
+        self.usage.hold(*name, artifact.size_bytes)
         timer = asyncio.get_running_loop().call_later(self._ttl_s, self._time_out, tenant, artifact)
         self._waiting.setdefault(name, []).append(timer)
 
-    def take(self, tenant: str, artifacts: Iterable[Artifact]) -> tuple[list[Name], list[Artifact]]:
-        """Hold those artifacts that are uploads, for a run or a workflow of a tenant that names them.
+    def take(self, uploader: str, artifacts: Iterable[Artifact]) -> tuple[list[Name], list[Artifact]]:
+        """Hold those artifacts that a tenant uploaded, for a run or a workflow that names them.
 
-        They go on counting for the tenant that uploaded them, which is this one if it did too. Of equal uploads that
-        wait one waits no longer: others may be for another run.
+        Of equal uploads that wait one waits no longer: others may be for another run.
 
         Returns:
             The names of the uploads, to be given to `release`; and the artifacts among them that wait no longer.
@@ -53,11 +52,10 @@ class Uploads:
         held: list[Name] = []
         named: list[Artifact] = []
         for artifact in artifacts:
-            owners = self._owners.get(artifact.artifact_id, ())
-            if not owners:
+            name = (uploader, artifact.artifact_id)
+            if not self.usage.holds(*name):
                 continue
-            name = (tenant if tenant in owners else next(iter(owners)), artifact.artifact_id)
-            self._hold(name, artifact.size_bytes)
+            self.usage.hold(*name, artifact.size_bytes)
             held.append(name)
             if artifact not in named and name in self._waiting:
                 named.append(artifact)
@@ -67,28 +65,16 @@ class Uploads:
     def release(self, names: Iterable[Name]) -> None:
         """Release what `take` held."""
         for name in names:
-            self._release(name)
-
-    def _hold(self, name: Name, size: int) -> None:
-        self.usage.hold(*name, size)
-        self._owners.setdefault(name[1], {})[name[0]] = None
-
-    def _release(self, name: Name) -> None:
-        self.usage.release(*name)
-        if not self.usage.holds(*name):
-            owners = self._owners[name[1]]
-            del owners[name[0]]
-            if not owners:
-                del self._owners[name[1]]
+            self.usage.release(*name)
 
     def _time_out(self, tenant: str, artifact: Artifact) -> None:
         self._stop_waiting((tenant, artifact.artifact_id))
-        self._on_timeout(artifact)
+        self._on_timeout(artifact, tenant)
 
     def _stop_waiting(self, name: Name) -> asyncio.TimerHandle:
         waiting = self._waiting[name]
         timer = waiting.pop(0)
         if not waiting:
             del self._waiting[name]
-        self._release(name)
+        self.usage.release(*name)
         return timer

@@ -23,6 +23,7 @@ from lattice_server.executors.command import log_flags, offer_of_machine, worker
 from lattice_server.executors.leftovers import MARK, end_leftovers
 from lattice_server.executors.ray_child import RayChild, ray_child
 from lattice_server.executors.reservation import (
+    TOKEN,
     Member,
     Reservation,
     bundle_of,
@@ -99,7 +100,7 @@ class RayExecutor:
         resource = resource_of(machine.node_id)
         offer = offer_of_machine(machine.capacity, machine.labels)
         member = self._members.get(machine.node_id)
-        if member is not None and member.reservation.offer != offer:
+        if member is not None and (member.reservation.offer != offer or member.subject != machine.subject):
             self._expire(member)
             member = None
         if member is None:
@@ -108,10 +109,10 @@ class RayExecutor:
                 machine.node_id,
                 bundle_of(machine.capacity.cpu, len(machine.capacity.gpus), resource),
                 offer,
-                *way_from_afar(self._config, self._contact),
+                *way_from_afar(self._config, self._contact, machine.node_id, machine.subject),
                 follows_node=True,
             )
-            member = self._members[machine.node_id] = Member(reservation)
+            member = self._members[machine.node_id] = Member(reservation, machine.subject)
             self._reservations[resource] = reservation
             self._reserve(reservation)
         self._streams[machine.node_id] += 1
@@ -126,7 +127,9 @@ class RayExecutor:
         member = self._members.get(node_id)
         if member is not None and membership.over in member.waiting:
             member.waiting.remove(membership.over)
-        if member is not None and not self._streams[node_id]:
+        if member is not None and membership.over.done() and membership.over.result() == "UNAUTHENTICATED":
+            self._expire(member)
+        elif member is not None and not self._streams[node_id]:
             loop = asyncio.get_running_loop()
             member.expiry = loop.call_later(AWAY_S, self._expire, member)
 
@@ -254,6 +257,8 @@ class RayExecutor:
         self._reservations.pop(reservation.key, None)
         reservation.wait_no_more()
         self._order("release", reservation)
+        if (token := reservation.environment.get(TOKEN)) is not None:
+            self._contact.revoke(token)
         member = self._members.get(reservation.node_id)
         if member is not None and member.reservation is reservation:
             del self._members[reservation.node_id]

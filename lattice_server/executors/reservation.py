@@ -15,6 +15,8 @@ from lattice_server.executors.command import Offer, offer_of_head
 from lattice_server.executors.interface import ANY, ray_interface
 
 HEAD = "lattice-head"  # The resource that only the head's own Ray node has.
+OWN = "the server"  # The subject of nodes that no machine offered.
+TOKEN = "LATTICE_TOKEN"
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
 
 
@@ -67,9 +69,10 @@ class Reservation:
 
 @dataclass(slots=True)
 class Member:
-    """A machine that joined, and who waits for its end."""
+    """A machine that joined, whose it is, and who waits for its end."""
 
     reservation: Reservation
+    subject: str = ""
     waiting: list[asyncio.Future[str]] = field(default_factory=list)
     expiry: asyncio.TimerHandle | None = None
 
@@ -95,15 +98,20 @@ def own_reservations(
         return [Reservation(HEAD, "ray-head", bundle, offer, contact.local_target, store_directory=store_directory)]
     bundle = bundle_of(config.num_cpus or 1, config.num_gpus or 0)
     names = [f"ray-{number}" for number in range(1, config.ray_workers + 1)]
-    return [Reservation(name, name, bundle, offer, *way_from_afar(config, contact)) for name in names]
+    return [Reservation(name, name, bundle, offer, *way_from_afar(config, contact, name)) for name in names]
 
 
-def way_from_afar(config: ServerConfig, contact: Contact) -> tuple[str, dict[str, str]]:
-    """Return what a worker on another machine dials, and the environment in which it may."""
+def way_from_afar(
+    config: ServerConfig, contact: Contact, node_id: str, subject: str = OWN
+) -> tuple[str, dict[str, str]]:
+    """Return what the worker of a node dials from another machine, and the environment in which it may.
+
+    The worker has a token of its own, by which the node is the subject's.
+    """
     host, _, port = contact.target.rpartition(":")
     if host in ANY:
         host = ray_interface(config.node_ip or host)
-    environment = {"LATTICE_TOKEN": contact.join_token}
+    environment = {TOKEN: contact.issue(node_id, subject)}
     if config.tls is not None:
         return f"grpcs://{host}:{port}", environment
     # Whoever started the server without TLS has said so; its workers would ask again.

@@ -3,15 +3,17 @@
 Each worker waits until this is imported, so it imports little.
 """
 
+import ctypes
 import os
 import socket
 import subprocess
 
 from lattice_server.executors.exchange import Exchange, Part
 from lattice_server.executors.leftovers import MARK, end_leftovers
-from lattice_server.executors.program import worker_command
+from lattice_server.executors.program import token_flags, worker_command
 
-TARGET = "LATTICE_TARGET"
+TARGET, TOKEN = "LATTICE_TARGET", "LATTICE_TOKEN"
+PR_SET_DUMPABLE = 4
 # Of use to Ray's own processes alone.
 RAY_TOKEN = "RAY_AUTH_TOKEN"
 
@@ -36,21 +38,35 @@ class WorkerHost:
         Args:
             flags: Those of the worker, without the server's address.
             target: The server's address.
-            environment: What the worker needs beside the environment of this process.
+            environment: What the worker needs beside the environment of this process, and its token, which goes to the
+                worker by a pipe.
             follows_node: Whether this Ray node was started by an agent that knows better how to reach the server: it
-                left the address and the credentials in the environment.
+                left the address and its certificates in the environment.
         """
+        token = environment.get(TOKEN, "")
+        if token:
+            _hide()
         inherited = {name: value for name, value in os.environ.items() if name != RAY_TOKEN}
         if follows_node and TARGET in inherited:
             target = inherited[TARGET]
             environment = {MARK: environment[MARK]}
         # The worker ends with the actor, whichever way the actor ends.
         environment = {**inherited, **environment, "LATTICE_PARENT_PID": str(os.getpid())}
+        environment.pop(TOKEN, None)
         ours, theirs = socket.socketpair()
         with theirs:
-            command = worker_command(target, [*flags, "--host-fd", str(theirs.fileno())])
-            worker = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+            shown = token_flags(token) if token else []
+            command = worker_command(target, [*flags, "--host-fd", str(theirs.fileno()), *shown])
+            passed = [theirs.fileno(), *map(int, shown[1:])]
+            worker = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=passed)
+            for descriptor in passed[1:]:
+                os.close(descriptor)
         self._exchange.serve(ours)
         status = worker.wait()
         end_leftovers(environment[MARK])
         return status
+
+
+def _hide() -> None:
+    """Let the tasks of the same user not read this process's memory, in which the worker's token is."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -8,7 +8,7 @@ from lattice.v1 import artifact_pb2, artifact_pb2_grpc
 from lattice_server.core.errors import ExhaustedError, invalid_field
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.transfers import Transfers
-from lattice_server.rpc import convert
+from lattice_server.rpc import callers, convert
 from lattice_server.rpc.context import Context, whole
 
 MAX_OFFSET = 1 << 62  # No file is as long, and the operating system refuses to go much further.
@@ -28,6 +28,9 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
         """Stream the bytes of an artifact."""
         if not 0 <= request.offset <= MAX_OFFSET:
             raise invalid_field("offset", f"must be from 0 to {MAX_OFFSET}")
+        reach = callers.caller().artifact_reach
+        if not reach.is_any:
+            self._store.check([request.artifact_id], reach)
         async with contextlib.aclosing(self._transfers.read(request.artifact_id, request.offset)) as chunks:
             async for data in chunks:
                 # Not yielded: grpcio leaves a generator whose reader has left to be collected as garbage, sometime.
@@ -40,7 +43,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
     ) -> artifact_pb2.WriteArtifactResponse:
         """Store an artifact that inputs may then refer to."""
         requests = whole(request_iterator, context)
-        artifact = await self._store.write(_data(request) async for request in requests)
+        artifact = await self._store.write((_data(request) async for request in requests), callers.reach().tenant)
         return artifact_pb2.WriteArtifactResponse(artifact=convert.artifact_to_proto(artifact))
 
 

@@ -19,6 +19,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure, Function
 from lattice_server.core.questions import AnswerQuestion
+from lattice_server.core.tenancy import id_of
 from lattice_server.engine.connections import Connection
 from lattice_server.rpc import convert
 from lattice_server.rpc.definitions import code_to_proto
@@ -199,7 +200,7 @@ def _add(response: worker_pb2.ConnectResponse, effect: Assign) -> worker_pb2.Ass
     if effect.timeout_s is not None:
         message.timeout.CopyFrom(convert.duration(effect.timeout_s))
     for member in effect.attempts:
-        attempt = message.attempts.add(run_id=member.run_id, task_id=member.task_id, number=member.attempt)
+        attempt = message.attempts.add(run_id=id_of(member.run_id), task_id=member.task_id, number=member.attempt)
         for name, binding in member.inputs.items():
             convert.fill_binding(attempt.inputs[name], binding)
     return message

@@ -48,10 +48,10 @@ BATCH_SCOPE_FROM_PROTO = {
 }
 
 
-def check_run_id(run_id: str, field: str) -> None:
-    """Raise InvalidError for a run id that is too long."""
-    if len(run_id) > MAX_ID_LENGTH:
-        raise invalid_field(field, f"must have at most {MAX_ID_LENGTH} characters")
+def check_id(own_id: str, field: str) -> None:
+    """Raise InvalidError for the id of a run or a workflow, or the name of a tenant, that is not well-formed."""
+    if len(own_id) > MAX_ID_LENGTH or "\n" in own_id:
+        raise invalid_field(field, f"must have at most {MAX_ID_LENGTH} characters and no line break")
 
 
 def check_request_id(request_id: str) -> None:

@@ -142,7 +142,7 @@ def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
     """Return a run as it is now, without its parameters; a brief one without what may be large of its failure."""
     run, counts = entry.run, entry.run.counts
     return run_pb2.Run(
-        run_id=run.run_id,
+        run_id=entry.run_id,
         workflow_id=run.workflow_id,
         display_name=run.spec.display_name,
         state=RUN_STATE_TO_PROTO[run.state],
@@ -170,7 +170,7 @@ def task_to_proto(entry: RunEntry, task_id: str, *, is_brief: bool = False) -> r
     record = entry.run.tasks[task_id]
     queued_s = _queued_s(record)
     return run_pb2.TaskRun(
-        run_id=entry.run.run_id,
+        run_id=entry.run_id,
         task_id=task_id,
         display_name=record.spec.display_name,
         state=TASK_STATE_TO_PROTO[record.state],

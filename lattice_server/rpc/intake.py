@@ -12,6 +12,7 @@ from lattice.v1 import payload_pb2, task_pb2, workflow_pb2
 from lattice_server.core.batching import BatchRule
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.model import FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.tenancy import EVERYTHING, Reach
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.rpc import convert, definitions
 
@@ -31,11 +32,12 @@ class Intake:
         self._rules = rules
 
     def functions(
-        self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle], tenant: str
+        self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle], reach: Reach
     ) -> dict[str, Function]:
         """Check and keep functions and bundles of a tenant; return the functions by their names in the workflow.
 
-        What stays in `messages` is their digests.
+        They are kept for the tenant of `reach`, which also says whose code a digest alone may name. What stays in
+        `messages` is their digests.
 
         Raises:
             ExhaustedError: the tenant has as much code as it may.
@@ -46,10 +48,10 @@ class Intake:
                 digest = f"sha256:{hashlib.sha256(bundle.zip).hexdigest()}"
                 if bundle.digest != digest:
                     raise invalid_field(f"bundles[{index}].digest", f"must be that of `zip`, {digest}")
-                self.code.put(tenant, definitions.bundle_from_proto(bundle))
+                self.code.put(definitions.bundle_from_proto(bundle), reach.tenant)
         found = {}
         for name, message in messages.items():
-            found[name] = self._function(message, f'functions["{name}"]', tenant)
+            found[name] = self._function(message, f'functions["{name}"]', reach)
             message.Clear()
             message.digest = found[name].digest
         return found
@@ -85,10 +87,11 @@ class Intake:
     def spawned(self, messages: Mapping[str, task_pb2.Function]) -> dict[str, Function]:
         """Check functions that a running task named; they are kept once the tasks that call them belong to its run."""
         return {
-            name: self._function(message, f'functions["{name}"]', tenant=None) for name, message in messages.items()
+            name: self._function(message, f'functions["{name}"]', EVERYTHING, is_kept=False)
+            for name, message in messages.items()
         }
 
-    def _function(self, message: task_pb2.Function, field: str, tenant: str | None) -> Function:
+    def _function(self, message: task_pb2.Function, field: str, reach: Reach, *, is_kept: bool = True) -> Function:
         has_code = message.python.WhichOneof("code") is not None
         if has_code and message.entrypoint:
             raise invalid_field(field, "a function has either an entrypoint or code of its own")
@@ -96,9 +99,9 @@ class Intake:
             if not message.digest:
                 text = "a function needs python.pickle, python.source, entrypoint, or the digest of one sent before"
                 raise invalid_field(field, text)
-            known: Function = self.code.get(tenant, message.digest)
+            known: Function = self.code.get(message.digest, reach)
             return known
-        function = definitions.function_from_proto(message, partial(self.code.get, tenant))
+        function = definitions.function_from_proto(message, partial(self.code.get, reach=reach))
         if message.digest not in {"", function.digest}:
             raise invalid_field(f"{field}.digest", f"must be empty or that of the function, {function.digest}")
-        return function if tenant is None else self.code.put(tenant, function)
+        return self.code.put(function, reach.tenant) if is_kept else function

@@ -1,6 +1,8 @@
 """Owns the one translation from errors to gRPC statuses. Rule: no servicer sets a status itself."""
 
+import asyncio
 import logging
+from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -14,6 +16,8 @@ from lattice.v1 import errors_pb2
 
 from lattice_server.core import errors
 from lattice_server.engine.slices import Slices
+from lattice_server.rpc import callers
+from lattice_server.rpc.callers import no_longer_valid
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.reading import MessageLimits, RequestReader, unreadable
 
@@ -125,7 +129,28 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
                 request_or_iterator = await reader.read(request_or_iterator)
             except errors.LatticeError as error:
                 await self.handle_exception(error, request_or_iterator, context, method_name)
-        return await super().intercept(method, request_or_iterator, context, method_name)
+        try:
+            return await super().intercept(method, request_or_iterator, context, method_name)
+        except asyncio.CancelledError:
+            await self._end(request_or_iterator, context, method_name)
+            raise
+
+    async def _generate_responses(
+        self, request_or_iterator: Any, context: Context, method_name: str, response_iterator: Any
+    ) -> AsyncGenerator[Any, None]:
+        try:
+            async for response in super()._generate_responses(
+                request_or_iterator, context, method_name, response_iterator
+            ):
+                yield response
+        except asyncio.CancelledError:
+            await self._end(request_or_iterator, context, method_name)
+            raise
+
+    async def _end(self, request_or_iterator: Any, context: Context, method_name: str) -> None:
+        """Tell a caller whose token no longer holds why the call ends; do nothing for other calls that are broken."""
+        if callers.caller().is_over:
+            await self.handle_exception(no_longer_valid(), request_or_iterator, context, method_name)
 
     async def handle_exception(
         self, ex: Exception, request_or_iterator: Any, context: Context, method_name: str

@@ -18,11 +18,16 @@ from lattice_server.core.messages import DrainRequested
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.inquiries import Inquiries
 from lattice_server.engine.ports import Executor, Machine, Membership
-from lattice_server.rpc import convert
+from lattice_server.rpc import callers, convert
+from lattice_server.rpc.callers import Caller, no_longer_valid
 from lattice_server.rpc.offers import deadline_from_proto
 
 HANG_UP_S = 2.0
-REASONS = {"DRAINED": "the node was drained", "SHUTDOWN": "the cluster starts anew; join again"}
+REASONS = {
+    "DRAINED": "the node was drained",
+    "SHUTDOWN": "the cluster starts anew; join again",
+    "UNAUTHENTICATED": no_longer_valid().message,
+}
 
 Requests = AsyncIterator[worker_pb2.ConnectRequest]
 
@@ -35,6 +40,11 @@ class Machines:
         self._executor = executor
         self._bus = bus
         self._inquiries = inquiries
+        self._owners: dict[str, list[str]] = {}  # By node, a subject for each stream.
+
+    def owner_of(self, node_id: str) -> str | None:
+        """Return the subject whose machine a node is; None when no machine of that name is there."""
+        return next(iter(self._owners.get(node_id, ())), None)
 
     def has_given_up(self, worker_id: str) -> bool:
         """Whether a worker must not be let in, because it was given up."""
@@ -42,10 +52,34 @@ class Machines:
 
     async def serve(self, join: worker_pb2.Join, requests: Requests) -> AsyncGenerator[worker_pb2.ConnectResponse]:
         """Take a machine in and hold its stream."""
+        caller = callers.caller()
         machine = Machine(
-            join.node_id, join.hostname, join.node_ip, convert.capacity_from_proto(join.capacity), dict(join.labels)
+            join.node_id,
+            join.hostname,
+            join.node_ip,
+            convert.capacity_from_proto(join.capacity),
+            dict(join.labels),
+            caller.subject,
         )
-        membership = await self._executor.join(machine)
+        self._owners.setdefault(machine.node_id, []).append(caller.subject)
+        try:
+            membership = await self._executor.join(machine)
+            async with contextlib.aclosing(self._hold(machine, membership, caller, requests)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            self._owners[machine.node_id].remove(caller.subject)
+            if not self._owners[machine.node_id]:
+                del self._owners[machine.node_id]
+
+    async def _hold(
+        self, machine: Machine, membership: Membership, caller: Caller, requests: Requests
+    ) -> AsyncGenerator[worker_pb2.ConnectResponse]:
+        def end() -> None:
+            if not membership.over.done():
+                membership.over.set_result("UNAUTHENTICATED")
+
+        caller.ends.add(end)
         reading = asyncio.create_task(self._read(machine.node_id, requests, membership))
         waits: set[asyncio.Future[Any]] = {reading, membership.over}
         try:
@@ -65,6 +99,7 @@ class Machines:
             # The machine hangs up when it has read the last word; ending first could lose it.
             await asyncio.wait({reading}, timeout=HANG_UP_S)
         finally:
+            caller.ends.discard(end)
             reading.cancel()
             if membership.ray is not None:
                 self._executor.leave(machine.node_id, membership)

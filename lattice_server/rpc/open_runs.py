@@ -16,12 +16,13 @@ from lattice_server.core.errors import LatticeError, invalid_field
 from lattice_server.core.messages import RunEvent
 from lattice_server.core.model import Failure, Payload
 from lattice_server.core.questions import QuestionAsked
+from lattice_server.core.tenancy import id_of
 from lattice_server.engine.holder import Holder
 from lattice_server.engine.open_runs import TOLD, OpenRuns
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.subscriptions import BATCH
-from lattice_server.rpc import convert
+from lattice_server.rpc import callers, convert
 from lattice_server.rpc.events import event_to_proto, run_to_proto
 from lattice_server.rpc.interceptors import internal_refusal, refusal_of
 from lattice_server.rpc.parts import PART_BYTES, in_parts
@@ -76,7 +77,7 @@ class OpenRunStreams:
             case "run":
                 return await self._start(opening.run)
             case "run_id":
-                return self._orchestrator.run(opening.run_id), False
+                return self._orchestrator.run(opening.run_id, callers.reach()), False
             case _:
                 raise invalid_field("opening.start", "name a run to start, or one to take over")
 
@@ -116,7 +117,7 @@ class _Stream:
             self._stop(refusal_of(error))
         except Exception:
             error_id = uuid4().hex
-            log.exception("the stream that holds run %s failed, error id %s", self._entry.run.run_id, error_id)
+            log.exception("the stream that holds run %s failed, error id %s", self._entry.run_id, error_id)
             self._stop(internal_refusal(error_id))
 
     def _stop(self, refusal: errors_pb2.Refusal) -> None:
@@ -124,7 +125,7 @@ class _Stream:
         self._holder.news.set()
 
     async def _added(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AdditionResult:
-        run_id = self._entry.run.run_id
+        run_id = self._entry.run_id
         result = workflow_pb2.AdditionResult(request_id=request.request_id)
         try:
             if self._holder.taken_over is not None:
@@ -211,7 +212,7 @@ class _Stream:
 def _question_to_proto(question: QuestionAsked) -> workflow_pb2.Question:
     message = workflow_pb2.Question(
         question_id=question.question_id,
-        run_id=question.run_id,
+        run_id=id_of(question.run_id),
         task_id=question.task_id,
         attempt=question.attempt,
         name=question.name,

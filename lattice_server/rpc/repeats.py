@@ -12,10 +12,12 @@ from google.protobuf.message import Message
 
 from lattice_server.core.errors import ConflictError
 from lattice_server.engine.slices import Slices
+from lattice_server.rpc import callers
 from lattice_server.rpc.definitions import check_request_id
 from lattice_server.rpc.prints import fingerprint_of
 
 Response = TypeVar("Response", bound=Message)
+Key = tuple[str, str, str, str]  # The subject and its tenant, the kind of request, and its id.
 
 KEPT_S = 3600.0
 MAX_ANSWERS = 10_000
@@ -46,7 +48,7 @@ class Repeats:
         self._kept_s = kept_s
         self._max_answers = max_answers
         self._max_bytes = max_bytes
-        self._answers: OrderedDict[tuple[str, str], _Answer] = OrderedDict()
+        self._answers: OrderedDict[Key, _Answer] = OrderedDict()
         self._size_bytes = 0
 
     async def once(self, request: Any, make: Callable[[], Awaitable[Response]]) -> Response:
@@ -66,7 +68,9 @@ class Repeats:
         if not request.request_id:
             return await make()
         check_request_id(request.request_id)
-        key = (request.DESCRIPTOR.full_name, request.request_id)
+        caller = callers.caller()
+        # Its own answers: another subject's say what that one did, and other tenants' what there is of theirs.
+        key = (caller.subject, caller.reach.tenant, request.DESCRIPTOR.full_name, request.request_id)
         print_ = await fingerprint_of(request, self._slices)
         self._forget()
         known = self._answers.get(key)
@@ -80,7 +84,7 @@ class Repeats:
         answer: Response = await asyncio.shield(known.given)
         return answer
 
-    def _settle(self, key: tuple[str, str], answer: _Answer, given: asyncio.Future[Any]) -> None:
+    def _settle(self, key: Key, answer: _Answer, given: asyncio.Future[Any]) -> None:
         if self._answers.get(key) is not answer:
             return
         if given.cancelled() or given.exception() is not None:

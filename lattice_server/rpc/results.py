@@ -9,6 +9,7 @@ from lattice_server.core.errors import invalid_field
 from lattice_server.core.messages import RunEvent, RunFinished, RunStarted, TaskLogged
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.slices import Slices
+from lattice_server.rpc import callers
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import event_to_proto, result_to_proto
 from lattice_server.rpc.parts import in_parts
@@ -28,7 +29,7 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
         """Stream the events of a run, from a number on, to its end."""
         if request.after_sequence < 0:
             raise invalid_field("after_sequence", "must not be negative")
-        entry = self._orchestrator.run(request.run_id)
+        entry = self._orchestrator.run(request.run_id, callers.reach())
         wanted = frozenset(request.task_ids)
         show = partial(event_to_proto, entry.run.tasks)
         async for batch in entry.log.follow(request.after_sequence):
@@ -48,7 +49,7 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
 
     async def GetResult(self, request: results_pb2.GetResultRequest, context: Context) -> results_pb2.GetResultResponse:
         """Return a run and the outputs of its final tasks."""
-        entry = self._orchestrator.run(request.run_id)
+        entry = self._orchestrator.run(request.run_id, callers.reach())
         await entry.log.completed(wait_from_proto(request.wait, "wait"))
         response = await result_to_proto(entry, self._slices)
         self._orchestrator.ended.note_read(entry)

@@ -27,10 +27,11 @@ from lattice.v1 import (
 from opentelemetry import trace
 from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
-from lattice_server.config import ServerConfig, ServerTls
+from lattice_server.config import ServerConfig
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc.artifacts import ArtifactServicer
-from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor
+from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor, TrustInterceptor
+from lattice_server.rpc.certificates import Certificates
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.interceptors import ErrorInterceptor
 from lattice_server.rpc.reading import MessageLimits
@@ -48,6 +49,12 @@ SERVICE_NAMES = (
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
 )
 HANDSHAKE_MS = 10_000
+# Bounds what one connection takes. Each waiting call of a client holds a stream; more than these wait for others, or
+# are refused with UNAVAILABLE while others are being closed. So it is far from what clients need.
+MAX_STREAMS = 1024
+# Headers beyond the first are refused by chance, the likelier the longer; beyond the second always.
+METADATA_BYTES, MAX_METADATA_BYTES = 16 * 1024, 32 * 1024
+IDLE_MS = 300_000
 
 
 class _WithoutWhoLeft(logging.Filter):
@@ -98,9 +105,11 @@ class RpcServer:
             tracing = aio_server_interceptor(filter_=filters.negate(long_streams))  # type: ignore[no-untyped-call]
             # Outermost: further in, it would not see the status an error becomes.
             interceptors.insert(0, tracing)
-        guards = [] if authentication is None else [AuthenticationInterceptor(authentication)]
-        self._server = _server(config, [*interceptors, *guards])
-        self._local_server = _server(config, interceptors)
+        trust = TrustInterceptor()
+        guard = trust if authentication is None else AuthenticationInterceptor(authentication)
+        self._server = _server(config, [*interceptors, guard])
+        self._local_server = _server(config, [*interceptors, trust])
+        self.certificates = None if config.tls is None else Certificates(config.tls)
         self._health = health_aio.HealthServicer()
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         for server in (self._server, self._local_server):
@@ -116,12 +125,11 @@ class RpcServer:
     async def start(self) -> int:
         """Listen and serve; return the port. Raises PortInUseError."""
         address = self._config.address(self._config.port)
-        tls = self._config.tls
         try:
-            if tls is None:
+            if self.certificates is None:
                 port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, _credentials(tls))
+                port = self._server.add_secure_port(address, self.certificates.credentials())
         except RuntimeError:
             raise PortInUseError(f"cannot listen on {address}: {_refusal(self._config)}") from None
         # In a folder that is this user's alone, so plain and open to all who get there.
@@ -156,13 +164,13 @@ def _server(config: ServerConfig, interceptors: Sequence[Any]) -> grpc.aio.Serve
             ("grpc.http2.min_ping_interval_without_data_ms", int(config.min_ping_interval_s * 1000)),
             # Whoever connects and says nothing holds a file for as long; by default two minutes.
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
+            ("grpc.max_metadata_size", METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+            # Of a connection without a stream; a caller's next call opens another one.
+            ("grpc.max_connection_idle_ms", IDLE_MS),
         ],
     )
-
-
-def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    pairs = [(tls.key, tls.certificate)]
-    return grpc.ssl_server_credentials(pairs, tls.client_ca, require_client_auth=tls.client_ca is not None)
 
 
 def _refusal(config: ServerConfig) -> str:

@@ -10,15 +10,14 @@ from lattice.v1 import task_pb2, workflow_pb2
 
 from lattice_server.core.errors import ConflictError, NotFoundError, invalid_field
 from lattice_server.core.model import Function, TaskSpec, WorkflowSpec
+from lattice_server.core.tenancy import Reach, id_of, key_of
 from lattice_server.engine.drafts import Draft, Drafts
 from lattice_server.engine.slices import Slices
-from lattice_server.rpc.definitions import MAX_ID_LENGTH
+from lattice_server.rpc.definitions import MAX_ID_LENGTH, check_id
 from lattice_server.rpc.graphs import task_to_spec
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.prints import GraphPrint
 from lattice_server.rpc.sameness import reduce_values
-
-NO_TENANT = ""  # Whose drafts and stored workflows are.
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,34 +29,38 @@ class Submission:
     functions: Mapping[str, Function]
     print_parts: tuple[bytes, ...]
     run_parts: tuple[bytes, ...]
-    draft_id: str
+    draft_key: str
     is_used: bool
 
     def check(self) -> None:
         """Raise NotFoundError when its draft was used."""
         if self.is_used:
-            text = f"draft {self.draft_id!r} was used; send its parts again"
-            raise NotFoundError("DRAFT_NOT_FOUND", text, metadata={"draft_id": self.draft_id})
+            draft_id = id_of(self.draft_key)
+            text = f"draft {draft_id!r} was used; send its parts again"
+            raise NotFoundError("DRAFT_NOT_FOUND", text, metadata={"draft_id": draft_id})
 
 
 class Submissions:
-    """Takes graphs in, in slices."""
+    """Takes graphs in, in slices.
+
+    A draft is found by the tenant of its caller's `reach`. Code is kept for the tenant whose run or workflow it is.
+    """
 
     def __init__(self, intake: Intake, drafts: Drafts, slices: Slices) -> None:
         self._intake = intake
         self._drafts = drafts
         self._slices = slices
 
-    async def graph(self, message: workflow_pb2.WorkflowSpec, tenant: str) -> Submission:
-        """Check and return a workflow of a tenant, without looking at its edges.
+    async def graph(self, message: workflow_pb2.WorkflowSpec, reach: Reach, tenant: str) -> Submission:
+        """Check and return a workflow, without looking at its edges.
 
         What stays in `message` of its code are digests, so that requests that mean the same are the same.
 
         Raises InvalidError, ConflictError, ExhaustedError, NotFoundError, PreconditionError.
         """
-        draft = self._drafts.get(message.draft_id) if message.draft_id else None
+        draft, key = self._draft(message.draft_id, reach)
         print_ = _print_of(draft)
-        functions = self._functions(message, {} if draft is None else draft.functions, tenant)
+        functions = self._functions(message, {} if draft is None else draft.functions, Reach(tenant, reach.is_any))
         print_.add_functions(functions)
         tasks = [] if draft is None else list(draft.tasks)
         if draft is not None and draft.is_used:
@@ -74,32 +77,33 @@ class Submissions:
         reduce_values(head.parameters.values())
         run_parts = (head.SerializeToString(deterministic=True), *print_.run_parts())
         is_used = draft is not None and draft.is_used
-        return Submission(spec, functions, parts, run_parts, message.draft_id, is_used)
+        return Submission(spec, functions, parts, run_parts, key, is_used)
 
-    async def added(self, request: workflow_pb2.AddTasksRequest, tenant: str) -> list[TaskSpec]:
-        """Check and return what is to be added to a run of a tenant. Raises as `graph`."""
-        draft = self._drafts.get(request.source_draft_id) if request.source_draft_id else None
-        functions = self._functions(request, {} if draft is None else draft.functions, tenant)
+    async def added(self, request: workflow_pb2.AddTasksRequest, reach: Reach, tenant: str) -> list[TaskSpec]:
+        """Check and return what is to be added to a run. Raises as `graph`."""
+        draft, _ = self._draft(request.source_draft_id, reach)
+        functions = self._functions(request, {} if draft is None else draft.functions, Reach(tenant, reach.is_any))
         before = [] if draft is None else list(draft.tasks)
         return before + await self.tasks(request.tasks, functions)
 
-    async def part(self, request: workflow_pb2.AddTasksRequest, revision: int | None) -> int:
+    async def part(self, request: workflow_pb2.AddTasksRequest, revision: int | None, reach: Reach) -> int:
         """Add to a draft; return its revision.
 
         Raises AbortedError when it has not the expected revision, and as `graph`.
         """
-        draft_id = request.draft_id
-        if not draft_id or len(draft_id) > MAX_ID_LENGTH:
+        if not request.draft_id:
             raise invalid_field("draft_id", f"must have 1 to {MAX_ID_LENGTH} characters")
+        check_id(request.draft_id, "draft_id")
+        key = key_of(request.draft_id, reach.tenant)
         size, count = request.ByteSize(), len(request.tasks)
-        known = self._drafts.expect(draft_id, revision, size, count)
-        print_ = _print_of(self._drafts.get(draft_id) if known else None)
-        functions = self._functions(request, known, NO_TENANT)
+        known = self._drafts.expect(key, revision, size, count)
+        print_ = _print_of(self._drafts.get(key) if known else None)
+        functions = self._functions(request, known, reach)
         print_.add_functions(functions)
         tasks = await self.tasks(request.tasks, functions, print_)
         # Another part may have come meanwhile.
-        self._drafts.expect(draft_id, revision, size, count)
-        return self._drafts.add(draft_id, functions, tasks, size, print_).revision
+        self._drafts.expect(key, revision, size, count)
+        return self._drafts.add(key, functions, tasks, size, print_, reach).revision
 
     async def definition(self, message: workflow_pb2.WorkflowSpec, found: Submission) -> workflow_pb2.WorkflowSpec:
         """Return the definition of a workflow for those who read it back, with the parts that came before."""
@@ -132,13 +136,18 @@ class Submissions:
                 print_.add_task(message)
         return tasks
 
+    def _draft(self, draft_id: str, reach: Reach) -> tuple[Draft | None, str]:
+        """Return a draft and its key; None when no draft is named. Raises NotFoundError."""
+        key = key_of(draft_id, reach.tenant)
+        return self._drafts.get(key) if draft_id else None, key
+
     def _functions(
         self,
         message: workflow_pb2.WorkflowSpec | workflow_pb2.AddTasksRequest,
         known: Mapping[str, Function],
-        tenant: str,
+        reach: Reach,
     ) -> dict[str, Function]:
-        return merged(known, self._intake.functions(message.functions, message.bundles, tenant))
+        return merged(known, self._intake.functions(message.functions, message.bundles, reach))
 
 
 def merged(known: Mapping[str, Function], added: Mapping[str, Function]) -> dict[str, Function]:

@@ -9,9 +9,10 @@ from lattice.v1 import resources_pb2, run_pb2, task_pb2, task_pb2_grpc
 from lattice_server.core.messages import Explanation, ReasonKind
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.states import TASK_TERMINAL
+from lattice_server.core.tenancy import Reach
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
-from lattice_server.rpc import convert, definitions
+from lattice_server.rpc import callers, convert, definitions
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
 from lattice_server.rpc.intake import Intake
@@ -46,7 +47,8 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         request_id = request.request_id
         bundles = [request.bundle] if request.HasField("bundle") else []
         name = request.task.function or FUNCTION_NAME
-        functions = self._intake.functions({name: request.function}, bundles, request.tenant)
+        request.tenant, reach = callers.tenant_named(request.tenant), callers.reach()
+        functions = self._intake.functions({name: request.function}, bundles, Reach(request.tenant, reach.is_any))
         task = task_pb2.TaskSpec()
         task.CopyFrom(request.task)
         task.function = name
@@ -65,6 +67,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             fingerprint=task_fingerprint(request, functions[name]),
             request_id=request_id,
             timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
+            reach=reach,
         )
         await self._wait(entry, task.task_id, wait_s)
         shown = task_to_proto(entry, task.task_id)
@@ -74,13 +77,13 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
 
     async def GetTask(self, request: task_pb2.GetTaskRequest, context: Context) -> task_pb2.GetTaskResponse:
         """Return one task of a run."""
-        entry = self._orchestrator.task(request.run_id, request.task_id)
+        entry = self._orchestrator.task(request.run_id, request.task_id, callers.reach())
         await self._wait(entry, request.task_id, wait_from_proto(request.wait, "wait"))
         return task_pb2.GetTaskResponse(task=task_to_proto(entry, request.task_id))
 
     async def ListTasks(self, request: task_pb2.ListTasksRequest, context: Context) -> task_pb2.ListTasksResponse:
         """List the tasks of a run."""
-        entry = self._orchestrator.run(request.run_id)
+        entry = self._orchestrator.run(request.run_id, callers.reach())
         states = set(request.states)
         # Tasks keep their places, since a run only grows; so a task's place is a name for it.
         start = number_after(request) or 0
@@ -98,15 +101,16 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         """Cancel one task of a run."""
 
         async def cancel() -> task_pb2.CancelTaskResponse:
-            entry = self._orchestrator.cancel_task(request.run_id, request.task_id)
+            entry = self._orchestrator.cancel_task(request.run_id, request.task_id, callers.reach())
             return task_pb2.CancelTaskResponse(task=task_to_proto(entry, request.task_id))
 
         return await self._repeats.once(request, cancel)
 
     async def ExplainTask(self, request: task_pb2.ExplainTaskRequest, context: Context) -> task_pb2.ExplainTaskResponse:
         """Say what a task waits for."""
-        entry = self._orchestrator.task(request.run_id, request.task_id)
-        explanation = await self._orchestrator.explain(request.run_id, request.task_id)
+        reach = callers.reach()
+        entry = self._orchestrator.task(request.run_id, request.task_id, reach)
+        explanation = await self._orchestrator.explain(request.run_id, request.task_id, reach)
         shown = task_to_proto(entry, request.task_id)
         return _explanation_to_proto(explanation, shown)
 

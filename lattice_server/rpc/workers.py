@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -22,8 +23,10 @@ from lattice_server.engine.connections import Connection, Session
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.transfers import Transfers
 from lattice_server.engine.worker_clock import WorkerClock
-from lattice_server.rpc import convert
+from lattice_server.rpc import callers, convert
 from lattice_server.rpc.assignments import responses
+from lattice_server.rpc.callers import no_longer_valid
+from lattice_server.rpc.claims import check_heartbeat
 from lattice_server.rpc.context import Context, whole
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.machines import Machines
@@ -95,7 +98,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     yield response
             return
         hello = first.hello
+        caller = callers.caller()
         connection = Connection(hello.worker_id, hello.node_id, is_beside)
+        connection.subject = caller.subject
         connection.stored = tuple(hello.stored_artifact_ids)
         connection.reported = tuple(hello.reported_artifact_ids)
         note_time(connection, hello)
@@ -104,6 +109,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._sessions.greet(connection)
         self._bus.post([_hello_event(hello, connection.greeting)])
         reader = asyncio.create_task(self._read(requests, connection))
+        ended = partial(connection.send, messages.CloseSession("", "UNAUTHENTICATED", no_longer_valid().message))
+        caller.ends.add(ended)
         try:
             while not connection.is_closed:
                 effects = await connection.next_effects()
@@ -116,6 +123,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 async with asyncio.timeout(HANG_UP_S):
                     await asyncio.shield(reader)
         finally:
+            caller.ends.discard(ended)
             reader.cancel()
             self._sessions.leave(connection)
 
@@ -139,7 +147,25 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_LOST, message=text)
         if self._is_stopping:
             return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_SHUTDOWN, message="the server stops")
-        return None
+        return self._not_its_own(first)
+
+    def _not_its_own(self, first: worker_pb2.ConnectRequest) -> worker_pb2.Close | None:
+        """Return the answer to a worker or a machine whose subject may not have the node; None to others.
+
+        A node belongs to the subject that registered it for as long as it is known.
+        """
+        caller = callers.caller()
+        is_worker = first.HasField("hello")
+        node_id = first.hello.node_id if is_worker else first.join.node_id
+        owners = {self._sessions.owner_of(node_id, first.hello.worker_id), self._machines.owner_of(node_id)}
+        if not caller.credential.may_serve(node_id):
+            text = f"this token is not for node {node_id!r}"
+        elif owners - {None, caller.subject}:
+            text = f"node {node_id!r}, or worker {first.hello.worker_id!r}, is another subject's"
+        else:
+            return None
+        log.info("refused node %r to %r: %s", node_id, caller.subject, text)
+        return worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=text)
 
     async def _read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
         try:
@@ -194,6 +220,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         connection.acknowledgement.add(session.last_sequence)
 
     def _take_heartbeat(self, heartbeat: worker_pb2.Heartbeat, session: Session) -> None:
+        check_heartbeat(heartbeat)
         held = frozenset(heartbeat.held_lease_ids)
         self._bus.post([messages.WorkerHeartbeat(session.session_id, held, heartbeat.assignment_sequence)])
 

@@ -11,12 +11,13 @@ from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 from lattice_server.core import dag
 from lattice_server.core.errors import InvalidError, invalid_field
 from lattice_server.core.model import WorkflowSpec
+from lattice_server.core.tenancy import Reach, key_of
 from lattice_server.engine.drafts import Drafts
 from lattice_server.engine.library import WorkflowEntry, WorkflowLibrary, expect_revision
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.engine.slices import Slices
-from lattice_server.rpc import convert, definitions
+from lattice_server.rpc import callers, convert, definitions
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import RUN_STATE_TO_PROTO, result_to_proto, run_to_proto, run_to_view
 from lattice_server.rpc.graphs import graph_task_to_proto
@@ -25,7 +26,7 @@ from lattice_server.rpc.open_runs import OpenRunStreams
 from lattice_server.rpc.paging import is_full, number_after, page
 from lattice_server.rpc.repeats import Repeats
 from lattice_server.rpc.sameness import reduce_values
-from lattice_server.rpc.submissions import NO_TENANT, Submission, Submissions, merged
+from lattice_server.rpc.submissions import Submission, Submissions, merged
 
 
 class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
@@ -55,13 +56,15 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request: workflow_pb2.CreateWorkflowRequest, context: Context
     ) -> workflow_pb2.CreateWorkflowResponse:
         """Store a workflow, or only check it."""
-        found = await self._submissions.graph(request.spec, NO_TENANT)
+        reach = callers.reach()
+        found = await self._submissions.graph(request.spec, reach, reach.tenant)
         if request.validate_only:
             found.check()
             await self._slices.finish(dag.building(found.spec))
             return workflow_pb2.CreateWorkflowResponse(workflow=workflow_pb2.Workflow(spec=request.spec))
         print_ = fingerprint(*found.print_parts)
-        entry = self._library.find(request.workflow_id, print_)
+        definitions.check_id(request.workflow_id, "workflow_id")
+        entry = self._library.find(request.workflow_id, print_, reach.tenant)
         if entry is not None:
             return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry))
         found.check()
@@ -69,9 +72,9 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         definition = await self._submissions.definition(request.spec, found)
         size, functions = definition.ByteSize(), dict(found.functions)
         entry, created = self._library.create(
-            request.workflow_id, found.spec, functions, definition, print_, size, NO_TENANT, graph
+            request.workflow_id, found.spec, functions, definition, print_, size, graph, reach=reach
         )
-        self._drafts.use_up(found.draft_id)
+        self._drafts.use_up(found.draft_key)
         return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry), created=created)
 
     async def AddTasks(self, request: workflow_pb2.AddTasksRequest, context: Context) -> workflow_pb2.AddTasksResponse:
@@ -89,24 +92,26 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         return await self._repeats.once(request, partial(add, request))
 
     async def _add_to_draft(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
-        revision = await self._submissions.part(request, expected_revision(request))
+        revision = await self._submissions.part(request, expected_revision(request), callers.reach())
         return workflow_pb2.AddTasksResponse(revision=revision)
 
     async def _add_to_workflow(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
         entry = self._expect(request.workflow_id, expected_revision(request))
-        added = self._intake.functions(request.functions, request.bundles, entry.tenant)
+        reach = callers.reach()
+        own = Reach(entry.tenant, reach.is_any)
+        added = self._intake.functions(request.functions, request.bundles, own)
         merged(entry.functions, added)
         tasks = await self._submissions.tasks(request.tasks, merged(entry.functions, added))
         while True:
             entry, revision = self._expect(request.workflow_id, expected_revision(request)), entry.revision
             changed = replace(entry.spec, tasks=entry.spec.tasks + tuple(tasks))
             graph = await self._slices.finish(dag.building(changed))
-            if self._library.workflows.get(request.workflow_id) is entry and entry.revision == revision:
+            if self._library.workflows.find(request.workflow_id, reach) is entry and entry.revision == revision:
                 break
         functions = merged(entry.functions, added)
         definition = workflow_pb2.WorkflowSpec(functions=request.functions, tasks=request.tasks)
         definition = _merged(_definition(entry), definition)
-        self._library.change(entry, changed, functions, definition, definition.ByteSize(), graph)
+        self._library.change(entry, changed, functions, definition, definition.ByteSize(), graph, reach=reach)
         return workflow_pb2.AddTasksResponse(revision=entry.revision)
 
     async def AddEdges(self, request: workflow_pb2.AddEdgesRequest, context: Context) -> workflow_pb2.AddEdgesResponse:
@@ -127,23 +132,27 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         for message in definition.tasks:
             message.after[:] = tasks[message.task_id].after
         changed = replace(entry.spec, tasks=tuple(tasks.values()))
-        self._library.change(entry, changed, entry.functions, definition, definition.ByteSize())
+        size = definition.ByteSize()
+        self._library.change(entry, changed, entry.functions, definition, size, reach=callers.reach())
         return workflow_pb2.AddEdgesResponse(revision=entry.revision)
 
     async def GetWorkflow(
         self, request: workflow_pb2.GetWorkflowRequest, context: Context
     ) -> workflow_pb2.GetWorkflowResponse:
         """Return a stored workflow."""
-        entry = self._library.get(request.workflow_id)
+        entry = self._library.get(request.workflow_id, callers.reach())
         return workflow_pb2.GetWorkflowResponse(workflow=_workflow_to_proto(entry))
 
     async def ListWorkflows(
         self, request: workflow_pb2.ListWorkflowsRequest, context: Context
     ) -> workflow_pb2.ListWorkflowsResponse:
         """List stored workflows, newest first."""
-        after = number_after(request)
-        entries = reversed(self._library.workflows.values())
-        rows = ((entry.number, entry) for entry in entries if after is None or entry.number < after)
+        after, reach = number_after(request), callers.reach()
+        rows = (
+            (entry.number, entry)
+            for entry in reversed(self._library.workflows.values())
+            if (after is None or entry.number < after) and reach.covers(entry.tenant)
+        )
         show = partial(_workflow_to_proto, is_brief=not is_full(request.view))
         workflows, token = page(request, rows, show)
         return workflow_pb2.ListWorkflowsResponse(workflows=workflows, next_page_token=token)
@@ -154,7 +163,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         """Delete a stored workflow."""
 
         async def delete() -> workflow_pb2.DeleteWorkflowResponse:
-            self._library.delete(request.workflow_id)
+            self._library.delete(request.workflow_id, callers.reach())
             return workflow_pb2.DeleteWorkflowResponse()
 
         return await self._repeats.once(request, delete)
@@ -188,14 +197,14 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     async def GetRun(self, request: workflow_pb2.GetRunRequest, context: Context) -> workflow_pb2.GetRunResponse:
         """Return a run."""
         return workflow_pb2.GetRunResponse(
-            run=run_to_view(self._orchestrator.run(request.run_id), is_full=is_full(request.view))
+            run=run_to_view(self._orchestrator.run(request.run_id, callers.reach()), is_full=is_full(request.view))
         )
 
     async def GetRunGraph(
         self, request: workflow_pb2.GetRunGraphRequest, context: Context
     ) -> workflow_pb2.GetRunGraphResponse:
         """Return a page of the graph of a run."""
-        run = self._orchestrator.run(request.run_id).run
+        run = self._orchestrator.run(request.run_id, callers.reach()).run
         start = number_after(request) or 0
         rows = enumerate(islice(run.tasks, start, None), start + 1)
         show = partial(graph_task_to_proto, run, is_brief=not is_full(request.view))
@@ -206,13 +215,14 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         """List runs, newest first."""
         states = set(request.states)
         wanted = request.labels.items()
-        after = number_after(request)
+        tenant = callers.tenant_named(request.tenant) if request.tenant else ""
+        after, reach = number_after(request), callers.reach()
         rows = (
             (entry.number, entry)
             for entry in reversed(self._orchestrator.runs.values())
             if (after is None or entry.number < after)
             and (not states or RUN_STATE_TO_PROTO[entry.run.state] in states)
-            and (not request.tenant or entry.run.tenant == request.tenant)
+            and (entry.run.tenant == tenant if tenant else reach.covers(entry.run.tenant))
             and all(entry.labels.get(key) == value for key, value in wanted)
         )
         runs, token = page(request, rows, partial(run_to_view, is_full=is_full(request.view)))
@@ -224,30 +234,31 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         """Cancel a run."""
 
         async def cancel() -> workflow_pb2.CancelRunResponse:
-            entry = self._orchestrator.cancel_run(request.run_id, request.reason)
+            entry = self._orchestrator.cancel_run(request.run_id, request.reason, callers.reach())
             return workflow_pb2.CancelRunResponse(run=run_to_proto(entry))
 
         return await self._repeats.once(request, cancel)
 
     async def RetryRun(self, request: workflow_pb2.RetryRunRequest, context: Context) -> workflow_pb2.RetryRunResponse:
         """Start a run that takes over what another one finished."""
-        definitions.check_run_id(request.new_run_id, "new_run_id")
+        definitions.check_id(request.new_run_id, "new_run_id")
         print_ = fingerprint(b"retry", request.run_id.encode()) if request.new_run_id else ""
-        entry, created = await self._orchestrator.retry_run(request.run_id, request.new_run_id, print_)
+        entry, created = await self._orchestrator.retry_run(request.run_id, request.new_run_id, print_, callers.reach())
         return workflow_pb2.RetryRunResponse(run=run_to_proto(entry), created=created)
 
     async def _start(self, request: workflow_pb2.RunWorkflowRequest, *, is_open: bool = False) -> tuple[RunEntry, bool]:
-        definitions.check_run_id(request.run_id, "run_id")
+        request.tenant, reach = callers.tenant_named(request.tenant), callers.reach()
+        definitions.check_id(request.run_id, "run_id")
         definitions.check_request_id(request.request_id)
         parts: tuple[bytes, ...] = (b"open",) if is_open else ()
         found: Submission | None = None
         match request.WhichOneof("source"):
             case "workflow":
-                found = await self._submissions.graph(request.workflow, request.tenant)
+                found = await self._submissions.graph(request.workflow, reach, request.tenant)
                 spec, parts = found.spec, (*parts, *found.run_parts)
                 request.ClearField("workflow")
             case "workflow_id":
-                spec = self._library.get(request.workflow_id).spec
+                spec = self._library.get(request.workflow_id, reach).spec
             case None if is_open:
                 spec = WorkflowSpec(tasks=())
             case _:
@@ -257,7 +268,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         reduce_values(request.parameters.values())
         # Without an id nobody can repeat the call, so there is nothing to compare later.
         print_ = fingerprint(request.SerializeToString(deterministic=True), *parts) if request.run_id else ""
-        if entry := self._orchestrator.known(request.run_id, print_, request_id):
+        if entry := self._orchestrator.known(request.run_id, print_, request.tenant, request_id):
             return entry, False
         if found is not None:
             found.check()
@@ -275,22 +286,24 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             workflow_id=request.workflow_id,
             timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
             is_open=is_open,
+            reach=reach,
         )
         if found is not None:
-            self._drafts.use_up(found.draft_id)
+            self._drafts.use_up(found.draft_key)
         return started
 
     async def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
-        tenant = self._orchestrator.run(request.run_id).run.tenant
-        tasks = await self._submissions.added(request, tenant)
+        reach = callers.reach()
+        tenant = self._orchestrator.run(request.run_id, reach).run.tenant
+        tasks = await self._submissions.added(request, reach, tenant)
         if not tasks:
             raise invalid_field("tasks", "there is nothing to add")
-        entry = self._orchestrator.add_tasks(request.run_id, tasks, expected_revision(request))
-        self._drafts.use_up(request.source_draft_id)
+        entry = self._orchestrator.add_tasks(request.run_id, tasks, expected_revision(request), reach)
+        self._drafts.use_up(key_of(request.source_draft_id, reach.tenant))
         return workflow_pb2.AddTasksResponse(revision=entry.run.revision)
 
     def _expect(self, workflow_id: str, revision: int | None) -> WorkflowEntry:
-        entry = self._library.get(workflow_id)
+        entry = self._library.get(workflow_id, callers.reach())
         expect_revision(f"workflow {workflow_id!r}", entry.revision, revision)
         return entry
 

@@ -31,7 +31,9 @@ def test_a_token_is_the_line_of_its_file(tmp_path: Path, content: bytes) -> None
     assert security.read_token(file(tmp_path, content), {}) == "se-cret"
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b" ", b"two\nlines", b"two words", b"x\n\n", "é".encode(), b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b" ", b"two\nlines", b"two words", b"x\n\n", "é".encode(), b"\xff", b"x" * 4097]
+)
 def test_what_is_no_token_is_refused_and_not_shown(tmp_path: Path, content: bytes) -> None:
     path = file(tmp_path, content)
     with pytest.raises(security.SecurityError, match="--token-file") as caught:
@@ -84,11 +86,11 @@ def test_loopback_needs_nothing(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org", "localhost.example.org", "", "127.1"])
 def test_any_other_address_needs_both(host: str) -> None:
-    assert security.check_exposure(host, TLS, "se-cret", is_allowed=False) is None
+    assert security.check_exposure(host, TLS, True, is_allowed=False) is None
     for tls, token, missing in (
-        (None, None, "without TLS and a token .*--tls-cert and --tls-key, and --token-file"),
-        (TLS, None, "without a token .*give --token-file or LATTICE_TOKEN, or --insecure"),
-        (None, "se-cret", "without TLS .*give --tls-cert and --tls-key, or --insecure"),
+        (None, False, "without TLS and a token .*--tls-cert and --tls-key, and --tokens-file"),
+        (TLS, False, "without a token .*give --tokens-file, --token-file or LATTICE_TOKEN, or --insecure"),
+        (None, True, "without TLS .*give --tls-cert and --tls-key, or --insecure"),
     ):
         with pytest.raises(security.SecurityError, match=missing):
             security.check_exposure(host, tls, token, is_allowed=False)

@@ -30,8 +30,8 @@ class ClusterServiceStub(object):
 
     A client calls `GetServerInfo` once for each connection: it says which version of the protocol the server speaks and
     which limits it enforces, so that the client need not guess them. `ListNodes` shows capacity and load. `DrainNode`
-    empties a node before maintenance. A worker's token does not reach this service: a worker neither lists nor drains
-    nodes, and leaves by `Draining` on its own stream.
+    empties a node before maintenance. Any token reaches `GetServerInfo`, one with the scope read `ListNodes`, and one
+    with the scope admin `DrainNode`. A worker leaves by `Draining` on its own stream.
     """
 
     def __init__(self, channel):
@@ -62,8 +62,8 @@ class ClusterServiceServicer(object):
 
     A client calls `GetServerInfo` once for each connection: it says which version of the protocol the server speaks and
     which limits it enforces, so that the client need not guess them. `ListNodes` shows capacity and load. `DrainNode`
-    empties a node before maintenance. A worker's token does not reach this service: a worker neither lists nor drains
-    nodes, and leaves by `Draining` on its own stream.
+    empties a node before maintenance. Any token reaches `GetServerInfo`, one with the scope read `ListNodes`, and one
+    with the scope admin `DrainNode`. A worker leaves by `Draining` on its own stream.
     """
 
     def GetServerInfo(self, request, context):
@@ -118,8 +118,8 @@ class ClusterService(object):
 
     A client calls `GetServerInfo` once for each connection: it says which version of the protocol the server speaks and
     which limits it enforces, so that the client need not guess them. `ListNodes` shows capacity and load. `DrainNode`
-    empties a node before maintenance. A worker's token does not reach this service: a worker neither lists nor drains
-    nodes, and leaves by `Draining` on its own stream.
+    empties a node before maintenance. Any token reaches `GetServerInfo`, one with the scope read `ListNodes`, and one
+    with the scope admin `DrainNode`. A worker leaves by `Draining` on its own stream.
     """
 
     @staticmethod

@@ -78,8 +78,8 @@ class ClusterServiceStub(typing.Generic[_ClusterServiceGetServerInfoType, _Clust
 
     A client calls `GetServerInfo` once for each connection: it says which version of the protocol the server speaks and
     which limits it enforces, so that the client need not guess them. `ListNodes` shows capacity and load. `DrainNode`
-    empties a node before maintenance. A worker's token does not reach this service: a worker neither lists nor drains
-    nodes, and leaves by `Draining` on its own stream.
+    empties a node before maintenance. Any token reaches `GetServerInfo`, one with the scope read `ListNodes`, and one
+    with the scope admin `DrainNode`. A worker leaves by `Draining` on its own stream.
     """
 
     @typing.overload
@@ -143,8 +143,8 @@ class ClusterServiceServicer(metaclass=abc.ABCMeta):
 
     A client calls `GetServerInfo` once for each connection: it says which version of the protocol the server speaks and
     which limits it enforces, so that the client need not guess them. `ListNodes` shows capacity and load. `DrainNode`
-    empties a node before maintenance. A worker's token does not reach this service: a worker neither lists nor drains
-    nodes, and leaves by `Draining` on its own stream.
+    empties a node before maintenance. Any token reaches `GetServerInfo`, one with the scope read `ListNodes`, and one
+    with the scope admin `DrainNode`. A worker leaves by `Draining` on its own stream.
     """
 
     @abc.abstractmethod

@@ -103,7 +103,7 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_NODE_NOT_FOUND: _ErrorReason.ValueType  # 7
     """NOT_FOUND: no such worker or node."""
     ERROR_REASON_ARTIFACT_NOT_FOUND: _ErrorReason.ValueType  # 8
-    """NOT_FOUND: no such artifact, or its node is gone."""
+    """NOT_FOUND: no such artifact, or its node is gone. An input that names one is refused with this too."""
     ERROR_REASON_RUN_ID_CONFLICT: _ErrorReason.ValueType  # 9
     """ALREADY_EXISTS: the run id was used with other content."""
     ERROR_REASON_WORKFLOW_ID_CONFLICT: _ErrorReason.ValueType  # 10
@@ -131,9 +131,11 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 20
     """INTERNAL: a bug; metadata `error_id` finds it in the server's log."""
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 21
-    """UNAUTHENTICATED: no token, or one that is not valid here."""
+    """UNAUTHENTICATED: no token, or one that is not valid here, or no longer valid."""
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 22
-    """PERMISSION_DENIED: the token does not allow this call."""
+    """PERMISSION_DENIED: the token lacks the scope of this call, or is not for the tenant that the request names. A thing
+    of another tenant is not found.
+    """
     ERROR_REASON_RUN_ENDED: _ErrorReason.ValueType  # 23
     """FAILED_PRECONDITION: the run has ended, so nothing can be added to it."""
     ERROR_REASON_RUN_TOO_LARGE: _ErrorReason.ValueType  # 24
@@ -185,7 +187,7 @@ ERROR_REASON_TASK_NOT_FOUND: ErrorReason.ValueType  # 6
 ERROR_REASON_NODE_NOT_FOUND: ErrorReason.ValueType  # 7
 """NOT_FOUND: no such worker or node."""
 ERROR_REASON_ARTIFACT_NOT_FOUND: ErrorReason.ValueType  # 8
-"""NOT_FOUND: no such artifact, or its node is gone."""
+"""NOT_FOUND: no such artifact, or its node is gone. An input that names one is refused with this too."""
 ERROR_REASON_RUN_ID_CONFLICT: ErrorReason.ValueType  # 9
 """ALREADY_EXISTS: the run id was used with other content."""
 ERROR_REASON_WORKFLOW_ID_CONFLICT: ErrorReason.ValueType  # 10
@@ -213,9 +215,11 @@ ERROR_REASON_TRANSFER_NOT_FOUND: ErrorReason.ValueType  # 19
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 20
 """INTERNAL: a bug; metadata `error_id` finds it in the server's log."""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 21
-"""UNAUTHENTICATED: no token, or one that is not valid here."""
+"""UNAUTHENTICATED: no token, or one that is not valid here, or no longer valid."""
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 22
-"""PERMISSION_DENIED: the token does not allow this call."""
+"""PERMISSION_DENIED: the token lacks the scope of this call, or is not for the tenant that the request names. A thing
+of another tenant is not found.
+"""
 ERROR_REASON_RUN_ENDED: ErrorReason.ValueType  # 23
 """FAILED_PRECONDITION: the run has ended, so nothing can be added to it."""
 ERROR_REASON_RUN_TOO_LARGE: ErrorReason.ValueType  # 24

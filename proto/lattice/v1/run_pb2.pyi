@@ -226,7 +226,7 @@ class Run(google.protobuf.message.Message):
     revision: builtins.int
     """Grows whenever tasks are added to the run."""
     tenant: builtins.str
-    """The tenant whose share of the cluster the run counts towards; empty for callers that name none."""
+    """The tenant whose run it is, and whose share of the cluster it counts towards; empty for the tenant without a name."""
     priority: builtins.int
     """Among waiting tasks of one tenant, higher goes first."""
     retried_run_id: builtins.str

@@ -657,7 +657,7 @@ class RunTaskRequest(google.protobuf.message.Message):
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     tenant: builtins.str
-    """The tenant whose share of the cluster the run counts towards; runs that name none are one tenant's."""
+    """See `RunWorkflowRequest.tenant`."""
     priority: builtins.int
     """Among waiting tasks of one tenant, higher goes first; added to the task's own priority."""
     request_id: builtins.str

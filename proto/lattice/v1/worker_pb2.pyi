@@ -45,7 +45,9 @@ class _CloseReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     CLOSE_REASON_DRAINED: _CloseReason.ValueType  # 5
     """The worker was drained. Do not come back."""
     CLOSE_REASON_UNAUTHENTICATED: _CloseReason.ValueType  # 6
-    """The worker may not join. Do not come back."""
+    """The worker may not join: its token does not hold or lacks the scope worker, is not for the node, or the node is
+    another subject's. Or its token no longer holds. Do not come back.
+    """
     CLOSE_REASON_LOST: _CloseReason.ValueType  # 7
     """The worker was away for too long and given up; another may be in its place. Do not come back."""
 
@@ -65,7 +67,9 @@ CLOSE_REASON_VERSION: CloseReason.ValueType  # 4
 CLOSE_REASON_DRAINED: CloseReason.ValueType  # 5
 """The worker was drained. Do not come back."""
 CLOSE_REASON_UNAUTHENTICATED: CloseReason.ValueType  # 6
-"""The worker may not join. Do not come back."""
+"""The worker may not join: its token does not hold or lacks the scope worker, is not for the node, or the node is
+another subject's. Or its token no longer holds. Do not come back.
+"""
 CLOSE_REASON_LOST: CloseReason.ValueType  # 7
 """The worker was away for too long and given up; another may be in its place. Do not come back."""
 Global___CloseReason: typing_extensions.TypeAlias = CloseReason

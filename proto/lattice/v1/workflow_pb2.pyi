@@ -586,7 +586,9 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     priority: builtins.int
     """Among waiting tasks of one tenant, higher goes first."""
     tenant: builtins.str
-    """The tenant whose share of the cluster the run counts towards; runs that name none are one tenant's."""
+    """The tenant whose run it is and whose share of the cluster it counts towards. Empty means that of the caller's token, or
+    without a token the tenant without a name. PERMISSION_DENIED if the token does not reach it.
+    """
     request_id: builtins.str
     """A call with the `run_id` and the `request_id` of the call that started a run returns that run, whatever else it says."""
     @property
@@ -1138,7 +1140,7 @@ class ListRunsRequest(google.protobuf.message.Message):
     view: lattice.v1.run_pb2.View.ValueType
     """How much of each run to return."""
     tenant: builtins.str
-    """Only runs of this tenant; empty means all."""
+    """Only runs of this tenant; empty means all that the caller's token reaches. PERMISSION_DENIED if it does not reach it."""
     @property
     def states(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.run_pb2.RunState.ValueType]:
         """Only runs in these states; empty means all."""

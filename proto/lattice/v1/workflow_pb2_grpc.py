@@ -50,6 +50,10 @@ class WorkflowServiceStub(object):
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
+    Ids of runs and workflows are names within a tenant, that of the caller's token. Another tenant's run or workflow is
+    answered like one that does not exist. Without tokens, and for callers that reach several tenants, `tenant` says whose
+    run it is.
+
     A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
     opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run
     does not end while it has nothing to do: it ends when its caller has closed it and its tasks have ended. A running
@@ -163,6 +167,10 @@ class WorkflowServiceServicer(object):
     call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
+
+    Ids of runs and workflows are names within a tenant, that of the caller's token. Another tenant's run or workflow is
+    answered like one that does not exist. Without tokens, and for callers that reach several tenants, `tenant` says whose
+    run it is.
 
     A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
     opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run
@@ -383,6 +391,10 @@ class WorkflowService(object):
     call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
     content it fails with ALREADY_EXISTS and REQUEST_ID_CONFLICT. A call that failed is not remembered. The server
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
+
+    Ids of runs and workflows are names within a tenant, that of the caller's token. Another tenant's run or workflow is
+    answered like one that does not exist. Without tokens, and for callers that reach several tenants, `tenant` says whose
+    run it is.
 
     A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
     opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run

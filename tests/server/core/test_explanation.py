@@ -51,7 +51,7 @@ def test_other_callers_had_less() -> None:
     scene = Scene(node(cpu=1))
     scene.tell(ready("a", tenant="x"))
     scene.tell(ready("b", tenant="x"), ready("c", tenant="y"), at=5.0)
-    text = "other callers had less of the cluster and go first: 'y'"
+    text = "tenants that had less of the cluster go first: 1"
     assert (ReasonKind.TURN, text) in told(scene, "b")
     assert all(kind is ReasonKind.RESOURCES for kind, _ in told(scene, "c"))
 

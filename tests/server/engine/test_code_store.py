@@ -6,6 +6,7 @@ import pytest
 
 from lattice_server.core.errors import ExhaustedError, PreconditionError
 from lattice_server.core.model import Bundle, Function
+from lattice_server.core.tenancy import EVERYTHING, Reach
 from lattice_server.engine.code_store import CodeStore, SentCode
 from lattice_server.engine.usage import Bound
 
@@ -18,7 +19,7 @@ def function(digest: str, size_bytes: int = 10, bundle: Bundle | None = None) ->
 
 def is_kept(store: CodeStore, tenant: str, digest: str) -> bool:
     try:
-        store.get(tenant, digest)
+        store.get(digest, Reach(tenant))
     except PreconditionError:
         return False
     return True
@@ -27,12 +28,12 @@ def is_kept(store: CodeStore, tenant: str, digest: str) -> bool:
 def test_the_code_used_longest_ago_is_evicted_first_when_there_is_too_much() -> None:
     store = CodeStore(Bound(20))
     for digest in "ab":
-        store.put(A, function(digest))
-    store.get(A, "a")
-    store.put(A, function("c"))
+        store.put(function(digest), A)
+    store.get("a", Reach(A))
+    store.put(function("c"), A)
     assert [is_kept(store, A, digest) for digest in "abc"] == [True, False, True]
     with pytest.raises(PreconditionError) as caught:
-        store.get(A, "b")
+        store.get("b", Reach(A))
     assert (caught.value.reason, caught.value.metadata) == ("FUNCTION_MISSING", {"digest": "b"})
 
 
@@ -40,16 +41,16 @@ def test_code_is_kept_while_it_is_held() -> None:
     store, held = CodeStore(Bound(20)), function("a", bundle=Bundle("bundle", None, 5))
     store.hold(A, [held])
     store.hold(A, [held])
-    store.put(A, function("b", 5))
-    store.put(A, function("c", 5))
+    store.put(function("b", 5), A)
+    store.put(function("c", 5), A)
     assert [is_kept(store, A, digest) for digest in ("a", "bundle", "b", "c")] == [True, True, False, True]
     store.release(A, [held])
-    store.get(A, "a")
+    store.get("a", Reach(A))
     for digest in "dfgh":
-        store.put(A, function(digest, 5))
+        store.put(function(digest, 5), A)
     assert is_kept(store, A, "a"), "held once more"
     store.release(A, [held])
-    store.put(A, function("e", 15))
+    store.put(function("e", 15), A)
     assert not is_kept(store, A, "a")
     assert store.usage.total == 15
 
@@ -58,31 +59,32 @@ def test_code_is_refused_when_what_is_held_leaves_no_room() -> None:
     store = CodeStore(Bound(100, share=0.5))
     store.hold(A, [function("a", 30)])
     with pytest.raises(ExhaustedError) as caught:
-        store.put(A, function("b", 21))
+        store.put(function("b", 21), A)
     assert (caught.value.reason, caught.value.retry_after_s) == ("STORE_FULL", 1.0)
     assert caught.value.metadata == {"store": "code", "kept_bytes": "30", "limit_bytes": "50"}
     with pytest.raises(ExhaustedError):
         store.hold(A, [function("c", 10), function("d", 11)])
     assert (store.usage.of(A), is_kept(store, A, "c")) == (40, True), "c came, and is not held"
-    store.put(B, function("b", 21))
-    store.put(A, function("e", 20))
+    store.put(function("b", 21), B)
+    store.put(function("e", 20), A)
     assert [is_kept(store, *name) for name in ((A, "a"), (A, "c"), (A, "e"), (B, "b"))] == [True, False, True, True]
 
 
 def test_a_tenant_has_its_own_code_only() -> None:
     store = CodeStore()
-    mine = store.put(A, function("f"))
+    mine = store.put(function("f"), A)
     assert not is_kept(store, B, "f")
-    assert store.put(B, function("f")) is mine, "equal code is one object"
+    assert store.get("f", Reach(B, is_any=True)) is mine
+    assert store.put(function("f"), B) is mine, "equal code is one object"
     assert (store.usage.of(A), store.usage.of(B), store.usage.total) == (10, 10, 20)
 
 
 def test_code_that_a_lease_refers_to_is_found_though_it_is_evicted() -> None:
     store, referred = CodeStore(Bound(10)), function("a")
-    store.put(A, referred)
-    store.put(A, function("b"))
+    store.put(referred, A)
+    store.put(function("b"), A)
     assert not is_kept(store, A, "a")
-    assert store.find("a") is store.get(None, "a") is referred
+    assert store.find("a") is store.get("a", EVERYTHING) is referred
     del referred
     gc.collect()
     assert store.find("a") is None

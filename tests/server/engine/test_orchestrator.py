@@ -29,6 +29,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, Resources, WorkflowSpec
 from lattice_server.core.run import Bounds, Run
 from lattice_server.core.states import RunState
+from lattice_server.core.tenancy import Reach
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.code_store import CodeStore
@@ -52,20 +53,23 @@ class Holdings:
     """A store without a directory: it counts who holds what, and notes what it drops."""
 
     def __init__(self) -> None:
-        self.uploads = Uploads(Bound(0), 0.0, lambda artifact: None)
+        self.uploads = Uploads(Bound(0), 0.0, lambda artifact, tenant: None)
         self.holders: Counter[str] = Counter()
         self.dropped: list[str] = []
 
-    def hold(self, artifacts: Iterable[Artifact]) -> None:
+    def check(self, artifact_ids: Iterable[str], reach: Reach) -> None:
+        """Let whatever is named be there."""
+
+    def hold(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
         """Count a holder."""
         self.holders.update(artifact.artifact_id for artifact in artifacts)
 
-    def take(self, artifacts: Iterable[Artifact], tenant: str) -> list[Name]:
+    def take(self, artifacts: Iterable[Artifact], tenant: str = "", uploader: str | None = None) -> list[Name]:
         """Count a holder; none of them was uploaded here."""
         self.hold(artifacts)
         return []
 
-    def release(self, artifacts: Iterable[Artifact]) -> None:
+    def release(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
         """Count one less; nobody may let go of what he does not hold."""
         for artifact in artifacts:
             assert self.holders[artifact.artifact_id] > 0
@@ -153,6 +157,25 @@ def test_no_more_tasks_are_open_than_may_be_and_a_place_that_is_free_is_given_ag
         assert start(orchestrator, "c").run.tasks
 
     play(scenario, max_open_tasks=2)
+
+
+def test_a_tenant_is_let_in_while_another_one_fills_the_queue() -> None:
+    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        def ask(tenant: str, count: int) -> bool:
+            spec, settings = workflow({f"t{number}": () for number in range(count)}), {"labels": {}, "priority": 0}
+            try:
+                orchestrator.start_run("", spec, parameters={}, fingerprint="", tenant=tenant, **settings)  # type: ignore[arg-type]
+            except ExhaustedError:
+                return False
+            return True
+
+        assert ask("greedy", 31)
+        assert [ask("greedy", 2), ask("greedy", 1), ask("greedy", 1)] == [False, True, False]
+        assert [ask("modest", 3), ask("modest", 2), ask("modest", 1)] == [False, True, False]
+        granted = [ask(f"tenant-{number}", 2) for number in range(20)]
+        assert granted == [True] * 15 + [False] * 5, "all of them at most twice the limit"
+
+    play(scenario, max_open_tasks=32)
 
 
 def test_a_run_that_finds_nothing_open_is_taken_whatever_its_size() -> None:

@@ -18,7 +18,7 @@ X, Y = Artifact("x" * 64, 10, "head"), Artifact("y" * 64, 20, "head")
 def test_an_upload_counts_until_nothing_waits_for_it_or_needs_it() -> None:
     async def scenario() -> None:
         dropped: list[Artifact] = []
-        uploads = Uploads(Bound(100, share=0.5), 60.0, dropped.append)
+        uploads = Uploads(Bound(100, share=0.5), 60.0, lambda artifact, tenant: dropped.append(artifact))
         uploads.receive("a", 10)
         uploads.forget("a", 10)
         uploads.wait("a", X)
@@ -39,17 +39,17 @@ def test_an_upload_counts_until_nothing_waits_for_it_or_needs_it() -> None:
     asyncio.run(scenario())
 
 
-def test_an_upload_goes_on_counting_for_the_tenant_that_made_it() -> None:
+def test_an_upload_counts_for_the_tenant_that_made_it_and_no_other_takes_it() -> None:
     async def scenario() -> None:
-        uploads = Uploads(Bound(100), 60.0, lambda artifact: None)
+        uploads = Uploads(Bound(100), 60.0, lambda artifact, tenant: None)
         uploads.wait("a", X)
-        held, named = uploads.take("b", [X])
-        assert (held, named, uploads.usage.of("b")) == ([("a", X.artifact_id)], [X], 0)
+        assert uploads.take("b", [X]) == ([], [])
         uploads.wait("b", X)
-        own, _ = uploads.take("b", [X])
-        assert own == [("b", X.artifact_id)]
+        held, named = uploads.take("b", [X])
+        assert (held, named) == ([("b", X.artifact_id)], [X])
+        assert (uploads.usage.of("a"), uploads.usage.of("b")) == (10, 10)
         uploads.release(held)
-        assert (uploads.usage.of("a"), uploads.usage.of("b")) == (0, 10)
+        assert (uploads.usage.of("a"), uploads.usage.of("b")) == (10, 0)
 
     asyncio.run(scenario())
 

@@ -1,6 +1,6 @@
 """Bounded stores under random histories: what they count is what is there, and nobody loses what is not his to lose."""
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lattice_server.core.errors import ExhaustedError
 from lattice_server.core.model import Artifact, Bundle, Function
+from lattice_server.core.tenancy import SEPARATOR, Reach, Shelf, key_of
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_runs import FETCH_S, EndedRuns
 from lattice_server.engine.run_entry import Retention
@@ -93,7 +94,7 @@ def test_the_code_store_never_drops_what_is_held_and_never_has_too_much(
         try:
             if what == "put":
                 for function in functions:
-                    store.put(tenant, function)
+                    store.put(function, tenant)
             elif what == "hold":
                 store.hold(tenant, functions)
                 holds.append((tenant, functions))
@@ -103,8 +104,8 @@ def test_the_code_store_never_drops_what_is_held_and_never_has_too_much(
                 store.release(holder, held_by_it)
                 held.subtract(named(holder, held_by_it))
             elif what == "get":
-                for name, code in before.items():
-                    assert store.get(*name) is code
+                for (owner, digest), code in before.items():
+                    assert store.get(digest, Reach(owner)) is code
         except ExhaustedError:
             pass  # there is too much, and what is held stays
         check_usage(store.usage, {name: kept.code.size_bytes for name, kept in store._kept.items()})
@@ -134,7 +135,8 @@ class Clock:
 def ended_run(number: int, tenant: str, size: int, artifacts: list[int], code: list[Function]) -> Any:
     """Return what the server knows of a run, as far as retention looks at it."""
     return SimpleNamespace(
-        run=SimpleNamespace(run_id=f"r{number}", tenant=tenant),
+        key=key_of(f"r{number}", tenant),
+        run=SimpleNamespace(tenant=tenant),
         kept_bytes=size,
         artifacts=[Artifact(f"x{n}", 3 * n, "head") for n in artifacts],
         functions={f.digest: f for f in code},
@@ -144,20 +146,20 @@ def ended_run(number: int, tenant: str, size: int, artifacts: list[int], code: l
 
 def test_runs_whose_results_were_read_are_evicted_first_then_the_oldest() -> None:
     clock, store = Clock(), Holdings()
-    runs: OrderedDict[str, Any] = OrderedDict()
+    runs: Shelf[Any] = Shelf()
     ended = EndedRuns(runs, store, Retention(9, 100, 100, 1.0, 100.0), clock)  # type: ignore[arg-type]
     for number in range(4):
-        runs[f"r{number}"] = entry = ended_run(number, "a", 30, [], [])
+        runs[f"r{number}"] = entry = ended_run(number, "", 30, [], [])
         if number == 3:
             ended.note_read(runs["r1"])
         ended.add(entry)
     assert list(runs) == ["r0", "r2", "r3"], "r1 was read"
-    runs["r4"] = ended_run(4, "a", 30, [], [])
+    runs["r4"] = ended_run(4, "", 30, [], [])
     ended.add(runs["r4"])
     assert list(runs) == ["r2", "r3", "r4"]
     clock.now = 101.0
     ended.note_read(runs["r2"])
-    runs["r5"] = ended_run(5, "a", 90, [], [])
+    runs["r5"] = ended_run(5, "", 90, [], [])
     ended.add(runs["r5"])
     assert list(runs) == ["r5"]
 
@@ -182,7 +184,7 @@ RUN_STEPS = st.lists(
 @settings(max_examples=100)
 def test_ended_runs_stay_within_their_bounds_and_read_ones_go_first(steps: list[Any], max_history: int) -> None:
     clock, store = Clock(), Holdings()
-    runs: OrderedDict[str, Any] = OrderedDict()
+    runs: Shelf[Any] = Shelf()
     retention = Retention(max_history, kept_bytes=100, artifact_bytes=60, share=0.5, result_ttl_s=100.0)
     ended = EndedRuns(runs, store, retention, clock)  # type: ignore[arg-type]  # it counts as one
     made: list[Any] = []
@@ -192,7 +194,7 @@ def test_ended_runs_stay_within_their_bounds_and_read_ones_go_first(steps: list[
         newest = ""
         if what == "end":
             entry = ended_run(len(made), *given_)
-            newest = entry.run.run_id
+            newest = entry.key
             entry.ended_at = clock.now
             made.append(entry)
             runs[newest] = entry
@@ -201,8 +203,8 @@ def test_ended_runs_stay_within_their_bounds_and_read_ones_go_first(steps: list[
             ended.add(entry)
         elif what == "read" and made:
             entry = made[given_[0] % len(made)]
-            if kept_until.pop(entry.run.run_id, 0.0) == entry.ended_at + 100.0 and entry.artifacts:
-                kept_until[entry.run.run_id] = clock.now + FETCH_S
+            if kept_until.pop(entry.key, 0.0) == entry.ended_at + 100.0 and entry.artifacts:
+                kept_until[entry.key] = clock.now + FETCH_S
             ended.note_read(entry)
         elif what == "wait":
             clock.now += given_[0]
@@ -213,21 +215,22 @@ def test_ended_runs_stay_within_their_bounds_and_read_ones_go_first(steps: list[
         check_usage(ended.values, values)
         assert +store.holders == Counter(a.artifact_id for entry in runs.values() for a in entry.artifacts)
         for usage, part in ((ended.memory, 0), (ended.values, 1)):
-            spared = {t: sum(pieces(e)[part].values()) for e in made for t in [e.run.tenant] if e.run.run_id in runs}
+            spared = {t: sum(pieces(e)[part].values()) for e in made for t in [e.run.tenant] if e.key in runs}
             assert usage.total <= usage.bound.total + sum(spared.values())
             assert all(usage.of(tenant) <= usage.bound.of_tenant + spared.get(tenant, 0) for tenant in "abc")
         for run_id, entry in before.items():
             if run_id not in runs and run_id in results:
-                rest = {r.run.run_id for r in runs.values() if r.run.tenant == entry.run.tenant}
+                rest = {r.key for r in runs.values() if r.run.tenant == entry.run.tenant}
                 assert rest <= results, "a result was evicted before history"
-        for run_id in before.keys() - runs.keys():
-            assert ended.fingerprint_of(run_id) is not None
+        for key in before.keys() - runs.keys():
+            run_id, _, tenant = key.partition(SEPARATOR)
+            assert ended.fingerprint_of(run_id, Reach(tenant)) is not None
 
 
 def pieces(entry: Any) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
     """Return what a run takes of memory and of stores, by tenant and name."""
     tenant = entry.run.tenant
-    memory = {(tenant, entry.run.run_id): entry.kept_bytes}
+    memory = {(tenant, entry.key): entry.kept_bytes}
     for function in entry.functions.values():
         memory[tenant, function.digest] = function.size_bytes
         if function.bundle is not None:

@@ -26,7 +26,7 @@ from lattice_server.executors.reservation import (
     way_from_afar,
 )
 
-CONTACT = Contact("unix:/head.sock", "10.0.0.1:50051", "secret")
+CONTACT = Contact("unix:/head.sock", "10.0.0.1:50051", lambda node_id, subject: "secret", lambda token: None)
 
 
 def own(**settings: object) -> list[Reservation]:
@@ -57,14 +57,14 @@ def test_of_somebody_elses_ray_only_what_was_asked_for_is_reserved() -> None:
 
 
 def test_a_worker_far_away_dials_what_it_can_reach() -> None:
-    everywhere = Contact("unix:/head.sock", "0.0.0.0:50051", "secret")
+    everywhere = Contact("unix:/head.sock", "0.0.0.0:50051", CONTACT.issue, CONTACT.revoke)
     plain = ServerConfig(host="0.0.0.0", node_ip="10.0.0.7")
-    assert way_from_afar(plain, everywhere) == (
+    assert way_from_afar(plain, everywhere, "far") == (
         "10.0.0.7:50051",
         {"LATTICE_TOKEN": "secret", "LATTICE_INSECURE": "1"},
     )
     safe = ServerConfig(tls=ServerTls(b"", b""))
-    assert way_from_afar(safe, CONTACT) == ("grpcs://10.0.0.1:50051", {"LATTICE_TOKEN": "secret"})
+    assert way_from_afar(safe, CONTACT, "far", "its owner") == ("grpcs://10.0.0.1:50051", {"LATTICE_TOKEN": "secret"})
 
 
 @pytest.mark.parametrize(("cpus", "whole"), [(0.5, 1.0), (2.0, 2.0), (2.9, 2.0)])

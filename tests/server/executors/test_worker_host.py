@@ -18,7 +18,8 @@ WORKER = """
 import json, os, subprocess, sys
 out = sys.argv[1]
 left = subprocess.Popen(["sleep", "600"], start_new_session=True)
-told = {"argv": sys.argv[2:], "environment": dict(os.environ), "left": left.pid}
+shown = open(int(sys.argv[sys.argv.index("--token-fd") + 1])).read() if "--token-fd" in sys.argv else ""
+told = {"argv": sys.argv[2:], "environment": dict(os.environ), "left": left.pid, "token": shown}
 with open(out, "w") as file:
     json.dump(told, file)
 os._exit(int(sys.argv[2]))
@@ -40,6 +41,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return told
 
     monkeypatch.setattr(worker_host, "worker_command", command)
+    monkeypatch.setattr(worker_host, "_hide", lambda: None)  # it would be this very process
     monkeypatch.setenv(RAY_TOKEN, "Ray's")
     monkeypatch.delenv(TARGET, raising=False)
     return run
@@ -55,7 +57,8 @@ def is_alive(pid: int) -> bool:
 def test_a_worker_is_told_where_the_server_is_and_nothing_of_rays(serve: Any) -> None:
     told = serve(follows_node=False, LATTICE_TOKEN="secret")
     assert told["argv"][1:4] == ["server:1", "--flag", "--host-fd"]
-    assert told["environment"]["LATTICE_TOKEN"] == "secret"
+    assert told["token"] == "secret"
+    assert "secret" not in json.dumps([told["argv"], told["environment"]])
     assert told["environment"][MARK] == "w-1"
     assert RAY_TOKEN not in told["environment"]
 
@@ -65,10 +68,9 @@ def test_only_a_worker_of_a_machine_that_joined_reaches_the_server_as_its_agent_
     follows_node: bool, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TARGET, "agent:2")
-    monkeypatch.setenv("LATTICE_TOKEN", "the agent's")
-    told = serve(follows_node=follows_node, LATTICE_TOKEN="the server's")
-    expected = ("agent:2", "the agent's") if follows_node else ("server:1", "the server's")
-    assert (told["argv"][1], told["environment"]["LATTICE_TOKEN"]) == expected
+    told = serve(follows_node=follows_node, LATTICE_TOKEN="its own", LATTICE_INSECURE="1")
+    assert (told["argv"][1], told["token"]) == ("agent:2" if follows_node else "server:1", "its own")
+    assert ("LATTICE_INSECURE" in told["environment"]) == (not follows_node)
     assert told["environment"][MARK] == "w-1"
 
 

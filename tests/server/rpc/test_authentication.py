@@ -21,10 +21,14 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from lattice_server.core.errors import AuthorizationError
 from lattice_server.core.messages import SchedulerEvent
 from lattice_server.engine.ports import Contact
+from lattice_server.rpc import authorization
+from lattice_server.tokens import Scope
 from tests.server.apps import NoWorkers, serving_aside
 from tests.server.rpc.callers import Caller, calling, fresh, refused, run
+from tests.server.rpc.tenants import bearer, entry, token_of, write_tokens
 
 TOKEN = "se-cret"
 MODULES = [importlib.import_module(f"lattice.v1.{path.stem}") for path in Path(v1.__path__[0]).glob("*_pb2.py")]
@@ -32,38 +36,43 @@ METHODS = [m for file in MODULES for s in file.DESCRIPTOR.services_by_name.value
 CONNECT = "lattice.v1.WorkerService.Connect"
 REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].methods
 GUARDED = [method for method in (*METHODS, *REFLECTION) if method.full_name != CONNECT]
-CALLER, BOTH = {"caller"}, {"caller", "worker"}
-# The subjects that may call each RPC, besides those that come by the server's own socket.
+# The subjects that show a token each, and what it is for.
+SCOPES = {"reader": ["read"], "submitter": ["submit"], "worker": ["worker"], "admin": ["admin"]}
+READERS, SUBMITTERS = {"reader", "submitter", "admin", "operator"}, {"submitter", "admin", "operator"}
+ADMINS, WORKERS = {"admin", "operator"}, {"worker", "the server's worker", "operator"}
+# The subjects that may call each RPC, besides those that come by the server's own socket. What they reach of another
+# tenant is in `test_tenants`.
 MAY_CALL = {
-    "lattice.v1.ArtifactService.ReadArtifact": BOTH,
-    "lattice.v1.ArtifactService.WriteArtifact": CALLER,
-    "lattice.v1.ClusterService.DrainNode": CALLER,
-    "lattice.v1.ClusterService.GetServerInfo": CALLER,
-    "lattice.v1.ClusterService.ListNodes": CALLER,
-    "lattice.v1.ResultsService.GetResult": CALLER,
-    "lattice.v1.ResultsService.WatchRun": CALLER,
-    "lattice.v1.TaskService.CancelTask": CALLER,
-    "lattice.v1.TaskService.ExplainTask": CALLER,
-    "lattice.v1.TaskService.GetTask": CALLER,
-    "lattice.v1.TaskService.ListTasks": CALLER,
-    "lattice.v1.TaskService.RunTask": CALLER,
-    "lattice.v1.WorkerService.Connect": BOTH,
-    "lattice.v1.WorkerService.UploadArtifact": BOTH,
-    "lattice.v1.WorkflowService.AddEdges": CALLER,
-    "lattice.v1.WorkflowService.AddTasks": CALLER,
-    "lattice.v1.WorkflowService.CancelRun": CALLER,
-    "lattice.v1.WorkflowService.RetryRun": CALLER,
-    "lattice.v1.WorkflowService.CreateWorkflow": CALLER,
-    "lattice.v1.WorkflowService.DeleteWorkflow": CALLER,
-    "lattice.v1.WorkflowService.ExecuteWorkflow": CALLER,
-    "lattice.v1.WorkflowService.GetRun": CALLER,
-    "lattice.v1.WorkflowService.GetRunGraph": CALLER,
-    "lattice.v1.WorkflowService.GetWorkflow": CALLER,
-    "lattice.v1.WorkflowService.ListRuns": CALLER,
-    "lattice.v1.WorkflowService.ListWorkflows": CALLER,
-    "lattice.v1.WorkflowService.OpenRun": CALLER,
-    "lattice.v1.WorkflowService.RunWorkflow": CALLER,
+    "lattice.v1.ArtifactService.ReadArtifact": READERS | WORKERS,
+    "lattice.v1.ArtifactService.WriteArtifact": SUBMITTERS,
+    "lattice.v1.ClusterService.DrainNode": ADMINS,
+    "lattice.v1.ClusterService.GetServerInfo": READERS | WORKERS,
+    "lattice.v1.ClusterService.ListNodes": READERS,
+    "lattice.v1.ResultsService.GetResult": READERS,
+    "lattice.v1.ResultsService.WatchRun": READERS,
+    "lattice.v1.TaskService.CancelTask": SUBMITTERS,
+    "lattice.v1.TaskService.ExplainTask": READERS,
+    "lattice.v1.TaskService.GetTask": READERS,
+    "lattice.v1.TaskService.ListTasks": READERS,
+    "lattice.v1.TaskService.RunTask": SUBMITTERS,
+    "lattice.v1.WorkerService.Connect": WORKERS,
+    "lattice.v1.WorkerService.UploadArtifact": WORKERS,
+    "lattice.v1.WorkflowService.AddEdges": SUBMITTERS,
+    "lattice.v1.WorkflowService.AddTasks": SUBMITTERS,
+    "lattice.v1.WorkflowService.CancelRun": SUBMITTERS,
+    "lattice.v1.WorkflowService.RetryRun": SUBMITTERS,
+    "lattice.v1.WorkflowService.CreateWorkflow": SUBMITTERS,
+    "lattice.v1.WorkflowService.DeleteWorkflow": SUBMITTERS,
+    "lattice.v1.WorkflowService.ExecuteWorkflow": SUBMITTERS,
+    "lattice.v1.WorkflowService.GetRun": READERS,
+    "lattice.v1.WorkflowService.GetRunGraph": READERS,
+    "lattice.v1.WorkflowService.GetWorkflow": READERS,
+    "lattice.v1.WorkflowService.ListRuns": READERS,
+    "lattice.v1.WorkflowService.ListWorkflows": READERS,
+    "lattice.v1.WorkflowService.OpenRun": SUBMITTERS,
+    "lattice.v1.WorkflowService.RunWorkflow": SUBMITTERS,
 }
+SUBJECTS = ["nobody", *SCOPES, "operator", "the server's worker"]
 # An empty request that passed authorisation is answered, or refused for what it lacks.
 PASSES = {Code.OK, Code.INVALID_ARGUMENT, Code.NOT_FOUND}
 
@@ -88,14 +97,12 @@ def witness() -> Witness:
 
 
 @pytest.fixture(scope="module")
-def guarded(witness: Witness) -> Iterator[Caller]:
-    """A caller, without a token, of a server that has one."""
-    with serving_aside(witness, token=TOKEN) as address, calling(address) as caller:
+def guarded(witness: Witness, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+    """A caller, without a token, of a server that has some."""
+    path = tmp_path_factory.mktemp("tokens") / "tokens.toml"
+    write_tokens(path, *(entry(subject, tenant="t", scopes=scopes) for subject, scopes in SCOPES.items()))
+    with serving_aside(witness, token=TOKEN, tokens_file=str(path)) as address, calling(address) as caller:
         yield caller
-
-
-def bearer(token: str) -> Metadata:
-    return (("authorization", f"Bearer {token}"),)
 
 
 def call(channel: grpc.Channel, method: MethodDescriptor, metadata: Metadata) -> None:
@@ -148,19 +155,32 @@ def test_every_method_refuses_whoever_has_no_token(
     assert TOKEN not in refusal.message
 
 
+@pytest.mark.parametrize("subject", SUBJECTS)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
-@pytest.mark.parametrize("subject", ["without a token", "caller", "worker"])
 def test_rpc_ends_as_the_table_says_when_called_by(
-    guarded: Caller, witness: Witness, subject: str, method: MethodDescriptor
+    guarded: Caller, witness: Witness, method: MethodDescriptor, subject: str
 ) -> None:
     assert witness.contact is not None
-    tokens = {"caller": bearer(TOKEN), "worker": bearer(witness.contact.join_token)}
+    tokens = {name: token_of(name) for name in SCOPES}
+    tokens |= {"operator": TOKEN, "the server's worker": witness.contact.issue("n", "s")}
     assert method.full_name in MAY_CALL, "an RPC needs a row that says which subjects may call it"
-    refusal = Code.PERMISSION_DENIED if subject == "worker" else Code.UNAUTHENTICATED
-    found = outcome(guarded.channel, method, tokens.get(subject, ()))
+    refusal = Code.UNAUTHENTICATED if subject == "nobody" else Code.PERMISSION_DENIED
     if method.full_name == CONNECT:
         refusal = Code.OK  # said in band
+    found = outcome(guarded.channel, method, bearer(tokens[subject]) if subject in tokens else ())
     assert found in (PASSES if subject in MAY_CALL[method.full_name] else {refusal})
+
+
+def test_a_method_without_a_row_is_for_nobody() -> None:
+    with pytest.raises(AuthorizationError):
+        authorization.check("/lattice.v1.WorkflowService/Forgotten", frozenset(Scope))
+
+
+@pytest.mark.parametrize("subject", ["reader", "submitter", "admin"])
+def test_a_token_that_is_not_for_workers_is_refused_in_band(guarded: Caller, subject: str) -> None:
+    answer = first_answer(guarded, bearer(token_of(subject)))
+    assert answer.close.reason == worker_pb2.CLOSE_REASON_UNAUTHENTICATED
+    assert "the scope worker" in answer.close.message
 
 
 def test_whoever_comes_by_the_servers_own_socket_needs_none(guarded: Caller, witness: Witness) -> None:
@@ -194,9 +214,9 @@ def test_reflection_tells_whoever_has_the_token(guarded: Caller) -> None:
     assert "lattice.v1.WorkflowService" in reflected(guarded.channel, bearer(TOKEN))
 
 
-def first_answer(caller: Caller, metadata: Metadata) -> worker_pb2.ConnectResponse:
+def first_answer(caller: Caller, metadata: Metadata, node_id: str = "") -> worker_pb2.ConnectResponse:
     """Return the first thing the server says to a worker, and hang up."""
-    hello = worker_pb2.Hello(worker_id=fresh("w"), node_id=fresh("n"), protocol_version=1)
+    hello = worker_pb2.Hello(worker_id=fresh("w"), node_id=node_id or fresh("n"), protocol_version=1)
     return said_first(caller, worker_pb2.ConnectRequest(hello=hello), metadata)
 
 
@@ -261,8 +281,13 @@ def test_a_stranger_is_told_of_the_whole_servers_health_whatever_it_asks(guarded
 
 def test_a_worker_with_either_token_is_welcome(guarded: Caller, witness: Witness) -> None:
     assert witness.contact is not None
-    for token in (TOKEN, witness.contact.join_token):
-        assert first_answer(guarded, bearer(token)).HasField("welcome")
+    node_id = fresh("n")
+    issued = witness.contact.issue(node_id, "its owner")
+    assert first_answer(guarded, bearer(TOKEN)).HasField("welcome")
+    assert first_answer(guarded, bearer(issued), node_id).HasField("welcome")
+    assert "not for node" in first_answer(guarded, bearer(issued), "another").close.message
+    witness.contact.revoke(issued)
+    assert first_answer(guarded, bearer(issued), node_id).close.reason == worker_pb2.CLOSE_REASON_UNAUTHENTICATED
 
 
 def test_the_name_of_the_scheme_may_be_written_small(guarded: Caller) -> None:

@@ -9,6 +9,7 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact, Function, Payload, TaskSpec
+from lattice_server.core.tenancy import UNNAMED
 from lattice_server.engine.drafts import Drafts
 from lattice_server.engine.store import ArtifactStore
 from tests.server.rpc.callers import Caller, fresh, function, graph, output, refused, run, task
@@ -210,7 +211,7 @@ def test_a_draft_that_nothing_names_is_dropped_with_what_it_holds() -> None:
         store = ArtifactStore()
         drafts = Drafts(store, 10, ttl_s=0.01, max_bytes=100)
         spec, artifact = with_artifact(store)
-        drafts.add("d", {}, [spec], 100, None)
+        drafts.add("d", {}, [spec], 100, None, UNNAMED)
         store.release([artifact])
         assert store.held(artifact.artifact_id) is not None
         with pytest.raises(ExhaustedError):
@@ -231,7 +232,7 @@ def test_a_draft_that_was_used_holds_nothing() -> None:
         store = ArtifactStore()
         drafts = Drafts(store, 10, max_bytes=100)
         spec, artifact = with_artifact(store)
-        drafts.add("d", {}, [spec], 100, "print")
+        drafts.add("d", {}, [spec], 100, "print", UNNAMED)
         store.release([artifact])
         drafts.use_up("d")
         assert store.held(artifact.artifact_id) is None
@@ -247,7 +248,7 @@ def test_as_many_drafts_are_kept_as_may_be() -> None:
         store = ArtifactStore()
         drafts = Drafts(store, 10, max_drafts=2)
         for name in ("a", "b"):
-            drafts.add(name, {}, [], 0, None)
+            drafts.add(name, {}, [], 0, None, UNNAMED)
         with pytest.raises(ExhaustedError) as caught:
             drafts.expect("c", None, 0, 0)
         assert (caught.value.reason, caught.value.retry_after_s) == ("QUEUE_FULL", 1.0)
@@ -256,7 +257,7 @@ def test_as_many_drafts_are_kept_as_may_be() -> None:
             drafts.use_up(name)
         for name in ("c", "d"):
             drafts.expect(name, None, 0, 0)
-            drafts.add(name, {}, [], 0, None)
+            drafts.add(name, {}, [], 0, None, UNNAMED)
             drafts.use_up(name)
         assert len(drafts) == 2, "of those that were used the oldest go first"
         store.close()

@@ -11,6 +11,7 @@ from lattice.v1 import cluster_pb2, worker_pb2
 
 from lattice_server.config import ServerConfig
 from lattice_server.engine.ports import Machine, Membership, RayCluster
+from lattice_server.rpc import callers
 from lattice_server.rpc.machines import Machines
 from tests.server.apps import NoWorkers
 from tests.server.rpc.test_worker_stream import Hand, Scene, play
@@ -191,6 +192,7 @@ def test_a_machine_that_hangs_up_while_it_is_told_how_to_join_has_left() -> None
         assert stream.executor.left.get_nowait() == "m"
         await asyncio.wait_for(stream.is_read_no_more.wait(), 30)
 
+    callers.enter(callers.TRUSTED)
     asyncio.run(scenario())
 
 
@@ -209,4 +211,5 @@ def test_a_machine_has_time_to_read_the_last_word() -> None:
         assert await end is None
         assert stream.executor.left.get_nowait() == "m"
 
+    callers.enter(callers.TRUSTED)
     asyncio.run(scenario())

@@ -75,8 +75,8 @@ def test_a_question_goes_to_the_holder_and_its_answer_to_the_worker_once() -> No
         await holder.add("a")
         lease = await assigned(hand)
         await hand.report(1, lease, asked=asked(1, '"first"'))
-        await hand.report(2, lease, asked=asked(2, '"second"'))
         (first,) = await holder.until("questions")
+        await hand.report(2, lease, asked=asked(2, '"second"'))
         assert (first.run_id, first.task_id, first.attempt, first.name) == (holder.run_id, "a", 1, "q")
         assert first.payload.json == '"first"'
         await holder.answer(first.question_id, "11")

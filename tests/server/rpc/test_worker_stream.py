@@ -238,6 +238,16 @@ GPUS = {"gpus": [{"index": 0}, {"index": 0}]}
         ({"capacity": GPUS}, "capacity.gpus[1].index"),
         ({"capacity": {"gpus": [{"index": -1}]}}, "capacity.gpus[0].index"),
         ({"capacity": {"gpus": [{"memory_bytes": -1}]}}, "capacity.gpus[0].memory_bytes"),
+        ({"capacity": {"gpus": [{"model": "m" * 257}]}}, "capacity.gpus[0].model"),
+        ({"capacity": {"gpus": [{"index": index} for index in range(1025)]}}, "capacity.gpus"),
+        ({"capacity": {"cpu": 1e6}}, "capacity.cpu"),
+        ({"capacity": {"memory_bytes": (1 << 60) + 1}}, "capacity.memory_bytes"),
+        ({"capacity": {"slots": (1 << 23) + 1}}, "capacity.slots"),
+        ({"labels": {str(number): "" for number in range(257)}}, "labels"),
+        ({"labels": {"a": "v" * 257}}, "labels"),
+        ({"labels": {"\x1b[2J": "v"}}, "labels"),
+        ({"hostname": "h" * 257}, "hostname"),
+        ({"node_ip": "\n"}, "node_ip"),
     ],
 )
 @pytest.mark.parametrize("kind", ["hello", "join"])
@@ -250,6 +260,43 @@ def test_an_offer_nobody_could_count_with_is_refused_by_its_field(kind: str, off
         assert close.reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
         assert close.message.startswith(f"{kind}.{field}: ")
         assert not (await head.cluster.ListNodes(cluster_pb2.ListNodesRequest())).nodes
+        hand.hang_up()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("claim", "field"),
+    [
+        ({"entrypoints": [f"e{number}" for number in range(10_001)]}, "entrypoints"),
+        ({"entrypoints": ["e" * 257]}, "entrypoints[0]"),
+        ({"stored_artifact_ids": ["", "a" * 257]}, "stored_artifact_ids[1]"),
+        ({"reported_artifact_ids": ["a"] * 1_000_001}, "reported_artifact_ids"),
+        ({"held_lease_ids": ["l" * 257]}, "held_lease_ids[0]"),
+        ({"session_id": "s" * 257}, "session_id"),
+        ({"runtime": {"language": "p" * 257}}, "runtime.language"),
+        ({"worker_id": "a\nb"}, "worker_id"),
+    ],
+)
+def test_a_worker_that_claims_too_much_is_refused_by_its_field(claim: dict[str, Any], field: str) -> None:
+    async def scenario(head: Scene) -> None:
+        hand = Hand(head.channel)
+        await hand.say(hello={"node_id": "n", "protocol_version": 1, "worker_id": "w"} | claim)
+        close = await hand.hear("close")
+        assert close.reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
+        assert close.message.startswith(f"hello.{field}: ")
+        hand.hang_up()
+
+    play(scenario)
+
+
+def test_a_heartbeat_that_claims_too_much_ends_the_stream() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand()
+        await hand.say(heartbeat={"held_lease_ids": ["l" * 257]})
+        close = await hand.hear("close")
+        assert close.reason == worker_pb2.CLOSE_REASON_PROTOCOL_ERROR
+        assert close.message.startswith("heartbeat.held_lease_ids[0]: ")
         hand.hang_up()
 
     play(scenario)
@@ -367,6 +414,27 @@ def test_a_report_that_comes_again_counts_once() -> None:
         kinds = [event.WhichOneof("event") async for response in watch for event in response.events]
         assert kinds == ["run_started", "task_started", "task_log", "task_succeeded", "run_finished"]
         again.hang_up()
+
+    play(scenario)
+
+
+def test_two_tenants_runs_of_one_id_are_told_apart_and_named_by_it() -> None:
+    async def scenario(head: Scene) -> None:
+        hand, _ = await head.hand(capacity=resources_pb2.Capacity(cpu=2, slots=2))
+        for tenant in ("one", "two"):
+            request = workflow_pb2.RunWorkflowRequest(run_id="same", workflow=graph(task("a")), tenant=tenant)
+            assert (await head.workflows.RunWorkflow(request)).created
+        found: list[worker_pb2.Assignment] = []
+        while len(found) < 2:
+            found += (await hand.hear("assignments")).assignments
+        assert [(a.tenant, a.attempts[0].run_id) for a in found] == [("one", "same"), ("two", "same")]
+        await hand.report(1, found[1].lease_id, succeeded=succeeded())
+        ended: list[str] = []
+        while not ended:
+            runs = (await head.workflows.ListRuns(workflow_pb2.ListRunsRequest())).runs
+            ended = [run.tenant for run in runs if run.state == run_pb2.RUN_STATE_SUCCEEDED]
+        assert ended == ["two"]
+        hand.hang_up()
 
     play(scenario)
 

@@ -1,0 +1,66 @@
+"""Owns the certificate that callers see. Rule: a new one is shown from the next handshake on, and connections stay."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from lattice_server.config import ServerTls
+from lattice_server.security import SecurityError, read_tls
+from lattice_server.watching import changes
+
+log = logging.getLogger(__name__)
+
+
+class Certificates:
+    """The server's certificate with its key, and the authority that callers' certificates are signed by."""
+
+    def __init__(self, tls: ServerTls) -> None:
+        self._tls = tls
+        self._is_new = False
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Return what gRPC serves with."""
+        is_asking = self._tls.client_ca is not None
+        # None means no change, which the stubs do not know.
+        fetch: Callable[[], Any] = self._fetch
+        return grpc.dynamic_ssl_server_credentials(_configuration(self._tls), fetch, is_asking)
+
+    async def follow(self) -> None:
+        """Read the files again whenever one of them changes; for ever. What does not fit together is not taken."""
+        await asyncio.gather(*(self._follow(number) for number, file in enumerate(self._tls.files) if file is not None))
+
+    async def _follow(self, number: int) -> None:
+        file = self._tls.files[number]
+        assert file is not None
+        try:
+            async for _ in changes(file):
+                self._read()
+        except OSError as error:
+            log.error("%s cannot be watched: %s", file, error.strerror)
+        log.error("changes of %s are seen no more; start the server anew to have them seen", file)
+
+    def _read(self) -> None:
+        certificate, key, client_ca = self._tls.files
+        try:
+            found = read_tls(certificate, key, client_ca)
+        except SecurityError as error:
+            # Of a pair one file is written first.
+            log.warning("%s; the certificate stays as it was", error)
+            return
+        if found is not None and found != self._tls:
+            log.info("the certificate in %s is another one now", certificate)
+            self._tls, self._is_new = found, True
+
+    def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
+        """Return the new certificate, once; called for each handshake by a thread of gRPC's, which must not wait."""
+        if not self._is_new:
+            return None
+        self._is_new = False
+        return _configuration(self._tls)
+
+
+def _configuration(tls: ServerTls) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(tls.key, tls.certificate)], tls.client_ca)

@@ -1,0 +1,97 @@
+"""Owns the bounds of what workers and machines claim.
+
+Rule: what a worker says of itself costs the server little, and is sound, before anything counts with it or shows it.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from lattice.v1 import resources_pb2, worker_pb2
+
+from lattice_server.core.errors import invalid_field
+
+MAX_NAME = 128
+MAX_TEXT = 256
+MAX_CPUS = 1e6
+MAX_BYTES = 1 << 60
+MAX_SLOTS = 1 << 23
+MAX_GPUS = 1024
+MAX_LABELS = 256
+MAX_ENTRYPOINTS = 10_000
+MAX_LEASES = 1_000_000
+MAX_ARTIFACTS = 1_000_000
+
+
+def check_name(name: str, field: str) -> None:
+    """Raise InvalidError unless a name is short and can be shown."""
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise invalid_field(field, f"must have 1 to {MAX_NAME} characters, all of them printable")
+
+
+def check_offer(offer: worker_pb2.Hello | worker_pb2.Join, field: str) -> None:
+    """Check what a worker or a machine says of itself. Raises InvalidError."""
+    check_name(offer.node_id, f"{field}.node_id")
+    for name in ("hostname", "node_ip", "version"):
+        _check_text(getattr(offer, name), f"{field}.{name}")
+    _check_capacity(offer.capacity, f"{field}.capacity")
+    _check_labels(offer.labels, f"{field}.labels")
+    if isinstance(offer, worker_pb2.Join):
+        return
+    check_name(offer.worker_id, f"{field}.worker_id")
+    _check_text(offer.session_id, f"{field}.session_id")
+    _check_text(offer.runtime.language, f"{field}.runtime.language")
+    _check_text(offer.runtime.version, f"{field}.runtime.version")
+    _check_texts(offer.entrypoints, f"{field}.entrypoints", MAX_ENTRYPOINTS)
+    _check_texts(offer.held_lease_ids, f"{field}.held_lease_ids", MAX_LEASES)
+    _check_texts(offer.stored_artifact_ids, f"{field}.stored_artifact_ids", MAX_ARTIFACTS)
+    _check_texts(offer.reported_artifact_ids, f"{field}.reported_artifact_ids", MAX_ARTIFACTS)
+
+
+def check_heartbeat(heartbeat: worker_pb2.Heartbeat) -> None:
+    """Check which leases a worker says it holds. Raises InvalidError."""
+    _check_texts(heartbeat.held_lease_ids, "heartbeat.held_lease_ids", MAX_LEASES)
+
+
+def _check_capacity(capacity: resources_pb2.Capacity, field: str) -> None:
+    # Not a number compares false, so it is caught as well.
+    if not 0 <= capacity.cpu < MAX_CPUS:
+        raise invalid_field(f"{field}.cpu", f"must be a number from 0, below {MAX_CPUS:.0f}")
+    for name, most in (("memory_bytes", MAX_BYTES), ("slots", MAX_SLOTS), ("async_slots", MAX_SLOTS)):
+        _check_number(getattr(capacity, name), f"{field}.{name}", most)
+    if len(capacity.gpus) > MAX_GPUS:
+        raise invalid_field(f"{field}.gpus", f"must have at most {MAX_GPUS} devices")
+    known = set()
+    for number, gpu in enumerate(capacity.gpus):
+        where = f"{field}.gpus[{number}]"
+        if gpu.index < 0 or gpu.index in known:
+            raise invalid_field(f"{where}.index", "must be from 0, and no other device's")
+        _check_number(gpu.memory_bytes, f"{where}.memory_bytes", MAX_BYTES)
+        _check_text(gpu.model, f"{where}.model")
+        _check_text(gpu.uuid, f"{where}.uuid")
+        known.add(gpu.index)
+
+
+def _check_labels(labels: Mapping[str, str], field: str) -> None:
+    if len(labels) > MAX_LABELS:
+        raise invalid_field(field, f"must have at most {MAX_LABELS} entries")
+    for name, value in labels.items():
+        _check_text(name, field)
+        _check_text(value, field)
+
+
+def _check_number(number: int, field: str, most: int) -> None:
+    if not 0 <= number <= most:
+        raise invalid_field(field, f"must not be negative, nor over {most}")
+
+
+def _check_text(text: str, field: str) -> None:
+    if len(text) > MAX_TEXT or not text.isprintable():
+        raise invalid_field(field, f"must have at most {MAX_TEXT} characters, all of them printable")
+
+
+def _check_texts(texts: Iterable[str], field: str, most: int) -> None:
+    for number, text in enumerate(texts):
+        if number == most:
+            raise invalid_field(field, f"must have at most {most} entries")
+        # Its characters are not looked at: there may be many, and all of them are ids that are compared.
+        if len(text) > MAX_TEXT:
+            raise invalid_field(f"{field}[{number}]", f"must have at most {MAX_TEXT} characters")

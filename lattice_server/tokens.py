@@ -1,0 +1,194 @@
+"""Owns tokens: who a token stands for, and the file that says so. Rule: the server keeps digests, and never a token.
+
+[[token]]
+subject = "alice"                  # who shows the token; in the log, and who owns the nodes its workers register
+sha256 = "9f86d081…"               # the SHA-256 digest of the token; `lattice token new` makes both
+tenant = "search"                  # whose runs, workflows and uploads it reaches; "*" for those of all tenants
+scopes = ["submit"]                # read, submit (includes read), worker, admin (includes both, for all tenants)
+expires = 2027-01-31T00:00:00Z     # optional
+nodes = ["gpu-*"]                  # optional: the node ids its workers may have
+"""
+
+import hashlib
+import logging
+import os
+import re
+import secrets
+import stat
+import tomllib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from lattice_server.security import SecurityError
+from lattice_server.watching import changes
+
+log = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 4 * 1024 * 1024
+MAX_NAME = 128
+ANY_TENANT = "*"
+# Recognised by programs that look for secrets in places where none should be.
+PREFIX = "lattice_"
+TOKEN_BYTES = 32
+DIGEST = re.compile(r"[0-9a-f]{64}")
+KEYS = frozenset({"subject", "sha256", "tenant", "scopes", "expires", "nodes"})
+
+
+class Scope(Enum):
+    """What a token is for."""
+
+    READ = "read"
+    SUBMIT = "submit"
+    WORKER = "worker"
+    ADMIN = "admin"
+
+
+IMPLIED = {Scope.SUBMIT: {Scope.READ}, Scope.ADMIN: {Scope.READ, Scope.SUBMIT}}
+SCOPES = {scope.value: scope for scope in Scope}
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """Who a token stands for, and what it allows. `digest` is the token's SHA-256 in hex.
+
+    With `is_any_tenant` the things of all tenants are within reach, and `tenant` is that of what it makes unless a
+    request names another one. `nodes` are patterns for node ids; empty for any. `expires_s` is in seconds since the
+    epoch.
+    """
+
+    subject: str
+    digest: str
+    scopes: frozenset[Scope]
+    tenant: str = ""
+    is_any_tenant: bool = False
+    nodes: tuple[str, ...] = ()
+    expires_s: float | None = None
+
+    def may_serve(self, node_id: str) -> bool:
+        """Whether its workers may serve a node."""
+        return not self.nodes or any(fnmatchcase(node_id, pattern) for pattern in self.nodes)
+
+
+def credential(
+    subject: str,
+    token_digest: str,
+    scopes: Collection[Scope],
+    *,
+    tenant: str = "",
+    nodes: tuple[str, ...] = (),
+    expires_s: float | None = None,
+) -> Credential:
+    """Return a credential with the scopes that its scopes imply."""
+    given = frozenset(scopes).union(*(IMPLIED.get(scope, frozenset()) for scope in scopes))
+    is_any = tenant == ANY_TENANT or Scope.ADMIN in given
+    return Credential(subject, token_digest, given, "" if tenant == ANY_TENANT else tenant, is_any, nodes, expires_s)
+
+
+def digest_of(token: str) -> str:
+    """Return the digest a token is known by."""
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()
+
+
+def new_token() -> str:
+    """Return a new random token of 256 bits."""
+    return PREFIX + secrets.token_urlsafe(TOKEN_BYTES)
+
+
+def read_tokens(path: Path) -> tuple[Credential, ...]:
+    """Return what a tokens file says. Raises SecurityError when it is not safe, cannot be read, or says it wrongly."""
+    source = f"--tokens-file {path}"
+    try:
+        found = tomllib.loads(_read(path).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SecurityError(f"{source}: it is not TOML in UTF-8: {error}") from None
+    except OSError as error:
+        raise SecurityError(f"{source}: {error.strerror or error}") from None
+    except SecurityError as error:
+        raise SecurityError(f"{source}: {error}") from None
+    entries = found.pop("token", [])
+    if found:
+        raise SecurityError(f"{source}: there is no {', '.join(map(repr, found))}; each token stands under [[token]]")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SecurityError(f"{source}: each token stands under [[token]]")
+    made = tuple(_credential(entry, f"{source}: token {number}") for number, entry in enumerate(entries, 1))
+    digests = [one.digest for one in made]
+    if twice := next((digest for digest in digests if digests.count(digest) > 1), None):
+        subjects = ", ".join(one.subject for one in made if one.digest == twice)
+        raise SecurityError(f"{source}: the same sha256 stands there twice, for {subjects}")
+    return made
+
+
+async def follow(path: Path, apply: Callable[[tuple[Credential, ...]], object]) -> None:
+    """Have `apply` take what a tokens file says, whenever it changes; for ever.
+
+    What a file says that is not safe, or not well-formed, is not taken: what it said before still holds.
+    """
+    try:
+        async for _ in changes(path):
+            try:
+                apply(read_tokens(path))
+            except SecurityError as error:
+                log.error("%s; the tokens stay as they were", error)
+    except OSError as error:
+        log.error("--tokens-file %s: its changes cannot be watched: %s", path, error.strerror)
+    log.error("--tokens-file %s: its changes are seen no more; start the server anew to have them seen", path)
+
+
+def _read(path: Path) -> bytes:
+    # Not blocking: a pipe without a writer would otherwise hold the server up.
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        # What was opened, and not what the name leads to by now.
+        check_mode(os.fstat(file.fileno()))
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise SecurityError(f"it is longer than {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def check_mode(status: os.stat_result) -> None:
+    """Raise SecurityError unless a file is a plain one that only this user, or root, may read or write."""
+    if not stat.S_ISREG(status.st_mode):
+        raise SecurityError("it is no plain file")
+    if status.st_uid not in {0, os.geteuid()}:
+        raise SecurityError(f"it belongs to user {status.st_uid}, who could change who may do what here")
+    if status.st_mode & 0o077:
+        raise SecurityError(f"its mode is {stat.S_IMODE(status.st_mode):04o}, so others may use it: chmod 600")
+
+
+def _credential(entry: dict[str, Any], where: str) -> Credential:
+    if unknown := entry.keys() - KEYS:
+        raise SecurityError(f"{where} has {', '.join(sorted(unknown))}; known are {', '.join(sorted(KEYS))}")
+    if missing := {"subject", "sha256", "scopes"} - entry.keys():
+        raise SecurityError(f"{where} has no {', '.join(sorted(missing))}")
+    digest, scopes, expires = entry["sha256"], entry["scopes"], entry.get("expires")
+    nodes = entry.get("nodes", [])
+    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
+        raise SecurityError(f"{where}: sha256 must be 64 hexadecimal digits in lower case")
+    if not isinstance(scopes, list) or not scopes or not all(isinstance(s, str) and s in SCOPES for s in scopes):
+        raise SecurityError(f"{where}: scopes must be a list of {', '.join(SCOPES)}")
+    if expires is not None and (not isinstance(expires, datetime) or expires.tzinfo is None):
+        raise SecurityError(f"{where}: expires must be a time with its offset, such as 2027-01-31T00:00:00Z")
+    if not isinstance(nodes, list) or ("nodes" in entry and not nodes):
+        raise SecurityError(f"{where}: nodes must be a list of node ids or patterns")
+    return credential(
+        check_name(entry["subject"], f"{where}: subject"),
+        digest,
+        {SCOPES[scope] for scope in scopes},
+        tenant=check_name(entry.get("tenant", ""), f"{where}: tenant", may_be_empty=True),
+        nodes=tuple(check_name(node, f"{where}: nodes") for node in nodes),
+        expires_s=None if expires is None else expires.timestamp(),
+    )
+
+
+def check_name(name: Any, where: str, *, may_be_empty: bool = False) -> str:
+    """Return a name. Raises SecurityError."""
+    is_name = isinstance(name, str) and len(name) <= MAX_NAME and name.isprintable()
+    if not is_name or not (name or may_be_empty):
+        raise SecurityError(f"{where} must have 1 to {MAX_NAME} characters, all of them printable")
+    found: str = name
+    return found

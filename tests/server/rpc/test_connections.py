@@ -1,0 +1,92 @@
+"""What one connection may take: streams, headers, time without a call."""
+
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from lattice.v1 import cluster_pb2, results_pb2, workflow_pb2
+
+from lattice_server.rpc import server
+from tests.server.apps import NoWorkers, serving_aside
+from tests.server.rpc.callers import Caller, calling, run
+
+STREAMS = 8
+HELD_S = 60
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server with small limits."""
+    monkeypatch.setattr(server, "MAX_STREAMS", STREAMS)
+    monkeypatch.setattr(server, "IDLE_MS", 500)
+    with serving_aside(NoWorkers()) as address:
+        yield address
+
+
+def info(caller: Caller, **more: object) -> cluster_pb2.GetServerInfoResponse:
+    found: cluster_pb2.GetServerInfoResponse = caller.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest(), **more)
+    return found
+
+
+def test_calls_beyond_the_streams_of_a_connection_wait_and_are_made(narrow: str) -> None:
+    with calling(narrow) as caller:
+        run_id = run(caller).run.run_id
+        request = results_pb2.GetResultRequest(run_id=run_id, wait=Duration(seconds=HELD_S))
+        waits = [caller.results.GetResult.future(request) for _ in range(STREAMS - 1)]
+        caller.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id), timeout=HELD_S)
+        assert all(wait.result(HELD_S).run.run_id == run_id for wait in waits)
+
+
+def test_one_connections_streams_do_not_hold_up_another(narrow: str) -> None:
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(narrow, options=own) as channel, grpc.insecure_channel(narrow, options=own) as other:
+        caller = Caller(channel)
+        run_id = run(caller).run.run_id
+        request = results_pb2.GetResultRequest(run_id=run_id, wait=Duration(seconds=HELD_S))
+        waits = [caller.results.GetResult.future(request) for _ in range(2 * STREAMS)]
+        with pytest.raises(grpc.RpcError) as caught:
+            info(caller, timeout=0.5)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED, "it waits for a stream"
+        assert info(Caller(other), timeout=HELD_S).version
+        Caller(other).workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id), timeout=HELD_S)
+        # A stream that begins while another is still being closed may be refused, which callers take for a reason to
+        # call again.
+        ends = [wait.exception(HELD_S) for wait in waits]
+        assert {end.code() for end in ends if isinstance(end, grpc.RpcError)} <= {grpc.StatusCode.UNAVAILABLE}
+        assert ends.count(None) >= STREAMS
+        assert info(caller, timeout=HELD_S, wait_for_ready=True).version
+
+
+def test_headers_that_are_too_long_are_refused_and_the_connection_stays(idle: Caller) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        info(idle, metadata=(("authorization", "Bearer " + "x" * server.MAX_METADATA_BYTES),))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert info(idle).version
+
+
+def test_a_connection_without_calls_is_closed_and_opened_again(narrow: str) -> None:
+    with grpc.insecure_channel(narrow, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        caller = Caller(channel)
+        states: list[grpc.ChannelConnectivity] = []
+        idle = threading.Event()
+
+        def note(state: grpc.ChannelConnectivity) -> None:
+            states.append(state)
+            if state is grpc.ChannelConnectivity.IDLE and grpc.ChannelConnectivity.READY in states:
+                idle.set()
+
+        assert info(caller).version
+        channel.subscribe(note)
+        assert idle.wait(30), states
+        assert info(caller).version
+        channel.unsubscribe(note)
+
+
+def test_a_connection_with_a_call_is_not_closed(narrow: str) -> None:
+    with grpc.insecure_channel(narrow, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        caller = Caller(channel)
+        run_id = run(caller).run.run_id
+        request = results_pb2.GetResultRequest(run_id=run_id, wait=Duration(seconds=2))
+        assert caller.results.GetResult(request).run.run_id == run_id
