@@ -38,13 +38,14 @@ baseline: $(VENV)/.stamp
 	$(VENV)/bin/buf build --as-file-descriptor-set --exclude-source-info -o proto/lattice_v1.binpb
 	sha256sum proto/lattice_v1.binpb
 
-# The Node.js examples. On a machine that has no Node.js and may not install it, their tests are skipped.
+# The Node.js examples, and tools of tests. On a machine that has no Node.js and may not install it, their tests are
+# skipped.
 .PHONY: nodejs
-nodejs: examples/nodejs/node_modules/.stamp examples/nodejs-worker/node_modules/.stamp
+nodejs: $(foreach folder,examples/nodejs examples/nodejs-worker tests/tools,$(folder)/node_modules/.stamp)
 
-examples/%/node_modules/.stamp: examples/%/package.json examples/%/package-lock.json
+%/node_modules/.stamp: %/package.json %/package-lock.json
 	scripts/install_missing.sh nodejs
-	if command -v npm >/dev/null; then cd examples/$* && npm ci --silent && touch node_modules/.stamp; fi
+	if command -v npm >/dev/null; then cd $* && npm ci --silent && touch node_modules/.stamp; fi
 
 # Tests of clusters build a network of hosts. Where that is impossible they are skipped.
 .PHONY: network
