@@ -55,10 +55,13 @@ def may_be(annotation: Any, kind: type) -> bool:
 
 
 def kind_of(annotation: Any) -> type | None:
-    """Return the one plain kind that a value of an annotation has; None when there may be others."""
+    """Return the one plain kind that a value of an annotation has; None when there may be others.
+
+    Of a function that returns nothing too: its output is wired for the order of tasks.
+    """
     origin = typing.get_origin(annotation) or annotation
-    if origin is None:
-        return types.NoneType
+    if origin is types.NoneType:
+        return None
     if typing.is_typeddict(origin):
         return dict
     return origin if isinstance(origin, type) and origin in PLAIN else None

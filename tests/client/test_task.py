@@ -395,6 +395,11 @@ def test_annotations_say_nothing_where_they_may_not_be_of_the_input_itself(workf
     assert workflow.add_task(wrapper, {"a": "3"})
     assert workflow.add_task(defaulted, {"a": None})
     assert workflow.add_task(task(batch_size=2)(lambda a: a).with_(batch_size=3), {"a": 1})
+
+    def nothing() -> None:
+        pass
+
+    assert workflow.add_task(coroutine, {"a": workflow.add_task(nothing).output})
     made = workflow.add_task(typed, {"text": "x"})
     assert workflow.add_task(coroutine, {"a": made.outputs["head"].optional()})
     assert workflow.add_task(coroutine, {"a": made.outputs["tail"][0]})
