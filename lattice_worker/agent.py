@@ -254,6 +254,9 @@ async def _send(
         except FileNotFoundError:
             yield first
             yield worker_pb2.UploadArtifactRequest(not_found=True)
+        except OSError as error:
+            log.warning("artifact %s cannot be read: %s", wanted.artifact_id, error)
+            yield first
 
     try:
         await workers.UploadArtifact(chunks())
