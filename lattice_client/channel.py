@@ -37,7 +37,8 @@ R = TypeVar("R")
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
-RETRY_LIMIT_BYTES = 16 * 1024 * 1024
+# The largest message that servers take unless told otherwise, and what gRPC adds to it.
+RETRY_LIMIT_BYTES = 17 * 1024 * 1024
 # Every call may be repeated: one that changes something carries an id by which the server knows it again.
 SERVICE_CONFIG = """{"methodConfig": [
 {"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.1s", "maxBackoff": "2s", "backoffMultiplier": 2,

@@ -1,11 +1,12 @@
 """Owns how work gets to a server: a graph, a single task, tasks for a run that goes on.
 
-Rule: a graph is one RPC; it is offered again only where that cannot start it twice.
+Rule: a graph starts by one RPC, whatever was sent before; it is offered again only where that cannot start it twice.
 """
 
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, Unpack
 from uuid import uuid4
 
@@ -15,6 +16,7 @@ from lattice_client import convert, errors
 from lattice_client.channel import Channel
 from lattice_client.inputs import Binder
 from lattice_client.outputs import UNSET, Scope
+from lattice_client.parts import ENVELOPE_BYTES, Parcel, Parts
 from lattice_client.reading import WAIT_S
 from lattice_client.requests import building, duration, made
 from lattice_client.run import StartCall
@@ -78,10 +80,16 @@ class Starter:
                 request.parameters[name].CopyFrom(await self._parameter(name, value))
         if is_stored:
             request.workflow_id = graph.workflow_id
-        else:
-            # Once, however often it is offered: large inputs would be uploaded each time.
-            request.workflow.CopyFrom(await self._spec_of(graph))
-        return await self._offer(lambda: self._start(request, graph))
+            return await self._patiently(lambda: self._start(request))
+        # Once, however often it is offered: large inputs would be uploaded each time.
+        parcel, around_bytes = Parcel(await self._spec_of(graph)), request.ByteSize()
+
+        async def call() -> Started:
+            await self._send(parcel, graph.tasks.values(), around_bytes)
+            request.workflow.CopyFrom(parcel.carried())
+            return await self._start(request)
+
+        return await self._offer(call, parcel)
 
     async def run_task(self, task: LatticeTask, **settings: Unpack[TaskRunSettings]) -> task_pb2.RunTaskResponse:
         """Run one task; return the server's answer when it has ended, or after WAIT_S.
@@ -93,15 +101,23 @@ class Starter:
         with building():
             request = made(task_pb2.RunTaskRequest, wait=duration(WAIT_S), **self._common(settings))
             request.task.CopyFrom(await convert.task_of(task, "", self._transfer.store))
-        function, bundle = task.definition.packed
+        function, _ = task.definition.packed
 
         async def call() -> task_pb2.RunTaskResponse:
-            if function.digest in self._known_code:
-                request.function.digest = function.digest
-            else:
-                request.function.CopyFrom(function)
-                if bundle is not None:
-                    request.bundle.CopyFrom(bundle)
+            code = workflow_pb2.WorkflowSpec()
+            convert.fill_code(code, [task], self._known_code)
+            if parts := await Parts.needed(self._rpc, code, request.task.ByteSize()):
+                if request.task.ByteSize() + ENVELOPE_BYTES > parts.message_bytes:
+                    raise parts.refusal("", request.task)
+                # The draft keeps the code until the run has it.
+                await self._send_parts(code, parts)
+                self._known_code.add(function.digest)
+                convert.fill_code(code, [task], self._known_code)
+            (sent,) = code.functions.values()
+            request.function.CopyFrom(sent)
+            request.ClearField("bundle")
+            for bundle in code.bundles:
+                request.bundle.CopyFrom(bundle)
             return await self._rpc.call(self._rpc.tasks.RunTask, request)
 
         response = await self._offer(call)
@@ -112,13 +128,14 @@ class Starter:
         """Store a workflow; return its id. Raises TaskDefinitionError, RequestError."""
         with building():
             request = made(workflow_pb2.CreateWorkflowRequest, workflow_id=workflow_id or f"workflow-{uuid4().hex}")
-        request.spec.CopyFrom(await self._spec_of(graph))
+        parcel = Parcel(await self._spec_of(graph))
 
         async def call() -> str:
-            convert.fill_code(request.spec, graph.tasks.values(), self._known_code)
+            await self._send(parcel, graph.tasks.values())
+            request.spec.CopyFrom(parcel.carried())
             return (await self._rpc.call(self._rpc.workflows.CreateWorkflow, request)).workflow.workflow_id
 
-        return await self._offer(call)
+        return await self._offer(call, parcel)
 
     async def add_tasks(
         self, run_id: str, tasks: Sequence[LatticeTask], scope: Scope, expected_revision: int | None
@@ -141,26 +158,26 @@ class Starter:
         """As `add_tasks`, by `add`, which sends a request and returns the answer. Raises what that raises."""
         convert.pack_code(tasks)
         with building():
-            spec = await convert.tasks_of(tasks, self._transfer.store, scope)
+            parcel = Parcel(await convert.tasks_of(tasks, self._transfer.store, scope))
         # One for all tries: the server adds the tasks once.
         request_id = uuid4().hex
 
         async def call() -> int:
-            convert.fill_code(spec, tasks, self._known_code)
+            await self._send(parcel, tasks)
+            carried = parcel.carried()
             request = made(
                 workflow_pb2.AddTasksRequest,
                 run_id=run_id,
-                tasks=spec.tasks,
-                functions=spec.functions,
-                bundles=spec.bundles,
+                tasks=carried.tasks,
+                functions=carried.functions,
+                bundles=carried.bundles,
                 expected_revision=expected_revision,
                 request_id=request_id,
+                source_draft_id=carried.draft_id,
             )
-            response = await add(request)
-            self._known_code.update(function.digest for function in spec.functions.values())
-            return response.revision
+            return (await add(request)).revision
 
-        return await self._offer(call)
+        return await self._offer(call, parcel)
 
     def _common(self, settings: TaskRunSettings, run_id: str = "") -> dict[str, Any]:
         """Return the fields that requests for runs of one task and of a workflow have in common."""
@@ -189,17 +206,47 @@ class Starter:
         nothing = Scope(lambda output: False, ())
         return await Binder(f"parameter {name!r}", self._transfer.store, nothing).payload_of(value)
 
-    async def _offer(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Make a call that brings work: again with its code when the server has forgotten some, again later when the
-        server has as much as it takes."""
-        deadline = self._rpc.now() + self._admission_timeout_s
+    async def _send(self, parcel: Parcel, tasks: Collection[LatticeTask], around_bytes: int = 0) -> None:
+        """Put the code of tasks into their message; send its parts before when one message cannot carry it."""
+        if parcel.draft_id:
+            return
+        convert.fill_code(parcel.spec, tasks, self._known_code)
+        if parts := await Parts.needed(self._rpc, parcel.spec, around_bytes):
+            parcel.draft_id = await self._send_parts(parcel.spec, parts)
+
+    async def _send_parts(self, spec: workflow_pb2.WorkflowSpec, parts: Parts) -> str:
+        """Send the tasks, functions and bundles of a workflow; return the id of the draft that has them."""
+        draft_id = ""
+        for part in parts.of(spec):
+            draft_id = part.draft_id
+            await self._patiently(partial(self._rpc.call, self._rpc.workflows.AddTasks, part))
+        return draft_id
+
+    async def _offer(self, call: Callable[[], Awaitable[T]], parcel: Parcel | None = None) -> T:
+        """Make a call that brings work: again with what the server has forgotten of it, be it code or the parts that
+        were sent before, and again later when the server has as much as it takes."""
+        parcel = parcel or Parcel(workflow_pb2.WorkflowSpec())
         while True:
             try:
-                return await call()
+                found = await self._patiently(call)
             except errors.PreconditionError as error:
                 if error.reason != "FUNCTION_MISSING" or not self._known_code:
                     raise
                 self._known_code.clear()
+            except errors.NotFoundError as error:
+                if error.reason != "DRAFT_NOT_FOUND" or not parcel.draft_id:
+                    raise
+            else:
+                self._known_code.update(function.digest for function in parcel.spec.functions.values())
+                return found
+            parcel.draft_id = ""
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Make a call, again later when the server has as much as it takes."""
+        deadline = self._rpc.now() + self._admission_timeout_s
+        while True:
+            try:
+                return await call()
             except errors.ResourceExhaustedError as error:
                 if error.retry_after_s is None:
                     raise
@@ -209,19 +256,14 @@ class Starter:
                     raise
                 await self._rpc.sleep(wait_s)
 
-    async def _start(self, request: workflow_pb2.RunWorkflowRequest, graph: Graph[Any]) -> Started:
-        if request.HasField("workflow"):
-            convert.fill_code(request.workflow, graph.tasks.values(), self._known_code)
+    async def _start(self, request: workflow_pb2.RunWorkflowRequest) -> Started:
         if len(self._open) < MAX_OPEN_CALLS:
             execute = workflow_pb2.ExecuteWorkflowRequest(run=request)
             first, call = await self._rpc.begin(self._rpc.workflows.ExecuteWorkflow, execute, self._open.discard)
             self._open.add(call)
-            started = Started(first.accepted.run.run_id, call)
-        else:
-            answer = await self._rpc.call(self._rpc.workflows.RunWorkflow, request)
-            started = Started(answer.run.run_id)
-        self._known_code.update(function.digest for function in request.workflow.functions.values())
-        return started
+            return Started(first.accepted.run.run_id, call)
+        answer = await self._rpc.call(self._rpc.workflows.RunWorkflow, request)
+        return Started(answer.run.run_id)
 
 
 def _check_parameters(graph: Graph[Any], given: Mapping[str, Any]) -> None:

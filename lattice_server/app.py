@@ -20,6 +20,7 @@ from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.run import Bounds
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.drafts import Drafts
 from lattice_server.engine.folders import SOCKET
 from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator
@@ -27,6 +28,7 @@ from lattice_server.engine.ports import Contact, Executor
 from lattice_server.engine.run_entry import Retention
 from lattice_server.engine.scheduler import Scheduler
 from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.slices import Slices
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc.artifacts import ArtifactServicer
@@ -48,8 +50,9 @@ log = logging.getLogger(__name__)
 # How long one thread may hold the interpreter; the default of 5 ms would be most of a task's latency.
 SWITCH_INTERVAL_S = 0.0005
 WORKER_START_S = 30.0
-# Collections of a heap that holds whole graphs take long, and find little: almost nothing here forms cycles.
-GC_THRESHOLDS = (50_000, 50, 100)
+# Collections of a heap that holds whole graphs take long, and find little: almost nothing here forms cycles. The two
+# younger generations are small, so that no thread is held up for long; the oldest one is rarely looked through.
+GC_THRESHOLDS = (5_000, 4, 12_500)
 
 
 class SchedulerError(Exception):
@@ -69,6 +72,7 @@ class App:
         self.has_failed = asyncio.Event()
         self._sessions = Sessions(config.silence_limit_s)
         bounds = Bounds(config.max_run_tasks, config.max_map_items, config.max_spawn_depth)
+        slices = Slices()
         self._admission = admission = Admission(bounds, config.max_open_tasks)
         self._orchestrator = Orchestrator(
             self._bus,
@@ -82,6 +86,7 @@ class App:
             ),
             admission,
             config.open_run_grace_s,
+            slices,
         )
         self._epoch = epoch = secrets.token_hex(4)
         transfers = Transfers(self._store, self._sessions)
@@ -95,8 +100,9 @@ class App:
         token = config.token
         authentication = None if token is None else Authentication(token, worker_token=self._join_token)
         intake = Intake(config.inline_limit_bytes, config.batch_rules)
-        repeats = Repeats()
+        repeats = Repeats(slices=slices)
         library = WorkflowLibrary(self._store, config.max_workflows)
+        drafts = Drafts(self._store, config.max_run_tasks)
         self._workers = WorkerServicer(
             config,
             self._bus,
@@ -110,13 +116,14 @@ class App:
         self._rpc = RpcServer(
             config,
             str(self._store.directory / SOCKET),
-            WorkflowServicer(self._orchestrator, library, intake, repeats, config.question_limit_bytes),
+            WorkflowServicer(self._orchestrator, library, drafts, intake, repeats, slices, config.question_limit_bytes),
             TaskServicer(self._orchestrator, intake, repeats),
-            ResultsServicer(self._orchestrator),
+            ResultsServicer(self._orchestrator, slices),
             ArtifactServicer(self._store, transfers),
             ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, repeats, self._describe),
             self._workers,
             authentication,
+            slices,
         )
 
     async def start(self) -> None:

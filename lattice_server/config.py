@@ -8,6 +8,9 @@ from lattice_server.core.batching import BatchRule
 MIN_BEAT_S = 0.05
 # The contract promises this much; see `Limits.inline_payload_bytes`.
 MIN_INLINE_BYTES = 4096
+# See `Limits.message_bytes` and `Limits.message_tasks`.
+MIN_MESSAGE_BYTES = 1024 * 1024
+MIN_MESSAGE_TASKS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,9 @@ class ServerConfig:
     log_limit_bytes: int = 1024 * 1024
     store_folder: str = ""
     min_ping_interval_s: float = 10.0
-    message_limit_bytes: int = 256 * 1024 * 1024
+    message_limit_bytes: int = 16 * 1024 * 1024
+    message_limit_tasks: int = 50_000
+    worker_message_limit_bytes: int = 256 * 1024 * 1024
     retained_runs: int = 1000
     retained_tasks: int = 200_000
     retained_bytes: int = 1024 * 1024 * 1024

@@ -18,12 +18,18 @@ import tomllib
 from dataclasses import fields
 from typing import Any
 
-from lattice_server.config import MIN_INLINE_BYTES, ServerConfig
+from lattice_server.config import MIN_INLINE_BYTES, MIN_MESSAGE_BYTES, MIN_MESSAGE_TASKS, ServerConfig
 from lattice_server.core.batching import BatchRule, NameMatch
 
 PLAIN = {found.name: found.type for found in fields(ServerConfig) if found.type in {int, float, str}}
 FLAGS = frozenset({"host", "port", "executor"})
 KINDS = {int: "a whole number from 0", float: "a number from 0", str: "a text"}
+# What the contract promises.
+LEAST = {
+    "inline_limit_bytes": MIN_INLINE_BYTES,
+    "message_limit_bytes": MIN_MESSAGE_BYTES,
+    "message_limit_tasks": MIN_MESSAGE_TASKS,
+}
 RULE_KEYS = frozenset({"match", "pattern", "max_size", "max_wait_s"})
 
 
@@ -49,8 +55,8 @@ def read_config(text: str) -> ServerConfig:
         is_right = isinstance(value, kind | int if kind is float else kind) and not isinstance(value, bool)
         if not is_right or (isinstance(value, int | float) and not 0 <= value < math.inf):
             raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}")
-        if key == "inline_limit_bytes" and value < MIN_INLINE_BYTES:
-            raise ConfigError(f"{key} must be from {MIN_INLINE_BYTES}: clients send values that short inline, unasked")
+        if value < (least := LEAST.get(key, value)):
+            raise ConfigError(f"{key} must be from {least}: clients send that much unasked")
         settings[key] = value
     return ServerConfig(**settings)
 

@@ -1,4 +1,5 @@
-"""Owns the graph of a workflow: validation, growth, and who follows whom. Rule: networkx stays inside this file."""
+"""Owns the graph of a workflow: validation, growth, and who follows whom. Rule: a graph that does not fit changes
+nothing, and networkx stays inside this file."""
 
 import re
 from collections import ChainMap
@@ -9,6 +10,7 @@ import networkx as nx
 
 from lattice_server.core.errors import FieldViolation, InvalidError
 from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, TaskSpec, WorkflowSpec, leaves
+from lattice_server.core.steps import Steps, finish, stepwise
 
 MAX_VIOLATIONS = 25
 ITEM_ID = re.compile(r"(.+)\[\d+\]", re.DOTALL)
@@ -77,12 +79,17 @@ def build(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Dag:
     Raises:
         InvalidError: reason INVALID_WORKFLOW with the fields at fault, or WORKFLOW_CYCLE naming the cycle.
     """
+    return finish(building(spec, parameters))
+
+
+def building(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Steps[Dag]:
+    """As `build`, in steps."""
     dag = Dag(
         artifacts=[p.content for p in spec.parameters.values() if isinstance(p.content, Artifact)],
         kept_bytes=sum(payload.kept_bytes for payload in spec.parameters.values()),
     )
     given = None if parameters is None else set(parameters)
-    extend(dag, spec.tasks, None if given is None else given | set(spec.parameters))
+    yield from _extending(dag, spec.tasks, None if given is None else given | set(spec.parameters))
     if unknown := sorted((given or set()) - set(spec.parameters) - dag.parameters):
         violations = [FieldViolation(f'parameters["{name}"]', "the workflow has no such parameter") for name in unknown]
         raise _refusal(violations)
@@ -95,26 +102,45 @@ def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | Non
     Raises:
         InvalidError: as `build` does.
     """
+    finish(_extending(dag, added, parameters))
+
+
+def _extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> Steps[None]:
     new: dict[str, TaskSpec] = {}
     draft = _Draft(ChainMap(new, dag.tasks) if dag.tasks else new, parameters)
-    for index, task in enumerate(added):
+    for (index, task), is_step in stepwise(enumerate(added)):
         if task.task_id in draft.tasks:
             draft.complain(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice")
         new[task.task_id] = task
-    draft.check_item_ids(new)
-    edges = {task.task_id: draft.edges_of(task, f"tasks[{index}]") for index, task in enumerate(new.values())}
+        if is_step:
+            yield
+    yield from draft.check_item_ids(new)
+    edges: dict[str, dict[str, bool]] = {}
+    for (index, task), is_step in stepwise(enumerate(new.values())):
+        edges[task.task_id] = draft.edges_of(task, f"tasks[{index}]")
+        if is_step:
+            yield
     draft.refuse()
-    linked = _link(new, edges)
+    linked, ordered = yield from _link(new, edges)
     dag._heights.clear()
+    if not dag.tasks:
+        for task_id, is_step in stepwise(reversed(ordered)):
+            dag._heights[task_id] = 1 + max((dag._heights[target] for target in linked.get(task_id, ())), default=0)
+            if is_step:
+                yield
     dag.tasks.update(new)
-    for task_id in new:
+    behind: dict[str, list[str]] = {}
+    for (task_id, sources), is_step in stepwise(edges.items()):
         dag.successors[task_id] = linked.get(task_id, ())
-        dag.predecessors[task_id] = tuple(edges[task_id])
-    for task_id, sources in edges.items():
+        dag.predecessors[task_id] = tuple(sources)
         dag.optional.update((source, task_id) for source, is_optional in sources.items() if is_optional)
         for source in sources:
             if source not in new:
-                dag.successors[source] = (*dag.successors[source], task_id)
+                behind.setdefault(source, []).append(task_id)
+        if is_step:
+            yield
+    for source, targets in behind.items():
+        dag.successors[source] += tuple(targets)
     for source, outputs in draft.split.items():
         dag.split[source] = tuple(dict.fromkeys([*dag.split.get(source, ()), *outputs]))
     dag.artifacts += draft.artifacts
@@ -152,10 +178,12 @@ class _Draft:
         if self._violations:
             raise _refusal(self._violations)
 
-    def check_item_ids(self, new: Mapping[str, TaskSpec]) -> None:
+    def check_item_ids(self, new: Mapping[str, TaskSpec]) -> Steps[None]:
         """Complain about ids that items of mapped tasks may come to have."""
         named = self.tasks if any(task.over for task in new.values()) else new
-        for task_id in named:
+        for task_id, is_step in stepwise(named):
+            if is_step:
+                yield
             found = ITEM_ID.fullmatch(task_id)
             mapped = found and self.tasks.get(found[1])
             if found and mapped and mapped.over and (task_id in new or found[1] in new):
@@ -223,17 +251,30 @@ class _Draft:
         return False
 
 
-def _link(tasks: Mapping[str, TaskSpec], edges: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
-    """Return the successors of those tasks that have any among each other. Raises InvalidError when there is a cycle.
+def _link(
+    tasks: Mapping[str, TaskSpec], edges: Mapping[str, Mapping[str, bool]]
+) -> Steps[tuple[dict[str, tuple[str, ...]], list[str]]]:
+    """Return the successors of those tasks that have any among each other, and those tasks in an order that fits.
+
+    Raises InvalidError when there is a cycle.
 
     What was there before cannot depend on what is new, so a cycle lies among the new tasks.
     """
-    inner = [(source, target) for target, sources in edges.items() for source in sources if source in tasks]
-    if not inner:
-        return {}
-    graph: nx.DiGraph[str] = nx.DiGraph(inner)
-    if not nx.is_directed_acyclic_graph(graph):
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for (target, sources), is_step in stepwise(edges.items()):
+        graph.add_edges_from((source, target) for source in sources if source in tasks)
+        if is_step:
+            yield
+    ordered: list[str] = []
+    try:
+        for source, is_step in stepwise(nx.topological_sort(graph)):
+            ordered.append(source)
+            if is_step:
+                yield
+    except nx.NetworkXUnfeasible:
         cycle = [source for source, _ in nx.find_cycle(graph)]
         path = " -> ".join([*cycle, cycle[0]])
-        raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]})
-    return {task_id: tuple(graph.successors(task_id)) for task_id in graph}
+        raise InvalidError(
+            "WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]}
+        ) from None
+    return {source: tuple(graph.successors(source)) for source in ordered}, ordered

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from lattice_server.core.dag import Dag
 from lattice_server.core.messages import Split
 from lattice_server.core.model import Failure, Outputs, TaskSpec
 from lattice_server.core.states import TASK_TRANSITIONS, InvalidTransition, TaskState
+from lattice_server.core.steps import Steps, stepwise
 
 
 @dataclass(slots=True, eq=False)
@@ -81,3 +83,13 @@ class TaskTable:
         """Whether every task has ended."""
         counts = self.counts
         return not (counts[TaskState.BLOCKED] or counts[TaskState.QUEUED] or counts[TaskState.RUNNING])
+
+
+def tabulating(run_id: str, dag: Dag) -> Steps[TaskTable]:
+    """Return the tasks of a run that has not started, in steps."""
+    table = TaskTable(run_id)
+    for (task_id, task), is_step in stepwise(dag.tasks.items()):
+        table.add(TaskRecord(task, missing=len(dag.predecessors[task_id])))
+        if is_step:
+            yield
+    return table

@@ -3,7 +3,6 @@
 Rule: every change of a task's state goes through `TaskTable.move`, every public fact through `_publish`, in that order.
 """
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
@@ -14,6 +13,7 @@ from lattice_server.core.conditions import PathError
 from lattice_server.core.errors import ExhaustedError, LatticeError, PreconditionError
 from lattice_server.core.explanation import explain_in_run
 from lattice_server.core.growth import DEFAULT_BOUNDS, Bounds, items_of, refuse_late_maps
+from lattice_server.core.handover import Handover
 from lattice_server.core.messages import (
     CancelRequested,
     Explanation,
@@ -43,7 +43,7 @@ from lattice_server.core.model import (
     resolve,
 )
 from lattice_server.core.ranking import Ranking, least_left_aged
-from lattice_server.core.records import TaskRecord, TaskTable
+from lattice_server.core.records import TaskRecord, TaskTable, tabulating
 from lattice_server.core.reuse import Earlier
 from lattice_server.core.states import (
     RUN_TERMINAL,
@@ -53,6 +53,7 @@ from lattice_server.core.states import (
     RunState,
     TaskState,
 )
+from lattice_server.core.steps import finish
 from lattice_server.core.values import Values
 
 __all__ = ["Bounds", "Effect", "Run"]
@@ -80,7 +81,24 @@ class Run:
         bounds: Bounds = DEFAULT_BOUNDS,
         earlier: Earlier | None = None,
         is_open: bool = False,
+        table: TaskTable | None = None,
+        slice_tasks: int | None = None,
     ) -> None:
+        """Make a run that has not started.
+
+        Args:
+            run_id: names it.
+            spec: its workflow.
+            dag: the graph of that.
+            workflow_id: names the workflow if it is stored.
+            priority: added to that of each task.
+            tenant: whose share of the cluster it counts towards.
+            ranking: the order among its tasks.
+            bounds: how far it may grow.
+            earlier: the run that this one retries.
+            table: what `tabulating` made of the graph; it is made here when there is none.
+            slice_tasks: how many tasks are handed over at once; None for all. See `is_unsettled`.
+        """
         self.run_id = run_id
         self.spec = spec
         self.dag = dag
@@ -92,9 +110,7 @@ class Run:
         self.failure: Failure | None = None
         self.revision = 1
         self.started_at = 0.0
-        self._table = TaskTable(run_id)
-        for task_id, task in dag.tasks.items():
-            self._table.add(TaskRecord(task, missing=len(dag.predecessors[task_id])))
+        self._table = table or finish(tabulating(run_id, dag))
         self.tasks: Mapping[str, TaskRecord] = self._table.records
         self.counts: Mapping[TaskState, int] = self._table.counts
         self._ranking = ranking
@@ -102,7 +118,7 @@ class Run:
         self._earlier = earlier
         self.retried_run_id = earlier.run_id if earlier else ""
         self._values = Values(self.tasks, spec.parameters)
-        self._due: deque[str] = deque()
+        self.handover = Handover(slice_tasks)
         self._effects: list[Effect] = []
 
     @property
@@ -114,6 +130,15 @@ class Run:
     def open_tasks(self) -> int:
         """How many tasks have not ended."""
         return self.counts[TaskState.BLOCKED] + self.counts[TaskState.QUEUED] + self.counts[TaskState.RUNNING]
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether there are tasks to hand over still: `go_on` hands over the next of them."""
+        return self.handover.is_under_way and not self.is_terminal
+
+    def go_on(self, now: float) -> list[Effect]:
+        """Hand over more tasks, after a call that left some."""
+        return self._settle(now)
 
     @property
     def parameters(self) -> Mapping[str, Payload]:
@@ -134,14 +159,17 @@ class Run:
         self._values.parameters = {**self.spec.parameters, **parameters}
         self.started_at = now
         self._publish(RunStarted(self.workflow_id, len(self.tasks)))
-        self._due += [task_id for task_id, record in self.tasks.items() if record.missing == 0]
+        self.handover.ready += [task_id for task_id, record in self.tasks.items() if record.missing == 0]
         return self._settle(now)
 
     def handle(self, event: TaskEvent | TaskReturned, now: float) -> list[Effect]:
         """Take one fact about a task. A task that has ended ignores what comes late."""
         record = self.tasks[event.task_id]
+        if record.state is TaskState.BLOCKED and record.is_promised and record.missing == 0:
+            # The scheduler went on by itself before it was this one's turn here.
+            self._become_ready(event.task_id, record, now)
         if record.state in TASK_TERMINAL:
-            return []
+            return self._settle(now)
         match event:
             case TaskStarted():
                 self._table.move(record, TaskState.RUNNING)
@@ -203,7 +231,7 @@ class Run:
         """
         stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
         held = tuple(task_id for task_id, record in self.tasks.items() if record.is_with_scheduler)
-        self._due.clear()
+        self.handover.clear()
         self._effects = [CancelRequested(self.run_id, held, stopped)] if held else []
         for task_id, record in self.tasks.items():
             if record.state not in TASK_TERMINAL:
@@ -226,7 +254,12 @@ class Run:
         record.cancelled = record.cancelled or failure
         if record.items:
             held = tuple(item for item in record.items if self.tasks[item].is_with_scheduler)
-            return [CancelRequested(self.run_id, held, failure)]
+            effects: list[Effect] = [CancelRequested(self.run_id, held, failure)]
+            for item in record.items:
+                if self.tasks[item].state is TaskState.BLOCKED:
+                    # It was not handed over yet.
+                    effects += self.handle(TaskCancelled(self.run_id, item, 0, failure), now)
+            return effects
         if record.is_with_scheduler:
             return [CancelRequested(self.run_id, (task_id,), failure)]
         return self.handle(TaskCancelled(self.run_id, task_id, 0, failure), now)
@@ -333,18 +366,20 @@ class Run:
 
         The scheduler then goes on by itself when the task succeeds, instead of asking here first.
         """
-        frontier = [task_id]
-        while frontier:
-            source = frontier.pop()
-            for successor in self.dag.successors[source]:
-                record = self.tasks[successor]
-                if record.missing != 1 or record.state is not TaskState.BLOCKED or record.is_promised:
-                    continue
-                if record.spec.over or record.spec.condition is not None or (source, successor) in self.dag.optional:
-                    continue
-                record.is_promised = True
-                self._tell(record, source)
-                frontier.append(successor)
+        self.handover.promise(task_id)
+
+    def _promise(self, source: str, successor: str) -> bool:
+        """Hand over a task early if it waits for another one alone; return whether it was."""
+        record = self.tasks[successor]
+        if record.missing != 1 or record.state is not TaskState.BLOCKED or record.is_promised:
+            return False
+        if record.spec.over or record.spec.condition is not None or (source, successor) in self.dag.optional:
+            return False
+        if not self.tasks[source].is_with_scheduler or self.state is not RunState.RUNNING:
+            return False  # it ended meanwhile
+        record.is_promised = True
+        self._tell(record, source)
+        return True
 
     def _tell(self, record: TaskRecord, after: str) -> None:
         spec = record.spec
@@ -376,7 +411,7 @@ class Run:
         if record.state is not TaskState.BLOCKED or self.state is not RunState.RUNNING:
             return
         if record.missing == 0:
-            self._due.append(task_id)
+            self.handover.ready.append(task_id)
         elif record.missing == 1 and not record.is_promised:
             sources = self.dag.predecessors[task_id]
             last = next((source for source in sources if self.tasks[source].state not in TASK_TERMINAL), None)
@@ -405,8 +440,7 @@ class Run:
         self._table.move(record, TaskState.RUNNING)
         self.revision += 1
         self._publish(TasksAdded(tuple(record.items), task_id, self.revision))
-        for item_id in record.items:
-            self._become_ready(item_id, self.tasks[item_id], now)
+        self.handover.ready.extendleft(reversed(record.items))
         if not record.items:
             self._end_mapped(task_id, record, now)
 
@@ -509,16 +543,24 @@ class Run:
         self.failure = self.failure or failure
         self.is_open = False
         self._become(RunState.CANCELLING)
-        held = tuple(t for t, r in self.tasks.items() if r.is_with_scheduler)
-        stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
-        for task_id in held:
-            self.tasks[task_id].cancelled = stopped
-        if held or self.counts[TaskState.BLOCKED]:
+        if self.open_tasks:
             self._publish(RunCancelling(self.failure))
-        for record in [r for r in self.tasks.values() if r.state is TaskState.BLOCKED]:
-            self._skip(record, failure, now)
+        self.handover.stop(self.tasks, failure)
+
+    def _stop_some(self, now: float) -> None:
+        """Skip tasks that have not been handed over, and have the others end."""
+        held, cause = [], self.handover.cause
+        assert cause is not None
+        stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {cause.message}", cause=cause)
+        for task_id in self.handover.next_stopping():
+            record = self.tasks[task_id]
+            if record.is_with_scheduler:
+                record.cancelled = stopped
+                held.append(task_id)
+            if record.state is TaskState.BLOCKED:
+                self._skip(record, cause, now)
         if held:
-            self._effects.append(CancelRequested(self.run_id, held, stopped))
+            self._effects.append(CancelRequested(self.run_id, tuple(held), stopped))
 
     def _end(self, record: TaskRecord, state: TaskState, fact: Fact, now: float, ended_at: float | None = None) -> None:
         self._table.move(record, state)
@@ -554,8 +596,15 @@ class Run:
 
     def _settle(self, now: float) -> list[Effect]:
         # Step by step instead of each within the last: a chain of tasks that need no worker may be long.
-        while self._due:
-            task_id = self._due.popleft()
+        self.handover.begin()
+        while not self.handover.is_over:
+            if self.handover.stopping:
+                self._stop_some(now)
+                continue
+            if self.handover.is_promising:
+                self.handover.keep_promises(self.dag.successors, self._promise)
+                continue
+            task_id = self.handover.next_ready()
             record = self.tasks[task_id]
             if record.state is TaskState.BLOCKED and self.state is RunState.RUNNING:
                 self._become_ready(task_id, record, now)

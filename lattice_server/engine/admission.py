@@ -8,8 +8,11 @@ from lattice_server.core.leases import Node
 from lattice_server.core.model import TaskSpec
 from lattice_server.core.placement import Shape, impossibility, shape_of
 from lattice_server.core.run import Bounds
+from lattice_server.core.steps import Steps, finish, stepwise
 
 RETRY_AFTER_S = 1.0
+# A tenth of the open tasks is for runs of at most so many, so that large runs do not keep small ones out.
+SMALL_RUN_TASKS = 1000
 
 
 class Admission:
@@ -36,24 +39,25 @@ class Admission:
         """Note that tasks opened or, when negative, ended."""
         self._open_tasks += change
 
-    def check(self, tasks: Sequence[TaskSpec]) -> None:
-        """Let tasks in.
-
-        Raises:
-            ExhaustedError: RUN_TOO_LARGE, or QUEUE_FULL when it is worth asking again.
-            PreconditionError: UNSATISFIABLE_RESOURCES, no node could ever run one of them.
-        """
-        if len(tasks) > self.bounds.max_tasks:
+    def check_room(self, count: int) -> None:
+        """Let so many tasks in. Raises ExhaustedError: RUN_TOO_LARGE, or QUEUE_FULL when it is worth asking again."""
+        if count > self.bounds.max_tasks:
             raise ExhaustedError("RUN_TOO_LARGE", f"a run may have at most {self.bounds.max_tasks} tasks")
-        if self._open_tasks and self._open_tasks + len(tasks) > self._max_open_tasks:
-            text = f"{self._open_tasks} tasks are open, {len(tasks)} more are over the limit of {self._max_open_tasks}"
+        limit = self._max_open_tasks if count <= SMALL_RUN_TASKS else self._max_open_tasks * 9 // 10
+        if self._open_tasks and self._open_tasks + count > limit:
+            text = f"{self._open_tasks} tasks are open, {count} more are over the limit of {limit}"
             raise ExhaustedError("QUEUE_FULL", text, retry_after_s=RETRY_AFTER_S)
-        self.check_possible(tasks)
 
     def check_possible(self, tasks: Sequence[TaskSpec]) -> None:
         """Raise PreconditionError, UNSATISFIABLE_RESOURCES, when no node could ever run one of these tasks."""
+        finish(self.checking(tasks))
+
+    def checking(self, tasks: Sequence[TaskSpec]) -> Steps[None]:
+        """As `check_possible`, in steps."""
         possible: set[Shape] = set()
-        for index, task in enumerate(tasks):
+        for (index, task), is_step in stepwise(enumerate(tasks)):
+            if is_step:
+                yield
             shape = shape_of(task)
             if shape in possible:
                 continue

@@ -9,6 +9,8 @@ from queue import Empty, SimpleQueue
 from lattice_server.core.messages import SchedulerEffect, SchedulerEvent
 
 MAX_WAIT_S = 3600.0  # The operating system refuses to wait for centuries.
+# How many events, or effects, are handed over at once: the rest comes after what else there is to do.
+MAX_EVENTS = 256
 
 
 class MessageBus:
@@ -35,7 +37,7 @@ class MessageBus:
         self._to_scheduler.put(None)
 
     def next_events(self, timeout_s: float | None) -> list[SchedulerEvent] | None:
-        """Wait for events and return all there are; an empty list after `timeout_s` or an hour, None when closed."""
+        """Wait for events and return what there are; an empty list after `timeout_s` or an hour, None when closed."""
         try:
             first = self._to_scheduler.get(timeout=None if timeout_s is None else min(timeout_s, MAX_WAIT_S))
         except Empty:
@@ -43,7 +45,7 @@ class MessageBus:
         if first is None:
             return None
         events = list(first)
-        while not self._to_scheduler.empty():
+        while len(events) < MAX_EVENTS and not self._to_scheduler.empty():
             more = self._to_scheduler.get()
             if more is None:
                 self._to_scheduler.put(None)
@@ -63,8 +65,11 @@ class MessageBus:
     def _drain(self) -> None:
         # Cleared first: an effect added after the copy finds the flag down and wakes the loop again.
         self._is_waking = False
-        effects = []
-        while self._to_front:
+        effects: list[SchedulerEffect] = []
+        while self._to_front and len(effects) < MAX_EVENTS:
             effects.append(self._to_front.popleft())
+        if self._to_front and not self._is_waking:
+            self._is_waking = True
+            self._loop.call_soon(self._drain)
         if effects:
             self._deliver(effects)

@@ -48,20 +48,21 @@ class WorkflowLibrary:
         definition: object,
         fingerprint: str,
         size_bytes: int = 0,
+        graph: dag.Dag | None = None,
     ) -> tuple[WorkflowEntry, bool]:
         """Store a workflow, or return the one that has this id and content. Its definition takes `size_bytes`.
+
+        Its `graph` is built here unless it was before.
 
         Raises:
             ConflictError: the id was used with other content.
             ExhaustedError: TOO_MANY_WORKFLOWS, by number or by size; one has to be deleted first.
             InvalidError: the graph is not valid.
         """
-        existing = self.workflows.get(workflow_id)
+        existing = self.find(workflow_id, fingerprint)
         if existing is not None:
-            if existing.fingerprint != fingerprint:
-                raise ConflictError("WORKFLOW_ID_CONFLICT", f"workflow {workflow_id!r} exists with other content")
             return existing, False
-        graph = dag.build(spec)
+        graph = graph or dag.build(spec)
         if len(self.workflows) >= self._max_workflows:
             text = f"{len(self.workflows)} workflows are stored, as many as may be; delete one, or run graphs inline"
             raise ExhaustedError("TOO_MANY_WORKFLOWS", text)
@@ -83,6 +84,13 @@ class WorkflowLibrary:
         self.workflows[named] = entry
         return entry, True
 
+    def find(self, workflow_id: str, fingerprint: str) -> WorkflowEntry | None:
+        """Return the workflow that has this id and content, if there is one. Raises ConflictError as `create`."""
+        existing = self.workflows.get(workflow_id)
+        if existing is not None and existing.fingerprint != fingerprint:
+            raise ConflictError("WORKFLOW_ID_CONFLICT", f"workflow {workflow_id!r} exists with other content")
+        return existing
+
     def change(
         self,
         entry: WorkflowEntry,
@@ -90,9 +98,10 @@ class WorkflowLibrary:
         functions: dict[str, Function],
         definition: object,
         size_bytes: int = 0,
+        graph: dag.Dag | None = None,
     ) -> None:
-        """Replace a stored workflow's definition. Raises ExhaustedError, InvalidError."""
-        graph = dag.build(spec)
+        """Replace a stored workflow's definition; see `create`. Raises ExhaustedError, InvalidError."""
+        graph = graph or dag.build(spec)
         self._check_size(size_bytes - entry.size_bytes)
         self._kept_bytes += size_bytes - entry.size_bytes
         entry.size_bytes = size_bytes

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
+from typing import NamedTuple, NotRequired, TypedDict, Unpack
 from uuid import uuid4
 
 from lattice_server.core import dag
@@ -35,8 +36,10 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.open_run import HolderEffect
 from lattice_server.core.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
+from lattice_server.core.records import TaskTable, tabulating
 from lattice_server.core.reuse import Earlier, workflow_of
 from lattice_server.core.run import Effect, Run
+from lattice_server.core.steps import STEP_ITEMS, Steps, finish
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.ended_runs import EndedRuns
@@ -45,6 +48,7 @@ from lattice_server.engine.library import expect_revision
 from lattice_server.engine.open_runs import TOLD, OpenRuns
 from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.slices import Slices
 from lattice_server.engine.store import ArtifactStore
 
 log = logging.getLogger(__name__)
@@ -64,6 +68,26 @@ TASK_EVENTS = (
 ToRun = TaskEvent | TaskReturned | TasksSpawned | QuestionAsked
 
 
+class StartSettings(TypedDict):
+    """How a run is run; see `Run` and `RunEntry`."""
+
+    labels: Mapping[str, str]
+    priority: int
+    tenant: NotRequired[str]
+    workflow_id: NotRequired[str]
+    timeout_s: NotRequired[float | None]
+    earlier: NotRequired[Earlier | None]
+    is_open: NotRequired[bool]
+
+
+class Prepared(NamedTuple):
+    """A run that was checked and has not started."""
+
+    spec: WorkflowSpec
+    graph: dag.Dag
+    table: TaskTable
+
+
 class Orchestrator:
     """Starts, follows and cancels runs. Every method runs on the main thread's event loop."""
 
@@ -75,6 +99,7 @@ class Orchestrator:
         retention: Retention,
         admission: Admission,
         open_run_grace_s: float = 30.0,
+        slices: Slices | None = None,
     ) -> None:
         self.runs: OrderedDict[str, RunEntry] = OrderedDict()
         self.is_stopping = False
@@ -83,6 +108,7 @@ class Orchestrator:
         self._store = store
         self.inquiries = Inquiries(bus)
         self._admission = admission
+        self._slices = slices or Slices()
         self._numbers = count(1)
         self._ended = EndedRuns(self.runs, store, retention)
         self.open_runs = OpenRuns(open_run_grace_s, self._change, sessions.perform)
@@ -94,14 +120,8 @@ class Orchestrator:
         spec: WorkflowSpec,
         *,
         parameters: Mapping[str, Payload],
-        labels: Mapping[str, str],
-        priority: int,
         fingerprint: str,
-        tenant: str = "",
-        workflow_id: str = "",
-        timeout_s: float | None = None,
-        earlier: Earlier | None = None,
-        is_open: bool = False,
+        **settings: Unpack[StartSettings],
     ) -> tuple[RunEntry, bool]:
         """Start a run, or return the one that has this id and content; the flag tells whether it is new.
 
@@ -113,32 +133,77 @@ class Orchestrator:
             PreconditionError: no node could ever run one of its tasks.
             UnavailableError: the server is stopping.
         """
+        if entry := self.known(run_id, fingerprint):
+            return entry, False
+        prepared = finish(self._preparing(run_id, spec, parameters))
+        return self._begin(prepared, parameters, fingerprint, settings), True
+
+    async def submit(
+        self,
+        run_id: str,
+        spec: WorkflowSpec,
+        *,
+        parameters: Mapping[str, Payload],
+        fingerprint: str,
+        **settings: Unpack[StartSettings],
+    ) -> tuple[RunEntry, bool]:
+        """As `start_run`, in slices: others are served meanwhile."""
+        if entry := self.known(run_id, fingerprint):
+            return entry, False
+        prepared = await self._slices.finish(self._preparing(run_id, spec, parameters))
+        # The same request may have come twice.
+        if entry := self.known(run_id, fingerprint):
+            return entry, False
+        return self._begin(prepared, parameters, fingerprint, settings), True
+
+    def known(self, run_id: str, fingerprint: str) -> RunEntry | None:
+        """Return the run that has this id and content, if there is one. Raises as `start_run`."""
         if self.is_stopping:
             raise UnavailableError("SHUTTING_DOWN", "the server is stopping", retry_after_s=1.0)
         existing = self.runs.get(run_id)
         if existing is not None:
             if existing.fingerprint != fingerprint:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} exists with other content")
-            return existing, False
+            return existing
         if (known := self._ended.fingerprint_of(run_id)) is not None:
             if known != fingerprint:
                 raise ConflictError("RUN_ID_CONFLICT", f"run {run_id!r} existed with other content")
             raise self._no_run(run_id)
-        graph = dag.build(spec, parameters)
-        self._admission.check(spec.tasks)
+        return None
+
+    def _preparing(self, run_id: str, spec: WorkflowSpec, parameters: Mapping[str, Payload]) -> Steps[Prepared]:
+        self._admission.check_room(len(spec.tasks))
+        graph = yield from dag.building(spec, parameters)
+        yield from self._admission.checking(spec.tasks)
+        table = yield from tabulating(run_id or f"run-{uuid4().hex}", graph)
+        return Prepared(spec, graph, table)
+
+    def _begin(
+        self, prepared: Prepared, parameters: Mapping[str, Payload], fingerprint: str, settings: StartSettings
+    ) -> RunEntry:
+        spec, graph, table = prepared
+        self._admission.check_room(len(spec.tasks))
+        timeout_s = settings.get("timeout_s")
         run = Run(
-            run_id or f"run-{uuid4().hex}",
+            table.run_id,
             spec,
             graph,
-            workflow_id,
-            priority,
-            tenant=tenant,
+            settings.get("workflow_id", ""),
+            settings["priority"],
+            tenant=settings.get("tenant", ""),
             bounds=self._admission.bounds,
-            earlier=earlier,
-            is_open=is_open,
+            earlier=settings.get("earlier"),
+            table=table,
+            slice_tasks=STEP_ITEMS,
+            is_open=settings.get("is_open", False),
         )
         entry = RunEntry(
-            run, next(self._numbers), fingerprint, time.time(), labels, sum(p.kept_bytes for p in parameters.values())
+            run,
+            next(self._numbers),
+            fingerprint,
+            time.time(),
+            settings["labels"],
+            sum(p.kept_bytes for p in parameters.values()),
         )
         self.runs[run.run_id] = entry
         given = [p.content for p in parameters.values() if isinstance(p.content, Artifact)]
@@ -147,12 +212,12 @@ class Orchestrator:
             entry.timeout_s = timeout_s
             loop = asyncio.get_running_loop()
             entry.expiry = loop.call_later(timeout_s, self._expire, entry, timeout_s)
-        if is_open:
+        if run.is_open:
             self.open_runs.open(entry)
         self._change(entry, lambda: run.start(parameters, time.monotonic()))
-        return entry, True
+        return entry
 
-    def retry_run(self, run_id: str, new_run_id: str, fingerprint: str) -> tuple[RunEntry, bool]:
+    async def retry_run(self, run_id: str, new_run_id: str, fingerprint: str) -> tuple[RunEntry, bool]:
         """Start a run that takes over what another one finished, or return the one that has this id and content.
 
         Raises:
@@ -165,7 +230,7 @@ class Orchestrator:
         if not old.is_terminal:
             text = f"run {run_id!r} is {old.state.value}; it can be retried when it has ended"
             raise PreconditionError("RUN_NOT_ENDED", text)
-        return self.start_run(
+        return await self.submit(
             new_run_id,
             workflow_of(old.spec, old.tasks),
             parameters=old.parameters,
@@ -187,7 +252,8 @@ class Orchestrator:
         """
         entry = self.run(run_id)
         expect_revision(f"run {run_id!r}", entry.run.revision, expected_revision)
-        self._admission.check(tasks)
+        self._admission.check_room(len(tasks))
+        self._admission.check_possible(tasks)
         self._change(entry, lambda: entry.run.append(tasks, time.monotonic()))
         return entry
 
@@ -323,12 +389,20 @@ class Orchestrator:
             entry.graph_artifacts = len(entry.run.dag.artifacts)
         self._admission.count(entry.run.open_tasks - entry.open_tasks)
         entry.open_tasks = entry.run.open_tasks
+        if entry.run.is_unsettled and not entry.is_going_on:
+            entry.is_going_on = True
+            self._slices.call(lambda: self._go_on(entry))
         if entry.run.is_terminal and entry.ended_s is None:
             for timer in (entry.expiry, entry.grace):
                 if timer is not None:
                     timer.cancel()
             entry.ended_s = time.time()
             self._ended.add(entry)
+
+    def _go_on(self, entry: RunEntry) -> None:
+        """Have a run hand over more of its tasks."""
+        entry.is_going_on = False
+        self._change(entry, lambda: entry.run.go_on(time.monotonic()))
 
     def _keep(self, entry: RunEntry, artifacts: list[Artifact]) -> None:
         if artifacts:

@@ -24,7 +24,8 @@ class RunEntry:
     and its outputs; `graph_artifacts` of its graph's are among them. `open_tasks` is what admission counts for it;
     `expiry` ends it when its time is over. `start_times_s` and `end_times_s` are those of its tasks, and `began_s` that
     of the first start, in seconds since the epoch. Of a run that was opened, `open_run` is the machine of its caller,
-    `holder` the stream that holds it, and `grace` ends it when there is none for too long.
+    `holder` the stream that holds it, and `grace` ends it when there is none for too long. It `is_going_on` while a
+    turn of it to hand over tasks is to come.
     """
 
     run: Run
@@ -47,6 +48,7 @@ class RunEntry:
     open_run: OpenRun | None = None
     holder: Holder | None = None
     grace: asyncio.TimerHandle | None = None
+    is_going_on: bool = False
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times a fact tells, given how far the clock that people read is ahead of the machines' clock.

@@ -109,7 +109,7 @@ def _welcome(effect: WelcomeWorker, config: ServerConfig, server_id: str) -> wor
         silence_limit=convert.duration(config.silence_limit_s),
         server_id=server_id,
         drop_artifact_ids=effect.drop_artifact_ids,
-        message_limit_bytes=config.message_limit_bytes,
+        message_limit_bytes=config.worker_message_limit_bytes,
         question_limit_bytes=config.question_limit_bytes,
     )
 
@@ -121,7 +121,7 @@ class _Work:
         self.full: list[worker_pb2.ConnectResponse] = []
         self.last = worker_pb2.ConnectResponse()
         self._sent = connection.sent
-        self._limit_bytes = min(config.message_limit_bytes, WORKER_LIMIT_BYTES) - ENVELOPE_BYTES
+        self._limit_bytes = min(config.worker_message_limit_bytes, WORKER_LIMIT_BYTES) - ENVELOPE_BYTES
         # What surrounds each of many is not counted.
         self._part_bytes = min(PART_BYTES, self._limit_bytes * 3 // 4)
         self._size = 0

@@ -23,6 +23,7 @@ from lattice_server.core.model import Payload
 from lattice_server.core.records import TaskRecord
 from lattice_server.core.states import RunState, TaskState
 from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.slices import Slices
 from lattice_server.rpc.convert import (
     JSON,
     duration,
@@ -192,7 +193,10 @@ def _no_items(record: TaskRecord) -> dict[str, Payload]:
     return dict.fromkeys(record.spec.outputs, EMPTY_LIST) if is_empty else {}
 
 
-def result_to_proto(entry: RunEntry) -> results_pb2.GetResultResponse:
-    """Return a run and its final tasks as they are now; after a mapped one its items."""
-    final_tasks = [task_to_proto(entry, task_id) for task_id in entry.run.final_task_ids()]
-    return results_pb2.GetResultResponse(run=run_to_proto(entry), final_tasks=final_tasks)
+async def result_to_proto(entry: RunEntry, slices: Slices) -> results_pb2.GetResultResponse:
+    """Return a run and its final tasks as they are now; after a mapped one its items. Made in slices."""
+    # First: a run that has ended by then has the outputs of its tasks after that.
+    response = results_pb2.GetResultResponse(run=run_to_proto(entry))
+    async for task_id in slices.each(entry.run.final_task_ids()):
+        response.final_tasks.append(task_to_proto(entry, task_id))
+    return response

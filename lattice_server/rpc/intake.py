@@ -60,19 +60,18 @@ class Intake:
         """Check and return tasks, batched as the server's rules say."""
         return definitions.tasks_from_proto(messages, functions, self.inline_limit_bytes, self._rules)
 
-    def spec(self, message: workflow_pb2.WorkflowSpec) -> tuple[WorkflowSpec, dict[str, Function]]:
-        """Check and return a workflow and its functions by name."""
-        functions = self.functions(message.functions, message.bundles)
-        return self.graph(message, functions), functions
+    def task(self, message: task_pb2.TaskSpec, field: str, functions: Mapping[str, Function]) -> TaskSpec:
+        """Check and return one task, as `tasks` does."""
+        return definitions.task_from_proto(message, field, functions, self.inline_limit_bytes, self._rules)
 
-    def graph(self, message: workflow_pb2.WorkflowSpec, functions: Mapping[str, Function]) -> WorkflowSpec:
-        """Check and return a workflow of functions that were taken in before. May be called from any thread."""
+    def workflow(self, message: workflow_pb2.WorkflowSpec, tasks: tuple[TaskSpec, ...]) -> WorkflowSpec:
+        """Check and return a workflow of tasks that were taken in before."""
         policy = FAILURE_POLICY_FROM_PROTO.get(message.failure_policy)
         if policy is None:
             raise invalid_field("failure_policy", f"there is no failure policy {message.failure_policy}")
         message.ClearField("bundles")
         return WorkflowSpec(
-            tasks=self.tasks(message.tasks, functions),
+            tasks=tasks,
             display_name=message.display_name,
             parameters=self.payloads(message.parameters, "parameters"),
             failure_policy=policy,

@@ -1,8 +1,6 @@
 """Owns the one translation from errors to gRPC statuses. Rule: no servicer sets a status itself."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -15,7 +13,9 @@ from grpc_interceptor.exception_to_status import AsyncExceptionToStatusIntercept
 from lattice.v1 import errors_pb2
 
 from lattice_server.core import errors
+from lattice_server.engine.slices import Slices
 from lattice_server.rpc.context import Context
+from lattice_server.rpc.reading import MessageLimits, RequestReader, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -89,48 +89,42 @@ def internal_refusal(error_id: str) -> errors_pb2.Refusal:
     )
 
 
-def unreadable(error: DecodeError) -> errors.InvalidError:
-    """Return the error for bytes that are not the message they should be, or hold text that is not UTF-8."""
-    return errors.invalid_field("request", str(error))
-
-
-def _reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def read(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except DecodeError as error:
-            return _Unreadable(error)
-
-    return read
-
-
 def _cut(text: str, limit_bytes: int) -> str:
     return text.encode(errors="replace")[:limit_bytes].decode(errors="ignore")
-
-
-@dataclass(frozen=True, slots=True)
-class _Unreadable:
-    """Stands for a request that could not be read, for which grpcio would log a traceback: a line a byte."""
-
-    error: DecodeError
 
 
 class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
     """Ends RPCs whose handler raised. A `LatticeError` keeps its meaning; anything else is a bug with an id."""
 
+    def __init__(self, limits: MessageLimits, slices: Slices) -> None:
+        super().__init__()
+        self._limits = limits
+        self._slices = slices
+        self._readers: dict[str, RequestReader] = {}
+
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap a handler, except that of the workers' stream: its errors go in band, and it is the hot path."""
-        if handler_call_details.method.endswith("/Connect"):
+        method = handler_call_details.method
+        if method.endswith("/Connect"):
             return await continuation(handler_call_details)
         handler = await super().intercept_service(continuation, handler_call_details)  # type: ignore[no-untyped-call]
-        if handler is None or handler.request_streaming:
-            return handler
-        return handler._replace(request_deserializer=_reading(handler.request_deserializer))
+        if handler is None:
+            return None
+        reader = self._readers.get(method)
+        if reader is None:
+            reader = self._readers[method] = RequestReader(method, self._limits, self._slices)
+        return handler._replace(request_deserializer=reader.deserialize)
 
     async def intercept(self, method: Any, request_or_iterator: Any, context: Context, method_name: str) -> Any:
-        """Make the call, if its request could be read."""
-        if isinstance(request_or_iterator, _Unreadable):
-            await self.handle_exception(request_or_iterator.error, request_or_iterator, context, method_name)
+        """Make the call, if its request can be read."""
+        reader = self._readers[method_name]
+        if hasattr(request_or_iterator, "__aiter__"):
+            request_or_iterator = reader.read_each(request_or_iterator)
+        else:
+            try:
+                request_or_iterator = await reader.read(request_or_iterator)
+            except errors.LatticeError as error:
+                await self.handle_exception(error, request_or_iterator, context, method_name)
         return await super().intercept(method, request_or_iterator, context, method_name)
 
     async def handle_exception(

@@ -12,7 +12,7 @@ from lattice_server.rpc.parts import PART_BYTES
 from lattice_server.rpc.waiting import MAX_WAIT_S
 
 PROTOCOL_VERSION = 1
-FEATURES = ("output-path", "request-id", "run-graph", "open-run")
+FEATURES = ("drafts", "output-path", "request-id", "run-graph", "open-run")
 
 
 def limits_to_proto(config: ServerConfig) -> cluster_pb2.Limits:
@@ -35,4 +35,5 @@ def limits_to_proto(config: ServerConfig) -> cluster_pb2.Limits:
         open_run_grace=convert.duration(config.open_run_grace_s),
         question_bytes=config.question_limit_bytes,
         open_questions=MAX_QUESTIONS,
+        message_tasks=config.message_limit_tasks,
     )

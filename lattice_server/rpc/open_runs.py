@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from functools import partial
 from uuid import uuid4
 
-from google.protobuf.message import DecodeError
 from lattice.v1 import errors_pb2, run_pb2, workflow_pb2
 
 from lattice_server.core.errors import LatticeError, invalid_field
@@ -24,7 +23,7 @@ from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.subscriptions import BATCH
 from lattice_server.rpc import convert
 from lattice_server.rpc.events import event_to_proto, run_to_proto
-from lattice_server.rpc.interceptors import internal_refusal, refusal_of, unreadable
+from lattice_server.rpc.interceptors import internal_refusal, refusal_of
 from lattice_server.rpc.parts import PART_BYTES, in_parts
 
 log = logging.getLogger(__name__)
@@ -112,8 +111,9 @@ class _Stream:
                     self._holder.news.set()
             # Whether the caller has ended its side or the stream broke: grpcio tells the two alike.
             self._open_runs.fall_silent(self._entry, self._holder)
-        except DecodeError as error:
-            self._stop(refusal_of(unreadable(error)))
+        except LatticeError as error:
+            # A message that is too large, or is none.
+            self._stop(refusal_of(error))
         except Exception:
             error_id = uuid4().hex
             log.exception("the stream that holds run %s failed, error id %s", self._entry.run.run_id, error_id)

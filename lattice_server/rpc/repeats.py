@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from lattice_server.core.errors import ConflictError, invalid_field
-from lattice_server.engine.run_entry import fingerprint
+from lattice_server.engine.slices import Slices
+from lattice_server.rpc.prints import fingerprint_of
 
 Response = TypeVar("Response", bound=Message)
 
@@ -33,8 +34,13 @@ class Repeats:
     """The answers of the last hour by request id, oldest first, and no more of them than the limits say."""
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, max_answers: int = MAX_ANSWERS, max_bytes: int = MAX_BYTES
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        max_answers: int = MAX_ANSWERS,
+        max_bytes: int = MAX_BYTES,
+        slices: Slices | None = None,
     ) -> None:
+        self._slices = slices or Slices()
         self._clock = clock
         self._max_answers = max_answers
         self._max_bytes = max_bytes
@@ -60,7 +66,7 @@ class Repeats:
         if len(request.request_id) > MAX_ID_LENGTH:
             raise invalid_field("request_id", f"must have at most {MAX_ID_LENGTH} characters")
         key = (request.DESCRIPTOR.full_name, request.request_id)
-        print_ = fingerprint(request.SerializeToString(deterministic=True))
+        print_ = await fingerprint_of(request, self._slices)
         self._forget()
         known = self._answers.get(key)
         if known is None:

@@ -8,6 +8,7 @@ from lattice.v1 import results_pb2, results_pb2_grpc
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.messages import RunEvent, RunFinished, RunStarted, TaskLogged
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.slices import Slices
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import event_to_proto, result_to_proto
 from lattice_server.rpc.parts import in_parts
@@ -17,8 +18,9 @@ from lattice_server.rpc.waiting import wait_from_proto
 class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
     """The `ResultsService`."""
 
-    def __init__(self, orchestrator: Orchestrator) -> None:
+    def __init__(self, orchestrator: Orchestrator, slices: Slices) -> None:
         self._orchestrator = orchestrator
+        self._slices = slices
 
     async def WatchRun(
         self, request: results_pb2.WatchRunRequest, context: Context
@@ -46,7 +48,7 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
         """Return a run and the outputs of its final tasks."""
         entry = self._orchestrator.run(request.run_id)
         await entry.log.completed(wait_from_proto(request.wait, "wait"))
-        return result_to_proto(entry)
+        return await result_to_proto(entry, self._slices)
 
 
 def _is_wanted(event: RunEvent, task_ids: frozenset[str], exclude_logs: bool) -> bool:

@@ -28,10 +28,12 @@ from opentelemetry import trace
 from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
 from lattice_server.config import ServerConfig, ServerTls
+from lattice_server.engine.slices import Slices
 from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.interceptors import ErrorInterceptor
+from lattice_server.rpc.reading import MessageLimits
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
@@ -81,10 +83,12 @@ class RpcServer:
         cluster: ClusterServicer,
         workers: WorkerServicer,
         authentication: Authentication | None,
+        slices: Slices,
     ) -> None:
         self._config = config
         self.local_target = f"unix:{local_path}"
-        interceptors: list[Any] = [ErrorInterceptor()]
+        limits = MessageLimits(config.message_limit_bytes, config.message_limit_tasks)
+        interceptors: list[Any] = [ErrorInterceptor(limits, slices)]
         # Without a provider spans go nowhere, and the interceptor would only cost every call a quarter of its time.
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             # A span that lives as long as a worker tells nobody anything.
@@ -143,8 +147,9 @@ def _server(config: ServerConfig, interceptors: Sequence[Any]) -> grpc.aio.Serve
         options=[
             # grpcio lets two servers share a port and splits the calls between them, unless told not to.
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", config.message_limit_bytes),
-            ("grpc.max_send_message_length", config.message_limit_bytes),
+            # That of the workers' stream: gRPC has one limit for all methods. Callers have a lower one; see `reading`.
+            ("grpc.max_receive_message_length", config.worker_message_limit_bytes),
+            ("grpc.max_send_message_length", config.worker_message_limit_bytes),
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             # Callers ping every 30 s; more than two pings each sooner than this after the last end a connection.

@@ -26,9 +26,9 @@ from lattice_server.rpc import convert
 from lattice_server.rpc.assignments import responses
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.intake import Intake
-from lattice_server.rpc.interceptors import unreadable
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.offers import check_first, deadline_from_proto, version_misfit
+from lattice_server.rpc.reading import unreadable
 
 log = logging.getLogger(__name__)
 

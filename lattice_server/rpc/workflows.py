@@ -1,6 +1,5 @@
 """Serves `WorkflowService`: convert, ask the orchestrator, convert back."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -10,11 +9,13 @@ from itertools import islice
 from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 
 from lattice_server.core import dag
-from lattice_server.core.errors import ConflictError, InvalidError, invalid_field
+from lattice_server.core.errors import InvalidError, invalid_field
 from lattice_server.core.model import WorkflowSpec
+from lattice_server.engine.drafts import Drafts
 from lattice_server.engine.library import WorkflowEntry, WorkflowLibrary, expect_revision
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
+from lattice_server.engine.slices import Slices
 from lattice_server.rpc import convert, definitions
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.events import RUN_STATE_TO_PROTO, result_to_proto, run_to_proto, run_to_view
@@ -23,8 +24,7 @@ from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.open_runs import OpenRunStreams
 from lattice_server.rpc.paging import is_full, number_after, page
 from lattice_server.rpc.repeats import Repeats
-
-LARGE_GRAPH = 1000
+from lattice_server.rpc.submissions import Submission, Submissions, merged
 
 
 class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
@@ -34,14 +34,19 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self,
         orchestrator: Orchestrator,
         library: WorkflowLibrary,
+        drafts: Drafts,
         intake: Intake,
         repeats: Repeats,
+        slices: Slices,
         question_limit_bytes: int,
     ) -> None:
         self._orchestrator = orchestrator
         self._library = library
+        self._drafts = drafts
         self._intake = intake
         self._repeats = repeats
+        self._slices = slices
+        self._submissions = Submissions(intake, drafts, slices)
         start = partial(self._start, is_open=True)
         self._open_runs = OpenRunStreams(orchestrator, question_limit_bytes, start, self._add_once)
 
@@ -49,38 +54,58 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         self, request: workflow_pb2.CreateWorkflowRequest, context: Context
     ) -> workflow_pb2.CreateWorkflowResponse:
         """Store a workflow, or only check it."""
-        spec, functions = self._intake.spec(request.spec)
+        found = await self._submissions.graph(request.spec)
         if request.validate_only:
-            dag.build(spec)
+            found.check()
+            await self._slices.finish(dag.building(found.spec))
             return workflow_pb2.CreateWorkflowResponse(workflow=workflow_pb2.Workflow(spec=request.spec))
-        print_ = fingerprint(request.spec.SerializeToString(deterministic=True))
-        size = request.spec.ByteSize()
-        entry, created = self._library.create(request.workflow_id, spec, functions, request.spec, print_, size)
+        print_ = fingerprint(*found.print_parts)
+        entry = self._library.find(request.workflow_id, print_)
+        if entry is not None:
+            return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry))
+        found.check()
+        graph = await self._slices.finish(dag.building(found.spec))
+        definition = await self._submissions.definition(request.spec, found)
+        size, functions = definition.ByteSize(), dict(found.functions)
+        entry, created = self._library.create(
+            request.workflow_id, found.spec, functions, definition, print_, size, graph
+        )
+        self._drafts.use_up(found.draft_id)
         return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry), created=created)
 
     async def AddTasks(self, request: workflow_pb2.AddTasksRequest, context: Context) -> workflow_pb2.AddTasksResponse:
-        """Add tasks to a stored workflow, or to a run."""
+        """Add tasks to a stored workflow, to a run, or to a draft."""
         parent = request.WhichOneof("parent")
         if parent is None:
-            raise invalid_field("parent", "tasks are added to a workflow or to a run: name one")
+            raise invalid_field("parent", "tasks are added to a workflow, a run or a draft: name one")
+        if request.source_draft_id and parent != "run_id":
+            raise invalid_field("source_draft_id", "what a draft has can be added to a run only")
         return await self._add_once(request)
 
     async def _add_once(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
-        add = self._add_to_run if request.WhichOneof("parent") == "run_id" else self._add_to_workflow
+        adds = {"run_id": self._add_to_run, "workflow_id": self._add_to_workflow, "draft_id": self._add_to_draft}
+        add = adds[request.WhichOneof("parent") or "run_id"]
         return await self._repeats.once(request, partial(add, request))
+
+    async def _add_to_draft(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
+        revision = await self._submissions.part(request, expected_revision(request))
+        return workflow_pb2.AddTasksResponse(revision=revision)
 
     async def _add_to_workflow(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
         entry = self._expect(request.workflow_id, expected_revision(request))
         added = self._intake.functions(request.functions, request.bundles)
-        for name, function in added.items():
-            if name in entry.functions and entry.functions[name].digest != function.digest:
-                raise ConflictError("WORKFLOW_ID_CONFLICT", f"function {name!r} exists with other content")
-        functions = {**entry.functions, **added}
-        tasks = self._intake.tasks(request.tasks, functions)
+        merged(entry.functions, added)
+        tasks = await self._submissions.tasks(request.tasks, merged(entry.functions, added))
+        while True:
+            entry, revision = self._expect(request.workflow_id, expected_revision(request)), entry.revision
+            changed = replace(entry.spec, tasks=entry.spec.tasks + tuple(tasks))
+            graph = await self._slices.finish(dag.building(changed))
+            if self._library.workflows.get(request.workflow_id) is entry and entry.revision == revision:
+                break
+        functions = merged(entry.functions, added)
         definition = workflow_pb2.WorkflowSpec(functions=request.functions, tasks=request.tasks)
         definition = _merged(_definition(entry), definition)
-        changed = replace(entry.spec, tasks=entry.spec.tasks + tasks)
-        self._library.change(entry, changed, functions, definition, definition.ByteSize())
+        self._library.change(entry, changed, functions, definition, definition.ByteSize(), graph)
         return workflow_pb2.AddTasksResponse(revision=entry.revision)
 
     async def AddEdges(self, request: workflow_pb2.AddEdgesRequest, context: Context) -> workflow_pb2.AddEdgesResponse:
@@ -148,7 +173,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         accepted = workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
         yield workflow_pb2.ExecuteWorkflowResponse(accepted=accepted)
         await entry.log.completed()
-        yield workflow_pb2.ExecuteWorkflowResponse(ended=result_to_proto(entry))
+        yield workflow_pb2.ExecuteWorkflowResponse(ended=await result_to_proto(entry, self._slices))
 
     async def OpenRun(
         self, request_iterator: AsyncIterator[workflow_pb2.OpenRunRequest], context: Context
@@ -206,31 +231,33 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         """Start a run that takes over what another one finished."""
         definitions.check_run_id(request.new_run_id, "new_run_id")
         print_ = fingerprint(b"retry", request.run_id.encode()) if request.new_run_id else ""
-        entry, created = self._orchestrator.retry_run(request.run_id, request.new_run_id, print_)
+        entry, created = await self._orchestrator.retry_run(request.run_id, request.new_run_id, print_)
         return workflow_pb2.RetryRunResponse(run=run_to_proto(entry), created=created)
 
     async def _start(self, request: workflow_pb2.RunWorkflowRequest, *, is_open: bool = False) -> tuple[RunEntry, bool]:
+        definitions.check_run_id(request.run_id, "run_id")
+        parts: tuple[bytes, ...] = (b"open",) if is_open else ()
+        found: Submission | None = None
         match request.WhichOneof("source"):
             case "workflow":
-                functions = self._intake.functions(request.workflow.functions, request.workflow.bundles)
-                if len(request.workflow.tasks) > LARGE_GRAPH:
-                    # A graph this large takes long to convert; other callers and workers must not wait for it.
-                    spec = await asyncio.to_thread(self._intake.graph, request.workflow, functions)
-                else:
-                    spec = self._intake.graph(request.workflow, functions)
+                found = await self._submissions.graph(request.workflow)
+                spec, parts = found.spec, (*parts, *found.print_parts)
+                request.ClearField("workflow")
             case "workflow_id":
                 spec = self._library.get(request.workflow_id).spec
             case None if is_open:
                 spec = WorkflowSpec(tasks=())
             case _:
                 raise invalid_field("source", "a run needs a workflow, inline or by workflow_id")
+        # Without an id nobody can repeat the call, so there is nothing to compare later.
+        print_ = fingerprint(request.SerializeToString(deterministic=True), *parts) if request.run_id else ""
+        if entry := self._orchestrator.known(request.run_id, print_):
+            return entry, False
+        if found is not None:
+            found.check()
         if not spec.tasks and not is_open:
             raise InvalidError("INVALID_WORKFLOW", "the workflow has no tasks")
-        definitions.check_run_id(request.run_id, "run_id")
-        # Without an id nobody can repeat the call, so there is nothing to compare later.
-        content = request.SerializeToString(deterministic=True)
-        print_ = fingerprint(*[b"open"] * is_open, content) if request.run_id else ""
-        return self._orchestrator.start_run(
+        started = await self._orchestrator.submit(
             request.run_id,
             spec,
             parameters=self._intake.payloads(request.parameters, "parameters"),
@@ -242,13 +269,16 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
             is_open=is_open,
         )
+        if found is not None:
+            self._drafts.use_up(found.draft_id)
+        return started
 
     async def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
-        if not request.tasks:
+        tasks = await self._submissions.added(request)
+        if not tasks:
             raise invalid_field("tasks", "there is nothing to add")
-        functions = self._intake.functions(request.functions, request.bundles)
-        tasks = self._intake.tasks(request.tasks, functions)
         entry = self._orchestrator.add_tasks(request.run_id, tasks, expected_revision(request))
+        self._drafts.use_up(request.source_draft_id)
         return workflow_pb2.AddTasksResponse(revision=entry.run.revision)
 
     def _expect(self, workflow_id: str, revision: int | None) -> WorkflowEntry:

@@ -55,8 +55,15 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("is_told", [True, False])
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    ("order", "is_told"),
+    [
+        ("before", False),
+        ("after", True),
+        pytest.param("before", True, marks=pytest.mark.exhaustive),
+        pytest.param("after", False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_client_works_in_a_program_that_gevent_has_patched(
     address: str, tmp_path: Path, order: str, is_told: bool
 ) -> None:

@@ -40,12 +40,18 @@ def _pyright(file: Path) -> dict[int, str]:
     return {one["range"]["start"]["line"] + 1: one["message"] for one in found if one["severity"] != "information"}
 
 
-@pytest.fixture(params=[_mypy, _pyright], ids=["mypy", "pyright"])
-def check(request: pytest.FixtureRequest, tmp_path: Path) -> Check:
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(_mypy, id="mypy"), pytest.param(_pyright, id="pyright", marks=pytest.mark.exhaustive)],
+)
+def check(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Check:
     """A type checker, as a project elsewhere runs it, with Lattice installed: what it finds in a file, by line."""
 
+    # One folder for all files: a checker that keeps what it found of Lattice there is fast with the next.
+    folder = tmp_path_factory.mktemp("elsewhere")
+
     def checked(file: Path) -> dict[int, str]:
-        copied = tmp_path / file.name
+        copied = folder / file.name
         shutil.copy(file, copied)
         found: dict[int, str] = request.param(copied)
         return found

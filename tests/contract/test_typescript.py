@@ -51,6 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # The Go example, which other tests run, is built on generated stubs too.
 @pytest.mark.timeout(300)  # the compiler takes 10 s of a processor
 def test_a_client_on_generated_typescript_compiles(folder: Path) -> None:
     assert {path.stem for path in (folder / "gen" / "lattice" / "v1").iterdir()} == {

@@ -128,6 +128,6 @@ def test_what_the_pages_say_of_defaults_is_so() -> None:
         f"Up to {found.max_workflows:,} workflows are stored (`max_workflows`)",
         f"in `session_ttl_s` ({found.session_ttl_s:g} s)",
         f"A value over {found.inline_limit_bytes // 1024} KiB stays on the node that made it",
-        f"can return, {found.message_limit_bytes // 2**20} MiB of it in all",
+        f"can return, {found.worker_message_limit_bytes // 2**20} MiB of it in all",
     ):
         assert claim in pages, f"no longer said, or no longer so: {claim}"

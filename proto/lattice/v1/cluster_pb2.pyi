@@ -102,8 +102,9 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     """Attempts assigned to workers."""
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The optional parts of the protocol that this server has: `output-path` (`OutputRef.path`), `request-id` (repeated
-        requests get the first answer), `run-graph` (`GetRunGraph`), `open-run` (`OpenRun`). A name never changes its meaning.
+        """The optional parts of the protocol that this server has: `drafts` (`WorkflowSpec.draft_id`),
+        `output-path` (`OutputRef.path`), `request-id` (repeated requests get the first answer), `run-graph` (`GetRunGraph`),
+        `open-run` (`OpenRun`). A name never changes its meaning.
         """
 
     @property
@@ -158,10 +159,13 @@ class Limits(google.protobuf.message.Message):
     OPEN_RUN_GRACE_FIELD_NUMBER: builtins.int
     QUESTION_BYTES_FIELD_NUMBER: builtins.int
     OPEN_QUESTIONS_FIELD_NUMBER: builtins.int
+    MESSAGE_TASKS_FIELD_NUMBER: builtins.int
     inline_payload_bytes: builtins.int
     """The longest value that may travel inline, in bytes; at least 4096. Longer ones are written as artifacts."""
     message_bytes: builtins.int
-    """The largest message the server takes or sends, in bytes."""
+    """The largest message the server takes from a caller, in bytes; at least 1 MiB. A larger graph goes in parts, see
+    `WorkflowSpec.draft_id`. Workers have a limit of their own, `Welcome.message_limit_bytes`.
+    """
     upload_chunk_bytes: builtins.int
     """The most bytes in one message of an upload."""
     page_bytes: builtins.int
@@ -173,7 +177,7 @@ class Limits(google.protobuf.message.Message):
     run_tasks: builtins.int
     """The most tasks of one run."""
     open_tasks: builtins.int
-    """The most tasks of all runs that have not ended."""
+    """The most tasks of all runs that have not ended. The last tenth is for runs of up to 1,000 tasks."""
     map_items: builtins.int
     """The most items of one mapped task."""
     spawn_depth: builtins.int
@@ -188,6 +192,10 @@ class Limits(google.protobuf.message.Message):
     """The longest question to a caller, or answer of one, in bytes."""
     open_questions: builtins.int
     """The most questions of one run that wait for an answer; one more gets none."""
+    message_tasks: builtins.int
+    """The most tasks in one message, at least 1000. It also holds for edges, and for all other entries of a message
+    together.
+    """
     @property
     def max_wait(self) -> google.protobuf.duration_pb2.Duration:
         """The longest wait of one call; a request for more waits this long."""
@@ -216,9 +224,10 @@ class Limits(google.protobuf.message.Message):
         open_run_grace: google.protobuf.duration_pb2.Duration | None = ...,
         question_bytes: builtins.int = ...,
         open_questions: builtins.int = ...,
+        message_tasks: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["max_wait", b"max_wait", "open_run_grace", b"open_run_grace"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["default_page_size", b"default_page_size", "id_characters", b"id_characters", "inline_payload_bytes", b"inline_payload_bytes", "log_bytes", b"log_bytes", "map_items", b"map_items", "max_page_size", b"max_page_size", "max_wait", b"max_wait", "message_bytes", b"message_bytes", "open_questions", b"open_questions", "open_run_grace", b"open_run_grace", "open_tasks", b"open_tasks", "page_bytes", b"page_bytes", "question_bytes", b"question_bytes", "run_tasks", b"run_tasks", "spawn_depth", b"spawn_depth", "stored_workflows", b"stored_workflows", "upload_chunk_bytes", b"upload_chunk_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["default_page_size", b"default_page_size", "id_characters", b"id_characters", "inline_payload_bytes", b"inline_payload_bytes", "log_bytes", b"log_bytes", "map_items", b"map_items", "max_page_size", b"max_page_size", "max_wait", b"max_wait", "message_bytes", b"message_bytes", "message_tasks", b"message_tasks", "open_questions", b"open_questions", "open_run_grace", b"open_run_grace", "open_tasks", b"open_tasks", "page_bytes", b"page_bytes", "question_bytes", b"question_bytes", "run_tasks", b"run_tasks", "spawn_depth", b"spawn_depth", "stored_workflows", b"stored_workflows", "upload_chunk_bytes", b"upload_chunk_bytes"]) -> None: ...
 
 Global___Limits: typing_extensions.TypeAlias = Limits
 

@@ -148,6 +148,12 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """FAILED_PRECONDITION: the run was not started by `OpenRun`, so no stream can hold it."""
     ERROR_REASON_RUN_TAKEN_OVER: _ErrorReason.ValueType  # 29
     """ABORTED: another stream holds the run now."""
+    ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 30
+    """RESOURCE_EXHAUSTED: a message is larger, or has more tasks, than `Limits` allows; nothing of it was read. Send it in
+    parts, see `WorkflowSpec.draft_id`. Metadata `limit` names the limit, and its value stands by that name.
+    """
+    ERROR_REASON_DRAFT_NOT_FOUND: _ErrorReason.ValueType  # 31
+    """NOT_FOUND: no such draft; also for one that was dropped, 10 minutes after its last part. Send its parts again."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -216,6 +222,12 @@ ERROR_REASON_RUN_NOT_OPEN: ErrorReason.ValueType  # 28
 """FAILED_PRECONDITION: the run was not started by `OpenRun`, so no stream can hold it."""
 ERROR_REASON_RUN_TAKEN_OVER: ErrorReason.ValueType  # 29
 """ABORTED: another stream holds the run now."""
+ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 30
+"""RESOURCE_EXHAUSTED: a message is larger, or has more tasks, than `Limits` allows; nothing of it was read. Send it in
+parts, see `WorkflowSpec.draft_id`. Metadata `limit` names the limit, and its value stands by that name.
+"""
+ERROR_REASON_DRAFT_NOT_FOUND: ErrorReason.ValueType  # 31
+"""NOT_FOUND: no such draft; also for one that was dropped, 10 minutes after its last part. Send its parts again."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final

@@ -98,10 +98,15 @@ class WorkflowSpec(google.protobuf.message.Message):
     TASKS_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     FAILURE_POLICY_FIELD_NUMBER: builtins.int
+    DRAFT_ID_FIELD_NUMBER: builtins.int
     display_name: builtins.str
     """A name for people."""
     failure_policy: Global___FailurePolicy.ValueType
     """The effect of a failed task on the others."""
+    draft_id: builtins.str
+    """The draft that has the first part of this workflow: its functions, bundles and tasks come before those here. The
+    draft is used up when a run or a stored workflow was made of it.
+    """
     @property
     def functions(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.task_pb2.Function]:
         """The code the tasks call, by names that hold in this workflow only."""
@@ -127,8 +132,9 @@ class WorkflowSpec(google.protobuf.message.Message):
         tasks: collections.abc.Iterable[lattice.v1.task_pb2.TaskSpec] | None = ...,
         parameters: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.Payload] | None = ...,
         failure_policy: Global___FailurePolicy.ValueType = ...,
+        draft_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bundles", b"bundles", "display_name", b"display_name", "failure_policy", b"failure_policy", "functions", b"functions", "parameters", b"parameters", "tasks", b"tasks"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bundles", b"bundles", "display_name", b"display_name", "draft_id", b"draft_id", "failure_policy", b"failure_policy", "functions", b"functions", "parameters", b"parameters", "tasks", b"tasks"]) -> None: ...
 
 Global___WorkflowSpec: typing_extensions.TypeAlias = WorkflowSpec
 
@@ -269,27 +275,36 @@ class AddTasksRequest(google.protobuf.message.Message):
 
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     RUN_ID_FIELD_NUMBER: builtins.int
+    DRAFT_ID_FIELD_NUMBER: builtins.int
     TASKS_FIELD_NUMBER: builtins.int
     FUNCTIONS_FIELD_NUMBER: builtins.int
     BUNDLES_FIELD_NUMBER: builtins.int
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    SOURCE_DRAFT_ID_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     """A stored workflow."""
     run_id: builtins.str
     """A run that has not ended."""
+    draft_id: builtins.str
+    """A draft, which the first call makes. Its id is the caller's choice, such as a UUID or a digest of all parts. Its
+    revision is the number of its parts; a draft that was not made yet has revision 0.
+    """
     expected_revision: builtins.int
-    """Fails with ABORTED unless the workflow or run has this revision; unset means any."""
+    """Fails with ABORTED unless the workflow, run or draft has this revision; unset means any."""
     request_id: builtins.str
     """Makes the call safe to repeat; see the service."""
+    source_draft_id: builtins.str
+    """A draft whose functions, bundles and tasks come before those here; it is used up. Only for tasks added to a run."""
     @property
     def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.TaskSpec]:
-        """The tasks to add; they may refer to tasks that are there and to each other."""
+        """The tasks to add; they may refer to tasks that are there and to each other, in a draft also to those still to come."""
 
     @property
     def functions(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.task_pb2.Function]:
         """Functions to add, by names not yet used in the workflow (or used with the same content). Tasks added to a run may
-        name these only.
+        name these only. A part of a draft may have functions and no tasks; its tasks name functions that came before or with
+        them.
         """
 
     @property
@@ -301,18 +316,20 @@ class AddTasksRequest(google.protobuf.message.Message):
         *,
         workflow_id: builtins.str = ...,
         run_id: builtins.str = ...,
+        draft_id: builtins.str = ...,
         tasks: collections.abc.Iterable[lattice.v1.task_pb2.TaskSpec] | None = ...,
         functions: collections.abc.Mapping[builtins.str, lattice.v1.task_pb2.Function] | None = ...,
         bundles: collections.abc.Iterable[lattice.v1.task_pb2.CodeBundle] | None = ...,
         expected_revision: builtins.int | None = ...,
         request_id: builtins.str = ...,
+        source_draft_id: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "parent", b"parent", "run_id", b"run_id", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "bundles", b"bundles", "expected_revision", b"expected_revision", "functions", b"functions", "parent", b"parent", "request_id", b"request_id", "run_id", b"run_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "draft_id", b"draft_id", "expected_revision", b"expected_revision", "parent", b"parent", "run_id", b"run_id", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "bundles", b"bundles", "draft_id", b"draft_id", "expected_revision", b"expected_revision", "functions", b"functions", "parent", b"parent", "request_id", b"request_id", "run_id", b"run_id", "source_draft_id", b"source_draft_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
     @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["parent", b"parent"]) -> typing.Literal["workflow_id", "run_id"] | None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["parent", b"parent"]) -> typing.Literal["workflow_id", "run_id", "draft_id"] | None: ...
 
 Global___AddTasksRequest: typing_extensions.TypeAlias = AddTasksRequest
 

@@ -35,6 +35,11 @@ class WorkflowServiceStub(object):
     a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
     outside by `AddTasks` with its id.
 
+    A graph that one message cannot carry goes in parts. The caller chooses a `draft_id`, sends `AddTasks` with it as often
+    as needed, each with some of the functions, bundles and tasks, and then runs or stores a `WorkflowSpec` with that
+    `draft_id`, which has the rest. The parts are checked as a whole only then: tasks may come in any order, and the answer
+    is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
+
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
 
@@ -142,6 +147,11 @@ class WorkflowServiceServicer(object):
     a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
     outside by `AddTasks` with its id.
 
+    A graph that one message cannot carry goes in parts. The caller chooses a `draft_id`, sends `AddTasks` with it as often
+    as needed, each with some of the functions, bundles and tasks, and then runs or stores a `WorkflowSpec` with that
+    `draft_id`, which has the rest. The parts are checked as a whole only then: tasks may come in any order, and the answer
+    is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
+
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
 
@@ -169,7 +179,7 @@ class WorkflowServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AddTasks(self, request, context):
-        """Adds tasks to a stored workflow, or to a run that has not ended.
+        """Adds tasks to a stored workflow, to a run that has not ended, or to a draft.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -354,6 +364,11 @@ class WorkflowService(object):
     `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing
     a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
     outside by `AddTasks` with its id.
+
+    A graph that one message cannot carry goes in parts. The caller chooses a `draft_id`, sends `AddTasks` with it as often
+    as needed, each with some of the functions, bundles and tasks, and then runs or stores a `WorkflowSpec` with that
+    `draft_id`, which has the rest. The parts are checked as a whole only then: tasks may come in any order, and the answer
+    is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.

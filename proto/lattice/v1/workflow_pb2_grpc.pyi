@@ -259,6 +259,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
     outside by `AddTasks` with its id.
 
+    A graph that one message cannot carry goes in parts. The caller chooses a `draft_id`, sends `AddTasks` with it as often
+    as needed, each with some of the functions, bundles and tasks, and then runs or stores a `WorkflowSpec` with that
+    `draft_id`, which has the rest. The parts are checked as a whole only then: tasks may come in any order, and the answer
+    is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
+
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
 
@@ -402,7 +407,7 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     """Stores a workflow, complete or empty. Idempotent by `workflow_id`."""
 
     AddTasks: _WorkflowServiceAddTasksType
-    """Adds tasks to a stored workflow, or to a run that has not ended."""
+    """Adds tasks to a stored workflow, to a run that has not ended, or to a draft."""
 
     AddEdges: _WorkflowServiceAddEdgesType
     """Adds order-only edges to a stored workflow."""
@@ -517,6 +522,11 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
     outside by `AddTasks` with its id.
 
+    A graph that one message cannot carry goes in parts. The caller chooses a `draft_id`, sends `AddTasks` with it as often
+    as needed, each with some of the functions, bundles and tasks, and then runs or stores a `WorkflowSpec` with that
+    `draft_id`, which has the rest. The parts are checked as a whole only then: tasks may come in any order, and the answer
+    is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
+
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again.
 
@@ -550,7 +560,7 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         request: lattice.v1.workflow_pb2.AddTasksRequest,
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.AddTasksResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.AddTasksResponse]]:
-        """Adds tasks to a stored workflow, or to a run that has not ended."""
+        """Adds tasks to a stored workflow, to a run that has not ended, or to a draft."""
 
     @abc.abstractmethod
     def AddEdges(

@@ -51,12 +51,15 @@ class Held:
 class RunHistories(RuleBasedStateMachine):
     """One run, and between it and a scheduler two queues that are emptied at any pace."""
 
-    @initialize(seed=st.integers(0, 1 << 32), size=st.integers(0, 9))
-    def begin(self, seed: int, size: int) -> None:
+    @initialize(
+        seed=st.integers(0, 1 << 32), size=st.integers(0, 9), slice_tasks=st.sampled_from([None, None, 1, 2, 3])
+    )
+    def begin(self, seed: int, size: int, slice_tasks: int | None) -> None:
         self.rng = Random(seed)
         spec = random_workflow(self.rng, size)
         is_open = bool(seed % 2)
-        self.run = Run("r", spec, dag.build(spec, ()), bounds=Bounds(60, 6, 2), is_open=is_open)
+        bounds = Bounds(60, 6, 2)
+        self.run = Run("r", spec, dag.build(spec, ()), bounds=bounds, is_open=is_open, slice_tasks=slice_tasks)
         self.caller = OpenRun(self.run, 5.0, 0.0, max_questions=3) if is_open else None
         # The questions the caller knows of, and those that were answered in any way.
         self.asked: dict[str, QuestionAsked] = {}
@@ -135,6 +138,11 @@ class RunHistories(RuleBasedStateMachine):
             else:
                 self.perform(self.run.handle(event, self.now))
             self.run.check()
+
+    @precondition(lambda self: self.run.is_unsettled)
+    @rule()
+    def run_goes_on(self) -> None:
+        self.perform(self.run.go_on(self.now))
 
     # The scheduler.
 
@@ -262,8 +270,10 @@ class RunHistories(RuleBasedStateMachine):
             return
         self.perform(self.run.close(self.now))
         for _ in range(1000):
-            if not (self.to_scheduler or self.to_run or self.held):
+            if not (self.to_scheduler or self.to_run or self.held or self.run.is_unsettled):
                 break
+            if self.run.is_unsettled:
+                self.run_goes_on()
             self.scheduler_takes(100)
             for task_id in self.told_tasks(False):
                 self.held[task_id].is_running, self.held[task_id].attempt = True, self.held[task_id].attempt + 1

@@ -27,7 +27,7 @@ CONTENT_ID = "0" * 64
 
 def told(scene: Scene, connection: Connection, *effects: Any, limit_bytes: int | None = None) -> list[ConnectResponse]:
     """Return the messages that carry effects."""
-    config = ServerConfig() if limit_bytes is None else ServerConfig(message_limit_bytes=limit_bytes)
+    config = ServerConfig() if limit_bytes is None else ServerConfig(worker_message_limit_bytes=limit_bytes)
     return responses(list(effects), connection, config, "id", lambda *_: None)
 
 

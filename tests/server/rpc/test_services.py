@@ -367,7 +367,7 @@ def test_server_info_tells_version_epoch_and_limits(idle: Caller) -> None:
     assert limits.max_wait.ToSeconds() == 300
     comment = (Path(__file__).parents[3] / "proto" / "lattice" / "v1" / "cluster.proto").read_text()
     assert all(f"`{feature}` (" in comment for feature in info.features)
-    assert set(info.features) == {"output-path", "request-id", "run-graph", "open-run"}
+    assert set(info.features) == {"drafts", "output-path", "request-id", "run-graph", "open-run"}
     unset = [field.name for field in limits.DESCRIPTOR.fields if not getattr(limits, field.name)]
     assert not unset
 

@@ -831,7 +831,7 @@ def test_a_task_given_more_than_a_message_can_carry_fails_and_holds_nobody_up() 
         assert (await head.result(next_id)).state == run_pb2.RUN_STATE_SUCCEEDED
         hand.hang_up()
 
-    play(scenario, message_limit_bytes=2**20)
+    play(scenario, worker_message_limit_bytes=2**20)
 
 
 def test_a_batch_given_more_than_a_message_can_carry_is_halved() -> None:
@@ -853,7 +853,7 @@ def test_a_batch_given_more_than_a_message_can_carry_is_halved() -> None:
         assert (await head.result(run_id)).state == run_pb2.RUN_STATE_SUCCEEDED
         hand.hang_up()
 
-    play(scenario, message_limit_bytes=2**20)
+    play(scenario, worker_message_limit_bytes=2**20)
 
 
 def test_workers_are_told_that_the_head_stops() -> None:
