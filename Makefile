@@ -8,7 +8,7 @@ $(VENV)/.stamp: pyproject.toml
 	touch $@
 
 .PHONY: setup test lint proto
-setup: $(VENV)/.stamp nodejs network
+setup: $(VENV)/.stamp nodejs go network
 
 # Three processes: much of the time tests wait. PYTEST_FLAGS="-n 0" runs all in one.
 test: setup
@@ -38,13 +38,22 @@ baseline: $(VENV)/.stamp
 	$(VENV)/bin/buf build --as-file-descriptor-set --exclude-source-info -o proto/lattice_v1.binpb
 	sha256sum proto/lattice_v1.binpb
 
-# The Node.js examples. On a machine that has no Node.js and may not install it, their tests are skipped.
+# The Node.js examples, and tools of tests. On a machine that has no Node.js and may not install it, their tests are
+# skipped.
 .PHONY: nodejs
-nodejs: examples/nodejs/node_modules/.stamp examples/nodejs-worker/node_modules/.stamp
+nodejs: $(foreach folder,examples/nodejs examples/nodejs-worker tests/tools,$(folder)/node_modules/.stamp)
 
-examples/%/node_modules/.stamp: examples/%/package.json examples/%/package-lock.json
+%/node_modules/.stamp: %/package.json %/package-lock.json
 	scripts/install_missing.sh nodejs
-	if command -v npm >/dev/null; then cd examples/$* && npm ci --silent && touch node_modules/.stamp; fi
+	if command -v npm >/dev/null; then cd $* && npm ci --silent && touch node_modules/.stamp; fi
+
+# The Go example. On a machine that has no Go and may not install it, its tests are skipped.
+.PHONY: go
+go: examples/go/.build/.stamp
+
+examples/go/.build/.stamp: $(VENV)/.stamp scripts/build_go.sh $(wildcard examples/go/*.* examples/go/lattice/* proto/lattice/v1/*.proto)
+	scripts/install_missing.sh go
+	if command -v go >/dev/null && command -v protoc-gen-go-grpc >/dev/null; then scripts/build_go.sh; fi
 
 # Tests of clusters build a network of hosts. Where that is impossible they are skipped.
 .PHONY: network

@@ -65,15 +65,25 @@ class Scope:
     parameters: Mapping[str, "Parameter"] = field(default_factory=dict)
 
 
-class Deferred:
-    """A value that is known only once tasks have run."""
+if TYPE_CHECKING:
+
+    class _AnyValue(Any):  # type: ignore[misc]  # a value of any type, as `TaskDefinition.bind` takes it
+        pass
+else:
+
+    class _AnyValue:
+        __slots__ = ()
+
+
+class Deferred(_AnyValue):
+    """A value that is known only once tasks have run. To type checkers it is of every type."""
 
     __slots__ = ()
 
     def _unknown(self, advice: str) -> TaskDefinitionError:
         return TaskDefinitionError(f"{self!r} has no value yet: {advice}")
 
-    if not TYPE_CHECKING:  # for which it has no other attributes
+    if not TYPE_CHECKING:  # whose idea of it is `_AnyValue`
 
         def __getattr__(self, name: str) -> NoReturn:
             # Whatever probes an object asks for names with an underscore, and for no others of this one.

@@ -46,3 +46,25 @@ def check_returns(label: str, function: Any, *, is_batched: bool) -> None:
     if inspect.isasyncgenfunction(called) or (inspect.isgeneratorfunction(called) and not is_batched):
         text = "is a generator function, whose values come one by one; a task returns once"
         raise TaskDefinitionError(f"task {label!r} {text}: collect them in a list and return that")
+
+
+def named_arguments(
+    function: Callable[..., Any], label: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call by name; some may be missing. Raises TaskDefinitionError for others."""
+    signature = inspect.signature(function)
+    try:
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        known = ", ".join(signature.parameters) or "none"
+        raise TaskDefinitionError(f"task {label!r}: {error}; its parameters: {known}") from None
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        match signature.parameters[name].kind:
+            case inspect.Parameter.VAR_KEYWORD:
+                found.update(value)
+            case inspect.Parameter.VAR_POSITIONAL:
+                raise TaskDefinitionError(f"task {label!r}: inputs have names, and {value!r} would have none")
+            case _:
+                found[name] = value
+    return found

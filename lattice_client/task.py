@@ -3,28 +3,26 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, ParamSpec, TypeVar, Unpack, overload
 
 from lattice.v1 import resources_pb2, task_pb2
 
 from lattice_client import payloads
+from lattice_client.annotations import hints_of
 from lattice_client.bundle import Choice, Item, files_in
 from lattice_client.code import pack
 from lattice_client.digests import digest_of
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.freshness import Look, Snapshot
+from lattice_client.options import SETTINGS, DefinitionOptions, TaskOptions, changed, resources_of
 from lattice_client.returns import returned
 from lattice_client.settings import TaskSettings
-from lattice_client.signatures import check_keywords, check_params, check_returns, parameters_of
+from lattice_client.signatures import check_keywords, check_params, check_returns, named_arguments, parameters_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-MIB = 1024 * 1024
-# Of anything, in its unit; what fits the contract in bytes.
-MAX_AMOUNT = 2**40
 
 
 @dataclass(eq=False, repr=False)
@@ -50,6 +48,7 @@ class TaskDefinition(Generic[P, R]):
     may_be_left_out: tuple[str, ...] = ()
     choice: Choice = field(default_factory=Choice)
     has_fresh_process: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     _packed: tuple[Snapshot, task_pb2.Function, task_pb2.CodeBundle | None] | None = field(
         default=None, init=False, repr=False
     )
@@ -60,6 +59,31 @@ class TaskDefinition(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the plain function."""
         return self.function(*args, **kwargs)
+
+    def with_(self, **options: Unpack[TaskOptions]) -> "TaskDefinition[P, R]":
+        """Return the same task with other options; those that are not named stay as they are.
+
+        Raises TaskDefinitionError when an option is unknown or out of range.
+        """
+        made: TaskDefinition[P, R] = define(self.function, **changed(self.name, self.options, options))
+        return replace(
+            made, entrypoint=self.entrypoint, inputs=self.inputs, required=self.required, takes_any=self.takes_any
+        )
+
+    def bind(self, *args: P.args, **kwargs: P.kwargs) -> "BoundTask":
+        """Return the task with its inputs, for `add_task` and `run_task`: they are given as in a call of the function.
+
+        Type checkers compare them with the function's parameters; what stands for a value, such as an output of another
+        task, is of every type to them. Raises TaskDefinitionError.
+        """
+        given = named_arguments(self.function, self.name, args, kwargs)
+        if self.call_style == task_pb2.CALL_STYLE_PARAMS and not self.entrypoint:
+            given = next(iter(given.values()), {})
+            if not isinstance(given, Mapping):
+                text = f"receives all its inputs as one dict, not as {type(given).__name__}"
+                raise TaskDefinitionError(f"task {self.name!r} {text}")
+        self.check_inputs(given)
+        return BoundTask(self, given)
 
     def __repr__(self) -> str:
         inputs = ", ".join([*self.inputs, "**"] if self.takes_any else self.inputs)
@@ -142,6 +166,20 @@ class TaskDefinition(Generic[P, R]):
         return function, bundle
 
     @property
+    def returns_value(self) -> bool:
+        """Whether what the function returns is its one output, and no dict of them."""
+        return self.return_style == task_pb2.RETURN_STYLE_VALUE
+
+    @functools.cached_property
+    def hints(self) -> Mapping[str, Any]:
+        """What is certain of the types of its inputs, and under `return` of what it returns, by annotations.
+
+        Nothing for a function that takes one dict, or is called with the inputs of a batch.
+        """
+        is_plain = self.call_style == task_pb2.CALL_STYLE_KEYWORDS and not self.settings.HasField("batch")
+        return hints_of(self.function) if is_plain else {}
+
+    @property
     def __lattice__(self) -> dict[str, Any]:
         """What a worker needs to know to add this task to a run; see `lattice_worker.context.spawn`."""
         return {**self._form, "call": self.function}
@@ -172,6 +210,14 @@ class TaskDefinition(Generic[P, R]):
         return (getattr, (SimpleNamespace(task=self.function), "task"), {"__lattice__": self._form})
 
 
+@dataclass(frozen=True, slots=True)
+class BoundTask:
+    """A task with its inputs; see `TaskDefinition.bind`."""
+
+    definition: TaskDefinition[..., Any]
+    inputs: Mapping[str, Any]
+
+
 def check_text(what: str, value: object) -> None:
     """Raise TaskDefinitionError unless a value is a text that the contract can hold."""
     if not isinstance(value, str):
@@ -189,36 +235,13 @@ def _named(names: Sequence[str]) -> str:
 @overload
 def task(function: Callable[P, R], /) -> TaskDefinition[P, R]: ...
 @overload
-def task(
-    *,
-    inputs: Sequence[str] | None = None,
-    outputs: Sequence[str] | None = None,
-    resources: Mapping[str, float] | None = None,
-    batch_size: int | None = None,
-    batch_timeout: float | None = None,
-    batch_within: str = "server",
-    retries: int = 0,
-    retry_on: type[BaseException] | str | Sequence[type[BaseException] | str] = (),
-    retry_backoff: float | None = None,
-    timeout: float | None = None,
-    total_timeout: float | None = None,
-    max_parallel: int | None = None,
-    concurrency_key: str = "",
-    priority: int = 0,
-    node_selector: Mapping[str, str] | None = None,
-    isolation: str = "none",
-    modules: Sequence[Item] = (),
-    exclude: Sequence[str] = (),
-    fresh_process: bool = False,
-    name: str | None = None,
-    **more: float,
-) -> Callable[[Callable[P, R]], TaskDefinition[P, R]]: ...
-def task(function: Callable[P, R] | None = None, /, **settings: Any) -> Any:
-    """Make a function a task; use it bare or with settings.
+def task(**options: Unpack[DefinitionOptions]) -> Callable[[Callable[P, R]], TaskDefinition[P, R]]: ...
+def task(function: Callable[P, R] | None = None, /, **options: Any) -> Any:
+    """Make a function a task; use it bare or with options.
 
     Args:
         function: the function, when used bare.
-        settings: see `TaskSettings`, plus:
+        options: see `TaskSettings`, plus:
             `inputs` and `outputs`: names; with `inputs` the function takes one `params` dict and returns a dict.
             `resources`, or the same names directly: `cpu`, `gpu`, `cpu_mem` and `gpu_mem` in MiB.
             `modules`: what is sent with the function besides the modules that it is seen to import: modules by name,
@@ -228,11 +251,11 @@ def task(function: Callable[P, R] | None = None, /, **settings: Any) -> Any:
             `name`: for people.
 
     Raises:
-        TaskDefinitionError: a setting is unknown or out of range.
+        TaskDefinitionError: an option is unknown or out of range.
     """
     if function is not None:
         return define(function)
-    return lambda decorated: define(decorated, **settings)
+    return lambda decorated: define(decorated, **options)
 
 
 def define(
@@ -258,8 +281,9 @@ def define(
             raise TaskDefinitionError(f"task {label!r}: {setting} must be a list, not {patterns!r}")
     if not isinstance(fresh_process, bool):
         raise TaskDefinitionError(f"task {label!r}: fresh_process must be True or False, not {fresh_process!r}")
-    known = {found.name for found in fields(TaskSettings)}
-    settings = TaskSettings(**{key: more.pop(key) for key in list(more) if key in known}).to_proto(label)
+    given = {key: more.pop(key) for key in SETTINGS if key in more}
+    settings = TaskSettings(**given).to_proto(label)
+    resources = {**(resources or {}), **more}
     parameters = parameters_of(function, label)
     is_params = inputs is not None or list(parameters) == ["params"]
     if is_params:
@@ -285,10 +309,20 @@ def define(
         return_style=found.style,
         may_return_more=found.may_be_more,
         may_be_left_out=found.optional,
-        resources=_resources(label, {**(resources or {}), **more}, inspect.iscoroutinefunction(function)),
+        resources=resources_of(label, resources, inspect.iscoroutinefunction(function)),
         settings=settings,
         choice=Choice(tuple(modules), tuple(exclude)),
         has_fresh_process=fresh_process,
+        options=given
+        | {
+            "inputs": inputs,
+            "outputs": outputs,
+            "resources": resources,
+            "modules": modules,
+            "exclude": exclude,
+            "fresh_process": fresh_process,
+            "name": name,
+        },
     )
 
 
@@ -306,26 +340,3 @@ def names_of(label: str, what: str, names: Sequence[str]) -> tuple[str, ...]:
     for name in found:
         check_text(f"task {label!r}: a name among its {what}", name)
     return tuple(found)
-
-
-def _resources(label: str, wanted: Mapping[str, float], is_async: bool) -> resources_pb2.Resources:
-    found = resources_pb2.Resources(cpu=0.0 if is_async else 1.0)
-    for name, value in wanted.items():
-        if name not in {"cpu", "gpu", "cpu_mem", "gpu_mem"}:
-            others = ", ".join(found.name for found in fields(TaskSettings))
-            text = f"there is no setting {name!r}; resources: cpu, gpu, cpu_mem, gpu_mem; other settings: {others}"
-            raise TaskDefinitionError(f"task {label!r}: {text}")
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_AMOUNT:
-            raise TaskDefinitionError(f"task {label!r}: {name} must be a number from 0, not {value!r}")
-        match name:
-            case "cpu":
-                found.cpu = value
-            case "gpu":
-                found.gpu = value
-            case "cpu_mem":
-                found.memory_bytes = int(value * MIB)
-            case _:
-                found.gpu_memory_bytes = int(value * MIB)
-    return found

@@ -61,5 +61,7 @@ class Transfer:
 
 
 def _chunks(data: bytes, chunk_bytes: int) -> Iterator[artifact_pb2.WriteArtifactRequest]:
+    size_bytes: int | None = len(data)
     for start in range(0, len(data), chunk_bytes):
-        yield artifact_pb2.WriteArtifactRequest(data=data[start : start + chunk_bytes])
+        yield artifact_pb2.WriteArtifactRequest(data=data[start : start + chunk_bytes], size_bytes=size_bytes)
+        size_bytes = None

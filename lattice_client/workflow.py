@@ -7,7 +7,8 @@ from typing import Any, Generic, Never, NoReturn, TypeVar
 
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.outputs import IN_TEXT, UNSET, Outputs, Parameter, Scope, TaskOutput
-from lattice_client.task import TaskDefinition, check_text, define
+from lattice_client.task import BoundTask, TaskDefinition, check_text, define
+from lattice_client.wiring import check_values, kind_of_output
 
 Client = TypeVar("Client")
 FAILURE_POLICIES = ("fail_fast", "finish_independent")
@@ -94,7 +95,7 @@ class Graph(Generic[Client]):
 
     def add_task(
         self,
-        task_func: TaskDefinition[..., Any] | Callable[..., Any],
+        task_func: TaskDefinition[..., Any] | BoundTask | Callable[..., Any],
         inputs: Mapping[str, Any] | None = None,
         task_name: str | None = None,
         *,
@@ -107,8 +108,8 @@ class Graph(Generic[Client]):
         """Add a task; wire it by putting other tasks' outputs anywhere inside `inputs`, in objects of any kind.
 
         Args:
-            task_func: a `@task` or a plain function.
-            inputs: values by name.
+            task_func: a `@task` or a plain function; `task.bind(...)` is a task with its inputs.
+            inputs: values by name; none for a task that was bound.
             task_name: for people, and for the server's batching rules; may be that of several tasks.
             task_id: names the task in this workflow, and what it gives in results; by default the function's name,
                 numbered when another task has it.
@@ -118,10 +119,10 @@ class Graph(Generic[Client]):
             equals: what `when` or `unless` is compared with.
 
         Raises:
-            TaskDefinitionError: an input is missing or unknown, or the id is taken.
+            TaskDefinitionError: an input is missing, unknown or of another kind than the function is annotated with,
+                or the id is taken.
         """
-        definition = self._definition(task_func)
-        given = _given(definition, inputs, misplaced, "add_task")
+        definition, given = self._call_of(task_func, inputs, misplaced, "add_task")
         return self._add(definition, given, task_name, task_id, condition=_condition(when, unless, equals))
 
     def map(
@@ -202,10 +203,26 @@ class Graph(Generic[Client]):
         """What inputs of its tasks may be wired to."""
         return Scope(self.has, self.tasks, self.parameters)
 
+    def _call_of(
+        self,
+        task_func: TaskDefinition[..., Any] | BoundTask | Callable[..., Any],
+        inputs: Mapping[str, Any] | None,
+        misplaced: Mapping[str, object],
+        method: str,
+    ) -> tuple[TaskDefinition[..., Any], dict[str, Any]]:
+        if isinstance(task_func, BoundTask):
+            definition, bound = task_func.definition, dict(task_func.inputs)
+            if inputs is not None or misplaced:
+                text = "has its inputs from bind(...) already"
+                raise TaskDefinitionError(f"task {definition.name!r} {text}: give {method} no others")
+            return definition, bound
+        definition = self._definition(task_func)
+        return definition, _given(definition, inputs, misplaced, method)
+
     def _definition(self, task_func: TaskDefinition[..., Any] | Callable[..., Any]) -> TaskDefinition[..., Any]:
         if isinstance(task_func, TaskDefinition):
             return task_func
-        if isinstance(task_func, LatticeTask | Outputs | TaskOutput):
+        if isinstance(task_func, LatticeTask | Outputs | TaskOutput | BoundTask):
             raise TaskDefinitionError(f"a task must be a function or a @task, not {_called(task_func)}")
         # One for all tasks of a function: its code is looked at, and sent, once.
         known = self._definitions.get(id(task_func))
@@ -223,6 +240,7 @@ class Graph(Generic[Client]):
         condition: Condition | None = None,
     ) -> LatticeTask:
         definition.check_inputs(given)
+        check_values(definition, {name: value for name, value in given.items() if name != over}, _kind_made)
         if task_name is not None:
             check_text(f"task {definition.name!r}: task_name", task_name)
         found = self._next_id(definition.name) if task_id is None else task_id
@@ -250,8 +268,8 @@ class Graph(Generic[Client]):
 def single(task_func: Any, inputs: Mapping[str, Any] | None, misplaced: Mapping[str, object]) -> LatticeTask:
     """Return a task that runs alone. Raises TaskDefinitionError."""
     graph: Graph[None] = Graph(None)
-    definition = graph._definition(task_func)
-    return graph.add_task(definition, _given(definition, inputs, misplaced, "run_task"))
+    definition, given = graph._call_of(task_func, inputs, misplaced, "run_task")
+    return graph.add_task(definition, given)
 
 
 def _given(
@@ -266,6 +284,14 @@ def _given(
         text = f"the inputs are one dict, {_example(definition, method)}, not {type(inputs).__name__}"
         raise TaskDefinitionError(f"task {definition.name!r}: {text}")
     return dict(inputs)
+
+
+def _kind_made(output: TaskOutput) -> type | None:
+    """Return the kind of value an output has, None when it may have several."""
+    owner = output.owner
+    if not isinstance(owner, LatticeTask) or output.path or output.is_optional:
+        return None
+    return list if owner.over else kind_of_output(owner.definition, output.output)
 
 
 def _example(definition: TaskDefinition[..., Any], method: str) -> str:
@@ -286,6 +312,8 @@ def _called(value: object) -> str:
             return f"all outputs of a task, {value!r}"
         case TaskDefinition():
             return f"the function {value.name!r}"
+        case BoundTask():
+            return f"the task {value.definition.name!r} with inputs from bind(...)"
         case None:
             return "None"
         case FunctionType():

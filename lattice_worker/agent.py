@@ -250,15 +250,21 @@ async def _send(
     """Send the server a large value of this node."""
 
     async def chunks() -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
-        yield worker_pb2.UploadArtifactRequest(transfer_id=wanted.transfer_id)
+        first = worker_pb2.UploadArtifactRequest(transfer_id=wanted.transfer_id)
         try:
             with materials.open(wanted.artifact_id) as file:
+                first.size_bytes = max(0, file.seek(0, os.SEEK_END) - wanted.offset)
+                yield first
                 file.seek(wanted.offset)
                 # Reads from memory.
                 while data := file.read(CHUNK_BYTES):
                     yield worker_pb2.UploadArtifactRequest(data=data)
         except FileNotFoundError:
+            yield first
             yield worker_pb2.UploadArtifactRequest(not_found=True)
+        except OSError as error:
+            log.warning("artifact %s cannot be read: %s", wanted.artifact_id, error)
+            yield first
 
     try:
         await workers.UploadArtifact(chunks())

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Installs what the project needs from the system and a bare Debian machine lacks. Quick when nothing is missing.
 #
-# Usage: scripts/install_missing.sh python|nodejs|network
+# Usage: scripts/install_missing.sh python|nodejs|go|network
 #
 # As root with apt-get it installs; otherwise it says what to install. Without Python's venv nothing can go on;
-# without Node.js the tests of the Node.js examples are skipped, without a network of namespaces those of clusters.
+# without Node.js or Go the tests of those examples are skipped, without a network of namespaces those of clusters.
 set -eu
 
 packages=""
@@ -15,6 +15,15 @@ python)
 nodejs)
     command -v node >/dev/null || packages="nodejs"
     command -v npm >/dev/null || packages="$packages npm"
+    ;;
+go)
+    for tool in go protoc-gen-go protoc-gen-go-grpc; do
+        command -v "$tool" >/dev/null || packages="golang-go protoc-gen-go protoc-gen-go-grpc"
+    done
+    [ -d /usr/share/gocode/src/google.golang.org/grpc ] || packages="$packages golang-google-grpc-dev"
+    # grpc is content with an older one, which knows no `optional`.
+    [ -e /usr/share/gocode/src/github.com/golang/protobuf/proto/wire.go ] ||
+        packages="$packages golang-github-golang-protobuf-1-5-dev"
     ;;
 network)
     command -v ip >/dev/null && command -v ss >/dev/null || packages="iproute2"

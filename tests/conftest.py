@@ -18,6 +18,9 @@ import pytest
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Tests serve in their own process, which starts workers: see `lattice_server/__init__.py`. Read when gRPC is imported.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 # No test asserts how fast something is.
 hypothesis.settings.register_profile("lattice", deadline=None)
 hypothesis.settings.load_profile("lattice")

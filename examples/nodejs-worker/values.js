@@ -76,8 +76,8 @@ export class Values {
 
   /** Write the bytes of an artifact, as the server asked for them, into the call of `UploadArtifact`. */
   upload({ transfer_id: transferId, artifact_id: artifactId, offset }, call) {
-    call.write({ transfer_id: transferId });
     const bytes = this.#kept.get(artifactId);
+    call.write(bytes ? { transfer_id: transferId, size_bytes: Math.max(0, bytes.length - offset) } : { transfer_id: transferId });
     if (!bytes) call.write({ not_found: true });
     for (let at = offset; bytes && at < bytes.length; at += CHUNK_BYTES) {
       call.write({ data: bytes.subarray(at, at + CHUNK_BYTES) });

@@ -46,12 +46,21 @@ class Worker {
     this.#leases = new Leases((...lease) => this.#attempts.run(...lease), (report) => this.#say(report));
   }
 
-  /** Serve until the server closes the session for good; return why it did. */
+  /** Serve until the server closes the session for good, or is away for too long; return why it ended. */
   async run() {
+    const { target, giveUpS } = this.#config;
+    let welcomeAt = performance.now();
     for (let backoffMs = MIN_BACKOFF_MS; ; backoffMs = Math.min(2 * backoffMs, MAX_BACKOFF_MS)) {
       const { close, wasWelcome } = await this.#serve();
       if (close && close.reason !== "CLOSE_REASON_SHUTDOWN") return close;
-      if (wasWelcome) backoffMs = MIN_BACKOFF_MS;
+      if (wasWelcome) {
+        backoffMs = MIN_BACKOFF_MS;
+        welcomeAt = performance.now();
+      } else if (this.#draining && !this.#leases.held().length) {
+        return { reason: "CLOSE_REASON_DRAINED", message: "there is nothing to finish" };
+      } else if (performance.now() - welcomeAt > giveUpS * 1000) {
+        return { reason: "", message: `there was no server at ${target} for ${giveUpS} s` };
+      }
       // Spread, so that a server that comes back does not meet all its workers at once.
       await sleep(Math.random() * backoffMs);
     }
@@ -204,6 +213,7 @@ function flags() {
       "num-cpus": { ...text, default: String(os.cpus().length) },
       label: { ...text, multiple: true, default: [] },
       "drain-deadline": { ...text, default: "30" },
+      "give-up": { ...text, default: "60" },
     },
   });
   const cpu = Number(values["num-cpus"]);
@@ -215,6 +225,7 @@ function flags() {
     capacity: { cpu, memory_bytes: os.totalmem(), slots: Math.max(32, 4 * Math.ceil(cpu)), async_slots: 4096 },
     labels: Object.fromEntries(values.label.map((label) => label.split(/=(.*)/s).slice(0, 2))),
     drainDeadlineS: Number(values["drain-deadline"]),
+    giveUpS: Number(values["give-up"]),
   };
 }
 
@@ -232,5 +243,5 @@ for (const signal of ["SIGINT", "SIGTERM"]) {
   });
 }
 const { reason, message } = await worker.run();
-if (reason !== "CLOSE_REASON_DRAINED") console.error(`the server would not have this worker: ${message}`);
+if (reason !== "CLOSE_REASON_DRAINED") console.error(`this worker ends: ${message}`);
 process.exit(reason === "CLOSE_REASON_DRAINED" ? 0 : 1);

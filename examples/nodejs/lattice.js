@@ -7,14 +7,19 @@ import { setTimeout as sleep } from "node:timers/promises";
 import grpc from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 
+import { dialling } from "./dial.js";
+
 const PROTO = fileURLToPath(new URL("../../proto", import.meta.url));
 const FILES = ["lattice/v1/workflow.proto", "lattice/v1/results.proto"];
 const LOADING = { includeDirs: [PROTO], keepCase: true, longs: Number, enums: String, oneofs: true };
 const { lattice } = grpc.loadPackageDefinition(loadSync(FILES, LOADING));
 
-const RESUMABLE = new Set([grpc.status.UNAVAILABLE, grpc.status.INTERNAL, grpc.status.CANCELLED]);
+const { UNAVAILABLE, INTERNAL, CANCELLED, DEADLINE_EXCEEDED } = grpc.status;
+const RESUMABLE = new Set([UNAVAILABLE, INTERNAL, CANCELLED, DEADLINE_EXCEEDED]);
 const MIN_BACKOFF_MS = 100;
-const MAX_BACKOFF_MS = 5000;
+const MAX_BACKOFF_MS = 2000;
+const CALL_LIMIT_MS = 20_000;
+const PATIENCE_MS = 30_000;
 
 /** Python source as a function of a workflow; `name` is the function to call in it. */
 export const source = (name, code) => ({ python: { source: { name, code } } });
@@ -31,12 +36,12 @@ export const output = (taskId, name = "result") => ({ output: { task_id: taskId,
 /** A task of one output, `result`. */
 export const task = (taskId, fn, inputs) => ({ task_id: taskId, function: fn, inputs, outputs: ["result"] });
 
-/** A connection to a server; safe to share. */
+/** A connection to a server; safe to share. A server that does not answer is tried again for `patienceMs`. */
 export class LatticeClient {
-  constructor(target = process.env.LATTICE_TARGET || "127.0.0.1:50051") {
-    const credentials = grpc.credentials.createInsecure();
-    this.workflows = new lattice.v1.WorkflowService(target, credentials);
-    this.results = new lattice.v1.ResultsService(target, credentials);
+  constructor(target = process.env.LATTICE_TARGET || "127.0.0.1:50051", { patienceMs = PATIENCE_MS } = {}) {
+    this.workflows = new lattice.v1.WorkflowService(...dialling(target));
+    this.results = new lattice.v1.ResultsService(...dialling(target));
+    this.patienceMs = patienceMs;
   }
 
   close() {
@@ -51,9 +56,9 @@ export class LatticeClient {
    * server has accepted it; from then on `WatchRun` goes on after the last event seen.
    */
   async *execute(workflow, runId = `run-${randomUUID()}`) {
+    const patience = new Patience(this.patienceMs);
     let accepted = false;
     let sequence = 0;
-    let backoffMs = MIN_BACKOFF_MS;
     for (;;) {
       let stream;
       try {
@@ -61,35 +66,73 @@ export class LatticeClient {
         accepted = true;
         stream = this.results.WatchRun({ run_id: runId, after_sequence: sequence });
         for await (const response of stream) {
-          backoffMs = MIN_BACKOFF_MS;
+          patience.heard();
           yield* response.events ?? [];
           sequence = response.sequence ?? sequence;
           if (response.complete) return;
         }
+        await patience.wait(new Error("the stream ended before the run did"));
       } catch (error) {
         if (!RESUMABLE.has(error.code)) throw error;
+        await patience.wait(error);
       } finally {
         stream?.cancel(); // a reader that leaves changes nothing for the run
       }
-      await sleep(Math.random() * backoffMs);
-      backoffMs = Math.min(2 * backoffMs, MAX_BACKOFF_MS);
     }
   }
 
-  /** Return the outputs of a run's final tasks, by task id. Throws when the run did not succeed. */
+  /** Wait for a run's end; return the outputs of its final tasks, by task id. Throws when it did not succeed. */
   async outputs(runId) {
-    const request = { run_id: runId, wait: { seconds: 60 } };
-    const { run, final_tasks: tasks } = await answer(this.results, "GetResult", request);
-    if (run.state !== "RUN_STATE_SUCCEEDED") throw new Error(`${run.state}: ${run.failure?.message ?? ""}`);
-    return Object.fromEntries(tasks.map(({ task_id, outputs }) => [task_id, decoded(outputs)]));
+    const patience = new Patience(this.patienceMs);
+    const request = { run_id: runId, wait: { seconds: CALL_LIMIT_MS / 2000 } };
+    for (;;) {
+      try {
+        const { run, final_tasks: tasks } = await answer(this.results, "GetResult", request);
+        patience.heard();
+        if (run.state === "RUN_STATE_RUNNING" || run.state === "RUN_STATE_CANCELLING") continue;
+        if (run.state !== "RUN_STATE_SUCCEEDED") throw new Error(`${run.state}: ${run.failure?.message ?? ""}`);
+        return Object.fromEntries(tasks.map(({ task_id, outputs }) => [task_id, decoded(outputs)]));
+      } catch (error) {
+        if (!RESUMABLE.has(error.code)) throw error;
+        await patience.wait(error);
+      }
+    }
+  }
+}
+
+/** How long a server that does not answer is tried again, and how often. */
+class Patience {
+  #limitMs;
+  #heardAt = performance.now();
+  #backoffMs = MIN_BACKOFF_MS;
+
+  constructor(limitMs) {
+    this.#limitMs = limitMs;
+  }
+
+  heard() {
+    this.#heardAt = performance.now();
+    this.#backoffMs = MIN_BACKOFF_MS;
+  }
+
+  /** Wait before another try; throws when there were enough. */
+  async wait(error) {
+    if (performance.now() - this.#heardAt > this.#limitMs) {
+      const text = `nothing was heard of the server for ${this.#limitMs / 1000} s: ${error.message}`;
+      throw new Error(text, { cause: error });
+    }
+    // Spread, so that those who lost a server do not come back together.
+    await sleep(Math.random() * this.#backoffMs);
+    this.#backoffMs = Math.min(2 * this.#backoffMs, MAX_BACKOFF_MS);
   }
 }
 
 /** The response of a call. */
 const answer = (service, method, request) =>
-  new Promise((resolve, reject) =>
-    service[method](request, (error, response) => (error ? reject(error) : resolve(response))),
-  );
+  new Promise((resolve, reject) => {
+    const options = { deadline: Date.now() + CALL_LIMIT_MS };
+    service[method](request, options, (error, response) => (error ? reject(error) : resolve(response)));
+  });
 
 /** Outputs as plain values. Only JSON is readable from every language; other encodings stay payloads. */
 export function decoded(outputs = {}) {

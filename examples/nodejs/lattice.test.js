@@ -4,9 +4,11 @@ import assert from "node:assert/strict";
 import net from "node:net";
 import { test } from "node:test";
 
+import { dialling } from "./dial.js";
 import { LatticeClient, source, task, value } from "./lattice.js";
 
 const [host, port] = (process.env.LATTICE_TARGET || "127.0.0.1:50051").split(":");
+const connect = (target = `${host}:${port}`, patienceMs = 3000) => new LatticeClient(target, { patienceMs });
 
 const naps = (count, seconds) => ({
   functions: { nap: source("nap", "import time\n\ndef nap(seconds):\n    time.sleep(seconds)\n    return seconds\n") },
@@ -27,7 +29,11 @@ async function proxy() {
     for (const socket of [near, far]) {
       sockets.add(socket);
       socket.on("error", () => {});
-      socket.on("close", () => sockets.delete(socket));
+      socket.on("close", () => {
+        sockets.delete(socket);
+        near.destroy();
+        far.destroy();
+      });
     }
   });
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
@@ -42,7 +48,7 @@ async function proxy() {
 
 test("a stream that breaks goes on after the last event", async () => {
   const between = await proxy();
-  const client = new LatticeClient(between.target);
+  const client = connect(between.target);
   try {
     const seen = [];
     for await (const { sequence, event } of client.execute(naps(5, 0.3))) {
@@ -58,7 +64,7 @@ test("a stream that breaks goes on after the last event", async () => {
 });
 
 test("a reader may leave, and the run goes on", async () => {
-  const client = new LatticeClient();
+  const client = connect();
   try {
     const runId = `run-left-${Date.now()}`;
     for await (const { event } of client.execute(naps(2, 0.3), runId)) if (event === "task_started") break;
@@ -69,7 +75,7 @@ test("a reader may leave, and the run goes on", async () => {
 });
 
 test("a task that fails is an error of the run, with its message", async () => {
-  const client = new LatticeClient();
+  const client = connect();
   try {
     const runId = `run-failed-${Date.now()}`;
     const workflow = {
@@ -81,4 +87,25 @@ test("a task that fails is an error of the run, with its message", async () => {
   } finally {
     client.close();
   }
+});
+
+test("calls end when there is no server", async () => {
+  const between = await proxy();
+  const client = connect(between.target, 1000);
+  try {
+    const runId = `run-alone-${Date.now()}`;
+    const reading = async () => {
+      for await (const { event } of client.execute(naps(1, 30), runId)) if (event === "task_started") between.close();
+    };
+    await assert.rejects(reading(), /nothing was heard of the server for 1 s/);
+    await assert.rejects(client.outputs(runId), /nothing was heard of the server for 1 s/);
+  } finally {
+    client.close();
+    between.close();
+  }
+});
+
+test("a server beyond this machine needs TLS and a token", () => {
+  assert.throws(() => dialling("192.0.2.1:50051", {}), /set LATTICE_TLS_CA and LATTICE_TOKEN/);
+  assert.throws(() => dialling("192.0.2.1:50051", { LATTICE_TOKEN: "x" }), /set LATTICE_TLS_CA and LATTICE_TOKEN/);
 });

@@ -20,6 +20,7 @@ RETRY_AFTER_S = 0.5
 
 @dataclass(slots=True)
 class _Transfer:
+    size_bytes: int
     chunks: "asyncio.Queue[bytes]" = field(default_factory=lambda: asyncio.Queue(AHEAD))
     end: "asyncio.Future[LatticeError | None]" = field(default_factory=asyncio.Future)
     left: "asyncio.Future[None]" = field(default_factory=asyncio.Future)
@@ -56,7 +57,8 @@ class Transfers:
             raise NotFoundError("ARTIFACT_NOT_FOUND", text, metadata={"node_id": node_id})
         if not session.is_connected:
             raise _unavailable(node_id)
-        transfer_id, transfer = uuid4().hex, _Transfer()
+        lacking = max(0, artifact.size_bytes - offset)
+        transfer_id, transfer = uuid4().hex, _Transfer(lacking)
         self._open[transfer_id] = transfer
         connection = session.connection
 
@@ -65,31 +67,33 @@ class Transfers:
 
         connection.on_end.append(give_up)
         connection.send(SendArtifact(session.session_id, transfer_id, artifact_id, offset))
-        lacking = max(0, artifact.size_bytes - offset)
         try:
             async for chunk in _until_end(transfer):
                 lacking -= len(chunk)
                 if lacking < 0:
                     break
                 yield chunk
-            if lacking:
-                # Other bytes than were reported, which no reader may take for the value.
-                text = f"node {node_id!r} has not the {artifact.size_bytes} bytes of it that it reported"
-                raise NotFoundError("ARTIFACT_NOT_FOUND", text, metadata={"node_id": node_id})
+            if lacking > 0:
+                raise _broken()
+            if lacking < 0:
+                raise _other_value()
         finally:
             del self._open[transfer_id]
             transfer.left.set_result(None)
             with suppress(ValueError):
                 connection.on_end.remove(give_up)
 
-    async def take(self, transfer_id: str, chunks: AsyncIterator[bytes | None]) -> None:
+    async def take(self, transfer_id: str, size_bytes: int | None, chunks: AsyncIterator[bytes | None]) -> None:
         """Hand the chunks of an upload to the reader who waits for them; None stands for an artifact that is not there.
 
-        Raises NotFoundError when nobody waits for them.
+        The node said how many bytes are to come, if it does. Raises NotFoundError when nobody waits for them.
         """
         transfer = self._open.get(transfer_id)
         if transfer is None:
             raise NotFoundError("TRANSFER_NOT_FOUND", "nobody waits for this transfer")
+        if size_bytes not in {None, transfer.size_bytes}:
+            transfer.finish(_other_value())
+            return
         receiving = asyncio.ensure_future(_receive(transfer, chunks))
         try:
             # Nobody has to send, or to wait, for a reader who has left.
@@ -98,7 +102,7 @@ class Transfers:
                 receiving.result()
         finally:
             receiving.cancel()
-            transfer.finish(UnavailableError("NODE_UNAVAILABLE", "the upload broke off", retry_after_s=RETRY_AFTER_S))
+            transfer.finish(_broken())
 
 
 async def _receive(transfer: _Transfer, chunks: AsyncIterator[bytes | None]) -> None:
@@ -126,6 +130,15 @@ async def _until_end(transfer: _Transfer) -> AsyncIterator[bytes]:
                 yield coming.result()
         finally:
             coming.cancel()
+
+
+def _broken() -> UnavailableError:
+    return UnavailableError("NODE_UNAVAILABLE", "the upload broke off", retry_after_s=RETRY_AFTER_S)
+
+
+def _other_value() -> NotFoundError:
+    """Return the error of a node that has another value than it reported, which no reader may take for it."""
+    return NotFoundError("ARTIFACT_NOT_FOUND", "the node has another number of bytes of it than it reported")
 
 
 def _unavailable(node_id: str) -> UnavailableError:

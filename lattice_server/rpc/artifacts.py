@@ -9,7 +9,7 @@ from lattice_server.core.errors import ExhaustedError, invalid_field
 from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.transfers import Transfers
 from lattice_server.rpc import callers, convert
-from lattice_server.rpc.context import Context, whole
+from lattice_server.rpc.context import Context
 
 MAX_OFFSET = 1 << 62  # No file is as long, and the operating system refuses to go much further.
 UPLOAD_CHUNK_BYTES = 1024 * 1024
@@ -42,9 +42,24 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
         context: Context,
     ) -> artifact_pb2.WriteArtifactResponse:
         """Store an artifact that inputs may then refer to."""
-        requests = whole(request_iterator, context)
-        artifact = await self._store.write((_data(request) async for request in requests), callers.reach().tenant)
+        artifact = await self._store.write(_whole(request_iterator), callers.reach().tenant)
         return artifact_pb2.WriteArtifactResponse(artifact=convert.artifact_to_proto(artifact))
+
+
+async def _whole(requests: AsyncIterator[artifact_pb2.WriteArtifactRequest]) -> AsyncIterator[bytes]:
+    """Yield the bytes of an upload. Raises InvalidError when they are not as many as its first message says.
+
+    grpcio may end the messages of a call that broke like those of one that is complete.
+    """
+    expected, received = None, 0
+    async for request in requests:
+        if received == 0 and request.HasField("size_bytes"):
+            expected = request.size_bytes
+        data = _data(request)
+        received += len(data)
+        yield data
+    if expected is not None and received != expected:
+        raise invalid_field("size_bytes", f"{expected} bytes were to come, and {received} came")
 
 
 def _data(request: artifact_pb2.WriteArtifactRequest) -> bytes:

@@ -27,7 +27,7 @@ from lattice_server.rpc import callers, convert
 from lattice_server.rpc.assignments import responses
 from lattice_server.rpc.callers import no_longer_valid
 from lattice_server.rpc.claims import check_heartbeat
-from lattice_server.rpc.context import Context, whole
+from lattice_server.rpc.context import Context
 from lattice_server.rpc.intake import Intake
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.offers import check_first, deadline_from_proto, version_misfit
@@ -252,10 +252,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request_iterator: AsyncIterator[worker_pb2.UploadArtifactRequest], context: Context
     ) -> worker_pb2.UploadArtifactResponse:
         """Take an artifact somebody reads from the node that has it."""
-        requests = aiter(whole(request_iterator, context))
-        first = await anext(requests, None)
-        transfer_id = "" if first is None else first.transfer_id
-        await self._transfers.take(transfer_id, _chunks(requests))
+        requests = aiter(request_iterator)
+        first = await anext(requests, worker_pb2.UploadArtifactRequest())
+        size_bytes = first.size_bytes if first.HasField("size_bytes") else None
+        await self._transfers.take(first.transfer_id, size_bytes, _chunks(requests))
         return worker_pb2.UploadArtifactResponse()
 
 

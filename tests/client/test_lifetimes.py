@@ -68,6 +68,47 @@ async def _start(workflow: Any) -> AsyncRun:
     return run
 
 
+AT_MODULE_LEVEL = """
+import asyncio, sys, threading
+from lattice_client import AsyncLatticeClient, LatticeClient, task
+
+made = AsyncLatticeClient(sys.argv[1])
+clients = [made, LatticeClient(sys.argv[1]).aio]
+
+@task
+def one():
+    return 1
+
+async def use(client):
+    workflow = client.create_workflow()
+    workflow.add_task(one)
+    run = await workflow.run()
+    events = [event.type async for event in run.events()]
+    found.append((events[-1], await run.result(), await client.run_task(one)))
+
+found = []
+for _ in range(2):
+    for client in clients:
+        asyncio.run(use(client))
+threads = [threading.Thread(target=asyncio.run, args=(use(client),)) for client in clients * 2]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(found), all(one == ("run_finished", {"result": 1}, {"result": 1}) for one in found))
+try:
+    made.server_info().send(None)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_an_asyncio_client_of_a_module_works_on_all_loops_and_is_never_closed(address: str, tmp_path: Path) -> None:
+    done = run_script(AT_MODULE_LEVEL, address, tmp_path)
+    # `asyncio.run` that ends may leave a word of gRPC's, see docs/client.md.
+    assert (done.stdout, done.returncode) == ("8 True\nno running event loop\n", 0), done.stderr
+
+
 CALLS: list[Callable[[LatticeClient], Any]] = [
     lambda c: c.server_info(),
     lambda c: c.nodes(),
@@ -227,6 +268,55 @@ print(client.run_task(one, {}), "GRPC_ENABLE_FORK_SUPPORT" in os.environ)
 def test_children_that_are_forked_and_end_do_nothing_to_their_parent(address: str, tmp_path: Path) -> None:
     done = run_script(FORK_AND_GO_ON, address, tmp_path)
     assert (done.stdout, done.stderr, done.returncode) == ("{'result': 1} False\n", "", 0)
+
+
+FORK_IN_FLIGHT = """
+import os, signal, sys, threading
+from lattice_client import ForkError, LatticeClient
+
+client = LatticeClient(sys.argv[1])
+run = client.get_run(sys.argv[2])
+events = run.events()
+next(events)
+is_over = False
+
+def call():
+    while not is_over:
+        client.server_info()
+
+threads = [threading.Thread(target=call) for _ in range(2)]
+for thread in threads:
+    thread.start()
+
+def child():
+    for ask in (lambda: next(events), client.server_info, lambda: LatticeClient(sys.argv[1]).list_runs(), run.result):
+        try:
+            ask()
+        except ForkError:
+            continue
+        os._exit(1)
+    os._exit(0)
+
+for number in range(50):
+    if (pid := os.fork()) == 0:
+        signal.alarm(5)
+        child()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status:
+        print("a child ended with", status)
+is_over = True
+for thread in threads:
+    thread.join()
+client.cancel_run(run)
+print(number + 1, [event.type for event in events][-1])
+"""
+
+
+def test_children_that_are_forked_with_calls_in_flight_are_told_and_their_parent_goes_on(
+    address: str, tmp_path: Path, waiting: Run
+) -> None:
+    done = run_script(FORK_IN_FLIGHT, address, tmp_path, waiting)
+    assert (done.stdout, done.stderr, done.returncode) == ("50 run_finished\n", "", 0)
 
 
 AT_THE_END = """

@@ -131,7 +131,7 @@ def test_one_function_that_is_too_large_is_named(client: LatticeClient) -> None:
 
 def test_one_task_with_inputs_that_are_too_large_together_is_named(client: LatticeClient) -> None:
     workflow = client.create_workflow()
-    workflow.add_task(total, {"values": "x"}, task_id="small")
+    workflow.add_task(total, {"values": [1]}, task_id="small")
     workflow.add_task(keywords, {f"x{number}": "x" * 4000 for number in range(300)}, task_id="big")
     with pytest.raises(TaskDefinitionError, match=r"task 'big' takes \d+ bytes.*uploaded"):
         workflow.run()

@@ -1,14 +1,19 @@
 """`@task` and wiring: what is read from a function, and what is found wrong before anything is sent."""
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any, NotRequired, Required, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict, TypeVar
 
+import numpy as np
 import pytest
 import typing_extensions
 from lattice.v1 import errors_pb2, resources_pb2, task_pb2
 
-from lattice_client import LatticeClient, LatticeWorkflow, TaskDefinitionError, TaskOutput, task
+from lattice_client import LatticeClient, LatticeWorkflow, TaskDefinitionError, TaskOutput, entrypoint, task
+
+T = TypeVar("T")
 
 
 class Split(TypedDict):
@@ -29,6 +34,10 @@ def seed(params: dict[str, Any]) -> dict[str, Any]:
 
 
 async def coroutine(a: int) -> int:
+    return a
+
+
+def untyped(a):  # type: ignore[no-untyped-def]
     return a
 
 
@@ -305,8 +314,8 @@ def test_what_cannot_be_wired_is_found_before_anything_is_sent(
     workflow: LatticeWorkflow, wire: Callable[[Any], Any], text: str
 ) -> None:
     first = workflow.add_task(coroutine, {"a": 1})
-    workflow.add_task(coroutine, {"a": wire(first)})
-    with pytest.raises(TaskDefinitionError, match=f"input 'a' of task 'coroutine-2'.*{text}"):
+    workflow.add_task(untyped, {"a": wire(first)})
+    with pytest.raises(TaskDefinitionError, match=f"input 'a' of task 'untyped'.*{text}"):
         workflow.run()
 
 
@@ -317,3 +326,124 @@ def test_a_function_that_cannot_travel_is_found_before_anything_is_sent(workflow
     workflow.add_task(lambda: lock.locked() or None)
     with pytest.raises(TaskDefinitionError, match=r"'lock' .*cannot be pickled; create it inside the function"):
         workflow.run()
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (float, 1),
+        (int, 1.5),
+        (list[int], (1, 2)),
+        (str | None, None),
+        (Literal["a", 1], 1),
+        (Split, {}),
+        (Sequence[str], "text"),
+        (Mapping[str, int], {}),
+        (Path, "a/path"),
+        (np.ndarray, [1]),
+        ("Unknown", 1),
+        ("1 / 0", 1),
+        (Annotated[int, "of one"], 3),
+        (int, np.int64(3)),
+        (T, 1),
+        (Any, 1),
+        (object, 1),
+        (type[int], 1),
+    ],
+)
+def test_a_value_that_may_suit_the_annotation_is_taken(workflow: LatticeWorkflow, annotation: Any, value: Any) -> None:
+    def function(x):  # type: ignore[no-untyped-def]
+        return x
+
+    function.__annotations__ = {"x": annotation}
+    assert workflow.add_task(function, {"x": value}).inputs == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "text"),
+    [
+        (str, 5, r"is 5, which is of type int; the function's annotation asks for str"),
+        (list[int], "text", r"is 'text', which is of type str; .* list\[int\]"),
+        (int | None, "5", r"is '5', which is of type str; .* int \| None"),
+        (Literal["a"], 1, r"is 1, which is of type int; .* Literal\['a'\]"),
+        (Split, [1], r"is \[1\], which is of type list; .*Split"),
+        (Mapping[str, int], [1], r"is \[1\], which is of type list; .*Mapping"),
+        (str, None, "is None, which is of type NoneType"),
+        (bytes, "x" * 100, r"is 'x{59}\.\.\., which is of type str"),
+        ("list[int]", {}, r"is {}, which is of type dict"),
+    ],
+)
+def test_a_value_of_another_kind_than_the_annotation_is_found_when_the_task_is_added(
+    workflow: LatticeWorkflow, annotation: Any, value: Any, text: str
+) -> None:
+    def function(x):  # type: ignore[no-untyped-def]
+        return x
+
+    function.__annotations__ = {"x": annotation}
+    with pytest.raises(TaskDefinitionError, match=f"input 'x' of task 'function' {text}"):
+        workflow.add_task(function, {"x": value})
+
+
+def test_annotations_say_nothing_where_they_may_not_be_of_the_input_itself(workflow: LatticeWorkflow) -> None:
+    @functools.wraps(coroutine)
+    def wrapper(**given: Any) -> int:
+        return int(given["a"])
+
+    def defaulted(a: int = None) -> int:  # type: ignore[assignment]  # noqa: RUF013
+        return a
+
+    assert workflow.add_task(wrapper, {"a": "3"})
+    assert workflow.add_task(defaulted, {"a": None})
+    assert workflow.add_task(task(batch_size=2)(lambda a: a).with_(batch_size=3), {"a": 1})
+
+    def nothing() -> None:
+        pass
+
+    assert workflow.add_task(coroutine, {"a": workflow.add_task(nothing).output})
+    made = workflow.add_task(typed, {"text": "x"})
+    assert workflow.add_task(coroutine, {"a": made.outputs["head"].optional()})
+    assert workflow.add_task(coroutine, {"a": made.outputs["tail"][0]})
+    assert workflow.map(coroutine, made.outputs["tail"]).over == "a"
+
+
+def test_with_changes_the_options_it_is_given_and_no_others() -> None:
+    first = task(resources={"cpu": 2, "gpu": 1}, retries=2, outputs=["a", "b"], exclude=["*.csv"], name="first")(typed)
+    found = first.with_(cpu=3, cpu_mem=1, timeout=4, fresh_process=True)
+    assert found.function is typed
+    assert (found.name, found.outputs, found.choice) == ("first", ("a", "b"), first.choice)
+    assert found.resources == resources_pb2.Resources(cpu=3, gpu=1, memory_bytes=1 << 20)
+    assert found.settings.retry == first.settings.retry
+    assert found.settings.timeout.attempt.seconds == 4
+    assert (found.has_fresh_process, first.has_fresh_process) == (True, False)
+    assert first.resources.cpu == 2
+    again = found.with_(resources={"gpu": 0}, name="again", retries=0)
+    assert (again.name, again.resources.cpu, again.resources.gpu) == ("again", 3, 0)
+    assert not again.settings.HasField("retry")
+    with pytest.raises(TaskDefinitionError, match="no option 'outputs' that could be changed"):
+        first.with_(outputs=["c"])  # type: ignore[call-arg]
+    with pytest.raises(TaskDefinitionError, match="gpu must be a number"):
+        first.with_(gpu="one")  # type: ignore[arg-type]
+
+
+def test_with_changes_an_entry_point_that_stays_one() -> None:
+    found = entrypoint("js/word_count", inputs=["text"]).with_(cpu=2, priority=3)
+    assert (found.entrypoint, found.inputs, found.takes_any) == ("js/word_count", ("text",), False)
+    assert (found.resources.cpu, found.settings.priority) == (2, 3)
+
+
+def test_inputs_are_bound_as_in_a_call(workflow: LatticeWorkflow) -> None:
+    assert task(plain).bind(1, c=2, z=3).inputs == {"a": 1, "c": 2, "z": 3}
+    assert task(inputs=["x"])(seed).bind({"x": 1}).inputs == {"x": 1}
+    assert entrypoint("statistics:mean").bind(data=[1]).inputs == {"data": [1]}
+    added = workflow.add_task(task(plain).bind(1, c=2), task_id="bound")
+    assert (added.inputs, added.task_id) == ({"a": 1, "c": 2}, "bound")
+    bound = task(coroutine).bind(1)
+    for call in (
+        lambda: workflow.add_task(bound, {"a": 2}),
+        lambda: workflow.add_task(bound, a=2),  # type: ignore[arg-type]
+        lambda: workflow.map(bound, added.output),  # type: ignore[arg-type]
+        lambda: task(lambda *numbers: numbers).bind(1),
+        lambda: task(seed).bind([1]),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TaskDefinitionError, match=r"already|bind|have names|as one dict, not as list"):
+            call()

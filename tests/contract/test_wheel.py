@@ -1,6 +1,7 @@
 """The wheel holds all that the packages need, and nothing that is not theirs."""
 
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,26 +12,32 @@ PACKAGES = ("lattice/v1", "lattice_client", "lattice_server", "lattice_worker")
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The files in the wheel, built from a copy: a build leaves folders behind."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files that a wheel is built from."""
+    folder = tmp_path_factory.mktemp("source")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
     wanted = ("proto/", "lattice_", "pyproject.toml", "README.md")
     for name in filter(None, tracked):
         if name.startswith(wanted) and (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    # The environment of the stubs has a setuptools of its own, new enough to build with.
-    subprocess.run(["make", "proto-tools"], cwd=ROOT, check=True, capture_output=True)
-    python = ROOT / ".venv-proto" / "bin" / "python"
-    command = [python, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", folder]
-    done = subprocess.run([*command, source], capture_output=True, text=True, check=False)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def _built(source: Path, target: str, folder: Path) -> zipfile.ZipFile:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", folder]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
-    return set(zipfile.ZipFile(wheel).namelist())
+    return zipfile.ZipFile(wheel)
+
+
+@pytest.fixture(scope="module")
+def names(source: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The files in the wheel."""
+    with _built(source, "wheel", tmp_path_factory.mktemp("wheel")) as wheel:
+        return set(wheel.namelist())
 
 
 def test_the_contract_is_in_it_whole(names: set[str]) -> None:
@@ -53,3 +60,10 @@ def test_the_program_of_the_runner_is_in_it(names: set[str]) -> None:
 def test_nothing_else_is_in_it(names: set[str]) -> None:
     strangers = {name for name in names if not name.startswith(PACKAGES) and ".dist-info/" not in name}
     assert not strangers
+
+
+def test_an_editable_install_is_two_folders_for_the_path_and_no_code(source: Path, tmp_path: Path) -> None:
+    with _built(source, "wheel:editable", tmp_path) as wheel:
+        (path,) = (name for name in wheel.namelist() if ".dist-info/" not in name)
+        assert path.endswith(".pth")
+        assert wheel.read(path).decode().split() == [str(source), str(source / "proto")]

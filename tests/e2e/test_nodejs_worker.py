@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -329,6 +330,32 @@ def test_a_server_that_asks_for_a_token_over_tls(tmp_path: Path, monkeypatch: py
             assert worker.leave() == 0
         finally:
             worker.kill()
+
+
+def unused_address() -> str:
+    """Return an address that has no server."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.usefixtures("address")
+def test_a_worker_ends_when_there_is_no_server() -> None:
+    command = ["node", str(EXAMPLE / "worker.js"), "--addr", unused_address(), "--give-up", "0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert done.returncode == 1
+    assert "there was no server at 127.0.0.1:" in done.stderr
+    assert "for 0.5 s" in done.stderr
+
+
+@pytest.mark.usefixtures("address")
+def test_a_worker_that_is_to_leave_waits_for_no_server_when_it_holds_nothing() -> None:
+    command = ["node", str(EXAMPLE / "worker.js"), "--addr", unused_address(), "--give-up", "1000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "the stream broke" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(WAIT_S) == 0
 
 
 def test_what_a_killed_worker_ran_is_run_by_the_next(

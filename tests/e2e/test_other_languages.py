@@ -1,21 +1,26 @@
-"""Clients that share nothing with this project but the contract: Node.js from the .proto files, buf by reflection."""
+"""Clients that share nothing with this project but the contract: Node.js and Go from its files, buf by reflection."""
 
 import functools
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.certificates import certificates
+from tests.e2e.conftest import served
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 NODEJS = ROOT / "examples" / "nodejs"
+GO = ROOT / "examples" / "go"
 BUF = str(Path(sys.executable).parent / "buf")
 
 Call = Callable[..., list[dict[str, Any]]]
@@ -68,11 +73,44 @@ def _source(name: str, code: str) -> dict[str, Any]:
 ADD = _source("add", "def add(a, b):\n    return a + b\n")
 
 
-@pytest.mark.usefixtures("nodejs")
-def test_nodejs_runs_python_functions_and_follows_them(address: str) -> None:
-    environment = {**os.environ, "LATTICE_TARGET": address}
-    command = ["node", str(NODEJS / "main.js"), "a bb cccc"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+@pytest.fixture(scope="session")
+def golang() -> None:
+    """The Go example, built."""
+    subprocess.run(["make", "go"], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    if not (GO / ".build" / "example").exists():
+        pytest.skip("needs Go")
+
+
+@pytest.fixture(scope="module")
+def safe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What tells a client how to reach a server with TLS and a token: its environment."""
+    folder = tmp_path_factory.mktemp("safe")
+    made, token = certificates(folder), folder / "token"
+    token.write_text("se-cret-0123456789")
+    flags = ["--tls-cert", str(made.cert), "--tls-key", str(made.key), "--token-file", str(token)]
+    with served("--executor", "local", "--num-cpus", "2", *flags) as address:
+        known = {"LATTICE_TLS_CA": str(made.ca), "LATTICE_TOKEN": token.read_text()}
+        yield {**os.environ, **known, "LATTICE_TARGET": address}
+
+
+PROGRAMS = {"nodejs": ["node", str(NODEJS / "main.js")], "golang": [str(GO / ".build" / "example")]}
+TESTS = {"nodejs": ["npm", "test"], "golang": [str(GO / ".build" / "lattice.test"), "-test.v"]}
+
+
+@pytest.fixture(params=list(PROGRAMS))
+def language(request: pytest.FixtureRequest) -> str:
+    """A language that has an example, which can be run."""
+    request.getfixturevalue(request.param)
+    return str(request.param)
+
+
+def ran(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run a program in the folder of the Node.js example, to which Go is indifferent."""
+    return subprocess.run(command, cwd=NODEJS, env=environment, capture_output=True, text=True, timeout=90, check=False)
+
+
+def test_another_language_runs_python_functions_and_follows_them(address: str, language: str) -> None:
+    done = ran([*PROGRAMS[language], "a bb cccc"], {**os.environ, "LATTICE_TARGET": address})
     assert done.returncode == 0, done.stderr
     *events, result = done.stdout.splitlines()
     assert [int(line.split()[0]) for line in events] == list(range(1, len(events) + 1))
@@ -81,12 +119,28 @@ def test_nodejs_runs_python_functions_and_follows_them(address: str) -> None:
     assert json.loads(result) == {"text": "a bb cccc", "longest": "cccc", "mean": 2.33}
 
 
-@pytest.mark.usefixtures("nodejs")
-def test_nodejs_survives_a_broken_stream(address: str) -> None:
-    environment = {**os.environ, "LATTICE_TARGET": address}
-    command = ["npm", "test"]
-    done = subprocess.run(command, cwd=NODEJS, env=environment, capture_output=True, text=True, timeout=90, check=False)
+def test_another_language_resumes_over_tls_with_a_token(safe: dict[str, str], language: str) -> None:
+    done = ran(TESTS[language], safe)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_another_language_is_refused_without_the_token(safe: dict[str, str], language: str) -> None:
+    done = ran(PROGRAMS[language], {name: value for name, value in safe.items() if name != "LATTICE_TOKEN"})
+    assert done.returncode != 0
+    assert re.search("unauthenticated", done.stderr, re.IGNORECASE), done.stderr
+
+
+def test_the_tests_of_another_language_fail_in_time_when_there_is_no_server(language: str) -> None:
+    one = {
+        "nodejs": ["node", "--test", "--test-name-pattern=leave", "lattice.test.js"],
+        "golang": [*TESTS["golang"], "-test.run=MayLeave"],
+    }
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        target = f"127.0.0.1:{listener.getsockname()[1]}"
+        done = ran(one[language], {**os.environ, "LATTICE_TARGET": target})
+    assert done.returncode != 0
+    assert "nothing was heard of the server" in done.stdout + done.stderr
 
 
 def test_nodejs_lock_names_no_place_to_download_from() -> None:

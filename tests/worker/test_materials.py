@@ -1,18 +1,19 @@
 """What attempts need before they start: whole or not there, fetched once, and tried again only where that may help."""
 
 import asyncio
+import errno
 import os
 import zipfile
 from collections.abc import AsyncIterator, Callable, Coroutine
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, task_pb2, worker_pb2
 
-from lattice_worker import materials
+from lattice_worker import agent, materials
 from lattice_worker.courier import Courier
 from lattice_worker.drafts import PREFIX, Drafts
 from lattice_worker.materials import Materials, MissingError
@@ -326,3 +327,37 @@ def test_nothing_but_a_value_is_deleted(name: str, tmp_path: Path) -> None:
     (tmp_path / "spares").mkdir()
     Materials(str(tmp_path), "here", Drafts(str(tmp_path)), lambda: None).drop([name])
     assert (tmp_path / "spares").is_dir()
+
+
+class Receiving:
+    """Takes uploads as the server does, and keeps what came."""
+
+    def __init__(self) -> None:
+        self.messages: list[worker_pb2.UploadArtifactRequest] = []
+
+    async def UploadArtifact(self, messages: AsyncIterator[worker_pb2.UploadArtifactRequest]) -> None:
+        """Take one."""
+        self.messages = [message async for message in messages]
+
+
+class Unreadable:
+    """Values that cannot be opened."""
+
+    def __init__(self, error: OSError) -> None:
+        self._error = error
+
+    def open(self, artifact_id: str) -> None:
+        """Fail."""
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"), [(FileNotFoundError(), True), (OSError(errno.EMFILE, "too many files"), False)]
+)
+def test_the_server_hears_of_a_value_that_cannot_be_read(error: OSError, is_lost: bool) -> None:
+    receiving: Any = Receiving()
+    wanted = worker_pb2.SendArtifact(transfer_id="t", artifact_id="a")
+    asyncio.run(agent._send(receiving, wanted, cast(Any, Unreadable(error))))
+    first, *others = receiving.messages
+    assert (first.transfer_id, first.HasField("size_bytes")) == ("t", False)
+    assert [message.not_found for message in others] == [True] * is_lost

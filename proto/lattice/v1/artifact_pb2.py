@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from lattice.v1 import payload_pb2 as lattice_dot_v1_dot_payload__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lattice/v1/artifact.proto\x12\nlattice.v1\x1a\x18lattice/v1/payload.proto\":\n\x13ReadArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"$\n\x14ReadArtifactResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"$\n\x14WriteArtifactRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"?\n\x15WriteArtifactResponse\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.lattice.v1.Artifact2\xbe\x01\n\x0f\x41rtifactService\x12S\n\x0cReadArtifact\x12\x1f.lattice.v1.ReadArtifactRequest\x1a .lattice.v1.ReadArtifactResponse0\x01\x12V\n\rWriteArtifact\x12 .lattice.v1.WriteArtifactRequest\x1a!.lattice.v1.WriteArtifactResponse(\x01\x42\x31\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lattice/v1/artifact.proto\x12\nlattice.v1\x1a\x18lattice/v1/payload.proto\":\n\x13ReadArtifactRequest\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"$\n\x14ReadArtifactResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"L\n\x14WriteArtifactRequest\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x17\n\nsize_bytes\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\r\n\x0b_size_bytes\"?\n\x15WriteArtifactResponse\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.lattice.v1.Artifact2\xbe\x01\n\x0f\x41rtifactService\x12S\n\x0cReadArtifact\x12\x1f.lattice.v1.ReadArtifactRequest\x1a .lattice.v1.ReadArtifactResponse0\x01\x12V\n\rWriteArtifact\x12 .lattice.v1.WriteArtifactRequest\x1a!.lattice.v1.WriteArtifactResponse(\x01\x42\x31\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,9 +38,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READARTIFACTRESPONSE']._serialized_start=127
   _globals['_READARTIFACTRESPONSE']._serialized_end=163
   _globals['_WRITEARTIFACTREQUEST']._serialized_start=165
-  _globals['_WRITEARTIFACTREQUEST']._serialized_end=201
-  _globals['_WRITEARTIFACTRESPONSE']._serialized_start=203
-  _globals['_WRITEARTIFACTRESPONSE']._serialized_end=266
-  _globals['_ARTIFACTSERVICE']._serialized_start=269
-  _globals['_ARTIFACTSERVICE']._serialized_end=459
+  _globals['_WRITEARTIFACTREQUEST']._serialized_end=241
+  _globals['_WRITEARTIFACTRESPONSE']._serialized_start=243
+  _globals['_WRITEARTIFACTRESPONSE']._serialized_end=306
+  _globals['_ARTIFACTSERVICE']._serialized_start=309
+  _globals['_ARTIFACTSERVICE']._serialized_end=499
 # @@protoc_insertion_point(module_scope)

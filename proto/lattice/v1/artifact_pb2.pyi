@@ -64,14 +64,22 @@ class WriteArtifactRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DATA_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
     data: builtins.bytes
     """The next bytes, at most 1 MiB."""
+    size_bytes: builtins.int
+    """How many bytes the artifact has; in the first message. The server stores nothing when another number comes, so that
+    what a call that broke had sent is not taken for the whole. Without it whatever came is stored.
+    """
     def __init__(
         self,
         *,
         data: builtins.bytes = ...,
+        size_bytes: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_size_bytes", b"_size_bytes", "size_bytes", b"size_bytes"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_size_bytes", b"_size_bytes", "data", b"data", "size_bytes", b"size_bytes"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_size_bytes", b"_size_bytes"]) -> typing.Literal["size_bytes"] | None: ...
 
 Global___WriteArtifactRequest: typing_extensions.TypeAlias = WriteArtifactRequest
 

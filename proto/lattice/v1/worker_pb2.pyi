@@ -1205,20 +1205,28 @@ class UploadArtifactRequest(google.protobuf.message.Message):
     TRANSFER_ID_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
     NOT_FOUND_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     """The transfer, as `SendArtifact` named it; in the first message."""
     data: builtins.bytes
     """The next bytes."""
     not_found: builtins.bool
     """Set instead of data when the artifact is not there."""
+    size_bytes: builtins.int
+    """How many bytes will be sent; in the first message. By it the server tells a worker that has another value from a call
+    that broke. Without it an upload of too few bytes counts as broken.
+    """
     def __init__(
         self,
         *,
         transfer_id: builtins.str = ...,
         data: builtins.bytes = ...,
         not_found: builtins.bool = ...,
+        size_bytes: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "not_found", b"not_found", "transfer_id", b"transfer_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_size_bytes", b"_size_bytes", "size_bytes", b"size_bytes"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_size_bytes", b"_size_bytes", "data", b"data", "not_found", b"not_found", "size_bytes", b"size_bytes", "transfer_id", b"transfer_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_size_bytes", b"_size_bytes"]) -> typing.Literal["size_bytes"] | None: ...
 
 Global___UploadArtifactRequest: typing_extensions.TypeAlias = UploadArtifactRequest
 

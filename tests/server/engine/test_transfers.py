@@ -84,7 +84,7 @@ def test_a_reader_gets_what_the_node_sends_from_where_it_was_asked_to() -> None:
         wanted = await scene.wanted()
         assert (wanted.session_id, wanted.artifact_id, wanted.offset) == ("s", ARTIFACT.artifact_id, OFFSET)
         chunks = [bytes([number]) for number in range(3 * AHEAD)]
-        await scene.transfers.take(wanted.transfer_id, upload(*chunks))
+        await scene.transfers.take(wanted.transfer_id, None, upload(*chunks))
         assert await reading == chunks
         assert not scene.connection.on_end
 
@@ -94,8 +94,29 @@ def test_a_reader_gets_what_the_node_sends_from_where_it_was_asked_to() -> None:
 def test_an_artifact_that_the_node_has_no_longer_is_not_found() -> None:
     async def scenario(scene: Scene) -> None:
         reading = scene.read()
-        await scene.transfers.take((await scene.wanted()).transfer_id, upload(None))
+        await scene.transfers.take((await scene.wanted()).transfer_id, None, upload(None))
         with pytest.raises(NotFoundError):
+            await reading
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("size_bytes", [ARTIFACT.size_bytes, None])
+def test_a_reader_learns_that_an_upload_ended_too_early(size_bytes: int | None) -> None:
+    async def scenario(scene: Scene) -> None:
+        reading = scene.read()
+        await scene.transfers.take((await scene.wanted()).transfer_id, size_bytes, upload(b"some"))
+        with pytest.raises(UnavailableError, match="broke off"):
+            await reading
+
+    play(scenario)
+
+
+def test_a_reader_learns_that_the_node_has_another_value() -> None:
+    async def scenario(scene: Scene) -> None:
+        reading = scene.read()
+        await scene.transfers.take((await scene.wanted()).transfer_id, 4, upload(b"some"))
+        with pytest.raises(NotFoundError, match="another number of bytes"):
             await reading
 
     play(scenario)
@@ -106,7 +127,7 @@ def test_a_reader_learns_that_an_upload_broke_off() -> None:
         reading = scene.read()
         wanted = await scene.wanted()
         with pytest.raises(ConnectionError):
-            await scene.transfers.take(wanted.transfer_id, broken(b"some"))
+            await scene.transfers.take(wanted.transfer_id, None, broken(b"some"))
         with pytest.raises(UnavailableError):
             await reading
 
@@ -143,7 +164,7 @@ def test_an_upload_ends_when_its_reader_does(count: int) -> None:
         chunks = aiter(scene.transfers.read(ARTIFACT.artifact_id, 0))
         first = asyncio.ensure_future(anext(chunks))
         wanted = await scene.wanted()
-        uploading = asyncio.create_task(scene.transfers.take(wanted.transfer_id, upload(*[b"x"] * count)))
+        uploading = asyncio.create_task(scene.transfers.take(wanted.transfer_id, None, upload(*[b"x"] * count)))
         await first
         # As far as it comes.
         for _ in range(10):
@@ -151,6 +172,6 @@ def test_an_upload_ends_when_its_reader_does(count: int) -> None:
         await chunks.aclose()
         await uploading
         with pytest.raises(NotFoundError):
-            await scene.transfers.take(wanted.transfer_id, upload(b"x"))
+            await scene.transfers.take(wanted.transfer_id, None, upload(b"x"))
 
     play(scenario)

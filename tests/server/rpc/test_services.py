@@ -321,7 +321,7 @@ def test_nothing_stays_of_an_artifact_whose_writing_broke_off() -> None:
             grpc.aio.insecure_channel(app.address) as channel,
         ):
             writing = artifact_pb2_grpc.ArtifactServiceStub(channel).WriteArtifact()
-            await writing.write(artifact_pb2.WriteArtifactRequest(data=b"x"))
+            await writing.write(artifact_pb2.WriteArtifactRequest(data=b"x", size_bytes=2))
             while not beside.artifacts():
                 await asyncio.sleep(0.01)
             writing.cancel()
@@ -370,6 +370,17 @@ def test_server_info_tells_version_epoch_and_limits(idle: Caller) -> None:
     assert set(info.features) == {"drafts", "output-path", "request-id", "run-graph", "open-run"}
     unset = [field.name for field in limits.DESCRIPTOR.fields if not getattr(limits, field.name)]
     assert not unset
+
+
+@pytest.mark.parametrize("size_bytes", [0, 5, 7])
+def test_an_upload_is_refused_when_its_size_is_another_than_it_said(idle: Caller, size_bytes: int) -> None:
+    first = artifact_pb2.WriteArtifactRequest(data=b"abc", size_bytes=size_bytes)
+    last = artifact_pb2.WriteArtifactRequest(data=b"def")
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+        idle.artifacts.WriteArtifact(iter([first, last]))
+    assert list(refusal.violations) == ["size_bytes"]
+    first.size_bytes = 6
+    assert idle.artifacts.WriteArtifact(iter([first, last])).artifact.size_bytes == 6
 
 
 def test_an_upload_is_refused_when_one_of_its_parts_is_over_the_limit(idle: Caller) -> None:

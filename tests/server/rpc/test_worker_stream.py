@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -719,9 +719,9 @@ ARTIFACT = "ab" * 16
 CHUNK = worker_pb2.UploadArtifactRequest(data=b"12345")
 
 
-async def sending(head: Scene, size_bytes: int = 10) -> tuple[Hand, Any, Any]:
+async def sending(head: Scene, size_bytes: int = 10, said: int | None = 10) -> tuple[Hand, Any, Any]:
     """Have a worker make a value that stays with it, and a client read it; return the worker, the reading and the
-    upload it is asked for."""
+    upload it is asked for, of as many bytes as it says there will be."""
     hand, _ = await head.hand()
     run_id = await head.run("a")
     lease_id = (await hand.hear("assignments")).assignments[0].lease_id
@@ -732,7 +732,7 @@ async def sending(head: Scene, size_bytes: int = 10) -> tuple[Hand, Any, Any]:
     reading = head.artifacts.ReadArtifact(artifact_pb2.ReadArtifactRequest(artifact_id=ARTIFACT))
     transfer_id = (await hand.hear("send_artifacts")).send_artifacts[0].transfer_id
     upload = head.workers.UploadArtifact()
-    await upload.write(worker_pb2.UploadArtifactRequest(transfer_id=transfer_id))
+    await upload.write(worker_pb2.UploadArtifactRequest(transfer_id=transfer_id, size_bytes=said))
     return hand, reading, upload
 
 
@@ -753,12 +753,16 @@ def test_a_value_that_stayed_with_its_worker_is_read_through_the_head() -> None:
     play(scenario)
 
 
-def test_an_upload_that_breaks_off_is_not_taken_for_the_value() -> None:
+@pytest.mark.parametrize("said", [10, None])
+@pytest.mark.parametrize("ending", ["cancel", "done_writing"])
+def test_an_upload_that_breaks_off_is_not_taken_for_the_value(ending: str, said: int | None) -> None:
     async def scenario(head: Scene) -> None:
-        hand, reading, upload = await sending(head)
+        hand, reading, upload = await sending(head, said=said)
         await upload.write(CHUNK)
         assert (await reading.read()).data == CHUNK.data
-        upload.cancel()
+        ended = getattr(upload, ending)()
+        if ending == "done_writing":
+            await ended
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await reading.read()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -767,17 +771,18 @@ def test_an_upload_that_breaks_off_is_not_taken_for_the_value() -> None:
     play(scenario)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_other_bytes_than_were_reported_are_not_taken_for_the_value(count: int) -> None:
+@pytest.mark.parametrize(("count", "said"), [(1, 5), (3, 15), (3, None)])
+def test_other_bytes_than_were_reported_are_not_taken_for_the_value(count: int, said: int | None) -> None:
     async def scenario(head: Scene) -> None:
-        hand, reading, upload = await sending(head)
-        for _ in range(count):
-            await upload.write(CHUNK)
-        await upload.done_writing()
+        hand, reading, upload = await sending(head, said=said)
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the server may have ended it by then
+            for _ in range(count):
+                await upload.write(CHUNK)
+            await upload.done_writing()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read(reading)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        assert "has not the 10 bytes" in str(caught.value.details())
+        assert "another number of bytes" in str(caught.value.details())
         hand.hang_up()
 
     play(scenario)
@@ -786,7 +791,7 @@ def test_other_bytes_than_were_reported_are_not_taken_for_the_value(count: int) 
 @pytest.mark.parametrize("count", [0, 100])
 def test_an_upload_ends_when_its_reader_has_left(count: int) -> None:
     async def scenario(head: Scene) -> None:
-        hand, reading, upload = await sending(head, size_bytes=count * 2**20 + 10)
+        hand, reading, upload = await sending(head, size_bytes=count * 2**20 + 10, said=count * 2**20 + 10)
         await upload.write(CHUNK)
         await reading.read()
 
