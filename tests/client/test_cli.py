@@ -119,6 +119,7 @@ def test_commands_of_other_packages_are_offered() -> None:
         "start",
         "status",
         "stop",
+        "token",
     ]
 
 
