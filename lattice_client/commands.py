@@ -63,9 +63,21 @@ class Commands(click.Group):
         """Return a command by its name."""
         found = super().get_command(ctx, cmd_name)
         for entry in entry_points(group=ENTRY_POINTS, name=cmd_name) if found is None else ():
-            loaded: click.Command = entry.load()
+            try:
+                loaded: click.Command = entry.load()
+            except Exception as error:
+                return _broken(cmd_name, error)
             return loaded
         return found
+
+
+def _broken(name: str, error: Exception) -> click.Command:
+    """Return the command of another package that cannot be imported; the other commands work without it."""
+
+    def fail() -> None:
+        raise click.ClickException(f"`lattice {name}` cannot be loaded: {type(error).__name__}: {error}")
+
+    return click.Command(name, callback=fail, help="Cannot be loaded.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from lattice_client import LatticeClient, Run
+from lattice_client import LatticeClient, Run, commands
 from lattice_client.cli import main
 from tests.client.shell import LATTICE, WAIT_S, call, ended, fail, greet, terminal
 
@@ -121,6 +122,19 @@ def test_commands_of_other_packages_are_offered() -> None:
         "stop",
         "token",
     ]
+
+
+def test_a_command_that_cannot_be_loaded_leaves_the_others_when_its_package_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = EntryPoint("token", "no_such_package:command", commands.ENTRY_POINTS)
+    found = EntryPoints([broken])
+    monkeypatch.setattr(commands, "entry_points", found.select)
+    assert re.search(r"^  token +Cannot be loaded", CliRunner().invoke(main, ["--help"]).stdout, re.MULTILINE)
+    assert "runs" in CliRunner().invoke(main, ["--help"]).stdout
+    done = CliRunner().invoke(main, ["token"])
+    assert done.exit_code == 1
+    assert "`lattice token` cannot be loaded: ModuleNotFoundError: No module named 'no_such_package'" in done.output
 
 
 @pytest.mark.parametrize(
