@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(client: LatticeClient,
     run = workflow.run()
     other = client.create_workflow()
     same = other.add_task(wait, {"room": room})
-    stranger = other.add_task(add, {"a": other.add_task(split, {"n": 1}).output})
+    stranger = other.add_task(total, {"values": other.add_task(split, {"n": 1}).output})
     impossible = other.add_task(task(gpu=3)(add.function), {"a": 1})
     with pytest.raises((InvalidArgumentError, AlreadyExistsError), match="wait"):
         run.add_tasks([same])
