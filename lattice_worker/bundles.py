@@ -8,6 +8,7 @@ deleted by the next worker that starts.
 """
 
 import asyncio
+import errno
 import fcntl
 import os
 import shutil
@@ -123,8 +124,8 @@ def _unpack(data: bytes, folder: Path) -> int:
         except BaseException as error:
             os.close(lock)
             shutil.rmtree(aside, ignore_errors=True)
-            # Another worker may have unpacked it meanwhile.
-            if not (isinstance(error, OSError) and folder.is_dir()):
+            # Another worker has unpacked it meanwhile, and may have deleted it again by now.
+            if not (isinstance(error, OSError) and error.errno in {errno.EEXIST, errno.ENOTEMPTY}):
                 raise
         else:
             break
