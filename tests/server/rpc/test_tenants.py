@@ -363,3 +363,30 @@ def test_a_draft_belongs_to_the_tenant_that_sent_it(world: World) -> None:
     assert world.b.workflows.AddTasks(part).revision == 1, "its own draft of that id"
     request.workflow.draft_id = draft_id
     assert world.a.workflows.RunWorkflow(request).run.tenant == "a"
+
+
+@pytest.mark.parametrize("where", ["input", "parameter", "run of one task", "stored workflow", "draft"])
+def test_another_tenants_artifact_is_refused_wherever_a_request_names_it(world: World, where: str) -> None:
+    def ask(caller: Caller) -> object:
+        payload = {"artifact": {"artifact_id": world.names["artifact_id"], "size_bytes": 27, "node_id": "head"}}
+        reading = graph(task("t", inputs={"x": {"payload": payload}}))
+        match where:
+            case "input":
+                return caller.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=reading))
+            case "parameter":
+                given = graph(task("t", inputs={"x": {"parameter": "p"}}))
+                request = workflow_pb2.RunWorkflowRequest(workflow=given, parameters={"p": payload})
+                return caller.workflows.RunWorkflow(request)
+            case "run of one task":
+                request = task_pb2.RunTaskRequest(function=function(), task=reading.tasks[0])
+                request.task.function = ""
+                return caller.tasks.RunTask(request)
+            case "stored workflow":
+                return caller.workflows.CreateWorkflow(workflow_pb2.CreateWorkflowRequest(spec=reading))
+            case _:
+                part = {"draft_id": fresh("draft"), "tasks": reading.tasks, "functions": reading.functions}
+                return caller.workflows.AddTasks(workflow_pb2.AddTasksRequest(**part))
+
+    ask(world.a)
+    with refused(Code.NOT_FOUND, "ARTIFACT_NOT_FOUND"):
+        ask(world.b)
