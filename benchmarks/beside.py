@@ -109,7 +109,7 @@ class Probe:
 async def _serve() -> None:
     from lattice_server.app import App
     from lattice_server.config import ServerConfig
-    from lattice_server.core.dispatch import Dispatch
+    from lattice_server.core.scheduling.scheduler import Dispatch
 
     probe = Probe()
     Dispatch.take = probe.timed(Dispatch.take)  # type: ignore[method-assign]

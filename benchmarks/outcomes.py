@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lattice_server.core.ranking import Ranking
+from lattice_server.core.run.ordering import Ranking
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from benchmarks.figures import Figures, average, figures_of, plot, table
 from benchmarks.outcomes import Policy
 from benchmarks.simulation import Simulation
 from benchmarks.workloads import generate
-from lattice_server.core.ranking import critical_path, first_come, least_left, least_left_aged, oldest_run
+from lattice_server.core.run.ordering import critical_path, first_come, least_left, least_left_aged, oldest_run
 
 RANKINGS = {
     "first come": first_come,

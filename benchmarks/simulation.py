@@ -13,8 +13,6 @@ from itertools import count
 
 from benchmarks.outcomes import EndedRun, Outcome, Policy
 from benchmarks.workloads import Arrival, Workload
-from lattice_server.core import dag
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import (
     Assign,
     AttemptSpawned,
@@ -35,7 +33,9 @@ from lattice_server.core.messages import (
     WelcomeWorker,
 )
 from lattice_server.core.model import Payload
-from lattice_server.core.run import Effect, Run
+from lattice_server.core.run import dag
+from lattice_server.core.run.run import Effect, Run
+from lattice_server.core.scheduling.scheduler import Dispatch
 from lattice_server.core.states import RunState
 from lattice_worker.session import Session
 

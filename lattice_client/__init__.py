@@ -1,10 +1,9 @@
 """The Python client: declares workflows, runs them, reads what happens."""
 
-import lattice_client.grpc_import  # noqa: F401  # before anything else imports gRPC
+import lattice_client.transport.grpc_import  # noqa: F401  # before anything else imports gRPC
 from lattice_client import context
 from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow
-from lattice_client.convert import RunEvent
-from lattice_client.entrypoint import entrypoint
+from lattice_client.convert.graphs import RunEvent
 from lattice_client.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -30,16 +29,17 @@ from lattice_client.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from lattice_client.graph.entrypoint import entrypoint
+from lattice_client.graph.outputs import Parameter, TaskOutput
+from lattice_client.graph.task import TaskDefinition, task
+from lattice_client.graph.template import template
+from lattice_client.graph.workflow import LatticeTask
 from lattice_client.langgraph import LangGraphClient
-from lattice_client.open_runs import AsyncOpenRun
-from lattice_client.outputs import Parameter, TaskOutput
-from lattice_client.questions import Question
-from lattice_client.run import AsyncRun
+from lattice_client.runs.open_run import AsyncOpenRun
+from lattice_client.runs.questions import Question
+from lattice_client.runs.run import AsyncRun
+from lattice_client.runs.sync_run import OpenRun, Run
 from lattice_client.sync import LatticeClient, LatticeWorkflow
-from lattice_client.sync_runs import OpenRun, Run
-from lattice_client.task import TaskDefinition, task
-from lattice_client.template import template
-from lattice_client.workflow import LatticeTask
 
 __all__ = [
     "AbortedError",

@@ -9,23 +9,23 @@ from uuid import uuid4
 
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
-from lattice_client import convert
-from lattice_client.channel import Channel, dial
-from lattice_client.convert import RunEvent
-from lattice_client.holding import Hold
-from lattice_client.open_runs import AsyncOpenRun, Opening
-from lattice_client.opening import opened
-from lattice_client.outputs import Scope
-from lattice_client.questions import OnQuestion
-from lattice_client.reading import PAGE_SIZE, Reader
-from lattice_client.requests import made
-from lattice_client.run import AsyncRun
-from lattice_client.security import SecurityOptions
-from lattice_client.settings import RunSettings, TaskRunSettings
-from lattice_client.starting import ADMISSION_TIMEOUT_S, Starter
-from lattice_client.suspending import AsyncChannel
-from lattice_client.transfer import Transfer
-from lattice_client.workflow import Graph, LatticeTask, single
+from lattice_client.convert import graphs
+from lattice_client.convert.graphs import RunEvent
+from lattice_client.graph.outputs import Scope
+from lattice_client.graph.settings import RunSettings, TaskRunSettings
+from lattice_client.graph.workflow import Graph, LatticeTask, single
+from lattice_client.runs.decoding import opened
+from lattice_client.runs.open_run import AsyncOpenRun, Opening
+from lattice_client.runs.open_stream import Hold
+from lattice_client.runs.questions import OnQuestion
+from lattice_client.runs.reader import PAGE_SIZE, Reader
+from lattice_client.runs.run import AsyncRun
+from lattice_client.runs.submission import ADMISSION_TIMEOUT_S, Starter
+from lattice_client.transport.artifacts import Transfer
+from lattice_client.transport.channel import Channel, dial
+from lattice_client.transport.requests import made
+from lattice_client.transport.security import SecurityOptions
+from lattice_client.transport.suspending import AsyncChannel
 
 
 class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
@@ -61,7 +61,7 @@ class AsyncLatticeWorkflow(Graph["AsyncLatticeClient"]):
     async def messages(self, run_id: str) -> AsyncIterator[dict[str, Any]]:
         """Yield the messages `get_results` returns, as they come."""
         async for event in self.client.events(run_id):
-            message = convert.message_of(event, self.workflow_id, run_id)
+            message = graphs.message_of(event, self.workflow_id, run_id)
             if message is not None:
                 yield message
 
@@ -267,7 +267,7 @@ class AsyncLatticeClient:
 
         Raises InvalidArgumentError.
         """
-        numbers = [convert.run_state(state) for state in states]
+        numbers = [graphs.run_state(state) for state in states]
         request = made(workflow_pb2.ListRunsRequest, page_size=min(limit, PAGE_SIZE), states=numbers, labels=labels)
         found: list[run_pb2.Run] = []
         while True:

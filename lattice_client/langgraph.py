@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
 from typing import Any, Unpack
 
-from lattice_client.security import SecurityOptions
+from lattice_client.graph.task import TaskDefinition, define
 from lattice_client.sync import LatticeClient
-from lattice_client.task import TaskDefinition, define
+from lattice_client.transport.security import SecurityOptions
 
 # What of a LangGraph config says something about the call; the rest is how the graph is run.
 CONFIG_KEYS = ("tags", "metadata", "run_name", "run_id", "max_concurrency", "recursion_limit")

@@ -11,18 +11,19 @@ from typing import Any, Never, NoReturn, Self, Unpack
 
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
-from lattice_client import convert, errors
-from lattice_client.blocking import BlockingChannel
-from lattice_client.channel import dial
+from lattice_client import errors
 from lattice_client.client import AsyncLatticeClient
-from lattice_client.opening import opened
-from lattice_client.questions import OnQuestion
-from lattice_client.security import SecurityOptions
-from lattice_client.settings import RunSettings, TaskRunSettings
-from lattice_client.starting import ADMISSION_TIMEOUT_S
-from lattice_client.suspending import AsyncChannel
-from lattice_client.sync_runs import OpenRun, Run, done, iterate
-from lattice_client.workflow import Graph
+from lattice_client.convert import graphs
+from lattice_client.graph.settings import RunSettings, TaskRunSettings
+from lattice_client.graph.workflow import Graph
+from lattice_client.runs.decoding import opened
+from lattice_client.runs.questions import OnQuestion
+from lattice_client.runs.submission import ADMISSION_TIMEOUT_S
+from lattice_client.runs.sync_run import OpenRun, Run, done, iterate
+from lattice_client.transport.blocking import BlockingChannel
+from lattice_client.transport.channel import dial
+from lattice_client.transport.security import SecurityOptions
+from lattice_client.transport.suspending import AsyncChannel
 
 
 class LatticeWorkflow(Graph["LatticeClient"]):
@@ -55,7 +56,7 @@ class LatticeWorkflow(Graph["LatticeClient"]):
         """
         messages, twin = [], self.client.twin
         for event in iterate(twin, twin.reader.fetched_events(run_id), run_id, timeout):
-            message = convert.message_of(opened(event), self.workflow_id, run_id)
+            message = graphs.message_of(opened(event), self.workflow_id, run_id)
             if message is None:
                 continue
             messages.append(message)

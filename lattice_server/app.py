@@ -18,31 +18,31 @@ from lattice.v1 import cluster_pb2
 
 from lattice_server import __version__
 from lattice_server.config import ServerConfig
-from lattice_server.core.dispatch import Dispatch
-from lattice_server.core.run import Bounds
+from lattice_server.core.run.run import Bounds
+from lattice_server.core.scheduling.scheduler import Dispatch
 from lattice_server.engine.admission import Admission
+from lattice_server.engine.artifact_store import ArtifactStore
+from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.drafts import Drafts
-from lattice_server.engine.folders import SOCKET
-from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Contact, Executor
 from lattice_server.engine.run_entry import Retention
-from lattice_server.engine.scheduler import Scheduler
+from lattice_server.engine.scheduler_thread import Scheduler
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.store import ArtifactStore
-from lattice_server.engine.transfers import Transfers
+from lattice_server.engine.store_folder import SOCKET
 from lattice_server.engine.usage import Bound
+from lattice_server.engine.workflow_store import WorkflowLibrary
 from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
-from lattice_server.rpc.convert import timestamp
-from lattice_server.rpc.intake import Intake
+from lattice_server.rpc.convert.payloads import timestamp
+from lattice_server.rpc.idempotency import Repeats
 from lattice_server.rpc.limits import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
-from lattice_server.rpc.machines import Machines
-from lattice_server.rpc.repeats import Repeats
+from lattice_server.rpc.node_join import Machines
+from lattice_server.rpc.request_parser import Intake
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.server import RpcServer
 from lattice_server.rpc.tasks import TaskServicer

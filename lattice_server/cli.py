@@ -16,7 +16,7 @@ import click
 import psutil
 import uvloop
 
-from lattice_server import MAY_SERVE, logs, records, security
+from lattice_server import MAY_SERVE, logs, pidfile, security
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.executors.program import token_flags
@@ -184,17 +184,17 @@ def _serve(config: ServerConfig) -> None:
     """Be the server until a signal ends it, noted for `lattice stop`. Raises click.ClickException."""
     # Here, since the server takes most of a second to import, and `lattice start` starts anew before it serves.
     from lattice_server.app import SchedulerError, serve
-    from lattice_server.engine.folders import StoreError
     from lattice_server.engine.ports import ExecutorError
+    from lattice_server.engine.store_folder import StoreError
     from lattice_server.rpc.server import PortInUseError
 
     noted: list[str] = []
     with _noting():
-        records.check()
+        pidfile.check()
 
     def announce(address: str) -> None:
         noted.append(f"head-{address.rpartition(':')[2]}")
-        records.note(noted[0])
+        pidfile.note(noted[0])
         click.echo(f"Lattice is listening on {address}")
 
     try:
@@ -208,7 +208,7 @@ def _serve(config: ServerConfig) -> None:
         raise click.ClickException(str(error)) from None
     finally:
         for name in noted:
-            records.forget(name)
+            pidfile.forget(name)
 
 
 def _become_worker(flags: Flags) -> NoReturn:
@@ -244,7 +244,7 @@ def _become_worker(flags: Flags) -> NoReturn:
     if token is not None:
         command += token_flags(token)
     with _noting():
-        records.note(f"node-{node_id}")
+        pidfile.note(f"node-{node_id}")
     sys.stdout.flush()
     os.execv(sys.executable, command)
 
@@ -253,7 +253,7 @@ def _become_worker(flags: Flags) -> NoReturn:
 def _noting() -> Iterator[None]:
     try:
         yield
-    except records.UnsafeError as error:
+    except pidfile.UnsafeError as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -288,8 +288,8 @@ def stop(port: int, node_id: str | None, wait: float) -> None:
     what = f"server on port {port}" if node_id is None else f"worker of node {node_id}"
     try:
         with _noting():
-            records.stop(f"head-{port}" if node_id is None else f"node-{node_id}", wait)
-    except records.NotRunningError:
+            pidfile.stop(f"head-{port}" if node_id is None else f"node-{node_id}", wait)
+    except pidfile.NotRunningError:
         raise click.ClickException(f"no {what} runs here that is yours") from None
     except psutil.TimeoutExpired:
         raise click.ClickException(f"the {what} did not stop in {wait:.0f} s") from None

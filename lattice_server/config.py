@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lattice_server.core.batching import BatchRule
+from lattice_server.core.scheduling.batching import BatchRule
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB

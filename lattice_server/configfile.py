@@ -20,7 +20,7 @@ from typing import Any
 
 from lattice_server import logs
 from lattice_server.config import MIN_INLINE_BYTES, MIN_MESSAGE_BYTES, MIN_MESSAGE_TASKS, ServerConfig
-from lattice_server.core.batching import BatchRule, NameMatch
+from lattice_server.core.scheduling.batching import BatchRule, NameMatch
 
 PLAIN = {found.name: found.type for found in fields(ServerConfig) if found.type in {int, float, str}}
 FLAGS = frozenset({"host", "port", "executor", "node_ip", "ray_address", "ray_workers"})

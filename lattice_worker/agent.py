@@ -19,15 +19,15 @@ from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
-from lattice_worker.attempts import Attempts
+from lattice_worker.artifact_staging import Drafts
+from lattice_worker.attempt_executor import Attempts
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES, opened
 from lattice_worker.config import WorkerConfig
-from lattice_worker.courier import Courier
-from lattice_worker.drafts import Drafts
-from lattice_worker.leasing import Leasing
-from lattice_worker.materials import Materials
-from lattice_worker.outgoing import CHUNK_BYTES, Leases, Outgoing
-from lattice_worker.pool import Pool
+from lattice_worker.lease_machine import Leasing
+from lattice_worker.local_store import Materials
+from lattice_worker.outbox import CHUNK_BYTES, Leases, Outgoing
+from lattice_worker.peer_fetch import Courier
+from lattice_worker.runner_pool import Pool
 from lattice_worker.zygote import Zygotes
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ import uvloop
 
 from lattice_worker import host, logs, secrecy
 from lattice_worker.agent import Agent
+from lattice_worker.artifact_staging import DISK, locked
 from lattice_worker.channel import ChannelError, check
 from lattice_worker.config import HEAD_STORE, WorkerConfig
-from lattice_worker.drafts import DISK, locked
-from lattice_worker.joining import Joiner
+from lattice_worker.node_join import Joiner
 
 PR_SET_PDEATHSIG = 1
 SHARED_MEMORY = Path("/dev/shm")

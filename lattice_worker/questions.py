@@ -10,7 +10,7 @@ from typing import Any
 from lattice.v1 import worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.runners import Runner
+from lattice_worker.runner_process import Runner
 
 # Of one lease. The server has a limit for a run.
 MAX_UNANSWERED = 1000

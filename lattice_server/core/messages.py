@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from lattice_server.core.leases import Node, NodeView
 from lattice_server.core.model import (
     Artifact,
     Binding,
@@ -18,7 +17,8 @@ from lattice_server.core.model import (
     Runtime,
     TaskSpec,
 )
-from lattice_server.core.questions import AnswerQuestion, AttemptAsked, QuestionAsked
+from lattice_server.core.run.questions import AnswerQuestion, AttemptAsked, QuestionAsked
+from lattice_server.core.scheduling.nodes import Node, NodeView
 from lattice_server.core.states import RunState
 
 Split = Mapping[str, Sequence[Payload]]

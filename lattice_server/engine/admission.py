@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lattice_server.core.errors import ExhaustedError, PreconditionError
-from lattice_server.core.leases import Node
 from lattice_server.core.model import TaskSpec
-from lattice_server.core.placement import Shape, impossibility, shape_of
-from lattice_server.core.run import Bounds
+from lattice_server.core.run.run import Bounds
+from lattice_server.core.scheduling.nodes import Node
+from lattice_server.core.scheduling.placement import Shape, impossibility, shape_of
 from lattice_server.core.steps import Steps, finish, stepwise
 
 RETRY_AFTER_S = 1.0

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from lattice_server.core.errors import PreconditionError
 from lattice_server.core.model import Bundle, Function
 from lattice_server.core.tenancy import UNNAMED, Reach
-from lattice_server.engine.folders import MIB
+from lattice_server.engine.store_folder import MIB
 from lattice_server.engine.usage import Bound, Evictable, Usage
 
 CODE_BOUND = Bound(512 * MIB, share=0.5)

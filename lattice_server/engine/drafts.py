@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact, Function, Payload, TaskSpec, leaves
 from lattice_server.core.tenancy import Reach, id_of
-from lattice_server.engine.folders import MIB
-from lattice_server.engine.store import ArtifactStore
+from lattice_server.engine.artifact_store import ArtifactStore
+from lattice_server.engine.store_folder import MIB
 from lattice_server.engine.uploads import Name
 
 TTL_S = 600.0

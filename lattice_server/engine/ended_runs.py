@@ -9,9 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from lattice_server.core.tenancy import UNNAMED, Reach
+from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.ended_ids import EndedIds
 from lattice_server.engine.run_entry import Retention, RunEntry
-from lattice_server.engine.store import ArtifactStore
 from lattice_server.engine.usage import Bound, Evictable, Usage
 
 # How long large values of a result are kept like those of one that was not read: they are fetched after it.

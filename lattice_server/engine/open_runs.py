@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from lattice_server.core.errors import AbortedError, PreconditionError
 from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskSkipped, TaskSucceeded
 from lattice_server.core.model import Failure, Payload
-from lattice_server.core.open_run import HolderEffect, OpenRun
-from lattice_server.core.questions import (
+from lattice_server.core.run.open_run import HolderEffect, OpenRun
+from lattice_server.core.run.questions import (
     NOT_OPEN,
     AnswerQuestion,
     AskHolder,
@@ -19,7 +19,7 @@ from lattice_server.core.questions import (
     WithdrawQuestion,
     answer_to,
 )
-from lattice_server.core.run import Effect
+from lattice_server.core.run.run import Effect
 from lattice_server.engine.holder import Holder
 from lattice_server.engine.run_entry import RunEntry
 

@@ -8,7 +8,6 @@ from itertools import count
 from typing import NamedTuple, NotRequired, TypedDict, Unpack
 from uuid import uuid4
 
-from lattice_server.core import dag
 from lattice_server.core.errors import (
     ConflictError,
     ExhaustedError,
@@ -40,25 +39,26 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Artifact, Failure, FailureKind, Function, Payload, TaskSpec, WorkflowSpec
-from lattice_server.core.open_run import HolderEffect
-from lattice_server.core.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
-from lattice_server.core.records import TaskTable, tabulating
-from lattice_server.core.reuse import Earlier, workflow_of
-from lattice_server.core.run import Effect, Run
+from lattice_server.core.run import dag
+from lattice_server.core.run.open_run import HolderEffect
+from lattice_server.core.run.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
+from lattice_server.core.run.reuse import Earlier, workflow_of
+from lattice_server.core.run.run import Effect, Run
+from lattice_server.core.run.task_table import TaskTable, tabulating
 from lattice_server.core.steps import STEP_ITEMS, Steps, finish, stepwise
 from lattice_server.core.tenancy import UNNAMED, Reach, Shelf, key_of
-from lattice_server.engine import run_notes
+from lattice_server.engine import run_logging
 from lattice_server.engine.admission import Admission
+from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_runs import EndedRuns
-from lattice_server.engine.inquiries import Inquiries
-from lattice_server.engine.library import expect_revision
 from lattice_server.engine.open_runs import TOLD, OpenRuns
+from lattice_server.engine.queries import Inquiries
 from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.store import ArtifactStore
+from lattice_server.engine.workflow_store import expect_revision
 
 log = logging.getLogger(__name__)
 
@@ -431,7 +431,7 @@ class Orchestrator:
                     entry.log.append(effect, time_s)
                     if entry.holder is not None and isinstance(effect, TOLD | RunFinished):
                         entry.holder.news.set()
-                    run_notes.note(entry, effect)
+                    run_logging.note(entry, effect)
         if posts is None:
             self._bus.post(own)
         if len(entry.run.dag.artifacts) > entry.graph_artifacts:

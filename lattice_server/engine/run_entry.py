@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskSkipped, TaskStarted, TaskSucceeded
 from lattice_server.core.model import Artifact, Function
-from lattice_server.core.open_run import HolderEffect, OpenRun
-from lattice_server.core.run import Effect, Run
+from lattice_server.core.run.open_run import HolderEffect, OpenRun
+from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.holder import Holder
-from lattice_server.engine.subscriptions import RunLog
+from lattice_server.engine.run_log import RunLog
 from lattice_server.engine.uploads import Name
 
 GIB = 1024 * 1024 * 1024

@@ -18,9 +18,9 @@ from lattice_server.core.messages import (
     WorkerEffect,
 )
 from lattice_server.core.model import Artifact
-from lattice_server.core.questions import AnswerQuestion
-from lattice_server.engine.connections import Connection, Session
-from lattice_server.engine.store import HEAD
+from lattice_server.core.run.questions import AnswerQuestion
+from lattice_server.engine.artifact_store import HEAD
+from lattice_server.engine.outbox import Connection, Session
 
 log = logging.getLogger(__name__)
 

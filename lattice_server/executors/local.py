@@ -11,9 +11,9 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, Machine, Membership
-from lattice_server.executors.command import log_flags, offer_of_head, worker_flags
-from lattice_server.executors.leftovers import MARK, end_leftovers
+from lattice_server.executors.orphans import MARK, end_leftovers
 from lattice_server.executors.program import worker_command
+from lattice_server.executors.worker_command import log_flags, offer_of_head, worker_flags
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,9 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, ExecutorError, Machine, Membership, RayCluster
-from lattice_server.executors.command import log_flags, offer_of_machine, worker_flags
-from lattice_server.executors.leftovers import MARK, end_leftovers
-from lattice_server.executors.ray_child import RayChild, ray_child
-from lattice_server.executors.reservation import (
+from lattice_server.executors.orphans import MARK, end_leftovers
+from lattice_server.executors.ray_driver_client import RayChild, ray_child
+from lattice_server.executors.ray_reservation import (
     TOKEN,
     Member,
     Reservation,
@@ -31,6 +30,7 @@ from lattice_server.executors.reservation import (
     resource_of,
     way_from_afar,
 )
+from lattice_server.executors.worker_command import log_flags, offer_of_machine, worker_flags
 
 log = logging.getLogger(__name__)
 

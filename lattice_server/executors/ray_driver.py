@@ -22,9 +22,9 @@ import ray._private.worker
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lattice_server.executors.exchange import host_name
-from lattice_server.executors.leftovers import end_session
-from lattice_server.executors.worker_host import WorkerHost
+from lattice_server.executors.orphans import end_session
+from lattice_server.executors.ray_actor import WorkerHost
+from lattice_server.executors.ray_transfer import host_name
 
 PR_SET_PDEATHSIG = 1
 LINE_LIMIT_BYTES = 1024 * 1024

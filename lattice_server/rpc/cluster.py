@@ -7,15 +7,15 @@ from lattice.v1 import cluster_pb2, cluster_pb2_grpc
 
 from lattice_server.core import messages
 from lattice_server.core.errors import NotFoundError
-from lattice_server.core.leases import NodeState, NodeView
+from lattice_server.core.scheduling.nodes import NodeState, NodeView
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.inquiries import Inquiries
+from lattice_server.engine.queries import Inquiries
 from lattice_server.engine.sessions import Sessions
-from lattice_server.rpc import convert
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.offers import deadline_from_proto
+from lattice_server.rpc.convert import payloads
+from lattice_server.rpc.hello_validation import deadline_from_proto
+from lattice_server.rpc.idempotency import Repeats
 from lattice_server.rpc.paging import page
-from lattice_server.rpc.repeats import Repeats
 
 NODE_STATE_TO_PROTO = {state: cluster_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeState}
 
@@ -71,14 +71,14 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             hostname=node.hostname,
             node_ip=node.node_ip,
             state=NODE_STATE_TO_PROTO[node.state],
-            capacity=convert.capacity_to_proto(node.capacity),
-            free=convert.capacity_to_proto(node.free),
+            capacity=payloads.capacity_to_proto(node.capacity),
+            free=payloads.capacity_to_proto(node.free),
             labels=node.labels,
             worker_id=node.worker_id,
             worker_pid=node.pid,
             attempts=node.attempts,
-            heartbeat_time=convert.timestamp(self._sessions.heard_at(node.session_id)),
-            isolations=[convert.ISOLATION_TO_PROTO[level] for level in node.isolations],
-            runtime=convert.runtime_to_proto(node.runtime),
+            heartbeat_time=payloads.timestamp(self._sessions.heard_at(node.session_id)),
+            isolations=[payloads.ISOLATION_TO_PROTO[level] for level in node.isolations],
+            runtime=payloads.runtime_to_proto(node.runtime),
             entrypoints=sorted(node.entrypoints),
         )

@@ -19,7 +19,7 @@ from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.callers import no_longer_valid
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.reading import MessageLimits, RequestReader, unreadable
+from lattice_server.rpc.request_reader import MessageLimits, RequestReader, unreadable
 
 log = logging.getLogger(__name__)
 

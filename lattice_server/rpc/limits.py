@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from lattice.v1 import cluster_pb2
 
 from lattice_server.config import ServerConfig
-from lattice_server.core.open_run import MAX_QUESTIONS
+from lattice_server.core.run.open_run import MAX_QUESTIONS
 from lattice_server.engine.usage import Usage
-from lattice_server.rpc import convert
 from lattice_server.rpc.artifacts import UPLOAD_CHUNK_BYTES
-from lattice_server.rpc.definitions import MAX_ID_LENGTH
+from lattice_server.rpc.chunking import PART_BYTES
+from lattice_server.rpc.convert import payloads
+from lattice_server.rpc.convert.tasks import MAX_ID_LENGTH
 from lattice_server.rpc.paging import DEFAULT_PAGE, MAX_PAGE
-from lattice_server.rpc.parts import PART_BYTES
 from lattice_server.rpc.waiting import MAX_WAIT_S
 
 PROTOCOL_VERSION = 1
@@ -28,7 +28,7 @@ def limits_to_proto(config: ServerConfig, stores: Iterable[Usage]) -> cluster_pb
         page_bytes=PART_BYTES,
         default_page_size=DEFAULT_PAGE,
         max_page_size=MAX_PAGE,
-        max_wait=convert.duration(MAX_WAIT_S),
+        max_wait=payloads.duration(MAX_WAIT_S),
         run_tasks=config.max_run_tasks,
         open_tasks=config.max_open_tasks,
         map_items=config.max_map_items,
@@ -36,16 +36,16 @@ def limits_to_proto(config: ServerConfig, stores: Iterable[Usage]) -> cluster_pb
         stored_workflows=config.max_workflows,
         log_bytes=config.log_limit_bytes,
         id_characters=MAX_ID_LENGTH,
-        open_run_grace=convert.duration(config.open_run_grace_s),
+        open_run_grace=payloads.duration(config.open_run_grace_s),
         question_bytes=config.question_limit_bytes,
         open_questions=MAX_QUESTIONS,
         message_tasks=config.message_limit_tasks,
         tenant_code_bytes=of["code"],
         tenant_upload_bytes=of["uploads"],
         tenant_workflow_bytes=of["stored workflows"],
-        upload_time=convert.duration(config.upload_ttl_s),
-        result_time=convert.duration(config.result_ttl_s),
-        repeat_time=convert.duration(config.repeat_ttl_s),
+        upload_time=payloads.duration(config.upload_ttl_s),
+        result_time=payloads.duration(config.result_ttl_s),
+        repeat_time=payloads.duration(config.repeat_ttl_s),
     )
 
 

@@ -15,17 +15,18 @@ from lattice.v1 import errors_pb2, run_pb2, workflow_pb2
 from lattice_server.core.errors import LatticeError, invalid_field
 from lattice_server.core.messages import RunEvent
 from lattice_server.core.model import Failure, Payload
-from lattice_server.core.questions import QuestionAsked
+from lattice_server.core.run.questions import QuestionAsked
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.holder import Holder
 from lattice_server.engine.open_runs import TOLD, OpenRuns
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
-from lattice_server.engine.subscriptions import BATCH
-from lattice_server.rpc import callers, convert
-from lattice_server.rpc.events import event_to_proto, run_to_proto
+from lattice_server.engine.run_log import BATCH
+from lattice_server.rpc import callers
+from lattice_server.rpc.chunking import PART_BYTES, in_parts
+from lattice_server.rpc.convert import payloads
+from lattice_server.rpc.convert.runs import event_to_proto, run_to_proto
 from lattice_server.rpc.interceptors import internal_refusal, refusal_of
-from lattice_server.rpc.parts import PART_BYTES, in_parts
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,10 @@ class _Stream:
         is_taken = True
         match message.WhichOneof("answer"):
             case "failure":
-                answer = convert.failure_from_proto(message.failure)
+                answer = payloads.failure_from_proto(message.failure)
             case "payload":
                 try:
-                    answer = convert.question_from_proto(message.payload, self._limit_bytes)
+                    answer = payloads.question_from_proto(message.payload, self._limit_bytes)
                 except LatticeError as error:
                     answer, is_taken = f"the caller's answer cannot be passed on: {error.message}", False
             case _:
@@ -217,5 +218,5 @@ def _question_to_proto(question: QuestionAsked) -> workflow_pb2.Question:
         attempt=question.attempt,
         name=question.name,
     )
-    convert.fill_payload(message.payload, question.payload)
+    payloads.fill_payload(message.payload, question.payload)
     return message

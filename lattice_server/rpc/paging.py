@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import invalid_field
-from lattice_server.rpc.parts import PART_BYTES
+from lattice_server.rpc.chunking import PART_BYTES
 
 Item = TypeVar("Item")
 Shown = TypeVar("Shown", bound=Message)

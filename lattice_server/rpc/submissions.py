@@ -13,10 +13,10 @@ from lattice_server.core.model import Function, TaskSpec, WorkflowSpec
 from lattice_server.core.tenancy import Reach, id_of, key_of
 from lattice_server.engine.drafts import Draft, Drafts
 from lattice_server.engine.slices import Slices
-from lattice_server.rpc.definitions import MAX_ID_LENGTH, check_id
-from lattice_server.rpc.graphs import task_to_spec
-from lattice_server.rpc.intake import Intake
-from lattice_server.rpc.prints import GraphPrint
+from lattice_server.rpc.convert.graphs import task_to_spec
+from lattice_server.rpc.convert.tasks import MAX_ID_LENGTH, check_id
+from lattice_server.rpc.fingerprints import GraphPrint
+from lattice_server.rpc.request_parser import Intake
 from lattice_server.rpc.sameness import reduce_values
 
 

@@ -12,12 +12,13 @@ from lattice_server.core.states import TASK_TERMINAL
 from lattice_server.core.tenancy import Reach
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
-from lattice_server.rpc import callers, convert, definitions
+from lattice_server.rpc import callers
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.events import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
-from lattice_server.rpc.intake import Intake
+from lattice_server.rpc.convert import payloads, tasks
+from lattice_server.rpc.convert.runs import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
+from lattice_server.rpc.idempotency import Repeats
 from lattice_server.rpc.paging import is_full, number_after, page
-from lattice_server.rpc.repeats import Repeats
+from lattice_server.rpc.request_parser import Intake
 from lattice_server.rpc.sameness import task_fingerprint
 from lattice_server.rpc.waiting import wait_from_proto
 
@@ -43,7 +44,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
     async def RunTask(self, request: task_pb2.RunTaskRequest, context: Context) -> task_pb2.RunTaskResponse:
         """Run one task as a run of its own."""
         wait_s = wait_from_proto(request.wait, "wait")
-        definitions.check_request_id(request.request_id)
+        tasks.check_request_id(request.request_id)
         request_id = request.request_id
         bundles = [request.bundle] if request.HasField("bundle") else []
         name = request.task.function or FUNCTION_NAME
@@ -66,7 +67,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             priority=request.priority,
             fingerprint=task_fingerprint(request, functions[name]),
             request_id=request_id,
-            timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
+            timeout_s=tasks.limit_from_proto(request, "timeout", "timeout"),
             reach=reach,
         )
         await self._wait(entry, task.task_id, wait_s)
@@ -125,9 +126,9 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
 
 
 def _explanation_to_proto(explanation: Explanation, task: run_pb2.TaskRun) -> task_pb2.ExplainTaskResponse:
-    response = task_pb2.ExplainTaskResponse(task=task, waited=convert.duration(explanation.waited_s))
+    response = task_pb2.ExplainTaskResponse(task=task, waited=payloads.duration(explanation.waited_s))
     if explanation.start_in_s is not None:
-        response.start_in.CopyFrom(convert.duration(explanation.start_in_s))
+        response.start_in.CopyFrom(payloads.duration(explanation.start_in_s))
     for reason in explanation.reasons:
         response.reasons.add(
             kind=REASON_KIND_TO_PROTO[reason.kind],

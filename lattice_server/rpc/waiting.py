@@ -3,7 +3,7 @@
 from google.protobuf.duration_pb2 import Duration
 
 from lattice_server.core.errors import invalid_field
-from lattice_server.rpc.convert import seconds_from
+from lattice_server.rpc.convert.payloads import seconds_from
 
 MAX_WAIT_S = 300.0
 

@@ -17,21 +17,22 @@ from lattice_server.config import ServerConfig
 from lattice_server.core import messages
 from lattice_server.core.errors import InvalidError, LatticeError
 from lattice_server.core.model import Artifact, Failure, FailureKind, Function, TaskSpec
-from lattice_server.core.questions import AnswerQuestion, AttemptAsked
+from lattice_server.core.run.questions import AnswerQuestion, AttemptAsked
+from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.connections import Connection, Session
+from lattice_server.engine.clock_offset import WorkerClock
+from lattice_server.engine.outbox import Connection, Session
 from lattice_server.engine.sessions import Sessions
-from lattice_server.engine.transfers import Transfers
-from lattice_server.engine.worker_clock import WorkerClock
-from lattice_server.rpc import callers, convert
-from lattice_server.rpc.assignments import responses
+from lattice_server.rpc import callers
 from lattice_server.rpc.callers import no_longer_valid
 from lattice_server.rpc.claims import check_heartbeat
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.intake import Intake
-from lattice_server.rpc.machines import Machines
-from lattice_server.rpc.offers import check_first, deadline_from_proto, version_misfit
-from lattice_server.rpc.reading import unreadable
+from lattice_server.rpc.convert import payloads
+from lattice_server.rpc.convert.assignments import responses
+from lattice_server.rpc.hello_validation import check_first, deadline_from_proto, version_misfit
+from lattice_server.rpc.node_join import Machines
+from lattice_server.rpc.request_parser import Intake
+from lattice_server.rpc.request_reader import unreadable
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             is_news = session.is_news(report.sequence)
             if report.sequence <= session.last_sequence:
                 # Of one that comes again too: that what it names is to be dropped may not have been heard.
-                artifacts += convert.artifacts_in_report(report)
+                artifacts += payloads.artifacts_in_report(report)
             if is_news:
                 fact = report.WhichOneof("fact")
                 if fact == "spawned":
@@ -241,7 +242,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """Return what asks a question; one that cannot be put to a caller is answered at once."""
         asked = report.asked
         try:
-            name, payload = asked.name, convert.question_from_proto(asked.payload, self._config.question_limit_bytes)
+            name, payload = asked.name, payloads.question_from_proto(asked.payload, self._config.question_limit_bytes)
         except LatticeError as error:
             text = f"the question cannot be put to the caller: {error.message}"
             self._sessions.perform(AnswerQuestion(session_id, report.lease_id, asked.number, text))
@@ -272,12 +273,12 @@ def _hello_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHello
         held_lease_ids=tuple(hello.held_lease_ids),
         hostname=hello.hostname,
         node_ip=hello.node_ip,
-        capacity=convert.capacity_from_proto(hello.capacity),
+        capacity=payloads.capacity_from_proto(hello.capacity),
         labels=dict(hello.labels),
         isolations=frozenset(
-            convert.ISOLATION_FROM_PROTO[level] for level in hello.isolations if level in convert.ISOLATION_FROM_PROTO
+            payloads.ISOLATION_FROM_PROTO[level] for level in hello.isolations if level in payloads.ISOLATION_FROM_PROTO
         ),
-        runtime=convert.runtime_from_proto(hello.runtime),
+        runtime=payloads.runtime_from_proto(hello.runtime),
         pid=hello.pid,
         entrypoints=frozenset(hello.entrypoints),
         greeting=greeting,
@@ -309,8 +310,8 @@ def _report_event(report: worker_pb2.Report, session_id: str, clock: WorkerClock
         case "started":
             return messages.AttemptStarted(*named, at)
         case "failed":
-            failure = convert.failure_from_proto(report.failed.failure)
-            return messages.AttemptFailed(*named, failure, convert.seconds_from(report.failed.duration), at)
+            failure = payloads.failure_from_proto(report.failed.failure)
+            return messages.AttemptFailed(*named, failure, payloads.seconds_from(report.failed.duration), at)
         case "log":
             written = report.log
             is_error = written.stream == run_pb2.LOG_STREAM_STDERR
@@ -325,14 +326,14 @@ def _success_event(
     succeeded: worker_pb2.AttemptSucceeded, named: tuple[str, str, int], at: float | None
 ) -> messages.AttemptSucceeded:
     outputs = {
-        name: convert.payload_from_proto(payload, f'outputs["{name}"]', NO_LIMIT)
+        name: payloads.payload_from_proto(payload, f'outputs["{name}"]', NO_LIMIT)
         for name, payload in succeeded.outputs.items()
     }
     split = {
-        name: [convert.payload_from_proto(item, f'split["{name}"]', NO_LIMIT) for item in items.items]
+        name: [payloads.payload_from_proto(item, f'split["{name}"]', NO_LIMIT) for item in items.items]
         for name, items in succeeded.split.items()
     }
-    return messages.AttemptSucceeded(*named, outputs, convert.seconds_from(succeeded.duration), split, at)
+    return messages.AttemptSucceeded(*named, outputs, payloads.seconds_from(succeeded.duration), split, at)
 
 
 async def _chunks(requests: AsyncIterator[worker_pb2.UploadArtifactRequest]) -> AsyncIterator[bytes | None]:

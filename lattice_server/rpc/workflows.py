@@ -8,23 +8,24 @@ from itertools import islice
 
 from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 
-from lattice_server.core import dag
 from lattice_server.core.errors import InvalidError, invalid_field
 from lattice_server.core.model import WorkflowSpec
+from lattice_server.core.run import dag
 from lattice_server.core.tenancy import Reach, key_of
 from lattice_server.engine.drafts import Drafts
-from lattice_server.engine.library import WorkflowEntry, WorkflowLibrary, expect_revision
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.engine.slices import Slices
-from lattice_server.rpc import callers, convert, definitions
+from lattice_server.engine.workflow_store import WorkflowEntry, WorkflowLibrary, expect_revision
+from lattice_server.rpc import callers
 from lattice_server.rpc.context import Context
-from lattice_server.rpc.events import RUN_STATE_TO_PROTO, result_to_proto, run_to_proto, run_to_view
-from lattice_server.rpc.graphs import graph_task_to_proto
-from lattice_server.rpc.intake import Intake
+from lattice_server.rpc.convert import payloads, tasks
+from lattice_server.rpc.convert.graphs import graph_task_to_proto
+from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO, result_to_proto, run_to_proto, run_to_view
+from lattice_server.rpc.idempotency import Repeats
 from lattice_server.rpc.open_runs import OpenRunStreams
 from lattice_server.rpc.paging import is_full, number_after, page
-from lattice_server.rpc.repeats import Repeats
+from lattice_server.rpc.request_parser import Intake
 from lattice_server.rpc.sameness import reduce_values
 from lattice_server.rpc.submissions import Submission, Submissions, merged
 
@@ -63,7 +64,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             await self._slices.finish(dag.building(found.spec))
             return workflow_pb2.CreateWorkflowResponse(workflow=workflow_pb2.Workflow(spec=request.spec))
         print_ = fingerprint(*found.print_parts)
-        definitions.check_id(request.workflow_id, "workflow_id")
+        tasks.check_id(request.workflow_id, "workflow_id")
         entry = self._library.find(request.workflow_id, print_, reach.tenant)
         if entry is not None:
             return workflow_pb2.CreateWorkflowResponse(workflow=_workflow_to_proto(entry))
@@ -241,15 +242,15 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def RetryRun(self, request: workflow_pb2.RetryRunRequest, context: Context) -> workflow_pb2.RetryRunResponse:
         """Start a run that takes over what another one finished."""
-        definitions.check_id(request.new_run_id, "new_run_id")
+        tasks.check_id(request.new_run_id, "new_run_id")
         print_ = fingerprint(b"retry", request.run_id.encode()) if request.new_run_id else ""
         entry, created = await self._orchestrator.retry_run(request.run_id, request.new_run_id, print_, callers.reach())
         return workflow_pb2.RetryRunResponse(run=run_to_proto(entry), created=created)
 
     async def _start(self, request: workflow_pb2.RunWorkflowRequest, *, is_open: bool = False) -> tuple[RunEntry, bool]:
         request.tenant, reach = callers.tenant_named(request.tenant), callers.reach()
-        definitions.check_id(request.run_id, "run_id")
-        definitions.check_request_id(request.request_id)
+        tasks.check_id(request.run_id, "run_id")
+        tasks.check_request_id(request.request_id)
         parts: tuple[bytes, ...] = (b"open",) if is_open else ()
         found: Submission | None = None
         match request.WhichOneof("source"):
@@ -284,7 +285,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             fingerprint=print_,
             request_id=request_id,
             workflow_id=request.workflow_id,
-            timeout_s=definitions.limit_from_proto(request, "timeout", "timeout"),
+            timeout_s=tasks.limit_from_proto(request, "timeout", "timeout"),
             is_open=is_open,
             reach=reach,
         )
@@ -335,5 +336,5 @@ def _workflow_to_proto(entry: WorkflowEntry, *, is_brief: bool = False) -> workf
         workflow_id=entry.workflow_id,
         revision=entry.revision,
         spec=spec,
-        create_time=convert.timestamp(entry.created_s),
+        create_time=payloads.timestamp(entry.created_s),
     )

@@ -12,7 +12,7 @@ from benchmarks.figures import Figures, figures_of, jain, percentile, score
 from benchmarks.outcomes import Outcome, Policy
 from benchmarks.simulation import Simulation
 from benchmarks.workloads import CROWD, Workload, generate
-from lattice_server.core.ranking import first_come, least_left_aged
+from lattice_server.core.run.ordering import first_come, least_left_aged
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from lattice_client import LatticeClient, Run, task
-from lattice_client.cli import main
+from lattice_client.cli.main import main
 
 LATTICE = str(Path(sys.executable).parent / "lattice")
 WAIT_S = 60

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lattice_client import LatticeClient, NotFoundError, Run, TaskFailedError, task
-from lattice_client.blocking import BlockingChannel, _Stream
-from lattice_client.starting import MAX_OPEN_CALLS
+from lattice_client.runs.submission import MAX_OPEN_CALLS
+from lattice_client.transport.blocking import BlockingChannel, _Stream
 from tests.server.apps import NoWorkers, serving_aside
 
 

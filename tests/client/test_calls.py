@@ -25,8 +25,8 @@ from lattice.v1 import (
 )
 
 from lattice_client import AsyncLatticeClient, AsyncRun, InternalError, task
-from lattice_client.inputs import Binder
-from lattice_client.outputs import Scope
+from lattice_client.graph.inputs import Binder
+from lattice_client.graph.outputs import Scope
 
 LARGE = b"x" * 1_000_000
 

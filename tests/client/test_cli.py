@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lattice_client import LatticeClient, Run, commands
-from lattice_client.cli import main
+from lattice_client import LatticeClient, Run
+from lattice_client.cli import options
+from lattice_client.cli.main import main
 from tests.client.shell import LATTICE, WAIT_S, call, ended, fail, greet, terminal
 
 pytestmark = pytest.mark.slow
@@ -127,9 +128,9 @@ def test_commands_of_other_packages_are_offered() -> None:
 def test_a_command_that_cannot_be_loaded_leaves_the_others_when_its_package_is_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    broken = EntryPoint("token", "no_such_package:command", commands.ENTRY_POINTS)
+    broken = EntryPoint("token", "no_such_package:command", options.ENTRY_POINTS)
     found = EntryPoints([broken])
-    monkeypatch.setattr(commands, "entry_points", found.select)
+    monkeypatch.setattr(options, "entry_points", found.select)
     assert re.search(r"^  token +Cannot be loaded", CliRunner().invoke(main, ["--help"]).stdout, re.MULTILINE)
     assert "runs" in CliRunner().invoke(main, ["--help"]).stdout
     done = CliRunner().invoke(main, ["token"])

@@ -24,7 +24,7 @@ from lattice_client import (
     errors,
     task,
 )
-from lattice_client.code import pack
+from lattice_client.code.function import pack
 
 PUBLIC = [
     "AbortedError",
@@ -116,11 +116,11 @@ def project(folder: Path, files: dict[str, str]) -> None:
 
 SCRIPT = """
 import sys
-from lattice_client import code
+from lattice_client.code import function
 {imports}
 def work():
     pass
-_, bundle = code.pack({function})
+_, bundle = function.pack({function})
 sys.stdout.buffer.write(bundle.zip if bundle else b"")
 """
 
@@ -169,7 +169,7 @@ def test_a_bundle_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
 def test_a_bundle_has_what_was_edited_since_the_last_one(tmp_path: Path) -> None:
     edit = "work()\nopen(low.__file__, 'w').write('import extra')\nopen(low.__file__[:-6] + 'extra.py', 'w').close()"
     body = SCRIPT.format(imports="import low", function="work").replace(
-        "_, bundle =", f"code.pack(work)\n{edit}\n_, bundle ="
+        "_, bundle =", f"function.pack(work)\n{edit}\n_, bundle ="
     )
     project(tmp_path, {"low.py": "", "script.py": body})
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, check=True, cwd="/")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lattice_client import TaskDefinitionError, task
-from lattice_client import pickler as client_pickler
+from lattice_client.code import pickler as client_pickler
 from lattice_worker.runner import pickler as runner_pickler
 from tests.client.travel import Travel
 

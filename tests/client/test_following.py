@@ -14,11 +14,12 @@ import grpc
 import pytest
 from lattice.v1 import results_pb2, results_pb2_grpc, run_pb2, workflow_pb2, workflow_pb2_grpc
 
-from lattice_client import AsyncLatticeClient, LatticeClient, NotFoundError, Run, UnavailableError, errors, following
-from lattice_client.channel import dial
-from lattice_client.following import Reconnection
-from lattice_client.run import AsyncRun
-from lattice_client.suspending import AsyncChannel
+from lattice_client import AsyncLatticeClient, LatticeClient, NotFoundError, Run, UnavailableError, errors
+from lattice_client.runs.run import AsyncRun
+from lattice_client.transport import reconnection
+from lattice_client.transport.channel import dial
+from lattice_client.transport.reconnection import Reconnection
+from lattice_client.transport.suspending import AsyncChannel
 from tests.client.shell import LATTICE, WAIT_S, call
 from tests.server.apps import NoWorkers, serving_aside
 
@@ -96,7 +97,7 @@ WAYS = [read_events, read_results, read_result, watch]
 def test_every_way_to_follow_a_run_gives_up_when_the_server_stays_away(
     way: Callable[[AsyncLatticeClient], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(following, "RECONNECT_S", SHORT_S)
+    monkeypatch.setattr(reconnection, "RECONNECT_S", SHORT_S)
 
     async def scenario() -> None:
         port, served = free_port(), Endless()
@@ -143,7 +144,7 @@ def test_each_break_has_the_whole_time_and_is_told_once(monkeypatch: pytest.Monk
     channel = AsyncChannel(dial("127.0.0.1:1"))
 
     async def at_once(seconds: float) -> None:
-        assert 0 <= seconds <= following.MAX_BACKOFF_S
+        assert 0 <= seconds <= reconnection.MAX_BACKOFF_S
 
     async def scenario() -> None:
         breaks = Reconnection(channel, "r", told.append)

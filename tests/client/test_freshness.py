@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_client import LatticeClient, TaskDefinition, convert, task
-from lattice_client.freshness import Snapshot, file_at
-from lattice_client.workflow import Graph
+from lattice_client import LatticeClient, TaskDefinition, task
+from lattice_client.code.freshness import Snapshot, file_at
+from lattice_client.convert import graphs
+from lattice_client.graph.workflow import Graph
 
 pytestmark = pytest.mark.slow
 
@@ -266,7 +267,8 @@ def test_a_comparison_of_ten_names_takes_microseconds(script: dict[str, Any]) ->
 MODULE_SCRIPT = """
 import sys
 from pathlib import Path
-from lattice_client import LatticeClient, task
+from lattice_client import LatticeClient
+from lattice_client import task
 import helpers_of_mine
 
 @task
@@ -300,10 +302,10 @@ def test_a_file_is_looked_at_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for step in (steps.one, steps.two, steps.one):
         graph.add_task(step)
     looked: list[str] = []
-    monkeypatch.setattr(convert, "file_at", lambda path: looked.append(path) or file_at(path))
+    monkeypatch.setattr(graphs, "file_at", lambda path: looked.append(path) or file_at(path))
     for _ in range(2):
         looked.clear()
-        convert.pack_code(graph.tasks.values())
+        graphs.pack_code(graph.tasks.values())
     assert looked == [str(tmp_path / "steps_of_mine.py")]
 
 

@@ -9,8 +9,9 @@ import grpc
 import pytest
 from lattice.v1 import errors_pb2, payload_pb2, run_pb2, workflow_pb2
 
-from lattice_client import AbortedError, errors, holding
-from lattice_client.holding import Hold
+from lattice_client import AbortedError, errors
+from lattice_client.runs import open_stream
+from lattice_client.runs.open_stream import Hold
 
 Response = workflow_pb2.OpenRunResponse
 
@@ -147,7 +148,7 @@ def test_an_answer_that_may_be_lost_is_sent_again_when_it_is_asked_for_again() -
 
 
 def test_only_the_newest_ends_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holding, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(open_stream, "KEPT_BYTES", 1000)
     rpc = Rpc([succeeded(number, f'"{"x" * 300}"') for number in range(1, 6)])
     found = play(rpc, 5)
     assert all(found.has_ended(f"t{number}") for number in range(1, 6))

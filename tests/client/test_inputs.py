@@ -20,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lattice.v1 import payload_pb2
 
-from lattice_client import LatticeTask, TaskDefinitionError, TaskOutput, entrypoint, payloads, task, template
-from lattice_client.inputs import Binder
-from lattice_client.outputs import Scope
-from lattice_client.workflow import Graph
+from lattice_client import LatticeTask, TaskDefinitionError, TaskOutput, entrypoint, task, template
+from lattice_client.convert import payloads
+from lattice_client.graph.inputs import Binder
+from lattice_client.graph.outputs import Scope
+from lattice_client.graph.workflow import Graph
 from lattice_worker.convert import binding_tree
 from lattice_worker.runner.invocations import _bind_all
 from lattice_worker.runner.values import PayloadError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lattice_client.interrupts import calling
+from lattice_client.transport.interrupts import calling
 
 WAIT_S = 60.0
 

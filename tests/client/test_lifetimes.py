@@ -70,7 +70,8 @@ async def _start(workflow: Any) -> AsyncRun:
 
 AT_MODULE_LEVEL = """
 import asyncio, sys, threading
-from lattice_client import AsyncLatticeClient, LatticeClient, task
+from lattice_client import AsyncLatticeClient, LatticeClient
+from lattice_client import task
 
 made = AsyncLatticeClient(sys.argv[1])
 clients = [made, LatticeClient(sys.argv[1]).aio]
@@ -201,7 +202,8 @@ def test_a_child_of_a_process_that_used_a_client_is_told_at_once(
 
 FORK_FIRST = """
 import multiprocessing, sys
-from lattice_client import LatticeClient, task
+from lattice_client import LatticeClient
+from lattice_client import task
 made = LatticeClient(sys.argv[1])
 
 @task
@@ -229,7 +231,8 @@ def test_a_child_works_when_its_parent_has_made_clients_and_not_connected(addres
 
 FORK_AND_GO_ON = """
 import gc, os, signal, sys
-from lattice_client import LatticeClient, task
+from lattice_client import LatticeClient
+from lattice_client import task
 
 @task
 def one():
@@ -321,7 +324,8 @@ def test_children_that_are_forked_with_calls_in_flight_are_told_and_their_parent
 
 AT_THE_END = """
 import atexit, sys
-from lattice_client import LatticeClient, task
+from lattice_client import LatticeClient
+from lattice_client import task
 
 @task
 def one():

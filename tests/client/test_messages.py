@@ -8,8 +8,8 @@ from typing import Any, NotRequired, TypedDict
 import pytest
 
 from lattice_client import LatticeClient, LatticeWorkflow, TargetError, TaskDefinitionError, entrypoint, task
-from lattice_client.run import task_id_of
-from lattice_client.workflow import Graph, single
+from lattice_client.graph.workflow import Graph, single
+from lattice_client.runs.run import task_id_of
 
 
 def leaf(a: int, b: int = 0) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lattice_client import AsyncLatticeClient, LatticeClient, TaskDefinitionError, errors, parts, task
+from lattice_client import AsyncLatticeClient, LatticeClient, TaskDefinitionError, errors, task
+from lattice_client.graph import parts
 from lattice_server import config
 from tests.server.apps import serving_aside
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lattice.v1 import resources_pb2
 
-from lattice_client import entrypoint, payloads, task
-from lattice_client.code import pack
+from lattice_client import entrypoint, task
+from lattice_client.code.function import pack
+from lattice_client.convert import payloads
 from lattice_worker.runner import values
 
 plain = st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.floats() | st.text()

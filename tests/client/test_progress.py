@@ -8,7 +8,7 @@ from lattice.v1 import run_pb2
 from rich.console import Console
 
 from lattice_client import RunEvent
-from lattice_client.progress import Lines, Progress, first_line, span
+from lattice_client.cli.progress import Lines, Progress, first_line, span
 
 FAILURE = {"kind": "USER_ERROR", "type": "ValueError", "message": "no\nsecond line", "traceback": "", "task_id": ""}
 

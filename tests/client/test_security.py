@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lattice_client import LangGraphClient, LatticeClient, SecurityError, TargetError, UnauthenticatedError, task
-from lattice_client.security import is_on_this_machine, secure
+from lattice_client.transport.security import is_on_this_machine, secure
 from tests.certificates import Certificates, certificates
 from tests.client.shell import LATTICE, call
 from tests.server.apps import serving_aside

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_client import LatticeClient, task
-from lattice_client.cli import main
-from lattice_client.terminal import harmless, one_line, printable
+from lattice_client.cli.main import main
+from lattice_client.cli.terminal import harmless, one_line, printable
 from tests.client.shell import LATTICE, call, ended, terminal
 from tests.client.test_progress import Story, drawn, progress_of
 

@@ -51,7 +51,8 @@ def silent() -> Iterator[str]:
 
 SCRIPT = """
 import os, signal, sys, threading, time
-from lattice_client import AsyncRun, LatticeClient, Run, task
+from lattice_client import AsyncRun, LatticeClient, Run
+from lattice_client import task
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell starts background jobs with it ignored.
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lattice.v1 import task_pb2
 
 from lattice_client import LatticeTask, TaskDefinitionError, entrypoint, task
-from lattice_client.workflow import MAX_ID_LENGTH, Graph
+from lattice_client.graph.workflow import MAX_ID_LENGTH, Graph
 
 
 def count(text: str, word: str) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 # What the programs import to send a function; it counts as installed.
 SENDER = """
 import os, pickle
-from lattice_client import payloads
-from lattice_client.task import TaskDefinition, define
+from lattice_client.convert import payloads
+from lattice_client.graph.task import TaskDefinition, define
 
 def send(function, **inputs):
     task = function if isinstance(function, TaskDefinition) else define(function)

@@ -12,14 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from lattice_client import (
-    LatticeClient,
-    LatticeWorkflow,
-    RunCancelledError,
-    TaskDefinitionError,
-    TaskFailedError,
-    task,
-)
+from lattice_client import LatticeClient, LatticeWorkflow, RunCancelledError, TaskDefinitionError, TaskFailedError, task
 from tests.e2e.rooms import WAIT_S, Room, enter, note, started, until
 
 

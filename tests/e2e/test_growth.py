@@ -4,14 +4,7 @@ from typing import Any
 
 import pytest
 
-from lattice_client import (
-    LatticeClient,
-    Run,
-    RunError,
-    TaskDefinitionError,
-    TaskFailedError,
-    task,
-)
+from lattice_client import LatticeClient, Run, RunError, TaskDefinitionError, TaskFailedError, task
 from tests.e2e.rooms import WAIT_S, Room, enter, started
 
 

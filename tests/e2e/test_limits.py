@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 from lattice.v1 import run_pb2, task_pb2
 
-from lattice_client import (
-    LatticeClient,
-    ResourceExhaustedError,
-    Run,
-    RunTimeoutError,
-    TaskFailedError,
-    task,
-)
+from lattice_client import LatticeClient, ResourceExhaustedError, Run, RunTimeoutError, TaskFailedError, task
 from tests.e2e.rooms import WAIT_S, Room, enter, entered, started
 
 MIB = 2**20

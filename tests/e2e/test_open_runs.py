@@ -6,13 +6,7 @@ from typing import Any
 
 import pytest
 
-from lattice_client import (
-    LatticeClient,
-    Question,
-    TaskFailedError,
-    context,
-    task,
-)
+from lattice_client import LatticeClient, Question, TaskFailedError, context, task
 from tests.e2e.rooms import WAIT_S
 
 

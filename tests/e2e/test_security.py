@@ -32,7 +32,8 @@ WAIT_S = 60
 LARGE_BYTES = 3_000_000
 BARE = {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
 SCRIPT = """
-from lattice_client import LatticeClient, task
+from lattice_client import LatticeClient
+from lattice_client import task
 
 @task
 def make(size: int) -> str:

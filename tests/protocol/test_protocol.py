@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from lattice_server.core import messages
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import Assign, CancelRequested, TaskCancelled, TaskFailed, TaskReady, TaskSucceeded
 from lattice_server.core.model import Failure, FailureKind, Payload
-from lattice_server.engine.connections import Connection
+from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.engine.outbox import Connection
 from lattice_server.engine.sessions import Sessions
-from lattice_worker.leasing import Leasing
+from lattice_worker.lease_machine import Leasing
 from tests.examples import share
 from tests.server.core.scenes import node, ready
 

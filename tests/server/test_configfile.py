@@ -8,7 +8,7 @@ import pytest
 
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
-from lattice_server.core.batching import BatchRule, NameMatch
+from lattice_server.core.scheduling.batching import BatchRule, NameMatch
 from tests.client.shell import LATTICE
 
 pytestmark = pytest.mark.slow

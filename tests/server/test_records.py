@@ -10,16 +10,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lattice_server import records
+from lattice_server import pidfile
 
 WAIT_S = 30.0
 # Takes a signal for what its argument says.
 PROGRAM = """
 import signal, sys
-from lattice_server import records
+from lattice_server import pidfile
 if sys.argv[1] == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-records.note("it")
+pidfile.note("it")
 print("noted", flush=True)
 signal.pause()
 """
@@ -34,25 +34,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", ["head-50051", "node-rack/1", "node-../../x", "node-" + "é" * 128])
 def test_what_is_noted_is_found_until_it_is_forgotten(name: str, folder: Path) -> None:
-    records.note(name)
-    assert records.find(name).pid == os.getpid()
+    pidfile.note(name)
+    assert pidfile.find(name).pid == os.getpid()
     assert len(list(folder.iterdir())) == 1
-    records.forget(name)
-    with pytest.raises(records.NotRunningError):
-        records.find(name)
+    pidfile.forget(name)
+    with pytest.raises(pidfile.NotRunningError):
+        pidfile.find(name)
 
 
 def test_notes_of_processes_that_were_killed_are_dropped(folder: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, ""], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"noted\n"
-    records.note("mine")
+    pidfile.note("mine")
     assert sorted(path.name for path in folder.iterdir()) == ["it.json", "mine.json"]
     process.kill()
     process.wait()
     process.stdout.close()
     (folder / "damaged.json").write_text("{")
-    records.note("mine")
+    pidfile.note("mine")
     assert [path.name for path in folder.iterdir()] == ["mine.json"]
 
 
@@ -81,18 +81,18 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a f
 @pytest.mark.parametrize("made", [linked, a_file, open_to_all, pytest.param(of_another, marks=root_only)])
 def test_a_folder_others_may_write_to_is_neither_written_nor_read(made: Callable[[Path], None], folder: Path) -> None:
     made(folder)
-    for use in (records.note, records.find, records.forget):
-        with pytest.raises(records.UnsafeError, match=str(folder)):
+    for use in (pidfile.note, pidfile.find, pidfile.forget):
+        with pytest.raises(pidfile.UnsafeError, match=str(folder)):
             use("head-1")
     assert not (folder.parent / "elsewhere" / "head-1.json").exists()
 
 
 def test_a_number_given_to_another_process_since_is_not_signalled(folder: Path) -> None:
-    records.note("head-1")
+    pidfile.note("head-1")
     note = folder / "head-1.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | {"started": 1.0}))
-    with pytest.raises(records.NotRunningError):
-        records.stop("head-1", 0.0)
+    with pytest.raises(pidfile.NotRunningError):
+        pidfile.stop("head-1", 0.0)
 
 
 @pytest.fixture
@@ -107,29 +107,29 @@ def program(request: pytest.FixtureRequest) -> Iterator["subprocess.Popen[str]"]
 
 
 def test_who_is_noted_is_stopped_and_its_note_goes(program: "subprocess.Popen[str]", folder: Path) -> None:
-    records.note("another")
-    records.stop("it", WAIT_S)
+    pidfile.note("another")
+    pidfile.stop("it", WAIT_S)
     assert not psutil.pid_exists(program.pid)
     assert [note.name for note in folder.iterdir()] == ["another.json"]
-    with pytest.raises(records.NotRunningError):
-        records.stop("it", WAIT_S)
+    with pytest.raises(pidfile.NotRunningError):
+        pidfile.stop("it", WAIT_S)
 
 
 def test_who_is_gone_is_not_found_and_its_note_goes(program: "subprocess.Popen[str]", folder: Path) -> None:
     program.kill()
     program.wait()
-    with pytest.raises(records.NotRunningError):
-        records.find("it")
+    with pytest.raises(pidfile.NotRunningError):
+        pidfile.find("it")
     assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("program", ["deaf"], indirect=True)
 def test_who_does_not_stop_in_time_stays_noted(program: "subprocess.Popen[str]") -> None:
     with pytest.raises(psutil.TimeoutExpired):
-        records.stop("it", 0.1)
-    assert records.find("it").pid == program.pid
+        pidfile.stop("it", 0.1)
+    assert pidfile.find("it").pid == program.pid
 
 
 def test_a_folder_for_notes_is_nobody_elses(folder: Path) -> None:
-    records.note("it")
+    pidfile.note("it")
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -10,8 +10,8 @@ from lattice.v1 import results_pb2, results_pb2_grpc, workflow_pb2, workflow_pb2
 
 from lattice_server import app
 from lattice_server.config import ServerConfig
-from lattice_server.core.dispatch import Dispatch
-from lattice_server.engine import scheduler
+from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.engine import scheduler_thread
 from tests.server.apps import NoWorkers, build
 from tests.server.rpc import callers
 
@@ -47,7 +47,7 @@ def test_a_server_whose_scheduler_fails_ends_and_so_do_the_calls_of_its_readers(
             assert await reading[0] is not None
 
     monkeypatch.setattr(app, "_executor", lambda *_: NoWorkers())
-    monkeypatch.setattr(scheduler, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(scheduler_thread, "PAUSES_S", (0.0, 0.0))
     asyncio.run(scenario())
 
 

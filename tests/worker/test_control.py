@@ -4,7 +4,7 @@ import asyncio
 import socket
 from typing import Any
 
-from lattice_worker.control import Control
+from lattice_worker.control_socket import Control
 from lattice_worker.runner.frames import PACKET_BYTES, ProtocolError, packets_of
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lattice_worker.courier import AT_A_TIME, SHUN_S, Courier
+from lattice_worker.peer_fetch import AT_A_TIME, SHUN_S, Courier
 
 NAME = "0" * 32
 BYTES = b"some bytes"

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, task_pb2, worker_pb2
 
-from lattice_worker.attempts import Attempts
-from lattice_worker.drafts import Drafts
-from lattice_worker.materials import Materials
-from lattice_worker.pool import Pool
+from lattice_worker.artifact_staging import Drafts
+from lattice_worker.attempt_executor import Attempts
+from lattice_worker.local_store import Materials
 from lattice_worker.runner import frames
 from lattice_worker.runner.frames import FIRST, LAST, MIDDLE, WHOLE, Assembler, ProtocolError, packets_of, parse
+from lattice_worker.runner_pool import Pool
 from tests.examples import examples
 from tests.worker.processes import FakeProcess, FakeZygotes, packet_of, settle, succeeded
 

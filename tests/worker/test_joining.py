@@ -11,10 +11,10 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import worker_pb2, worker_pb2_grpc
 
-from lattice_worker import joining
+from lattice_worker import node_join
 from lattice_worker.config import WorkerConfig
-from lattice_worker.joining import Joiner
-from lattice_worker.raynode import RayNode, version
+from lattice_worker.node_join import Joiner
+from lattice_worker.ray_node import RayNode, version
 from tests.worker.head import Head, Stream
 
 TIMEOUT_S = 30.0
@@ -88,9 +88,9 @@ def play(
     scenario: Callable[[Scene], Coroutine[Any, Any, None]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
     """Play a scenario; return what was done with Ray nodes."""
-    monkeypatch.setattr(joining, "RayNode", Node)
+    monkeypatch.setattr(node_join, "RayNode", Node)
     # Whoever took it in says how long it may be silent.
-    monkeypatch.setattr(joining, "DIAL_S", 2 * TIMEOUT_S)
+    monkeypatch.setattr(node_join, "DIAL_S", 2 * TIMEOUT_S)
     monkeypatch.setattr(Node, "notes", [])
 
     async def run() -> None:

@@ -13,10 +13,10 @@ import grpc
 import pytest
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, task_pb2, worker_pb2
 
-from lattice_worker import agent, materials
-from lattice_worker.courier import Courier
-from lattice_worker.drafts import PREFIX, Drafts
-from lattice_worker.materials import Materials, MissingError
+from lattice_worker import agent, local_store
+from lattice_worker.artifact_staging import PREFIX, Drafts
+from lattice_worker.local_store import Materials, MissingError
+from lattice_worker.peer_fetch import Courier
 
 BYTES = b"some bytes"
 DIGEST = "sha256:code"
@@ -83,7 +83,7 @@ class Scene:
 
 @pytest.fixture(autouse=True)
 def is_hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(materials, "RETRY_S", 0.0)
+    monkeypatch.setattr(local_store, "RETRY_S", 0.0)
 
 
 def play(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -166,7 +166,7 @@ def test_what_may_come_later_is_asked_for_again(answer: Answer, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("answer", "count"),
-    [(StatusCode.NOT_FOUND, 1), (StatusCode.UNAVAILABLE, materials.RETRIES), (BYTES[:5], materials.RETRIES)],
+    [(StatusCode.NOT_FOUND, 1), (StatusCode.UNAVAILABLE, local_store.RETRIES), (BYTES[:5], local_store.RETRIES)],
 )
 def test_what_cannot_be_had_is_missing_and_leaves_nothing(answer: Answer, count: int, tmp_path: Path) -> None:
     async def scenario() -> None:

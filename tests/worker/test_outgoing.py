@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from lattice.v1 import worker_pb2
 
-from lattice_worker import outgoing
-from lattice_worker.leasing import Leasing
-from lattice_worker.outgoing import Outgoing
+from lattice_worker import outbox
+from lattice_worker.lease_machine import Leasing
+from lattice_worker.outbox import Outgoing
 
 LONG_S = 3600.0
 DRAINING = worker_pb2.Draining()
@@ -72,7 +72,7 @@ def reported(request: worker_pb2.ConnectRequest | None) -> list[str]:
 @pytest.fixture(autouse=True)
 def endless_coalescing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message that waits for more waits visibly."""
-    monkeypatch.setattr(outgoing, "COALESCE_S", LONG_S)
+    monkeypatch.setattr(outbox, "COALESCE_S", LONG_S)
 
 
 def test_a_report_is_sent_at_once_when_no_lease_waits_behind_another() -> None:
@@ -95,7 +95,7 @@ def test_reports_share_a_message_when_leases_wait_behind_others(monkeypatch: pyt
         scene.assign(*"abcd")
         scene.end("a")
         assert reported(await anext(requests)) == ["a"], "none was sent shortly before"
-        monkeypatch.setattr(outgoing, "COALESCE_S", 0.2)
+        monkeypatch.setattr(outbox, "COALESCE_S", 0.2)
         scene.end("b")
         waiting = asyncio.ensure_future(anext(requests))
         await asyncio.sleep(0)

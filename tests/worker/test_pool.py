@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker.drafts import INCOMING, PREFIX, REPORTED, Drafts
-from lattice_worker.pool import Pool
-from lattice_worker.runners import Key
+from lattice_worker.artifact_staging import INCOMING, PREFIX, REPORTED, Drafts
+from lattice_worker.runner_pool import Pool
+from lattice_worker.runner_process import Key
 
 
 def descriptors() -> int:

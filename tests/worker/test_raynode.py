@@ -12,9 +12,9 @@ import psutil
 import pytest
 from lattice.v1 import worker_pb2
 
-from lattice_worker import raynode
+from lattice_worker import ray_node
 from lattice_worker.config import WorkerConfig
-from lattice_worker.raynode import RayNode
+from lattice_worker.ray_node import RayNode
 
 TIMEOUT_S = 30.0
 CLUSTER = worker_pb2.RayCluster(address="127.0.0.1:6379", token="Ray's", resource="lattice-node-m")
@@ -79,8 +79,8 @@ def play(
 ) -> None:
     """Play a scenario with a program that ends when it is asked to if it `is_willing`."""
     program = RAY.replace("FOLDER", repr(str(folder))).replace("WILLING", str(is_willing))
-    monkeypatch.setattr(raynode, "RAY", program)
-    monkeypatch.setattr(raynode, "RESTART_S", 0.0)
+    monkeypatch.setattr(ray_node, "RAY", program)
+    monkeypatch.setattr(ray_node, "RESTART_S", 0.0)
 
     async def scene() -> None:
         async with started(folder) as found:
@@ -148,7 +148,7 @@ def test_it_is_started_again_whenever_it_ends(tmp_path: Path, monkeypatch: pytes
 def test_when_it_is_stopped_it_may_end_by_itself_first(
     is_willing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raynode, "STOP_S", TIMEOUT_S if is_willing else 0.1)
+    monkeypatch.setattr(ray_node, "STOP_S", TIMEOUT_S if is_willing else 0.1)
 
     async def scenario(scene: Scene) -> None:
         pids = (await scene.told())["pids"]

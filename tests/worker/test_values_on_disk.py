@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker.drafts import Drafts
-from lattice_worker.materials import Materials
+from lattice_worker.artifact_staging import Drafts
+from lattice_worker.local_store import Materials
 
 ROOT = Path(__file__).resolve().parents[2]
 FETCHES = """
@@ -16,8 +16,8 @@ import asyncio, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 from lattice.v1 import payload_pb2
-from lattice_worker.drafts import Drafts
-from lattice_worker.materials import Materials, MissingError
+from lattice_worker.artifact_staging import Drafts
+from lattice_worker.local_store import Materials, MissingError
 
 class Head:
     async def ReadArtifact(self, request):
@@ -170,7 +170,7 @@ def run_in_small_memory(tmp_path: Path, script: str, *, has_disk: bool) -> list[
 @pytest.mark.skipif(os.geteuid() != 0, reason="file systems are mounted")
 @pytest.mark.parametrize("has_disk", [True, False])
 def test_a_fetched_value_is_kept_on_disk_when_the_store_is_full(tmp_path: Path, has_disk: bool) -> None:
-    script = f"SIZE = 20\n{FETCHES}\nimport lattice_worker.materials as m\nm.RETRY_S = 0.01\n"
+    script = f"SIZE = 20\n{FETCHES}\nimport lattice_worker.local_store as m\nm.RETRY_S = 0.01\n"
     script += 'asyncio.run(fetch(os.environ["MEMORY"]))'
     said = run_in_small_memory(tmp_path, script, has_disk=has_disk)
     if has_disk:

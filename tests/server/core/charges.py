@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lattice_server.core.attempts import Lease
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import Assign, LeaseReturned, SchedulerEffect
+from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.work import Lease
 
 
 class Charges:

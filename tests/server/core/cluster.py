@@ -7,9 +7,6 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from lattice_server.core import dag
-from lattice_server.core.dispatch import Dispatch
-from lattice_server.core.growth import Bounds
 from lattice_server.core.messages import (
     Assign,
     CancelRequested,
@@ -27,7 +24,10 @@ from lattice_server.core.messages import (
     WorkerLost,
 )
 from lattice_server.core.model import Payload, WorkflowSpec
-from lattice_server.core.run import Run
+from lattice_server.core.run import dag
+from lattice_server.core.run.limits import Bounds
+from lattice_server.core.run.run import Run
+from lattice_server.core.scheduling.scheduler import Dispatch
 from tests.server.core.watched import Watched
 from tests.server.core.watching import Watcher
 from tests.server.core.workers import Behaviour, Worker

@@ -10,9 +10,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lattice_server.core import dag, messages
+from lattice_server.core import messages
 from lattice_server.core.errors import LatticeError
-from lattice_server.core.growth import Bounds
 from lattice_server.core.messages import (
     CancelRequested,
     RunFinished,
@@ -26,9 +25,11 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import BindingList, Failure, FailureKind, Payload
-from lattice_server.core.open_run import OpenRun
-from lattice_server.core.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
-from lattice_server.core.run import Run
+from lattice_server.core.run import dag
+from lattice_server.core.run.limits import Bounds
+from lattice_server.core.run.open_run import OpenRun
+from lattice_server.core.run.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
+from lattice_server.core.run.run import Run
 from lattice_server.core.states import RunState
 from tests.server.core.worlds import items_of, outputs_of, random_task, random_workflow
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from lattice_server.core import dag
 from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskReady, TaskStarted, TaskSucceeded
 from lattice_server.core.model import Condition, Failure, FailureKind, FailurePolicy, OutputRef, TaskSpec, WorkflowSpec
-from lattice_server.core.run import Run
+from lattice_server.core.run import dag
+from lattice_server.core.run.run import Run
 from lattice_server.core.states import TaskState
 from tests.server.core.cluster import value
 from tests.server.core.graphs import SYNC, task

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from lattice_server.core import messages
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import Assign, Explanation, Reason, TaskExplained, TaskReady
 from lattice_server.core.model import (
     ANY_RUNTIME,
@@ -18,6 +17,7 @@ from lattice_server.core.model import (
     OutputRef,
     Runtime,
 )
+from lattice_server.core.scheduling.scheduler import Dispatch
 from tests.server.core.graphs import VALUE, hello, task
 
 GIB = 1 << 30

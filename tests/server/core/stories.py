@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lattice_server.core import dag, messages
-from lattice_server.core.dispatch import Dispatch
-from lattice_server.core.leases import Node
+from lattice_server.core import messages
 from lattice_server.core.messages import Assign, AttemptInputs, Explanation, WelcomeWorker
 from lattice_server.core.model import (
     BatchPolicy,
@@ -33,10 +31,13 @@ from lattice_server.core.model import (
     TaskSpec,
     WorkflowSpec,
 )
-from lattice_server.core.open_run import OpenRun
-from lattice_server.core.questions import QuestionAsked
-from lattice_server.core.ranking import first_come
-from lattice_server.core.run import Run
+from lattice_server.core.run import dag
+from lattice_server.core.run.open_run import OpenRun
+from lattice_server.core.run.ordering import first_come
+from lattice_server.core.run.questions import QuestionAsked
+from lattice_server.core.run.run import Run
+from lattice_server.core.scheduling.nodes import Node
+from lattice_server.core.scheduling.scheduler import Dispatch
 from tests.server.core.graphs import SYNC, VALUE, hello, task
 
 RUN_ID = "r"

@@ -1,6 +1,5 @@
 """What meets in a batch, when it leaves, and what becomes of its members."""
 
-from lattice_server.core.batching import MAX_BATCH_BYTES
 from lattice_server.core.messages import NodesDescribed, NodesRequested, StopLease, TaskRetrying, WorkerLost
 from lattice_server.core.model import (
     Artifact,
@@ -14,6 +13,7 @@ from lattice_server.core.model import (
     Resources,
     RetryPolicy,
 )
+from lattice_server.core.scheduling.batching import MAX_BATCH_BYTES
 from tests.server.core.scenes import BROKEN, CRASHED, Scene, node, ready, successes
 
 FOUR = BatchPolicy(4, max_wait_s=1.0)

@@ -1,6 +1,5 @@
 """The scheduler's machine: examples, and random histories with every invariant checked after each step."""
 
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import (
     Assign,
     AttemptFailed,
@@ -19,6 +18,7 @@ from lattice_server.core.messages import (
     WorkerLost,
 )
 from lattice_server.core.model import Failure, FailureKind, OutputRef, Resources, RetryPolicy
+from lattice_server.core.scheduling.scheduler import Dispatch
 from tests.server.core.graphs import VALUE, hello, task
 
 BROKEN = Failure(FailureKind.USER_ERROR, "broken")

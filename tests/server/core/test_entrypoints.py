@@ -4,7 +4,7 @@ import pytest
 
 from lattice_server.core.messages import NodesDescribed, NodesRequested, WorkerLost
 from lattice_server.core.model import ANY_RUNTIME, Runtime
-from lattice_server.core.placement import Shape, impossibility, shape_of
+from lattice_server.core.scheduling.placement import Shape, impossibility, shape_of
 from tests.server.core.scenes import Scene, node, ready
 
 OWN = frozenset({"js/count", "js/sleep"})

@@ -4,7 +4,7 @@ import pytest
 
 from lattice_server.core.messages import ReasonKind
 from lattice_server.core.model import Resources
-from lattice_server.core.placement import impossibility, shape_of
+from lattice_server.core.scheduling.placement import impossibility, shape_of
 from tests.server.core.graphs import task
 from tests.server.core.scenes import GIB, Scene, node, ready
 

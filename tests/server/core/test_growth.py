@@ -3,7 +3,6 @@
 import pytest
 
 from lattice_server.core.errors import ExhaustedError, InvalidError, PreconditionError
-from lattice_server.core.growth import Bounds
 from lattice_server.core.messages import (
     CancelRequested,
     TaskReady,
@@ -19,6 +18,7 @@ from lattice_server.core.model import (
     OutputRef,
     TaskSpec,
 )
+from lattice_server.core.run.limits import Bounds
 from lattice_server.core.states import RunState, TaskState
 from tests.server.core.cluster import value
 from tests.server.core.graphs import SYNC, task

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import (
     CloseSession,
     DrainRequested,
@@ -13,6 +12,7 @@ from lattice_server.core.messages import (
     WorkerHeartbeat,
     WorkerHello,
 )
+from lattice_server.core.scheduling.scheduler import Dispatch
 from tests.server.core.scenes import Scene, node, ready
 from tests.server.core.test_sending import revoked, warmed
 

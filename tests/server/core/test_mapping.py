@@ -4,9 +4,7 @@ import re
 
 import pytest
 
-from lattice_server.core import dag
 from lattice_server.core.errors import InvalidError
-from lattice_server.core.growth import Bounds
 from lattice_server.core.messages import (
     CancelRequested,
     RunFinished,
@@ -25,8 +23,10 @@ from lattice_server.core.model import (
     TaskSpec,
     WorkflowSpec,
 )
+from lattice_server.core.run import dag
+from lattice_server.core.run.bindings import NULL
+from lattice_server.core.run.limits import Bounds
 from lattice_server.core.states import RunState, TaskState
-from lattice_server.core.values import NULL
 from tests.server.core.cluster import value
 from tests.server.core.graphs import SYNC, task
 from tests.server.core.run_scenes import ANYWAY, RunScene, mapped, optional, when

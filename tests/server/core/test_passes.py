@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from lattice_server.core.batching import TaskGroup
-from lattice_server.core.leases import Node
 from lattice_server.core.messages import WorkerDetached, WorkerHeartbeat
 from lattice_server.core.model import BatchPolicy, Resources
-from lattice_server.core.placer import Placer
+from lattice_server.core.scheduling.batching import TaskGroup
+from lattice_server.core.scheduling.nodes import Node
+from lattice_server.core.scheduling.placer import Placer
 from tests.server.core.scenes import Scene, node, ready
 
 TASKS = 500

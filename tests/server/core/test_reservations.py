@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from lattice_server.core.fleet import Fleet
 from lattice_server.core.messages import DrainRequested, WorkerLost
 from lattice_server.core.model import Resources
-from lattice_server.core.placement import shape_of
-from lattice_server.core.reservations import PRIORITY_HOLDS_S, RESERVE_AFTER_S
+from lattice_server.core.scheduling.node_registry import Fleet
+from lattice_server.core.scheduling.placement import shape_of
+from lattice_server.core.scheduling.reservations import PRIORITY_HOLDS_S, RESERVE_AFTER_S
 from tests.server.core.graphs import task
 from tests.server.core.scenes import Scene, node, ready
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_server.core import dag
 from lattice_server.core.messages import (
     RunFinished,
     TaskFailed,
@@ -16,8 +15,9 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Artifact, FailurePolicy, Payload, TaskSpec, WorkflowSpec
-from lattice_server.core.reuse import Earlier, workflow_of
-from lattice_server.core.run import Run
+from lattice_server.core.run import dag
+from lattice_server.core.run.reuse import Earlier, workflow_of
+from lattice_server.core.run.run import Run
 from lattice_server.core.states import RunState, TaskState
 from tests.server.core.cluster import value
 from tests.server.core.graphs import task

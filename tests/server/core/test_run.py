@@ -2,7 +2,6 @@
 
 import pytest
 
-from lattice_server.core import dag
 from lattice_server.core.errors import InvalidError
 from lattice_server.core.messages import (
     CancelRequested,
@@ -16,8 +15,9 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Failure, FailureKind, FailurePolicy, OutputRef, TaskSpec, WorkflowSpec
-from lattice_server.core.ranking import least_left_aged
-from lattice_server.core.run import Run
+from lattice_server.core.run import dag
+from lattice_server.core.run.ordering import least_left_aged
+from lattice_server.core.run.run import Run
 from lattice_server.core.states import RunState
 from tests.server.core.graphs import SYNC, VALUE, task, workflow
 

@@ -1,6 +1,5 @@
 """What is taken back from behind a long attempt, and what an away worker misses."""
 
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import (
     Assign,
     AttemptStarted,
@@ -13,6 +12,7 @@ from lattice_server.core.messages import (
     WorkerDetached,
 )
 from lattice_server.core.model import Failure, FailureKind, RetryPolicy
+from lattice_server.core.scheduling.scheduler import Dispatch
 from tests.server.core.graphs import hello, task
 
 

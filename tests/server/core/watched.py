@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import SchedulerEffect, SchedulerEvent
-from lattice_server.core.placement import devices_on, suits
+from lattice_server.core.scheduling.placement import devices_on, suits
+from lattice_server.core.scheduling.scheduler import Dispatch
 from tests.server.core.charges import Charges
 
 

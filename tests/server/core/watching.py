@@ -4,9 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import ceil, log2
 
-from lattice_server.core.attempts import Lease
-from lattice_server.core.dispatch import Dispatch
-from lattice_server.core.leases import Node
 from lattice_server.core.messages import (
     Assign,
     SchedulerEffect,
@@ -19,6 +16,9 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import FailureKind, OutputRef, Resources
+from lattice_server.core.scheduling.nodes import Node
+from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.work import Lease
 
 Key = tuple[str, str]
 CLOSE = 1e-6

@@ -11,7 +11,6 @@ from typing import Any
 from zlib import crc32
 
 from lattice_server.core.errors import LatticeError
-from lattice_server.core.growth import Bounds
 from lattice_server.core.messages import Assign, AttemptInputs, DrainRequested, RunFinished
 from lattice_server.core.model import (
     BatchPolicy,
@@ -34,9 +33,10 @@ from lattice_server.core.model import (
     WorkflowSpec,
     resolve,
 )
-from lattice_server.core.run import Run
+from lattice_server.core.run.bindings import NULL
+from lattice_server.core.run.limits import Bounds
+from lattice_server.core.run.run import Run
 from lattice_server.core.states import TaskState
-from lattice_server.core.values import NULL
 from tests.server.core.cluster import Cluster, value
 from tests.server.core.graphs import hello
 from tests.server.core.workers import Outcome

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import pytest
 
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.errors import ExhaustedError, InvalidError, NotFoundError, PreconditionError
 from lattice_server.core.messages import (
     CancelRequested,
@@ -27,21 +26,22 @@ from lattice_server.core.messages import (
     WorkerLost,
 )
 from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, Resources, WorkflowSpec
-from lattice_server.core.run import Bounds, Run
+from lattice_server.core.run.run import Bounds, Run
+from lattice_server.core.scheduling.scheduler import Dispatch
 from lattice_server.core.states import RunState
 from lattice_server.core.tenancy import Reach
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.code_store import CodeStore
-from lattice_server.engine.connections import Connection
 from lattice_server.engine.ended_ids import EndedIds
-from lattice_server.engine.library import WorkflowLibrary
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.outbox import Connection
 from lattice_server.engine.run_entry import Retention, RunEntry
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.uploads import Name, Uploads
 from lattice_server.engine.usage import Bound
-from lattice_server.rpc.events import run_to_proto, task_to_proto
+from lattice_server.engine.workflow_store import WorkflowLibrary
+from lattice_server.rpc.convert.runs import run_to_proto, task_to_proto
 from tests.server.core.graphs import VALUE, hello, task, workflow
 
 SILENCE_LIMIT_S = 2.0

@@ -11,7 +11,7 @@ import pytest
 from lattice_server.core.errors import RangeError
 from lattice_server.core.messages import RunFinished, RunStarted, TaskLogged
 from lattice_server.core.states import RunState
-from lattice_server.engine.subscriptions import RunLog
+from lattice_server.engine.run_log import RunLog
 
 FINISHED = RunFinished(RunState.SUCCEEDED, None)
 TIMEOUT_S = 60.0

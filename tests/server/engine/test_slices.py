@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from lattice_server.core import dag
 from lattice_server.core.messages import CancelRequested, TaskReady
 from lattice_server.core.model import Function, OutputRef, TaskSpec, WorkflowSpec
-from lattice_server.core.records import tabulating
-from lattice_server.core.run import Effect, Run
+from lattice_server.core.run import dag
+from lattice_server.core.run.run import Effect, Run
+from lattice_server.core.run.task_table import tabulating
 from lattice_server.core.states import RunState
 from lattice_server.core.steps import STEP_ITEMS, Steps, finish
 from lattice_server.engine.slices import Slices

@@ -13,8 +13,8 @@ import pytest
 
 from lattice_server.core.errors import NotFoundError
 from lattice_server.core.model import Artifact
-from lattice_server.engine import folders
-from lattice_server.engine.store import HEAD, SPARES, UPLOAD_BOUND, ArtifactStore
+from lattice_server.engine import store_folder
+from lattice_server.engine.artifact_store import HEAD, SPARES, UPLOAD_BOUND, ArtifactStore
 from lattice_server.engine.usage import Bound
 from lattice_worker.runner import artifacts
 
@@ -106,7 +106,7 @@ def test_it_is_read_piece_by_piece() -> None:
 def test_an_id_is_never_a_way_out_of_the_directory(
     name: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(store_folder, "SHARED_MEMORY", tmp_path)
     artifact_id = name.format(outside=tmp_path)
 
     async def scenario(store: ArtifactStore) -> None:
@@ -291,7 +291,7 @@ def test_the_directory_is_nobody_elses() -> None:
 def test_what_a_server_that_was_killed_left_is_deleted_and_nobody_else_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folders, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(store_folder, "SHARED_MEMORY", tmp_path)
     left = [tmp_path / name for name in ("lattice-head-left", "new-lattice-head-left")]
     new = tmp_path / "new-lattice-head-new"
     for directory in (*left, new):

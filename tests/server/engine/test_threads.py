@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from lattice_server.core.dispatch import Dispatch
 from lattice_server.core.messages import (
     Assign,
     SchedulerEffect,
@@ -17,9 +16,10 @@ from lattice_server.core.messages import (
     WorkerDetached,
     WorkerLost,
 )
-from lattice_server.engine import scheduler as scheduling
+from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.engine import scheduler_thread as scheduling
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.scheduler import Scheduler
+from lattice_server.engine.scheduler_thread import Scheduler
 from tests.server.core.graphs import hello, task
 
 TIMEOUT_S = 60.0

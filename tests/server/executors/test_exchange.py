@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import ray
 
-from lattice_server.executors import exchange
-from lattice_server.executors.exchange import AHEAD, Exchange, Part, host_name
+from lattice_server.executors import ray_transfer
+from lattice_server.executors.ray_transfer import AHEAD, Exchange, Part, host_name
 
 PATIENCE_S = 7.0
 VALUE = bytes(range(4 * 3 * AHEAD + 1))
@@ -35,7 +35,7 @@ def serving(store: Path) -> Exchange:
 
 
 def test_a_value_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "PART_BYTES", 4)
+    monkeypatch.setattr(ray_transfer, "PART_BYTES", 4)
     (tmp_path / "value").write_bytes(b"some bytes")
     found = serving(tmp_path)
     assert [bytes_of(found.read("value", offset)) for offset in (0, 4, 8)] == [b"some", b" byt", b"es"]
@@ -168,7 +168,7 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
 @pytest.fixture
 def others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rays:
     """A Ray in which node `a` has a value, to be read in parts of four bytes."""
-    monkeypatch.setattr(exchange, "PART_BYTES", 4)
+    monkeypatch.setattr(ray_transfer, "PART_BYTES", 4)
     store = tmp_path / "a"
     store.mkdir()
     (store / "value").write_bytes(VALUE)

@@ -12,10 +12,10 @@ from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.core.model import Capacity
 from lattice_server.engine.ports import Contact, ExecutorError, Machine, Membership
-from lattice_server.executors import ray, reservation
-from lattice_server.executors.leftovers import MARK
+from lattice_server.executors import ray, ray_reservation
+from lattice_server.executors.orphans import MARK
 from lattice_server.executors.ray import RayExecutor
-from lattice_server.executors.reservation import HEAD, resource_of
+from lattice_server.executors.ray_reservation import HEAD, resource_of
 
 CONTACT = Contact("unix:/head.sock", "10.0.0.1:50051", lambda node_id, subject: "secret", lambda token: None)
 TIMEOUT_S = 30.0
@@ -199,7 +199,7 @@ def test_no_worker_is_started_in_a_reservation_that_was_given_up(monkeypatch: py
         await scene.lost.get()
         scene.executor.leave("m", membership)
         await driver.ordered("release")
-        await asyncio.sleep(2 * reservation.MIN_BACKOFF_S)
+        await asyncio.sleep(2 * ray_reservation.MIN_BACKOFF_S)
         assert driver.is_silent
         driver.end()
         other = await scene.drivers.get()
@@ -288,7 +288,7 @@ def test_nothing_is_asked_of_a_ray_before_it_has_started(monkeypatch: pytest.Mon
         await scene.lost.get()
         driver.end()
         other = await scene.drivers.get()
-        await asyncio.sleep(2 * reservation.MIN_BACKOFF_S)
+        await asyncio.sleep(2 * ray_reservation.MIN_BACKOFF_S)
         assert other.is_silent
 
     play(scenario, monkeypatch)

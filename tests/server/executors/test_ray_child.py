@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from lattice_server.config import ServerConfig
-from lattice_server.executors import ray_child as module
-from lattice_server.executors.ray_child import PRIVATE, TUNING, RayChild, ray_child
+from lattice_server.executors import ray_driver_client as module
+from lattice_server.executors.ray_driver_client import PRIVATE, TUNING, RayChild, ray_child
 
 TIMEOUT_S = 30.0
 # Tells how it was started, with something beside it that has nothing to do with it any more, and repeats its orders.

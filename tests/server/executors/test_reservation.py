@@ -10,12 +10,11 @@ import pytest
 
 from lattice_server.config import ServerConfig, ServerTls
 from lattice_server.core.model import Capacity, Gpu
+from lattice_server.engine.artifact_store import HEAD as HEAD_STORE
 from lattice_server.engine.ports import Contact
-from lattice_server.engine.store import HEAD as HEAD_STORE
-from lattice_server.executors import interface
-from lattice_server.executors.command import Offer, offer_of_machine, worker_flags
-from lattice_server.executors.interface import ray_interface
-from lattice_server.executors.reservation import (
+from lattice_server.executors import bind_address
+from lattice_server.executors.bind_address import ray_interface
+from lattice_server.executors.ray_reservation import (
     HEAD,
     MAX_BACKOFF_S,
     MIN_BACKOFF_S,
@@ -25,6 +24,7 @@ from lattice_server.executors.reservation import (
     resource_of,
     way_from_afar,
 )
+from lattice_server.executors.worker_command import Offer, offer_of_machine, worker_flags
 
 CONTACT = Contact("unix:/head.sock", "10.0.0.1:50051", lambda node_id, subject: "secret", lambda token: None)
 
@@ -142,7 +142,7 @@ def test_on_a_network_that_leads_nowhere_ray_listens_there(
     addresses: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Nobody may connect to it, as without a route.
-    monkeypatch.setattr(interface, "ELSEWHERE", ("255.255.255.255", 9))
+    monkeypatch.setattr(bind_address, "ELSEWHERE", ("255.255.255.255", 9))
     found = {address: [SimpleNamespace(family=socket.AF_INET, address=address)] for address in addresses}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
     assert ray_interface("0.0.0.0") == expected

@@ -8,9 +8,9 @@ from typing import Any
 import psutil
 import pytest
 
-from lattice_server.executors import worker_host
-from lattice_server.executors.leftovers import MARK
-from lattice_server.executors.worker_host import RAY_TOKEN, TARGET, WorkerHost
+from lattice_server.executors import ray_actor
+from lattice_server.executors.orphans import MARK
+from lattice_server.executors.ray_actor import RAY_TOKEN, TARGET, WorkerHost
 
 STATUS = 3
 # Tells how it was started, leaves a process behind that has nothing to do with it any more, and ends.
@@ -40,8 +40,8 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         told: dict[str, Any] = json.loads(out.read_text())
         return told
 
-    monkeypatch.setattr(worker_host, "worker_command", command)
-    monkeypatch.setattr(worker_host, "_hide", lambda: None)  # it would be this very process
+    monkeypatch.setattr(ray_actor, "worker_command", command)
+    monkeypatch.setattr(ray_actor, "_hide", lambda: None)  # it would be this very process
     monkeypatch.setenv(RAY_TOKEN, "Ray's")
     monkeypatch.delenv(TARGET, raising=False)
     return run

@@ -8,7 +8,7 @@ from lattice.v1 import task_pb2
 
 from lattice_server.core.errors import InvalidError
 from lattice_server.core.model import Function, RetryPolicy
-from lattice_server.rpc.definitions import retry_from_proto, task_from_proto
+from lattice_server.rpc.convert.tasks import retry_from_proto, task_from_proto
 
 HALF_S = Duration(nanos=500_000_000)
 

@@ -10,7 +10,7 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import ConflictError, NotFoundError
 from lattice_server.rpc import callers
-from lattice_server.rpc.repeats import KEPT_S, Repeats
+from lattice_server.rpc.idempotency import KEPT_S, Repeats
 from tests.server.rpc.callers import Caller, ended, fresh, function, graph, refused, run, task
 
 

@@ -1,0 +1,118 @@
+"""Owns the command `lattice`. Commands of the other packages are found by their entry points, never imported by name.
+
+Rule: `lattice run` is `python` with how to reach a server, and nothing else.
+"""
+
+import os
+import sys
+
+import click
+from lattice.v1 import cluster_pb2
+
+from lattice_client import logs
+from lattice_client.cli.options import Commands, Server, address, as_dict, as_json, connected, print_json, show
+from lattice_client.cli.runs import runs
+from lattice_client.cli.terminal import say
+
+DISTRIBUTION = "lattice-control-plane"
+
+
+@click.group(cls=Commands)
+@click.version_option(package_name=DISTRIBUTION, prog_name="lattice", message="%(prog)s %(version)s")
+@click.option("--log-level", type=click.Choice(logs.LEVELS), envvar="LATTICE_LOG_LEVEL", help="Log from this level on.")
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    envvar="LATTICE_LOG_FORMAT",
+    help="Log lines as text, or as one JSON object each.",
+)
+def main(log_level: str | None, log_format: str | None) -> None:
+    """Lattice, a control plane for the workflows of LLM agents."""
+    logs.set_up(log_format or "text", log_level or "warning")
+    # `start` and `run` begin another program, which is to log likewise.
+    given = {"LATTICE_LOG_LEVEL": log_level, "LATTICE_LOG_FORMAT": log_format}
+    os.environ.update({name: value for name, value in given.items() if value})
+
+
+main.add_command(runs)
+
+
+@main.command()
+@address
+@as_json
+def status(server: Server, as_json: bool) -> None:
+    """Show the server and its load."""
+    with connected(server) as client:
+        info = client.server_info()
+    if as_json:
+        print_json(as_dict(info))
+        return
+    rows = [
+        ("version", info.version),
+        ("executor", info.executor),
+        ("process", str(info.pid)),
+        ("active runs", str(info.active_runs)),
+        ("queued tasks", str(info.queued_tasks)),
+        ("running attempts", str(info.running_attempts)),
+    ]
+    show(("server", server.target), rows, wrapped=server.target)
+
+
+@main.group(invoke_without_command=True)
+@address
+@as_json
+@click.pass_context
+def nodes(context: click.Context, server: Server, as_json: bool) -> None:
+    """List the nodes and what is free on them, or drain one."""
+    if context.invoked_subcommand is not None:
+        return
+    with connected(server) as client:
+        found = client.nodes()
+    if as_json:
+        for node in found:
+            print_json(as_dict(node))
+        return
+    rows = [
+        (
+            node.node_id,
+            _state(node),
+            node.node_ip,
+            f"{node.free.cpu:g}/{node.capacity.cpu:g}",
+            f"{node.free.memory_bytes / 2**30:.1f}/{node.capacity.memory_bytes / 2**30:.1f}",
+            str(len(node.capacity.gpus)),
+            str(node.attempts),
+        )
+        for node in found
+    ]
+    show(("node", "state", "address", "cpu free", "GiB free", "gpus", "attempts"), rows, wrapped="node")
+
+
+@nodes.command()
+@address
+@click.argument("node_id")
+@click.option("--deadline", type=click.FloatRange(0), help="Seconds after which what still runs there is moved.")
+def drain(server: Server, node_id: str, deadline: float | None) -> None:
+    """Let a node finish what it runs and leave.
+
+    The server starts another worker in place of one it started itself; that node comes back when it is drained.
+    """
+    with connected(server) as client:
+        node = client.drain_node(node_id, deadline)
+    say(f"{node.node_id} is {_state(node)}; attempts that run there: {node.attempts}")
+    say("A node of the server's own comes back after that: the server replaces workers it started.", err=True)
+
+
+def _state(node: cluster_pb2.Node) -> str:
+    return cluster_pb2.NodeState.Name(node.state).removeprefix("NODE_STATE_").lower()
+
+
+# What follows the script is the script's, also when it looks like an option of ours.
+@main.command(context_settings={"allow_interspersed_args": False})
+@address
+@click.argument("script", type=click.Path(exists=True, dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(server: Server, script: str, arguments: tuple[str, ...]) -> None:
+    """Run a Python script against the server, as `python SCRIPT` would."""
+    sys.stdout.flush()
+    # A fresh interpreter in this very process: exit status, signals, tracebacks and `__main__` are the script's own.
+    os.execve(sys.executable, [sys.executable, script, *arguments], {**os.environ, **server.environment()})

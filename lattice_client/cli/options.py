@@ -1,0 +1,198 @@
+"""Owns what the commands share: their options, how they reach a server, and how they show what they found.
+
+Rule: tables for people, one JSON document a line for programs (`--json`), one clear line on stderr when it fails.
+"""
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from io import TextIOWrapper
+from typing import Any
+
+import click
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lattice_client.cli.terminal import harmless, one_line, say
+from lattice_client.errors import LatticeError, UnavailableError
+from lattice_client.sync import LatticeClient
+from lattice_client.transport.channel import DEFAULT_TARGET
+from lattice_client.transport.security import SecurityOptions
+
+ENTRY_POINTS = "lattice.commands"
+# Values nested deeper than this are shown as Python writes them.
+MAX_DEPTH = 50
+# Python writes no longer numbers unless told to.
+MAX_BITS = 14_000
+
+console = Console()
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
+
+
+class Commands(click.Group):
+    """The commands of this package, and those other packages announce; these are imported when they are asked for."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; this package's errors become one message."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                # A character the terminal's encoding lacks must not end a command.
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return super().invoke(ctx)
+        except LatticeError as error:
+            raise click.ClickException(harmless(str(error))) from None
+        except click.UsageError:  # it shows what the caller typed
+            raise
+        except click.ClickException as error:
+            raise click.ClickException(harmless(error.message)) from None
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*super().list_commands(ctx), *entry_points(group=ENTRY_POINTS).names})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name."""
+        found = super().get_command(ctx, cmd_name)
+        for entry in entry_points(group=ENTRY_POINTS, name=cmd_name) if found is None else ():
+            try:
+                loaded: click.Command = entry.load()
+            except Exception as error:
+                return _broken(cmd_name, error)
+            return loaded
+        return found
+
+
+def _broken(name: str, error: Exception) -> click.Command:
+    """Return the command of another package that cannot be imported; the other commands work without it."""
+
+    def fail() -> None:
+        raise click.ClickException(f"`lattice {name}` cannot be loaded: {type(error).__name__}: {error}")
+
+    return click.Command(name, callback=fail, help="Cannot be loaded.")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The server a command asks, and how it is reached. The token comes from the environment, never by a flag."""
+
+    target: str
+    tls_ca: str | None
+    insecure: bool
+
+    def security(self) -> SecurityOptions:
+        """Return what clients take."""
+        return SecurityOptions(tls_ca=self.tls_ca, insecure=self.insecure)
+
+    def environment(self) -> dict[str, str]:
+        """Return what says the same to another program."""
+        found = {"LATTICE_TARGET": self.target}
+        if self.tls_ca is not None:
+            found["LATTICE_TLS_CA"] = self.tls_ca
+        if self.insecure:
+            found["LATTICE_INSECURE"] = "1"
+        return found
+
+
+def address(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which server, as its argument `server`."""
+
+    @click.option(
+        "--addr", envvar="LATTICE_TARGET", default=DEFAULT_TARGET, show_default=True, help="The server, host:port."
+    )
+    @click.option(
+        "--tls-ca",
+        envvar="LATTICE_TLS_CA",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Use TLS and trust this authority's certificate.",
+    )
+    @click.option("--insecure", envvar="LATTICE_INSECURE", is_flag=True, help="Do without TLS or a token.")
+    @functools.wraps(command)
+    def wrapped(addr: str, tls_ca: str | None, insecure: bool, **others: Any) -> None:
+        command(server=Server(addr, tls_ca, insecure), **others)
+
+    return wrapped
+
+
+@contextmanager
+def reachable(addr: str) -> Iterator[None]:
+    """Say where no server answers, and what to do, when the block finds none."""
+    try:
+        yield
+    except UnavailableError as error:
+        if error.reason:  # a server did answer, and said why it cannot
+            raise
+        hint = error.advice or "start one with `lattice start --head`, or name another with --addr or LATTICE_TARGET"
+        raise click.ClickException(f"no Lattice server answers at {addr}: {hint}") from None
+
+
+@contextmanager
+def connected(server: Server) -> Iterator[LatticeClient]:
+    """Connect for the length of the block."""
+    with reachable(server.target), LatticeClient(server.target, **server.security()) as client:
+        yield client
+
+
+def show(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, wrapped: str = "") -> None:
+    """Show a table; to a pipe, lines of cells separated by tabs. Only the column `wrapped` gives way to the others."""
+    cells = [tuple(map(one_line, row)) for row in rows]
+    if not console.is_terminal:
+        for row in (columns, *cells):
+            say("\t".join(row))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=column != wrapped, overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """Return a message with all its fields, those that are zero too, so that programs find what they look for."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def print_json(document: Any) -> None:
+    """Print a document as one line; what JSON cannot say is shown as Python writes it."""
+    say(json.dumps(_jsonable(document)))
+
+
+def _jsonable(value: Any, above: tuple[int, ...] = ()) -> Any:
+    """Return what JSON can say of a value; `above` are the identities of what holds it."""
+    inside = (*above, id(value))
+    match value:
+        case None | bool() | str():
+            return value
+        case int():
+            return value if value.bit_length() <= MAX_BITS else written(value)
+        case float():
+            return value if math.isfinite(value) else repr(value)
+        case dict() | list() | tuple() if id(value) in above or len(above) > MAX_DEPTH:
+            return written(value)
+        case dict():
+            return {_key(key): _jsonable(item, inside) for key, item in value.items()}
+        case list() | tuple():
+            return [_jsonable(item, inside) for item in value]
+        case _:
+            return written(value)
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else written(key)
+
+
+def written(value: Any) -> str:
+    """Return a value as Python writes it, or its class when that fails."""
+    try:
+        return repr(value)
+    except Exception:  # the class is the user's; Python itself refuses numbers of many digits
+        return f"<{type(value).__name__}>"

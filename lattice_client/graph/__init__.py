@@ -1,0 +1,1 @@
+"""Declares workflows: tasks, their inputs and outputs, their settings."""

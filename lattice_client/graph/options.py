@@ -1,0 +1,92 @@
+"""Owns the options of a task that its definition takes. Rule: each is named here once, with its type.
+
+What they mean is said by `TaskSettings`, and by `task` for the others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypedDict
+
+from lattice.v1 import resources_pb2
+
+from lattice_client.code.bundle import Item
+from lattice_client.errors import TaskDefinitionError
+from lattice_client.graph.settings import TaskSettings
+
+MIB = 1024 * 1024
+# Of anything, in its unit; what fits the contract in bytes.
+MAX_AMOUNT = 2**40
+RESOURCES = ("cpu", "gpu", "cpu_mem", "gpu_mem")
+SETTINGS = tuple(found.name for found in fields(TaskSettings))
+
+
+class TaskOptions(TypedDict, total=False):
+    """What a task needs and how it is run: everything but what it takes and gives."""
+
+    resources: Mapping[str, float] | None
+    cpu: float | None
+    gpu: float | None
+    cpu_mem: float | None
+    gpu_mem: float | None
+    batch_size: int | None
+    batch_timeout: float | None
+    batch_within: str
+    retries: int
+    retry_on: type[BaseException] | str | Sequence[type[BaseException] | str]
+    retry_backoff: float | None
+    timeout: float | None
+    total_timeout: float | None
+    max_parallel: int | None
+    concurrency_key: str
+    priority: int
+    node_selector: Mapping[str, str] | None
+    isolation: str
+    modules: Sequence[Item]
+    exclude: Sequence[str]
+    fresh_process: bool
+    name: str | None
+
+
+class DefinitionOptions(TaskOptions, total=False):
+    """All options of `task`."""
+
+    inputs: Sequence[str] | None
+    outputs: Sequence[str] | None
+
+
+def resources_of(label: str, options: Mapping[str, Any], is_async: bool) -> resources_pb2.Resources:
+    """Return the resources among options, which name them directly or in `resources`. Raises TaskDefinitionError.
+
+    The options are those of the resources and those that do not exist.
+    """
+    found = resources_pb2.Resources(cpu=0.0 if is_async else 1.0)
+    for name, value in options.items():
+        if name not in RESOURCES:
+            text = f"there is no setting {name!r}; resources: {', '.join(RESOURCES)}"
+            raise TaskDefinitionError(f"task {label!r}: {text}; other settings: {', '.join(SETTINGS)}")
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_AMOUNT:
+            raise TaskDefinitionError(f"task {label!r}: {name} must be a number from 0, not {value!r}")
+        match name:
+            case "cpu":
+                found.cpu = value
+            case "gpu":
+                found.gpu = value
+            case "cpu_mem":
+                found.memory_bytes = int(value * MIB)
+            case _:
+                found.gpu_memory_bytes = int(value * MIB)
+    return found
+
+
+def changed(label: str, options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with changes. Resources are changed one by one. Raises TaskDefinitionError."""
+    if unknown := [name for name in changes if name not in TaskOptions.__annotations__]:
+        known = ", ".join(TaskOptions.__annotations__)
+        text = f"there is no option {', '.join(map(repr, unknown))} that could be changed; there are: {known}"
+        raise TaskDefinitionError(f"task {label!r}: {text}")
+    resources = {**(options.get("resources") or {}), **(changes.get("resources") or {})}
+    direct = {name: changes[name] for name in RESOURCES if name in changes}
+    rest = {name: value for name, value in changes.items() if name not in direct}
+    return {**options, **rest, "resources": {**resources, **direct}}

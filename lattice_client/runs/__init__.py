@@ -1,0 +1,1 @@
+"""Starts runs, follows them, and decodes their results."""

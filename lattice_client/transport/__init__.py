@@ -1,0 +1,1 @@
+"""Connections to a server: channels, calls, credentials, reconnection."""

@@ -1,0 +1,68 @@
+"""Owns the way of values to and from the server. Rule: bytes only; values are encoded and decoded elsewhere."""
+
+from collections.abc import Iterator
+
+from lattice.v1 import artifact_pb2, payload_pb2
+
+from lattice_client import errors
+from lattice_client.convert import payloads
+from lattice_client.runs.decoding import Fetched
+from lattice_client.transport.channel import Channel
+from lattice_client.transport.requests import made
+
+# What gRPC says of an upload whose call the server ended while it was written to; the server's own words are lost then.
+LOST_STATUS = "Internal error from Core"
+UPLOAD_TRIES = 5
+
+
+class Transfer:
+    """The values that a client sends and fetches."""
+
+    def __init__(self, rpc: Channel) -> None:
+        self._rpc = rpc
+
+    async def fetch(self, payload: payload_pb2.Payload) -> Fetched:
+        """Return a payload's encoding; a large one is downloaded."""
+        match payload.WhichOneof("content"):
+            case "json":
+                return Fetched(payload.media_type, payload.json.encode())
+            case "data":
+                return Fetched(payload.media_type, payload.data)
+            case _:
+                data = await self._download(payload.artifact.artifact_id)
+                return Fetched(payload.media_type, data)
+
+    async def _download(self, artifact_id: str) -> bytearray:
+        data = bytearray()
+        request = made(artifact_pb2.ReadArtifactRequest, artifact_id=artifact_id)
+        async for chunk in self._rpc.stream(self._rpc.artifacts.ReadArtifact, request):
+            data += chunk.data
+        return data
+
+    async def store(self, media_type: str, data: bytes) -> payload_pb2.Payload:
+        """Return the payload of an encoding, which is stored on the server when it is too long to travel inline.
+
+        Raises RequestError.
+        """
+        limits = await self._rpc.limits()
+        if len(data) <= limits.inline_payload_bytes:
+            return payloads.inline(media_type, data)
+        artifact = await self._upload(data, limits.upload_chunk_bytes)
+        return payload_pb2.Payload(media_type=media_type, artifact=artifact)
+
+    async def _upload(self, data: bytes, chunk_bytes: int) -> payload_pb2.Artifact:
+        for _ in range(UPLOAD_TRIES):
+            try:
+                return (await self._rpc.upload(self._rpc.artifacts.WriteArtifact, _chunks(data, chunk_bytes))).artifact
+            except errors.InternalError as error:
+                if str(error) != LOST_STATUS:
+                    raise
+        text = f"the server at {self._rpc.target} ended an upload of {len(data)} bytes before it had all of it"
+        raise errors.UnavailableError(f"{text}; its log may say why")
+
+
+def _chunks(data: bytes, chunk_bytes: int) -> Iterator[artifact_pb2.WriteArtifactRequest]:
+    size_bytes: int | None = len(data)
+    for start in range(0, len(data), chunk_bytes):
+        yield artifact_pb2.WriteArtifactRequest(data=data[start : start + chunk_bytes], size_bytes=size_bytes)
+        size_bytes = None

@@ -1,0 +1,98 @@
+"""Owns how a run is followed while its server cannot be reached. Rule: one policy for events, results and commands.
+
+A call that follows a run is made again when its connection breaks, for RECONNECT_S after the break. Whatever the server
+sends ends the break. After that the call fails with UnavailableError; the run itself may go on.
+"""
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+
+from lattice_client import errors
+from lattice_client.transport.channel import Channel, LimitReachedError
+
+# How long a server that cannot be reached is dialled again.
+RECONNECT_S = 30.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
+RESUMABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
+
+OnLoss = Callable[[errors.RequestError], None]
+
+
+class Reconnection:
+    """The breaks of one call that follows a run. `on_loss` is told once of each break."""
+
+    def __init__(
+        self, rpc: Channel, run_id: str, on_loss: OnLoss | None = None, max_backoff_s: float = MAX_BACKOFF_S
+    ) -> None:
+        self._rpc = rpc
+        self._max_backoff_s = max_backoff_s
+        self._run_id = str(run_id)
+        self._on_loss = on_loss
+        self._lost_at: float | None = None
+        self._tries = 0
+
+    def heard(self) -> None:
+        """Note that the server answers."""
+        self._lost_at, self._tries = None, 0
+
+    async def wait(self, error: errors.RequestError) -> None:
+        """Wait before the call is made again. Raises the error when it is not to be, LimitReachedError."""
+        # What the server itself says is wrong stays wrong; without a reason gRPC speaks of a broken stream.
+        if error.code not in RESUMABLE or (isinstance(error, errors.InternalError) and error.reason):
+            raise _final(error) from None
+        now = self._rpc.now()
+        if self._lost_at is None:
+            self._lost_at = now
+            if self._on_loss is not None:
+                self._on_loss(error)
+        self._tries += 1
+        left_s = self._lost_at + RECONNECT_S - now
+        if left_s <= 0:
+            raise self._given_up(error) from None
+        # Spread, so that a server that comes back does not meet all its readers at once.
+        backoff_s = min(self._max_backoff_s, MIN_BACKOFF_S * 2 ** min(self._tries - 1, 10))
+        await self._rpc.sleep(min(left_s, random.uniform(0, backoff_s)))
+
+    def _given_up(self, error: errors.RequestError) -> errors.RequestError:
+        text = (
+            f"run {self._run_id!r} cannot be followed: {self._tries} tries in {RECONNECT_S:.0f} s to reach the server "
+            f"at {self._rpc.target} failed, the last with: {error}. The run may go on: ask again for run "
+            f"{self._run_id!r} when the server answers"
+        )
+        found = errors.UnavailableError(text, error.reason)
+        found.advice = error.advice
+        return found
+
+
+def _final(error: errors.RequestError) -> errors.RequestError:
+    """Return an error that another try would not change; of a run that is gone it says how that can be."""
+    if not isinstance(error, errors.NotFoundError) or error.reason == "TASK_NOT_FOUND":
+        return error
+    text = f"{error}; a server that was started again knows no earlier runs, and the oldest ended runs are deleted"
+    return errors.NotFoundError(text, error.reason, error.metadata)
+
+
+@asynccontextmanager
+async def limited(
+    rpc: Channel, run_id: str, timeout: float | None, task_id: str = "", allowed_s: float | None = None
+) -> AsyncIterator[None]:
+    """Bound a block that follows a run, or a task of it. Raises TimeoutError, which says that the run goes on.
+
+    `allowed_s` is the limit to name, where the block has only the rest of it.
+    """
+    try:
+        async with rpc.limit(timeout):
+            yield
+    except LimitReachedError:
+        raise _timed_out(run_id, timeout if allowed_s is None else allowed_s, task_id) from None
+
+
+def _timed_out(run_id: str, timeout: float | None, task_id: str = "") -> TimeoutError:
+    """Return the error of a call that followed a run, or a task of it, for as long as it was to."""
+    if task_id:
+        text = f"task {task_id!r} of run {str(run_id)!r} did not end within {timeout:g} s"
+        return TimeoutError(f"{text}; the run goes on: wait again, or cancel it")
+    return TimeoutError(f"run {str(run_id)!r} did not end within {timeout:g} s; it goes on: wait again, or cancel it")

@@ -1,0 +1,260 @@
+"""Owns calls that suspend a coroutine. Rule: gRPC binds a channel to an event loop, so each loop has its own."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+import grpc
+
+from lattice_client.transport import forks
+from lattice_client.transport.channel import (
+    Channel,
+    Conversation,
+    LimitReachedError,
+    OpenCall,
+    Steps,
+    Stubs,
+    options_for,
+)
+from lattice_client.transport.security import Security
+
+if TYPE_CHECKING:
+    from grpc.aio import (
+        StreamStreamMultiCallable,
+        StreamUnaryMultiCallable,
+        UnaryStreamMultiCallable,
+        UnaryUnaryMultiCallable,
+    )
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+class AsyncChannel(Channel):
+    """The connections to one server, one for each event loop that makes calls."""
+
+    def __init__(self, dialled: Security) -> None:
+        super().__init__(dialled)
+        self._connections: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, Stubs]] = {}
+        self._lock = threading.Lock()
+
+    def _stubs(self) -> Stubs:
+        if self.is_closed:
+            raise self.closed_error()
+        loop = asyncio.get_running_loop()
+        found = self._connections.get(loop)
+        if found is None or forks.is_broken():
+            with self._lock:
+                for other in [other for other in self._connections if other.is_closed()]:
+                    del self._connections[other]
+                found = self._connections[loop] = _connect(self._dialled)
+        return found[1]
+
+    async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
+        """Return the answer of a call. Raises RequestError, ClientClosedError."""
+        with self._closing():
+            return await method(request)
+
+    async def stream(self, method: "UnaryStreamMultiCallable[Q, R]", request: Q) -> AsyncIterator[R]:
+        """Yield the messages of a call. Raises as `call`."""
+        with self._closing():
+            async for response in method(request):
+                yield response
+
+    async def upload(self, method: "StreamUnaryMultiCallable[Q, R]", messages: Iterable[Q]) -> R:
+        """Send messages; return the answer. Raises as `call`."""
+        with self._closing():
+            return await method(_each(messages))
+
+    async def begin(
+        self, method: "UnaryStreamMultiCallable[Q, R]", request: Q, on_end: Callable[[OpenCall[R]], object]
+    ) -> tuple[R, OpenCall[R]]:
+        """Start a call of two messages; return the first one. Raises as `call`."""
+        with self._closing():
+            call = method(request)
+            first = cast(R, await call.read())
+        return first, AsyncOpenCall(call, on_end)
+
+    def converse(self, method: "StreamStreamMultiCallable[Q, R]") -> Conversation[Q, R]:
+        """Start a call with messages both ways. Raises ClientClosedError, ForkError."""
+        with self._closing():
+            return AsyncConversation(method, self._closing)
+
+    def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:
+        """Return what makes these steps, in a task of the running loop."""
+        return AsyncSteps(step)
+
+    @asynccontextmanager
+    async def limit(self, timeout_s: float | None) -> AsyncIterator[None]:
+        """Bound all calls of a block. Raises LimitReachedError."""
+        try:
+            async with asyncio.timeout(timeout_s) as scope:
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise LimitReachedError from None
+
+    def now(self) -> float:
+        """Return the time of the running loop, in seconds."""
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        """Close the connections of all loops."""
+        here = asyncio.get_running_loop()
+        with self._lock:
+            own = self._connections.pop(here, None)
+        self.shut()
+        if own is not None:
+            await own[0].close()
+
+    def shut(self) -> None:
+        """Have each loop close its connection. Calls under way raise ClientClosedError."""
+        self.is_closed = True
+        with self._lock:
+            connections, self._connections = self._connections, {}
+        for loop, (channel, _) in connections.items():
+            if loop.is_running():
+                asyncio.run_coroutine_threadsafe(channel.close(), loop)
+
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        """As `_converting`; also turn the cancellation of a call, by which a channel closes, into ClientClosedError."""
+        try:
+            with self._converting():
+                yield
+        except grpc.aio.UsageError:  # another thread closed it
+            raise self.closed_error() from None
+        except asyncio.CancelledError:
+            if self.is_closed and not _is_cancelling():
+                raise self.closed_error() from None
+            raise
+
+
+def _connect(dialled: Security) -> tuple[grpc.aio.Channel, Stubs]:
+    forks.check_process()
+    options = options_for(dialled)
+    if dialled.credentials is None:
+        channel = grpc.aio.insecure_channel(dialled.address, options=options)
+    else:
+        channel = grpc.aio.secure_channel(dialled.address, dialled.credentials, options=options)
+    forks.use(channel)
+    return channel, Stubs(channel, dialled.token)
+
+
+def _is_cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _each(messages: Iterable[Q]) -> AsyncIterator[Q]:
+    for message in messages:
+        yield message
+
+
+class AsyncOpenCall(OpenCall[R], Generic[R]):
+    """The rest of a call, read by a task of the loop it was started on."""
+
+    def __init__(self, call: Any, on_end: Callable[[OpenCall[R]], object]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._reading = asyncio.create_task(_last(call))
+        self._reading.add_done_callback(lambda _: on_end(self))
+
+    async def last(self) -> R | None:
+        """Wait for the last message; only the loop that started the call can read it."""
+        if self._loop is not asyncio.get_running_loop():
+            return None
+        await asyncio.wait([self._reading])
+        return None if self._reading.cancelled() else cast("R | None", self._reading.result())
+
+    def abandon(self) -> None:
+        """End the call."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._reading.cancel)
+
+
+async def _last(call: Any) -> Any:
+    try:
+        last = await call.read()
+    except grpc.aio.AioRpcError:
+        return None
+    return None if last is grpc.aio.EOF else last
+
+
+class AsyncConversation(Conversation[Q, R], Generic[Q, R]):
+    """A call of the loop it was started on."""
+
+    def __init__(
+        self, method: "StreamStreamMultiCallable[Q, R]", converting: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._converting = converting
+        self._requests: asyncio.Queue[Q | None] = asyncio.Queue()
+        self._call: Any = method(_queued(self._requests))
+
+    def send(self, message: Q) -> None:
+        """Queue a message."""
+        self._requests.put_nowait(message)
+
+    async def read(self) -> R | None:
+        """Wait for the next message; None at the end."""
+        with self._converting():
+            found = await self._call.read()
+        return None if found is grpc.aio.EOF else cast(R, found)
+
+    def abandon(self) -> None:
+        """End the call."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._call.cancel)
+
+
+async def _queued(requests: "asyncio.Queue[Q | None]") -> AsyncIterator[Q]:
+    while (request := await requests.get()) is not None:
+        yield request
+
+
+class AsyncSteps(Steps):
+    """Steps made by a task of the running loop, whether or not anything waits."""
+
+    def __init__(self, step: Callable[[], Awaitable[bool]]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._going = asyncio.create_task(self._go(step))
+        self._going.add_done_callback(lambda _: self.wake())
+
+    async def _go(self, step: Callable[[], Awaitable[bool]]) -> None:
+        while await step():
+            self.wake()
+
+    async def until(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until something holds."""
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError("an open run belongs to the event loop it was opened on: use it there")
+        while not is_ready():
+            if self._going.done():
+                if not self._going.cancelled():
+                    self._going.result()
+                return
+            turn = self._loop.create_future()
+            self._waiting.add(turn)
+            try:
+                await turn
+            finally:
+                self._waiting.discard(turn)
+
+    def wake(self) -> None:
+        """Have what waits look again."""
+        for turn in self._waiting:
+            if not turn.done():
+                turn.set_result(None)
+
+    def stop(self) -> None:
+        """Make no more steps."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._going.cancel)

@@ -1,0 +1,148 @@
+"""Owns the nodes that are reserved for starved tasks.
+
+Rule: a group whose shape could not be placed for a second, while others were, has a node reserved; those of a higher
+priority count after a minute. Smaller tasks run on that node only as far as they take nothing of what it gathers. The
+reservation holds a permit of the group's key.
+"""
+
+from collections.abc import Container, Iterator, Mapping
+
+from lattice_server.core.deadlines import Deadlines
+from lattice_server.core.scheduling.batching import TaskGroup
+from lattice_server.core.scheduling.node_registry import Fleet
+from lattice_server.core.scheduling.nodes import Node
+from lattice_server.core.scheduling.permits import Permits
+from lattice_server.core.scheduling.placement import Shape
+
+RESERVE_AFTER_S = 1.0
+PRIORITY_HOLDS_S = 60.0  # How long tasks of a higher priority may be placed first without end.
+MAX_PRIORITIES = 64
+
+
+class Reservations:
+    """The reserved nodes, and the shapes that cannot be placed: since when, and how much was placed before that."""
+
+    def __init__(self, fleet: Fleet, permits: Permits) -> None:
+        self._fleet = fleet
+        self._permits = permits
+        self._nodes: dict[TaskGroup, Node] = {}
+        self._groups: dict[str, TaskGroup] = {}
+        self._shapes: dict[str, Shape] = {}
+        self._blocked: dict[Shape, tuple[float, int]] = {}
+        self._starving: Deadlines[Shape] = Deadlines()
+        self._placed = 0
+        self._last_placed: dict[int, int] = {}  # By priority: how much was placed when that was placed last.
+
+    def items(self) -> list[tuple[TaskGroup, Node]]:
+        """Return the groups that have a node reserved, with it."""
+        return list(self._nodes.items())
+
+    def has(self, group: TaskGroup) -> bool:
+        """Whether a group has a node reserved."""
+        return group in self._nodes
+
+    def group_of(self, node: Node) -> TaskGroup | None:
+        """Return the group that a node is reserved for."""
+        return self._groups.get(node.node_id)
+
+    def of_others(self, group: TaskGroup) -> Mapping[str, Shape]:
+        """Return for which shapes room must stay, or become, free on nodes because of other groups."""
+        own = self._nodes.get(group)
+        if own is None:
+            return self._shapes
+        return {node_id: shape for node_id, shape in self._shapes.items() if node_id != own.node_id}
+
+    def note_placed(self, group: TaskGroup, priority: int) -> bool:
+        """Note that a batch of a group is placed; return whether that ends its reservation, whose permit it now has."""
+        self._placed += 1
+        self._last_placed.pop(priority, None)
+        self._last_placed[priority] = self._placed
+        if len(self._last_placed) > MAX_PRIORITIES:
+            del self._last_placed[next(iter(self._last_placed))]
+        self._unblock(group.shape)
+        return self._drop(group)
+
+    def note_blocked(self, group: TaskGroup, now: float) -> None:
+        """Note that no node has room for the first group of a shape; reserve one when it is time."""
+        blocked = self._blocked.get(group.shape)
+        if blocked is None:
+            self._blocked[group.shape] = (now, self._placed)
+            self._starving.set(group.shape, now + RESERVE_AFTER_S)
+            return
+        since, placed = blocked
+        if now < since + RESERVE_AFTER_S or group.shape in self._shapes.values():
+            return
+        if self._was_passed(group, since, placed, now):
+            self._reserve(group)
+        elif now < since + PRIORITY_HOLDS_S:
+            self._starving.set(group.shape, since + PRIORITY_HOLDS_S)
+
+    def starving(self, now: float) -> Iterator[Shape]:
+        """Take out the shapes for which it is time, by now, to reserve a node."""
+        return self._starving.due(now)
+
+    def next_deadline(self) -> float | None:
+        """Return when it is time to reserve a node next."""
+        # Nothing was placed since the first one was blocked, nor since the others.
+        if self._blocked and next(iter(self._blocked.values()))[1] == self._placed:
+            return None
+        return self._starving.next_at()
+
+    def forget(self, queued: Container[Shape]) -> list[TaskGroup]:
+        """Drop what is kept for groups that are not queued any more, or that their node cannot run; return those."""
+        for shape in [shape for shape in self._blocked if shape not in queued]:
+            self._unblock(shape)
+        dropped = []
+        for group, node in self.items():
+            is_here = self._fleet.nodes.get(node.node_id) is node and node.takes_work
+            if not group.count or not is_here:
+                self._drop(group)
+                self._permits.release(group.concurrency)
+                dropped.append(group)
+        return dropped
+
+    def check(self) -> None:
+        """Assert that what is kept about reservations is so."""
+        assert self._groups == {node.node_id: group for group, node in self._nodes.items()}
+        assert self._shapes == {node.node_id: group.shape for group, node in self._nodes.items()}
+        assert set(self._starving) <= self._blocked.keys()
+
+    def _was_passed(self, group: TaskGroup, since: float, placed: int, now: float) -> bool:
+        """Whether others were placed since a group could not be, though it would have gone before them by priority."""
+        head = group.head()
+        if head is None or now >= since + PRIORITY_HOLDS_S:
+            return self._placed > placed
+        return any(n > placed and priority <= head.ready.priority for priority, n in self._last_placed.items())
+
+    def _reserve(self, group: TaskGroup) -> None:
+        shape = group.shape
+        if not self._permits.has_free(group.concurrency):
+            return
+        nodes = [
+            node
+            for node in self._fleet.index.suited(shape)
+            if node.node_id not in self._groups and self._fleet.could_run(shape, node)
+        ]
+        if nodes:
+            node = max(nodes, key=lambda node: _nearness(node, shape))
+            self._permits.take(group.concurrency)
+            self._nodes[group] = node
+            self._groups[node.node_id] = group
+            self._shapes[node.node_id] = shape
+
+    def _drop(self, group: TaskGroup) -> bool:
+        node = self._nodes.pop(group, None)
+        if node is None:
+            return False
+        del self._groups[node.node_id], self._shapes[node.node_id]
+        return True
+
+    def _unblock(self, shape: Shape) -> None:
+        self._blocked.pop(shape, None)
+        self._starving.discard(shape)
+
+
+def _nearness(node: Node, shape: Shape) -> tuple[float, float, float]:
+    """Return what is greatest for the node that is likely to have room for a shape first."""
+    leases = sum(len(slot.lease_ids) for slot in node.slots.values()) if shape.is_exclusive else 0
+    return -leases, sum(node.free_gpu.values()) if shape.resources.gpu else 0.0, node.free_cpu

@@ -1,0 +1,75 @@
+"""Owns the scheduler's thread. Rule: it sleeps on its inbox until an event or its machine's next deadline."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+
+from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.engine.bus import MessageBus
+
+log = logging.getLogger(__name__)
+
+# How long to wait after each tick in a row that raised. What was due is often out of the way the next time, so one is
+# no reason to stop.
+PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+
+
+class Scheduler:
+    """Drives a `Dispatch` on a thread of its own; nobody else touches the machine while it runs.
+
+    A machine that raises at every tick places nothing, and what it decided reaches nobody: runs would wait for ever on
+    a server that looks well. So after some tries the thread ends and calls `on_failure`, from there, for the server to
+    stop: callers then learn of it, and whoever supervises the server starts one that works.
+    """
+
+    def __init__(self, machine: Dispatch, bus: MessageBus, on_failure: Callable[[], object]) -> None:
+        self.machine = machine
+        self._bus = bus
+        self._on_failure = on_failure
+        self._is_stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lattice-scheduler", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread finish its inbox and wait for it."""
+        self._is_stopping.set()
+        self._bus.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        failed = 0
+        while failed <= len(PAUSES_S):
+            try:
+                if not self._step(is_again=failed > 0):
+                    return
+                failed = 0
+            except Exception:
+                failed += 1
+                log.exception("the scheduler could not place what waits, %d times in a row", failed)
+                if failed <= len(PAUSES_S):
+                    # Not on the inbox: events would have it try again at once, and log at the pace they come.
+                    self._is_stopping.wait(PAUSES_S[failed - 1])
+        log.critical("the scheduler has failed %d times in a row and gives up", failed)
+        self._on_failure()
+
+    def _step(self, *, is_again: bool) -> bool:
+        """Wait, unless the last tick is to be done again, take what came and tick; return whether to go on."""
+        deadline = -math.inf if is_again else self.machine.next_deadline()
+        timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        events = self._bus.next_events(timeout_s)
+        if events is None:
+            return False
+        now = time.monotonic()
+        for event in events:
+            try:
+                self.machine.take(event, now)
+            except Exception:
+                # The last resort: an event that breaks an invariant must not end scheduling for everybody.
+                log.exception("the scheduler could not take %s; it goes on", type(event).__name__)
+        self._bus.publish(self.machine.tick(now))
+        return True

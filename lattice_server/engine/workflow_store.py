@@ -1,0 +1,165 @@
+"""Owns stored workflows, on the main thread. Rule: a run works on a copy, so a workflow may change at any time."""
+
+import time
+from dataclasses import dataclass
+from itertools import count
+from uuid import uuid4
+
+from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedError, NotFoundError
+from lattice_server.core.model import Artifact, Function, WorkflowSpec
+from lattice_server.core.run import dag
+from lattice_server.core.tenancy import UNNAMED, Reach, Shelf, key_of
+from lattice_server.engine.artifact_store import ArtifactStore
+from lattice_server.engine.code_store import CodeStore
+from lattice_server.engine.store_folder import MIB
+from lattice_server.engine.uploads import Name
+from lattice_server.engine.usage import Bound, Usage
+
+BOUND = Bound(1024 * MIB, share=0.5)
+
+
+@dataclass(slots=True)
+class WorkflowEntry:
+    """A stored workflow. Later ones have a higher `number`; `definition` is what a caller gets back, opaque here."""
+
+    workflow_id: str
+    tenant: str
+    number: int
+    spec: WorkflowSpec
+    functions: dict[str, Function]
+    definition: object
+    fingerprint: str
+    created_s: float
+    artifacts: list[Artifact]
+    uploads: list[Name]
+    revision: int = 1
+
+
+class WorkflowLibrary:
+    """The stored workflows by id, oldest first: at most `max_workflows`, and of definitions as many bytes as `bound`
+    says. Their code is held in `code`, their large values in `store`."""
+
+    def __init__(self, store: ArtifactStore, code: CodeStore, max_workflows: int, bound: Bound = BOUND) -> None:
+        self.workflows: Shelf[WorkflowEntry] = Shelf()
+        self.usage = Usage("stored workflows", bound)
+        self._numbers = count(1)
+        self._store = store
+        self._code = code
+        self._max_workflows = max_workflows
+
+    def create(
+        self,
+        workflow_id: str,
+        spec: WorkflowSpec,
+        functions: dict[str, Function],
+        definition: object,
+        fingerprint: str,
+        size_bytes: int = 0,
+        graph: dag.Dag | None = None,
+        *,
+        reach: Reach = UNNAMED,
+    ) -> tuple[WorkflowEntry, bool]:
+        """Store a workflow of a tenant, or return the one that has this id and content.
+
+        Args:
+            size_bytes: what its definition takes.
+            graph: its graph, if it was built before.
+            reach: whose workflow it is to be, and whose artifacts it may name.
+
+        Raises:
+            ConflictError: the id was used with other content.
+            ExhaustedError: TOO_MANY_WORKFLOWS or STORE_FULL; one has to be deleted first.
+            InvalidError: the graph is not valid.
+            NotFoundError: it names an artifact that is not within reach.
+        """
+        tenant = reach.tenant
+        existing = self.find(workflow_id, fingerprint, tenant)
+        if existing is not None:
+            return existing, False
+        graph = graph or dag.build(spec)
+        self._store.check((artifact.artifact_id for artifact in graph.artifacts), reach)
+        if len(self.workflows) >= self._max_workflows:
+            text = f"{len(self.workflows)} workflows are stored, as many as may be; delete one, or run graphs inline"
+            raise ExhaustedError("TOO_MANY_WORKFLOWS", text)
+        self._check_size(tenant, size_bytes)
+        self._code.hold(tenant, functions.values())
+        named = workflow_id or f"workflow-{uuid4().hex}"
+        entry = WorkflowEntry(
+            named,
+            tenant,
+            next(self._numbers),
+            spec,
+            functions,
+            definition,
+            fingerprint,
+            time.time(),
+            graph.artifacts,
+            self._store.take(graph.artifacts, tenant),
+        )
+        self.usage.hold(tenant, named, size_bytes)
+        self.workflows[key_of(named, tenant)] = entry
+        return entry, True
+
+    def find(self, workflow_id: str, fingerprint: str, tenant: str) -> WorkflowEntry | None:
+        """Return a tenant's workflow that has this id and content, if any. Raises ConflictError as `create`."""
+        existing = self.workflows.get(key_of(workflow_id, tenant))
+        if existing is not None and existing.fingerprint != fingerprint:
+            raise ConflictError("WORKFLOW_ID_CONFLICT", f"workflow {workflow_id!r} exists with other content")
+        return existing
+
+    def change(
+        self,
+        entry: WorkflowEntry,
+        spec: WorkflowSpec,
+        functions: dict[str, Function],
+        definition: object,
+        size_bytes: int = 0,
+        graph: dag.Dag | None = None,
+        *,
+        reach: Reach = UNNAMED,
+    ) -> None:
+        """Replace a stored workflow's definition; see `create`. Raises ExhaustedError, InvalidError, NotFoundError."""
+        graph = graph or dag.build(spec)
+        known = {artifact.artifact_id for artifact in entry.artifacts}
+        new = (artifact.artifact_id for artifact in graph.artifacts if artifact.artifact_id not in known)
+        self._store.check(new, reach)
+        tenant = entry.tenant
+        self._check_size(tenant, size_bytes - self.usage.size_of(tenant, entry.workflow_id))
+        self._code.hold(tenant, functions.values())
+        uploads = self._store.take(graph.artifacts, tenant, reach.tenant)
+        self._release(entry)
+        self.usage.hold(tenant, entry.workflow_id, size_bytes)
+        entry.spec, entry.functions, entry.artifacts, entry.uploads = spec, functions, graph.artifacts, uploads
+        entry.definition = definition
+        entry.revision += 1
+
+    def delete(self, workflow_id: str, reach: Reach = UNNAMED) -> None:
+        """Forget a stored workflow. Raises NotFoundError."""
+        entry = self.get(workflow_id, reach)
+        self._release(entry)
+        del self.workflows[key_of(entry.workflow_id, entry.tenant)]
+
+    def _release(self, entry: WorkflowEntry) -> None:
+        self.usage.release(entry.tenant, entry.workflow_id)
+        self._code.release(entry.tenant, entry.functions.values())
+        self._store.uploads.release(entry.uploads)
+        self._store.release(entry.artifacts, entry.tenant)
+
+    def _check_size(self, tenant: str, added_bytes: int) -> None:
+        if added_bytes > 0 and (refusal := self.usage.refusal(tenant, added_bytes)) is not None:
+            refusal.message += "; delete one, or run graphs inline"
+            raise refusal
+
+    def get(self, workflow_id: str, reach: Reach = UNNAMED) -> WorkflowEntry:
+        """Return a stored workflow. Raises NotFoundError."""
+        entry = self.workflows.find(workflow_id, reach)
+        if entry is None:
+            raise NotFoundError("WORKFLOW_NOT_FOUND", f"there is no workflow {workflow_id!r}")
+        return entry
+
+
+def expect_revision(what: str, revision: int, expected: int | None) -> None:
+    """Raise AbortedError unless something has the revision a caller expects; None expects any."""
+    if expected is not None and expected != revision:
+        text = f"{what} has revision {revision}, not {expected}"
+        raise AbortedError("REVISION_MISMATCH", text, metadata={"revision": str(revision)})

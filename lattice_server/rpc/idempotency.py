@@ -1,0 +1,106 @@
+"""Owns what a repeated request gets. Rule: a request that has been carried out is answered, not carried out again."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from lattice_server.core.errors import ConflictError
+from lattice_server.engine.slices import Slices
+from lattice_server.rpc import callers
+from lattice_server.rpc.convert.tasks import check_request_id
+from lattice_server.rpc.fingerprints import fingerprint_of
+
+Response = TypeVar("Response", bound=Message)
+Key = tuple[str, str, str, str]  # The subject and its tenant, the kind of request, and its id.
+
+KEPT_S = 3600.0
+MAX_ANSWERS = 10_000
+MAX_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class _Answer:
+    fingerprint: str
+    given: asyncio.Future[Any]
+    asked_at: float
+    size_bytes: int = 0
+
+
+class Repeats:
+    """The answers of the last `kept_s` by request id, oldest first, and no more of them than the limits say."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        max_answers: int = MAX_ANSWERS,
+        max_bytes: int = MAX_BYTES,
+        slices: Slices | None = None,
+        kept_s: float = KEPT_S,
+    ) -> None:
+        self._slices = slices or Slices()
+        self._clock = clock
+        self._kept_s = kept_s
+        self._max_answers = max_answers
+        self._max_bytes = max_bytes
+        self._answers: OrderedDict[Key, _Answer] = OrderedDict()
+        self._size_bytes = 0
+
+    async def once(self, request: Any, make: Callable[[], Awaitable[Response]]) -> Response:
+        """Carry a request out and return its answer, or return the answer that the same request got before.
+
+        One that is still being carried out goes on when its caller leaves, and is waited for when it is repeated. One
+        that failed is not remembered.
+
+        Args:
+            request: a message with the field `request_id`; without one it is carried out each time.
+            make: carries it out; may change the request.
+
+        Raises:
+            ConflictError: REQUEST_ID_CONFLICT, the id was used with other content.
+            LatticeError: what `make` raises.
+        """
+        if not request.request_id:
+            return await make()
+        check_request_id(request.request_id)
+        caller = callers.caller()
+        # Its own answers: another subject's say what that one did, and other tenants' what there is of theirs.
+        key = (caller.subject, caller.reach.tenant, request.DESCRIPTOR.full_name, request.request_id)
+        print_ = await fingerprint_of(request, self._slices)
+        self._forget()
+        known = self._answers.get(key)
+        if known is None:
+            task = asyncio.ensure_future(make())
+            known = self._answers[key] = _Answer(print_, task, self._clock())
+            task.add_done_callback(partial(self._settle, key, known))
+        elif known.fingerprint != print_:
+            text = f"request {request.request_id!r} was made with other content"
+            raise ConflictError("REQUEST_ID_CONFLICT", text)
+        answer: Response = await asyncio.shield(known.given)
+        return answer
+
+    def _settle(self, key: Key, answer: _Answer, given: asyncio.Future[Any]) -> None:
+        if self._answers.get(key) is not answer:
+            return
+        if given.cancelled() or given.exception() is not None:
+            del self._answers[key]
+            return
+        answer.size_bytes = given.result().ByteSize()
+        self._size_bytes += answer.size_bytes
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is too old or too much, oldest first; what is still being carried out stays."""
+        oldest = self._clock() - self._kept_s
+        while self._answers:
+            key, answer = next(iter(self._answers.items()))
+            is_too_much = len(self._answers) > self._max_answers or self._size_bytes > self._max_bytes
+            if not answer.given.done() or not (is_too_much or answer.asked_at < oldest):
+                return
+            self._size_bytes -= answer.size_bytes
+            del self._answers[key]

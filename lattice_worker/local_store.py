@@ -1,0 +1,172 @@
+"""Owns what attempts need to have on this machine before they start: bundles, and large values made elsewhere.
+
+Rule: a file is in the store whole or not at all.
+"""
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import grpc
+from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, worker_pb2
+
+from lattice_worker import convert
+from lattice_worker.artifact_staging import Drafts
+from lattice_worker.bundles import Bundles
+from lattice_worker.config import HEAD_STORE
+from lattice_worker.peer_fetch import Courier
+
+RETRIES = 10
+RETRY_S = 0.5
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN})
+
+
+class MissingError(Exception):
+    """Something an attempt needs cannot be had; the message is for people."""
+
+
+class Materials:
+    """The store of one worker, with `drafts` for what is not to be there yet. `connect` gives the server's artifact
+    service, from which large values come that `courier` does not bring."""
+
+    def __init__(
+        self,
+        directory: str,
+        name: str,
+        drafts: Drafts,
+        connect: "Callable[[], artifact_pb2_grpc.ArtifactServiceAsyncStub | None]",
+        courier: Courier | None = None,
+    ) -> None:
+        self.directory, self.name = directory, name
+        self._drafts, self._connect, self._courier = drafts, connect, courier
+        self.bundles = Bundles(directory)
+        self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._unneeded: set[str] = set()
+
+    def missing(
+        self, bundle_digest: str, assignment: worker_pb2.Assignment, upstream: convert.Outputs
+    ) -> list[asyncio.Task[Any]]:
+        """Return what has to be done before an assignment can start; nothing in most cases."""
+        unpacking = self.bundles.unpacking(bundle_digest)
+        waits: list[asyncio.Task[Any]] = [] if unpacking is None else [unpacking]
+        for attempt in assignment.attempts:
+            for binding in attempt.inputs.values():
+                waits += [self._fetch(artifact) for artifact in self._absent(binding, upstream)]
+        return waits
+
+    def drop(self, artifact_ids: Iterable[str]) -> None:
+        """Delete large values that nobody needs any more, those on their way here as soon as they arrive."""
+        artifact_ids = list(artifact_ids)
+        self._drafts.settle(artifact_ids)
+        self._unneeded.update(self._fetching.keys() & artifact_ids)
+        for path in map(self._path, artifact_ids):
+            # Whatever a server may ask for, only a value is deleted.
+            if path.is_file():
+                self._drafts.remove(path)
+
+    def stored(self) -> list[str]:
+        """Return the large values that lie here, but for those whose reports may not be acknowledged, or are on their
+        way here. What lies in the server's own store the server knows best."""
+        if self.name == HEAD_STORE:
+            return list(self._fetching)
+        found = {entry.name for entry in os.scandir(self.directory) if entry.is_file()}
+        return [*(found - self._drafts.reported - self._fetching.keys()), *self._fetching]
+
+    def open(self, artifact_id: str) -> BinaryIO:
+        """Open a large value of this store. Raises FileNotFoundError."""
+        return self._path(artifact_id).open("rb")
+
+    def _absent(self, binding: payload_pb2.Binding, upstream: convert.Outputs) -> list[payload_pb2.Artifact]:
+        match binding.WhichOneof("source"):
+            case "selection":
+                return self._absent(binding.selection.value, upstream)
+            case "list":
+                return [found for item in binding.list.items for found in self._absent(item, upstream)]
+            case "map":
+                return [found for item in binding.map.entries.values() for found in self._absent(item, upstream)]
+            case "output":
+                payload = upstream[binding.output.output]
+            case _:
+                payload = binding.payload
+        if payload.WhichOneof("content") != "artifact" or payload.artifact.node_id == self.name:
+            return []
+        return [] if self._path(payload.artifact.artifact_id).exists() else [payload.artifact]
+
+    def _fetch(self, artifact: payload_pb2.Artifact) -> asyncio.Task[None]:
+        artifact_id = artifact.artifact_id
+        # One that was dropped on its way here may be needed again: equal content has the same name.
+        self._unneeded.discard(artifact_id)
+        found = self._fetching.get(artifact_id)
+        if found is None:
+            found = self._fetching[artifact_id] = asyncio.create_task(self._obtain(artifact))
+            found.add_done_callback(lambda _: self._fetching.pop(artifact_id, None))
+        return found
+
+    async def _obtain(self, artifact: payload_pb2.Artifact) -> None:
+        path = self._path(artifact.artifact_id)
+        try:
+            if self._courier is None or not await self._courier.bring(artifact.node_id, path, artifact.size_bytes):
+                # The server knows best whether it can still be had, and says so.
+                await self._download(artifact)
+        finally:
+            if artifact.artifact_id in self._unneeded:
+                self._unneeded.discard(artifact.artifact_id)
+                self._drafts.remove(path)
+
+    async def _download(self, artifact: payload_pb2.Artifact) -> None:
+        path = self._path(artifact.artifact_id)
+        part = self._drafts.incoming / path.name
+        is_full = False
+        for attempt in range(RETRIES):
+            stub = self._connect()
+            try:
+                if stub is None:
+                    raise MissingError("the server is not connected")
+                if is_full:
+                    self._drafts.on_disk(part)
+                size = await _received(stub, artifact.artifact_id, part)
+                if size == artifact.size_bytes:
+                    part.rename(path)
+                    return
+                text = f"{size} of {artifact.size_bytes} bytes came"
+            except grpc.aio.AioRpcError as error:
+                text = error.details() or error.code().name
+                if error.code() not in RETRIED:
+                    raise MissingError(self._lost(artifact, text)) from None
+            except OSError as error:
+                text = f"it cannot be written to {self.directory}: {error.strerror}"
+                is_full = error.errno in FULL
+            except MissingError as error:
+                text = str(error)
+            except asyncio.CancelledError:
+                # Its channel was closed along with the worker's stream; nobody has cancelled this.
+                if (task := asyncio.current_task()) is None or task.cancelling():
+                    raise
+                text = "the stream broke"
+            finally:
+                self._drafts.remove(part)
+            if attempt + 1 < RETRIES:
+                # The node that has it, or the server, may be back in a moment; its event is the next attempt's success.
+                await asyncio.sleep(RETRY_S)
+        raise MissingError(self._lost(artifact, text))
+
+    def _lost(self, artifact: payload_pb2.Artifact, why: str) -> str:
+        return f"a value of {artifact.size_bytes} bytes that lies on node {artifact.node_id!r} cannot be had: {why}"
+
+    def _path(self, artifact_id: str) -> Path:
+        return Path(self.directory) / os.path.basename(artifact_id)
+
+
+async def _received(stub: "artifact_pb2_grpc.ArtifactServiceAsyncStub", artifact_id: str, part: Path) -> int:
+    """Write a value to a file as it comes from the server; return its size."""
+    with part.open("wb", buffering=0) as file:
+        async for response in stub.ReadArtifact(artifact_pb2.ReadArtifactRequest(artifact_id=artifact_id)):
+            # A write into memory, at most 1 MiB of it.
+            left = memoryview(response.data)
+            while left:
+                left = left[file.write(left) :]
+        return file.tell()
