@@ -98,6 +98,7 @@ def event_to_proto(tasks: Mapping[str, TaskRecord], event: RunEvent) -> run_pb2.
             message.run_started.CopyFrom(started)
         case TasksAdded():
             message.tasks_added.task_ids.extend(fact.task_ids)
+            message.tasks_added.display_names.extend(tasks[task_id].spec.display_name for task_id in fact.task_ids)
             message.tasks_added.parent_task_id = fact.parent_task_id
             message.tasks_added.revision = fact.revision
         case RunCancelling():
