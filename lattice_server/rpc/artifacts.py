@@ -9,11 +9,11 @@ from lattice_server.core.errors import ExhaustedError, invalid_field
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.rpc import callers
-from lattice_server.rpc.context import Context
-from lattice_server.rpc.convert import payloads
+from lattice_server.rpc.chunking import UPLOAD_CHUNK_BYTES
+from lattice_server.rpc.convert.payloads import artifact_to_proto
+from lattice_server.rpc.handlers import Context
 
 MAX_OFFSET = 1 << 62  # No file is as long, and the operating system refuses to go much further.
-UPLOAD_CHUNK_BYTES = 1024 * 1024
 
 
 class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
@@ -44,7 +44,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
     ) -> artifact_pb2.WriteArtifactResponse:
         """Store an artifact that inputs may then refer to."""
         artifact = await self._store.write(_whole(request_iterator), callers.reach().tenant)
-        return artifact_pb2.WriteArtifactResponse(artifact=payloads.artifact_to_proto(artifact))
+        return artifact_pb2.WriteArtifactResponse(artifact=artifact_to_proto(artifact))
 
 
 async def _whole(requests: AsyncIterator[artifact_pb2.WriteArtifactRequest]) -> AsyncIterator[bytes]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lattice_server.core.errors import AuthenticationError, AuthorizationError
 from lattice_server.core.tenancy import EVERYTHING, Reach
-from lattice_server.rpc.convert import tasks
+from lattice_server.rpc.convert.tasks import check_id
 from lattice_server.tokens import Credential, Scope
 
 
@@ -73,7 +73,7 @@ def tenant_named(tenant: str) -> str:
     own = _current.get().reach
     if not tenant:
         return own.tenant
-    tasks.check_id(tenant, "tenant")
+    check_id(tenant, "tenant")
     if not own.covers(tenant):
         # Of any other name alike: whether there is such a tenant is not said.
         raise AuthorizationError("PERMISSION_DENIED", f"this token is for tenant {own.tenant!r}, not {tenant!r}")

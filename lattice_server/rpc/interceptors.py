@@ -18,8 +18,8 @@ from lattice_server.core import errors
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.callers import no_longer_valid
-from lattice_server.rpc.context import Context
-from lattice_server.rpc.request_reader import MessageLimits, RequestReader, unreadable
+from lattice_server.rpc.handlers import Context
+from lattice_server.rpc.request_deserializer import MessageLimits, RequestDeserializer, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
         super().__init__()
         self._limits = limits
         self._slices = slices
-        self._readers: dict[str, RequestReader] = {}
+        self._readers: dict[str, RequestDeserializer] = {}
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap a handler, except that of the workers' stream: its errors go in band, and it is the hot path."""
@@ -116,7 +116,7 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
             return None
         reader = self._readers.get(method)
         if reader is None:
-            reader = self._readers[method] = RequestReader(method, self._limits, self._slices)
+            reader = self._readers[method] = RequestDeserializer(method, self._limits, self._slices)
         return handler._replace(request_deserializer=reader.deserialize)
 
     async def intercept(self, method: Any, request_or_iterator: Any, context: Context, method_name: str) -> Any:

@@ -103,9 +103,9 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     """Attempts assigned to workers."""
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The optional parts of the protocol that this server has: `drafts` (`WorkflowSpec.draft_id`), `output-path`
-        (`OutputRef.path`), `request-id` (repeated requests get the first answer), `run-graph` (`GetRunGraph`), `open-run`
-        (`OpenRun`). A name never changes its meaning.
+        """The optional parts of the protocol that this server has: `drafts` (`WorkflowSpec.draft_id`),
+        `output-path` (`OutputRef.path`), `request-id` (repeated requests get the first answer),
+        `run-graph` (`GetRunGraph`), `open-run` (`OpenRun`). A name never changes its meaning.
         """
 
     @property
