@@ -8,7 +8,6 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from uuid import uuid4
 
 from lattice.v1 import errors_pb2, run_pb2, workflow_pb2
 
@@ -26,7 +25,7 @@ from lattice_server.rpc.convert.events import event_to_proto
 from lattice_server.rpc.convert.payloads import failure_from_proto, question_from_proto
 from lattice_server.rpc.convert.runs import question_to_proto, run_to_proto
 from lattice_server.rpc.handlers import PEER_END_S
-from lattice_server.rpc.interceptors import internal_refusal, refusal_of
+from lattice_server.rpc.statuses import internal_error, refusal_of
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +114,9 @@ class _Stream:
             # A message that is too large, or cannot be decoded.
             self._stop(refusal_of(error))
         except Exception:
-            error_id = uuid4().hex
-            log.exception("the stream that holds run %s failed, error id %s", self._entry.run_id, error_id)
-            self._stop(internal_refusal(error_id))
+            bug = internal_error()
+            log.exception("a stream of an open run failed", extra={"run_id": self._entry.run_id, **bug.metadata})
+            self._stop(refusal_of(bug))
 
     def _stop(self, refusal: errors_pb2.Refusal) -> None:
         self._stopped = refusal
