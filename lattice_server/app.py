@@ -36,6 +36,7 @@ from lattice_server.engine.store_folder import SOCKET
 from lattice_server.engine.usage import Bound
 from lattice_server.engine.workflow_store import WorkflowLibrary
 from lattice_server.rpc.artifacts import ArtifactServicer
+from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.convert.cluster import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
@@ -110,6 +111,7 @@ class App:
         self._executor = _executor(config, self._store)
         self._authentication = _authentication(config)
         parser = SpecParser(code, config.inline_limit_bytes, config.batch_rules)
+        assigned = AssignedArtifacts()
         cache = RequestCache(slices=slices, kept_s=config.repeat_ttl_s)
         library = WorkflowLibrary(self._store, code, config.max_workflows, Bound(config.workflow_bytes, share))
         drafts = Drafts(self._store, config.max_run_tasks)
@@ -122,6 +124,7 @@ class App:
             parser,
             transfers,
             Machines(config, self._executor, self._bus, self._orchestrator.inquiries),
+            assigned,
             epoch,
             admission.check_possible,
         )
@@ -131,7 +134,7 @@ class App:
             WorkflowServicer(self._orchestrator, library, drafts, parser, cache, slices, config.question_limit_bytes),
             TaskServicer(self._orchestrator, parser, cache),
             ResultsServicer(self._orchestrator, slices),
-            ArtifactServicer(self._store, transfers),
+            ArtifactServicer(self._store, transfers, assigned),
             ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, cache, self._describe),
             self._workers,
             self._authentication,

@@ -16,6 +16,7 @@ from lattice_server.core.run.questions import AnswerQuestion, AttemptAsked
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.outbox import Connection, Session
 from lattice_server.engine.sessions import Sessions
+from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.convert.payloads import question_from_proto
 from lattice_server.rpc.convert.times import drain_deadline_from_proto, seconds_from
 from lattice_server.rpc.convert.workers import artifacts_in_report, report_to_event
@@ -38,12 +39,14 @@ class WorkerReader:
         bus: MessageBus,
         sessions: Sessions,
         parser: SpecParser,
+        assigned: AssignedArtifacts,
         question_limit_bytes: int,
         check_possible: Callable[[Sequence[TaskSpec]], None],
     ) -> None:
         self._bus = bus
         self._sessions = sessions
         self._parser = parser
+        self._assigned = assigned
         self._question_limit_bytes = question_limit_bytes
         self._check_possible = check_possible
 
@@ -103,6 +106,7 @@ class WorkerReader:
     def _take_heartbeat(self, heartbeat: worker_pb2.Heartbeat, session: Session) -> None:
         check_heartbeat(heartbeat)
         held = frozenset(heartbeat.held_lease_ids)
+        self._assigned.release(session, held, heartbeat.assignment_sequence)
         self._bus.post([messages.WorkerHeartbeat(session.session_id, held, heartbeat.assignment_sequence)])
 
     def _spawned_event(self, report: worker_pb2.Report, session_id: str) -> messages.AttemptSpawned:

@@ -18,6 +18,7 @@ from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.outbox import Connection
 from lattice_server.engine.sessions import Sessions
 from lattice_server.rpc import callers
+from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.callers import Caller, no_longer_valid
 from lattice_server.rpc.convert.workers import hello_to_event
 from lattice_server.rpc.handlers import PEER_END_S, Context
@@ -42,6 +43,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         parser: SpecParser,
         transfers: Transfers,
         machines: Machines,
+        assigned: AssignedArtifacts,
         server_id: str,
         check_possible: Callable[[Sequence[TaskSpec]], None],
     ) -> None:
@@ -51,9 +53,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         sessions.on_detached = self._detached
         self._transfers = transfers
         self._machines = machines
+        self._assigned = assigned
         self._server_id = server_id
         self._admission = WorkerAdmission(sessions, machines)
-        self._reader = WorkerReader(bus, sessions, parser, config.question_limit_bytes, check_possible)
+        self._reader = WorkerReader(bus, sessions, parser, assigned, config.question_limit_bytes, check_possible)
 
     def close_all(self) -> None:
         """Close every worker's stream because the server stops, and refuse new ones."""
@@ -108,6 +111,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         try:
             while not connection.is_closed:
                 effects = await connection.next_effects()
+                if connection.session is not None and not caller.is_trusted:
+                    leases = [effect for effect in effects if isinstance(effect, messages.Assign)]
+                    self._assigned.assign(connection.session, leases)
                 for response in responses(effects, connection, self._config, self._server_id, self._too_large):
                     yield response
                     if response.HasField("close"):
