@@ -36,15 +36,16 @@ from lattice_server.engine.store_folder import SOCKET
 from lattice_server.engine.usage import Bound
 from lattice_server.engine.workflow_store import WorkflowLibrary
 from lattice_server.rpc.artifacts import ArtifactServicer
+from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
-from lattice_server.rpc.convert.payloads import timestamp
-from lattice_server.rpc.idempotency import Repeats
-from lattice_server.rpc.limits import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
-from lattice_server.rpc.node_join import Machines
-from lattice_server.rpc.request_parser import Intake
+from lattice_server.rpc.convert.cluster import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
+from lattice_server.rpc.convert.times import timestamp
+from lattice_server.rpc.machines import Machines
+from lattice_server.rpc.request_cache import RequestCache
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.server import RpcServer
+from lattice_server.rpc.spec_parser import SpecParser
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
 from lattice_server.rpc.workflows import WorkflowServicer
@@ -109,8 +110,9 @@ class App:
         self._scheduler = Scheduler(machine, self._bus, lambda: loop.call_soon_threadsafe(self.has_failed.set))
         self._executor = _executor(config, self._store)
         self._authentication = _authentication(config)
-        intake = Intake(code, config.inline_limit_bytes, config.batch_rules)
-        repeats = Repeats(slices=slices, kept_s=config.repeat_ttl_s)
+        parser = SpecParser(code, config.inline_limit_bytes, config.batch_rules)
+        assigned = AssignedArtifacts()
+        cache = RequestCache(slices=slices, kept_s=config.repeat_ttl_s)
         library = WorkflowLibrary(self._store, code, config.max_workflows, Bound(config.workflow_bytes, share))
         drafts = Drafts(self._store, config.max_run_tasks)
         ended = self._orchestrator.ended
@@ -119,20 +121,21 @@ class App:
             config,
             self._bus,
             self._sessions,
-            intake,
+            parser,
             transfers,
             Machines(config, self._executor, self._bus, self._orchestrator.inquiries),
+            assigned,
             epoch,
             admission.check_possible,
         )
         self._rpc = RpcServer(
             config,
             str(self._store.directory / SOCKET),
-            WorkflowServicer(self._orchestrator, library, drafts, intake, repeats, slices, config.question_limit_bytes),
-            TaskServicer(self._orchestrator, intake, repeats),
+            WorkflowServicer(self._orchestrator, library, drafts, parser, cache, slices, config.question_limit_bytes),
+            TaskServicer(self._orchestrator, parser, cache),
             ResultsServicer(self._orchestrator, slices),
-            ArtifactServicer(self._store, transfers),
-            ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, repeats, self._describe),
+            ArtifactServicer(self._store, transfers, assigned),
+            ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, cache, self._describe),
             self._workers,
             self._authentication,
             slices,

@@ -5,23 +5,26 @@ from collections.abc import AsyncIterator
 
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc
 
-from lattice_server.core.errors import ExhaustedError, invalid_field
+from lattice_server.core.errors import ExhaustedError, NotFoundError, invalid_field
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.rpc import callers
-from lattice_server.rpc.context import Context
-from lattice_server.rpc.convert import payloads
+from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
+from lattice_server.rpc.chunking import UPLOAD_CHUNK_BYTES
+from lattice_server.rpc.convert.payloads import artifact_to_proto
+from lattice_server.rpc.handlers import Context
+from lattice_server.tokens import Scope
 
 MAX_OFFSET = 1 << 62  # No file is as long, and the operating system refuses to go much further.
-UPLOAD_CHUNK_BYTES = 1024 * 1024
 
 
 class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
     """The `ArtifactService`."""
 
-    def __init__(self, store: ArtifactStore, transfers: Transfers) -> None:
+    def __init__(self, store: ArtifactStore, transfers: Transfers, assigned: AssignedArtifacts) -> None:
         self._store = store
         self._transfers = transfers
+        self._assigned = assigned
 
     async def ReadArtifact(  # type: ignore[override]  # the stubs know only handlers that yield
         self, request: artifact_pb2.ReadArtifactRequest, context: Context
@@ -29,9 +32,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
         """Stream the bytes of an artifact."""
         if not 0 <= request.offset <= MAX_OFFSET:
             raise invalid_field("offset", f"must be from 0 to {MAX_OFFSET}")
-        reach = callers.caller().artifact_reach
-        if not reach.is_any:
-            self._store.check([request.artifact_id], reach)
+        self._check(request.artifact_id)
         async with contextlib.aclosing(self._transfers.read(request.artifact_id, request.offset)) as chunks:
             async for data in chunks:
                 # Not yielded: grpcio leaves a generator whose reader has left to be collected as garbage, sometime.
@@ -44,7 +45,17 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
     ) -> artifact_pb2.WriteArtifactResponse:
         """Store an artifact that inputs may then refer to."""
         artifact = await self._store.write(_whole(request_iterator), callers.reach().tenant)
-        return artifact_pb2.WriteArtifactResponse(artifact=payloads.artifact_to_proto(artifact))
+        return artifact_pb2.WriteArtifactResponse(artifact=artifact_to_proto(artifact))
+
+    def _check(self, artifact_id: str) -> None:
+        """Raise NotFoundError for an artifact that the caller may not read."""
+        caller = callers.caller()
+        if Scope.READ not in caller.credential.scopes:
+            if not self._assigned.may_read(caller.subject, artifact_id):
+                text = f"no lease of this worker has an input {artifact_id!r}"
+                raise NotFoundError("ARTIFACT_NOT_FOUND", text)
+        elif not caller.reach.is_any and not self._assigned.may_read(caller.subject, artifact_id):
+            self._store.check([artifact_id], caller.reach)
 
 
 async def _whole(requests: AsyncIterator[artifact_pb2.WriteArtifactRequest]) -> AsyncIterator[bytes]:

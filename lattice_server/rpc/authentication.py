@@ -20,8 +20,8 @@ from lattice_server.core.errors import AuthenticationError, AuthorizationError
 from lattice_server.rpc import authorization, callers
 from lattice_server.rpc.authorization import HEALTH
 from lattice_server.rpc.callers import Caller, no_longer_valid
-from lattice_server.rpc.context import Context
-from lattice_server.rpc.sparing import SparingLog
+from lattice_server.rpc.handlers import PEER_END_S, Context
+from lattice_server.rpc.rate_limited_log import RateLimitedLog
 from lattice_server.tokens import Credential, digest_of
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 HEADER = "authorization"
 SCHEME = "bearer"
 CONNECT = "/lattice.v1.WorkerService/Connect"
-HANG_UP_S = 2.0
 # The clock of the day may be set while a timer of the other clock runs.
 LOOK_AGAIN_S = 3600.0
 
@@ -123,7 +122,7 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, authentication: Authentication) -> None:
         self._authentication = authentication
-        self._refusals = SparingLog(log)
+        self._refusals = RateLimitedLog(log)
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Let a call with the right token go its way as if this were not here; refuse any other."""
@@ -156,7 +155,7 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
             close = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=error.message)
             yield worker_pb2.ConnectResponse(close=close).SerializeToString()
             # The worker hangs up when it has read that, which ends this; ending first could lose it.
-            await asyncio.sleep(HANG_UP_S)
+            await asyncio.sleep(PEER_END_S)
 
         return refuse
 

@@ -8,8 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from lattice_server.core.errors import AuthenticationError, AuthorizationError
-from lattice_server.core.tenancy import EVERYTHING, Reach
-from lattice_server.rpc.convert import tasks
+from lattice_server.core.tenancy import Reach
+from lattice_server.rpc.convert.tasks import check_id
 from lattice_server.tokens import Credential, Scope
 
 
@@ -35,11 +35,6 @@ class Caller:
     def reach(self) -> Reach:
         """Whose things it may name."""
         return Reach(self.credential.tenant, self.credential.is_any_tenant)
-
-    @property
-    def artifact_reach(self) -> Reach:
-        """Whose large values it may read: a worker runs the tasks of all tenants."""
-        return EVERYTHING if Scope.WORKER in self.credential.scopes else self.reach
 
     def end(self) -> None:
         """End every call that is open."""
@@ -73,7 +68,7 @@ def tenant_named(tenant: str) -> str:
     own = _current.get().reach
     if not tenant:
         return own.tenant
-    tasks.check_id(tenant, "tenant")
+    check_id(tenant, "tenant")
     if not own.covers(tenant):
         # Of any other name alike: whether there is such a tenant is not said.
         raise AuthorizationError("PERMISSION_DENIED", f"this token is for tenant {own.tenant!r}, not {tenant!r}")

@@ -1,7 +1,4 @@
-"""Owns how much is coalesced into one message.
-
-Rule: what many small things add up to never becomes a message that the other side refuses, or waits for too long.
-"""
+"""Owns the sizes of messages. Rule: items are coalesced into messages that every gRPC client accepts."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -11,8 +8,10 @@ from google.protobuf.message import Message
 Item = TypeVar("Item", bound=Message)
 # gRPC refuses messages over 4 MiB unless it is told otherwise.
 PART_BYTES = 2 * 1024 * 1024
-# What a message has around what it carries.
+# The most bytes that an envelope adds to its items.
 ENVELOPE_BYTES = 1024
+# The most bytes in one message of an upload.
+UPLOAD_CHUNK_BYTES = 1024 * 1024
 
 
 def in_parts(items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -7,17 +7,15 @@ from lattice.v1 import cluster_pb2, cluster_pb2_grpc
 
 from lattice_server.core import messages
 from lattice_server.core.errors import NotFoundError
-from lattice_server.core.scheduling.nodes import NodeState, NodeView
+from lattice_server.core.scheduling.nodes import NodeView
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.queries import Inquiries
 from lattice_server.engine.sessions import Sessions
-from lattice_server.rpc.context import Context
-from lattice_server.rpc.convert import payloads
-from lattice_server.rpc.hello_validation import deadline_from_proto
-from lattice_server.rpc.idempotency import Repeats
+from lattice_server.rpc.convert.cluster import node_to_proto
+from lattice_server.rpc.convert.times import drain_deadline_from_proto
+from lattice_server.rpc.handlers import Context
 from lattice_server.rpc.paging import page
-
-NODE_STATE_TO_PROTO = {state: cluster_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeState}
+from lattice_server.rpc.request_cache import RequestCache
 
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
@@ -28,13 +26,13 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         bus: MessageBus,
         sessions: Sessions,
         inquiries: Inquiries,
-        repeats: Repeats,
+        cache: RequestCache,
         describe: Callable[[], Awaitable[cluster_pb2.GetServerInfoResponse]],
     ) -> None:
         self._bus = bus
         self._sessions = sessions
         self._inquiries = inquiries
-        self._repeats = repeats
+        self._cache = cache
         self._describe = describe
 
     async def GetServerInfo(
@@ -51,8 +49,8 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         return cluster_pb2.ListNodesResponse(nodes=nodes, next_page_token=token)
 
     async def DrainNode(self, request: cluster_pb2.DrainNodeRequest, context: Context) -> cluster_pb2.DrainNodeResponse:
-        """Let a node finish what it runs and give it nothing more."""
-        return await self._repeats.once(request, partial(self._drain, request))
+        """Drain a node."""
+        return await self._cache.once(request, partial(self._drain, request))
 
     async def _drain(self, request: cluster_pb2.DrainNodeRequest) -> cluster_pb2.DrainNodeResponse:
         nodes = (await self._inquiries.nodes()).nodes
@@ -61,24 +59,9 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             raise NotFoundError("NODE_NOT_FOUND", f"there is no node {request.node_id!r}")
         shown = self._node(node)
         shown.state = cluster_pb2.NODE_STATE_DRAINING
-        deadline_s = deadline_from_proto(request)
+        deadline_s = drain_deadline_from_proto(request)
         self._bus.post([messages.DrainRequested(request.node_id, deadline_s)])
         return cluster_pb2.DrainNodeResponse(node=shown)
 
     def _node(self, node: NodeView) -> cluster_pb2.Node:
-        return cluster_pb2.Node(
-            node_id=node.node_id,
-            hostname=node.hostname,
-            node_ip=node.node_ip,
-            state=NODE_STATE_TO_PROTO[node.state],
-            capacity=payloads.capacity_to_proto(node.capacity),
-            free=payloads.capacity_to_proto(node.free),
-            labels=node.labels,
-            worker_id=node.worker_id,
-            worker_pid=node.pid,
-            attempts=node.attempts,
-            heartbeat_time=payloads.timestamp(self._sessions.heard_at(node.session_id)),
-            isolations=[payloads.ISOLATION_TO_PROTO[level] for level in node.isolations],
-            runtime=payloads.runtime_to_proto(node.runtime),
-            entrypoints=sorted(node.entrypoints),
-        )
+        return node_to_proto(node, self._sessions.heard_at(node.session_id))

@@ -1,6 +1,6 @@
-"""Serves the streams that hold open runs.
+"""Serves the streams of open runs.
 
-Rule: what one message asks for is refused in the stream, which goes on; only a refused opening ends it with a status.
+Rule: a refused opening ends the stream with a status. Later refusals are messages, and the stream stays open.
 """
 
 import asyncio
@@ -8,15 +8,12 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from uuid import uuid4
 
 from lattice.v1 import errors_pb2, run_pb2, workflow_pb2
 
 from lattice_server.core.errors import LatticeError, invalid_field
 from lattice_server.core.messages import RunEvent
 from lattice_server.core.model import Failure, Payload
-from lattice_server.core.run.questions import QuestionAsked
-from lattice_server.core.tenancy import id_of
 from lattice_server.engine.holder import Holder
 from lattice_server.engine.open_runs import TOLD, OpenRuns
 from lattice_server.engine.orchestrator import Orchestrator
@@ -24,13 +21,13 @@ from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_log import BATCH
 from lattice_server.rpc import callers
 from lattice_server.rpc.chunking import PART_BYTES, in_parts
-from lattice_server.rpc.convert import payloads
-from lattice_server.rpc.convert.runs import event_to_proto, run_to_proto
-from lattice_server.rpc.interceptors import internal_refusal, refusal_of
+from lattice_server.rpc.convert.events import event_to_proto
+from lattice_server.rpc.convert.payloads import failure_from_proto, question_from_proto
+from lattice_server.rpc.convert.runs import question_to_proto, run_to_proto
+from lattice_server.rpc.handlers import PEER_END_S
+from lattice_server.rpc.statuses import internal_error, refusal_of
 
 log = logging.getLogger(__name__)
-
-HANG_UP_S = 2.0
 
 Requests = AsyncIterator[workflow_pb2.OpenRunRequest]
 Start = Callable[[workflow_pb2.RunWorkflowRequest], Awaitable[tuple[RunEntry, bool]]]
@@ -66,8 +63,7 @@ class OpenRunStreams:
             async for response in stream.responses(opening.after_sequence):
                 yield response
             with contextlib.suppress(TimeoutError):
-                # The caller hangs up when it has read the last message; ending first could lose it.
-                async with asyncio.timeout(HANG_UP_S):
+                async with asyncio.timeout(PEER_END_S):
                     await asyncio.shield(reading)
         finally:
             reading.cancel()
@@ -84,7 +80,7 @@ class OpenRunStreams:
 
 
 class _Stream:
-    """One stream: what its caller says, and what it is told."""
+    """One stream: reads the messages of its caller, and makes the responses."""
 
     def __init__(self, entry: RunEntry, holder: Holder, open_runs: OpenRuns, add: Add, limit_bytes: int) -> None:
         self._entry = entry
@@ -99,11 +95,12 @@ class _Stream:
         self._stopped: errors_pb2.Refusal | None = None
 
     async def read(self, requests: Requests) -> None:
-        """Take what the caller says, to the end of its side of the stream."""
+        """Process the messages of the caller, to the end of its side of the stream."""
         try:
             async for request in requests:
                 for addition in request.additions:
-                    result = await self._added(addition)  # meanwhile another list may have taken the place of this one
+                    # Awaited first: `responses` may replace the list meanwhile.
+                    result = await self._added(addition)
                     self._results.append(result)
                 for answer in request.answers:
                     self._take_answer(answer)
@@ -111,15 +108,15 @@ class _Stream:
                     self._open_runs.close(self._entry, self._holder)
                 if request.additions or self._refused:
                     self._holder.news.set()
-            # Whether the caller has ended its side or the stream broke: grpcio tells the two alike.
+            # grpcio does not tell a caller that ended its side from a broken stream.
             self._open_runs.fall_silent(self._entry, self._holder)
         except LatticeError as error:
-            # A message that is too large, or is none.
+            # A message that is too large, or cannot be decoded.
             self._stop(refusal_of(error))
         except Exception:
-            error_id = uuid4().hex
-            log.exception("the stream that holds run %s failed, error id %s", self._entry.run_id, error_id)
-            self._stop(internal_refusal(error_id))
+            bug = internal_error()
+            log.exception("a stream of an open run failed", extra={"run_id": self._entry.run_id, **bug.metadata})
+            self._stop(refusal_of(bug))
 
     def _stop(self, refusal: errors_pb2.Refusal) -> None:
         self._stopped = refusal
@@ -132,7 +129,7 @@ class _Stream:
             if self._holder.taken_over is not None:
                 raise self._holder.taken_over
             if request.WhichOneof("parent") is not None and request.run_id != run_id:
-                raise invalid_field("run_id", f"this stream holds run {run_id!r}; name that, or none")
+                raise invalid_field("run_id", f"this stream is of run {run_id!r}; name that run, or none")
             request.run_id = run_id
             result.added.CopyFrom(await self._add(request))
         except LatticeError as error:
@@ -145,19 +142,19 @@ class _Stream:
         is_taken = True
         match message.WhichOneof("answer"):
             case "failure":
-                answer = payloads.failure_from_proto(message.failure)
+                answer = failure_from_proto(message.failure)
             case "payload":
                 try:
-                    answer = payloads.question_from_proto(message.payload, self._limit_bytes)
+                    answer = question_from_proto(message.payload, self._limit_bytes)
                 except LatticeError as error:
-                    answer, is_taken = f"the caller's answer cannot be passed on: {error.message}", False
+                    answer, is_taken = f"the caller's answer cannot be delivered: {error.message}", False
             case _:
                 answer, is_taken = "the caller's answer has neither a value nor a failure", False
         if not self._open_runs.answer(self._entry, self._holder, message.question_id, answer) or not is_taken:
             self._refused.append(message.question_id)
 
     async def responses(self, after: int) -> AsyncIterator[workflow_pb2.OpenRunResponse]:
-        """Yield what the caller is to be told, of events those after a number, to the end of the run or the stream."""
+        """Yield the responses, with events after a number, to the end of the run or the stream."""
         run_log, holder = self._entry.log, self._holder
         while True:
             await holder.news.wait()
@@ -186,7 +183,7 @@ class _Stream:
                 yield response
 
     def _due(self, response: workflow_pb2.OpenRunResponse) -> Iterator[workflow_pb2.OpenRunResponse]:
-        """Write all that is due but events into a message; yield it, and go on, whenever it is large enough."""
+        """Write all that is due except events into a message; yield the message whenever it is large enough."""
         results, self._results = self._results, []
         refused, self._refused = self._refused, []
         questions, withdrawn = self._holder.take()
@@ -197,7 +194,7 @@ class _Stream:
             response.received_answers = self._told_answers = self._answers
         size = 0
         for question in questions:
-            message = _question_to_proto(question)
+            message = question_to_proto(question)
             size += message.ByteSize()
             if size > PART_BYTES and response.questions:
                 yield response
@@ -208,15 +205,3 @@ class _Stream:
     def _shown(self, batch: Sequence[RunEvent]) -> Iterator[list[run_pb2.RunEvent]]:
         show = partial(event_to_proto, self._entry.run.tasks)
         return in_parts(show(event) for event in batch if isinstance(event.fact, TOLD))
-
-
-def _question_to_proto(question: QuestionAsked) -> workflow_pb2.Question:
-    message = workflow_pb2.Question(
-        question_id=question.question_id,
-        run_id=id_of(question.run_id),
-        task_id=question.task_id,
-        attempt=question.attempt,
-        name=question.name,
-    )
-    payloads.fill_payload(message.payload, question.payload)
-    return message

@@ -11,9 +11,10 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.chunking import in_parts
-from lattice_server.rpc.context import Context
-from lattice_server.rpc.convert.runs import event_to_proto, result_to_proto
-from lattice_server.rpc.waiting import wait_from_proto
+from lattice_server.rpc.convert.events import event_to_proto
+from lattice_server.rpc.convert.runs import result_to_proto
+from lattice_server.rpc.convert.times import wait_from_proto
+from lattice_server.rpc.handlers import Context
 
 
 class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):

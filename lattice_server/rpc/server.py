@@ -34,7 +34,7 @@ from lattice_server.rpc.authentication import Authentication, AuthenticationInte
 from lattice_server.rpc.certificates import Certificates
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.interceptors import ErrorInterceptor
-from lattice_server.rpc.request_reader import MessageLimits
+from lattice_server.rpc.request_deserializer import MessageLimits
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer

@@ -11,7 +11,8 @@ from lattice.v1 import errors_pb2, resources_pb2, run_pb2
 
 from lattice_server.core.model import FailureKind, Isolation
 from lattice_server.core.states import RunState, TaskState
-from lattice_server.rpc.convert.payloads import FAILURE_KIND_FROM_PROTO, FAILURE_KIND_TO_PROTO, ISOLATION_TO_PROTO
+from lattice_server.rpc.convert.payloads import FAILURE_KIND_FROM_PROTO, FAILURE_KIND_TO_PROTO
+from lattice_server.rpc.convert.resources import ISOLATION_TO_PROTO
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO, TASK_STATE_TO_PROTO
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -1,12 +1,10 @@
-"""Owns the translation between protobuf and the core, as pairs of functions. Rule: it checks form, no more."""
+"""Converts payloads, bindings and failures. Rule: the form of a message is checked here, its meaning in the core."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
-from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, worker_pb2
+from lattice.v1 import errors_pb2, payload_pb2
 
 from lattice_server.core.errors import ExhaustedError, invalid_field
 from lattice_server.core.model import (
@@ -14,35 +12,20 @@ from lattice_server.core.model import (
     Binding,
     BindingList,
     BindingMap,
-    Capacity,
     Failure,
     FailureKind,
-    Gpu,
-    Isolation,
     OutputRef,
     Parameter,
     Path,
     Payload,
-    Resources,
-    Runtime,
     Selection,
 )
 
 JSON = "application/json"
 MAX_PATH = 32
-# What every store can call a file.
+# A file name that every store accepts.
 FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\x00-\x1f\x7f]{1,255}")
 
-ISOLATION_FROM_PROTO = {
-    resources_pb2.ISOLATION_UNSPECIFIED: Isolation.NONE,
-    resources_pb2.ISOLATION_NONE: Isolation.NONE,
-    resources_pb2.ISOLATION_SUBPROCESS: Isolation.SUBPROCESS,
-    resources_pb2.ISOLATION_SECCOMP: Isolation.SECCOMP,
-    resources_pb2.ISOLATION_DOCKER: Isolation.DOCKER,
-}
-ISOLATION_TO_PROTO = {
-    core: proto for proto, core in ISOLATION_FROM_PROTO.items() if proto != resources_pb2.ISOLATION_UNSPECIFIED
-}
 FAILURE_KIND_TO_PROTO = {
     FailureKind.USER_ERROR: errors_pb2.FAILURE_KIND_USER_ERROR,
     FailureKind.CRASHED: errors_pb2.FAILURE_KIND_CRASHED,
@@ -56,31 +39,6 @@ FAILURE_KIND_TO_PROTO = {
     FailureKind.INTERNAL: errors_pb2.FAILURE_KIND_INTERNAL,
 }
 FAILURE_KIND_FROM_PROTO = {proto: core for core, proto in FAILURE_KIND_TO_PROTO.items()}
-
-
-def timestamp(seconds: float | None) -> Timestamp | None:
-    """Return the timestamp `seconds` after the epoch; None stays None."""
-    if seconds is None:
-        return None
-    stamp = Timestamp()
-    stamp.FromNanoseconds(int(seconds * 1e9))
-    return stamp
-
-
-def duration(seconds: float) -> Duration:
-    """Return a duration."""
-    return Duration(seconds=int(seconds), nanos=int((seconds % 1) * 1e9))
-
-
-def fill_duration(message: Duration, seconds: float) -> None:
-    """Write a duration into an empty message."""
-    message.seconds, message.nanos = int(seconds), int((seconds % 1) * 1e9)
-    message.SetInParent()
-
-
-def seconds_from(message: Duration) -> float:
-    """Return a duration in seconds."""
-    return float(message.seconds) + message.nanos / 1e9
 
 
 def payload_from_proto(message: payload_pb2.Payload, field: str, inline_limit_bytes: int) -> Payload:
@@ -104,15 +62,13 @@ def payload_from_proto(message: payload_pb2.Payload, field: str, inline_limit_by
 
 
 def question_from_proto(message: payload_pb2.Payload, limit_bytes: int) -> Payload:
-    """Return what a question asks about, or its answer: a value that travels inline. Raises InvalidError."""
+    """Return the content of a question, or the answer to one. Raises InvalidError unless it is small and inline."""
     size = message.ByteSize()
     if size > limit_bytes or message.HasField("artifact"):
-        what = "an artifact" if message.HasField("artifact") else f"{size} bytes"
-        remedy = "give what is larger to the task as an input, or have it return it as an output"
-        raise invalid_field(
-            "payload",
-            f"it is {what}, and a question or its answer travels inline and may have {limit_bytes} bytes; {remedy}",
-        )
+        found = "an artifact" if message.HasField("artifact") else f"{size} bytes"
+        limit = f"a question or its answer travels inline and may have {limit_bytes} bytes"
+        remedy = "pass a larger value as an input of the task, or return it as an output"
+        raise invalid_field("payload", f"it is {found}, and {limit}; {remedy}")
     return payload_from_proto(message, "payload", limit_bytes)
 
 
@@ -149,30 +105,6 @@ def artifact_to_proto(artifact: Artifact) -> payload_pb2.Artifact:
     return payload_pb2.Artifact(
         artifact_id=artifact.artifact_id, size_bytes=artifact.size_bytes, node_id=artifact.node_id
     )
-
-
-def artifacts_in_report(report: worker_pb2.Report) -> Iterator[Artifact]:
-    """Yield what a report refers to, whatever becomes of the report."""
-    payloads: list[payload_pb2.Payload] = []
-    match report.WhichOneof("fact"):
-        case "succeeded":
-            payloads += report.succeeded.outputs.values()
-            for items in report.succeeded.split.values():
-                payloads += items.items
-        case "spawned":
-            frontier = [binding for task in report.spawned.tasks for binding in task.inputs.values()]
-            while frontier:
-                binding = frontier.pop()
-                match binding.WhichOneof("source"):
-                    case "payload":
-                        payloads.append(binding.payload)
-                    case "list":
-                        frontier += binding.list.items
-                    case "map":
-                        frontier += binding.map.entries.values()
-    for payload in payloads:
-        if payload.HasField("artifact"):
-            yield Artifact(payload.artifact.artifact_id, payload.artifact.size_bytes, payload.artifact.node_id)
 
 
 def payloads_to_proto(payloads: Mapping[str, Payload]) -> dict[str, payload_pb2.Payload]:
@@ -245,59 +177,6 @@ def fill_binding(message: payload_pb2.Binding, binding: Binding) -> None:
         case Selection(value, path):
             fill_binding(message.selection.value, value)
             message.selection.path.extend(_path_to_proto(path))
-
-
-def resources_from_proto(message: resources_pb2.Resources, field: str, *, is_async: bool) -> Resources:
-    """Return resources with defaults filled in. Raises InvalidError."""
-    cpu = message.cpu if message.HasField("cpu") else (0.0 if is_async else 1.0)
-    resources = Resources(cpu, message.memory_bytes, message.gpu, message.gpu_memory_bytes)
-    if not (0 <= resources.cpu < 1e6 and 0 <= resources.gpu < 1e6):
-        raise invalid_field(field, "cpu and gpu must be numbers from 0")
-    if resources.memory_bytes < 0 or resources.gpu_memory_bytes < 0:
-        raise invalid_field(field, "memory must not be negative")
-    if resources.gpu > 1 and resources.gpu != int(resources.gpu):
-        raise invalid_field(f"{field}.gpu", "more than one GPU must be a whole number")
-    return resources
-
-
-def resources_to_proto(resources: Resources) -> resources_pb2.Resources:
-    """Return the message of resources."""
-    return resources_pb2.Resources(
-        cpu=resources.cpu,
-        memory_bytes=resources.memory_bytes,
-        gpu=resources.gpu,
-        gpu_memory_bytes=resources.gpu_memory_bytes,
-    )
-
-
-def runtime_from_proto(message: resources_pb2.Runtime) -> Runtime:
-    """Return what runs a user's code, or must."""
-    return Runtime(message.language, message.version)
-
-
-def runtime_to_proto(runtime: Runtime) -> resources_pb2.Runtime:
-    """Return what runs a user's code as a message."""
-    return resources_pb2.Runtime(language=runtime.language, version=runtime.version)
-
-
-def capacity_from_proto(message: resources_pb2.Capacity) -> Capacity:
-    """Return what a worker offers."""
-    gpus = tuple(Gpu(gpu.index, gpu.model, gpu.memory_bytes, gpu.uuid) for gpu in message.gpus)
-    return Capacity(message.cpu, message.memory_bytes, gpus, message.slots, message.async_slots)
-
-
-def capacity_to_proto(capacity: Capacity) -> resources_pb2.Capacity:
-    """Return the message of a capacity."""
-    gpus = [
-        resources_pb2.Gpu(index=g.index, model=g.model, memory_bytes=g.memory_bytes, uuid=g.uuid) for g in capacity.gpus
-    ]
-    return resources_pb2.Capacity(
-        cpu=capacity.cpu,
-        memory_bytes=capacity.memory_bytes,
-        gpus=gpus,
-        slots=capacity.slots,
-        async_slots=capacity.async_slots,
-    )
 
 
 def failure_from_proto(message: errors_pb2.Failure) -> Failure:

@@ -1,17 +1,16 @@
-"""Owns the translation of what workflows are made of: functions, policies, tasks. Rule: a bad field is named."""
+"""Converts task definitions and the explanation of a wait. Rule: an error names the bad field by its path."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from lattice.v1 import task_pb2
+from lattice.v1 import resources_pb2, run_pb2, task_pb2
 
 from lattice_server.core.errors import invalid_field
+from lattice_server.core.messages import Explanation, ReasonKind
 from lattice_server.core.model import (
     BatchPolicy,
     BatchScope,
-    Bundle,
     Condition,
     Function,
     Isolation,
@@ -21,19 +20,25 @@ from lattice_server.core.model import (
 from lattice_server.core.scheduling.batching import BatchRule, by_rule
 from lattice_server.rpc.convert.payloads import (
     FAILURE_KIND_FROM_PROTO,
-    ISOLATION_FROM_PROTO,
+    FAILURE_KIND_TO_PROTO,
     binding_from_proto,
+    fill_binding,
     output_from_proto,
+    output_to_proto,
     payload_from_proto,
-    resources_from_proto,
-    runtime_from_proto,
-    seconds_from,
+    payload_to_proto,
 )
-from lattice_server.rpc.digests import digest_of
+from lattice_server.rpc.convert.resources import (
+    ISOLATION_FROM_PROTO,
+    ISOLATION_TO_PROTO,
+    RESOURCE_KIND_TO_PROTO,
+    resources_from_proto,
+    resources_to_proto,
+)
+from lattice_server.rpc.convert.times import delay_from_proto, duration, limit_from_proto
 
 MAX_ID_LENGTH = 128
 MAX_ATTEMPTS = 10_000
-MAX_WAIT_S = 30 * 24 * 3600.0
 MAX_MULTIPLIER = 1000.0
 MAX_BATCH = 100_000
 MAX_PARALLEL = (1 << 31) - 1
@@ -46,6 +51,10 @@ BATCH_SCOPE_FROM_PROTO = {
     task_pb2.BATCH_SCOPE_SERVER: BatchScope.SERVER,
     task_pb2.BATCH_SCOPE_RUN: BatchScope.RUN,
 }
+BATCH_SCOPE_TO_PROTO = {
+    core: proto for proto, core in BATCH_SCOPE_FROM_PROTO.items() if proto != task_pb2.BATCH_SCOPE_UNSPECIFIED
+}
+REASON_KIND_TO_PROTO = {kind: task_pb2.WaitKind.Value(f"WAIT_KIND_{kind.name}") for kind in ReasonKind}
 
 
 def check_id(own_id: str, field: str) -> None:
@@ -58,48 +67,6 @@ def check_request_id(request_id: str) -> None:
     """Raise InvalidError for a request id that is too long."""
     if len(request_id) > MAX_ID_LENGTH:
         raise invalid_field("request_id", f"must have at most {MAX_ID_LENGTH} characters")
-
-
-def function_from_proto(message: task_pb2.Function, bundle_of: Callable[[str], Bundle]) -> Function:
-    """Return a function that came with its code, named by the digest of what came."""
-    kept = task_pb2.Function()
-    kept.CopyFrom(message)
-    kept.digest = digest_of(message)
-    bundle = bundle_of(message.bundle_digest) if message.bundle_digest else None
-    is_async = message.python.concurrency == task_pb2.CONCURRENCY_ASYNC
-    runtime = runtime_from_proto(message.runtime)
-    return Function(kept.digest, is_async, kept, bundle, message.entrypoint, runtime, message.ByteSize())
-
-
-def bundle_from_proto(message: task_pb2.CodeBundle) -> Bundle:
-    """Return a bundle that came with its content."""
-    return Bundle(message.digest, task_pb2.CodeBundle(digest=message.digest, zip=message.zip), len(message.zip))
-
-
-def code_to_proto(function: Function) -> tuple[task_pb2.Function, task_pb2.CodeBundle | None]:
-    """Return a function's code and its bundle, as they came."""
-    code, bundle = function.definition, None if function.bundle is None else function.bundle.content
-    assert isinstance(code, task_pb2.Function)
-    assert bundle is None or isinstance(bundle, task_pb2.CodeBundle)
-    return code, bundle
-
-
-def wait_from_proto(message: Duration, field: str) -> float:
-    """Return how long something may wait, in seconds. Raises InvalidError when it is negative or beyond a month."""
-    seconds = seconds_from(message)
-    if not 0 <= seconds <= MAX_WAIT_S:
-        raise invalid_field(field, f"must be from 0 to {MAX_WAIT_S:.0f} s")
-    return seconds
-
-
-def limit_from_proto(message: Message, name: str, field: str) -> float | None:
-    """Return the limit that a message has by this name, in seconds; None when it is unset. Raises InvalidError."""
-    if not message.HasField(name):
-        return None
-    seconds = seconds_from(getattr(message, name))
-    if not 0 < seconds <= MAX_WAIT_S:
-        raise invalid_field(field, f"must be above 0 and at most {MAX_WAIT_S:.0f} s; leave it out for no limit")
-    return seconds
 
 
 def _number(message: Message, name: str, field: str, bounds: tuple[float, float], default: Number) -> Number:
@@ -124,9 +91,9 @@ def retry_from_proto(message: task_pb2.RetryPolicy, field: str) -> RetryPolicy:
     default = DEFAULT_RETRY
     initial_s, most_s = default.initial_backoff_s, default.max_backoff_s
     if message.HasField("initial_backoff"):
-        initial_s = wait_from_proto(message.initial_backoff, f"{field}.initial_backoff")
+        initial_s = delay_from_proto(message.initial_backoff, f"{field}.initial_backoff")
     if message.HasField("max_backoff"):
-        most_s = wait_from_proto(message.max_backoff, f"{field}.max_backoff")
+        most_s = delay_from_proto(message.max_backoff, f"{field}.max_backoff")
     return RetryPolicy(
         max_attempts=_number(message, "max_attempts", field, (1, MAX_ATTEMPTS), default.max_attempts),
         initial_backoff_s=initial_s,
@@ -195,7 +162,7 @@ def batch_from_proto(message: task_pb2.TaskSpec, field: str, rules: Sequence[Bat
     scope = BATCH_SCOPE_FROM_PROTO.get(batch.scope)
     if scope is None:
         raise invalid_field(f"{field}.batch.scope", f"there is no scope {batch.scope}")
-    wait_s = wait_from_proto(batch.max_wait, f"{field}.batch.max_wait")
+    wait_s = delay_from_proto(batch.max_wait, f"{field}.batch.max_wait")
     return by_rule(message.display_name or message.task_id, BatchPolicy(batch.max_size, wait_s, scope), rules)
 
 
@@ -211,14 +178,73 @@ def condition_from_proto(message: task_pb2.Condition, field: str, inline_limit_b
     return Condition(output_from_proto(message.output, f"{field}.output"), equals, message.negated)
 
 
-def tasks_from_proto(
-    messages: Iterable[task_pb2.TaskSpec],
-    functions: Mapping[str, Function],
-    inline_limit_bytes: int,
-    rules: Sequence[BatchRule] = (),
-) -> tuple[TaskSpec, ...]:
-    """Check and return tasks, in order."""
-    return tuple(
-        task_from_proto(message, f"tasks[{index}]", functions, inline_limit_bytes, rules)
-        for index, message in enumerate(messages)
+def task_to_spec(spec: TaskSpec) -> task_pb2.TaskSpec:
+    """Return the definition of a task with its defaults filled in, its function named by digest."""
+    message = task_pb2.TaskSpec(
+        task_id=spec.task_id,
+        display_name=spec.display_name,
+        function=spec.function.digest,
+        outputs=spec.outputs,
+        after=spec.after,
+        resources=resources_to_proto(spec.resources),
+        retry=_retry_to_proto(spec.retry),
+        isolation=ISOLATION_TO_PROTO[spec.isolation],
+        node_selector=dict(spec.node_selector),
+        priority=spec.priority,
+        max_parallel=spec.max_parallel or None,
+        concurrency_key=spec.concurrency_key,
+        over=spec.over,
+        batch=None if spec.batch is None else _batch_to_proto(spec.batch),
+        condition=None if spec.condition is None else _condition_to_proto(spec.condition),
     )
+    for name, binding in spec.inputs.items():
+        fill_binding(message.inputs[name], binding)
+    if spec.attempt_timeout_s is not None:
+        message.timeout.attempt.CopyFrom(duration(spec.attempt_timeout_s))
+    if spec.total_timeout_s is not None:
+        message.timeout.total.CopyFrom(duration(spec.total_timeout_s))
+    return message
+
+
+def _retry_to_proto(policy: RetryPolicy) -> task_pb2.RetryPolicy:
+    return task_pb2.RetryPolicy(
+        max_attempts=policy.max_attempts,
+        initial_backoff=duration(policy.initial_backoff_s),
+        backoff_multiplier=policy.backoff_multiplier,
+        max_backoff=duration(policy.max_backoff_s),
+        retry_on=sorted(FAILURE_KIND_TO_PROTO[kind] for kind in policy.retry_on),
+        retry_on_types=sorted(policy.retry_on_types),
+        max_worker_losses=policy.max_worker_losses,
+    )
+
+
+def _batch_to_proto(policy: BatchPolicy) -> task_pb2.BatchPolicy:
+    return task_pb2.BatchPolicy(
+        max_size=policy.max_size,
+        max_wait=duration(policy.max_wait_s),
+        scope=BATCH_SCOPE_TO_PROTO[policy.scope],
+    )
+
+
+def _condition_to_proto(condition: Condition) -> task_pb2.Condition:
+    equals = None if condition.equals is None else payload_to_proto(condition.equals)
+    output = output_to_proto(condition.output)
+    return task_pb2.Condition(output=output, equals=equals, negated=condition.is_negated)
+
+
+def explanation_to_proto(explanation: Explanation, task: run_pb2.TaskRun) -> task_pb2.ExplainTaskResponse:
+    """Return the message that explains why a task waits."""
+    response = task_pb2.ExplainTaskResponse(task=task, waited=duration(explanation.waited_s))
+    if explanation.start_in_s is not None:
+        response.start_in.CopyFrom(duration(explanation.start_in_s))
+    for reason in explanation.reasons:
+        response.reasons.add(
+            kind=REASON_KIND_TO_PROTO[reason.kind],
+            message=reason.message,
+            task_id=reason.task_id,
+            node_id=reason.node_id,
+            resource=RESOURCE_KIND_TO_PROTO.get(reason.resource, resources_pb2.RESOURCE_KIND_UNSPECIFIED),
+            wanted=reason.wanted,
+            free=reason.free,
+        )
+    return response

@@ -68,8 +68,8 @@ class WriteArtifactRequest(google.protobuf.message.Message):
     data: builtins.bytes
     """The next bytes, at most 1 MiB."""
     size_bytes: builtins.int
-    """How many bytes the artifact has; in the first message. The server stores nothing when another number comes, so that
-    what a call that broke had sent is not taken for the whole. Without it whatever came is stored.
+    """The size of the artifact in bytes; in the first message. The server stores nothing when it receives another number
+    of bytes, so that a broken call does not store a part as the whole. Unset, the server stores all bytes it received.
     """
     def __init__(
         self,
@@ -92,8 +92,8 @@ class WriteArtifactResponse(google.protobuf.message.Message):
     ARTIFACT_FIELD_NUMBER: builtins.int
     @property
     def artifact(self) -> lattice.v1.payload_pb2.Artifact:
-        """The artifact, to be used in a `Payload`. It is dropped when nothing takes it within 10 minutes, and otherwise with the
-        last run or stored workflow that took it.
+        """The artifact, to be used in a `Payload`. It is deleted when no run or stored workflow names it within 10 minutes,
+        and otherwise with the last run or stored workflow that names it.
         """
 
     def __init__(

@@ -30,7 +30,7 @@ class ArtifactServiceStub(object):
 
     A caller writes an artifact before it starts the run that needs it, and reads the artifacts that a result names. An
     upload is named by the SHA-256 digest of its bytes: the same bytes are the same artifact. A worker's token reaches
-    `ReadArtifact` only: a worker fetches inputs here and keeps what it makes in its own store.
+    `ReadArtifact` only: a worker fetches inputs here and keeps the outputs of its tasks in its own store.
     """
 
     def __init__(self, channel):
@@ -56,7 +56,7 @@ class ArtifactServiceServicer(object):
 
     A caller writes an artifact before it starts the run that needs it, and reads the artifacts that a result names. An
     upload is named by the SHA-256 digest of its bytes: the same bytes are the same artifact. A worker's token reaches
-    `ReadArtifact` only: a worker fetches inputs here and keeps what it makes in its own store.
+    `ReadArtifact` only: a worker fetches inputs here and keeps the outputs of its tasks in its own store.
     """
 
     def ReadArtifact(self, request, context):
@@ -99,7 +99,7 @@ class ArtifactService(object):
 
     A caller writes an artifact before it starts the run that needs it, and reads the artifacts that a result names. An
     upload is named by the SHA-256 digest of its bytes: the same bytes are the same artifact. A worker's token reaches
-    `ReadArtifact` only: a worker fetches inputs here and keeps what it makes in its own store.
+    `ReadArtifact` only: a worker fetches inputs here and keeps the outputs of its tasks in its own store.
     """
 
     @staticmethod

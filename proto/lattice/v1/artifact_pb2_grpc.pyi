@@ -62,7 +62,7 @@ class ArtifactServiceStub(typing.Generic[_ArtifactServiceReadArtifactType, _Arti
 
     A caller writes an artifact before it starts the run that needs it, and reads the artifacts that a result names. An
     upload is named by the SHA-256 digest of its bytes: the same bytes are the same artifact. A worker's token reaches
-    `ReadArtifact` only: a worker fetches inputs here and keeps what it makes in its own store.
+    `ReadArtifact` only: a worker fetches inputs here and keeps the outputs of its tasks in its own store.
     """
 
     @typing.overload
@@ -111,7 +111,7 @@ class ArtifactServiceServicer(metaclass=abc.ABCMeta):
 
     A caller writes an artifact before it starts the run that needs it, and reads the artifacts that a result names. An
     upload is named by the SHA-256 digest of its bytes: the same bytes are the same artifact. A worker's token reaches
-    `ReadArtifact` only: a worker fetches inputs here and keeps what it makes in its own store.
+    `ReadArtifact` only: a worker fetches inputs here and keeps the outputs of its tasks in its own store.
     """
 
     @abc.abstractmethod

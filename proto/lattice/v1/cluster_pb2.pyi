@@ -35,7 +35,7 @@ class _NodeStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     NODE_STATE_DETACHED: _NodeState.ValueType  # 2
     """Its worker's stream broke; its leases stay valid until the session expires."""
     NODE_STATE_DRAINING: _NodeState.ValueType  # 3
-    """Finishes what it has and takes nothing new."""
+    """Finishes the leases it holds and gets no new ones."""
 
 class NodeState(_NodeState, metaclass=_NodeStateEnumTypeWrapper):
     """The state of a node."""
@@ -47,7 +47,7 @@ NODE_STATE_READY: NodeState.ValueType  # 1
 NODE_STATE_DETACHED: NodeState.ValueType  # 2
 """Its worker's stream broke; its leases stay valid until the session expires."""
 NODE_STATE_DRAINING: NodeState.ValueType  # 3
-"""Finishes what it has and takes nothing new."""
+"""Finishes the leases it holds and gets no new ones."""
 Global___NodeState: typing_extensions.TypeAlias = NodeState
 
 @typing.final
@@ -104,8 +104,8 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The optional parts of the protocol that this server has: `drafts` (`WorkflowSpec.draft_id`),
-        `output-path` (`OutputRef.path`), `request-id` (repeated requests get the first answer), `run-graph` (`GetRunGraph`),
-        `open-run` (`OpenRun`). A name never changes its meaning.
+        `output-path` (`OutputRef.path`), `request-id` (repeated requests get the first answer),
+        `run-graph` (`GetRunGraph`), `open-run` (`OpenRun`). A name never changes its meaning.
         """
 
     @property
@@ -118,7 +118,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
 
     @property
     def stores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StoreUsage]:
-        """What the server keeps for its tenants, and how much of it there may be."""
+        """The server's stores, with the bytes in use and the bytes allowed."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoRespo
 
 @typing.final
 class StoreUsage(google.protobuf.message.Message):
-    """How full one of the server's stores is."""
+    """The use of one of the server's stores."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -153,8 +153,8 @@ class StoreUsage(google.protobuf.message.Message):
     LIMIT_BYTES_FIELD_NUMBER: builtins.int
     TENANT_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """`code`, `uploads`, `stored workflows`, `ended runs` (their values, events and code) or `results` (the large values of
-    ended runs).
+    """`code`, `uploads`, `stored workflows`, `ended runs` (their values, events and code) or `results` (the large values
+    of ended runs).
     """
     used_bytes: builtins.int
     """The bytes in it, of all tenants."""
@@ -233,7 +233,7 @@ class Limits(google.protobuf.message.Message):
     id_characters: builtins.int
     """The most characters of a run id, workflow id or task id."""
     question_bytes: builtins.int
-    """The longest question to a caller, or answer of one, in bytes."""
+    """The longest question to a caller, and the longest answer to one, in bytes."""
     open_questions: builtins.int
     """The most questions of one run that wait for an answer; one more gets none."""
     message_tasks: builtins.int
@@ -241,11 +241,11 @@ class Limits(google.protobuf.message.Message):
     together.
     """
     tenant_code_bytes: builtins.int
-    """The most bytes of code that runs and stored workflows of one tenant hold; more is refused with STORE_FULL. Code that
-    none holds is kept as well while there is room.
+    """The most bytes of code that runs and stored workflows of one tenant refer to; more is refused with STORE_FULL. Code
+    without a reference is cached while there is space.
     """
     tenant_upload_bytes: builtins.int
-    """The most bytes of uploads of one tenant that wait to be named, or that runs and stored workflows need."""
+    """The most bytes of uploads of one tenant, including uploads that no run or stored workflow names yet."""
     tenant_workflow_bytes: builtins.int
     """The most bytes of definitions of one tenant's stored workflows."""
     @property
@@ -254,7 +254,7 @@ class Limits(google.protobuf.message.Message):
 
     @property
     def open_run_grace(self) -> google.protobuf.duration_pb2.Duration:
-        """How long an open run goes on that no stream holds."""
+        """How long an open run stays open without a stream; then it is cancelled."""
 
     @property
     def upload_time(self) -> google.protobuf.duration_pb2.Duration:
@@ -262,7 +262,7 @@ class Limits(google.protobuf.message.Message):
 
     @property
     def result_time(self) -> google.protobuf.duration_pb2.Duration:
-        """How long the result of a run is kept that no caller has read, if its tenant's results are not too many."""
+        """How long the result of a run is kept while no caller has read it, within the limits of the tenant's store."""
 
     @property
     def repeat_time(self) -> google.protobuf.duration_pb2.Duration:
@@ -310,8 +310,8 @@ class ListNodesRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """The most nodes to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a page
-    ends early.
+    """The most nodes to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a
+    page ends early.
     """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
@@ -464,8 +464,8 @@ class DrainNodeRequest(google.protobuf.message.Message):
     node_id: builtins.str
     """The node."""
     request_id: builtins.str
-    """Makes the call safe to repeat; see `WorkflowService`. Without it a repeated call may drain the worker that took the
-    place of the first one.
+    """Makes the call safe to repeat; see `WorkflowService`. Without it a repeated call may drain the worker that replaced
+    the drained one.
     """
     @property
     def deadline(self) -> google.protobuf.duration_pb2.Duration:

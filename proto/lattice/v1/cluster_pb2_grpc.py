@@ -81,7 +81,7 @@ class ClusterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DrainNode(self, request, context):
-        """Lets a node finish what it runs and gives it nothing more.
+        """Drains a node: it finishes the leases it holds and gets no new ones.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

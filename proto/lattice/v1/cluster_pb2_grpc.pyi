@@ -121,7 +121,7 @@ class ClusterServiceStub(typing.Generic[_ClusterServiceGetServerInfoType, _Clust
     """Lists the nodes in the ledger with their workers and load, by node id."""
 
     DrainNode: _ClusterServiceDrainNodeType
-    """Lets a node finish what it runs and gives it nothing more."""
+    """Drains a node: it finishes the leases it holds and gets no new ones."""
 
 ClusterServiceAsyncStub: typing_extensions.TypeAlias = ClusterServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -169,6 +169,6 @@ class ClusterServiceServicer(metaclass=abc.ABCMeta):
         request: lattice.v1.cluster_pb2.DrainNodeRequest,
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.cluster_pb2.DrainNodeResponse, collections.abc.Awaitable[lattice.v1.cluster_pb2.DrainNodeResponse]]:
-        """Lets a node finish what it runs and gives it nothing more."""
+        """Drains a node: it finishes the leases it holds and gets no new ones."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -31,10 +31,10 @@ class Payload(google.protobuf.message.Message):
       `application/vnd.lattice.pickle5`: a pickle and its out-of-band buffers, for Python only, in the layout below.
       `application/vnd.lattice.pickle-with-outputs`: in the same layout; only as the first item of a `BindingList`.
 
-    The layout holds n parts, the pickle first and then its buffers in order. All numbers are little-endian. Offset 0: the
-    four bytes `LTP5`. Offset 4: the version of the layout, 1, as uint32. Offset 8: n, from 1, as uint64. Offset 16: the n
-    lengths of the parts in bytes, each as uint64. Then the parts: each begins at the next multiple of 64 from offset 0, and
-    the bytes before it are zero. The value ends with the last part.
+    The layout holds n parts, the pickle first and then its buffers in order. All numbers are little-endian. Offset 0:
+    the four bytes `LTP5`. Offset 4: the version of the layout, 1, as uint32. Offset 8: n, from 1, as uint64. Offset 16:
+    the n lengths of the parts in bytes, each as uint64. Then the parts: each begins at the next multiple of 64 from
+    offset 0, and the bytes before it are zero. The value ends with the last part.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -81,7 +81,9 @@ class Artifact(google.protobuf.message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     NODE_ID_FIELD_NUMBER: builtins.int
     artifact_id: builtins.str
-    """Names the artifact; unique in this cluster. That of an upload is the SHA-256 digest of its bytes, in lower-case hex."""
+    """Names the artifact; unique in this cluster. That of an upload is the SHA-256 digest of its bytes, in lower-case
+    hex.
+    """
     size_bytes: builtins.int
     """Length of the encoded bytes."""
     node_id: builtins.str
@@ -215,15 +217,15 @@ class OutputRef(google.protobuf.message.Message):
     output: builtins.str
     """The name of the output, as the task declares it."""
     optional: builtins.bool
-    """The task that reads it can do without: when the producing task was skipped, or failed in a workflow that finishes
-    what is independent, the value is JSON `null`. Otherwise the task that reads it would be skipped as well. Of a
-    mapped task that became items, the value is the list with `null` in the place of each that did not succeed.
+    """The reading task also runs without the value: when the producing task was skipped, or failed in a workflow with
+    `FAILURE_POLICY_FINISH_INDEPENDENT`, the value is JSON `null`. Unset, the reading task is skipped as well. The
+    value of a mapped task is the list of its items' outputs, with `null` for each item that did not succeed.
     """
     @property
     def path(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PathStep]:
         """Selects a part of the output, at most 32 steps deep; empty means the whole. A task whose input has no such part
-        fails with kind PAYLOAD. An optional output that is `null` for want of a value has no parts, and stays `null`. An
-        output that a task is mapped over, `TaskSpec.over`, has no path.
+        fails with kind PAYLOAD. An optional output that is `null` because its task did not succeed stays `null`. An output
+        that a task is mapped over, `TaskSpec.over`, has no path.
         """
 
     def __init__(

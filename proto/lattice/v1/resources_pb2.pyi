@@ -192,7 +192,7 @@ Global___Gpu: typing_extensions.TypeAlias = Gpu
 
 @typing.final
 class Runtime(google.protobuf.message.Message):
-    """What runs a user's code.
+    """The language and version that run a user's code.
 
     A function that names a runtime runs on nodes of the same language whose version begins with the function's: each of
     the parts between the dots of the function's version equals the part of the node's at that place. So 3.11 admits

@@ -31,8 +31,8 @@ class ResultsServiceStub(object):
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and sees every event once. The server keeps a position per reader and no queue: any number of
-    readers may come, be slow, or leave without the run noticing. `complete` marks the last message.
+    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
+    the run nor other readers. `complete` marks the last message.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
@@ -62,8 +62,8 @@ class ResultsServiceServicer(object):
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and sees every event once. The server keeps a position per reader and no queue: any number of
-    readers may come, be slow, or leave without the run noticing. `complete` marks the last message.
+    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
+    the run nor other readers. `complete` marks the last message.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
@@ -110,8 +110,8 @@ class ResultsService(object):
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and sees every event once. The server keeps a position per reader and no queue: any number of
-    readers may come, be slow, or leave without the run noticing. `complete` marks the last message.
+    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
+    the run nor other readers. `complete` marks the last message.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.

@@ -109,17 +109,17 @@ class _BatchScopeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     BATCH_SCOPE_UNSPECIFIED: _BatchScope.ValueType  # 0
     """`BATCH_SCOPE_SERVER`."""
     BATCH_SCOPE_SERVER: _BatchScope.ValueType  # 1
-    """Tasks of all runs of the same caller."""
+    """Tasks of all runs of the same tenant."""
     BATCH_SCOPE_RUN: _BatchScope.ValueType  # 2
     """Tasks of one run only."""
 
 class BatchScope(_BatchScope, metaclass=_BatchScopeEnumTypeWrapper):
-    """Which tasks may meet in one batch."""
+    """Which tasks can share a batch."""
 
 BATCH_SCOPE_UNSPECIFIED: BatchScope.ValueType  # 0
 """`BATCH_SCOPE_SERVER`."""
 BATCH_SCOPE_SERVER: BatchScope.ValueType  # 1
-"""Tasks of all runs of the same caller."""
+"""Tasks of all runs of the same tenant."""
 BATCH_SCOPE_RUN: BatchScope.ValueType  # 2
 """Tasks of one run only."""
 Global___BatchScope: typing_extensions.TypeAlias = BatchScope
@@ -135,13 +135,13 @@ class _WaitKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     WAIT_KIND_INPUT: _WaitKind.ValueType  # 1
     """Another task has to succeed first."""
     WAIT_KIND_TURN: _WaitKind.ValueType  # 2
-    """Others go first: by priority, by age, or because their caller had less of the cluster."""
+    """Other tasks come first: by priority, by age, or because their tenant has used less of the cluster."""
     WAIT_KIND_RESOURCES: _WaitKind.ValueType  # 3
-    """A node does not have free what the task needs."""
+    """No node has enough free resources."""
     WAIT_KIND_NODES: _WaitKind.ValueType  # 4
     """There is no node."""
     WAIT_KIND_LIMIT: _WaitKind.ValueType  # 5
-    """As many calls run as a limit allows."""
+    """A concurrency limit is reached."""
     WAIT_KIND_BATCH: _WaitKind.ValueType  # 6
     """Its batch waits for more tasks."""
     WAIT_KIND_RETRY: _WaitKind.ValueType  # 7
@@ -159,13 +159,13 @@ WAIT_KIND_UNSPECIFIED: WaitKind.ValueType  # 0
 WAIT_KIND_INPUT: WaitKind.ValueType  # 1
 """Another task has to succeed first."""
 WAIT_KIND_TURN: WaitKind.ValueType  # 2
-"""Others go first: by priority, by age, or because their caller had less of the cluster."""
+"""Other tasks come first: by priority, by age, or because their tenant has used less of the cluster."""
 WAIT_KIND_RESOURCES: WaitKind.ValueType  # 3
-"""A node does not have free what the task needs."""
+"""No node has enough free resources."""
 WAIT_KIND_NODES: WaitKind.ValueType  # 4
 """There is no node."""
 WAIT_KIND_LIMIT: WaitKind.ValueType  # 5
-"""As many calls run as a limit allows."""
+"""A concurrency limit is reached."""
 WAIT_KIND_BATCH: WaitKind.ValueType  # 6
 """Its batch waits for more tasks."""
 WAIT_KIND_RETRY: WaitKind.ValueType  # 7
@@ -244,10 +244,12 @@ class TaskSpec(google.protobuf.message.Message):
     priority: builtins.int
     """Among waiting tasks of one tenant, higher goes first; added to the run's priority."""
     max_parallel: builtins.int
-    """How many calls with this task's `concurrency_key` may run at once, from 1; a batch is one call. Unset means no limit."""
+    """How many calls with this task's `concurrency_key` may run at once, from 1; a batch is one call. Unset means no
+    limit.
+    """
     concurrency_key: builtins.str
-    """Names the group `max_parallel` counts, across runs and callers; empty means the function itself. The server may have
-    a limit of its own for a name, which then holds as well.
+    """Names the group `max_parallel` counts, across runs and callers; empty means the function itself. The server may
+    have a limit of its own for a name, which then holds as well.
     """
     over: builtins.str
     """Maps the task over a list: names the input, wired to an output, whose items each become a task of their own with
@@ -259,7 +261,7 @@ class TaskSpec(google.protobuf.message.Message):
 
     @property
     def outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The outputs the function promises; other tasks may be wired to these only."""
+        """The outputs the function declares; other tasks may be wired to these only."""
 
     @property
     def after(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -379,7 +381,8 @@ class Function(google.protobuf.message.Message):
     entrypoint: builtins.str
     """The function's name where it runs. `package.module:name`, dotted Python names around one colon, is an importable
     callable that any Python worker runs; any other name, such as `js/word_count`, is run by a worker whose `Hello`
-    names it. A worker in another language may name what looks like Python too: both then run it. Set instead of code.
+    names it. Such a worker may also name a dotted Python name: then it runs on that worker and on Python workers. Set
+    instead of code.
     """
     bundle_digest: builtins.str
     """The digest of the bundle of modules the code imports; empty when it needs none."""
@@ -393,8 +396,8 @@ class Function(google.protobuf.message.Message):
 
     @property
     def runtime(self) -> lattice.v1.resources_pb2.Runtime:
-        """The runtime the code needs, such as python 3.11 for a pickle that holds bytecode, which is of one version of Python.
-        Unset when any will do.
+        """The runtime the code needs, such as python 3.11 for a pickle that holds bytecode, which is of one version of
+        Python. Unset when any will do.
         """
 
     def __init__(
@@ -414,10 +417,10 @@ Global___Function: typing_extensions.TypeAlias = Function
 
 @typing.final
 class PythonFunction(google.protobuf.message.Message):
-    """What Python alone needs to know of a function.
+    """The settings of a function that only Python uses.
 
-    A worker in another language calls a function with its inputs by name. What the function returns is read by name
-    where it has every declared output, and is otherwise the value of the single output.
+    A worker in another language calls a function with its inputs by name. A returned value that has every declared
+    output is read by name; any other is the value of the single output.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -432,7 +435,7 @@ class PythonFunction(google.protobuf.message.Message):
     call_style: Global___CallStyle.ValueType
     """How the inputs are handed over."""
     return_style: Global___ReturnStyle.ValueType
-    """How outputs are read from what the function returns."""
+    """How outputs are read from the return value."""
     concurrency: Global___Concurrency.ValueType
     """How attempts share a process."""
     @property
@@ -487,7 +490,9 @@ class CodeBundle(google.protobuf.message.Message):
     digest: builtins.str
     """`sha256:` and the digest of `zip`, in lower-case hex."""
     zip: builtins.bytes
-    """A zip archive of source and data files, laid out as below a `sys.path` entry. Left out when the server knows the digest."""
+    """A zip archive of source and data files, laid out as below a `sys.path` entry. Left out when the server knows the
+    digest.
+    """
     def __init__(
         self,
         *,
@@ -536,7 +541,9 @@ class RetryPolicy(google.protobuf.message.Message):
 
     @property
     def retry_on_types(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Of USER_ERROR, only these types of error, by the names `Failure.type` and `Failure.base_types` have; empty means all."""
+        """Of USER_ERROR, only these types of error, by the names `Failure.type` and `Failure.base_types` have; empty means
+        all.
+        """
 
     def __init__(
         self,
@@ -562,7 +569,7 @@ Global___RetryPolicy: typing_extensions.TypeAlias = RetryPolicy
 
 @typing.final
 class TimeoutPolicy(google.protobuf.message.Message):
-    """How long a task may take. Unset means no limit; a limit is above zero and at most 30 days."""
+    """The time limits of a task. Unset means no limit; a limit is above zero and at most 30 days."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -590,9 +597,9 @@ Global___TimeoutPolicy: typing_extensions.TypeAlias = TimeoutPolicy
 @typing.final
 class BatchPolicy(google.protobuf.message.Message):
     """Several tasks in one call of the function, which then takes a list and returns a list, item for item. An exception in
-    the list fails its item alone. Tasks meet when function, resources, isolation, policy and caller are the same. A
-    batch that takes its process down is tried again in halves, until the item at fault is alone. What a batch writes to
-    its output is shown at its first item.
+    the list fails its item alone. Tasks can share a batch when function, resources, isolation, policy and tenant are the
+    same. A batch whose process crashes is retried in halves, until the item at fault is alone. Output that a batch
+    writes is logged for its first item.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -605,7 +612,7 @@ class BatchPolicy(google.protobuf.message.Message):
     inputs would take more than 64 MiB in the worker's stream; values stored as artifacts do not count.
     """
     scope: Global___BatchScope.ValueType
-    """Which tasks may meet in one batch."""
+    """Which tasks can share a batch."""
     @property
     def max_wait(self) -> google.protobuf.duration_pb2.Duration:
         """How long the first task of a batch may wait for others; unset means not at all."""
@@ -661,7 +668,9 @@ class RunTaskRequest(google.protobuf.message.Message):
     priority: builtins.int
     """Among waiting tasks of one tenant, higher goes first; added to the task's own priority."""
     request_id: builtins.str
-    """A call with the `run_id` and the `request_id` of the call that started a run returns that run, whatever else it says."""
+    """A call with the `run_id` and the `request_id` of the call that started a run returns that run, whatever else it
+    says.
+    """
     @property
     def task(self) -> Global___TaskSpec:
         """The task; `TaskSpec.function` may stay empty."""
@@ -800,8 +809,8 @@ class ListTasksRequest(google.protobuf.message.Message):
     run_id: builtins.str
     """The run."""
     page_size: builtins.int
-    """The most tasks to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a page
-    ends early.
+    """The most tasks to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a
+    page ends early.
     """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
@@ -939,15 +948,15 @@ class ExplainTaskResponse(google.protobuf.message.Message):
 
     @property
     def reasons(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___WaitReason]:
-        """The reasons why it waits, the most telling first; one reason for a task that does not wait."""
+        """The reasons why it waits, the most important first; one reason for a task that does not wait."""
 
     @property
     def waited(self) -> google.protobuf.duration_pb2.Duration:
-        """How long it has been so."""
+        """How long it has waited."""
 
     @property
     def start_in(self) -> google.protobuf.duration_pb2.Duration:
-        """A guess at how much longer, from how long such tasks took before; unset when nothing can be said."""
+        """An estimate of the remaining wait, from the durations of earlier tasks of the same function; unset without any."""
 
     def __init__(
         self,
@@ -984,7 +993,7 @@ class WaitReason(google.protobuf.message.Message):
     node_id: builtins.str
     """The node that is short of something, or runs the task."""
     resource: lattice.v1.resources_pb2.ResourceKind.ValueType
-    """The resource the node is short of, for `WAIT_KIND_RESOURCES`; `message` tells one that has no kind."""
+    """The resource the node is short of, for `WAIT_KIND_RESOURCES`; a resource without a kind is named in `message`."""
     wanted: builtins.float
     """How much of it the task needs; memory in bytes."""
     free: builtins.float

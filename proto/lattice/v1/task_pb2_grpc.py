@@ -28,11 +28,11 @@ if _version_not_supported:
 class TaskServiceStub(object):
     """The tasks inside runs.
 
-    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
-    task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
-    task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
-    disconnect changes nothing for the task.
+    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one task,
+    with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one task of a
+    larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one task and, by
+    the workflow's failure policy, the tasks that depend on it. `ExplainTask` says why a task waits. All calls are unary:
+    a disconnect changes nothing for the task.
     """
 
     def __init__(self, channel):
@@ -71,11 +71,11 @@ class TaskServiceStub(object):
 class TaskServiceServicer(object):
     """The tasks inside runs.
 
-    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
-    task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
-    task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
-    disconnect changes nothing for the task.
+    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one task,
+    with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one task of a
+    larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one task and, by
+    the workflow's failure policy, the tasks that depend on it. `ExplainTask` says why a task waits. All calls are unary:
+    a disconnect changes nothing for the task.
     """
 
     def RunTask(self, request, context):
@@ -107,7 +107,7 @@ class TaskServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExplainTask(self, request, context):
-        """Says what a task waits for, since when, and when it may start.
+        """Explains why a task waits, since when, and when it may start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,11 +152,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
 class TaskService(object):
     """The tasks inside runs.
 
-    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
-    task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
-    task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
-    disconnect changes nothing for the task.
+    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one task,
+    with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one task of a
+    larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one task and, by
+    the workflow's failure policy, the tasks that depend on it. `ExplainTask` says why a task waits. All calls are unary:
+    a disconnect changes nothing for the task.
     """
 
     @staticmethod

@@ -108,11 +108,11 @@ _TaskServiceExplainTaskType = typing_extensions.TypeVar(
 class TaskServiceStub(typing.Generic[_TaskServiceRunTaskType, _TaskServiceGetTaskType, _TaskServiceListTasksType, _TaskServiceCancelTaskType, _TaskServiceExplainTaskType]):
     """The tasks inside runs.
 
-    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
-    task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
-    task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
-    disconnect changes nothing for the task.
+    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one task,
+    with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one task of a
+    larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one task and, by
+    the workflow's failure policy, the tasks that depend on it. `ExplainTask` says why a task waits. All calls are unary:
+    a disconnect changes nothing for the task.
     """
 
     @typing.overload
@@ -176,7 +176,7 @@ class TaskServiceStub(typing.Generic[_TaskServiceRunTaskType, _TaskServiceGetTas
     """Cancels one task of a run. A task that has ended stays as it is."""
 
     ExplainTask: _TaskServiceExplainTaskType
-    """Says what a task waits for, since when, and when it may start."""
+    """Explains why a task waits, since when, and when it may start."""
 
 TaskServiceAsyncStub: typing_extensions.TypeAlias = TaskServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -204,11 +204,11 @@ TaskServiceAsyncStub: typing_extensions.TypeAlias = TaskServiceStub[
 class TaskServiceServicer(metaclass=abc.ABCMeta):
     """The tasks inside runs.
 
-    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one
-    task, with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one
-    task of a larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one
-    task and, by the workflow's failure policy, what depends on it. `ExplainTask` says why a task waits. All calls are unary and keep no state: a
-    disconnect changes nothing for the task.
+    A caller that has one function to run, such as a LangGraph node, calls `RunTask`: a run of a workflow with one task,
+    with all that a run has (events, cancellation, idempotency by run id). A caller that wants to look at one task of a
+    larger run calls `GetTask`, which can wait for the task to end, or `ListTasks`. `CancelTask` ends one task and, by
+    the workflow's failure policy, the tasks that depend on it. `ExplainTask` says why a task waits. All calls are unary:
+    a disconnect changes nothing for the task.
     """
 
     @abc.abstractmethod
@@ -249,6 +249,6 @@ class TaskServiceServicer(metaclass=abc.ABCMeta):
         request: lattice.v1.task_pb2.ExplainTaskRequest,
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.task_pb2.ExplainTaskResponse, collections.abc.Awaitable[lattice.v1.task_pb2.ExplainTaskResponse]]:
-        """Says what a task waits for, since when, and when it may start."""
+        """Explains why a task waits, since when, and when it may start."""
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -26,36 +26,36 @@ if _version_not_supported:
 
 
 class WorkerServiceStub(object):
-    """Connects workers. Only workers call it; what callers ask about nodes is `ClusterService`.
+    """Connects workers. Only workers call it; callers use `ClusterService` for nodes.
 
-    A worker is one process that serves one node. It dials `Connect` and sends `Hello`: what it is, what it has, and, when
-    it comes back after a broken stream, which session it had and which leases it holds. The server answers with
-    `Welcome`. From then on each direction is a sequence of envelopes: one message carries everything that is due, in
-    repeated fields, so that many leases or many reports cost one message. Every message is a sign of life, also one in
-    which no field is set.
+    A worker is one process that serves one node. It calls `Connect` and sends `Hello` with its identity and its
+    capacity. When it reconnects after a broken stream, `Hello` also names its session and the leases it holds. The
+    server answers with `Welcome`. From then on each direction is a sequence of envelopes: one message carries all that
+    is due, in repeated fields, so that many leases or many reports cost one message. Every message is a heartbeat, also
+    one in which no field is set.
 
     The server sends assignments. An assignment is a lease: a batch of attempts that holds a slot of the worker.
-    Assignments with the same slot run one after the other; different slots run side by side. So the server can send short
-    work ahead without promising resources twice, and `revoke_lease_ids` takes back leases that have not started.
+    Assignments with the same slot run one after the other; different slots run side by side. So the server can send
+    short work ahead without promising resources twice, and `revoke_lease_ids` takes back leases that have not started.
 
-    The worker sends reports, each numbered, and keeps a report until `acknowledged_sequence` covers it; after a reconnect
-    it sends the rest again, and the server ignores numbers it has seen. An acknowledgement rides with the next message;
-    the server sends one alone only when nothing else is due for a while, or when many are missing. The lease is the
-    fence: a report for a lease that is no longer held is acknowledged and ignored. A heartbeat of the worker lists the
-    leases it holds, and whatever the two sides disagree on is repaired from that.
+    The worker sends reports, each numbered, and keeps a report until `acknowledged_sequence` covers it; after a
+    reconnect it sends the rest again, and the server ignores numbers it has seen. An acknowledgement rides with the next
+    message; the server sends one alone only when nothing else is due for a while, or when many are missing. A lease
+    fences its attempts: a report for a lease that is no longer held is acknowledged and ignored. A heartbeat of the
+    worker lists the leases it holds, and the server repairs differences from that list.
 
-    Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names those that
-    no run needs any more. Values that got lost on the way, and values that no report came to name, are found when the
-    worker sends `Hello` again: it names the values it has, and `Welcome` names those of them to delete.
+    Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names the values
+    that no run needs any more. When a worker sends `Hello` again it names the values in its store, and `Welcome` names
+    those of them to delete: values that no run refers to, and values whose report was lost.
 
-    An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one answer
-    unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers it, and
-    after a reconnect sends the rest again.
+    An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one
+    answer unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers
+    it, and after a reconnect sends the rest again.
 
-    A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
-    back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into
-    the stream's status: the server says why it ends in `close` and then waits for the worker to end its side. A stream
-    that ends without `close` means: reconnect.
+    A broken stream ends no work: the session is detached and its leases continue. If the worker does not reconnect
+    within `session_ttl`, the session is lost and its attempts are requeued. Neither side puts an error into the stream's
+    status: the server says why it ends in `close` and then waits for the worker to end its side. A stream that ends
+    without `close` means: reconnect.
     """
 
     def __init__(self, channel):
@@ -77,36 +77,36 @@ class WorkerServiceStub(object):
 
 
 class WorkerServiceServicer(object):
-    """Connects workers. Only workers call it; what callers ask about nodes is `ClusterService`.
+    """Connects workers. Only workers call it; callers use `ClusterService` for nodes.
 
-    A worker is one process that serves one node. It dials `Connect` and sends `Hello`: what it is, what it has, and, when
-    it comes back after a broken stream, which session it had and which leases it holds. The server answers with
-    `Welcome`. From then on each direction is a sequence of envelopes: one message carries everything that is due, in
-    repeated fields, so that many leases or many reports cost one message. Every message is a sign of life, also one in
-    which no field is set.
+    A worker is one process that serves one node. It calls `Connect` and sends `Hello` with its identity and its
+    capacity. When it reconnects after a broken stream, `Hello` also names its session and the leases it holds. The
+    server answers with `Welcome`. From then on each direction is a sequence of envelopes: one message carries all that
+    is due, in repeated fields, so that many leases or many reports cost one message. Every message is a heartbeat, also
+    one in which no field is set.
 
     The server sends assignments. An assignment is a lease: a batch of attempts that holds a slot of the worker.
-    Assignments with the same slot run one after the other; different slots run side by side. So the server can send short
-    work ahead without promising resources twice, and `revoke_lease_ids` takes back leases that have not started.
+    Assignments with the same slot run one after the other; different slots run side by side. So the server can send
+    short work ahead without promising resources twice, and `revoke_lease_ids` takes back leases that have not started.
 
-    The worker sends reports, each numbered, and keeps a report until `acknowledged_sequence` covers it; after a reconnect
-    it sends the rest again, and the server ignores numbers it has seen. An acknowledgement rides with the next message;
-    the server sends one alone only when nothing else is due for a while, or when many are missing. The lease is the
-    fence: a report for a lease that is no longer held is acknowledged and ignored. A heartbeat of the worker lists the
-    leases it holds, and whatever the two sides disagree on is repaired from that.
+    The worker sends reports, each numbered, and keeps a report until `acknowledged_sequence` covers it; after a
+    reconnect it sends the rest again, and the server ignores numbers it has seen. An acknowledgement rides with the next
+    message; the server sends one alone only when nothing else is due for a while, or when many are missing. A lease
+    fences its attempts: a report for a lease that is no longer held is acknowledged and ignored. A heartbeat of the
+    worker lists the leases it holds, and the server repairs differences from that list.
 
-    Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names those that
-    no run needs any more. Values that got lost on the way, and values that no report came to name, are found when the
-    worker sends `Hello` again: it names the values it has, and `Welcome` names those of them to delete.
+    Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names the values
+    that no run needs any more. When a worker sends `Hello` again it names the values in its store, and `Welcome` names
+    those of them to delete: values that no run refers to, and values whose report was lost.
 
-    An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one answer
-    unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers it, and
-    after a reconnect sends the rest again.
+    An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one
+    answer unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers
+    it, and after a reconnect sends the rest again.
 
-    A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
-    back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into
-    the stream's status: the server says why it ends in `close` and then waits for the worker to end its side. A stream
-    that ends without `close` means: reconnect.
+    A broken stream ends no work: the session is detached and its leases continue. If the worker does not reconnect
+    within `session_ttl`, the session is lost and its attempts are requeued. Neither side puts an error into the stream's
+    status: the server says why it ends in `close` and then waits for the worker to end its side. A stream that ends
+    without `close` means: reconnect.
     """
 
     def Connect(self, request_iterator, context):
@@ -145,36 +145,36 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService(object):
-    """Connects workers. Only workers call it; what callers ask about nodes is `ClusterService`.
+    """Connects workers. Only workers call it; callers use `ClusterService` for nodes.
 
-    A worker is one process that serves one node. It dials `Connect` and sends `Hello`: what it is, what it has, and, when
-    it comes back after a broken stream, which session it had and which leases it holds. The server answers with
-    `Welcome`. From then on each direction is a sequence of envelopes: one message carries everything that is due, in
-    repeated fields, so that many leases or many reports cost one message. Every message is a sign of life, also one in
-    which no field is set.
+    A worker is one process that serves one node. It calls `Connect` and sends `Hello` with its identity and its
+    capacity. When it reconnects after a broken stream, `Hello` also names its session and the leases it holds. The
+    server answers with `Welcome`. From then on each direction is a sequence of envelopes: one message carries all that
+    is due, in repeated fields, so that many leases or many reports cost one message. Every message is a heartbeat, also
+    one in which no field is set.
 
     The server sends assignments. An assignment is a lease: a batch of attempts that holds a slot of the worker.
-    Assignments with the same slot run one after the other; different slots run side by side. So the server can send short
-    work ahead without promising resources twice, and `revoke_lease_ids` takes back leases that have not started.
+    Assignments with the same slot run one after the other; different slots run side by side. So the server can send
+    short work ahead without promising resources twice, and `revoke_lease_ids` takes back leases that have not started.
 
-    The worker sends reports, each numbered, and keeps a report until `acknowledged_sequence` covers it; after a reconnect
-    it sends the rest again, and the server ignores numbers it has seen. An acknowledgement rides with the next message;
-    the server sends one alone only when nothing else is due for a while, or when many are missing. The lease is the
-    fence: a report for a lease that is no longer held is acknowledged and ignored. A heartbeat of the worker lists the
-    leases it holds, and whatever the two sides disagree on is repaired from that.
+    The worker sends reports, each numbered, and keeps a report until `acknowledged_sequence` covers it; after a
+    reconnect it sends the rest again, and the server ignores numbers it has seen. An acknowledgement rides with the next
+    message; the server sends one alone only when nothing else is due for a while, or when many are missing. A lease
+    fences its attempts: a report for a lease that is no longer held is acknowledged and ignored. A heartbeat of the
+    worker lists the leases it holds, and the server repairs differences from that list.
 
-    Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names those that
-    no run needs any more. Values that got lost on the way, and values that no report came to name, are found when the
-    worker sends `Hello` again: it names the values it has, and `Welcome` names those of them to delete.
+    Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names the values
+    that no run needs any more. When a worker sends `Hello` again it names the values in its store, and `Welcome` names
+    those of them to delete: values that no run refers to, and values whose report was lost.
 
-    An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one answer
-    unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers it, and
-    after a reconnect sends the rest again.
+    An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one
+    answer unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers
+    it, and after a reconnect sends the rest again.
 
-    A broken stream means nothing by itself: the session is detached and its leases go on. If the worker does not come
-    back within `session_ttl`, the session is lost and its attempts are queued again. Neither side puts an error into
-    the stream's status: the server says why it ends in `close` and then waits for the worker to end its side. A stream
-    that ends without `close` means: reconnect.
+    A broken stream ends no work: the session is detached and its leases continue. If the worker does not reconnect
+    within `session_ttl`, the session is lost and its attempts are requeued. Neither side puts an error into the stream's
+    status: the server says why it ends in `close` and then waits for the worker to end its side. A stream that ends
+    without `close` means: reconnect.
     """
 
     @staticmethod

@@ -303,8 +303,8 @@ class AddTasksRequest(google.protobuf.message.Message):
     @property
     def functions(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.task_pb2.Function]:
         """Functions to add, by names not yet used in the workflow (or used with the same content). Tasks added to a run may
-        name these only. A part of a draft may have functions and no tasks; its tasks name functions that came before or with
-        them.
+        name these only. A part of a draft may have functions and no tasks; its tasks name functions that came before or
+        with them.
         """
 
     @property
@@ -452,8 +452,8 @@ class ListWorkflowsRequest(google.protobuf.message.Message):
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     VIEW_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """The most workflows to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a
-    page ends early.
+    """The most workflows to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size
+    a page ends early.
     """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
@@ -586,11 +586,13 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     priority: builtins.int
     """Among waiting tasks of one tenant, higher goes first."""
     tenant: builtins.str
-    """The tenant whose run it is and whose share of the cluster it counts towards. Empty means that of the caller's token, or
-    without a token the tenant without a name. PERMISSION_DENIED if the token does not reach it.
+    """The tenant whose run it is and whose share of the cluster it counts towards. Empty means that of the caller's
+    token, or without a token the tenant without a name. PERMISSION_DENIED if the token does not reach it.
     """
     request_id: builtins.str
-    """A call with the `run_id` and the `request_id` of the call that started a run returns that run, whatever else it says."""
+    """A call with the `run_id` and the `request_id` of the call that started a run returns that run, whatever else it
+    says.
+    """
     @property
     def workflow(self) -> Global___WorkflowSpec:
         """The whole graph."""
@@ -702,8 +704,8 @@ Global___ExecuteWorkflowResponse: typing_extensions.TypeAlias = ExecuteWorkflowR
 
 @typing.final
 class OpenRunRequest(google.protobuf.message.Message):
-    """Everything the caller of `WorkflowService.OpenRun` has to say at one moment. The server takes the fields in the order
-    of their numbers.
+    """All that the caller of `WorkflowService.OpenRun` has to send at one moment. The server processes the fields in the
+    order of their numbers.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -755,7 +757,7 @@ class OpenRunOpening(google.protobuf.message.Message):
     run_id: builtins.str
     """Takes over a run that was opened before. A stream that holds it ends with RUN_TAKEN_OVER."""
     after_sequence: builtins.int
-    """Tells only events with a higher number: `OpenRunResponse.sequence` of the last message of an earlier stream. Zero
+    """Sends only events with a higher number: `OpenRunResponse.sequence` of the last message of an earlier stream. Zero
     means from the beginning.
     """
     @property
@@ -794,7 +796,7 @@ class QuestionAnswer(google.protobuf.message.Message):
 
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
-        """What went wrong when it was answered."""
+        """The error of the code that should have answered."""
 
     def __init__(
         self,
@@ -811,7 +813,7 @@ Global___QuestionAnswer: typing_extensions.TypeAlias = QuestionAnswer
 
 @typing.final
 class OpenRunResponse(google.protobuf.message.Message):
-    """Everything the server has to say to the caller that holds a run open, at one moment."""
+    """All that the server has to send at one moment to the caller that holds a run open."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -828,14 +830,14 @@ class OpenRunResponse(google.protobuf.message.Message):
     received_answers: builtins.int
     """How many answers were received on this stream."""
     sequence: builtins.int
-    """Every event up to this number was told or left out."""
+    """Every event up to this number was sent or filtered out."""
     @property
     def accepted(self) -> Global___RunWorkflowResponse:
         """The run was accepted, or taken over; the first message, which carries nothing else."""
 
     @property
     def additions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AdditionResult]:
-        """What became of the additions, in the order in which they were sent."""
+        """The results of the additions, in the order in which they were sent."""
 
     @property
     def questions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Question]:
@@ -843,7 +845,7 @@ class OpenRunResponse(google.protobuf.message.Message):
 
     @property
     def withdrawn_question_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Questions that need no answer any more: the attempts that asked them are over."""
+        """Questions that need no answer any more: the attempts that asked them have ended."""
 
     @property
     def refused_question_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -851,8 +853,8 @@ class OpenRunResponse(google.protobuf.message.Message):
 
     @property
     def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.RunEvent]:
-        """The ends of tasks, in order, each once: `task_succeeded`, `task_failed`, `task_cancelled` and `task_skipped`. Other
-        events are to be had of `ResultsService.WatchRun`. They take at most 2 MiB, unless one alone is larger.
+        """The ends of tasks, in order, each once: `task_succeeded`, `task_failed`, `task_cancelled` and `task_skipped`.
+        `ResultsService.WatchRun` has the other events. They take at most 2 MiB, unless one alone is larger.
         """
 
     @property
@@ -884,7 +886,7 @@ Global___OpenRunResponse: typing_extensions.TypeAlias = OpenRunResponse
 
 @typing.final
 class AdditionResult(google.protobuf.message.Message):
-    """What became of an addition."""
+    """The result of an addition."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -916,7 +918,7 @@ Global___AdditionResult: typing_extensions.TypeAlias = AdditionResult
 
 @typing.final
 class Question(google.protobuf.message.Message):
-    """What an attempt asks the caller that holds its run open."""
+    """A question of an attempt to the caller that holds its run open."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -935,10 +937,10 @@ class Question(google.protobuf.message.Message):
     attempt: builtins.int
     """The number of the attempt, from 1."""
     name: builtins.str
-    """What is asked, by a name that caller and task have agreed on."""
+    """The kind of question, by a name that caller and task have agreed on."""
     @property
     def payload(self) -> lattice.v1.payload_pb2.Payload:
-        """What is asked about, inline."""
+        """The content of the question, inline."""
 
     def __init__(
         self,
@@ -1011,8 +1013,8 @@ class GetRunGraphRequest(google.protobuf.message.Message):
     run_id: builtins.str
     """The run."""
     page_size: builtins.int
-    """The most tasks to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a page
-    ends early.
+    """The most tasks to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a
+    page ends early.
     """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
@@ -1132,15 +1134,17 @@ class ListRunsRequest(google.protobuf.message.Message):
     VIEW_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """The most runs to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a page
-    ends early.
+    """The most runs to return, from 1; unset means 100. `Limits` says how many there are at most, and at which size a
+    page ends early.
     """
     page_token: builtins.str
     """`next_page_token` of the previous response."""
     view: lattice.v1.run_pb2.View.ValueType
     """How much of each run to return."""
     tenant: builtins.str
-    """Only runs of this tenant; empty means all that the caller's token reaches. PERMISSION_DENIED if it does not reach it."""
+    """Only runs of this tenant; empty means all that the caller's token reaches. PERMISSION_DENIED if it does not reach
+    it.
+    """
     @property
     def states(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.run_pb2.RunState.ValueType]:
         """Only runs in these states; empty means all."""

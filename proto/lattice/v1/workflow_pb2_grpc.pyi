@@ -255,19 +255,20 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
     ended, then with its results. `RunWorkflow` answers once, when the run was accepted; `ResultsService.GetResult` waits
     for the end and `ResultsService.WatchRun` follows the events. The long way, for people at a shell: `CreateWorkflow`,
-    `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing
-    a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
-    outside by `AddTasks` with its id.
+    `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy:
+    changing a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks,
+    and from outside by `AddTasks` with its id.
 
-    A graph that one message cannot carry goes in parts. The caller chooses a `draft_id`, sends `AddTasks` with it as often
-    as needed, each with some of the functions, bundles and tasks, and then runs or stores a `WorkflowSpec` with that
-    `draft_id`, which has the rest. The parts are checked as a whole only then: tasks may come in any order, and the answer
-    is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
+    A graph that one message cannot carry goes in parts. The caller chooses a `draft_id`, sends `AddTasks` with it as
+    often as needed, each with some of the functions, bundles and tasks, and then runs or stores a `WorkflowSpec` with
+    that `draft_id`, which has the rest. The parts are checked as a whole only then: tasks may come in any order, and the
+    answer is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named
+    it.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again. The
     content is the ids, names, wiring, settings and values of the request. Code of functions and pickled values are not
-    compared, because pickling the same things again gives other bytes.
+    compared, because pickling the same value again may give other bytes.
 
     A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
     call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
@@ -275,18 +276,18 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
     Ids of runs and workflows are names within a tenant, that of the caller's token. Another tenant's run or workflow is
-    answered like one that does not exist. Without tokens, and for callers that reach several tenants, `tenant` says whose
-    run it is.
+    answered like one that does not exist. Without tokens, and for callers that reach several tenants, `tenant` says
+    whose run it is.
 
-    A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
-    opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run
-    does not end while it has nothing to do: it ends when its caller has closed it and its tasks have ended. A running
-    attempt may ask the caller that holds the stream a question and waits for the one answer.
+    A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first
+    message opens a run, which may have no task yet; later ones add tasks, and the server reports the end of each task.
+    An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
+    holds the stream a question and waits for the one answer.
 
     A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Otherwise only `CancelRun` cancels.
+    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
     """
 
     @typing.overload
@@ -434,18 +435,18 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
 
     OpenRun: _WorkflowServiceOpenRunType
-    """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream with
-    a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. What is refused later is told
-    in the stream, which goes on. A caller that ends its side of the stream without `close` counts as one whose stream
-    broke; it is still told what becomes of the run.
+    """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream
+    with a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. Later refusals are
+    messages of the stream and do not end it. A caller that ends its side of the stream without `close` counts as one
+    whose stream broke; it still receives the run's responses.
     """
 
     GetRun: _WorkflowServiceGetRunType
     """Returns a run."""
 
     GetRunGraph: _WorkflowServiceGetRunGraphType
-    """Returns the graph of a run page by page: its tasks with their dependencies, in the order of their definition, those
-    that were added while it ran included.
+    """Returns the graph of a run page by page: its tasks with their dependencies, in the order of their definition,
+    including the tasks that were added while it ran.
     """
 
     ListRuns: _WorkflowServiceListRunsType
@@ -524,19 +525,20 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
     ended, then with its results. `RunWorkflow` answers once, when the run was accepted; `ResultsService.GetResult` waits
     for the end and `ResultsService.WatchRun` follows the events. The long way, for people at a shell: `CreateWorkflow`,
-    `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy: changing
-    a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks, and from
-    outside by `AddTasks` with its id.
+    `AddTasks`, `AddEdges`, as often as needed, then `RunWorkflow` with the workflow's id. A run works on a copy:
+    changing a workflow later changes no run. A run grows by itself when a task is mapped over a list or spawns tasks,
+    and from outside by `AddTasks` with its id.
 
-    A graph that one message cannot carry goes in parts. The caller chooses a `draft_id`, sends `AddTasks` with it as often
-    as needed, each with some of the functions, bundles and tasks, and then runs or stores a `WorkflowSpec` with that
-    `draft_id`, which has the rest. The parts are checked as a whole only then: tasks may come in any order, and the answer
-    is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named it.
+    A graph that one message cannot carry goes in parts. The caller chooses a `draft_id`, sends `AddTasks` with it as
+    often as needed, each with some of the functions, bundles and tasks, and then runs or stores a `WorkflowSpec` with
+    that `draft_id`, which has the rest. The parts are checked as a whole only then: tasks may come in any order, and the
+    answer is that to a single message with the whole graph. A draft is dropped 10 minutes after the last call that named
+    it.
 
     The caller may choose `run_id`. The same id with the same content returns the run that exists, with `created`
     false; with other content the call fails with ALREADY_EXISTS. So a caller that lost an answer simply asks again. The
     content is the ids, names, wiring, settings and values of the request. Code of functions and pickled values are not
-    compared, because pickling the same things again gives other bytes.
+    compared, because pickling the same value again may give other bytes.
 
     A call that changes something and has no id of its own takes a `request_id`, such as a UUID. Within an hour, the same
     call with the same `request_id` and the same content changes nothing again and gets the first answer; with other
@@ -544,18 +546,18 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     remembers up to 10,000 answers and 64 MiB of them, and drops the oldest beyond that. This holds for all services.
 
     Ids of runs and workflows are names within a tenant, that of the caller's token. Another tenant's run or workflow is
-    answered like one that does not exist. Without tokens, and for callers that reach several tenants, `tenant` says whose
-    run it is.
+    answered like one that does not exist. Without tokens, and for callers that reach several tenants, `tenant` says
+    whose run it is.
 
-    A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first message
-    opens a run, which may have no task yet; later ones add tasks, and the server tells how each task ended. An open run
-    does not end while it has nothing to do: it ends when its caller has closed it and its tasks have ended. A running
-    attempt may ask the caller that holds the stream a question and waits for the one answer.
+    A run whose tasks are not known beforehand is an open run. `OpenRun` is a stream in both directions. Its first
+    message opens a run, which may have no task yet; later ones add tasks, and the server reports the end of each task.
+    An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
+    holds the stream a question and waits for the one answer.
 
     A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Otherwise only `CancelRun` cancels.
+    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
     """
 
     @abc.abstractmethod
@@ -628,10 +630,10 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[lattice.v1.workflow_pb2.OpenRunRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[lattice.v1.workflow_pb2.OpenRunResponse], collections.abc.AsyncIterator[lattice.v1.workflow_pb2.OpenRunResponse]]:
-        """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream with
-        a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. What is refused later is told
-        in the stream, which goes on. A caller that ends its side of the stream without `close` counts as one whose stream
-        broke; it is still told what becomes of the run.
+        """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream
+        with a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. Later refusals are
+        messages of the stream and do not end it. A caller that ends its side of the stream without `close` counts as one
+        whose stream broke; it still receives the run's responses.
         """
 
     @abc.abstractmethod
@@ -648,8 +650,8 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         request: lattice.v1.workflow_pb2.GetRunGraphRequest,
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.GetRunGraphResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.GetRunGraphResponse]]:
-        """Returns the graph of a run page by page: its tasks with their dependencies, in the order of their definition, those
-        that were added while it ran included.
+        """Returns the graph of a run page by page: its tasks with their dependencies, in the order of their definition,
+        including the tasks that were added while it ran.
         """
 
     @abc.abstractmethod

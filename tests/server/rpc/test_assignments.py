@@ -19,7 +19,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Function, Payload
 from lattice_server.engine.code_store import SentCode
 from lattice_server.engine.outbox import Connection
-from lattice_server.rpc.convert.assignments import responses
+from lattice_server.rpc.worker_messages import responses
 from tests.server.core.scenes import Scene, node, ready
 
 CONTENT_ID = "0" * 64

@@ -6,8 +6,7 @@ from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, results_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.model import Function
-from lattice_server.rpc.convert.graphs import task_to_spec
-from lattice_server.rpc.convert.tasks import task_from_proto
+from lattice_server.rpc.convert.tasks import task_from_proto, task_to_spec
 from tests.server.rpc.callers import Caller, graph, json_payload, output, run, task, value, walk
 
 FUNCTION = Function("sha256:f", False, None)

@@ -12,7 +12,7 @@ from lattice.v1 import cluster_pb2, worker_pb2
 from lattice_server.config import ServerConfig
 from lattice_server.engine.ports import Machine, Membership, RayCluster
 from lattice_server.rpc import callers
-from lattice_server.rpc.node_join import Machines
+from lattice_server.rpc.machines import Machines
 from tests.server.apps import NoWorkers
 from tests.server.rpc.test_worker_stream import Hand, Scene, play
 

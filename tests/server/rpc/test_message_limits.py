@@ -16,8 +16,8 @@ from lattice.v1 import cluster_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import InvalidError
 from lattice_server.engine.slices import Slices
-from lattice_server.rpc import request_reader
-from lattice_server.rpc.request_reader import MessageLimits, RequestReader, path_of
+from lattice_server.rpc import request_deserializer
+from lattice_server.rpc.request_deserializer import MessageLimits, RequestDeserializer, path_of
 from lattice_server.rpc.server import SERVICE_NAMES
 from tests.server.apps import NoWorkers, serving_aside
 from tests.server.rpc.callers import Caller, calling, fresh, function, graph, refused, task
@@ -175,8 +175,8 @@ class Turns(Slices):
 def read(data: bytes, name: str = RUN, turns: Turns | None = None) -> Any:
     """Return a request that is parsed in slices, however short it is."""
     limits = MessageLimits(10**6, MOST_TASKS)
-    reader = RequestReader(name, limits, turns or Turns())
-    return asyncio.run(reader.read(request_reader.Unread(data)))
+    reader = RequestDeserializer(name, limits, turns or Turns())
+    return asyncio.run(reader.read(request_deserializer.Unread(data)))
 
 
 specs = st.builds(
@@ -198,7 +198,7 @@ requests = st.one_of(
         st.integers(-(2**31), 2**31 - 1),
     ),
 )
-RECORDS = mock.patch.object(request_reader, "SLICE_RECORDS", 2)
+RECORDS = mock.patch.object(request_deserializer, "SLICE_RECORDS", 2)
 
 
 @given(st.lists(requests, max_size=6))
@@ -232,14 +232,14 @@ def test_bytes_that_are_no_message_are_refused_in_slices_as_at_once(
 def test_a_slice_has_no_more_than_so_many_tasks() -> None:
     turns = Turns()
     request = workflow_pb2.RunWorkflowRequest(workflow=graph(*(task(f"t{number}") for number in range(900))))
-    with mock.patch.object(request_reader, "SLICE_RECORDS", 10):
+    with mock.patch.object(request_deserializer, "SLICE_RECORDS", 10):
         read(request.SerializeToString(), turns=turns)
     assert turns.pauses >= 90
 
 
 def test_one_task_is_never_cut() -> None:
-    long = task_pb2.TaskSpec(task_id="t", display_name="x" * 3 * request_reader.SLICE_BYTES)
+    long = task_pb2.TaskSpec(task_id="t", display_name="x" * 3 * request_deserializer.SLICE_BYTES)
     request = workflow_pb2.RunWorkflowRequest(workflow={"tasks": [long, long]})
     data = request.SerializeToString()
     limits = MessageLimits(10 * len(data), MOST_TASKS)
-    assert asyncio.run(RequestReader(RUN, limits, Turns()).read(request_reader.Unread(data))) == request
+    assert asyncio.run(RequestDeserializer(RUN, limits, Turns()).read(request_deserializer.Unread(data))) == request

@@ -10,7 +10,7 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import ConflictError, NotFoundError
 from lattice_server.rpc import callers
-from lattice_server.rpc.idempotency import KEPT_S, Repeats
+from lattice_server.rpc.request_cache import KEPT_S, RequestCache
 from tests.server.rpc.callers import Caller, ended, fresh, function, graph, refused, run, task
 
 
@@ -119,10 +119,10 @@ def play(scenario: Coroutine[Any, Any, None]) -> None:
 def test_a_request_is_carried_out_again_when_an_hour_has_passed() -> None:
     async def scenario() -> None:
         clock, made = Clock(), Counting()
-        repeats = Repeats(clock)
+        cache = RequestCache(clock)
         for now in (0.0, KEPT_S, KEPT_S + 1):
             clock.now = now
-            await repeats.once(add_request("r", request_id="x"), made)
+            await cache.once(add_request("r", request_id="x"), made)
         assert made.count == 2
 
     play(scenario())
@@ -131,11 +131,11 @@ def test_a_request_is_carried_out_again_when_an_hour_has_passed() -> None:
 @pytest.mark.parametrize("bounds", [{"max_answers": 2}, {"max_bytes": 4}])
 def test_the_oldest_answer_is_dropped_when_there_are_too_many(bounds: dict[str, int]) -> None:
     async def scenario() -> None:
-        made, repeats = Counting(), Repeats(**bounds)  # type: ignore[arg-type]
+        made, cache = Counting(), RequestCache(**bounds)  # type: ignore[arg-type]
         for name in ("a", "b", "c", "c", "b"):
-            await repeats.once(add_request("r", request_id=name), made)
+            await cache.once(add_request("r", request_id=name), made)
         assert made.count == 3
-        await repeats.once(add_request("r", request_id="a"), made)
+        await cache.once(add_request("r", request_id="a"), made)
         assert made.count == 4
 
     play(scenario())
@@ -143,10 +143,10 @@ def test_the_oldest_answer_is_dropped_when_there_are_too_many(bounds: dict[str, 
 
 def test_a_request_is_carried_out_again_when_it_failed() -> None:
     async def scenario() -> None:
-        made, repeats = Counting(NotFoundError("RUN_NOT_FOUND", "no")), Repeats()
+        made, cache = Counting(NotFoundError("RUN_NOT_FOUND", "no")), RequestCache()
         for _ in range(2):
             with pytest.raises(NotFoundError):
-                await repeats.once(add_request("r", request_id="x"), made)
+                await cache.once(add_request("r", request_id="x"), made)
         assert made.count == 2
 
     play(scenario())
@@ -154,15 +154,15 @@ def test_a_request_is_carried_out_again_when_it_failed() -> None:
 
 def test_a_request_is_carried_out_once_when_its_caller_leaves_and_comes_back_meanwhile() -> None:
     async def scenario() -> None:
-        made, repeats = Counting(), Repeats()
+        made, cache = Counting(), RequestCache()
         made.may_end.clear()
-        leaving = asyncio.create_task(repeats.once(add_request("r", request_id="x"), made))
+        leaving = asyncio.create_task(cache.once(add_request("r", request_id="x"), made))
         await asyncio.sleep(0)
         leaving.cancel()
-        back = asyncio.create_task(repeats.once(add_request("r", request_id="x"), made))
+        back = asyncio.create_task(cache.once(add_request("r", request_id="x"), made))
         await asyncio.sleep(0)
         with pytest.raises(ConflictError):
-            await repeats.once(add_request("other", request_id="x"), made)
+            await cache.once(add_request("other", request_id="x"), made)
         made.may_end.set()
         assert (await back).revision == 1
         assert made.count == 1

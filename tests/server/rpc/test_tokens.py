@@ -19,7 +19,7 @@ from lattice.v1 import cluster_pb2, results_pb2, task_pb2, worker_pb2, workflow_
 from lattice_server.core.errors import AuthenticationError
 from lattice_server.rpc import callers
 from lattice_server.rpc.authentication import Authentication
-from lattice_server.rpc.sparing import LINES
+from lattice_server.rpc.rate_limited_log import LINES
 from lattice_server.tokens import Scope, credential, digest_of
 from tests.server.apps import NoWorkers, serving_aside
 from tests.server.rpc.callers import Caller, calling, function, graph, refused, run, task

@@ -892,7 +892,7 @@ def test_a_task_given_more_than_a_message_can_carry_fails_and_holds_nobody_up() 
         ended = await head.result(run_id)
         assert (ended.state, ended.failure.kind) == (run_pb2.RUN_STATE_FAILED, errors_pb2.FAILURE_KIND_PAYLOAD)
         assert "a message to a worker may have" in ended.failure.message
-        assert "give it fewer or smaller values" in ended.failure.message
+        assert "pass fewer or smaller values inline" in ended.failure.message
         next_id = await head.run("next")
         (work,) = await taken(hand, 1)
         await hand.report(2, work.lease_id, succeeded=succeeded())

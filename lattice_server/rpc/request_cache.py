@@ -1,4 +1,4 @@
-"""Owns what a repeated request gets. Rule: a request that has been carried out is answered, not carried out again."""
+"""Owns the answers to requests with a `request_id`. Rule: a repeated request gets the first answer."""
 
 import asyncio
 import time
@@ -14,7 +14,7 @@ from lattice_server.core.errors import ConflictError
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.tasks import check_request_id
-from lattice_server.rpc.fingerprints import fingerprint_of
+from lattice_server.rpc.fingerprints import request_fingerprint
 
 Response = TypeVar("Response", bound=Message)
 Key = tuple[str, str, str, str]  # The subject and its tenant, the kind of request, and its id.
@@ -32,8 +32,8 @@ class _Answer:
     size_bytes: int = 0
 
 
-class Repeats:
-    """The answers of the last `kept_s` by request id, oldest first, and no more of them than the limits say."""
+class RequestCache:
+    """The answers of the last `kept_s` seconds by request id, oldest first, within limits of number and bytes."""
 
     def __init__(
         self,
@@ -52,10 +52,10 @@ class Repeats:
         self._size_bytes = 0
 
     async def once(self, request: Any, make: Callable[[], Awaitable[Response]]) -> Response:
-        """Carry a request out and return its answer, or return the answer that the same request got before.
+        """Carry out a request and return its answer, or return the answer that the same request got before.
 
-        One that is still being carried out goes on when its caller leaves, and is waited for when it is repeated. One
-        that failed is not remembered.
+        A request continues when its caller disconnects, and a repetition waits for its end. A failed request is not
+        remembered.
 
         Args:
             request: a message with the field `request_id`; without one it is carried out each time.
@@ -69,16 +69,16 @@ class Repeats:
             return await make()
         check_request_id(request.request_id)
         caller = callers.caller()
-        # Its own answers: another subject's say what that one did, and other tenants' what there is of theirs.
+        # By subject and tenant: an answer must not show one caller the work of another.
         key = (caller.subject, caller.reach.tenant, request.DESCRIPTOR.full_name, request.request_id)
-        print_ = await fingerprint_of(request, self._slices)
+        fingerprint = await request_fingerprint(request, self._slices)
         self._forget()
         known = self._answers.get(key)
         if known is None:
             task = asyncio.ensure_future(make())
-            known = self._answers[key] = _Answer(print_, task, self._clock())
+            known = self._answers[key] = _Answer(fingerprint, task, self._clock())
             task.add_done_callback(partial(self._settle, key, known))
-        elif known.fingerprint != print_:
+        elif known.fingerprint != fingerprint:
             text = f"request {request.request_id!r} was made with other content"
             raise ConflictError("REQUEST_ID_CONFLICT", text)
         answer: Response = await asyncio.shield(known.given)
@@ -95,7 +95,7 @@ class Repeats:
         self._forget()
 
     def _forget(self) -> None:
-        """Drop what is too old or too much, oldest first; what is still being carried out stays."""
+        """Drop answers that are too old or exceed a limit, oldest first, up to the first request still in progress."""
         oldest = self._clock() - self._kept_s
         while self._answers:
             key, answer = next(iter(self._answers.items()))

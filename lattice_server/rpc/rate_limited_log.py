@@ -1,4 +1,4 @@
-"""Owns log lines that strangers can cause. Rule: they fill no disk; what is left out is counted."""
+"""Limits log lines about refused calls, so that unauthenticated callers cannot fill the disk."""
 
 import logging
 import time
@@ -8,8 +8,8 @@ PERIOD_S = 10.0
 LINES = 20
 
 
-class SparingLog:
-    """Writes a few lines in each period, and how many others there were."""
+class RateLimitedLog:
+    """Writes a few lines in each period, then the number of lines it left out."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log
@@ -18,7 +18,7 @@ class SparingLog:
         self._lines = 0
 
     def info(self, text: str, *values: object) -> None:
-        """Write a line, unless there were many."""
+        """Write a line, unless the period has had enough of them."""
         now = self._clock()
         if now >= self._ends_at:
             if self._lines > LINES:

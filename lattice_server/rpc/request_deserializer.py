@@ -52,7 +52,7 @@ class Refused:
     error: LatticeError
 
 
-class RequestReader:
+class RequestDeserializer:
     """Reads the requests of one method."""
 
     def __init__(self, method: str, limits: MessageLimits, slices: Slices) -> None:

@@ -1,6 +1,6 @@
-"""Serves the streams of machines that joined: those on which Ray starts the workers.
+"""Serves the streams of machines that joined, on which Ray starts the workers.
 
-Rule: a machine is part of the cluster for as long as its stream lives, and is told why when it no longer is.
+Rule: a machine belongs to the cluster while its stream is open, and `Close` says why the stream ends.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from lattice_server.engine.ports import Executor, Machine, Membership
 from lattice_server.engine.queries import Inquiries
 from lattice_server.rpc import callers
 from lattice_server.rpc.callers import Caller, no_longer_valid
-from lattice_server.rpc.convert import payloads
-from lattice_server.rpc.hello_validation import deadline_from_proto
+from lattice_server.rpc.convert.times import drain_deadline_from_proto
+from lattice_server.rpc.convert.workers import joined_to_proto, machine_from_proto
+from lattice_server.rpc.handlers import PEER_END_S
 
-HANG_UP_S = 2.0
 REASONS = {
     "DRAINED": "the node was drained",
-    "SHUTDOWN": "the cluster starts anew; join again",
+    "SHUTDOWN": "the cluster restarts; join again",
     "UNAUTHENTICATED": no_longer_valid().message,
 }
 
@@ -44,28 +44,21 @@ class Machines:
         self._owners: dict[str, list[str]] = {}  # By node, a subject for each stream.
 
     def owner_of(self, node_id: str) -> str | None:
-        """Return the subject whose machine a node is; None when no machine of that name is there."""
+        """Return the subject that joined a machine as this node; None without such a machine."""
         return next(iter(self._owners.get(node_id, ())), None)
 
     def has_given_up(self, worker_id: str) -> bool:
-        """Whether a worker must not be let in, because it was given up."""
+        """Whether a worker is refused because it counts as lost."""
         return self._executor.has_given_up(worker_id)
 
     async def serve(self, join: worker_pb2.Join, requests: Requests) -> AsyncGenerator[worker_pb2.ConnectResponse]:
-        """Take a machine in and hold its stream."""
+        """Add a machine to the cluster and serve its stream."""
         caller = callers.caller()
-        machine = Machine(
-            join.node_id,
-            join.hostname,
-            join.node_ip,
-            payloads.capacity_from_proto(join.capacity),
-            dict(join.labels),
-            caller.subject,
-        )
+        machine = machine_from_proto(join, caller.subject)
         self._owners.setdefault(machine.node_id, []).append(caller.subject)
         try:
             membership = await self._executor.join(machine)
-            async with contextlib.aclosing(self._hold(machine, membership, caller, requests)) as responses:
+            async with contextlib.aclosing(self._serve(machine, membership, caller, requests)) as responses:
                 async for response in responses:
                     yield response
         finally:
@@ -73,7 +66,7 @@ class Machines:
             if not self._owners[machine.node_id]:
                 del self._owners[machine.node_id]
 
-    async def _hold(
+    async def _serve(
         self, machine: Machine, membership: Membership, caller: Caller, requests: Requests
     ) -> AsyncGenerator[worker_pb2.ConnectResponse]:
         def end() -> None:
@@ -84,7 +77,7 @@ class Machines:
         reading = asyncio.create_task(self._read(machine.node_id, requests, membership))
         waits: set[asyncio.Future[Any]] = {reading, membership.over}
         try:
-            yield worker_pb2.ConnectResponse(joined=self._joined(membership))
+            yield worker_pb2.ConnectResponse(joined=joined_to_proto(membership, self._config))
             while membership.ray is not None:
                 beat_s = self._config.heartbeat_interval_s
                 await asyncio.wait(waits, timeout=beat_s, return_when=asyncio.FIRST_COMPLETED)
@@ -95,27 +88,14 @@ class Machines:
                     break
                 if reading.done():
                     return
-                # A message without a field is a sign of life.
+                # A message without a field is a heartbeat.
                 yield worker_pb2.ConnectResponse()
-            # The machine hangs up when it has read the last word; ending first could lose it.
-            await asyncio.wait({reading}, timeout=HANG_UP_S)
+            await asyncio.wait({reading}, timeout=PEER_END_S)
         finally:
             caller.ends.discard(end)
             reading.cancel()
             if membership.ray is not None:
                 self._executor.leave(machine.node_id, membership)
-
-    def _joined(self, membership: Membership) -> worker_pb2.Joined:
-        ray = membership.ray
-        return worker_pb2.Joined(
-            ray=None
-            if ray is None
-            else worker_pb2.RayCluster(
-                address=ray.address, token=ray.token, resource=ray.resource, version=ray.version
-            ),
-            heartbeat_interval=payloads.duration(self._config.heartbeat_interval_s),
-            silence_limit=payloads.duration(self._config.silence_limit_s),
-        )
 
     async def _read(self, node_id: str, requests: Requests, membership: Membership) -> None:
         """Read until the stream breaks, ends, falls silent or cannot be read."""
@@ -129,7 +109,7 @@ class Machines:
     async def _drain(self, node_id: str, draining: worker_pb2.Draining, membership: Membership) -> None:
         known = (await self._inquiries.nodes()).nodes
         if any(node.node_id == node_id for node in known):
-            self._bus.post([DrainRequested(node_id, deadline_from_proto(draining))])
+            self._bus.post([DrainRequested(node_id, drain_deadline_from_proto(draining))])
         elif not membership.over.done():
-            # Its worker has not come yet, or is gone: nothing runs there.
+            # Its worker has not connected yet, or is gone: nothing runs there.
             membership.over.set_result("DRAINED")

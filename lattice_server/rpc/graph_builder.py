@@ -1,6 +1,6 @@
-"""Owns how a graph that a caller sends becomes one of the core, inline or in parts.
+"""Builds the graphs that callers submit, in one message or in the parts of a draft.
 
-Rule: a graph in parts is the same, and is refused for the same reasons, as one in a single message.
+Rule: a graph in parts is accepted or refused exactly as the same graph in one message.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,21 +13,21 @@ from lattice_server.core.model import Function, TaskSpec, WorkflowSpec
 from lattice_server.core.tenancy import Reach, id_of, key_of
 from lattice_server.engine.drafts import Draft, Drafts
 from lattice_server.engine.slices import Slices
-from lattice_server.rpc.convert.graphs import task_to_spec
-from lattice_server.rpc.convert.tasks import MAX_ID_LENGTH, check_id
-from lattice_server.rpc.fingerprints import GraphPrint
-from lattice_server.rpc.request_parser import Intake
-from lattice_server.rpc.sameness import reduce_values
+from lattice_server.rpc.convert.tasks import MAX_ID_LENGTH, check_id, task_to_spec
+from lattice_server.rpc.fingerprints import GraphFingerprint, drop_pickles
+from lattice_server.rpc.spec_parser import SpecParser
 
 
 @dataclass(frozen=True, slots=True)
-class Submission:
-    """A graph that came in. `print_parts` tell it from others, and `run_parts` a run of it from other runs. A draft
-    that was used has no tasks any more."""
+class SubmittedGraph:
+    """A graph of a caller with the parts of its fingerprint as a stored workflow, and as a run.
+
+    The graph of a draft that was used before has no tasks any more.
+    """
 
     spec: WorkflowSpec
     functions: Mapping[str, Function]
-    print_parts: tuple[bytes, ...]
+    parts: tuple[bytes, ...]
     run_parts: tuple[bytes, ...]
     draft_key: str
     is_used: bool
@@ -40,56 +40,56 @@ class Submission:
             raise NotFoundError("DRAFT_NOT_FOUND", text, metadata={"draft_id": draft_id})
 
 
-class Submissions:
-    """Takes graphs in, in slices.
+class GraphBuilder:
+    """Checks and builds graphs, in slices.
 
-    A draft is found by the tenant of its caller's `reach`. Code is kept for the tenant whose run or workflow it is.
+    A draft belongs to the tenant of its caller's `reach`. Code is stored for the tenant of the run or the workflow.
     """
 
-    def __init__(self, intake: Intake, drafts: Drafts, slices: Slices) -> None:
-        self._intake = intake
+    def __init__(self, parser: SpecParser, drafts: Drafts, slices: Slices) -> None:
+        self._parser = parser
         self._drafts = drafts
         self._slices = slices
 
-    async def graph(self, message: workflow_pb2.WorkflowSpec, reach: Reach, tenant: str) -> Submission:
-        """Check and return a workflow, without looking at its edges.
+    async def graph(self, message: workflow_pb2.WorkflowSpec, reach: Reach, tenant: str) -> SubmittedGraph:
+        """Check and return a workflow, without checking its edges.
 
-        What stays in `message` of its code are digests, so that requests that mean the same are the same.
+        The code in `message` is replaced by its digests.
 
         Raises InvalidError, ConflictError, ExhaustedError, NotFoundError, PreconditionError.
         """
         draft, key = self._draft(message.draft_id, reach)
-        print_ = _print_of(draft)
+        fingerprint = _fingerprint_of(draft)
         functions = self._functions(message, {} if draft is None else draft.functions, Reach(tenant, reach.is_any))
-        print_.add_functions(functions)
+        fingerprint.add_functions(functions)
         tasks = [] if draft is None else list(draft.tasks)
         if draft is not None and draft.is_used:
-            # Its functions are gone; what it was is all that can be told.
+            # Its functions are gone, so only the fingerprint can be made.
             async for task in self._slices.each(message.tasks):
-                print_.add_task(task)
+                fingerprint.add_task(task)
         else:
-            tasks += await self.tasks(message.tasks, functions, print_)
-        spec = self._intake.workflow(message, tuple(tasks))
+            tasks += await self.tasks(message.tasks, functions, fingerprint)
+        spec = self._parser.workflow(message, tuple(tasks))
         head = workflow_pb2.WorkflowSpec(
             display_name=message.display_name, failure_policy=message.failure_policy, parameters=message.parameters
         )
-        parts = (head.SerializeToString(deterministic=True), *print_.parts())
-        reduce_values(head.parameters.values())
-        run_parts = (head.SerializeToString(deterministic=True), *print_.run_parts())
+        parts = (head.SerializeToString(deterministic=True), *fingerprint.parts())
+        drop_pickles(head.parameters.values())
+        run_parts = (head.SerializeToString(deterministic=True), *fingerprint.run_parts())
         is_used = draft is not None and draft.is_used
-        return Submission(spec, functions, parts, run_parts, key, is_used)
+        return SubmittedGraph(spec, functions, parts, run_parts, key, is_used)
 
     async def added(self, request: workflow_pb2.AddTasksRequest, reach: Reach, tenant: str) -> list[TaskSpec]:
-        """Check and return what is to be added to a run. Raises as `graph`."""
+        """Check and return the tasks to add to a run. Raises as `graph`."""
         draft, _ = self._draft(request.source_draft_id, reach)
         functions = self._functions(request, {} if draft is None else draft.functions, Reach(tenant, reach.is_any))
         before = [] if draft is None else list(draft.tasks)
         return before + await self.tasks(request.tasks, functions)
 
     async def part(self, request: workflow_pb2.AddTasksRequest, revision: int | None, reach: Reach) -> int:
-        """Add to a draft; return its revision.
+        """Add a part to a draft; return the draft's revision.
 
-        Raises AbortedError when it has not the expected revision, and as `graph`.
+        Raises AbortedError when the draft does not have the expected revision, and as `graph`.
         """
         if not request.draft_id:
             raise invalid_field("draft_id", f"must have 1 to {MAX_ID_LENGTH} characters")
@@ -97,16 +97,16 @@ class Submissions:
         key = key_of(request.draft_id, reach.tenant)
         size, count = request.ByteSize(), len(request.tasks)
         known = self._drafts.expect(key, revision, size, count)
-        print_ = _print_of(self._drafts.get(key) if known else None)
+        fingerprint = _fingerprint_of(self._drafts.get(key) if known else None)
         functions = self._functions(request, known, reach)
-        print_.add_functions(functions)
-        tasks = await self.tasks(request.tasks, functions, print_)
-        # Another part may have come meanwhile.
+        fingerprint.add_functions(functions)
+        tasks = await self.tasks(request.tasks, functions, fingerprint)
+        # Another part may have been added meanwhile.
         self._drafts.expect(key, revision, size, count)
-        return self._drafts.add(key, functions, tasks, size, print_, reach).revision
+        return self._drafts.add(key, functions, tasks, size, fingerprint, reach).revision
 
-    async def definition(self, message: workflow_pb2.WorkflowSpec, found: Submission) -> workflow_pb2.WorkflowSpec:
-        """Return the definition of a workflow for those who read it back, with the parts that came before."""
+    async def definition(self, message: workflow_pb2.WorkflowSpec, found: SubmittedGraph) -> workflow_pb2.WorkflowSpec:
+        """Return the definition of a workflow to show to callers, with the parts of its draft."""
         if not message.draft_id:
             return message
         names = {function.digest: name for name, function in found.functions.items()}
@@ -126,14 +126,14 @@ class Submissions:
         self,
         messages: Iterable[task_pb2.TaskSpec],
         functions: Mapping[str, Function],
-        print_: GraphPrint | None = None,
+        fingerprint: GraphFingerprint | None = None,
     ) -> list[TaskSpec]:
-        """Check and return tasks, and add them to a print. Raises InvalidError, ExhaustedError."""
+        """Check and return tasks, and add them to a fingerprint. Raises InvalidError, ExhaustedError."""
         tasks: list[TaskSpec] = []
         async for message in self._slices.each(messages):
-            tasks.append(self._intake.task(message, f"tasks[{len(tasks)}]", functions))
-            if print_ is not None:
-                print_.add_task(message)
+            tasks.append(self._parser.task(message, f"tasks[{len(tasks)}]", functions))
+            if fingerprint is not None:
+                fingerprint.add_task(message)
         return tasks
 
     def _draft(self, draft_id: str, reach: Reach) -> tuple[Draft | None, str]:
@@ -147,19 +147,19 @@ class Submissions:
         known: Mapping[str, Function],
         reach: Reach,
     ) -> dict[str, Function]:
-        return merged(known, self._intake.functions(message.functions, message.bundles, reach))
+        return merged(known, self._parser.functions(message.functions, message.bundles, reach))
 
 
 def merged(known: Mapping[str, Function], added: Mapping[str, Function]) -> dict[str, Function]:
-    """Return functions by name. Raises ConflictError when a name means two."""
+    """Return all functions by name. Raises ConflictError when one name has two functions."""
     for name, function in added.items():
         if name in known and known[name].digest != function.digest:
             raise ConflictError("WORKFLOW_ID_CONFLICT", f"function {name!r} exists with other content")
     return {**known, **added}
 
 
-def _print_of(draft: Draft | None) -> GraphPrint:
+def _fingerprint_of(draft: Draft | None) -> GraphFingerprint:
     if draft is None:
-        return GraphPrint()
-    assert isinstance(draft.print_, GraphPrint)
+        return GraphFingerprint()
+    assert isinstance(draft.print_, GraphFingerprint)
     return draft.print_.copy()

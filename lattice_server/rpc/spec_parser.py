@@ -1,6 +1,6 @@
-"""Owns what callers send: turns graphs from the wire into specs, and keeps their code for the next time.
+"""Parses functions, tasks and workflows of callers into specs, and stores their code.
 
-Rule: code is named by the digest of what was received; a name a caller made up never stands for other code.
+Rule: code is named by the digest of the received bytes, so that a caller's digest can never stand for other code.
 """
 
 import hashlib
@@ -14,7 +14,9 @@ from lattice_server.core.model import FailurePolicy, Function, Payload, TaskSpec
 from lattice_server.core.scheduling.batching import BatchRule
 from lattice_server.core.tenancy import EVERYTHING, Reach
 from lattice_server.engine.code_store import CodeStore
-from lattice_server.rpc.convert import payloads, tasks
+from lattice_server.rpc.convert.functions import bundle_from_proto, function_from_proto
+from lattice_server.rpc.convert.payloads import payload_from_proto
+from lattice_server.rpc.convert.tasks import task_from_proto
 
 FAILURE_POLICY_FROM_PROTO = {
     workflow_pb2.FAILURE_POLICY_UNSPECIFIED: FailurePolicy.FAIL_FAST,
@@ -23,8 +25,8 @@ FAILURE_POLICY_FROM_PROTO = {
 }
 
 
-class Intake:
-    """Checks and translates what callers send."""
+class SpecParser:
+    """Checks messages of callers and converts them into specs, with the server's limits and batching rules."""
 
     def __init__(self, code: CodeStore, inline_limit_bytes: int, rules: Sequence[BatchRule] = ()) -> None:
         self.code = code
@@ -34,21 +36,22 @@ class Intake:
     def functions(
         self, messages: Mapping[str, task_pb2.Function], bundles: Iterable[task_pb2.CodeBundle], reach: Reach
     ) -> dict[str, Function]:
-        """Check and keep functions and bundles of a tenant; return the functions by their names in the workflow.
+        """Check and store functions and bundles; return the functions by their names in the workflow.
 
-        They are kept for the tenant of `reach`, which also says whose code a digest alone may name. What stays in
-        `messages` is their digests.
+        They are stored for the tenant of `reach`. A digest without code may name code within `reach`. In `messages`
+        only the digests are left.
 
         Raises:
-            ExhaustedError: the tenant has as much code as it may.
-            InvalidError, PreconditionError: see `CodeStore.get`; a digest is wrong, or of nothing that is known.
+            ExhaustedError: the tenant's code would exceed its limit.
+            InvalidError: a digest is not that of the content.
+            PreconditionError: a digest without code is unknown; see `CodeStore.get`.
         """
         for index, bundle in enumerate(bundles):
             if bundle.zip:
                 digest = f"sha256:{hashlib.sha256(bundle.zip).hexdigest()}"
                 if bundle.digest != digest:
                     raise invalid_field(f"bundles[{index}].digest", f"must be that of `zip`, {digest}")
-                self.code.put(tasks.bundle_from_proto(bundle), reach.tenant)
+                self.code.put(bundle_from_proto(bundle), reach.tenant)
         found = {}
         for name, message in messages.items():
             found[name] = self._function(message, f'functions["{name}"]', reach)
@@ -59,20 +62,20 @@ class Intake:
     def payloads(self, messages: Mapping[str, payload_pb2.Payload], field: str) -> dict[str, Payload]:
         """Check and return named payloads."""
         return {
-            name: payloads.payload_from_proto(message, f'{field}["{name}"]', self.inline_limit_bytes)
+            name: payload_from_proto(message, f'{field}["{name}"]', self.inline_limit_bytes)
             for name, message in messages.items()
         }
 
     def tasks(self, messages: Iterable[task_pb2.TaskSpec], functions: Mapping[str, Function]) -> tuple[TaskSpec, ...]:
         """Check and return tasks, batched as the server's rules say."""
-        return tasks.tasks_from_proto(messages, functions, self.inline_limit_bytes, self._rules)
+        return tuple(self.task(message, f"tasks[{index}]", functions) for index, message in enumerate(messages))
 
     def task(self, message: task_pb2.TaskSpec, field: str, functions: Mapping[str, Function]) -> TaskSpec:
         """Check and return one task, as `tasks` does."""
-        return tasks.task_from_proto(message, field, functions, self.inline_limit_bytes, self._rules)
+        return task_from_proto(message, field, functions, self.inline_limit_bytes, self._rules)
 
     def workflow(self, message: workflow_pb2.WorkflowSpec, tasks: tuple[TaskSpec, ...]) -> WorkflowSpec:
-        """Check and return a workflow of tasks that were taken in before."""
+        """Check and return a workflow of tasks that were parsed before."""
         policy = FAILURE_POLICY_FROM_PROTO.get(message.failure_policy)
         if policy is None:
             raise invalid_field("failure_policy", f"there is no failure policy {message.failure_policy}")
@@ -84,14 +87,14 @@ class Intake:
             failure_policy=policy,
         )
 
-    def spawned(self, messages: Mapping[str, task_pb2.Function]) -> dict[str, Function]:
-        """Check functions that a running task named; they are kept once the tasks that call them belong to its run."""
+    def spawned_functions(self, messages: Mapping[str, task_pb2.Function]) -> dict[str, Function]:
+        """Check functions of spawned tasks; they are stored when the tasks are added to the run."""
         return {
-            name: self._function(message, f'functions["{name}"]', EVERYTHING, is_kept=False)
+            name: self._function(message, f'functions["{name}"]', EVERYTHING, is_stored=False)
             for name, message in messages.items()
         }
 
-    def _function(self, message: task_pb2.Function, field: str, reach: Reach, *, is_kept: bool = True) -> Function:
+    def _function(self, message: task_pb2.Function, field: str, reach: Reach, *, is_stored: bool = True) -> Function:
         has_code = message.python.WhichOneof("code") is not None
         if has_code and message.entrypoint:
             raise invalid_field(field, "a function has either an entrypoint or code of its own")
@@ -101,7 +104,7 @@ class Intake:
                 raise invalid_field(field, text)
             known: Function = self.code.get(message.digest, reach)
             return known
-        function = tasks.function_from_proto(message, partial(self.code.get, reach=reach))
+        function = function_from_proto(message, partial(self.code.get, reach=reach))
         if message.digest not in {"", function.digest}:
             raise invalid_field(f"{field}.digest", f"must be empty or that of the function, {function.digest}")
-        return self.code.put(function, reach.tenant) if is_kept else function
+        return self.code.put(function, reach.tenant) if is_stored else function
