@@ -25,10 +25,10 @@ from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.code_store import CodeStore
-from lattice_server.engine.drafts import Drafts
+from lattice_server.engine.draft_graphs import Drafts
+from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Contact, Executor
-from lattice_server.engine.run_entry import Retention
 from lattice_server.engine.scheduler_thread import Scheduler
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
@@ -121,7 +121,7 @@ class App:
             self._sessions,
             intake,
             transfers,
-            Machines(config, self._executor, self._bus, self._orchestrator.inquiries),
+            Machines(config, self._executor, self._bus, self._orchestrator.queries),
             epoch,
             admission.check_possible,
         )
@@ -132,7 +132,7 @@ class App:
             TaskServicer(self._orchestrator, intake, repeats),
             ResultsServicer(self._orchestrator, slices),
             ArtifactServicer(self._store, transfers),
-            ClusterServicer(self._bus, self._sessions, self._orchestrator.inquiries, repeats, self._describe),
+            ClusterServicer(self._bus, self._sessions, self._orchestrator.queries, repeats, self._describe),
             self._workers,
             self._authentication,
             slices,
@@ -200,7 +200,7 @@ class App:
             self._authentication.revoke(digest_of(token))
 
     async def _describe(self) -> cluster_pb2.GetServerInfoResponse:
-        described = await self._orchestrator.inquiries.nodes()
+        described = await self._orchestrator.queries.nodes()
         return cluster_pb2.GetServerInfoResponse(
             version=__version__,
             protocol_version=PROTOCOL_VERSION,

@@ -17,7 +17,7 @@ from lattice_server.core.messages import RunEvent
 from lattice_server.core.model import Failure, Payload
 from lattice_server.core.run.questions import QuestionAsked
 from lattice_server.core.tenancy import id_of
-from lattice_server.engine.holder import Holder
+from lattice_server.engine.caller_stream import CallerStream
 from lattice_server.engine.open_runs import TOLD, OpenRuns
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
@@ -86,7 +86,7 @@ class OpenRunStreams:
 class _Stream:
     """One stream: what its caller says, and what it is told."""
 
-    def __init__(self, entry: RunEntry, holder: Holder, open_runs: OpenRuns, add: Add, limit_bytes: int) -> None:
+    def __init__(self, entry: RunEntry, holder: CallerStream, open_runs: OpenRuns, add: Add, limit_bytes: int) -> None:
         self._entry = entry
         self._holder = holder
         self._open_runs = open_runs

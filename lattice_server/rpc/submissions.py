@@ -11,7 +11,7 @@ from lattice.v1 import task_pb2, workflow_pb2
 from lattice_server.core.errors import ConflictError, NotFoundError, invalid_field
 from lattice_server.core.model import Function, TaskSpec, WorkflowSpec
 from lattice_server.core.tenancy import Reach, id_of, key_of
-from lattice_server.engine.drafts import Draft, Drafts
+from lattice_server.engine.draft_graphs import Draft, Drafts
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc.convert.graphs import task_to_spec
 from lattice_server.rpc.convert.tasks import MAX_ID_LENGTH, check_id

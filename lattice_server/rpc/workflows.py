@@ -12,7 +12,7 @@ from lattice_server.core.errors import InvalidError, invalid_field
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.run import dag
 from lattice_server.core.tenancy import Reach, key_of
-from lattice_server.engine.drafts import Drafts
+from lattice_server.engine.draft_graphs import Drafts
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.engine.slices import Slices

@@ -34,9 +34,10 @@ from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_ids import EndedIds
+from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.outbox import Connection
-from lattice_server.engine.run_entry import Retention, RunEntry
+from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.uploads import Name, Uploads
 from lattice_server.engine.usage import Bound
@@ -531,7 +532,8 @@ def test_times_stay_true_when_the_computer_is_suspended(monkeypatch: pytest.Monk
     """The machines' clock stands still meanwhile, and the one that people read goes on."""
     machines_s, people_s = 100.0, 1_000_000.0
     clocks = SimpleNamespace(monotonic=lambda: machines_s, time=lambda: people_s)
-    monkeypatch.setattr("lattice_server.engine.orchestrator.time", clocks)
+    for module in ("orchestrator", "run_driver", "run_starter"):
+        monkeypatch.setattr(f"lattice_server.engine.{module}.time", clocks)
 
     def pass_time(seconds: float, suspended: float = 0.0) -> None:
         nonlocal machines_s, people_s

@@ -11,7 +11,7 @@ from lattice_server.core.errors import ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact, Function, Payload, TaskSpec
 from lattice_server.core.tenancy import UNNAMED
 from lattice_server.engine.artifact_store import ArtifactStore
-from lattice_server.engine.drafts import Drafts
+from lattice_server.engine.draft_graphs import Drafts
 from tests.server.rpc.callers import Caller, fresh, function, graph, output, refused, run, task
 
 CHAIN = [task("t0"), *(task(f"t{number}", inputs={"x": output(f"t{number - 1}")}) for number in range(1, 7))]
