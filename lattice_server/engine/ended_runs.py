@@ -54,6 +54,7 @@ class EndedRuns:
         self._runs = runs
         self._store = store
         self._clock = clock
+        self.on_add: Callable[[], object] = lambda: None
         self._result_ttl_s = retention.result_ttl_s
         self._dropped = EndedIds(kept_s=retention.id_ttl_s)
         self.memory = Usage("ended runs", Bound(retention.kept_bytes, retention.share))
@@ -82,6 +83,7 @@ class EndedRuns:
         self._unread[key] = self._clock() + self._result_ttl_s
         self._expire()
         self._evict(tenant, spared=key)
+        self.on_add()
 
     def note_read(self, entry: RunEntry) -> None:
         """Note that a caller was given the result of a run, which may have been evicted."""

@@ -11,7 +11,7 @@ from lattice.v1 import task_pb2, workflow_pb2
 from lattice_server.core.errors import ConflictError, NotFoundError, invalid_field
 from lattice_server.core.model import Function, TaskSpec, WorkflowSpec
 from lattice_server.core.tenancy import Reach, id_of, key_of
-from lattice_server.engine.draft_graphs import Draft, Drafts
+from lattice_server.engine.draft_graphs import DraftGraph, DraftGraphs
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc.convert.graphs import task_to_spec
 from lattice_server.rpc.convert.tasks import MAX_ID_LENGTH, check_id
@@ -46,7 +46,7 @@ class Submissions:
     A draft is found by the tenant of its caller's `reach`. Code is kept for the tenant whose run or workflow it is.
     """
 
-    def __init__(self, intake: Intake, drafts: Drafts, slices: Slices) -> None:
+    def __init__(self, intake: Intake, drafts: DraftGraphs, slices: Slices) -> None:
         self._intake = intake
         self._drafts = drafts
         self._slices = slices
@@ -96,13 +96,13 @@ class Submissions:
         check_id(request.draft_id, "draft_id")
         key = key_of(request.draft_id, reach.tenant)
         size, count = request.ByteSize(), len(request.tasks)
-        known = self._drafts.expect(key, revision, size, count)
+        known = self._drafts.expect(key, reach.tenant, revision, size, count)
         print_ = _print_of(self._drafts.get(key) if known else None)
         functions = self._functions(request, known, reach)
         print_.add_functions(functions)
         tasks = await self.tasks(request.tasks, functions, print_)
         # Another part may have come meanwhile.
-        self._drafts.expect(key, revision, size, count)
+        self._drafts.expect(key, reach.tenant, revision, size, count)
         return self._drafts.add(key, functions, tasks, size, print_, reach).revision
 
     async def definition(self, message: workflow_pb2.WorkflowSpec, found: Submission) -> workflow_pb2.WorkflowSpec:
@@ -136,7 +136,7 @@ class Submissions:
                 print_.add_task(message)
         return tasks
 
-    def _draft(self, draft_id: str, reach: Reach) -> tuple[Draft | None, str]:
+    def _draft(self, draft_id: str, reach: Reach) -> tuple[DraftGraph | None, str]:
         """Return a draft and its key; None when no draft is named. Raises NotFoundError."""
         key = key_of(draft_id, reach.tenant)
         return self._drafts.get(key) if draft_id else None, key
@@ -158,7 +158,7 @@ def merged(known: Mapping[str, Function], added: Mapping[str, Function]) -> dict
     return {**known, **added}
 
 
-def _print_of(draft: Draft | None) -> GraphPrint:
+def _print_of(draft: DraftGraph | None) -> GraphPrint:
     if draft is None:
         return GraphPrint()
     assert isinstance(draft.print_, GraphPrint)

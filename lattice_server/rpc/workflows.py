@@ -12,11 +12,11 @@ from lattice_server.core.errors import InvalidError, invalid_field
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.run import dag
 from lattice_server.core.tenancy import Reach, key_of
-from lattice_server.engine.draft_graphs import Drafts
+from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.workflow_store import WorkflowEntry, WorkflowLibrary, expect_revision
+from lattice_server.engine.workflow_store import WorkflowEntry, WorkflowStore, expect_revision
 from lattice_server.rpc import callers
 from lattice_server.rpc.context import Context
 from lattice_server.rpc.convert import payloads, tasks
@@ -36,8 +36,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     def __init__(
         self,
         orchestrator: Orchestrator,
-        library: WorkflowLibrary,
-        drafts: Drafts,
+        library: WorkflowStore,
+        drafts: DraftGraphs,
         intake: Intake,
         repeats: Repeats,
         slices: Slices,
