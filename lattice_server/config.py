@@ -80,6 +80,8 @@ class ServerConfig:
     upload_bytes: int = 8 * GIB
     upload_ttl_s: float = 600.0
     workflow_bytes: int = GIB
+    draft_bytes: int = 4 * GIB
+    live_run_bytes: int = 8 * GIB
     spare_bytes: int = 512 * MIB
     tenant_share: float = 0.5
     max_workflows: int = 10_000

@@ -1,4 +1,5 @@
-"""Owns what is let in. Rule: what is let in is never lost; what cannot be kept, or never run, is refused at once."""
+"""Owns the admission of work. Rule: admitted work is never dropped for lack of space in the queue; work that exceeds a
+limit, or that no node could run, is refused at once."""
 
 import asyncio
 from collections import Counter
@@ -10,54 +11,81 @@ from lattice_server.core.run.run import Bounds
 from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.placement import Shape, impossibility, shape_of
 from lattice_server.core.steps import Steps, finish, stepwise
+from lattice_server.engine.usage import Bound, Usage
 
+GIB = 1024 * 1024 * 1024
+LIVE_BOUND = Bound(8 * GIB, share=0.5)
 RETRY_AFTER_S = 1.0
-# A tenth of the open tasks is for runs of at most so many, so that large runs do not keep small ones out.
+# A tenth of the open tasks is reserved for runs of at most this many tasks, so that large runs do not block small ones.
 SMALL_RUN_TASKS = 1000
-# While others fill the queue a tenant still gets this part of it, and the queue grows to twice its length at most.
+# While other tenants fill the queue, a tenant may still have this part of it; the queue is then at most twice as long.
 TENANT_PART = 16
 
 
 class Admission:
-    """Counts open tasks and knows the nodes; lives on the main thread."""
+    """Counts open tasks and the memory of live runs, and knows the nodes; lives on the main thread."""
 
-    def __init__(self, bounds: Bounds, max_open_tasks: int) -> None:
+    def __init__(self, bounds: Bounds, max_open_tasks: int, live_bound: Bound = LIVE_BOUND) -> None:
         self.bounds = bounds
+        self.memory = Usage("live runs", live_bound)
         self._nodes: tuple[Node, ...] = ()
         self._has_nodes = asyncio.Event()
         self._max_open_tasks = max_open_tasks
         self._open_tasks: Counter[str] = Counter()
         self._total = 0
 
+    @property
+    def open_tasks(self) -> int:
+        """How many tasks of all tenants have not ended."""
+        return self._total
+
     def know(self, nodes: tuple[Node, ...]) -> None:
-        """Take the nodes there are, as they are when nothing runs on them."""
+        """Replace the nodes; each is described with its full capacity."""
         self._nodes = nodes
         if nodes:
             self._has_nodes.set()
 
     async def has_nodes(self) -> None:
-        """Wait for the first node: before it is there, nobody can tell what could never run."""
+        """Wait for the first node; without one, no task could be checked against capacity."""
         await self._has_nodes.wait()
 
-    def count(self, change: int, tenant: str = "") -> None:
-        """Note that tasks of a tenant opened or, when negative, ended."""
-        self._total += change
-        self._open_tasks[tenant] += change
+    def count(self, tasks: int, size_bytes: int, tenant: str) -> None:
+        """Add open tasks and memory of a tenant's live runs; negative numbers subtract."""
+        self.memory.add(tenant, size_bytes)
+        self._total += tasks
+        self._open_tasks[tenant] += tasks
         if not self._open_tasks[tenant]:
             del self._open_tasks[tenant]
 
-    def check_room(self, count: int, tenant: str = "") -> None:
-        """Let so many tasks of a tenant in.
+    def check_room(self, tasks: int, size_bytes: int, tenant: str) -> None:
+        """Check that so many tasks of a tenant, which take so much memory, may be admitted.
 
         Raises:
-            ExhaustedError: RUN_TOO_LARGE, or QUEUE_FULL when it is worth asking again.
+            ExhaustedError: RUN_TOO_LARGE; QUEUE_FULL or STORE_FULL when the caller may try again.
         """
-        if count > self.bounds.max_tasks:
+        if tasks > self.bounds.max_tasks:
             raise ExhaustedError("RUN_TOO_LARGE", f"a run may have at most {self.bounds.max_tasks} tasks")
-        if self._total and not self._has_room(count, tenant):
-            # How much of it is other tenants' is not said.
-            text = f"{self._open_tasks[tenant]} tasks are open, {count} more are over what is left of the limit of"
+        if self._total and not self._has_room(tasks, tenant):
+            # The message counts the tenant's own tasks only, because other tenants' numbers are not its business.
+            text = f"{self._open_tasks[tenant]} tasks are open, {tasks} more are over what is left of the limit of"
             raise ExhaustedError("QUEUE_FULL", f"{text} {self._max_open_tasks}", retry_after_s=RETRY_AFTER_S)
+        self.check_memory(size_bytes, tenant)
+
+    def check_memory(self, size_bytes: int, tenant: str) -> None:
+        """Raise ExhaustedError, STORE_FULL, when the live runs of a tenant may not take so much more memory."""
+        if (refusal := self.memory.refusal(tenant, size_bytes)) is not None:
+            refusal.retry_after_s = RETRY_AFTER_S if self.memory.total else None
+            raise refusal
+
+    def excess(self, tenant: str) -> str:
+        """Return why a live run of a tenant may not grow any more; empty when it may.
+
+        A tenant over its own limit may not grow. When all tenants together are over the whole limit, the tenant with
+        the most memory may not.
+        """
+        is_over = self.memory.is_over(tenant) or (self.memory.is_full() and self.memory.has_most(tenant))
+        refusal = self.memory.refusal(tenant, 0) if is_over else None
+        return "" if refusal is None else refusal.message
 
     def _has_room(self, more: int, tenant: str) -> bool:
         most = self._max_open_tasks
@@ -70,7 +98,7 @@ class Admission:
         finish(self.checking(tasks))
 
     def checking(self, tasks: Sequence[TaskSpec]) -> Steps[None]:
-        """As `check_possible`, in steps."""
+        """Check as `check_possible` does, in steps."""
         possible: set[Shape] = set()
         for (index, task), is_step in stepwise(enumerate(tasks)):
             if is_step:

@@ -7,15 +7,38 @@ kept. When there is too much, history is evicted first, then the oldest results;
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from lattice_server.core.tenancy import UNNAMED, Reach
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.ended_ids import EndedIds
-from lattice_server.engine.run_entry import Retention, RunEntry
+from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.usage import Bound, Evictable, Usage
 
+GIB = 1024 * 1024 * 1024
 # How long large values of a result are kept like those of one that was not read: they are fetched after it.
 FETCH_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long, and how much of, ended runs are kept.
+
+    Attributes:
+        runs: how many runs are kept whose result was read or is too old.
+        kept_bytes: the memory of all ended runs.
+        artifact_bytes: the size of their values in the store.
+        share: the part of either that one tenant may have.
+        result_ttl_s: how long a result is kept that no caller has read.
+        id_ttl_s: how long the id of an evicted run is remembered.
+    """
+
+    runs: int = 1000
+    kept_bytes: int = 2 * GIB
+    artifact_bytes: int = 2 * GIB
+    share: float = 0.5
+    result_ttl_s: float = 3600.0
+    id_ttl_s: float = 3600.0
 
 
 class EndedRuns:
@@ -31,6 +54,7 @@ class EndedRuns:
         self._runs = runs
         self._store = store
         self._clock = clock
+        self.on_add: Callable[[], object] = lambda: None
         self._result_ttl_s = retention.result_ttl_s
         self._dropped = EndedIds(kept_s=retention.id_ttl_s)
         self.memory = Usage("ended runs", Bound(retention.kept_bytes, retention.share))
@@ -59,6 +83,7 @@ class EndedRuns:
         self._unread[key] = self._clock() + self._result_ttl_s
         self._expire()
         self._evict(tenant, spared=key)
+        self.on_add()
 
     def note_read(self, entry: RunEntry) -> None:
         """Note that a caller was given the result of a run, which may have been evicted."""

@@ -1,106 +1,79 @@
-"""Owns the streams that hold open runs, and the time an open run goes on without one.
+"""Owns the streams of open runs, and the grace time of an open run without a stream.
 
-Rule: what becomes of a run is decided by its machines; here it is carried from and to the stream.
+Rule: the machines of a run decide; this class carries requests and timers to them.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
 
 from lattice_server.core.errors import AbortedError, PreconditionError
-from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskSkipped, TaskSucceeded
 from lattice_server.core.model import Failure, Payload
-from lattice_server.core.run.open_run import HolderEffect, OpenRun
-from lattice_server.core.run.questions import (
-    NOT_OPEN,
-    AnswerQuestion,
-    AskHolder,
-    QuestionAsked,
-    WithdrawQuestion,
-    answer_to,
-)
-from lattice_server.core.run.run import Effect
-from lattice_server.engine.holder import Holder
-from lattice_server.engine.run_entry import RunEntry
+from lattice_server.core.run.open_run import OpenRun
+from lattice_server.engine.caller_stream import CallerStream
+from lattice_server.engine.run_driver import RunDriver
+from lattice_server.engine.run_entry import ENDS, RunEntry
 
-# The facts that the stream which holds a run is told.
-TOLD = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
-
-Change = Callable[[RunEntry, Callable[[], Sequence[Effect | HolderEffect]]], None]
+# The facts that the stream of an open run is sent.
+TOLD = ENDS
 
 
 class OpenRuns:
-    """The callers of all open runs; lives on the main thread.
+    """The open runs and the streams of their callers; lives on the main thread."""
 
-    `change` has a run's machines decide, `send` takes answers for workers.
-    """
-
-    def __init__(self, grace_s: float, change: Change, send: Callable[[AnswerQuestion], None]) -> None:
+    def __init__(self, grace_s: float, driver: RunDriver) -> None:
         self._grace_s = grace_s
-        self._change = change
-        self._send = send
+        self._driver = driver
 
     def open(self, entry: RunEntry) -> None:
-        """Have a run that is new wait for the stream that holds it."""
+        """Have a new run wait for its stream, for the grace time."""
         entry.open_run = OpenRun(entry.run, self._grace_s, time.monotonic())
-        self._watch(entry)
+        self._set_timer(entry)
 
-    def hold(self, entry: RunEntry) -> Holder:
-        """Have a new stream hold a run; an older one is told. Raises PreconditionError."""
+    def hold(self, entry: RunEntry) -> CallerStream:
+        """Give a run a new stream, which replaces the older one. Raises PreconditionError."""
         machine = entry.open_run
         if machine is None:
             text = f"run {entry.run_id!r} was not started by OpenRun, so no stream can hold it"
             raise PreconditionError("RUN_NOT_OPEN", text)
-        older, holder = entry.holder, Holder()
+        older, stream = entry.stream, CallerStream()
         if older is not None:
             older.taken_over = AbortedError("RUN_TAKEN_OVER", f"another stream holds run {entry.run_id!r} now")
             older.news.set()
-        entry.holder = holder
-        self._change(entry, machine.hold)
-        self._watch(entry)
-        return holder
+        entry.stream = stream
+        with self._driver.change(entry) as perform:
+            perform(machine.hold())
+        self._set_timer(entry)
+        return stream
 
-    def leave(self, entry: RunEntry, holder: Holder) -> None:
-        """Note that a stream is over."""
-        self.fall_silent(entry, holder)
-        if entry.holder is holder:
-            entry.holder = None
+    def leave(self, entry: RunEntry, stream: CallerStream) -> None:
+        """Note that a stream has ended."""
+        self.fall_silent(entry, stream)
+        if entry.stream is stream:
+            entry.stream = None
 
-    def fall_silent(self, entry: RunEntry, holder: Holder) -> None:
-        """Note that the caller of a stream says nothing more on it, whether it has broken or is still read."""
-        if entry.holder is holder and entry.open_run is not None:
+    def fall_silent(self, entry: RunEntry, stream: CallerStream) -> None:
+        """Note that the caller of a stream sends no more requests on it, whether or not it still reads."""
+        if entry.stream is stream and entry.open_run is not None:
             entry.open_run.leave(time.monotonic())
-            self._watch(entry)
+            self._set_timer(entry)
 
-    def close(self, entry: RunEntry, holder: Holder) -> None:
-        """Have a run end with its tasks."""
-        if entry.holder is holder:
-            self._change(entry, lambda: entry.run.close(time.monotonic()))
+    def close(self, entry: RunEntry, stream: CallerStream) -> None:
+        """Have a run accept no more tasks, so that it ends with its last task."""
+        if entry.stream is stream:
+            with self._driver.change(entry) as perform:
+                perform(entry.run.close(time.monotonic()))
 
-    def answer(self, entry: RunEntry, holder: Holder, question_id: str, answer: Payload | Failure | str) -> bool:
-        """Take an answer; return whether the question needs one, and this stream is the one to give it."""
+    def answer(self, entry: RunEntry, stream: CallerStream, question_id: str, answer: Payload | Failure | str) -> bool:
+        """Take an answer; return whether the question is open and this stream is the run's newest."""
         machine = entry.open_run
-        found = None if entry.holder is not holder or machine is None else machine.answer(question_id, answer)
+        found = None if entry.stream is not stream or machine is None else machine.answer(question_id, answer)
         if found is not None:
-            self._send(found)
+            with self._driver.change(entry) as perform:
+                perform([found])
         return found is not None
 
-    def ask(self, entry: RunEntry, question: QuestionAsked) -> Sequence[HolderEffect]:
-        """Return what becomes of a question to the caller of a run."""
-        return [answer_to(question, NOT_OPEN)] if entry.open_run is None else entry.open_run.ask(question)
-
-    def perform(self, entry: RunEntry, effect: HolderEffect) -> None:
-        """Tell the stream that holds a run, or a worker, something."""
-        match effect:
-            case AnswerQuestion():
-                self._send(effect)
-            case AskHolder() if entry.holder is not None:
-                entry.holder.ask(effect.question)
-            case WithdrawQuestion() if entry.holder is not None:
-                entry.holder.withdraw(effect.question_id)
-
-    def _watch(self, entry: RunEntry) -> None:
-        """Have what is due done when it is."""
+    def _set_timer(self, entry: RunEntry) -> None:
+        """Have the machine's tick called at its next deadline."""
         if entry.grace is not None:
             entry.grace.cancel()
             entry.grace = None
@@ -113,5 +86,6 @@ class OpenRuns:
     def _tick(self, entry: RunEntry) -> None:
         entry.grace = None
         if (machine := entry.open_run) is not None:
-            self._change(entry, lambda: machine.tick(time.monotonic()))
-            self._watch(entry)
+            with self._driver.change(entry) as perform:
+                perform(machine.tick(time.monotonic()))
+            self._set_timer(entry)

@@ -1,6 +1,6 @@
-"""Owns questions to the scheduler's thread.
+"""Owns queries to the scheduler's thread.
 
-Rule: nobody reads the scheduler's machine but its own thread, which answers by an effect like any other.
+Rule: only the scheduler's own thread reads its machine; it answers a query by an effect.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from lattice_server.engine.bus import MessageBus
 Found = TypeVar("Found", bound=Answer)
 
 
-class Inquiries:
-    """Asks and waits for the answer; lives on the main thread."""
+class SchedulerQueries:
+    """Asks the scheduler and waits for the answer; lives on the main thread."""
 
     def __init__(self, bus: MessageBus) -> None:
         self._bus = bus
@@ -29,7 +29,7 @@ class Inquiries:
         self._open: dict[int, asyncio.Future[Answer]] = {}
 
     async def nodes(self) -> NodesDescribed:
-        """Return the nodes, and how many tasks wait and run."""
+        """Return the nodes, and how many tasks are queued and running."""
         number = next(self._numbers)
         return await self._ask(number, NodesRequested(number), NodesDescribed)
 
@@ -39,7 +39,7 @@ class Inquiries:
         return (await self._ask(number, ExplainRequested(number, run_id, task_id), TaskExplained)).explanation
 
     def answer(self, answer: Answer) -> None:
-        """Hand an answer to whoever waits for it."""
+        """Hand an answer to the query that it is for."""
         future = self._open.pop(answer.request_id, None)
         if future is not None and not future.done():
             future.set_result(answer)

@@ -1,4 +1,4 @@
-"""Owns what the server knows of one run besides its machine. Rule: only the orchestrator changes it."""
+"""Owns the record of one run beside its machine. Rule: only the orchestrator and its parts change it."""
 
 import asyncio
 import hashlib
@@ -10,12 +10,11 @@ from lattice_server.core.model import Artifact, Function
 from lattice_server.core.run.open_run import HolderEffect, OpenRun
 from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.tenancy import id_of
-from lattice_server.engine.holder import Holder
+from lattice_server.engine.caller_stream import CallerStream
 from lattice_server.engine.run_log import RunLog
 from lattice_server.engine.uploads import Name
 
-GIB = 1024 * 1024 * 1024
-# What a run and a task take by themselves, whatever they are given and give.
+# The memory of a run and of one task, without the values that they receive and produce.
 RUN_BYTES = 4096
 TASK_BYTES = 3072
 ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
@@ -23,16 +22,33 @@ ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
 
 @dataclass(slots=True)
 class RunEntry:
-    """A run, its log, and what a caller may ask about it.
+    """A run, its log, and the facts about it that callers may read.
 
-    Later runs have a higher `number`. `fingerprint` and `request_id` tell whether a repeated id means the same;
-    `parameter_bytes` is the memory of what the caller gave besides the graph. `artifacts` are those the run keeps in
-    the store, its inputs and its outputs; `graph_artifacts` of its graph's are among them. `uploads` are those that
-    count for its tenant, and `functions` the code that it holds, until it ends. `open_tasks` is what admission counts
-    for it; `expiry` ends it when its time is over. `start_times_s` and `end_times_s` are those of its tasks, and
-    `began_s` that of the first start, in seconds since the epoch. Of a run that was opened, `open_run` is the machine
-    of its caller, `holder` the stream that holds it, and `grace` ends it when there is none for too long. It
-    `is_going_on` while a turn of it to hand over tasks is to come.
+    Attributes:
+        run: its machine.
+        number: rises with each run of the server.
+        fingerprint: the digest of its request; an id that is repeated with another one is refused.
+        created_s: when it was accepted, in seconds since the epoch, like all times here.
+        labels: those of its caller.
+        parameter_bytes: the memory of its parameters.
+        request_id: that of the request which started it.
+        log: its events.
+        ended_s: when it ended.
+        artifacts: its inputs and outputs in the store, referenced until the run is evicted.
+        graph_artifacts: how many artifacts of its graph are among them.
+        uploads: the uploads that count for its tenant until it ends.
+        functions: the code that it references until it ends, by digest.
+        open_tasks: how many open tasks admission counts for it.
+        live_bytes: how much memory admission counts for it.
+        timeout_s: its time limit.
+        expiry: the timer of that limit.
+        start_times_s: when each task started.
+        end_times_s: when each task ended.
+        began_s: when the first task started.
+        open_run: the machine of its caller, if it was opened by `OpenRun`.
+        stream: the newest stream of that caller.
+        grace: the timer that cancels an open run without a stream.
+        is_continuing: whether a slice that submits more of its tasks is queued.
     """
 
     run: Run
@@ -49,20 +65,21 @@ class RunEntry:
     uploads: list[Name] = field(default_factory=list)
     functions: dict[str, Function] = field(default_factory=dict)
     open_tasks: int = 0
+    live_bytes: int = 0
     timeout_s: float | None = None
     expiry: asyncio.TimerHandle | None = None
     start_times_s: dict[str, float] = field(default_factory=dict)
     end_times_s: dict[str, float] = field(default_factory=dict)
     began_s: float | None = None
     open_run: OpenRun | None = None
-    holder: Holder | None = None
+    stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
-    is_going_on: bool = False
+    is_continuing: bool = False
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
-        """Note the times a fact tells, given how far the clock that people read is ahead of the machines' clock.
+        """Note the times of a fact; `offset_s` is how far wall time is ahead of the machines' monotonic time.
 
-        They are not worked out later: while a computer is suspended only one of the two clocks goes on.
+        They are converted at once, because only wall time advances while the computer is suspended.
         """
         if not isinstance(fact, TaskStarted | ENDS):
             return
@@ -74,38 +91,32 @@ class RunEntry:
         if record.ended_at is not None:
             self.end_times_s[fact.task_id] = record.ended_at + offset_s
 
+    def stop_timers(self) -> None:
+        """Cancel the timers of the run."""
+        for timer in (self.expiry, self.grace):
+            if timer is not None:
+                timer.cancel()
+        self.expiry = self.grace = None
+
     @property
     def key(self) -> str:
-        """What the run goes by inside the server."""
+        """The name of the run inside the server, unique among all tenants."""
         return self.run.run_id
 
     @property
     def run_id(self) -> str:
-        """What its callers, and the tasks in it, know the run by."""
+        """The name of the run for its callers and its tasks."""
         return id_of(self.run.run_id)
 
     @property
     def kept_bytes(self) -> int:
-        """The memory of the run, but for its code."""
-        tasks = RUN_BYTES + TASK_BYTES * len(self.run.tasks)
-        return tasks + self.parameter_bytes + self.run.dag.kept_bytes + self.log.kept_bytes
+        """The memory of the run without its code."""
+        return run_bytes(len(self.run.tasks), self.parameter_bytes + self.run.dag.kept_bytes) + self.log.kept_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """What is kept of runs that have ended.
-
-    A result is kept for `result_ttl_s` if no caller was given it before; of other runs the newest `runs` are kept.
-    `kept_bytes` bounds the memory of all, `artifact_bytes` the values that lie in stores; one tenant may have a `share`
-    of either. The ids of runs that are kept no longer are remembered for `id_ttl_s`.
-    """
-
-    runs: int = 1000
-    kept_bytes: int = 2 * GIB
-    artifact_bytes: int = 2 * GIB
-    share: float = 0.5
-    result_ttl_s: float = 3600.0
-    id_ttl_s: float = 3600.0
+def run_bytes(tasks: int, value_bytes: int) -> int:
+    """Return the memory of a run with so many tasks and values, before it has events."""
+    return RUN_BYTES + TASK_BYTES * tasks + value_bytes
 
 
 def fingerprint(*parts: bytes) -> str:

@@ -75,6 +75,10 @@ class Usage:
         """Whether all have, or with `added` would have, more than they may together."""
         return self.total + added > self.bound.total
 
+    def has_most(self, tenant: str) -> bool:
+        """Whether no tenant has more than this one."""
+        return self.of(tenant) >= max(self._by_tenant.values(), default=0)
+
     def refusal(self, tenant: str, added: int) -> ExhaustedError | None:
         """Return why a tenant may not have `added` more; None when it may."""
         if self.is_over(tenant, added):

@@ -35,7 +35,7 @@ class WorkflowEntry:
     revision: int = 1
 
 
-class WorkflowLibrary:
+class WorkflowStore:
     """The stored workflows by id, oldest first: at most `max_workflows`, and of definitions as many bytes as `bound`
     says. Their code is held in `code`, their large values in `store`."""
 

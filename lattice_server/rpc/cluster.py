@@ -9,7 +9,7 @@ from lattice_server.core import messages
 from lattice_server.core.errors import NotFoundError
 from lattice_server.core.scheduling.nodes import NodeView
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.queries import Inquiries
+from lattice_server.engine.queries import SchedulerQueries
 from lattice_server.engine.sessions import Sessions
 from lattice_server.rpc.convert.cluster import node_to_proto
 from lattice_server.rpc.convert.times import drain_deadline_from_proto
@@ -25,14 +25,14 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self,
         bus: MessageBus,
         sessions: Sessions,
-        inquiries: Inquiries,
         cache: RequestCache,
+        queries: SchedulerQueries,
         describe: Callable[[], Awaitable[cluster_pb2.GetServerInfoResponse]],
     ) -> None:
         self._bus = bus
         self._sessions = sessions
-        self._inquiries = inquiries
         self._cache = cache
+        self._queries = queries
         self._describe = describe
 
     async def GetServerInfo(
@@ -43,7 +43,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
 
     async def ListNodes(self, request: cluster_pb2.ListNodesRequest, context: Context) -> cluster_pb2.ListNodesResponse:
         """List the nodes in the ledger."""
-        found = sorted((await self._inquiries.nodes()).nodes, key=lambda node: node.node_id)
+        found = sorted((await self._queries.nodes()).nodes, key=lambda node: node.node_id)
         rows = ((node.node_id, node) for node in found if node.node_id > request.page_token)
         nodes, token = page(request, rows, self._node)
         return cluster_pb2.ListNodesResponse(nodes=nodes, next_page_token=token)
@@ -53,7 +53,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         return await self._cache.once(request, partial(self._drain, request))
 
     async def _drain(self, request: cluster_pb2.DrainNodeRequest) -> cluster_pb2.DrainNodeResponse:
-        nodes = (await self._inquiries.nodes()).nodes
+        nodes = (await self._queries.nodes()).nodes
         node = next((node for node in nodes if node.node_id == request.node_id), None)
         if node is None:
             raise NotFoundError("NODE_NOT_FOUND", f"there is no node {request.node_id!r}")

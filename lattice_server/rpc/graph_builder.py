@@ -11,7 +11,7 @@ from lattice.v1 import task_pb2, workflow_pb2
 from lattice_server.core.errors import ConflictError, NotFoundError, invalid_field
 from lattice_server.core.model import Function, TaskSpec, WorkflowSpec
 from lattice_server.core.tenancy import Reach, id_of, key_of
-from lattice_server.engine.drafts import Draft, Drafts
+from lattice_server.engine.draft_graphs import DraftGraph, DraftGraphs
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc.convert.tasks import MAX_ID_LENGTH, check_id, task_to_spec
 from lattice_server.rpc.fingerprints import GraphFingerprint, drop_pickles
@@ -46,7 +46,7 @@ class GraphBuilder:
     A draft belongs to the tenant of its caller's `reach`. Code is stored for the tenant of the run or the workflow.
     """
 
-    def __init__(self, parser: SpecParser, drafts: Drafts, slices: Slices) -> None:
+    def __init__(self, parser: SpecParser, drafts: DraftGraphs, slices: Slices) -> None:
         self._parser = parser
         self._drafts = drafts
         self._slices = slices
@@ -96,13 +96,13 @@ class GraphBuilder:
         check_id(request.draft_id, "draft_id")
         key = key_of(request.draft_id, reach.tenant)
         size, count = request.ByteSize(), len(request.tasks)
-        known = self._drafts.expect(key, revision, size, count)
+        known = self._drafts.expect(key, reach.tenant, revision, size, count)
         fingerprint = _fingerprint_of(self._drafts.get(key) if known else None)
         functions = self._functions(request, known, reach)
         fingerprint.add_functions(functions)
         tasks = await self.tasks(request.tasks, functions, fingerprint)
         # Another part may have been added meanwhile.
-        self._drafts.expect(key, revision, size, count)
+        self._drafts.expect(key, reach.tenant, revision, size, count)
         return self._drafts.add(key, functions, tasks, size, fingerprint, reach).revision
 
     async def definition(self, message: workflow_pb2.WorkflowSpec, found: SubmittedGraph) -> workflow_pb2.WorkflowSpec:
@@ -136,7 +136,7 @@ class GraphBuilder:
                 fingerprint.add_task(message)
         return tasks
 
-    def _draft(self, draft_id: str, reach: Reach) -> tuple[Draft | None, str]:
+    def _draft(self, draft_id: str, reach: Reach) -> tuple[DraftGraph | None, str]:
         """Return a draft and its key; None when no draft is named. Raises NotFoundError."""
         key = key_of(draft_id, reach.tenant)
         return self._drafts.get(key) if draft_id else None, key
@@ -158,7 +158,7 @@ def merged(known: Mapping[str, Function], added: Mapping[str, Function]) -> dict
     return {**known, **added}
 
 
-def _fingerprint_of(draft: Draft | None) -> GraphFingerprint:
+def _fingerprint_of(draft: DraftGraph | None) -> GraphFingerprint:
     if draft is None:
         return GraphFingerprint()
     assert isinstance(draft.print_, GraphFingerprint)

@@ -17,7 +17,7 @@ from lattice_server.core.errors import InvalidError
 from lattice_server.core.messages import DrainRequested
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.ports import Executor, Machine, Membership
-from lattice_server.engine.queries import Inquiries
+from lattice_server.engine.queries import SchedulerQueries
 from lattice_server.rpc import callers
 from lattice_server.rpc.callers import Caller, no_longer_valid
 from lattice_server.rpc.convert.times import drain_deadline_from_proto
@@ -36,11 +36,11 @@ Requests = AsyncIterator[worker_pb2.ConnectRequest]
 class Machines:
     """The machines that joined; lives on the main thread."""
 
-    def __init__(self, config: ServerConfig, executor: Executor, bus: MessageBus, inquiries: Inquiries) -> None:
+    def __init__(self, config: ServerConfig, executor: Executor, bus: MessageBus, queries: SchedulerQueries) -> None:
         self._config = config
         self._executor = executor
         self._bus = bus
-        self._inquiries = inquiries
+        self._queries = queries
         self._owners: dict[str, list[str]] = {}  # By node, a subject for each stream.
 
     def owner_of(self, node_id: str) -> str | None:
@@ -107,7 +107,7 @@ class Machines:
                     await self._drain(node_id, request.draining, membership)
 
     async def _drain(self, node_id: str, draining: worker_pb2.Draining, membership: Membership) -> None:
-        known = (await self._inquiries.nodes()).nodes
+        known = (await self._queries.nodes()).nodes
         if any(node.node_id == node_id for node in known):
             self._bus.post([DrainRequested(node_id, drain_deadline_from_proto(draining))])
         elif not membership.over.done():

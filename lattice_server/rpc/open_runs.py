@@ -14,7 +14,7 @@ from lattice.v1 import errors_pb2, run_pb2, workflow_pb2
 from lattice_server.core.errors import LatticeError, invalid_field
 from lattice_server.core.messages import RunEvent
 from lattice_server.core.model import Failure, Payload
-from lattice_server.engine.holder import Holder
+from lattice_server.engine.caller_stream import CallerStream
 from lattice_server.engine.open_runs import TOLD, OpenRuns
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
@@ -82,7 +82,7 @@ class OpenRunStreams:
 class _Stream:
     """One stream: reads the messages of its caller, and makes the responses."""
 
-    def __init__(self, entry: RunEntry, holder: Holder, open_runs: OpenRuns, add: Add, limit_bytes: int) -> None:
+    def __init__(self, entry: RunEntry, holder: CallerStream, open_runs: OpenRuns, add: Add, limit_bytes: int) -> None:
         self._entry = entry
         self._holder = holder
         self._open_runs = open_runs

@@ -5,10 +5,10 @@ from lattice.v1 import workflow_pb2
 from lattice_server.core.errors import InvalidError, invalid_field
 from lattice_server.core.model import WorkflowSpec
 from lattice_server.core.tenancy import Reach
-from lattice_server.engine.drafts import Drafts
+from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
-from lattice_server.engine.workflow_store import WorkflowLibrary
+from lattice_server.engine.workflow_store import WorkflowStore
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.tasks import check_id, check_request_id
 from lattice_server.rpc.convert.times import limit_from_proto
@@ -23,8 +23,8 @@ class RunStarter:
     def __init__(
         self,
         orchestrator: Orchestrator,
-        library: WorkflowLibrary,
-        drafts: Drafts,
+        library: WorkflowStore,
+        drafts: DraftGraphs,
         parser: SpecParser,
         graphs: GraphBuilder,
     ) -> None:

@@ -7,11 +7,11 @@ from itertools import islice
 
 from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 
-from lattice_server.engine.drafts import Drafts
+from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import fingerprint
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.workflow_store import WorkflowLibrary
+from lattice_server.engine.workflow_store import WorkflowStore
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.runs import (
     RUN_STATE_TO_PROTO,
@@ -38,8 +38,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
     def __init__(
         self,
         orchestrator: Orchestrator,
-        library: WorkflowLibrary,
-        drafts: Drafts,
+        library: WorkflowStore,
+        drafts: DraftGraphs,
         parser: SpecParser,
         cache: RequestCache,
         slices: Slices,

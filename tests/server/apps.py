@@ -48,8 +48,7 @@ def build(executor: Executor | None = None, **settings: Any) -> App:
     config = ServerConfig(**{"port": 0, "executor": "local", "num_cpus": 2} | settings)
     if executor is None:
         return App(config)
-    # The one place that knows how a server comes by its executor.
-    with mock.patch("lattice_server.app._executor", return_value=executor):
+    with mock.patch("lattice_server.app.executor_of", return_value=executor):
         return App(config)
 
 

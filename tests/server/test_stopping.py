@@ -46,7 +46,7 @@ def test_a_server_whose_scheduler_fails_ends_and_so_do_the_calls_of_its_readers(
                 await app.serve(config, lambda address: reading.append(asyncio.create_task(read(address))))
             assert await reading[0] is not None
 
-    monkeypatch.setattr(app, "_executor", lambda *_: NoWorkers())
+    monkeypatch.setattr(app, "executor_of", lambda *_: NoWorkers())
     monkeypatch.setattr(scheduler_thread, "PAUSES_S", (0.0, 0.0))
     asyncio.run(scenario())
 

@@ -225,6 +225,10 @@ class Run:
         """Fail the run because its time is over; a run that has ended or is stopping stays as it is."""
         return self._stop_now(Failure(FailureKind.TIMEOUT, f"the run took longer than {limit_s:g} s"), now)
 
+    def fail(self, failure: Failure, now: float) -> list[Effect]:
+        """Fail the run for a reason outside it; a run that has ended or is stopping stays as it is."""
+        return self._stop_now(failure, now)
+
     def abandon(self, failure: Failure, now: float) -> list[Effect]:
         """Fail the run at once, whatever state a bug has left it in; facts that come later are ignored.
 

@@ -34,13 +34,14 @@ from lattice_server.engine.admission import Admission
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_ids import EndedIds
+from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.outbox import Connection
-from lattice_server.engine.run_entry import Retention, RunEntry
+from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.uploads import Name, Uploads
 from lattice_server.engine.usage import Bound
-from lattice_server.engine.workflow_store import WorkflowLibrary
+from lattice_server.engine.workflow_store import WorkflowStore
 from lattice_server.rpc.convert.runs import run_to_proto, task_to_proto
 from tests.server.core.graphs import VALUE, hello, task, workflow
 
@@ -282,7 +283,7 @@ def test_a_stored_workflow_keeps_what_it_names_until_it_names_it_no_more() -> No
         def naming(*names: str) -> WorkflowSpec:
             return workflow({"t": ()}, parameters={name: stored(name) for name in names})
 
-        library = WorkflowLibrary(store, CodeStore(), 9)  # type: ignore[arg-type]  # it counts as one
+        library = WorkflowStore(store, CodeStore(), 9)  # type: ignore[arg-type]  # it counts as one
         entry, _ = library.create("w", naming("x", "y"), {}, None, "print")
         library.create("w", naming("x", "y"), {}, None, "print")
         assert store.holders == {"x": 1, "y": 1}
@@ -333,7 +334,7 @@ def test_runs_that_keep_many_bytes_are_forgotten_sooner_but_never_the_newest(tol
 
 
 def test_no_more_workflows_are_stored_than_may_be_and_a_place_that_is_free_is_given_again() -> None:
-    library = WorkflowLibrary(Holdings(), CodeStore(), 2)  # type: ignore[arg-type]  # it counts as one
+    library = WorkflowStore(Holdings(), CodeStore(), 2)  # type: ignore[arg-type]  # it counts as one
     for name in "ab":
         library.create(name, ONE_TASK, {}, None, "print")
     with pytest.raises(ExhaustedError) as caught:
@@ -345,7 +346,7 @@ def test_no_more_workflows_are_stored_than_may_be_and_a_place_that_is_free_is_gi
 
 
 def test_stored_workflows_take_no_more_bytes_than_they_may() -> None:
-    library = WorkflowLibrary(Holdings(), CodeStore(), 9, Bound(100))  # type: ignore[arg-type]  # it counts as one
+    library = WorkflowStore(Holdings(), CodeStore(), 9, Bound(100))  # type: ignore[arg-type]  # it counts as one
     entry, _ = library.create("a", ONE_TASK, {}, None, "print", 60)
     with pytest.raises(ExhaustedError, match="60 bytes of stored workflows are kept, and 41 more are over the 100"):
         library.create("b", ONE_TASK, {}, None, "print", 41)
@@ -531,7 +532,8 @@ def test_times_stay_true_when_the_computer_is_suspended(monkeypatch: pytest.Monk
     """The machines' clock stands still meanwhile, and the one that people read goes on."""
     machines_s, people_s = 100.0, 1_000_000.0
     clocks = SimpleNamespace(monotonic=lambda: machines_s, time=lambda: people_s)
-    monkeypatch.setattr("lattice_server.engine.orchestrator.time", clocks)
+    for module in ("orchestrator", "run_driver", "run_starter"):
+        monkeypatch.setattr(f"lattice_server.engine.{module}.time", clocks)
 
     def pass_time(seconds: float, suspended: float = 0.0) -> None:
         nonlocal machines_s, people_s

@@ -11,7 +11,8 @@ from lattice_server.core.errors import ExhaustedError, NotFoundError
 from lattice_server.core.model import Artifact, Function, Payload, TaskSpec
 from lattice_server.core.tenancy import UNNAMED
 from lattice_server.engine.artifact_store import ArtifactStore
-from lattice_server.engine.drafts import Drafts
+from lattice_server.engine.draft_graphs import SPEC_BYTES, DraftGraphs
+from lattice_server.engine.usage import Bound
 from tests.server.rpc.callers import Caller, fresh, function, graph, output, refused, run, task
 
 CHAIN = [task("t0"), *(task(f"t{number}", inputs={"x": output(f"t{number - 1}")}) for number in range(1, 7))]
@@ -174,9 +175,9 @@ def test_tasks_of_a_draft_are_added_to_a_run(idle: Caller) -> None:
 
 def test_a_draft_is_refused_beyond_what_a_run_may_have(idle: Caller) -> None:
     limits = idle.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest()).limits
-    drafts = Drafts(ArtifactStore(), max_tasks=limits.run_tasks)
+    drafts = DraftGraphs(ArtifactStore(), max_tasks=limits.run_tasks)
     with pytest.raises(ExhaustedError) as caught:
-        drafts.expect("d", None, 1, limits.run_tasks + 1)
+        drafts.expect("d", "", None, 1, limits.run_tasks + 1)
     assert caught.value.reason == "RUN_TOO_LARGE"
 
 
@@ -209,17 +210,17 @@ def with_artifact(store: ArtifactStore) -> tuple[TaskSpec, Artifact]:
 def test_a_draft_that_nothing_names_is_dropped_with_what_it_holds() -> None:
     async def scenario() -> None:
         store = ArtifactStore()
-        drafts = Drafts(store, 10, ttl_s=0.01, max_bytes=100)
+        drafts = DraftGraphs(store, 10, Bound(100 + SPEC_BYTES), ttl_s=0.01)
         spec, artifact = with_artifact(store)
         drafts.add("d", {}, [spec], 100, None, UNNAMED)
         store.release([artifact])
         assert store.held(artifact.artifact_id) is not None
         with pytest.raises(ExhaustedError):
-            drafts.expect("other", None, 1, 1)
+            drafts.expect("other", "", None, 1, 1)
         while len(drafts):
             await asyncio.sleep(0.005)
         assert store.held(artifact.artifact_id) is None
-        drafts.expect("other", None, 1, 1)
+        drafts.expect("other", "", None, 1, 1)
         with pytest.raises(NotFoundError):
             drafts.get("d")
         store.close()
@@ -230,13 +231,13 @@ def test_a_draft_that_nothing_names_is_dropped_with_what_it_holds() -> None:
 def test_a_draft_that_was_used_holds_nothing() -> None:
     async def scenario() -> None:
         store = ArtifactStore()
-        drafts = Drafts(store, 10, max_bytes=100)
+        drafts = DraftGraphs(store, 10, Bound(100 + SPEC_BYTES))
         spec, artifact = with_artifact(store)
         drafts.add("d", {}, [spec], 100, "print", UNNAMED)
         store.release([artifact])
         drafts.use_up("d")
         assert store.held(artifact.artifact_id) is None
-        drafts.expect("other", None, 100, 1)
+        drafts.expect("other", "", None, 100, 1)
         assert (drafts.get("d").tasks, drafts.get("d").print_) == ([], "print")
         store.close()
 
@@ -246,17 +247,17 @@ def test_a_draft_that_was_used_holds_nothing() -> None:
 def test_as_many_drafts_are_kept_as_may_be() -> None:
     async def scenario() -> None:
         store = ArtifactStore()
-        drafts = Drafts(store, 10, max_drafts=2)
+        drafts = DraftGraphs(store, 10, Bound(100), max_drafts=2)
         for name in ("a", "b"):
             drafts.add(name, {}, [], 0, None, UNNAMED)
         with pytest.raises(ExhaustedError) as caught:
-            drafts.expect("c", None, 0, 0)
+            drafts.expect("c", "", None, 0, 0)
         assert (caught.value.reason, caught.value.retry_after_s) == ("QUEUE_FULL", 1.0)
-        drafts.expect("a", 1, 0, 0)
+        drafts.expect("a", "", 1, 0, 0)
         for name in ("a", "b"):
             drafts.use_up(name)
         for name in ("c", "d"):
-            drafts.expect(name, None, 0, 0)
+            drafts.expect(name, "", None, 0, 0)
             drafts.add(name, {}, [], 0, None, UNNAMED)
             drafts.use_up(name)
         assert len(drafts) == 2, "of those that were used the oldest go first"

@@ -1,4 +1,7 @@
-"""Owns what is to be told on one stream that holds a run. Rule: events are not kept here; the run's log has them."""
+"""Owns the questions and withdrawals to send on one caller's stream of an open run.
+
+Rule: the stream reads events from the run's log, so none are queued here.
+"""
 
 import asyncio
 
@@ -6,15 +9,15 @@ from lattice_server.core.errors import LatticeError
 from lattice_server.core.run.questions import QuestionAsked
 
 
-class Holder:
-    """One stream that holds a run: what is to be told on it besides events, and `news`, set when anything is.
+class CallerStream:
+    """One stream of the caller of an open run; `news` is set when there is something to send on it.
 
-    `taken_over` is set when another stream holds the run.
+    `taken_over` is set when a newer stream of the run replaces this one.
     """
 
     def __init__(self) -> None:
         self.news = asyncio.Event()
-        self.news.set()  # Of a run that is taken over there may be something to tell.
+        self.news.set()  # A stream that takes a run over may find events that were never sent.
         self.taken_over: LatticeError | None = None
         self._questions: dict[str, QuestionAsked] = {}
         self._withdrawn: list[str] = []
@@ -25,13 +28,13 @@ class Holder:
         self.news.set()
 
     def withdraw(self, question_id: str) -> None:
-        """Queue the withdrawal of a question; one that was not sent yet is not sent."""
+        """Queue the withdrawal of a question; a question that was not sent yet is dropped instead."""
         if self._questions.pop(question_id, None) is None:
             self._withdrawn.append(question_id)
             self.news.set()
 
     def take(self) -> tuple[list[QuestionAsked], list[str]]:
-        """Return the questions and the withdrawals that are queued, which count as sent."""
+        """Return the queued questions and withdrawals, which count as sent."""
         asked, self._questions = list(self._questions.values()), {}
         withdrawn, self._withdrawn = self._withdrawn, []
         return asked, withdrawn

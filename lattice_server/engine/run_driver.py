@@ -1,0 +1,143 @@
+"""Carries out the decisions of the machines of runs, on the main thread.
+
+Rule: a machine that raises ends its run, so that the run's readers do not wait for ever.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import assert_never
+from uuid import uuid4
+
+from lattice_server.core.errors import LatticeError
+from lattice_server.core.messages import CancelRequested, Fact, RunFinished, SchedulerEvent, TaskReady, TaskSucceeded
+from lattice_server.core.model import Failure, FailureKind
+from lattice_server.core.run.open_run import HolderEffect
+from lattice_server.core.run.questions import AnswerQuestion, AskHolder, WithdrawQuestion
+from lattice_server.core.run.run import Effect
+from lattice_server.engine import run_logging
+from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.ended_runs import EndedRuns
+from lattice_server.engine.run_entry import ENDS, RunEntry
+from lattice_server.engine.run_stores import RunStores
+from lattice_server.engine.slices import Slices
+
+log = logging.getLogger(__name__)
+
+Effects = Sequence[Effect | HolderEffect]
+
+
+class RunDriver:
+    """Carries out effects: tasks go to the scheduler, facts to the log of their run, questions to its caller.
+
+    `answer` sends the answer of a question to a worker.
+    """
+
+    def __init__(
+        self,
+        bus: MessageBus,
+        stores: RunStores,
+        ended: EndedRuns,
+        slices: Slices,
+        answer: Callable[[AnswerQuestion], None],
+    ) -> None:
+        self._bus = bus
+        self._stores = stores
+        self._ended = ended
+        self._slices = slices
+        self._answer = answer
+
+    @contextmanager
+    def change(
+        self, entry: RunEntry, posts: list[SchedulerEvent] | None = None, *, uploader: str = ""
+    ) -> Iterator[Callable[[Effects], None]]:
+        """Yield a function that carries out effects; the block calls it with the decision of a machine.
+
+        A LatticeError of the block is a refusal, which changes nothing. Any other exception ends the run and is raised.
+
+        Args:
+            entry: the run that the block changes.
+            posts: takes the events for the scheduler; they are posted at once when there is no such list.
+            uploader: the tenant of the caller who changes the graph, whose uploads it may name.
+        """
+        try:
+            yield lambda effects: self._perform(entry, effects, posts, uploader)
+        except LatticeError:
+            raise
+        except Exception:
+            if not entry.log.is_complete:
+                self._abandon(entry, posts)
+            raise
+
+    def _abandon(self, entry: RunEntry, posts: list[SchedulerEvent] | None) -> None:
+        error_id = uuid4().hex
+        log.exception("the run ends by a bug", extra={"run_id": entry.run_id, "error_id": error_id})
+        failure = Failure(FailureKind.INTERNAL, f"internal error {error_id}; the server's log has the details")
+        self._perform(entry, entry.run.abandon(failure, time.monotonic()), posts)
+
+    def _perform(
+        self,
+        entry: RunEntry,
+        effects: Effects,
+        posts: list[SchedulerEvent] | None,
+        uploader: str = "",
+    ) -> None:
+        own: list[SchedulerEvent] = [] if posts is None else posts
+        if entry.open_run is not None:
+            effects = [*entry.open_run.withdraw(effects), *effects]
+        for effect in effects:
+            match effect:
+                case TaskReady() | CancelRequested():
+                    own.append(effect)
+                case AskHolder() | WithdrawQuestion() | AnswerQuestion():
+                    self._pass_on(entry, effect)
+                case _:
+                    self._publish(entry, effect)
+        if posts is None:
+            self._bus.post(own)
+        self._stores.hold_graph(entry, uploader)
+        self._stores.count(entry)
+        if entry.run.is_terminal:
+            self._end(entry)
+        elif (failure := self._stores.excess(entry)) and (stopping := entry.run.fail(failure, time.monotonic())):
+            self._perform(entry, stopping, posts)
+        elif entry.run.is_unsettled and not entry.is_continuing:
+            entry.is_continuing = True
+            self._slices.call(lambda: self._continue(entry))
+
+    def _publish(self, entry: RunEntry, fact: Fact) -> None:
+        if isinstance(fact, TaskSucceeded):
+            self._stores.hold_outputs(entry, fact)
+        time_s = time.time()
+        entry.note_times(fact, time_s - time.monotonic())
+        entry.log.append(fact, time_s)
+        if entry.stream is not None and isinstance(fact, ENDS | RunFinished):
+            entry.stream.news.set()
+        run_logging.note(entry, fact)
+
+    def _pass_on(self, entry: RunEntry, effect: HolderEffect) -> None:
+        match effect:
+            case AnswerQuestion():
+                self._answer(effect)
+            case AskHolder():
+                if entry.stream is not None:
+                    entry.stream.ask(effect.question)
+            case WithdrawQuestion():
+                if entry.stream is not None:
+                    entry.stream.withdraw(effect.question_id)
+            case _:
+                assert_never(effect)
+
+    def _continue(self, entry: RunEntry) -> None:
+        """Have a run submit more of its tasks."""
+        entry.is_continuing = False
+        with self.change(entry) as perform:
+            perform(entry.run.go_on(time.monotonic()))
+
+    def _end(self, entry: RunEntry) -> None:
+        if entry.ended_s is None:
+            entry.stop_timers()
+            entry.ended_s = time.time()
+            self._stores.release(entry)
+            self._ended.add(entry)
