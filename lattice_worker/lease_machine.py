@@ -20,7 +20,7 @@ MAX_SEEN = 10_000  # How many leases are remembered, so that one that comes agai
 
 
 class Attempts(Protocol[Doable_contra, Given_contra]):
-    """Runs what leases are about. Each lease that was started is told once, by `Leasing.ended`."""
+    """Runs what leases are about. Each lease that was started is told once, by `LeaseMachine.ended`."""
 
     def start(self, work: Doable_contra) -> None:
         """Run a lease whose turn has come."""
@@ -41,10 +41,10 @@ class Attempts(Protocol[Doable_contra, Given_contra]):
         """End a lease that has started, as a failure of this kind."""
 
     def cancelled(self, work: Doable_contra) -> None:
-        """Report that a lease was ended before it started, which is told by `Leasing.ended` as well."""
+        """Report that a lease was ended before it started, which is told by `LeaseMachine.ended` as well."""
 
 
-class Leasing(Generic[Work, Report, Outputs]):
+class LeaseMachine(Generic[Work, Report, Outputs]):
     """The leases of one worker. `say` takes each report with its number, `returned` makes the one that gives a lease
     back unstarted."""
 
