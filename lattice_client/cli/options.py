@@ -74,18 +74,19 @@ class Commands(click.Group):
 
 def _broken(entry: EntryPoint, error: Exception) -> click.Command:
     """Return a command in place of one that cannot be imported; the other commands work without it."""
-    reason = f"`lattice {entry.name}` cannot be loaded: {type(error).__name__}: {error}"
+    reason, summary = f"cannot be loaded: {type(error).__name__}: {error}", "Cannot be loaded."
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lattice"):
         extra = entry.module.partition(".")[0].removeprefix("lattice_")
-        reason = f'`lattice {entry.name}` needs more packages: pip install "{DISTRIBUTION}[{extra}]"'
+        reason, summary = (
+            f'needs more packages: pip install "{DISTRIBUTION}[{extra}]"',
+            f"Needs {DISTRIBUTION}[{extra}].",
+        )
 
     def fail() -> None:
-        raise click.ClickException(reason)
+        raise click.ClickException(f"`lattice {entry.name}` {reason}")
 
     anything = {"ignore_unknown_options": True, "allow_extra_args": True}
-    return click.Command(
-        entry.name, callback=fail, help="Cannot be loaded.", context_settings=anything, add_help_option=False
-    )
+    return click.Command(entry.name, callback=fail, help=summary, context_settings=anything, add_help_option=False)
 
 
 @dataclass(frozen=True, slots=True)
