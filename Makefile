@@ -24,6 +24,17 @@ check: lint
 test-all: setup
 	$(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
+# The tests of the client that start no server, on Python 3.13 and without Ray.
+PYTHON_3_13 ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python))
+.PHONY: test-3.13
+test-3.13: .venv-3.13/.stamp
+	.venv-3.13/bin/python -m pytest -n 2 -m "not slow and not exhaustive" $(PYTEST_FLAGS) tests/client
+
+.venv-3.13/.stamp: pyproject.toml
+	$(PYTHON_3_13) -m venv .venv-3.13
+	.venv-3.13/bin/pip install -q -e ".[server,langgraph,test]"
+	touch $@
+
 lint: $(VENV)/.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,6 +92,10 @@ def start(**given: Any) -> None:
         raise click.UsageError(f"a label is NAME=VALUE, not {wrong[0]!r}")
     if flags.worker:
         _become_worker(flags)
+    if flags.executor == "ray" and find_spec("ray") is None:
+        raise click.ClickException(
+            'the Ray executor needs Ray: pip install "lattice-control-plane[ray]", or start with --executor local'
+        )
     if not MAY_SERVE:
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
     config = flags.logging(ServerConfig() if flags.config_file is None else _read(flags.config_file))

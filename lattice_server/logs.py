@@ -3,10 +3,10 @@
 A record says by `extra` which run, task, attempt, node, worker, session or lease it is about.
 """
 
+import json
 import logging
+from datetime import UTC, datetime
 from typing import TextIO
-
-from pythonjsonlogger.json import JsonFormatter
 
 HANDLER = "lattice"
 FORMATS = ("text", "json")
@@ -42,17 +42,18 @@ class TextLines(logging.Formatter):
         return text
 
 
-class JsonLines(JsonFormatter):
-    """Records for programs: `time`, `level`, `logger`, `message`, `exception` and the fields, all in ASCII."""
+class JsonLines(logging.Formatter):
+    """Records for programs: `level`, `logger`, `message`, `exception`, the fields and `time`, all in ASCII."""
 
-    def __init__(self) -> None:
-        names = {"levelname": "level", "name": "logger", "exc_info": "exception"}
-        form = "%(levelname)s %(name)s %(message)s"
-        super().__init__(form, rename_fields=names, timestamp="time", json_ensure_ascii=True)
-
-    def process_log_record(self, log_data: dict[str, object]) -> dict[str, object]:
-        """Leave out fields without a value."""
-        return {name: value for name, value in log_data.items() if name not in FIELDS or value}
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a record as one JSON object."""
+        told = vars(record)
+        found: dict[str, object] = {"level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            found["exception"] = self.formatException(record.exc_info)
+        found |= {name: told[name] for name in FIELDS if told.get(name)}
+        found["time"] = datetime.fromtimestamp(record.created, UTC).isoformat()
+        return json.dumps(found, default=str)
 
 
 def shown(text: str) -> str:

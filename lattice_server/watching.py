@@ -3,8 +3,6 @@
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import asyncinotify
-
 
 async def changes(path: Path) -> AsyncIterator[None]:
     """Yield at first, and whenever a file may have changed: written, replaced, removed, or given other rights.
@@ -12,6 +10,8 @@ async def changes(path: Path) -> AsyncIterator[None]:
     The folder is watched, since a file that is replaced is another file. A write is seen when the writer closes the
     file. It is over when the folder is gone. Raises OSError when the folder cannot be watched.
     """
+    import asyncinotify  # `lattice start --worker` runs without the packages of the server
+
     mask = asyncinotify.Mask
     wanted = mask.CLOSE_WRITE | mask.MOVED_TO | mask.MOVED_FROM | mask.DELETE | mask.ATTRIB
     path = path.absolute()

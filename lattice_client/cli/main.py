@@ -10,11 +10,19 @@ import click
 from lattice.v1 import cluster_pb2
 
 from lattice_client import logs
-from lattice_client.cli.options import Commands, Server, address, as_dict, as_json, connected, print_json, show
+from lattice_client.cli.options import (
+    DISTRIBUTION,
+    Commands,
+    Server,
+    address,
+    as_dict,
+    as_json,
+    connected,
+    print_json,
+    show,
+)
 from lattice_client.cli.runs import runs
 from lattice_client.cli.terminal import say
-
-DISTRIBUTION = "lattice-control-plane"
 
 
 @click.group(cls=Commands)

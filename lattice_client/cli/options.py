@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from io import TextIOWrapper
 from typing import Any
 
@@ -27,6 +27,7 @@ from lattice_client.sync import LatticeClient
 from lattice_client.transport.channel import DEFAULT_TARGET
 from lattice_client.transport.security import SecurityOptions
 
+DISTRIBUTION = "lattice-control-plane"
 ENTRY_POINTS = "lattice.commands"
 # Values nested deeper than this are shown as Python writes them.
 MAX_DEPTH = 50
@@ -66,18 +67,26 @@ class Commands(click.Group):
             try:
                 loaded: click.Command = entry.load()
             except Exception as error:
-                return _broken(cmd_name, error)
+                return _broken(entry, error)
             return loaded
         return found
 
 
-def _broken(name: str, error: Exception) -> click.Command:
-    """Return the command of another package that cannot be imported; the other commands work without it."""
+def _broken(entry: EntryPoint, error: Exception) -> click.Command:
+    """Return a command in place of one that cannot be imported; the other commands work without it."""
+    reason, summary = f"cannot be loaded: {type(error).__name__}: {error}", "Cannot be loaded."
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("lattice"):
+        extra = entry.module.partition(".")[0].removeprefix("lattice_")
+        reason, summary = (
+            f'needs more packages: pip install "{DISTRIBUTION}[{extra}]"',
+            f"Needs {DISTRIBUTION}[{extra}].",
+        )
 
     def fail() -> None:
-        raise click.ClickException(f"`lattice {name}` cannot be loaded: {type(error).__name__}: {error}")
+        raise click.ClickException(f"`lattice {entry.name}` {reason}")
 
-    return click.Command(name, callback=fail, help="Cannot be loaded.")
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(entry.name, callback=fail, help=summary, context_settings=anything, add_help_option=False)
 
 
 @dataclass(frozen=True, slots=True)

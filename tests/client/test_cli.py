@@ -128,14 +128,14 @@ def test_commands_of_other_packages_are_offered() -> None:
 def test_a_command_that_cannot_be_loaded_leaves_the_others_when_its_package_is_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    broken = EntryPoint("token", "no_such_package:command", options.ENTRY_POINTS)
+    broken = EntryPoint("token", "lattice_none:command", options.ENTRY_POINTS)
     found = EntryPoints([broken])
     monkeypatch.setattr(options, "entry_points", found.select)
     assert re.search(r"^  token +Cannot be loaded", CliRunner().invoke(main, ["--help"]).stdout, re.MULTILINE)
     assert "runs" in CliRunner().invoke(main, ["--help"]).stdout
     done = CliRunner().invoke(main, ["token"])
     assert done.exit_code == 1
-    assert "`lattice token` cannot be loaded: ModuleNotFoundError: No module named 'no_such_package'" in done.output
+    assert "`lattice token` cannot be loaded: ModuleNotFoundError: No module named 'lattice_none'" in done.output
 
 
 @pytest.mark.parametrize(

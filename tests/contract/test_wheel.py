@@ -1,8 +1,11 @@
-"""The wheel holds all that the packages need, and nothing that is not theirs."""
+"""The wheel holds the files of the packages and the license, and requires only the packages of the client."""
 
+import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     tracked = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
-    wanted = ("proto/", "lattice_", "pyproject.toml", "README.md")
+    wanted = ("proto/", "lattice_", "pyproject.toml", "README.md", "LICENSE")
     for name in filter(None, tracked):
         if name.startswith(wanted) and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -34,13 +37,29 @@ def _built(source: Path, target: str, folder: Path) -> zipfile.ZipFile:
 
 
 @pytest.fixture(scope="module")
-def names(source: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    with _built(source, "wheel", tmp_path_factory.mktemp("wheel")) as built:
+        yield built
+
+
+@pytest.fixture(scope="module")
+def names(wheel: zipfile.ZipFile) -> set[str]:
     """The files in the wheel."""
-    with _built(source, "wheel", tmp_path_factory.mktemp("wheel")) as wheel:
-        return set(wheel.namelist())
+    return set(wheel.namelist())
 
 
-def test_the_contract_is_in_it_whole(names: set[str]) -> None:
+def test_the_wheel_requires_the_packages_of_the_client_only(wheel: zipfile.ZipFile) -> None:
+    (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    requires = Parser().parsestr(wheel.read(path).decode()).get_all("Requires-Dist", [])
+    required = {re.split(r"[^\w-]", line)[0] for line in requires if "extra ==" not in line}
+    assert required == {"click", "cloudpickle", "googleapis-common-protos", "grpcio", "protobuf", "rich"}
+
+
+def test_the_wheel_has_the_license(names: set[str]) -> None:
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_has_the_whole_contract(names: set[str]) -> None:
     folder = ROOT / "proto" / "lattice" / "v1"
     kinds = (".py", ".pyi", ".proto", "py.typed")
     expected = {f"lattice/v1/{path.name}" for path in folder.iterdir() if path.name.endswith(kinds)}
@@ -48,21 +67,21 @@ def test_the_contract_is_in_it_whole(names: set[str]) -> None:
 
 
 @pytest.mark.parametrize("package", ["lattice_client", "lattice_server", "lattice_worker"])
-def test_every_module_of_a_package_is_in_it(names: set[str], package: str) -> None:
+def test_the_wheel_has_every_module_of_a_package(names: set[str], package: str) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
     assert expected | {f"{package}/py.typed"} <= names
 
 
-def test_the_program_of_the_runner_is_in_it(names: set[str]) -> None:
+def test_the_wheel_has_the_program_of_the_runner(names: set[str]) -> None:
     assert "lattice_worker/runner/__main__.py" in names
 
 
-def test_nothing_else_is_in_it(names: set[str]) -> None:
-    strangers = {name for name in names if not name.startswith(PACKAGES) and ".dist-info/" not in name}
-    assert not strangers
+def test_the_wheel_has_no_other_files(names: set[str]) -> None:
+    others = {name for name in names if not name.startswith(PACKAGES) and ".dist-info/" not in name}
+    assert not others
 
 
-def test_an_editable_install_is_two_folders_for_the_path_and_no_code(source: Path, tmp_path: Path) -> None:
+def test_an_editable_install_adds_two_folders_to_the_path_and_no_code(source: Path, tmp_path: Path) -> None:
     with _built(source, "wheel:editable", tmp_path) as wheel:
         (path,) = (name for name in wheel.namelist() if ".dist-info/" not in name)
         assert path.endswith(".pth")

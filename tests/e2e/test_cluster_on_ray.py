@@ -26,7 +26,7 @@ from tests.e2e.test_cluster import (
 )
 
 READY = cluster_pb2.NODE_STATE_READY
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "cluster.md"
 # Several parts, and far more than what machines tell each other anyway.
 MANY_BYTES = 30_000_000
 AWAY_S = 3.0
@@ -90,8 +90,8 @@ def test_a_machine_offers_its_gpus_through_ray(two: Cluster) -> None:
     assert agent.wait(GONE_S) == 0
 
 
-def test_the_readme_s_cluster_works_as_it_is_typed(two: Cluster, tmp_path: Path) -> None:
-    section = re.findall(r"^## A cluster\n(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)[0]
+def test_a_machine_joins_and_drains_by_the_commands_of_the_page(two: Cluster, tmp_path: Path) -> None:
+    section = re.findall(r"^## Joining\n(.*?)^## ", PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
     join, look = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     variables, start = join.splitlines()
     path = f"PATH={Path(LATTICE).parent}:$PATH"

@@ -1,4 +1,4 @@
-"""The pages with examples, as a reader follows them: their server, every script and what it prints, every call."""
+"""The README and the pages with examples, run as a reader runs them: the server, each script, each call."""
 
 import json
 import os
@@ -16,12 +16,12 @@ import pytest
 from tests.e2e.conftest import served
 from tests.e2e.test_other_languages import curl
 
-DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the page: its language, its text, the section it is in, and what is shown right after it."""
+    """A block of a page: its language, its text, its section, and the text or JSON that the page shows after it."""
 
     language: str
     text: str
@@ -31,17 +31,24 @@ class Block:
 
 def _blocks(name: str) -> list[Block]:
     found: list[Block] = []
-    page = (DOCS / name).read_text()
+    page = (ROOT / name).read_text()
     pieces = list(re.finditer(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
     for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
         section = re.findall(r"^#+ (.*)$", page[: piece.start()], re.MULTILINE)[-1]
-        is_next = following is not None and page[piece.end() : following.start()].strip() == ""
-        shown = following[2] if following and is_next and following[1] in {"text", "json"} else ""
+        # A sentence may stand between, but no heading.
+        is_shown = (
+            following is not None
+            and following[1] in {"text", "json"}
+            and "\n#" not in page[piece.end() : following.start()]
+        )
+        shown = following[2] if following and is_shown else ""
         found.append(Block(piece[1], piece[2], section, shown))
     return found
 
 
-BLOCKS = _blocks("scheduling.md") + _blocks("client.md")
+BLOCKS = _blocks("README.md") + _blocks("docs/scheduling.md") + _blocks("docs/client.md")
+# The lines of this script's parallel tasks come in any order.
+UNORDERED = "First script"
 SCRIPTS = [block for block in BLOCKS if block.language == "python"]
 CALL = re.compile(r"-d '(.*?)' (?:\\\n)?\s*127\.0\.0\.1:50051 lattice\.v1\.(\S+)", re.DOTALL)
 CALLS = [block for block in BLOCKS if block.text.startswith("grpcurl")]
@@ -49,7 +56,7 @@ CALLS = [block for block in BLOCKS if block.text.startswith("grpcurl")]
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the server the page tells to start."""
+    """The address of the server that docs/scheduling.md starts."""
     (start,) = [block.text for block in BLOCKS if block.text.startswith("lattice start")]
     (config,) = [block.text for block in BLOCKS if block.language == "toml"]
     path = tmp_path_factory.mktemp("docs") / "lattice.toml"
@@ -62,16 +69,19 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("block", SCRIPTS, ids=[f"{block.section}-{n}" for n, block in enumerate(SCRIPTS)])
-def test_a_script_prints_what_the_page_shows(address: str, block: Block, tmp_path: Path) -> None:
+def test_a_script_prints_the_text_that_the_page_shows(address: str, block: Block, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(block.text)
     environment = {**os.environ, "LATTICE_TARGET": address}
     command = [sys.executable, str(tmp_path / "script.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == block.shown
+    printed, shown = [line.rstrip() for line in done.stdout.splitlines()], block.shown.splitlines()
+    assert (sorted(printed) if block.section == UNORDERED else printed) == (
+        sorted(shown) if block.section == UNORDERED else shown
+    )
 
 
-def test_the_calls_answer_what_the_page_shows(address: str) -> None:
+def test_the_calls_return_the_fields_that_the_page_shows(address: str) -> None:
     for block in CALLS:
         answers: list[Any] = []
         for request, method in CALL.findall(block.text):
@@ -88,6 +98,6 @@ def _has(found: Any, shown: Any) -> bool:
     return bool(found == shown)
 
 
-def test_the_page_has_what_is_tested_here() -> None:
+def test_every_script_and_call_of_the_pages_has_its_output() -> None:
     assert len(SCRIPTS) >= 10
     assert all(block.shown for block in SCRIPTS + CALLS)

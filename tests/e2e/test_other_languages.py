@@ -59,9 +59,9 @@ def _documents(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def _calls_in_the_readme() -> list[tuple[str, dict[str, Any]]]:
+def _calls_of_the_page() -> list[tuple[str, dict[str, Any]]]:
     """Return the method and the request of every `grpcurl` call, in order."""
-    blocks = re.findall(r"```sh\n(grpcurl.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```sh\n(grpcurl.*?)```", (ROOT / "docs" / "languages.md").read_text(), re.DOTALL)
     calls = re.findall(r"-d '(.*?)' (?:\\\n)?\s*127\.0\.0\.1:50051 lattice\.v1\.(\S+)", "".join(blocks), re.DOTALL)
     return [(method, json.loads(request)) for request, method in calls]
 
@@ -221,8 +221,8 @@ def test_one_function_from_a_shell(call: Call) -> None:
     assert answer["task"]["outputs"]["mean"]["json"] == "3"
 
 
-def test_the_calls_in_the_readme(call: Call) -> None:
-    calls = _calls_in_the_readme()
+def test_the_calls_of_the_page(call: Call) -> None:
+    calls = _calls_of_the_page()
     assert len(calls) == 6
     mark = f"-{time.monotonic_ns()}"
     for method, request in calls:

@@ -343,13 +343,13 @@ def len_of(data: bytes, more: bytes) -> int:
 
 
 def blocks() -> tuple[str, str]:
-    """Return what the README tells to do where the server is, and where callers are; all of it on this machine."""
-    section = (Path(__file__).resolve().parent.parent.parent / "README.md").read_text().split("## Security")[1]
-    server, caller, *_ = re.findall(r"```sh\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    """Return the commands of docs/security.md for the server and for callers, with addresses of this machine."""
+    page = (Path(__file__).resolve().parent.parent.parent / "docs" / "security.md").read_text()
+    server, caller, *_ = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     return server.replace("10.1.2.3", "127.0.0.1").replace("0.0.0.0", "127.0.0.1"), caller
 
 
-def test_the_readme_leads_to_a_safe_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_page_start_a_safe_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server, caller = blocks()
     prepare, _, start = server.partition("lattice start --head ")
     subprocess.run(["bash", "-euc", prepare], cwd=tmp_path, check=True, capture_output=True)

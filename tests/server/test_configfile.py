@@ -123,9 +123,9 @@ def test_a_server_does_not_start_with_wrong_flags(flags: list[str], message: str
     assert message in done.stderr
 
 
-def test_what_the_pages_say_of_defaults_is_so() -> None:
-    found, root = ServerConfig(), Path(__file__).parent.parent.parent
-    pages = " ".join(f"{(root / 'README.md').read_text()} {(root / 'docs' / 'cluster.md').read_text()}".split())
+def test_the_pages_name_the_defaults_of_the_configuration() -> None:
+    found, docs = ServerConfig(), Path(__file__).parent.parent.parent / "docs"
+    pages = " ".join(f"{(docs / 'limits.md').read_text()} {(docs / 'cluster.md').read_text()}".split())
     for claim in (
         f"no longer than {found.result_ttl_s:,.0f} s (`result_ttl_s`)",
         f"the newest: {found.retained_runs:,} (`retained_runs`)",

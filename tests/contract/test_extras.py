@@ -1,0 +1,74 @@
+"""What runs with which packages installed. The modules of absent extras are blocked in a process of their own."""
+
+import subprocess
+import sys
+
+import pytest
+
+WORKER = {"orjson", "psutil", "pynvml", "uvloop"}
+SERVER = {"asyncinotify", "grpc_health", "grpc_interceptor", "grpc_reflection", "networkx", "opentelemetry"}
+OTHERS = {"grpc_status", "langgraph", "ray"}
+
+PROGRAM = """
+import importlib, pkgutil, sys
+from importlib.machinery import PathFinder
+
+class Filtered(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {blocked!r} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Filtered
+{body}
+"""
+EVERY_MODULE = """
+for package in {packages!r}:
+    imported = importlib.import_module(package)
+    for found in pkgutil.walk_packages(imported.__path__, f"{{package}}."):
+        if not found.name.endswith(("__main__", "runner.spawned")):
+            importlib.import_module(found.name)
+"""
+COMMAND = "sys.argv = {argv!r}\nfrom lattice_client.cli.main import main\nmain()"
+
+
+def _run(blocked: set[str], body: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROGRAM.format(blocked=sorted(blocked), body=body)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("packages", "blocked"),
+    [
+        (["lattice.v1", "lattice_client"], WORKER | SERVER | OTHERS),
+        (["lattice.v1", "lattice_worker", "lattice_server.cli"], SERVER | OTHERS),
+        (["lattice.v1", "lattice_client", "lattice_worker", "lattice_server.engine"], OTHERS),
+    ],
+    ids=["client", "worker", "server"],
+)
+def test_every_module_imports_when_only_its_own_extra_is_installed(packages: list[str], blocked: set[str]) -> None:
+    paths = [package for package in packages if package != "lattice_server.cli"]
+    body = EVERY_MODULE.format(packages=paths) + "".join(f"\nimport {name}" for name in packages)
+    done = _run(blocked, body)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["start", "--head"], ["start", "--help"], ["stop"]])
+def test_a_command_says_which_extra_to_install_when_it_is_absent(arguments: list[str]) -> None:
+    done = _run(WORKER | SERVER | OTHERS, COMMAND.format(argv=["lattice", *arguments]))
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f'Error: `lattice {arguments[0]}` needs more packages: pip install "lattice-control-plane[server]"'
+    )
+
+
+def test_the_commands_are_listed_when_no_extra_is_installed() -> None:
+    done = _run(WORKER | SERVER | OTHERS, COMMAND.format(argv=["lattice", "--help"]))
+    assert done.returncode == 0, done.stderr
+    assert "  runs " in done.stdout
+
+
+def test_a_head_says_how_to_get_ray_when_ray_is_absent() -> None:
+    done = _run(OTHERS, COMMAND.format(argv=["lattice", "start", "--head", "--port", "0"]))
+    # The command replaces its process by one in which nothing is blocked, unless it fails before.
+    assert done.returncode == 1
+    assert 'pip install "lattice-control-plane[ray]", or start with --executor local' in done.stderr

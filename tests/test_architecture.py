@@ -1,0 +1,156 @@
+"""The sizes, imports and public names of the packages.
+
+An allow list names today's exceptions. It may only shrink: an entry that is no longer needed fails.
+"""
+
+import ast
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import lattice_client
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("lattice_client", "lattice_server", "lattice_worker")
+FILE_LINES, CLASS_LINES, FUNCTION_LINES = 350, 250, 60
+
+LONG_FILES: set[str] = {
+    "lattice_client.client",
+    "lattice_server.core.messages",
+    "lattice_server.core.run.run",
+    "lattice_server.core.scheduling.scheduler",
+    "lattice_server.engine.orchestrator",
+    "lattice_worker.attempt_executor",
+    "lattice_worker.runner_process",
+}
+LONG_CLASSES: set[str] = {
+    "lattice_client.client:AsyncLatticeClient",
+    "lattice_server.core.run.run:Run",
+    "lattice_server.core.scheduling.scheduler:Dispatch",
+    "lattice_server.engine.orchestrator:Orchestrator",
+    "lattice_server.rpc.workflows:WorkflowServicer",
+    "lattice_worker.attempt_executor:Attempts",
+    "lattice_worker.runner_process:Runner",
+}
+LONG_FUNCTIONS: set[str] = {
+    "lattice_client.graph.task:define",
+    "lattice_server.app:__init__",
+}
+CYCLIC: set[str] = {
+    "lattice_client.client",
+    "lattice_client.runs.open_run",
+    "lattice_client.runs.reader",
+    "lattice_client.runs.run",
+    "lattice_client.runs.submission",
+    "lattice_server.core.run.ordering",
+    "lattice_server.core.run.run",
+    "lattice_server.core.scheduling.batching",
+    "lattice_server.core.scheduling.explain",
+    "lattice_server.core.scheduling.invariants",
+    "lattice_server.core.scheduling.lease_table",
+    "lattice_server.core.scheduling.pipelining",
+    "lattice_server.core.scheduling.placer",
+    "lattice_server.core.scheduling.queue",
+    "lattice_server.core.scheduling.reservations",
+    "lattice_server.core.scheduling.work",
+}
+# Of a package one module imports each of these libraries, except as listed.
+LIBRARIES = ("cloudpickle", "networkx", "opentelemetry", "ray")
+SEVERAL_IMPORTERS: set[str] = {
+    "lattice_server.executors.ray_driver",
+    "lattice_server.executors.ray_transfer",
+    "lattice_worker.runner.failures",
+    "lattice_worker.runner.pickler",
+}
+
+
+class Source(NamedTuple):
+    """A module: its number of lines, the sizes of its classes and functions by name, and the names it imports."""
+
+    lines: int
+    classes: dict[str, int]
+    functions: dict[str, int]
+    imports: set[str]
+
+
+@cache
+def modules() -> dict[str, Source]:
+    """Return the modules of the three packages, by dotted name."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
+    return {name: _read(path.read_text(), paths.keys()) for name, path in paths.items()}
+
+
+def _read(text: str, names: Collection[str]) -> Source:
+    found = Source(text.count("\n"), {}, {}, set())
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            sizes = found.classes if isinstance(node, ast.ClassDef) else found.functions
+            size = (node.end_lineno or 0) - node.lineno + 1
+            sizes[node.name] = max(size, sizes.get(node.name, 0))
+        elif isinstance(node, ast.Import):
+            found.imports.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module
+            members = (f"{node.module}.{alias.name}" for alias in node.names)
+            found.imports.update(member if member in names else node.module for member in members)
+    return found
+
+
+def test_files_have_at_most_350_lines() -> None:
+    assert {name for name, source in modules().items() if source.lines > FILE_LINES} == LONG_FILES
+
+
+def test_classes_have_at_most_250_lines() -> None:
+    sizes = {f"{name}:{made}": size for name, source in modules().items() for made, size in source.classes.items()}
+    assert {name for name, size in sizes.items() if size > CLASS_LINES} == LONG_CLASSES
+
+
+def test_functions_have_at_most_60_lines() -> None:
+    sizes = {f"{name}:{made}": size for name, source in modules().items() for made, size in source.functions.items()}
+    assert {name for name, size in sizes.items() if size > FUNCTION_LINES} == LONG_FUNCTIONS
+
+
+def test_modules_have_no_import_cycles_when_type_checking_counts() -> None:
+    graph = {name: source.imports & modules().keys() for name, source in modules().items()}
+    assert _cyclic(graph) == CYCLIC
+
+
+def _cyclic(graph: dict[str, set[str]]) -> set[str]:
+    """Return the nodes left after all without successors, or without predecessors, are removed repeatedly."""
+    while True:
+        targets = set[str]().union(*graph.values())
+        kept = {name: found & graph.keys() for name, found in graph.items() if found & graph.keys() and name in targets}
+        if kept == graph:
+            return set(graph)
+        graph = kept
+
+
+def test_cyclic_finds_the_nodes_of_a_cycle_and_no_others() -> None:
+    assert _cyclic({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {"b", "c"}
+    assert _cyclic({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
+    assert _cyclic({"a": {"a"}}) == {"a"}
+
+
+def test_each_library_is_imported_by_one_module_of_a_package() -> None:
+    several = set()
+    for package in PACKAGES:
+        for library in LIBRARIES:
+            users = [
+                name
+                for name, source in modules().items()
+                if name.split(".")[0] == package and library in {used.split(".")[0] for used in source.imports}
+            ]
+            several |= set(users) if len(users) > 1 else set()
+    assert several == SEVERAL_IMPORTERS
+
+
+def test_the_client_exports_the_names_it_imports_in_order() -> None:
+    tree = ast.parse(Path(lattice_client.__file__).read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    assert lattice_client.__all__ == sorted(alias.name for node in imports for alias in node.names)
+    assert all(hasattr(lattice_client, name) for name in lattice_client.__all__)
