@@ -19,7 +19,7 @@ from lattice.v1 import cluster_pb2
 from lattice_server import __version__
 from lattice_server.config import ServerConfig
 from lattice_server.core.run.run import Bounds
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.artifact_transfer import Transfers
@@ -29,7 +29,7 @@ from lattice_server.engine.drafts import Drafts
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Contact, Executor
 from lattice_server.engine.run_entry import Retention
-from lattice_server.engine.scheduler_thread import Scheduler
+from lattice_server.engine.scheduler_thread import SchedulerThread
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.store_folder import SOCKET
@@ -105,8 +105,8 @@ class App:
         self._store.on_drop = self._sessions.drop_artifact
         self._sessions.unneeded = self._store.unneeded
         self._watching: list[asyncio.Task[None]] = []
-        machine = Dispatch(epoch, config.session_ttl_s, config.limits)
-        self._scheduler = Scheduler(machine, self._bus, lambda: loop.call_soon_threadsafe(self.has_failed.set))
+        machine = Scheduler(epoch, config.session_ttl_s, config.limits)
+        self._scheduler = SchedulerThread(machine, self._bus, lambda: loop.call_soon_threadsafe(self.has_failed.set))
         self._executor = _executor(config, self._store)
         self._authentication = _authentication(config)
         intake = Intake(code, config.inline_limit_bytes, config.batch_rules)

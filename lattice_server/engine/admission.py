@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lattice_server.core.errors import ExhaustedError, PreconditionError
-from lattice_server.core.model import TaskSpec
+from lattice_server.core.model import NodeSpec, TaskSpec
 from lattice_server.core.run.run import Bounds
-from lattice_server.core.scheduling.nodes import Node
-from lattice_server.core.scheduling.placement import Shape, impossibility, shape_of
+from lattice_server.core.scheduling.placement import Shape, shape_of
+from lattice_server.core.scheduling.shortages import impossibility
 from lattice_server.core.steps import Steps, finish, stepwise
 
 RETRY_AFTER_S = 1.0
@@ -23,13 +23,13 @@ class Admission:
 
     def __init__(self, bounds: Bounds, max_open_tasks: int) -> None:
         self.bounds = bounds
-        self._nodes: tuple[Node, ...] = ()
+        self._nodes: tuple[NodeSpec, ...] = ()
         self._has_nodes = asyncio.Event()
         self._max_open_tasks = max_open_tasks
         self._open_tasks: Counter[str] = Counter()
         self._total = 0
 
-    def know(self, nodes: tuple[Node, ...]) -> None:
+    def know(self, nodes: tuple[NodeSpec, ...]) -> None:
         """Take the nodes there are, as they are when nothing runs on them."""
         self._nodes = nodes
         if nodes:

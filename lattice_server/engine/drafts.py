@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedError, NotFoundError
-from lattice_server.core.model import Artifact, Function, Payload, TaskSpec, leaves
+from lattice_server.core.model import Artifact, Function, Payload, TaskSpec
+from lattice_server.core.references import leaves
 from lattice_server.core.tenancy import Reach, id_of
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.store_folder import MIB

@@ -3,7 +3,7 @@
 import asyncio
 
 from lattice_server.core.errors import LatticeError
-from lattice_server.core.run.questions import QuestionAsked
+from lattice_server.core.messages import QuestionAsked
 
 
 class Holder:

@@ -8,17 +8,18 @@ import time
 from collections.abc import Callable, Sequence
 
 from lattice_server.core.errors import AbortedError, PreconditionError
-from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskSkipped, TaskSucceeded
-from lattice_server.core.model import Failure, Payload
-from lattice_server.core.run.open_run import HolderEffect, OpenRun
-from lattice_server.core.run.questions import (
-    NOT_OPEN,
+from lattice_server.core.messages import (
     AnswerQuestion,
     AskHolder,
     QuestionAsked,
+    TaskCancelled,
+    TaskFailed,
+    TaskSkipped,
+    TaskSucceeded,
     WithdrawQuestion,
-    answer_to,
 )
+from lattice_server.core.model import Failure, Payload
+from lattice_server.core.run.open_run import NOT_OPEN, HolderEffect, OpenRun, answer_to
 from lattice_server.core.run.run import Effect
 from lattice_server.engine.holder import Holder
 from lattice_server.engine.run_entry import RunEntry

@@ -17,10 +17,13 @@ from lattice_server.core.errors import (
     UnavailableError,
 )
 from lattice_server.core.messages import (
+    AnswerQuestion,
+    AskHolder,
     CancelRequested,
     Explanation,
     NodesChanged,
     NodesDescribed,
+    QuestionAsked,
     RunFinished,
     SchedulerEffect,
     SchedulerEvent,
@@ -37,11 +40,11 @@ from lattice_server.core.messages import (
     TasksSpawned,
     TaskStarted,
     TaskSucceeded,
+    WithdrawQuestion,
 )
 from lattice_server.core.model import Artifact, Failure, FailureKind, Function, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.run import dag
 from lattice_server.core.run.open_run import HolderEffect
-from lattice_server.core.run.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
 from lattice_server.core.run.reuse import Earlier, workflow_of
 from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.run.task_table import TaskTable, tabulating

@@ -7,7 +7,7 @@ from lattice.v1 import cluster_pb2, cluster_pb2_grpc
 
 from lattice_server.core import messages
 from lattice_server.core.errors import NotFoundError
-from lattice_server.core.scheduling.nodes import NodeState, NodeView
+from lattice_server.core.messages import NodeStatus, NodeView
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.queries import Inquiries
 from lattice_server.engine.sessions import Sessions
@@ -17,7 +17,7 @@ from lattice_server.rpc.hello_validation import deadline_from_proto
 from lattice_server.rpc.idempotency import Repeats
 from lattice_server.rpc.paging import page
 
-NODE_STATE_TO_PROTO = {state: cluster_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeState}
+NODE_STATE_TO_PROTO = {state: cluster_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeStatus}
 
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):

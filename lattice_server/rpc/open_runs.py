@@ -13,9 +13,8 @@ from uuid import uuid4
 from lattice.v1 import errors_pb2, run_pb2, workflow_pb2
 
 from lattice_server.core.errors import LatticeError, invalid_field
-from lattice_server.core.messages import RunEvent
+from lattice_server.core.messages import QuestionAsked, RunEvent
 from lattice_server.core.model import Failure, Payload
-from lattice_server.core.run.questions import QuestionAsked
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.holder import Holder
 from lattice_server.engine.open_runs import TOLD, OpenRuns

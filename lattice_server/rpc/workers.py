@@ -16,8 +16,8 @@ from lattice.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 from lattice_server.config import ServerConfig
 from lattice_server.core import messages
 from lattice_server.core.errors import InvalidError, LatticeError
+from lattice_server.core.messages import AnswerQuestion, AttemptAsked
 from lattice_server.core.model import Artifact, Failure, FailureKind, Function, TaskSpec
-from lattice_server.core.run.questions import AnswerQuestion, AttemptAsked
 from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.clock_offset import WorkerClock
