@@ -3,7 +3,7 @@
 Rule: every task ends by `end`, which publishes how.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lattice_server.core.messages import (
     CancelRequested,
@@ -22,17 +22,15 @@ from lattice_server.core.run.task_table import TaskRecord, TaskTable
 from lattice_server.core.states import TASK_TERMINAL, RunState, TaskState
 
 
+@dataclass(slots=True, eq=False)
 class Endings:
     """The ends of the tasks of one run, and their consequences for the other tasks."""
 
-    def __init__(
-        self, status: RunStatus, table: TaskTable, dag: Dag, handover: Handover, policy: FailurePolicy
-    ) -> None:
-        self._status = status
-        self._table = table
-        self._dag = dag
-        self._handover = handover
-        self._policy = policy
+    _status: RunStatus
+    _table: TaskTable
+    _dag: Dag
+    _handover: Handover
+    _policy: FailurePolicy
 
     def end(self, record: TaskRecord, state: TaskState, fact: Fact, now: float, ended_at: float | None = None) -> None:
         """End a task, and with its last item the mapped task it belongs to."""

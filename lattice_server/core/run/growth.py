@@ -4,7 +4,7 @@ Rule: an added task gets the state that it would have if it had been in the run 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lattice_server.core.errors import LatticeError, PreconditionError
 from lattice_server.core.messages import TasksAdded, TaskSucceeded
@@ -22,27 +22,18 @@ from lattice_server.core.states import TASK_TERMINAL, TaskState
 from lattice_server.core.tenancy import id_of
 
 
+@dataclass(slots=True, eq=False)
 class Growth:
     """The growth of one run; `revision` counts how often tasks were added."""
 
-    def __init__(
-        self,
-        status: RunStatus,
-        table: TaskTable,
-        dag: Dag,
-        values: Values,
-        handover: Handover,
-        endings: Endings,
-        bounds: Bounds,
-    ) -> None:
-        self.revision = 1
-        self._status = status
-        self._table = table
-        self._dag = dag
-        self._values = values
-        self._handover = handover
-        self._endings = endings
-        self._bounds = bounds
+    _status: RunStatus
+    _table: TaskTable
+    _dag: Dag
+    _values: Values
+    _handover: Handover
+    _endings: Endings
+    _bounds: Bounds
+    revision: int = 1
 
     def add(self, added: Sequence[TaskSpec], now: float, parent: str = "", depth: int = 0) -> None:
         """Add tasks on behalf of a caller, or of the running task `parent`. Raises as `Run.append`."""

@@ -5,6 +5,7 @@ Rule: a call handles a limited number of tasks, and later calls the others, so t
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from lattice_server.core.messages import TaskReady
 from lattice_server.core.model import Failure
@@ -20,6 +21,7 @@ from lattice_server.core.states import TaskState
 MAX_PROMISED = 500
 
 
+@dataclass(slots=True, eq=False)
 class Handover:
     """The tasks that a run has yet to send to the scheduler or, once it stops, to stop there.
 
@@ -28,31 +30,19 @@ class Handover:
     ready task. Each is a stack of tasks and the position among the successors of each.
     """
 
-    def __init__(
-        self,
-        status: RunStatus,
-        table: TaskTable,
-        dag: Dag,
-        values: Values,
-        *,
-        priority: int,
-        tenant: str,
-        ranking: Ranking,
-        slice_tasks: int | None,
-    ) -> None:
-        self.ready: deque[str] = deque()
-        self.stopping: deque[str] = deque()
-        self.cause: Failure | None = None
-        self._status = status
-        self._table = table
-        self._dag = dag
-        self._values = values
-        self._priority = priority
-        self._tenant = tenant
-        self._ranking = ranking
-        self._slice_tasks = slice_tasks
-        self._promises: deque[list[tuple[str, int]]] = deque()
-        self._left = 0
+    _status: RunStatus
+    _table: TaskTable
+    _dag: Dag
+    _values: Values
+    _priority: int
+    _tenant: str
+    _ranking: Ranking
+    _slice_tasks: int | None
+    ready: deque[str] = field(default_factory=deque)
+    stopping: deque[str] = field(default_factory=deque)
+    cause: Failure | None = None
+    _promises: deque[list[tuple[str, int]]] = field(default_factory=deque)
+    _left: int = 0
 
     @property
     def is_under_way(self) -> bool:

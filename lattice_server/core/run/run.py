@@ -5,7 +5,6 @@ to the scheduler or to cancel there.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import assert_never
 
 from lattice_server.core.errors import ExhaustedError, LatticeError
 from lattice_server.core.messages import (
@@ -15,18 +14,11 @@ from lattice_server.core.messages import (
     RunStarted,
     TaskCancelled,
     TaskEvent,
-    TaskFailed,
-    TaskLogged,
-    TaskRetrying,
     TaskReturned,
-    TaskSkipped,
-    TaskStarted,
-    TaskSucceeded,
 )
 from lattice_server.core.model import Failure, FailureKind, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.run import invariants
 from lattice_server.core.run.bindings import Values
-from lattice_server.core.run.conditions import PathError
 from lattice_server.core.run.dag import Dag
 from lattice_server.core.run.endings import Endings
 from lattice_server.core.run.explain import explain
@@ -34,6 +26,7 @@ from lattice_server.core.run.growth import Growth
 from lattice_server.core.run.handover import Handover
 from lattice_server.core.run.limits import DEFAULT_BOUNDS, Bounds
 from lattice_server.core.run.ordering import Ranking, least_left_aged
+from lattice_server.core.run.progress import Progress
 from lattice_server.core.run.reuse import Earlier
 from lattice_server.core.run.status import Effect, RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable, tabulating
@@ -88,24 +81,17 @@ class Run:
         self.priority = priority
         self.tenant = tenant
         self.retried_run_id = earlier.run_id if earlier else ""
-        self._earlier = earlier
         self._table = table or finish(tabulating(run_id, dag))
         self.tasks: Mapping[str, TaskRecord] = self._table.records
         self.counts: Mapping[TaskState, int] = self._table.counts
-        self._status = RunStatus(run_id, is_open=is_open)
-        self._values = Values(self.tasks, spec.parameters)
-        self._handover = Handover(
-            self._status,
-            self._table,
-            dag,
-            self._values,
-            priority=priority,
-            tenant=tenant,
-            ranking=ranking,
-            slice_tasks=slice_tasks,
+        self._status = status = RunStatus(run_id, is_open)
+        self._values = values = Values(self.tasks, spec.parameters)
+        self._handover = Handover(status, self._table, dag, values, priority, tenant, ranking, slice_tasks)
+        self._endings = Endings(status, self._table, dag, self._handover, spec.failure_policy)
+        self._growth = Growth(status, self._table, dag, values, self._handover, self._endings, bounds)
+        self._progress = Progress(
+            status, self._table, dag, values, self._handover, self._endings, self._growth, earlier
         )
-        self._endings = Endings(self._status, self._table, dag, self._handover, spec.failure_policy)
-        self._growth = Growth(self._status, self._table, dag, self._values, self._handover, self._endings, bounds)
 
     @property
     def state(self) -> RunState:
@@ -178,9 +164,9 @@ class Run:
         record = self.tasks[event.task_id]
         if record.state is TaskState.BLOCKED and record.is_promised and record.missing == 0:
             # The scheduler queued it by itself, and this run has not come to it yet.
-            self._become_ready(event.task_id, record, now)
+            self._progress.begin(event.task_id, record, now)
         if record.state not in TASK_TERMINAL:
-            self._apply(event, record, now)
+            self._progress.take(event, record, now)
         return self._settle(now)
 
     def cancel(self, reason: str, now: float) -> list[Effect]:
@@ -277,102 +263,6 @@ class Run:
         """Assert every invariant; tests call it after each step."""
         invariants.check(self._status, self._table, self.dag, self._handover)
 
-    def _apply(self, event: TaskEvent | TaskReturned, record: TaskRecord, now: float) -> None:
-        match event:
-            case TaskStarted():
-                self._table.move(record, TaskState.RUNNING)
-                started_at = now if event.at is None else event.at
-                record.attempt, record.node_id, record.started_at = event.attempt, event.node_id, started_at
-                if record.first_started_at is None:
-                    record.first_started_at = started_at
-                self._status.emit(event)
-            case TaskLogged():
-                self._status.emit(event)
-            case TaskRetrying():
-                if record.state is TaskState.RUNNING:
-                    self._table.move(record, TaskState.QUEUED)
-                record.attempt, record.failure = event.attempt, event.failure
-                self._status.emit(event)
-            case TaskSucceeded():
-                refusal = record.cancelled
-                if refusal is not None and refusal.kind is not FailureKind.CANCELLED:
-                    self._refuse_success(event, record, refusal, now)
-                    return
-                record.outputs, record.split, record.failure = event.outputs, event.split or None, None
-                record.duration_s = event.duration_s
-                self._endings.end(record, TaskState.SUCCEEDED, event, now, event.at)
-                self._endings.satisfy_successors(event.task_id)
-            case TaskFailed():
-                record.attempt, record.failure = event.attempt, event.failure
-                self._endings.end(record, TaskState.FAILED, event, now, event.at)
-                self._endings.fail_after(event.task_id, event.failure, now)
-            case TaskCancelled():
-                self._end_cancelled(event, record, now)
-            case TaskSkipped():
-                record.failure = event.failure
-                self._endings.end(record, TaskState.SKIPPED, event, now)
-            case TaskReturned():
-                record.is_promised = False
-                if record.cancelled is not None:
-                    cancelled = TaskCancelled(self.run_id, event.task_id, 0, record.cancelled)
-                    self._end_cancelled(cancelled, record, now)
-                elif record.state is TaskState.QUEUED:
-                    self._handover.send(record)
-            case _:
-                assert_never(event)
-
-    def _end_cancelled(self, event: TaskCancelled, record: TaskRecord, now: float) -> None:
-        record.failure = event.failure
-        self._endings.end(record, TaskState.CANCELLED, event, now)
-        if self._status.is_running:
-            self._endings.fail_after(event.task_id, event.failure, now)
-
-    def _refuse_success(self, event: TaskSucceeded, record: TaskRecord, refusal: Failure, now: float) -> None:
-        """Fail a task that succeeded before the scheduler received the request to stop it."""
-        # The scheduler has queued its followers.
-        promised = [t for t in self.dag.descendants(event.task_id) if self.tasks[t].is_promised]
-        record.failure = refusal
-        failed = TaskFailed(self.run_id, event.task_id, event.attempt, refusal)
-        self._endings.end(record, TaskState.FAILED, failed, now)
-        self._endings.fail_after(event.task_id, refusal, now)
-        if promised and self._status.is_running:
-            stopped = Failure(FailureKind.CANCELLED, refusal.message)
-            self._status.emit(CancelRequested(self.run_id, tuple(promised), stopped))
-
-    def _become_ready(self, task_id: str, record: TaskRecord, now: float) -> None:
-        """Start a task that has its inputs: evaluate its condition, expand its map, reuse its outputs, or send it."""
-        if record.spec.condition is not None and not self._is_condition_met(record, now):
-            return
-        if record.spec.over:
-            self._growth.expand(task_id, record, now)
-            return
-        if self._earlier is not None and self._growth.reuse(task_id, record, self._earlier, now):
-            return
-        self._table.move(record, TaskState.QUEUED)
-        record.queued_at = now
-        if not record.is_promised:
-            self._handover.send(record)
-            self._handover.promise_after(task_id)
-
-    def _is_condition_met(self, record: TaskRecord, now: float) -> bool:
-        """Whether a task is to run; otherwise it is skipped or, if its condition cannot be evaluated, fails."""
-        condition = record.spec.condition
-        assert condition is not None
-        source = f"its condition, output {condition.output.task_id}.{condition.output.output}"
-        try:
-            is_met = self._values.is_met(condition)
-        except PathError as error:
-            failure = Failure(FailureKind.PAYLOAD, f"{source}, cannot be evaluated: {error}")
-            self._endings.fail_unstarted(record, failure, now)
-            return False
-        if is_met is None:
-            text = f"{source}, is not JSON, so that only a task can read it"
-            self._endings.fail_unstarted(record, Failure(FailureKind.PAYLOAD, text), now)
-        elif not is_met:
-            self._endings.skip(record, None, now)
-            self._endings.skip_dependents(record.spec.task_id, None, now)
-        return is_met is True
-
     def _stop(self, failure: Failure, now: float) -> list[Effect]:
         if not self._status.is_running:
             return []
@@ -393,8 +283,8 @@ class Run:
                 task_id = handover.next_ready()
                 record = self.tasks[task_id]
                 if record.state is TaskState.BLOCKED and self._status.is_running:
-                    self._become_ready(task_id, record, now)
+                    self._progress.begin(task_id, record, now)
         if not self._table.open_tasks and not self.is_open and not self.is_terminal:
             self._status.finish()
-            self._earlier = None
+            self._progress.earlier = None
         return self._status.take_effects()

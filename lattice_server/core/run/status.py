@@ -1,5 +1,7 @@
 """Owns the state of a run, and the effects that its machine returns next."""
 
+from dataclasses import dataclass, field
+
 from lattice_server.core.messages import CancelRequested, Fact, RunFinished, TaskReady
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.states import RUN_TERMINAL, RUN_TRANSITIONS, RunState, transition
@@ -7,16 +9,16 @@ from lattice_server.core.states import RUN_TERMINAL, RUN_TRANSITIONS, RunState, 
 Effect = Fact | TaskReady | CancelRequested
 
 
+@dataclass(slots=True, eq=False)
 class RunStatus:
     """The state of one run. An open run ends only after it is closed."""
 
-    def __init__(self, run_id: str, *, is_open: bool) -> None:
-        self.run_id = run_id
-        self.state = RunState.RUNNING
-        self.is_open = is_open
-        self.failure: Failure | None = None
-        self.started_at = 0.0
-        self._effects: list[Effect] = []
+    run_id: str
+    is_open: bool
+    state: RunState = RunState.RUNNING
+    failure: Failure | None = None
+    started_at: float = 0.0
+    _effects: list[Effect] = field(default_factory=list)
 
     @property
     def is_running(self) -> bool:

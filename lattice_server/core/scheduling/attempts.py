@@ -5,6 +5,7 @@ runs alone on its node. A batch that crashed is retried in halves, until one mem
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from lattice_server.core.messages import AttemptFailed, AttemptSucceeded, LeaseMessage, LeaseReturned, StopLease
 from lattice_server.core.model import Failure, FailureKind
@@ -17,24 +18,16 @@ from lattice_server.core.scheduling.placer import Placer
 from lattice_server.core.scheduling.work import Task
 
 
+@dataclass(slots=True, eq=False)
 class Attempts:
     """The attempts that workers run, and the decision what becomes of their tasks."""
 
-    def __init__(
-        self,
-        registry: NodeRegistry,
-        placer: Placer,
-        reports: LeaseReports,
-        tasks: LiveTasks,
-        numbers: Iterator[int],
-        emit: Callable[[StopLease], None],
-    ) -> None:
-        self._registry = registry
-        self._placer = placer
-        self._reports = reports
-        self._tasks = tasks
-        self._numbers = numbers
-        self._emit = emit
+    _registry: NodeRegistry
+    _placer: Placer
+    _reports: LeaseReports
+    _tasks: LiveTasks
+    _numbers: Iterator[int]
+    _emit: Callable[[StopLease], None]
 
     def succeed(self, event: AttemptSucceeded, now: float) -> None:
         """Take the success of one member of a lease."""

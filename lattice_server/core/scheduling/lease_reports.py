@@ -4,6 +4,7 @@ Rule: a report counts only if the session that sent it has the lease.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from lattice_server.core.messages import AttemptReport, CloseSession, LeaseMessage, TaskStarted
 from lattice_server.core.scheduling.lease_table import Lease
@@ -14,15 +15,13 @@ from lattice_server.core.scheduling.work import Task
 from lattice_server.core.states import LeaseState, NodeState, SessionState
 
 
+@dataclass(slots=True, eq=False)
 class LeaseReports:
     """The leases that workers have, as far as their reports tell."""
 
-    def __init__(
-        self, registry: NodeRegistry, placer: Placer, emit: Callable[[TaskStarted | CloseSession], None]
-    ) -> None:
-        self._registry = registry
-        self._placer = placer
-        self._emit = emit
+    _registry: NodeRegistry
+    _placer: Placer
+    _emit: Callable[[TaskStarted | CloseSession], None]
 
     def find(self, report: LeaseMessage) -> Lease | None:
         """Return the lease that a report is about; None when the session does not have it."""

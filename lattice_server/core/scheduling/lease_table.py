@@ -76,26 +76,18 @@ class Lease:
         return all(task.ending is not None for task in self.members())
 
 
+@dataclass(slots=True, eq=False)
 class LeaseTable:
     """The leases by id, and the slots by the kind of their leases."""
 
-    def __init__(
-        self,
-        registry: NodeRegistry,
-        clocks: TenantClocks,
-        permits: Permits,
-        numbers: Iterator[int],
-        epoch: str,
-        emit: Callable[[Assign], None],
-    ) -> None:
-        self.leases: dict[str, Lease] = {}
-        self._registry = registry
-        self._clocks = clocks
-        self._permits = permits
-        self._numbers = numbers
-        self._epoch = epoch
-        self._emit = emit
-        self._slots: dict[SlotKind, dict[int, Slot]] = {}
+    _registry: NodeRegistry
+    _clocks: TenantClocks
+    _permits: Permits
+    _numbers: Iterator[int]
+    _epoch: str
+    _emit: Callable[[Assign], None]
+    leases: dict[str, Lease] = field(default_factory=dict)
+    _slots: dict[SlotKind, dict[int, Slot]] = field(default_factory=dict)
 
     def slots(self, kind: SlotKind) -> Collection[Slot]:
         """Return the slots of a kind."""

@@ -5,6 +5,7 @@ follow another one as well, with which it was sent.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.messages import (
@@ -29,38 +30,35 @@ BISECTED = frozenset({FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY})
 TaskEffect = TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskReturned
 
 
+@dataclass(slots=True, eq=False)
 class LiveTasks:
     """The tasks by the ids of their run and of themselves."""
 
-    def __init__(
-        self, registry: NodeRegistry, placer: Placer, numbers: Iterator[int], emit: Callable[[TaskEffect], None]
-    ) -> None:
-        self._registry = registry
-        self._placer = placer
-        self._numbers = numbers
-        self._emit = emit
-        self._tasks: dict[tuple[str, str], Task] = {}
-        self.by_key: Mapping[tuple[str, str], Task] = self._tasks
-        self._backoff: Deadlines[Task] = Deadlines()
-        self._timeouts: Deadlines[Task] = Deadlines()
+    _registry: NodeRegistry
+    _placer: Placer
+    _numbers: Iterator[int]
+    _emit: Callable[[TaskEffect], None]
+    by_key: dict[tuple[str, str], Task] = field(default_factory=dict)
+    _backoff: Deadlines[Task] = field(default_factory=Deadlines)
+    _timeouts: Deadlines[Task] = field(default_factory=Deadlines)
 
     def admit(self, ready: TaskReady, now: float) -> None:
         """Take a task and queue it, or have it follow another one."""
         spec = ready.spec
         key = (ready.run_id, spec.task_id)
-        if key in self._tasks:
+        if key in self.by_key:
             return
         shape = self._registry.shape(spec)
         task = Task(ready, shape, concurrency_of(spec), next(self._numbers), ready.inputs, now)
         if not ready.after:
-            self._tasks[key] = task
+            self.by_key[key] = task
             self._start(task, now)
             return
-        source = self._tasks.get((ready.run_id, ready.after))
+        source = self.by_key.get((ready.run_id, ready.after))
         if source is None or source.ending is not None:
             self._emit(TaskReturned(*key))
             return
-        self._tasks[key] = task
+        self.by_key[key] = task
         chains.follow(task, source)
         if source.lease_id:
             self._placer.send_along(source, now)
@@ -155,12 +153,12 @@ class LiveTasks:
         backing_off = list(self._backoff)
         assert all(task.retry_at is not None for task in backing_off)
         leased = [task for lease in leases.values() for task in lease.members()]
-        following = [task for task in self._tasks.values() if task.follows is not None and not task.lease_id]
+        following = [task for task in self.by_key.values() if task.follows is not None and not task.lease_id]
         places = [id(task) for task in (*waiting, *backing_off, *leased, *following)]
         assert len(places) == len(set(places)), "a task is in two places"
-        assert set(places) == {id(task) for task in self._tasks.values()}, "a task is nowhere"
+        assert set(places) == {id(task) for task in self.by_key.values()}, "a task is nowhere"
         timed = {id(task) for task in self._timeouts}
-        for key, task in self._tasks.items():
+        for key, task in self.by_key.items():
             assert key == task.key
             _check_task(task)
             if task.ready.spec.total_timeout_s is not None and task.follows is None and task.ending is None:
@@ -183,7 +181,7 @@ class LiveTasks:
         task.is_over = True
         self._backoff.discard(task)
         self._timeouts.discard(task)
-        del self._tasks[task.key]
+        del self.by_key[task.key]
 
 
 def _lacking(task: Task, event: AttemptSucceeded) -> str:

@@ -4,6 +4,7 @@ Rule: after a worker has resumed its session, or sent a heartbeat, it and the le
 """
 
 from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
 
 from lattice_server.core.messages import (
     Assign,
@@ -34,26 +35,17 @@ SessionEffect = (
 )
 
 
+@dataclass(slots=True, eq=False)
 class NodeSessions:
     """The sessions in which workers serve nodes."""
 
-    def __init__(
-        self,
-        registry: NodeRegistry,
-        placer: Placer,
-        reports: LeaseReports,
-        attempts: Attempts,
-        numbers: Iterator[int],
-        epoch: str,
-        emit: Callable[[SessionEffect], None],
-    ) -> None:
-        self._registry = registry
-        self._placer = placer
-        self._reports = reports
-        self._attempts = attempts
-        self._numbers = numbers
-        self._epoch = epoch
-        self._emit = emit
+    _registry: NodeRegistry
+    _placer: Placer
+    _reports: LeaseReports
+    _attempts: Attempts
+    _numbers: Iterator[int]
+    _epoch: str
+    _emit: Callable[[SessionEffect], None]
 
     def greet(self, hello: WorkerHello, now: float) -> None:
         """Resume the session of a worker, or start a new one, which replaces that of another worker of the node."""

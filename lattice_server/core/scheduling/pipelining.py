@@ -4,6 +4,7 @@ Rule: only short tasks are sent ahead, and leases behind an attempt that turns o
 """
 
 from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
 
 from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.messages import RevokeLease
@@ -22,20 +23,18 @@ SHARED_FOR_S = 0.1  # How long tenants count as sharing the cluster after leases
 MAX_FUNCTIONS = 10_000  # The number of functions whose duration is remembered.
 
 
+@dataclass(slots=True, eq=False)
 class Pipeline:
     """The durations of functions, and the slots with leases behind an attempt. `queued` are the tenants that queue."""
 
-    def __init__(
-        self, registry: NodeRegistry, table: LeaseTable, queued: Sized, emit: Callable[[RevokeLease], None]
-    ) -> None:
-        self._registry = registry
-        self._table = table
-        self._queued = queued
-        self._emit = emit
-        self._waiting: Deadlines[Slot] = Deadlines()
-        self._durations: dict[str, float] = {}
-        self._last_tenant = ""
-        self._shared_at = -SHARED_FOR_S
+    _registry: NodeRegistry
+    _table: LeaseTable
+    _queued: Sized
+    _emit: Callable[[RevokeLease], None]
+    _waiting: Deadlines[Slot] = field(default_factory=Deadlines)
+    _durations: dict[str, float] = field(default_factory=dict)
+    _last_tenant: str = ""
+    _shared_at: float = -SHARED_FOR_S
 
     def expected_s(self, task: Task) -> float | None:
         """Return how long an attempt of the task's function usually runs; None when it has not run yet."""

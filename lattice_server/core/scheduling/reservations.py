@@ -6,6 +6,7 @@ reservation holds a permit of the group's concurrency key.
 """
 
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.scheduling.node_registry import NodeRegistry
@@ -19,19 +20,19 @@ RESERVE_ANYWAY_S = 60.0  # The same if only tasks of a higher priority were plac
 MAX_PRIORITIES = 64
 
 
+@dataclass(slots=True, eq=False)
 class Reservations:
     """The reserved nodes, and the blocked shapes, which no node has room for."""
 
-    def __init__(self, registry: NodeRegistry, permits: Permits) -> None:
-        self._registry = registry
-        self._permits = permits
-        self._nodes: dict[TaskGroup, Node] = {}
-        self._groups: dict[str, TaskGroup] = {}
-        self._shapes: dict[str, Shape] = {}
-        self._blocked: dict[Shape, tuple[float, int]] = {}  # Since when, and how many batches were placed before.
-        self._starving: Deadlines[Shape] = Deadlines()
-        self._placed = 0
-        self._last_placed: dict[int, int] = {}  # By priority: the number of the last batch.
+    _registry: NodeRegistry
+    _permits: Permits
+    _nodes: dict[TaskGroup, Node] = field(default_factory=dict)
+    _groups: dict[str, TaskGroup] = field(default_factory=dict)
+    _shapes: dict[str, Shape] = field(default_factory=dict)
+    _blocked: dict[Shape, tuple[float, int]] = field(default_factory=dict)  # Since when, after how many placed batches.
+    _starving: Deadlines[Shape] = field(default_factory=Deadlines)
+    _placed: int = 0
+    _last_placed: dict[int, int] = field(default_factory=dict)  # By priority: the number of the last batch.
 
     def items(self) -> list[tuple[TaskGroup, Node]]:
         """Return the groups that have a node reserved, and the node of each."""
