@@ -109,11 +109,11 @@ class Probe:
 async def _serve() -> None:
     from lattice_server.app import App
     from lattice_server.config import ServerConfig
-    from lattice_server.core.scheduling.scheduler import Dispatch
+    from lattice_server.core.scheduling.scheduler import Scheduler
 
     probe = Probe()
-    Dispatch.take = probe.timed(Dispatch.take)  # type: ignore[method-assign]
-    Dispatch.tick = probe.timed(Dispatch.tick)  # type: ignore[method-assign]
+    Scheduler.take = probe.timed(Scheduler.take)  # type: ignore[method-assign]
+    Scheduler.tick = probe.timed(Scheduler.tick)  # type: ignore[method-assign]
     app = App(ServerConfig(port=0, executor="local", num_cpus=2))
     await app.start()
     await app.ready()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lattice_server.core.run.ordering import Ranking
+from benchmarks.orders import Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,7 +10,7 @@ class Policy:
     """How a simulation schedules: the order among the tasks of one caller, and whether callers share fairly."""
 
     name: str
-    ranking: Ranking
+    order: Order
     is_fair: bool
 
 

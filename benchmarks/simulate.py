@@ -11,12 +11,12 @@ from pathlib import Path
 
 from benchmarks.clusters import LARGE, SMALL
 from benchmarks.figures import Figures, average, figures_of, plot, table
+from benchmarks.orders import critical_path, first_come, least_left, least_left_aged, oldest_run
 from benchmarks.outcomes import Policy
 from benchmarks.simulation import Simulation
 from benchmarks.workloads import generate
-from lattice_server.core.run.ordering import critical_path, first_come, least_left, least_left_aged, oldest_run
 
-RANKINGS = {
+ORDERS = {
     "first come": first_come,
     "oldest run": oldest_run,
     "critical path": critical_path,
@@ -25,9 +25,9 @@ RANKINGS = {
 }
 # The first one is what the others are compared with: one line for everybody.
 POLICIES = tuple(
-    Policy(f"{name}, fair" if is_fair else name, ranking, is_fair)
+    Policy(f"{name}, fair" if is_fair else name, order, is_fair)
     for is_fair in (False, True)
-    for name, ranking in RANKINGS.items()
+    for name, order in ORDERS.items()
 )
 
 

@@ -35,7 +35,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Payload
 from lattice_server.core.run import dag
 from lattice_server.core.run.run import Effect, Run
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.core.states import RunState
 from lattice_worker.session import Session
 
@@ -64,7 +64,7 @@ class Simulation:
     def __init__(self, workload: Workload, policy: Policy) -> None:
         self._workload = workload
         self._policy = policy
-        self._dispatch = Dispatch("simulation")
+        self._scheduler = Scheduler("simulation")
         self._due: list[tuple[float, int, Arrival | _Ended | _Wake]] = []
         self._numbers = count()
         self._wakes: dict[float, _Wake] = {}
@@ -100,7 +100,7 @@ class Simulation:
                     del self._wakes[now]
                     self._schedule(what.events, now)
                     if is_checked and next(self._numbers) % 50 == 0:
-                        self._dispatch.check()
+                        self._scheduler.check()
         if len(self._ended) != len(self._workload.arrivals):
             raise RuntimeError(f"{len(self._runs)} runs never ended")
         makespan_s = now - self._workload.arrivals[0].at_s
@@ -135,8 +135,8 @@ class Simulation:
         while events or is_first:
             is_first = False
             before = time.thread_time()
-            effects = self._dispatch.handle_all(events, now)
-            deadline = self._dispatch.next_deadline()
+            effects = self._scheduler.handle_all(events, now)
+            deadline = self._scheduler.next_deadline()
             self._scheduler_s += time.thread_time() - before
             events = self._deliver(effects, now)
         if deadline is not None:
@@ -171,7 +171,7 @@ class Simulation:
         tenant = arrival.caller if self._policy.is_fair else ""
         before = time.thread_time()
         graph = dag.build(arrival.spec, ())
-        run = Run(arrival.run_id, arrival.spec, graph, tenant=tenant, ranking=self._policy.ranking)
+        run = Run(arrival.run_id, arrival.spec, graph, tenant=tenant, ranking=self._policy.order(graph))
         told = run.start({}, now)
         self._orchestrator_s += time.thread_time() - before
         self._runs[arrival.run_id] = run, arrival

@@ -9,7 +9,7 @@ from lattice.v1 import cluster_pb2
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.run.run import Bounds
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.artifact_transfer import Transfers
@@ -19,7 +19,7 @@ from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Executor
-from lattice_server.engine.scheduler_thread import Scheduler
+from lattice_server.engine.scheduler_thread import SchedulerThread
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.store_folder import SOCKET
@@ -76,7 +76,9 @@ class Engine:
             config.open_run_grace_s,
             self.slices,
         )
-        self.scheduler = Scheduler(Dispatch(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure)
+        self.scheduler = SchedulerThread(
+            Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
+        )
 
     def usages(self) -> tuple[Usage, ...]:
         """Return how full each bounded store is."""

@@ -1,7 +1,7 @@
 """Owns the nouns: payloads, bindings, resources, tasks, workflows, failures. Rule: all frozen, none of them decides."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -75,23 +75,6 @@ class Selection:
 
 Binding = Payload | OutputRef | Parameter | BindingList | BindingMap | Selection
 Outputs = Mapping[str, Payload]
-
-
-def inline_bytes(binding: Binding) -> int:
-    """Return how many bytes of values a binding holds; what it only refers to does not count."""
-    match binding:
-        case Payload(content=str() as text):
-            return len(text) if text.isascii() else len(text.encode())
-        case Payload(content=bytes() as data):
-            return len(data)
-        case BindingList(items):
-            return sum(map(inline_bytes, items))
-        case BindingMap(entries):
-            return sum(map(inline_bytes, entries.values()))
-        case Selection(value):
-            return inline_bytes(value)
-        case _:
-            return 0
 
 
 class Isolation(Enum):
@@ -223,6 +206,22 @@ class Runtime:
 ANY_RUNTIME = Runtime()
 
 
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """A node and the worker that serves it. A worker with `entrypoints` runs only those; any other runs Python."""
+
+    node_id: str
+    worker_id: str
+    hostname: str
+    node_ip: str
+    capacity: Capacity
+    labels: Mapping[str, str]
+    isolations: frozenset[Isolation]
+    runtime: Runtime
+    pid: int
+    entrypoints: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Bundle:
     """Modules that travel with functions. `content` is opaque here: what a worker is sent, unopened."""
@@ -314,37 +313,3 @@ class WorkflowSpec:
     display_name: str = ""
     parameters: Mapping[str, Payload] = field(default_factory=dict)
     failure_policy: FailurePolicy = FailurePolicy.FAIL_FAST
-
-
-Leaf = Payload | OutputRef | Parameter
-
-
-def leaves(binding: Binding) -> list[Leaf]:
-    """Return what `binding` is made of, in order of appearance."""
-    match binding:
-        case BindingList(items):
-            return [found for item in items for found in leaves(item)]
-        case BindingMap(entries):
-            return [found for item in entries.values() for found in leaves(item)]
-        case Selection(value):
-            return leaves(value)
-        case _:
-            return [binding]
-
-
-def part_of(value: Binding, path: Path) -> Binding:
-    """Return the part of a known value that a reference selects; the value itself when it selects none."""
-    return Selection(value, path) if path else value
-
-
-def resolve(binding: Binding, value_of: Callable[[OutputRef | Parameter], Binding]) -> Binding:
-    """Return `binding` with every reference replaced by what `value_of` gives for it."""
-    match binding:
-        case Payload() | Selection():
-            return binding
-        case OutputRef() | Parameter():
-            return value_of(binding)
-        case BindingList(items):
-            return BindingList(tuple(resolve(item, value_of) for item in items))
-        case BindingMap(entries):
-            return BindingMap({key: resolve(item, value_of) for key, item in entries.items()})

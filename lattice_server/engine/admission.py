@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lattice_server.core.errors import ExhaustedError, PreconditionError
-from lattice_server.core.model import TaskSpec
+from lattice_server.core.model import NodeSpec, TaskSpec
 from lattice_server.core.run.run import Bounds
-from lattice_server.core.scheduling.nodes import Node
-from lattice_server.core.scheduling.placement import Shape, impossibility, shape_of
+from lattice_server.core.scheduling.placement import Shape, shape_of
+from lattice_server.core.scheduling.shortages import impossibility
 from lattice_server.core.steps import Steps, finish, stepwise
 from lattice_server.engine.usage import Bound, Usage
 
@@ -28,7 +28,7 @@ class Admission:
     def __init__(self, bounds: Bounds, max_open_tasks: int, live_bound: Bound = LIVE_BOUND) -> None:
         self.bounds = bounds
         self.memory = Usage("live runs", live_bound)
-        self._nodes: tuple[Node, ...] = ()
+        self._nodes: tuple[NodeSpec, ...] = ()
         self._has_nodes = asyncio.Event()
         self._max_open_tasks = max_open_tasks
         self._open_tasks: Counter[str] = Counter()
@@ -39,7 +39,7 @@ class Admission:
         """How many tasks of all tenants have not ended."""
         return self._total
 
-    def know(self, nodes: tuple[Node, ...]) -> None:
+    def know(self, nodes: tuple[NodeSpec, ...]) -> None:
         """Replace the nodes; each is described with its full capacity."""
         self._nodes = nodes
         if nodes:

@@ -6,7 +6,7 @@ Rule: the stream reads events from the run's log, so none are queued here.
 import asyncio
 
 from lattice_server.core.errors import LatticeError
-from lattice_server.core.run.questions import QuestionAsked
+from lattice_server.core.messages import QuestionAsked
 
 
 class CallerStream:

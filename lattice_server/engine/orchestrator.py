@@ -13,6 +13,7 @@ from lattice_server.core.messages import (
     Explanation,
     NodesChanged,
     NodesDescribed,
+    QuestionAsked,
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
@@ -30,7 +31,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.run import dag
-from lattice_server.core.run.questions import NOT_OPEN, QuestionAsked, answer_to
+from lattice_server.core.run.open_run import NOT_OPEN, answer_to
 from lattice_server.core.run.reuse import Earlier, workflow_of
 from lattice_server.core.run.run import Effect
 from lattice_server.core.steps import finish

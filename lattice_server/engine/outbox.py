@@ -9,9 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from lattice_server.core.messages import ToSession, WelcomeWorker
+from lattice_server.core.messages import AnswerQuestion, ToSession, WelcomeWorker
 from lattice_server.core.model import Function
-from lattice_server.core.run.questions import AnswerQuestion
 from lattice_server.engine.clock_offset import WorkerClock
 from lattice_server.engine.code_store import SentCode
 

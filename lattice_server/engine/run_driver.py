@@ -11,10 +11,19 @@ from typing import assert_never
 from uuid import uuid4
 
 from lattice_server.core.errors import LatticeError
-from lattice_server.core.messages import CancelRequested, Fact, RunFinished, SchedulerEvent, TaskReady, TaskSucceeded
+from lattice_server.core.messages import (
+    AnswerQuestion,
+    AskHolder,
+    CancelRequested,
+    Fact,
+    RunFinished,
+    SchedulerEvent,
+    TaskReady,
+    TaskSucceeded,
+    WithdrawQuestion,
+)
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.run.open_run import HolderEffect
-from lattice_server.core.run.questions import AnswerQuestion, AskHolder, WithdrawQuestion
 from lattice_server.core.run.run import Effect
 from lattice_server.engine import run_logging
 from lattice_server.engine.bus import MessageBus

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.engine.bus import MessageBus
 
 log = logging.getLogger(__name__)
@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 
-class Scheduler:
-    """Drives a `Dispatch` on a thread of its own; nobody else touches the machine while it runs.
+class SchedulerThread:
+    """Drives a scheduler machine on a thread of its own; nobody else touches the machine while it runs.
 
     A machine that raises at every tick places nothing, and what it decided reaches nobody: runs would wait for ever on
     a server that looks well. So after some tries the thread ends and calls `on_failure`, from there, for the server to
     stop: callers then learn of it, and whoever supervises the server starts one that works.
     """
 
-    def __init__(self, machine: Dispatch, bus: MessageBus, on_failure: Callable[[], object]) -> None:
+    def __init__(self, machine: Scheduler, bus: MessageBus, on_failure: Callable[[], object]) -> None:
         self.machine = machine
         self._bus = bus
         self._on_failure = on_failure

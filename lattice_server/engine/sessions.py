@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import count
 
 from lattice_server.core.messages import (
+    AnswerQuestion,
     CloseSession,
     DropArtifact,
     ForgetSession,
@@ -18,7 +19,6 @@ from lattice_server.core.messages import (
     WorkerEffect,
 )
 from lattice_server.core.model import Artifact
-from lattice_server.core.run.questions import AnswerQuestion
 from lattice_server.engine.artifact_store import HEAD
 from lattice_server.engine.outbox import Connection, Session
 

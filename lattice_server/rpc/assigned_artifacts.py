@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable
 from weakref import WeakKeyDictionary, WeakSet
 
 from lattice_server.core.messages import Assign
-from lattice_server.core.model import Artifact, Payload, leaves
+from lattice_server.core.model import Artifact, Payload
+from lattice_server.core.references import leaves
 from lattice_server.engine.outbox import Session
 
 

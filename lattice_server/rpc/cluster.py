@@ -7,7 +7,7 @@ from lattice.v1 import cluster_pb2, cluster_pb2_grpc
 
 from lattice_server.core import messages
 from lattice_server.core.errors import NotFoundError
-from lattice_server.core.scheduling.nodes import NodeView
+from lattice_server.core.messages import NodeView
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.queries import SchedulerQueries
 from lattice_server.engine.sessions import Sessions

@@ -7,6 +7,7 @@ from lattice.v1 import task_pb2, worker_pb2
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import (
+    AnswerQuestion,
     Assign,
     CloseSession,
     DrainWorker,
@@ -18,7 +19,6 @@ from lattice_server.core.messages import (
     WelcomeWorker,
 )
 from lattice_server.core.model import Function
-from lattice_server.core.run.questions import AnswerQuestion
 from lattice_server.engine.outbox import Connection
 from lattice_server.rpc.chunking import ENVELOPE_BYTES, PART_BYTES
 from lattice_server.rpc.convert.functions import code_to_proto

@@ -11,8 +11,8 @@ from lattice.v1 import worker_pb2
 
 from lattice_server.core import messages
 from lattice_server.core.errors import InvalidError, LatticeError
+from lattice_server.core.messages import AnswerQuestion, AttemptAsked
 from lattice_server.core.model import Artifact, Failure, FailureKind, Function, TaskSpec
-from lattice_server.core.run.questions import AnswerQuestion, AttemptAsked
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.outbox import Connection, Session
 from lattice_server.engine.sessions import Sessions

@@ -9,10 +9,10 @@ import pytest
 from benchmarks import simulate
 from benchmarks.clusters import SMALL
 from benchmarks.figures import Figures, figures_of, jain, percentile, score
+from benchmarks.orders import first_come, least_left_aged
 from benchmarks.outcomes import Outcome, Policy
 from benchmarks.simulation import Simulation
 from benchmarks.workloads import CROWD, Workload, generate
-from lattice_server.core.run.ordering import first_come, least_left_aged
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from lattice_server.core import messages
 from lattice_server.core.messages import Assign, CancelRequested, TaskCancelled, TaskFailed, TaskReady, TaskSucceeded
 from lattice_server.core.model import Failure, FailureKind, Payload
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.engine.outbox import Connection
 from lattice_server.engine.sessions import Sessions
 from lattice_worker.lease_machine import LeaseMachine
@@ -83,7 +83,7 @@ class Protocol:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.machine = Dispatch("e", TTL_S)
+        self.machine = Scheduler("e", TTL_S)
         self.sessions = Sessions(SILENCE_LIMIT_S)
         self.sessions.on_detached = lambda session_id, _: self.left.append(session_id)
         self.left: list[str] = []

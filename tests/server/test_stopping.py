@@ -10,7 +10,7 @@ from lattice.v1 import results_pb2, results_pb2_grpc, workflow_pb2, workflow_pb2
 
 from lattice_server import app
 from lattice_server.config import ServerConfig
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.engine import scheduler_thread
 from tests.server.apps import NoWorkers, build
 from tests.server.rpc import callers
@@ -32,7 +32,7 @@ def test_a_server_whose_scheduler_fails_ends_and_so_do_the_calls_of_its_readers(
             run_id = (await runs.RunWorkflow(request)).run.run_id
             try:
                 async for _ in results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id)):
-                    monkeypatch.setattr(Dispatch, "tick", fail)
+                    monkeypatch.setattr(Scheduler, "tick", fail)
                     await runs.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id))
             except grpc.aio.AioRpcError as error:
                 return error.code()

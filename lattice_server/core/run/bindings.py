@@ -1,10 +1,13 @@
-"""Owns what references mean in a run: outputs, parameters, items, conditions. Rule: no value is opened,
-but that of a condition, if it is JSON."""
+"""Owns the values of references in a run: outputs, parameters, items.
+
+Rule: no value is decoded except that of a condition, if it is JSON.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lattice_server.core.model import Binding, BindingList, Condition, OutputRef, Parameter, Payload, TaskSpec, part_of
+from lattice_server.core.model import Binding, BindingList, Condition, OutputRef, Parameter, Payload, TaskSpec
+from lattice_server.core.references import part_of
 from lattice_server.core.run.conditions import is_met
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.core.states import TASK_TERMINAL
@@ -13,16 +16,16 @@ NULL = Payload("application/json", "null")
 
 
 class Values:
-    """The values of one run, as far as they are known."""
+    """The values of one run that are known."""
 
     def __init__(self, tasks: Mapping[str, TaskRecord], parameters: Mapping[str, Payload]) -> None:
         self.parameters = parameters
         self._tasks = tasks
 
     def of(self, reference: OutputRef | Parameter) -> Binding:
-        """Return what a reference means; the reference itself while its task has not ended.
+        """Return the value of a reference; the reference itself while its task has not ended.
 
-        A task that did not succeed gives null, and so does each such item of a mapped task, whose items are known.
+        The value is null if the task did not succeed; in the list of a mapped task, each such item is null.
         """
         if isinstance(reference, Parameter):
             return self.parameters[reference.name]
@@ -34,9 +37,9 @@ class Values:
         return NULL if record.state in TASK_TERMINAL else reference
 
     def is_met(self, condition: Condition) -> bool | None:
-        """Whether a task runs; None when that cannot be told without opening the value.
+        """Whether a condition is met; None when its value is not JSON.
 
-        Raises PathError when the value has no such part as the condition selects.
+        Raises PathError when the value does not have the part that the condition selects.
         """
         value = self.of(replace(condition.output, path=()))
         if isinstance(value, BindingList):
@@ -46,7 +49,7 @@ class Values:
         return is_met(condition, value.content)
 
     def mapped_over(self, spec: TaskSpec) -> Sequence[Payload] | None:
-        """Return the items of the list a task is mapped over; None when they did not come one by one."""
+        """Return the items of the list that a task is mapped over; None when they were not reported one by one."""
         over = spec.inputs[spec.over]
         assert isinstance(over, OutputRef), "the graph was validated"
         source = self._tasks[over.task_id]

@@ -1,19 +1,19 @@
-"""Owns whether a condition is met. Rule: of all values only these are read, and as JSON only."""
+"""Owns whether a condition is met. Rule: a value is read as JSON."""
 
 import json
 
 from lattice_server.core.model import Condition, Path
 
-# What Python, JavaScript and shells agree to call false.
+# The JSON values that are false in Python, in JavaScript and in shells.
 FALSE = frozenset({"false", "null", "0", '""', "[]", "{}"})
 
 
 class PathError(Exception):
-    """A value has no such part as a path names; the message is for people."""
+    """A value does not have the part that a path selects; the message says which."""
 
 
 def is_met(condition: Condition, text: str) -> bool:
-    """Whether a value, as JSON, meets a condition. What is no JSON after all is true, and equal to nothing else.
+    """Whether a value, as JSON text, meets a condition. Invalid JSON is true, and equal only to the same text.
 
     Raises PathError when the condition selects a part that the value does not have.
     """
@@ -30,7 +30,7 @@ def _part_of(text: str, path: Path) -> str:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise PathError("it is no JSON that can be read here") from None
+        raise PathError("it is not JSON that can be read here") from None
     for number, step in enumerate(path):
         is_fitting = isinstance(value, dict if isinstance(step, str) else list)
         try:
@@ -43,11 +43,11 @@ def _part_of(text: str, path: Path) -> str:
 
 
 def _canonical(text: str) -> str:
-    """Return one spelling of all that mean the same: blanks, the order of keys and `8.0` for `8` say nothing."""
+    """Return the same text for equal values: blanks, the order of keys and `8.0` for `8` make no difference."""
     try:
         return json.dumps(json.loads(text, parse_float=_number), sort_keys=True)
     except (ValueError, RecursionError):
-        # It came from a worker that writes no JSON, or nests deeper than anybody reads.
+        # Its worker does not write JSON, or it is nested too deeply.
         return text
 
 

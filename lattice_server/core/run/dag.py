@@ -1,5 +1,7 @@
-"""Owns the graph of a workflow: validation, growth, and who follows whom. Rule: a graph that does not fit changes
-nothing, and networkx stays inside this file."""
+"""Owns the graph of a workflow: its validation and its growth.
+
+Rule: tasks that do not fit change nothing, and only this module imports networkx.
+"""
 
 import re
 from collections import ChainMap
@@ -9,7 +11,8 @@ from dataclasses import dataclass, field
 import networkx as nx
 
 from lattice_server.core.errors import FieldViolation, InvalidError
-from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, TaskSpec, WorkflowSpec, leaves
+from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.references import leaves
 from lattice_server.core.steps import Steps, finish, stepwise
 
 MAX_VIOLATIONS = 25
@@ -20,9 +23,9 @@ ITEM_ID = re.compile(r"(.+)\[\d+\]", re.DOTALL)
 class Dag:
     """A validated graph. `successors` and `predecessors` list each neighbour once.
 
-    `optional` holds the edges a target can do without. `split` names, by task, the outputs others are mapped over.
-    `artifacts` are those that inputs and parameters refer to; those that lie in the graph itself take `kept_bytes`.
-    `parameters` are the names that inputs take their values from.
+    `optional` has the edges whose target can start without the output. `split` lists by task the outputs that other
+    tasks are mapped over. `artifacts` are those of inputs and parameters; all other values take `kept_bytes`.
+    `parameters` are the names that inputs refer to.
     """
 
     tasks: dict[str, TaskSpec] = field(default_factory=dict)
@@ -33,23 +36,9 @@ class Dag:
     artifacts: list[Artifact] = field(default_factory=list)
     kept_bytes: int = 0
     parameters: set[str] = field(default_factory=set)
-    _heights: dict[str, int] = field(default_factory=dict)
-
-    def height(self, task_id: str) -> int:
-        """Return how many tasks the longest path from `task_id` on has, itself included."""
-        frontier = [task_id]
-        while frontier:
-            found = frontier[-1]
-            unknown = [s for s in self.successors[found] if s not in self._heights]
-            if unknown:
-                frontier += unknown
-            else:
-                self._heights[found] = 1 + max((self._heights[s] for s in self.successors[found]), default=0)
-                frontier.pop()
-        return self._heights[task_id]
 
     def descendants(self, task_id: str) -> list[str]:
-        """Return the tasks that depend on a task, each once, however far behind."""
+        """Return the tasks that depend on a task directly or indirectly, each once."""
         found: dict[str, None] = {}
         frontier = [task_id]
         while frontier:
@@ -64,7 +53,7 @@ class Dag:
         return [task_id for task_id in self.tasks if not self.successors[task_id]]
 
     def add_item(self, spec: TaskSpec) -> None:
-        """Add one item of a mapped task; its edges are those of the task it is an item of."""
+        """Add one item of a mapped task; only the mapped task has edges."""
         self.tasks[spec.task_id] = spec
         self.successors[spec.task_id] = self.predecessors[spec.task_id] = ()
 
@@ -74,7 +63,7 @@ def build(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Dag:
 
     Args:
         spec: the workflow; tasks in any order.
-        parameters: the names a run provides; None while the workflow is only being defined, when any name may come.
+        parameters: the names that a run provides; None for a workflow without a run, which may use any name.
 
     Raises:
         InvalidError: reason INVALID_WORKFLOW with the fields at fault, or WORKFLOW_CYCLE naming the cycle.
@@ -97,7 +86,7 @@ def building(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Ste
 
 
 def artifacts_in(tasks: Iterable[TaskSpec]) -> Iterator[Artifact]:
-    """Yield the artifacts that the inputs of tasks name."""
+    """Yield the artifacts that the inputs of tasks refer to."""
     for task in tasks:
         for binding in task.inputs.values():
             for leaf in leaves(binding):
@@ -116,27 +105,21 @@ def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | Non
 
 def _extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> Steps[None]:
     new: dict[str, TaskSpec] = {}
-    draft = _Draft(ChainMap(new, dag.tasks) if dag.tasks else new, parameters)
+    found = _Validation(ChainMap(new, dag.tasks) if dag.tasks else new, parameters)
     for (index, task), is_step in stepwise(enumerate(added)):
-        if task.task_id in draft.tasks:
-            draft.complain(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice")
+        if task.task_id in found.tasks:
+            found.complain(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice")
         new[task.task_id] = task
         if is_step:
             yield
-    yield from draft.check_item_ids(new)
+    yield from found.check_item_ids(new)
     edges: dict[str, dict[str, bool]] = {}
     for (index, task), is_step in stepwise(enumerate(new.values())):
-        edges[task.task_id] = draft.edges_of(task, f"tasks[{index}]")
+        edges[task.task_id] = found.edges_of(task, f"tasks[{index}]")
         if is_step:
             yield
-    draft.refuse()
-    linked, ordered = yield from _link(new, edges)
-    dag._heights.clear()
-    if not dag.tasks:
-        for task_id, is_step in stepwise(reversed(ordered)):
-            dag._heights[task_id] = 1 + max((dag._heights[target] for target in linked.get(task_id, ())), default=0)
-            if is_step:
-                yield
+    found.refuse()
+    linked = yield from _link(new, edges)
     dag.tasks.update(new)
     behind: dict[str, list[str]] = {}
     for (task_id, sources), is_step in stepwise(edges.items()):
@@ -150,11 +133,11 @@ def _extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] |
             yield
     for source, targets in behind.items():
         dag.successors[source] += tuple(targets)
-    for source, outputs in draft.split.items():
+    for source, outputs in found.split.items():
         dag.split[source] = tuple(dict.fromkeys([*dag.split.get(source, ()), *outputs]))
-    dag.artifacts += draft.artifacts
-    dag.kept_bytes += draft.kept_bytes
-    dag.parameters |= draft.parameters
+    dag.artifacts += found.artifacts
+    dag.kept_bytes += found.kept_bytes
+    dag.parameters |= found.parameters
 
 
 def _refusal(violations: list[FieldViolation]) -> InvalidError:
@@ -166,8 +149,8 @@ def _refusal(violations: list[FieldViolation]) -> InvalidError:
     )
 
 
-class _Draft:
-    """What is found while tasks are looked at, before anything is changed."""
+class _Validation:
+    """The results of a look at new tasks, before the graph is changed."""
 
     def __init__(self, tasks: Mapping[str, TaskSpec], parameters: Container[str] | None) -> None:
         self.tasks = tasks
@@ -179,16 +162,16 @@ class _Draft:
         self._violations: list[FieldViolation] = []
 
     def complain(self, where: str, what: str) -> None:
-        """Note that a field is wrong."""
+        """Note that a field is invalid."""
         self._violations.append(FieldViolation(where, what))
 
     def refuse(self) -> None:
-        """Raise InvalidError if anything was wrong."""
+        """Raise InvalidError if a field is invalid."""
         if self._violations:
             raise _refusal(self._violations)
 
     def check_item_ids(self, new: Mapping[str, TaskSpec]) -> Steps[None]:
-        """Complain about ids that items of mapped tasks may come to have."""
+        """Refuse ids that items of mapped tasks may get."""
         named = self.tasks if any(task.over for task in new.values()) else new
         for task_id, is_step in stepwise(named):
             if is_step:
@@ -201,7 +184,7 @@ class _Draft:
                 self.complain(f"tasks[{position}].task_id", text)
 
     def edges_of(self, task: TaskSpec, path: str) -> dict[str, bool]:
-        """Return the tasks that `task` comes after, and of each whether it can do without."""
+        """Return the tasks that `task` depends on, and for each whether its output is optional."""
         found: dict[str, bool] = {}
         for name, binding in task.inputs.items():
             for leaf in leaves(binding):
@@ -213,7 +196,7 @@ class _Draft:
             field = "equals" if task.condition.equals is not None else "output.path"
             is_of_one = task.condition.equals is not None or task.condition.output.path
             if is_of_one and self.tasks[task.condition.output.task_id].over:
-                text = "the outputs of a mapped task are not one value to compare; have a task look at them"
+                text = "the outputs of a mapped task are not one value to compare; have a task compare them"
                 self.complain(f"{path}.condition.{field}", text)
         for position, source in enumerate(task.after):
             if source in self.tasks:
@@ -260,30 +243,25 @@ class _Draft:
         return False
 
 
-def _link(
-    tasks: Mapping[str, TaskSpec], edges: Mapping[str, Mapping[str, bool]]
-) -> Steps[tuple[dict[str, tuple[str, ...]], list[str]]]:
-    """Return the successors of those tasks that have any among each other, and those tasks in an order that fits.
+def _link(tasks: Mapping[str, TaskSpec], edges: Mapping[str, Mapping[str, bool]]) -> Steps[dict[str, tuple[str, ...]]]:
+    """Return the successors of new tasks among each other. Raises InvalidError when there is a cycle.
 
-    Raises InvalidError when there is a cycle.
-
-    What was there before cannot depend on what is new, so a cycle lies among the new tasks.
+    Earlier tasks cannot depend on new ones, so a cycle has new tasks only.
     """
     graph: nx.DiGraph[str] = nx.DiGraph()
     for (target, sources), is_step in stepwise(edges.items()):
         graph.add_edges_from((source, target) for source in sources if source in tasks)
         if is_step:
             yield
-    ordered: list[str] = []
+    linked: dict[str, tuple[str, ...]] = {}
     try:
         for source, is_step in stepwise(nx.topological_sort(graph)):
-            ordered.append(source)
+            linked[source] = tuple(graph.successors(source))
             if is_step:
                 yield
     except nx.NetworkXUnfeasible:
         cycle = [source for source, _ in nx.find_cycle(graph)]
         path = " -> ".join([*cycle, cycle[0]])
-        raise InvalidError(
-            "WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]}
-        ) from None
-    return {source: tuple(graph.successors(source)) for source in ordered}, ordered
+        metadata = {"cycle": path[:1024]}
+        raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata=metadata) from None
+    return linked

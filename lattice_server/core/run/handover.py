@@ -1,77 +1,109 @@
-"""Owns which tasks of a run are to be handed over, or to be stopped, and in which order. Part of `run`.
+"""Owns which tasks of a run are sent to the scheduler, or stopped there, and in which order.
 
-Rule: so many at once, and the rest later; what else happens to the run may happen in between.
+Rule: a call handles a limited number of tasks, and later calls the others, so that other events come in between.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
+from lattice_server.core.messages import TaskReady
 from lattice_server.core.model import Failure
+from lattice_server.core.references import resolve
+from lattice_server.core.run.bindings import Values
+from lattice_server.core.run.dag import Dag
+from lattice_server.core.run.ordering import Ranking
+from lattice_server.core.run.status import RunStatus
+from lattice_server.core.run.task_table import TaskRecord, TaskTable
+from lattice_server.core.states import TaskState
 
-# Of the tasks that wait for one alone, how many are handed over before it ends: all of them go on at once when it does.
+# How many tasks that wait for one task only are sent early: when it ends, the scheduler queues all of them at once.
 MAX_PROMISED = 500
 
 
+@dataclass(slots=True, eq=False)
 class Handover:
-    """What a run still has to hand over, or, once it stops, to stop.
+    """The tasks that a run has yet to send to the scheduler or, once it stops, to stop there.
 
-    `ready` are the tasks that wait for nothing. `stopping` are those that may have to be stopped, because of `cause`.
-    Promises come before the next task that is ready: each is a stack of tasks, with the place of the first successor of
-    each that was not looked at.
+    `ready` are tasks that have their inputs. `stopping` are tasks to stop because of `cause`. A task that waits for a
+    single other one is promised: sent early, so that the scheduler queues it by itself. Promises come before the next
+    ready task. Each is a stack of tasks and the position among the successors of each.
     """
 
-    def __init__(self, slice_tasks: int | None) -> None:
-        self.ready: deque[str] = deque()
-        self.stopping: deque[str] = deque()
-        self.cause: Failure | None = None
-        self._promises: deque[list[tuple[str, int]]] = deque()
-        self._slice_tasks = slice_tasks
-        self._left = 0
+    _status: RunStatus
+    _table: TaskTable
+    _dag: Dag
+    _values: Values
+    _priority: int
+    _tenant: str
+    _ranking: Ranking
+    _slice_tasks: int | None
+    ready: deque[str] = field(default_factory=deque)
+    stopping: deque[str] = field(default_factory=deque)
+    cause: Failure | None = None
+    _promises: deque[list[tuple[str, int]]] = field(default_factory=deque)
+    _left: int = 0
 
     @property
     def is_under_way(self) -> bool:
-        """Whether there is more to hand over."""
+        """Whether there are tasks to send or to stop."""
         return bool(self.ready or self._promises or self.stopping)
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to be handed over now."""
+        """Whether this call is to handle no further task."""
         return not self.is_under_way or (self._slice_tasks is not None and self._left <= 0)
 
     @property
     def is_promising(self) -> bool:
-        """Whether promises come first."""
+        """Whether promises come next."""
         return bool(self._promises)
 
     def begin(self) -> None:
-        """Begin a slice."""
+        """Begin a call."""
         self._left = self._slice_tasks or 0
 
     def next_ready(self) -> str:
-        """Take out a task that waits for nothing."""
+        """Take out a task that has its inputs."""
         self._left -= 1
         return self.ready.popleft()
 
-    def promise(self, task_id: str) -> None:
-        """Note that what waits for a task alone is handed over early, and what waits for that alone, and so on."""
+    def send(self, record: TaskRecord, after: str = "") -> None:
+        """Send a task to the scheduler, to start at once or after another one."""
+        spec, status = record.spec, self._status
+        status.emit(
+            TaskReady(
+                status.run_id,
+                spec,
+                {name: resolve(binding, self._values.of) for name, binding in spec.inputs.items()},
+                self._priority + spec.priority,
+                after,
+                self._tenant,
+                self._ranking(status.started_at, self._table.open_tasks, spec.task_id),
+                self._dag.split.get(spec.task_id, ()),
+            )
+        )
+
+    def promise_after(self, task_id: str) -> None:
+        """Have the tasks that wait only for this one sent early, then those that wait only for these, and so on."""
         self._promises.append([(task_id, 0)])
 
-    def keep_promises(self, successors: Mapping[str, Sequence[str]], hand_over: Callable[[str, str], bool]) -> None:
-        """Hand over what waits for a task; `hand_over` is given the two and tells whether it did."""
+    def send_promised(self) -> None:
+        """Send some of the promised tasks."""
         stack = self._promises[0]
         source, start = stack.pop()
-        waiting = successors[source][:MAX_PROMISED]
+        waiting = self._dag.successors[source][:MAX_PROMISED]
         end = len(waiting) if self._slice_tasks is None else min(len(waiting), start + max(1, self._left))
-        handed_over = [successor for successor in waiting[start:end] if hand_over(source, successor)]
+        sent = [successor for successor in waiting[start:end] if self._send_early(source, successor)]
         self._left -= end - start
-        stack += [(successor, 0) for successor in handed_over]
+        stack += [(successor, 0) for successor in sent]
         if end < len(waiting):
             stack.append((source, end))
         if not stack:
             self._promises.popleft()
 
     def stop(self, task_ids: Iterable[str], cause: Failure) -> None:
-        """Hand over nothing more; note the tasks that may have to be stopped."""
+        """Send no further task; note the tasks that may have to be stopped."""
         self.clear()
         self.stopping.extend(task_ids)
         self.cause = cause
@@ -83,7 +115,20 @@ class Handover:
         return [self.stopping.popleft() for _ in range(count)]
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all tasks."""
         self.ready.clear()
         self.stopping.clear()
         self._promises.clear()
+
+    def _send_early(self, source: str, successor: str) -> bool:
+        """Send a task early if it waits for `source` only, and the scheduler has that one; return whether it was."""
+        records, record = self._table.records, self._table.records[successor]
+        if record.missing != 1 or record.state is not TaskState.BLOCKED or record.is_promised:
+            return False
+        if record.spec.over or record.spec.condition is not None or (source, successor) in self._dag.optional:
+            return False
+        if not records[source].is_with_scheduler or not self._status.is_running:
+            return False
+        record.is_promised = True
+        self.send(record, source)
+        return True

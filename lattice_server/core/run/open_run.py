@@ -1,37 +1,45 @@
-"""Owns what an open run is to the caller that holds it: whether it still accepts tasks, and the questions of its
-attempts.
+"""Owns the stream that holds an open run, and the questions of the run's attempts to its caller.
 
 Rule: a question gets one answer, or is withdrawn with the attempt that asked it.
 """
 
 from collections.abc import Mapping, Sequence
 
-from lattice_server.core.messages import RunFinished, TaskCancelled, TaskFailed, TaskRetrying, TaskSucceeded
-from lattice_server.core.model import Failure, Payload
-from lattice_server.core.run.questions import (
-    NOT_HELD,
-    TOO_MANY,
+from lattice_server.core.messages import (
     AnswerQuestion,
     AskHolder,
     QuestionAsked,
+    RunFinished,
+    TaskCancelled,
+    TaskFailed,
+    TaskRetrying,
+    TaskSucceeded,
     WithdrawQuestion,
-    answer_to,
 )
+from lattice_server.core.model import Failure, Payload
 from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.states import TASK_TERMINAL
 
 MAX_QUESTIONS = 1000
-# What ends an attempt.
+NOT_OPEN = "no caller can be asked: the run was not started by OpenRun, or `open_run`, which holds it open"
+NOT_HELD = "no caller answers any more: the one that held the run open has gone and did not come back"
+TOO_MANY = "more than {} questions of the run wait for an answer"
+# The events by which an attempt ends.
 ATTEMPT_ENDS = TaskSucceeded | TaskFailed | TaskRetrying | TaskCancelled
 
 HolderEffect = AskHolder | WithdrawQuestion | AnswerQuestion
 
 
-class OpenRun:
-    """The machine of one open run, beside that of its tasks; owned by the orchestrator's thread.
+def answer_to(question: QuestionAsked, answer: Payload | Failure | str) -> AnswerQuestion:
+    """Return the message with the answer to a question; a sentence says why there is none."""
+    return AnswerQuestion(question.session_id, question.lease_id, question.number, answer)
 
-    A stream holds the run, the newest one if there are several. `left_at` is when the last one broke; after `grace_s`
-    without another one the run is cancelled unless it was closed before, and its questions get no answer.
+
+class OpenRun:
+    """The machine of the caller of one open run, beside that of the run; the orchestrator's thread owns it.
+
+    The newest stream holds the run. After `grace_s` seconds without a stream the run is cancelled, unless it was closed
+    before, and its questions get no answer.
     """
 
     def __init__(self, run: Run, grace_s: float, now: float, max_questions: int = MAX_QUESTIONS) -> None:
@@ -44,12 +52,12 @@ class OpenRun:
         self.questions: Mapping[str, QuestionAsked] = self._questions
 
     def hold(self) -> list[HolderEffect]:
-        """Note that a stream holds the run from now on; what has no answer yet is asked again."""
+        """Note that a stream holds the run; questions without an answer are sent to it."""
         self._left_at, self._is_held = None, not self._run.is_terminal
         return [AskHolder(question) for question in self._questions.values()]
 
     def leave(self, now: float) -> None:
-        """Note that the stream that held the run has broken, or that its caller says nothing more on it."""
+        """Note that the stream broke, or that its caller closed its side of it."""
         if self._is_held:
             self._is_held = False
             self._left_at = None if self._run.is_terminal else now
@@ -59,7 +67,7 @@ class OpenRun:
         return None if self._left_at is None else self._left_at + self._grace_s
 
     def tick(self, now: float) -> list[Effect | HolderEffect]:
-        """Do what is due: give up a run that nothing holds any more."""
+        """Cancel the run if no stream has held it for too long."""
         deadline = self.next_deadline()
         if deadline is None or now < deadline:
             return []
@@ -72,7 +80,7 @@ class OpenRun:
         return effects
 
     def ask(self, question: QuestionAsked) -> list[HolderEffect]:
-        """Take a question of an attempt that runs."""
+        """Take a question of a running attempt."""
         record = self._run.tasks[question.task_id]
         if question.question_id in self._questions or record.state in TASK_TERMINAL:
             return []
@@ -84,7 +92,7 @@ class OpenRun:
         return [AskHolder(question)] if self._is_held else []
 
     def answer(self, question_id: str, answer: Payload | Failure | str) -> AnswerQuestion | None:
-        """Take an answer; None when the question needs none, or none any more."""
+        """Take an answer; return None when there is no such question, or no more."""
         question = self._questions.pop(question_id, None)
         return None if question is None else answer_to(question, answer)
 
@@ -101,8 +109,8 @@ class OpenRun:
 
     def check(self) -> None:
         """Assert every invariant; tests call it after each step."""
-        assert not (self._is_held and self._left_at is not None), "a run is held and left"
-        assert not self._questions or self._is_held or self._left_at is not None, "a question waits for nothing"
+        assert not (self._is_held and self._left_at is not None), "a run is held and has no stream"
+        assert not self._questions or self._is_held or self._left_at is not None, "a question without a caller waits"
         assert len(self._questions) <= self._max_questions
         for question in self._questions.values():
             assert not self._run.is_terminal, "a question outlived its run"

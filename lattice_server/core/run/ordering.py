@@ -1,45 +1,22 @@
-"""Owns the order among the tasks of one caller that wait with the same priority. Rule: lower goes first.
+"""Owns the order among the waiting tasks of one tenant. Rule: the task with the lowest rank goes first.
 
-`benchmarks/simulate.py` compares these on generated agent workloads; `docs/decisions/` says which won and why.
+`benchmarks/simulate.py` compares other orders with this one; see decision 0002.
 """
 
 from collections.abc import Callable
 from math import sqrt
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lattice_server.core.run.run import Run
-
-Ranking = Callable[["Run", str], float]
-
-# Larger, and small runs pass old large ones for longer; much smaller than tasks are long, and age alone decides.
+# If it is larger, small runs pass old large ones for longer; if it is much shorter than tasks, only age counts.
 AGEING_S = 10.0
 
-
-def first_come(run: "Run", task_id: str) -> float:
-    """Return the same for all: tasks leave in the order in which they became ready."""
-    return 0.0
+# The rank of a task, from when its run started, how many tasks of the run have not ended, and the task's id.
+Ranking = Callable[[float, int, str], float]
 
 
-def oldest_run(run: "Run", task_id: str) -> float:
-    """Return what puts the run that started first first."""
-    return run.started_at
+def least_left_aged(started_at: float, open_tasks: int, task_id: str) -> float:
+    """Return a rank that prefers runs with few tasks left, and old runs.
 
-
-def critical_path(run: "Run", task_id: str) -> float:
-    """Return what puts the task with the longest path below it first."""
-    return -float(run.dag.height(task_id))
-
-
-def least_left(run: "Run", task_id: str) -> float:
-    """Return what puts the run with the fewest tasks left first, so that runs end instead of sharing what there is."""
-    return float(run.open_tasks)
-
-
-def least_left_aged(run: "Run", task_id: str) -> float:
-    """Return what puts runs with few tasks left first, but none first forever.
-
-    A run counts as if it had started later, in seconds, than it did: by the square root of its tasks left. So one of
-    five tasks passes one of ten thousand that is up to 16 minutes older, and none that is older still.
+    A run counts as if it had started later than it did, by 10 seconds times the square root of its tasks left. So one
+    of five tasks passes one of ten thousand that is up to 16 minutes older, but no older one.
     """
-    return run.started_at + AGEING_S * sqrt(run.open_tasks)
+    return started_at + AGEING_S * sqrt(open_tasks)

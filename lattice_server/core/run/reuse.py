@@ -1,6 +1,6 @@
-"""Owns what a run takes over from the run it retries.
+"""Owns the results that a run reuses of the run that it retries.
 
-Rule: a result is taken over only where the task, and all that it was made from, is the same.
+Rule: a result is reused only if the task and all of its inputs are the same.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ from lattice_server.core.states import TaskState
 
 
 class Earlier:
-    """The tasks of a run that has ended. `is_kept` says whether a large value of it can still be read."""
+    """The tasks of a run that has ended. `is_kept` tells whether an artifact of it can still be read."""
 
     def __init__(self, run_id: str, tasks: Mapping[str, TaskRecord], is_kept: Callable[[Artifact], bool]) -> None:
         self.run_id = run_id
@@ -25,7 +25,7 @@ class Earlier:
                 self._spawned[record.spawned_by].append(record.spec)
 
     def success_of(self, spec: TaskSpec) -> TaskRecord | None:
-        """Return the task, if it succeeded and its values are kept."""
+        """Return the record of a task, if it succeeded and its outputs are kept."""
         found = self._tasks.get(spec.task_id)
         if found is None or found.state is not TaskState.SUCCEEDED or found.outputs is None or found.spec != spec:
             return None
@@ -45,6 +45,6 @@ class Earlier:
 
 
 def workflow_of(spec: WorkflowSpec, tasks: Mapping[str, TaskRecord]) -> WorkflowSpec:
-    """Return the workflow of a run, with the tasks that callers added; items and spawned tasks come again by
-    themselves."""
+    """Return the workflow of a run with the tasks that callers added, but without items and spawned tasks, which are
+    added again when it runs."""
     return replace(spec, tasks=tuple(r.spec for r in tasks.values() if not r.item_of and not r.spawned_by))

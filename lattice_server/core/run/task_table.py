@@ -1,11 +1,11 @@
-"""Owns what a run knows of its tasks. Rule: a state changes only by `TaskTable.move`, which keeps the counts."""
+"""Owns the records of a run's tasks. Rule: a state changes only by `TaskTable.move`, which keeps the counts."""
 
 from dataclasses import dataclass, field
 
 from lattice_server.core.messages import Split
 from lattice_server.core.model import Failure, Outputs, TaskSpec
 from lattice_server.core.run.dag import Dag
-from lattice_server.core.states import TASK_TRANSITIONS, InvalidTransition, TaskState
+from lattice_server.core.states import TASK_TRANSITIONS, TaskState, transition
 from lattice_server.core.steps import Steps, stepwise
 
 
@@ -16,13 +16,13 @@ class TaskRecord:
     `queued_at` is when it could start for the first time, `first_started_at` when its first attempt started. Its
     function ran for `duration_s` in the attempt that succeeded.
 
-    `missing` counts predecessors that have neither succeeded nor turned out to be dispensable. `is_promised` tells that
-    the task was handed over while it waited for the last of them. `cancelled` is why it was asked to end.
+    `missing` counts the predecessors that the task still waits for. `is_promised` tells that it was sent to the
+    scheduler while it waited for the last one. `cancelled` is why it was asked to end.
 
-    A mapped task never runs itself: once its list is known, `items` are the tasks that do, and `open_items` counts
-    those that have not ended. `item_of` names the mapped task an item belongs to, `spawned_by` the task that added it.
+    A mapped task does not run itself: once its list is known, its `items` run, and `open_items` counts the items that
+    have not ended. `item_of` is the mapped task of an item, `spawned_by` the task that added this one.
 
-    `is_taken_over` tells that its outputs are those of the run that this one retries.
+    `is_reused` tells that its outputs are those of the run that this one retries.
     """
 
     spec: TaskSpec
@@ -45,11 +45,11 @@ class TaskRecord:
     spawned_by: str = ""
     depth: int = 0
     duration_s: float | None = None
-    is_taken_over: bool = False
+    is_reused: bool = False
 
     @property
     def is_with_scheduler(self) -> bool:
-        """Whether the scheduler has the task, and will say how it ends."""
+        """Whether the scheduler has the task and will report its end."""
         if self.spec.over:
             return False
         return self.state in WITH_SCHEDULER or (self.is_promised and self.state is TaskState.BLOCKED)
@@ -60,7 +60,7 @@ WITH_SCHEDULER = frozenset({TaskState.QUEUED, TaskState.RUNNING})
 
 @dataclass(slots=True, eq=False)
 class TaskTable:
-    """The tasks of one run by id, and how many are in which state."""
+    """The tasks of one run by id, and how many are in each state."""
 
     run_id: str
     records: dict[str, TaskRecord] = field(default_factory=dict)
@@ -72,17 +72,17 @@ class TaskTable:
         self.counts[record.state] += 1
 
     def move(self, record: TaskRecord, state: TaskState) -> None:
-        """Change a task's state. Raises InvalidTransition when the table does not allow it."""
-        if state not in TASK_TRANSITIONS.get(record.state, ()):
-            raise InvalidTransition(f"task {record.spec.task_id} of run {self.run_id}", record.state, state)
-        self.counts[record.state] -= 1
+        """Change a task's state. Raises InvalidTransition."""
+        old = record.state
+        record.state = transition(f"task {record.spec.task_id} of run {self.run_id}", old, state, TASK_TRANSITIONS)
+        self.counts[old] -= 1
         self.counts[state] += 1
-        record.state = state
 
-    def is_done(self) -> bool:
-        """Whether every task has ended."""
+    @property
+    def open_tasks(self) -> int:
+        """How many tasks have not ended."""
         counts = self.counts
-        return not (counts[TaskState.BLOCKED] or counts[TaskState.QUEUED] or counts[TaskState.RUNNING])
+        return counts[TaskState.BLOCKED] + counts[TaskState.QUEUED] + counts[TaskState.RUNNING]
 
 
 def tabulating(run_id: str, dag: Dag) -> Steps[TaskTable]:

@@ -1,24 +1,20 @@
-"""Owns the answer to "why does this task wait?". Rule: it reads the machines' state and changes nothing."""
+"""Owns the answer to "why does this task wait?". Rule: it changes nothing, and its work is bounded by constants."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from itertools import islice
 
 from lattice_server.core.messages import Explanation, Reason, ReasonKind
-from lattice_server.core.scheduling.batching import TaskGroup
-from lattice_server.core.scheduling.node_registry import Fleet
-from lattice_server.core.scheduling.placement import shortages
+from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.placer import Placer
-from lattice_server.core.scheduling.work import Task
-from lattice_server.core.states import TASK_TERMINAL, TaskState
+from lattice_server.core.scheduling.shortages import shortages
+from lattice_server.core.scheduling.work import Task, TaskGroup
 
-if TYPE_CHECKING:
-    from lattice_server.core.run.run import Run
-
-MAX_NODES = 20
+MAX_NODES = 20  # How many nodes are described.
+MAX_AHEAD = 1000  # Up to how many tasks, tenants or nodes are counted.
 
 
-def explain(task: Task, placer: Placer, fleet: Fleet, now: float) -> Explanation:
-    """Return why a task that was handed over is not running, since when, and when it may start."""
+def explain(task: Task, placer: Placer, registry: NodeRegistry, now: float) -> Explanation:
+    """Return why a task that the scheduler has is not running, since when, and when it may start."""
     if task.lease_id:
         return _explain_leased(task, placer, now)
     if task.follows is not None:
@@ -30,8 +26,8 @@ def explain(task: Task, placer: Placer, fleet: Fleet, now: float) -> Explanation
         text = f"attempt {task.attempt} failed; the next one may start in {wait_s:.1f} s"
         return Explanation((Reason(ReasonKind.RETRY, text),), 0.0, wait_s)
     assert task.group is not None, "a task is in one place"
-    reasons = tuple(_waiting(task, task.group, placer, fleet, now))
-    return Explanation(reasons, now - task.waiting_since, _start_in_s(task, task.group, placer, fleet, now))
+    reasons = tuple(_waiting(task, task.group, placer, registry, now))
+    return Explanation(reasons, now - task.waiting_since, _start_in_s(task, task.group, placer, registry, now))
 
 
 def _explain_leased(task: Task, placer: Placer, now: float) -> Explanation:
@@ -56,9 +52,9 @@ def _explain_leased(task: Task, placer: Placer, now: float) -> Explanation:
     return Explanation((Reason(ReasonKind.TURN, text, node_id=node_id),), waited_s, lease.slot.backlog_s)
 
 
-def _waiting(task: Task, group: TaskGroup, placer: Placer, fleet: Fleet, now: float) -> Iterator[Reason]:
+def _waiting(task: Task, group: TaskGroup, placer: Placer, registry: NodeRegistry, now: float) -> Iterator[Reason]:
     shape = group.shape
-    if not fleet.nodes:
+    if not registry.nodes:
         yield Reason(ReasonKind.NODES, "no node is connected")
         return
     due_s = group.due_at() - now
@@ -72,62 +68,37 @@ def _waiting(task: Task, group: TaskGroup, placer: Placer, fleet: Fleet, now: fl
     elif concurrency is not None and placer.queue.is_exhausted(concurrency.key):
         text = f"a call of {concurrency.key!r} that allows fewer of them goes first"
         yield Reason(ReasonKind.LIMIT, text)
-    ahead = _batches_ahead(task, group) * group.max_size
-    if ahead:
-        yield Reason(ReasonKind.TURN, f"{ahead} tasks of its kind go first")
+    ahead = group.count_ahead(task, MAX_AHEAD)
+    if batched := ahead // group.max_size * group.max_size:
+        least = "at least " if ahead == MAX_AHEAD else ""
+        yield Reason(ReasonKind.TURN, f"{least}{batched} tasks of its kind go first")
     clocks = placer.queue.clocks
-    mine = clocks.turn(group.tenant, now)
-    # Their names are no other tenant's business.
-    if earlier := sum(clocks.turn(name, now) < mine for name in placer.queue.tenants):
+    mine = clocks.time(group.tenant, now)
+    # The names of other tenants are not shown.
+    if earlier := sum(clocks.time(name, now) < mine for name in islice(placer.queue.tenants, MAX_AHEAD)):
         yield Reason(ReasonKind.TURN, f"tenants that had less of the cluster go first: {earlier}")
-    for node in list(fleet.nodes.values())[:MAX_NODES]:
+    for node in islice(registry.nodes.values(), MAX_NODES):
         for found in shortages(shape, node):
             fields = {"node_id": found.node_id, "resource": found.what, "wanted": found.wanted, "free": found.free}
             yield Reason(ReasonKind.RESOURCES, str(found), **fields)  # type: ignore[arg-type]  # by name
-        keeper = placer.reservations.group_of(node)
-        if keeper is not None and keeper is not group:
+        reserved_for = placer.reservations.group_of(node)
+        if reserved_for is not None and reserved_for is not group:
             text = f"node {node.node_id!r} gathers resources for a larger task that waited longer"
-            if keeper.shape.is_exclusive:
+            if reserved_for.shape.is_exclusive:
                 text = f"node {node.node_id!r} is kept for a task that waited longer and runs alone on it"
             yield Reason(ReasonKind.TURN, text, node_id=node.node_id)
 
 
-def _batches_ahead(task: Task, group: TaskGroup) -> int:
-    mine = (*task.rank, task.ticket)
-    return sum((*other.rank, other.ticket) < mine for other in group.tasks()) // group.max_size
-
-
-def _start_in_s(task: Task, group: TaskGroup, placer: Placer, fleet: Fleet, now: float) -> float | None:
-    """Return a guess: the batches ahead, side by side on what its kind uses today, each as long as the last ones."""
-    expected_s = placer.ahead.expected_s(task)
-    if expected_s is None or not any(fleet.could_run(group.shape, node) for node in fleet.nodes.values()):
+def _start_in_s(task: Task, group: TaskGroup, placer: Placer, registry: NodeRegistry, now: float) -> float | None:
+    """Return an estimate: the batches ahead run on the slots of their kind, each for as long as the last ones."""
+    expected_s = placer.pipeline.expected_s(task)
+    ahead = group.count_ahead(task, MAX_AHEAD)
+    if (
+        expected_s is None
+        or ahead == MAX_AHEAD
+        or not any(registry.could_run(group.shape, node) for node in islice(registry.nodes.values(), MAX_AHEAD))
+    ):
         return None
-    batches = _batches_ahead(task, group) + 1
+    batches = ahead // group.max_size + 1
     side_by_side = max(1, len(placer.table.slots((group.shape, group.concurrency))))
     return max(0.0, group.due_at() - now, batches * expected_s / side_by_side)
-
-
-def explain_in_run(run: "Run", task_id: str, now: float) -> Explanation:
-    """Return why a task that the scheduler does not have is where it is."""
-    record = run.tasks[task_id]
-    if record.state in TASK_TERMINAL:
-        waited_s = 0.0 if record.ended_at is None else now - record.ended_at
-        what = "it was skipped" if record.state is TaskState.SKIPPED else f"it has {record.state.value}"
-        if record.state is TaskState.CANCELLED:
-            what = "it was cancelled"
-        if record.failure is not None:
-            what = f"{what}: {record.failure.message}"
-        elif record.state is TaskState.SKIPPED:
-            what = f"{what}: a condition, its own or that of a task it needs, was not met"
-        return Explanation((Reason(ReasonKind.ENDED, what),), waited_s, None)
-    if record.items is not None:
-        text = f"{record.open_items} of its {len(record.items)} items have not ended"
-        return Explanation((Reason(ReasonKind.RUNNING, text),), now - (record.started_at or now), 0.0)
-    reasons = []
-    for source in run.dag.predecessors[task_id]:
-        other = run.tasks[source]
-        if other.state not in TASK_TERMINAL:
-            reasons.append(Reason(ReasonKind.INPUT, f"task {source!r} is {other.state.value}", task_id=source))
-    if not reasons:
-        reasons.append(Reason(ReasonKind.TURN, "it is on its way to the scheduler"))
-    return Explanation(tuple(reasons), now - run.started_at, None)

@@ -1,53 +1,102 @@
-"""Owns the leases that workers hold, and the slots that hold them.
+"""Owns the leases that workers have, and the slots that hold them.
 
-Rule: a slot is opened with its first lease and closed with its last; its resources and its permit are taken and given
-back with it.
+Rule: a slot is opened with its first lease and closed with its last one; its resources and its permit are taken and
+released with it.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 
 from lattice_server.core.messages import Assign, AttemptInputs
-from lattice_server.core.scheduling.node_registry import Fleet
+from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.nodes import Node, Slot
 from lattice_server.core.scheduling.permits import Concurrency, Permits
-from lattice_server.core.scheduling.placement import Shape
-from lattice_server.core.scheduling.virtual_time import Clocks
-from lattice_server.core.scheduling.work import Lease, Task
+from lattice_server.core.scheduling.placement import Shape, suits
+from lattice_server.core.scheduling.virtual_time import TenantClocks
+from lattice_server.core.scheduling.work import Task
+from lattice_server.core.states import LEASE_TRANSITIONS, LeaseState, transition
 
-# What the calls of a slot share: work of the same needs that counts for the same key may follow in it.
+# The leases of a slot have the same needs and count towards the same concurrency key.
 SlotKind = tuple[Shape, Concurrency | None]
 
 
+@dataclass(slots=True, eq=False)
+class Lease:
+    """One batch that a worker has. `tasks` are its members by position, `ended` the positions that have ended.
+
+    Its tenant's share of the cluster is `share` while it is the first of its slot. `sequence` is the number of its
+    newest assignment, which was sent again at `repeated_at`. `after_lease_id` names the lease whose outputs it needs.
+    """
+
+    lease_id: str
+    tasks: list[Task]
+    slot: Slot
+    expected_s: float
+    shape: Shape
+    tenant: str
+    share: float
+    sent_at: float
+    after_lease_id: str = ""
+    state: LeaseState = LeaseState.ASSIGNED
+    started_at: float | None = None
+    sequence: int = 0
+    repeated_at: float = 0.0
+    ended: set[int] = field(default_factory=set)
+
+    def move(self, state: LeaseState) -> None:
+        """Change the lease's state. Raises InvalidTransition."""
+        self.state = transition(f"lease {self.lease_id}", self.state, state, LEASE_TRANSITIONS)
+
+    def time_of(self, at: float | None, now: float) -> float | None:
+        """Return the time of an event of the lease that is reported `now`, limited to when its worker had the lease.
+
+        None means now.
+        """
+        return None if at is None else min(max(at, self.sent_at), now)
+
+    def members(self) -> list[Task]:
+        """Return the members that have not ended."""
+        if not self.ended:
+            return self.tasks
+        return [task for item, task in enumerate(self.tasks) if item not in self.ended]
+
+    def member(self, item: int) -> Task | None:
+        """Return the member at a position; None when there is none, or when it has ended."""
+        return self.tasks[item] if 0 <= item < len(self.tasks) and item not in self.ended else None
+
+    @property
+    def waits_for_input(self) -> bool:
+        """Whether its task follows another one that has not succeeded, so that it cannot have started."""
+        return self.tasks[0].follows is not None
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether all of its members must end."""
+        return all(task.ending is not None for task in self.members())
+
+
+@dataclass(slots=True, eq=False)
 class LeaseTable:
-    """The leases by id, and the slots by what may run in them."""
+    """The leases by id, and the slots by the kind of their leases."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        clocks: Clocks,
-        permits: Permits,
-        numbers: Iterator[int],
-        epoch: str,
-        emit: Callable[[Assign], None],
-    ) -> None:
-        self.leases: dict[str, Lease] = {}
-        self._fleet = fleet
-        self._clocks = clocks
-        self._permits = permits
-        self._numbers = numbers
-        self._epoch = epoch
-        self._emit = emit
-        self._slots: dict[SlotKind, dict[int, Slot]] = {}
+    _registry: NodeRegistry
+    _clocks: TenantClocks
+    _permits: Permits
+    _numbers: Iterator[int]
+    _epoch: str
+    _emit: Callable[[Assign], None]
+    leases: dict[str, Lease] = field(default_factory=dict)
+    _slots: dict[SlotKind, dict[int, Slot]] = field(default_factory=dict)
 
-    def slots(self, kind: SlotKind) -> Sequence[Slot]:
-        """Return the slots in which work of a kind runs."""
-        return tuple(self._slots.get(kind, {}).values())
+    def slots(self, kind: SlotKind) -> Collection[Slot]:
+        """Return the slots of a kind."""
+        return self._slots.get(kind, {}).values()
 
     def open(
         self, node: Node, shape: Shape, concurrency: Concurrency | None, devices: tuple[int, ...], now: float
     ) -> Slot:
-        """Reserve what a shape needs on a node; the permit is taken already."""
+        """Take the resources for a shape on a node; the permit is taken already."""
         slot = Slot(
             next(self._numbers),
             node.node_id,
@@ -58,15 +107,15 @@ class LeaseTable:
             progress_at=now,
             is_exclusive=shape.is_exclusive,
         )
-        self._fleet.take(node, slot)
+        self._registry.take(node, slot)
         self._slots.setdefault((shape, concurrency), {})[slot.slot_id] = slot
         return slot
 
     def assign(self, tasks: list[Task], slot: Slot, expected_s: float, now: float) -> Lease:
-        """Lease tasks to the worker of a slot, which runs them after what the slot holds already."""
+        """Lease tasks to the worker of a slot, which runs them after the earlier leases of the slot."""
         first = tasks[0]
         after_lease_id = "" if first.follows is None else first.follows.lease_id
-        share, tenant = self._fleet.share(first.shape), first.ready.tenant
+        share, tenant = self._registry.share(first.shape), first.ready.tenant
         lease_id = f"{self._epoch}-{next(self._numbers)}"
         lease = Lease(lease_id, list(tasks), slot, expected_s, first.shape, tenant, share, now, after_lease_id)
         for task in tasks:
@@ -77,20 +126,22 @@ class LeaseTable:
         else:
             self._clocks.hold(tenant, share, now)
         self.leases[lease_id] = lease
-        slot.lease_ids[lease_id] = len(tasks)
+        slot.lease_ids[lease_id] = None
+        self._registry.nodes[slot.node_id].attempts += len(tasks)
         slot.backlog_s += expected_s
         self._emit(self.assignment(lease))
         return lease
 
     def release(self, lease: Lease, now: float) -> None:
-        """Give back what a lease held."""
+        """Release a lease, and with the last one its slot."""
         slot, clocks = lease.slot, self._clocks
+        lease.move(LeaseState.RELEASED)
         del self.leases[lease.lease_id]
         is_first = next(iter(slot.lease_ids)) == lease.lease_id
         del slot.lease_ids[lease.lease_id]
         slot.backlog_s = max(0.0, slot.backlog_s - lease.expected_s)
         if is_first:
-            # A lease that leaves from behind the first says nothing about the attempt in front.
+            # Only the end of the first lease is progress of the slot.
             slot.progress_at, slot.is_slow = now, False
             clocks.hold(lease.tenant, -lease.share, now)
             if slot.lease_ids:
@@ -103,10 +154,10 @@ class LeaseTable:
             self._close(slot, lease.shape)
 
     def assignment(self, lease: Lease) -> Assign:
-        """Return the message that hands a lease to its worker."""
+        """Return the message that sends a lease to its worker."""
         first = lease.tasks[0]
         spec = first.ready.spec
-        node = self._fleet.nodes[lease.slot.node_id]
+        node = self._registry.nodes[lease.slot.node_id]
         node.assignments += 1
         lease.sequence = node.assignments
         return Assign(
@@ -129,36 +180,62 @@ class LeaseTable:
             after_lease_id="" if first.follows is None else lease.after_lease_id,
         )
 
-    def held_by(self, node: Node) -> list[Lease]:
+    def end_member(self, lease: Lease, task: Task) -> bool:
+        """Note that a member of a lease has ended; return whether it was the last one."""
+        task.lease_id = ""
+        lease.ended.add(lease.tasks.index(task))
+        self._registry.nodes[lease.slot.node_id].attempts -= 1
+        return len(lease.ended) == len(lease.tasks)
+
+    def of_node(self, node: Node) -> list[Lease]:
         """Return the leases of a node, slot by slot in the order in which they run."""
         return [self.leases[lease_id] for slot in node.slots.values() for lease_id in slot.lease_ids]
 
     def permits(self) -> Counter[Concurrency]:
-        """Return the permits that slots hold."""
+        """Return the permits that slots have taken."""
         slots = (slot for slots in self._slots.values() for slot in slots.values())
         return Counter(slot.concurrency for slot in slots if slot.concurrency is not None)
 
     def check(self) -> None:
-        """Assert what must hold between leases, slots and the clocks of tenants."""
-        here = {slot.slot_id: slot for node in self._fleet.nodes.values() for slot in node.slots.values()}
+        """Assert the invariants between leases, slots, nodes and the clocks of tenants."""
+        nodes = self._registry.nodes
+        here = {slot.slot_id: slot for node in nodes.values() for slot in node.slots.values()}
         assert here == {slot_id: slot for slots in self._slots.values() for slot_id, slot in slots.items()}
-        held: dict[str, float] = {}
-        ahead: dict[str, float] = {}
+        assert sorted(lease_id for slot in here.values() for lease_id in slot.lease_ids) == sorted(self.leases)
+        held: dict[str, float] = defaultdict(float)
+        ahead: dict[str, float] = defaultdict(float)
+        attempts: Counter[str] = Counter()
         for lease in self.leases.values():
-            name, is_first = lease.tenant, next(iter(lease.slot.lease_ids)) == lease.lease_id
-            if is_first:
-                held[name] = held.get(name, 0.0) + lease.share
+            _check_lease(lease, nodes[lease.slot.node_id])
+            attempts[lease.slot.node_id] += len(lease.members())
+            if next(iter(lease.slot.lease_ids)) == lease.lease_id:
+                held[lease.tenant] += lease.share
             else:
-                ahead[name] = ahead.get(name, 0.0) + lease.share * lease.expected_s
-            policy = lease.tasks[0].ready.spec.batch
-            assert len(lease.tasks) <= (1 if policy is None else policy.max_size), "a batch is too large"
+                ahead[lease.tenant] += lease.share * lease.expected_s
+        assert attempts == {node.node_id: node.attempts for node in nodes.values() if node.attempts}
         self._clocks.check(held, ahead)
 
     def _close(self, slot: Slot, shape: Shape) -> None:
-        self._fleet.release(slot)
+        self._registry.release(slot)
         self._permits.release(slot.concurrency)
         kind = (shape, slot.concurrency)
         slots = self._slots[kind]
         del slots[slot.slot_id]
         if not slots:
             del self._slots[kind]
+
+
+def _check_lease(lease: Lease, node: Node) -> None:
+    members, policy = lease.members(), lease.tasks[0].ready.spec.batch
+    assert lease.state is not LeaseState.RELEASED
+    assert (lease.state is LeaseState.STARTED) == (lease.started_at is not None)
+    assert lease.slot.slot_id in node.slots
+    assert members, "a lease without tasks"
+    assert all(task.lease_id == lease.lease_id for task in members)
+    assert len({id(task) for task in lease.tasks}) == len(lease.tasks), "a task is in a batch twice"
+    assert len(lease.tasks) <= (1 if policy is None else policy.max_size), "a batch is too large"
+    assert lease.slot.resources == lease.shape.resources, "a slot takes other resources than its lease needs"
+    assert suits(lease.shape, node.spec)
+    for task in members:
+        assert (task.shape, task.ready.tenant) == (lease.shape, lease.tenant), "a batch mixes shapes or tenants"
+    assert lease.started_at is None or not lease.waits_for_input, "a task started before its input was there"

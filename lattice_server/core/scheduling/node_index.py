@@ -1,7 +1,7 @@
-"""Owns the order in which nodes are tried. Rule: a placement looks at the nodes that are likely to have room first.
+"""Owns the order in which nodes are tried. Rule: a placement tries the nodes that are likely to have room first.
 
-Best fit: work that needs GPUs goes to the fullest node that has them free; other work goes to the node with most CPUs
-free, and keeps off nodes with free GPUs while it can.
+Best fit: a task that needs GPUs goes to the fullest node that has them free. Any other task goes to the node with the
+most CPUs free, and avoids nodes with free GPUs where possible.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -14,7 +14,7 @@ from lattice_server.core.model import Isolation, Runtime
 from lattice_server.core.scheduling.nodes import EPSILON, Node
 from lattice_server.core.scheduling.placement import Shape, devices_on, suits
 
-# How much of a node's GPUs is free, how many of its CPUs, negative, and a number.
+# A node's free GPUs, its free CPUs as a negative number, and a number that breaks ties.
 Entry = tuple[float, float, int, Node]
 Needs = tuple[Isolation, tuple[tuple[str, str], ...], str, Runtime]
 
@@ -23,9 +23,9 @@ INFINITY = float("inf")
 
 
 class NodeIndex:
-    """The nodes that take work, in order, once for each set of needs that tells which nodes suit a shape.
+    """The nodes that accept leases, in order: one list for each set of needs that decides which nodes suit a shape.
 
-    Lists are made when a shape is placed for the first time, and those used longest ago are dropped.
+    A list is made when a shape is first placed. The least recently used lists are dropped.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class NodeIndex:
         self._numbers = count()
 
     def update(self, node: Node) -> None:
-        """Put a node where it belongs now; call it whenever what is free there, or whether it takes work, changes."""
+        """Sort a node in anew; call it after a change of its free resources or its state."""
         old = self._entries.get(node.node_id)
         if old is not None and old[3] is not node:
             self.remove(old[3])
@@ -55,11 +55,11 @@ class NodeIndex:
                     continue
                 del entries[index]
                 insort(entries, new)
-            elif suits(shape, node):
+            elif suits(shape, node.spec):
                 insort(entries, new)
 
     def remove(self, node: Node) -> None:
-        """Take a node out."""
+        """Remove a node."""
         old = self._entries.get(node.node_id)
         if old is None or old[3] is not node:
             return
@@ -72,7 +72,7 @@ class NodeIndex:
     def find(self, shape: Shape, reserved: Mapping[str, Shape]) -> tuple[Node, tuple[int, ...]] | None:
         """Return the first node on which a shape can start, and the devices to use there; None when there is none.
 
-        `reserved` maps nodes to the shapes for which room must be, or become, free there.
+        `reserved` maps nodes to the shapes they are reserved for.
         """
         wanted, entries = shape.resources, self._suited(shape)
         needs_devices = wanted.gpu > 0 or wanted.gpu_memory_bytes > 0
@@ -80,7 +80,7 @@ class NodeIndex:
         while index < len(entries):
             free_gpu, negative_cpu, _, node = entries[index]
             if EPSILON - negative_cpu < wanted.cpu:
-                # Of the nodes with as much GPU free, those that follow have fewer CPUs free.
+                # The list continues with nodes that have as much GPU and even fewer CPUs free: skip them.
                 index = bisect_right(entries, (free_gpu, INFINITY, 0, node), index)
                 continue
             devices = devices_on(node, shape, reserved.get(node.node_id))
@@ -90,23 +90,23 @@ class NodeIndex:
         return None
 
     def suited(self, shape: Shape) -> list[Node]:
-        """Return the nodes that take work and suit a shape, load and size aside."""
+        """Return the nodes that accept leases and suit a shape, whatever their resources."""
         return [entry[3] for entry in self._suited(shape)]
 
     def check(self, nodes: Mapping[str, Node]) -> None:
-        """Assert that every list has the nodes that suit, in order."""
+        """Assert that every list has the nodes that suit its shape, in order."""
         assert {n.node_id for n in nodes.values() if n.takes_work} == self._entries.keys()
         for free_gpu, negative_cpu, _, node in self._entries.values():
             assert (free_gpu, negative_cpu) == (sum(node.free_gpu.values()), -node.free_cpu), "a node is out of place"
             assert nodes[node.node_id] is node
         for shape, entries in self._lists.values():
-            assert entries == sorted(entry for entry in self._entries.values() if suits(shape, entry[3]))
+            assert entries == sorted(entry for entry in self._entries.values() if suits(shape, entry[3].spec))
 
     def _suited(self, shape: Shape) -> list[Entry]:
         needs = (shape.isolation, shape.node_selector, shape.entrypoint, shape.runtime)
         found = self._lists.get(needs)
         if found is None:
-            entries = sorted(entry for entry in self._entries.values() if suits(shape, entry[3]))
+            entries = sorted(entry for entry in self._entries.values() if suits(shape, entry[3].spec))
             found = self._lists[needs] = (shape, entries)
             if len(self._lists) > MAX_LISTS:
                 self._lists.popitem(last=False)

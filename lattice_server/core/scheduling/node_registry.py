@@ -1,199 +1,195 @@
-"""Owns the nodes and the sessions of their workers. Rule: a node is served by one session; a newer one replaces it."""
+"""Owns the nodes and their sessions. Rule: one session serves a node; a newer one replaces it."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.messages import WorkerHello
-from lattice_server.core.model import TaskSpec
+from lattice_server.core.model import NodeSpec, TaskSpec
 from lattice_server.core.scheduling.node_index import NodeIndex
 from lattice_server.core.scheduling.nodes import Node, Slot
-from lattice_server.core.scheduling.placement import Shape, Total, could_run, idle, shape_of, share_of
+from lattice_server.core.scheduling.placement import Shape, shape_of
+from lattice_server.core.scheduling.shares import Total, share_of
+from lattice_server.core.scheduling.shortages import could_run
+from lattice_server.core.states import NodeState, SessionState
 
 MAX_GONE = 1000
 MAX_SHAPES = 100_000
 
 
-class Fleet:
-    """The nodes that are here, and those that were: what one of them could run may wait for it."""
+class NodeRegistry:
+    """The connected nodes, and the lost ones that may come back."""
 
     def __init__(self, session_ttl_s: float) -> None:
         self.nodes: dict[str, Node] = {}
-        self.total = Total()
         self.index = NodeIndex()
+        self.session_ttl_s = session_ttl_s
+        self._total = Total()
         self._sessions: dict[str, Node] = {}
         self._workers: dict[str, dict[str, Node]] = {}
-        self._idle: dict[str, Node] = {}  # Those that are here, but for drained ones, as if nothing ran there.
-        self._gone: dict[str, Node] = {}
+        self._lost: dict[str, NodeSpec] = {}
         self._unwanted: dict[str, None] = {}
-        self.session_ttl_s = session_ttl_s
         self._detached: Deadlines[Node] = Deadlines()
-        self._drained: Deadlines[Node] = Deadlines()
+        self._draining: Deadlines[Node] = Deadlines()
         self._could_run: dict[tuple[Shape, str], bool] = {}
         self._shares: dict[Shape, float] = {}
         self._shapes: dict[Shape, Shape] = {}
 
     def by_session(self, session_id: str) -> Node | None:
-        """Return the node a session serves."""
+        """Return the node that a session serves."""
         return self._sessions.get(session_id)
 
     def by_worker(self, worker_id: str) -> list[Node]:
-        """Return the nodes a worker serves."""
+        """Return the nodes that a worker serves."""
         return list(self._workers.get(worker_id, {}).values())
 
+    def known(self) -> tuple[NodeSpec, ...]:
+        """Return every node that accepts leases or may come back."""
+        ready = (node.spec for node in self.nodes.values() if node.state is NodeState.READY)
+        return tuple(chain(ready, self._lost.values()))
+
     def join(self, hello: WorkerHello, session_id: str) -> Node:
-        """Add a node, in the place of one of its name."""
-        if (known := self.nodes.get(hello.node_id)) is not None:
-            self.remove(known, may_return=False)
-        node = Node(
-            hello.node_id,
-            hello.worker_id,
-            session_id,
-            hello.hostname,
-            hello.node_ip,
-            hello.capacity,
-            hello.labels,
-            hello.isolations,
-            hello.runtime,
-            hello.pid,
-            hello.entrypoints,
-        )
+        """Add a node."""
+        node = Node(hello, session_id)
+        assert node.node_id not in self.nodes, "the older node of this id was removed"
         self.nodes[node.node_id] = node
         self._sessions[session_id] = node
-        self._workers.setdefault(node.worker_id, {})[node.node_id] = node
-        self._gone.pop(node.node_id, None)
-        self._idle[node.node_id] = idle(node)
+        self._workers.setdefault(hello.worker_id, {})[node.node_id] = node
+        self._lost.pop(node.node_id, None)
         self.index.update(node)
         self._count(node, 1)
         return node
 
     def remove(self, node: Node, *, may_return: bool) -> None:
-        """Take a node out."""
-        if self.nodes.pop(node.node_id, None) is not None:
-            self._count(node, -1)
-            served = self._workers[node.worker_id]
-            del served[node.node_id]
-            if not served:
-                del self._workers[node.worker_id]
-        self._idle.pop(node.node_id, None)
+        """Remove a node."""
+        if node.state is not NodeState.REMOVED:
+            node.move(NodeState.REMOVED)
+        node.move_session(SessionState.ENDED)
+        node.detached_at = None
+        del self.nodes[node.node_id]
+        del self._sessions[node.session_id]
+        self._count(node, -1)
+        served = self._workers[node.spec.worker_id]
+        del served[node.node_id]
+        if not served:
+            del self._workers[node.spec.worker_id]
         self.index.remove(node)
-        self._sessions.pop(node.session_id, None)
         self._detached.discard(node)
-        self._drained.discard(node)
+        self._draining.discard(node)
         if may_return:
-            self._gone[node.node_id] = idle(node)
-            while len(self._gone) > MAX_GONE:
-                del self._gone[next(iter(self._gone))]
-
-    def unwant(self, worker_id: str) -> None:
-        """Remember a worker that is to leave, and is lost before it is told so."""
-        self._unwanted[worker_id] = None
-        while len(self._unwanted) > MAX_GONE:
-            del self._unwanted[next(iter(self._unwanted))]
-
-    def wants(self, worker_id: str) -> bool:
-        """Whether a worker may serve, as far as is known."""
-        return worker_id not in self._unwanted
-
-    def known(self) -> tuple[Node, ...]:
-        """Return every node that is here or may come back, as it is when nothing runs on it."""
-        return (*self._idle.values(), *self._gone.values())
-
-    def shape(self, spec: TaskSpec) -> Shape:
-        """Return what placement looks at in a task: the same object for the same, which is quick to look up."""
-        return self._same(shape_of(spec))
-
-    def alone(self, shape: Shape) -> Shape:
-        """Return a shape as one whose lease is the only one on its node."""
-        return shape if shape.is_exclusive else self._same(replace(shape, is_exclusive=True))
-
-    def could_run(self, shape: Shape, node: Node) -> bool:
-        """Whether a node could run `shape` if nothing else ran there."""
-        key = (shape, node.node_id)
-        found = self._could_run.get(key)
-        if found is None:
-            self._forget_shapes()
-            found = self._could_run[key] = could_run(shape, node)
-        return found
-
-    def share(self, shape: Shape) -> float:
-        """Return the largest share of the cluster's resources that one call of `shape` takes."""
-        found = self._shares.get(shape)
-        if found is None:
-            found = self._shares[shape] = share_of(shape.resources, shape.is_async, self.total)
-        return found
-
-    def take(self, node: Node, slot: Slot) -> None:
-        """Reserve what a slot holds."""
-        node.take(slot)
-        self.index.update(node)
-
-    def release(self, slot: Slot) -> None:
-        """Free what a slot held."""
-        node = self.nodes[slot.node_id]
-        node.release(slot)
-        self.index.update(node)
+            self._lost[node.node_id] = node.spec
+            if len(self._lost) > MAX_GONE:
+                del self._lost[next(iter(self._lost))]
 
     def detach(self, node: Node, at: float) -> None:
-        """Note that the stream of a node's worker broke at a time."""
+        """Note that the stream of a node's session broke."""
+        node.move_session(SessionState.DETACHED)
         node.detached_at = at
         self._detached.set(node, at + self.session_ttl_s)
         self.index.update(node)
 
     def resume(self, node: Node) -> None:
-        """Note that the worker of a node that was detached is back."""
+        """Note that a worker resumed the session of its node."""
+        node.move_session(SessionState.CONNECTED)
         node.detached_at = None
         self._detached.discard(node)
         self.index.update(node)
 
     def drain(self, node: Node, deadline: float | None) -> None:
-        """Have a node take nothing new, and leave no later than a deadline; an earlier one that was set holds."""
-        node.is_draining = True
-        self._idle.pop(node.node_id, None)
+        """Have a node accept no further leases; the earliest deadline counts."""
+        node.move(NodeState.DRAINING)
         self.index.update(node)
         if deadline is not None and (node.drain_at is None or deadline < node.drain_at):
             node.drain_at = deadline
-            self._drained.set(node, deadline)
+            self._draining.set(node, deadline)
 
-    def overdue(self, now: float) -> Iterator[Node]:
-        """Take out the nodes whose worker has been away for too long."""
+    def reject_worker(self, worker_id: str) -> None:
+        """Remember that a worker was lost while its node drained, so that it is drained again if it comes back."""
+        self._unwanted[worker_id] = None
+        if len(self._unwanted) > MAX_GONE:
+            del self._unwanted[next(iter(self._unwanted))]
+
+    def is_wanted(self, worker_id: str) -> bool:
+        """Whether a worker may serve a node."""
+        return worker_id not in self._unwanted
+
+    def expired(self, now: float) -> Iterator[Node]:
+        """Take out the nodes whose sessions were detached for too long."""
         return self._detached.due(now)
 
-    def outstaying(self, now: float) -> Iterator[Node]:
-        """Take out the nodes that are drained and on which attempts run for too long."""
-        return self._drained.due(now)
+    def drain_overdue(self, now: float) -> Iterator[Node]:
+        """Take out the draining nodes whose deadline has passed."""
+        return self._draining.due(now)
 
     def next_deadline(self) -> float | None:
-        """Return when the next node is overdue or outstays its time."""
-        due = [self._detached.next_at(), self._drained.next_at()]
+        """Return when a session expires or the deadline of a drain passes next."""
+        due = [self._detached.next_at(), self._draining.next_at()]
         return min((at for at in due if at is not None), default=None)
 
+    def take(self, node: Node, slot: Slot) -> None:
+        """Take the resources of a slot."""
+        node.take(slot)
+        self.index.update(node)
+
+    def release(self, slot: Slot) -> None:
+        """Free the resources of a slot."""
+        node = self.nodes[slot.node_id]
+        node.release(slot)
+        self.index.update(node)
+
+    def shape(self, spec: TaskSpec) -> Shape:
+        """Return the needs of a task: the same object for equal ones, which is quick to look up."""
+        return self._interned(shape_of(spec))
+
+    def exclusive(self, shape: Shape) -> Shape:
+        """Return a shape whose lease is the only one on its node."""
+        return shape if shape.is_exclusive else self._interned(replace(shape, is_exclusive=True))
+
+    def could_run(self, shape: Shape, node: Node) -> bool:
+        """Whether a node could run `shape` if nothing else ran there and it accepted leases."""
+        key = (shape, node.node_id)
+        found = self._could_run.get(key)
+        if found is None:
+            self._limit_shapes()
+            found = self._could_run[key] = could_run(shape, node.spec)
+        return found
+
+    def share(self, shape: Shape) -> float:
+        """Return the largest share of any resource of the cluster that one call of `shape` takes."""
+        found = self._shares.get(shape)
+        if found is None:
+            found = self._shares[shape] = share_of(shape.resources, shape.is_async, self._total)
+        return found
+
     def check(self) -> None:
-        """Assert that what is kept about nodes is so."""
+        """Assert the invariants of all nodes and of the tables that list them."""
+        for node in self.nodes.values():
+            node.check()
         self.index.check(self.nodes)
-        assert set(self._detached) == {node for node in self.nodes.values() if node.detached_at is not None}
-        assert set(self._drained) == {node for node in self.nodes.values() if node.drain_at is not None}
-        assert self.total.nodes == len(self.nodes)
+        assert set(self._detached) == {n for n in self.nodes.values() if n.session is SessionState.DETACHED}
+        assert set(self._draining) == {n for n in self.nodes.values() if n.drain_at is not None}
+        assert self._total.nodes == len(self.nodes)
         served = [node for nodes in self._workers.values() for node in nodes.values()]
         assert {node.node_id: node for node in served} == self.nodes
+        assert {node.session_id: node for node in self.nodes.values()} == self._sessions
 
-    def _same(self, made: Shape) -> Shape:
+    def _interned(self, made: Shape) -> Shape:
         found = self._shapes.get(made)
         if found is None:
-            self._forget_shapes()
+            self._limit_shapes()
             found = self._shapes[made] = made
         return found
 
-    def _forget_shapes(self) -> None:
-        """Callers make up shapes without end; work out anew what is asked for after many others."""
+    def _limit_shapes(self) -> None:
+        """Callers can make up any number of shapes: forget all of them once there are too many."""
         if len(self._could_run) + len(self._shapes) > MAX_SHAPES:
             self._could_run.clear()
             self._shares.clear()
             self._shapes.clear()
 
     def _count(self, node: Node, sign: int) -> None:
-        """Add what a node offers to the total, or take it away."""
-        self.total.add(node.capacity, sign)
-        # Of nodes of one name, the newest may offer something else.
+        self._total.add(node.spec.capacity, sign)
+        # A node that comes back may have another capacity, and all shares depend on the total.
         self._could_run.clear()
         self._shares.clear()

@@ -1,25 +1,28 @@
-"""Owns the ledger: what each node has, and which slot holds how much of it. Rule: taken once, released once.
+"""Owns the resources of each node, and which slot holds how much of them. Rule: taken once, released once.
 
-A slot reserves resources on a node and holds leases that run one after the other: the first is on the worker's
-processor, the others were sent ahead. The reservation is taken with the first lease and released with the last.
+A slot reserves resources on a node and holds leases that run one after the other: the first one runs, the others were
+sent ahead. The resources are taken with the first lease and released with the last.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 
-from lattice_server.core.model import Capacity, Gpu, Isolation, Resources, Runtime
+from lattice_server.core.messages import NodeStatus, NodeView
+from lattice_server.core.model import Capacity, Gpu, NodeSpec, Resources
 from lattice_server.core.scheduling.permits import Concurrency
+from lattice_server.core.states import NODE_TRANSITIONS, SESSION_TRANSITIONS, NodeState, SessionState, transition
 
 EPSILON = 1e-9
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One reservation. `gpu_indices` are the devices it uses; `lease_ids` run in order, and tell how many attempts each
-    has; `progress_at` is when the first of them became first, and `is_slow` tells that it took longer than others were
-    ready to wait. `concurrency` is what its calls count for. `is_exclusive` tells that its one lease is the only one of
-    its node."""
+    """A reservation of resources. `gpu_indices` are the devices it uses, `lease_ids` its leases in order.
+
+    `progress_at` is when the first lease became first, and `is_slow` tells that it runs longer than others should wait
+    behind it. `backlog_s` is how long all of them are expected to run. Its calls count towards the key of
+    `concurrency`. `is_exclusive` tells that its one lease is the only one of its node.
+    """
 
     slot_id: int
     node_id: str
@@ -27,86 +30,62 @@ class Slot:
     is_async: bool
     gpu_indices: tuple[int, ...]
     concurrency: Concurrency | None = None
-    lease_ids: dict[str, int] = field(default_factory=dict)
+    lease_ids: dict[str, None] = field(default_factory=dict)
     backlog_s: float = 0.0
     progress_at: float = 0.0
     is_slow: bool = False
     is_exclusive: bool = False
 
 
-class NodeState(Enum):
-    """Where a node is."""
-
-    READY = "ready"  # Takes work.
-    DETACHED = "detached"  # Its worker's stream broke; its leases go on until the session's time is over.
-    DRAINING = "draining"  # Finishes what it has and takes nothing new.
-
-
-@dataclass(frozen=True, slots=True)
-class NodeView:
-    """A node as it was at one moment; `attempts` counts those assigned to it."""
-
-    node_id: str
-    worker_id: str
-    session_id: str
-    hostname: str
-    node_ip: str
-    state: NodeState
-    capacity: Capacity
-    free: Capacity
-    labels: Mapping[str, str]
-    isolations: frozenset[Isolation]
-    runtime: Runtime
-    pid: int
-    attempts: int
-    entrypoints: frozenset[str]
-
-
 @dataclass(slots=True, eq=False)
 class Node:
-    """What one worker offers, and what of it is free. GPUs are counted by device.
+    """A node's resources and how much of them is free. GPUs are counted by device.
 
-    `entrypoints` are the functions its worker has, and runs alone; empty for one that runs Python. `drain_at` is when
-    what still runs on a node that is drained goes elsewhere; `assignments` counts those sent in the worker's session.
-    `is_exclusive` tells that its slot is the only one it may have.
+    `detached_at` is when its session's stream broke, `drain_at` when the leases of a draining node are requeued.
+    `assignments` counts those sent in the session, `attempts` those that the node's leases hold. `is_exclusive` tells
+    that its one slot is the only one it may have.
     """
 
-    node_id: str
-    worker_id: str
+    spec: NodeSpec
     session_id: str
-    hostname: str
-    node_ip: str
-    capacity: Capacity
-    labels: Mapping[str, str]
-    isolations: frozenset[Isolation]
-    runtime: Runtime
-    pid: int
-    entrypoints: frozenset[str] = frozenset()
-    is_draining: bool = False
+    node_id: str = field(init=False)
+    state: NodeState = NodeState.READY
+    session: SessionState = SessionState.CONNECTED
     drain_at: float | None = None
     detached_at: float | None = None
     assignments: int = 0
-    free_cpu: float = 0.0
-    free_memory_bytes: int = 0
-    free_slots: int = 0
-    free_async_slots: int = 0
-    free_gpu: dict[int, float] = field(default_factory=dict)
-    free_gpu_memory_bytes: dict[int, int] = field(default_factory=dict)
+    attempts: int = 0
+    free_cpu: float = field(init=False)
+    free_memory_bytes: int = field(init=False)
+    free_slots: int = field(init=False)
+    free_async_slots: int = field(init=False)
+    free_gpu: dict[int, float] = field(init=False)
+    free_gpu_memory_bytes: dict[int, int] = field(init=False)
     slots: dict[int, Slot] = field(default_factory=dict)
     is_exclusive: bool = False
 
     def __post_init__(self) -> None:
-        self.free_cpu = self.capacity.cpu
-        self.free_memory_bytes = self.capacity.memory_bytes
-        self.free_slots = self.capacity.slots
-        self.free_async_slots = self.capacity.async_slots
-        self.free_gpu = {gpu.index: 1.0 for gpu in self.capacity.gpus}
-        self.free_gpu_memory_bytes = {gpu.index: gpu.memory_bytes for gpu in self.capacity.gpus}
+        capacity = self.spec.capacity
+        self.node_id = self.spec.node_id
+        self.free_cpu = capacity.cpu
+        self.free_memory_bytes = capacity.memory_bytes
+        self.free_slots = capacity.slots
+        self.free_async_slots = capacity.async_slots
+        self.free_gpu = {gpu.index: 1.0 for gpu in capacity.gpus}
+        self.free_gpu_memory_bytes = {gpu.index: gpu.memory_bytes for gpu in capacity.gpus}
 
     @property
     def takes_work(self) -> bool:
         """Whether new leases may be placed here."""
-        return not self.is_draining and self.detached_at is None
+        return self.state is NodeState.READY and self.session is SessionState.CONNECTED
+
+    def move(self, state: NodeState) -> None:
+        """Change the node's state. Raises InvalidTransition."""
+        self.state = transition(f"node {self.node_id}", self.state, state, NODE_TRANSITIONS)
+
+    def move_session(self, state: SessionState) -> None:
+        """Change the session's state. Raises InvalidTransition."""
+        self.session = transition(f"session {self.session_id}", self.session, state, SESSION_TRANSITIONS)
 
     def admits(self, *, is_exclusive: bool) -> bool:
         """Whether one more slot may be on this node, or, if it is to be exclusive, the only one."""
@@ -117,8 +96,8 @@ class Node:
     ) -> tuple[int, ...] | None:
         """Return the devices for `wanted`, fullest first so that whole ones stay whole; None if there are none.
 
-        A whole device is one nobody else uses, not even for its memory alone. With `besides`, as if that were running
-        `on` these devices already.
+        A whole device is one without any other use, not even of its memory alone. With `besides`, the answer is that
+        for when `besides` runs `on` these devices already.
         """
         if wanted.gpu <= 0 and wanted.gpu_memory_bytes <= 0:
             return ()
@@ -133,9 +112,9 @@ class Node:
         return tuple(fitting[:count]) if len(fitting) >= count else None
 
     def sharing(self, wanted: Resources, free: Mapping[int, float], memory: Mapping[int, int]) -> list[int]:
-        """Return the devices of which `wanted` can have its share, memory aside."""
+        """Return the devices with a large enough free share for `wanted`, memory aside."""
         if wanted.gpu >= 1:
-            return [gpu.index for gpu in self.capacity.gpus if _is_whole(gpu, free, memory)]
+            return [gpu.index for gpu in self.spec.capacity.gpus if _is_whole(gpu, free, memory)]
         least = max(wanted.gpu, 2 * EPSILON)
         return [index for index, left in free.items() if left + EPSILON >= least]
 
@@ -145,19 +124,19 @@ class Node:
         return has_slot and self.free_cpu + EPSILON >= wanted.cpu and self.free_memory_bytes >= wanted.memory_bytes
 
     def take(self, slot: Slot) -> None:
-        """Reserve what `slot` holds."""
+        """Take the resources of a slot."""
         self._move(slot, -1)
         self.slots[slot.slot_id] = slot
         self.is_exclusive = slot.is_exclusive
 
     def release(self, slot: Slot) -> None:
-        """Free what `slot` held."""
+        """Free the resources of a slot."""
         del self.slots[slot.slot_id]
         self._move(slot, 1)
         if not self.slots:
             self.is_exclusive = False
-            # Fractions added and taken away many times no longer add up to exactly what there was.
-            self.free_cpu = self.capacity.cpu
+            # Sums of many fractions drift.
+            self.free_cpu = self.spec.capacity.cpu
             self.free_gpu = dict.fromkeys(self.free_gpu, 1.0)
 
     def _move(self, slot: Slot, sign: int) -> None:
@@ -174,49 +153,48 @@ class Node:
             self.free_gpu_memory_bytes[index] += sign * wanted.gpu_memory_bytes
 
     def view(self) -> NodeView:
-        """Return the node as it is now. The memory shown for each free GPU is what is left of it."""
-        state = NodeState.READY
-        if self.detached_at is not None:
-            state = NodeState.DETACHED
-        elif self.is_draining:
-            state = NodeState.DRAINING
-        memory = self.free_gpu_memory_bytes
-        gpus = tuple(replace(gpu, memory_bytes=memory[gpu.index]) for gpu in self.capacity.gpus)
+        """Return the node as it is now. The memory of each free GPU is how much of it is free."""
+        status = NodeStatus.DRAINING if self.state is NodeState.DRAINING else NodeStatus.READY
+        if self.session is SessionState.DETACHED:
+            status = NodeStatus.DETACHED
+        spec, memory = self.spec, self.free_gpu_memory_bytes
+        gpus = tuple(replace(gpu, memory_bytes=memory[gpu.index]) for gpu in spec.capacity.gpus)
         return NodeView(
-            self.node_id,
-            self.worker_id,
-            self.session_id,
-            self.hostname,
-            self.node_ip,
-            state,
-            self.capacity,
-            Capacity(self.free_cpu, self.free_memory_bytes, gpus, self.free_slots, self.free_async_slots),
-            self.labels,
-            self.isolations,
-            self.runtime,
-            self.pid,
-            sum(sum(slot.lease_ids.values()) for slot in self.slots.values()),
-            self.entrypoints,
+            spec.node_id,
+            spec.worker_id,
+            spec.hostname,
+            spec.node_ip,
+            spec.capacity,
+            spec.labels,
+            spec.isolations,
+            spec.runtime,
+            spec.pid,
+            spec.entrypoints,
+            session_id=self.session_id,
+            state=status,
+            free=Capacity(self.free_cpu, self.free_memory_bytes, gpus, self.free_slots, self.free_async_slots),
+            attempts=self.attempts,
         )
 
     def check(self) -> None:
         """Assert that free and reserved add up to the capacity."""
         slots = list(self.slots.values())
-        assert abs(self.free_cpu + sum(s.resources.cpu for s in slots) - self.capacity.cpu) < 1e-6
+        assert abs(self.free_cpu + sum(s.resources.cpu for s in slots) - self.spec.capacity.cpu) < 1e-6
         assert self.free_cpu > -1e-6
         assert self.free_memory_bytes >= 0
         reserved = sum(s.resources.memory_bytes for s in slots)
-        assert self.free_memory_bytes + reserved == self.capacity.memory_bytes
-        assert self.free_slots + sum(not s.is_async for s in slots) == self.capacity.slots
-        assert self.free_async_slots + sum(s.is_async for s in slots) == self.capacity.async_slots
+        assert self.free_memory_bytes + reserved == self.spec.capacity.memory_bytes
+        assert self.free_slots + sum(not s.is_async for s in slots) == self.spec.capacity.slots
+        assert self.free_async_slots + sum(s.is_async for s in slots) == self.spec.capacity.async_slots
         assert all(-1e-6 < free < 1 + 1e-6 for free in self.free_gpu.values())
-        for gpu in self.capacity.gpus:
+        for gpu in self.spec.capacity.gpus:
             on = [slot.resources for slot in slots if gpu.index in slot.gpu_indices]
             assert abs(self.free_gpu[gpu.index] + sum(map(share_of_device, on)) - 1.0) < 1e-6
             assert self.free_gpu_memory_bytes[gpu.index] + sum(r.gpu_memory_bytes for r in on) == gpu.memory_bytes
             assert self.free_gpu_memory_bytes[gpu.index] >= 0
             assert len(on) <= 1 or all(wanted.gpu < 1 for wanted in on), "a whole device is shared"
         assert all(slot.lease_ids for slot in slots), "a slot without a lease holds resources"
+        assert (self.session is SessionState.DETACHED) == (self.detached_at is not None)
         assert self.is_exclusive == any(slot.is_exclusive for slot in slots)
         leases = sum(len(slot.lease_ids) for slot in slots)
         assert not self.is_exclusive or leases == 1, "an exclusive lease is not alone on its node"
@@ -229,10 +207,3 @@ def _is_whole(gpu: Gpu, free: Mapping[int, float], memory: Mapping[int, int]) ->
 def share_of_device(wanted: Resources) -> float:
     """Return the share of each device used: all of it for whole GPUs, none when only memory is asked for."""
     return wanted.gpu if wanted.gpu < 1 else 1.0
-
-
-def held_leases(nodes: Mapping[str, Node]) -> Iterator[str]:
-    """Yield every lease some slot holds."""
-    for node in nodes.values():
-        for slot in node.slots.values():
-            yield from slot.lease_ids

@@ -1,7 +1,7 @@
 """Owns how many calls of a concurrency key may run at once.
 
-Rule: a permit is taken when a call is placed, or when a node is reserved for it, and released once. A call that waits
-or backs off holds none.
+Rule: a permit is taken when a call is placed, or when a node is reserved for it, and released once. A queued task and
+a task in backoff have none.
 """
 
 from collections import Counter
@@ -12,23 +12,22 @@ from lattice_server.core.model import TaskSpec
 
 
 class Concurrency(NamedTuple):
-    """What a call counts for: the key, and how many calls of it this one allows; zero means any number."""
+    """A concurrency key, and how many calls of it may run at once according to one task; zero means any number."""
 
     key: str
     max_parallel: int
 
 
 def concurrency_of(spec: TaskSpec) -> Concurrency | None:
-    """Return what the calls of a task count for; None when nothing limits them."""
+    """Return the concurrency key of a task; None when its calls are not limited."""
     key = spec.concurrency_key or (spec.function.digest if spec.max_parallel else "")
     return Concurrency(key, spec.max_parallel) if key else None
 
 
 class Permits:
-    """The permits that are taken, by key and by how many calls those that took them allow.
+    """The permits that are taken, by key and by the limit of the task that took them.
 
-    Calls of one key may disagree on how many of them may run: the least number that one of them allows holds, and that
-    of the server, given in `limits`.
+    The tasks of one key may have different limits: the lowest one counts, or that of the server, given in `limits`.
     """
 
     def __init__(self, limits: Mapping[str, int]) -> None:
@@ -36,7 +35,7 @@ class Permits:
         self._taken: dict[str, Counter[int]] = {}
 
     def limit(self, wanted: Concurrency) -> int | None:
-        """Return how many calls of a key may run beside one more; None when any number may."""
+        """Return how many calls of a key may run at once if one more is placed; None when there is no limit."""
         allowed = [wanted.max_parallel, *self._taken.get(wanted.key, ())]
         limits = [limit for limit in allowed if limit > 0]
         if wanted.key in self._limits:
@@ -61,19 +60,19 @@ class Permits:
             self._taken.setdefault(wanted.key, Counter())[wanted.max_parallel] += 1
 
     def release(self, held: Concurrency | None) -> None:
-        """Give one permit back."""
+        """Release one permit."""
         if held is None:
             return
         taken = self._taken[held.key]
         taken[held.max_parallel] -= 1
         if not taken[held.max_parallel]:
-            # What it allowed no longer counts.
+            # Its limit no longer counts.
             del taken[held.max_parallel]
         if not taken:
             del self._taken[held.key]
 
     def check(self, held: Counter[Concurrency]) -> None:
-        """Assert that the permits that are held are those that were taken, and no more than may be."""
+        """Assert that as many permits are taken as slots and reservations hold, and no more than the limits allow."""
         counted = Counter(
             {Concurrency(key, most): n for key, taken in self._taken.items() for most, n in taken.items()}
         )

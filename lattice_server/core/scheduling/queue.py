@@ -10,15 +10,14 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 from lattice_server.core.deadlines import Deadlines
-from lattice_server.core.scheduling.batching import INFINITY, Entry, GroupKey, TaskGroup, group_key
 from lattice_server.core.scheduling.placement import Shape
-from lattice_server.core.scheduling.virtual_time import Clocks
-from lattice_server.core.scheduling.work import Task
+from lattice_server.core.scheduling.virtual_time import TenantClocks
+from lattice_server.core.scheduling.work import INFINITY, Entry, GroupKey, Task, TaskGroup, group_key
 
 
 @dataclass(slots=True, eq=False)
 class TenantQueue:
-    """What one tenant has queued. `order` has the groups of which a batch may be placed: by shape, first the first."""
+    """The groups of one tenant. `order` lists by shape, in order, the groups of which a batch may be placed."""
 
     name: str
     groups: dict[object, TaskGroup] = field(default_factory=dict)
@@ -37,17 +36,17 @@ class TenantQueue:
 
 
 class Candidates:
-    """The groups of one tenant in the order in which one pass tries them, without those of shapes that are `full`."""
+    """The groups of one tenant in the order in which a pass tries them, except those of `full` shapes."""
 
     def __init__(self, tenant: TenantQueue, full: Container[Shape]) -> None:
         self._order = tenant.order
         self._full = full
-        # The shapes by their first group as it was, for the first one whose shape is not full.
+        # The first group of each shape when it was looked at last.
         self._heads = [(entries[0], shape) for shape, entries in tenant.order.items() if shape not in full]
         heapq.heapify(self._heads)
 
     def first(self) -> TaskGroup | None:
-        """Return the group that is next; None when there is none."""
+        """Return the next group; None when there is none."""
         heads = self._heads
         while heads:
             entry, shape = heads[0]
@@ -62,12 +61,12 @@ class Candidates:
 
 
 class Queue:
-    """All tasks that wait for resources or permits. `shapes` counts their groups by shape."""
+    """All queued tasks. `shapes` counts their groups by shape."""
 
     def __init__(self) -> None:
         self.tenants: dict[str, TenantQueue] = {}
         self.shapes: Counter[Shape] = Counter()
-        self.clocks = Clocks()
+        self.clocks = TenantClocks()
         self._by_key: dict[str, dict[TaskGroup, None]] = {}
         self._exhausted: set[str] = set()
         self.has_changed = False  # Whether tasks came or went since the last `refresh`.
@@ -81,7 +80,7 @@ class Queue:
         if tenant is None:
             if not self.tenants:
                 self.clocks.level(now)
-            self.clocks.come(name, now)
+            self.clocks.join(name, now)
             tenant = self.tenants[name] = TenantQueue(name)
         key = group_key(task)
         group = tenant.groups.get(key)
@@ -95,7 +94,7 @@ class Queue:
         self._note_changed(group)
 
     def discard(self, task: Task) -> None:
-        """Take a task out of the queue, if it is there."""
+        """Remove a task from the queue, if it is there."""
         group = task.group
         if group is None:
             return
@@ -109,7 +108,7 @@ class Queue:
                 del self.tenants[tenant.name]
 
     def refresh(self, now: float) -> None:
-        """Put the groups that changed, and those of which a batch became due, where they belong."""
+        """Sort in the groups that changed, and those of which a batch became due."""
         for group in self._due.due(now):
             self._changed[group] = None
         for group in self._changed:
@@ -119,7 +118,7 @@ class Queue:
         self.has_changed = False
 
     def exhaust(self, key: str) -> None:
-        """Take the groups that count for a concurrency key out of the order, until it is `reopened`."""
+        """Take the groups of a concurrency key out of the order until the key is reopened."""
         self._exhausted.add(key)
         for group in self._by_key.get(key, ()):
             self.tenants[group.tenant].move(group, None)
@@ -131,7 +130,7 @@ class Queue:
             self._changed.update(self._by_key.get(key, {}))
 
     def is_exhausted(self, key: str) -> bool:
-        """Whether the groups that count for a key wait for a permit."""
+        """Whether the groups of a concurrency key wait for a permit."""
         return key in self._exhausted
 
     def groups(self) -> Iterator[TaskGroup]:
@@ -140,11 +139,11 @@ class Queue:
             yield from tenant.groups.values()
 
     def next_due(self) -> float | None:
-        """Return when a batch that waits for more tasks is due."""
+        """Return when the next batch that waits for more tasks is due."""
         return self._due.next_at()
 
     def check(self) -> None:
-        """Assert that what is kept about groups is so."""
+        """Assert the invariants of the order of groups."""
         groups = list(self.groups())
         assert self.shapes == Counter(group.shape for group in groups)
         keyed: dict[str, set[TaskGroup]] = {}
@@ -160,7 +159,7 @@ class Queue:
             assert set(ordered) == set(placeable)
             assert len(ordered) == len(placeable)
             for shape, entries in tenant.order.items():
-                assert entries, "a shape without a group"
+                assert entries, "a shape without groups"
                 assert entries == sorted(entries), "groups are out of order"
                 assert all(entry[-1].shape == shape and entry[-1].entry is entry for entry in entries)
 
@@ -175,7 +174,7 @@ class Queue:
         else:
             self._due.discard(group)
         is_exhausted = group.concurrency is not None and group.concurrency.key in self._exhausted
-        entry = None if head is None or due_at > now or is_exhausted else (*head.rank, head.ticket, group)
+        entry = None if head is None or due_at > now or is_exhausted else (head.rank, head.ticket, group)
         if entry != group.entry:
             self.tenants[group.tenant].move(group, entry)
 

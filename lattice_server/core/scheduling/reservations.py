@@ -1,40 +1,41 @@
 """Owns the nodes that are reserved for starved tasks.
 
-Rule: a group whose shape could not be placed for a second, while others were, has a node reserved; those of a higher
-priority count after a minute. Smaller tasks run on that node only as far as they take nothing of what it gathers. The
-reservation holds a permit of the group's key.
+Rule: a node is reserved for a group that could not be placed for a second while tasks of the same or a lower priority
+were, or for a minute while any were. Other tasks run on that node only as far as they delay the group no further. The
+reservation holds a permit of the group's concurrency key.
 """
 
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from lattice_server.core.deadlines import Deadlines
-from lattice_server.core.scheduling.batching import TaskGroup
-from lattice_server.core.scheduling.node_registry import Fleet
+from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.permits import Permits
 from lattice_server.core.scheduling.placement import Shape
+from lattice_server.core.scheduling.work import TaskGroup
 
 RESERVE_AFTER_S = 1.0
-PRIORITY_HOLDS_S = 60.0  # How long tasks of a higher priority may be placed first without end.
+RESERVE_ANYWAY_S = 60.0  # The same if only tasks of a higher priority were placed.
 MAX_PRIORITIES = 64
 
 
+@dataclass(slots=True, eq=False)
 class Reservations:
-    """The reserved nodes, and the shapes that cannot be placed: since when, and how much was placed before that."""
+    """The reserved nodes, and the blocked shapes, which no node has room for."""
 
-    def __init__(self, fleet: Fleet, permits: Permits) -> None:
-        self._fleet = fleet
-        self._permits = permits
-        self._nodes: dict[TaskGroup, Node] = {}
-        self._groups: dict[str, TaskGroup] = {}
-        self._shapes: dict[str, Shape] = {}
-        self._blocked: dict[Shape, tuple[float, int]] = {}
-        self._starving: Deadlines[Shape] = Deadlines()
-        self._placed = 0
-        self._last_placed: dict[int, int] = {}  # By priority: how much was placed when that was placed last.
+    _registry: NodeRegistry
+    _permits: Permits
+    _nodes: dict[TaskGroup, Node] = field(default_factory=dict)
+    _groups: dict[str, TaskGroup] = field(default_factory=dict)
+    _shapes: dict[str, Shape] = field(default_factory=dict)
+    _blocked: dict[Shape, tuple[float, int]] = field(default_factory=dict)  # Since when, after how many placed batches.
+    _starving: Deadlines[Shape] = field(default_factory=Deadlines)
+    _placed: int = 0
+    _last_placed: dict[int, int] = field(default_factory=dict)  # By priority: the number of the last batch.
 
     def items(self) -> list[tuple[TaskGroup, Node]]:
-        """Return the groups that have a node reserved, with it."""
+        """Return the groups that have a node reserved, and the node of each."""
         return list(self._nodes.items())
 
     def has(self, group: TaskGroup) -> bool:
@@ -46,14 +47,14 @@ class Reservations:
         return self._groups.get(node.node_id)
 
     def of_others(self, group: TaskGroup) -> Mapping[str, Shape]:
-        """Return for which shapes room must stay, or become, free on nodes because of other groups."""
+        """Return the shapes that nodes are reserved for, except the node that is reserved for this group."""
         own = self._nodes.get(group)
         if own is None:
             return self._shapes
         return {node_id: shape for node_id, shape in self._shapes.items() if node_id != own.node_id}
 
     def note_placed(self, group: TaskGroup, priority: int) -> bool:
-        """Note that a batch of a group is placed; return whether that ends its reservation, whose permit it now has."""
+        """Note that a batch of a group is placed; return whether it takes over the permit of a reservation."""
         self._placed += 1
         self._last_placed.pop(priority, None)
         self._last_placed[priority] = self._placed
@@ -63,7 +64,7 @@ class Reservations:
         return self._drop(group)
 
     def note_blocked(self, group: TaskGroup, now: float) -> None:
-        """Note that no node has room for the first group of a shape; reserve one when it is time."""
+        """Note that no node has room for the first group of a shape, and reserve a node if it is starved."""
         blocked = self._blocked.get(group.shape)
         if blocked is None:
             self._blocked[group.shape] = (now, self._placed)
@@ -74,27 +75,27 @@ class Reservations:
             return
         if self._was_passed(group, since, placed, now):
             self._reserve(group)
-        elif now < since + PRIORITY_HOLDS_S:
-            self._starving.set(group.shape, since + PRIORITY_HOLDS_S)
+        elif now < since + RESERVE_ANYWAY_S:
+            self._starving.set(group.shape, since + RESERVE_ANYWAY_S)
 
     def starving(self, now: float) -> Iterator[Shape]:
-        """Take out the shapes for which it is time, by now, to reserve a node."""
+        """Take out the shapes for which a node may have to be reserved now."""
         return self._starving.due(now)
 
     def next_deadline(self) -> float | None:
-        """Return when it is time to reserve a node next."""
-        # Nothing was placed since the first one was blocked, nor since the others.
+        """Return when a node may have to be reserved next."""
+        # No batch was placed since the first shape was blocked, nor since the later ones.
         if self._blocked and next(iter(self._blocked.values()))[1] == self._placed:
             return None
         return self._starving.next_at()
 
     def forget(self, queued: Container[Shape]) -> list[TaskGroup]:
-        """Drop what is kept for groups that are not queued any more, or that their node cannot run; return those."""
+        """End the reservations of groups that are not queued, or whose node accepts no leases; return these groups."""
         for shape in [shape for shape in self._blocked if shape not in queued]:
             self._unblock(shape)
         dropped = []
         for group, node in self.items():
-            is_here = self._fleet.nodes.get(node.node_id) is node and node.takes_work
+            is_here = self._registry.nodes.get(node.node_id) is node and node.takes_work
             if not group.count or not is_here:
                 self._drop(group)
                 self._permits.release(group.concurrency)
@@ -102,15 +103,18 @@ class Reservations:
         return dropped
 
     def check(self) -> None:
-        """Assert that what is kept about reservations is so."""
+        """Assert that the tables of reservations agree."""
         assert self._groups == {node.node_id: group for group, node in self._nodes.items()}
         assert self._shapes == {node.node_id: group.shape for group, node in self._nodes.items()}
         assert set(self._starving) <= self._blocked.keys()
 
     def _was_passed(self, group: TaskGroup, since: float, placed: int, now: float) -> bool:
-        """Whether others were placed since a group could not be, though it would have gone before them by priority."""
+        """Whether other tasks were placed since a group was blocked.
+
+        For the first minute, tasks of a higher priority do not count.
+        """
         head = group.head()
-        if head is None or now >= since + PRIORITY_HOLDS_S:
+        if head is None or now >= since + RESERVE_ANYWAY_S:
             return self._placed > placed
         return any(n > placed and priority <= head.ready.priority for priority, n in self._last_placed.items())
 
@@ -120,8 +124,8 @@ class Reservations:
             return
         nodes = [
             node
-            for node in self._fleet.index.suited(shape)
-            if node.node_id not in self._groups and self._fleet.could_run(shape, node)
+            for node in self._registry.index.suited(shape)
+            if node.node_id not in self._groups and self._registry.could_run(shape, node)
         ]
         if nodes:
             node = max(nodes, key=lambda node: _nearness(node, shape))
@@ -143,6 +147,6 @@ class Reservations:
 
 
 def _nearness(node: Node, shape: Shape) -> tuple[float, float, float]:
-    """Return what is greatest for the node that is likely to have room for a shape first."""
+    """Return a key that is greatest for the node that is likely to have room for a shape first."""
     leases = sum(len(slot.lease_ids) for slot in node.slots.values()) if shape.is_exclusive else 0
     return -leases, sum(node.free_gpu.values()) if shape.resources.gpu else 0.0, node.free_cpu

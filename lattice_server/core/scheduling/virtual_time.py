@@ -1,34 +1,34 @@
-"""Owns how much of the cluster each caller has had. Rule: only what was held counts; no guess can cost anybody a turn.
+"""Owns how much of the cluster each tenant has used. Rule: only actual use counts, never an estimate.
 
-Each caller has a clock that runs while its calls hold a share of the cluster, by that share. The caller whose clock is
-furthest behind is next. One that comes, or comes back, starts where the clock of the one served last is: it can neither
-save up turns nor be made to pay for the time before it came. When nobody waits, nobody is owed a turn, and all clocks
-are set to the same.
+Each tenant has a virtual clock that advances while its leases hold a share of the cluster, at the rate of that share.
+The tenant whose clock is furthest behind is next. A tenant that starts to queue begins at the clock of the tenant
+served last, so that it cannot save up time. When the queue becomes empty, all clocks are set to the same time.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-LOOK_AHEAD_S = 0.01  # Who holds more is that much further ahead already; it orders those whose clocks are the same.
+LOOK_AHEAD_S = 0.01  # By how long a present share counts in advance: it orders tenants whose clocks are the same.
 MAX_ACCOUNTS = 1000
 
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """What one caller has had until `at`, the share it holds since, and what it was sent ahead, in share times seconds.
+    """The clock of one tenant, in share times seconds.
 
-    `epoch` tells whether all clocks were set to the same since.
+    It has `used` this much until `at`, and holds `share` since. `ahead` is the expected use of its leases that wait
+    behind others. `epoch` counts how often all clocks were set to the same time.
     """
 
-    had: float
+    used: float
     at: float
     epoch: int
     share: float = 0.0
     ahead: float = 0.0
 
 
-class Clocks:
-    """The clocks of all callers that wait, hold something, or are ahead of others."""
+class TenantClocks:
+    """The clocks of all tenants that queue, hold a share, or are ahead of others."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
@@ -39,41 +39,42 @@ class Clocks:
         self._level_at = 0.0
 
     def level(self, now: float) -> None:
-        """Set all clocks to the same."""
+        """Set all clocks to the same time."""
         self._epoch += 1
         self._level, self._level_at = self._served, now
 
-    def come(self, name: str, now: float) -> None:
-        """Note that a caller waits that did not before."""
+    def join(self, name: str, now: float) -> None:
+        """Note that a tenant starts to queue."""
         account = self._account(name, now)
-        account.had = max(account.had, self._served)
+        account.used = max(account.used, self._served)
 
     def hold(self, name: str, share: float, now: float) -> None:
-        """Note that a caller holds a share more of the cluster from now on; less, when it is negative."""
+        """Add to the share of the cluster that a tenant holds; a negative share takes away."""
         account = self._account(name, now)
         account.share += share
         if abs(account.share) < 1e-12:
             account.share = 0.0
 
     def send_ahead(self, name: str, amount: float, now: float) -> None:
-        """Note what a caller will use, in share times seconds, of what others hold now; less, when it is negative."""
+        """Add to the expected use, in share times seconds, of a tenant's leases that wait behind others."""
         account = self._account(name, now)
         account.ahead = max(0.0, account.ahead + amount)
 
     def serve(self, name: str, now: float) -> None:
-        """Note whose turn it was; whoever comes later starts from there."""
-        self._served = max(self._served, self._account(name, now).had)
+        """Note which tenant was served; tenants that start to queue later begin at its clock."""
+        self._served = max(self._served, self._account(name, now).used)
 
-    def turn(self, name: str, now: float) -> float:
-        """Return what orders callers: the one with the least is next."""
-        return self._turn(self._account(name, now))
+    def time(self, name: str, now: float) -> float:
+        """Return the virtual time of a tenant; the tenant with the least is next."""
+        account = self._account(name, now)
+        return account.used + account.share * LOOK_AHEAD_S + account.ahead
 
     def check(self, held: Mapping[str, float], ahead: Mapping[str, float]) -> None:
-        """Assert that callers hold, and were sent ahead, what is counted for them."""
+        """Assert that the shares and the expected use of tenants are those of their leases."""
         assert held.keys() | ahead.keys() <= self._accounts.keys()
         for name, account in self._accounts.items():
-            assert abs(account.share - held.get(name, 0.0)) < 1e-6, "a caller's clock runs at the wrong pace"
-            assert abs(account.ahead - ahead.get(name, 0.0)) < 1e-6, "what a caller was sent ahead is miscounted"
+            assert abs(account.share - held.get(name, 0.0)) < 1e-6, "a clock advances at the wrong rate"
+            assert abs(account.ahead - ahead.get(name, 0.0)) < 1e-6, "the expected use is miscounted"
 
     def _account(self, name: str, now: float) -> Account:
         account = self._accounts.get(name)
@@ -85,19 +86,16 @@ class Clocks:
             self._advance(account, now)
         return account
 
-    def _turn(self, account: Account) -> float:
-        return account.had + account.share * LOOK_AHEAD_S + account.ahead
-
     def _advance(self, account: Account, now: float) -> None:
         if account.epoch != self._epoch:
-            account.epoch, account.had, account.at = self._epoch, self._level, self._level_at
+            account.epoch, account.used, account.at = self._epoch, self._level, self._level_at
         if now > account.at:
-            account.had += account.share * (now - account.at)
+            account.used += account.share * (now - account.at)
             account.at = now
 
     def _forget(self, now: float) -> None:
-        """Forget callers who hold nothing and have had no more than one that comes; they would be no worse off."""
+        """Forget tenants that hold no share and whose clocks are not ahead of where a new one begins."""
         for account in self._accounts.values():
             self._advance(account, now)
-        self._accounts = {n: a for n, a in self._accounts.items() if a.share or a.ahead or a.had > self._served}
+        self._accounts = {n: a for n, a in self._accounts.items() if a.share or a.ahead or a.used > self._served}
         self._max_accounts = max(MAX_ACCOUNTS, 2 * len(self._accounts))

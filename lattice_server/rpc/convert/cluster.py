@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from lattice.v1 import cluster_pb2
 
 from lattice_server.config import ServerConfig
+from lattice_server.core.messages import NodeStatus, NodeView
 from lattice_server.core.run.open_run import MAX_QUESTIONS
-from lattice_server.core.scheduling.nodes import NodeState, NodeView
 from lattice_server.engine.usage import Usage
 from lattice_server.rpc.chunking import PART_BYTES, UPLOAD_CHUNK_BYTES
 from lattice_server.rpc.convert.resources import ISOLATION_TO_PROTO, capacity_to_proto, runtime_to_proto
@@ -16,7 +16,7 @@ from lattice_server.rpc.paging import DEFAULT_PAGE, MAX_PAGE
 
 PROTOCOL_VERSION = 1
 FEATURES = ("drafts", "output-path", "request-id", "run-graph", "open-run")
-NODE_STATE_TO_PROTO = {state: cluster_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeState}
+NODE_STATE_TO_PROTO = {state: cluster_pb2.NodeState.Value(f"NODE_STATE_{state.name}") for state in NodeStatus}
 
 
 def node_to_proto(node: NodeView, heartbeat_s: float | None) -> cluster_pb2.Node:

@@ -2,8 +2,8 @@
 
 from lattice.v1 import results_pb2, run_pb2, workflow_pb2
 
+from lattice_server.core.messages import QuestionAsked
 from lattice_server.core.model import Payload
-from lattice_server.core.run.questions import QuestionAsked
 from lattice_server.core.run.run import Run
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.core.states import RunState, TaskState

@@ -9,6 +9,7 @@ from lattice_server.config import ServerConfig
 from lattice_server.core import messages
 from lattice_server.core.errors import InvalidError
 from lattice_server.core.messages import (
+    AnswerQuestion,
     Assign,
     CloseSession,
     DrainWorker,
@@ -18,7 +19,6 @@ from lattice_server.core.messages import (
     WelcomeWorker,
 )
 from lattice_server.core.model import Artifact, Failure, FailureKind
-from lattice_server.core.run.questions import AnswerQuestion
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.clock_offset import WorkerClock
 from lattice_server.engine.ports import Machine, Membership

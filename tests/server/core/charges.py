@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from lattice_server.core.messages import Assign, LeaseReturned, SchedulerEffect
-from lattice_server.core.scheduling.scheduler import Dispatch
-from lattice_server.core.scheduling.work import Lease
+from lattice_server.core.scheduling.lease_table import Lease
+from lattice_server.core.scheduling.scheduler import Scheduler
+from lattice_server.core.states import NodeState
 
 
 class Charges:
@@ -17,11 +18,11 @@ class Charges:
         self._used: dict[tuple[str, str, int], str] = {}
 
     @contextmanager
-    def watching(self, machine: Dispatch, event: Any) -> Iterator[None]:
+    def watching(self, machine: Scheduler, event: Any) -> Iterator[None]:
         """Assert that an event charges only members of a lease that was alone on its node, and that the members of
         leases that are lost with a node run alone from then on."""
         held = _by_session(machine)
-        draining = {node.session_id for node in machine.nodes.values() if node.is_draining}
+        draining = {node.session_id for node in machine.nodes.values() if node.state is NodeState.DRAINING}
         known = [
             (task, task.losses, len(leases) == 1, session)
             for session, leases in held.items()
@@ -50,7 +51,7 @@ class Charges:
                     self._used[number] = effect.lease_id
 
 
-def _by_session(machine: Dispatch) -> dict[str, list[Lease]]:
+def _by_session(machine: Scheduler) -> dict[str, list[Lease]]:
     held: dict[str, list[Lease]] = {}
     for lease in machine.leases.values():
         held.setdefault(machine.nodes[lease.slot.node_id].session_id, []).append(lease)

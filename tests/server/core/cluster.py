@@ -27,7 +27,7 @@ from lattice_server.core.model import Payload, WorkflowSpec
 from lattice_server.core.run import dag
 from lattice_server.core.run.limits import Bounds
 from lattice_server.core.run.run import Run
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.watched import Watched
 from tests.server.core.watching import Watcher
 from tests.server.core.workers import Behaviour, Worker
@@ -51,7 +51,7 @@ class Cluster:
         session_ttl_s: float = 5.0,
     ) -> None:
         self.now = 0.0
-        self.machine = (Watched if is_checked else Dispatch)("e", session_ttl_s, limits)
+        self.machine = (Watched if is_checked else Scheduler)("e", session_ttl_s, limits)
         self.watcher = Watcher(self.machine, limits)
         self.runs: dict[str, Run] = {}
         self.facts: dict[str, list[tuple[float, Any]]] = {}

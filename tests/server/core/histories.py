@@ -97,7 +97,7 @@ def specs(draw: st.DrawFn) -> TaskSpec:
     return replace(made, function=draw(st.sampled_from([SYNC, SYNC, SYNC, OTHER, ASYNC, NAMED, FOREIGN, NEWER])))
 
 
-class DispatchHistories(RuleBasedStateMachine):
+class SchedulerHistories(RuleBasedStateMachine):
     """Tasks of many kinds and callers; workers that come, go, and report what they like."""
 
     def __init__(self) -> None:

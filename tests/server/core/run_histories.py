@@ -13,7 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lattice_server.core import messages
 from lattice_server.core.errors import LatticeError
 from lattice_server.core.messages import (
+    AnswerQuestion,
+    AskHolder,
     CancelRequested,
+    QuestionAsked,
     RunFinished,
     RunStarted,
     TaskCancelled,
@@ -23,12 +26,12 @@ from lattice_server.core.messages import (
     TaskSkipped,
     TasksSpawned,
     TaskSucceeded,
+    WithdrawQuestion,
 )
 from lattice_server.core.model import BindingList, Failure, FailureKind, Payload
 from lattice_server.core.run import dag
 from lattice_server.core.run.limits import Bounds
 from lattice_server.core.run.open_run import OpenRun
-from lattice_server.core.run.questions import AnswerQuestion, AskHolder, QuestionAsked, WithdrawQuestion
 from lattice_server.core.run.run import Run
 from lattice_server.core.states import RunState
 from tests.server.core.worlds import items_of, outputs_of, random_task, random_workflow

@@ -17,7 +17,7 @@ from lattice_server.core.model import (
     OutputRef,
     Runtime,
 )
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.graphs import VALUE, hello, task
 
 GIB = 1 << 30
@@ -30,7 +30,7 @@ class Scene:
     """One scheduler with workers that do what the test says. Every invariant is checked after every step."""
 
     def __init__(self, *nodes: Any, limits: dict[str, int] | None = None) -> None:
-        self.machine = Dispatch("e", limits=limits)
+        self.machine = Scheduler("e", limits=limits)
         self.now = 0.0
         self.effects: list[Any] = []
         self.leases: dict[str, Assign] = {}

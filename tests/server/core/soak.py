@@ -12,7 +12,7 @@ from random import Random
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from tests.server.core.histories import DispatchHistories
+from tests.server.core.histories import SchedulerHistories
 from tests.server.core.run_histories import RunHistories
 from tests.server.core.worlds import World
 
@@ -32,7 +32,7 @@ def soak(seconds: float) -> None:
     ends_at = time.monotonic() + seconds
     seeds = Random()
     played = {"scheduler": 0, "run": 0, "cluster": 0}
-    machines: list[tuple[str, type[RuleBasedStateMachine]]] = [("scheduler", DispatchHistories), ("run", RunHistories)]
+    machines: list[tuple[str, type[RuleBasedStateMachine]]] = [("scheduler", SchedulerHistories), ("run", RunHistories)]
     while time.monotonic() < ends_at:
         for name, machine in machines:
             run_state_machine_as_test(machine, settings=LONG)

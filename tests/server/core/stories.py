@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from lattice_server.core import messages
-from lattice_server.core.messages import Assign, AttemptInputs, Explanation, WelcomeWorker
+from lattice_server.core.messages import Assign, AttemptInputs, Explanation, QuestionAsked, WelcomeWorker
 from lattice_server.core.model import (
     BatchPolicy,
     Binding,
@@ -24,6 +24,7 @@ from lattice_server.core.model import (
     FailurePolicy,
     Gpu,
     Isolation,
+    NodeSpec,
     OutputRef,
     Payload,
     Resources,
@@ -33,16 +34,13 @@ from lattice_server.core.model import (
 )
 from lattice_server.core.run import dag
 from lattice_server.core.run.open_run import OpenRun
-from lattice_server.core.run.ordering import first_come
-from lattice_server.core.run.questions import QuestionAsked
 from lattice_server.core.run.run import Run
-from lattice_server.core.scheduling.nodes import Node
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.graphs import SYNC, VALUE, hello, task
 
 RUN_ID = "r"
 ORDINARY = (SYNC, Resources(), Isolation.NONE, ("out",), RUN_ID, "127.0.0.1")
-HEADING = re.compile(r"(dispatch|run)\b(.*)")
+HEADING = re.compile(r"(scheduler|run)\b(.*)")
 
 Words = list[str]
 Settings = dict[str, str]
@@ -58,7 +56,7 @@ def rewritten(text: str) -> str:
             continue
         lines.append(line)
         if play is None and (heading := HEADING.fullmatch(line)):
-            play = {"dispatch": dispatch, "run": run}[heading[1]](*parse(heading[2]))
+            play = {"scheduler": scheduler, "run": run}[heading[1]](*parse(heading[2]))
         elif line.startswith("@"):
             assert play is not None, "the machine is named first"
             time, _, rest = line[1:].partition(" ")
@@ -86,7 +84,7 @@ def failure(settings: Settings) -> Failure:
     return Failure(kind, "stopped" if kind is FailureKind.CANCELLED else "broken")
 
 
-def dispatch(_: Words, settings: Settings) -> Play:
+def scheduler(_: Words, settings: Settings) -> Play:
     """Return a play of the scheduler's machine. `ttl` is how long a session is kept, `limits` are such as `db:2`.
 
     Events: `ready TASK...`, `hello NODE`, `started|succeeded|failed|returned TASK...` of the task's newest lease unless
@@ -94,7 +92,7 @@ def dispatch(_: Words, settings: Settings) -> Play:
     `tick`.
     """
     limits = {name: int(most) for name, _, most in (pair.partition(":") for pair in listed(settings, "limits"))}
-    machine = Dispatch("e", float(settings.get("ttl", 30)), limits)
+    machine = Scheduler("e", float(settings.get("ttl", 30)), limits)
     leases: dict[str, Assign] = {}
     sessions: dict[str, str] = {}
 
@@ -178,7 +176,7 @@ def run(words: Words, settings: Settings) -> Play:
     also `hold`, `leave`, `close`, `tick`, `ask TASK NUMBER` and `answer ID`.
     """
     spec = WorkflowSpec(tuple(map(wired, words)), failure_policy=FailurePolicy(settings.get("policy", "fail_fast")))
-    machine = Run(RUN_ID, spec, dag.build(spec, ()), ranking=first_come, is_open="open" in settings)
+    machine = Run(RUN_ID, spec, dag.build(spec, ()), ranking=lambda *_: 0.0, is_open="open" in settings)
     caller = OpenRun(machine, float(settings["open"]), 0.0, max_questions=2) if "open" in settings else None
     attempts: dict[str, int] = {}
 
@@ -273,7 +271,7 @@ def show(value: Any) -> str:
     match value:
         case TaskSpec():
             return value.task_id
-        case Node():
+        case NodeSpec():
             return value.node_id
         case AttemptInputs():
             inputs = f" {show(value.inputs)}" if value.inputs else ""

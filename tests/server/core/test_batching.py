@@ -13,7 +13,7 @@ from lattice_server.core.model import (
     Resources,
     RetryPolicy,
 )
-from lattice_server.core.scheduling.batching import MAX_BATCH_BYTES
+from lattice_server.core.scheduling.work import MAX_BATCH_BYTES
 from tests.server.core.scenes import BROKEN, CRASHED, Scene, node, ready, successes
 
 FOUR = BatchPolicy(4, max_wait_s=1.0)

@@ -4,7 +4,8 @@ import pytest
 
 from lattice_server.core.messages import NodesDescribed, NodesRequested, WorkerLost
 from lattice_server.core.model import ANY_RUNTIME, Runtime
-from lattice_server.core.scheduling.placement import Shape, impossibility, shape_of
+from lattice_server.core.scheduling.placement import Shape, shape_of
+from lattice_server.core.scheduling.shortages import impossibility
 from tests.server.core.scenes import Scene, node, ready
 
 OWN = frozenset({"js/count", "js/sleep"})
@@ -69,7 +70,7 @@ def test_code_of_another_version_does_not(runtime: Runtime) -> None:
 
 def test_it_is_impossible_when_nobody_has_it() -> None:
     scene = Scene(node("py"), node("js", entrypoints=OWN))
-    nodes = list(scene.machine.nodes.values())
+    nodes = [one.spec for one in scene.machine.nodes.values()]
     text = "node 'py': it has no entry point 'js/x'; node 'js': it has no entry point 'js/x'"
     assert impossibility(shape("js/x"), nodes) == text
     assert impossibility(shape("js/count"), nodes) == impossibility(shape(""), nodes) == ""

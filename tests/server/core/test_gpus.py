@@ -4,7 +4,8 @@ import pytest
 
 from lattice_server.core.messages import ReasonKind
 from lattice_server.core.model import Resources
-from lattice_server.core.scheduling.placement import impossibility, shape_of
+from lattice_server.core.scheduling.placement import shape_of
+from lattice_server.core.scheduling.shortages import impossibility
 from tests.server.core.graphs import task
 from tests.server.core.scenes import GIB, Scene, node, ready
 
@@ -97,7 +98,7 @@ def test_a_two_gpu_task_waits_and_then_runs_without_draining_the_node() -> None:
 )
 def test_what_no_node_could_ever_run_is_told_with_what_is_missing(wanted: Resources, text: str) -> None:
     scene = Scene(node(gpus=[4, 16]))
-    why = impossibility(shape_of(task("t", resources=wanted)), scene.machine.nodes.values())
+    why = impossibility(shape_of(task("t", resources=wanted)), [node.spec for node in scene.machine.nodes.values()])
     assert why == f"node 'n': {text}"
 
 
@@ -105,7 +106,7 @@ def test_what_fits_an_idle_node_is_not_impossible_while_it_is_busy() -> None:
     scene = Scene(node(gpus=[8]))
     scene.tell(gpu("a", 1.0))
     spec = task("t", resources=Resources(gpu=1.0))
-    assert impossibility(shape_of(spec), scene.machine.nodes.values()) == ""
+    assert impossibility(shape_of(spec), [node.spec for node in scene.machine.nodes.values()]) == ""
 
 
 def test_the_device_that_has_share_and_memory_is_told_from_those_that_have_one_of_them() -> None:

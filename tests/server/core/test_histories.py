@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 
 from tests.examples import share
 from tests.server.core.crowds import Crowd
-from tests.server.core.histories import DispatchHistories
+from tests.server.core.histories import SchedulerHistories
 from tests.server.core.run_histories import RunHistories
 from tests.server.core.worlds import World
 
-TestDispatchHistories = DispatchHistories.TestCase
-TestDispatchHistories.settings = settings(max_examples=share(1000), stateful_step_count=40, deadline=None)
+TestSchedulerHistories = SchedulerHistories.TestCase
+TestSchedulerHistories.settings = settings(max_examples=share(1000), stateful_step_count=40, deadline=None)
 
 TestRunHistories = RunHistories.TestCase
 TestRunHistories.settings = settings(max_examples=share(1000), stateful_step_count=40, deadline=None)

@@ -12,13 +12,13 @@ from lattice_server.core.messages import (
     WorkerHeartbeat,
     WorkerHello,
 )
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.scenes import Scene, node, ready
 from tests.server.core.test_sending import revoked, warmed
 
 
 def test_silence_counts_towards_the_time_a_session_has() -> None:
-    machine = Dispatch("e", session_ttl_s=10.0)
+    machine = Scheduler("e", session_ttl_s=10.0)
     machine.handle(node(), 0.0)
     machine.handle(WorkerDetached(machine.nodes["n"].session_id, silent_s=6.0), 100.0)
     assert machine.next_deadline() == 104.0

@@ -356,7 +356,8 @@ def test_a_condition_looks_at_a_part_when_it_selects_one(made: str, path: tuple[
 
 
 @pytest.mark.parametrize(
-    ("made", "text"), [('{"j": 1}', r"it has no part \['k'\]"), ("[1]", r"it has no part \['k'\]"), ("soup", "no JSON")]
+    ("made", "text"),
+    [('{"j": 1}', r"it has no part \['k'\]"), ("[1]", r"it has no part \['k'\]"), ("soup", "not JSON")],
 )
 def test_a_task_fails_when_its_condition_selects_a_part_that_is_not_there(made: str, text: str) -> None:
     story = RunScene(task("a"), task("b", condition=Condition(OutputRef("a", "out", path=("k",)))))

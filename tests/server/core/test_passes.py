@@ -7,9 +7,9 @@ import pytest
 
 from lattice_server.core.messages import WorkerDetached, WorkerHeartbeat
 from lattice_server.core.model import BatchPolicy, Resources
-from lattice_server.core.scheduling.batching import TaskGroup
 from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.placer import Placer
+from lattice_server.core.scheduling.work import TaskGroup
 from tests.server.core.scenes import Scene, node, ready
 
 TASKS = 500

@@ -7,9 +7,9 @@ import pytest
 
 from lattice_server.core.messages import DrainRequested, WorkerLost
 from lattice_server.core.model import Resources
-from lattice_server.core.scheduling.node_registry import Fleet
+from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.placement import shape_of
-from lattice_server.core.scheduling.reservations import PRIORITY_HOLDS_S, RESERVE_AFTER_S
+from lattice_server.core.scheduling.reservations import RESERVE_AFTER_S, RESERVE_ANYWAY_S
 from tests.server.core.graphs import task
 from tests.server.core.scenes import Scene, node, ready
 
@@ -43,7 +43,7 @@ def test_a_big_task_does_not_starve(tenant: str) -> None:
     assert passed >= 5, "until then others pass"
 
 
-@pytest.mark.parametrize(("priority", "after_s"), [(0, RESERVE_AFTER_S), (1, PRIORITY_HOLDS_S)])
+@pytest.mark.parametrize(("priority", "after_s"), [(0, RESERVE_AFTER_S), (1, RESERVE_ANYWAY_S)])
 def test_a_big_task_starts_though_others_that_go_first_keep_coming(priority: int, after_s: float) -> None:
     scene = Scene(node())
     running = scene.tell(*[ready(f"t{n}") for n in range(4)])
@@ -146,9 +146,10 @@ def test_a_permit_is_free_again_when_the_task_with_a_reservation_is_cancelled() 
 
 
 def test_a_node_that_comes_back_larger_can_run_more() -> None:
-    fleet = Fleet(session_ttl_s=1.0)
+    registry = NodeRegistry(session_ttl_s=1.0)
     shape = shape_of(task("t", resources=BIG))
-    small = fleet.join(node("n", cpu=2), "s1")
-    assert (fleet.could_run(shape, small), fleet.share(shape)) == (False, 2.0)
-    large = fleet.join(node("n", cpu=8), "s2")
-    assert (fleet.could_run(shape, large), fleet.share(shape)) == (True, 0.5)
+    small = registry.join(node("n", cpu=2), "s1")
+    assert (registry.could_run(shape, small), registry.share(shape)) == (False, 2.0)
+    registry.remove(small, may_return=True)
+    large = registry.join(node("n", cpu=8), "s2")
+    assert (registry.could_run(shape, large), registry.share(shape)) == (True, 0.5)

@@ -83,7 +83,7 @@ def test_finished_tasks_are_taken_over_and_the_others_run() -> None:
     assert executed(again, everything) == ["c", "d"]
     assert again.state is RunState.SUCCEEDED
     assert again.retried_run_id == "r"
-    assert [again.tasks[name].is_taken_over for name in "abcd"] == [True, True, False, False]
+    assert [again.tasks[name].is_reused for name in "abcd"] == [True, True, False, False]
     assert again.tasks["a"].outputs == run.tasks["a"].outputs
 
 
@@ -97,7 +97,7 @@ def test_the_events_of_a_retry_are_those_of_a_run() -> None:
     assert [effect.spec.task_id for effect in effects if isinstance(effect, TaskReady)] == ["b"]
 
 
-def test_a_run_that_succeeded_is_taken_over_whole() -> None:
+def test_a_run_that_succeeded_is_reused_whole() -> None:
     run = first_run(task("a"), task("b", ["a"]))
     executed(run, everything)
     again = retry_of(run)
@@ -122,7 +122,7 @@ def test_a_task_that_could_do_without_a_failed_one_runs_again() -> None:
     assert executed(retry_of(run), everything) == ["b", "c"]
 
 
-def test_a_task_behind_one_that_was_skipped_on_purpose_is_taken_over() -> None:
+def test_a_task_behind_one_that_was_skipped_on_purpose_is_reused() -> None:
     run = first_run(task("a"), when("skipped", "a", is_negated=True), optional("c", "skipped"), task("bad"))
     assert executed(run, only("bad")) == ["a", "bad", "c"]
     assert executed(retry_of(run), everything) == ["bad"]
@@ -135,7 +135,7 @@ def test_spawned_tasks_are_taken_over_with_the_task_that_spawned_them() -> None:
     again = retry_of(run)
     assert executed(again, everything) == ["bad"]
     assert again.tasks["plan/x/y"].spawned_by == "plan/x"
-    assert again.tasks["plan/x/y"].is_taken_over
+    assert again.tasks["plan/x/y"].is_reused
 
 
 def test_a_task_that_spawned_and_failed_runs_and_its_equal_spawn_does_not() -> None:

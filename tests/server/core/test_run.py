@@ -63,7 +63,9 @@ def test_a_task_handed_back_is_handed_over_with_its_inputs() -> None:
     run.start({}, 0.0)
     succeed(run, "a")
     (again,) = run.handle(TaskReturned("r", "b"), 3.0)
-    assert again == TaskReady("r", run.tasks["b"].spec, {"from_a": VALUE}, 0, rank=least_left_aged(run, "b"))
+    assert again == TaskReady(
+        "r", run.tasks["b"].spec, {"from_a": VALUE}, 0, rank=least_left_aged(run.started_at, run.open_tasks, "b")
+    )
 
 
 def test_a_task_handed_back_after_its_cancellation_ends_cancelled() -> None:

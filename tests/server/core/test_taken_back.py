@@ -12,7 +12,7 @@ from lattice_server.core.messages import (
     WorkerDetached,
 )
 from lattice_server.core.model import Failure, FailureKind, RetryPolicy
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.graphs import hello, task
 
 
@@ -21,7 +21,7 @@ def ready(task_id: str) -> TaskReady:
 
 
 def test_what_was_taken_back_is_not_sent_behind_the_same_attempt_again() -> None:
-    machine = Dispatch("e")
+    machine = Scheduler("e")
     machine.handle(hello("n", cpu=1), 0.0)
     (first,) = [e for e in machine.handle(ready("first"), 0.0) if isinstance(e, Assign)]
     machine.handle(AttemptSucceeded(first.session_id, first.lease_id, 0, {}, 0.001), 0.001)
@@ -37,7 +37,7 @@ def test_what_was_taken_back_is_not_sent_behind_the_same_attempt_again() -> None
 
 
 def test_a_task_cancelled_while_its_worker_is_away_is_stopped_when_it_is_back() -> None:
-    machine = Dispatch("e")
+    machine = Scheduler("e")
     effects = machine.handle_all([hello("n", cpu=1), ready("t")], 0.0)
     (lease,) = [e for e in effects if isinstance(e, Assign)]
     machine.handle(AttemptStarted(lease.session_id, lease.lease_id, 0), 1.0)

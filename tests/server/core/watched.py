@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from lattice_server.core.messages import SchedulerEffect, SchedulerEvent
 from lattice_server.core.scheduling.placement import devices_on, suits
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.charges import Charges
 
 
-class Watched(Dispatch):
+class Watched(Scheduler):
     """The scheduler's machine, and what must hold whenever it has taken events."""
 
     def __init__(self, epoch: str, session_ttl_s: float = 30.0, limits: Mapping[str, int] | None = None) -> None:
@@ -48,6 +48,6 @@ class Watched(Dispatch):
                 continue
             reserved = placer.reservations.of_others(group)
             for node in self.nodes.values():
-                if node.takes_work and suits(group.shape, node):
+                if node.takes_work and suits(group.shape, node.spec):
                     kept = reserved.get(node.node_id)
                     assert devices_on(node, group.shape, kept) is None, f"{group.key} could be placed on {node.node_id}"

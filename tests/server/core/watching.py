@@ -16,9 +16,9 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import FailureKind, OutputRef, Resources
+from lattice_server.core.scheduling.lease_table import Lease
 from lattice_server.core.scheduling.nodes import Node
-from lattice_server.core.scheduling.scheduler import Dispatch
-from lattice_server.core.scheduling.work import Lease
+from lattice_server.core.scheduling.scheduler import Scheduler
 
 Key = tuple[str, str]
 CLOSE = 1e-6
@@ -27,7 +27,7 @@ CLOSE = 1e-6
 class Watcher:
     """Follows every task handed over to its one end. `gone` are those that were handed back or need not end."""
 
-    def __init__(self, machine: Dispatch, limits: Mapping[str, int] | None = None) -> None:
+    def __init__(self, machine: Scheduler, limits: Mapping[str, int] | None = None) -> None:
         self.machine = machine
         self.limits = limits or {}
         self.submitted: dict[Key, TaskReady] = {}
@@ -120,11 +120,11 @@ class Watcher:
         node = next((n for n in self.machine.nodes.values() if n.session_id == assign.session_id), None)
         if node is not None and known is assign:
             assert node.takes_work, "a node that takes nothing was given something"
-            assert all(node.labels.get(key) == value for key, value in first.node_selector)
+            assert all(node.spec.labels.get(key) == value for key, value in first.node_selector)
             is_python = first.function.entrypoint in {"", "package:call"}
-            has_code = first.function.entrypoint in node.entrypoints if node.entrypoints else is_python
+            has_code = first.function.entrypoint in node.spec.entrypoints if node.spec.entrypoints else is_python
             assert has_code, "a worker was given what it cannot call"
-            assert first.function.runtime.admits(node.runtime)
+            assert first.function.runtime.admits(node.spec.runtime)
 
     def check(self, now: float) -> None:
         """Assert what must hold after every step."""
@@ -151,18 +151,18 @@ class Watcher:
             if lease.slot.node_id == node.node_id:
                 slots[lease.slot.slot_id] = lease
         held = [(lease.tasks[0].ready.spec, lease.slot.gpu_indices) for lease in slots.values()]
-        assert sum(spec.resources.cpu for spec, _ in held) <= node.capacity.cpu + CLOSE
-        assert sum(spec.resources.memory_bytes for spec, _ in held) <= node.capacity.memory_bytes
-        assert sum(not spec.function.is_async for spec, _ in held) <= node.capacity.slots
-        assert sum(spec.function.is_async for spec, _ in held) <= node.capacity.async_slots
-        on_device: dict[int, list[Resources]] = {gpu.index: [] for gpu in node.capacity.gpus}
+        assert sum(spec.resources.cpu for spec, _ in held) <= node.spec.capacity.cpu + CLOSE
+        assert sum(spec.resources.memory_bytes for spec, _ in held) <= node.spec.capacity.memory_bytes
+        assert sum(not spec.function.is_async for spec, _ in held) <= node.spec.capacity.slots
+        assert sum(spec.function.is_async for spec, _ in held) <= node.spec.capacity.async_slots
+        on_device: dict[int, list[Resources]] = {gpu.index: [] for gpu in node.spec.capacity.gpus}
         for spec, indices in held:
             wanted = spec.resources
             count = int(wanted.gpu) if wanted.gpu >= 1 else int(wanted.gpu > 0 or wanted.gpu_memory_bytes > 0)
             assert len(set(indices)) == len(indices) == count
             for index in indices:
                 on_device[index].append(wanted)
-        for gpu in node.capacity.gpus:
+        for gpu in node.spec.capacity.gpus:
             sharing = on_device[gpu.index]
             assert sum(min(1.0, wanted.gpu) for wanted in sharing) <= 1 + CLOSE
             assert sum(wanted.gpu_memory_bytes for wanted in sharing) <= gpu.memory_bytes

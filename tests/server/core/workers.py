@@ -16,8 +16,8 @@ from lattice_server.core.model import (
     Outputs,
     Parameter,
     Payload,
-    resolve,
 )
+from lattice_server.core.references import resolve
 
 STOPPED = Failure(FailureKind.CANCELLED, "the attempt was cancelled")
 

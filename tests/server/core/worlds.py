@@ -31,8 +31,8 @@ from lattice_server.core.model import (
     RetryPolicy,
     TaskSpec,
     WorkflowSpec,
-    resolve,
 )
+from lattice_server.core.references import resolve
 from lattice_server.core.run.bindings import NULL
 from lattice_server.core.run.limits import Bounds
 from lattice_server.core.run.run import Run

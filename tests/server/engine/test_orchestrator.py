@@ -27,7 +27,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Artifact, Failure, FailureKind, Payload, Resources, WorkflowSpec
 from lattice_server.core.run.run import Bounds, Run
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.core.states import RunState
 from lattice_server.core.tenancy import Reach
 from lattice_server.engine.admission import Admission
@@ -192,7 +192,7 @@ def test_what_no_known_node_could_ever_run_is_refused_and_what_one_could_waits()
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         large = WorkflowSpec((task("t", resources=Resources(cpu=4.0)),))
         assert start(orchestrator, "before any node is known", large).run.tasks
-        machine = Dispatch("e")
+        machine = Scheduler("e")
         orchestrator.deliver(machine.handle_all([hello("n", cpu=2)], 0.0))
         with pytest.raises(PreconditionError, match="node 'n': cpu: 4 wanted, 2 in all") as caught:
             start(orchestrator, "too large", large)

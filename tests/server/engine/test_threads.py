@@ -16,10 +16,10 @@ from lattice_server.core.messages import (
     WorkerDetached,
     WorkerLost,
 )
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from lattice_server.engine import scheduler_thread as scheduling
 from lattice_server.engine.bus import MessageBus
-from lattice_server.engine.scheduler_thread import Scheduler
+from lattice_server.engine.scheduler_thread import SchedulerThread
 from tests.server.core.graphs import hello, task
 
 TIMEOUT_S = 60.0
@@ -147,7 +147,7 @@ def unexpected() -> None:
     raise AssertionError("the scheduler gave up")
 
 
-class Fragile(Dispatch):
+class Fragile(Scheduler):
     """A machine with a bug: it cannot take the loss of a certain worker."""
 
     def __init__(self) -> None:
@@ -176,7 +176,7 @@ def schedule(*batches: list[SchedulerEvent]) -> list[str]:
 
         bus.subscribe(deliver)
         machine = Fragile()
-        scheduler = Scheduler(machine, bus, unexpected)
+        scheduler = SchedulerThread(machine, bus, unexpected)
         scheduler.start()
         try:
             for batch in batches:
@@ -203,7 +203,7 @@ def test_a_bug_costs_the_event_that_meets_it_and_no_other() -> None:
     assert seen == ["WelcomeWorker", "NodesChanged", "Assign"]
 
 
-class Overdue(Dispatch):
+class Overdue(Scheduler):
     """A machine with a bug: something is due, and so many times in a row it raises instead of doing it."""
 
     def __init__(self, times: int) -> None:
@@ -231,7 +231,7 @@ def test_a_scheduler_that_cannot_tick_any_more_gives_up_and_says_so(
     async def scenario(bus: MessageBus) -> None:
         has_failed = threading.Event()
         machine = Overdue(1_000_000)
-        scheduler = Scheduler(machine, bus, has_failed.set)
+        scheduler = SchedulerThread(machine, bus, has_failed.set)
         scheduler.start()
         await asyncio.to_thread(has_failed.wait, TIMEOUT_S)
         await asyncio.to_thread(scheduler.stop)
@@ -248,7 +248,7 @@ def test_a_scheduler_goes_on_when_what_raised_is_out_of_the_way(monkeypatch: pyt
     async def scenario(bus: MessageBus) -> None:
         is_assigned = asyncio.Event()
         bus.subscribe(lambda effects: is_assigned.set() if isinstance(effects[-1], Assign) else None)
-        scheduler = Scheduler(Overdue(2), bus, unexpected)
+        scheduler = SchedulerThread(Overdue(2), bus, unexpected)
         scheduler.start()
         bus.post([hello("n"), TaskReady("r", task("t"), {}, 0)])
         await is_assigned.wait()
@@ -261,7 +261,7 @@ def test_a_scheduler_that_pauses_can_be_stopped(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(scheduling, "PAUSES_S", (TIMEOUT_S,))
 
     async def scenario(bus: MessageBus) -> None:
-        scheduler = Scheduler(Overdue(1), bus, unexpected)
+        scheduler = SchedulerThread(Overdue(1), bus, unexpected)
         scheduler.start()
         await asyncio.to_thread(scheduler.stop)
 
@@ -283,7 +283,7 @@ def test_the_scheduler_wakes_by_itself_when_its_machine_is_due() -> None:
                         is_lost.set()
 
         bus.subscribe(deliver)
-        scheduler = Scheduler(Dispatch("e", session_ttl_s=0.05), bus, unexpected)
+        scheduler = SchedulerThread(Scheduler("e", session_ttl_s=0.05), bus, unexpected)
         scheduler.start()
         bus.post([hello("n"), TaskReady("r", task("t"), {}, 0)])
         while not welcomed:

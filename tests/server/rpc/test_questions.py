@@ -6,8 +6,7 @@ from typing import Any
 import grpc
 from lattice.v1 import errors_pb2, payload_pb2, worker_pb2, workflow_pb2, workflow_pb2_grpc
 
-from lattice_server.core.run.open_run import MAX_QUESTIONS
-from lattice_server.core.run.questions import NOT_HELD, NOT_OPEN
+from lattice_server.core.run.open_run import MAX_QUESTIONS, NOT_HELD, NOT_OPEN
 from tests.server.rpc.callers import function, json_payload, task
 from tests.server.rpc.test_worker_stream import Hand, Scene, play, succeeded
 

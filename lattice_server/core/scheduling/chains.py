@@ -1,24 +1,25 @@
-"""Owns what waits for another task of its run. Rule: it goes on when that one succeeds, and never without it."""
+"""Owns tasks that follow another task of their run. Rule: they are queued when it succeeds, and only then."""
 
-from lattice_server.core.model import Binding, Failure, FailureKind, OutputRef, Outputs, Parameter, part_of, resolve
+from lattice_server.core.model import Binding, Failure, FailureKind, OutputRef, Outputs, Parameter
+from lattice_server.core.references import part_of, resolve
 from lattice_server.core.scheduling.work import Task
 
 
 def follow(task: Task, source: Task) -> None:
-    """Let a task wait for another."""
+    """Have a task wait for another one."""
     task.follows = source
     source.followers[task.ticket] = task
 
 
-def leave(task: Task) -> None:
-    """Let a task wait for another no longer."""
+def unfollow(task: Task) -> None:
+    """Have a task wait for another one no longer."""
     if task.follows is not None:
         task.follows.followers.pop(task.ticket, None)
         task.follows = None
 
 
 def release(source: Task, outputs: Outputs) -> list[Task]:
-    """Give what follows a task that succeeded its outputs, and return it."""
+    """Give the followers of a task that succeeded its outputs, and return them."""
 
     def value_of(reference: OutputRef | Parameter) -> Binding:
         assert isinstance(reference, OutputRef), "the run resolved its parameters"
@@ -32,10 +33,10 @@ def release(source: Task, outputs: Outputs) -> list[Task]:
 
 
 def drop(source: Task, failure: Failure) -> list[Task]:
-    """Return all that will never have its inputs now, however far behind, and that no worker holds.
+    """Return the direct and indirect followers of a task that ended without outputs, except those that workers have.
 
-    What a worker holds of it must end once the worker gave it back, which it does by itself; until then it goes on
-    waiting, for what will not come, so that nothing else is believed of it.
+    The latter have to end once their worker returns them, which it does by itself. Until then they keep following, so
+    that no report about them counts.
     """
     dropped = []
     frontier = [source]

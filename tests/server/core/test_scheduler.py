@@ -18,7 +18,7 @@ from lattice_server.core.messages import (
     WorkerLost,
 )
 from lattice_server.core.model import Failure, FailureKind, OutputRef, Resources, RetryPolicy
-from lattice_server.core.scheduling.scheduler import Dispatch
+from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.graphs import VALUE, hello, task
 
 BROKEN = Failure(FailureKind.USER_ERROR, "broken")
@@ -43,7 +43,7 @@ def names(leases: list[Assign]) -> list[str]:
 
 
 def test_no_more_runs_than_there_are_cpus() -> None:
-    machine = Dispatch("e")
+    machine = Scheduler("e")
     machine.handle(hello("n", cpu=2), 0.0)
     effects = machine.handle_all([ready(f"t{i}") for i in range(5)], 0.0)
     assert names(assigned(effects)) == ["t0", "t1"]
@@ -54,14 +54,14 @@ def test_no_more_runs_than_there_are_cpus() -> None:
 
 
 def test_a_small_task_passes_a_big_one_that_waits() -> None:
-    machine = Dispatch("e")
+    machine = Scheduler("e")
     machine.handle(hello("n", cpu=2), 0.0)
     effects = machine.handle_all([ready("first", 1), ready("big", 2), ready("small", 1)], 0.0)
     assert names(assigned(effects)) == ["first", "small"]
 
 
 def test_short_work_is_sent_ahead_and_taken_back_from_behind_a_long_attempt() -> None:
-    machine = Dispatch("e")
+    machine = Scheduler("e")
     machine.handle(hello("n", cpu=1), 0.0)
     first = assigned(machine.handle(ready("first"), 0.0))[0]
     machine.handle(AttemptSucceeded(first.session_id, first.lease_id, 0, {}, duration_s=0.001), 0.001)
@@ -76,9 +76,9 @@ def test_short_work_is_sent_ahead_and_taken_back_from_behind_a_long_attempt() ->
     machine.check()
 
 
-def warmed(cpu: float = 1.0) -> Dispatch:
+def warmed(cpu: float = 1.0) -> Scheduler:
     """A scheduler that knows its tasks to be short."""
-    machine = Dispatch("e")
+    machine = Scheduler("e")
     machine.handle(hello("n", cpu=cpu), 0.0)
     machine.handle(succeeded(assigned(machine.handle(ready("warm"), 0.0))[0]), 0.0)
     return machine
@@ -98,7 +98,7 @@ def test_a_chain_of_short_tasks_goes_out_together_and_in_order() -> None:
 
 
 def test_what_follows_a_long_task_gets_its_outputs_when_it_starts() -> None:
-    machine = Dispatch("e")
+    machine = Scheduler("e")
     machine.handle(hello("n"), 0.0)
     (a,) = assigned(machine.handle_all(CHAIN[:2], 0.0))
     (b,) = assigned(machine.handle(succeeded(a, duration_s=5.0), 5.0))
@@ -135,7 +135,7 @@ def test_a_follower_of_a_task_that_ended_is_handed_back() -> None:
 
 
 def test_a_lost_worker_is_retried_three_times() -> None:
-    machine = Dispatch("e")
+    machine = Scheduler("e")
     machine.handle(ready("t"), 0.0)
     ends: list[type] = []
     for now in range(3):
@@ -148,7 +148,7 @@ def test_a_lost_worker_is_retried_three_times() -> None:
 
 
 def test_a_worker_that_comes_back_in_time_keeps_its_leases() -> None:
-    machine = Dispatch("e", session_ttl_s=10.0)
+    machine = Scheduler("e", session_ttl_s=10.0)
     effects = machine.handle_all([ready("t"), hello("n")], 0.0)
     lease = assigned(effects)[0]
     machine.handle(WorkerDetached(lease.session_id), 1.0)
@@ -159,7 +159,7 @@ def test_a_worker_that_comes_back_in_time_keeps_its_leases() -> None:
 
 
 def test_a_late_report_of_a_lost_session_is_ignored() -> None:
-    machine = Dispatch("e", session_ttl_s=10.0)
+    machine = Scheduler("e", session_ttl_s=10.0)
     lease = assigned(machine.handle_all([ready("t"), hello("n")], 0.0))[0]
     machine.handle(WorkerDetached(lease.session_id), 1.0)
     machine.tick(20.0)

@@ -1,0 +1,52 @@
+"""Owns the public events of a run. Rule: they are numbered without gaps, and `RunFinished` is the last one."""
+
+from dataclasses import dataclass
+
+from lattice_server.core.messages.tasks import TaskEvent
+from lattice_server.core.model import Failure
+from lattice_server.core.states import RunState
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """The run was accepted."""
+
+    workflow_id: str
+    task_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TasksAdded:
+    """The run grew: by the items of the mapped task `parent_task_id`, by the tasks that task spawned, or, when it is
+    empty, by tasks of a caller."""
+
+    task_ids: tuple[str, ...]
+    parent_task_id: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunCancelling:
+    """No further task of the run starts."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """The run ended."""
+
+    state: RunState
+    failure: Failure | None
+
+
+Fact = RunStarted | TasksAdded | RunCancelling | RunFinished | TaskEvent
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """A numbered public event; `time_s` is wall time in seconds since the epoch."""
+
+    sequence: int
+    time_s: float
+    fact: Fact

@@ -1,0 +1,78 @@
+"""Owns the unions of all events that the scheduler takes, and of all effects it returns."""
+
+from dataclasses import dataclass
+
+from lattice_server.core.messages.queries import Answer, ExplainRequested, NodesRequested
+from lattice_server.core.messages.questions import AnswerQuestion, AttemptAsked, QuestionAsked
+from lattice_server.core.messages.tasks import CancelRequested, TaskEvent, TaskReady, TaskReturned, TasksSpawned
+from lattice_server.core.messages.workers import (
+    ArtifactsReported,
+    Assign,
+    AttemptFailed,
+    AttemptLogged,
+    AttemptSpawned,
+    AttemptStarted,
+    AttemptSucceeded,
+    CloseSession,
+    DrainWorker,
+    DropArtifact,
+    ForgetSession,
+    LeaseReturned,
+    RevokeLease,
+    SendArtifact,
+    StopLease,
+    WelcomeWorker,
+    WorkerDetached,
+    WorkerHeartbeat,
+    WorkerHello,
+    WorkerLost,
+)
+from lattice_server.core.model import Artifact, NodeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """A node must get no further leases; those that still run there after `deadline_s` seconds are requeued."""
+
+    node_id: str
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodesChanged:
+    """These nodes are connected or may come back."""
+
+    nodes: tuple[NodeSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SettleArtifacts:
+    """All effects of the reports that named these artifacts are out: drop the artifacts that no run keeps by now."""
+
+    artifacts: tuple[Artifact, ...]
+
+
+SchedulerEvent = (
+    TaskReady
+    | CancelRequested
+    | ExplainRequested
+    | NodesRequested
+    | WorkerHello
+    | WorkerDetached
+    | WorkerHeartbeat
+    | WorkerLost
+    | DrainRequested
+    | AttemptStarted
+    | AttemptSucceeded
+    | AttemptFailed
+    | AttemptLogged
+    | AttemptSpawned
+    | AttemptAsked
+    | ArtifactsReported
+    | LeaseReturned
+)
+ToSession = Assign | StopLease | RevokeLease | DrainWorker | SendArtifact | DropArtifact | CloseSession | AnswerQuestion
+WorkerEffect = WelcomeWorker | ForgetSession | ToSession
+SchedulerEffect = (
+    TaskEvent | TaskReturned | TasksSpawned | QuestionAsked | WorkerEffect | Answer | NodesChanged | SettleArtifacts
+)

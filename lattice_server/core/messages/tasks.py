@@ -1,0 +1,133 @@
+"""Owns the messages about tasks between the orchestrator, which owns runs, and the scheduler."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lattice_server.core.model import Binding, Failure, Outputs, Payload, TaskSpec
+
+Split = Mapping[str, Sequence[Payload]]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskMessage:
+    """A message about one task of a run."""
+
+    run_id: str
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptMessage(TaskMessage):
+    """A message about one attempt at a task."""
+
+    attempt: int
+
+
+# From the scheduler to the orchestrator. `at` is the monotonic time of an event that the worker reported later.
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStarted(AttemptMessage):
+    """An attempt started on a worker."""
+
+    node_id: str
+    node_ip: str
+    gpu_indices: tuple[int, ...]
+    at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSucceeded(AttemptMessage):
+    """A task succeeded after its function ran for `duration_s` seconds.
+
+    `split` holds, item by item, the outputs that other tasks are mapped over.
+    """
+
+    outputs: Outputs
+    split: Split = field(default_factory=dict)
+    duration_s: float = 0.0
+    at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRetrying(AttemptMessage):
+    """An attempt failed; the next one may start after `delay_s` seconds."""
+
+    failure: Failure
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed(AttemptMessage):
+    """A task failed and is not retried."""
+
+    failure: Failure
+    at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCancelled(AttemptMessage):
+    """A task was cancelled, and no attempt at it runs any more."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSkipped(TaskMessage):
+    """A task will never start. Without a failure, a condition was not met: its own, or that of a task it needs."""
+
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLogged(AttemptMessage):
+    """A task wrote to its standard output (`is_error` false) or standard error."""
+
+    is_error: bool
+    text: str
+    is_truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReturned(TaskMessage):
+    """The scheduler returns a task that was to run after another one, which has ended already."""
+
+
+@dataclass(frozen=True, slots=True)
+class TasksSpawned(TaskMessage):
+    """A running task added others to its run."""
+
+    tasks: tuple[TaskSpec, ...]
+
+
+TaskEvent = TaskStarted | TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskSkipped | TaskLogged
+
+# From the orchestrator to the scheduler.
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReady:
+    """A task may start: its inputs are known, or will be once task `after` of its run succeeds.
+
+    Fair share is counted by `tenant`. Among the tasks of one tenant, the one with the lowest `rank` in seconds goes
+    first; each level of `priority` takes `work.PRIORITY_S` seconds off. `split_outputs` names the outputs that other
+    tasks are mapped over.
+    """
+
+    run_id: str
+    spec: TaskSpec
+    inputs: Mapping[str, Binding]
+    priority: int
+    after: str = ""
+    tenant: str = ""
+    rank: float = 0.0
+    split_outputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """Tasks that the scheduler has must end."""
+
+    run_id: str
+    task_ids: tuple[str, ...]
+    failure: Failure

@@ -1,0 +1,223 @@
+"""Owns the messages from workers to the scheduler, and from the scheduler to workers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lattice_server.core.messages.tasks import AttemptMessage, Split
+from lattice_server.core.model import (
+    Artifact,
+    Binding,
+    Failure,
+    Function,
+    Isolation,
+    NodeSpec,
+    Outputs,
+    Resources,
+    TaskSpec,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionMessage:
+    """A message of one session: from the worker that serves it, or to it."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseMessage(SessionMessage):
+    """A message about one lease of a session."""
+
+    lease_id: str
+
+
+# From workers.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHello(NodeSpec):
+    """A worker connected. It resumes a session if `session_id` names one, and holds these leases of it.
+
+    `greeting` identifies the hello; the welcome that answers it carries the same number.
+    """
+
+    session_id: str
+    held_lease_ids: tuple[str, ...]
+    greeting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDetached(SessionMessage):
+    """A session's stream broke, or was silent for `silent_s` seconds."""
+
+    silent_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHeartbeat(SessionMessage):
+    """A worker holds these leases of the assignments with numbers up to `assignment_sequence`."""
+
+    held_lease_ids: frozenset[str]
+    assignment_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker's process is known to have ended."""
+
+    worker_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptReport(LeaseMessage):
+    """A report about one attempt of a lease; `item` is its position in the batch."""
+
+    item: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStarted(AttemptReport):
+    """An attempt started. `at` is an estimate in the server's monotonic time; None means now."""
+
+    at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSucceeded(AttemptReport):
+    """An attempt succeeded after `duration_s` seconds; see `TaskSucceeded` for `split`, `AttemptStarted` for `at`."""
+
+    outputs: Outputs
+    duration_s: float
+    split: Split = field(default_factory=dict)
+    at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed(AttemptReport):
+    """An attempt failed after `duration_s` seconds; see `AttemptStarted` for `at`."""
+
+    failure: Failure
+    duration_s: float = 0.0
+    at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSpawned(AttemptReport):
+    """An attempt adds tasks to its run. A `refusal` says why its request is invalid."""
+
+    tasks: tuple[TaskSpec, ...]
+    refusal: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptLogged(AttemptReport):
+    """An attempt wrote to its standard output (`is_error` false) or standard error."""
+
+    is_error: bool
+    text: str
+    is_truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseReturned(LeaseMessage):
+    """A worker returns a lease unfinished, through no fault of its tasks. Without a report of a start, none began."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactsReported:
+    """Reports that a worker sent before this one named these artifacts.
+
+    The scheduler answers with `SettleArtifacts` after all effects of those reports.
+    """
+
+    artifacts: tuple[Artifact, ...]
+
+
+# To workers.
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptInputs(AttemptMessage):
+    """One member of a lease, and its inputs."""
+
+    inputs: Mapping[str, Binding]
+
+
+@dataclass(frozen=True, slots=True)
+class Assign(LeaseMessage):
+    """Send a lease to a worker; `sequence` rises from 1 within a session."""
+
+    sequence: int
+    slot: int
+    tenant: str
+    function: Function
+    attempts: tuple[AttemptInputs, ...]
+    is_batched: bool
+    outputs: tuple[str, ...]
+    split_outputs: tuple[str, ...]
+    isolation: Isolation
+    resources: Resources
+    gpu_indices: tuple[int, ...]
+    timeout_s: float | None
+    after_lease_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StopLease(LeaseMessage):
+    """End a lease, running or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeLease(LeaseMessage):
+    """Take a lease back unless it has started."""
+
+
+@dataclass(frozen=True, slots=True)
+class WelcomeWorker:
+    """Answer a hello; `resumed` tells whether its session continues. The artifact store adds `drop_artifact_ids`."""
+
+    worker_id: str
+    session_id: str
+    resumed: bool
+    drop_lease_ids: tuple[str, ...]
+    greeting: int = 0
+    drop_artifact_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DrainWorker(SessionMessage):
+    """Tell a worker that it gets no further leases, and how many seconds its present ones may still run."""
+
+    deadline_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetSession(SessionMessage):
+    """A session was lost: send nothing more to it, and ignore its messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendArtifact(SessionMessage):
+    """Have a worker upload an artifact of its node, from a byte offset, as the transfer of this id."""
+
+    transfer_id: str
+    artifact_id: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropArtifact(SessionMessage):
+    """Tell a worker that an artifact is no longer needed."""
+
+    artifact_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession(SessionMessage):
+    """End a session's stream; `reason` is the name of a `CloseReason` without its prefix."""
+
+    reason: str
+    message: str
