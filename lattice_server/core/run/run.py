@@ -278,7 +278,7 @@ class Run:
             if handover.stopping:
                 self._endings.stop_some(now)
             elif handover.is_promising:
-                handover.send_promised()
+                handover.send_promised(now)
             else:
                 task_id = handover.next_ready()
                 record = self.tasks[task_id]

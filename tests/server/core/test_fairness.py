@@ -1,13 +1,20 @@
 """Turns between callers: who is next, and how long a small caller waits for a big one."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lattice_server.core.messages import AttemptSucceeded, TaskSucceeded
+from lattice_server.core.messages import AttemptSucceeded, TaskReady, TaskSucceeded
 from lattice_server.core.model import Resources, WorkflowSpec
+from lattice_server.core.run import dag
+from lattice_server.core.run.ordering import MAX_AGE_S
+from lattice_server.core.run.run import Run
+from lattice_server.core.scheduling.work import PRIORITY_S
 from tests.server.core.cluster import Cluster
-from tests.server.core.graphs import VALUE, hello, task
+from tests.server.core.graphs import VALUE, hello, task, workflow
 from tests.server.core.scenes import Scene, node, ready
 from tests.server.core.workers import Outcome
 
@@ -149,3 +156,35 @@ def test_a_worker_that_tells_nonsense_of_a_duration_upsets_no_clock(duration: fl
     for _ in range(3):
         order += scene.succeed(order[-1], at=scene.now + 1)
     assert {name[0] for name in order} == {"x", "y"}
+
+
+@given(gap=st.integers(1, 4), step_s=st.sampled_from([50.0, 70.0, 130.0]), many=st.integers(1, 2))
+@settings(max_examples=20, deadline=None)
+def test_a_task_is_passed_for_ten_minutes_a_level_when_tasks_of_higher_priority_keep_coming(
+    gap: int, step_s: float, many: int
+) -> None:
+    scene = Scene(node(cpu=1))
+    (running,) = scene.tell(ready("first"))
+    scene.tell(ready("low"))
+    came_at: dict[str, float] = {}
+    passed = 0
+    while True:
+        now = scene.now + step_s
+        coming = [f"t{len(came_at) + n}" for n in range(many)]
+        came_at |= dict.fromkeys(coming, now)
+        scene.tell(*[replace(ready(name, priority=gap), rank=now) for name in coming], at=now)
+        (running,) = scene.succeed(running)
+        if running == "low":
+            break
+        assert came_at[running] < gap * PRIORITY_S + 1
+        passed += 1
+    assert passed >= sum(at < gap * PRIORITY_S for at in came_at.values())
+
+
+def test_tasks_of_an_old_run_age_from_when_they_become_ready() -> None:
+    run = Run("r", workflow({"a": ()}), dag.build(workflow({"a": ()})), is_open=True)
+    run.start({}, 0.0)
+    (added,) = [effect for effect in run.append([task("late")], 86_400.0) if isinstance(effect, TaskReady)]
+    young = Run("s", workflow({"a": ()}), dag.build(workflow({"a": ()})))
+    (new,) = [effect for effect in young.start({}, 86_400.0) if isinstance(effect, TaskReady)]
+    assert added.rank - new.rank == pytest.approx(-MAX_AGE_S, abs=10.0), "it goes first by no more than a level"
