@@ -86,7 +86,7 @@ class Handover:
         )
 
     def promise_after(self, task_id: str) -> None:
-        """Have the tasks that wait only for this one sent early, then those that wait only for these, and so on."""
+        """Have the chains of tasks that wait only for this one sent early."""
         self._promises.append([(task_id, 0)])
 
     def send_promised(self, now: float) -> None:
