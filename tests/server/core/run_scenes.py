@@ -39,7 +39,7 @@ class RunScene:
         return next(e.inputs for e in self.effects if isinstance(e, TaskReady) and e.spec.task_id == task_id)
 
     def succeed(self, task_id: str, items: list[str] | None = None, outputs: Any = OUT) -> list[str]:
-        """Let a task succeed; `items` are the elements of its output, if a task is mapped over it. Return the tasks that were sent."""
+        """Let a task succeed; `items` are the elements of its output. Return the tasks that were sent."""
         split = {} if items is None else {"out": [value(item) for item in items]}
         self.run.handle(TaskStarted("r", task_id, 1, "n", "ip", ()), 1.0)
         self.take(self.run.handle(TaskSucceeded("r", task_id, 1, outputs, split), 1.0))
