@@ -1,4 +1,4 @@
-"""Owns when something is due. Rule: a key has one deadline; setting it again replaces it."""
+"""Owns a heap of deadlines. Rule: a key has one deadline; setting it again replaces it."""
 
 import heapq
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class Deadlines(Generic[K]):
         return key in self._at
 
     def set(self, key: K, at: float) -> None:
-        """Note that a key is due at a time, and no longer when it was due before."""
+        """Set the deadline of a key."""
         if self._at.get(key) == at:
             return
         self._at[key] = at
@@ -37,7 +37,7 @@ class Deadlines(Generic[K]):
             heapq.heapify(self._heap)
 
     def discard(self, key: K) -> None:
-        """Note that nothing is due for a key."""
+        """Remove the deadline of a key."""
         self._at.pop(key, None)
 
     def due(self, now: float) -> Iterator[K]:

@@ -1,6 +1,6 @@
-"""Owns the errors the server answers with. Rule: one class per kind, one stable reason per case.
+"""Owns the errors of requests. Rule: one class per kind, one stable reason per case.
 
-A user's task that fails is never one of these: it is a `Failure`, which is data.
+The failure of a user's task is no exception: it is a `Failure`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """What is wrong with one field of a request, such as `workflow.tasks[3].inputs["x"]`."""
+    """An invalid field of a request, such as `workflow.tasks[3].inputs["x"]`."""
 
     field: str
     description: str
 
 
 class LatticeError(Exception):
-    """Base of everything the server refuses. `reason` is the name of an `ErrorReason` without its prefix."""
+    """Base of the errors of requests. `reason` is the name of an `ErrorReason` without its prefix."""
 
     def __init__(
         self,
@@ -36,15 +36,15 @@ class LatticeError(Exception):
 
 
 class InvalidError(LatticeError):
-    """The request is malformed; sending it again cannot help."""
+    """The request is malformed; a retry cannot succeed."""
 
 
 class NotFoundError(LatticeError):
-    """The thing named does not exist."""
+    """The resource does not exist."""
 
 
 class ConflictError(LatticeError):
-    """The id exists with other content."""
+    """The id is used with other content."""
 
 
 class PreconditionError(LatticeError):
@@ -52,11 +52,11 @@ class PreconditionError(LatticeError):
 
 
 class AbortedError(LatticeError):
-    """Somebody else changed the thing first."""
+    """Another request changed the resource first."""
 
 
 class RangeError(LatticeError):
-    """A cursor lies outside what is kept."""
+    """A cursor is outside of the retained range."""
 
 
 class ExhaustedError(LatticeError):
@@ -68,7 +68,7 @@ class UnavailableError(LatticeError):
 
 
 class AuthenticationError(LatticeError):
-    """The caller does not show who it is."""
+    """The caller has no valid credential."""
 
 
 class AuthorizationError(LatticeError):

@@ -1,4 +1,4 @@
-"""Owns the nouns: payloads, bindings, resources, tasks, workflows, failures. Rule: all frozen, none of them decides."""
+"""Owns the data types of workflows, tasks, values, resources and failures. Rule: all are frozen, none decides."""
 
 import sys
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from enum import Enum
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A reference to `size_bytes` encoded bytes that lie in the store of `node_id`."""
+    """A reference to `size_bytes` encoded bytes in the store of `node_id`."""
 
     artifact_id: str
     size_bytes: int
@@ -17,14 +17,14 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """One encoded value: JSON text (str), bytes, or a reference. Never opened here."""
+    """One encoded value: JSON text (str), bytes, or a reference. The core does not decode it."""
 
     media_type: str
     content: str | bytes | Artifact
 
     @property
     def kept_bytes(self) -> int:
-        """The memory it takes here; nothing to speak of for a reference."""
+        """The memory that it takes in the server; zero for a reference."""
         return 0 if isinstance(self.content, Artifact) else sys.getsizeof(self.content)
 
 
@@ -34,9 +34,11 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class OutputRef:
-    """One output of one task. An optional one is null when that task was skipped, or failed in a run that finishes what
-    is independent; of a mapped task that became items, the list has null for each such item. A task that needs the
-    output otherwise is skipped too. `path` selects a part of it, step by step."""
+    """One output of one task. `path` selects a part of it, step by step.
+
+    An optional one is null when that task was skipped, or failed in a run that finishes independent tasks; in the list
+    of a mapped task, each such item is null. A task that requires the output is skipped instead.
+    """
 
     task_id: str
     output: str
@@ -67,7 +69,7 @@ class BindingMap:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """A part of a value that is known; whoever decodes the value takes the steps of `path`."""
+    """A part of a known value; the worker that decodes the value takes the steps of `path`."""
 
     value: "Binding"
     path: Path
@@ -78,7 +80,7 @@ Outputs = Mapping[str, Payload]
 
 
 class Isolation(Enum):
-    """How strictly an attempt is kept apart."""
+    """How strictly an attempt is isolated."""
 
     NONE = "none"
     SUBPROCESS = "subprocess"
@@ -88,7 +90,7 @@ class Isolation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one attempt holds while it runs. Memory in bytes; `gpu` below one shares a device."""
+    """The resources that one attempt takes while it runs. Memory in bytes; `gpu` below one shares a device."""
 
     cpu: float = 1.0
     memory_bytes: int = 0
@@ -108,7 +110,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a node offers. `slots` counts attempts in processes of their own, `async_slots` coroutines."""
+    """The resources of a node. `slots` limits attempts in processes of their own, `async_slots` coroutines."""
 
     cpu: float
     memory_bytes: int = 0
@@ -118,7 +120,7 @@ class Capacity:
 
 
 class FailureKind(Enum):
-    """The class of a failure; retry policies go by it."""
+    """The class of a failure, which retry policies name."""
 
     USER_ERROR = "user_error"
     CRASHED = "crashed"
@@ -154,7 +156,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """When another attempt follows a failed one."""
+    """When a failed attempt is retried."""
 
     max_attempts: int = 1
     initial_backoff_s: float = 0.1
@@ -185,13 +187,13 @@ class RetryPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What runs a user's code: a language, and a version in parts between dots. Empty, it is any."""
+    """A language, and a version in parts between dots, that run a user's code. Empty means any."""
 
     language: str = ""
     version: str = ""
 
     def admits(self, other: "Runtime") -> bool:
-        """Whether code that needs this runtime runs on another: its version begins with the parts of this one's."""
+        """Whether code that needs this runtime runs on another one, whose version begins with the same parts."""
         if not self.language:
             return True
         return self.language == other.language and f"{other.version}.".startswith(
@@ -199,7 +201,7 @@ class Runtime:
         )
 
     def __str__(self) -> str:
-        """Return it for people."""
+        """Return it as text."""
         return f"{self.language} {self.version}".rstrip()
 
 
@@ -224,7 +226,7 @@ class NodeSpec:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Bundle:
-    """Modules that travel with functions. `content` is opaque here: what a worker is sent, unopened."""
+    """Modules that are sent with functions. `content` is sent to workers as it is."""
 
     digest: str
     content: object
@@ -233,8 +235,10 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Function:
-    """Code to run. `definition` is opaque here: what a worker is sent, unopened; it takes `size_bytes`. `entrypoint` is
-    the name by which workers have it; empty when it travels. `runtime` is what must run it."""
+    """Code to run. `definition`, of `size_bytes`, is sent to workers as it is.
+
+    `entrypoint` is the name of a function that workers have; empty when the code is sent. It needs `runtime`.
+    """
 
     digest: str
     is_async: bool
@@ -246,7 +250,7 @@ class Function:
 
 
 class BatchScope(Enum):
-    """Which tasks may meet in one batch."""
+    """Which tasks may be in one batch."""
 
     SERVER = "server"
     RUN = "run"
@@ -299,7 +303,7 @@ class TaskSpec:
 
 
 class FailurePolicy(Enum):
-    """What a failed task means for the others."""
+    """How a failed task affects the others."""
 
     FAIL_FAST = "fail_fast"
     FINISH_INDEPENDENT = "finish_independent"

@@ -17,7 +17,7 @@ Leaf = Payload | OutputRef | Parameter
 
 
 def leaves(binding: Binding) -> list[Leaf]:
-    """Return what `binding` is made of, in order of appearance."""
+    """Return the values and references in a binding, in order."""
     match binding:
         case BindingList(items):
             return [found for item in items for found in leaves(item)]
@@ -35,7 +35,7 @@ def part_of(value: Binding, path: Path) -> Binding:
 
 
 def resolve(binding: Binding, value_of: Callable[[OutputRef | Parameter], Binding]) -> Binding:
-    """Return `binding` with every reference replaced by what `value_of` gives for it."""
+    """Return `binding` with every reference replaced by the result of `value_of`."""
     match binding:
         case Payload() | Selection():
             return binding
@@ -48,7 +48,7 @@ def resolve(binding: Binding, value_of: Callable[[OutputRef | Parameter], Bindin
 
 
 def inline_bytes(binding: Binding) -> int:
-    """Return how many bytes of values a binding holds; what it only refers to does not count."""
+    """Return how many bytes the values in a binding have; references do not count."""
     match binding:
         case Payload(content=str() as text):
             return len(text) if text.isascii() else len(text.encode())

@@ -1,7 +1,6 @@
-"""Owns work that is done in steps. Rule: a step is short, and the owner of the thread decides what happens between two.
+"""Owns work in short steps, between which the thread can handle other events.
 
-Such work is a generator that yields after each step and returns what it made. Nothing else may see what it works on
-before it has ended, unless its author says so.
+Rule: such work is a generator that yields after each step and returns its result. Until then, its data is not shared.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -9,7 +8,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
-# Of what is done once for each task: some tens of microseconds each.
+# The items of a step, of some tens of microseconds each.
 STEP_ITEMS = 100
 
 

@@ -1,7 +1,7 @@
-"""Owns which tenant a thing belongs to. Rule: an id is a name within a tenant; another tenant's thing is not found.
+"""Owns which tenant a resource belongs to. Rule: an id is unique within a tenant, and other tenants do not find it.
 
-Inside the server a run goes by its key, which is its id alone for the tenant without a name. So two tenants may use
-the same id, and neither learns of the other.
+The server identifies a run by its key: the id and the tenant, or the id alone for the tenant without a name. So two
+tenants may use the same id.
 """
 
 from collections import OrderedDict
@@ -9,47 +9,47 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 Item = TypeVar("Item")
-SEPARATOR = "\n"  # Neither ids nor tenants have it.
+SEPARATOR = "\n"  # Neither ids nor tenants contain it.
 
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Whose things a caller may name: those of its tenant, which come first, and with `is_any` those of all tenants."""
+    """The tenants whose resources a caller may name: its own, which comes first, and with `is_any` all others."""
 
     tenant: str = ""
     is_any: bool = False
 
     def covers(self, tenant: str) -> bool:
-        """Whether a tenant's things may be named."""
+        """Whether the resources of a tenant may be named."""
         return self.is_any or tenant == self.tenant
 
 
 UNNAMED = Reach()
 EVERYTHING = Reach(is_any=True)
-# A worker has the code of all tenants' tasks, and what its tasks spawn is kept for none of them.
+# A worker gets the code of all tenants. The functions that its tasks spawn are stored for no tenant.
 WORKERS = Reach("*", is_any=True)
 
 
 def key_of(own_id: str, tenant: str) -> str:
-    """Return what names a tenant's thing among those of all tenants."""
+    """Return the key of a tenant's resource among those of all tenants."""
     return f"{own_id}{SEPARATOR}{tenant}" if tenant else own_id
 
 
 def id_of(key: str) -> str:
-    """Return the id that callers know a thing by."""
+    """Return the id in a key."""
     return key.partition(SEPARATOR)[0]
 
 
 class Shelf(OrderedDict[str, Item]):
-    """Things by key, oldest first, which callers find by id."""
+    """Resources by key, oldest first, which callers find by id."""
 
     def __init__(self) -> None:
         super().__init__()
-        # The tenants with a name that have a thing by an id.
+        # By id: the tenants with a name that use it.
         self._tenants: dict[str, dict[str, None]] = {}
 
     def find(self, own_id: str, reach: Reach) -> Item | None:
-        """Return the thing a caller means by an id; None when there is none within its reach."""
+        """Return the resource that a caller means by an id; None when there is none within its reach."""
         found = self.get(key_of(own_id, reach.tenant))
         if found is None and reach.is_any:
             newest_first = reversed(self._tenants.get(own_id, {}))

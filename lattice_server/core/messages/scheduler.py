@@ -32,7 +32,7 @@ from lattice_server.core.model import Artifact, NodeSpec
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """A node must get no further leases; those that still run there after `deadline_s` seconds are requeued."""
+    """A node must get no further leases; its tasks that still run after `deadline_s` seconds are requeued."""
 
     node_id: str
     deadline_s: float | None = None

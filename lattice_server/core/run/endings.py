@@ -66,7 +66,7 @@ class Endings:
         self.fail_after(task_id, failure, now)
 
     def fail_after(self, task_id: str, failure: Failure, now: float) -> None:
-        """Do what the workflow's failure policy says after a task failed or was cancelled."""
+        """Apply the failure policy of the workflow after a task failed or was cancelled."""
         named = replace(failure, task_id=failure.task_id or task_id, cause=None)
         if self._policy is FailurePolicy.FINISH_INDEPENDENT:
             self._status.failure = self._status.failure or named
@@ -116,7 +116,7 @@ class Endings:
                 self._handover.promise_after(last)
 
     def stop(self, failure: Failure) -> None:
-        """Stop the run: no further task starts, and those that the scheduler has are cancelled."""
+        """Stop the run: no further task starts, and the tasks that the scheduler has are cancelled."""
         status = self._status
         status.failure = status.failure or failure
         status.is_open = False
@@ -126,7 +126,7 @@ class Endings:
         self._handover.stop(self._table.records, failure)
 
     def stop_some(self, now: float) -> None:
-        """Skip some of the tasks of a stopped run, and have the scheduler cancel those that it has."""
+        """Skip some of the tasks of a stopped run, or have the scheduler cancel them."""
         held, cause = [], self._handover.cause
         assert cause is not None
         stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {cause.message}", cause=cause)

@@ -12,7 +12,7 @@ from lattice_server.core.model import Failure
 from lattice_server.core.references import resolve
 from lattice_server.core.run.bindings import Values
 from lattice_server.core.run.dag import Dag
-from lattice_server.core.run.ordering import Ranking
+from lattice_server.core.run.ordering import MAX_AGE_S, Ranking
 from lattice_server.core.run.status import RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable
 from lattice_server.core.states import TaskState
@@ -68,9 +68,10 @@ class Handover:
         self._left -= 1
         return self.ready.popleft()
 
-    def send(self, record: TaskRecord, after: str = "") -> None:
+    def send(self, record: TaskRecord, now: float, after: str = "") -> None:
         """Send a task to the scheduler, to start at once or after another one."""
         spec, status = record.spec, self._status
+        started_at = max(status.started_at, now - MAX_AGE_S)
         status.emit(
             TaskReady(
                 status.run_id,
@@ -79,22 +80,22 @@ class Handover:
                 self._priority + spec.priority,
                 after,
                 self._tenant,
-                self._ranking(status.started_at, self._table.open_tasks, spec.task_id),
+                self._ranking(started_at, self._table.open_tasks, spec.task_id),
                 self._dag.split.get(spec.task_id, ()),
             )
         )
 
     def promise_after(self, task_id: str) -> None:
-        """Have the tasks that wait only for this one sent early, then those that wait only for these, and so on."""
+        """Have the chains of tasks that wait only for this one sent early."""
         self._promises.append([(task_id, 0)])
 
-    def send_promised(self) -> None:
+    def send_promised(self, now: float) -> None:
         """Send some of the promised tasks."""
         stack = self._promises[0]
         source, start = stack.pop()
         waiting = self._dag.successors[source][:MAX_PROMISED]
         end = len(waiting) if self._slice_tasks is None else min(len(waiting), start + max(1, self._left))
-        sent = [successor for successor in waiting[start:end] if self._send_early(source, successor)]
+        sent = [successor for successor in waiting[start:end] if self._send_early(source, successor, now)]
         self._left -= end - start
         stack += [(successor, 0) for successor in sent]
         if end < len(waiting):
@@ -120,7 +121,7 @@ class Handover:
         self.stopping.clear()
         self._promises.clear()
 
-    def _send_early(self, source: str, successor: str) -> bool:
+    def _send_early(self, source: str, successor: str, now: float) -> bool:
         """Send a task early if it waits for `source` only, and the scheduler has that one; return whether it was."""
         records, record = self._table.records, self._table.records[successor]
         if record.missing != 1 or record.state is not TaskState.BLOCKED or record.is_promised:
@@ -130,5 +131,5 @@ class Handover:
         if not records[source].is_with_scheduler or not self._status.is_running:
             return False
         record.is_promised = True
-        self.send(record, source)
+        self.send(record, now, source)
         return True

@@ -8,6 +8,7 @@ from math import sqrt
 
 # If it is larger, small runs pass old large ones for longer; if it is much shorter than tasks, only age counts.
 AGEING_S = 10.0
+MAX_AGE_S = 600.0  # The most that a run counts as older than a task of it that becomes ready; see decision 0021.
 
 # The rank of a task, from when its run started, how many tasks of the run have not ended, and the task's id.
 Ranking = Callable[[float, int, str], float]

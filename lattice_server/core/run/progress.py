@@ -82,7 +82,7 @@ class Progress:
                     cancelled = TaskCancelled(self._status.run_id, event.task_id, 0, record.cancelled)
                     self._end_cancelled(cancelled, record, now)
                 elif record.state is TaskState.QUEUED:
-                    self._handover.send(record)
+                    self._handover.send(record, now)
             case _:
                 assert_never(event)
 
@@ -116,7 +116,7 @@ class Progress:
         self._table.move(record, TaskState.QUEUED)
         record.queued_at = now
         if not record.is_promised:
-            self._handover.send(record)
+            self._handover.send(record, now)
             self._handover.promise_after(task_id)
 
     def _is_condition_met(self, record: TaskRecord, now: float) -> bool:

@@ -184,7 +184,7 @@ class Run:
     def abandon(self, failure: Failure, now: float) -> list[Effect]:
         """Fail the run at once, whatever state a bug has left it in; later events are ignored.
 
-        It does not wait until the scheduler reports the ends of its tasks: such reports may be what the bug has lost.
+        It does not wait for reports about the ends of its tasks, because the bug may have lost them.
         """
         stopped = Failure(FailureKind.CANCELLED, f"the run stopped: {failure.message}", cause=failure)
         status = self._status
@@ -282,7 +282,7 @@ class Run:
             if handover.stopping:
                 self._endings.stop_some(now)
             elif handover.is_promising:
-                handover.send_promised()
+                handover.send_promised(now)
             else:
                 task_id = handover.next_ready()
                 record = self.tasks[task_id]

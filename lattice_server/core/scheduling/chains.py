@@ -33,10 +33,10 @@ def release(source: Task, outputs: Outputs) -> list[Task]:
 
 
 def drop(source: Task, failure: Failure) -> list[Task]:
-    """Return the direct and indirect followers of a task that ended without outputs, except those that workers have.
+    """Return the direct and indirect followers of a task that ended without outputs, unless workers have them.
 
-    The latter have to end once their worker returns them, which it does by itself. Until then they keep following, so
-    that no report about them counts.
+    A follower that a worker has ends once the worker returns it, which the worker does by itself. Until then it keeps
+    following, so that no report about it counts.
     """
     dropped = []
     frontier = [source]

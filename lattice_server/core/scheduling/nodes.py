@@ -42,7 +42,7 @@ class Node:
     """A node's resources and how much of them is free. GPUs are counted by device.
 
     `detached_at` is when its session's stream broke, `drain_at` when the leases of a draining node are requeued.
-    `assignments` counts those sent in the session, `attempts` those that the node's leases hold. `is_exclusive` tells
+    `assignments` counts the ones sent in the session, `attempts` the ones of the node's leases. `is_exclusive` tells
     that its one slot is the only one it may have.
     """
 

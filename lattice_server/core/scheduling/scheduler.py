@@ -93,7 +93,7 @@ class Scheduler:
         return self.tick(now)
 
     def tick(self, now: float) -> list[SchedulerEffect]:
-        """Do everything that is due and place as many tasks as possible."""
+        """Handle every deadline that has passed, and place as many tasks as possible."""
         self._sessions.tick(now)
         self._attempts.end_overdue(now)
         self._tasks.queue_retries(now)

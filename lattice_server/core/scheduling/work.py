@@ -16,7 +16,7 @@ from lattice_server.core.scheduling.permits import Concurrency
 from lattice_server.core.scheduling.placement import Shape
 
 INFINITY = float("inf")
-PRIORITY_S = 600.0  # A task goes before those of the next lower priority that are at most this much older.
+PRIORITY_S = 600.0  # By how much a level of priority lowers the rank; see decision 0021.
 MAX_BATCH_BYTES = 64 * 1024 * 1024  # The limit of the inputs of a batch with several members.
 SLACK = 64  # How many outdated entries a heap may have beyond the number of queued tasks.
 

@@ -28,15 +28,15 @@ from lattice_server.core.run import dag
 from lattice_server.core.run.limits import Bounds
 from lattice_server.core.run.run import Run
 from lattice_server.core.scheduling.scheduler import Scheduler
-from tests.server.core.watched import Watched
-from tests.server.core.watching import Watcher
+from tests.server.core.checked_scheduler import CheckedScheduler
+from tests.server.core.watcher import Watcher
 from tests.server.core.workers import Behaviour, Worker
 
 MOST_STEPS = 200_000
 
 
 class Cluster:
-    """Everything, driven step by step. What is said arrives in order, `latency_s` later.
+    """The whole cluster, driven step by step. Messages arrive in order, `latency_s` later.
 
     With `is_checked` every invariant is asserted after every step, and the scheduler compared with a thorough one.
     """
@@ -51,7 +51,7 @@ class Cluster:
         session_ttl_s: float = 5.0,
     ) -> None:
         self.now = 0.0
-        self.machine = (Watched if is_checked else Scheduler)("e", session_ttl_s, limits)
+        self.machine = (CheckedScheduler if is_checked else Scheduler)("e", session_ttl_s, limits)
         self.watcher = Watcher(self.machine, limits)
         self.runs: dict[str, Run] = {}
         self.facts: dict[str, list[tuple[float, Any]]] = {}
@@ -64,7 +64,7 @@ class Cluster:
         self._to_scheduler: deque[Any] = deque()
         self._is_expected = False
 
-    # What a test does.
+    # Calls of tests.
 
     def join(self, hello: WorkerHello) -> Worker:
         """Start a worker."""
@@ -106,7 +106,7 @@ class Cluster:
         return run
 
     def perform(self, run: Run, effects: Sequence[Any]) -> None:
-        """Do what a run's machine asks for."""
+        """Carry out the effects of a run's machine."""
         for effect in effects:
             if isinstance(effect, TaskReady | CancelRequested):
                 self._post(effect)
@@ -124,7 +124,7 @@ class Cluster:
         for _ in range(MOST_STEPS):
             if until() or not self.step(most_s):
                 return
-        raise AssertionError("it goes on without end")
+        raise AssertionError("it does not end")
 
     def step(self, most_s: float = float("inf")) -> bool:
         """Let the next thing happen; return whether there was one."""
@@ -142,7 +142,7 @@ class Cluster:
         heapq.heappop(self._calls)[2]()
         return True
 
-    # What travels.
+    # Messages.
 
     def _post(self, event: Any) -> None:
         self._to_scheduler.append(event)

@@ -6,9 +6,9 @@ from dataclasses import replace
 from lattice_server.core import messages
 from lattice_server.core.messages import Assign, SchedulerEvent, TaskReady
 from lattice_server.core.model import BatchPolicy, BatchScope, Capacity, Function, Gpu, Resources
+from tests.server.core.checked_scheduler import CheckedScheduler
 from tests.server.core.graphs import VALUE, hello, task
 from tests.server.core.scenes import BROKEN, GIB, STOPPED
-from tests.server.core.watched import Watched
 
 RESOURCES = [
     Resources(0.0),
@@ -28,7 +28,7 @@ class Crowd:
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
-        self.machine = Watched("e", 5.0, {"db": 2, "api": 1})
+        self.machine = CheckedScheduler("e", 5.0, {"db": 2, "api": 1})
         self.now = 0.0
         self.held: list[Assign] = []
         self.number = 0
@@ -110,11 +110,11 @@ class Crowd:
         self.tell(*[messages.AttemptStarted(lease.session_id, lease.lease_id, 0) for lease in self.some()])
 
     def give_back(self) -> None:
-        """Workers give back what they have not started."""
+        """Workers return leases that have not started."""
         self.tell(*[messages.LeaseReturned(lease.session_id, lease.lease_id, "") for lease in self.some()])
 
     def cancel(self) -> None:
-        """Somebody cancels a task."""
+        """A caller cancels a task."""
         if self.machine.tasks:
             run, task_id = self.rng.choice(list(self.machine.tasks))
             self.tell(messages.CancelRequested(run, (task_id,), STOPPED))

@@ -23,9 +23,9 @@ from lattice_server.core.model import (
     Runtime,
     TaskSpec,
 )
+from tests.server.core.checked_scheduler import CheckedScheduler
 from tests.server.core.graphs import SYNC, VALUE, hello, task
-from tests.server.core.watched import Watched
-from tests.server.core.watching import Watcher
+from tests.server.core.watcher import Watcher
 
 GIB = 1 << 30
 ASYNC = Function("sha256:async", is_async=True, definition=None)
@@ -102,7 +102,7 @@ class SchedulerHistories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.machine = Watched("e", session_ttl_s=5.0, limits=LIMITS)
+        self.machine = CheckedScheduler("e", session_ttl_s=5.0, limits=LIMITS)
         self.watcher = Watcher(self.machine, LIMITS)
         self.now = 0.0
         self.number = 0
@@ -214,7 +214,7 @@ class SchedulerHistories(RuleBasedStateMachine):
     @precondition(lambda self: self.machine.nodes)
     @rule(data=st.data(), behind=st.integers(0, 2))
     def heartbeat(self, data: st.DataObject, behind: int) -> None:
-        """A worker lists what it holds, while some of what was assigned to it may still be on its way."""
+        """A worker lists its leases, while newer assignments may still be on the way."""
         node = data.draw(st.sampled_from(list(self.machine.nodes.values())))
         ours = [lease_id for slot in node.slots.values() for lease_id in slot.lease_ids]
         held = frozenset(data.draw(st.lists(st.sampled_from([*ours, "unheard-of"]), unique=True)))
@@ -263,7 +263,7 @@ class SchedulerHistories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """With nodes that can run anything, and whose workers succeed in all, everything ends."""
-        # Those that were drained do not come back.
+        # Drained nodes do not come back.
         new = [worker(node_id, 8.0, 3) for node_id in [*NODES, "z"]] + [worker("foreign", 8.0, 3, BOTH)]
         self.tell(*[replace(hello, worker_id=f"new-{hello.worker_id}") for hello in new])
         for _ in range(10 * len(self.watcher.submitted) + 10):

@@ -65,7 +65,7 @@ class RunHistories(RuleBasedStateMachine):
         bounds = Bounds(60, 6, 2)
         self.run = Run("r", spec, dag.build(spec, ()), bounds=bounds, is_open=is_open, slice_tasks=slice_tasks)
         self.caller = OpenRun(self.run, 5.0, 0.0, max_questions=3) if is_open else None
-        # The questions the caller knows of, and those that were answered in any way.
+        # Questions that the caller has received, and the ids of answered ones.
         self.asked: dict[str, QuestionAsked] = {}
         self.answered: set[str] = set()
         self.to_scheduler: deque[TaskReady | CancelRequested] = deque()

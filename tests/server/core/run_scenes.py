@@ -1,4 +1,4 @@
-"""A stage for examples of one run: says in a line what the scheduler tells it and what it asks for."""
+"""A stage for examples of one run: one line for the events of the scheduler and the effects of the run."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ OUT = {"out": value("1")}
 
 
 class RunScene:
-    """One run, and what was handed over last."""
+    """One run, and the tasks that it sent last."""
 
     def __init__(self, *tasks: TaskSpec, policy: FailurePolicy = FailurePolicy.FAIL_FAST, **settings: Any) -> None:
         spec = WorkflowSpec(tasks, failure_policy=policy)
@@ -24,13 +24,13 @@ class RunScene:
         self.effects = self.take(self.run.start({}, 0.0))
 
     def take(self, effects: list[Any]) -> list[Any]:
-        """Note what the run asked for last."""
+        """Note the last effects of the run."""
         self.run.check()
         self.effects = effects
         return effects
 
     def ready(self) -> list[str]:
-        """Return what was handed over last, such as `a`, or `b after a`."""
+        """Return the tasks that were sent last, such as `a`, or `b after a`."""
         told = [(e.spec.task_id, e.after) for e in self.effects if isinstance(e, TaskReady)]
         return [f"{name} after {after}" if after else name for name, after in told]
 
@@ -39,7 +39,7 @@ class RunScene:
         return next(e.inputs for e in self.effects if isinstance(e, TaskReady) and e.spec.task_id == task_id)
 
     def succeed(self, task_id: str, items: list[str] | None = None, outputs: Any = OUT) -> list[str]:
-        """Let a task succeed; `items` are those of its output, when somebody maps over it. Return what is ready."""
+        """Let a task succeed; `items` are the elements of its output. Return the tasks that were sent."""
         split = {} if items is None else {"out": [value(item) for item in items]}
         self.run.handle(TaskStarted("r", task_id, 1, "n", "ip", ()), 1.0)
         self.take(self.run.handle(TaskSucceeded("r", task_id, 1, outputs, split), 1.0))

@@ -1,4 +1,4 @@
-"""A stage for examples of the scheduler's machine: says in a line what happens and what comes of it."""
+"""A scene for examples of the scheduler's machine: one line for an event and its effects."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 
 
 class Scene:
-    """One scheduler with workers that do what the test says. Every invariant is checked after every step."""
+    """One scheduler, with workers that the test controls. Every invariant is checked after every step."""
 
     def __init__(self, *nodes: Any, limits: dict[str, int] | None = None) -> None:
         self.machine = Scheduler("e", limits=limits)
@@ -63,7 +63,7 @@ class Scene:
         return self.tell(*[messages.AttemptStarted(lease.session_id, lease.lease_id, 0) for lease in leases])
 
     def cancel(self, *task_ids: str) -> list[str]:
-        """Let somebody cancel tasks of run `r`."""
+        """Cancel tasks of run `r`."""
         return self.tell(messages.CancelRequested("r", task_ids, STOPPED))
 
     def tick_when_due(self) -> list[str]:
@@ -78,7 +78,7 @@ class Scene:
         return {e.task_id: type(e).__name__.removeprefix("Task").lower() for e in self.effects if isinstance(e, ended)}
 
     def explanation(self, task_id: str) -> Explanation | None:
-        """Return what the scheduler says of a task of run `r`."""
+        """Return the explanation of a task of run `r`."""
         (answer,) = self.machine.handle(messages.ExplainRequested(1, "r", task_id), self.now)
         assert isinstance(answer, TaskExplained)
         return answer.explanation

@@ -28,7 +28,7 @@ LONG = settings(
 
 
 def soak(seconds: float) -> None:
-    """Play histories until the time is over; raise what the first one that fails raises."""
+    """Play histories until the time is over; raise the error of the first one that fails."""
     ends_at = time.monotonic() + seconds
     seeds = Random()
     played = {"scheduler": 0, "run": 0, "cluster": 0}

@@ -1,8 +1,8 @@
 """Plays a story: a text of events, and of the effects a machine answers with.
 
 A story begins with sentences for people and a line that names the machine. Then come steps: `@TIME EVENT; EVENT ...`,
-and below each, indented, one effect a line. Effects show the fields that say something: those that are empty, or as
-tests/server/core/graphs.py makes them, are left out.
+and below each, indented, one effect a line. Fields of effects that are empty, or as tests/server/core/graphs.py
+makes them, are left out.
 """
 
 import dataclasses
@@ -150,7 +150,7 @@ def ready(word: str, given: Settings) -> messages.TaskReady:
 
 
 def report(name: str, word: str, assign: Assign, given: Settings) -> Any:
-    """Return what a worker says of one task of a lease."""
+    """Return the report of a worker about one task of a lease."""
     item = [attempt.task_id for attempt in assign.attempts].index(word)
     session_id, lease_id = given.get("session", assign.session_id), given.get("lease", assign.lease_id)
     match name:

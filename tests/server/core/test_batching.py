@@ -46,7 +46,7 @@ def test_size_is_a_hard_maximum() -> None:
     assert scene.tick_when_due() == ["i+j"]
 
 
-def test_what_would_make_a_message_too_large_leaves_in_a_batch_of_its_own() -> None:
+def test_batch_leaves_out_a_task_when_the_message_would_be_too_large() -> None:
     half = Payload("application/octet-stream", b"x" * (MAX_BATCH_BYTES // 2))
     whole = BindingMap({"first": half, "rest": BindingList((half, half))})
     apart = Payload("application/octet-stream", Artifact("a", MAX_BATCH_BYTES, "n"))
@@ -64,7 +64,7 @@ def test_a_batch_leaves_when_its_first_task_waited_long_enough() -> None:
     assert scene.now == 1.0
 
 
-def test_a_batch_that_need_not_wait_takes_what_is_there() -> None:
+def test_batch_takes_the_queued_tasks_when_it_need_not_wait() -> None:
     scene = Scene(node(cpu=1))
     assert scene.tell(*many("ab", batch=NOW)) == ["a+b"]
     scene.tell(*many("cd", batch=NOW))
@@ -80,7 +80,7 @@ def test_a_batch_that_is_due_and_has_no_room_wakes_nobody() -> None:
     assert scene.succeed("long", at=9.0) == ["a"]
 
 
-def test_what_differs_does_not_meet() -> None:
+def test_tasks_are_not_batched_together_when_their_group_keys_differ() -> None:
     scene = Scene(node(cpu=8))
     scene.tell(
         *many("a", batch=NOW),
@@ -104,7 +104,7 @@ def test_runs_can_be_kept_apart() -> None:
     assert scene.tell(*many("ab", batch=apart), *many("c", batch=apart, run="s")) == ["a+b", "c"]
 
 
-def test_priority_decides_who_enters_first() -> None:
+def test_batch_takes_tasks_of_higher_priority_first() -> None:
     scene = Scene(node(cpu=1))
     scene.tell(ready("long"))
     scene.tell(*many("abcd"), *many("e", priority=1))
@@ -162,7 +162,7 @@ def test_halving_does_not_use_up_attempts() -> None:
     assert scene.ends() == {}
 
 
-def test_what_crashed_alone_meets_nobody_when_it_is_tried_again() -> None:
+def test_task_is_retried_alone_when_it_crashed_alone() -> None:
     scene = Scene(node())
     scene.tell(*many("ab", batch=BatchPolicy(2, 5.0), retry=RetryPolicy(max_attempts=2)))
     scene.fail("a", CRASHED)
@@ -171,7 +171,7 @@ def test_what_crashed_alone_meets_nobody_when_it_is_tried_again() -> None:
     assert scene.tick_when_due() == ["a"]
 
 
-def test_who_failed_by_itself_meets_others_when_it_is_tried_again() -> None:
+def test_task_is_batched_with_others_when_it_failed_without_a_crash() -> None:
     scene = Scene(node())
     scene.tell(*many("abcd", retry=RetryPolicy(max_attempts=2)))
     scene.fail("b", BROKEN)
@@ -179,7 +179,7 @@ def test_who_failed_by_itself_meets_others_when_it_is_tried_again() -> None:
     assert scene.tick_when_due() == ["b+e+f+g"]
 
 
-def test_what_is_left_of_a_batch_is_tried_alone_before_it_is_blamed() -> None:
+def test_last_member_of_a_crashed_batch_is_retried_alone_before_it_is_charged() -> None:
     scene = Scene(node())
     scene.tell(*many("ab", batch=BatchPolicy(2)))
     scene.cancel("b")

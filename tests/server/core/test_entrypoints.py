@@ -1,4 +1,4 @@
-"""Workers with functions of their own: which tasks they are given, and what is said when nobody has a function."""
+"""Workers with functions of their own: which tasks they get, and the explanation when no worker has a function."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_a_worker_that_names_entry_points_runs_those_only() -> None:
 
 
 @pytest.mark.parametrize("name", ["statistics:mean", "a.b.c:d.e", "_x1:y", "größe:maß"])
-def test_a_python_worker_runs_what_python_can_import(name: str) -> None:
+def test_python_worker_runs_entry_points_that_python_can_import(name: str) -> None:
     assert Scene(node()).tell(ready("a", entrypoint=name)) == ["a"]
 
 
@@ -68,7 +68,7 @@ def test_code_of_another_version_does_not(runtime: Runtime) -> None:
     assert [found.message for found in scene.why("a")] == [reason]
 
 
-def test_it_is_impossible_when_nobody_has_it() -> None:
+def test_task_is_impossible_when_no_node_has_its_entry_point() -> None:
     scene = Scene(node("py"), node("js", entrypoints=OWN))
     nodes = [one.spec for one in scene.machine.nodes.values()]
     text = "node 'py': it has no entry point 'js/x'; node 'js': it has no entry point 'js/x'"
@@ -76,14 +76,14 @@ def test_it_is_impossible_when_nobody_has_it() -> None:
     assert impossibility(shape("js/count"), nodes) == impossibility(shape(""), nodes) == ""
 
 
-def test_what_a_lost_worker_had_is_still_known() -> None:
+def test_entry_points_of_a_lost_worker_are_still_known() -> None:
     scene = Scene(node("py"), node("js", entrypoints=OWN))
     scene.tell(WorkerLost("worker-of-js", "killed"))
     changed = [effect for effect in scene.effects if type(effect).__name__ == "NodesChanged"]
     assert impossibility(shape("js/count"), changed[-1].nodes) == ""
 
 
-def test_nodes_are_shown_with_what_they_have() -> None:
+def test_nodes_are_described_with_their_entry_points() -> None:
     scene = Scene(node("py"), node("js", entrypoints=OWN))
     scene.tell(NodesRequested(1))
     (answer,) = [effect for effect in scene.effects if isinstance(effect, NodesDescribed)]

@@ -1,7 +1,11 @@
-"""What is said when somebody asks why a task waits."""
+"""Explanations why a task waits."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lattice_server.core.messages import DrainRequested, ReasonKind, WorkerDetached
 from lattice_server.core.model import BatchPolicy, Condition, OutputRef, Resources, RetryPolicy
+from lattice_server.core.scheduling.explain import MAX_AHEAD
 from lattice_server.core.states import TaskState
 from tests.server.core.cluster import value
 from tests.server.core.graphs import task
@@ -19,7 +23,7 @@ def test_there_is_no_node() -> None:
     assert told(scene, "a") == [(ReasonKind.NODES, "no node is connected")]
 
 
-def test_no_node_has_free_what_it_needs() -> None:
+def test_explanation_names_resources_when_no_node_has_enough_free() -> None:
     scene = Scene(node("n", cpu=4), node("m", cpu=2))
     scene.tell(ready("a", resources=Resources(3.0)))
     scene.tell(ready("b", resources=Resources(4.0)))
@@ -100,7 +104,7 @@ def test_it_waits_for_another_task() -> None:
     assert told(scene, "b") == [(ReasonKind.INPUT, "it waits for task 'a'")]
 
 
-def test_it_was_sent_with_what_it_waits_for_or_behind_others() -> None:
+def test_explanation_names_the_leases_ahead_when_the_task_was_sent_ahead() -> None:
     scene = Scene(node(cpu=1))
     scene.tell(ready("warm"))
     scene.succeed("warm", at=0.001, took=0.001)
@@ -147,11 +151,11 @@ def test_how_long_it_has_been_so_and_how_much_longer_it_may_be() -> None:
     assert [(f.waited_s, f.start_in_s) for f in found.values() if f] == [(1.0, 0.0), (1.0, 8.0)]
 
 
-def test_nothing_is_said_of_what_the_scheduler_does_not_have() -> None:
+def test_explanation_is_none_when_the_scheduler_does_not_have_the_task() -> None:
     assert told(Scene(), "nobody") == []
 
 
-def test_a_run_says_what_its_own_tasks_wait_for_and_how_they_ended() -> None:
+def test_run_explains_blocked_and_ended_tasks() -> None:
     story = RunScene(task("a"), task("b"), task("c", ["a", "b"]), when("d", "a"), mapped("m", "a"))
     assert [r.message for r in story.run.explain("c", 1.0).reasons] == ["task 'a' is queued", "task 'b' is queued"]
     story.succeed("a", ["1", "2"], outputs={"out": value("0")})
@@ -170,3 +174,31 @@ def test_a_run_says_what_its_own_tasks_wait_for_and_how_they_ended() -> None:
 def test_a_condition_is_an_input_like_any_other_while_it_is_not_known() -> None:
     story = RunScene(task("a"), task("b", condition=Condition(OutputRef("a", "out"))))
     assert [r.task_id for r in story.run.explain("b", 1.0).reasons] == ["a"]
+
+
+def test_explanation_counts_a_bounded_number_of_tasks_when_many_are_queued() -> None:
+    scene = Scene(node(cpu=1))
+    scene.tell(*[ready(f"t{number}") for number in range(3 * MAX_AHEAD)])
+    scene.succeed("t0", at=1.0)
+    turns = {name: [r.message for r in scene.why(name) if r.kind is ReasonKind.TURN] for name in ("t502", "t2999")}
+    assert turns == {
+        "t502": ["500 tasks of its kind go first"],
+        "t2999": [f"at least {MAX_AHEAD} tasks of its kind go first"],
+    }
+    last = scene.explanation("t2999")
+    assert last is not None
+    assert last.start_in_s is None
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.sets(st.integers(0, 39)), st.integers(1, 50))
+@settings(max_examples=50, deadline=None)
+def test_count_of_tasks_ahead_equals_that_of_a_scan(priorities: list[int], cancelled: set[int], most: int) -> None:
+    scene = Scene(node(cpu=1))
+    scene.tell(ready("running"))
+    scene.tell(*[ready(f"t{number}", priority=priority) for number, priority in enumerate(priorities)])
+    scene.cancel(*[f"t{number}" for number in cancelled])
+    queued = [found for found in scene.machine.tasks.values() if found.group is not None]
+    for one in queued:
+        assert one.group is not None
+        ahead = sum((other.rank, other.ticket) < (one.rank, one.ticket) for other in queued)
+        assert one.group.count_ahead(one, most) == min(ahead, most)

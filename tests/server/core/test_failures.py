@@ -1,4 +1,4 @@
-"""Attempts that fail: what is tried again, when, how often, and what a task's time is."""
+"""Attempts that fail: retries, backoff and time limits."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_waits_grow_vary_by_half_and_have_an_end() -> None:
 
 @pytest.mark.parametrize("kind", list(FailureKind))
 @pytest.mark.parametrize("retry_on", [RetryPolicy().retry_on, frozenset({FailureKind.PAYLOAD})])
-def test_kinds_decide_what_is_tried_again(kind: FailureKind, retry_on: frozenset[FailureKind]) -> None:
+def test_retry_depends_on_the_kind_of_failure(kind: FailureKind, retry_on: frozenset[FailureKind]) -> None:
     scene = Scene(node())
     scene.tell(ready("a", retry=RetryPolicy(max_attempts=2, retry_on=retry_on)))
     scene.fail("a", Failure(kind, "broken"))
@@ -105,7 +105,7 @@ def test_the_total_time_includes_waiting_to_be_tried_again() -> None:
     assert (scene.now, scene.ends()) == (2.0, {"a": "failed"})
 
 
-def test_the_total_time_stops_what_runs_and_a_success_comes_too_late() -> None:
+def test_running_task_fails_when_its_total_time_limit_passes_before_its_success() -> None:
     scene = Scene(node(cpu=1))
     scene.tell(ready("a", total_timeout_s=2.0))
     scene.tick_when_due()
@@ -114,7 +114,7 @@ def test_the_total_time_stops_what_runs_and_a_success_comes_too_late() -> None:
     assert scene.ends() == {"a": "failed"}
 
 
-def test_the_total_time_does_not_include_what_a_task_waits_for() -> None:
+def test_total_time_limit_does_not_count_the_wait_for_inputs() -> None:
     scene = Scene(node(cpu=1))
     scene.tell(ready("a"), ready("b", after="a", total_timeout_s=2.0))
     scene.succeed("a", at=5.0)
@@ -128,7 +128,7 @@ def test_a_task_that_ended_in_time_wakes_nobody() -> None:
     assert scene.machine.next_deadline() is None
 
 
-def test_who_is_cancelled_and_done_already_stays_done() -> None:
+def test_cancelled_task_succeeds_when_its_success_was_already_reported() -> None:
     scene = Scene(node())
     scene.tell(ready("a"))
     scene.cancel("a")
@@ -136,7 +136,7 @@ def test_who_is_cancelled_and_done_already_stays_done() -> None:
     assert scene.ends() == {"a": "succeeded"}
 
 
-def test_who_may_not_spawn_fails_though_it_went_on() -> None:
+def test_running_task_fails_when_the_tasks_it_spawns_are_refused() -> None:
     scene = Scene(node())
     scene.tell(ready("a"))
     lease = scene.leases["a"]
@@ -145,7 +145,7 @@ def test_who_may_not_spawn_fails_though_it_went_on() -> None:
     assert [type(effect) for effect in scene.effects] == [TaskStarted, TasksSpawned, StopLease, TaskFailed]
 
 
-def test_a_success_without_what_was_promised_is_a_failure() -> None:
+def test_success_is_a_failure_when_an_output_is_missing() -> None:
     scene = Scene(node())
     scene.tell(ready("a"), ready("b", split=("out",)), ready("c", after="a"))
     a, b = scene.leases["a"], scene.leases["b"]
@@ -158,7 +158,7 @@ def test_a_success_without_what_was_promised_is_a_failure() -> None:
 
 
 @pytest.mark.parametrize("item", [-1, 1, 99])
-def test_reports_about_nobody_are_ignored(item: int) -> None:
+def test_reports_are_ignored_when_there_is_no_such_lease(item: int) -> None:
     scene = Scene(node())
     scene.tell(ready("a"))
     lease = scene.leases["a"]
@@ -177,7 +177,7 @@ def test_a_report_from_another_session_is_ignored() -> None:
     assert scene.effects == []
 
 
-def test_a_success_of_what_had_no_input_is_not_believed() -> None:
+def test_success_is_refused_when_the_task_had_no_input() -> None:
     scene = Scene(node(cpu=1))
     scene.tell(ready("warm"))
     scene.succeed("warm", at=0.001, took=0.001)
@@ -191,7 +191,7 @@ def test_a_success_of_what_had_no_input_is_not_believed() -> None:
     assert not scene.machine.tasks
 
 
-def test_what_started_and_is_given_back_has_lost_its_worker() -> None:
+def test_returned_lease_counts_as_a_lost_worker_when_it_had_started() -> None:
     scene = Scene(node())
     scene.tell(ready("a"))
     scene.start("a")
@@ -201,7 +201,7 @@ def test_what_started_and_is_given_back_has_lost_its_worker() -> None:
     assert scene.leases["a"].attempts[0].attempt == 2
 
 
-def test_what_a_worker_that_came_back_has_forgotten_is_tried_again() -> None:
+def test_tasks_are_retried_when_a_resuming_worker_has_forgotten_them() -> None:
     scene = Scene(node())
     scene.tell(ready("a"), ready("b"))
     scene.start("a")

@@ -1,13 +1,20 @@
-"""Turns between callers: who is next, and how long a small caller waits for a big one."""
+"""Fair share between tenants, and how long a small tenant waits for a large one."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lattice_server.core.messages import AttemptSucceeded, TaskSucceeded
+from lattice_server.core.messages import AttemptSucceeded, TaskReady, TaskSucceeded
 from lattice_server.core.model import Resources, WorkflowSpec
+from lattice_server.core.run import dag
+from lattice_server.core.run.ordering import MAX_AGE_S
+from lattice_server.core.run.run import Run
+from lattice_server.core.scheduling.work import PRIORITY_S
 from tests.server.core.cluster import Cluster
-from tests.server.core.graphs import VALUE, hello, task
+from tests.server.core.graphs import VALUE, hello, task, workflow
 from tests.server.core.scenes import Scene, node, ready
 from tests.server.core.workers import Outcome
 
@@ -41,7 +48,9 @@ def test_ten_thousand_long_tasks_delay_a_small_agent_by_one_of_them(arrives_at: 
 
 @pytest.mark.parametrize("arrives_at", [0.0, 0.0105, 0.5])
 @pytest.mark.parametrize("known", [False, True])
-def test_ten_thousand_short_tasks_delay_a_small_agent_by_what_was_sent_ahead(arrives_at: float, known: bool) -> None:
+def test_small_agent_waits_only_for_leases_sent_ahead_when_many_tasks_are_queued(
+    arrives_at: float, known: bool
+) -> None:
     assert big_and_small(0.001, arrives_at, known=known) <= 0.003 + 0.010 + 0.002
 
 
@@ -57,7 +66,7 @@ def test_callers_take_turns() -> None:
     assert order == ["x0", "y0", "x1", "y1", "x2", "y2"]
 
 
-def test_who_uses_more_of_the_cluster_has_fewer_turns() -> None:
+def test_tenant_is_served_less_often_when_its_tasks_take_a_larger_share() -> None:
     scene = Scene(node(cpu=4))
     order = scene.tell(*[ready(f"x{n}", tenant="x", resources=Resources(4.0)) for n in range(4)])
     scene.tell(*[ready(f"y{n}", tenant="y", resources=Resources(4.0)) for n in range(4)])
@@ -67,7 +76,7 @@ def test_who_uses_more_of_the_cluster_has_fewer_turns() -> None:
     assert order == ["x0", "y0", "y1", "y2", "x1", "y3", "x2", "x3"]
 
 
-def test_nobody_pays_for_the_time_when_nobody_else_waited() -> None:
+def test_tenant_is_not_charged_for_time_when_no_other_tenant_queued() -> None:
     scene = Scene(node(cpu=1))
     for n in range(100):
         scene.tell(ready(f"x{n}", tenant="x"))
@@ -80,7 +89,7 @@ def test_nobody_pays_for_the_time_when_nobody_else_waited() -> None:
     assert len(order) <= 9, order
 
 
-def test_nobody_pays_for_what_it_had_while_nobody_waited() -> None:
+def test_tenant_is_not_charged_for_earlier_use_when_the_queue_was_empty() -> None:
     scene = Scene(node(cpu=1))
     scene.tell(ready("x0", tenant="x"))
     scene.tell(*[ready(f"y{n}", tenant="y") for n in range(50)], at=99.0)
@@ -91,7 +100,7 @@ def test_nobody_pays_for_what_it_had_while_nobody_waited() -> None:
     assert "x1" in order
 
 
-def test_nobody_saves_up_turns_by_staying_away() -> None:
+def test_tenant_does_not_save_up_time_when_it_does_not_queue() -> None:
     scene = Scene(node(cpu=1))
     order = scene.tell(ready("y", tenant="y"))
     scene.tell(*[ready(f"x{n}", tenant="x") for n in range(50)])
@@ -104,7 +113,7 @@ def test_nobody_saves_up_turns_by_staying_away() -> None:
     assert sum(name.startswith("x") for name in order[1:]) >= 3, order
 
 
-def test_what_was_charged_too_much_is_paid_back() -> None:
+def test_excess_charge_is_returned_when_the_lease_ends_early() -> None:
     scene = Scene(node(cpu=1))
     scene.tell(ready("long", tenant="x", function="sha256:f"))
     scene.succeed("long", at=100.0, took=100.0)
@@ -116,7 +125,7 @@ def test_what_was_charged_too_much_is_paid_back() -> None:
     assert sum(name.startswith("x") for name in order) >= 3, order
 
 
-def test_who_is_sent_longer_work_ahead_is_sent_less_of_it() -> None:
+def test_tenant_is_sent_fewer_leases_ahead_when_its_tasks_are_longer() -> None:
     scene = Scene(node(cpu=1))
     for function, took in (("sha256:slow", 0.0004), ("sha256:sync", 0.0001)):
         scene.tell(ready(function, function=function))
@@ -149,3 +158,33 @@ def test_a_worker_that_tells_nonsense_of_a_duration_upsets_no_clock(duration: fl
     for _ in range(3):
         order += scene.succeed(order[-1], at=scene.now + 1)
     assert {name[0] for name in order} == {"x", "y"}
+
+
+@given(gap=st.integers(1, 4), step_s=st.sampled_from([50.0, 70.0, 130.0]), many=st.integers(1, 2))
+@settings(max_examples=20, deadline=None)
+def test_task_is_passed_by_higher_priorities_for_ten_minutes_a_level(gap: int, step_s: float, many: int) -> None:
+    scene = Scene(node(cpu=1))
+    (running,) = scene.tell(ready("first"))
+    scene.tell(ready("low"))
+    came_at: dict[str, float] = {}
+    passed = 0
+    while True:
+        now = scene.now + step_s
+        coming = [f"t{len(came_at) + n}" for n in range(many)]
+        came_at |= dict.fromkeys(coming, now)
+        scene.tell(*[replace(ready(name, priority=gap), rank=now) for name in coming], at=now)
+        (running,) = scene.succeed(running)
+        if running == "low":
+            break
+        assert came_at[running] < gap * PRIORITY_S + 1
+        passed += 1
+    assert passed >= sum(at < gap * PRIORITY_S for at in came_at.values())
+
+
+def test_tasks_of_an_old_run_age_from_when_they_become_ready() -> None:
+    run = Run("r", workflow({"a": ()}), dag.build(workflow({"a": ()})), is_open=True)
+    run.start({}, 0.0)
+    (added,) = [effect for effect in run.append([task("late")], 86_400.0) if isinstance(effect, TaskReady)]
+    young = Run("s", workflow({"a": ()}), dag.build(workflow({"a": ()})))
+    (new,) = [effect for effect in young.start({}, 86_400.0) if isinstance(effect, TaskReady)]
+    assert added.rank - new.rank == pytest.approx(-MAX_AGE_S, abs=10.0), "it goes first by no more than a level"

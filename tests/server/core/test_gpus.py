@@ -37,13 +37,13 @@ def test_memory_is_counted_on_each_device() -> None:
     assert scene.devices("a") != scene.devices("b")
 
 
-def test_who_asks_for_memory_only_shares_a_device_that_has_it() -> None:
+def test_task_that_needs_gpu_memory_only_shares_a_device_with_enough_memory() -> None:
     scene = Scene(node(gpus=[4, 16]))
     assert scene.tell(gpu("a", memory_gib=8), gpu("b", memory_gib=8), gpu("c", memory_gib=4)) == ["a", "b", "c"]
     assert [scene.devices(name) for name in "abc"] == [(1,), (1,), (0,)]
 
 
-def test_a_device_somebody_has_whole_has_no_memory_for_others() -> None:
+def test_whole_device_has_no_memory_for_other_tasks() -> None:
     scene = Scene(node(gpus=[8]))
     scene.tell(gpu("whole", 1.0))
     assert scene.tell(gpu("b", memory_gib=1)) == []
@@ -63,7 +63,7 @@ def test_the_fullest_node_that_fits_is_used() -> None:
     assert scene.tell(gpu("two", 2.0)) == ["two"]
 
 
-def test_what_needs_no_gpu_keeps_off_gpu_nodes() -> None:
+def test_task_without_gpu_avoids_gpu_nodes() -> None:
     scene = Scene(node("g", cpu=64, gpus=[8]), node("c", cpu=2))
     scene.tell(ready("a"), ready("b"), ready("c"))
     sessions = {name: node_.session_id for name, node_ in scene.machine.nodes.items()}
@@ -96,20 +96,20 @@ def test_a_two_gpu_task_waits_and_then_runs_without_draining_the_node() -> None:
         (Resources(memory_bytes=8 * GIB + 1), "memory: 8589934593 bytes wanted, 8589934592 bytes in all"),
     ],
 )
-def test_what_no_node_could_ever_run_is_told_with_what_is_missing(wanted: Resources, text: str) -> None:
+def test_impossible_task_is_refused_with_the_missing_resource(wanted: Resources, text: str) -> None:
     scene = Scene(node(gpus=[4, 16]))
     why = impossibility(shape_of(task("t", resources=wanted)), [node.spec for node in scene.machine.nodes.values()])
     assert why == f"node 'n': {text}"
 
 
-def test_what_fits_an_idle_node_is_not_impossible_while_it_is_busy() -> None:
+def test_task_is_possible_when_its_node_is_busy() -> None:
     scene = Scene(node(gpus=[8]))
     scene.tell(gpu("a", 1.0))
     spec = task("t", resources=Resources(gpu=1.0))
     assert impossibility(shape_of(spec), [node.spec for node in scene.machine.nodes.values()]) == ""
 
 
-def test_the_device_that_has_share_and_memory_is_told_from_those_that_have_one_of_them() -> None:
+def test_device_needs_free_share_and_free_memory() -> None:
     scene = Scene(node(cpu=8, gpus=[8, 16]))
     scene.tell(gpu("a", 0.5, 6), gpu("b", 1.0))
     scene.tell(gpu("c", 0.5, 4))

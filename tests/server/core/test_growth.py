@@ -1,4 +1,4 @@
-"""Runs that grow while they go on: tasks appended from outside, tasks spawned by tasks."""
+"""Running runs that grow: tasks added by callers and spawned by tasks."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_tasks_can_be_added_while_the_run_goes_on() -> None:
     assert story.ready() == ["c after b", "d after c"]
 
 
-def test_what_comes_late_is_where_it_would_be_had_it_been_there() -> None:
+def test_added_task_gets_the_state_it_would_have_from_the_start() -> None:
     story = RunScene(task("a"), when("skipped", "a"), task("z"), task("open"), policy=ANYWAY)
     story.succeed("a", outputs={"out": value("0")})
     story.fail("z")
@@ -49,7 +49,7 @@ def test_what_comes_late_is_where_it_would_be_had_it_been_there() -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_what_is_added_with_something_that_is_over_at_once_still_waits_for_the_rest(order: tuple[int, int]) -> None:
+def test_added_task_waits_for_its_other_inputs_when_one_ends_at_once(order: tuple[int, int]) -> None:
     story = RunScene(task("a"), mapped("m", "a"), task("open"))
     story.succeed("a", [])
     added = [mapped("n", "m"), task("x", ["n", "open"])]
@@ -58,7 +58,7 @@ def test_what_is_added_with_something_that_is_over_at_once_still_waits_for_the_r
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_the_same_for_what_is_skipped_at_once(order: tuple[int, int]) -> None:
+def test_added_task_waits_for_its_other_inputs_when_one_is_skipped_at_once(order: tuple[int, int]) -> None:
     story = RunScene(task("a"), when("no", "a"), task("open"))
     story.succeed("a", outputs={"out": value("0")})
     inputs = {"n": OutputRef("n", "out", True), "open": OutputRef("open", "out")}
@@ -101,7 +101,7 @@ def test_a_task_may_spawn_others_and_a_retry_does_not_spawn_them_again() -> None
     assert story.run.tasks["a/1"].depth == 1
 
 
-def test_a_task_cannot_spawn_what_another_is_called() -> None:
+def test_task_fails_when_it_spawns_a_task_with_a_used_id() -> None:
     story = RunScene(task("a"), task("b"))
     story.take(story.run.spawn("a", [task("b")], 1.0))
     (cancel,) = [e for e in story.effects if isinstance(e, CancelRequested)]
@@ -117,7 +117,7 @@ def test_spawning_is_bounded_in_depth() -> None:
 
 
 @pytest.mark.parametrize("policy", list(FailurePolicy))
-def test_who_may_not_spawn_fails_though_it_succeeded_meanwhile(policy: FailurePolicy) -> None:
+def test_task_fails_when_its_spawn_is_refused_after_its_success(policy: FailurePolicy) -> None:
     story = RunScene(task("a"), task("b", ["a"]), task("c", ["b"]), policy=policy, bounds=Bounds(max_tasks=3))
     story.run.handle(TaskStarted("r", "a", 1, "n", "ip", ()), 1.0)
     story.take(story.run.spawn("a", [task("d")], 1.0))
@@ -137,7 +137,7 @@ def test_a_task_of_a_run_that_stops_spawns_nothing() -> None:
     assert (list(story.run.tasks), story.effects) == (["a"], [])
 
 
-def test_what_was_handed_back_is_handed_over_again() -> None:
+def test_returned_task_is_sent_again() -> None:
     story = RunScene(task("a"), task("b", ["a"]))
     story.succeed("a")
     story.take(story.run.handle(TaskReturned("r", "b"), 2.0))

@@ -18,11 +18,11 @@ TestRunHistories.settings = settings(max_examples=share(1000), stateful_step_cou
 
 @settings(max_examples=share(2000), deadline=None)
 @given(seed=st.integers(0, 1 << 32), latency_s=st.sampled_from([0.0, 0.0005, 0.02]))
-def test_whatever_befalls_a_cluster_everything_ends_and_every_result_is_right(seed: int, latency_s: float) -> None:
+def test_all_runs_end_with_right_results_under_random_faults(seed: int, latency_s: float) -> None:
     World(seed, latency_s).play()
 
 
 @settings(max_examples=share(400), deadline=None)
 @given(seed=st.integers(0, 1 << 32))
-def test_whatever_waits_it_is_placed_as_if_all_of_it_were_tried_at_every_step(seed: int) -> None:
+def test_placement_equals_that_of_trying_every_task_at_every_step(seed: int) -> None:
     Crowd(seed).play()

@@ -28,7 +28,7 @@ def test_silence_counts_towards_the_time_a_session_has() -> None:
     assert not machine.nodes
 
 
-def test_a_node_that_is_drained_gives_back_what_it_has_not_begun() -> None:
+def test_draining_node_returns_leases_that_have_not_started() -> None:
     scene = warmed()
     scene.tell(ready("long"), ready("a"))
     scene.tell(DrainRequested("n", 5.0))
@@ -37,7 +37,7 @@ def test_a_node_that_is_drained_gives_back_what_it_has_not_begun() -> None:
     assert DrainWorker(session_id, 5.0) in scene.effects
 
 
-def test_what_outstays_the_deadline_goes_elsewhere_and_has_not_failed() -> None:
+def test_task_is_requeued_uncharged_when_the_drain_deadline_passes() -> None:
     scene = Scene(node("old", cpu=2.0))
     scene.tell(ready("started"), ready("assigned"))
     scene.start("started")
@@ -64,7 +64,7 @@ def test_a_lease_that_does_not_arrive_is_sent_again_after_a_while() -> None:
     assert scene.tell(silent, at=32.0) == []
 
 
-def test_what_is_to_end_is_said_with_every_heartbeat_that_does_not_show_it_ended() -> None:
+def test_stop_is_sent_again_with_each_heartbeat_that_lists_the_lease() -> None:
     scene = warmed()
     scene.tell(ready("long"), ready("a"))
     scene.tick_when_due()

@@ -1,4 +1,4 @@
-"""How many calls run side by side, whatever is free."""
+"""Limits of calls at once by concurrency key."""
 
 from lattice_server.core.messages import LeaseReturned, ReasonKind, RevokeLease
 from lattice_server.core.model import BatchPolicy, Resources
@@ -50,7 +50,7 @@ def test_the_strictest_of_those_that_run_holds() -> None:
     assert scene.succeed("alone") == ["a"]
 
 
-def test_who_allows_fewer_is_not_kept_out_by_those_that_allow_more() -> None:
+def test_task_with_a_lower_limit_is_not_starved_by_tasks_with_higher_limits() -> None:
     scene = Scene(node(cpu=8))
     shared = {"concurrency_key": "db", "max_parallel": 3}
     scene.tell(*[ready(name, **shared) for name in "abc"])
@@ -61,14 +61,14 @@ def test_who_allows_fewer_is_not_kept_out_by_those_that_allow_more() -> None:
     assert scene.succeed("alone") == ["d", "e", "f"]
 
 
-def test_who_could_never_run_keeps_nobody_out() -> None:
+def test_task_that_no_node_can_run_does_not_block_its_key() -> None:
     scene = Scene(node(cpu=8))
     scene.tell(ready("a", concurrency_key="db", max_parallel=3))
     huge = ready("huge", concurrency_key="db", max_parallel=1, resources=Resources(99.0))
     assert scene.tell(huge, ready("b", concurrency_key="db", max_parallel=3)) == ["b"]
 
 
-def test_what_is_sent_ahead_waits_behind_a_call_and_is_none_of_its_own() -> None:
+def test_lease_sent_ahead_takes_no_permit_of_its_own() -> None:
     scene = Scene(node(cpu=8))
     scene.tell(ready("warm", max_parallel=1))
     scene.succeed("warm", at=0.001, took=0.001)
@@ -86,7 +86,7 @@ def test_a_place_is_free_again_however_a_call_ends() -> None:
     assert scene.tell(LeaseReturned(lease.session_id, lease.lease_id, "")) == ["c"]
 
 
-def test_short_work_is_not_sent_behind_a_call_nobody_knows_the_length_of() -> None:
+def test_no_lease_is_sent_behind_one_of_unknown_duration() -> None:
     scene = Scene(node(cpu=1))
     short(scene)
     scene.tell(ready("unknown", function="sha256:new"))

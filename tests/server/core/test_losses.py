@@ -1,4 +1,4 @@
-"""Lost workers: who is charged, who runs alone from then on, and which attempt numbers are used up."""
+"""Lost workers: which tasks are charged, which run alone afterwards, and which attempt numbers are used."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -128,7 +128,7 @@ def test_a_drain_deadline_charges_no_attempt_and_none_runs_alone() -> None:
     assert scene.tell(node("m"), ready("b")) == ["a", "b"]
 
 
-def test_each_member_of_a_batch_is_a_batch_of_one_after_its_worker_was_lost_under_others_too() -> None:
+def test_batch_members_run_alone_after_their_worker_was_lost() -> None:
     scene = Scene(node())
     scene.tell(*[ready(name, batch=BatchPolicy(3), retry=ONE_LOSS) for name in "abc"], ready("other"))
     scene.tell(LOST)
@@ -138,7 +138,7 @@ def test_each_member_of_a_batch_is_a_batch_of_one_after_its_worker_was_lost_unde
     assert found == ["a", "b", "c", "other"]
 
 
-def test_the_member_of_a_batch_that_ends_its_workers_is_found_and_no_other_is_charged() -> None:
+def test_only_the_batch_member_that_ends_its_workers_is_charged() -> None:
     scene = Scene(node())
     scene.tell(*[ready(name, batch=BatchPolicy(4), retry=ONE_LOSS) for name in ("a", "b", "poison", "d")])
     ended: dict[str, str] = {}
@@ -154,7 +154,7 @@ def test_the_member_of_a_batch_that_ends_its_workers_is_found_and_no_other_is_ch
     assert ended == {"a": "succeeded", "b": "succeeded", "poison": "failed", "d": "succeeded"}
 
 
-def test_what_was_sent_along_makes_no_attempt_alone_and_is_not_sent_along_again() -> None:
+def test_follower_does_not_count_against_running_alone_and_is_not_sent_along_again() -> None:
     scene = warmed()
     scene.tell(ready("a", retry=ONE_LOSS), ready("b", after="a", retry=ONE_LOSS))
     assert scene.leases["b"].after_lease_id
@@ -165,7 +165,7 @@ def test_what_was_sent_along_makes_no_attempt_alone_and_is_not_sent_along_again(
     assert number(scene, "b") == 2, "the first may have begun"
 
 
-def test_a_failure_that_says_its_worker_was_lost_is_charged_only_when_the_attempt_was_alone() -> None:
+def test_worker_lost_failure_is_charged_only_when_the_attempt_was_alone() -> None:
     scene = Scene(node())
     scene.tell(ready("a", retry=ONE_LOSS), ready("b"))
     assert scene.fail("a", GONE) == []
@@ -185,7 +185,7 @@ def test_attempts_a_worker_no_longer_knows_of_are_charged_only_when_alone() -> N
     assert scene.ends() == {"a": "failed"}
 
 
-def test_a_returned_lease_that_had_started_runs_again_at_once_uncounted_and_with_others() -> None:
+def test_started_lease_is_requeued_uncharged_when_it_is_returned() -> None:
     scene = Scene(node(cpu=2))
     scene.tell(ready("a", retry=ONE_LOSS), ready("b"))
     scene.start("a")

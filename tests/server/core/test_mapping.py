@@ -34,7 +34,7 @@ from tests.server.core.run_scenes import ANYWAY, RunScene, mapped, optional, whe
 # Maps.
 
 
-def test_a_mapped_task_becomes_one_for_each_item_and_gives_the_list_of_their_outputs() -> None:
+def test_mapped_task_runs_one_task_for_each_item_and_outputs_a_list() -> None:
     story = RunScene(task("a"), mapped("m", "a"), task("sum", ["m"]))
     assert [e.split_outputs for e in story.effects if isinstance(e, TaskReady)] == [("out",)]
     assert story.succeed("a", ["1", "2", "3"]) == ["m[0]", "m[1]", "m[2]"]
@@ -183,7 +183,7 @@ def test_brackets_alone_are_fine() -> None:
     [("true", True), ("1", True), ('"no"', True), ("false", False), ("null", False), ("0", False), ('""', False)],
 )
 @pytest.mark.parametrize("is_negated", [False, True])
-def test_a_condition_is_met_by_what_is_true(text: str, is_met: bool, is_negated: bool) -> None:
+def test_condition_is_met_by_true_values(text: str, is_met: bool, is_negated: bool) -> None:
     story = RunScene(task("a"), when("b", "a", is_negated=is_negated))
     assert story.ready() == ["a"], "what hangs on a condition is not handed over early"
     assert story.succeed("a", outputs={"out": value(text)}) == (["b"] if is_met is not is_negated else [])
@@ -205,13 +205,13 @@ def test_a_condition_is_met_by_what_is_true(text: str, is_met: bool, is_negated:
         ("[" * 100_000, "[]", False),
     ],
 )
-def test_a_condition_compares_what_json_means(text: str, equals: str, is_met: bool) -> None:
+def test_condition_compares_json_values_and_not_text(text: str, equals: str, is_met: bool) -> None:
     story = RunScene(task("a"), when("b", "a", equals=value(equals)))
     assert story.succeed("a", outputs={"out": value(text)}) == (["b"] if is_met else [])
 
 
 @pytest.mark.parametrize("text", ["0.0", "-0.0", "0e5", " false", "[ ]", "{\n}"])
-def test_a_condition_is_not_met_by_what_means_nothing(text: str) -> None:
+def test_condition_is_not_met_by_empty_values(text: str) -> None:
     story = RunScene(task("a"), when("b", "a"))
     assert story.succeed("a", outputs={"out": value(text)}) == []
 
@@ -235,7 +235,7 @@ def test_skipping_on_purpose_goes_on_and_the_run_succeeds() -> None:
     assert story.effects[-1] == RunFinished(RunState.SUCCEEDED, None)
 
 
-def test_who_can_do_without_gets_null() -> None:
+def test_optional_input_is_null_when_its_task_was_skipped() -> None:
     story = RunScene(
         task("a"), when("left", "a"), when("right", "a", is_negated=True), optional("join", "left", "right")
     )
@@ -244,7 +244,7 @@ def test_who_can_do_without_gets_null() -> None:
     assert story.inputs("join") == {"from_left": value('"l"'), "from_right": value("null")}
 
 
-def test_who_can_do_without_one_and_not_without_the_other_is_skipped() -> None:
+def test_task_is_skipped_when_a_required_input_is_missing_beside_an_optional_one() -> None:
     both = TaskSpec("x", SYNC, inputs={"a": OutputRef("a", "out", True), "b": OutputRef("b", "out")}, outputs=("out",))
     story = RunScene(task("a"), task("b", ["a"]), both, policy=ANYWAY)
     story.fail("a")
@@ -252,27 +252,27 @@ def test_who_can_do_without_one_and_not_without_the_other_is_skipped() -> None:
 
 
 @pytest.mark.parametrize("is_first_optional", [False, True])
-def test_who_can_do_without_a_value_in_one_place_only_needs_it(is_first_optional: bool) -> None:
+def test_output_is_required_when_it_is_optional_in_one_place_only(is_first_optional: bool) -> None:
     inputs = {f"i{n}": OutputRef("a", "out", is_first_optional is (n == 0)) for n in range(2)}
     story = RunScene(task("a"), TaskSpec("x", SYNC, inputs=inputs, outputs=("out",)), policy=ANYWAY)
     story.fail("a")
     assert story.states(TaskState.SKIPPED) == ["x"]
 
 
-def test_nobody_can_do_without_what_it_is_mapped_over() -> None:
+def test_list_of_a_mapped_task_is_required() -> None:
     inputs = {"i": OutputRef("a", "out", is_optional=True)}
     story = RunScene(task("a"), TaskSpec("m", SYNC, inputs=inputs, outputs=("out",), over="i"), policy=ANYWAY)
     story.fail("a")
     assert story.states(TaskState.SKIPPED) == ["m"]
 
 
-def test_a_failed_task_is_null_to_who_can_do_without_when_the_rest_goes_on() -> None:
+def test_optional_input_is_null_when_its_task_failed_and_independent_tasks_finish() -> None:
     story = RunScene(task("a"), optional("b", "a"), policy=ANYWAY)
     assert story.fail("a") == ["b"]
     assert story.inputs("b") == {"from_a": value("null")}
 
 
-def test_a_condition_that_nobody_can_read_fails_its_task() -> None:
+def test_task_fails_when_its_condition_is_not_json() -> None:
     story = RunScene(task("a"), when("b", "a"))
     story.succeed("a", outputs={"out": Payload("application/octet-stream", b"?")})
     assert "not JSON" in next(e.failure.message for e in story.effects if isinstance(e, TaskFailed))
@@ -291,7 +291,7 @@ def test_a_mapped_task_is_nothing_to_compare() -> None:
         RunScene(task("a"), mapped("m", "a"), when("b", "m", equals=value("[]")))
 
 
-def test_a_long_chain_of_what_needs_no_worker_is_no_trouble() -> None:
+def test_long_chain_of_skipped_tasks_ends_without_recursion() -> None:
     chain = [mapped("m0", "a"), *[mapped(f"m{n}", f"m{n - 1}") for n in range(1, 2000)]]
     story = RunScene(task("a"), *chain)
     story.succeed("a", [])

@@ -1,4 +1,4 @@
-"""However many tasks are queued and nodes are there, a pass tries only what could have changed."""
+"""However many tasks are queued and nodes are there, a pass tries only a few of them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ def keyed(number: int, **settings: Any) -> Any:
 
 
 def beat(scene: Scene) -> WorkerHeartbeat:
-    """What the only worker says when nothing happens."""
+    """Return a heartbeat of the only worker."""
     (one,) = scene.machine.nodes.values()
     held = frozenset(lease_id for slot in one.slots.values() for lease_id in slot.lease_ids)
     return WorkerHeartbeat(one.session_id, held, one.assignments)

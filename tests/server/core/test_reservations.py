@@ -57,7 +57,7 @@ def test_a_big_task_starts_though_others_that_go_first_keep_coming(priority: int
     assert after_s < scene.now < after_s + 1.0
 
 
-def test_a_task_runs_on_a_reserved_node_when_it_takes_nothing_of_what_is_gathered() -> None:
+def test_task_runs_on_a_reserved_node_when_it_takes_none_of_the_reserved_resources() -> None:
     scene = Scene(node())
     crowd(scene)
     assert scene.succeed("s1") == []

@@ -170,7 +170,7 @@ def test_a_task_whose_large_output_is_gone_runs_again() -> None:
 
 
 @given(st.data())
-def test_a_retry_runs_what_had_not_succeeded_and_what_depends_on_it(data: st.DataObject) -> None:
+def test_retry_runs_the_tasks_that_had_not_succeeded_and_their_dependents(data: st.DataObject) -> None:
     names = [f"t{number}" for number in range(data.draw(st.integers(1, 8)))]
     tasks = []
     for number, name in enumerate(names):

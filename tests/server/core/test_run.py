@@ -51,7 +51,7 @@ def test_tasks_are_handed_over_once_they_wait_for_one_other_at_most() -> None:
     assert succeed(run, "d")[-1] == RunFinished(RunState.SUCCEEDED, None)
 
 
-def test_a_chain_is_handed_over_whole_with_what_is_known_of_its_inputs() -> None:
+def test_chain_is_sent_as_a_whole_with_its_known_inputs() -> None:
     run = run_of(workflow({"a": (), "b": ("a",), "c": ("b",)}))
     effects = list(run.start({}, 0.0))
     assert ready(effects) == ["a", "b after a", "c after b"]
@@ -77,7 +77,7 @@ def test_a_task_handed_back_after_its_cancellation_ends_cancelled() -> None:
     run.check()
 
 
-def test_fail_fast_stops_what_runs_and_skips_what_waits() -> None:
+def test_fail_fast_cancels_running_tasks_and_skips_blocked_ones() -> None:
     run = run_of(workflow(DIAMOND))
     run.start({}, 0.0)
     succeed(run, "a")

@@ -97,7 +97,7 @@ def test_a_chain_of_short_tasks_goes_out_together_and_in_order() -> None:
     machine.check()
 
 
-def test_what_follows_a_long_task_gets_its_outputs_when_it_starts() -> None:
+def test_follower_of_a_long_task_gets_its_outputs_when_it_starts() -> None:
     machine = Scheduler("e")
     machine.handle(hello("n"), 0.0)
     (a,) = assigned(machine.handle_all(CHAIN[:2], 0.0))
@@ -105,7 +105,7 @@ def test_what_follows_a_long_task_gets_its_outputs_when_it_starts() -> None:
     assert (b.attempts[0].inputs, b.after_lease_id) == ({"x": VALUE}, "")
 
 
-def test_a_chain_comes_back_when_its_first_task_fails_and_goes_out_again_with_the_retry() -> None:
+def test_chain_is_returned_when_its_first_task_fails_and_sent_again_with_the_retry() -> None:
     machine = warmed()
     retried = ready("a", retry=RetryPolicy(max_attempts=2, initial_backoff_s=1.0))
     a, b, c = assigned(machine.handle_all([retried, *CHAIN[1:]], 0.0))
@@ -119,7 +119,7 @@ def test_a_chain_comes_back_when_its_first_task_fails_and_goes_out_again_with_th
     ]
 
 
-def test_what_follows_a_failed_task_is_forgotten() -> None:
+def test_followers_are_forgotten_when_their_task_fails() -> None:
     machine = warmed()
     a, b, c = assigned(machine.handle_all(CHAIN, 0.0))
     machine.handle(AttemptFailed(a.session_id, a.lease_id, 0, BROKEN), 0.1)

@@ -1,4 +1,4 @@
-"""What is sent to a worker before it can start, and what never is."""
+"""Leases that are sent to a worker before they can start."""
 
 import pytest
 
@@ -37,21 +37,21 @@ def revoked(scene: Scene) -> list[str]:
     return [names[effect.lease_id] for effect in scene.effects if isinstance(effect, RevokeLease)]
 
 
-def test_what_follows_is_not_sent_along_with_a_batch() -> None:
+def test_follower_is_not_sent_along_with_a_batch() -> None:
     scene = warmed()
     scene.tell(*[ready(name, batch=BatchPolicy(2)) for name in "ab"], ready("c", after="a"))
     assert "c" not in scene.leases
     assert scene.tell(ready("d", after="b")) == []
 
 
-def test_what_follows_is_not_sent_along_to_a_node_that_takes_nothing() -> None:
+def test_follower_is_not_sent_along_to_a_node_that_accepts_no_leases() -> None:
     scene = warmed()
     scene.tell(ready("a"))
     scene.tell(DrainRequested("n"))
     assert scene.tell(ready("b", after="a")) == []
 
 
-def test_what_follows_is_not_sent_along_with_what_is_being_taken_back() -> None:
+def test_follower_is_not_sent_along_with_a_revoked_lease() -> None:
     scene = warmed()
     scene.tell(ready("long"), ready("a"))
     scene.tick_when_due()
@@ -59,7 +59,7 @@ def test_what_follows_is_not_sent_along_with_what_is_being_taken_back() -> None:
     assert scene.tell(ready("b", after="a")) == []
 
 
-def test_what_follows_what_is_being_stopped_is_handed_back() -> None:
+def test_follower_is_returned_when_its_task_is_being_stopped() -> None:
     scene = warmed()
     scene.tell(ready("a"))
     scene.cancel("a")
@@ -67,7 +67,7 @@ def test_what_follows_what_is_being_stopped_is_handed_back() -> None:
     assert scene.effects == [TaskReturned("r", "b")]
 
 
-def test_what_follows_is_not_taken_back_because_it_cannot_run_sooner_elsewhere() -> None:
+def test_follower_is_not_revoked_because_it_cannot_start_sooner_elsewhere() -> None:
     scene = warmed()
     scene.tell(ready("long"), ready("a"))
     scene.tell(ready("b", after="a"))
@@ -75,14 +75,14 @@ def test_what_follows_is_not_taken_back_because_it_cannot_run_sooner_elsewhere()
     assert revoked(scene) == ["a"]
 
 
-def test_nothing_is_sent_ahead_to_where_somebody_earlier_waits() -> None:
+def test_nothing_is_sent_ahead_to_a_node_that_an_earlier_task_waits_for() -> None:
     scene = warmed(cpu=2)
     scene.tell(ready("a"), ready("b"))
     assert scene.tell(ready("big", resources=Resources(2.0)), ready("c")) == []
     assert scene.tell(ready("elsewhere", resources=Resources(9.0))) == []
 
 
-def test_a_task_that_could_not_run_there_keeps_nobody_from_being_sent_ahead() -> None:
+def test_sending_ahead_is_not_blocked_by_a_task_that_the_node_cannot_run() -> None:
     scene = warmed(cpu=2)
     scene.tell(ready("a"), ready("b"))
     assert scene.tell(ready("huge", resources=Resources(9.0)), ready("c")) == ["c"]
@@ -108,7 +108,7 @@ def test_a_slot_is_as_good_as_new_when_its_long_attempt_is_over() -> None:
     assert scene.tell(ready("b")) == ["b"]
 
 
-def test_a_worker_that_was_away_is_asked_again_for_what_was_taken_back() -> None:
+def test_revocation_is_sent_again_when_a_worker_resumes() -> None:
     scene = warmed()
     scene.tell(ready("long"), ready("a"))
     session_id = scene.leases["a"].session_id
@@ -118,7 +118,7 @@ def test_a_worker_that_was_away_is_asked_again_for_what_was_taken_back() -> None
     assert revoked(scene) == ["a"]
 
 
-def test_a_worker_that_was_away_gets_what_it_never_got_with_what_is_known_by_now() -> None:
+def test_assignment_is_sent_again_with_known_inputs_when_a_worker_resumes() -> None:
     scene = warmed()
     scene.tell(ready("a"), ready("b", after="a"))
     a, b = scene.leases["a"], scene.leases["b"]

@@ -13,7 +13,7 @@ STORIES = sorted((Path(__file__).resolve().parent.parent.parent / "stories").glo
 
 
 @pytest.mark.parametrize("path", STORIES, ids=lambda path: path.stem)
-def test_a_story_still_goes_as_it_is_told(path: Path, request: pytest.FixtureRequest) -> None:
+def test_story_is_unchanged(path: Path, request: pytest.FixtureRequest) -> None:
     told = path.read_text()
     really = rewritten(told)
     if request.config.getoption("--rewrite-stories", default=False):

@@ -1,4 +1,4 @@
-"""What is taken back from behind a long attempt, and what an away worker misses."""
+"""Leases that are revoked behind a long attempt, also while their worker is detached."""
 
 from lattice_server.core.messages import (
     Assign,
@@ -20,14 +20,14 @@ def ready(task_id: str) -> TaskReady:
     return TaskReady("r", task(task_id), {}, 0)
 
 
-def test_what_was_taken_back_is_not_sent_behind_the_same_attempt_again() -> None:
+def test_revoked_lease_is_not_sent_behind_the_same_attempt_again() -> None:
     machine = Scheduler("e")
     machine.handle(hello("n", cpu=1), 0.0)
     (first,) = [e for e in machine.handle(ready("first"), 0.0) if isinstance(e, Assign)]
     machine.handle(AttemptSucceeded(first.session_id, first.lease_id, 0, {}, 0.001), 0.001)
     effects = machine.handle_all([ready("long"), ready("short")], 1.0)
     sent = 0
-    # The worker gives back at once whatever it is asked for; `long` runs on for a second.
+    # The worker returns revoked leases at once; `long` runs for a second.
     while (due := machine.next_deadline()) is not None and due < 2.0:
         effects = machine.tick(due)
         given_back = [LeaseReturned(e.session_id, e.lease_id, "") for e in effects if isinstance(e, RevokeLease)]

@@ -30,7 +30,7 @@ def test_a_start_is_when_the_worker_says_but_not_before_the_lease_was_sent(told:
     assert times(found, TaskStarted) == [true]
 
 
-def test_an_attempt_began_its_duration_before_its_end_when_its_start_was_not_reported() -> None:
+def test_start_of_an_attempt_is_computed_from_its_end_when_it_was_not_reported() -> None:
     found, named = scene()
     found.tell(AttemptSucceeded(*named, {"out": VALUE}, 1.5, at=13.0), at=TOLD_AT)
     assert (times(found, TaskStarted), times(found, Succeeded)) == ([11.5], [13.0])

@@ -24,9 +24,9 @@ STOPPED = Failure(FailureKind.CANCELLED, "the attempt was cancelled")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt goes: after `seconds`, by outputs, by the items of those that are split, or by a failure.
+    """The end of an attempt after `seconds`: outputs, with items if they are split, or a failure.
 
-    `tasks` are what it spawns when it starts.
+    The attempt spawns `tasks` when it starts.
     """
 
     seconds: float
@@ -71,11 +71,11 @@ class Worker:
         self._outbox: list[Any] = []
 
     def held(self) -> list[str]:
-        """Return what a hello after a break names."""
+        """Return the leases that a hello after a break names."""
         return list(dict.fromkeys([*self._leases, *(report.lease_id for report in self._outbox)]))
 
     def take(self, effect: Any) -> None:
-        """Take what the server says."""
+        """Take a message of the server."""
         match effect:
             case WelcomeWorker():
                 if effect.resumed:
@@ -98,7 +98,7 @@ class Worker:
                     self._end(effect.lease_id, [Outcome(0.0, failure=STOPPED)] * size)
 
     def disconnect(self) -> None:
-        """Lose the stream; what is to be reported is kept."""
+        """Lose the stream; reports are kept."""
         self.is_connected = False
 
     def _reset(self) -> None:

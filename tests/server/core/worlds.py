@@ -112,7 +112,7 @@ class World:
     def join(self, node_id: str) -> None:
         gpus = tuple(Gpu(i, "model", 8 * GIB) for i in range(2))
         capacity = Capacity(4.0, 4 * GIB, gpus, slots=8, async_slots=8)
-        # One speaks another language, and runs nothing but what it names.
+        # One node has another language and runs only its entry points.
         own = frozenset({FOREIGN.entrypoint} if node_id == "n4" else ())
         # A worker that was drained does not come back; another process is another worker.
         worker_id = f"worker-{next(self.numbers)}-of-{node_id}"
@@ -220,7 +220,7 @@ def random_task(rng: Random, task_id: str, earlier: list[TaskSpec]) -> TaskSpec:
 
 
 def outputs_of(task_id: str, inputs: Mapping[str, Binding]) -> Outputs:
-    """What a task makes of its inputs: a list that tells of them, and a number from 0 to 2."""
+    """The outputs of a task: a list that depends on its inputs, and a number from 0 to 2."""
     told = repr((task_id, sorted(inputs.items())))
     digest = crc32(told.encode())
     items = [f"{digest}-{index}" for index in range(digest % 5)]
@@ -234,7 +234,7 @@ def items_of(payload: Payload) -> list[Payload]:
 
 
 def value_in(run: Run, reference: Any) -> Binding:
-    """What a reference means in a run that has ended, worked out anew."""
+    """The value of a reference in a run that has ended, computed anew."""
     record = run.tasks[reference.task_id]
     assert reference.is_optional or record.state is TaskState.SUCCEEDED
     if record.items is None:

@@ -1,4 +1,4 @@
-"""Watches what the scheduler's machine does, from outside: keeps books of its own and compares."""
+"""A model of the scheduler's machine that is compared with it at every step."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ CLOSE = 1e-6
 
 
 class Watcher:
-    """Follows every task handed over to its one end. `gone` are those that were handed back or need not end."""
+    """Follows every task to its end. `gone` are tasks that were returned or forgotten with the task they followed."""
 
     def __init__(self, machine: Scheduler, limits: Mapping[str, int] | None = None) -> None:
         self.machine = machine
@@ -45,7 +45,7 @@ class Watcher:
         return ready
 
     def take(self, effects: Iterable[SchedulerEffect]) -> None:
-        """Look at what the machine did. Call it after every step, before the next."""
+        """Take the effects of a step. Call it before the next step."""
         for effect in effects:
             match effect:
                 case Assign():
@@ -83,7 +83,7 @@ class Watcher:
     def _take_failure(self, effect: TaskFailed | TaskCancelled) -> None:
         key = (effect.run_id, effect.task_id)
         assert key not in self.ended, f"{key} ended twice"
-        # What was sent along with a task that failed ends cancelled once the worker gave it back.
+        # A follower in a lease ends cancelled once its worker returns it.
         if key in self.gone:
             return
         self.ended[key] = effect
@@ -127,7 +127,7 @@ class Watcher:
             assert first.function.runtime.admits(node.spec.runtime)
 
     def check(self, now: float) -> None:
-        """Assert what must hold after every step."""
+        """Assert the invariants; call it after every step."""
         self.machine.check()
         at = self.machine.next_deadline()
         assert at is None or at > now, "something is due, and was not done"
@@ -141,7 +141,7 @@ class Watcher:
         for key, starts in self.starts.items():
             ready = self.submitted[key]
             halvings = ceil(log2(ready.spec.batch.max_size)) + 1 if ready.spec.batch else 0
-            # How often workers are lost is not bounded, or return what they started; how often a task is charged is.
+            # The number of lost workers is not bounded, nor that of returned leases; that of charges is.
             tries = ready.spec.retry.max_attempts * (halvings + 1)
             assert starts - self.lost[key] <= tries + 1, f"{key} is tried without end"
 

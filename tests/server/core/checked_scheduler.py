@@ -8,8 +8,8 @@ from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.charges import Charges
 
 
-class Watched(Scheduler):
-    """The scheduler's machine, and what must hold whenever it has taken events."""
+class CheckedScheduler(Scheduler):
+    """The scheduler's machine with checks of its placements and charges."""
 
     def __init__(self, epoch: str, session_ttl_s: float = 30.0, limits: Mapping[str, int] | None = None) -> None:
         super().__init__(epoch, session_ttl_s, limits)
@@ -22,12 +22,12 @@ class Watched(Scheduler):
         return effects
 
     def take(self, event: SchedulerEvent, now: float) -> None:
-        """Take an event, and look at whom it charges."""
+        """Take an event, and check which tasks it charges."""
         with self._charges.watching(self, event):
             super().take(event, now)
 
     def tick(self, now: float) -> list[SchedulerEffect]:
-        """Tick, and look at whom that charges."""
+        """Tick, and check which tasks that charges."""
         with self._charges.watching(self, None):
             effects = super().tick(now)
         self._charges.note(effects)
