@@ -154,14 +154,14 @@ class Agent:
 
     def _named(self) -> dict[str, str]:
         """Return what a log line about the stream names."""
-        session_id = self._leases.session.session_id
+        session_id = self._leases.session_id
         return {"worker_id": self._config.worker_id, "node_id": self._config.node_id, "session_id": session_id}
 
     def _hello(self) -> worker_pb2.Hello:
         self._listed = frozenset(self._staging.reported)
         return worker_pb2.Hello(
             worker_id=self._config.worker_id,
-            session_id=self._leases.session.session_id,
+            session_id=self._leases.session_id,
             node_id=self._config.node_id,
             hostname=socket.gethostname(),
             node_ip=host.address_towards(self._config.target),
@@ -172,7 +172,7 @@ class Agent:
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,
             send_time=convert.timestamp(time.time_ns()),
-            held_lease_ids=self._leases.session.held(),
+            held_lease_ids=self._leases.held(),
             pid=os.getpid(),
             stored_artifact_ids=self._local_store.stored(),
             reported_artifact_ids=self._listed,
@@ -181,7 +181,7 @@ class Agent:
     def _take(self, response: worker_pb2.ConnectResponse) -> None:
         """Act on what a message asks for, in the order of its fields."""
         if response.acknowledged_sequence:
-            acknowledged = self._leases.session.acknowledge(response.acknowledged_sequence)
+            acknowledged = self._leases.reports.acknowledge(response.acknowledged_sequence)
             if self._staging.reported:
                 for report in acknowledged:
                     self._staging.settle(convert.artifacts_in(report))
@@ -208,7 +208,7 @@ class Agent:
         self._limits.log_bytes = welcome.log_limit_bytes
         self._limits.message_bytes = min(welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES, MESSAGE_LIMIT_BYTES)
         self._limits.question_bytes = welcome.question_limit_bytes
-        is_new = not welcome.resumed and welcome.session_id != self._leases.session.session_id
+        is_new = not welcome.resumed and welcome.session_id != self._leases.session_id
         unacknowledged = self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         self._local_store.drop(welcome.drop_artifact_ids)
         if is_new:
@@ -228,7 +228,7 @@ class Agent:
         task.add_done_callback(self._uploads.discard)
 
     def _emit(self, report: worker_pb2.Report) -> None:
-        if self._leases.session.has_started(report.lease_id) is not None:
+        if self._leases.holds(report.lease_id):
             self._leases.report(report.lease_id, report)
         else:
             self._local_store.drop(convert.artifacts_in(report))

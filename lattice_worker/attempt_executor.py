@@ -105,11 +105,12 @@ class AttemptExecutor:
         return runner is not None and len(runner.pipeline) > 0
 
     def take_back(self, lease_id: str) -> bool:
-        """Forget a lease, and make sure that no runner begins it; False when one has begun it."""
+        """Forget a lease, and make sure that no runner begins it; False when one has begun it and is not stopped."""
         execution = self._executions.get(lease_id)
-        runner = None if execution is None else execution.pipelined_on
-        if runner is not None and not runner.take_back(lease_id):
-            return False
+        if execution is not None and (runner := execution.pipelined_on) is not None:
+            is_stopped = execution.sent is not None and execution.sent[1].ending is not None
+            if not runner.take_back(lease_id) and not is_stopped:
+                return False
         self._forget(lease_id)
         return True
 

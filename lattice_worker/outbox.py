@@ -81,7 +81,7 @@ class Outbox:
             wake.clear()
             if not self._is_welcome:
                 continue
-            if self._leases.session.has_waiting and (wait_s := sent_at + COALESCE_S - loop.time()) > 0:
+            if self._leases.slots.has_waiting and (wait_s := sent_at + COALESCE_S - loop.time()) > 0:
                 # A message costs both sides more than the reports in it. The leases that wait behind others will be
                 # reported in quick succession, and the server has no use for their slots before they are through.
                 await asyncio.sleep(wait_s)
@@ -95,10 +95,9 @@ class Outbox:
         heartbeat: worker_pb2.Heartbeat | None = None
         if self._is_beat_due:
             self._is_beat_due = False
-            session = self._leases.session
-            reports = session.overdue() + reports
+            reports = self._leases.reports.overdue() + reports
             heartbeat = worker_pb2.Heartbeat(
-                held_lease_ids=session.held(),
+                held_lease_ids=self._leases.held(),
                 assignment_sequence=self._leases.received,
                 send_time=convert.timestamp(time.time_ns()),
             )
