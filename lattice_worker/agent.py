@@ -10,7 +10,6 @@ import os
 import random
 import socket
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_
 
 from lattice_worker import convert, host
 from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.artifact_upload import Uploads
 from lattice_worker.attempt_executor import AttemptExecutor
 from lattice_worker.attempt_reports import AttemptReports
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES, opened
@@ -27,7 +27,7 @@ from lattice_worker.config import WorkerConfig
 from lattice_worker.lease_machine import LeaseMachine
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
-from lattice_worker.outbox import CHUNK_BYTES, Leases, Outbox
+from lattice_worker.outbox import Leases, Outbox
 from lattice_worker.peer_fetch import PeerFetcher
 from lattice_worker.questions import Questions
 from lattice_worker.runner_pool import Pool
@@ -68,7 +68,7 @@ class Agent:
         self._is_welcome = False
         self._listed: frozenset[str] = frozenset()
         self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
-        self._uploads: set[asyncio.Task[None]] = set()
+        self._uploads = Uploads(self._local_store)
         self.refusal = ""
 
     async def run(self) -> None:
@@ -119,7 +119,7 @@ class Agent:
                     if self._is_welcome:
                         self._take(response)
                         for wanted in response.send_artifacts:
-                            self._upload(workers, wanted)
+                            self._uploads.start(workers, wanted)
                     if response.HasField("close"):
                         return self._closed(response.close)
             except grpc.aio.AioRpcError as error:
@@ -202,8 +202,8 @@ class Agent:
             self._questions.answer(answer)
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
-        self._heartbeat_s = seconds(welcome.heartbeat_interval) or self._heartbeat_s
-        self._silence_limit_s = seconds(welcome.silence_limit) or math.inf
+        self._heartbeat_s = convert.seconds(welcome.heartbeat_interval) or self._heartbeat_s
+        self._silence_limit_s = convert.seconds(welcome.silence_limit) or math.inf
         self._limits.inline_bytes = welcome.inline_limit_bytes
         self._limits.log_bytes = welcome.log_limit_bytes
         self._limits.message_bytes = min(welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES, MESSAGE_LIMIT_BYTES)
@@ -222,11 +222,6 @@ class Agent:
         if unknown := self._executor.missing_code():
             self._outbox.ask(unknown)
 
-    def _upload(self, workers: "worker_pb2_grpc.WorkerServiceAsyncStub", wanted: worker_pb2.SendArtifact) -> None:
-        task = asyncio.create_task(_send(workers, wanted, self._local_store))
-        self._uploads.add(task)
-        task.add_done_callback(self._uploads.discard)
-
     def _emit(self, report: worker_pb2.Report) -> None:
         if self._leases.holds(report.lease_id):
             self._leases.report(report.lease_id, report)
@@ -242,38 +237,3 @@ class Agent:
 
     def _ended(self, lease_id: str, outputs: convert.Outputs | None) -> None:
         self._leases.ended(lease_id, outputs)
-
-
-def seconds(duration: Duration) -> float:
-    """Return a duration in seconds."""
-    return duration.seconds + duration.nanos / 1e9
-
-
-async def _send(
-    workers: "worker_pb2_grpc.WorkerServiceAsyncStub",
-    wanted: worker_pb2.SendArtifact,
-    local_store: LocalStore,
-) -> None:
-    """Send the server a large value of this node."""
-
-    async def chunks() -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
-        first = worker_pb2.UploadArtifactRequest(transfer_id=wanted.transfer_id)
-        try:
-            with local_store.open(wanted.artifact_id) as file:
-                first.size_bytes = max(0, file.seek(0, os.SEEK_END) - wanted.offset)
-                yield first
-                file.seek(wanted.offset)
-                # Reads from memory.
-                while data := file.read(CHUNK_BYTES):
-                    yield worker_pb2.UploadArtifactRequest(data=data)
-        except FileNotFoundError:
-            yield first
-            yield worker_pb2.UploadArtifactRequest(not_found=True)
-        except OSError as error:
-            log.warning("artifact %s cannot be read: %s", wanted.artifact_id, error)
-            yield first
-
-    try:
-        await workers.UploadArtifact(chunks())
-    except grpc.aio.AioRpcError as error:
-        log.info("artifact %s was not sent: %s", wanted.artifact_id, error.details())

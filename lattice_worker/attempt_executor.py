@@ -221,7 +221,7 @@ class AttemptExecutor:
         execution.preparing, execution.sent, execution.has_begun = None, (runner, invocation), True
         self._reports.start(lease_id)
         if assignment.HasField("timeout"):
-            seconds = assignment.timeout.seconds + assignment.timeout.nanos / 1e9
+            seconds = convert.seconds(assignment.timeout)
             # The time a process takes to start up is not the attempt's.
             runner.when_ready(lambda: self._start_clock(lease_id, seconds))
 

@@ -15,15 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
-from lattice_worker.agent import (
-    DIAL_S,
-    MAX_BACKOFF_S,
-    MIN_BACKOFF_S,
-    PROTOCOL_VERSION,
-    VERSION,
-    Agent,
-    seconds,
-)
+from lattice_worker.agent import DIAL_S, MAX_BACKOFF_S, MIN_BACKOFF_S, PROTOCOL_VERSION, VERSION, Agent
 from lattice_worker.channel import opened
 from lattice_worker.config import WorkerConfig
 from lattice_worker.ray_node import RayNode, version
@@ -91,7 +83,7 @@ class Joiner:
                         needed = joined.ray.version
                         self.refusal = f"its cluster runs {needed}, this machine has {version()}; install the same"
                         return True
-                    silence_s = seconds(joined.silence_limit) or DIAL_S
+                    silence_s = convert.seconds(joined.silence_limit) or DIAL_S
                     await self._start_ray(joined)
             except grpc.aio.AioRpcError as error:
                 self._complain(error.details() or error.code().name)
@@ -116,7 +108,7 @@ class Joiner:
         self.refusal = self._agent.refusal
 
     async def _start_ray(self, joined: worker_pb2.Joined) -> None:
-        self._heartbeat_s = seconds(joined.heartbeat_interval) or 1.0
+        self._heartbeat_s = convert.seconds(joined.heartbeat_interval) or 1.0
         if self._ray is None or not self._ray.is_of(joined.ray):
             if self._ray is not None:
                 await self._ray.stop(at_once=True)

@@ -18,7 +18,7 @@ from lattice.v1 import worker_pb2
 from lattice_worker import host
 from lattice_worker.config import WorkerConfig
 from lattice_worker.ray_folder import LOG, RayFolder
-from lattice_worker.runner.reset import kill_tree
+from lattice_worker.runner.process_tree import kill_tree
 
 log = logging.getLogger(__name__)
 

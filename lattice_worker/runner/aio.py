@@ -20,9 +20,10 @@ from lattice_worker.runner import children, signals, starting
 from lattice_worker.runner.attempt import Attempt
 from lattice_worker.runner.eventloop import Loop, show_own_tasks
 from lattice_worker.runner.frames import Channel
-from lattice_worker.runner.invocations import Answer, Program
+from lattice_worker.runner.invocations import Program
+from lattice_worker.runner.outcome import Answer
 from lattice_worker.runner.output import current, has_unread_output
-from lattice_worker.runner.reset import ANY_CHILD, end_children
+from lattice_worker.runner.process_tree import ANY_CHILD, end_children
 from lattice_worker.runner.shared import Shared
 from lattice_worker.runner.steps import ALONE, mark_steps
 

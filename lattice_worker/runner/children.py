@@ -15,7 +15,7 @@ import weakref
 from pathlib import Path
 
 from lattice_worker.runner.attempt import Attempt
-from lattice_worker.runner.reset import children_of
+from lattice_worker.runner.process_tree import children_of
 
 MARK = "LATTICE_INVOCATION"
 READ_BYTES = 1 << 16

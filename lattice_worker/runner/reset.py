@@ -6,7 +6,6 @@ and compared.
 """
 
 import asyncio.events
-import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -26,13 +25,13 @@ import tracemalloc
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lattice_worker.runner.process_tree import ANY_CHILD, end_children
+
 SIGNALS = [number for number in range(1, 32) if number not in {signal.SIGKILL, signal.SIGSTOP}]
 TIMERS = tuple(map(int, (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)))
-REAP_S = 0.5
 SEED_BYTES = 32
 # These tell at a fraction of the cost of what wraps them, which makes enum members and exceptions of each answer.
 _getsignal: Callable[[int], Any] = sys.modules["_signal"].getsignal
@@ -40,7 +39,6 @@ _sigmask: Callable[[int, tuple[int, ...]], Any] = sys.modules["_signal"].pthread
 _setitimer: Callable[[int, float], Any] = sys.modules["_signal"].setitimer
 _setlocale: Callable[..., str] = sys.modules["_locale"].setlocale
 _libc = ctypes.CDLL(None)
-ANY_CHILD = (os.P_ALL, 0, None, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # Zero: there are children, -1: none.
 
 
 def _working_directory() -> str:
@@ -243,36 +241,3 @@ def reseed() -> None:
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         # Given nothing it asks the system for 624 numbers, which takes 200 microseconds.
         numpy_random.seed(list(os.urandom(SEED_BYTES)))
-
-
-def end_children() -> None:
-    """Kill and reap every process below this one, those whose parents died included: it adopts them."""
-    tracker = sys.modules.get("multiprocessing.resource_tracker")
-    if tracker is not None:
-        # Told to stop, it frees what it tracks, and is started anew without a warning when it is needed.
-        with contextlib.suppress(Exception):
-            tracker._resource_tracker._stop()
-    deadline = time.monotonic() + REAP_S
-    with contextlib.suppress(ChildProcessError):
-        while time.monotonic() < deadline:
-            for pid in children_of(os.getpid()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            os.waitpid(-1, 0)
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process and its descendants. Those it starts meanwhile come to this process, which adopts them."""
-    for child in children_of(pid):
-        kill_tree(child)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def children_of(pid: int) -> list[int]:
-    """Return the processes whose parent is `pid`."""
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # A thread that ended meanwhile.
-            found += map(int, path.read_text().split())
-    return found

@@ -25,7 +25,7 @@ from typing import Any
 
 import lattice_worker.context  # noqa: F401  # tasks find it among the loaded modules
 from lattice_worker.runner import process
-from lattice_worker.runner.reset import children_of
+from lattice_worker.runner.process_tree import children_of
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
