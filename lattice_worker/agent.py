@@ -1,6 +1,6 @@
-"""Owns the worker's stream: dials, says hello, holds the session, comes back after a break.
+"""The worker's stream: connects, greets the server, and reconnects after a break.
 
-Rule: `Close` is the truth about why a stream ended; a stream that ends without it, or falls silent, is dialled again.
+Rule: only `Close` tells why a stream ended; a stream that ends without it, or falls silent, is opened again.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ VERSION = "0.1.0"
 PROTOCOL_VERSION = 1
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 FIRST_BEAT_S = 0.5  # Until the server says how often.
-DIAL_S = 10.0  # How long a server may take to say anything at all.
+DIAL_S = 10.0  # How long a server may take for its first message.
 
 
 class Agent:
@@ -72,7 +72,7 @@ class Agent:
         self.refusal = ""
 
     async def run(self) -> None:
-        """Serve until the server closes the session for good; `refusal` says why if it would not have the worker."""
+        """Serve until the server closes the session for good; `refusal` is the reason if it refused the worker."""
         (Path(self._config.store_directory) / "spares").mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(self._local_store.bundles.sweep)
         with self._staging.opened():
@@ -87,7 +87,7 @@ class Agent:
             while not await self._serve_stream():
                 if self._is_welcome:
                     backoff_s = MIN_BACKOFF_S
-                # Spread, so that a server that comes back does not meet all its workers at once.
+                # Random, so that not all workers reconnect at once to a server that was restarted.
                 await asyncio.sleep(random.uniform(0, backoff_s))
                 backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
         finally:
@@ -98,12 +98,12 @@ class Agent:
                 self._fetcher.close()
 
     def leave(self, deadline_s: float) -> None:
-        """Ask the server for no more work, and for the end once what is held is over or moved after `deadline_s`."""
+        """Ask the server to drain this worker: leases that still run after `deadline_s` are moved."""
         deadline = Duration(nanos=int(deadline_s % 1 * 1e9), seconds=int(deadline_s))
         self._outbox.drain(worker_pb2.Draining(deadline=deadline))
 
     async def _serve_stream(self) -> bool:
-        """Hold one stream; return whether the worker is to end."""
+        """Serve one stream; return whether the worker is to end."""
         self._is_welcome = False
         self._silence_limit_s, self._heard_at = DIAL_S, asyncio.get_running_loop().time()
         async with opened(self._config) as channel:
@@ -128,17 +128,17 @@ class Agent:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
-                log.info("nothing was heard for %.1f s", self._silence_limit_s, extra=self._named())
+                log.info("the server sent nothing for %.1f s", self._silence_limit_s, extra=self._named())
             finally:
                 beating.cancel()
                 self._artifacts = None
         return False
 
     async def _beat(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
-        """Give signs of life, and break a stream that gives none."""
+        """Send heartbeats, and cancel a stream on which nothing arrives."""
         loop = asyncio.get_running_loop()
         while loop.time() - self._heard_at <= self._silence_limit_s:
-            # Signs of life are for when nothing else happens: nothing could wake this.
+            # Nothing wakes this earlier: heartbeats are for a stream on which nothing else is sent.
             await asyncio.sleep(self._heartbeat_s)
             self._outbox.beat()
         call.cancel()
@@ -153,7 +153,7 @@ class Agent:
         return True
 
     def _named(self) -> dict[str, str]:
-        """Return what a log line about the stream names."""
+        """Return the ids that a log line about the stream names."""
         session_id = self._leases.session_id
         return {"worker_id": self._config.worker_id, "node_id": self._config.node_id, "session_id": session_id}
 
@@ -179,7 +179,7 @@ class Agent:
         )
 
     def _take(self, response: worker_pb2.ConnectResponse) -> None:
-        """Act on what a message asks for, in the order of its fields."""
+        """Handle a message, in the order of its fields."""
         if response.acknowledged_sequence:
             acknowledged = self._leases.reports.acknowledge(response.acknowledged_sequence)
             if self._staging.reported:
@@ -213,7 +213,7 @@ class Agent:
         self._local_store.drop(welcome.drop_artifact_ids)
         if is_new:
             self._questions.reset()
-            # Of what was made since the hello nobody was told, and nobody will be.
+            # Artifacts that were made since the hello: their reports were for the old session, and are dropped.
             self._local_store.drop(self._staging.reported - self._listed)
             self._staging.settle(self._listed)
         self._executor.code.renew()

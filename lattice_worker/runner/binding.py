@@ -1,4 +1,4 @@
-"""The inputs of an attempt, made from what the agent sent: payloads, lists and dicts of them, and parts of them."""
+"""The inputs of an attempt, made from the bindings in its frame: payloads, lists, dicts and selections."""
 
 from typing import Any
 

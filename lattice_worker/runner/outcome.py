@@ -1,6 +1,6 @@
-"""What an invocation answers: the outputs that its function returned, or the failure that it raised.
+"""The answer of an invocation: the outputs that its function returned, or the failure that it raised.
 
-Rule: whatever user code does, an invocation has an answer.
+Rule: an invocation has an answer, whatever its code returns or raises.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from lattice_worker.runner.text import utf8
 from lattice_worker.runner.values import PayloadError
 
 MAX_ANSWER_BYTES = MAX_FRAME_BYTES // 2
-# What a class is called, whatever its metaclass says.
+# The name of a class, past its metaclass, which may be user code.
 _NAME: Callable[[type], str] = type.__dict__["__name__"].__get__
 
 Answer = tuple[dict[str, Any], list[bytes]]
 
 
 class Outcome:
-    """What an invocation answers: built from what its function returns, or from what is raised in its `with` block."""
+    """The answer of an invocation, made from the value its function returns or the error its `with` block raises."""
 
     def __init__(
         self, header: dict[str, Any], return_style: str, channel: Channel, explain: Callable[[BaseException], None]
@@ -49,11 +49,11 @@ class Outcome:
         return True
 
     def take(self, value: Any) -> None:
-        """Encode what the function returned."""
+        """Encode the value that the function returned."""
         self._answer = self._batch(value) if self._header["batched"] else self._member(value)
 
     def fail(self, error: BaseException) -> None:
-        """Describe what the function raised, or what is wrong with what it returned. Never raises."""
+        """Describe the error that the function raised, or that encoding its value raised. Never raises."""
         self._encoder.take_back()
         self._answer = {"failure": self._describe(error)}
 
@@ -73,12 +73,12 @@ class Outcome:
         flush_streams()
         if (size := sum(map(len, self._encoder.blobs))) > MAX_ANSWER_BYTES:
             limit = f"{size} bytes in values that are not large by themselves; the limit is {MAX_ANSWER_BYTES}"
-            self.fail(PayloadError(f"what the task returned takes {limit}"))
+            self.fail(PayloadError(f"the value that the task returned takes {limit}"))
         head = {"kind": "result", "id": self._header["id"], "made": self._encoder.made, "duration": duration}
         return head | self._answer, self._encoder.blobs
 
     def _member(self, value: Any) -> dict[str, Any]:
-        """Return the outputs in a value, and item by item those that others are mapped over."""
+        """Return the outputs in a value, and item by item each output that a task is mapped over."""
         outputs, encoder = self._outputs(value), self._encoder
         split = {name: _items(name, outputs[name]) for name in self._header["split"]}
         return {

@@ -15,7 +15,7 @@ def end_children() -> None:
     """Kill and reap every process below this one, those whose parents died included: it adopts them."""
     tracker = sys.modules.get("multiprocessing.resource_tracker")
     if tracker is not None:
-        # Told to stop, it frees what it tracks, and is started anew without a warning when it is needed.
+        # It frees the resources it tracks when it stops, and is started again when it is needed.
         with contextlib.suppress(Exception):
             tracker._resource_tracker._stop()
     deadline = time.monotonic() + REAP_S
