@@ -17,9 +17,7 @@ from lattice_worker.runner.output import current
 _set_timer, _set_signal, _get_signal = signal.setitimer, signal.signal, signal.getsignal
 
 _armed: dict[int, Attempt] = {}  # By whom each timer was set last.
-_changed: dict[
-    int, tuple[Attempt, Any, Any]
-] = {}  # By signal: last setter, handler, earlier handler.
+_changed: dict[int, tuple[Attempt, Any, Any]] = {}  # By signal: last setter, handler, earlier handler.
 
 
 class _Handler:

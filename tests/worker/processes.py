@@ -23,7 +23,7 @@ def succeeded(header: dict[str, Any], blobs: list[bytes], value: Any = 1) -> dic
 
 
 def packet_of(header: dict[str, Any], blobs: Sequence[bytes]) -> bytes:
-    """Return a frame whose header may hold values that no runner sends: huge integers, half of a surrogate pair, NaN."""
+    """Return a frame whose header may hold values that no runner sends: huge integers, half surrogates, NaN."""
     encoded = json.dumps(header | {"blobs": [len(blob) for blob in blobs]}).encode()
     return WHOLE + LENGTH.pack(len(encoded)) + encoded + b"".join(blobs)
 

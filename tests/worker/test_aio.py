@@ -145,7 +145,7 @@ async def shut_down_generators() -> None:
 
 
 async def set_all() -> None:
-    """Set everything that the loop lets one set."""
+    """Use every setter of the loop."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ValueError("refused")
