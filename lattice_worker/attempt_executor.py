@@ -1,4 +1,4 @@
-"""Executes leases: gets ready what an assignment needs, runs it on a runner, and stops it.
+"""Executes leases: prepares them, runs them on runners, and stops them.
 
 Rule: a lease that was taken ends once, whatever happens to the process that ran it.
 """
@@ -105,11 +105,12 @@ class AttemptExecutor:
         return runner is not None and len(runner.pipeline) > 0
 
     def take_back(self, lease_id: str) -> bool:
-        """Forget a lease, and make sure that no runner begins it; False when one has begun it."""
+        """Forget a lease, and make sure that no runner begins it; False when one has begun it and is not stopped."""
         execution = self._executions.get(lease_id)
-        runner = None if execution is None else execution.pipelined_on
-        if runner is not None and not runner.take_back(lease_id):
-            return False
+        if execution is not None and (runner := execution.pipelined_on) is not None:
+            is_stopped = execution.sent is not None and execution.sent[1].ending is not None
+            if not runner.take_back(lease_id) and not is_stopped:
+                return False
         self._forget(lease_id)
         return True
 
@@ -201,7 +202,7 @@ class AttemptExecutor:
         except MissingError as error:
             self._fail(assignment, "payload", str(error))
         except Exception as error:
-            # Such as a bundle that is no archive. Whatever it is, a lease that was taken has to end.
+            # For example a bundle that is no archive. A lease that was taken has to end.
             text = f"what it needs could not be made ready: {type(error).__name__}: {error}"
             self._fail(assignment, "payload", text)
 
@@ -220,7 +221,7 @@ class AttemptExecutor:
         execution.preparing, execution.sent, execution.has_begun = None, (runner, invocation), True
         self._reports.start(lease_id)
         if assignment.HasField("timeout"):
-            seconds = assignment.timeout.seconds + assignment.timeout.nanos / 1e9
+            seconds = convert.seconds(assignment.timeout)
             # The time a process takes to start up is not the attempt's.
             runner.when_ready(lambda: self._start_clock(lease_id, seconds))
 
@@ -294,7 +295,7 @@ def _note(what: str, assignment: worker_pb2.Assignment) -> None:
 
 
 def _named(assignment: worker_pb2.Assignment) -> dict[str, object]:
-    """Return what a log line about a lease names; of a batch it is the first attempt."""
+    """Return the ids that a log line about a lease names; of a batch those of the first attempt."""
     first = assignment.attempts[0] if assignment.attempts else worker_pb2.Attempt()
     named = {"run_id": first.run_id, "task_id": first.task_id, "attempt": first.number}
     return {"lease_id": assignment.lease_id, **named}

@@ -1,4 +1,4 @@
-"""Owns the facts about this machine."""
+"""Facts about this machine: capacity, addresses, and limits of processes."""
 
 import contextlib
 import ctypes
@@ -11,6 +11,7 @@ import socket
 import psutil
 from lattice.v1 import resources_pb2
 
+from lattice_worker import cgroup
 from lattice_worker.config import WorkerConfig
 
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
@@ -20,12 +21,18 @@ ASYNC_SLOTS = 4096
 
 
 def capacity(config: WorkerConfig) -> resources_pb2.Capacity:
-    """Return what this machine offers, or what the flags say it does. Memory in bytes."""
-    cpus = config.num_cpus if config.num_cpus is not None else float(len(os.sched_getaffinity(0)))
+    """Return the resources that this node offers: as configured, or those of the machine within the container's limits.
+
+    A container that has less than one CPU offers one, which tasks ask for by default.
+    """
+    limits = cgroup.limits()
+    cpus, memory_bytes = float(len(os.sched_getaffinity(0))), psutil.virtual_memory().total
+    cpus = min(cpus, max(1.0, limits.cpus or cpus))
     gpus = _gpus() if config.num_gpus is None else _named(config.num_gpus, config.gpu_memory_bytes or 0)
+    cpus = cpus if config.num_cpus is None else config.num_cpus
     return resources_pb2.Capacity(
         cpu=cpus,
-        memory_bytes=config.memory_bytes or psutil.virtual_memory().total,
+        memory_bytes=config.memory_bytes or min(memory_bytes, limits.memory_bytes or memory_bytes),
         gpus=gpus,
         slots=max(MIN_SLOTS, int(SLOTS_PER_CPU * cpus)),
         async_slots=ASYNC_SLOTS,
@@ -60,14 +67,14 @@ def adopts_orphans() -> bool:
 
 
 def address_towards(target: str) -> str:
-    """Return this machine's address as whoever listens on `target` sees it."""
+    """Return this machine's address on the route to `target`."""
     if target.startswith("unix:"):
         return "127.0.0.1"
     name, _, port = target.rpartition("://")[2].rpartition(":")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(name.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            # Nothing is sent: it only asks for the route.
+            # Nothing is sent: connecting a datagram socket only looks up the route.
             probe.connect(address)
             return str(probe.getsockname()[0])
     except OSError:
@@ -75,7 +82,7 @@ def address_towards(target: str) -> str:
 
 
 def runtime() -> resources_pb2.Runtime:
-    """Return what runs user code here."""
+    """Return the language and the version that run user code here."""
     return resources_pb2.Runtime(language="python", version=platform.python_version())
 
 
@@ -102,6 +109,6 @@ def _gpus() -> list[resources_pb2.Gpu]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found
-    # The others were given to somebody else.
+    # The other devices were assigned to other processes.
     names = {name.strip() for name in visible.split(",")}
     return [gpu for gpu in found if not names.isdisjoint({str(gpu.index), gpu.uuid})]

@@ -1,6 +1,6 @@
-"""Outputs of spawned tasks, and how they are bound to inputs wherever in a value they lie.
+"""Spawned tasks and their outputs, and how outputs anywhere in a value are bound to inputs.
 
-Rule: whatever would read a value that no task has made yet raises.
+Rule: reading the value of an output that no task has made yet raises.
 """
 
 import re
@@ -18,7 +18,7 @@ MAX_LEVELS = 32
 # The text of a spawned task or an output of it, wherever an encoding holds it, and however it was quoted.
 WRITTEN = re.compile(rb"""Spawned(?:Task|Output)\(task_id=\\*['"](.+?)\\*['"], """)
 IN_TEXT = "give the output itself to the task as an input, and make the text there"
-# What would compute with a value: operators, calls and conversions.
+# Operations on a value: operators, calls and conversions.
 BINARY = [
     "add",
     "sub",
@@ -123,6 +123,35 @@ class SpawnedOutput:
         raise self._unknown()
 
 
+@dataclass(frozen=True, slots=True)
+class SpawnedTask:
+    """A task that was added to the run."""
+
+    task_id: str
+    output_names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        raise PayloadError(f"{self!r} has no text: give one of its outputs to a task, and make the text there")
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+    @property
+    def outputs(self) -> dict[str, SpawnedOutput]:
+        """The task's outputs by name."""
+        return {name: SpawnedOutput(self.task_id, name) for name in self.output_names}
+
+    @property
+    def output(self) -> SpawnedOutput:
+        """The task's only output. Raises ValueError when it has several."""
+        if len(self.output_names) != 1:
+            raise ValueError(f"task {self.task_id!r} has {len(self.output_names)} outputs; name one")
+        return SpawnedOutput(self.task_id, self.output_names[0])
+
+    def __reduce__(self) -> NoReturn:
+        raise PayloadError(f"{self.task_id!r} is a task; give one of its outputs: task.output")
+
+
 def _advice(output: SpawnedOutput) -> str:
     return f"{output!r} has no value yet: give it to a task as an input, and read it there"
 
@@ -147,8 +176,8 @@ class Binder:
     def bind(self, value: Any) -> dict[str, Any]:
         """Return how a value is bound, its parts encoded. Raises PayloadError.
 
-        As the client does it: lists and dicts of JSON and outputs stay what they are; anything else with outputs in it
-        is a list of its pickle and of the outputs that belong into it. So is a dict of several keys for a task in
+        As the client does it: lists and dicts of JSON and outputs stay lists and dicts; any other value with outputs in
+        it is a list of its pickle and of the outputs that belong into it. So is a dict of several keys for a task in
         Python, since the contract's maps have no order.
         """
         found = among_json(value, SpawnedOutput)
@@ -183,7 +212,7 @@ class Binder:
         return {"items": [self._tree(item, holders) for item in value]}
 
     def _stored(self, media_type: str, parts: list[Any]) -> dict[str, Any]:
-        # Its pickle and what lies before that; behind it are the buffers of arrays.
+        # The head and the pickle; the other parts are the buffers of arrays.
         for part in parts[:3]:
             self._check_texts(part)
         return self.encoder.store(media_type, parts)

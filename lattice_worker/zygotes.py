@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 
 from lattice_worker import host
-from lattice_worker.runner.reset import children_of, kill_tree
+from lattice_worker.runner.process_tree import children_of, kill_tree
 from lattice_worker.zygote import Process, Zygote
 
 # Names the worker to all processes that its tasks start; it is how they are found when the worker was killed.

@@ -62,7 +62,7 @@ class Attempts:
         self.leases.ended(work.lease_id, None)
 
     def end(self, lease_id: str, report: Any) -> None:
-        if self.running.pop(lease_id, None) is not None and self.leases.session.has_started(lease_id) is not None:
+        if self.running.pop(lease_id, None) is not None and self.leases.holds(lease_id):
             self.leases.report(lease_id, report)
             self.leases.ended(lease_id, VALUE if isinstance(report, messages.AttemptSucceeded) else None)
 
@@ -152,8 +152,8 @@ class Protocol:
         self.stream = Stream()
         self.streams.append(self.stream)
         self.is_welcome = False
-        session = self.leases.session
-        greeting = node("n", 2.0, session_id=session.session_id, held_lease_ids=tuple(session.held()))
+        leases = self.leases
+        greeting = node("n", 2.0, session_id=leases.session_id, held_lease_ids=tuple(leases.held()))
         self.stream.to_head.append(greeting)
 
     def say(self, sequence: int, report: Any) -> None:
@@ -164,22 +164,21 @@ class Protocol:
     def beat(self) -> None:
         """Send a heartbeat."""
         if self.stream is not None and self.is_welcome:
-            session = self.leases.session
-            if session.overdue():
+            if self.leases.reports.overdue():
                 self.say_again()
-            self.stream.to_head.append(("heartbeat", session.held(), self.leases.received))
+            self.stream.to_head.append(("heartbeat", self.leases.held(), self.leases.received))
 
     def say_again(self) -> None:
         """Send all that is not acknowledged."""
         assert self.stream is not None
-        outbox = [(sequence, report) for sequence, _, report in self.leases.session._outbox]
+        outbox = [(sequence, report) for sequence, _, report in self.leases.reports._reports]
         self.stream.to_head.append(("reports", outbox))
 
     def take(self, message: Any) -> None:
         """Take what came from the head, on the present stream."""
         if isinstance(message, messages.WelcomeWorker):
             self.is_welcome = True
-            if not message.resumed and message.session_id != self.leases.session.session_id:
+            if not message.resumed and message.session_id != self.leases.session_id:
                 self.attempts.running.clear()
                 self.attempts.fed.clear()
             self.leases.welcome(message.session_id, message.resumed, message.drop_lease_ids)
@@ -194,7 +193,7 @@ class Protocol:
                 case messages.RevokeLease():
                     self.leases.revoke(message.lease_id)
                 case int():
-                    self.leases.session.acknowledge(message)
+                    self.leases.reports.acknowledge(message)
 
     def deliver(self, queue: list[Any], index: int, stream: Stream, *, again: bool = False) -> None:
         """Let something arrive."""

@@ -1,4 +1,4 @@
-"""`context.spawn` as a task calls it: which ids it gives, how inputs are bound, and what it refuses."""
+"""`context.spawn` as a task calls it: ids, bound inputs and refused arguments."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import pytest
 from lattice_client import entrypoint, task
 from lattice_worker import context
 from lattice_worker.convert import binding_tree, spawned_from_frame
-from lattice_worker.runner.invocations import _bind_all
+from lattice_worker.runner.binding import bind_all
 from lattice_worker.runner.output import Output
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.values import PayloadError
@@ -29,16 +29,16 @@ class Sent:
         self.tasks += spawned.tasks
 
     def received(self, made: dict[str, Any]) -> dict[str, Any]:
-        """What the function of the last task is given, when the tasks of these ids made these JSON values."""
+        """Return the inputs of the last task, when the tasks of these ids made these JSON values."""
         blobs: list[bytes] = []
         outputs = {name: payload_pb2.Payload(media_type="application/json", json=text) for name, text in made.items()}
         inputs = {name: binding_tree(tree, "", blobs, outputs) for name, tree in self.tasks[-1].inputs.items()}
-        return _bind_all(inputs, blobs)
+        return bind_all(inputs, blobs)
 
 
 @pytest.fixture
 def sent(tmp_path: Path) -> Iterator[Sent]:
-    """A running attempt of the task `parent`, and what it has sent."""
+    """A running attempt of the task `parent`, and the frames it has sent."""
     channel: Any = Sent()
     places = {"folder": str(tmp_path), "store": str(tmp_path), "inline_limit": 10_000, "log_limit": 1000}
     header = {"id": "lease", "attempts": [["run", "parent", 1]], "batched": False, **places}
@@ -69,6 +69,23 @@ def test_no_two_spawned_tasks_have_one_id(sent: Sent, names: list[str | None], i
     made = [context.spawn(give, {"v": number}, name=name) for number, name in enumerate(names)]
     assert [found.task_id for found in made] == [f"parent/{name}" for name in ids]
     assert [found.task_id for found in sent.tasks] == [f"parent/{name}" for name in ids]
+
+
+def test_ids_of_spawned_tasks_stay_within_the_limit_when_tasks_spawn_100_deep(sent: Sent) -> None:
+    output: Any = running.get()
+
+    def descend() -> list[str]:
+        ids = ["plan"]
+        for _ in range(100):
+            output.header |= {"attempts": [["run", ids[-1], 1]], "spawned": set()}
+            ids.append(context.spawn(give, {"v": 1}, name="plan").task_id)
+        return ids
+
+    ids = descend()
+    assert ids[:3] == ["plan", "plan/plan", "plan/plan/plan"]
+    assert len(set(ids)) == 101
+    assert max(map(len, ids)) <= 120, "a number has to fit behind it"
+    assert descend() == ids, "a later attempt spawns tasks of the same ids"
 
 
 def test_threads_of_a_task_spawn_under_ids_of_their_own(sent: Sent) -> None:
@@ -173,7 +190,7 @@ def test_a_text_with_the_repr_of_another_attempts_output_is_a_text(sent: Sent) -
         range,
     ],
 )
-def test_a_spawned_output_that_is_read_says_what_to_do(sent: Sent, read: Callable[[Any], Any]) -> None:
+def test_a_spawned_output_raises_with_advice_when_it_is_read(sent: Sent, read: Callable[[Any], Any]) -> None:
     made = context.spawn(give, {"v": 1}).output
     with pytest.raises(PayloadError, match="has no value yet: give it to a task as an input"):
         read(made)
@@ -182,7 +199,7 @@ def test_a_spawned_output_that_is_read_says_what_to_do(sent: Sent, read: Callabl
         getattr(made, "_repr_html_")  # noqa: B009
 
 
-# What is refused.
+# Refused arguments.
 
 
 wrong: list[tuple[Callable[[], Any], str]] = [
