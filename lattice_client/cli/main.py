@@ -1,6 +1,7 @@
 """Owns the command `lattice`. Rule: commands of other packages are found by entry points, never imported by name."""
 
 import os
+import subprocess
 import sys
 
 import click
@@ -113,5 +114,8 @@ def _state(node: cluster_pb2.Node) -> str:
 def run(server: Server, script: str, arguments: tuple[str, ...]) -> None:
     """Run a Python script as `python SCRIPT` does, with the server's address in its environment."""
     sys.stdout.flush()
-    # A fresh interpreter in this very process: exit status, signals, tracebacks and `__main__` are the script's own.
-    os.execve(sys.executable, [sys.executable, script, *arguments], {**os.environ, **server.environment()})
+    command, environment = [sys.executable, script, *arguments], {**os.environ, **server.environment()}
+    if os.name == "nt":  # Its `execve` starts another process, and does not wait for it.
+        raise SystemExit(subprocess.run(command, env=environment, check=False).returncode)
+    # A new interpreter in this process: exit status, signals, tracebacks and `__main__` are those of the script.
+    os.execve(sys.executable, command, environment)
