@@ -1,9 +1,9 @@
-"""The Python client: declares workflows, runs them, reads what happens."""
+"""The Python client: declares workflows, runs them and reads their results."""
 
-import lattice_client.transport.grpc_import  # noqa: F401  # before anything else imports gRPC
+import lattice_client.transport.grpc_import  # noqa: F401  # before any other import of gRPC
 from lattice_client import context
 from lattice_client.client import AsyncLatticeClient, AsyncLatticeWorkflow
-from lattice_client.convert.graphs import RunEvent
+from lattice_client.convert.events import RunEvent
 from lattice_client.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -29,11 +29,12 @@ from lattice_client.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from lattice_client.graph.definition import TaskDefinition
 from lattice_client.graph.entrypoint import entrypoint
+from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Parameter, TaskOutput
-from lattice_client.graph.task import TaskDefinition, task
+from lattice_client.graph.task import task
 from lattice_client.graph.template import template
-from lattice_client.graph.workflow import LatticeTask
 from lattice_client.langgraph import LangGraphClient
 from lattice_client.runs.open_run import AsyncOpenRun
 from lattice_client.runs.questions import Question

@@ -1,5 +1,6 @@
-"""The context of a running task: its attempt, adding tasks to its run, asking the caller that holds the run. For use
-inside tasks.
+"""The context of a running task: its attempt, adding tasks to its run, asking the caller of an open run.
+
+For use inside tasks:
 
     from lattice_client import context
 
@@ -9,7 +10,7 @@ inside tasks.
         context.spawn(answer, {"question": question, "found": [task.output for task in found]})
         return len(found)
 
-Rule: nothing is done here. The process that runs the task has a module that does it.
+Rule: the implementation is a module of the process that runs the task.
 """
 
 import sys
@@ -36,7 +37,7 @@ class Attempt(Protocol):
 
 
 class SpawnedTask(Protocol):
-    """A task that was added to the run."""
+    """A task that this task added to the run."""
 
     @property
     def task_id(self) -> str:
@@ -44,7 +45,7 @@ class SpawnedTask(Protocol):
 
     @property
     def outputs(self) -> Mapping[str, Any]:
-        """Its outputs by name, to be wired into inputs of other spawned tasks."""
+        """Its outputs by name, to wire into inputs of other spawned tasks."""
 
     @property
     def output(self) -> Any:
@@ -52,7 +53,7 @@ class SpawnedTask(Protocol):
 
 
 def current() -> Attempt:
-    """Return the attempt that is running. Raises RuntimeError outside a task, and inside a batch, which is several."""
+    """Return the running attempt. Raises RuntimeError outside a task, and in a batched call of several attempts."""
     found: Attempt = _implementation().current()
     return found
 
@@ -64,49 +65,50 @@ def spawn(
     after: Sequence[SpawnedTask] = (),
     **misplaced: Any,
 ) -> SpawnedTask:
-    """Add a task to the run; it starts as soon as its inputs are there, this task need not end first.
+    """Add a task to the run; it starts as soon as its inputs exist, also while this task runs.
 
     Args:
         task: a `@task`, an `entrypoint` or a plain function; its settings (resources, retries, ...) hold.
-        inputs: by name; outputs of other spawned tasks may stand anywhere inside them.
-        name: names it below this task; by default the function's name, numbered when this task has spawned one of that
-            id. A later attempt of this task that spawns the same names in the same order means the same tasks, which
-            are then not added again.
-        after: tasks that must succeed first, besides those whose outputs it takes.
+        inputs: values by name, with outputs of other spawned tasks anywhere inside them.
+        name: the last part of the task's id; by default the function's name, with a number when this task has spawned
+            a task of that name. A retry of this task that spawns the same names in the same order refers to the tasks
+            of the earlier attempt, which are not added again.
+        after: tasks that must succeed first, besides the tasks whose outputs it takes.
 
     Raises:
-        RuntimeError: there is no task running here.
-        TypeError: an argument is wrong; nothing was added.
+        RuntimeError: called outside a task.
+        TypeError: an argument is wrong; no task was added.
     """
     found: SpawnedTask = _implementation().spawn(task, inputs, name, after, **misplaced)
     return found
 
 
 def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
-    """Ask the caller that holds the run open, wait, and return its answer. Any thread of the task may ask.
+    """Ask the caller of the open run, wait, and return its answer. Any thread of the task may ask.
 
-    In a coroutine use `ask_async`: this holds up all coroutines of the process until the answer is there.
+    In a coroutine use `ask_async`: this function blocks all coroutines of the process until the answer arrives.
 
     Args:
-        name: what is asked, as the caller knows it.
-        payload: what is asked about; a value that can be pickled.
-        item: in a batched function the position of the member that asks; nowhere else.
+        name: the name of the question, by which the caller recognises it.
+        payload: a value for the caller, which must be picklable.
+        item: in a batched call, the index of the asking item; otherwise None.
 
     Raises:
-        context.AnswerError: the caller answered that something went wrong. It is a QuestionError.
-        context.QuestionError: no caller answers: the run is not open, its caller is gone, or too much is asked at once.
-        RuntimeError: there is no task running here.
+        context.AnswerError: the caller answered with an error. It is a QuestionError.
+        context.QuestionError: no caller answers: the run is not open, its caller is disconnected, or the task has too
+            many unanswered questions.
+        RuntimeError: called outside a task.
     """
     return _implementation().ask(name, payload, item=item)
 
 
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
-    """As `ask`, while other coroutines go on."""
+    """As `ask`, without blocking other coroutines."""
     return await _implementation().ask_async(name, payload, item=item)
 
 
 def __getattr__(name: str) -> Any:
-    # The classes of errors are those of the process that runs the task.
+    # The exception classes are defined by the process that runs the task.
     if name in {"AnswerError", "QuestionError"} and (found := sys.modules.get(IMPLEMENTATION)) is not None:
         return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,16 @@
-"""Owns the errors a caller meets.
+"""Owns the exceptions that this package raises.
 
     LatticeError
     +-- TaskDefinitionError      a task or its wiring is wrong; nothing was sent
-    +-- TargetError              the target is no address of a server; nothing was sent
-    +-- SecurityError            the connection would not be safe; nothing was sent
+    +-- TargetError              the target is not the address of a server; nothing was sent
+    +-- SecurityError            the connection would not be secure; nothing was sent
     +-- ClientClosedError        the client was closed, or the program is ending
     +-- ForkError                the process was forked after gRPC had been used in it
-    +-- DecodeError              a value that arrived cannot be decoded here
-    +-- RunError                 the run ended otherwise than well
+    +-- DecodeError              a received value cannot be decoded here
+    +-- RunError                 the run or the task did not succeed
     |   +-- TaskFailedError      a task failed; carries the remote traceback
-    |   +-- RunTimeoutError      the run took longer than it was given
-    |   +-- RunCancelledError    somebody cancelled it
+    |   +-- RunTimeoutError      the run exceeded its time limit
+    |   +-- RunCancelledError    the run was cancelled
     +-- RequestError             the server refused a call
         +-- InvalidArgumentError     INVALID_ARGUMENT
         +-- NotFoundError            NOT_FOUND
@@ -22,21 +22,16 @@
         +-- UnavailableError         UNAVAILABLE
         +-- UnauthenticatedError     UNAUTHENTICATED
         +-- PermissionDeniedError    PERMISSION_DENIED
-        +-- InternalError            anything else
+        +-- InternalError            any other status
 
-Rule: no gRPC error leaves this package.
+Rule: no gRPC exception leaves this package; `transport.statuses` converts it to one of these.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
-from lattice.v1 import errors_pb2
 from lattice.v1.payload_pb2 import Payload
-
-DETAILS = "grpc-status-details-bin"
 
 
 class LatticeError(Exception):
@@ -44,15 +39,15 @@ class LatticeError(Exception):
 
 
 class TaskDefinitionError(LatticeError):
-    """A task, or the way it is wired, is wrong; nothing was sent."""
+    """A task or its wiring is wrong; nothing was sent."""
 
 
 class SecurityError(LatticeError):
-    """The connection would not be safe, or not as safe as was asked; nothing was sent."""
+    """The connection would not be secure, or its TLS settings are wrong; nothing was sent."""
 
 
 class TargetError(LatticeError):
-    """The target is no address of a server; nothing was sent."""
+    """The target is not the address of a server; nothing was sent."""
 
 
 class ClientClosedError(LatticeError):
@@ -64,18 +59,18 @@ class ForkError(LatticeError):
 
 
 class DecodeError(LatticeError):
-    """A value that arrived cannot be decoded here; the cause is what decoding it raised."""
+    """A received value cannot be decoded here; the cause is the exception that decoding raised."""
 
 
 class RunError(LatticeError):
-    """A run ended otherwise than well."""
+    """A run or a task did not succeed."""
 
     def __init__(self, run_id: str, message: str) -> None:
         super().__init__(message)
         self.run_id = run_id
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A task that waits for another run may fail with its error, which then travels.
+        # A task that waits for another run may fail with that run's error, which is then pickled.
         return _restored, (type(self), self.args, self.__dict__)
 
 
@@ -88,9 +83,13 @@ def _restored(kind: type[RunError], args: tuple[Any, ...], state: dict[str, Any]
 class TaskFailedError(RunError):
     """A task failed; the cause is the original exception when it can be rebuilt here.
 
-    `kind` is the class of failure, `remote_traceback` what the task's Python printed, `failed_tasks` how many tasks of
-    the run failed, `task_name` the name the task was given for people. `exception` is the encoded original, and
-    `missing_cause` says why there is none, or why it could not be rebuilt.
+    Attributes:
+        kind: the class of failure.
+        remote_traceback: the traceback that Python printed for the task.
+        failed_tasks: the number of failed tasks of the run.
+        task_name: the display name of the task.
+        exception: the encoded original exception.
+        missing_cause: the reason why there is no original exception, or why it could not be rebuilt.
     """
 
     def __init__(
@@ -124,20 +123,23 @@ class TaskFailedError(RunError):
 
 
 class RunTimeoutError(RunError):
-    """The run took longer than it was given."""
+    """The run exceeded its time limit."""
 
 
 class RunCancelledError(RunError):
-    """Somebody cancelled the run."""
+    """The run was cancelled."""
 
 
 class RequestError(LatticeError):
-    """The server refused a call. `reason` is stable, `violations` maps fields to what is wrong with them.
+    """The server refused a call.
 
-    `code` is gRPC's status; None of an error that was found without a call.
-
-    `retry_after_s` is set when the server says that the same call may succeed after so many seconds, `advice` when this
-    side knows what to do; it is part of the message.
+    Attributes:
+        code: gRPC's status code; None when the client found the error without a call.
+        reason: a name of `ErrorReason`; it never changes for the same cause.
+        metadata: details of the reason, such as the id of the run.
+        violations: the fault of each wrong field, by field.
+        retry_after_s: seconds after which the same call may succeed; None when the server names none.
+        advice: how to correct the error; it is part of the message.
     """
 
     def __init__(
@@ -157,7 +159,7 @@ class InvalidArgumentError(RequestError):
 
 
 class NotFoundError(RequestError):
-    """The thing named does not exist."""
+    """The named run, task, workflow or node does not exist."""
 
 
 class AlreadyExistsError(RequestError):
@@ -169,11 +171,11 @@ class PreconditionError(RequestError):
 
 
 class AbortedError(RequestError):
-    """Somebody else changed the thing first."""
+    """Another caller changed the object first."""
 
 
 class OutOfRangeError(RequestError):
-    """A cursor lies outside what is kept."""
+    """A position lies outside the retained events."""
 
 
 class ResourceExhaustedError(RequestError):
@@ -194,90 +196,3 @@ class PermissionDeniedError(RequestError):
 
 class InternalError(RequestError):
     """A bug of the server, or a broken connection."""
-
-
-CLASSES: dict[grpc.StatusCode, type[RequestError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
-    grpc.StatusCode.NOT_FOUND: NotFoundError,
-    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
-    grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
-    grpc.StatusCode.ABORTED: AbortedError,
-    grpc.StatusCode.OUT_OF_RANGE: OutOfRangeError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
-    grpc.StatusCode.UNAVAILABLE: UnavailableError,
-    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
-    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
-}
-# How gRPC says that two sides did not agree on TLS. A server that asks for a certificate, or for TLS, and gets none
-# hangs up without a word.
-HANDSHAKES = {
-    "CERTIFICATE_VERIFY_FAILED": "the certificate it shows is not signed by an authority trusted here: "
-    "set LATTICE_TLS_CA, or `tls_ca`, to the one that signed it",
-    "Hostname Verification Check failed": "the certificate it shows is for another name: dial a name that is in it",
-    "WRONG_VERSION_NUMBER": "what listens there does not speak TLS",
-    "failed to connect.*Socket closed": "it hangs up: if it speaks TLS set LATTICE_TLS_CA, or `tls_ca`; "
-    "if it asks for certificates, LATTICE_TLS_CERT and LATTICE_TLS_KEY too",
-    "Expected SETTINGS frame|Failed parsing HTTP/2|http1": "what listens there does not speak gRPC, but HTTP/1 or "
-    "another protocol: check the port",
-}
-START = "is a server running there? start one with `lattice start --head`"
-
-
-def from_refusal(refusal: errors_pb2.Refusal) -> RequestError:
-    """Return this package's error for what a server refused within a stream."""
-    code = next((code for code in grpc.StatusCode if code.value[0] == refusal.code), grpc.StatusCode.UNKNOWN)
-    found = CLASSES.get(code, InternalError)(refusal.message)
-    known = errors_pb2.ErrorReason.values()
-    name = errors_pb2.ErrorReason.Name(refusal.reason) if refusal.reason in known else ""
-    found.code, found.reason = code, name.removeprefix("ERROR_REASON_")
-    found.metadata, found.violations = dict(refusal.metadata), dict(refusal.violations)
-    if refusal.HasField("retry_delay"):
-        found.retry_after_s = refusal.retry_delay.ToNanoseconds() / 1e9
-    return found
-
-
-def from_rpc(error: grpc.aio.AioRpcError, target: str) -> RequestError:
-    """Return this package's error for a call to `target` that failed."""
-    text = error.details() or error.code().name
-    advice = _advice(error, text)
-    if _is_of_grpc(error) and error.code() is grpc.StatusCode.UNAVAILABLE:
-        text = f"no Lattice server answers at {target}: {_cause(text)}" + ("" if advice else f"; {START}")
-    found = CLASSES.get(error.code(), InternalError)(f"{text}; {advice}" if advice else text)
-    found.code, found.advice = error.code(), advice
-    for key, value in error.trailing_metadata() or ():
-        if key != DETAILS or not isinstance(value, bytes):
-            continue
-        for detail in status_pb2.Status.FromString(value).details:
-            info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-            retry = error_details_pb2.RetryInfo()
-            if detail.Unpack(info):
-                found.reason, found.metadata = info.reason, dict(info.metadata)
-            elif detail.Unpack(bad):
-                found.violations = {v.field: v.description for v in bad.field_violations}
-            elif detail.Unpack(retry):
-                found.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
-    return found
-
-
-def _advice(error: grpc.aio.AioRpcError, text: str) -> str:
-    """Return what the caller can do about an error whose text says only what went wrong."""
-    match error.code():
-        case grpc.StatusCode.UNAUTHENTICATED:
-            return "set LATTICE_TOKEN, or `token`, to the server's token"
-        case grpc.StatusCode.UNAVAILABLE if _is_of_grpc(error):
-            return next((advice for sign, advice in HANDSHAKES.items() if re.search(sign, text)), "")
-        case grpc.StatusCode.UNIMPLEMENTED:
-            return "what answers there is no Lattice server, or one of another version: check the target"
-        case _:
-            return ""
-
-
-def _is_of_grpc(error: grpc.aio.AioRpcError) -> bool:
-    """Whether gRPC says what failed, and not a server."""
-    return all(key != DETAILS for key, _ in error.trailing_metadata() or ())
-
-
-def _cause(text: str) -> str:
-    """Return why a connection failed: of what gRPC says, the last error, in one line, without its status."""
-    lines = text.partition("last error:")[2].splitlines() or text.splitlines() or [text]
-    return lines[0].strip().removeprefix("UNKNOWN: ").removeprefix("UNAVAILABLE: ")

@@ -6,31 +6,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
 from typing import Any, Unpack
 
-from lattice_client.graph.task import TaskDefinition, define
+from lattice_client.graph.definition import TaskDefinition, define
 from lattice_client.sync import LatticeClient
 from lattice_client.transport.security import SecurityOptions
 
-# What of a LangGraph config says something about the call; the rest is how the graph is run.
+# The keys of a LangGraph config that describe the call; the others configure the graph's own process.
 CONFIG_KEYS = ("tags", "metadata", "run_name", "run_id", "max_concurrency", "recursion_limit")
 PRIVATE = "__"
 REACHING_BACK = ("store", "heartbeat", "control")
 
 
 class LangGraphClient:
-    """Wraps functions so that a call runs on a server and returns what the function returns.
+    """Wraps functions so that a call runs on a server and returns the function's result.
 
-    A node may ask for `config` and `runtime` as LangGraph offers them. Their data travels: `configurable`, tags and
-    metadata; `context`, `previous` and what is known of the execution. What reaches back into the graph's own process
-    does not: callbacks, the store, and the stream writer, which raises RuntimeError there.
+    A node may have LangGraph's parameters `config` and `runtime`. Their data is sent: `configurable`, tags, metadata,
+    `context`, `previous` and the execution info. Objects of the graph's own process are not sent: callbacks, the store,
+    and the stream writer, which raises RuntimeError in the node.
 
-    Connects as `LatticeClient` does.
+    It connects as `LatticeClient` does.
     """
 
     def __init__(self, target: str | None = None, **security: Unpack[SecurityOptions]) -> None:
         self._client = LatticeClient(target, **security)
 
     def task(self, function: Callable[..., Any] | None = None, /, **settings: Any) -> Any:
-        """Wrap a function; bare, with `resources={...}`, or with resources directly, such as `cpu=2`."""
+        """Wrap a function; bare, with `resources={...}`, or with a resource as an option, such as `cpu=2`."""
         if function is None:
             return lambda decorated: self._wrap(decorated, settings)
         return self._wrap(function, settings)
@@ -49,7 +49,7 @@ class LangGraphClient:
 
 
 def _portable(name: str, value: Any) -> Any:
-    """Return an argument as it can travel: LangGraph offers two by name that hold on to the graph's process."""
+    """Return an argument that can be sent: `config` and `runtime` refer to objects of the graph's process."""
     if name == "config" and isinstance(value, Mapping) and "configurable" in value:
         kept = {key: value[key] for key in CONFIG_KEYS if key in value}
         own = {key: item for key, item in value["configurable"].items() if not key.startswith(PRIVATE)}
@@ -62,7 +62,7 @@ def _portable(name: str, value: Any) -> Any:
 
 
 def _no_writer(chunk: Any) -> None:
-    raise RuntimeError("the graph's stream is out of reach of a node that runs on Lattice: return what it is to show")
+    raise RuntimeError("a node that runs on Lattice cannot write to the graph's stream: return the values instead")
 
 
 class _Call:

@@ -1,6 +1,6 @@
-"""Owns how log lines look. Rule: a record is one line, and text of others neither begins a line nor steers a terminal.
+"""Owns the format of log lines. Rule: no text in a record begins a new line or contains a control character.
 
-A record says by `extra` which run, task, attempt, node, worker, session or lease it is about.
+The argument `extra` of a logging call names the run, task, attempt, node, worker, session or lease of a record.
 """
 
 import json
@@ -12,14 +12,16 @@ HANDLER = "lattice"
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 FIELDS = ("run_id", "task_id", "attempt", "node_id", "worker_id", "session_id", "lease_id", "error_id")
+# The attributes of every record; all others come from `extra`.
+STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 def set_up(form: str = "text", level: str = "warning") -> logging.StreamHandler[TextIO]:
-    """Write the log of this process to stderr, as text or as one JSON object a line, from a level on."""
+    """Write log records of this process from a level on to stderr, as text or as one JSON object a line."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     root = logging.getLogger()
-    # Only what an earlier call set up, of any package, is replaced: the process may be another program's.
+    # Only the handler of an earlier call, of any package, is replaced: the program may have handlers of its own.
     for earlier in [found for found in root.handlers if found.name == HANDLER]:
         root.removeHandler(earlier)
     handler.name = HANDLER
@@ -33,8 +35,8 @@ class TextLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as text."""
-        told = vars(record)
-        fields = "".join(f" {name}={_word(str(told[name]))}" for name in FIELDS if told.get(name))
+        values = vars(record)
+        fields = "".join(f" {name}={_word(str(values[name]))}" for name in FIELDS if values.get(name))
         text = f"{self.formatTime(record)} {record.levelname} {record.name}: {shown(record.getMessage())}{fields}"
         if record.exc_info:
             lines = self.formatException(record.exc_info).splitlines()
@@ -43,21 +45,21 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """Records for programs: `level`, `logger`, `message`, `exception`, the fields and `time`, all in ASCII."""
+    """Records for programs: `time`, `level`, `logger`, `message`, `exception` and the fields, all in ASCII."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record as one JSON object."""
-        told = vars(record)
+        """Return a record as one JSON object, without fields that have no value."""
         found: dict[str, object] = {"level": record.levelname, "logger": record.name, "message": record.getMessage()}
         if record.exc_info:
             found["exception"] = self.formatException(record.exc_info)
-        found |= {name: told[name] for name in FIELDS if told.get(name)}
+        added = {name: value for name, value in vars(record).items() if name not in STANDARD}
+        found |= {name: value for name, value in added.items() if value or name not in FIELDS}
         found["time"] = datetime.fromtimestamp(record.created, UTC).isoformat()
         return json.dumps(found, default=str)
 
 
 def shown(text: str) -> str:
-    """Return text with an escape for each character that a terminal, or a reader of lines, would obey."""
+    """Return text with an escape sequence in place of each character that is not printable."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,9 +1,7 @@
-"""Owns the command `lattice`. Commands of the other packages are found by their entry points, never imported by name.
-
-Rule: `lattice run` is `python` with how to reach a server, and nothing else.
-"""
+"""Owns the command `lattice`. Rule: commands of other packages are found by entry points, never imported by name."""
 
 import os
+import subprocess
 import sys
 
 import click
@@ -27,17 +25,19 @@ from lattice_client.cli.terminal import say
 
 @click.group(cls=Commands)
 @click.version_option(package_name=DISTRIBUTION, prog_name="lattice", message="%(prog)s %(version)s")
-@click.option("--log-level", type=click.Choice(logs.LEVELS), envvar="LATTICE_LOG_LEVEL", help="Log from this level on.")
+@click.option(
+    "--log-level", type=click.Choice(logs.LEVELS), envvar="LATTICE_LOG_LEVEL", help="The lowest level to log."
+)
 @click.option(
     "--log-format",
     type=click.Choice(logs.FORMATS),
     envvar="LATTICE_LOG_FORMAT",
-    help="Log lines as text, or as one JSON object each.",
+    help="Write log records as text, or as one JSON object each.",
 )
 def main(log_level: str | None, log_format: str | None) -> None:
     """Lattice, a control plane for the workflows of LLM agents."""
     logs.set_up(log_format or "text", log_level or "warning")
-    # `start` and `run` begin another program, which is to log likewise.
+    # `start` and `run` start another program, which reads these settings from the environment.
     given = {"LATTICE_LOG_LEVEL": log_level, "LATTICE_LOG_FORMAT": log_format}
     os.environ.update({name: value for name, value in given.items() if value})
 
@@ -49,7 +49,7 @@ main.add_command(runs)
 @address
 @as_json
 def status(server: Server, as_json: bool) -> None:
-    """Show the server and its load."""
+    """Show the server's version and load."""
     with connected(server) as client:
         info = client.server_info()
     if as_json:
@@ -71,7 +71,7 @@ def status(server: Server, as_json: bool) -> None:
 @as_json
 @click.pass_context
 def nodes(context: click.Context, server: Server, as_json: bool) -> None:
-    """List the nodes and what is free on them, or drain one."""
+    """List the nodes and their free resources, or drain a node."""
     if context.invoked_subcommand is not None:
         return
     with connected(server) as client:
@@ -98,29 +98,32 @@ def nodes(context: click.Context, server: Server, as_json: bool) -> None:
 @nodes.command()
 @address
 @click.argument("node_id")
-@click.option("--deadline", type=click.FloatRange(0), help="Seconds after which what still runs there is moved.")
+@click.option("--deadline", type=click.FloatRange(0), help="Seconds after which running attempts are moved.")
 def drain(server: Server, node_id: str, deadline: float | None) -> None:
-    """Let a node finish what it runs and leave.
+    """Let a node finish its running attempts and leave.
 
-    The server starts another worker in place of one it started itself; that node comes back when it is drained.
+    The server replaces a worker that it started itself, so that such a node returns after it was drained.
     """
     with connected(server) as client:
         node = client.drain_node(node_id, deadline)
-    say(f"{node.node_id} is {_state(node)}; attempts that run there: {node.attempts}")
-    say("A node of the server's own comes back after that: the server replaces workers it started.", err=True)
+    say(f"{node.node_id} is {_state(node)}; running attempts: {node.attempts}")
+    say("The server replaces workers it started itself: such a node returns after it was drained.", err=True)
 
 
 def _state(node: cluster_pb2.Node) -> str:
     return cluster_pb2.NodeState.Name(node.state).removeprefix("NODE_STATE_").lower()
 
 
-# What follows the script is the script's, also when it looks like an option of ours.
+# Arguments after the script belong to the script, also those that look like an option of this command.
 @main.command(context_settings={"allow_interspersed_args": False})
 @address
 @click.argument("script", type=click.Path(exists=True, dir_okay=False))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(server: Server, script: str, arguments: tuple[str, ...]) -> None:
-    """Run a Python script against the server, as `python SCRIPT` would."""
+    """Run a Python script as `python SCRIPT` does, with the server's address in its environment."""
     sys.stdout.flush()
-    # A fresh interpreter in this very process: exit status, signals, tracebacks and `__main__` are the script's own.
-    os.execve(sys.executable, [sys.executable, script, *arguments], {**os.environ, **server.environment()})
+    command, environment = [sys.executable, script, *arguments], {**os.environ, **server.environment()}
+    if os.name == "nt":  # Its `execve` starts another process, and does not wait for it.
+        raise SystemExit(subprocess.run(command, env=environment, check=False).returncode)
+    # A new interpreter in this process: exit status, signals, tracebacks and `__main__` are those of the script.
+    os.execve(sys.executable, command, environment)

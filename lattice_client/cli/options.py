@@ -1,6 +1,6 @@
-"""Owns what the commands share: their options, how they reach a server, and how they show what they found.
+"""Owns the parts that commands share: their options, the connection to a server, and the output of results.
 
-Rule: tables for people, one JSON document a line for programs (`--json`), one clear line on stderr when it fails.
+Rule: tables for people, one JSON document a line for programs (`--json`), one line on stderr for an error.
 """
 
 import functools
@@ -29,9 +29,9 @@ from lattice_client.transport.security import SecurityOptions
 
 DISTRIBUTION = "lattice-control-plane"
 ENTRY_POINTS = "lattice.commands"
-# Values nested deeper than this are shown as Python writes them.
+# Values nested deeper than this are shown by their `repr`.
 MAX_DEPTH = 50
-# Python writes no longer numbers unless told to.
+# Python converts no longer integers to text by default.
 MAX_BITS = 14_000
 
 console = Console()
@@ -39,19 +39,19 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One JSON documen
 
 
 class Commands(click.Group):
-    """The commands of this package, and those other packages announce; these are imported when they are asked for."""
+    """The commands of this package, and those of the entry points; an entry point is imported when its command runs."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; this package's errors become one message."""
+        """Run a command; print an error of this package as one message."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper):
-                # A character the terminal's encoding lacks must not end a command.
+                # A character that the terminal's encoding lacks must not end a command.
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except LatticeError as error:
             raise click.ClickException(harmless(str(error))) from None
-        except click.UsageError:  # it shows what the caller typed
+        except click.UsageError:  # its text is the user's own input
             raise
         except click.ClickException as error:
             raise click.ClickException(harmless(error.message)) from None
@@ -91,18 +91,18 @@ def _broken(entry: EntryPoint, error: Exception) -> click.Command:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """The server a command asks, and how it is reached. The token comes from the environment, never by a flag."""
+    """The server of a command, and how to connect to it. The token comes from the environment only."""
 
     target: str
     tls_ca: str | None
     insecure: bool
 
     def security(self) -> SecurityOptions:
-        """Return what clients take."""
+        """Return the security options of a client."""
         return SecurityOptions(tls_ca=self.tls_ca, insecure=self.insecure)
 
     def environment(self) -> dict[str, str]:
-        """Return what says the same to another program."""
+        """Return the environment variables by which another program connects to the same server."""
         found = {"LATTICE_TARGET": self.target}
         if self.tls_ca is not None:
             found["LATTICE_TLS_CA"] = self.tls_ca
@@ -112,7 +112,7 @@ class Server:
 
 
 def address(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say which server, as its argument `server`."""
+    """Add the options that name a server to a command, which gets them as its argument `server`."""
 
     @click.option(
         "--addr", envvar="LATTICE_TARGET", default=DEFAULT_TARGET, show_default=True, help="The server, host:port."
@@ -123,7 +123,12 @@ def address(command: Callable[..., None]) -> Callable[..., None]:
         type=click.Path(exists=True, dir_okay=False),
         help="Use TLS and trust this authority's certificate.",
     )
-    @click.option("--insecure", envvar="LATTICE_INSECURE", is_flag=True, help="Do without TLS or a token.")
+    @click.option(
+        "--insecure",
+        envvar="LATTICE_INSECURE",
+        is_flag=True,
+        help="Connect beyond this machine without TLS or a token.",
+    )
     @functools.wraps(command)
     def wrapped(addr: str, tls_ca: str | None, insecure: bool, **others: Any) -> None:
         command(server=Server(addr, tls_ca, insecure), **others)
@@ -133,11 +138,11 @@ def address(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def reachable(addr: str) -> Iterator[None]:
-    """Say where no server answers, and what to do, when the block finds none."""
+    """Raise ClickException with advice when a call in the block cannot reach the server."""
     try:
         yield
     except UnavailableError as error:
-        if error.reason:  # a server did answer, and said why it cannot
+        if error.reason:  # a server answered with the reason why it cannot serve the call
             raise
         hint = error.advice or "start one with `lattice start --head`, or name another with --addr or LATTICE_TARGET"
         raise click.ClickException(f"no Lattice server answers at {addr}: {hint}") from None
@@ -145,13 +150,13 @@ def reachable(addr: str) -> Iterator[None]:
 
 @contextmanager
 def connected(server: Server) -> Iterator[LatticeClient]:
-    """Connect for the length of the block."""
+    """Connect a client to the server for the duration of a block."""
     with reachable(server.target), LatticeClient(server.target, **server.security()) as client:
         yield client
 
 
 def show(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, wrapped: str = "") -> None:
-    """Show a table; to a pipe, lines of cells separated by tabs. Only the column `wrapped` gives way to the others."""
+    """Show a table; to a pipe, lines of cells separated by tabs. Only the cells of the column `wrapped` are wrapped."""
     cells = [tuple(map(one_line, row)) for row in rows]
     if not console.is_terminal:
         for row in (columns, *cells):
@@ -166,17 +171,17 @@ def show(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, wrapped: 
 
 
 def as_dict(message: Message) -> dict[str, Any]:
-    """Return a message with all its fields, those that are zero too, so that programs find what they look for."""
+    """Return a message as a dict with all its fields, also those that are zero."""
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
 def print_json(document: Any) -> None:
-    """Print a document as one line; what JSON cannot say is shown as Python writes it."""
+    """Print a document as one line; a value that is not JSON is replaced by its `repr`."""
     say(json.dumps(_jsonable(document)))
 
 
 def _jsonable(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Return what JSON can say of a value; `above` are the identities of what holds it."""
+    """Return a value with each part that is not JSON replaced by its `repr`; `above` are its containers' identities."""
     inside = (*above, id(value))
     match value:
         case None | bool() | str():
@@ -200,8 +205,8 @@ def _key(key: Any) -> str:
 
 
 def written(value: Any) -> str:
-    """Return a value as Python writes it, or its class when that fails."""
+    """Return the `repr` of a value, or its class when that fails."""
     try:
         return repr(value)
-    except Exception:  # the class is the user's; Python itself refuses numbers of many digits
+    except Exception:  # `__repr__` is code of the user, and Python refuses integers of many digits
         return f"<{type(value).__name__}>"

@@ -1,6 +1,6 @@
-"""Owns the live view of a run: what its events add up to, and how that looks on a terminal.
+"""Owns the live view of a run: the state of its tasks by the run's events, drawn for a terminal.
 
-Rule: it does no I/O and reads no clock but the one it is given; events go in, lines and a picture come out.
+Rule: it does no I/O, and reads only the clock it is given.
 """
 
 import heapq
@@ -16,14 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from lattice_client.cli.terminal import one_line, printable
-from lattice_client.convert.graphs import RunEvent
+from lattice_client.convert.events import RunEvent
 
 STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "retrying": "yellow", "cancelling": "yellow"}
 PREFIX_STYLES = ("cyan", "magenta", "green", "yellow", "blue", "red")
 COLUMNS = ("task", "state", "attempt", "node", "time")
-# What is worth a line when there are too few; the newest first among equals.
+# The order of states when not all tasks fit; tasks of the same state are ordered newest first.
 RANKS = {"running": 0, "retrying": 1, "failed": 2}
-# The header, the names of the columns, the count of what is left out, and the line the cursor rests on.
+# The header, the column names, the number of tasks left out, and the line of the cursor.
 OTHER_LINES = 4
 NAME_LENGTH = 24
 STREAMS = ("stdout", "stderr")
@@ -32,18 +32,18 @@ MOVES = ENDS | {"task_started", "task_skipped"}
 
 
 class Lines:
-    """Puts the output of tasks, which comes in pieces, together to lines."""
+    """Assembles the output of tasks, which arrives in pieces, to lines."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[str, str], str] = {}
 
     def take(self, event: RunEvent) -> list[tuple[str, str]]:
-        """Return the lines an event completes, each with its task; an attempt's end completes what it left open."""
+        """Return the lines that an event completes, each with its task id; an attempt's end completes its last line."""
         if event.type == "task_log":
             key = (event.task_id, event.data["stream"])
             *whole, rest = (self._open.pop(key, "") + event.data["text"]).split("\n")
             if rest:
-                # The return at the end may belong to a line end whose other half is still to come.
+                # A carriage return at the end may be the first half of a line end.
                 self._open[key] = _overwritten(rest) + ("\r" if rest.endswith("\r") else "")
             return [(event.task_id, _overwritten(line)) for line in whole]
         if event.type in ENDS:
@@ -53,18 +53,18 @@ class Lines:
         return [(key[0], _overwritten(self._open.pop(key))) for key in keys]
 
     def open_line(self, event: RunEvent) -> str:
-        """Return what a piece of output, taken before, left without an end."""
+        """Return the line that earlier output of the same stream has not completed."""
         return self._open.get((event.task_id, event.data["stream"]), "")
 
 
 def _overwritten(line: str) -> str:
-    """Return what remains to be seen of a line whose carriage returns had it written over, as progress bars do."""
+    """Return the visible part of a line in which carriage returns overwrite text, as progress bars do."""
     return line.rstrip("\r").rpartition("\r")[2]
 
 
 @dataclass(slots=True)
 class Row:
-    """One task that was heard of."""
+    """One task of the run that an event named."""
 
     label: str
     style: str
@@ -78,13 +78,13 @@ class Row:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Its place in the table."""
+        """The key by which rows are ordered."""
         return RANKS.get(self.state, len(RANKS)), -self.sequence
 
 
 @dataclass
 class Progress:
-    """A run as its events tell it. Rendered by rich, it fits the height of the terminal."""
+    """The state of a run by its events. `rich` renders it within the height of the terminal."""
 
     run: run_pb2.Run
     clock: Callable[[], float] = time.time
@@ -97,7 +97,7 @@ class Progress:
     _ended_s: float | None = None
 
     def take(self, event: RunEvent) -> list[Text]:
-        """Take the next event; return the lines of output it completes, for above the picture."""
+        """Apply the next event; return the lines of output that it completes, which are printed above the view."""
         completed = self._lines.take(event)
         match event.type:
             case "run_started":
@@ -145,22 +145,22 @@ class Progress:
         return Text.assemble((one_line(row.label), row.style), (" | ", "dim"), first_line(line))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the header, and as many tasks as there is room for."""
+        """Draw the header, and as many tasks as fit."""
         yield self._header()
         if not self._rows:
             return
-        room = max(1, options.max_height - OTHER_LINES)
+        most = max(1, options.max_height - OTHER_LINES)
         table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
         for column in COLUMNS:
             table.add_column(column, no_wrap=True, justify="right" if column in {"attempt", "time"} else "left")
         table.add_column("output", no_wrap=True, ratio=1)
-        for row in heapq.nsmallest(room, self._rows.values(), key=lambda row: row.order):
+        for row in heapq.nsmallest(most, self._rows.values(), key=lambda row: row.order):
             style = STYLES.get(row.state, "dim")
             cells = (Text(row.state, style), str(row.attempt or ""), Text(one_line(row.node)), self._time(row))
             table.add_row(Text(one_line(row.label), row.style), *cells, first_line(row.note))
         yield table
-        if len(self._rows) > room:
-            yield Text(f"... and {len(self._rows) - room} more", "dim")
+        if len(self._rows) > most:
+            yield Text(f"... and {len(self._rows) - most} more", "dim")
 
     def _header(self) -> Text:
         header = Text(no_wrap=True, overflow="ellipsis")
@@ -181,15 +181,15 @@ class Progress:
 
 
 def label_of(task_id: str, name: str) -> str:
-    """Return what a person is shown for a task: its id, with its name where the id does not begin with that."""
+    """Return the label of a task: its id, with its display name unless the id begins with it."""
     return task_id if not name or task_id.startswith(name) else f"{name} ({task_id})"
 
 
 def first_line(text: str) -> Text:
-    """Return the first line of what another process wrote; it may colour it and do nothing else to a terminal."""
+    """Return the first line of another process's output, with its colours and without other control sequences."""
     return printable(_overwritten(text.strip("\n").partition("\n")[0]))
 
 
 def span(seconds: float) -> str:
-    """Return a length of time for people."""
+    """Return a duration as a text for people."""
     return f"{max(0.0, seconds):.1f}s" if seconds < 60 else str(timedelta(seconds=int(seconds)))

@@ -1,47 +1,27 @@
-"""Owns the commands `lattice runs ...`. Rule: a run that ended otherwise than well is a message and exit status 1."""
+"""Owns the commands `lattice runs ...`. Rule: a failed or cancelled run is one message and exit status 1."""
 
 import asyncio
-import json
 import signal
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
-from typing import Any
 
 import click
-from lattice.v1 import payload_pb2, run_pb2, task_pb2
-from rich.live import Live
+from lattice.v1 import run_pb2, task_pb2
 
-from lattice_client import errors
-from lattice_client.cli.options import (
-    Server,
-    address,
-    as_dict,
-    as_json,
-    connected,
-    console,
-    print_json,
-    reachable,
-    show,
-    written,
-)
-from lattice_client.cli.progress import Lines, Progress, label_of, span
-from lattice_client.cli.terminal import one_line, printable, say
-from lattice_client.client import AsyncLatticeClient
-from lattice_client.convert import graphs, payloads
-from lattice_client.convert.graphs import RunEvent
+from lattice_client.cli.options import Server, address, as_dict, as_json, connected, console, print_json, show
+from lattice_client.cli.progress import span
+from lattice_client.cli.terminal import one_line, say
+from lattice_client.cli.watching import watch_run
+from lattice_client.convert.events import RUN_STATES
+from lattice_client.convert.failures import error_of
 from lattice_client.runs.reader import TERMINAL
-from lattice_client.transport.reconnection import RECONNECT_S
 
 MAX_RUNS = 1000
 RUN_COLUMNS = ("run", "name", "state", "tasks", "since (UTC)")
 TASK_COLUMNS = ("task", "name", "state", "attempt", "node", "time")
-# How often the clocks of a live view move when nothing else does.
-CLOCK_S = 0.25
 
 
 @click.group()
 def runs() -> None:
-    """Look at runs, and cancel them."""
+    """List, show, watch, cancel and retry runs."""
 
 
 def _state(run: run_pb2.Run) -> str:
@@ -51,7 +31,7 @@ def _state(run: run_pb2.Run) -> str:
 def _run_row(run: run_pb2.Run) -> tuple[str, ...]:
     counts = run.task_counts
     created = run.create_time.ToDatetime()
-    # On a terminal a name needs the room more than a year does.
+    # The year is left out on a terminal, to leave more columns to the name.
     since = f"{created:%m-%d %H:%M}" if console.is_terminal else created.isoformat(timespec="seconds")
     return (run.run_id, run.display_name, _state(run), f"{counts.succeeded}/{counts.total}", since)
 
@@ -68,10 +48,10 @@ def _task_row(task: run_pb2.TaskRun) -> tuple[str, ...]:
 @address
 @as_json
 @click.option("--limit", type=click.IntRange(1, MAX_RUNS), default=100, show_default=True, help="The most to list.")
-@click.option("--state", "states", multiple=True, type=click.Choice(graphs.RUN_STATES), help="Only runs in this state.")
+@click.option("--state", "states", multiple=True, type=click.Choice(RUN_STATES), help="Only runs in this state.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Only runs with this label.")
 def list_runs(server: Server, as_json: bool, limit: int, states: tuple[str, ...], labels: tuple[str, ...]) -> None:
-    """List runs, newest first. Several states mean any of them, several labels all of them."""
+    """List runs, newest first: those in any of the given states that have all of the given labels."""
     wrong = [label for label in labels if "=" not in label]
     if wrong:
         raise click.BadParameter(f"{wrong[0]!r} is not KEY=VALUE", param_hint="--label")
@@ -100,7 +80,7 @@ def show_run(server: Server, as_json: bool, run_id: str) -> None:
     say("")
     show(TASK_COLUMNS, map(_task_row, tasks), wrapped="name")
     names = {task.task_id: task.display_name for task in tasks}
-    if run.state in TERMINAL and (error := graphs.error_of(run, names.get(run.failure.task_id, ""))) is not None:
+    if run.state in TERMINAL and (error := error_of(run, names.get(run.failure.task_id, ""))) is not None:
         say(f"\n{str(error).rstrip()}")
 
 
@@ -115,7 +95,7 @@ def cancel(server: Server, as_json: bool, run_id: str) -> None:
     if as_json:
         print_json(as_dict(run))
     elif run.state in {run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED}:
-        say(f"Run {run_id} had ended before: it {_state(run)}.")
+        say(f"Run {run_id} had already {_state(run)}.")
     elif run.state == run_pb2.RUN_STATE_CANCELLED:
         say(f"Run {run_id} is cancelled.")
     else:
@@ -127,13 +107,13 @@ def cancel(server: Server, as_json: bool, run_id: str) -> None:
 @as_json
 @click.argument("run_id")
 def retry(server: Server, as_json: bool, run_id: str) -> None:
-    """Run what a run did not finish, in a new run that takes over the rest."""
+    """Retry an ended run: a new run takes its finished outputs and runs its other tasks."""
     with connected(server) as client:
         run = client.describe_run(client.retry_run(run_id))
     if as_json:
         print_json(as_dict(run))
     else:
-        say(f"Run {run.run_id} retries run {run_id}; `lattice runs watch {run.run_id}` follows it.")
+        say(f"Run {run.run_id} retries run {run_id}; `lattice runs watch {run.run_id}` shows it.")
 
 
 @runs.command()
@@ -142,7 +122,7 @@ def retry(server: Server, as_json: bool, run_id: str) -> None:
 @click.argument("run_id")
 @click.argument("task_id")
 def explain(server: Server, as_json: bool, run_id: str, task_id: str) -> None:
-    """Say what a task waits for, since when, and when it may start."""
+    """Show why a task is queued or not ready, for how long, and when it may start."""
     with connected(server) as client:
         found = client.explain(run_id, task_id)
     if as_json:
@@ -162,123 +142,9 @@ def explain(server: Server, as_json: bool, run_id: str, task_id: str) -> None:
 @as_json
 @click.argument("run_id")
 def watch(server: Server, as_json: bool, run_id: str) -> None:
-    """Follow a run to its end. Fails when the run does."""
+    """Show the events of a run until its end. The exit status is 1 when the run failed."""
     try:
-        asyncio.run(_watch(server, run_id, as_json))
+        asyncio.run(watch_run(server, run_id, as_json))
     except KeyboardInterrupt:
-        say(f"The run goes on; `lattice runs cancel {run_id}` would end it.", err=True)
+        say(f"The run continues; `lattice runs cancel {run_id}` would end it.", err=True)
         raise SystemExit(128 + signal.SIGINT) from None
-
-
-async def _watch(server: Server, run_id: str, as_json: bool) -> None:
-    async with AsyncLatticeClient(server.target, **server.security()) as client:
-        with reachable(server.target):
-            run = await client.describe_run(run_id)
-        if as_json:
-            async for event in client.reader.fetched_events(run_id, fetch=_reader(client), on_loss=_say_lost):
-                print_json({"sequence": event.sequence, "type": event.type, "data": event.data})
-        elif console.is_terminal and not console.is_dumb_terminal:
-            await _watch_live(client, run)
-        else:
-            lines = Lines()
-            async for event in client.reader.fetched_events(run_id, fetch=_reader(client), on_loss=_say_lost):
-                _print_plain(event, lines)
-        error = await client.reader.error_of(await client.describe_run(run_id))
-    if error is not None:
-        raise error
-
-
-def _say_lost(error: errors.RequestError) -> None:
-    say(f"The server does not answer; reconnecting for {RECONNECT_S:.0f} s. {one_line(str(error))}", err=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Opaque:
-    """A value that is not shown: to read a pickle is to run the code in it."""
-
-    media_type: str
-    size_bytes: int
-    why: str = ""
-
-    def __repr__(self) -> str:
-        return f"<{self.media_type}, {self.size_bytes} bytes{self.why and f', {self.why}'}>"
-
-
-def _reader(client: AsyncLatticeClient) -> graphs.Decode:
-    """Return what reads values for a person or a program that did not write them: JSON only."""
-
-    async def read(payload: payload_pb2.Payload) -> Any:
-        media_type = payload.media_type or payloads.JSON
-        if payload.WhichOneof("content") == "artifact":
-            opaque = Opaque(media_type, payload.artifact.size_bytes)
-        else:
-            opaque = Opaque(media_type, len(payload.data) or len(payload.json.encode()))
-        if media_type != payloads.JSON:
-            return opaque
-        try:
-            return json.loads((await client.transfer.fetch(payload)).data)
-        except (ValueError, RecursionError, errors.RequestError) as error:
-            return replace(opaque, why=one_line(f"which cannot be read: {error}"))
-
-    return read
-
-
-def _print_plain(event: RunEvent, lines: Lines) -> None:
-    def echo(kind: str, task_id: str, text: str) -> None:
-        say(f"{event.sequence:>6}  {kind:<15} {one_line(task_id):<20} {text}".rstrip())
-
-    for task_id, line in lines.take(event):
-        echo("task_log", task_id, printable(line.rstrip()).plain)
-    if event.type == "task_log":
-        return
-    failure = event.data.get("failure")
-    outputs = event.data.get("outputs")
-    shown = f"{failure['kind']}: {failure['message']}" if failure else written(outputs) if outputs else ""
-    if added := event.data.get("task_ids"):
-        shown = f"{len(added)} tasks"
-    echo(event.type, label_of(event.task_id, event.data.get("display_name", "")), " ".join(shown.split()))
-
-
-async def _watch_live(client: AsyncLatticeClient, run: run_pb2.Run) -> None:
-    async def unfetched(payload: payload_pb2.Payload) -> payload_pb2.Payload:
-        return payload  # the picture has no outputs; large ones need not be fetched
-
-    progress = Progress(run)
-    events = client.reader.fetched_events(run.run_id, fetch=unfetched, on_loss=_say_lost)
-    with Live(progress, console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        async for batch in _batches(events):
-            lines = [line for event in batch for line in progress.take(event)]
-            if lines:  # printing draws the picture again
-                console.print(*lines, sep="\n")
-            else:
-                live.refresh()
-
-
-async def _batches(events: AsyncIterator[RunEvent]) -> AsyncIterator[list[RunEvent]]:
-    """Yield events as soon as they are there, all that are there at once; nothing when a moment passed without any."""
-    queue: asyncio.Queue[RunEvent | None] = asyncio.Queue()
-
-    async def read() -> None:
-        try:
-            async for event in events:
-                queue.put_nowait(event)
-        finally:
-            queue.put_nowait(None)
-
-    reader = asyncio.create_task(read())
-    try:
-        is_open = True
-        while is_open:
-            batch: list[RunEvent | None] = []
-            try:
-                async with asyncio.timeout(CLOCK_S):
-                    batch.append(await queue.get())
-            except TimeoutError:
-                pass
-            while not queue.empty():
-                batch.append(queue.get_nowait())
-            is_open = None not in batch
-            yield [event for event in batch if event is not None]
-        await reader
-    finally:
-        reader.cancel()

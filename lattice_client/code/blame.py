@@ -1,6 +1,6 @@
-"""Owns saying which part of a function or a value keeps it from being pickled.
+"""Owns the search for the part of a function or a value that cannot be pickled.
 
-Rule: its parts are tried one by one, inwards, up to one that says itself why it cannot travel.
+Rule: the parts are pickled one by one, from the outside to the inside, until one raises an error of its own class.
 """
 
 import dis
@@ -14,12 +14,12 @@ from lattice_client.code import pickler
 
 GLOBAL_STEPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"})
 MAX_DEPTH = 8
-# Of one value: a list may have millions of items, each of which takes a pickler of its own.
+# The most parts of one value: a list may have millions of items, and each needs a pickler.
 MAX_PARTS = 10_000
 
 
 def blame(function: Any, error: Exception) -> str:
-    """Return what a task does that cannot be sent, and what to do about it."""
+    """Return the part of a task's function that cannot be sent, and how to correct it."""
     path, found = _path(function, lambda part: pickler.dumps(part, [].append))
     if not path:
         return f"cannot be sent to a worker: {error}"
@@ -30,13 +30,13 @@ def blame(function: Any, error: Exception) -> str:
 
 
 def blame_value(where: str, value: Any, error: Exception, dump: Callable[[Any], object]) -> str:
-    """Return what of a value cannot be sent.
+    """Return the part of a value that cannot be sent.
 
     Args:
-        where: what the value is, such as an input by name.
+        where: the name of the value in the message, such as the name of an input.
         value: the value.
-        error: why it cannot be sent.
-        dump: what raises for a part of it that cannot be sent.
+        error: the error of pickling the value.
+        dump: pickles a part; raises for a part that cannot be sent.
     """
     path, found = _path(value, dump)
     where = ", ".join([where, *path])
@@ -46,7 +46,7 @@ def blame_value(where: str, value: Any, error: Exception, dump: Callable[[Any], 
 
 
 def _path(value: Any, dump: Callable[[Any], object]) -> tuple[list[str], Any]:
-    """Return the names that lead to the part of a value that is at fault, and that part."""
+    """Return the path to the part of a value that cannot be pickled, and that part."""
     path: list[str] = []
     found, seen = value, {id(value)}
     while _own_refusal(found) is None:
@@ -54,7 +54,7 @@ def _path(value: Any, dump: Callable[[Any], object]) -> tuple[list[str], Any]:
         fault = next(((name, part) for name, part in parts if id(part) not in seen and not _can(dump, part)), None)
         if fault is None:
             break
-        if len(path) == MAX_DEPTH:  # it is the nesting that is at fault
+        if len(path) == MAX_DEPTH:  # the value is nested too deep
             return [], value
         name, found = fault
         seen.add(id(found))
@@ -63,7 +63,7 @@ def _path(value: Any, dump: Callable[[Any], object]) -> tuple[list[str], Any]:
 
 
 def _own_refusal(value: Any) -> Exception | None:
-    """Return what a value that is not to be pickled raises itself."""
+    """Return the error that the value's own class raises when it is pickled."""
     if isinstance(value, type):
         return None
     for name, args in (("__reduce_ex__", (5,)), ("__reduce__", ())):
@@ -97,7 +97,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
                 try:
                     yield f"variable {name!r} of an enclosing function", cell.cell_contents
                 except ValueError:
-                    continue  # it has no value yet
+                    continue  # the cell is empty
             names = value.__code__.co_varnames[: value.__code__.co_argcount]
             defaults = value.__defaults__ or ()
             yield from ((f"the default of {name!r}", d) for name, d in zip(names[::-1], defaults[::-1], strict=False))

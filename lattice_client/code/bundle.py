@@ -1,7 +1,7 @@
 """Owns the bundle: the user's own modules that a function needs and no worker has.
 
-Rule: a module that this process has, or would import, from elsewhere than its installation travels with all files of
-its package; for each module or file that is left out the reason is kept.
+Rule: a module that is imported from outside the Python installation is sent with all files of its package; every
+module or file that is left out has a reason.
 """
 
 import fnmatch
@@ -14,19 +14,22 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType, ModuleType
+from typing import NamedTuple
 
 from lattice.v1 import task_pb2
 
 from lattice_client.code import modules
+from lattice_client.code.freshness import FileState
 from lattice_client.code.imports import imports_in, imports_of
 from lattice_client.code.modules import File
 from lattice_client.errors import TaskDefinitionError
 
 MIB = 1024 * 1024
 LIMIT_BYTES = 32 * MIB
-# Of a file that is not code, unless it is named.
+# The limit of a file that is not code, unless the user named it.
 DATA_LIMIT_BYTES = 4 * MIB
-_files: dict[str, tuple[tuple[str, int, int], ...]] = {}
+# The bundles that stay in memory while their files do not change.
+MAX_BUNDLES = 16
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 Item = str | os.PathLike[str] | ModuleType
@@ -34,7 +37,7 @@ Item = str | os.PathLike[str] | ModuleType
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the user adds, modules and paths, and the patterns of what to leave out."""
+    """The modules and paths that the user adds, and the patterns that the user excludes."""
 
     added: Sequence[Item] = ()
     exclude: Sequence[str] = ()
@@ -42,7 +45,7 @@ class Choice:
 
 @dataclass(slots=True)
 class Found:
-    """Files that travel, by their names in the archive; why others do not; and the modules to look at next."""
+    """A search for files: those found, by name in the archive; the reasons of those left out; the modules to search."""
 
     choice: Choice
     files: dict[str, File] = field(default_factory=dict)
@@ -50,7 +53,7 @@ class Found:
     pending: list[str] = field(default_factory=list)
 
     def take(self, name: str, files: dict[str, File], *, is_named: bool = False) -> None:
-        """Add the files of a module, or of a path that is `is_named` by the user, and what they import."""
+        """Add files and the modules they import. `is_named`: the user named the module or the path."""
         kept: dict[str, File] = {}
         for path, file in files.items():
             if (excluded := _excluded_by(path, self.choice.exclude)) is not None:
@@ -62,7 +65,7 @@ class Found:
                 kept[path] = file
         size = sum(file.size for file in kept.values())
         if size > LIMIT_BYTES and not is_named:
-            text = "install it on the worker, or leave parts of it out with exclude=[...]"
+            text = "install it on the worker, or leave files of it out with exclude=[...]"
             self.left_out[name] = f"{_too_large(size, LIMIT_BYTES)}; {text}"
             return
         self.files |= kept
@@ -71,18 +74,25 @@ class Found:
                 self.pending += _imports_of_file(file, name)
 
 
+class Bundle(NamedTuple):
+    """The files that are sent with a function. `files` are the states of the files that `message` was made of."""
+
+    message: task_pb2.CodeBundle
+    files: tuple[FileState, ...]
+
+
 def bundle_for(
     needed: Iterable[str], codes: Iterable[CodeType] = (), choice: Choice | None = None
-) -> tuple[task_pb2.CodeBundle | None, dict[str, str]]:
-    """Return the bundle of a function, or None, and the reasons of the modules and files that are left out.
+) -> tuple[Bundle | None, dict[str, str]]:
+    """Return the bundle of a function, None without files, and the reasons of the modules and files that are left out.
 
     Args:
-        needed: the modules that are imported to load the function.
-        codes: code that travels with it, whose imports count too.
-        choice: what the user adds and leaves out.
+        needed: the modules that unpickling the function imports.
+        codes: code within the pickle, whose imports are needed too.
+        choice: the modules and paths that the user adds, and the patterns that the user excludes.
 
     Raises:
-        TaskDefinitionError: what is added does not exist, or all is over 32 MiB.
+        TaskDefinitionError: an added module or path does not exist, or the files have over 32 MiB.
     """
     found = Found(choice or Choice())
     named = {_add(item, found) for item in found.choice.added}
@@ -102,7 +112,7 @@ def bundle_for(
 
 
 def _add(item: Item, found: Found) -> str:
-    """Add the files of a path; return the name of a module."""
+    """Add the files of a path; for a module return its name."""
     if isinstance(item, ModuleType):
         return item.__name__.partition(".")[0]
     text = os.fspath(item)
@@ -124,18 +134,18 @@ def _add(item: Item, found: Found) -> str:
 
 
 def _name_of(path: str) -> str:
-    """Return a path's name in the archive: below the entry of `sys.path` in which it is, or else its last part."""
+    """Return a path's name in the archive: relative to its entry of `sys.path`, or else its last part."""
     roots = {os.path.realpath(entry) for entry in sys.path if not modules.is_installed(entry)}
     within = [root for root in roots if path == root or path.startswith(f"{root.rstrip(os.sep)}{os.sep}")]
     return os.path.relpath(path, max(within, key=len)) if within else os.path.basename(path)
 
 
 def _imports_of_script() -> Iterator[str]:
-    """Yield what the script imports: values that it sends may be of classes from there."""
+    """Yield the modules that the script imports: values it sends may be instances of their classes."""
     script = sys.modules["__main__"]
     if (file := modules.file_of_script()) is not None:
         yield from _imports_of_file(file, getattr(script, "__package__", None) or "")
-    elif not hasattr(script, "__file__"):  # it was typed in
+    elif not hasattr(script, "__file__"):  # an interactive session
         for value in list(vars(script).values()):
             owner = value if isinstance(value, FunctionType | type) else type(value)
             yield value.__name__ if isinstance(value, ModuleType) else str(owner.__module__)
@@ -150,7 +160,7 @@ def _imports_of_file(file: File, package: str) -> tuple[str, ...]:
 
 
 def _excluded_by(path: str, patterns: Sequence[str]) -> tuple[str, str] | None:
-    """Return the module or file that a pattern leaves out, a package or folder of `path` or the path itself."""
+    """Return the excluded module, folder or file that contains `path`, and its pattern; None without one."""
     parts = path.split("/")
     for end in range(1, len(parts) + 1):
         prefix = "/".join(parts[:end])
@@ -165,27 +175,21 @@ def _too_large(size: int, limit: int) -> str:
     return f"has {size / MIB:.1f} MiB, above the limit of {limit // MIB} MiB"
 
 
-@functools.lru_cache(maxsize=16)
-def _zip(files: tuple[tuple[str, File], ...]) -> task_pb2.CodeBundle:
+@functools.lru_cache(maxsize=MAX_BUNDLES)
+def _zip(files: tuple[tuple[str, File], ...]) -> Bundle:
     total = sum(file.size for _, file in files)
     if total > LIMIT_BYTES:
         largest = ", ".join(name for name, _ in sorted(files, key=lambda entry: -entry[1].size)[:3])
         raise TaskDefinitionError(
             f"the modules and files of your own that the task needs have {total} bytes, the limit is {LIMIT_BYTES}; "
-            f"the largest: {largest}; leave out what it does not need with exclude=[...], or install it on the workers"
+            f"the largest: {largest}; leave unused files out with exclude=[...], or install them on the workers"
         )
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, file in files:
             archive.writestr(zipfile.ZipInfo(name, EPOCH), file.read(), zipfile.ZIP_DEFLATED)
     data = buffer.getvalue()
-    bundle = task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", zip=data)
-    # Of an archive its own size: its members change with it.
+    message = task_pb2.CodeBundle(digest=f"sha256:{hashlib.sha256(data).hexdigest()}", zip=data)
+    # For a member of a zip archive, the size of the archive: both change together.
     sizes = {file.path: os.path.getsize(file.path) if file.member else file.size for _, file in files}
-    _files[bundle.digest] = tuple({(file.path, file.changed_ns, sizes[file.path]) for _, file in files})
-    return bundle
-
-
-def files_in(bundle: task_pb2.CodeBundle | None) -> tuple[tuple[str, int, int], ...]:
-    """Return the files a bundle was made of: each one's path, time in nanoseconds, and size."""
-    return _files.get(bundle.digest, ()) if bundle is not None else ()
+    return Bundle(message, tuple({(file.path, file.changed_ns, sizes[file.path]) for _, file in files}))

@@ -1,8 +1,8 @@
-"""Owns whether a task's code is still what it was when it was packed. Rule: comparing runs no code of the user's.
+"""Owns the check whether a task's code changed since it was pickled. Rule: the check runs no code of the user.
 
-Looked at are the function, the functions and classes that travel with it because no worker can import them, what these
-close over and have for defaults, and the globals they name. Objects are compared by identity; numbers, texts and
-builtin containers of up to 64 KiB by value; modules by their files. A change within any other object is not seen.
+It compares the function; the functions and classes that are sent with it because no worker can import them; their
+closures, defaults and the globals they name. Objects are compared by identity; numbers, texts and builtin containers of
+up to 64 KiB by value; modules by their files. A change within any other object is not detected.
 """
 
 import dis
@@ -17,7 +17,7 @@ from typing import Any, Self
 
 LIMIT_BYTES = 64 * 1024
 LIMIT_ITEMS = 8192
-# The format in which nothing depends on how many references an object has.
+# A format that does not depend on the number of references to an object.
 MARSHAL_VERSION = 2
 SCALARS = frozenset({int, float, complex, str, bytes, bool, type(None)})
 CONTAINERS = frozenset({list, dict, set, frozenset, tuple, bytearray})
@@ -26,16 +26,16 @@ NAMES = re.compile(r"[^\W\d]\w*")
 NAMING = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 ABSENT = object()
 
-# The path of a file, its time in nanoseconds, and its size.
-File = tuple[str, int, int]
-Look = Callable[[str], File]
+# The path of a file, its modification time in nanoseconds, and its size.
+FileState = tuple[str, int, int]
+StateOf = Callable[[str], FileState]
 
 
 class Snapshot:
-    """A function, and all it reaches, at one moment."""
+    """The state of a function, and of all objects it uses, at one time."""
 
     def __init__(self, function: Any) -> None:
-        self._files: tuple[File, ...] = ()
+        self._files: tuple[FileState, ...] = ()
         self._functions: list[tuple[types.FunctionType, Any, Any, Any]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
         self._names: list[tuple[Mapping[str, Any], str, Any]] = []
@@ -43,21 +43,21 @@ class Snapshot:
         self._contents: list[tuple[Any, Any]] = []
         seen: dict[int, Any] = {}
         owner = function.__self__ if isinstance(function, types.MethodType) else function
-        pending = [function, *self._note_names(_attributes(owner))]
+        pending = [function, *self._add_names(_attributes(owner))]
         while pending:
             found = pending.pop()
             if id(found) not in seen and type(found) not in SCALARS:
                 seen[id(found)] = found
-                pending += self._note(found)
+                pending += self._add(found)
 
-    def with_files(self, files: Iterable[File]) -> Self:
-        """Note the files of modules that travel too."""
+    def with_files(self, files: Iterable[FileState]) -> Self:
+        """Add the files of modules that are sent with the function."""
         self._files = tuple(files)
         return self
 
-    def is_current(self, look: Look | None = None) -> bool:
-        """Whether all is as it was. `look` tells how a file is now, if not this module's `file_at`."""
-        look = look or file_at
+    def is_current(self, state_of: StateOf | None = None) -> bool:
+        """Whether nothing changed. `state_of` returns the present state of a file; by default `file_at`."""
+        state_of = state_of or file_at
         for function, code, defaults, keyword_defaults in self._functions:
             if function.__code__ is not code or function.__defaults__ is not defaults:
                 return False
@@ -75,21 +75,21 @@ class Snapshot:
         for container, digest in self._contents:
             if _digest(container) != digest:
                 return False
-        return all(look(file[0]) == file for file in self._files)
+        return all(state_of(file[0]) == file for file in self._files)
 
-    def _note(self, found: Any) -> Iterable[Any]:
-        """Note an object; return those that are to be looked at with it."""
+    def _add(self, found: Any) -> Iterable[Any]:
+        """Add an object; return the objects it uses."""
         if isinstance(found, types.ModuleType) or _is_importable(found):
             return ()
         kind = type(found)
         if kind in CONTAINERS:
-            return self._note_container(found)
+            return self._add_container(found)
         match found:
             case types.FunctionType():
-                return self._note_function(found)
+                return self._add_function(found)
             case type():
                 self._classes.append((found, _size(found)))
-                return [*found.__bases__, *self._note_names(vars(found))]
+                return [*found.__bases__, *self._add_names(vars(found))]
             case types.MethodType():
                 return (found.__func__, found.__self__)
             case functools.partial():
@@ -100,7 +100,7 @@ class Snapshot:
                 return (found.fget, found.fset, found.fdel)
         return (kind, _attributes(found).get("__wrapped__"))
 
-    def _note_function(self, found: types.FunctionType) -> Iterator[Any]:
+    def _add_function(self, found: types.FunctionType) -> Iterator[Any]:
         self._functions.append((found, found.__code__, found.__defaults__, found.__kwdefaults__))
         yield from (found.__defaults__, found.__kwdefaults__, found.__dict__)
         for cell in found.__closure__ or ():
@@ -110,31 +110,31 @@ class Snapshot:
         named = set(_globals_of(found.__code__))
         for annotation in found.__annotations__.values():
             yield annotation
-            # One that is a text is read where the function is.
+            # An annotation that is a text is evaluated with the globals of the function.
             named |= set(NAMES.findall(annotation) if isinstance(annotation, str) else ()) & found.__globals__.keys()
         for name in named:
-            # It may be a builtin, until something hides it, or not be there yet.
+            # The name may be a builtin, or not be defined yet.
             value = found.__globals__.get(name, ABSENT)
             self._names.append((found.__globals__, name, value))
             yield value
 
-    def _note_names(self, names: Mapping[str, Any]) -> Iterator[Any]:
+    def _add_names(self, names: Mapping[str, Any]) -> Iterator[Any]:
         for name, value in list(names.items()):
             self._names.append((names, name, value))
             yield value
 
-    def _note_container(self, found: Any) -> Iterable[Any]:
+    def _add_container(self, found: Any) -> Iterable[Any]:
         digest = _digest(found)
         if digest is None:
             return ()
         self._contents.append((found, digest))
-        if isinstance(digest, bytes):  # there is nothing in it but values
+        if isinstance(digest, bytes):  # it contains only values
             return ()
         return [*found.keys(), *found.values()] if isinstance(found, dict) else list(found)
 
 
-def file_at(path: str) -> File:
-    """Return a file's time and size with its path; zeros when it is not there."""
+def file_at(path: str) -> FileState:
+    """Return a file's path, modification time and size; zeros when it does not exist."""
     try:
         found = os.stat(path)
     except OSError:
@@ -143,7 +143,7 @@ def file_at(path: str) -> File:
 
 
 def _attributes(found: Any) -> Mapping[str, Any]:
-    """Return an object's own attributes, without asking it."""
+    """Return an object's own attributes, without calling its code."""
     if isinstance(found, type):
         return vars(found)
     try:
@@ -154,7 +154,7 @@ def _attributes(found: Any) -> Mapping[str, Any]:
 
 
 def _size(cls: type) -> int:
-    # Pickling an instance leaves a note on its class.
+    # Pickling an instance adds this attribute to its class.
     return len(vars(cls)) - ("__slotnames__" in vars(cls))
 
 
@@ -166,12 +166,12 @@ def _is_equal(one: Any, other: Any) -> bool:
 def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # it has none yet
+    except ValueError:  # the cell is empty
         return ABSENT
 
 
 def _is_importable(found: Any) -> bool:
-    """Whether a function or class is found by its name in a module other than the script, and travels as that name."""
+    """Whether a function or class is pickled by name: an importable module other than the script has it."""
     if not isinstance(found, types.FunctionType | types.BuiltinFunctionType | type) or found.__module__ in MAIN:
         return False
     place: Any = sys.modules.get(found.__module__ or "")
@@ -182,14 +182,14 @@ def _is_importable(found: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _globals_of(code: types.CodeType) -> frozenset[str]:
-    """Return the names of globals in a function's code, and in the functions written inside it."""
+    """Return the names of globals in a function's code and in its nested functions."""
     found = {step.argval for step in dis.get_instructions(code) if step.opname in NAMING}
     inner = [_globals_of(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return frozenset(found.union(*inner))
 
 
 def _digest(container: Any) -> Any:
-    """Return what tells whether a container's content changed; None for one that is too large to be compared."""
+    """Return a value that differs when a container's content changed; None for a container too large to compare."""
     if len(container) > LIMIT_ITEMS and type(container) is not bytearray:
         return None
     try:
@@ -202,7 +202,7 @@ def _digest(container: Any) -> Any:
 
 
 class _Same:
-    """Equals itself only, as long as it is the same object inside."""
+    """Compares an object by identity."""
 
     __slots__ = ("_value",)
 
@@ -212,11 +212,11 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other._value is self._value
 
-    __hash__ = None  # type: ignore[assignment]  # it is only compared
+    __hash__ = None  # type: ignore[assignment]  # it is never a key
 
 
 class _Outline:
-    """Tuples of a container's content, in which other objects are compared by identity."""
+    """The content of a container as tuples, in which other objects are compared by identity."""
 
     def __init__(self) -> None:
         self.items = 0

@@ -1,4 +1,4 @@
-"""Owns reading which modules code imports. Rule: bytecode is read, so that code without source is understood too."""
+"""Owns finding the modules that code imports. Rule: it reads bytecode, which exists for code without source as well."""
 
 import dis
 import warnings
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import CodeType
 
 IMPORT_NAME = dis.opmap["IMPORT_NAME"]
-# `importlib.import_module("name")` and its like.
+# Functions that import a module by name, such as `importlib.import_module("name")`.
 IMPORTERS = frozenset({"import_module", "__import__", "resolve_name"})
 
 
@@ -29,7 +29,7 @@ def imports_of(code: CodeType, package: str = "") -> Iterator[str]:
 
 
 def imports_in(source: bytes, package: str) -> tuple[str, ...]:
-    """Return the same of a file's source text; nothing when it is no Python."""
+    """Return the same for source text; empty when it is not valid Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

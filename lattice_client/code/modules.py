@@ -1,4 +1,4 @@
-"""Owns finding a module's files as this process would import it. Rule: what is installed is left where it is.
+"""Owns finding the files of a module as this process imports it. Rule: installed modules are not sent.
 
 A module is found in `sys.modules`, and by the finders of `sys.path` if it is not imported yet; its files may lie in
 folders and in zip archives.
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from lattice_client.errors import TaskDefinitionError
 
-# Workers have these, and make the script's own module themselves.
+# Workers have these packages, and create the script's `__main__` module themselves.
 NEVER_SENT = frozenset({"lattice", "lattice_client", "lattice_server", "lattice_worker", "__main__", "__mp_main__"})
 PATHS = ("stdlib", "platstdlib", "purelib", "platlib")
 INSTALLED = tuple({f"{os.path.realpath(path)}{os.sep}" for name in PATHS if (path := sysconfig.get_path(name))})
 INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
-# Folders of tools: caches, environments, versions.
+# Folders of tools.
 IGNORED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 MAX_FILES = 10_000
 INSTALLED_REASON = "is installed on the client, so it is expected on the worker; install it there"
@@ -30,7 +30,7 @@ INSTALLED_REASON = "is installed on the client, so it is expected on the worker;
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file on disk, or a member of a zip archive; another time and size is another file."""
+    """A file on disk, or a member of a zip archive, at one modification time and size."""
 
     path: str
     member: str
@@ -38,7 +38,7 @@ class File:
     size: int
 
     def read(self) -> bytes:
-        """Return what is in it. Raises OSError."""
+        """Return the content. Raises OSError."""
         if not self.member:
             return Path(self.path).read_bytes()
         with zipfile.ZipFile(self.path) as archive:
@@ -46,8 +46,11 @@ class File:
 
 
 def files_of(name: str, *, is_named: bool = False) -> dict[str, File] | str:
-    """Return the files of a top-level module by their names below an entry of `sys.path`, or why it is left out; no
-    reason when every Python has it or none is found. What the user named is taken from installations too."""
+    """Return the files of a top-level module by their names relative to `sys.path`, or the reason to leave it out.
+
+    The reason is empty for a module of the standard library, and for one that does not exist. For a module that the
+    user named, by `is_named`, the files are returned even when it is installed.
+    """
     module = sys.modules.get(name)
     spec: ModuleSpec | None = getattr(module, "__spec__", None)
     if module is None:
@@ -65,12 +68,12 @@ def files_of(name: str, *, is_named: bool = False) -> dict[str, File] | str:
     if not folders and origin:
         suffix = ".py" if origin.endswith(".py") else os.path.basename(origin).removeprefix(name)
         found = {f"{name}{suffix}": file for _, file in tree(origin)}
-    # A folder without any code is a module to Python as well.
+    # Python imports a folder without code as a namespace package.
     return found if any(map(is_code, found)) else ""
 
 
 def is_code(name: str) -> bool:
-    """Whether a file of that name is a module."""
+    """Whether a file of this name is a module."""
     return name.endswith((".py", ".so", ".pyd"))
 
 
@@ -86,13 +89,13 @@ def tree(path: str) -> Iterator[tuple[str, File]]:
     found = _members(archive, inside) if archive else _below(path)
     for count, (name, file) in enumerate(found):
         if count == MAX_FILES:
-            text = f"{path} holds over {MAX_FILES} files, too many to send"
+            text = f"{path} contains over {MAX_FILES} files, too many to send"
             raise TaskDefinitionError(f"{text}; leave it out with exclude=[...], or install it where the workers run")
         yield name, file
 
 
 def file_of_script() -> File | None:
-    """Return the file of the script; None where it has none, or is an installed program."""
+    """Return the file of the script; None without one, and for an installed program."""
     path = getattr(sys.modules["__main__"], "__file__", None)
     if path is None or is_installed(path):
         return None
@@ -102,7 +105,7 @@ def file_of_script() -> File | None:
 def _spec(name: str) -> ModuleSpec | None:
     try:
         return importlib.util.find_spec(name)
-    except Exception:  # finders are anybody's code
+    except Exception:  # a finder may be code of the user
         return None
 
 
@@ -120,7 +123,7 @@ def _below(path: str) -> Iterator[tuple[str, File]]:
     seen: set[str] = set()
     for folder, folders, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # by a link to a folder above
+        if real in seen:  # a link to a parent folder
             folders.clear()
             continue
         seen.add(real)
@@ -136,7 +139,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def _archive(path: str) -> tuple[str, str]:
-    """Return the zip archive that a path leads into, and the path inside it."""
+    """Return the zip archive that contains a path, and the path inside it."""
     if os.path.exists(path):
         return "", ""
     for parent in map(str, Path(path).parents):

@@ -1,6 +1,6 @@
 """Owns the translation between Python values and payloads.
 
-Rule: JSON when it gives the value back exactly, so that any language can read it; cloudpickle otherwise.
+Rule: a value that JSON represents exactly is JSON, which any language can read; any other value is pickled.
 """
 
 import io
@@ -8,11 +8,10 @@ import json
 import math
 import pickle
 import struct
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lattice.v1 import payload_pb2, resources_pb2
+from lattice.v1 import payload_pb2
 
 from lattice_client.code import pickler
 
@@ -20,24 +19,22 @@ JSON = "application/json"
 BYTES = "application/octet-stream"
 CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 PICKLE5 = "application/vnd.lattice.pickle5"
-# Laid out as PICKLE5; the persistent ids of the pickle are positions in the list of values that travels beside it.
+# The layout of PICKLE5; the persistent ids in the pickle are indexes of the list of values that follows it.
 WITH_OUTPUTS = "application/vnd.lattice.pickle-with-outputs"
 MAGIC = b"LTP5"
 ALIGN = 64
-# What cloudpickle names wherever it holds code itself, and not only where that is imported from.
-BY_VALUE = b"cloudpickle.cloudpickle"
-# Every server takes values this short inline; for longer ones it is asked for its limit.
+# Every server accepts inline values up to this size; for larger ones the client reads the server's limit.
 ALWAYS_INLINE_BYTES = 4096
-# Python refuses to print and to read integers of over 4300 digits; these have fewer or as many.
+# Python refuses to convert integers of over 4300 digits; an integer of this many bits has at most that many.
 MAX_JSON_INT_BITS = 14_284
 MAX_JSON_LEVELS = 100
 
 
 def among_json(value: Any, *kinds: type) -> list[Any] | None:
-    """Return the parts of `value` that are of one of `kinds`, if JSON gives all the rest of it back exactly; else None.
+    """Return the parts of `value` that are of one of `kinds`, if JSON represents the rest exactly; else None.
 
-    JSON has no references: a container that stands in two places, or within itself, would come back as several. Python
-    reads and writes it by recursion, so that it is only for what is not nested too deep.
+    JSON has no references: a container that occurs twice, or within itself, would be decoded as several. Python encodes
+    and decodes JSON by recursion, so that a value nested over MAX_JSON_LEVELS deep is not JSON.
     """
     found: list[Any] = []
     seen: set[int] = set()
@@ -87,7 +84,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def is_json(value: Any) -> bool:
-    """Whether JSON gives `value` back exactly."""
+    """Whether JSON represents a value exactly."""
     return among_json(value) is not None
 
 
@@ -97,7 +94,7 @@ def to_json(value: Any) -> bytes:
 
 
 def encode(value: Any) -> tuple[str, bytes]:
-    """Return a value's media type and its encoding. Raises what pickling raises."""
+    """Return a value's media type and encoding. Raises any exception of pickling."""
     if is_json(value):
         return JSON, to_json(value)
     if type(value) is bytes:
@@ -108,9 +105,9 @@ def encode(value: Any) -> tuple[str, bytes]:
 
 
 def encode_around(value: Any, kinds: Sequence[type]) -> tuple[bytes, list[Any]]:
-    """Return the encoding, as `WITH_OUTPUTS`, of a value without the parts that are of `kinds`, and those parts.
+    """Return a value's encoding as `WITH_OUTPUTS` without the parts of one of `kinds`, and those parts.
 
-    A part that stands in several places is returned once. Raises what pickling raises.
+    A part that occurs several times is returned once. Raises any exception of pickling.
     """
     stream = io.BytesIO()
     around = _Around(stream, kinds)
@@ -122,7 +119,7 @@ class _Around(pickler.Pickler):
     def __init__(self, stream: io.BytesIO, kinds: Sequence[type]) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
         super().__init__(stream, self.buffers.append)
-        # By identity: each with its position, and kept so that no other one comes to have that identity.
+        # By identity: index and part. The reference keeps the identity from being used again.
         self.found: dict[int, tuple[int, Any]] = {}
         self._kinds = kinds
 
@@ -144,21 +141,21 @@ def _layout(stream: Any, buffers: list[pickle.PickleBuffer]) -> bytes:
 
 
 def inline(media_type: str, data: bytes) -> payload_pb2.Payload:
-    """Return the payload of an encoding short enough to inline."""
+    """Return an encoding as an inline payload."""
     if media_type == JSON:
         return payload_pb2.Payload(media_type=JSON, json=data.decode())
     return payload_pb2.Payload(media_type=media_type, data=data)
 
 
 def decode(media_type: str, data: bytes | bytearray) -> Any:
-    """Return the value encoded in `data`. Unknown encodings come back as bytes."""
+    """Return the decoded value; for an unknown media type the bytes."""
     match media_type or JSON:
         case "application/json":
             return json.loads(data)
         case "application/vnd.lattice.cloudpickle":
             return pickle.loads(data)
         case "application/vnd.lattice.pickle5":
-            # Over bytes, arrays could only be read.
+            # Arrays over bytes would be read-only.
             view = memoryview(bytearray(data) if isinstance(data, bytes) else data)
             (count,) = struct.unpack_from("<Q", view, 8)
             offset, parts = 16 + 8 * count, []
@@ -169,9 +166,3 @@ def decode(media_type: str, data: bytes | bytearray) -> Any:
             return pickle.loads(parts[0], buffers=parts[1:])
         case _:
             return bytes(data)
-
-
-def runtime_of(pickled: bytes) -> resources_pb2.Runtime | None:
-    """Return what a pickled function needs to run it: this version of Python if it holds bytecode, else None."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    return resources_pb2.Runtime(language="python", version=version) if BY_VALUE in pickled else None

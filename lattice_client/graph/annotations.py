@@ -1,7 +1,7 @@
-"""Owns what annotations say of the values of inputs. Rule: only what is certainly of another kind is refused.
+"""Owns the comparison of values with type annotations. Rule: only a value of a certainly wrong type does not match.
 
-Annotations are not always true: numbers stand for numbers, and collections for collections. An annotation that cannot
-be read, or whose class is not one of Python's own, says nothing.
+Annotations are often imprecise: any number matches a number type, any collection a collection type. An annotation that
+cannot be evaluated, or that names a class other than Python's own, matches every value.
 """
 
 import inspect
@@ -17,9 +17,9 @@ ABSTRACT = "collections.abc"
 
 
 def hints_of(function: Callable[..., Any]) -> Mapping[str, Any]:
-    """Return what a function's parameters are annotated with, and under `return` what it returns.
+    """Return the annotations of a function's parameters by name, and of its return value under `return`.
 
-    A function that stands for another one, as those of decorators do, may change the values of either: it says nothing.
+    A decorated function may change arguments and the return value, so that its annotations are ignored.
     """
     if isinstance(function, types.MethodType):
         function = function.__func__
@@ -27,17 +27,17 @@ def hints_of(function: Callable[..., Any]) -> Mapping[str, Any]:
         return {}
     found: dict[str, Any] = {}
     for name, annotation in function.__annotations__.items():
-        # By itself: one that cannot be read says nothing about the others.
+        # Each is evaluated alone, because one that cannot be evaluated must not hide the others.
         alone = types.SimpleNamespace(__annotations__={name: annotation})
         try:
             found[name] = typing.get_type_hints(alone, function.__globals__)[name]
-        except Exception:  # any text can stand there, and reading it runs it
+        except Exception:  # evaluating an annotation runs code of the user
             continue
     return found
 
 
 def may_be(annotation: Any, kind: type) -> bool:
-    """Whether a value of a plain kind may stand where an annotation asks for one."""
+    """Whether a value of one of the types PLAIN may match an annotation."""
     origin = typing.get_origin(annotation) or annotation
     if origin in {typing.Union, types.UnionType}:
         return any(may_be(one, kind) for one in typing.get_args(annotation))
@@ -54,10 +54,10 @@ def may_be(annotation: Any, kind: type) -> bool:
     return origin.__module__ != ABSTRACT or issubclass(kind, origin)
 
 
-def kind_of(annotation: Any) -> type | None:
-    """Return the one plain kind that a value of an annotation has; None when there may be others.
+def plain_type_of(annotation: Any) -> type | None:
+    """Return the single type of PLAIN that an annotation allows; None when it allows others.
 
-    Of a function that returns nothing too: its output is wired for the order of tasks.
+    None also for the annotation None: the output of such a function is wired to order tasks.
     """
     origin = typing.get_origin(annotation) or annotation
     if origin is types.NoneType:
@@ -68,5 +68,5 @@ def kind_of(annotation: Any) -> type | None:
 
 
 def named(annotation: Any) -> str:
-    """Return an annotation as it is written."""
+    """Return an annotation as source text."""
     return inspect.formatannotation(annotation)

@@ -1,6 +1,6 @@
-"""Owns the options of a task that its definition takes. Rule: each is named here once, with its type.
+"""Owns the options of `@task`. Rule: each is listed here once, with its type.
 
-What they mean is said by `TaskSettings`, and by `task` for the others.
+`TaskSettings` and `task` describe their meaning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.settings import TaskSettings
 
 MIB = 1024 * 1024
-# Of anything, in its unit; what fits the contract in bytes.
+# The largest amount of a resource in its unit; in bytes it fits the contract.
 MAX_AMOUNT = 2**40
 RESOURCES = ("cpu", "gpu", "cpu_mem", "gpu_mem")
 SETTINGS = tuple(found.name for found in fields(TaskSettings))
 
 
 class TaskOptions(TypedDict, total=False):
-    """What a task needs and how it is run: everything but what it takes and gives."""
+    """The options of `TaskDefinition.with_`: all but the names of inputs and outputs."""
 
     resources: Mapping[str, float] | None
     cpu: float | None
@@ -55,10 +55,7 @@ class DefinitionOptions(TaskOptions, total=False):
 
 
 def resources_of(label: str, options: Mapping[str, Any], is_async: bool) -> resources_pb2.Resources:
-    """Return the resources among options, which name them directly or in `resources`. Raises TaskDefinitionError.
-
-    The options are those of the resources and those that do not exist.
-    """
+    """Return the resources of a task. Raises TaskDefinitionError for a wrong amount and for an unknown option."""
     found = resources_pb2.Resources(cpu=0.0 if is_async else 1.0)
     for name, value in options.items():
         if name not in RESOURCES:
@@ -81,10 +78,10 @@ def resources_of(label: str, options: Mapping[str, Any], is_async: bool) -> reso
 
 
 def changed(label: str, options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options with changes. Resources are changed one by one. Raises TaskDefinitionError."""
+    """Return options with changes; a resource that is not named stays. Raises TaskDefinitionError."""
     if unknown := [name for name in changes if name not in TaskOptions.__annotations__]:
         known = ", ".join(TaskOptions.__annotations__)
-        text = f"there is no option {', '.join(map(repr, unknown))} that could be changed; there are: {known}"
+        text = f"there is no option {', '.join(map(repr, unknown))} to change; the options: {known}"
         raise TaskDefinitionError(f"task {label!r}: {text}")
     resources = {**(options.get("resources") or {}), **(changes.get("resources") or {})}
     direct = {name: changes[name] for name in RESOURCES if name in changes}

@@ -1,4 +1,4 @@
-"""Owns what a function's return annotation says of its outputs. Rule: only what is always returned is promised."""
+"""Owns finding a function's outputs by its return annotation. Rule: an output that may be missing is not declared."""
 
 import functools
 import inspect
@@ -14,9 +14,13 @@ EITHER = task_pb2.RETURN_STYLE_UNSPECIFIED
 
 
 class Returned(NamedTuple):
-    """The outputs a function promises, how they are read from what it returns, and whether it may return more.
+    """The outputs that a function declares.
 
-    `optional` are the keys of its TypedDict that it may leave out.
+    Attributes:
+        names: the outputs.
+        style: how they are read from the return value.
+        may_be_more: whether the function may return others.
+        optional: the keys of the returned TypedDict that may be missing.
     """
 
     names: tuple[str, ...]
@@ -26,12 +30,12 @@ class Returned(NamedTuple):
 
 
 def returned(function: Callable[..., Any], outputs: tuple[str, ...] | None, is_params: bool) -> Returned:
-    """Return what is known of a function's outputs.
+    """Return the outputs of a function.
 
     Args:
         function: the function.
-        outputs: the names it was declared with, if it was.
-        is_params: whether it takes one dict of inputs; it may then return a dict of outputs as well.
+        outputs: the names given to `@task`, if any.
+        is_params: whether it takes one dict of inputs; it may then also return a dict of outputs.
     """
     if outputs is not None:
         return Returned(outputs, MAPPING)
@@ -50,7 +54,7 @@ def returned(function: Callable[..., Any], outputs: tuple[str, ...] | None, is_p
 
 
 def _annotation(function: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the type a function says it returns, empty when it says none that can be read here, and its globals."""
+    """Return a function's return annotation, empty when it cannot be evaluated, and the function's globals."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
@@ -59,20 +63,20 @@ def _annotation(function: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
     namespace = getattr(function, "__globals__", {})
     try:
         found = function.__annotations__["return"]
-        # By itself: a parameter whose annotation cannot be read says nothing about what is returned.
+        # It is evaluated alone, because a parameter's annotation may be one that cannot be evaluated.
         alone = types.SimpleNamespace(__annotations__={"return": found})
         return typing.get_type_hints(alone, namespace)["return"], namespace
-    except Exception:  # any text can stand there, and reading it runs it
+    except Exception:  # evaluating an annotation runs code of the user
         return inspect.Parameter.empty, namespace
 
 
 def _keys(found: type, namespace: dict[str, Any]) -> dict[str, bool]:
-    """Return the keys of a TypedDict, and of each whether it is always there."""
+    """Return the keys of a TypedDict, each with whether it is always present."""
     required: frozenset[str] = vars(found)["__required_keys__"]
     try:
-        # Where annotations are texts, the class itself does not know which of its keys are marked.
+        # A class whose annotations are texts does not know which keys are marked.
         hints = typing.get_type_hints(found, localns=namespace, include_extras=True)
-    except Exception:  # a name in it cannot be found here
+    except Exception:  # a name in an annotation is not defined here
         hints = dict(found.__annotations__)
     marks = {name: typing.get_origin(hint) for name, hint in hints.items()}
     return {

@@ -1,7 +1,4 @@
-"""Owns the settings of a run, and those of a task besides its inputs, outputs and resources.
-
-Rule: what is out of range is said at once.
-"""
+"""Owns the settings of runs and tasks. Rule: a setting out of range raises at once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +17,11 @@ ISOLATIONS = {
 }
 BATCH_SCOPES = {"server": task_pb2.BATCH_SCOPE_SERVER, "run": task_pb2.BATCH_SCOPE_RUN}
 MAX_INT = 2**31 - 1
-# What a server takes.
+# The limits of servers.
 MAX_RETRIES = 9_999
 MAX_BATCH = 100_000
 MAX_WAIT_S = 30 * 24 * 3600
-# Of a run, in seconds; what fits the contract.
+# The longest time limit of a run that fits the contract.
 MAX_TIMEOUT_S = 10**11
 Choice = TypeVar("Choice")
 RETRIED_KINDS = {
@@ -36,11 +33,11 @@ RETRIED_KINDS = {
 
 
 class TaskRunSettings(TypedDict, total=False):
-    """How a run of one task is run.
+    """The settings of a run of one task.
 
     Attributes:
-        labels: to find the run by.
-        priority: among this caller's waiting tasks, higher goes first.
+        labels: names and values by which `list_runs` finds the run.
+        priority: of this tenant's queued tasks, those of higher priority start first.
         timeout: seconds after which the run fails.
     """
 
@@ -50,11 +47,11 @@ class TaskRunSettings(TypedDict, total=False):
 
 
 class RunSettings(TaskRunSettings, total=False):
-    """How a run is run.
+    """The settings of a run.
 
     Attributes:
-        labels: to find the run by.
-        priority: among this caller's waiting tasks, higher goes first.
+        labels: names and values by which `list_runs` finds the run.
+        priority: of this tenant's queued tasks, those of higher priority start first.
         timeout: seconds after which the run fails.
         parameters: values of the workflow's parameters, by name.
     """
@@ -80,26 +77,25 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How a task is run. Times in seconds.
+    """The settings of a task. Times are in seconds.
 
     Attributes:
-        retries: attempts after the first. Losing a worker is no fault of the task and does not count.
-        retry_on: what is worth another attempt, one or several: exception classes, `error` (any exception), `crash`,
+        retries: the number of attempts after the first. An attempt whose worker was lost does not count.
+        retry_on: the failures that are retried, one or several: exception classes, `error` (any exception), `crash`,
             `out_of_memory`, `timeout`; all of them when empty.
-        retry_backoff: the wait before the second attempt; each further one is twice as long, and all vary by up to a
-            half.
-        timeout: how long an attempt may run; its process is ended then.
-        total_timeout: how long the task may take from when it could start, queueing and all attempts included.
-        batch_size: at most so many tasks in one call. A function that takes `params` then gets a list of them, any
-            other one list for each argument, also for one that has its default in all of them; it returns a list, in
-            which an exception fails its item alone.
-        batch_timeout: how long the first task of a batch may wait for others.
-        batch_within: `server`, tasks of all your runs may meet, or `run`.
-        max_parallel: at most so many calls at once, over all runs and callers.
-        concurrency_key: what `max_parallel` counts, such as the name of an API; the function when empty. The server may
-            have a limit of its own for a name.
-        priority: among your waiting tasks, higher goes first.
-        node_selector: labels a node must have.
+        retry_backoff: the wait before the second attempt. It doubles for each further attempt, and varies at random by
+            up to a half.
+        timeout: the time limit of an attempt, after which its process is killed.
+        total_timeout: the time limit of the task from the time it is ready to start, with queueing and all attempts.
+        batch_size: the most tasks in one call. The function gets a list for each argument (a function that takes
+            `params` gets one list of dicts), and returns a list. An exception in that list fails only its task.
+        batch_timeout: how long the first task of a batch waits for others.
+        batch_within: `server` batches tasks of all your runs, `run` only those of one run.
+        max_parallel: the most calls at once, over all runs and tenants.
+        concurrency_key: the name whose calls `max_parallel` counts, such as that of an API; by default the function.
+            The server may have its own limit for a name.
+        priority: of your queued tasks, those of higher priority start first.
+        node_selector: labels that the node must have.
         isolation: none, subprocess, seccomp or docker.
     """
 
@@ -135,7 +131,7 @@ class TaskSettings:
             raise _bad(label, "concurrency_key", f"a text, not {self.concurrency_key!r}")
         labels = dict(self.node_selector or {})
         if not all(isinstance(text, str) for pair in labels.items() for text in pair):
-            raise _bad(label, "node_selector", f"texts by text, not {labels!r}")
+            raise _bad(label, "node_selector", f"a dict of texts, not {labels!r}")
         spec = task_pb2.TaskSpec(
             isolation=_choice(label, "isolation", self.isolation, ISOLATIONS),
             max_parallel=self.max_parallel,
@@ -171,7 +167,7 @@ class TaskSettings:
             else:
                 policy.retry_on.append(_choice(label, "retry_on", cause, RETRIED_KINDS))
         if errors_pb2.FAILURE_KIND_USER_ERROR in policy.retry_on:
-            # Types narrow down which errors count; here all do.
+            # Exception classes restrict which errors are retried; `error` retries all of them.
             policy.ClearField("retry_on_types")
         elif policy.retry_on_types:
             policy.retry_on.append(errors_pb2.FAILURE_KIND_USER_ERROR)

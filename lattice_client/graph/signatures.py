@@ -1,34 +1,58 @@
-"""Owns what keeps a function from being a task: its signature, or how it returns. Rule: it is said at once."""
+"""Owns the reading of a function's signature. Rule: a function that cannot be called as a task raises at once."""
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.graph.names import names_of
 
 
-def parameters_of(function: Callable[..., Any], label: str) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a function. Raises TaskDefinitionError when Python knows none."""
+class Accepted(NamedTuple):
+    """The inputs that a function accepts. `is_params`: they are one dict; `takes_any`: others may be given as well."""
+
+    names: tuple[str, ...]
+    required: frozenset[str]
+    takes_any: bool
+    is_params: bool
+
+
+def accepted_inputs(function: Callable[..., Any], label: str, inputs: Sequence[str] | None) -> Accepted:
+    """Return the inputs of a function, by the declared names or else by its parameters. Raises TaskDefinitionError."""
+    parameters = _parameters_of(function, label)
+    if inputs is not None or list(parameters) == ["params"]:
+        names = names_of(label, "inputs", inputs or ())
+        _check_params(label, parameters, names)
+        return Accepted(names, frozenset(names), inputs is None, True)
+    kinds = {p.name: p for p in parameters.values() if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
+    _check_keywords(label, parameters)
+    required = frozenset(name for name, p in kinds.items() if p.default is p.empty)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return Accepted(tuple(kinds), required, takes_any, False)
+
+
+def _parameters_of(function: Callable[..., Any], label: str) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function. Raises TaskDefinitionError for a function without a signature."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        text = f"Python knows no signature of it ({error}); call it in a function of your own and make that the task"
+        text = f"it has no signature ({error}); call it in a function of your own and make that function the task"
         raise TaskDefinitionError(f"task {label!r}: {text}") from error
 
 
-def check_params(label: str, parameters: Mapping[str, inspect.Parameter], names: Sequence[str]) -> None:
+def _check_params(label: str, parameters: Mapping[str, inspect.Parameter], names: Sequence[str]) -> None:
     """Raise TaskDefinitionError unless a function can be called with one dict of inputs of these names."""
     first = next(iter(parameters.values()), None)
     if first is not None and first.kind not in {first.KEYWORD_ONLY, first.VAR_KEYWORD} and first.name not in names:
         others = [p for p in parameters.values() if p is not first and p.default is p.empty]
         if all(p.kind in {p.VAR_POSITIONAL, p.VAR_KEYWORD} for p in others):
             return
-    text = "with inputs=[...] the function is called with one dict that has them all: def f(params)"
+    text = "with inputs=[...] the function is called with one dict of all inputs: def f(params)"
     raise TaskDefinitionError(f"task {label!r}: {text}; leave inputs= out for a function that takes each by its name")
 
 
-def check_keywords(label: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+def _check_keywords(label: str, parameters: Mapping[str, inspect.Parameter]) -> None:
     """Raise TaskDefinitionError unless a function can be called with each input by its name."""
     for found in parameters.values():
         if found.kind is found.POSITIONAL_ONLY and found.default is found.empty:
@@ -37,21 +61,21 @@ def check_keywords(label: str, parameters: Mapping[str, inspect.Parameter]) -> N
 
 
 def check_returns(label: str, function: Any, *, is_batched: bool) -> None:
-    """Raise TaskDefinitionError for a generator function, but one whose items are those of a batch."""
+    """Raise TaskDefinitionError for a generator function, unless it yields the items of a batch."""
     called = function
     while isinstance(called, functools.partial):
         called = called.func
     if not inspect.isroutine(called) and not isinstance(called, type):
         called = type(called).__call__
     if inspect.isasyncgenfunction(called) or (inspect.isgeneratorfunction(called) and not is_batched):
-        text = "is a generator function, whose values come one by one; a task returns once"
-        raise TaskDefinitionError(f"task {label!r} {text}: collect them in a list and return that")
+        text = "is a generator function, which yields several values; a task returns once"
+        raise TaskDefinitionError(f"task {label!r} {text}: return a list of the values")
 
 
 def named_arguments(
     function: Callable[..., Any], label: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the arguments of a call by name; some may be missing. Raises TaskDefinitionError for others."""
+    """Return the arguments of a call by name; arguments may be missing. Raises TaskDefinitionError for a wrong one."""
     signature = inspect.signature(function)
     try:
         arguments = signature.bind_partial(*args, **kwargs).arguments
@@ -64,7 +88,7 @@ def named_arguments(
             case inspect.Parameter.VAR_KEYWORD:
                 found.update(value)
             case inspect.Parameter.VAR_POSITIONAL:
-                raise TaskDefinitionError(f"task {label!r}: inputs have names, and {value!r} would have none")
+                raise TaskDefinitionError(f"task {label!r}: inputs are given by name, and {value!r} has none")
             case _:
                 found[name] = value
     return found

@@ -1,4 +1,4 @@
-"""Owns texts that are filled in where a task runs. Rule: a wrong field is found when the template is written."""
+"""Owns texts with fields that are filled in before a task runs. Rule: a wrong field raises at once."""
 
 import functools
 import operator
@@ -7,11 +7,11 @@ from string import Formatter
 from typing import Any
 
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.graph.outputs import Deferred
+from lattice_client.graph.deferred import Deferred
 
 
 class Template(Deferred):
-    """A text with fields, which a task that has it among its inputs receives as a string."""
+    """A text with fields; a task whose input it is receives the finished string."""
 
     __slots__ = ("fields", "text")
 
@@ -24,40 +24,39 @@ class Template(Deferred):
         return f"template({self.text!r}{fields})"
 
     def __reduce__(self) -> Any:
-        # Standard library only: whatever loads it gets the finished string and needs no code of this package.
+        # It calls the standard library only: a worker loads the finished string without this package.
         return operator.call, (functools.partial(str.format, self.text, **self.fields),)
 
 
 def template(text: str, /, **fields: Any) -> Template:
-    """Return a text to be filled in with outputs of tasks, as `str.format` does.
+    """Return a text whose fields are filled in with outputs of tasks, as `str.format` does.
 
-    Put it into a task's inputs in place of a string: `{"prompt": template("About {x}", x=task.output)}`. The fields may
-    be any values, outputs and templates among them; each is named in the text by its name alone: `{x}`, `{x!r}`,
-    `{x:.2f}`.
+    Use it as an input in place of a string: `{"prompt": template("About {x}", x=task.output)}`. A field can be any
+    value, also an output or a template. The text names a field without index or attribute: `{x}`, `{x!r}`, `{x:.2f}`.
 
     Raises:
-        TaskDefinitionError: the text is no format string, or its fields are not those given.
+        TaskDefinitionError: the text is not a valid format string, or its fields differ from the arguments.
     """
     if not isinstance(text, str):
-        raise TaskDefinitionError(f"a template is a text, not {type(text).__name__}")
+        raise TaskDefinitionError(f"a template must be a text, not {type(text).__name__}")
     try:
         named = list(_fields(text))
     except ValueError as error:
-        raise TaskDefinitionError(f"template {text!r} cannot be read: {error}") from error
+        raise TaskDefinitionError(f"template {text!r} is not a valid format string: {error}") from error
     wrong = next((name for name in named if not name.isidentifier()), None)
     if wrong is not None:
-        text = f"template {text!r}: the field {{{wrong}}} must be a name, such as {{x}}, that is given as x=..."
-        raise TaskDefinitionError(f"{text}; index, and take attributes, inside a task")
+        text = f"template {text!r}: the field {{{wrong}}} must be a name, such as {{x}}, with its value given as x=..."
+        raise TaskDefinitionError(f"{text}; use an index or an attribute inside a task")
     missing, unused = sorted(set(named) - fields.keys()), sorted(fields.keys() - set(named))
     if missing:
-        raise TaskDefinitionError(f"template {text!r}: nothing is given for {', '.join(missing)}")
+        raise TaskDefinitionError(f"template {text!r}: no value is given for {', '.join(missing)}")
     if unused:
         raise TaskDefinitionError(f"template {text!r} has no field {', '.join(unused)}")
     return Template(text, fields)
 
 
 def _fields(text: str) -> Iterator[str]:
-    """Yield what a format string names, within the formats of its fields as well."""
+    """Yield the field names of a format string, also those within a format specification."""
     for _, name, spec, _ in Formatter().parse(text):
         if name is not None:
             yield name

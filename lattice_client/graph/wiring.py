@@ -1,31 +1,27 @@
-"""Owns whether the inputs of a task suit its function's annotations. Rule: a doubt speaks for the input."""
+"""Owns the check of inputs against a function's annotations. Rule: an input of a possibly right type is accepted."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.graph.annotations import PLAIN, kind_of, may_be, named
+from lattice_client.graph.annotations import PLAIN, may_be, named, plain_type_of
+from lattice_client.graph.definition import TaskDefinition
+from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import TaskOutput
-from lattice_client.graph.task import TaskDefinition
 
 MAX_SHOWN = 60
 
 
-def check_values(
-    definition: TaskDefinition[..., Any], given: Mapping[str, Any], kind_made: Callable[[TaskOutput], type | None]
-) -> None:
-    """Raise TaskDefinitionError for an input that is certainly of another kind than its annotation asks for.
-
-    `kind_made` tells what kind of value is wired, None where several are possible.
-    """
+def check_values(definition: TaskDefinition[..., Any], given: Mapping[str, Any]) -> None:
+    """Raise TaskDefinitionError for an input that is certainly of another type than its annotation."""
     hints = definition.hints
     for name, value in given.items():
         annotation = hints.get(name, Any)
         if annotation is Any:
             continue
-        kind = kind_made(value) if isinstance(value, TaskOutput) else type(value)
-        # That of a template or a parameter says nothing of what stands in its place.
+        kind = _type_of_output(value) if isinstance(value, TaskOutput) else type(value)
+        # The class of a template or a parameter is not the type of the value that replaces it.
         if kind is None or kind not in PLAIN or may_be(annotation, kind):
             continue
         if kind is type(_default_of(definition, name)):
@@ -35,14 +31,20 @@ def check_values(
         raise TaskDefinitionError(f"{text}; the function's annotation asks for {named(annotation)}")
 
 
-def kind_of_output(definition: TaskDefinition[..., Any], name: str) -> type | None:
-    """Return the kind of an output by the annotations of its task; None when they do not say one."""
+def _type_of_output(output: TaskOutput) -> type | None:
+    """Return the type of an output by the annotations of its task; None when it may have several types."""
+    owner = output.owner
+    if not isinstance(owner, LatticeTask) or output.path or output.is_optional:
+        return None
+    if owner.over:
+        return list
+    definition = owner.definition
     if "return" not in definition.hints:
         return None
     annotation = definition.hints["return"]
     if definition.returns_value:
-        return kind_of(annotation)
-    return kind_of(getattr(annotation, "__annotations__", {}).get(name, Any))
+        return plain_type_of(annotation)
+    return plain_type_of(getattr(annotation, "__annotations__", {}).get(output.output, Any))
 
 
 def _default_of(definition: TaskDefinition[..., Any], name: str) -> Any:

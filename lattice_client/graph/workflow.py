@@ -1,83 +1,23 @@
-"""Owns a workflow while it is being written. Rule: nothing is sent before `run`, and then the whole graph at once."""
+"""Owns the graph of a workflow while the user builds it. Rule: nothing is sent before `run`, which sends it whole."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import FunctionType
-from typing import Any, Generic, Never, NoReturn, TypeVar
+from typing import Any, Generic, Never, TypeVar
 
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.graph.outputs import IN_TEXT, UNSET, Outputs, Parameter, Scope, TaskOutput
-from lattice_client.graph.task import BoundTask, TaskDefinition, check_text, define
-from lattice_client.graph.wiring import check_values, kind_of_output
+from lattice_client.graph.deferred import UNSET
+from lattice_client.graph.definition import BoundTask, TaskDefinition, define
+from lattice_client.graph.names import check_text
+from lattice_client.graph.nodes import Condition, LatticeTask, called, condition_of, example_output
+from lattice_client.graph.outputs import Outputs, Parameter, Scope, TaskOutput
+from lattice_client.graph.wiring import check_values
 
 Client = TypeVar("Client")
 FAILURE_POLICIES = ("fail_fast", "finish_independent")
 MAX_ID_LENGTH = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """Whether a task runs: when `output` is true, or equals `equals`; the opposite when `is_negated`."""
-
-    output: TaskOutput
-    equals: Any
-    is_negated: bool
-
-
-class LatticeTask:
-    """One task of a workflow. `over` names the input whose list it is mapped over; its outputs are then lists.
-
-    Not a dataclass: `dataclasses.asdict` would turn one that stands where an output is meant into a dict.
-    """
-
-    def __init__(
-        self,
-        task_id: str,
-        definition: TaskDefinition[..., Any],
-        inputs: Mapping[str, Any],
-        display_name: str,
-        over: str = "",
-        condition: Condition | None = None,
-    ) -> None:
-        self.task_id = task_id
-        self.definition = definition
-        self.inputs = inputs
-        self.display_name = display_name
-        self.over = over
-        self.condition = condition
-        self.after: list[str] = []
-
-    def __repr__(self) -> str:
-        return f"LatticeTask(task_id={self.task_id!r})"
-
-    def __str__(self) -> str:
-        raise TaskDefinitionError(f"{self.task_id!r} is a task and no text: {IN_TEXT}")
-
-    def __format__(self, spec: str) -> str:
-        return str(self)
-
-    def __reduce__(self) -> NoReturn:
-        raise TaskDefinitionError(f'{self.task_id!r} is a task; wire one of its outputs: task.outputs["name"]')
-
-    @property
-    def outputs(self) -> Outputs:
-        """The task's outputs by name."""
-        return Outputs(self.task_id, self.definition.outputs, self, self.definition.why_unpromised)
-
-    @property
-    def output(self) -> TaskOutput:
-        """The task's only output. Raises TaskDefinitionError when it has several."""
-        names = self.definition.outputs
-        if not names:
-            raise TaskDefinitionError(f"task {self.task_id!r} promises no output: {self.definition.why_unpromised('')}")
-        if len(names) > 1:
-            ways = ", ".join(f"task.outputs[{name!r}]" for name in names)
-            raise TaskDefinitionError(f"task {self.task_id!r} has {len(names)} outputs; name one: {ways}")
-        return self.outputs[names[0]]
-
-
 class Graph(Generic[Client]):
-    """The tasks and edges of a workflow, and the client that can run it."""
+    """The tasks and edges of a workflow, and the client that runs it."""
 
     def __init__(
         self, client: Client, name: str = "", workflow_id: str = "", failure_policy: str = "fail_fast"
@@ -105,25 +45,25 @@ class Graph(Generic[Client]):
         equals: Any = UNSET,
         **misplaced: Never,
     ) -> LatticeTask:
-        """Add a task; wire it by putting other tasks' outputs anywhere inside `inputs`, in objects of any kind.
+        """Add a task; wire it by putting outputs of other tasks anywhere inside `inputs`, in objects of any type.
 
         Args:
             task_func: a `@task` or a plain function; `task.bind(...)` is a task with its inputs.
-            inputs: values by name; none for a task that was bound.
-            task_name: for people, and for the server's batching rules; may be that of several tasks.
-            task_id: names the task in this workflow, and what it gives in results; by default the function's name,
-                numbered when another task has it.
-            when: the task runs only if this output is true, or equals `equals`; otherwise it is skipped, and with it
-                what needs it. Whatever is compared must be JSON.
-            unless: the same, the other way round.
-            equals: what `when` or `unless` is compared with.
+            inputs: values by name; None for a task with `bind`.
+            task_name: the display name, which the server's batching rules use too; several tasks may have the same.
+            task_id: names the task in this workflow and its outputs in results; by default the function's name, with a
+                number when another task has that name.
+            when: the task runs only if this output is true, or equals `equals`; otherwise the task is skipped, and so
+                are the tasks that depend on it. Both values must be JSON.
+            unless: the task runs only if this output is false, or does not equal `equals`.
+            equals: the value that the output is compared with.
 
         Raises:
-            TaskDefinitionError: an input is missing, unknown or of another kind than the function is annotated with,
-                or the id is taken.
+            TaskDefinitionError: an input is missing, unknown or of another type than the function's annotation, or the
+                id is taken.
         """
         definition, given = self._call_of(task_func, inputs, misplaced, "add_task")
-        return self._add(definition, given, task_name, task_id, condition=_condition(when, unless, equals))
+        return self._add(definition, given, task_name, task_id, condition=condition_of(when, unless, equals))
 
     def map(
         self,
@@ -135,47 +75,49 @@ class Graph(Generic[Client]):
         task_id: str | None = None,
         **misplaced: Never,
     ) -> LatticeTask:
-        """Add a task for each item of a list that another task makes, however long it turns out to be.
+        """Add a task that runs once for each item of a list that another task returns.
 
-        The outputs of what is returned are lists, in the items' order, for a task that gathers them or another map.
+        The length of the list is known only during the run. The outputs of the returned task are lists in the order of
+        the items; wire them into a task that takes a list, or map over them again.
 
         Args:
-            task_func: called with one item each.
-            over: the list; as the first input not in `inputs`, or by name: `{"page": crawl.outputs["pages"]}`.
-            inputs: what every call is given besides.
-            task_name: for people, and for the server's batching rules; may be that of several tasks.
+            task_func: the function of one item.
+            over: the list; its items become the first input not in `inputs`, or the input that a dict names:
+                `{"page": crawl.outputs["pages"]}`.
+            inputs: the other inputs, which are the same in every call.
+            task_name: as in `add_task`.
             task_id: as in `add_task`.
 
         Raises:
-            TaskDefinitionError: an input is missing or unknown, the id is taken, or what the task is to be mapped over
-                is not an output.
+            TaskDefinitionError: an input is missing or unknown, the id is taken, or `over` is not an output.
         """
         definition = self._definition(task_func)
         given = _given(definition, inputs, misplaced, "map")
         if isinstance(over, TaskOutput):
             free = [name for name in definition.inputs if name not in given]
             if not free:
-                text = "has no input left for an item; say which: over={...}"
+                text = "has no input left for an item; name one: over={...}"
                 raise TaskDefinitionError(f"task {definition.name!r} {text}")
             over = {free[0]: over}
         sources = dict(over) if isinstance(over, Mapping) and not isinstance(over, Outputs) else {"": over}
         if len(sources) != 1:
-            raise TaskDefinitionError(f"task {definition.name!r} can be mapped over exactly one output of another task")
+            text = f"can be mapped over exactly one output of another task, not over {len(sources)}"
+            raise TaskDefinitionError(f"task {definition.name!r} {text}")
         ((name, source),) = sources.items()
         if not isinstance(source, TaskOutput):
-            text = f"task {definition.name!r}: it is mapped over {_called(source)}, not over exactly one output"
+            text = f"task {definition.name!r}: over is {called(source)}, not exactly one output of another task"
             if isinstance(source, LatticeTask | Outputs):
-                raise TaskDefinitionError(f"{text}; give one: {_an_output_of(source)}")
-            raise TaskDefinitionError(f"{text} of another task; of a list that is known, add a task for each item")
+                raise TaskDefinitionError(f"{text}; give one: {example_output(source)}")
+            raise TaskDefinitionError(f"{text}; for a list that is known now, add a task for each item")
         if source.path:
-            text = f"task {definition.name!r}: it is mapped over {source!r}, a part of an output"
-            raise TaskDefinitionError(f"{text}; have the task that makes it return the list as an output of its own")
+            text = f"task {definition.name!r}: over is {source!r}, a part of an output"
+            raise TaskDefinitionError(f"{text}; have that task return the list as an output of its own")
         return self._add(definition, {**given, name: source.required()}, task_name, task_id, over=name)
 
     def parameter(self, name: str, default: Any = UNSET) -> Parameter:
-        """Return a value that is given when the workflow is run, `run(parameters={name: ...})`; wire it as an output.
+        """Return a parameter, whose value a run is given by `run(parameters={name: ...})`; wire it like an output.
 
-        Raises TaskDefinitionError when the workflow has a parameter of that name, or when the name is no text.
+        Raises TaskDefinitionError when the workflow has a parameter of that name, or the name is not a non-empty text.
         """
         check_text("the name of a parameter", name)
         if not name or name in self.parameters:
@@ -184,10 +126,10 @@ class Graph(Generic[Client]):
         return added
 
     def add_edge(self, source_task: LatticeTask, target_task: LatticeTask) -> None:
-        """Have `target_task` start after `source_task` succeeded."""
+        """Start `target_task` only after `source_task` succeeded."""
         for name, member in (("source_task", source_task), ("target_task", target_task)):
             if not isinstance(member, LatticeTask):
-                text = f"add_edge: {name} must be a task that add_task returned, not {_called(member)}"
+                text = f"add_edge: {name} must be a task that add_task returned, not {called(member)}"
                 advice = f"; give the task {member.task_id!r} itself" if isinstance(member, TaskOutput) else ""
                 raise TaskDefinitionError(f"{text}{advice}")
             if self.tasks.get(member.task_id) is not member:
@@ -195,12 +137,12 @@ class Graph(Generic[Client]):
         target_task.after.append(source_task.task_id)
 
     def has(self, output: TaskOutput) -> bool:
-        """Whether an output is one of a task of this workflow; of one that was named by hand the server knows."""
+        """Whether an output belongs to this workflow. The server checks an output that was named by task id."""
         return output.owner is None or self.tasks.get(output.task_id) is output.owner
 
     @property
     def scope(self) -> Scope:
-        """What inputs of its tasks may be wired to."""
+        """The outputs and parameters that inputs of its tasks can be wired to."""
         return Scope(self.has, self.tasks, self.parameters)
 
     def _call_of(
@@ -214,7 +156,7 @@ class Graph(Generic[Client]):
             definition, bound = task_func.definition, dict(task_func.inputs)
             if inputs is not None or misplaced:
                 text = "has its inputs from bind(...) already"
-                raise TaskDefinitionError(f"task {definition.name!r} {text}: give {method} no others")
+                raise TaskDefinitionError(f"task {definition.name!r} {text}: give {method} no inputs")
             return definition, bound
         definition = self._definition(task_func)
         return definition, _given(definition, inputs, misplaced, method)
@@ -223,8 +165,8 @@ class Graph(Generic[Client]):
         if isinstance(task_func, TaskDefinition):
             return task_func
         if isinstance(task_func, LatticeTask | Outputs | TaskOutput | BoundTask):
-            raise TaskDefinitionError(f"a task must be a function or a @task, not {_called(task_func)}")
-        # One for all tasks of a function: its code is looked at, and sent, once.
+            raise TaskDefinitionError(f"a task must be a function or a @task, not {called(task_func)}")
+        # One definition for all tasks of a function: its code is checked, and sent, once.
         known = self._definitions.get(id(task_func))
         if known is None or known.function is not task_func:
             known = self._definitions[id(task_func)] = define(task_func)
@@ -240,7 +182,7 @@ class Graph(Generic[Client]):
         condition: Condition | None = None,
     ) -> LatticeTask:
         definition.check_inputs(given)
-        check_values(definition, {name: value for name, value in given.items() if name != over}, _kind_made)
+        check_values(definition, {name: value for name, value in given.items() if name != over})
         if task_name is not None:
             check_text(f"task {definition.name!r}: task_name", task_name)
         found = self._next_id(definition.name) if task_id is None else task_id
@@ -251,7 +193,7 @@ class Graph(Generic[Client]):
                 f"{where} must have 1 to {MAX_ID_LENGTH} characters and no line break, not {found!r}; give task_id"
             )
         if found in self.tasks:
-            raise TaskDefinitionError(f"{where} {found!r} is taken; leave task_id out, or take another one")
+            raise TaskDefinitionError(f"{where} {found!r} is taken; leave task_id out, or choose another one")
         added = LatticeTask(found, definition, given, task_name or definition.name, over, condition)
         self.tasks[found] = added
         return added
@@ -277,67 +219,15 @@ def _given(
 ) -> dict[str, Any]:
     if misplaced:
         text = f"{method} has no argument {', '.join(misplaced)}; the inputs are one dict"
-        raise TaskDefinitionError(f"task {definition.name!r}: {text}: {_example(definition, method)}")
+        raise TaskDefinitionError(f"task {definition.name!r}: {text}: {_example_call(definition, method)}")
     if inputs is None:
         return {}
     if not isinstance(inputs, Mapping):
-        text = f"the inputs are one dict, {_example(definition, method)}, not {type(inputs).__name__}"
+        text = f"the inputs are one dict, {_example_call(definition, method)}, not {type(inputs).__name__}"
         raise TaskDefinitionError(f"task {definition.name!r}: {text}")
     return dict(inputs)
 
 
-def _kind_made(output: TaskOutput) -> type | None:
-    """Return the kind of value an output has, None when it may have several."""
-    owner = output.owner
-    if not isinstance(owner, LatticeTask) or output.path or output.is_optional:
-        return None
-    return list if owner.over else kind_of_output(owner.definition, output.output)
-
-
-def _example(definition: TaskDefinition[..., Any], method: str) -> str:
+def _example_call(definition: TaskDefinition[..., Any], method: str) -> str:
     shown = ", ".join(f'"{name}": ...' for name in definition.inputs) or '"name": ...'
     return f"{method}({definition.name}, {'task.output, ' * (method == 'map')}{{{shown}}})"
-
-
-def _called(value: object) -> str:
-    """Return what a value that is not what it should be is called in an error."""
-    match value:
-        case LatticeTask():
-            return f"the task {value.task_id!r}"
-        case TaskOutput():
-            return f"the output {value.output!r} of task {value.task_id!r}"
-        case Parameter():
-            return f"the parameter {value.name!r}"
-        case Outputs():
-            return f"all outputs of a task, {value!r}"
-        case TaskDefinition():
-            return f"the function {value.name!r}"
-        case BoundTask():
-            return f"the task {value.definition.name!r} with inputs from bind(...)"
-        case None:
-            return "None"
-        case FunctionType():
-            return f"the function {value.__name__!r}"
-        case _:
-            return f"a {type(value).__name__}"
-
-
-def _an_output_of(value: "LatticeTask | Outputs") -> str:
-    names = list(value.outputs if isinstance(value, LatticeTask) else value)
-    return f"task.outputs[{names[0]!r}]" if len(names) > 1 else "task.output"
-
-
-def _condition(when: TaskOutput | None, unless: TaskOutput | None, equals: Any) -> Condition | None:
-    if when is not None and unless is not None:
-        raise TaskDefinitionError("a task can have `when` or `unless`, not both")
-    output = when if when is not None else unless
-    if output is None:
-        if equals is not UNSET:
-            raise TaskDefinitionError("`equals` needs `when` or `unless`")
-        return None
-    if not isinstance(output, TaskOutput):
-        text = f"a condition must be an output of a task, not {_called(output)}"
-        name = "when" if unless is None else "unless"
-        is_known = isinstance(output, LatticeTask | Outputs)
-        raise TaskDefinitionError(f"{text}: {name}={_an_output_of(output)}" if is_known else text)
-    return Condition(output, equals, is_negated=unless is not None)

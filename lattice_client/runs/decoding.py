@@ -1,21 +1,20 @@
-"""Owns when what a task returned or raised becomes an object: in the thread of whoever asked for it.
+"""Owns decoding the outputs and exceptions of tasks. Rule: they are decoded in the thread that asked for them.
 
-Rule: bytes are fetched on an event loop, and decoded off the background loop of synchronous clients. Decoding runs code
-of the value's class, so a value that is slow, or that fails, costs its own reader only.
+Decoding runs code of the value's class, so that a value that is slow to decode, or that fails, affects only its reader.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lattice_client.convert import payloads
-from lattice_client.convert.graphs import RunEvent
+from lattice_client.convert.events import RunEvent
 from lattice_client.errors import DecodeError, RunError, TaskFailedError
 from lattice_client.graph.outputs import TaskOutput
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """An encoded value that has arrived."""
+    """A fetched value, still encoded."""
 
     media_type: str
     data: bytes | bytearray
@@ -23,32 +22,32 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The part of a value that an output with a path selects."""
+    """The part of a fetched value that the path of an output selects."""
 
     run_id: str
     output: TaskOutput
     whole: Any
 
 
-def opened(found: Any) -> Any:
-    """Return what was fetched with every value in it decoded.
+def decoded(found: Any) -> Any:
+    """Return a fetched object with every encoded value in it decoded.
 
     Raises:
-        RunError: that is what was fetched; a failed task's has the original exception as its cause. Or a value has no
-            such part as was asked for.
+        RunError: the fetched object is that error, whose cause is the original exception of a failed task; or a value
+            has no part with the requested path.
         DecodeError: a value cannot be decoded.
     """
     match found:
         case Fetched():
-            return _decoded(found)
+            return _value_of(found)
         case Part():
             return _selected(found)
         case dict():
-            return {key: opened(value) for key, value in found.items()}
+            return {key: decoded(value) for key, value in found.items()}
         case list():
-            return [opened(value) for value in found]
+            return [decoded(value) for value in found]
         case RunEvent():
-            return replace(found, data=opened(found.data)) if "outputs" in found.data else found
+            return replace(found, data=decoded(found.data)) if "outputs" in found.data else found
         case RunError():
             raise _rebuilt(found)
         case _:
@@ -56,22 +55,22 @@ def opened(found: Any) -> Any:
 
 
 def _selected(part: Part) -> Any:
-    value = opened(part.whole)
+    value = decoded(part.whole)
     for step in part.output.path:
         try:
             value = value[step]
         except Exception as error:  # the class is the user's
-            text = f"{part.output!r} of run {str(part.run_id)!r} cannot be had: there is no {step!r}"
+            text = f"{part.output!r} of run {str(part.run_id)!r} has no value: there is no {step!r}"
             raise RunError(part.run_id, f"{text} in a {type(value).__name__}") from error
     return value
 
 
-def _decoded(found: Fetched) -> Any:
+def _value_of(found: Fetched) -> Any:
     try:
         return payloads.decode(found.media_type, found.data)
     except KeyboardInterrupt:
         raise
-    # Decoding may raise anything, SystemExit too; none of it is about this process.
+    # Decoding may raise any exception, also SystemExit; it concerns the value, not this process.
     except BaseException as error:
         size = f"{found.media_type or payloads.JSON}, {len(found.data)} bytes"
         raise DecodeError(f"a value ({size}) cannot be decoded here: {type(error).__name__}: {_text(error)}") from error
@@ -82,14 +81,14 @@ def _rebuilt(error: RunError) -> RunError:
         return error
     payload, error.exception = error.exception, None
     try:
-        cause = _decoded(Fetched(payload.media_type, payload.data))
+        cause = _value_of(Fetched(payload.media_type, payload.data))
     except DecodeError as failed:
         why = f"{type(failed.__cause__).__name__}: {_text(failed.__cause__)}"
     else:
         if isinstance(cause, BaseException):
             error.__cause__ = cause
             return error
-        why = f"it is a {type(cause).__name__}"
+        why = f"it is a {type(cause).__name__}, not an exception"
     error.missing_cause = f"The original exception could not be rebuilt here: {why}"
     return error
 
@@ -98,4 +97,4 @@ def _text(error: BaseException | None) -> str:
     try:
         return str(error)
     except Exception:  # the class is the user's
-        return "its text cannot be had"
+        return "its text could not be read"

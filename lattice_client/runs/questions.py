@@ -1,25 +1,21 @@
-"""Owns what a caller is asked by the tasks of a run that it holds open. Rule: a question is answered once.
+"""Owns the questions that tasks ask the caller of an open run. Rule: the thread that answers decodes and encodes."""
 
-A value is decoded, and an answer encoded, in the thread of whoever answers.
-"""
-
-import inspect
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from lattice.v1 import errors_pb2, workflow_pb2
 
 from lattice_client import errors
 from lattice_client.convert import payloads
-from lattice_client.runs.decoding import Fetched, opened
+from lattice_client.runs.decoding import Fetched, decoded
 
 OnQuestion = Callable[["Question"], Any]
 MAX_TEXT = 64 * 1024
 
 
 class Question:
-    """What an attempt asks, and waits to be answered. See `context.ask`."""
+    """A question of an attempt, which waits for the answer. See `context.ask`."""
 
     def __init__(
         self, message: workflow_pb2.Question, limit_bytes: int, send: Callable[[workflow_pb2.QuestionAnswer], bool]
@@ -40,18 +36,18 @@ class Question:
 
     @property
     def payload(self) -> Any:
-        """What is asked about, decoded when it is first looked at. Raises DecodeError."""
+        """The value that the task sent with the question, decoded at its first use. Raises DecodeError."""
         if self._value is None:
             message = self._message.payload
             data = message.json.encode() if message.WhichOneof("content") == "json" else message.data
-            self._value = (opened(Fetched(message.media_type, data)),)
+            self._value = (decoded(Fetched(message.media_type, data)),)
         return self._value[0]
 
     def answer(self, value: Any = None) -> bool:
         """Answer with a value; return False when the question needs no answer any more.
 
-        Raises TaskDefinitionError when the value cannot be pickled, or is larger than the server takes; the question
-        can be answered again then.
+        Raises TaskDefinitionError when the value cannot be pickled, or is larger than the server's limit; the question
+        can then be answered with another value.
         """
         try:
             media_type, data = payloads.encode(value)
@@ -61,12 +57,12 @@ class Question:
         message = workflow_pb2.QuestionAnswer(question_id=self.question_id)
         message.payload.CopyFrom(payloads.inline(media_type, data))
         if (size := message.payload.ByteSize()) > self._limit_bytes:
-            text = f"the answer to {self!r} takes {size} bytes, and an answer may have {self._limit_bytes}"
-            raise errors.TaskDefinitionError(f"{text}: give what is larger to the task as an input")
+            text = f"the answer to {self!r} has {size} bytes, and the limit is {self._limit_bytes}"
+            raise errors.TaskDefinitionError(f"{text}: give the task a larger value as an input")
         return self._send(message)
 
     def fail(self, error: BaseException | str) -> bool:
-        """Answer with an error, of which the task is told the type and the text. Returns as `answer`."""
+        """Answer with an error, of which the task gets the type and the text. Returns as `answer`."""
         failure = errors_pb2.Failure(kind=errors_pb2.FAILURE_KIND_USER_ERROR)
         if isinstance(error, str):
             failure.message = _sendable(error)
@@ -76,40 +72,11 @@ class Question:
         return self._send(workflow_pb2.QuestionAnswer(question_id=self.question_id, failure=failure))
 
 
-def serve(question: Question, handler: OnQuestion) -> Awaitable[Any] | None:
-    """Answer a question with what a handler returns or raises; what is left to be awaited is returned.
-
-    KeyboardInterrupt and SystemExit go to the caller, after the question was answered with them.
-    """
-    try:
-        found = handler(question)
-        if inspect.isawaitable(found):
-            return found
-        question.answer(found)
-    except Exception as error:
-        question.fail(error)
-    except BaseException as error:
-        question.fail(error)
-        raise
-    return None
-
-
-async def serve_awaited(question: Question, found: Awaitable[Any]) -> None:
-    """Answer a question with what an awaitable gives or raises."""
-    try:
-        question.answer(await found)
-    except Exception as error:
-        question.fail(error)
-    except BaseException as error:
-        question.fail(error)
-        raise
-
-
 def _text_of(error: BaseException) -> str:
     try:
         return str(error) or traceback.format_exception_only(error)[-1].strip()
     except Exception:  # the class is the user's
-        return "its text cannot be had"
+        return "its text could not be read"
 
 
 def _sendable(text: str) -> str:

@@ -1,10 +1,9 @@
-"""Owns how calls reach a server. Rule: each gRPC error leaves as one of this package's.
+"""Owns the interface of a connection to a server. Rule: every gRPC error is converted to one of this package's.
 
 The client's logic is written once, as coroutines over a `Channel`. Calls of an `AsyncChannel` suspend the coroutine,
 those of a `BlockingChannel` block the thread: such a coroutine runs to its end in the caller's own thread.
 """
 
-import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -12,17 +11,12 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, cast
 
 import grpc
-from lattice.v1 import (
-    artifact_pb2_grpc,
-    cluster_pb2,
-    cluster_pb2_grpc,
-    results_pb2_grpc,
-    task_pb2_grpc,
-    workflow_pb2_grpc,
-)
+from lattice.v1 import cluster_pb2
 
 from lattice_client import errors
+from lattice_client.transport import statuses
 from lattice_client.transport.security import Security, SecurityOptions, secure
+from lattice_client.transport.stubs import Stubs
 
 if TYPE_CHECKING:
     from grpc.aio import (
@@ -31,15 +25,16 @@ if TYPE_CHECKING:
         UnaryStreamMultiCallable,
         UnaryUnaryMultiCallable,
     )
+    from lattice.v1 import artifact_pb2_grpc, cluster_pb2_grpc, results_pb2_grpc, task_pb2_grpc, workflow_pb2_grpc
 
 Q = TypeVar("Q")
 R = TypeVar("R")
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 MESSAGE_LIMIT_BYTES = 256 * 1024 * 1024
-# The largest message that servers take unless told otherwise, and what gRPC adds to it.
+# The default message limit of servers, plus the bytes that gRPC adds.
 RETRY_LIMIT_BYTES = 17 * 1024 * 1024
-# Every call may be repeated: one that changes something carries an id by which the server knows it again.
+# Every call may be repeated: a call that changes something carries an id by which the server recognises it.
 SERVICE_CONFIG = """{"methodConfig": [
 {"name": [{}], "retryPolicy": {"maxAttempts": 5, "initialBackoff": "0.1s", "maxBackoff": "2s", "backoffMultiplier": 2,
 "retryableStatusCodes": ["UNAVAILABLE"]}}]}"""
@@ -47,40 +42,23 @@ OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
     ("grpc.service_config", SERVICE_CONFIG),
-    # What is larger is not repeated; by default that is less than the code many a graph brings.
+    # gRPC does not repeat larger requests; its default is smaller than the code of many graphs.
     ("grpc.per_rpc_retry_buffer_size", RETRY_LIMIT_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
-    # By default gRPC dials a server that was away for a while only every two minutes.
+    # By default gRPC reconnects to a server that was away for a while only every two minutes.
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
 
 def dial(target: str | None, **security: Unpack[SecurityOptions]) -> Security:
-    """Return the server to call. Raises TargetError, SecurityError."""
+    """Return how to connect to a server. Raises TargetError, SecurityError."""
     return secure(target or os.environ.get("LATTICE_TARGET") or DEFAULT_TARGET, **security)
 
 
 def options_for(dialled: Security) -> list[tuple[str, Any]]:
     """Return the options of a channel."""
-    # Calls to this machine must not go by way of another one, whatever proxy the environment names.
+    # Calls to this machine must not use a proxy that the environment names.
     return [*OPTIONS, ("grpc.enable_http_proxy", int(not dialled.is_local))]
-
-
-class Stubs:
-    """The stubs on one connection. Those of a blocking one are typed as if their calls could be awaited."""
-
-    def __init__(self, channel: Any, token: str | None) -> None:
-        channel = channel if token is None else Signed(channel, token)
-        self.workflows: workflow_pb2_grpc.WorkflowServiceAsyncStub
-        self.tasks: task_pb2_grpc.TaskServiceAsyncStub
-        self.results: results_pb2_grpc.ResultsServiceAsyncStub
-        self.artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub
-        self.cluster: cluster_pb2_grpc.ClusterServiceAsyncStub
-        self.workflows = cast(Any, workflow_pb2_grpc.WorkflowServiceStub(channel))
-        self.tasks = cast(Any, task_pb2_grpc.TaskServiceStub(channel))
-        self.results = cast(Any, results_pb2_grpc.ResultsServiceStub(channel))
-        self.artifacts = cast(Any, artifact_pb2_grpc.ArtifactServiceStub(channel))
-        self.cluster = cast(Any, cluster_pb2_grpc.ClusterServiceStub(channel))
 
 
 class LimitReachedError(Exception):
@@ -88,19 +66,19 @@ class LimitReachedError(Exception):
 
 
 class OpenCall(ABC, Generic[R]):
-    """A call whose first message was read, and whose last one is still to come."""
+    """A call of two messages: the first was read, the last was not."""
 
     @abstractmethod
     async def last(self) -> R | None:
-        """Wait for the last message. None when the call broke, or cannot be read here."""
+        """Wait for the last message. None when the call failed, or belongs to another event loop."""
 
     @abstractmethod
     def abandon(self) -> None:
-        """End the call; nothing waits for it any more. May be called from any thread, and by a finalizer."""
+        """Cancel the call. May be called from any thread, and by a finalizer."""
 
 
-class Conversation(ABC, Generic[Q, R]):
-    """A call with messages both ways, which either side may send at any time."""
+class BidiCall(ABC, Generic[Q, R]):
+    """A bidirectional stream."""
 
     @abstractmethod
     def send(self, message: Q) -> None:
@@ -108,37 +86,37 @@ class Conversation(ABC, Generic[Q, R]):
 
     @abstractmethod
     async def read(self) -> R | None:
-        """Wait for the next message; None at the end. After an error the call is over.
+        """Wait for the next message; None at the end of the stream. An error ends the stream.
 
         Raises RequestError, ClientClosedError, LimitReachedError.
         """
 
     @abstractmethod
     def abandon(self) -> None:
-        """End the call. May be called from any thread, and by a finalizer."""
+        """Cancel the stream. May be called from any thread, and by a finalizer."""
 
 
 class Steps(ABC):
-    """Has a coroutine called again and again, one call at a time, as long as something waits for what it brings about.
+    """Calls a step function repeatedly, one call at a time, while a caller waits for its effects.
 
-    It returns False when nothing more will come of it; what it raises then, everything that waits raises.
+    The step returns False when it was the last one. An exception of the step is raised in every waiting caller.
     """
 
     @abstractmethod
     async def until(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until something holds. Returns as well when nothing more will come. Raises what a step raised."""
+        """Wait until a condition is true or the last step was made. Raises the exception of a step."""
 
     @abstractmethod
     def wake(self) -> None:
-        """Have what waits look again whether it is ready."""
+        """Have every waiting caller check its condition again."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Make no more steps. May be called from any thread, and by a finalizer."""
+        """Make no further step. May be called from any thread, and by a finalizer."""
 
 
 class Channel(ABC):
-    """The way to one server."""
+    """The connection to one server."""
 
     def __init__(self, dialled: Security) -> None:
         self._dialled = dialled
@@ -172,14 +150,14 @@ class Channel(ABC):
         return self._stubs().cluster
 
     async def limits(self) -> cluster_pb2.Limits:
-        """Return the server's limits; it is asked for them once. Raises RequestError, ClientClosedError."""
+        """Return the server's limits, which are read once. Raises RequestError, ClientClosedError."""
         if self._limits is None:
             self._limits = (await self.call(self.cluster.GetServerInfo, cluster_pb2.GetServerInfoRequest())).limits
         return self._limits
 
     @abstractmethod
     def _stubs(self) -> Stubs:
-        """Return the stubs to call with from here. Raises ClientClosedError, ForkError."""
+        """Return the stubs for the current thread or event loop. Raises ClientClosedError, ForkError."""
 
     @abstractmethod
     async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
@@ -197,23 +175,23 @@ class Channel(ABC):
     async def begin(
         self, method: "UnaryStreamMultiCallable[Q, R]", request: Q, on_end: Callable[[OpenCall[R]], object]
     ) -> tuple[R, OpenCall[R]]:
-        """Start a call of two messages; return the first one. `on_end` is told when it is over. Raises as `call`."""
+        """Start a call of two messages; return the first one. `on_end` is called when it ends. Raises as `call`."""
 
     @abstractmethod
-    def converse(self, method: "StreamStreamMultiCallable[Q, R]") -> Conversation[Q, R]:
-        """Start a call with messages both ways. Raises ClientClosedError, ForkError."""
+    def open_bidi(self, method: "StreamStreamMultiCallable[Q, R]") -> BidiCall[Q, R]:
+        """Start a bidirectional stream. Raises ClientClosedError, ForkError."""
 
     @abstractmethod
     def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:
-        """Return what makes these steps."""
+        """Return a `Steps` that calls this step function."""
 
     @abstractmethod
     def limit(self, timeout_s: float | None) -> AbstractAsyncContextManager[None]:
-        """Bound all calls of a block. Raises LimitReachedError."""
+        """Limit the duration of a block. Raises LimitReachedError."""
 
     @abstractmethod
     def now(self) -> float:
-        """Return the time, in seconds, on a clock that only goes forward."""
+        """Return the time in seconds, on a monotonic clock."""
 
     @abstractmethod
     async def sleep(self, seconds: float) -> None:
@@ -221,39 +199,23 @@ class Channel(ABC):
 
     @abstractmethod
     def shut(self) -> None:
-        """Close the connections, from any thread. Calls under way raise ClientClosedError."""
+        """Close the connection of every thread and event loop. Calls in progress raise ClientClosedError."""
 
     async def close(self) -> None:
-        """As `shut`; the connection of this thread is closed when it returns."""
+        """As `shut`; the connection of the current event loop is closed when this returns."""
         self.shut()
 
     def closed_error(self) -> errors.ClientClosedError:
         """Return the error of a call of a closed client."""
-        return errors.ClientClosedError(f"the client of {self.target} is closed: make another one")
+        return errors.ClientClosedError(f"the client of {self.target} is closed: create another one")
 
     @contextmanager
     def _converting(self) -> Iterator[None]:
-        """Turn an error of gRPC into one of this package's."""
+        """Convert a gRPC error to one of this package's."""
         try:
             yield
         except grpc.RpcError as error:
             if self.is_closed:
                 raise self.closed_error() from None
-            # Both kinds of calls have a status; only its subclasses say so.
-            raise errors.from_rpc(cast(grpc.aio.AioRpcError, error), self.target) from None
-
-
-class Signed:
-    """A channel for stubs, whose every call carries a token.
-
-    gRPC's own interceptors wrap each call in a task, and each message of a stream in another; this costs nothing.
-    """
-
-    def __init__(self, channel: Any, token: str) -> None:
-        self._channel = channel
-        self._metadata = (("authorization", f"Bearer {token}"),)
-
-    def __getattr__(self, kind: str) -> Any:
-        """Return the maker of calls of a kind: `unary_unary`, `unary_stream`, `stream_unary` or `stream_stream`."""
-        make = getattr(self._channel, kind)
-        return lambda *args, **kwargs: functools.partial(make(*args, **kwargs), metadata=self._metadata)
+            # Every gRPC call error has a status; the base class does not declare it.
+            raise statuses.from_rpc(cast(grpc.aio.AioRpcError, error), self.target) from None

@@ -1,8 +1,7 @@
-"""Owns what becomes of a client in a forked process. Rule: the child changes nothing of its parent.
+"""Owns the state of gRPC in a forked process. Rule: a forked child makes no call and frees no object of gRPC.
 
-Neither the threads nor the locks of gRPC survive a fork: each call in the child would crash or wait for ever, so there
-are none. The child also frees none of gRPC's objects, nor the event loop that drives them: to free a channel waits for
-threads that are not there, and the loop's descriptors lie in an epoll instance that the parent uses.
+gRPC's threads do not exist in a child, and its locks may be held: a call would crash or block for ever. To free a
+channel would wait for those threads, and to close its event loop would change an epoll instance that the parent uses.
 """
 
 import ctypes
@@ -16,21 +15,21 @@ _shared: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 class _Process:
-    """Whether gRPC was used in this process, or in one it was forked from."""
+    """Whether gRPC was used in this process, and whether the process was forked after that."""
 
     uses_grpc = False
     is_broken = False
 
 
 def use(thing: Any) -> None:
-    """Note an object of gRPC, or one that drives it, before it is used. Raises ForkError where gRPC cannot work."""
+    """Register an object of gRPC, or its event loop, before its use. Raises ForkError in a forked process."""
     check_process()
     _Process.uses_grpc = True
     _shared.add(thing)
 
 
 def check_process() -> None:
-    """Raise ForkError where gRPC cannot work."""
+    """Raise ForkError in a process that was forked after gRPC had been used."""
     if _Process.is_broken:
         raise errors.ForkError(
             "this process was forked from one in which a Lattice client had connected, and gRPC does not work in such "
@@ -39,15 +38,16 @@ def check_process() -> None:
 
 
 def is_broken() -> bool:
-    """Whether gRPC cannot work in this process."""
+    """Whether this process was forked after gRPC had been used."""
     return _Process.is_broken
 
 
 def _after_fork() -> None:
     _Process.is_broken = _Process.uses_grpc
     for thing in _shared:
-        # A reference that nothing gives back, not even the end of the interpreter.
+        # An additional reference keeps the object alive, also when the interpreter exits.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_after_fork)

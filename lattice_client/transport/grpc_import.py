@@ -1,8 +1,8 @@
-"""Imports gRPC without its fork handlers, unless the environment asks for them.
+"""Owns the import of gRPC without its fork handlers, unless the environment asks for them.
 
-They start threads anew in a forked child, one of which crashes now and then, and print a line at most forks. No client
-works in such a child anyway; see `forks`. gRPC reads the variable when it is imported, and no program that is started
-from here is to inherit it.
+The handlers restart threads in a forked child, one of which sometimes crashes, and print a line at most forks. No
+client works in such a child in any case; see `forks`. gRPC reads the variable when it is imported. It is removed
+afterwards, so that no child program inherits it.
 """
 
 import os

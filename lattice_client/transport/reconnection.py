@@ -1,7 +1,7 @@
-"""Owns how a run is followed while its server cannot be reached. Rule: one policy for events, results and commands.
+"""Owns reconnecting while a server cannot be reached. Rule: one policy for every call that waits for a run.
 
-A call that follows a run is made again when its connection breaks, for RECONNECT_S after the break. Whatever the server
-sends ends the break. After that the call fails with UnavailableError; the run itself may go on.
+Such a call is repeated with backoff for RECONNECT_S after its connection broke. Any message from the server resets that
+time. Afterwards the call fails with UnavailableError; the run itself may continue.
 """
 
 import random
@@ -13,7 +13,7 @@ import grpc
 from lattice_client import errors
 from lattice_client.transport.channel import Channel, LimitReachedError
 
-# How long a server that cannot be reached is dialled again.
+# How long a call is repeated while the server cannot be reached.
 RECONNECT_S = 30.0
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
 RESUMABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
@@ -22,7 +22,7 @@ OnLoss = Callable[[errors.RequestError], None]
 
 
 class Reconnection:
-    """The breaks of one call that follows a run. `on_loss` is told once of each break."""
+    """The reconnections of one call that waits for a run. `on_loss` is called once for each broken connection."""
 
     def __init__(
         self, rpc: Channel, run_id: str, on_loss: OnLoss | None = None, max_backoff_s: float = MAX_BACKOFF_S
@@ -34,13 +34,13 @@ class Reconnection:
         self._lost_at: float | None = None
         self._tries = 0
 
-    def heard(self) -> None:
-        """Note that the server answers."""
+    def succeeded(self) -> None:
+        """Note that the server answered."""
         self._lost_at, self._tries = None, 0
 
     async def wait(self, error: errors.RequestError) -> None:
-        """Wait before the call is made again. Raises the error when it is not to be, LimitReachedError."""
-        # What the server itself says is wrong stays wrong; without a reason gRPC speaks of a broken stream.
+        """Wait for the backoff before the call is repeated. Raises the error of a final failure, LimitReachedError."""
+        # An error with a reason comes from the server and is final; one without comes from gRPC's broken stream.
         if error.code not in RESUMABLE or (isinstance(error, errors.InternalError) and error.reason):
             raise _final(error) from None
         now = self._rpc.now()
@@ -52,15 +52,15 @@ class Reconnection:
         left_s = self._lost_at + RECONNECT_S - now
         if left_s <= 0:
             raise self._given_up(error) from None
-        # Spread, so that a server that comes back does not meet all its readers at once.
+        # Random, so that the readers of a server that returns do not all call it at once.
         backoff_s = min(self._max_backoff_s, MIN_BACKOFF_S * 2 ** min(self._tries - 1, 10))
         await self._rpc.sleep(min(left_s, random.uniform(0, backoff_s)))
 
     def _given_up(self, error: errors.RequestError) -> errors.RequestError:
         text = (
-            f"run {self._run_id!r} cannot be followed: {self._tries} tries in {RECONNECT_S:.0f} s to reach the server "
-            f"at {self._rpc.target} failed, the last with: {error}. The run may go on: ask again for run "
-            f"{self._run_id!r} when the server answers"
+            f"run {self._run_id!r} cannot be read: {self._tries} tries in {RECONNECT_S:.0f} s to reach the server "
+            f"at {self._rpc.target} failed, the last with: {error}. The run may still be running: "
+            f"read it again with get_run({self._run_id!r}) when the server answers"
         )
         found = errors.UnavailableError(text, error.reason)
         found.advice = error.advice
@@ -68,10 +68,10 @@ class Reconnection:
 
 
 def _final(error: errors.RequestError) -> errors.RequestError:
-    """Return an error that another try would not change; of a run that is gone it says how that can be."""
+    """Return a final error; for a run that does not exist any more its text says how that can be."""
     if not isinstance(error, errors.NotFoundError) or error.reason == "TASK_NOT_FOUND":
         return error
-    text = f"{error}; a server that was started again knows no earlier runs, and the oldest ended runs are deleted"
+    text = f"{error}; a restarted server has no earlier runs, and the oldest ended runs are deleted"
     return errors.NotFoundError(text, error.reason, error.metadata)
 
 
@@ -79,9 +79,9 @@ def _final(error: errors.RequestError) -> errors.RequestError:
 async def limited(
     rpc: Channel, run_id: str, timeout: float | None, task_id: str = "", allowed_s: float | None = None
 ) -> AsyncIterator[None]:
-    """Bound a block that follows a run, or a task of it. Raises TimeoutError, which says that the run goes on.
+    """Limit the duration of a block that waits for a run, or for one of its tasks. Raises TimeoutError.
 
-    `allowed_s` is the limit to name, where the block has only the rest of it.
+    `allowed_s` is the limit that the error names, for a block that has only the rest of it.
     """
     try:
         async with rpc.limit(timeout):
@@ -91,8 +91,8 @@ async def limited(
 
 
 def _timed_out(run_id: str, timeout: float | None, task_id: str = "") -> TimeoutError:
-    """Return the error of a call that followed a run, or a task of it, for as long as it was to."""
+    """Return the error of a wait for a run, or for one of its tasks, that reached its limit."""
     if task_id:
         text = f"task {task_id!r} of run {str(run_id)!r} did not end within {timeout:g} s"
-        return TimeoutError(f"{text}; the run goes on: wait again, or cancel it")
-    return TimeoutError(f"run {str(run_id)!r} did not end within {timeout:g} s; it goes on: wait again, or cancel it")
+        return TimeoutError(f"{text}; the run continues: wait again, or cancel it")
+    return TimeoutError(f"run {str(run_id)!r} did not end within {timeout:g} s; it continues: wait again, or cancel it")

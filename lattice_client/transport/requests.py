@@ -1,4 +1,4 @@
-"""Owns requests as messages. Rule: what no message can hold is said with the names of its fields."""
+"""Owns building request messages. Rule: a value that a message cannot hold raises with the name of its field."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ M = TypeVar("M", bound=Message)
 
 
 def made(kind: type[M], **fields: Any) -> M:
-    """Return a request. Raises InvalidArgumentError for what no message can hold."""
+    """Return a message. Raises InvalidArgumentError for a value that a message cannot hold."""
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:
@@ -23,14 +23,14 @@ def made(kind: type[M], **fields: Any) -> M:
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Turn what a name or a label in a graph raises, when it cannot be sent, into TaskDefinitionError."""
+    """Convert the error of a name or a label that is not valid Unicode to TaskDefinitionError."""
     try:
         yield
     except UnicodeEncodeError as error:
-        text = f"the name or label {error.object!r} cannot be sent: it holds half a character at {error.start}"
+        text = f"the name or label {error.object!r} cannot be sent: it contains half a surrogate pair at {error.start}"
         raise errors.TaskDefinitionError(text) from None
 
 
 def duration(seconds: float) -> Duration:
-    """Return seconds as the contract has them."""
+    """Return seconds as a Duration."""
     return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

@@ -1,24 +1,25 @@
-"""Owns calls that suspend a coroutine. Rule: gRPC binds a channel to an event loop, so each loop has its own."""
+"""Owns the connection for asyncio. Rule: gRPC binds a channel to an event loop, so each loop has its own channel."""
 
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import grpc
 
 from lattice_client.transport import forks
+from lattice_client.transport.async_bidi import AsyncBidiCall, AsyncSteps
 from lattice_client.transport.channel import (
+    BidiCall,
     Channel,
-    Conversation,
     LimitReachedError,
     OpenCall,
     Steps,
-    Stubs,
     options_for,
 )
 from lattice_client.transport.security import Security
+from lattice_client.transport.stubs import Stubs
 
 if TYPE_CHECKING:
     from grpc.aio import (
@@ -33,7 +34,7 @@ R = TypeVar("R")
 
 
 class AsyncChannel(Channel):
-    """The connections to one server, one for each event loop that makes calls."""
+    """The connection to one server: a gRPC channel for each event loop that makes calls."""
 
     def __init__(self, dialled: Security) -> None:
         super().__init__(dialled)
@@ -60,8 +61,13 @@ class AsyncChannel(Channel):
     async def stream(self, method: "UnaryStreamMultiCallable[Q, R]", request: Q) -> AsyncIterator[R]:
         """Yield the messages of a call. Raises as `call`."""
         with self._closing():
-            async for response in method(request):
-                yield response
+            call = method(request)
+            try:
+                async for response in call:
+                    yield response
+            finally:
+                # gRPC keeps a call whose messages were not all read until it is cancelled.
+                call.cancel()
 
     async def upload(self, method: "StreamUnaryMultiCallable[Q, R]", messages: Iterable[Q]) -> R:
         """Send messages; return the answer. Raises as `call`."""
@@ -77,18 +83,18 @@ class AsyncChannel(Channel):
             first = cast(R, await call.read())
         return first, AsyncOpenCall(call, on_end)
 
-    def converse(self, method: "StreamStreamMultiCallable[Q, R]") -> Conversation[Q, R]:
-        """Start a call with messages both ways. Raises ClientClosedError, ForkError."""
+    def open_bidi(self, method: "StreamStreamMultiCallable[Q, R]") -> BidiCall[Q, R]:
+        """Start a bidirectional stream. Raises ClientClosedError, ForkError."""
         with self._closing():
-            return AsyncConversation(method, self._closing)
+            return AsyncBidiCall(method, self._closing)
 
     def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:
-        """Return what makes these steps, in a task of the running loop."""
+        """Return a `Steps` that runs in a task of the running loop."""
         return AsyncSteps(step)
 
     @asynccontextmanager
     async def limit(self, timeout_s: float | None) -> AsyncIterator[None]:
-        """Bound all calls of a block. Raises LimitReachedError."""
+        """Limit the duration of a block. Raises LimitReachedError."""
         try:
             async with asyncio.timeout(timeout_s) as scope:
                 yield
@@ -106,7 +112,7 @@ class AsyncChannel(Channel):
         await asyncio.sleep(seconds)
 
     async def close(self) -> None:
-        """Close the connections of all loops."""
+        """Close the channels of all event loops."""
         here = asyncio.get_running_loop()
         with self._lock:
             own = self._connections.pop(here, None)
@@ -115,7 +121,7 @@ class AsyncChannel(Channel):
             await own[0].close()
 
     def shut(self) -> None:
-        """Have each loop close its connection. Calls under way raise ClientClosedError."""
+        """Have each event loop close its channel. Calls in progress raise ClientClosedError."""
         self.is_closed = True
         with self._lock:
             connections, self._connections = self._connections, {}
@@ -125,7 +131,7 @@ class AsyncChannel(Channel):
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
-        """As `_converting`; also turn the cancellation of a call, by which a channel closes, into ClientClosedError."""
+        """As `_converting`; also convert the errors of a call on a closed channel to ClientClosedError."""
         try:
             with self._converting():
                 yield
@@ -159,7 +165,7 @@ async def _each(messages: Iterable[Q]) -> AsyncIterator[Q]:
 
 
 class AsyncOpenCall(OpenCall[R], Generic[R]):
-    """The rest of a call, read by a task of the loop it was started on."""
+    """A call of two messages, whose last message is read by a task of its event loop."""
 
     def __init__(self, call: Any, on_end: Callable[[OpenCall[R]], object]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -167,14 +173,14 @@ class AsyncOpenCall(OpenCall[R], Generic[R]):
         self._reading.add_done_callback(lambda _: on_end(self))
 
     async def last(self) -> R | None:
-        """Wait for the last message; only the loop that started the call can read it."""
+        """Wait for the last message; None on any other event loop than the one that started the call."""
         if self._loop is not asyncio.get_running_loop():
             return None
         await asyncio.wait([self._reading])
         return None if self._reading.cancelled() else cast("R | None", self._reading.result())
 
     def abandon(self) -> None:
-        """End the call."""
+        """Cancel the call."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._reading.cancel)
 
@@ -185,76 +191,3 @@ async def _last(call: Any) -> Any:
     except grpc.aio.AioRpcError:
         return None
     return None if last is grpc.aio.EOF else last
-
-
-class AsyncConversation(Conversation[Q, R], Generic[Q, R]):
-    """A call of the loop it was started on."""
-
-    def __init__(
-        self, method: "StreamStreamMultiCallable[Q, R]", converting: Callable[[], AbstractContextManager[None]]
-    ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._converting = converting
-        self._requests: asyncio.Queue[Q | None] = asyncio.Queue()
-        self._call: Any = method(_queued(self._requests))
-
-    def send(self, message: Q) -> None:
-        """Queue a message."""
-        self._requests.put_nowait(message)
-
-    async def read(self) -> R | None:
-        """Wait for the next message; None at the end."""
-        with self._converting():
-            found = await self._call.read()
-        return None if found is grpc.aio.EOF else cast(R, found)
-
-    def abandon(self) -> None:
-        """End the call."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._call.cancel)
-
-
-async def _queued(requests: "asyncio.Queue[Q | None]") -> AsyncIterator[Q]:
-    while (request := await requests.get()) is not None:
-        yield request
-
-
-class AsyncSteps(Steps):
-    """Steps made by a task of the running loop, whether or not anything waits."""
-
-    def __init__(self, step: Callable[[], Awaitable[bool]]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._waiting: set[asyncio.Future[None]] = set()
-        self._going = asyncio.create_task(self._go(step))
-        self._going.add_done_callback(lambda _: self.wake())
-
-    async def _go(self, step: Callable[[], Awaitable[bool]]) -> None:
-        while await step():
-            self.wake()
-
-    async def until(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until something holds."""
-        if self._loop is not asyncio.get_running_loop():
-            raise RuntimeError("an open run belongs to the event loop it was opened on: use it there")
-        while not is_ready():
-            if self._going.done():
-                if not self._going.cancelled():
-                    self._going.result()
-                return
-            turn = self._loop.create_future()
-            self._waiting.add(turn)
-            try:
-                await turn
-            finally:
-                self._waiting.discard(turn)
-
-    def wake(self) -> None:
-        """Have what waits look again."""
-        for turn in self._waiting:
-            if not turn.done():
-                turn.set_result(None)
-
-    def stop(self) -> None:
-        """Make no more steps."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._going.cancel)

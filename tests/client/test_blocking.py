@@ -12,7 +12,8 @@ import pytest
 
 from lattice_client import LatticeClient, NotFoundError, Run, TaskFailedError, task
 from lattice_client.runs.submission import MAX_OPEN_CALLS
-from lattice_client.transport.blocking import BlockingChannel, _Stream
+from lattice_client.transport.blocking import BlockingChannel
+from lattice_client.transport.blocking_calls import MessageStream
 from tests.server.apps import NoWorkers, serving_aside
 
 
@@ -27,16 +28,16 @@ async def fail() -> None:
 
 
 @pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> list[_Stream[Any]]:
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[MessageStream[Any]]:
     """All streams that are opened from now on."""
-    found: list[_Stream[Any]] = []
-    init = _Stream.__init__
+    found: list[MessageStream[Any]] = []
+    init = MessageStream.__init__
 
-    def noted(self: _Stream[Any], call: Any) -> None:
+    def noted(self: MessageStream[Any], call: Any) -> None:
         init(self, call)
         found.append(self)
 
-    monkeypatch.setattr(_Stream, "__init__", noted)
+    monkeypatch.setattr(MessageStream, "__init__", noted)
     return found
 
 
@@ -72,7 +73,7 @@ def test_calls_start_no_thread(client: LatticeClient, monkeypatch: pytest.Monkey
 
 
 def test_streams_are_forgotten_when_they_are_read_to_their_end(
-    client: LatticeClient, streams: list[_Stream[Any]]
+    client: LatticeClient, streams: list[MessageStream[Any]]
 ) -> None:
     run = start(client)
     run.result()
@@ -82,7 +83,7 @@ def test_streams_are_forgotten_when_they_are_read_to_their_end(
     assert other.result() == {"result": 2}
 
 
-def test_streams_of_refused_runs_are_forgotten(client: LatticeClient, streams: list[_Stream[Any]]) -> None:
+def test_streams_of_refused_runs_are_forgotten(client: LatticeClient, streams: list[MessageStream[Any]]) -> None:
     for _ in range(3):
         with pytest.raises(NotFoundError):
             client.get_workflow("nothing").run()
@@ -91,7 +92,7 @@ def test_streams_of_refused_runs_are_forgotten(client: LatticeClient, streams: l
     assert other.result() == {"result": 2}
 
 
-def test_streams_of_dropped_runs_are_forgotten_with_the_next_call(streams: list[_Stream[Any]]) -> None:
+def test_streams_of_dropped_runs_are_forgotten_with_the_next_call(streams: list[MessageStream[Any]]) -> None:
     with waiting_client() as client:
         runs = [start(client) for _ in range(3)]
         next(runs[0].events())
@@ -113,7 +114,7 @@ def test_a_result_is_the_same_for_all_threads_that_ask(client: LatticeClient) ->
             assert list(pool.map(lambda _, run=run: run.result(timeout=60), range(8))) == [{"result": 2 * x}] * 8
 
 
-def test_runs_beyond_the_open_streams_have_results(client: LatticeClient, streams: list[_Stream[Any]]) -> None:
+def test_runs_beyond_the_open_streams_have_results(client: LatticeClient, streams: list[MessageStream[Any]]) -> None:
     runs = [start(client, x) for x in range(MAX_OPEN_CALLS + 6)]
     assert len(streams) == MAX_OPEN_CALLS
     assert [run.result() for run in runs] == [{"result": 2 * x} for x in range(len(runs))]
@@ -141,7 +142,7 @@ def test_a_result_can_be_asked_for_again_after_a_time_limit(client: LatticeClien
     workflow.add_task(wait, {"path": str(gate)})
     run = workflow.run()
     for _ in range(2):
-        with pytest.raises(TimeoutError, match="it goes on"):
+        with pytest.raises(TimeoutError, match="it continues"):
             run.result(timeout=0.05)
     gate.write_text("open")
     assert run.result(timeout=60) == {"result": "open"}
@@ -153,4 +154,4 @@ def test_a_time_limit_holds_for_the_block_it_was_set_for_only() -> None:
         with pytest.raises(TimeoutError):
             run.result(timeout=0.01)
         assert run.status() == "running"
-        assert isinstance(client.twin._rpc, BlockingChannel)
+        assert isinstance(client.twin.api.channel, BlockingChannel)

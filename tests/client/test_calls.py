@@ -25,7 +25,7 @@ from lattice.v1 import (
 )
 
 from lattice_client import AsyncLatticeClient, AsyncRun, InternalError, task
-from lattice_client.graph.inputs import Binder
+from lattice_client.convert.inputs import Binder
 from lattice_client.graph.outputs import Scope
 
 LARGE = b"x" * 1_000_000
@@ -157,7 +157,7 @@ def test_a_large_input_is_uploaded_once_however_often_a_run_is_offered() -> None
 def test_calls_are_repeated_by_their_request_id_when_an_answer_is_lost() -> None:
     async def scenario(client: AsyncLatticeClient, server: Server) -> None:
         workflow = client.create_workflow()
-        assert await AsyncRun.of("r", client).add_tasks([workflow.add_task(size, {"data": b""})]) == 2
+        assert await AsyncRun.of("r", client.api).add_tasks([workflow.add_task(size, {"data": b""})]) == 2
         assert await client.list_runs() == []
         assert server.calls == {"AddTasks": 2, "ListRuns": 2}
         assert len(server.request_ids) == 1
@@ -179,7 +179,7 @@ def test_events_go_on_after_a_break_and_end_with_an_error_of_the_server_s_own() 
 async def stored(client: AsyncLatticeClient, size_bytes: int) -> str:
     """Return how an input of a size travels."""
     message = payload_pb2.Binding()
-    await Binder("input", client.transfer.store, Scope(lambda output: True, ())).fill(message, b"x" * size_bytes)
+    await Binder("input", client.api.transfer.store, Scope(lambda output: True, ())).fill(message, b"x" * size_bytes)
     return str(message.payload.WhichOneof("content"))
 
 

@@ -25,6 +25,7 @@ from lattice_client import (
     task,
 )
 from lattice_client.code.function import pack
+from lattice_client.transport import statuses
 
 PUBLIC = [
     "AbortedError",
@@ -86,9 +87,9 @@ def test_every_status_has_its_error_with_all_that_was_said(code: grpc.StatusCode
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
-    trailers = grpc.aio.Metadata(("other", "x"), (errors.DETAILS, status.SerializeToString()))
-    error = errors.from_rpc(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, "no"), "host:1")
-    assert type(error) is errors.CLASSES.get(code, errors.InternalError)
+    trailers = grpc.aio.Metadata(("other", "x"), (statuses.DETAILS, status.SerializeToString()))
+    error = statuses.from_rpc(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, "no"), "host:1")
+    assert type(error) is statuses.CLASSES.get(code, errors.InternalError)
     assert str(error) == (f"no; {error.advice}" if error.advice else "no")
     assert bool(error.advice) is (code in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED})
     assert (error.reason, error.metadata) == ("SOME_REASON", {"k": "v"})
@@ -97,10 +98,10 @@ def test_every_status_has_its_error_with_all_that_was_said(code: grpc.StatusCode
 
 def test_the_tree_of_errors_is_the_one_drawn() -> None:
     drawn = errors.__doc__ or ""
-    for kind in errors.CLASSES.values():
+    for kind in statuses.CLASSES.values():
         assert kind.__name__ in drawn
         assert issubclass(kind, errors.RequestError)
-    assert len(set(errors.CLASSES.values())) == len(errors.CLASSES)
+    assert len(set(statuses.CLASSES.values())) == len(statuses.CLASSES)
 
 
 def test_a_server_that_is_not_there_is_unavailable() -> None:
@@ -120,7 +121,7 @@ from lattice_client.code import function
 {imports}
 def work():
     pass
-_, bundle = function.pack({function})
+bundle = function.pack({function}).bundle
 sys.stdout.buffer.write(bundle.zip if bundle else b"")
 """
 
@@ -169,7 +170,7 @@ def test_a_bundle_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
 def test_a_bundle_has_what_was_edited_since_the_last_one(tmp_path: Path) -> None:
     edit = "work()\nopen(low.__file__, 'w').write('import extra')\nopen(low.__file__[:-6] + 'extra.py', 'w').close()"
     body = SCRIPT.format(imports="import low", function="work").replace(
-        "_, bundle =", f"function.pack(work)\n{edit}\n_, bundle ="
+        "bundle =", f"function.pack(work)\n{edit}\nbundle ="
     )
     project(tmp_path, {"low.py": "", "script.py": body})
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, check=True, cwd="/")

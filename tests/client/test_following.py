@@ -80,7 +80,7 @@ async def read_results(client: AsyncLatticeClient) -> None:
 
 
 async def read_result(client: AsyncLatticeClient) -> None:
-    await AsyncRun.of("r", client).result()
+    await AsyncRun.of("r", client.api).result()
 
 
 async def watch(client: AsyncLatticeClient) -> None:
@@ -94,7 +94,7 @@ WAYS = [read_events, read_results, read_result, watch]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_follow_a_run_gives_up_when_the_server_stays_away(
+def test_readers_raise_unavailable_when_the_server_stays_away(
     way: Callable[[AsyncLatticeClient], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reconnection, "RECONNECT_S", SHORT_S)
@@ -111,14 +111,22 @@ def test_every_way_to_follow_a_run_gives_up_when_the_server_stays_away(
                 await reading
             assert SHORT_S <= time.monotonic() - stopped < 10 * SHORT_S
         text = str(caught.value)
-        for part in ("run 'r' cannot be followed", "tries in 1 s", f"127.0.0.1:{port}", "may go on", "ask again"):
+        for part in (
+            "run 'r' cannot be read",
+            "tries in 1 s",
+            f"127.0.0.1:{port}",
+            "may still be running",
+            "get_run('r')",
+        ):
             assert part in text
 
     asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("way", WAYS[:3])
-def test_a_run_that_a_new_server_does_not_know_is_said_to_be_lost(way: Callable[[AsyncLatticeClient], Any]) -> None:
+def test_readers_raise_not_found_when_a_restarted_server_lacks_the_run(
+    way: Callable[[AsyncLatticeClient], Any],
+) -> None:
     async def scenario() -> None:
         port, served = free_port(), Endless()
         server = await serve(port, served)
@@ -129,14 +137,14 @@ def test_a_run_that_a_new_server_does_not_know_is_said_to_be_lost(way: Callable[
             other = Endless()
             other.has_run = False
             server = await serve(port, other)
-            with pytest.raises(NotFoundError, match="a server that was started again knows no earlier runs"):
+            with pytest.raises(NotFoundError, match="a restarted server has no earlier runs"):
                 await reading
             await server.stop(None)
 
     asyncio.run(scenario())
 
 
-def test_each_break_has_the_whole_time_and_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconnection_restarts_its_time_limit_when_the_server_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[errors.RequestError] = []
     error = UnavailableError("no way")
     error.code = grpc.StatusCode.UNAVAILABLE
@@ -147,15 +155,15 @@ def test_each_break_has_the_whole_time_and_is_told_once(monkeypatch: pytest.Monk
         assert 0 <= seconds <= reconnection.MAX_BACKOFF_S
 
     async def scenario() -> None:
-        breaks = Reconnection(channel, "r", told.append)
-        await breaks.wait(error)
-        await breaks.wait(error)
-        breaks.heard()
-        await breaks.wait(error)
-        await breaks.wait(error)
+        reconnecting = Reconnection(channel, "r", told.append)
+        await reconnecting.wait(error)
+        await reconnecting.wait(error)
+        reconnecting.succeeded()
+        await reconnecting.wait(error)
+        await reconnecting.wait(error)
         assert len(told) == 2
         with pytest.raises(UnavailableError, match="3 tries in 30 s"):
-            await breaks.wait(error)
+            await reconnecting.wait(error)
 
     monkeypatch.setattr(channel, "now", lambda: next(times))
     monkeypatch.setattr(channel, "sleep", at_once)
@@ -182,7 +190,7 @@ def test_a_time_limit_names_the_run_and_says_that_it_goes_on() -> None:
         ):
             with pytest.raises(TimeoutError) as caught:
                 follow()
-            assert str(caught.value) == f"run '{run}' did not end within 0.05 s; it goes on: wait again, or cancel it"
+            assert str(caught.value) == f"run '{run}' did not end within 0.05 s; it continues: wait again, or cancel it"
         assert run.status() == "running"
 
 
@@ -208,7 +216,7 @@ with LatticeClient(sys.argv[1]) as client:
 
 
 @pytest.mark.parametrize("follow", ["run.result()", "list(run.events())"])
-def test_ctrl_c_says_that_the_run_goes_on_and_nothing_odd(follow: str) -> None:
+def test_interrupt_has_a_note_that_the_run_continues(follow: str) -> None:
     with running() as (address, run):
         command = [sys.executable, "-c", SCRIPT.format(follow=follow), address, run]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -217,7 +225,7 @@ def test_ctrl_c_says_that_the_run_goes_on_and_nothing_odd(follow: str) -> None:
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
             _, told = process.communicate(timeout=WAIT_S)
-        assert told.endswith(f"KeyboardInterrupt\nrun '{run}' goes on; `lattice runs cancel {run}` would end it\n")
+        assert told.endswith(f"KeyboardInterrupt\nrun '{run}' continues; `lattice runs cancel {run}` would end it\n")
         assert told.count("Traceback") == 1
         assert "concurrent/futures" not in told
         assert run.status() == "running"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lattice_client import LatticeClient, TaskDefinition, task
 from lattice_client.code.freshness import Snapshot, file_at
-from lattice_client.convert import graphs
+from lattice_client.convert import specs
 from lattice_client.graph.workflow import Graph
 
 pytestmark = pytest.mark.slow
@@ -302,10 +302,10 @@ def test_a_file_is_looked_at_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for step in (steps.one, steps.two, steps.one):
         graph.add_task(step)
     looked: list[str] = []
-    monkeypatch.setattr(graphs, "file_at", lambda path: looked.append(path) or file_at(path))
+    monkeypatch.setattr(specs, "file_at", lambda path: looked.append(path) or file_at(path))
     for _ in range(2):
         looked.clear()
-        graphs.pack_code(graph.tasks.values())
+        specs.pack_code(graph.tasks.values())
     assert looked == [str(tmp_path / "steps_of_mine.py")]
 
 

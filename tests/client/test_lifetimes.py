@@ -124,8 +124,8 @@ CALLS: list[Callable[[LatticeClient], Any]] = [
     lambda c: c.run_task(one, {}),
     lambda c: c.get_workflow("w").run(),
     lambda c: c.get_workflow("w").get_results("r"),
-    lambda c: Run.of(AsyncRun.of("r", c.twin)).result(),
-    lambda c: list(Run.of(AsyncRun.of("r", c.twin)).events()),
+    lambda c: Run.of(AsyncRun.of("r", c.twin.api)).result(),
+    lambda c: list(Run.of(AsyncRun.of("r", c.twin.api)).events()),
 ]
 
 
@@ -148,7 +148,7 @@ def test_who_waits_for_a_run_is_told_when_the_client_is_closed(address: str, wai
     if by == "its own call":
         workflow = client.create_workflow()
         workflow.add_task(gated, {"gate": "/nowhere/at/all"}, "never")
-        workflow.add_task(gated, {"gate": str(waiting.twin.client.target)}, "never")
+        workflow.add_task(gated, {"gate": str(waiting.twin.api.channel.target)}, "never")
     run = client.get_run(waiting)
     caught: list[BaseException] = []
 

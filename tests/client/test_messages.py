@@ -9,7 +9,7 @@ import pytest
 
 from lattice_client import LatticeClient, LatticeWorkflow, TargetError, TaskDefinitionError, entrypoint, task
 from lattice_client.graph.workflow import Graph, single
-from lattice_client.runs.run import task_id_of
+from lattice_client.runs.ids import task_id_of
 
 
 def leaf(a: int, b: int = 0) -> int:
@@ -72,9 +72,7 @@ class Stepping:
     [items, async_items, functools.partial(items), Stepping(), Stepping().steps, functools.partial(Stepping())],
 )
 def test_a_generator_function_is_no_task(function: Callable[..., Any]) -> None:
-    with pytest.raises(
-        TaskDefinitionError, match=r"is a generator function, .*: collect them in a list and return that"
-    ):
+    with pytest.raises(TaskDefinitionError, match=r"is a generator function, .*: return a list of the values"):
         task(function)
 
 
@@ -97,10 +95,10 @@ def test_a_definition_is_shown_in_one_line() -> None:
     [
         (
             some,
-            "task 'some' promises no output: 'title', 'body' of the TypedDict it returns may be left out, .*Required",
+            "task 'some' declares no output: 'title', 'body' of the returned TypedDict may be left out, .*Required",
         ),
-        (unclear, r"task 'unclear' promises no output: what it returns is not declared: name it in @task\(outputs="),
-        (task(outputs=[])(some), r"task 'some' promises no output: it declares none; name what it returns in @task"),
+        (unclear, r"task 'unclear' declares no output: its outputs are not declared: name them in @task\(outputs="),
+        (task(outputs=[])(some), r"task 'some' declares no output: it declares none; name its outputs in @task"),
     ],
 )
 def test_the_only_output_of_a_task_that_promises_none_is_explained(
@@ -168,7 +166,7 @@ def test_a_wrong_call_about_one_task_says_what_it_takes(
         (lambda g, t: g.add_task(t, {"a": 1}), "must be a function or a @task, not the task 'leaf'"),
         (
             lambda g, t: g.map(leaf, t),
-            "mapped over the task 'leaf', not over exactly one output; give one: task.output$",
+            "over is the task 'leaf', not exactly one output of another task; give one: task.output$",
         ),
         (lambda g, t: g.map(leaf, t.output, b=1), r"map has no argument b; .*: map\(leaf, task.output, {"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lattice_client import AsyncLatticeClient, LatticeClient, TaskDefinitionError, errors, task
-from lattice_client.graph import parts
+from lattice_client.runs import parts
 from lattice_server import config
 from tests.server.apps import serving_aside
 
@@ -109,14 +109,14 @@ def test_code_that_is_too_many_bytes_together_is_sent(client: LatticeClient) -> 
 
 
 def test_code_that_the_server_has_forgotten_is_sent_again_in_parts(client: LatticeClient) -> None:
-    client.twin.starter._known_code.update(f"sha256:{number}" for number in range(3))
+    client.twin.api.starter._sender.known_code.update(f"sha256:{number}" for number in range(3))
     workflow = client.create_workflow()
     functions = [closure(400_000, mark) for mark in "uvwxyz"]
     for function in functions:
         workflow.add_task(function)
     for function in functions:
         function.pack()
-        client.twin.starter._known_code.add(function.packed[0].digest)
+        client.twin.api.starter._sender.known_code.add(function.packed[0].digest)
     assert set(workflow.run().result()) == set(workflow.tasks)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lattice.v1 import resources_pb2
 
 from lattice_client import entrypoint, task
-from lattice_client.code.function import pack
+from lattice_client.code.function import pack, runtime_of
 from lattice_client.convert import payloads
 from lattice_worker.runner import values
 
@@ -187,8 +187,8 @@ def test_an_unknown_encoding_comes_back_as_bytes() -> None:
 def test_code_needs_its_own_version_of_python_and_a_name_none() -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     here, anything = resources_pb2.Runtime(language="python", version=version), resources_pb2.Runtime()
-    assert payloads.runtime_of(pack(statistics.mean)[0]) is None
+    assert runtime_of(pack(statistics.mean)[0]) is None
     for code in (lambda: 1, functools.partial(statistics.mean, key=lambda: 1), type("Local", (), {})):
-        assert payloads.runtime_of(pack(code)[0]) == here
+        assert runtime_of(pack(code)[0]) == here
     assert task(lambda: 1).pack()[0].runtime == here
     assert task(statistics.mean).pack()[0].runtime == entrypoint("statistics:mean").pack()[0].runtime == anything

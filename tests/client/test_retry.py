@@ -82,7 +82,7 @@ def test_the_command_retries_a_run(failed: Run, client: LatticeClient) -> None:
     assert found["retried_run_id"] == failed
     assert client.get_run(found["run_id"]).result(timeout=60)
     told = call(client.target, "runs", "retry", failed).stdout
-    assert told.endswith("follows it.\n")
+    assert told.endswith("shows it.\n")
     assert f"retries run {failed}" in told
 
 

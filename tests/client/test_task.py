@@ -91,7 +91,7 @@ def test_a_task_is_still_its_function() -> None:
         ({"priority": "high"}, "priority must be a whole number"),
         ({"max_parallel": 2**40}, "max_parallel must be a whole number from 1"),
         ({"concurrency_key": 3}, "concurrency_key must be a text, not 3"),
-        ({"node_selector": {"zone": 1}}, "node_selector must be texts by text"),
+        ({"node_selector": {"zone": 1}}, "node_selector must be a dict of texts"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1, not 0"),
         ({"batch_timeout": 1.0}, "batch_timeout must be used together with batch_size"),
         ({"batch_size": 2, "batch_within": "room"}, "batch_within must be one of server, run"),
@@ -230,7 +230,7 @@ def positional(x: int, /, y: int = 0) -> int:
 @pytest.mark.parametrize(
     ("function", "text"),
     [
-        (max, "task 'max': Python knows no signature of it"),
+        (max, "task 'max': it has no signature"),
         (math.sqrt, "task 'sqrt': its parameter 'x' is positional-only, and inputs are given by keyword"),
         (positional, "task 'positional': its parameter 'x' is positional-only"),
         (len, "task 'len': its parameter 'obj' is positional-only"),
@@ -306,7 +306,7 @@ def test_an_edge_joins_tasks_of_one_workflow(client: LatticeClient, workflow: La
     [
         (lambda added: added, "is a task; wire one of its outputs"),
         (lambda added: [added], "is a task; wire one of its outputs"),
-        (lambda added: added.outputs, "are no value; wire them one by one"),
+        (lambda added: added.outputs, "are not one value; wire each by name"),
         (lambda added: (number for number in range(3)), "cannot be pickled"),
     ],
 )
@@ -419,7 +419,7 @@ def test_with_changes_the_options_it_is_given_and_no_others() -> None:
     again = found.with_(resources={"gpu": 0}, name="again", retries=0)
     assert (again.name, again.resources.cpu, again.resources.gpu) == ("again", 3, 0)
     assert not again.settings.HasField("retry")
-    with pytest.raises(TaskDefinitionError, match="no option 'outputs' that could be changed"):
+    with pytest.raises(TaskDefinitionError, match="no option 'outputs' to change"):
         first.with_(outputs=["c"])  # type: ignore[call-arg]
     with pytest.raises(TaskDefinitionError, match="gpu must be a number"):
         first.with_(gpu="one")  # type: ignore[arg-type]
@@ -445,5 +445,5 @@ def test_inputs_are_bound_as_in_a_call(workflow: LatticeWorkflow) -> None:
         lambda: task(lambda *numbers: numbers).bind(1),
         lambda: task(seed).bind([1]),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TaskDefinitionError, match=r"already|bind|have names|as one dict, not as list"):
+        with pytest.raises(TaskDefinitionError, match=r"already|bind|are given by name|as one dict, not as list"):
             call()

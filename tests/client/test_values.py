@@ -162,7 +162,7 @@ def test_an_original_exception_that_is_missing_is_explained(client: LatticeClien
         assert "The original exception could not be rebuilt here: TypeError: " in text
         assert "second" in text.partition("rebuilt here")[2].partition("\n")[0]
     else:
-        assert "The worker sent the original exception as text only: it could not be pickled there" in text
+        assert "The worker sent the original exception as text only: it could not be pickled, or" in text
     assert "Remote traceback:" in text
 
 
@@ -208,7 +208,7 @@ def test_a_run_that_is_given_to_a_task_arrives_as_its_id(client: LatticeClient) 
 
 def test_a_client_that_is_given_to_a_task_is_refused_by_name(client: LatticeClient) -> None:
     for given in (client, client.aio):
-        refusal = r": <\w+ of .*> cannot be pickled: a task that needs a client makes one of its own$"
+        refusal = r": <\w+ of .*> cannot be pickled: a task that needs a client must create one$"
         with pytest.raises(TaskDefinitionError, match="^input 'value' of task 'echo'" + refusal):
             client.run_task(echo, {"value": given})
         with pytest.raises(TaskDefinitionError, match="^input 'value' of task 'echo', item 1, entry 'k'" + refusal):
@@ -257,7 +257,7 @@ HALF = "half \ud83d"
         lambda c: c.cancel_run("r", HALF),
         lambda c: c.explain("r", HALF),
         lambda c: c.drain_node(HALF),
-        lambda c: list(Run.of(AsyncRun.of(HALF, c.twin)).events()),
+        lambda c: list(Run.of(AsyncRun.of(HALF, c.twin.api)).events()),
         lambda c: _one_task(c, name=HALF).run(),
         lambda c: _one_task(c, task_name=HALF).run(),
         lambda c: _one_task(c).run(run_id=HALF),

@@ -61,7 +61,7 @@ def size(data):
     return len(data)
 
 client = LatticeClient(sys.argv[1])
-run = Run.of(AsyncRun.of("r", client.twin))
+run = Run.of(AsyncRun.of("r", client.twin.api))
 workflow = client.create_workflow()
 added = workflow.add_task(size, {"data": 1})
 large = client.create_workflow()

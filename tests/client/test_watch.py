@@ -59,7 +59,7 @@ def test_ctrl_c_ends_the_view_and_not_the_run(address: str, waiting: Run) -> Non
         shown.read_until("waiting at the gate")
         shown.process.send_signal(signal.SIGINT)
         assert shown.read_all() == 128 + signal.SIGINT
-    assert "The run goes on" in shown.text
+    assert "The run continues" in shown.text
     assert "Traceback" not in shown.text
     assert waiting.status() == "running"
 

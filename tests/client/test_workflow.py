@@ -118,9 +118,9 @@ def test_a_name_that_makes_no_id_asks_for_one(graph: Graph[None]) -> None:
         (params_alone, {1: 2}, "the name of an input must be a text, not 1"),
         (params_alone, {"\ud800": 2}, "the name of an input must be valid Unicode"),
         (params_alone, {"params": {"x": 1}}, r"receives all its inputs as one dict, `params`: give them by name"),
-        (Source.fetch, {"n": 1}, r"needs input 'self'; .* a method becomes a task when it is bound: add_task\(thing"),
-        (Source.decorated, {"n": 1}, r"needs input 'self'; .*thing.decorated, \.\.\.\), without @task"),
-        (Source().decorated, {"n": 1}, "a method becomes a task when it is bound"),
+        (Source.fetch, {"n": 1}, r"needs input 'self'; .* make a bound method the task: add_task\(instance"),
+        (Source.decorated, {"n": 1}, r"needs input 'self'; .*instance.decorated, \.\.\.\), without @task"),
+        (Source().decorated, {"n": 1}, "make a bound method the task"),
     ],
 )
 def test_wrong_inputs_name_all_that_is_wrong_and_what_there_is(
@@ -157,12 +157,12 @@ def test_an_input_named_params_goes_to_a_function_that_takes_any_by_keyword(grap
 @pytest.mark.parametrize(
     ("over", "text"),
     [
-        ([1, 2], "is mapped over a list, not over exactly one output of another task; of a list that is known"),
-        (lambda first: [first.output], "is mapped over a list"),
-        (lambda first: first, "is mapped over the task 'nothing', .* one output; give one: task.output$"),
-        (lambda first: first.outputs, r"mapped over all outputs of a task, Outputs\(.*\), .*; give one: task.output$"),
+        ([1, 2], "over is a list, not exactly one output of another task; for a list that is known"),
+        (lambda first: [first.output], "over is a list"),
+        (lambda first: first, "over is the task 'nothing', .* one output of another task; give one: task.output$"),
+        (lambda first: first.outputs, r"over is all outputs of a task, Outputs\(.*\), .*; give one: task.output$"),
         (lambda first: {"text": first.output, "word": first.output}, "exactly one output"),
-        (lambda first: {"text": [first.output]}, "is mapped over a list"),
+        (lambda first: {"text": [first.output]}, "over is a list"),
     ],
 )
 def test_a_map_over_anything_but_one_output_is_refused(graph: Graph[None], over: Any, text: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 SENDER = """
 import os, pickle
 from lattice_client.convert import payloads
-from lattice_client.graph.task import TaskDefinition, define
+from lattice_client.graph.definition import TaskDefinition, define
 
 def send(function, **inputs):
     task = function if isinstance(function, TaskDefinition) else define(function)

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from lattice.v1 import resources_pb2, task_pb2
 
-import lattice_client.convert.digests
+import lattice_client.code.digests
 from lattice_server.rpc.convert import functions
 
 CONTRACT = Path(__file__).resolve().parents[2] / "proto" / "lattice" / "v1" / "task.proto"
@@ -44,7 +44,7 @@ SOURCE_PARTS = b"python.source.code\x0013\x00def f(): passpython.source.name\x00
 
 
 @pytest.fixture(
-    params=[lattice_client.convert.digests.digest_of, functions.digest_of],
+    params=[lattice_client.code.digests.digest_of, functions.digest_of],
     ids=["client", "server"],
 )
 def digest(request: pytest.FixtureRequest) -> Digest:

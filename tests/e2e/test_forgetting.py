@@ -5,7 +5,7 @@ import os
 import psutil
 
 from lattice_client import LatticeClient, task
-from lattice_client.graph.task import TaskDefinition
+from lattice_client.graph.definition import TaskDefinition
 from lattice_server.engine.code_store import WORKER_CODE_BYTES
 from tests.e2e.conftest import served
 

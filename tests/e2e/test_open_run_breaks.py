@@ -164,7 +164,7 @@ def test_a_run_whose_caller_does_not_come_back_is_cancelled_and_its_resources_ar
     blocked = run.add(sleep)
     asked = run.add(ask, {"value": 1})
     until(run, "task_started", blocked.task_id, asked.task_id)
-    run.twin.hold.abandon()
+    run.twin.stream.abandon()
     with pytest.raises(RunCancelledError, match="did not come back within 1 s"):
         client.get_run(run).result(timeout=WAIT_S)
     states = {found.task_id: found.state for found in client.list_tasks(run)}

@@ -178,7 +178,7 @@ def test_the_environments_token_reaches_nothing_the_server_starts(tmp_path: Path
         (["--tls-ca", "CA"], {"LATTICE_TOKEN": "wrong"}, "not valid here; set LATTICE_TOKEN"),
         (["--tls-ca", "STRANGER"], {"LATTICE_TOKEN": TOKEN}, "not signed by an authority trusted here"),
         (["--addr", "grpcs://ADDRESS"], {"LATTICE_TOKEN": TOKEN}, "not signed by an authority trusted here"),
-        ([], {"LATTICE_TOKEN": TOKEN}, "it hangs up: if it speaks TLS set LATTICE_TLS_CA"),
+        ([], {"LATTICE_TOKEN": TOKEN}, "the connection was closed: if the server uses TLS, set LATTICE_TLS_CA"),
         (["--tls-ca", "KEY"], {"LATTICE_TOKEN": TOKEN}, "LATTICE_TLS_CA .* no certificates"),
     ],
 )

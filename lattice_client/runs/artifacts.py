@@ -1,4 +1,4 @@
-"""Owns the way of values to and from the server. Rule: bytes only; values are encoded and decoded elsewhere."""
+"""Owns sending and fetching payloads. Rule: it handles encoded bytes; other modules encode and decode values."""
 
 from collections.abc import Iterator
 
@@ -10,13 +10,13 @@ from lattice_client.runs.decoding import Fetched
 from lattice_client.transport.channel import Channel
 from lattice_client.transport.requests import made
 
-# What gRPC says of an upload whose call the server ended while it was written to; the server's own words are lost then.
+# gRPC's text for an upload that the server ended during a write; the status that the server sent is lost then.
 LOST_STATUS = "Internal error from Core"
 UPLOAD_TRIES = 5
 
 
 class Transfer:
-    """The values that a client sends and fetches."""
+    """Sends and fetches encoded values."""
 
     def __init__(self, rpc: Channel) -> None:
         self._rpc = rpc
@@ -40,7 +40,7 @@ class Transfer:
         return data
 
     async def store(self, media_type: str, data: bytes) -> payload_pb2.Payload:
-        """Return the payload of an encoding, which is stored on the server when it is too long to travel inline.
+        """Return the payload of an encoding; it is uploaded when it is larger than the server's inline limit.
 
         Raises RequestError.
         """
@@ -57,8 +57,8 @@ class Transfer:
             except errors.InternalError as error:
                 if str(error) != LOST_STATUS:
                     raise
-        text = f"the server at {self._rpc.target} ended an upload of {len(data)} bytes before it had all of it"
-        raise errors.UnavailableError(f"{text}; its log may say why")
+        text = f"the server at {self._rpc.target} ended an upload of {len(data)} bytes before all were sent"
+        raise errors.UnavailableError(f"{text}; the server's log may name the cause")
 
 
 def _chunks(data: bytes, chunk_bytes: int) -> Iterator[artifact_pb2.WriteArtifactRequest]:

@@ -1,4 +1,4 @@
-"""Owns the identity of functions: the digest of their content. Rule: `Function` of the contract says how it is made."""
+"""Owns the digest by which a function is named. Rule: the comment of `Function` in the contract defines it."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ from lattice.v1 import task_pb2
 
 
 def digest_of(function: task_pb2.Function) -> str:
-    """Return the digest of a function, whatever digest it claims to have."""
+    """Return the digest of a function's content; its field `digest` is ignored."""
     python, runtime = function.python, function.runtime
     digest = hashlib.sha256()
     for path, value in (

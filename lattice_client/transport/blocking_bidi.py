@@ -1,6 +1,6 @@
-"""Owns calls with messages both ways that block a thread. Rule: a thread reads only while it waits for something.
+"""Owns bidirectional streams that block a thread. Rule: only waiting threads read a stream.
 
-gRPC sends what is queued from a thread of its own, which runs none of this package's code.
+gRPC sends the queued messages from a thread of its own, which runs no code of this package.
 """
 
 import queue
@@ -13,15 +13,15 @@ import grpc
 
 from lattice_client import errors
 from lattice_client.transport import forks
-from lattice_client.transport.channel import Conversation, LimitReachedError, Steps
+from lattice_client.transport.channel import BidiCall, LimitReachedError, Steps
 from lattice_client.transport.interrupts import calling
 
 Q = TypeVar("Q")
 R = TypeVar("R")
 
 
-class BlockingConversation(Conversation[Q, R], Generic[Q, R]):
-    """A call that is read by one thread at a time. `left_s` says how much time the block that reads has left."""
+class BlockingBidiCall(BidiCall[Q, R], Generic[Q, R]):
+    """A bidirectional stream, read by one thread at a time. `left_s` returns the seconds left of the reader's limit."""
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class BlockingConversation(Conversation[Q, R], Generic[Q, R]):
         self._requests.put(message)
 
     async def read(self) -> R | None:
-        """Wait for the next message; None at the end. What ends the wait early ends the call."""
+        """Wait for the next message; None at the end of the stream. An error, a limit or a signal ends the stream."""
         limit_s = self._left_s()
         timer = None
         if limit_s is not None:
-            # A call that has begun takes no deadline any more.
+            # The deadline of a started call cannot be changed.
             timer = threading.Timer(limit_s, self.abandon)
             timer.daemon = True
             timer.start()
@@ -60,7 +60,7 @@ class BlockingConversation(Conversation[Q, R], Generic[Q, R]):
                 raise LimitReachedError from None
             raise
         except BaseException:
-            # By a signal: gRPC waits for a message that nothing will take.
+            # A signal handler raised it; gRPC would still wait for the next message.
             self.abandon()
             raise
         finally:
@@ -68,31 +68,31 @@ class BlockingConversation(Conversation[Q, R], Generic[Q, R]):
                 timer.cancel()
 
     def abandon(self) -> None:
-        """End the call, and with it the thread that sends."""
-        if not forks.is_broken():  # there it is the parent's
+        """Cancel the stream, and end the thread that sends."""
+        if not forks.is_broken():  # the call belongs to the parent process
             calling(self._call.cancel)
             self._requests.put(None)
 
 
 class BlockingSteps(Steps):
-    """Steps made by one of the threads that wait; the others wait for what it brings about."""
+    """Steps that one of the waiting threads makes, while the other waiting threads wait for their effects."""
 
     def __init__(self, step: Callable[[], Awaitable[bool]], left_s: Callable[[], float | None]) -> None:
         self._step = step
         self._left_s = left_s
-        self._turn = threading.Condition()
+        self._changed = threading.Condition()
         self._is_stepping = False
         self._is_over = False
 
     async def until(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until something holds."""
+        """Wait until a condition is true or the last step was made."""
         while not self._is_over:
-            with self._turn:
-                # Looked at here: what makes it ready wakes those that wait by then.
+            with self._changed:
+                # Checked with the lock, so that a `wake` after the check finds this thread waiting.
                 if is_ready():
                     return
                 if self._is_stepping:
-                    if not self._turn.wait(self._left_s()) and self._left_s() == 0:
+                    if not self._changed.wait(self._left_s()) and self._left_s() == 0:
                         raise LimitReachedError
                     continue
                 self._is_stepping = True
@@ -103,10 +103,10 @@ class BlockingSteps(Steps):
                 self.wake()
 
     def wake(self) -> None:
-        """Have the threads that wait look again."""
-        with self._turn:
-            self._turn.notify_all()
+        """Have every waiting thread check its condition again."""
+        with self._changed:
+            self._changed.notify_all()
 
     def stop(self) -> None:
-        """Make no more steps."""
+        """Make no further step."""
         self._is_over = True

@@ -1,8 +1,8 @@
-"""Owns how a value becomes an input. Rule: an output is found wherever it lies in the value, or the value is refused.
+"""Owns the translation of an input to a binding. Rule: every output in a value is wired, or the value is refused.
 
-Lists and dicts of JSON and outputs stay lists and dicts, for tasks in any language. Anything else is pickled, with
-numbers in place of the outputs, and goes out as a list: the pickle, then the outputs in the order of the numbers. So
-does a dict of several keys for a task in Python, since the contract's maps have no order.
+Lists and dicts of JSON values and outputs are sent as lists and maps, which a task in any language can read. Any other
+value is pickled with numbers in place of the outputs, and is sent as a list: the pickle, then the outputs by number. A
+dict of several keys is sent in this way to a task in Python, because the contract's maps have no order.
 """
 
 from collections.abc import Awaitable, Callable
@@ -15,17 +15,24 @@ from lattice.v1 import payload_pb2
 from lattice_client.code.blame import blame_value
 from lattice_client.convert import payloads
 from lattice_client.errors import TaskDefinitionError
-from lattice_client.graph.outputs import IN_TEXT, WIRES, DeferredValueError, Scope, TaskOutput, Wire, written_in
+from lattice_client.graph.deferred import IN_TEXT, DeferredValueError
+from lattice_client.graph.outputs import WIRES, Scope, TaskOutput, Wire, written_in
 
 Store = Callable[[str, bytes], Awaitable[payload_pb2.Payload]]
-# A message may be nested 100 deep; each level of a binding takes two of those.
+# protobuf reads messages nested up to 100 deep; each level of a binding takes two.
 MAX_LEVELS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Binder:
-    """Writes one input into a message. `where` names the input in errors; values that may be too long to
-    travel inline go through `store`, by media type and encoding."""
+    """Writes one input into a message.
+
+    Attributes:
+        where: the name of the input in errors.
+        store: uploads an encoding that may be too large for an inline payload; called with media type and encoding.
+        scope: the outputs and parameters that the input may be wired to.
+        is_for_python: whether the task is written in Python.
+    """
 
     where: str
     store: Store
@@ -33,7 +40,7 @@ class Binder:
     is_for_python: bool = True
 
     async def fill(self, message: payload_pb2.Binding, value: Any) -> None:
-        """Write a value that may hold outputs. Raises TaskDefinitionError."""
+        """Write a value that may contain outputs. Raises TaskDefinitionError."""
         if isinstance(value, WIRES):
             self._fill_wire(message, value)
             return
@@ -41,7 +48,7 @@ class Binder:
         holders: dict[int, Any] = {}
         if found == []:
             message.payload.CopyFrom(await self._stored(payloads.JSON, payloads.to_json(value)))
-        elif found and _note_holders(value, holders) <= MAX_LEVELS and self._may_be_tree(holders):
+        elif found and _add_holders(value, holders) <= MAX_LEVELS and self._may_be_tree(holders):
             await self._fill_tree(message, value, holders)
         else:
             await self._fill_pickled(message, value)
@@ -55,7 +62,7 @@ class Binder:
             raise TaskDefinitionError(f"{self.where} is wired to {value!r} of another workflow")
 
     def fill_reference(self, message: payload_pb2.OutputRef, output: TaskOutput) -> None:
-        """Write a reference to an output. Raises TaskDefinitionError when its task is not one of the run."""
+        """Write a reference to an output. Raises TaskDefinitionError when its task belongs to another run."""
         if not self.scope.has(output):
             raise TaskDefinitionError(
                 f"{self.where} is wired to output {output.output!r} of task {output.task_id!r} of another workflow, "
@@ -69,7 +76,7 @@ class Binder:
                 message.path.add(index=step)
 
     async def payload_of(self, value: Any) -> payload_pb2.Payload:
-        """Return a value that holds no outputs. Raises TaskDefinitionError."""
+        """Return the payload of a value without outputs. Raises TaskDefinitionError."""
         try:
             media_type, data = payloads.encode(value)
         except Exception as error:
@@ -120,7 +127,7 @@ class Binder:
         return await self.store(media_type, data)
 
     def _check_texts(self, data: bytes) -> None:
-        """Raise TaskDefinitionError for an encoding with a text that an output, or a task, was written into."""
+        """Raise TaskDefinitionError for an encoding with a text that contains an output or a task by its `repr`."""
         if found := written_in(data, self.scope):
             raise TaskDefinitionError(f"{self.where} holds {found} as a text, which has no value yet: {IN_TEXT}")
 
@@ -129,12 +136,12 @@ class Binder:
         return TaskDefinitionError(blame_value(self.where, value, error, dump))
 
 
-def _note_holders(value: Any, holders: dict[int, Any]) -> int:
-    """Note each container that holds an output, by its identity; return how many lie one within the other."""
+def _add_holders(value: Any, holders: dict[int, Any]) -> int:
+    """Add each container of an output to `holders`, by its identity; return the depth of their nesting."""
     if isinstance(value, WIRES):
         return 1
     items = value.values() if type(value) is dict else value if type(value) is list else ()
-    levels = max((_note_holders(item, holders) for item in items), default=0)
+    levels = max((_add_holders(item, holders) for item in items), default=0)
     if levels:
         holders[id(value)] = value
         return levels + 1

@@ -1,4 +1,4 @@
-"""The stream that holds an open run, with a server whose every word a test chooses."""
+"""The stream of an open run, over a channel whose messages a test chooses."""
 
 import asyncio
 from collections import deque
@@ -10,23 +10,23 @@ import pytest
 from lattice.v1 import errors_pb2, payload_pb2, run_pb2, workflow_pb2
 
 from lattice_client import AbortedError, errors
-from lattice_client.runs import open_stream
-from lattice_client.runs.open_stream import Hold
+from lattice_client.runs import task_ends
+from lattice_client.runs.open_run_stream import OpenRunStream
 
 Response = workflow_pb2.OpenRunResponse
 
 
-class Talk:
-    """One stream: what was said on it, and what is answered; an exception is raised."""
+class FakeStream:
+    """One stream: the sent messages, and the answers to return; an answer that is an exception is raised."""
 
     def __init__(self, answers: list[Any]) -> None:
-        self.said: list[workflow_pb2.OpenRunRequest] = []
+        self.sent: list[workflow_pb2.OpenRunRequest] = []
         self.answers = deque([Response(accepted={"run": {"run_id": "r"}}), *answers])
         self.is_over = False
 
     def send(self, message: workflow_pb2.OpenRunRequest) -> None:
-        """Note a message as it is now."""
-        self.said.append(workflow_pb2.OpenRunRequest.FromString(message.SerializeToString()))
+        """Record a copy of a message."""
+        self.sent.append(workflow_pb2.OpenRunRequest.FromString(message.SerializeToString()))
 
     async def read(self) -> Any:
         """Return the next answer."""
@@ -36,29 +36,29 @@ class Talk:
         return found
 
     def abandon(self) -> None:
-        """Note the end."""
+        """Record the end."""
         self.is_over = True
 
 
 class Rpc:
-    """A channel whose streams are these, one after the other."""
+    """A channel that opens these streams, one after the other."""
 
     def __init__(self, *streams: list[Any]) -> None:
-        self.talks = [Talk(answers) for answers in streams]
-        self._next = iter(self.talks)
+        self.streams = [FakeStream(answers) for answers in streams]
+        self._next = iter(self.streams)
         self.target = "server"
         self.workflows = type("Workflows", (), {"OpenRun": None})
 
-    def converse(self, method: Any) -> Talk:
+    def open_bidi(self, method: Any) -> FakeStream:
         """Return the next stream."""
         return next(self._next)
 
     def now(self) -> float:
-        """Return a time that stands still."""
+        """Return a constant time."""
         return 0.0
 
     async def sleep(self, seconds: float) -> None:
-        """Wait for nothing."""
+        """Do not wait."""
 
 
 def broken() -> errors.RequestError:
@@ -67,13 +67,13 @@ def broken() -> errors.RequestError:
     return error
 
 
-def hold(rpc: Any) -> Hold:
-    return Hold(rpc, workflow_pb2.OpenRunOpening(run={"run_id": "r"}), 30.0)
+def stream_of(rpc: Any) -> OpenRunStream:
+    return OpenRunStream(rpc, workflow_pb2.OpenRunOpening(run={"run_id": "r"}), 30.0)
 
 
-def play(rpc: Rpc, *moves: Callable[[Hold], Any] | int) -> Hold:
-    """Open a run, and make so many steps or do something, in order."""
-    found = hold(rpc)
+def play(rpc: Rpc, *moves: Callable[[OpenRunStream], Any] | int) -> OpenRunStream:
+    """Open a run; then, for each move, make that many steps or call it."""
+    found = stream_of(rpc)
 
     async def run() -> None:
         await found.open()
@@ -98,38 +98,38 @@ def question(name: str) -> Response:
     return Response(questions=[workflow_pb2.Question(question_id=name, name="q")])
 
 
-def answer(name: str) -> Callable[[Hold], None]:
+def answer(name: str) -> Callable[[OpenRunStream], None]:
     return lambda found: found.answer(workflow_pb2.QuestionAnswer(question_id=name))
 
 
-def test_a_stream_that_is_opened_again_goes_on_after_the_last_event_seen() -> None:
+def test_stream_resumes_after_the_last_event_when_it_broke() -> None:
     rpc = Rpc([succeeded(3), Response(sequence=8), broken()], [])
     found = play(rpc, 4)
-    first, second = (talk.said[0].opening for talk in rpc.talks)
+    first, second = (stream.sent[0].opening for stream in rpc.streams)
     assert (first.run.run_id, first.after_sequence) == ("r", 0)
     assert (second.WhichOneof("start"), second.run_id, second.after_sequence) == ("run_id", "r", 8)
-    assert rpc.talks[0].is_over
-    ended = found.end_of("t3")
+    assert rpc.streams[0].is_over
+    ended = found.task_ends.find("r", "t3")
     assert ended is not None
     assert (ended.state, ended.outputs["out"].json) == (run_pb2.TASK_STATE_SUCCEEDED, "1")
 
 
-def test_an_addition_without_a_result_and_the_closing_are_said_again() -> None:
+def test_stream_repeats_additions_without_a_result_and_the_close_when_it_broke() -> None:
     added = workflow_pb2.AdditionResult(request_id="a", added={"revision": 2})
     rpc = Rpc([Response(additions=[added]), broken()], [])
     requests = [workflow_pb2.AddTasksRequest(request_id=name) for name in "ab"]
-    found = play(rpc, *[lambda found, r=request: found.add(r) for request in requests], Hold.close, 3)  # type: ignore[misc]
+    found = play(rpc, *[lambda found, r=request: found.add(r) for request in requests], OpenRunStream.close, 3)  # type: ignore[misc]
     assert found.results.keys() == {"a"}
-    again = rpc.talks[1].said[1:]
+    again = rpc.streams[1].sent[1:]
     assert [[addition.request_id for addition in message.additions] for message in again] == [["b"], []]
     assert again[1].close
 
 
-def test_an_answer_that_may_be_lost_is_sent_again_when_it_is_asked_for_again() -> None:
+def test_stream_sends_a_lost_answer_again_when_its_question_is_repeated() -> None:
     first = [question("a"), question("b"), question("c"), Response(received_answers=1), broken()]
     rpc = Rpc(first, [question("b"), question("c"), Response(received_answers=1), question("a")])
     asked: list[str] = []
-    found = hold(rpc)
+    found = stream_of(rpc)
     found.on_question = lambda message: asked.append(message.question_id)
 
     async def run() -> None:
@@ -141,21 +141,27 @@ def test_an_answer_that_may_be_lost_is_sent_again_when_it_is_asked_for_again() -
             await found.step()
 
     asyncio.run(run())
-    # The third was not answered yet: it is asked once. The first one had arrived.
+    # The third question has no answer yet and is asked once; the server had received the answer to the first.
     assert asked == ["a", "b", "c", "a"]
-    said = [answer.question_id for message in rpc.talks[1].said for answer in message.answers]
-    assert said == ["b"]
+    sent = [answer.question_id for message in rpc.streams[1].sent for answer in message.answers]
+    assert sent == ["b"]
 
 
-def test_only_the_newest_ends_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_stream, "KEPT_BYTES", 1000)
+def test_stream_drops_the_oldest_outputs_when_they_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_ends, "RETAINED_BYTES", 1000)
     rpc = Rpc([succeeded(number, f'"{"x" * 300}"') for number in range(1, 6)])
     found = play(rpc, 5)
-    assert all(found.has_ended(f"t{number}") for number in range(1, 6))
-    assert [found.end_of(f"t{number}") is None for number in range(1, 6)] == [True, True, False, False, False]
+    assert all(f"t{number}" in found.task_ends for number in range(1, 6))
+    assert [found.task_ends.find("r", f"t{number}") is None for number in range(1, 6)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
-def test_a_run_that_is_taken_over_raises() -> None:
+def test_step_raises_when_another_stream_took_over_the_run() -> None:
     refusal = errors_pb2.Refusal(
         code=grpc.StatusCode.ABORTED.value[0], reason=errors_pb2.ERROR_REASON_RUN_TAKEN_OVER, message="m"
     )

@@ -1,0 +1,74 @@
+"""The imports of the client: it works without POSIX modules, and without packages that only the server needs."""
+
+import subprocess
+import sys
+
+import pytest
+
+# Modules that Windows lacks, and functions of `os` and `signal`.
+WITHOUT_POSIX = """
+import os, signal, sys
+for name in ("fcntl", "grp", "pwd", "resource", "termios", "tty", "pty", "syslog"):
+    sys.modules[name] = None
+for module, names in (
+    (os, ("fork", "forkpty", "register_at_fork", "getuid", "geteuid", "killpg", "setsid")),
+    (signal, ("pthread_kill", "pthread_sigmask", "sigwait", "SIGHUP", "SIGUSR1")),
+):
+    for name in names:
+        delattr(module, name)
+"""
+# Packages of the server and the worker, and of optional features.
+WITHOUT_SERVER = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked")
+BLOCKED = {
+    "ray", "networkx", "uvloop", "psutil", "opentelemetry", "langgraph", "orjson", "pynvml", "pythonjsonlogger",
+    "asyncinotify", "grpc_interceptor", "grpc_health", "grpc_reflection", "lattice_server", "lattice_worker", "numpy",
+}
+sys.meta_path.insert(0, Blocked())
+"""
+IMPORT_ALL = """
+import importlib, pkgutil
+import lattice_client
+names = [found.name for found in pkgutil.walk_packages(lattice_client.__path__, "lattice_client.")]
+for name in names:
+    importlib.import_module(name)
+print(len(names) > 50)
+"""
+SHOW_HELP = """
+from lattice_client.cli.main import main
+main(["--help"], prog_name="lattice")
+"""
+PACK = """
+from lattice_client import LatticeClient, task
+
+@task(retries=1)
+def double(value: int) -> int:
+    return 2 * value
+
+workflow = LatticeClient("127.0.0.1:1").create_workflow()
+first = workflow.add_task(double, {"value": 1})
+workflow.add_task(double, {"value": first.output})
+function, bundle = double.pack()
+print(bool(function.python.pickle), len(workflow.tasks))
+"""
+
+
+def output_of(program: str) -> str:
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("missing", [WITHOUT_POSIX, WITHOUT_SERVER], ids=["posix", "server"])
+@pytest.mark.parametrize(
+    ("program", "printed"),
+    [(IMPORT_ALL, "True\n"), (SHOW_HELP, "Usage: lattice"), (PACK, "True 2\n")],
+    ids=["import", "help", "pack"],
+)
+def test_client_works_when_modules_are_missing(missing: str, program: str, printed: str) -> None:
+    assert output_of(missing + program).startswith(printed)
