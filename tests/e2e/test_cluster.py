@@ -120,7 +120,7 @@ def stop_all(host: Host, worker: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.parametrize(
-    "befall", [kill_worker, cut, *(pytest.param(one, marks=EXHAUSTIVE) for one in (crash, stop_all))]
+    "befall", [kill_worker, *(pytest.param(one, marks=EXHAUSTIVE) for one in (cut, crash, stop_all))]
 )
 def test_what_a_lost_worker_ran_is_run_elsewhere(
     befall: Callable[[Host, "subprocess.Popen[bytes]"], None], two: Cluster, room: Room
@@ -182,6 +182,7 @@ def test_without_any_node_work_waits_for_one(two: Cluster, room: Room) -> None:
     assert retried(run) == ["WORKER_LOST"]
 
 
+@EXHAUSTIVE  # Four workers; the scheduler's own tests count losses.
 def test_a_task_that_loses_three_workers_fails(empty: Cluster, room: Room) -> None:
     workflow = empty.client.create_workflow()
     workflow.add_task(stay, {"room": room, "name": "poison"})
@@ -217,7 +218,9 @@ def test_what_outstays_the_deadline_of_a_drained_node_moves(two: Cluster, room: 
     assert nodes_that_finished(run) == {"b"}
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGINT", marks=EXHAUSTIVE), "lattice stop"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("SIGTERM", marks=EXHAUSTIVE), pytest.param("SIGINT", marks=EXHAUSTIVE), "lattice stop"]
+)
 def test_a_worker_that_is_stopped_leaves_first(how: str, two: Cluster, room: Room) -> None:
     run, worker = four_in(two, room), two.workers["a"]
     if how == "lattice stop":

@@ -115,6 +115,7 @@ def test_a_ray_that_a_user_starts_is_apart_from_that_of_lattice_while_it_runs_an
     assert not [name for name in records(place) if name.startswith("lattice-ray")]
 
 
+@pytest.mark.exhaustive  # The same in the other order of starts.
 def test_the_cluster_of_a_user_is_the_one_that_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ACCESS.items():
         monkeypatch.setenv(name, value)
@@ -133,6 +134,7 @@ def test_the_cluster_of_a_user_is_the_one_that_is_found(place: Path, monkeypatch
         assert before <= records(place)
 
 
+@pytest.mark.exhaustive  # The choice of the folder has tests of its own.
 def test_a_head_starts_when_temporary_files_lie_where_ray_cannot_have_its_own(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

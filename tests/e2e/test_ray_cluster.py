@@ -45,10 +45,13 @@ def processes(client: LatticeClient) -> list[psutil.Process]:
     return psutil.Process(client.server_info().pid).children(recursive=True)
 
 
-# The others take nearly the way of these.
 @pytest.mark.parametrize(
     "victims",
-    [["raylet", "ray_driver"], pytest.param(["ray::WorkerHost", "gcs_server"], marks=pytest.mark.exhaustive)],
+    [
+        ["raylet"],
+        pytest.param(["ray_driver"], marks=pytest.mark.exhaustive),
+        pytest.param(["ray::WorkerHost", "gcs_server"], marks=pytest.mark.exhaustive),
+    ],
 )
 def test_no_death_of_ray_is_the_end_of_a_run(victims: list[str], tmp_path: Path) -> None:
     with two_cpus() as client:
@@ -109,6 +112,8 @@ def test_a_ray_of_somebody_else_is_shared_and_left_running(tmp_path: Path, room:
         users.until_free(5)
 
 
+# `test_ray.py` of the executors tests that reservations wait in Ray.
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("access")
 def test_what_is_missing_is_demand_for_the_autoscaler(tmp_path: Path, room: Room) -> None:
     kinds = {
