@@ -34,7 +34,7 @@ class Sample:
 
 
 class Sampler:
-    """Samples a server, its child processes and its store. A worker is a child of the server; runners descend from it."""
+    """Samples a server, its processes and its store. A worker is a child of the server; runners descend from it."""
 
     def __init__(self, pid: int, store: Path, channel: grpc.aio.Channel) -> None:
         self._server = psutil.Process(pid)

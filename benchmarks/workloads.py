@@ -23,7 +23,7 @@ CROWD_COMES = {"crowd": 0.2, "swarm": 0.4}  # When, as a share of the time in wh
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One run to come. `durations` holds seconds by task id, `growth` the tasks that a task adds to its run while it runs, and
+    """One run to come. `durations` holds seconds by task id, `growth` the tasks that a task adds while it runs, and
     `lengths` how many items a task's output `out` has for those mapped over it. `critical_path_s` is how long the run
     takes when nothing ever waits."""
 

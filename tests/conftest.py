@@ -45,7 +45,7 @@ def short_path() -> Iterator[Path]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a group in one process, and begin with those that come first."""
+    """Keep the tests of a group in one process, and start the groups in their order."""
     from tests.groups import Groups
 
     config.option.loadscopereorder = False

@@ -1,4 +1,4 @@
-"""What runs with which packages installed. The modules of absent extras are blocked in a process of their own."""
+"""Each package runs with its own extra only. A separate process blocks the modules of the other extras."""
 
 import subprocess
 import sys

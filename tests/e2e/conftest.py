@@ -1,4 +1,4 @@
-"""A real server as a process of its own, for each executor. All tests share it, so what they leave open they close."""
+"""A real server as a process of its own, for each executor. All tests share it and close their resources."""
 
 import re
 import subprocess
@@ -33,7 +33,7 @@ OFFERS = ["--num-cpus", "4", "--num-gpus", "2", "--gpu-memory", "8192", "--label
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all tests here as slow, and as exhaustive those that need not run on Ray."""
+    """Mark all tests here as slow, and as exhaustive the repetitions on Ray."""
     for item in items:
         if item.path.parent != Path(__file__).parent:
             continue

@@ -126,7 +126,7 @@ SUFFICIENT = ("worker", "raylet", "power")
 @pytest.mark.parametrize(
     "what", [what if what in SUFFICIENT else pytest.param(what, marks=pytest.mark.exhaustive) for what in BEFALL]
 )
-def test_what_a_machine_ran_when_part_of_it_died_runs_again(what: str, two: Cluster, room: Room) -> None:
+def test_attempts_run_again_when_a_part_of_their_machine_dies(what: str, two: Cluster, room: Room) -> None:
     run = four_in(two, room)
     session = two.nodes()["a"].worker_id
     BEFALL[what](two.machines[0])
@@ -140,9 +140,7 @@ def test_what_a_machine_ran_when_part_of_it_died_runs_again(what: str, two: Clus
         two.until(lambda: not two.machines[0].processes())
 
 
-def test_a_machine_that_comes_back_before_ray_has_missed_it_goes_on_with_the_same_worker(
-    two: Cluster, room: Room
-) -> None:
+def test_a_machine_keeps_its_worker_when_it_reconnects_before_ray_misses_it(two: Cluster, room: Room) -> None:
     run = four_in(two, room)
     two.machines[0].cut()
     two.until_node("a")
@@ -160,7 +158,7 @@ def test_a_machine_that_comes_back_before_ray_has_missed_it_goes_on_with_the_sam
 # `test_ray_cluster.py` kills Ray, and the last test of this file has the machines join again.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("what", ["gcs_server", "ray_driver", "raylet/raylet"])
-def test_when_rays_head_dies_another_is_started_and_everybody_comes_back(what: str, two: Cluster, room: Room) -> None:
+def test_machines_join_again_when_the_head_of_ray_dies(what: str, two: Cluster, room: Room) -> None:
     run = four_in(two, room)
     before = two.client.server_info()
     kill(two.head, what)
@@ -241,9 +239,7 @@ def test_a_large_value_that_died_with_its_node_fails_typed(what: str, is_known: 
 
 
 # It leaves another head behind, and so comes last.
-def test_machines_come_back_to_a_head_that_starts_anew_and_large_values_of_its_own_node_do_not_pass_it(
-    two: Cluster, room: Room
-) -> None:
+def test_machines_join_again_when_the_head_restarts(two: Cluster, room: Room) -> None:
     four_in(two, room)
     two.head.kill_all()
     two.start_head("--num-cpus", "1", "--label", "at=head")

@@ -94,11 +94,11 @@ def users_ray(address: str = "") -> tuple[str, str]:
 
 
 def records(place: Path) -> set[str]:
-    """Return what lies in a place, and in its `ray`, but for the logs of this test."""
+    """Return the files in a folder and in its `ray`, without the logs of this test."""
     return {str(path.relative_to(place)) for path in (*place.glob("*"), *place.glob("ray/*")) if path.suffix != ".err"}
 
 
-def test_a_ray_that_a_user_starts_is_apart_from_that_of_lattice_while_it_runs_and_after(place: Path) -> None:
+def test_the_ray_of_a_user_is_separate_from_that_of_lattice(place: Path) -> None:
     with lattice(place) as (client, worker, log):
         gcs = client.server_info().ray_address
         found, ours = users_ray()
