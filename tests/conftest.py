@@ -14,6 +14,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.examples import share
+
 # Hundreds of Python processes are started; each would compile Lattice where the environment keeps byte code from disk.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -22,7 +24,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 # No test asserts how fast something is.
-hypothesis.settings.register_profile("lattice", deadline=None)
+hypothesis.settings.register_profile("lattice", deadline=None, max_examples=share(2000))
 hypothesis.settings.load_profile("lattice")
 
 REQUIRE_ALL = os.environ.get("LATTICE_REQUIRE_ALL") == "1"

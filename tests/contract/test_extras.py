@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WORKER = {"orjson", "psutil", "pynvml", "uvloop"}
 SERVER = {"asyncinotify", "grpc_health", "grpc_interceptor", "grpc_reflection", "networkx", "opentelemetry"}
 OTHERS = {"grpc_status", "langgraph", "ray"}
