@@ -10,19 +10,19 @@ $(VENV)/.stamp: pyproject.toml
 .PHONY: setup test lint proto
 setup: $(VENV)/.stamp nodejs go network
 
-# Three processes: much of the time tests wait. PYTEST_FLAGS="-n 0" runs all in one.
+# One test of each behaviour. Three processes, because tests wait much of the time; PYTEST_FLAGS="-n 0" runs all in one.
 test: setup
 	$(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS)
 
-# What to run at each change: all but the tests that start servers, or processes in great numbers.
+# To run at each change: all but the tests that start servers, or processes in great numbers.
 .PHONY: check
 check: lint
 	$(VENV)/bin/python -m pytest -n 2 -m "not slow and not exhaustive" $(PYTEST_FLAGS)
 
-# Also the tests that are left out of `make test` because another one takes nearly the same way.
+# Also the repetitions that `make test` leaves out: tests whose behaviour another test has, and most generated examples.
 .PHONY: test-all
 test-all: setup
-	$(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
+	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 # The tests of the client that start no server, on Python 3.13 and without Ray.
 PYTHON_3_13 ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python))
@@ -43,7 +43,7 @@ lint: $(VENV)/.stamp
 	$(VENV)/bin/buf lint
 	BUF=$(VENV)/bin/buf scripts/lint_breaking.sh
 
-# The contract as it is now becomes what later changes are compared with; a decision page must name its digest.
+# Makes the present contract the baseline of later changes; a decision page must name its digest.
 .PHONY: baseline
 baseline: $(VENV)/.stamp
 	$(VENV)/bin/buf build --as-file-descriptor-set --exclude-source-info -o proto/lattice_v1.binpb
@@ -66,12 +66,12 @@ examples/go/.build/.stamp: $(VENV)/.stamp scripts/build_go.sh $(wildcard example
 	scripts/install_missing.sh go
 	if command -v go >/dev/null && command -v protoc-gen-go-grpc >/dev/null; then scripts/build_go.sh; fi
 
-# Tests of clusters build a network of hosts. Where that is impossible they are skipped.
+# Tests of clusters build a network of hosts. If the machine does not allow this they are skipped.
 .PHONY: network
 network:
 	scripts/install_missing.sh network
 
-# The oldest generator the project supports: what it makes runs on every newer protobuf runtime.
+# The oldest supported generator: its code runs on every newer protobuf runtime.
 .venv-proto/.stamp:
 	$(PYTHON) -m venv .venv-proto
 	.venv-proto/bin/pip install -q grpcio-tools==1.76.0 mypy-protobuf==3.7.0 setuptools==80.9.0

@@ -123,7 +123,7 @@ def _many(side: str, address: str, seconds: float = 4.0) -> Callable[[], float]:
 
 
 def _said(process: "subprocess.Popen[str]", word: str) -> str:
-    """Return what a client says after a word at the start of a line; whatever else it prints is passed over."""
+    """Return the rest of the first line of a client that starts with a word; other lines are skipped."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(word):

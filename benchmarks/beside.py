@@ -53,8 +53,8 @@ def main() -> None:
 
 
 class Probe:
-    """What held the server's threads up longest since it was last asked, in seconds of a processor: what else runs on
-    the computer does not count.
+    """The longest steps of the server's threads since the last reading, in seconds of processor time, so that other
+    programs do not count.
 
     `rounds` are those of the event loop, `steps` the events and ticks of the scheduler's thread, `collections` those of
     cyclic garbage in either.
@@ -87,7 +87,7 @@ class Probe:
         return run
 
     def take(self) -> dict[str, Any]:
-        """Return what was noted, in milliseconds, and forget it."""
+        """Return the noted times in milliseconds, and reset them."""
         found = {}
         for name in ("_rounds", "_steps", "_collections"):
             values = sorted(getattr(self, name), reverse=True)

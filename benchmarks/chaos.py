@@ -1,10 +1,10 @@
-"""`python -m benchmarks.chaos`: runs of random graphs while workers and links die, and what that cost their callers.
+"""`python -m benchmarks.chaos`: runs of random graphs while workers and links die, and the cost for their callers.
 
 Needs root: it builds a network of hosts (see `tests/e2e/net.py`). Every few seconds one of the machines loses its
-worker's process, its power, its cable for a while, or is frozen for a while. The report counts runs that were lost or
-wrong, tasks that are told to have completed twice, gaps seen by readers, and how long what a dead machine ran took to
-run again. Functions note that they ran to their end: those that did so more than once, on a machine that could not be
-told to stop, are counted too; that is what running again what was lost means.
+worker's process, its power, its cable for a while, or is frozen for a while. The report counts lost or wrong runs,
+tasks that were reported as completed twice, gaps in the events of readers, and the time until the attempts of a dead
+machine ran again. Functions note each time they run to their end. The report counts functions that did so more than
+once, on machines that could not be told to stop.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from lattice_server.core.model import Capacity, Gpu, Isolation, Runtime
 @dataclass(frozen=True, slots=True)
 class Setting:
     """How large a simulation is. `tasks` is met to within one run; `load` is the work that arrives while runs arrive,
-    as a share of what the cluster can do in that time, counted for what there is least of. `crowd` and `swarm` are the
+    as a share of the cluster's capacity in that time, counted for the scarcest resource. `crowd` and `swarm` are the
     shares of all tasks that one caller brings in one run, and in runs of one task each."""
 
     nodes: int

@@ -1,4 +1,4 @@
-"""Owns what is read off simulations: figures, a Markdown table, a plot. Rule: one row a policy, whatever is compared.
+"""Owns the results of simulations as figures, a Markdown table and a plot. Rule: one row for each policy.
 
 `score` weighs three things alike: the mean completion of all runs, the 99th percentile of it, and fairness between
 callers. It is the geometric mean of the three, each relative to the first row; lower is better.
@@ -66,7 +66,7 @@ HEADINGS = (
 
 
 def figures_of(outcome: Outcome) -> Figures:
-    """Return what is read off one simulation."""
+    """Return the figures of one simulation."""
     completions, slowdowns = _completions(outcome.runs)
     others, others_slowdowns = _completions([run for run in outcome.runs if run.caller != CROWD])
     return Figures(

@@ -1,4 +1,4 @@
-"""Owns what goes into a simulation and what comes out of it. Rule: what is not simulated is not compared."""
+"""Owns the inputs and the outcome of a simulation. Rule: only simulated quantities are compared."""
 
 from dataclasses import dataclass, field
 
@@ -26,8 +26,8 @@ class EndedRun:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one simulation. `cpu` and `gpu` are used shares of the cluster. The seconds the machines took are
-    real ones, of a processor: what else runs on the computer does not count, and still no two measurements agree."""
+    """The outcome of one simulation. `cpu` and `gpu` are used shares of the cluster. The seconds that the machines took
+    are real processor time: other programs do not count, and still no two measurements agree."""
 
     runs: tuple[EndedRun, ...]
     tasks: int

@@ -1,4 +1,4 @@
-"""Writes what was measured: a table as Markdown, and a plot as SVG."""
+"""Writes measurements as a Markdown table and as an SVG plot."""
 
 import statistics
 from pathlib import Path

@@ -9,7 +9,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of task: what an attempt holds, and how long it takes. `spread` is the deviation of its logarithm."""
+    """One kind of task: the resources of an attempt, and its duration. `spread` is the deviation of its logarithm."""
 
     median_s: float
     spread: float

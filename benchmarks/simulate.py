@@ -23,7 +23,7 @@ ORDERS = {
     "least left": least_left,
     "least left, aged": least_left_aged,
 }
-# The first one is what the others are compared with: one line for everybody.
+# The others are compared with the first one: a single queue for all callers.
 POLICIES = tuple(
     Policy(f"{name}, fair" if is_fair else name, order, is_fair)
     for is_fair in (False, True)

@@ -40,8 +40,8 @@ from lattice_server.core.states import RunState
 from lattice_worker.slots import LeaseState, SlotTable
 
 HOP_S = 0.0003  # From the scheduler to a worker, and back.
-STARTS_AFTER_S = 0.010  # Workers do not report the start of what ends sooner.
-BATCH_ITEM = 0.1  # What one more item adds to a batch, as a share of its longest.
+STARTS_AFTER_S = 0.010  # Workers do not report the start of attempts that end sooner.
+BATCH_ITEM = 0.1  # One more item makes a batch longer by this share of its longest item.
 VALUE = Payload("application/json", "1")
 
 
@@ -53,7 +53,7 @@ class _Ended:
 
 @dataclass(slots=True)
 class _Wake:
-    """The scheduler wakes to what has arrived by then."""
+    """The scheduler wakes and handles the events that have arrived by then."""
 
     events: list[SchedulerEvent] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ class Simulation:
         self._scheduler_s = self._orchestrator_s = 0.0
 
     def run(self, *, is_checked: bool = False) -> Outcome:
-        """Return what comes of it.
+        """Run the simulation and return its outcome.
 
         Args:
             is_checked: assert the scheduler's invariants now and then; slow.

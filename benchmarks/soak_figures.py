@@ -21,7 +21,7 @@ from lattice.v1 import cluster_pb2, cluster_pb2_grpc
 
 MIB = 1024 * 1024
 SHARE = 0.05
-# By the last word of a figure's name: what it may rise by, however little there is of it.
+# By the last word of a figure's name: the rise that is always allowed.
 TOLERANCES = {"MiB": 8.0, "descriptors": 16.0, "threads": 4.0, "files": 40.0, "processes": 4.0, "items": 40.0}
 
 
@@ -34,7 +34,7 @@ class Sample:
 
 
 class Sampler:
-    """Samples a server, what it started and its store. A worker is a child of the server; runners descend from it."""
+    """Samples a server, its processes and its store. A worker is a child of the server; runners descend from it."""
 
     def __init__(self, pid: int, store: Path, channel: grpc.aio.Channel) -> None:
         self._server = psutil.Process(pid)

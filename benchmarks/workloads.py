@@ -1,9 +1,9 @@
-"""Owns what the simulation runs: a cluster, its callers and their runs. Rule: one seed gives one workload, always.
+"""Owns the workload of a simulation: a cluster, its callers and their runs. Rule: one seed gives one workload.
 
 Each caller comes in bursts with a mix of runs of its own. One caller, the crowd, starts besides that a run of a quarter
-of all tasks and, later, a swarm: a twentieth of all tasks as runs of one task each, all at once. What the machines
-cannot know before it happens (durations, lengths of lists, how often an agent goes round) is drawn here, and told to
-them by the simulated workers only.
+of all tasks and, later, a swarm: a twentieth of all tasks as runs of one task each, all at once. Facts that
+the machines cannot know beforehand (durations, lengths of lists, the rounds of an agent) are drawn here, and reach them
+only through the simulated workers.
 """
 
 import math
@@ -23,7 +23,7 @@ CROWD_COMES = {"crowd": 0.2, "swarm": 0.4}  # When, as a share of the time in wh
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One run to come. `durations` holds seconds by task id, `growth` what a task adds to its run while it runs, and
+    """One run to come. `durations` holds seconds by task id, `growth` the tasks that a task adds while it runs, and
     `lengths` how many items a task's output `out` has for those mapped over it. `critical_path_s` is how long the run
     takes when nothing ever waits."""
 
@@ -78,7 +78,7 @@ class _Draft:
         return drawn
 
     def round(self, number: int, after: tuple[str, ...], last: str) -> list[TaskSpec]:
-        """Return some tools side by side and the step that reads what they found."""
+        """Return some parallel tools and the step that reads their results."""
         names = self.dice.choices(list(TOOLS), weights=list(TOOLS.values()), k=self.dice.randint(2, 5))
         tools = [self.spec(f"tool_{number}_{i}", name, after) for i, name in enumerate(names)]
         slowest_s = max(self.seconds(tool.task_id, name) for tool, name in zip(tools, names, strict=True))
@@ -118,7 +118,7 @@ def _single(draft: _Draft, setting: Setting) -> None:
 
 
 def _report(draft: _Draft, setting: Setting) -> None:
-    """Draw a chain beside many independent parts, joined at the end: what starts the chain late ends late."""
+    """Draw a chain beside many independent parts, joined at the end; a late start of the chain delays the end."""
     chain = [f"step_{number}" for number in range(draft.dice.randint(3, 6))]
     parts = [f"part_{number}" for number in range(draft.dice.randint(10, 30))]
     draft.tasks = [draft.spec(part, "code") for part in parts]
@@ -140,7 +140,7 @@ def _crowd(draft: _Draft, setting: Setting) -> None:
 
 Draw = Callable[[_Draft, Setting], None]
 
-# What runs there are, and which share of all tasks besides the crowd's they make up.
+# The kinds of runs, and their shares of all tasks besides the crowd's.
 MIX: dict[str, tuple[Draw, float]] = {
     "agent": (_agent, 0.35),
     "loop": (_loop, 0.15),

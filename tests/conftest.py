@@ -14,6 +14,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.examples import share
+
 # Hundreds of Python processes are started; each would compile Lattice where the environment keeps byte code from disk.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -22,7 +24,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 # No test asserts how fast something is.
-hypothesis.settings.register_profile("lattice", deadline=None)
+hypothesis.settings.register_profile("lattice", deadline=None, max_examples=share(2000))
 hypothesis.settings.load_profile("lattice")
 
 REQUIRE_ALL = os.environ.get("LATTICE_REQUIRE_ALL") == "1"
@@ -45,7 +47,7 @@ def short_path() -> Iterator[Path]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a group in one process, and begin with those that come first."""
+    """Keep the tests of a group in one process, and start the groups in their order."""
     from tests.groups import Groups
 
     config.option.loadscopereorder = False

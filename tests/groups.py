@@ -26,7 +26,7 @@ FIRST = (
 
 
 def kind_of(test: str) -> str:
-    """Return the file of a test, by its id, or what it has to do with Ray."""
+    """Return the group of a test by its id: its file, or one of the two groups for Ray."""
     file, _, name = test.partition("::")
     if test.startswith(STARTING):
         return STARTS_RAY

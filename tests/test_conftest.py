@@ -35,6 +35,7 @@ def test_plain(): ...
 MODULE = "import pytest\npytest.importorskip('there_is_no_such_module')\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("switch", "summary"),
     [("", "1 passed, 5 skipped, 1 xfailed"), ("1", "1 failed, 1 passed, 1 skipped, 1 xfailed, 3 errors")],

@@ -61,7 +61,7 @@ def query(source: str, database: str, sql: str) -> float | None:
     """Make a SQLite database of a CSV file, open it read-only and ask it."""
     with open(source, newline="") as file, closing(sqlite3.connect(database)) as connection, connection:
         header, *rows = csv.reader(file)
-        connection.execute("drop table if exists weather")  # a second attempt finds what the first one left
+        connection.execute("drop table if exists weather")  # a first attempt may have left it
         connection.execute(f"create table weather ({', '.join(f'{name} numeric' for name in header)})")
         connection.executemany(f"insert into weather values ({', '.join('?' * len(header))})", rows)
     with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
@@ -85,7 +85,7 @@ def calculate(formula: str) -> float | None:
 
 @task
 def answer(asked: dict, found: dict) -> str:
-    """Put what was asked and what was found side by side."""
+    """Return each question with its answer."""
     return "\n\n".join(f"{asked[tool]}\n  → {found[tool]}" for tool in TOOLS if asked[tool])
 
 

@@ -43,7 +43,7 @@ def clean(rows: list[dict]) -> dict:
 
 @task
 def summarize(cars: list[dict], origin: str) -> dict:
-    """Return what the cars of one origin use, in litres for 100 km."""
+    """Return the consumption of the cars of one origin, in litres for 100 km."""
     used = [car["consumption"] for car in cars if car["origin"] == origin]
     low, median, high = statistics.quantiles(used, n=4)
     return {"origin": origin, "cars": len(used), "low": low, "median": median, "high": high}

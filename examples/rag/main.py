@@ -1,4 +1,4 @@
-"""Retrieval for a language model: split documents, embed the passages, index the vectors, find what fits a question.
+"""Retrieval for a language model: split documents, embed passages, index vectors, find passages for a question.
 
     lattice run examples/rag/main.py ["a question"]
 

@@ -1,4 +1,4 @@
-"""The identity of functions: client and server follow the rule of the contract, which anybody can follow."""
+"""The digest of a function: client and server follow the rule in the comment of `Function`."""
 
 import hashlib
 import re

@@ -1,9 +1,11 @@
-"""What runs with which packages installed. The modules of absent extras are blocked in a process of their own."""
+"""Each package runs with its own extra only. A separate process blocks the modules of the other extras."""
 
 import subprocess
 import sys
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 WORKER = {"orjson", "psutil", "pynvml", "uvloop"}
 SERVER = {"asyncinotify", "grpc_health", "grpc_interceptor", "grpc_reflection", "networkx", "opentelemetry"}

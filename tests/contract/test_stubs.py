@@ -1,4 +1,4 @@
-"""The committed stubs are what the .proto files say."""
+"""The committed stubs match the .proto files."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A real server as a process of its own, for each executor. All tests share it, so what they leave open they close."""
+"""A real server as a process of its own, for each executor. All tests share it and close their resources."""
 
 import re
 import subprocess
@@ -15,25 +15,32 @@ from tests.e2e.rooms import Room
 
 LATTICE = str(Path(sys.executable).parent / "lattice")
 CONFIG = Path(__file__).parent / "server.toml"
-# The devices are made up: nothing but the ledger and `CUDA_VISIBLE_DEVICES` knows of them.
-# The executor starts workers, and these files are about what happens after that, which is the same on Ray:
-# `make test-all` runs them there.
-SAME_ON_RAY = frozenset(
-    f"test_{name}.py"
-    for name in ("adding", "batches", "examples", "growth", "langgraph", "limits", "open_runs", "other_languages")
+# An executor only starts workers. So `make test` runs on Ray these files, and the tests of others that depend on the
+# processes and the environment of a worker. `make test-all` runs all files on both executors.
+FILES_ON_RAY = frozenset({"test_runs.py", "test_ports.py"})
+TESTS_ON_RAY = frozenset(
+    {
+        "test_a_task_sees_the_devices_it_was_given",
+        "test_children_die_with_a_process_that_dies",
+        "test_children_die_with_a_worker_that_is_killed",
+        "test_children_die_with_an_attempt_that_is_stopped",
+        "test_modules_are_unpacked_once_for_each_content",
+    }
 )
+# The devices do not exist; only the ledger and `CUDA_VISIBLE_DEVICES` name them.
 OFFERS = ["--num-cpus", "4", "--num-gpus", "2", "--gpu-memory", "8192", "--label", "zone=eu"]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what is the same on Ray, and have `make check` leave out all that starts a server."""
+    """Mark all tests here as slow, and as exhaustive the repetitions on Ray."""
     for item in items:
         if item.path.parent != Path(__file__).parent:
             continue
         item.add_marker(pytest.mark.slow)
         call = getattr(item, "callspec", None)
-        if item.path.name in SAME_ON_RAY and call is not None and call.params.get("address") == "ray":
+        is_on_ray = call is not None and call.params.get("address") == "ray"
+        if is_on_ray and item.path.name not in FILES_ON_RAY and getattr(item, "originalname", "") not in TESTS_ON_RAY:
             item.add_marker(pytest.mark.exhaustive)
 
 

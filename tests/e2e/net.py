@@ -47,7 +47,7 @@ def ip(*words: str) -> None:
 
 
 class Host:
-    """One host. What it prints goes to a file that `said` reads."""
+    """One host. Its output goes to a file that `said` reads."""
 
     def __init__(self, namespace: str, switch: str, port: str, address: str, folder: Path) -> None:
         self.address = address
@@ -77,7 +77,7 @@ class Host:
         return process
 
     def run(self, *command: str, env: Mapping[str, str] | None = None, timeout_s: float = 60.0) -> str:
-        """Run a program on the host to its end; return what it printed."""
+        """Run a program on the host to its end; return its output."""
         done = subprocess.run(
             self._on_host(command),
             env={**os.environ, **(env or {})},
@@ -98,7 +98,7 @@ class Host:
         return ["ip", "netns", "exec", self._namespace, "sh", "-c", script, str(own), str(RAY_FOLDER), *command]
 
     def said(self, process: subprocess.Popen[bytes]) -> str:
-        """Return what a program has printed so far."""
+        """Return the output of a program so far."""
         number = self._processes.index(process)
         return (self._folder / f"{self._namespace}-{number}.log").read_text()
 
@@ -121,7 +121,7 @@ class Host:
         raise AssertionError(f"{text!r} was not said, but: {self.said(process)}")
 
     def processes(self) -> list[psutil.Process]:
-        """Return everything that runs on the host."""
+        """Return all processes of the host."""
         listed = subprocess.run(
             ["ip", "netns", "pids", self._namespace], capture_output=True, text=True, check=False
         ).stdout
@@ -163,7 +163,7 @@ class Host:
 
     @contextlib.contextmanager
     def strangers_to(self, other: "Host") -> Iterator[None]:
-        """Have this host and another not reach each other while the block runs; everybody else reaches both."""
+        """Have this host and another not reach each other while the block runs; all others reach both."""
         ip("-n", self._namespace, "route", "add", "blackhole", f"{other.address}/32")
         try:
             yield

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Proxy:
-    """Carries bytes between whoever dials it and `target`. Use it on one event loop."""
+    """Carries bytes between its callers and `target`. Use it on one event loop."""
 
     def __init__(self, target: str) -> None:
         self._host, _, self._port = target.rpartition(":")

@@ -1,4 +1,4 @@
-"""Ray clusters of somebody else: started as their owner would, used by a server under test."""
+"""Existing Ray clusters: started as their owner would, used by a server under test."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.e2e.net import starting
 from tests.e2e.rooms import WAIT_S
 
 TOKEN = "0123456789abcdef" * 4
-# What a program needs to talk to that Ray.
+# The settings with which a program reaches that Ray.
 ACCESS = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
@@ -93,7 +93,7 @@ def ray_head(folder: Path, ip: str, *flags: str, autoscaling: dict[str, Any] | N
     environment = {**os.environ, **ACCESS}
     if autoscaling is not None:
         config = folder / "autoscaling.json"
-        # The one that only pretends to have other machines: its nodes are processes beside the head.
+        # It only simulates other machines: its nodes are processes beside the head.
         provider = {"type": "fake_multinode", "module": PROVIDER, "use_node_id_as_ip": True, "gcs_address": address}
         made = {"cluster_name": "fake", "provider": provider, "idle_timeout_minutes": 5, **autoscaling}
         config.write_text(json.dumps(made | SILENT))
@@ -119,7 +119,7 @@ def ray_head(folder: Path, ip: str, *flags: str, autoscaling: dict[str, Any] | N
 
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-# What a cluster's file has to say, and nobody here uses.
+# Settings that the file of a cluster must have; no test uses them.
 SILENT: dict[str, Any] = {
     "auth": {},
     "file_mounts": {},

@@ -10,7 +10,7 @@ async function enter({ room, name }, { signal, log }) {
   log(`${name} is in the room`);
   const deadline = Date.now() + WAIT_MS;
   while (!existsSync(`${room}/open`)) {
-    if (Date.now() > deadline) throw new Error(`nobody opened ${room}`);
+    if (Date.now() > deadline) throw new Error(`${room} was not opened`);
     try {
       await sleep(10, undefined, { signal });
     } catch (error) {

@@ -1,4 +1,4 @@
-"""Rooms: folders in which running tasks and a test meet. Rule: nobody sleeps to wait for the other.
+"""Rooms: folders in which running tasks and a test meet. Rule: neither sleeps to wait for the other.
 
 A task that enters a room notes its name, stays until the test opens the room, and notes that it leaves.
 """
@@ -19,13 +19,13 @@ def enter(room: str, name: str) -> None:
     deadline = time.monotonic() + WAIT_S
     while not (Path(room) / "open").exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"nobody opened {room}")
+            raise TimeoutError(f"{room} was not opened")
         time.sleep(0.01)
     note(room, f"-{name}")
 
 
 def note(room: str, text: str) -> None:
-    """Write a line that everybody who has this room can read; called by tasks."""
+    """Write a line into this room; called by tasks."""
     descriptor = os.open(Path(room) / "notes", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, f"{text}\n".encode())
     os.close(descriptor)
@@ -35,11 +35,11 @@ class Room(str):
     """The folder, as the test has it; tasks get it as a string."""
 
     def open(self) -> None:
-        """Let everybody go on, now and later."""
+        """Let all waiting tasks continue, now and later."""
         (Path(self) / "open").touch()
 
     def notes(self) -> list[str]:
-        """Return what was noted, in order."""
+        """Return the noted lines, in order."""
         path = Path(self) / "notes"
         return path.read_text().splitlines() if path.exists() else []
 

@@ -1,4 +1,4 @@
-"""Tasks that are added to a run while it goes on: from outside, and by its own tasks."""
+"""Tasks that are added to a running run: from outside, and by its own tasks."""
 
 import asyncio
 import os
@@ -77,7 +77,7 @@ def test_tasks_are_added_from_outside(client: LatticeClient, room: Room) -> None
     assert late.value.reason == "RUN_ENDED"
 
 
-def test_what_is_added_may_depend_on_what_has_ended(client: LatticeClient, room: Room) -> None:
+def test_an_added_task_gets_outputs_of_tasks_that_have_ended(client: LatticeClient, room: Room) -> None:
     workflow = client.create_workflow()
     workflow.add_task(wait, {"room": room})
     done = workflow.add_task(add, {"a": 1})
@@ -102,14 +102,14 @@ def test_a_map_can_be_added(client: LatticeClient, room: Room) -> None:
     mapped = workflow.map(add, source.output)
     run.add_tasks([source, mapped, workflow.add_task(total, {"values": mapped.output})])
     until(run, "task_succeeded", "total")
-    # Its list was sent as one value; nobody has its items any more.
+    # Its list was sent as one value, without separate items.
     with pytest.raises(InvalidArgumentError, match="cannot be mapped over later"):
         run.add_tasks([workflow.map(add, ended.output)])
     room.open()
     assert run.result(timeout=WAIT_S)["total"] == {"result": 6}
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing(client: LatticeClient, room: Room) -> None:
+def test_an_invalid_addition_is_refused_and_changes_nothing(client: LatticeClient, room: Room) -> None:
     workflow = client.create_workflow()
     first = workflow.add_task(wait, {"room": room})
     run = workflow.run()
@@ -153,7 +153,7 @@ def test_a_task_spawns_tasks(client: LatticeClient, n: int) -> None:
     assert children == {"plan": "", "plan/sum": "plan", **dict.fromkeys(names, "plan")}
 
 
-def test_what_was_spawned_starts_at_once_and_keeps_what_it_needs(client: LatticeClient, room: Room) -> None:
+def test_a_spawned_task_starts_before_its_parent_ends_and_keeps_its_inputs(client: LatticeClient, room: Room) -> None:
     @task
     def parent(room: str) -> str:
         context.spawn(visible, {"folder": room})
@@ -238,7 +238,7 @@ def test_another_attempt_means_the_same_tasks(client: LatticeClient, room: Room)
     ]
 
 
-def test_a_task_spawns_what_workers_have_by_name(client: LatticeClient) -> None:
+def test_a_task_spawns_a_function_by_its_entry_point(client: LatticeClient) -> None:
     mean = entrypoint("statistics:mean", inputs=["data"])
 
     @task
@@ -252,7 +252,7 @@ def test_a_task_spawns_what_workers_have_by_name(client: LatticeClient) -> None:
     assert workflow.run().result(timeout=WAIT_S) == {"parent": {"result": 0}, "parent/again": {"result": 4}}
 
 
-def test_what_cannot_be_spawned_fails_the_task_that_tried(client: LatticeClient) -> None:
+def test_a_task_fails_when_its_spawned_task_is_invalid(client: LatticeClient) -> None:
     def impossible() -> None:
         context.spawn(greedy, {"a": 1})
 

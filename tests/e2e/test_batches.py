@@ -1,4 +1,4 @@
-"""Several tasks in one call: who meets, when a batch leaves, and what one item that goes wrong means for the others."""
+"""Several tasks in one call: the tasks of a batch, its start, and the effect of one failed item on the others."""
 
 import os
 from typing import Any
@@ -132,7 +132,7 @@ def test_a_wrong_number_of_answers_fails_all(client: LatticeClient, returned: An
         run.result(timeout=WAIT_S)
 
 
-def test_what_is_raised_fails_all(client: LatticeClient) -> None:
+def test_all_items_of_a_batch_fail_when_the_function_raises(client: LatticeClient) -> None:
     def refuse(value: list[int]) -> list[int]:
         raise PermissionError("none of you")
 
@@ -157,7 +157,7 @@ def test_the_item_that_takes_the_process_down_is_found(client: LatticeClient, ho
     assert (caught.value.task_id, caught.value.kind) == ("survive-4", kind)
 
 
-def test_a_rule_of_the_server_goes_before_what_the_task_says(client: LatticeClient) -> None:
+def test_a_batch_rule_of_the_server_overrides_the_options_of_the_task(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     for name in ("ruled out", "unruly", "ruled"):
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""Programs whose tasks run on real workers: what they bring, what a task sees of its script, and what errors show."""
+"""Programs whose tasks run on real workers: the modules they send, their `__main__`, and the texts of errors."""
 
 import os
 import subprocess

@@ -114,7 +114,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def told(earlier: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the earlier client saw of a server of now, with a worker of now."""
+    """The results that the earlier client got from the present server and worker."""
     folder = tmp_path_factory.mktemp("script")
     (folder / "script.py").write_text(SCRIPT)
     with served("--executor", "local", "--num-cpus", "2") as address:

@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def _run(address: str, example: str, *arguments: str) -> str:
-    """Run an example with `lattice run`, from a folder of no meaning, and return what it printed."""
+    """Run an example with `lattice run`, from an unrelated folder, and return its output."""
     command = [LATTICE, "run", "--addr", address, str(EXAMPLES / example / "main.py"), *arguments]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_the_agent_uses_only_the_tools_it_needs(address: str) -> None:
     )
 
 
-def test_the_analysis_reports_what_is_in_the_data(address: str) -> None:
+def test_the_analysis_reports_the_figures_of_the_data(address: str) -> None:
     report = _run(address, "data_analysis")
     assert "392 cars (14 incomplete ones left out)" in report
     assert re.search(r"USA +245 +9\.7 +12\.7 +15\.7", report)

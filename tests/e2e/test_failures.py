@@ -1,4 +1,4 @@
-"""What becomes of a task that fails, and of what it started: retries, cancellation, failure policies, orphans."""
+"""Failed tasks and their processes: retries, cancellation, failure policies, orphans."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from tests.e2e.rooms import WAIT_S, Room, enter, note, started, until
 
 
 class Flaky(Exception):
-    """What a test retries."""
+    """The failures that a test retries."""
 
 
 class Overloaded(Flaky):
@@ -59,7 +59,9 @@ def fail_at_first(room: str, times: int, how: str) -> int:
         ("memory", {"retry_on": "out_of_memory"}),
     ],
 )
-def test_what_is_retried_runs_again(client: LatticeClient, room: Room, how: str, settings: dict[str, Any]) -> None:
+def test_a_task_is_retried_when_its_policy_covers_the_failure(
+    client: LatticeClient, room: Room, how: str, settings: dict[str, Any]
+) -> None:
     flaky = task(retries=2, retry_backoff=0.01, **settings)(fail_at_first)
     workflow = client.create_workflow()
     workflow.add_task(flaky, {"room": room, "times": 2, "how": how})
@@ -80,7 +82,7 @@ def test_what_is_retried_runs_again(client: LatticeClient, room: Room, how: str,
         ("exit", {"retry_on": OSError}),
     ],
 )
-def test_what_is_not_retried_fails_at_once(
+def test_a_task_fails_after_one_attempt_when_its_policy_does_not_cover_the_failure(
     client: LatticeClient, room: Room, how: str, settings: dict[str, Any]
 ) -> None:
     flaky = task(retries=2, retry_backoff=0.01, **settings)(fail_at_first)
@@ -112,7 +114,7 @@ def test_each_wait_is_twice_as_long_and_varies_by_up_to_a_half(client: LatticeCl
 
 
 def with_children(room: str, how: str) -> None:
-    """Start children that do what they can to survive, note who they are, and stay or die."""
+    """Start children that try to outlive the task, note their ids, and stay or die."""
     code = "import os, sys, time; os.write(1, str(os.getpid()).encode() + b'\\n'); time.sleep(600)"
     child = [sys.executable, "-c", code]
     kinds: list[dict[str, Any]] = [{}, {"start_new_session": True}, {"preexec_fn": lambda: os.fork() and os._exit(0)}]
@@ -224,7 +226,7 @@ def store() -> str:
 
 
 def files(folder: str) -> set[Path]:
-    """Return the large values that lie somewhere in a store, but for what is to be written again."""
+    """Return the files of large values in a store, without spare files and bundles."""
     found = {path for path in Path(folder).rglob("*") if path.is_file()}
     return {path for path in found if path.relative_to(folder).parts[0] not in {"spares", "bundles"}}
 
@@ -310,7 +312,7 @@ def _with_a_failure(client: LatticeClient, policy: str, room: Room) -> LatticeWo
     return workflow
 
 
-def test_what_is_independent_of_a_failure_is_finished(client: LatticeClient, room: Room) -> None:
+def test_independent_tasks_finish_when_another_fails(client: LatticeClient, room: Room) -> None:
     run = _with_a_failure(client, "finish_independent", room).run()
     for event in run.events(timeout=WAIT_S):
         if event.type == "task_failed":

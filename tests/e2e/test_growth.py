@@ -1,4 +1,4 @@
-"""Runs that grow or branch as they go: maps, conditions, outputs done without, tasks added and spawned."""
+"""Runs that grow or branch: maps, conditions, optional inputs, tasks that are added and spawned."""
 
 from typing import Any
 
@@ -158,7 +158,7 @@ def test_a_map_that_waits_runs_or_is_cancelled(client: LatticeClient, room: Room
     assert not any(line.startswith("-") for line in room.notes())
 
 
-def test_what_is_wrong_with_a_map_is_said_before_anything_is_sent(client: LatticeClient) -> None:
+def test_an_invalid_map_is_refused_before_it_is_sent(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     source = workflow.add_task(split, {"n": 1})
     with pytest.raises(TaskDefinitionError, match="of a list that is known, add a task for each item"):
@@ -194,7 +194,7 @@ def test_a_task_runs_when_an_output_is_true_and_another_one_unless(
 
 
 @pytest.mark.parametrize("value", ["small", "large", "huge"])
-def test_a_choice_by_value_skips_what_was_not_chosen_and_what_needs_it(client: LatticeClient, value: str) -> None:
+def test_a_condition_by_value_skips_the_other_branches_and_their_dependents(client: LatticeClient, value: str) -> None:
     workflow = client.create_workflow()
     choice = workflow.add_task(give, {"value": value})
     for name, number in (("small", 1), ("large", 10)):
@@ -243,7 +243,7 @@ def test_an_optional_map_gives_none_in_the_place_of_each_item_that_failed(
     assert run.status() == "failed"
 
 
-def test_a_condition_on_what_is_no_json_fails(client: LatticeClient) -> None:
+def test_a_condition_fails_when_its_output_is_not_json(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     decision = workflow.add_task(give, {"value": {1, 2}})
     workflow.add_task(add, {"a": 1}, when=decision.output)

@@ -1,4 +1,4 @@
-"""What a server that is killed leaves in the folder of large values, and what the next one does about it."""
+"""A killed server leaves files in the folder of large values, which the next server removes."""
 
 import signal
 import subprocess

@@ -18,7 +18,7 @@ from tests.e2e.rooms import Room, enter
 
 
 class State(TypedDict):
-    """What the nodes share."""
+    """The state of the graph."""
 
     words: Annotated[list[str], operator.add]
     text: str
@@ -26,7 +26,7 @@ class State(TypedDict):
 
 @dataclass
 class Context:
-    """What a run of the graph is told."""
+    """The context of a run of the graph."""
 
     user: str
 
@@ -76,7 +76,7 @@ def test_nodes_of_one_step_run_side_by_side(is_async: bool, address: str, room: 
     assert process != str(os.getpid())
 
 
-def test_nodes_get_what_langgraph_offers(address: str) -> None:
+def test_nodes_get_config_context_and_commands(address: str) -> None:
     lattice = LangGraphClient(address)
 
     @lattice.task
@@ -98,7 +98,7 @@ def test_nodes_get_what_langgraph_offers(address: str) -> None:
     assert found["words"] == ["t1", "tagged", "ann"]
 
 
-def test_what_a_node_cannot_do_it_says(address: str) -> None:
+def test_a_node_fails_with_an_explanation_when_it_uses_the_stream_writer(address: str) -> None:
     @LangGraphClient(address).task
     def writes(state: State, runtime: Runtime[Context]) -> dict[str, Any]:
         runtime.stream_writer("lost")

@@ -29,7 +29,7 @@ async def ask_aside(room: str, name: str) -> str:
 
 
 def waits_for_a_limit(run: Run, task_id: str) -> str:
-    """Return what is said of a limit the task waits for; empty when there is none."""
+    """Return the message of the limit that the task waits for; empty when there is none."""
     kinds = {reason.kind: reason.message for reason in run.explain(task_id).reasons}
     return kinds.get(task_pb2.WAIT_KIND_LIMIT, "")
 
@@ -124,7 +124,7 @@ def allocate_in_numpy(mebibytes: int) -> int:
 
 
 def give_back_too_much(mebibytes: int) -> list[str]:
-    # The list fits; what is sent of it does not.
+    # The list fits; its items as messages do not.
     return ["x" * MIB] * mebibytes
 
 

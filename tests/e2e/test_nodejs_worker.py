@@ -1,4 +1,4 @@
-"""A worker that shares nothing with this project but the contract: Node.js runs tasks of a Python client's runs."""
+"""A worker that shares only the contract with this project: Node.js runs tasks of a Python client."""
 
 import asyncio
 import os
@@ -67,7 +67,7 @@ class NodejsWorker:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def welcomed(self) -> str:
-        """Wait until the server welcomes the worker, once more; return what it says then."""
+        """Wait until the server welcomes the worker, once more; return the line it prints then."""
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
@@ -112,7 +112,7 @@ def attempts_of(client: LatticeClient, run: str) -> dict[str, tuple[int, str]]:
     return {found.task_id: (found.attempt, found.node_id) for found in client.list_tasks(run)}
 
 
-def test_what_needs_no_server(address: str) -> None:
+def test_the_unit_tests_of_the_example_pass(address: str) -> None:
     done = subprocess.run(["npm", "test"], cwd=EXAMPLE, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -121,7 +121,7 @@ def test_the_lock_names_no_place_to_download_from() -> None:
     assert "http" not in (EXAMPLE / "package-lock.json").read_text()
 
 
-def test_what_the_example_has(address: str, client: LatticeClient) -> None:
+def test_the_functions_of_the_example_return_their_results(address: str, client: LatticeClient) -> None:
     example = NodejsWorker(address, EXAMPLE / "functions.js")
     try:
         example.welcomed()
@@ -207,7 +207,7 @@ def test_chains_of_short_tasks_go_out_together(client: LatticeClient) -> None:
 
 
 @pytest.mark.usefixtures("worker")
-def test_large_values_stay_where_they_were_made_until_somebody_reads_them(client: LatticeClient) -> None:
+def test_large_values_stay_on_their_node_until_they_are_read(client: LatticeClient) -> None:
     js_length = entrypoint("js/length", inputs=["text"])
     workflow = client.create_workflow("large")
     theirs = workflow.add_task(entrypoint("js/repeat", inputs=["text", "times"]), {"text": "é", "times": 400_000})
@@ -247,7 +247,7 @@ def test_an_error_comes_with_its_type_and_stack(client: LatticeClient) -> None:
     ("path", "outputs", "inputs"),
     [("js/sum", ["a", "b"], {"numbers": [1]}), ("js/sum", None, {"numbers": {1, 2}})],
 )
-def test_what_cannot_travel_is_a_failure_of_its_own_kind(
+def test_a_task_fails_with_payload_when_its_values_cannot_travel(
     client: LatticeClient, path: str, outputs: list[str] | None, inputs: dict[str, Any]
 ) -> None:
     with pytest.raises(TaskFailedError) as caught:
@@ -321,7 +321,7 @@ def test_a_server_that_asks_for_a_token_over_tls(tmp_path: Path, monkeypatch: py
         worker = NodejsWorker(address)
         try:
             assert worker.welcomed().startswith("began session")
-            # What is too long for a message goes by calls of its own, which show the token as well.
+            # A value that is too long for a message is sent by separate calls, which need the token as well.
             text = client.run_task(entrypoint("js/repeat"), {"text": "a", "times": 400_000})
             assert client.run_task(entrypoint("js/length"), {"text": text["result"]}) == {"result": 400_000}
             monkeypatch.setenv("LATTICE_TOKEN", "another")
@@ -358,7 +358,7 @@ def test_a_worker_that_is_to_leave_waits_for_no_server_when_it_holds_nothing() -
         assert process.wait(WAIT_S) == 0
 
 
-def test_what_a_killed_worker_ran_is_run_by_the_next(
+def test_the_next_worker_runs_the_attempts_of_a_killed_one(
     address: str, client: LatticeClient, worker: NodejsWorker, room: Room
 ) -> None:
     workflow = client.create_workflow("killed")
@@ -395,7 +395,7 @@ def test_a_broken_stream_is_resumed_and_nothing_runs_twice(address: str, room: R
                 async for event in run.events():
                     if event.type == "task_log" and (logs := logs + 1) == 2:
                         break
-                # Once it comes back to work that goes on, once what it did ends while it is away.
+                # It reconnects twice: while its attempt still runs, and after an attempt has ended meanwhile.
                 proxy.cut()
                 session = first.split()[2]
                 assert (await asyncio.to_thread(worker.welcomed)).startswith(f"resumed session {session}")
@@ -441,7 +441,7 @@ def test_a_silent_stream_is_left_for_another_in_time(address: str, room: Room) -
 
 
 @pytest.mark.parametrize("how", ["drained", "asked to leave"])
-def test_a_worker_that_leaves_finishes_what_it_has(
+def test_a_leaving_worker_finishes_its_leases(
     address: str, client: LatticeClient, worker: NodejsWorker, room: Room, how: str
 ) -> None:
     workflow = client.create_workflow("leaving")

@@ -1,4 +1,4 @@
-"""Open runs whose stream, caller or worker breaks: what was lost is said again, and nothing runs twice."""
+"""Open runs whose stream, caller or worker breaks: lost messages are repeated, and nothing runs twice."""
 
 import asyncio
 import gc
@@ -159,7 +159,7 @@ def test_an_asyncio_caller_resumes_too(patient: str, tmp_path: Path) -> None:
     assert sorted((tmp_path / "notes").read_text().split()) == [str(step) for step in range(6)]
 
 
-def test_a_run_whose_caller_does_not_come_back_is_cancelled_and_its_resources_are_free(client: LatticeClient) -> None:
+def test_a_run_is_cancelled_when_its_caller_does_not_return(client: LatticeClient) -> None:
     run = client.open_run()
     blocked = run.add(sleep)
     asked = run.add(ask, {"value": 1})
@@ -203,7 +203,7 @@ def test_a_block_that_raises_cancels_its_run(client: LatticeClient) -> None:
         client.get_run(run).result(timeout=WAIT_S)
 
 
-def test_a_failure_that_nobody_saw_is_raised_at_the_end_of_the_block(client: LatticeClient) -> None:
+def test_an_unread_failure_is_raised_at_the_end_of_the_block(client: LatticeClient) -> None:
     def fail() -> None:
         raise LookupError("unseen")
 
@@ -299,7 +299,7 @@ def test_an_open_run_that_is_taken_over_tells_its_first_caller(client: LatticeCl
     other.close()
 
 
-def test_what_is_wrong_is_said(client: LatticeClient) -> None:
+def test_invalid_arguments_of_an_open_run_are_named(client: LatticeClient) -> None:
     async def answer(question: Question) -> Any:
         return None
 

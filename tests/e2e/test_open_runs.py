@@ -1,4 +1,4 @@
-"""Open runs from the Python client: supersteps, questions, breaks, and who is left waiting for whom."""
+"""Open runs from the Python client: supersteps, questions, handlers and closing."""
 
 import asyncio
 import threading
@@ -35,7 +35,7 @@ def double(question: Question) -> Any:
     return question.payload * 2
 
 
-def test_supersteps_use_what_came_before(client: LatticeClient) -> None:
+def test_a_superstep_gets_outputs_of_earlier_ones(client: LatticeClient) -> None:
     with client.open_run("steps", labels={"kind": "open"}) as run:
         total = run.add(add, {"a": 0})
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Clients that share nothing with this project but the contract: Node.js and Go from its files, buf by reflection."""
+"""Clients that share only the contract with this project: Node.js and Go from its files, buf by reflection."""
 
 import functools
 import json

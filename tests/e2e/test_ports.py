@@ -1,4 +1,4 @@
-"""What a server opens to others: nothing, Ray's own ports included."""
+"""A server on loopback opens no port to other machines, Ray's own ports included."""
 
 from ipaddress import ip_address
 

@@ -174,7 +174,7 @@ def test_random_numbers_of_numpy_differ_when_a_task_seeds_them(client: LatticeCl
 
 
 def logs_of(run: Run) -> str:
-    """Return what the tasks of a run wrote."""
+    """Return the output of the tasks of a run."""
     return "".join(event.data["text"] for event in run.events() if event.type == "task_log")
 
 
@@ -200,7 +200,7 @@ def test_a_stream_that_a_task_wraps_writes_into_its_log(client: LatticeClient) -
         assert logs_of(workflow.run()) == f"é {number}\n"
 
 
-def test_a_module_that_is_imported_by_a_task_keeps_what_it_set_up(client: LatticeClient) -> None:
+def test_a_module_keeps_its_state_when_a_task_imported_it(client: LatticeClient) -> None:
     def speak() -> int:
         import logging
 
@@ -505,7 +505,7 @@ async def short() -> None:
 
 @task(timeout=0.5)
 async def stubborn() -> None:
-    """Run out of time, and go on."""
+    """Exceed the time limit, and continue."""
     while True:
         try:
             await asyncio.sleep(60)

@@ -94,11 +94,11 @@ def users_ray(address: str = "") -> tuple[str, str]:
 
 
 def records(place: Path) -> set[str]:
-    """Return what lies in a place, and in its `ray`, but for the logs of this test."""
+    """Return the files in a folder and in its `ray`, without the logs of this test."""
     return {str(path.relative_to(place)) for path in (*place.glob("*"), *place.glob("ray/*")) if path.suffix != ".err"}
 
 
-def test_a_ray_that_a_user_starts_is_apart_from_that_of_lattice_while_it_runs_and_after(place: Path) -> None:
+def test_the_ray_of_a_user_is_separate_from_that_of_lattice(place: Path) -> None:
     with lattice(place) as (client, worker, log):
         gcs = client.server_info().ray_address
         found, ours = users_ray()
@@ -115,6 +115,7 @@ def test_a_ray_that_a_user_starts_is_apart_from_that_of_lattice_while_it_runs_an
     assert not [name for name in records(place) if name.startswith("lattice-ray")]
 
 
+@pytest.mark.exhaustive  # The same in the other order of starts.
 def test_the_cluster_of_a_user_is_the_one_that_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ACCESS.items():
         monkeypatch.setenv(name, value)
@@ -133,6 +134,7 @@ def test_the_cluster_of_a_user_is_the_one_that_is_found(place: Path, monkeypatch
         assert before <= records(place)
 
 
+@pytest.mark.exhaustive  # The choice of the folder has tests of its own.
 def test_a_head_starts_when_temporary_files_lie_where_ray_cannot_have_its_own(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""What Ray's deaths cost, and how a Ray of somebody else is used: runs end well, and its owner notices nothing."""
+"""Runs survive the death of Ray, and an existing Ray is used without an effect on its other users."""
 
 import signal
 import subprocess
@@ -45,10 +45,13 @@ def processes(client: LatticeClient) -> list[psutil.Process]:
     return psutil.Process(client.server_info().pid).children(recursive=True)
 
 
-# The others take nearly the way of these.
 @pytest.mark.parametrize(
     "victims",
-    [["raylet", "ray_driver"], pytest.param(["ray::WorkerHost", "gcs_server"], marks=pytest.mark.exhaustive)],
+    [
+        ["raylet"],
+        pytest.param(["ray_driver"], marks=pytest.mark.exhaustive),
+        pytest.param(["ray::WorkerHost", "gcs_server"], marks=pytest.mark.exhaustive),
+    ],
 )
 def test_no_death_of_ray_is_the_end_of_a_run(victims: list[str], tmp_path: Path) -> None:
     with two_cpus() as client:
@@ -70,7 +73,7 @@ def test_no_death_of_ray_is_the_end_of_a_run(victims: list[str], tmp_path: Path)
             assert client.server_info().pid == server
             assert {"gcs_server", "raylet"} <= {process.name() for process in processes(client)}
         ours += processes(client)
-    # The Ray that died left nothing either: what is gone now is all there was.
+    # The Ray that died left nothing either: none of all these processes is left.
     assert not [p for p in ours if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -88,13 +91,13 @@ def test_ray_ends_with_a_server_that_is_killed() -> None:
 
 @pytest.fixture
 def access(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The token of the Ray of somebody else, in the environment of the server."""
+    """The token of an existing Ray, in the environment of the server."""
     for name, value in ACCESS.items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.mark.usefixtures("access")
-def test_a_ray_of_somebody_else_is_shared_and_left_running(tmp_path: Path, room: Room) -> None:
+def test_an_existing_ray_is_shared_and_left_running(tmp_path: Path, room: Room) -> None:
     with ray_head(tmp_path, "127.0.0.11", "--num-cpus", "5") as users:
         with two_cpus("--ray-address", users.address, "--ray-workers", "2") as client:
             runs = [submit(client, room) for _ in range(2)]
@@ -109,8 +112,10 @@ def test_a_ray_of_somebody_else_is_shared_and_left_running(tmp_path: Path, room:
         users.until_free(5)
 
 
+# `test_ray.py` of the executors tests that reservations wait in Ray.
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("access")
-def test_what_is_missing_is_demand_for_the_autoscaler(tmp_path: Path, room: Room) -> None:
+def test_a_waiting_reservation_is_demand_for_the_autoscaler(tmp_path: Path, room: Room) -> None:
     kinds = {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "small": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2},

@@ -237,7 +237,7 @@ def test_bad_input_is_named_at_once(client: LatticeClient) -> None:
         client.get_run("nowhere")
 
 
-def test_what_is_not_served_is_refused(client: LatticeClient) -> None:
+def test_unsupported_options_are_refused(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     workflow.add_task(task(isolation="docker")(lambda: 1))
     with pytest.raises(InvalidArgumentError, match="this server"):

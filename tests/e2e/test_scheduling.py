@@ -1,4 +1,4 @@
-"""Who runs where and in which order: devices, labels, what is impossible, priorities, fair shares, explanations."""
+"""Placement and order: devices, labels, impossible tasks, priorities, fair shares, explanations."""
 
 import os
 import time
@@ -60,7 +60,7 @@ def test_four_quarters_share_a_device(client: LatticeClient, room: Room) -> None
     assert len(set(together(client, room, *[{"gpu": 0.25}] * 4))) == 1
 
 
-def test_what_does_not_fit_beside_others_gets_the_other_device(client: LatticeClient, room: Room) -> None:
+def test_a_share_that_does_not_fit_gets_the_other_device(client: LatticeClient, room: Room) -> None:
     first, second = together(client, room, {"gpu": 0.5, "gpu_mem": 6000}, {"gpu": 0.5, "gpu_mem": 4000})
     assert first != second
 
@@ -116,7 +116,7 @@ def test_a_task_for_two_devices_waits_while_others_go_on(client: LatticeClient, 
         ({"node_selector": {"disk": "fast"}}, "its label disk is '', not 'fast'"),
     ],
 )
-def test_what_could_never_run_is_refused_with_what_is_missing(
+def test_a_task_that_can_never_run_is_refused_with_the_missing_resource(
     client: LatticeClient, settings: dict[str, Any], missing: str
 ) -> None:
     workflow = client.create_workflow()
@@ -128,7 +128,7 @@ def test_what_could_never_run_is_refused_with_what_is_missing(
     assert caught.value.metadata == {"task_id": "devices-2"}
 
 
-def test_what_could_never_run_is_refused_from_the_start() -> None:
+def test_a_task_that_can_never_run_is_refused_immediately_after_the_start() -> None:
     with (
         served("--executor", "local", "--num-cpus", "1") as fresh,
         LatticeClient(fresh) as client,
@@ -163,7 +163,7 @@ def held(client: LatticeClient, room: Room) -> Run:
 
 
 def jotted(room: Room, *runs: Run) -> list[str]:
-    """Open the room and return what was jotted down until all runs ended."""
+    """Open the room and return the lines that were noted until all runs ended."""
     room.open()
     for run in runs:
         run.result(timeout=WAIT_S)
@@ -183,7 +183,7 @@ def test_higher_priority_goes_first_within_a_run_and_between_runs(client: Lattic
     assert jotted(room, *runs) == ["run 10", "task 5", "task 0", "task -5", "run -10"]
 
 
-def test_what_came_first_goes_first(client: LatticeClient, room: Room) -> None:
+def test_tasks_start_in_order_of_submission(client: LatticeClient, room: Room) -> None:
     holding = held(client, room)
     workflow = client.create_workflow()
     texts = [str(number) for number in range(6)]

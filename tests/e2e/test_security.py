@@ -1,4 +1,4 @@
-"""TLS and a token between real processes: what gets through, what is refused and how, and where no token shows."""
+"""TLS and tokens between real processes: accepted and refused callers, and places where no token appears."""
 
 import contextlib
 import json
@@ -74,7 +74,7 @@ class Served:
     errors: Path
 
     def line(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-        """Run a `lattice` command against it, with nothing in the environment but what is given."""
+        """Run a `lattice` command against it, with only the given variables of Lattice in the environment."""
         environment = {**BARE, "LATTICE_TARGET": self.address, **environment}
         command = [LATTICE, *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
@@ -182,7 +182,7 @@ def test_the_environments_token_reaches_nothing_the_server_starts(tmp_path: Path
         (["--tls-ca", "KEY"], {"LATTICE_TOKEN": TOKEN}, "LATTICE_TLS_CA .* no certificates"),
     ],
 )
-def test_whoever_is_wrong_is_told_what_to_set(
+def test_a_caller_with_wrong_credentials_is_told_the_setting(
     safe: Served, made: Certificates, flags: Sequence[str], environment: dict[str, str], text: str
 ) -> None:
     known = {"CA": made.ca, "STRANGER": made.stranger_ca, "KEY": made.key, "grpcs://ADDRESS": f"grpcs://{safe.address}"}
@@ -214,7 +214,7 @@ def test_a_server_may_ask_for_certificates(made: Certificates, tmp_path: Path) -
         assert found.line("status", "--tls-ca", str(made.ca), **own).returncode == 1
 
 
-def test_nothing_is_written_of_whoever_does_not_speak_tls(made: Certificates, tmp_path: Path) -> None:
+def test_nothing_is_logged_when_a_caller_does_not_speak_tls(made: Certificates, tmp_path: Path) -> None:
     pair = ["--tls-cert", str(made.cert), "--tls-key", str(made.key)]
     with served(tmp_path / "stderr", *pair, LATTICE_TOKEN=TOKEN) as found:
         host, _, port = found.address.rpartition(":")
@@ -223,7 +223,7 @@ def test_nothing_is_written_of_whoever_does_not_speak_tls(made: Certificates, tm
                 stranger.sendall(said)
                 stranger.shutdown(socket.SHUT_WR)
                 with contextlib.suppress(ConnectionError):
-                    while stranger.recv(1000):  # the server hangs up when it has had enough
+                    while stranger.recv(1000):  # until the server closes the connection
                         pass
         assert found.line("status", "--tls-ca", str(made.ca), LATTICE_TOKEN=TOKEN).returncode == 0
     assert (tmp_path / "stderr").read_text() == ""
@@ -297,7 +297,7 @@ class Elsewhere(NoWorkers):
     token = ""
 
     async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
-        """Remember what a worker shows."""
+        """Remember the token of a worker."""
         self.token = contact.issue("far", "far")
 
 

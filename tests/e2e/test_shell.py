@@ -1,4 +1,4 @@
-"""Growth, limits and explanations for callers that share nothing with this project but the contract: JSON by buf."""
+"""Growth, limits and explanations for callers that share only the contract with this project: JSON by buf."""
 
 import json
 import time
@@ -63,7 +63,7 @@ def start(call: Call, *tasks: dict[str, Any]) -> str:  # noqa: F811
     return run_id
 
 
-def test_a_map_and_what_gathers_it(call: Call) -> None:  # noqa: F811
+def test_a_map_and_the_task_that_takes_its_list(call: Call) -> None:  # noqa: F811
     doubled = step("double", "double", {"x": output("split")}, over="x")
     gathered = step("max", "max", {"values": output("double")})
     graph = workflow(step("split", "split", {"n": value(3)}), doubled)
@@ -84,7 +84,7 @@ def test_the_items_of_a_final_map(call: Call, n: int, expected: dict[str, Any]) 
     assert finals(call, start(call, step("split", "split", {"n": value(n)}), doubled)) == expected
 
 
-def test_a_condition_and_what_does_without(call: Call) -> None:  # noqa: F811
+def test_a_condition_and_a_task_with_an_optional_input(call: Call) -> None:  # noqa: F811
     decision = step("decision", "double", {"x": value(4)})
     eight = {"output": output("decision")["output"], "equals": {"json": "8"}}
     yes = step("yes", "double", {"x": value(1)}, condition=eight)

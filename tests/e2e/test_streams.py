@@ -140,7 +140,7 @@ def test_a_reader_sees_every_event_once_over_any_number_of_cuts(gate: Gate, tmp_
                 if not started(event):
                     continue
                 if event.task_id == "walk_through-3":
-                    # The reader dials while it reads, so somebody else lets it in again.
+                    # The reader dials while it reads, so a separate task opens the proxy again.
                     away = asyncio.create_task(stay_away(proxy, gate))
                 else:
                     proxy.cut()

@@ -41,13 +41,13 @@ def big_and_small(seconds: float, arrives_at: float, *, known: bool = False, sma
 
 
 @pytest.mark.parametrize("arrives_at", [0.0, 0.3, 7.5])
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_ten_thousand_long_tasks_delay_a_small_agent_by_one_of_them(arrives_at: float, known: bool) -> None:
     assert big_and_small(1.0, arrives_at, known=known) <= 3.0 + 1.0 + 1e-6
 
 
 @pytest.mark.parametrize("arrives_at", [0.0, 0.0105, 0.5])
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_small_agent_waits_only_for_leases_sent_ahead_when_many_tasks_are_queued(
     arrives_at: float, known: bool
 ) -> None:
