@@ -18,9 +18,9 @@ MIN_MESSAGE_TASKS = 1000
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """What the server shows callers, and, with `client_ca`, who must have signed what they show; all PEM.
+    """The server's certificate and key, and the authority of callers' certificates, all in PEM.
 
-    `files` are those of the three, as far as they came from files, which are read again when they change.
+    `files` are their paths, which are read again when they change; None for a value that came from no file.
     """
 
     certificate: bytes
@@ -31,20 +31,19 @@ class ServerTls:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What `lattice start --head` was asked for. Sizes in bytes, times in seconds.
+    """The settings of `lattice start --head`. Sizes in bytes, times in seconds.
 
-    A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`,
-    by default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are
-    placed, each with `num_cpus` and `num_gpus`. An open run that no stream has held for `open_run_grace_s` is
-    cancelled; questions to callers, and their answers, have at most `question_limit_bytes`. A `token` is for
-    everything, and a `tokens_file` says which other tokens are for what; without either whoever reaches the server may
-    do everything. Large values are kept in a folder of `store_folder`; by default in `/dev/shm` if 256 MiB of it are
-    free when the server starts, or else where temporary files go, which `TMPDIR` says.
+    A worker without a message for `session_ttl_s` is lost, and its attempts are requeued. Ray listens on `node_ip`, by
+    default on the address of the server. With a `ray_address`, `ray_workers` workers are placed in that Ray cluster,
+    each with `num_cpus` and `num_gpus`. An open run without a stream for `open_run_grace_s` is cancelled; questions to
+    callers, and their answers, have at most `question_limit_bytes`. A `token` has all scopes, and a `tokens_file` has
+    the scopes of other tokens; without either, every caller has all scopes. Large values are files in a folder of
+    `store_folder`; by default in `/dev/shm` if 256 MiB of it are free when the server starts, or else in `TMPDIR`.
 
     One tenant may have `tenant_share` of each of the server's stores. A result that was read, or is older than
-    `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all. For
-    `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
-    large values' files are kept to be written again.
+    `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all results. The
+    ids of ended runs and the answers to repeatable requests are remembered for `repeat_ttl_s`. Up to `spare_bytes` of
+    files of large values are kept for reuse.
 
     The log has records from `log_level` on (`debug`, `info`, `warning`, `error`), in the `log_format` `text` or `json`.
     """
@@ -101,10 +100,10 @@ class ServerConfig:
 
     @property
     def heartbeat_interval_s(self) -> float:
-        """How often workers and the server give signs of life."""
+        """How often workers and the server send heartbeats."""
         return max(MIN_BEAT_S, self.session_ttl_s / 6)
 
     @property
     def silence_limit_s(self) -> float:
-        """How long a stream may be silent before it counts as broken; the rest of the time is for coming back."""
+        """How long a stream may be silent before it counts as broken; the rest of the time is for reconnecting."""
         return self.session_ttl_s * 2 / 3

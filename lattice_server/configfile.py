@@ -1,11 +1,11 @@
-"""Owns the reading of `lattice start --config FILE`. Rule: a key that means nothing is an error, never ignored.
+"""Owns the reading of `lattice start --config FILE`. Rule: an unknown key is an error.
 
 max_open_tasks = 100_000          # any number or text of `ServerConfig`, by its name
 
-[limits]                          # calls at once, by concurrency key
+[limits]                          # concurrent calls, by concurrency key
 openai = 8
 
-[[batch]]                         # how tasks that can be batched are, by name; the first that fits counts
+[[batch]]                         # batching of tasks by name; the first rule that matches applies
 match = "prefix"                  # or "exact", "regex"
 pattern = "embed"
 max_size = 32
@@ -25,7 +25,7 @@ from lattice_server.core.scheduling.batching import BatchRule, NameMatch
 PLAIN = {found.name: found.type for found in fields(ServerConfig) if found.type in {int, float, str}}
 FLAGS = frozenset({"host", "port", "executor", "node_ip", "ray_address", "ray_workers"})
 KINDS = {int: "a whole number from 0", float: "a number from 0", str: "a text"}
-# What the contract promises.
+# Minima that the contract promises; see `Limits`.
 LEAST = {
     "inline_limit_bytes": MIN_INLINE_BYTES,
     "message_limit_bytes": MIN_MESSAGE_BYTES,
@@ -36,11 +36,11 @@ RULE_KEYS = frozenset({"match", "pattern", "max_size", "max_wait_s"})
 
 
 class ConfigError(Exception):
-    """The file does not say what it must; the message names the key."""
+    """A key or a value of the file is wrong; the message names the key."""
 
 
 def read_config(text: str) -> ServerConfig:
-    """Return the configuration a file asks for, the rest as by default. Raises ConfigError."""
+    """Return the configuration of a file, with defaults for the other keys. Raises ConfigError."""
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -58,7 +58,7 @@ def read_config(text: str) -> ServerConfig:
         if not is_right or (isinstance(value, int | float) and not 0 <= value < math.inf):
             raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}")
         if value < (least := LEAST.get(key, value)):
-            raise ConfigError(f"{key} must be from {least}: clients send that much unasked")
+            raise ConfigError(f"{key} must be from {least}: clients may send that much")
         if key == "session_ttl_s" and not value:
             raise ConfigError(f"{key} must be above 0: every worker would be lost at once")
         if key == "tenant_share" and not 0 < value <= 1:

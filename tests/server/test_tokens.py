@@ -135,7 +135,7 @@ def test_another_users_file_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
-    for path, text in ((tmp_path / "none", "No such file"), (pipe, "no plain file"), (Path("/dev/zero"), "no plain")):
+    for path, text in ((tmp_path / "none", "No such file"), (pipe, "no regular file"), (Path("/dev/zero"), "no regular")):
         with pytest.raises(SecurityError, match=text):
             read_tokens(path)
     long = file(tmp_path, b"#" * (4 * 1024 * 1024 + 1))

@@ -137,13 +137,13 @@ def outcome(channel: grpc.Channel, method: MethodDescriptor, metadata: Metadata)
 @pytest.mark.parametrize(
     ("metadata", "text"),
     [
-        ((), "asks for a token"),
+        ((), "needs a token"),
         (bearer("wrong"), "not valid"),
         (bearer(""), "not valid"),
         (bearer(TOKEN[:-1]), "not valid"),
         ((("authorization", TOKEN),), "not valid"),
         ((("authorization", f"Basic {TOKEN}"),), "not valid"),
-        ((("token", TOKEN),), "asks for a token"),
+        ((("token", TOKEN),), "needs a token"),
     ],
 )
 def test_every_method_refuses_whoever_has_no_token(
