@@ -1,4 +1,4 @@
-"""The identity of functions: client and server follow the rule of the contract, which anybody can follow."""
+"""Digests of functions: client and server follow the rule of the contract."""
 
 import hashlib
 import re

@@ -14,7 +14,7 @@ KINDS = {
 
 
 def sent() -> set[str]:
-    """Return the reason of each refusal that the server's source makes; what is no literal is shown as source."""
+    """Return the reason of each refusal in the server's source; a reason that is no literal is shown as source."""
     found = set()
     for path in SERVER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""The committed stubs are what the .proto files say."""
+"""The committed stubs are generated from the .proto files."""
 
 import subprocess
 from pathlib import Path

@@ -40,7 +40,7 @@ def names(source: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return set(wheel.namelist())
 
 
-def test_the_contract_is_in_it_whole(names: set[str]) -> None:
+def test_wheel_has_the_whole_contract(names: set[str]) -> None:
     folder = ROOT / "proto" / "lattice" / "v1"
     kinds = (".py", ".pyi", ".proto", "py.typed")
     expected = {f"lattice/v1/{path.name}" for path in folder.iterdir() if path.name.endswith(kinds)}
@@ -48,21 +48,21 @@ def test_the_contract_is_in_it_whole(names: set[str]) -> None:
 
 
 @pytest.mark.parametrize("package", ["lattice_client", "lattice_server", "lattice_worker"])
-def test_every_module_of_a_package_is_in_it(names: set[str], package: str) -> None:
+def test_wheel_has_every_module_of_the_packages(names: set[str], package: str) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
     assert expected | {f"{package}/py.typed"} <= names
 
 
-def test_the_program_of_the_runner_is_in_it(names: set[str]) -> None:
+def test_wheel_has_the_program_of_the_runner(names: set[str]) -> None:
     assert "lattice_worker/runner/__main__.py" in names
 
 
-def test_nothing_else_is_in_it(names: set[str]) -> None:
+def test_wheel_has_nothing_else(names: set[str]) -> None:
     strangers = {name for name in names if not name.startswith(PACKAGES) and ".dist-info/" not in name}
     assert not strangers
 
 
-def test_an_editable_install_is_two_folders_for_the_path_and_no_code(source: Path, tmp_path: Path) -> None:
+def test_editable_install_adds_two_folders_to_the_path(source: Path, tmp_path: Path) -> None:
     with _built(source, "wheel:editable", tmp_path) as wheel:
         (path,) = (name for name in wheel.namelist() if ".dist-info/" not in name)
         assert path.endswith(".pth")

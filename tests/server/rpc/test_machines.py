@@ -1,4 +1,4 @@
-"""The streams of machines on which Ray starts the workers: who is kept, who is told to go, and who is missed."""
+"""The streams of machines on which Ray starts the workers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -47,7 +47,7 @@ async def join(head: Scene, node_id: str = "m") -> tuple[Hand, worker_pb2.Joined
     return hand, await hand.hear("joined")
 
 
-def test_a_machine_is_told_how_to_join_and_belongs_while_its_stream_lives() -> None:
+def test_machine_belongs_to_the_cluster_while_its_stream_is_open() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
@@ -63,7 +63,7 @@ def test_a_machine_is_told_how_to_join_and_belongs_while_its_stream_lives() -> N
     play(scenario, executor, session_ttl_s=LONG_S)
 
 
-def test_a_machine_that_falls_silent_has_left() -> None:
+def test_machine_leaves_when_it_falls_silent() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
@@ -74,7 +74,7 @@ def test_a_machine_that_falls_silent_has_left() -> None:
     play(scenario, executor, session_ttl_s=TTL_S)
 
 
-def test_heartbeats_keep_a_machine_and_are_answered() -> None:
+def test_machine_stays_when_it_sends_heartbeats() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
@@ -92,7 +92,7 @@ def test_heartbeats_keep_a_machine_and_are_answered() -> None:
 
 
 @pytest.mark.parametrize("reason", ["DRAINED", "SHUTDOWN"])
-def test_a_machine_learns_why_it_is_no_longer_needed(reason: str) -> None:
+def test_stream_of_a_machine_ends_with_a_reason(reason: str) -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
@@ -108,7 +108,7 @@ def test_a_machine_learns_why_it_is_no_longer_needed(reason: str) -> None:
     play(scenario, executor, session_ttl_s=LONG_S)
 
 
-def test_a_machine_that_leaves_is_drained_by_its_own_deadline() -> None:
+def test_machine_is_drained_by_its_own_deadline_when_it_leaves() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
@@ -127,7 +127,7 @@ def test_a_machine_that_leaves_is_drained_by_its_own_deadline() -> None:
     play(scenario, executor, session_ttl_s=LONG_S)
 
 
-def test_a_machine_on_which_no_worker_runs_may_leave_at_once() -> None:
+def test_machine_leaves_at_once_when_it_has_no_worker() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
@@ -142,7 +142,7 @@ def test_a_machine_on_which_no_worker_runs_may_leave_at_once() -> None:
     play(scenario, executor, session_ttl_s=LONG_S)
 
 
-def test_a_machine_that_serves_its_node_itself_has_nothing_to_leave() -> None:
+def test_machine_does_not_leave_ray_when_it_serves_its_node_itself() -> None:
     class Refers(TakesMachines):
         async def join(self, machine: Machine) -> Membership:
             return Membership(None, asyncio.get_running_loop().create_future())
@@ -162,7 +162,7 @@ def test_a_machine_that_serves_its_node_itself_has_nothing_to_leave() -> None:
 
 
 class Stream:
-    """A machine's stream without a network: what it says, and that it hangs up, is for a test to choose."""
+    """A machine's stream without a network; a test chooses its messages and its end."""
 
     def __init__(self, *said: worker_pb2.ConnectRequest) -> None:
         self.executor = TakesMachines()
@@ -183,7 +183,7 @@ class Stream:
             self.is_read_no_more.set()
 
 
-def test_a_machine_that_hangs_up_while_it_is_told_how_to_join_has_left() -> None:
+def test_machine_leaves_when_its_stream_breaks_before_the_answer() -> None:
     async def scenario() -> None:
         stream = Stream()
         await anext(stream.responses)
@@ -196,7 +196,7 @@ def test_a_machine_that_hangs_up_while_it_is_told_how_to_join_has_left() -> None
     asyncio.run(scenario())
 
 
-def test_a_machine_has_time_to_read_the_last_word() -> None:
+def test_machine_has_time_to_read_the_last_message() -> None:
     async def scenario() -> None:
         leaving = worker_pb2.ConnectRequest(draining=worker_pb2.Draining())
         stream = Stream(leaving, leaving)

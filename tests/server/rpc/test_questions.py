@@ -67,7 +67,7 @@ async def assigned(hand: Hand) -> str:
     return str((await hand.hear("assignments")).assignments[0].lease_id)
 
 
-def test_a_question_goes_to_the_holder_and_its_answer_to_the_worker_once() -> None:
+def test_question_reaches_the_caller_and_its_answer_the_worker_once() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
         assert welcome.question_limit_bytes == LIMIT_BYTES
@@ -96,7 +96,7 @@ def test_a_question_goes_to_the_holder_and_its_answer_to_the_worker_once() -> No
     play(scenario, question_limit_bytes=LIMIT_BYTES)
 
 
-def test_answers_are_sent_again_after_a_break_until_they_are_acknowledged() -> None:
+def test_answers_are_sent_again_when_the_stream_breaks_before_acknowledgement() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
         holder = await Holder(head.channel).open()
@@ -141,7 +141,7 @@ def test_a_question_is_withdrawn_when_its_attempt_is_over() -> None:
     play(scenario)
 
 
-def test_a_question_that_nobody_can_answer_is_told_so_at_once() -> None:
+def test_question_is_refused_at_once_when_no_caller_can_answer_it() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         await head.run("plain")
@@ -190,7 +190,7 @@ def test_a_question_that_nobody_can_answer_is_told_so_at_once() -> None:
     play(scenario, question_limit_bytes=LIMIT_BYTES, open_run_grace_s=0.2)
 
 
-def test_a_question_waits_for_a_stream_that_takes_the_run_over() -> None:
+def test_question_waits_when_the_run_has_no_stream() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         holder = await Holder(head.channel).open()
@@ -217,7 +217,7 @@ def test_a_question_waits_for_a_stream_that_takes_the_run_over() -> None:
     play(scenario)
 
 
-def test_an_open_run_has_so_many_unanswered_questions_and_no_more() -> None:
+def test_question_is_refused_when_the_run_has_its_most_unanswered_questions() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         holder = await Holder(head.channel).open()

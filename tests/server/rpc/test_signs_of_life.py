@@ -17,7 +17,7 @@ async def until_gone(head: Scene) -> None:
         await asyncio.sleep(0.02)
 
 
-def test_a_worker_that_falls_silent_is_lost_and_what_it_ran_is_run_elsewhere() -> None:
+def test_attempts_are_requeued_when_their_worker_falls_silent() -> None:
     async def scenario(head: Scene) -> None:
         silent, welcome = await head.hand()
         assert welcome.silence_limit.ToTimedelta().total_seconds() == pytest.approx(TTL_S * 2 / 3)
@@ -35,7 +35,7 @@ def test_a_worker_that_falls_silent_is_lost_and_what_it_ran_is_run_elsewhere() -
     play(scenario, session_ttl_s=TTL_S)
 
 
-def test_heartbeats_keep_a_worker_that_has_nothing_to_say_and_are_answered() -> None:
+def test_idle_worker_stays_when_it_sends_heartbeats() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
         interval_s = welcome.heartbeat_interval.ToTimedelta().total_seconds()
@@ -50,7 +50,7 @@ def test_heartbeats_keep_a_worker_that_has_nothing_to_say_and_are_answered() -> 
     play(scenario, session_ttl_s=TTL_S)
 
 
-def test_what_a_heartbeat_shows_to_be_forgotten_runs_again_and_what_is_on_its_way_does_not() -> None:
+def test_lost_leases_are_requeued_when_a_heartbeat_does_not_list_them() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         run_id = await head.run("a")
@@ -70,7 +70,7 @@ def test_what_a_heartbeat_shows_to_be_forgotten_runs_again_and_what_is_on_its_wa
     play(scenario)
 
 
-def test_a_report_after_one_that_never_came_waits_for_it() -> None:
+def test_report_is_ignored_when_an_earlier_one_is_missing() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         run_id = await head.run("a")
@@ -83,7 +83,7 @@ def test_a_report_after_one_that_never_came_waits_for_it() -> None:
     play(scenario)
 
 
-def test_what_a_drained_worker_holds_after_the_deadline_moves() -> None:
+def test_attempts_are_moved_when_a_drain_reaches_its_deadline() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         run_id = await head.run("a")
@@ -102,7 +102,7 @@ def test_what_a_drained_worker_holds_after_the_deadline_moves() -> None:
     play(scenario)
 
 
-def test_a_machine_is_told_to_serve_its_node_itself_where_nobody_else_would() -> None:
+def test_machine_serves_its_node_itself_when_there_is_no_ray() -> None:
     async def scenario(head: Scene) -> None:
         hand = Hand(head.channel)
         await hand.say(join={"node_id": "m", "protocol_version": 1})

@@ -1,4 +1,4 @@
-"""The workers' stream as the head serves it: who is let in, what is repeated, what is fenced off."""
+"""The workers' stream: admission, repetition after a break, and fencing of leases."""
 
 import asyncio
 import hashlib
@@ -120,7 +120,7 @@ class Scene:
         return (await self.results.GetResult(request)).run
 
     async def until_event(self, run_id: str, kind: str) -> None:
-        """Wait until a run has told of something: then the head has taken what was reported before."""
+        """Wait until a run has an event of a kind: then the server has processed all earlier reports."""
         call = self.results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id))
         async for response in call:
             if any(event.WhichOneof("event") == kind for event in response.events):
@@ -173,7 +173,7 @@ def succeeded() -> worker_pb2.AttemptSucceeded:
         ({"hello": {"worker_id": "lost", "node_id": "n", "protocol_version": 1}}, "LOST"),
     ],
 )
-def test_whoever_may_not_join_is_told_so_in_band(message: dict[str, Any], reason: str) -> None:
+def test_stream_is_closed_with_a_reason_when_the_opening_is_refused(message: dict[str, Any], reason: str) -> None:
     async def scenario(head: Scene) -> None:
         hand = Hand(head.channel)
         await hand.say(**message)
@@ -185,7 +185,7 @@ def test_whoever_may_not_join_is_told_so_in_band(message: dict[str, Any], reason
 
 
 @pytest.mark.parametrize("kind", ["hello", "join"])
-def test_the_stream_is_closed_and_both_versions_named_when_a_worker_speaks_another_protocol(kind: str) -> None:
+def test_stream_is_closed_when_a_worker_has_another_protocol_version(kind: str) -> None:
     async def scenario(head: Scene) -> None:
         hand = Hand(head.channel)
         named = {"node_id": "n"} | ({"worker_id": "w"} if kind == "hello" else {})
@@ -200,7 +200,7 @@ def test_the_stream_is_closed_and_both_versions_named_when_a_worker_speaks_anoth
 
 
 @pytest.mark.parametrize("is_welcome", [False, True])
-def test_a_worker_that_cannot_be_understood_is_told_so_in_band(
+def test_stream_is_closed_with_a_reason_when_a_message_cannot_be_decoded(
     is_welcome: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(head: Scene) -> None:
@@ -251,7 +251,7 @@ GPUS = {"gpus": [{"index": 0}, {"index": 0}]}
     ],
 )
 @pytest.mark.parametrize("kind", ["hello", "join"])
-def test_an_offer_nobody_could_count_with_is_refused_by_its_field(kind: str, offer: dict[str, Any], field: str) -> None:
+def test_offer_is_refused_by_its_field_when_it_is_malformed(kind: str, offer: dict[str, Any], field: str) -> None:
     async def scenario(head: Scene) -> None:
         hand = Hand(head.channel)
         named = {"node_id": "n", "protocol_version": 1} | ({"worker_id": "w"} if kind == "hello" else {})
@@ -278,7 +278,7 @@ def test_an_offer_nobody_could_count_with_is_refused_by_its_field(kind: str, off
         ({"worker_id": "a\nb"}, "worker_id"),
     ],
 )
-def test_a_worker_that_claims_too_much_is_refused_by_its_field(claim: dict[str, Any], field: str) -> None:
+def test_offer_is_refused_by_its_field_when_it_exceeds_a_limit(claim: dict[str, Any], field: str) -> None:
     async def scenario(head: Scene) -> None:
         hand = Hand(head.channel)
         await hand.say(hello={"node_id": "n", "protocol_version": 1, "worker_id": "w"} | claim)
@@ -290,7 +290,7 @@ def test_a_worker_that_claims_too_much_is_refused_by_its_field(claim: dict[str, 
     play(scenario)
 
 
-def test_a_heartbeat_that_claims_too_much_ends_the_stream() -> None:
+def test_stream_ends_when_a_heartbeat_exceeds_a_limit() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         await hand.say(heartbeat={"held_lease_ids": ["l" * 257]})
@@ -311,7 +311,7 @@ def test_a_heartbeat_that_claims_too_much_ends_the_stream() -> None:
         ({"artifact": {"artifact_id": "../a"}}, 'outputs["out"].artifact.artifact_id'),
     ],
 )
-def test_a_success_that_cannot_be_read_fails_the_task_and_loses_nothing_else(
+def test_task_fails_when_its_success_cannot_be_read(
     payload: dict[str, Any], field: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(head: Scene) -> None:
@@ -334,7 +334,7 @@ def test_a_success_that_cannot_be_read_fails_the_task_and_loses_nothing_else(
     assert not caplog.records
 
 
-def test_a_deadline_before_now_is_refused_in_band() -> None:
+def test_stream_is_closed_when_a_drain_deadline_is_negative() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         await hand.say(draining={"deadline": Duration(seconds=-1)})
@@ -348,7 +348,7 @@ def test_a_deadline_before_now_is_refused_in_band() -> None:
     play(scenario)
 
 
-def test_a_deadline_in_ages_is_one_in_a_month() -> None:
+def test_drain_deadline_is_at_most_a_month() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         await head.run("a")
@@ -363,7 +363,7 @@ def test_a_deadline_in_ages_is_one_in_a_month() -> None:
     play(scenario)
 
 
-def test_work_goes_out_with_its_code_once_and_comes_back() -> None:
+def test_code_is_sent_once_and_attempts_end() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
         assert welcome.session_id
@@ -396,7 +396,7 @@ def test_code_a_worker_does_not_have_is_sent_again_when_it_asks() -> None:
     play(scenario)
 
 
-def test_a_report_that_comes_again_counts_once() -> None:
+def test_report_counts_once_when_it_is_repeated() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
         run_id = await head.run("a")
@@ -418,7 +418,7 @@ def test_a_report_that_comes_again_counts_once() -> None:
     play(scenario)
 
 
-def test_two_tenants_runs_of_one_id_are_told_apart_and_named_by_it() -> None:
+def test_runs_are_distinct_when_two_tenants_use_one_id() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand(capacity=resources_pb2.Capacity(cpu=2, slots=2))
         for tenant in ("one", "two"):
@@ -474,7 +474,7 @@ def test_a_cancellation_while_the_worker_is_away_reaches_it_when_it_is_back() ->
     play(scenario)
 
 
-def test_what_the_head_does_not_know_is_to_be_dropped() -> None:
+def test_unknown_leases_are_dropped_when_a_worker_connects() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
         hand.hang_up()
@@ -561,8 +561,8 @@ def spawned(name: str) -> worker_pb2.AttemptSpawned:
     return worker_pb2.AttemptSpawned(tasks=[task("a/b", inputs=inputs)], functions={"work": function()})
 
 
-def test_a_large_value_that_no_run_keeps_is_dropped_where_it_lies() -> None:
-    """Of a lease that is over, of a task that may not succeed, of a run that has ended, beside what is asked for."""
+def test_large_value_is_dropped_by_its_node_when_no_run_needs_it() -> None:
+    """Values of an ended lease, of a task that may not succeed, of an ended run, and undeclared outputs."""
 
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
@@ -589,8 +589,8 @@ def test_a_large_value_that_no_run_keeps_is_dropped_where_it_lies() -> None:
     play(scenario)
 
 
-def test_a_worker_that_comes_back_is_told_which_of_its_large_values_nobody_needs() -> None:
-    """What a report that may come again names is judged only when the session is over."""
+def test_unneeded_large_values_are_dropped_when_a_worker_reconnects() -> None:
+    """Values of unacknowledged reports are dropped only when the session has ended."""
 
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand(stored_artifact_ids=["older"])
@@ -611,7 +611,7 @@ def test_a_worker_that_comes_back_is_told_which_of_its_large_values_nobody_needs
     play(scenario)
 
 
-def test_what_a_report_named_is_dropped_again_when_the_report_comes_again() -> None:
+def test_artifacts_are_dropped_again_when_their_report_is_repeated() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
         stale = {"succeeded": {"outputs": {"out": large("stale")}}}
@@ -627,7 +627,7 @@ def test_what_a_report_named_is_dropped_again_when_the_report_comes_again() -> N
     play(scenario)
 
 
-def test_a_large_input_of_a_task_that_is_not_added_is_dropped_where_it_lies() -> None:
+def test_large_input_is_dropped_when_its_spawned_task_is_not_added() -> None:
     """Whether the task is there already, cannot be, or its parent has ended."""
 
     async def scenario(head: Scene) -> None:
@@ -653,7 +653,7 @@ def test_a_large_input_of_a_task_that_is_not_added_is_dropped_where_it_lies() ->
     play(scenario, max_spawn_depth=1)
 
 
-def test_the_newest_life_of_a_worker_counts_and_the_older_one_is_closed() -> None:
+def test_older_stream_is_closed_when_a_worker_connects_again() -> None:
     async def scenario(head: Scene) -> None:
         older, _ = await head.hand()
         run_id = await head.run("a")
@@ -672,7 +672,7 @@ def test_the_newest_life_of_a_worker_counts_and_the_older_one_is_closed() -> Non
     play(scenario)
 
 
-def test_whoever_loses_its_node_to_another_worker_is_told_to_which() -> None:
+def test_close_names_the_other_worker_when_it_takes_the_node() -> None:
     async def scenario(head: Scene) -> None:
         older, _ = await head.hand()
         newer, _ = await head.hand(worker_id="other", hostname="elsewhere")
@@ -685,7 +685,7 @@ def test_whoever_loses_its_node_to_another_worker_is_told_to_which() -> None:
     play(scenario)
 
 
-def test_a_drained_worker_finishes_what_it_has_and_is_let_go() -> None:
+def test_drained_worker_finishes_its_leases_and_is_closed() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         run_id = await head.run("a", "b")
@@ -705,7 +705,7 @@ def test_a_drained_worker_finishes_what_it_has_and_is_let_go() -> None:
     play(scenario)
 
 
-def test_a_worker_that_wants_to_leave_is_let_go() -> None:
+def test_worker_is_closed_when_it_drains_itself() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand()
         await hand.say(draining={})
@@ -740,7 +740,7 @@ async def read(reading: Any) -> bytes:
     return b"".join([response.data async for response in reading])
 
 
-def test_a_value_that_stayed_with_its_worker_is_read_through_the_head() -> None:
+def test_artifact_is_read_from_its_worker_through_the_server() -> None:
     async def scenario(head: Scene) -> None:
         hand, reading, upload = await sending(head)
         for _ in range(2):
@@ -755,7 +755,7 @@ def test_a_value_that_stayed_with_its_worker_is_read_through_the_head() -> None:
 
 @pytest.mark.parametrize("said", [10, None])
 @pytest.mark.parametrize("ending", ["cancel", "done_writing"])
-def test_an_upload_that_breaks_off_is_not_taken_for_the_value(ending: str, said: int | None) -> None:
+def test_read_fails_when_the_upload_of_the_worker_breaks(ending: str, said: int | None) -> None:
     async def scenario(head: Scene) -> None:
         hand, reading, upload = await sending(head, said=said)
         await upload.write(CHUNK)
@@ -772,7 +772,7 @@ def test_an_upload_that_breaks_off_is_not_taken_for_the_value(ending: str, said:
 
 
 @pytest.mark.parametrize(("count", "said"), [(1, 5), (3, 15), (3, None)])
-def test_other_bytes_than_were_reported_are_not_taken_for_the_value(count: int, said: int | None) -> None:
+def test_read_fails_when_the_worker_sends_another_size(count: int, said: int | None) -> None:
     async def scenario(head: Scene) -> None:
         hand, reading, upload = await sending(head, said=said)
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the server may have ended it by then
@@ -832,7 +832,7 @@ def made() -> worker_pb2.AttemptSucceeded:
     return worker_pb2.AttemptSucceeded(outputs={"out": payload_pb2.Payload(json=TEXT)})
 
 
-def test_work_that_adds_up_to_more_than_a_message_goes_out_in_several_and_so_do_its_events() -> None:
+def test_assignments_and_events_are_split_when_they_exceed_a_message() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand(capacity=MANY)
         run_id = await given(head, *(task(f"t{n}", inputs={"x": output("source")}) for n in range(TEXTS)))
@@ -855,7 +855,7 @@ def test_work_that_adds_up_to_more_than_a_message_goes_out_in_several_and_so_do_
     play(scenario)
 
 
-def test_code_comes_no_later_than_its_use_and_in_messages_any_worker_takes() -> None:
+def test_code_is_sent_no_later_than_its_use_in_messages_of_a_size() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand(capacity=MANY)
         names = [f"f{n}" for n in range(5)]
@@ -872,6 +872,8 @@ def test_code_comes_no_later_than_its_use_and_in_messages_any_worker_takes() -> 
         held = 0
         while held < len(names):
             work = await hand.next()
+            if not work.ByteSize():
+                continue  # A heartbeat.
             known += [code.digest for code in (*work.functions, *work.bundles)]
             assert {bundle.digest, *(lease.function_digest for lease in work.assignments)}.issubset(known)
             held += len(work.assignments)
@@ -881,7 +883,7 @@ def test_code_comes_no_later_than_its_use_and_in_messages_any_worker_takes() -> 
     play(scenario)
 
 
-def test_a_task_given_more_than_a_message_can_carry_fails_and_holds_nobody_up() -> None:
+def test_task_fails_when_its_inputs_exceed_a_message() -> None:
     async def scenario(head: Scene) -> None:
         hand, welcome = await head.hand()
         assert welcome.message_limit_bytes == 2**20
@@ -902,7 +904,7 @@ def test_a_task_given_more_than_a_message_can_carry_fails_and_holds_nobody_up() 
     play(scenario, worker_message_limit_bytes=2**20)
 
 
-def test_a_batch_given_more_than_a_message_can_carry_is_halved() -> None:
+def test_batch_is_halved_when_its_inputs_exceed_a_message() -> None:
     async def scenario(head: Scene) -> None:
         hand, _ = await head.hand(capacity=MANY)
         batch = task_pb2.BatchPolicy(max_size=6)
@@ -924,7 +926,7 @@ def test_a_batch_given_more_than_a_message_can_carry_is_halved() -> None:
     play(scenario, worker_message_limit_bytes=2**20)
 
 
-def test_workers_are_told_that_the_head_stops() -> None:
+def test_streams_are_closed_when_the_server_stops() -> None:
     hands: list[Hand] = []
 
     class Last(NoWorkers):
