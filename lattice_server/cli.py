@@ -2,15 +2,10 @@
 
 import logging
 import os
-import re
-import secrets
-import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 import psutil
@@ -19,12 +14,12 @@ import uvloop
 from lattice_server import MAY_SERVE, logs, pidfile, security
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
-from lattice_server.executors.program import token_flags
+from lattice_server.flags import Flags, noting, secured
+from lattice_server.joining import become_worker
 from lattice_server.tokens import read_tokens
 
 log = logging.getLogger(__name__)
 
-MIB = 1024 * 1024
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/scheduling.md."
 
@@ -93,59 +88,12 @@ def start(**given: Any) -> None:
     if wrong := [label for label in flags.labels if "=" not in label]:
         raise click.UsageError(f"a label is NAME=VALUE, not {wrong[0]!r}")
     if flags.worker:
-        _become_worker(flags)
+        become_worker(flags)
     if not MAY_SERVE:
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
-    config = flags.logging(ServerConfig() if flags.config_file is None else _read(flags.config_file))
+    config = flags.logging(_read(flags.config_file))
     logs.set_up(config.log_format, config.log_level)
     _serve(_config(flags, config))
-
-
-@dataclass(frozen=True, slots=True)
-class Flags:
-    """The flags of `lattice start`; None for a flag that was not given."""
-
-    head: bool
-    worker: bool
-    addr: str | None
-    node_id: str | None
-    drain_deadline: float
-    host: str
-    port: int
-    executor: str
-    node_ip: str | None
-    ray_address: str | None
-    ray_workers: int
-    num_cpus: float | None
-    num_gpus: int | None
-    memory: int | None
-    gpu_memory: int | None
-    labels: tuple[str, ...]
-    tls_cert: Path | None
-    tls_key: Path | None
-    tls_ca: Path | None
-    token_file: Path | None
-    tokens_file: Path | None
-    insecure: bool
-    config_file: Path | None
-    verbose: bool
-    log_level: str | None
-    log_format: str | None
-
-    def logging(self, config: ServerConfig) -> ServerConfig:
-        """Return a configuration with the flags of the log."""
-        level = self.log_level or ("info" if self.verbose else config.log_level)
-        return replace(config, log_level=level, log_format=self.log_format or config.log_format)
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """The memory to offer, in bytes."""
-        return None if self.memory is None else self.memory * MIB
-
-    @property
-    def gpu_memory_bytes(self) -> int | None:
-        """The memory of each GPU, in bytes."""
-        return None if self.gpu_memory is None else self.gpu_memory * MIB
 
 
 def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
@@ -153,7 +101,7 @@ def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
     if flags.ray_address and (flags.executor != "ray" or not flags.num_cpus):
         raise click.UsageError("--ray-address needs --executor ray, and --num-cpus for the CPUs to reserve")
     tokens_file = base.tokens_file if flags.tokens_file is None else str(flags.tokens_file.absolute())
-    with _secured():
+    with secured():
         token = security.read_token(flags.token_file, os.environ)
         if tokens_file:
             read_tokens(Path(tokens_file))
@@ -192,7 +140,7 @@ def _serve(config: ServerConfig) -> None:
     from lattice_server.rpc.server import PortInUseError
 
     noted: list[str] = []
-    with _noting():
+    with noting():
         pidfile.check()
 
     def announce(address: str) -> None:
@@ -214,67 +162,15 @@ def _serve(config: ServerConfig) -> None:
             pidfile.forget(name)
 
 
-def _become_worker(flags: Flags) -> NoReturn:
-    """Replace this process by the worker's program, which then gets its signals and sets its exit status."""
-    if not flags.addr:
-        raise click.UsageError("say which server to join: --addr HOST:PORT")
-    if not re.search(r":\d{1,5}$", flags.addr):
-        raise click.UsageError(f"--addr {flags.addr!r} names no port: write HOST:PORT")
-    # Not by flags: all users of this machine may read a command line.
-    files = {"LATTICE_TLS_CA": flags.tls_ca, "LATTICE_TLS_CERT": flags.tls_cert, "LATTICE_TLS_KEY": flags.tls_key}
-    os.environ.update({name: str(path.absolute()) for name, path in files.items() if path is not None})
-    if flags.insecure:
-        os.environ["LATTICE_INSECURE"] = "1"
-    with _secured():
-        token = security.read_token(flags.token_file, os.environ)
-    # Nor by the environment: tasks of the same user may read it.
-    os.environ.pop(security.TOKEN, None)
-    node_id = flags.node_id or f"{socket.gethostname()}-{secrets.token_hex(2)}"
-    words = {
-        "--addr": flags.addr,
-        "--node-id": node_id,
-        "--drain-deadline": flags.drain_deadline,
-        "--num-cpus": flags.num_cpus,
-        "--num-gpus": flags.num_gpus,
-        "--memory-bytes": flags.memory_bytes,
-        "--gpu-memory-bytes": flags.gpu_memory_bytes,
-        "--log-level": flags.logging(ServerConfig()).log_level,
-        "--log-format": flags.log_format,
-    }
-    command = [sys.executable, "-m", "lattice_worker", "--join"]
-    command += [part for name, value in words.items() if value is not None for part in (name, str(value))]
-    command += [part for label in flags.labels for part in ("--label", label)]
-    if token is not None:
-        command += token_flags(token)
-    with _noting():
-        pidfile.note(f"node-{node_id}")
-    sys.stdout.flush()
-    os.execv(sys.executable, command)
-
-
-@contextmanager
-def _noting() -> Iterator[None]:
+def _read(path: Path | None) -> ServerConfig:
+    """Return the configuration of the environment and a file, if any. Raises click.ClickException."""
+    source = "" if path is None else f"{path}: "
     try:
-        yield
-    except pidfile.UnsafeError as error:
-        raise click.ClickException(str(error)) from None
-
-
-@contextmanager
-def _secured() -> Iterator[None]:
-    try:
-        yield
-    except security.SecurityError as error:
-        raise click.UsageError(str(error)) from None
-
-
-def _read(path: Path) -> ServerConfig:
-    try:
-        return read_config(path.read_text(encoding="utf-8"))
+        return read_config("" if path is None else path.read_text(encoding="utf-8"), os.environ)
     except UnicodeDecodeError:
-        raise click.ClickException(f"{path}: it is not UTF-8") from None
+        raise click.ClickException(f"{source}it is not UTF-8") from None
     except (ConfigError, OSError) as error:
-        raise click.ClickException(f"{path}: {error}") from None
+        raise click.ClickException(f"{source}{error}") from None
 
 
 @click.command()
@@ -290,7 +186,7 @@ def stop(port: int, node_id: str | None, wait: float) -> None:
     """
     what = f"server on port {port}" if node_id is None else f"worker of node {node_id}"
     try:
-        with _noting():
+        with noting():
             pidfile.stop(f"head-{port}" if node_id is None else f"node-{node_id}", wait)
     except pidfile.NotRunningError:
         raise click.ClickException(f"no {what} runs here that is yours") from None

@@ -1,9 +1,12 @@
-"""Owns every setting of the server and its default, once."""
+"""Owns every setting of the server, with its default and its bounds."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from lattice_server import logs
 from lattice_server.core.scheduling.batching import BatchRule
 
 MIB = 1024 * 1024
@@ -14,6 +17,25 @@ MIN_INLINE_BYTES = 4096
 # See `Limits.message_bytes` and `Limits.message_tasks`.
 MIN_MESSAGE_BYTES = 1024 * 1024
 MIN_MESSAGE_TASKS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The values that a file, or the environment, may give a setting. Numbers are finite and not negative.
+
+    `is_flag` tells that only a flag sets it.
+    """
+
+    least: float = 0
+    most: float = math.inf
+    is_positive: bool = False
+    choices: tuple[str, ...] = ()
+    is_flag: bool = False
+
+
+def bounded(default: Any, **bounds: Any) -> Any:
+    """Return a setting with a default and `Bounds`."""
+    return field(default=default, metadata={"bounds": Bounds(**bounds)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +70,27 @@ class ServerConfig:
     The log has records from `log_level` on (`debug`, `info`, `warning`, `error`), in the `log_format` `text` or `json`.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 50051
+    host: str = bounded("127.0.0.1", is_flag=True)
+    port: int = bounded(50051, is_flag=True)
     tls: ServerTls | None = None
     token: str | None = field(default=None, repr=False)
     tokens_file: str = ""
-    executor: str = "ray"
+    executor: str = bounded("ray", is_flag=True)
     num_cpus: float | None = None
     num_gpus: int | None = None
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
-    node_ip: str = ""
-    ray_address: str = ""
-    ray_workers: int = 1
-    session_ttl_s: float = 2.8
-    inline_limit_bytes: int = 256 * 1024
+    node_ip: str = bounded("", is_flag=True)
+    ray_address: str = bounded("", is_flag=True)
+    ray_workers: int = bounded(1, is_flag=True)
+    session_ttl_s: float = bounded(2.8, is_positive=True)
+    inline_limit_bytes: int = bounded(256 * 1024, least=MIN_INLINE_BYTES)
     log_limit_bytes: int = 1024 * 1024
     store_folder: str = ""
     min_ping_interval_s: float = 10.0
-    message_limit_bytes: int = 16 * 1024 * 1024
-    message_limit_tasks: int = 50_000
+    message_limit_bytes: int = bounded(16 * 1024 * 1024, least=MIN_MESSAGE_BYTES)
+    message_limit_tasks: int = bounded(50_000, least=MIN_MESSAGE_TASKS)
     worker_message_limit_bytes: int = 256 * 1024 * 1024
     retained_runs: int = 1000
     retained_bytes: int = 2 * GIB
@@ -80,7 +102,7 @@ class ServerConfig:
     upload_ttl_s: float = 600.0
     workflow_bytes: int = GIB
     spare_bytes: int = 512 * MIB
-    tenant_share: float = 0.5
+    tenant_share: float = bounded(0.5, is_positive=True, most=1)
     max_workflows: int = 10_000
     max_open_tasks: int = 1_000_000
     max_run_tasks: int = 1_000_000
@@ -91,8 +113,8 @@ class ServerConfig:
     limits: Mapping[str, int] = field(default_factory=dict)
     batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0
-    log_format: str = "text"
-    log_level: str = "warning"
+    log_format: str = bounded("text", choices=logs.FORMATS)
+    log_level: str = bounded("warning", choices=logs.LEVELS)
 
     def address(self, port: int) -> str:
         """Return `host:port`."""

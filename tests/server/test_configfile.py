@@ -32,6 +32,27 @@ def test_configuration_has_the_values_of_the_file() -> None:
     assert read_config(text) == expected
 
 
+def test_environment_overrides_the_file() -> None:
+    environment = {"LATTICE_MAX_OPEN_TASKS": "7", "LATTICE_STORE_FOLDER": "/values", "LATTICE_TARGET": "host:1"}
+    found = read_config("max_open_tasks = 5\nmax_workflows = 3", environment)
+    assert found == ServerConfig(max_open_tasks=7, max_workflows=3, store_folder="/values")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("MAX_OPEN_TASKS", "many", "LATTICE_MAX_OPEN_TASKS must be a whole number from 0, not 'many'"),
+        ("MAX_OPEN_TASKS", "-1", "LATTICE_MAX_OPEN_TASKS must be a whole number from 0, not -1"),
+        ("SESSION_TTL_S", "nan", "LATTICE_SESSION_TTL_S must be a number from 0, not nan"),
+        ("TENANT_SHARE", "2", "LATTICE_TENANT_SHARE must be above 0 and at most 1, not 2.0"),
+        ("LOG_FORMAT", "xml", "LATTICE_LOG_FORMAT must be one of text, json, not 'xml'"),
+    ],
+)
+def test_variable_is_refused_by_name_when_its_value_is_wrong(name: str, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config("", {f"LATTICE_{name}": text})
+
+
 def test_batching_rules_have_the_order_of_the_file() -> None:
     text = RULE.replace("prefix", "regex").replace("embed", "embed-[0-9]+") + RULE.replace("prefix", "exact") + RULE
     assert [rule.match for rule in read_config(text).batch_rules] == [

@@ -259,6 +259,18 @@ def test_cancellation_may_be_repeated(idle: Caller) -> None:
     assert idle.workflows.CancelRun(request).run == result
 
 
+def test_event_of_added_tasks_has_their_names(idle: Caller) -> None:
+    run_id = run(idle).run.run_id
+    added = [task("named", display_name="a name"), task("unnamed")]
+    request = workflow_pb2.AddTasksRequest(run_id=run_id, tasks=added, functions={"work": function()})
+    idle.workflows.AddTasks(request)
+    call = idle.results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id))
+    event = next(e for response in call for e in response.events if e.HasField("tasks_added"))
+    call.cancel()
+    assert event.tasks_added.task_ids == ["named", "unnamed"]
+    assert event.tasks_added.display_names == ["a name", "unnamed"]
+
+
 def test_watch_resumes_after_any_sequence(busy: Caller) -> None:
     started = run(busy, task("a"), task("b", after=["a"])).run
     every = [event for response in watch(busy, started.run_id) for event in response.events]
