@@ -14,7 +14,7 @@ from lattice_server.engine.ports import Machine, Membership, RayCluster
 from lattice_server.rpc import callers
 from lattice_server.rpc.machines import Machines
 from tests.server.apps import NoWorkers
-from tests.server.rpc.test_worker_stream import Hand, Scene, play
+from tests.server.rpc.scripted_worker import Scene, ScriptedWorker, play
 
 TTL_S = 0.9
 # Longer than any test: nothing falls silent.
@@ -40,24 +40,24 @@ class TakesMachines(NoWorkers):
         self.left.put_nowait(node_id)
 
 
-async def join(head: Scene, node_id: str = "m") -> tuple[Hand, worker_pb2.Joined]:
+async def join(head: Scene, node_id: str = "m") -> tuple[ScriptedWorker, worker_pb2.Joined]:
     """Have a machine join."""
-    hand = Hand(head.channel)
-    await hand.say(join={"node_id": node_id, "protocol_version": 1, "node_ip": "10.0.0.2", "labels": {"zone": "eu"}})
-    return hand, await hand.hear("joined")
+    worker = ScriptedWorker(head.channel)
+    await worker.say(join={"node_id": node_id, "protocol_version": 1, "node_ip": "10.0.0.2", "labels": {"zone": "eu"}})
+    return worker, await worker.hear("joined")
 
 
 def test_machine_belongs_to_the_cluster_while_its_stream_is_open() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, joined = await join(head)
+        worker, joined = await join(head)
         assert (joined.ray.address, joined.ray.token, joined.ray.resource) == (RAY.address, RAY.token, RAY.resource)
         assert joined.silence_limit.ToTimedelta().total_seconds() == pytest.approx(LONG_S * 2 / 3)
         machine, _ = await executor.joined.get()
         assert (machine.node_id, machine.node_ip, machine.labels) == ("m", "10.0.0.2", {"zone": "eu"})
         assert executor.left.empty()
-        hand.hang_up()
+        worker.hang_up()
         assert await executor.left.get() == "m"
 
     play(scenario, executor, session_ttl_s=LONG_S)
@@ -67,9 +67,9 @@ def test_machine_leaves_when_it_falls_silent() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, _ = await join(head)
+        worker, _ = await join(head)
         assert await executor.left.get() == "m"
-        hand.hang_up()
+        worker.hang_up()
 
     play(scenario, executor, session_ttl_s=TTL_S)
 
@@ -78,14 +78,14 @@ def test_machine_stays_when_it_sends_heartbeats() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, joined = await join(head)
+        worker, joined = await join(head)
         interval_s = joined.heartbeat_interval.ToTimedelta().total_seconds()
         for _ in range(int(3 * TTL_S / interval_s)):
-            await hand.say()
+            await worker.say()
             await asyncio.sleep(interval_s)
-        await hand.hear("")
+        await worker.hear("")
         assert executor.left.empty()
-        hand.hang_up()
+        worker.hang_up()
         assert await executor.left.get() == "m"
 
     play(scenario, executor, session_ttl_s=TTL_S)
@@ -96,13 +96,13 @@ def test_stream_of_a_machine_ends_with_a_reason(reason: str) -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, _ = await join(head)
+        worker, _ = await join(head)
         _, membership = await executor.joined.get()
         membership.over.set_result(reason)
-        close = await hand.hear("close")
+        close = await worker.hear("close")
         assert close.reason == worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")
         assert close.message
-        hand.hang_up()
+        worker.hang_up()
         assert await executor.left.get() == "m"
 
     play(scenario, executor, session_ttl_s=LONG_S)
@@ -112,16 +112,16 @@ def test_machine_is_drained_by_its_own_deadline_when_it_leaves() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, _ = await join(head)
-        worker, _ = await head.hand(node_id="m")
+        machine, _ = await join(head)
+        worker, _ = await head.worker(node_id="m")
         await head.run("a")
         await worker.hear("assignments")
-        other, _ = await head.hand(worker_id="other", node_id="other")
-        await hand.say(draining={"deadline": Duration(seconds=7)})
+        other, _ = await head.worker(worker_id="other", node_id="other")
+        await machine.say(draining={"deadline": Duration(seconds=7)})
         drain = await worker.hear("drain")
         assert drain.deadline.ToTimedelta().total_seconds() == 7
         await head.until_states(m=cluster_pb2.NODE_STATE_DRAINING, other=cluster_pb2.NODE_STATE_READY)
-        for each in (worker, other, hand):
+        for each in (machine, other, worker):
             each.hang_up()
 
     play(scenario, executor, session_ttl_s=LONG_S)
@@ -131,11 +131,11 @@ def test_machine_leaves_at_once_when_it_has_no_worker() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        other, _ = await head.hand(worker_id="other", node_id="other")
-        hand, _ = await join(head)
-        await hand.say(draining={})
-        assert (await hand.hear("close")).reason == worker_pb2.CLOSE_REASON_DRAINED
-        hand.hang_up()
+        other, _ = await head.worker(worker_id="other", node_id="other")
+        worker, _ = await join(head)
+        await worker.say(draining={})
+        assert (await worker.hear("close")).reason == worker_pb2.CLOSE_REASON_DRAINED
+        worker.hang_up()
         other.hang_up()
         assert await executor.left.get() == "m"
 
@@ -150,9 +150,9 @@ def test_machine_does_not_leave_ray_when_it_serves_its_node_itself() -> None:
     executor = Refers()
 
     async def scenario(head: Scene) -> None:
-        hand, joined = await join(head)
+        worker, joined = await join(head)
         assert not joined.HasField("ray")
-        hand.hang_up()
+        worker.hang_up()
         # A stream that was served later is over as well.
         again, _ = await join(head, "n")
         again.hang_up()
