@@ -1,9 +1,12 @@
-"""Owns every setting of the server and its default, once."""
+"""Owns every setting of the server, with its default and its bounds."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from lattice_server import logs
 from lattice_server.core.scheduling.batching import BatchRule
 
 MIB = 1024 * 1024
@@ -17,10 +20,29 @@ MIN_MESSAGE_TASKS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class ServerTls:
-    """What the server shows callers, and, with `client_ca`, who must have signed what they show; all PEM.
+class Bounds:
+    """The values that a file, or the environment, may give a setting. Numbers are finite and not negative.
 
-    `files` are those of the three, as far as they came from files, which are read again when they change.
+    `is_flag` tells that only a flag sets it.
+    """
+
+    least: float = 0
+    most: float = math.inf
+    is_positive: bool = False
+    choices: tuple[str, ...] = ()
+    is_flag: bool = False
+
+
+def bounded(default: Any, **bounds: Any) -> Any:
+    """Return a setting with a default and `Bounds`."""
+    return field(default=default, metadata={"bounds": Bounds(**bounds)})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """The server's certificate and key, and the authority of callers' certificates, all in PEM.
+
+    `files` are their paths, which are read again when they change; None for a value that came from no file.
     """
 
     certificate: bytes
@@ -31,45 +53,44 @@ class ServerTls:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What `lattice start --head` was asked for. Sizes in bytes, times in seconds.
+    """The settings of `lattice start --head`. Sizes in bytes, times in seconds.
 
-    A worker that is not heard for `session_ttl_s` is lost, and what it ran is run elsewhere. Ray listens on `node_ip`,
-    by default where the server does. With a `ray_address` it is another's Ray, in which `ray_workers` workers are
-    placed, each with `num_cpus` and `num_gpus`. An open run that no stream has held for `open_run_grace_s` is
-    cancelled; questions to callers, and their answers, have at most `question_limit_bytes`. A `token` is for
-    everything, and a `tokens_file` says which other tokens are for what; without either whoever reaches the server may
-    do everything. Large values are kept in a folder of `store_folder`; by default in `/dev/shm` if 256 MiB of it are
-    free when the server starts, or else where temporary files go, which `TMPDIR` says.
+    A worker without a message for `session_ttl_s` is lost, and its attempts are requeued. Ray listens on `node_ip`, by
+    default on the address of the server. With a `ray_address`, `ray_workers` workers are placed in that Ray cluster,
+    each with `num_cpus` and `num_gpus`. An open run without a stream for `open_run_grace_s` is cancelled; questions to
+    callers, and their answers, have at most `question_limit_bytes`. A `token` has all scopes, and a `tokens_file` has
+    the scopes of other tokens; without either, every caller has all scopes. Large values are files in a folder of
+    `store_folder`; by default in `/dev/shm` if 256 MiB of it are free when the server starts, or else in `TMPDIR`.
 
     One tenant may have `tenant_share` of each of the server's stores. A result that was read, or is older than
-    `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all. For
-    `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
-    large values' files are kept to be written again.
+    `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all results. The
+    ids of ended runs and the answers to repeatable requests are remembered for `repeat_ttl_s`. Up to `spare_bytes` of
+    files of large values are kept for reuse.
 
     The log has records from `log_level` on (`debug`, `info`, `warning`, `error`), in the `log_format` `text` or `json`.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 50051
+    host: str = bounded("127.0.0.1", is_flag=True)
+    port: int = bounded(50051, is_flag=True)
     tls: ServerTls | None = None
     token: str | None = field(default=None, repr=False)
     tokens_file: str = ""
-    executor: str = "ray"
+    executor: str = bounded("ray", is_flag=True)
     num_cpus: float | None = None
     num_gpus: int | None = None
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
-    node_ip: str = ""
-    ray_address: str = ""
-    ray_workers: int = 1
-    session_ttl_s: float = 2.8
-    inline_limit_bytes: int = 256 * 1024
+    node_ip: str = bounded("", is_flag=True)
+    ray_address: str = bounded("", is_flag=True)
+    ray_workers: int = bounded(1, is_flag=True)
+    session_ttl_s: float = bounded(2.8, is_positive=True)
+    inline_limit_bytes: int = bounded(256 * 1024, least=MIN_INLINE_BYTES)
     log_limit_bytes: int = 1024 * 1024
     store_folder: str = ""
     min_ping_interval_s: float = 10.0
-    message_limit_bytes: int = 16 * 1024 * 1024
-    message_limit_tasks: int = 50_000
+    message_limit_bytes: int = bounded(16 * 1024 * 1024, least=MIN_MESSAGE_BYTES)
+    message_limit_tasks: int = bounded(50_000, least=MIN_MESSAGE_TASKS)
     worker_message_limit_bytes: int = 256 * 1024 * 1024
     retained_runs: int = 1000
     retained_bytes: int = 2 * GIB
@@ -83,7 +104,7 @@ class ServerConfig:
     draft_bytes: int = 4 * GIB
     live_run_bytes: int = 8 * GIB
     spare_bytes: int = 512 * MIB
-    tenant_share: float = 0.5
+    tenant_share: float = bounded(0.5, is_positive=True, most=1)
     max_workflows: int = 10_000
     max_open_tasks: int = 1_000_000
     max_run_tasks: int = 1_000_000
@@ -94,8 +115,8 @@ class ServerConfig:
     limits: Mapping[str, int] = field(default_factory=dict)
     batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0
-    log_format: str = "text"
-    log_level: str = "warning"
+    log_format: str = bounded("text", choices=logs.FORMATS)
+    log_level: str = bounded("warning", choices=logs.LEVELS)
 
     def address(self, port: int) -> str:
         """Return `host:port`."""
@@ -103,10 +124,10 @@ class ServerConfig:
 
     @property
     def heartbeat_interval_s(self) -> float:
-        """How often workers and the server give signs of life."""
+        """How often workers and the server send heartbeats."""
         return max(MIN_BEAT_S, self.session_ttl_s / 6)
 
     @property
     def silence_limit_s(self) -> float:
-        """How long a stream may be silent before it counts as broken; the rest of the time is for coming back."""
+        """How long a stream may be silent before it counts as broken; the rest of the time is for reconnecting."""
         return self.session_ttl_s * 2 / 3

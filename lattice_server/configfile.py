@@ -1,46 +1,46 @@
-"""Owns the reading of `lattice start --config FILE`. Rule: a key that means nothing is an error, never ignored.
+"""Reads `lattice start --config FILE` and the environment. Rule: an unknown key, or a value out of bounds, is an error.
 
 max_open_tasks = 100_000          # any number or text of `ServerConfig`, by its name
 
-[limits]                          # calls at once, by concurrency key
+[limits]                          # concurrent calls, by concurrency key
 openai = 8
 
-[[batch]]                         # how tasks that can be batched are, by name; the first that fits counts
+[[batch]]                         # batching of tasks by name; the first rule that matches applies
 match = "prefix"                  # or "exact", "regex"
 pattern = "embed"
 max_size = 32
 max_wait_s = 0.05
+
+A variable `LATTICE_MAX_OPEN_TASKS` sets the key `max_open_tasks`, and overrides the file.
 """
 
 import math
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from lattice_server import logs
-from lattice_server.config import MIN_INLINE_BYTES, MIN_MESSAGE_BYTES, MIN_MESSAGE_TASKS, ServerConfig
+from lattice_server.config import Bounds, ServerConfig
 from lattice_server.core.scheduling.batching import BatchRule, NameMatch
 
-PLAIN = {found.name: found.type for found in fields(ServerConfig) if found.type in {int, float, str}}
-FLAGS = frozenset({"host", "port", "executor", "node_ip", "ray_address", "ray_workers"})
 KINDS = {int: "a whole number from 0", float: "a number from 0", str: "a text"}
-# What the contract promises.
-LEAST = {
-    "inline_limit_bytes": MIN_INLINE_BYTES,
-    "message_limit_bytes": MIN_MESSAGE_BYTES,
-    "message_limit_tasks": MIN_MESSAGE_TASKS,
+ANY = Bounds()
+KEYS: dict[str, tuple[Any, Bounds]] = {
+    setting.name: (setting.type, setting.metadata.get("bounds", ANY))
+    for setting in fields(ServerConfig)
+    if setting.type in KINDS and not setting.metadata.get("bounds", ANY).is_flag
 }
-CHOICES = {"log_format": logs.FORMATS, "log_level": logs.LEVELS}
 RULE_KEYS = frozenset({"match", "pattern", "max_size", "max_wait_s"})
+PREFIX = "LATTICE_"
 
 
 class ConfigError(Exception):
-    """The file does not say what it must; the message names the key."""
+    """A key or a value is wrong; the message names the key."""
 
 
-def read_config(text: str) -> ServerConfig:
-    """Return the configuration a file asks for, the rest as by default. Raises ConfigError."""
+def read_config(text: str, environment: Mapping[str, str] | None = None) -> ServerConfig:
+    """Return the configuration of a file and an environment, with defaults for the rest. Raises ConfigError."""
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -50,23 +50,40 @@ def read_config(text: str) -> ServerConfig:
         "batch_rules": _rules(found.pop("batch", [])),
     }
     for key, value in found.items():
-        kind = PLAIN.get(key)
-        if kind is None or key in FLAGS:
-            known = ", ".join(sorted(PLAIN.keys() - FLAGS))
-            raise ConfigError(f"there is no setting {key!r}; there are limits, batch, {known}")
-        is_right = isinstance(value, kind | int if kind is float else kind) and not isinstance(value, bool)
-        if not is_right or (isinstance(value, int | float) and not 0 <= value < math.inf):
-            raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}")
-        if value < (least := LEAST.get(key, value)):
-            raise ConfigError(f"{key} must be from {least}: clients send that much unasked")
-        if key == "session_ttl_s" and not value:
-            raise ConfigError(f"{key} must be above 0: every worker would be lost at once")
-        if key == "tenant_share" and not 0 < value <= 1:
-            raise ConfigError(f"{key} must be above 0 and at most 1, not {value!r}")
-        if value not in CHOICES.get(key, (value,)):
-            raise ConfigError(f"{key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
-        settings[key] = value
+        if key not in KEYS:
+            raise ConfigError(f"there is no setting {key!r}; there are limits, batch, {', '.join(sorted(KEYS))}")
+        settings[key] = _checked(key, key, value)
+    for key, (kind, _) in KEYS.items():
+        name = f"{PREFIX}{key.upper()}"
+        if environment and (given := environment.get(name)):
+            settings[key] = _checked(key, name, _parsed(kind, given))
     return ServerConfig(**settings)
+
+
+def _parsed(kind: Any, text: str) -> Any:
+    """Return the value of a variable, or its text when it has another kind, which `_checked` refuses."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _checked(key: str, name: str, value: Any) -> Any:
+    """Return the value of a setting. Raises ConfigError, which names it by `name`, when it is out of bounds."""
+    kind, bounds = KEYS[key]
+    is_kind = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+    if not is_kind or (kind is not str and not 0 <= value < math.inf):
+        raise ConfigError(f"{name} must be {KINDS[kind]}, not {value!r}")
+    if bounds.choices and value not in bounds.choices:
+        raise ConfigError(f"{name} must be one of {', '.join(bounds.choices)}, not {value!r}")
+    if kind is str:
+        return value
+    if value < bounds.least:
+        raise ConfigError(f"{name} must be from {bounds.least}: clients may send that much")
+    if bounds.is_positive and not 0 < value <= bounds.most:
+        limit = f" and at most {bounds.most}" if bounds.most < math.inf else ""
+        raise ConfigError(f"{name} must be above 0{limit}, not {value!r}")
+    return value
 
 
 def _limits(found: Any) -> dict[str, int]:

@@ -1,6 +1,6 @@
-"""Owns what the flags that make a server safe must be. Rule: what cannot be as safe as it was asked to be is an error.
+"""Reads and checks the flags of tokens and TLS. Rule: a flag that cannot be satisfied is an error that names it.
 
-Messages name the flag, and never what a secret is.
+Messages never show a secret.
 """
 
 import re
@@ -17,7 +17,7 @@ PRINTABLE = re.compile(r"[!-~]+")
 
 
 class SecurityError(Exception):
-    """A flag is not what it must be, or one is missing."""
+    """A flag or its file is wrong, or a flag is missing; the message names it."""
 
 
 def read_token(path: Path | None, environment: Mapping[str, str]) -> str | None:
@@ -42,10 +42,10 @@ def read_token(path: Path | None, environment: Mapping[str, str]) -> str | None:
 
 
 def read_tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> ServerTls | None:
-    """Return what the files hold once they fit each other; None when there are none. Raises SecurityError."""
+    """Return the contents of the files if they match; None without files. Raises SecurityError."""
     if certificate is None and key is None:
         if client_ca is not None:
-            raise SecurityError("--tls-ca asks callers for certificates: that needs --tls-cert and --tls-key")
+            raise SecurityError("--tls-ca makes callers show certificates: that needs --tls-cert and --tls-key")
         return None
     if certificate is None or key is None:
         given, missing = ("--tls-key", "--tls-cert") if certificate is None else ("--tls-cert", "--tls-key")
@@ -66,7 +66,7 @@ def read_tls(certificate: Path | None, key: Path | None, client_ca: Path | None)
 
 
 def check_exposure(host: str, tls: ServerTls | None, has_tokens: bool, *, is_allowed: bool) -> str | None:
-    """Return a warning about what serving on an address exposes, if that is allowed. Raises SecurityError if not."""
+    """Return a warning when serving on an address is unsafe but allowed. Raises SecurityError when it is not."""
     missing = [name for name, is_found in (("TLS", tls is not None), ("a token", has_tokens)) if not is_found]
     if is_loopback(host) or not missing:
         return None
@@ -74,8 +74,8 @@ def check_exposure(host: str, tls: ServerTls | None, has_tokens: bool, *, is_all
     if not is_allowed:
         flags = {"TLS": "--tls-cert and --tls-key", "a token": f"--tokens-file, --token-file or {TOKEN}"}
         wanted = ", and ".join(flags[name] for name in missing)
-        raise SecurityError(f"{what} would let others run code here: give {wanted}, or --insecure to do it anyway")
-    return f"{what}: whoever reaches this address can run code here, or read what others send"
+        raise SecurityError(f"{what} would let others run code here: give {wanted}, or --insecure to serve anyway")
+    return f"{what}: everyone who reaches this address can run code here, or read the traffic of others"
 
 
 def is_loopback(host: str) -> bool:

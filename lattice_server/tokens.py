@@ -1,9 +1,9 @@
-"""Owns tokens: who a token stands for, and the file that says so. Rule: the server keeps digests, and never a token.
+"""Owns tokens and the tokens file. Rule: the server stores digests of tokens, never a token.
 
 [[token]]
-subject = "alice"                  # who shows the token; in the log, and who owns the nodes its workers register
+subject = "alice"                  # the bearer of the token: in the log, and the owner of the nodes of its workers
 sha256 = "9f86d081…"               # the SHA-256 digest of the token; `lattice token new` makes both
-tenant = "search"                  # whose runs, workflows and uploads it reaches; "*" for those of all tenants
+tenant = "search"                  # the tenant whose runs, workflows and uploads it reaches; "*" for all tenants
 scopes = ["submit"]                # read, submit (includes read), worker, admin (includes both, for all tenants)
 expires = 2027-01-31T00:00:00Z     # optional
 nodes = ["gpu-*"]                  # optional: the node ids its workers may have
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_NAME = 128
 ANY_TENANT = "*"
-# Recognised by programs that look for secrets in places where none should be.
+# Lets secret scanners recognise a token.
 PREFIX = "lattice_"
 TOKEN_BYTES = 32
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -40,7 +40,7 @@ KEYS = frozenset({"subject", "sha256", "tenant", "scopes", "expires", "nodes"})
 
 
 class Scope(Enum):
-    """What a token is for."""
+    """A set of RPCs that a token may call."""
 
     READ = "read"
     SUBMIT = "submit"
@@ -54,11 +54,11 @@ SCOPES = {scope.value: scope for scope in Scope}
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """Who a token stands for, and what it allows. `digest` is the token's SHA-256 in hex.
+    """The subject, tenant and scopes of a token. `digest` is the token's SHA-256 in hex.
 
-    With `is_any_tenant` the things of all tenants are within reach, and `tenant` is that of what it makes unless a
-    request names another one. `nodes` are patterns for node ids; empty for any. `expires_s` is in seconds since the
-    epoch.
+    With `is_any_tenant` the runs, workflows and uploads of all tenants are within reach, and `tenant` is used for new
+    ones unless a request names another. `nodes` are patterns for node ids; empty for any. `expires_s` is in seconds
+    since the epoch.
     """
 
     subject: str
@@ -100,7 +100,7 @@ def new_token() -> str:
 
 
 def read_tokens(path: Path) -> tuple[Credential, ...]:
-    """Return what a tokens file says. Raises SecurityError when it is not safe, cannot be read, or says it wrongly."""
+    """Return the credentials of a tokens file. Raises SecurityError when it is unsafe, unreadable or malformed."""
     source = f"--tokens-file {path}"
     try:
         found = tomllib.loads(_read(path).decode())
@@ -124,9 +124,9 @@ def read_tokens(path: Path) -> tuple[Credential, ...]:
 
 
 async def follow(path: Path, apply: Callable[[tuple[Credential, ...]], object]) -> None:
-    """Have `apply` take what a tokens file says, whenever it changes; for ever.
+    """Pass the credentials of a tokens file to `apply` whenever the file changes; never returns.
 
-    What a file says that is not safe, or not well-formed, is not taken: what it said before still holds.
+    A file that is unsafe or malformed is logged and not applied: the earlier credentials stay valid.
     """
     try:
         async for _ in changes(path):
@@ -136,13 +136,13 @@ async def follow(path: Path, apply: Callable[[tuple[Credential, ...]], object]) 
                 log.error("%s; the tokens stay as they were", error)
     except OSError as error:
         log.error("--tokens-file %s: its changes cannot be watched: %s", path, error.strerror)
-    log.error("--tokens-file %s: its changes are seen no more; start the server anew to have them seen", path)
+    log.error("--tokens-file %s: its changes are no longer watched; restart the server to watch them", path)
 
 
 def _read(path: Path) -> bytes:
     # Not blocking: a pipe without a writer would otherwise hold the server up.
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        # What was opened, and not what the name leads to by now.
+        # The opened file is checked: its name may refer to another file by now.
         check_mode(os.fstat(file.fileno()))
         data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
@@ -151,11 +151,11 @@ def _read(path: Path) -> bytes:
 
 
 def check_mode(status: os.stat_result) -> None:
-    """Raise SecurityError unless a file is a plain one that only this user, or root, may read or write."""
+    """Raise SecurityError unless a file is regular and only this user, or root, may read or write it."""
     if not stat.S_ISREG(status.st_mode):
-        raise SecurityError("it is no plain file")
+        raise SecurityError("it is no regular file")
     if status.st_uid not in {0, os.geteuid()}:
-        raise SecurityError(f"it belongs to user {status.st_uid}, who could change who may do what here")
+        raise SecurityError(f"it belongs to user {status.st_uid}; chown it to the user of the server")
     if status.st_mode & 0o077:
         raise SecurityError(f"its mode is {stat.S_IMODE(status.st_mode):04o}, so others may use it: chmod 600")
 

@@ -1,4 +1,4 @@
-"""The command `lattice token`. Rule: a token is shown once, to whoever makes it, and written nowhere."""
+"""The command `lattice token`. Rule: a token is printed once and stored nowhere."""
 
 import fcntl
 import json
@@ -22,11 +22,18 @@ def token() -> None:
 
 
 @token.command()
-@click.option("--subject", required=True, help="Who is to show the token.")
+@click.option("--subject", required=True, help="The bearer of the token.")
 @click.option(
-    "--tenant", default="", help="Whose runs, workflows and uploads it reaches; '*' for those of all tenants."
+    "--tenant", default="", help="The tenant whose runs, workflows and uploads it reaches; '*' for all tenants."
 )
-@click.option("--scope", "scopes", type=click.Choice([*SCOPES]), multiple=True, required=True, help="What it is for.")
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice([*SCOPES]),
+    multiple=True,
+    required=True,
+    help="The RPCs it may call.",
+)
 @click.option("--expires", metavar="WHEN", help="30d, 12h, 45m, or a time such as 2027-01-31T00:00:00Z.")
 @click.option("--node", "nodes", multiple=True, help="A node id, or a pattern, that its workers may have.")
 @click.option(
@@ -68,7 +75,7 @@ def _entry(
 
 
 def _text(text: str) -> str:
-    """Return a printable text as TOML writes it, which is how JSON does."""
+    """Return a printable text as a TOML string; JSON has the same syntax."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -86,13 +93,13 @@ def _time(text: str) -> datetime:
 
 
 def _add(path: Path, entry: str) -> None:
-    """Put an entry at the end of a tokens file, which a server that reads it meanwhile sees whole or not at all.
+    """Append an entry to a tokens file in one step, so that a server never reads a part of it.
 
     Raises SecurityError, OSError.
     """
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Two that add at once would each replace what the other wrote.
+        # Without the lock, two commands at once would each overwrite the entry of the other.
         fcntl.flock(folder, fcntl.LOCK_EX)
         known = ""
         if path.exists():
@@ -100,7 +107,7 @@ def _add(path: Path, entry: str) -> None:
                 check_mode(os.fstat(file.fileno()))
                 known = file.read()
         separator = "" if not known else "\n" if known.endswith("\n") else "\n\n"
-        # Only this user may read it, from its beginning on.
+        # `mkstemp` creates a file that only this user may read.
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         draft = Path(name)
         try:

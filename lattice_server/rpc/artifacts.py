@@ -15,7 +15,7 @@ from lattice_server.rpc.convert.payloads import artifact_to_proto
 from lattice_server.rpc.handlers import Context
 from lattice_server.tokens import Scope
 
-MAX_OFFSET = 1 << 62  # No file is as long, and the operating system refuses to go much further.
+MAX_OFFSET = 1 << 62  # Beyond any file, and below the limit of the operating system.
 
 
 class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
@@ -35,7 +35,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
         self._check(request.artifact_id)
         async with contextlib.aclosing(self._transfers.read(request.artifact_id, request.offset)) as chunks:
             async for data in chunks:
-                # Not yielded: grpcio leaves a generator whose reader has left to be collected as garbage, sometime.
+                # Not yielded: grpcio leaves the generator of a call that was cancelled to the garbage collector.
                 await context.write(artifact_pb2.ReadArtifactResponse(data=data))
 
     async def WriteArtifact(
@@ -61,7 +61,7 @@ class ArtifactServicer(artifact_pb2_grpc.ArtifactServiceServicer):
 async def _whole(requests: AsyncIterator[artifact_pb2.WriteArtifactRequest]) -> AsyncIterator[bytes]:
     """Yield the bytes of an upload. Raises InvalidError when they are not as many as its first message says.
 
-    grpcio may end the messages of a call that broke like those of one that is complete.
+    grpcio may end the messages of a broken call like those of a complete one.
     """
     expected, received = None, 0
     async for request in requests:
@@ -71,7 +71,7 @@ async def _whole(requests: AsyncIterator[artifact_pb2.WriteArtifactRequest]) -> 
         received += len(data)
         yield data
     if expected is not None and received != expected:
-        raise invalid_field("size_bytes", f"{expected} bytes were to come, and {received} came")
+        raise invalid_field("size_bytes", f"{expected} bytes were announced, and {received} received")
 
 
 def _data(request: artifact_pb2.WriteArtifactRequest) -> bytes:

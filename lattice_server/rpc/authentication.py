@@ -1,7 +1,7 @@
-"""Owns who calls, by their tokens. Rule: whoever comes by the network shows a token; without one nothing that is sent
-is read, and a call ends when its token no longer holds.
+"""Authenticates callers by their tokens. Rule: a call by the network needs a valid token before its messages are read,
+and ends when the token is no longer valid.
 
-The server's own socket asks for nothing: it lies in a folder that only the server's user may enter.
+The server's own socket needs no token: it lies in a folder that only the server's user may enter.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ log = logging.getLogger(__name__)
 HEADER = "authorization"
 SCHEME = "bearer"
 CONNECT = "/lattice.v1.WorkerService/Connect"
-# The clock of the day may be set while a timer of the other clock runs.
-LOOK_AGAIN_S = 3600.0
+# Expiry is by the wall clock, which may be set while a timer of the monotonic clock runs.
+MAX_TIMER_S = 3600.0
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class Authentication:
-    """The credentials that hold; lives on the main thread.
+    """The valid credentials; lives on the main thread.
 
-    `own` are there for the server's whole life. Those of the tokens file come and go, as `replace` says.
+    `own` are valid for the server's whole life. `replace` sets the credentials of the tokens file.
     """
 
     def __init__(self, own: Sequence[Credential], clock: Callable[[], float] = time.time) -> None:
@@ -48,15 +48,15 @@ class Authentication:
         self._timer: asyncio.TimerHandle | None = None
 
     def authenticate(self, metadata: Metadata) -> Caller:
-        """Return who shows a token that holds. Raises AuthenticationError."""
+        """Return the caller with a valid token. Raises AuthenticationError."""
         shown = next((value for key, value in metadata if key == HEADER), None)
         if shown is None:
-            text = f"this server asks for a token: send the metadata `{HEADER}: Bearer TOKEN`"
+            text = f"this server needs a token: send the metadata `{HEADER}: Bearer TOKEN`"
             raise AuthenticationError("UNAUTHENTICATED", text)
         text = shown.decode(errors="replace") if isinstance(shown, bytes) else shown
         scheme, _, token = text.partition(" ")
         digest = digest_of(token)
-        # The time of a look-up tells of digests alone, from which no token can be found.
+        # The time of a look-up depends on digests only, from which no token can be derived.
         caller = self._callers.get(digest)
         is_right = caller is not None and hmac.compare_digest(caller.credential.digest, digest)
         if caller is None or not is_right or scheme.lower() != SCHEME:
@@ -67,22 +67,22 @@ class Authentication:
         return caller
 
     def issue(self, credential: Credential) -> None:
-        """Let a credential hold until it is revoked."""
+        """Make a credential valid until it is revoked."""
         self._own.add(credential.digest)
         self._callers[credential.digest] = Caller(credential)
 
     def revoke(self, digest: str) -> None:
-        """Let a credential hold no longer, and end its calls."""
+        """Make a credential invalid, and end its calls."""
         self._own.discard(digest)
         if (caller := self._callers.pop(digest, None)) is not None:
             caller.end()
 
     def replace(self, credentials: Sequence[Credential]) -> None:
-        """Take what the tokens file says now; what it no longer says ends."""
+        """Set the credentials of the tokens file, and end the calls of those it no longer has."""
         wanted = {credential.digest: credential for credential in credentials}
         for digest, caller in list(self._callers.items()):
             if digest not in self._own and wanted.get(digest) != caller.credential:
-                log.info("a token of %r no longer holds", caller.subject)
+                log.info("a token of %r is no longer valid", caller.subject)
                 del self._callers[digest]
                 caller.end()
         for digest, credential in wanted.items():
@@ -90,7 +90,7 @@ class Authentication:
         self._expire()
 
     def _expire(self) -> None:
-        """End the calls of tokens whose time is over, now and when the next one's is."""
+        """End the calls of expired tokens, now and when the next token expires."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -105,27 +105,27 @@ class Authentication:
                 else:
                     left.append(expires_s - now)
         if left:
-            self._timer = asyncio.get_running_loop().call_later(min(*left, LOOK_AGAIN_S), self._expire)
+            self._timer = asyncio.get_running_loop().call_later(min(*left, MAX_TIMER_S), self._expire)
 
 
 class TrustInterceptor(grpc.aio.ServerInterceptor):
-    """Takes whoever calls for one who may do everything: by the server's own socket, or where no token is asked for."""
+    """Gives every call all scopes: on the server's own socket, or on a server without tokens."""
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Let a call go its way."""
+        """Mark the caller as trusted."""
         callers.enter(callers.TRUSTED)
         return await continuation(handler_call_details)
 
 
 class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
-    """Checks calls by their headers alone: a message could be large, and costs much more memory than it has bytes."""
+    """Checks calls by their headers, before a large message of an unauthenticated caller can use memory."""
 
     def __init__(self, authentication: Authentication) -> None:
         self._authentication = authentication
         self._refusals = RateLimitedLog(log)
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        """Let a call with the right token go its way as if this were not here; refuse any other."""
+        """Admit a call whose token is valid and has the scope of the method; refuse any other."""
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -134,14 +134,14 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
             caller = self._authentication.authenticate(handler_call_details.invocation_metadata or ())
             authorization.check(method, caller.credential.scopes)
         except (AuthenticationError, AuthorizationError) as error:
-            # On the wire every call is a stream of messages, and only one declared as such may end before it is read.
+            # Declared as a stream: grpcio lets no other call end before its request is read.
             if method.startswith(HEALTH):
                 serialize = handler.response_serializer
                 return grpc.stream_stream_rpc_method_handler(_health(handler), response_serializer=serialize)
             return grpc.stream_stream_rpc_method_handler(self._refusal(method, error))
         callers.enter(caller)
         if method != CONNECT and (task := asyncio.current_task()) is not None:
-            # A worker's stream ends in a way of its own, which tells the worker why.
+            # A worker's stream ends with a message that says why.
             caller.ends.add(task.cancel)
             task.add_done_callback(partial(_forget, caller, task.cancel))
         return handler
@@ -151,10 +151,9 @@ class AuthenticationInterceptor(grpc.aio.ServerInterceptor):
             self._refusals.info("refused %s to %s: %s", method, context.peer(), error.message)
             if method != CONNECT:
                 raise error
-            # In band, as all errors of that stream.
+            # As a message, like all errors of that stream.
             close = worker_pb2.Close(reason=worker_pb2.CLOSE_REASON_UNAUTHENTICATED, message=error.message)
             yield worker_pb2.ConnectResponse(close=close).SerializeToString()
-            # The worker hangs up when it has read that, which ends this; ending first could lose it.
             await asyncio.sleep(PEER_END_S)
 
         return refuse
@@ -165,7 +164,7 @@ def _forget(caller: Caller, end: Callable[[], object], task: asyncio.Task[Any]) 
 
 
 def _health(handler: Any) -> Any:
-    """Tell strangers of the server as a whole: which service they ask for is in what is not read."""
+    """Answer unauthenticated health checks for the whole server: the service they name is in the unread request."""
 
     async def tell(requests: AsyncIterator[bytes], context: Context) -> None:
         response = await (handler.unary_unary or handler.unary_stream)(health_pb2.HealthCheckRequest(), context)

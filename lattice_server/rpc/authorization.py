@@ -1,6 +1,6 @@
-"""Owns which scope each method needs. Rule: a method without a row is for nobody.
+"""Owns the scopes that each method needs. Rule: a method without a row is refused to every caller.
 
-What a scope may reach within a method, such as one tenant's runs, is asked where that is looked up.
+The tenant of a run, workflow or artifact is checked where it is looked up.
 """
 
 from collections.abc import Mapping

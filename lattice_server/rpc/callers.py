@@ -1,6 +1,6 @@
-"""Owns who calls. Rule: a handler asks here, and nothing of who calls is taken from a request.
+"""Owns the identity of callers. Rule: it comes from the credential alone, never from a request.
 
-The caller is set before the handler runs, in the task in which it runs; without one, asking fails.
+An interceptor sets the caller in the task of the handler before the handler runs; without it, `caller` fails.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from lattice_server.tokens import Credential, Scope
 
 @dataclass(slots=True, eq=False)
 class Caller:
-    """Who shows one credential, over any number of calls. Lives on the main thread.
+    """The caller with one credential, over any number of calls. Lives on the main thread.
 
-    `ends` are called when the credential no longer holds: each ends one call that is open. A caller `is_trusted` when
-    it needs no credential: it comes by the server's own socket, or the server asks nobody for a token.
+    `ends` are called when the credential is no longer valid: each ends one open call. A caller `is_trusted` when it
+    needs no credential: it comes by the server's own socket, or the server has no tokens.
     """
 
     credential: Credential
@@ -28,12 +28,12 @@ class Caller:
 
     @property
     def subject(self) -> str:
-        """Who it is."""
+        """The subject of the credential."""
         return self.credential.subject
 
     @property
     def reach(self) -> Reach:
-        """Whose things it may name."""
+        """The tenants whose runs, workflows and artifacts the caller may name."""
         return Reach(self.credential.tenant, self.credential.is_any_tenant)
 
     def end(self) -> None:
@@ -49,32 +49,32 @@ _current: ContextVar[Caller] = ContextVar("lattice_caller")
 
 
 def enter(caller: Caller) -> None:
-    """Note who makes the call that this task handles."""
+    """Set the caller of the call that this task handles."""
     _current.set(caller)
 
 
 def caller() -> Caller:
-    """Return who makes the call that this task handles."""
+    """Return the caller of the call that this task handles."""
     return _current.get()
 
 
 def reach() -> Reach:
-    """Return whose things the caller may name."""
+    """Return the reach of the caller."""
     return _current.get().reach
 
 
 def tenant_named(tenant: str) -> str:
-    """Return the tenant a request is for: the caller's own when it names none. Raises AuthorizationError."""
+    """Return the tenant of a request: the caller's own when it names none. Raises AuthorizationError."""
     own = _current.get().reach
     if not tenant:
         return own.tenant
     check_id(tenant, "tenant")
     if not own.covers(tenant):
-        # Of any other name alike: whether there is such a tenant is not said.
+        # The same for every other name: the answer must not show which tenants exist.
         raise AuthorizationError("PERMISSION_DENIED", f"this token is for tenant {own.tenant!r}, not {tenant!r}")
     return tenant
 
 
 def no_longer_valid() -> AuthenticationError:
-    """Return the error that ends a call whose token no longer holds."""
+    """Return the error that ends a call whose token is no longer valid."""
     return AuthenticationError("UNAUTHENTICATED", "the token is no longer valid here")

@@ -1,4 +1,4 @@
-"""Owns the certificate that callers see. Rule: a new one is shown from the next handshake on, and connections stay."""
+"""Owns the server's certificate. Rule: a new one is used from the next handshake on, and connections stay open."""
 
 import asyncio
 import logging
@@ -15,21 +15,21 @@ log = logging.getLogger(__name__)
 
 
 class Certificates:
-    """The server's certificate with its key, and the authority that callers' certificates are signed by."""
+    """The server's certificate with its key, and the authority of callers' certificates."""
 
     def __init__(self, tls: ServerTls) -> None:
         self._tls = tls
         self._is_new = False
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return what gRPC serves with."""
+        """Return the credentials that gRPC serves with."""
         is_asking = self._tls.client_ca is not None
-        # None means no change, which the stubs do not know.
+        # None means no change; the type stubs lack it.
         fetch: Callable[[], Any] = self._fetch
         return grpc.dynamic_ssl_server_credentials(_configuration(self._tls), fetch, is_asking)
 
     async def follow(self) -> None:
-        """Read the files again whenever one of them changes; for ever. What does not fit together is not taken."""
+        """Read the files again whenever one of them changes; never returns. Files that do not match are not used."""
         await asyncio.gather(*(self._follow(number) for number, file in enumerate(self._tls.files) if file is not None))
 
     async def _follow(self, number: int) -> None:
@@ -40,18 +40,18 @@ class Certificates:
                 self._read()
         except OSError as error:
             log.error("%s cannot be watched: %s", file, error.strerror)
-        log.error("changes of %s are seen no more; start the server anew to have them seen", file)
+        log.error("%s is no longer watched; restart the server to watch it", file)
 
     def _read(self) -> None:
         certificate, key, client_ca = self._tls.files
         try:
             found = read_tls(certificate, key, client_ca)
         except SecurityError as error:
-            # Of a pair one file is written first.
+            # The two files of a pair are written one after the other.
             log.warning("%s; the certificate stays as it was", error)
             return
         if found is not None and found != self._tls:
-            log.info("the certificate in %s is another one now", certificate)
+            log.info("using a new certificate from %s", certificate)
             self._tls, self._is_new = found, True
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:

@@ -29,7 +29,7 @@ def number_after(request: Request) -> int | None:
     if not token:
         return None
     if not (token.isascii() and token.isdecimal() and len(token) <= MAX_TOKEN_LENGTH):
-        raise invalid_field("page_token", "is not one this server gave")
+        raise invalid_field("page_token", "is not a token of this server")
     return int(token)
 
 
@@ -39,9 +39,9 @@ def page(
     """Return one page as shown and the token of the next, empty at the end.
 
     Args:
-        request: what was asked for.
-        rows: those after the request's token, in order, each with the name that a token has for it. They are taken one
-            by one, so that a page costs what it shows.
+        request: the request for the page.
+        rows: the rows after the request's token, in order, each with its name in a token. Only the rows of the page are
+            taken, so that the cost of a page is that of its rows.
         show: makes the message of a row.
 
     Raises:
@@ -66,7 +66,7 @@ def page(
 
 
 def is_full(view: int) -> bool:
-    """Whether a request wants everything of each item. Raises InvalidError."""
+    """Whether a request has the full view. Raises InvalidError."""
     if view not in run_pb2.View.values():
         raise invalid_field("view", f"there is no view {view}")
     return view == run_pb2.VIEW_FULL

@@ -1,4 +1,4 @@
-"""Owns how the requests of callers are read. Rule: a request over a limit is refused before any of it is parsed.
+"""Deserializes the requests of callers. Rule: a request over a limit is refused before any of it is parsed.
 
 A large request is scanned first, record by record, which gives the number of its tasks and where it may be cut. Then it
 is parsed in slices. Parsing bytes of protobuf into a message that has some already merges them, so a message parsed in
@@ -18,12 +18,12 @@ from lattice.v1 import task_pb2, workflow_pb2
 from lattice_server.core.errors import ExhaustedError, LatticeError, invalid_field
 from lattice_server.engine.slices import Slices
 
-# What one slice has at most: a thousand records are parsed in about a millisecond.
+# The most of one slice: a thousand records are parsed in about a millisecond.
 SLICE_RECORDS = 1000
 SLICE_BYTES = 256 * 1024
 # How many of those are scanned at once: that takes some milliseconds.
 SCANNED_SLICES = 8
-# What is shorter is parsed at once, unless it may have too many tasks.
+# Shorter requests are parsed at once, unless they may have too many tasks.
 SLICED_BYTES = 64 * 1024
 COUNTED = frozenset({task_pb2.TaskSpec.DESCRIPTOR.full_name, workflow_pb2.Edge.DESCRIPTOR.full_name})
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
@@ -32,7 +32,7 @@ MAX_VARINT_BYTES = 10
 
 @dataclass(frozen=True, slots=True)
 class MessageLimits:
-    """What one message of a caller may have: bytes in all, and tasks; as many edges, and as many other records."""
+    """The most bytes and tasks of one message of a caller. The number also limits edges, and all other records."""
 
     message_bytes: int
     tasks: int
@@ -40,14 +40,14 @@ class MessageLimits:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A request that is read when its call begins."""
+    """A request that is parsed when its call begins."""
 
     data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Stands for a request that is refused, for which grpcio would log a traceback."""
+    """A refused request. Raising its error while grpcio deserializes would log a traceback."""
 
     error: LatticeError
 
@@ -56,7 +56,7 @@ class RequestDeserializer:
     """Reads the requests of one method."""
 
     def __init__(self, method: str, limits: MessageLimits, slices: Slices) -> None:
-        """Find out where in its requests a method has tasks. `method` is the path of the call; raises KeyError."""
+        """Find the tasks in the requests of a method. `method` is the path of the call; raises KeyError."""
         found = descriptor_pool.Default().FindMethodByName(method.strip("/").replace("/", "."))
         self._kind = message_factory.GetMessageClass(found.input_type)
         self._path = path_of(found.input_type)
@@ -64,7 +64,7 @@ class RequestDeserializer:
         self._slices = slices
 
     def deserialize(self, data: bytes) -> Message | Unread | Refused:
-        """Return a request as far as it can be read at once."""
+        """Return a request, or a stand-in for `read` when it is large or refused."""
         if len(data) > self._limits.message_bytes:
             text = f"a message of {len(data)} bytes; the limit is {self._limits.message_bytes}: send it in parts"
             return Refused(_too_large("message_bytes", self._limits.message_bytes, text))
@@ -87,7 +87,7 @@ class RequestDeserializer:
             for cut in scan(found.data, self._path, self._limits.tasks):
                 cuts.append(cut)
                 if len(cuts) % SCANNED_SLICES == 0:
-                    # Not among all that takes its turn: a refusal should not wait for work that was accepted.
+                    # Not by `Slices`: a refusal should not wait behind accepted work.
                     await asyncio.sleep(0)
             message = self._kind()
             for depth, start, end in cuts:
@@ -126,7 +126,7 @@ def path_of(message: Descriptor) -> tuple[FieldDescriptor, ...]:
 
 
 def scan(data: bytes, path: Sequence[FieldDescriptor], most: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the slices of a message: how many fields of `path` lead to what they are part of, their start and end.
+    """Yield the slices of a message: the depth in `path` of the message they belong to, their start and end.
 
     Raises:
         ExhaustedError: there are more than `most` tasks, or more than that of anything else.
@@ -159,12 +159,12 @@ def _scan(
         else:
             raise DecodeError("a group, or a field of no known kind")
         if at > end:
-            raise DecodeError("a field is longer than what it is part of")
+            raise DecodeError("a field is longer than its message")
         if tag == wanted and not is_last:
-            # What came before takes effect before: of two sources the last one counts.
+            # Earlier fields are merged first: of two values of a oneof the last one counts.
             if begun > start:
                 yield depth, start, begun
-            # It is there, even when nothing is in it.
+            # Present even when it is empty.
             yield depth + 1, body, body
             counts["tasks"], counts["other"] = tasks, others
             yield from _scan(data, body, at, path, depth + 1, most, counts)

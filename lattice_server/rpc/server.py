@@ -49,19 +49,19 @@ SERVICE_NAMES = (
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
 )
 HANDSHAKE_MS = 10_000
-# Bounds what one connection takes. Each waiting call of a client holds a stream; more than these wait for others, or
-# are refused with UNAVAILABLE while others are being closed. So it is far from what clients need.
+# Bounds the memory of one connection. Each open call has a stream; further calls wait, or are refused with UNAVAILABLE
+# while others are being closed. So the limit is far above the need of a client.
 MAX_STREAMS = 1024
-# Headers beyond the first are refused by chance, the likelier the longer; beyond the second always.
+# gRPC refuses headers over the first size at random, more often the longer they are, and over the second always.
 METADATA_BYTES, MAX_METADATA_BYTES = 16 * 1024, 32 * 1024
 IDLE_MS = 300_000
 
 
 class _WithoutWhoLeft(logging.Filter):
-    """Leaves out the traceback that grpcio logs for each caller who leaves while it is written to."""
+    """Drops the traceback that grpcio logs for each caller that disconnects during a write."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to log something. The class of what was raised can be had by its name only."""
+        """Whether to log a record. The class of the exception is private, so it is compared by name."""
         return record.exc_info is None or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"
 
 
@@ -75,8 +75,8 @@ class PortInUseError(Exception):
 class RpcServer:
     """The gRPC front; lives on the main thread's event loop.
 
-    Two servers of the same services: who may call is asked at the network's door and not at that of the server's own
-    socket, and which one a call came by is known before any of it is read.
+    Two gRPC servers offer the same services: the one on the network authenticates callers, and the one on the server's
+    own socket does not.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class RpcServer:
         self.local_target = f"unix:{local_path}"
         limits = MessageLimits(config.message_limit_bytes, config.message_limit_tasks)
         interceptors: list[Any] = [ErrorInterceptor(limits, slices)]
-        # Without a provider spans go nowhere, and the interceptor would only cost every call a quarter of its time.
+        # Without a provider spans are dropped, and the interceptor would add a third to the time of every call.
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-            # A span that lives as long as a worker tells nobody anything.
+            # A span as long as the life of a worker is of no use.
             long_streams = filters.any_of(
                 filters.method_name("Connect"), filters.method_name("WatchRun"), filters.method_name("OpenRun")
             )
             tracing = aio_server_interceptor(filter_=filters.negate(long_streams))  # type: ignore[no-untyped-call]
-            # Outermost: further in, it would not see the status an error becomes.
+            # Outermost, so that it sees the status of an error.
             interceptors.insert(0, tracing)
         trust = TrustInterceptor()
         guard = trust if authentication is None else AuthenticationInterceptor(authentication)
@@ -132,7 +132,7 @@ class RpcServer:
                 port = self._server.add_secure_port(address, self.certificates.credentials())
         except RuntimeError:
             raise PortInUseError(f"cannot listen on {address}: {_refusal(self._config)}") from None
-        # In a folder that is this user's alone, so plain and open to all who get there.
+        # In a folder that only this user may enter, so it needs neither TLS nor tokens.
         self._local_server.add_insecure_port(self.local_target)
         await self._server.start()
         await self._local_server.start()
@@ -153,21 +153,21 @@ def _server(config: ServerConfig, interceptors: Sequence[Any]) -> grpc.aio.Serve
     return grpc.aio.server(
         interceptors=interceptors,
         options=[
-            # grpcio lets two servers share a port and splits the calls between them, unless told not to.
+            # Otherwise two servers could share a port, and the kernel would split the connections between them.
             ("grpc.so_reuseport", 0),
-            # That of the workers' stream: gRPC has one limit for all methods. Callers have a lower one; see `reading`.
+            # For the workers' stream: gRPC has one limit for all methods. `RequestDeserializer` has one for callers.
             ("grpc.max_receive_message_length", config.worker_message_limit_bytes),
             ("grpc.max_send_message_length", config.worker_message_limit_bytes),
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             # Callers ping every 30 s; more than two pings each sooner than this after the last end a connection.
             ("grpc.http2.min_ping_interval_without_data_ms", int(config.min_ping_interval_s * 1000)),
-            # Whoever connects and says nothing holds a file for as long; by default two minutes.
+            # A connection without a handshake holds a descriptor for this long; by default two minutes.
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             ("grpc.max_concurrent_streams", MAX_STREAMS),
             ("grpc.max_metadata_size", METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-            # Of a connection without a stream; a caller's next call opens another one.
+            # For a connection without calls; the caller's next call opens another one.
             ("grpc.max_connection_idle_ms", IDLE_MS),
         ],
     )

@@ -24,7 +24,7 @@ DECLARATION = re.compile(r"^\s*(message|enum|service|rpc|oneof) \w+|^\s+[\w.<>, 
 
 
 @pytest.mark.parametrize("path", PROTOS, ids=lambda path: path.name)
-def test_everything_in_the_contract_has_a_sentence(path: Path) -> None:
+def test_every_element_of_the_contract_has_a_comment(path: Path) -> None:
     lines = path.read_text().splitlines()
     bare = [
         f"{path.name}:{number + 1}: {line.strip()}"

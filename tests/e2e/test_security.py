@@ -174,7 +174,7 @@ def test_the_environments_token_reaches_nothing_the_server_starts(tmp_path: Path
 @pytest.mark.parametrize(
     ("flags", "environment", "text"),
     [
-        (["--tls-ca", "CA"], {}, "asks for a token: .*set LATTICE_TOKEN"),
+        (["--tls-ca", "CA"], {}, "needs a token: .*set LATTICE_TOKEN"),
         (["--tls-ca", "CA"], {"LATTICE_TOKEN": "wrong"}, "not valid here; set LATTICE_TOKEN"),
         (["--tls-ca", "STRANGER"], {"LATTICE_TOKEN": TOKEN}, "not signed by an authority trusted here"),
         (["--addr", "grpcs://ADDRESS"], {"LATTICE_TOKEN": TOKEN}, "not signed by an authority trusted here"),
@@ -273,7 +273,7 @@ def test_a_machine_joins_by_flags_that_show_no_token(
     for address, flags, text in (
         (FAR, shown[:2], "would be dialled without TLS"),
         (FAR, shown[2:], "would be dialled without a token"),
-        (safe.address, shown[2:], "UNAUTHENTICATED: this server asks for a token"),
+        (safe.address, shown[2:], "UNAUTHENTICATED: this server needs a token"),
     ):
         done = safe.line("start", "--worker", "--node-id", "another", "--addr", address, *flags)
         assert done.returncode == 1

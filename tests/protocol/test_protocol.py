@@ -1,6 +1,6 @@
 """Both sides of the worker protocol on a wire that loses, delays, repeats, reorders, and breaks anywhere.
 
-The head is the scheduler's machine behind the sessions, the worker its leases; only what runs an attempt is made up.
+The head is the scheduler's machine behind the sessions, the worker its leases; only the runner is a fake.
 """
 
 from collections.abc import Callable, Coroutine
@@ -29,7 +29,7 @@ ENDS = (TaskSucceeded, TaskFailed, TaskCancelled)
 
 
 class Attempts:
-    """What runs leases: nothing does, until a test says how one ended."""
+    """A fake runner of leases: a lease ends when a test says how."""
 
     def __init__(self) -> None:
         self.running: dict[str, Assign] = {}
@@ -68,7 +68,7 @@ class Attempts:
 
 
 class Stream:
-    """One stream: what is on its way, in both directions."""
+    """One stream: the messages in flight, in both directions."""
 
     def __init__(self) -> None:
         self.timers: list[Callable[[], None]] = []
@@ -100,7 +100,7 @@ class Protocol:
     # The head.
 
     def tell(self, *events: Any) -> None:
-        """Let the scheduler take events, and send what it wants."""
+        """Let the scheduler handle events, and send its effects."""
         left, self.left = self.left, []
         for effect in self.machine.handle_all([*map(messages.WorkerDetached, left), *events], self.now):
             if isinstance(effect, ENDS):
@@ -110,7 +110,7 @@ class Protocol:
         self.machine.check()
         for stream in self.streams:
             connection = stream.connection
-            if connection._ready.is_set():  # what the stream's own loop waits for
+            if connection._ready.is_set():  # the calls that the stream's loop would make later
                 stream.to_worker += at_once(connection.next_effects())
                 if sequence := connection.acknowledgement.take():
                     stream.to_worker.append(sequence)
@@ -125,7 +125,7 @@ class Protocol:
         self.tell()
 
     def hear(self, stream: Stream, message: Any) -> None:
-        """Take what came from the worker."""
+        """Process the messages of the worker."""
         session = stream.connection.session
         match message:
             case messages.WorkerHello() if not stream.has_greeted:
@@ -157,7 +157,7 @@ class Protocol:
         self.stream.to_head.append(greeting)
 
     def say(self, sequence: int, report: Any) -> None:
-        """Send a report; what is said while there is no session goes out with the next welcome."""
+        """Send a report; a report without a session is sent after the next welcome."""
         if self.stream is not None and self.is_welcome:
             self.stream.to_head.append(("reports", [(sequence, report)]))
 
@@ -175,7 +175,7 @@ class Protocol:
         self.stream.to_head.append(("reports", outbox))
 
     def take(self, message: Any) -> None:
-        """Take what came from the head, on the present stream."""
+        """Process the messages of the server on the current stream."""
         if isinstance(message, messages.WelcomeWorker):
             self.is_welcome = True
             if not message.resumed and message.session_id != self.leases.session_id:
@@ -210,7 +210,7 @@ def of_session(report: Any, session_id: str) -> Any:
 
 
 def at_once(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Return what a coroutine returns that has nothing to wait for."""
+    """Return the result of a coroutine that never waits."""
     try:
         coroutine.send(None)
     except StopIteration as done:
@@ -311,7 +311,7 @@ class Wire(RuleBasedStateMachine):
         assert not both.machine.tasks, "a task was lost"
         assert not both.machine.leases, "the ledger holds what nobody runs"
         for name, ends in both.ends.items():
-            # What follows a task that did not succeed is dropped without a word: its run knows.
+            # What follows a task that did not succeed is dropped without a report: its run knows.
             is_dropped = both.ends.get(self.after[name], ["TaskSucceeded"]) != ["TaskSucceeded"]
             assert len(ends) == 1 or (is_dropped and not ends), both.ends
         started = both.attempts.started

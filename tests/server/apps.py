@@ -16,7 +16,7 @@ START_S = 60.0
 
 
 class NoWorkers:
-    """An executor that starts nothing: what is run waits."""
+    """An executor that starts no worker: tasks stay queued."""
 
     name = "none"
     given_up: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""What a configuration file may say, and what is said of one that says something else."""
+"""The configuration file: its values, and the errors for a wrong one."""
 
 import re
 import subprocess
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.slow
 RULE = '[[batch]]\nmatch = "prefix"\npattern = "embed"\nmax_size = 32\nmax_wait_s = 0.05\n'
 
 
-def test_a_file_that_says_nothing_changes_nothing() -> None:
+def test_configuration_has_its_defaults_when_the_file_is_empty() -> None:
     assert read_config("") == ServerConfig()
 
 
-def test_a_file_sets_what_it_names() -> None:
+def test_configuration_has_the_values_of_the_file() -> None:
     text = f'max_open_tasks = 5\nsession_ttl_s = 7\nstop_grace_s = 0.5\n[limits]\nopenai = 8\n"my api" = 1\n{RULE}'
     expected = ServerConfig(
         max_open_tasks=5,
@@ -32,7 +32,28 @@ def test_a_file_sets_what_it_names() -> None:
     assert read_config(text) == expected
 
 
-def test_rules_keep_their_order() -> None:
+def test_environment_overrides_the_file() -> None:
+    environment = {"LATTICE_MAX_OPEN_TASKS": "7", "LATTICE_STORE_FOLDER": "/values", "LATTICE_TARGET": "host:1"}
+    found = read_config("max_open_tasks = 5\nmax_workflows = 3", environment)
+    assert found == ServerConfig(max_open_tasks=7, max_workflows=3, store_folder="/values")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("MAX_OPEN_TASKS", "many", "LATTICE_MAX_OPEN_TASKS must be a whole number from 0, not 'many'"),
+        ("MAX_OPEN_TASKS", "-1", "LATTICE_MAX_OPEN_TASKS must be a whole number from 0, not -1"),
+        ("SESSION_TTL_S", "nan", "LATTICE_SESSION_TTL_S must be a number from 0, not nan"),
+        ("TENANT_SHARE", "2", "LATTICE_TENANT_SHARE must be above 0 and at most 1, not 2.0"),
+        ("LOG_FORMAT", "xml", "LATTICE_LOG_FORMAT must be one of text, json, not 'xml'"),
+    ],
+)
+def test_variable_is_refused_by_name_when_its_value_is_wrong(name: str, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config("", {f"LATTICE_{name}": text})
+
+
+def test_batching_rules_have_the_order_of_the_file() -> None:
     text = RULE.replace("prefix", "regex").replace("embed", "embed-[0-9]+") + RULE.replace("prefix", "exact") + RULE
     assert [rule.match for rule in read_config(text).batch_rules] == [
         NameMatch.REGEX,
@@ -80,7 +101,7 @@ def test_rules_keep_their_order() -> None:
         (RULE.replace("0.05", "inf"), r"batch\[0\].max_wait_s must be a number from 0, not inf"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, message: str) -> None:
+def test_file_is_refused_by_key_when_a_value_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(text)
 

@@ -1,4 +1,4 @@
-"""How log lines look: one line a record, whatever is in it, with the ids of what it is about."""
+"""Log lines: one line for each record, with the ids of its run, task or worker."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ def root() -> Iterator[logging.Logger]:
 
 
 def written(form: str, message: str, error: BaseException | None = None, **named: object) -> str:
-    """Return what a record looks like. No logger gets it: pytest cannot report half a character."""
+    """Return a formatted record. It is not logged, since pytest cannot report half a character."""
     formatter = logs.JsonLines() if form == "json" else logs.TextLines()
     raised = None if error is None else (type(error), error, error.__traceback__)
     record = logging.getLogger("lattice.test").makeRecord(
@@ -41,7 +41,7 @@ def written(form: str, message: str, error: BaseException | None = None, **named
     return formatter.format(record)
 
 
-def test_the_packages_write_their_logs_alike() -> None:
+def test_log_modules_of_the_packages_are_equal() -> None:
     # They share nothing but the contract.
     first, *others = (
         ast.unparse(ast.parse(Path(str(m.__file__)).read_text())) for m in (logs, worker_logs, client_logs)
@@ -50,7 +50,7 @@ def test_the_packages_write_their_logs_alike() -> None:
 
 
 @given(st.text(st.characters()), st.text(st.characters()))
-def test_a_record_is_one_printable_line_whatever_users_wrote(message: str, run_id: str) -> None:
+def test_record_is_one_printable_line_when_its_text_has_control_characters(message: str, run_id: str) -> None:
     for form in logs.FORMATS:
         line = written(form, message, run_id=run_id, task_id="", attempt=3)
         assert line.isprintable()
@@ -71,7 +71,7 @@ def test_a_line_has_its_time_level_logger_and_fields() -> None:
     )
 
 
-def test_the_lines_of_a_traceback_cannot_be_taken_for_records() -> None:
+def test_lines_of_a_traceback_are_indented() -> None:
     error = ValueError(HOSTILE)
     first, *others = written("text", "broken", error).split("\n")
     assert first.endswith("INFO lattice.test: broken")
@@ -80,7 +80,7 @@ def test_the_lines_of_a_traceback_cannot_be_taken_for_records() -> None:
     assert json.loads(written("json", "broken", error))["exception"].endswith(HOSTILE)
 
 
-def test_setting_up_again_replaces_what_was_set_up_and_nothing_else(root: logging.Logger) -> None:
+def test_handler_is_replaced_when_logging_is_set_up_again(root: logging.Logger) -> None:
     own = logging.NullHandler()
     root.addHandler(own)
     first = logs.set_up("text", "info")

@@ -1,4 +1,4 @@
-"""What makes a server safe, as flags and files say it: what is taken, what is refused, and by which words."""
+"""Flags and files of tokens and TLS: accepted values, and the errors for wrong ones."""
 
 import logging
 import subprocess
@@ -34,7 +34,7 @@ def test_a_token_is_the_line_of_its_file(tmp_path: Path, content: bytes) -> None
 @pytest.mark.parametrize(
     "content", [b"", b"\n", b" ", b"two\nlines", b"two words", b"x\n\n", "é".encode(), b"\xff", b"x" * 4097]
 )
-def test_what_is_no_token_is_refused_and_not_shown(tmp_path: Path, content: bytes) -> None:
+def test_token_is_refused_unshown_when_it_is_malformed(tmp_path: Path, content: bytes) -> None:
     path = file(tmp_path, content)
     with pytest.raises(security.SecurityError, match="--token-file") as caught:
         security.read_token(path, {"LATTICE_TOKEN": "other"})
@@ -50,7 +50,7 @@ def test_a_token_may_come_from_the_environment(tmp_path: Path) -> None:
             security.read_token(None, {"LATTICE_TOKEN": wrong})
 
 
-def test_certificates_are_read_once_they_fit(made: Certificates) -> None:
+def test_certificates_are_read_when_they_match_their_key(made: Certificates) -> None:
     assert security.read_tls(None, None, None) is None
     tls = security.read_tls(made.cert, made.key, made.ca)
     assert tls == ServerTls(made.cert.read_bytes(), made.key.read_bytes(), made.ca.read_bytes())
@@ -59,7 +59,7 @@ def test_certificates_are_read_once_they_fit(made: Certificates) -> None:
     assert plain.client_ca is None
 
 
-def test_what_does_not_fit_is_refused_by_its_flag(made: Certificates, tmp_path: Path) -> None:
+def test_tls_file_is_refused_by_its_flag_when_it_does_not_match(made: Certificates, tmp_path: Path) -> None:
     empty = file(tmp_path, b"")
     locked = tmp_path / "locked.pem"
     command = ["openssl", "pkey", "-in", str(made.key), "-aes256", "-passout", "pass:x", "-out", str(locked)]
@@ -108,7 +108,7 @@ def test_any_other_address_needs_both(host: str) -> None:
         (["--tls-key", "ghost"], "'--tls-key': File 'ghost' does not exist"),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_command_names_the_flag_when_it_is_wrong(
     made: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], text: str
 ) -> None:
     monkeypatch.setattr(cli, "MAY_SERVE", True)
@@ -119,7 +119,7 @@ def test_the_command_says_what_is_wrong(
     assert text in " ".join(done.stderr.replace("│", " ").split())
 
 
-def test_the_command_serves_as_it_is_told_and_warns(
+def test_command_serves_when_the_address_is_secured_or_insecure_is_set(
     made: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     served: list[ServerConfig] = []

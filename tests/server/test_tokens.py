@@ -1,4 +1,4 @@
-"""The tokens file and `lattice token`: what is taken, what is refused and by which words, and what is never written."""
+"""The tokens file and `lattice token`: accepted entries, and the errors for wrong ones."""
 
 import os
 from datetime import UTC, datetime, timedelta
@@ -33,7 +33,7 @@ def file(folder: Path, text: str | bytes, mode: int = 0o600) -> Path:
     return path
 
 
-def test_a_file_says_who_may_do_what(tmp_path: Path) -> None:
+def test_credentials_are_those_of_the_file(tmp_path: Path) -> None:
     assert read_tokens(file(tmp_path, "")) == ()
     (found,) = read_tokens(file(tmp_path, WHOLE))
     expires_s = datetime(2027, 1, 31, tzinfo=UTC).timestamp()
@@ -90,7 +90,7 @@ def test_the_tenant_may_be_any(tmp_path: Path) -> None:
         ("alice", "\ud800", "not TOML in UTF-8"),
     ],
 )
-def test_a_file_that_says_it_wrongly_is_refused(tmp_path: Path, old: str, new: str, text: str) -> None:
+def test_file_is_refused_when_an_entry_is_malformed(tmp_path: Path, old: str, new: str, text: str) -> None:
     path = file(tmp_path, WHOLE.replace(old, new).encode(errors="surrogatepass"))
     with pytest.raises(SecurityError, match=text) as caught:
         read_tokens(path)
@@ -98,7 +98,7 @@ def test_a_file_that_says_it_wrongly_is_refused(tmp_path: Path, old: str, new: s
     assert "secret" not in str(caught.value)
 
 
-def test_a_digest_stands_there_once(tmp_path: Path) -> None:
+def test_file_is_refused_when_a_digest_is_repeated(tmp_path: Path) -> None:
     path = file(tmp_path, WHOLE + WHOLE.replace("alice", "bob"))
     with pytest.raises(SecurityError, match="twice, for alice, bob"):
         read_tokens(path)
@@ -111,7 +111,7 @@ def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> Non
     assert read_tokens(file(tmp_path, WHOLE, 0o400))
 
 
-def test_it_is_what_a_link_leads_to_that_counts(tmp_path: Path) -> None:
+def test_mode_of_the_target_is_checked_when_the_file_is_a_link(tmp_path: Path) -> None:
     path = file(tmp_path, WHOLE)
     link = tmp_path / "link"
     link.symlink_to(path)
@@ -132,10 +132,14 @@ def test_another_users_file_is_refused(tmp_path: Path) -> None:
             read_tokens(name)
 
 
-def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+def test_file_is_refused_when_it_is_not_regular(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
-    for path, text in ((tmp_path / "none", "No such file"), (pipe, "no plain file"), (Path("/dev/zero"), "no plain")):
+    for path, text in (
+        (tmp_path / "none", "No such file"),
+        (pipe, "no regular file"),
+        (Path("/dev/zero"), "no regular"),
+    ):
         with pytest.raises(SecurityError, match=text):
             read_tokens(path)
     long = file(tmp_path, b"#" * (4 * 1024 * 1024 + 1))
@@ -168,7 +172,7 @@ def test_a_new_token_is_shown_once_and_its_digest_written(tmp_path: Path) -> Non
     assert [found.name for found in tmp_path.iterdir()] == ["tokens.toml"]
 
 
-def test_without_a_file_the_entry_is_shown_apart(tmp_path: Path) -> None:
+def test_entry_is_printed_to_stderr_when_no_file_is_given(tmp_path: Path) -> None:
     made = said("--subject", "alice", "--scope", "admin", "--expires", "2027-01-31T02:00:00+02:00")
     (found,) = read_tokens(file(tmp_path, made.stderr))
     assert found.digest == digest_of(made.stdout.strip())
@@ -195,7 +199,7 @@ def test_a_token_that_cannot_be_made_is_refused(flags: list[str], text: str) -> 
     assert "lattice_" not in result.stdout
 
 
-def test_a_file_that_is_not_as_it_must_be_is_left_as_it_is(tmp_path: Path) -> None:
+def test_file_is_left_unchanged_when_it_is_wrong(tmp_path: Path) -> None:
     flags = ["--subject", "x", "--scope", "read", "--tokens-file"]
     for text, mode, why in ((WHOLE, 0o644, "its mode is 0644"), ("[[token]]\n", 0o600, "token 1 has no")):
         path = file(tmp_path, text, mode)

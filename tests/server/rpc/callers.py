@@ -1,4 +1,4 @@
-"""What callers of the contract say, and how a refusal reads."""
+"""Stubs, requests and refusals for tests of the services."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,7 +92,7 @@ def refused(code: grpc.StatusCode, reason: str) -> Iterator[Refusal]:
 
 
 def fresh(kind: str = "run") -> str:
-    """Return an id nobody used."""
+    """Return a new id."""
     return f"{kind}-{uuid4().hex}"
 
 

@@ -1,4 +1,4 @@
-"""Real servers behind a real channel: one whose work waits for ever, one with a worker."""
+"""Real servers behind a real channel: one without workers, one with a worker."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from tests.server.rpc.callers import Caller, calling
 
 @pytest.fixture(scope="module")
 def idle() -> Iterator[Caller]:
-    """A server without workers: what is run waits."""
+    """A server without workers: tasks stay queued."""
     with serving_aside(NoWorkers()) as address, calling(address) as caller:
         yield caller
 

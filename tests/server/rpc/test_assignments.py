@@ -31,7 +31,7 @@ def told(scene: Scene, connection: Connection, *effects: Any, limit_bytes: int |
     return responses(list(effects), connection, config, "id", lambda *_: None)
 
 
-def test_all_that_is_due_goes_out_in_one_message() -> None:
+def test_effects_that_are_due_share_one_message() -> None:
     scene = Scene(node())
     scene.tell(ready("a"))
     connection = Connection("w", later=lambda *_: None)
@@ -63,7 +63,7 @@ def test_all_that_is_due_goes_out_in_one_message() -> None:
     assert message.close.reason == worker_pb2.CLOSE_REASON_DRAINED
 
 
-def test_what_no_message_holds_comes_in_several_in_the_order_of_the_fields() -> None:
+def test_effects_are_split_over_messages_in_field_order_when_one_is_too_large() -> None:
     scene = Scene(node(cpu=9.0))
     large = Payload("application/json", '"' + "x" * 400_000 + '"')
     scene.tell(*(ready(name, given=large) for name in "abc"))

@@ -1,4 +1,4 @@
-"""Who may call what on a server with a token: every method, every way to be wrong, and what stays open."""
+"""Authentication and authorisation: every method, with every kind of wrong token."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -36,12 +36,11 @@ METHODS = [m for file in MODULES for s in file.DESCRIPTOR.services_by_name.value
 CONNECT = "lattice.v1.WorkerService.Connect"
 REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].methods
 GUARDED = [method for method in (*METHODS, *REFLECTION) if method.full_name != CONNECT]
-# The subjects that show a token each, and what it is for.
+# The subjects with a token each, and its scope.
 SCOPES = {"reader": ["read"], "submitter": ["submit"], "worker": ["worker"], "admin": ["admin"]}
 READERS, SUBMITTERS = {"reader", "submitter", "admin", "operator"}, {"submitter", "admin", "operator"}
 ADMINS, WORKERS = {"admin", "operator"}, {"worker", "the server's worker", "operator"}
-# The subjects that may call each RPC, besides those that come by the server's own socket. What they reach of another
-# tenant is in `test_tenants`.
+# The subjects that may call each RPC by the network. `test_tenants` has the limits between tenants.
 MAY_CALL = {
     "lattice.v1.ArtifactService.ReadArtifact": READERS | WORKERS,
     "lattice.v1.ArtifactService.WriteArtifact": SUBMITTERS,
@@ -73,7 +72,7 @@ MAY_CALL = {
     "lattice.v1.WorkflowService.RunWorkflow": SUBMITTERS,
 }
 SUBJECTS = ["nobody", *SCOPES, "operator", "the server's worker"]
-# An empty request that passed authorisation is answered, or refused for what it lacks.
+# The answers to an empty request that passed authorisation.
 PASSES = {Code.OK, Code.INVALID_ARGUMENT, Code.NOT_FOUND}
 
 Metadata = Sequence[tuple[str, str]]
@@ -137,16 +136,16 @@ def outcome(channel: grpc.Channel, method: MethodDescriptor, metadata: Metadata)
 @pytest.mark.parametrize(
     ("metadata", "text"),
     [
-        ((), "asks for a token"),
+        ((), "needs a token"),
         (bearer("wrong"), "not valid"),
         (bearer(""), "not valid"),
         (bearer(TOKEN[:-1]), "not valid"),
         ((("authorization", TOKEN),), "not valid"),
         ((("authorization", f"Basic {TOKEN}"),), "not valid"),
-        ((("token", TOKEN),), "asks for a token"),
+        ((("token", TOKEN),), "needs a token"),
     ],
 )
-def test_every_method_refuses_whoever_has_no_token(
+def test_every_method_is_refused_when_the_token_is_missing(
     guarded: Caller, method: MethodDescriptor, metadata: Metadata, text: str
 ) -> None:
     with refused(Code.UNAUTHENTICATED, "UNAUTHENTICATED") as refusal:
@@ -171,19 +170,19 @@ def test_rpc_ends_as_the_table_says_when_called_by(
     assert found in (PASSES if subject in MAY_CALL[method.full_name] else {refusal})
 
 
-def test_a_method_without_a_row_is_for_nobody() -> None:
+def test_method_is_refused_when_it_has_no_row() -> None:
     with pytest.raises(AuthorizationError):
         authorization.check("/lattice.v1.WorkflowService/Forgotten", frozenset(Scope))
 
 
 @pytest.mark.parametrize("subject", ["reader", "submitter", "admin"])
-def test_a_token_that_is_not_for_workers_is_refused_in_band(guarded: Caller, subject: str) -> None:
+def test_worker_stream_is_closed_when_the_token_lacks_the_scope(guarded: Caller, subject: str) -> None:
     answer = first_answer(guarded, bearer(token_of(subject)))
     assert answer.close.reason == worker_pb2.CLOSE_REASON_UNAUTHENTICATED
     assert "the scope worker" in answer.close.message
 
 
-def test_whoever_comes_by_the_servers_own_socket_needs_none(guarded: Caller, witness: Witness) -> None:
+def test_call_needs_no_token_when_it_comes_by_the_servers_own_socket(guarded: Caller, witness: Witness) -> None:
     assert witness.contact is not None
     with calling(witness.contact.local_target) as beside:
         created = run(beside, run_id=fresh()).run
@@ -210,12 +209,12 @@ def reflected(channel: grpc.Channel, metadata: Metadata) -> list[str]:
     return [service.name for service in answer.list_services_response.service]
 
 
-def test_reflection_tells_whoever_has_the_token(guarded: Caller) -> None:
+def test_reflection_answers_when_the_token_is_valid(guarded: Caller) -> None:
     assert "lattice.v1.WorkflowService" in reflected(guarded.channel, bearer(TOKEN))
 
 
 def first_answer(caller: Caller, metadata: Metadata, node_id: str = "") -> worker_pb2.ConnectResponse:
-    """Return the first thing the server says to a worker, and hang up."""
+    """Return the first response to a worker, and cancel the stream."""
     hello = worker_pb2.Hello(worker_id=fresh("w"), node_id=node_id or fresh("n"), protocol_version=1)
     return said_first(caller, worker_pb2.ConnectRequest(hello=hello), metadata)
 
@@ -227,7 +226,7 @@ def said_first(
     said: SimpleQueue[worker_pb2.ConnectRequest | None] = SimpleQueue()
     if message is not None:
         said.put(message)
-    # The stream stays open: a worker that hangs up at once is not spoken to.
+    # The stream stays open: a worker that ends its side at once gets no response.
     call = caller.workers.Connect(iter(said.get, None), metadata=metadata)
     answer: worker_pb2.ConnectResponse = next(call)
     said.put(None)
@@ -237,7 +236,7 @@ def said_first(
 
 @pytest.mark.parametrize("metadata", [(), bearer("wrong")])
 @pytest.mark.parametrize("first", ["hello", "join", ""])
-def test_a_worker_without_the_token_is_refused_in_band(guarded: Caller, metadata: Metadata, first: str) -> None:
+def test_worker_stream_is_closed_when_the_token_is_missing(guarded: Caller, metadata: Metadata, first: str) -> None:
     messages = {
         "hello": worker_pb2.ConnectRequest(hello=worker_pb2.Hello(worker_id="w", node_id="n")),
         "join": worker_pb2.ConnectRequest(join=worker_pb2.Join(node_id="n")),
@@ -250,7 +249,7 @@ def test_a_worker_without_the_token_is_refused_in_band(guarded: Caller, metadata
     assert "n" not in {node.node_id for node in nodes}
 
 
-def test_a_stranger_is_refused_before_it_has_said_anything(guarded: Caller) -> None:
+def test_worker_stream_is_closed_before_its_first_message_when_the_token_is_wrong(guarded: Caller) -> None:
     answer = said_first(guarded, None, bearer("wrong"))
     assert answer.close.reason == worker_pb2.CLOSE_REASON_UNAUTHENTICATED
 
@@ -259,14 +258,14 @@ NOT_A_MESSAGE = b"\xff"
 
 
 @pytest.mark.parametrize("method", GUARDED, ids=lambda method: method.full_name)
-def test_what_a_stranger_sends_is_not_read(guarded: Caller, method: MethodDescriptor) -> None:
+def test_request_is_not_decoded_when_the_token_is_missing(guarded: Caller, method: MethodDescriptor) -> None:
     service, _, name = method.full_name.rpartition(".")
     stub = guarded.channel.stream_stream(f"/{service}/{name}")
     with refused(Code.UNAUTHENTICATED, "UNAUTHENTICATED"):
         list(stub(iter([NOT_A_MESSAGE]), timeout=30))
 
 
-def test_a_stranger_is_told_of_the_whole_servers_health_whatever_it_asks(guarded: Caller) -> None:
+def test_health_of_the_whole_server_is_shown_when_the_token_is_missing(guarded: Caller) -> None:
     check = guarded.channel.unary_unary(
         "/grpc.health.v1.Health/Check", response_deserializer=health_pb2.HealthCheckResponse.FromString
     )
@@ -279,7 +278,7 @@ def test_a_stranger_is_told_of_the_whole_servers_health_whatever_it_asks(guarded
     assert caught.value.code() is Code.NOT_FOUND
 
 
-def test_a_worker_with_either_token_is_welcome(guarded: Caller, witness: Witness) -> None:
+def test_worker_is_admitted_when_its_token_is_configured_or_issued(guarded: Caller, witness: Witness) -> None:
     assert witness.contact is not None
     node_id = fresh("n")
     issued = witness.contact.issue(node_id, "its owner")
@@ -290,14 +289,14 @@ def test_a_worker_with_either_token_is_welcome(guarded: Caller, witness: Witness
     assert first_answer(guarded, bearer(issued), node_id).close.reason == worker_pb2.CLOSE_REASON_UNAUTHENTICATED
 
 
-def test_the_name_of_the_scheme_may_be_written_small(guarded: Caller) -> None:
+def test_scheme_is_accepted_when_it_is_in_lower_case(guarded: Caller) -> None:
     metadata = (("authorization", f"bearer {TOKEN}"),)
     assert guarded.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest(), metadata=metadata).executor == "none"
 
 
 @pytest.mark.parametrize("metadata", [(), bearer(TOKEN)])
 @pytest.mark.parametrize("method", ["/lattice.v1.WorkflowService/Nothing", "/grpc.health.v1.Health/List"])
-def test_what_a_server_does_not_have_is_unimplemented_all_the_same(
+def test_call_is_unimplemented_when_its_method_is_unknown(
     guarded: Caller, method: str, metadata: Metadata, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(grpc.RpcError) as caught:

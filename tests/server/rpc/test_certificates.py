@@ -68,9 +68,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
         yield found
 
 
-def test_a_new_certificate_is_shown_once_its_key_is_there_and_connections_stay(
-    scene: Scene, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_new_certificate_is_used_when_its_key_matches(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     trusted = grpc.ssl_channel_credentials(scene.old.ca.read_bytes())
     with grpc.secure_channel(scene.address, trusted) as channel:
         caller = Caller(channel)

@@ -1,4 +1,4 @@
-"""What one connection may take: streams, headers, time without a call."""
+"""Limits of one connection: streams, headers, time without a call."""
 
 import threading
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def info(caller: Caller, **more: object) -> cluster_pb2.GetServerInfoResponse:
     return found
 
 
-def test_calls_beyond_the_streams_of_a_connection_wait_and_are_made(narrow: str) -> None:
+def test_calls_wait_when_the_connection_has_its_most_streams(narrow: str) -> None:
     with calling(narrow) as caller:
         run_id = run(caller).run.run_id
         request = results_pb2.GetResultRequest(run_id=run_id, wait=Duration(seconds=HELD_S))
@@ -39,7 +39,7 @@ def test_calls_beyond_the_streams_of_a_connection_wait_and_are_made(narrow: str)
         assert all(wait.result(HELD_S).run.run_id == run_id for wait in waits)
 
 
-def test_one_connections_streams_do_not_hold_up_another(narrow: str) -> None:
+def test_connection_is_served_when_another_has_its_most_streams(narrow: str) -> None:
     own = [("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(narrow, options=own) as channel, grpc.insecure_channel(narrow, options=own) as other:
         caller = Caller(channel)
@@ -59,14 +59,14 @@ def test_one_connections_streams_do_not_hold_up_another(narrow: str) -> None:
         assert info(caller, timeout=HELD_S, wait_for_ready=True).version
 
 
-def test_headers_that_are_too_long_are_refused_and_the_connection_stays(idle: Caller) -> None:
+def test_call_is_refused_when_its_headers_are_too_long(idle: Caller) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         info(idle, metadata=(("authorization", "Bearer " + "x" * server.MAX_METADATA_BYTES),))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert info(idle).version
 
 
-def test_a_connection_without_calls_is_closed_and_opened_again(narrow: str) -> None:
+def test_connection_is_closed_when_it_has_no_calls(narrow: str) -> None:
     with grpc.insecure_channel(narrow, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         caller = Caller(channel)
         states: list[grpc.ChannelConnectivity] = []
@@ -84,7 +84,7 @@ def test_a_connection_without_calls_is_closed_and_opened_again(narrow: str) -> N
         channel.unsubscribe(note)
 
 
-def test_a_connection_with_a_call_is_not_closed(narrow: str) -> None:
+def test_connection_stays_open_when_it_has_a_call(narrow: str) -> None:
     with grpc.insecure_channel(narrow, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         caller = Caller(channel)
         run_id = run(caller).run.run_id

@@ -1,4 +1,4 @@
-"""What the fields of a task's policies mean when they are zero, and when they are left out."""
+"""Policies of tasks with fields that are zero, and fields that are unset."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ HALF_S = Duration(nanos=500_000_000)
         ({"max_attempts": 7, "backoff_multiplier": 1.5}, RetryPolicy(max_attempts=7, backoff_multiplier=1.5)),
     ],
 )
-def test_a_wait_of_zero_is_zero_and_one_left_out_is_the_default(given: dict[str, object], wanted: RetryPolicy) -> None:
+def test_wait_has_its_default_only_when_it_is_unset(given: dict[str, object], wanted: RetryPolicy) -> None:
     assert retry_from_proto(task_pb2.RetryPolicy(**given), "retry") == wanted  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Graphs in parts: what a draft becomes, that repetitions change nothing, and that it leaves nothing behind."""
+"""Graphs in parts: runs and workflows of drafts, repeated parts, and the end of a draft."""
 
 import asyncio
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def test_a_graph_in_parts_runs_as_one(busy: Caller) -> None:
     assert [final.task_id for final in ended.ended.final_tasks] == ["t6"]
 
 
-def test_a_graph_in_parts_is_the_run_that_it_was_at_once(idle: Caller) -> None:
+def test_run_is_the_same_when_its_graph_is_sent_in_parts(idle: Caller) -> None:
     run_id, draft_id = fresh(), fresh("draft")
     whole = workflow_pb2.WorkflowSpec(functions=CODE, tasks=CHAIN, display_name="n")
     assert idle.workflows.RunWorkflow(request_of(run_id, whole)).created
@@ -71,7 +71,9 @@ def test_a_graph_in_parts_is_the_run_that_it_was_at_once(idle: Caller) -> None:
         ([task("a"), task("b"), task("c", inputs={"x": output("a", "no")})], "INVALID_WORKFLOW"),
     ],
 )
-def test_a_graph_in_parts_is_refused_as_at_once(idle: Caller, tasks: list[task_pb2.TaskSpec], reason: str) -> None:
+def test_refusal_is_the_same_when_the_graph_is_sent_in_parts(
+    idle: Caller, tasks: list[task_pb2.TaskSpec], reason: str
+) -> None:
     with refused(Code.INVALID_ARGUMENT, reason) as whole:
         run(idle, *tasks)
     draft_id = fresh("draft")
@@ -83,7 +85,7 @@ def test_a_graph_in_parts_is_refused_as_at_once(idle: Caller, tasks: list[task_p
         assert (parts.message, parts.violations, parts.metadata) == (whole.message, whole.violations, whole.metadata)
 
 
-def test_a_part_that_is_repeated_is_added_once(idle: Caller) -> None:
+def test_part_is_added_once_when_it_is_repeated(idle: Caller) -> None:
     draft_id = fresh("draft")
     request = workflow_pb2.AddTasksRequest(
         draft_id=draft_id, tasks=[task("a")], functions=CODE, request_id=fresh("request"), expected_revision=0
@@ -94,7 +96,7 @@ def test_a_part_that_is_repeated_is_added_once(idle: Caller) -> None:
     assert answer.run.task_counts.total == 1
 
 
-def test_a_part_that_comes_out_of_order_is_refused(idle: Caller) -> None:
+def test_part_is_refused_when_it_is_out_of_order(idle: Caller) -> None:
     draft_id = fresh("draft")
     part(idle, draft_id, [task("a")], functions=CODE, expected_revision=0)
     for revision in (0, 2):
@@ -115,7 +117,7 @@ def test_a_draft_is_not_run_twice(idle: Caller) -> None:
         part(idle, draft_id, [task("b")])
 
 
-def test_a_refused_run_leaves_its_draft(idle: Caller) -> None:
+def test_draft_stays_when_its_run_is_refused(idle: Caller) -> None:
     draft_id = fresh("draft")
     part(idle, draft_id, [task("a")], functions=CODE)
     with refused(Code.INVALID_ARGUMENT, "INVALID_WORKFLOW"):
@@ -130,7 +132,7 @@ def test_an_unknown_draft_is_not_found(idle: Caller) -> None:
         assert refusal.metadata == {"draft_id": "ghost"}
 
 
-def test_a_name_means_one_function_in_all_parts(idle: Caller) -> None:
+def test_part_is_refused_when_a_name_has_another_function(idle: Caller) -> None:
     draft_id = fresh("draft")
     part(idle, draft_id, functions=CODE)
     with refused(Code.ALREADY_EXISTS, "WORKFLOW_ID_CONFLICT"):
@@ -173,7 +175,7 @@ def test_tasks_of_a_draft_are_added_to_a_run(idle: Caller) -> None:
     assert list(refusal.violations) == ["source_draft_id"]
 
 
-def test_a_draft_is_refused_beyond_what_a_run_may_have(idle: Caller) -> None:
+def test_draft_is_refused_when_it_exceeds_the_limits_of_a_run(idle: Caller) -> None:
     limits = idle.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest()).limits
     drafts = DraftGraphs(ArtifactStore(), max_tasks=limits.run_tasks)
     with pytest.raises(ExhaustedError) as caught:
@@ -181,7 +183,7 @@ def test_a_draft_is_refused_beyond_what_a_run_may_have(idle: Caller) -> None:
     assert caught.value.reason == "RUN_TOO_LARGE"
 
 
-def test_validating_a_draft_stores_nothing_and_keeps_it(idle: Caller) -> None:
+def test_draft_stays_when_it_is_only_validated(idle: Caller) -> None:
     draft_id = fresh("draft")
     part(idle, draft_id, CHAIN[:3], functions=CODE)
     request = workflow_pb2.CreateWorkflowRequest(spec=spec(draft_id, *CHAIN[3:]), validate_only=True)
@@ -189,7 +191,7 @@ def test_validating_a_draft_stores_nothing_and_keeps_it(idle: Caller) -> None:
     assert idle.workflows.RunWorkflow(request_of(fresh(), spec(draft_id))).created
 
 
-def test_one_run_comes_of_two_equal_requests_at_once(idle: Caller) -> None:
+def test_one_run_starts_when_two_equal_requests_are_concurrent(idle: Caller) -> None:
     # Large enough to be taken in slices, so that both are under way at once.
     tasks = [task(f"t{number}") for number in range(3000)]
     request = request_of(fresh(), graph(*tasks))
@@ -207,7 +209,7 @@ def with_artifact(store: ArtifactStore) -> tuple[TaskSpec, Artifact]:
     return TaskSpec("t", Function("f", False, None), inputs={"x": Payload("application/json", artifact)}), artifact
 
 
-def test_a_draft_that_nothing_names_is_dropped_with_what_it_holds() -> None:
+def test_draft_is_dropped_with_its_code_when_no_call_names_it() -> None:
     async def scenario() -> None:
         store = ArtifactStore()
         drafts = DraftGraphs(store, 10, Bound(100 + SPEC_BYTES), ttl_s=0.01)
@@ -228,7 +230,7 @@ def test_a_draft_that_nothing_names_is_dropped_with_what_it_holds() -> None:
     asyncio.run(scenario())
 
 
-def test_a_draft_that_was_used_holds_nothing() -> None:
+def test_draft_holds_no_code_when_it_was_used() -> None:
     async def scenario() -> None:
         store = ArtifactStore()
         drafts = DraftGraphs(store, 10, Bound(100 + SPEC_BYTES))
@@ -244,7 +246,7 @@ def test_a_draft_that_was_used_holds_nothing() -> None:
     asyncio.run(scenario())
 
 
-def test_as_many_drafts_are_kept_as_may_be() -> None:
+def test_draft_is_refused_when_drafts_reach_their_limit() -> None:
     async def scenario() -> None:
         store = ArtifactStore()
         drafts = DraftGraphs(store, 10, Bound(100), max_drafts=2)

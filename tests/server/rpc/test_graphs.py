@@ -1,4 +1,4 @@
-"""A run read back: its graph, what it was given, and how long its tasks waited and ran."""
+"""Runs read back: the graph, the parameters, and the times of tasks."""
 
 from typing import Any
 
@@ -107,7 +107,7 @@ def test_definitions_are_in_the_graph_when_the_view_is_full(idle: Caller) -> Non
     assert second.spec.function.startswith("sha256:")
 
 
-def test_a_run_tells_what_it_was_given_when_the_view_is_full(idle: Caller) -> None:
+def test_run_shows_its_parameters_when_the_view_is_full(idle: Caller) -> None:
     spec = graph(task("a", inputs={"x": payload_pb2.Binding(parameter="p")}), parameters={"q": json_payload("2")})
     request = workflow_pb2.RunWorkflowRequest(
         workflow=spec, parameters={"p": json_payload("1")}, priority=4, tenant="team", timeout=Duration(seconds=90)
@@ -128,7 +128,7 @@ def test_runs_are_found_by_tenant(idle: Caller) -> None:
     assert [found.run_id for found in listed] == [mine]
 
 
-def test_a_single_task_has_the_priority_and_the_timeout_it_was_run_with(idle: Caller) -> None:
+def test_run_of_one_task_has_the_priority_and_timeout_of_its_request(idle: Caller) -> None:
     request = task_pb2.RunTaskRequest(task=task(), function=graph().functions["work"], tenant="team", priority=4)
     request.task.function = ""
     request.timeout.FromMilliseconds(50)
@@ -139,7 +139,7 @@ def test_a_single_task_has_the_priority_and_the_timeout_it_was_run_with(idle: Ca
     assert ended.failure.kind == errors_pb2.FAILURE_KIND_TIMEOUT
 
 
-def test_tasks_tell_how_long_they_waited_and_ran(busy: Caller) -> None:
+def test_tasks_show_their_queue_time_and_duration(busy: Caller) -> None:
     code = "import time\ndef nap(params):\n    time.sleep(0.05)\n    return {'out': 1}\n"
     spec = graph(task("a", function="nap", display_name="Nap"))
     spec.functions["nap"].CopyFrom(

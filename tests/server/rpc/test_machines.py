@@ -1,4 +1,4 @@
-"""The streams of machines on which Ray starts the workers: who is kept, who is told to go, and who is missed."""
+"""The streams of machines on which Ray starts the workers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -14,7 +14,7 @@ from lattice_server.engine.ports import Machine, Membership, RayCluster
 from lattice_server.rpc import callers
 from lattice_server.rpc.machines import Machines
 from tests.server.apps import NoWorkers
-from tests.server.rpc.test_worker_stream import Hand, Scene, play
+from tests.server.rpc.scripted_worker import Scene, ScriptedWorker, play
 
 TTL_S = 0.9
 # Longer than any test: nothing falls silent.
@@ -40,109 +40,109 @@ class TakesMachines(NoWorkers):
         self.left.put_nowait(node_id)
 
 
-async def join(head: Scene, node_id: str = "m") -> tuple[Hand, worker_pb2.Joined]:
+async def join(head: Scene, node_id: str = "m") -> tuple[ScriptedWorker, worker_pb2.Joined]:
     """Have a machine join."""
-    hand = Hand(head.channel)
-    await hand.say(join={"node_id": node_id, "protocol_version": 1, "node_ip": "10.0.0.2", "labels": {"zone": "eu"}})
-    return hand, await hand.hear("joined")
+    worker = ScriptedWorker(head.channel)
+    await worker.say(join={"node_id": node_id, "protocol_version": 1, "node_ip": "10.0.0.2", "labels": {"zone": "eu"}})
+    return worker, await worker.hear("joined")
 
 
-def test_a_machine_is_told_how_to_join_and_belongs_while_its_stream_lives() -> None:
+def test_machine_belongs_to_the_cluster_while_its_stream_is_open() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, joined = await join(head)
+        worker, joined = await join(head)
         assert (joined.ray.address, joined.ray.token, joined.ray.resource) == (RAY.address, RAY.token, RAY.resource)
         assert joined.silence_limit.ToTimedelta().total_seconds() == pytest.approx(LONG_S * 2 / 3)
         machine, _ = await executor.joined.get()
         assert (machine.node_id, machine.node_ip, machine.labels) == ("m", "10.0.0.2", {"zone": "eu"})
         assert executor.left.empty()
-        hand.hang_up()
+        worker.hang_up()
         assert await executor.left.get() == "m"
 
     play(scenario, executor, session_ttl_s=LONG_S)
 
 
-def test_a_machine_that_falls_silent_has_left() -> None:
+def test_machine_leaves_when_it_falls_silent() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, _ = await join(head)
+        worker, _ = await join(head)
         assert await executor.left.get() == "m"
-        hand.hang_up()
+        worker.hang_up()
 
     play(scenario, executor, session_ttl_s=TTL_S)
 
 
-def test_heartbeats_keep_a_machine_and_are_answered() -> None:
+def test_machine_stays_when_it_sends_heartbeats() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, joined = await join(head)
+        worker, joined = await join(head)
         interval_s = joined.heartbeat_interval.ToTimedelta().total_seconds()
         for _ in range(int(3 * TTL_S / interval_s)):
-            await hand.say()
+            await worker.say()
             await asyncio.sleep(interval_s)
-        await hand.hear("")
+        await worker.hear("")
         assert executor.left.empty()
-        hand.hang_up()
+        worker.hang_up()
         assert await executor.left.get() == "m"
 
     play(scenario, executor, session_ttl_s=TTL_S)
 
 
 @pytest.mark.parametrize("reason", ["DRAINED", "SHUTDOWN"])
-def test_a_machine_learns_why_it_is_no_longer_needed(reason: str) -> None:
+def test_stream_of_a_machine_ends_with_a_reason(reason: str) -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, _ = await join(head)
+        worker, _ = await join(head)
         _, membership = await executor.joined.get()
         membership.over.set_result(reason)
-        close = await hand.hear("close")
+        close = await worker.hear("close")
         assert close.reason == worker_pb2.CloseReason.Value(f"CLOSE_REASON_{reason}")
         assert close.message
-        hand.hang_up()
+        worker.hang_up()
         assert await executor.left.get() == "m"
 
     play(scenario, executor, session_ttl_s=LONG_S)
 
 
-def test_a_machine_that_leaves_is_drained_by_its_own_deadline() -> None:
+def test_machine_is_drained_by_its_own_deadline_when_it_leaves() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        hand, _ = await join(head)
-        worker, _ = await head.hand(node_id="m")
+        machine, _ = await join(head)
+        worker, _ = await head.worker(node_id="m")
         await head.run("a")
         await worker.hear("assignments")
-        other, _ = await head.hand(worker_id="other", node_id="other")
-        await hand.say(draining={"deadline": Duration(seconds=7)})
+        other, _ = await head.worker(worker_id="other", node_id="other")
+        await machine.say(draining={"deadline": Duration(seconds=7)})
         drain = await worker.hear("drain")
         assert drain.deadline.ToTimedelta().total_seconds() == 7
         await head.until_states(m=cluster_pb2.NODE_STATE_DRAINING, other=cluster_pb2.NODE_STATE_READY)
-        for each in (worker, other, hand):
+        for each in (machine, other, worker):
             each.hang_up()
 
     play(scenario, executor, session_ttl_s=LONG_S)
 
 
-def test_a_machine_on_which_no_worker_runs_may_leave_at_once() -> None:
+def test_machine_leaves_at_once_when_it_has_no_worker() -> None:
     executor = TakesMachines()
 
     async def scenario(head: Scene) -> None:
-        other, _ = await head.hand(worker_id="other", node_id="other")
-        hand, _ = await join(head)
-        await hand.say(draining={})
-        assert (await hand.hear("close")).reason == worker_pb2.CLOSE_REASON_DRAINED
-        hand.hang_up()
+        other, _ = await head.worker(worker_id="other", node_id="other")
+        worker, _ = await join(head)
+        await worker.say(draining={})
+        assert (await worker.hear("close")).reason == worker_pb2.CLOSE_REASON_DRAINED
+        worker.hang_up()
         other.hang_up()
         assert await executor.left.get() == "m"
 
     play(scenario, executor, session_ttl_s=LONG_S)
 
 
-def test_a_machine_that_serves_its_node_itself_has_nothing_to_leave() -> None:
+def test_machine_does_not_leave_ray_when_it_serves_its_node_itself() -> None:
     class Refers(TakesMachines):
         async def join(self, machine: Machine) -> Membership:
             return Membership(None, asyncio.get_running_loop().create_future())
@@ -150,9 +150,9 @@ def test_a_machine_that_serves_its_node_itself_has_nothing_to_leave() -> None:
     executor = Refers()
 
     async def scenario(head: Scene) -> None:
-        hand, joined = await join(head)
+        worker, joined = await join(head)
         assert not joined.HasField("ray")
-        hand.hang_up()
+        worker.hang_up()
         # A stream that was served later is over as well.
         again, _ = await join(head, "n")
         again.hang_up()
@@ -162,7 +162,7 @@ def test_a_machine_that_serves_its_node_itself_has_nothing_to_leave() -> None:
 
 
 class Stream:
-    """A machine's stream without a network: what it says, and that it hangs up, is for a test to choose."""
+    """A machine's stream without a network; a test chooses its messages and its end."""
 
     def __init__(self, *said: worker_pb2.ConnectRequest) -> None:
         self.executor = TakesMachines()
@@ -183,7 +183,7 @@ class Stream:
             self.is_read_no_more.set()
 
 
-def test_a_machine_that_hangs_up_while_it_is_told_how_to_join_has_left() -> None:
+def test_machine_leaves_when_its_stream_breaks_before_the_answer() -> None:
     async def scenario() -> None:
         stream = Stream()
         await anext(stream.responses)
@@ -196,7 +196,7 @@ def test_a_machine_that_hangs_up_while_it_is_told_how_to_join_has_left() -> None
     asyncio.run(scenario())
 
 
-def test_a_machine_has_time_to_read_the_last_word() -> None:
+def test_machine_has_time_to_read_the_last_message() -> None:
     async def scenario() -> None:
         leaving = worker_pb2.ConnectRequest(draining=worker_pb2.Draining())
         stream = Stream(leaving, leaving)

@@ -75,7 +75,7 @@ def _varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
-def test_the_calls_that_carry_graphs_are_found_by_their_requests() -> None:
+def test_methods_with_graphs_are_found_by_their_requests() -> None:
     found = {name.rpartition("/")[2]: ".".join(field.name for field in path) for name, path in GRAPHS.items()}
     assert found == {
         "CreateWorkflow": "spec.tasks",
@@ -87,7 +87,7 @@ def test_the_calls_that_carry_graphs_are_found_by_their_requests() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_message_over_the_limit_is_refused_and_not_parsed(small: Caller, name: str) -> None:
+def test_message_is_refused_unparsed_when_it_is_over_the_limit(small: Caller, name: str) -> None:
     # No message: it would be refused otherwise if it was parsed.
     with refused(Code.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as refusal:
         send(small, name, BROKEN * (MOST_BYTES + 1))
@@ -99,7 +99,7 @@ def test_a_message_over_the_limit_is_refused_and_not_parsed(small: Caller, name:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_message_with_too_many_tasks_is_refused_and_not_parsed(small: Caller, name: str) -> None:
+def test_message_is_refused_unparsed_when_it_has_too_many_tasks(small: Caller, name: str) -> None:
     path = GRAPHS[name]
     one = _record(path[-1].number, b"")
     with refused(Code.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as refusal:
@@ -111,21 +111,21 @@ def test_a_message_with_too_many_tasks_is_refused_and_not_parsed(small: Caller, 
     assert list(refusal.violations) == ["request"]
 
 
-def test_tasks_are_counted_over_all_places_where_a_message_has_them(small: Caller) -> None:
+def test_tasks_are_counted_over_all_fields_of_a_message(small: Caller) -> None:
     path = GRAPHS[RUN]
     half = nested(path, _record(path[-1].number, b"") * (MOST_TASKS // 2 + 1))
     with refused(Code.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE"):
         send(small, RUN, half + half + BROKEN)
 
 
-def test_a_message_with_too_many_other_entries_is_refused(small: Caller) -> None:
+def test_message_is_refused_when_it_has_too_many_other_entries(small: Caller) -> None:
     label = _record(5, b"")
     with refused(Code.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE") as refusal:
         send(small, RUN, label * (MOST_TASKS + 1) + BROKEN)
     assert "more than 1000 entries" in refusal.message
 
 
-def test_a_graph_at_both_limits_is_taken(small: Caller) -> None:
+def test_graph_is_accepted_when_it_is_at_both_limits(small: Caller) -> None:
     tasks = [task(f"t{number}") for number in range(MOST_TASKS)]
     request = workflow_pb2.RunWorkflowRequest(run_id=fresh(), workflow=graph(*tasks), labels={"pad": "x"})
     while (missing := MOST_BYTES - request.ByteSize()) > 0:
@@ -136,19 +136,19 @@ def test_a_graph_at_both_limits_is_taken(small: Caller) -> None:
     assert (answer.created, answer.run.task_counts.total) == (True, MOST_TASKS)
 
 
-def test_the_limits_are_told(small: Caller) -> None:
+def test_limits_are_in_the_server_info(small: Caller) -> None:
     info = small.cluster.GetServerInfo(cluster_pb2.GetServerInfoRequest())
     assert (info.limits.message_bytes, info.limits.message_tasks) == (MOST_BYTES, MOST_TASKS)
     assert "drafts" in info.features
 
 
-def test_a_message_of_an_upload_over_the_limit_is_refused(small: Caller) -> None:
+def test_upload_is_refused_when_a_message_is_over_the_limit(small: Caller) -> None:
     upload = small.channel.stream_unary("/lattice.v1.ArtifactService/WriteArtifact")
     with refused(Code.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE"):
         upload(iter([BROKEN * (MOST_BYTES + 1)]), timeout=60)
 
 
-def test_grpc_refuses_what_no_worker_may_send_either() -> None:
+def test_grpc_refuses_a_message_when_it_is_over_the_limit_of_workers() -> None:
     settings = {"worker_message_limit_bytes": 2 * MOST_BYTES, "message_limit_bytes": MOST_BYTES}
     with serving_aside(NoWorkers(), **settings) as address, calling(address) as caller:
         with pytest.raises(grpc.RpcError) as caught:
@@ -202,7 +202,7 @@ RECORDS = mock.patch.object(request_deserializer, "SLICE_RECORDS", 2)
 
 
 @given(st.lists(requests, max_size=6))
-def test_a_request_parsed_in_slices_is_the_one_parsed_at_once(parts: list[workflow_pb2.RunWorkflowRequest]) -> None:
+def test_request_is_the_same_when_it_is_parsed_in_slices(parts: list[workflow_pb2.RunWorkflowRequest]) -> None:
     data = b"".join(part.SerializeToString() for part in parts)
     with RECORDS:
         found = read(data)
@@ -212,7 +212,7 @@ def test_a_request_parsed_in_slices_is_the_one_parsed_at_once(parts: list[workfl
 
 
 @given(st.lists(requests, max_size=3), st.binary(max_size=12), st.integers(0, 500))
-def test_bytes_that_are_no_message_are_refused_in_slices_as_at_once(
+def test_refusal_is_the_same_when_malformed_bytes_are_parsed_in_slices(
     parts: list[workflow_pb2.RunWorkflowRequest], noise: bytes, place: int
 ) -> None:
     data = b"".join(part.SerializeToString() for part in parts)
@@ -229,7 +229,7 @@ def test_bytes_that_are_no_message_are_refused_in_slices_as_at_once(
     assert found == whole
 
 
-def test_a_slice_has_no_more_than_so_many_tasks() -> None:
+def test_slice_has_at_most_its_limit_of_tasks() -> None:
     turns = Turns()
     request = workflow_pb2.RunWorkflowRequest(workflow=graph(*(task(f"t{number}") for number in range(900))))
     with mock.patch.object(request_deserializer, "SLICE_RECORDS", 10):
@@ -237,7 +237,7 @@ def test_a_slice_has_no_more_than_so_many_tasks() -> None:
     assert turns.pauses >= 90
 
 
-def test_one_task_is_never_cut() -> None:
+def test_task_is_never_split_between_slices() -> None:
     long = task_pb2.TaskSpec(task_id="t", display_name="x" * 3 * request_deserializer.SLICE_BYTES)
     request = workflow_pb2.RunWorkflowRequest(workflow={"tasks": [long, long]})
     data = request.SerializeToString()

@@ -96,7 +96,7 @@ def test_an_open_run_starts_empty_grows_and_ends_when_it_is_closed(busy: Caller)
     assert next(stream.call, None) is None
 
 
-def test_an_open_run_has_a_graph_to_begin_with(busy: Caller) -> None:
+def test_open_run_starts_with_the_graph_of_its_opening(busy: Caller) -> None:
     stream = Stream(busy, workflow=graph(task("a")), labels={"k": "v"}, priority=3)
     assert (stream.accepted.run.labels, stream.accepted.run.priority) == ({"k": "v"}, 3)
     stream.until("events")
@@ -104,7 +104,7 @@ def test_an_open_run_has_a_graph_to_begin_with(busy: Caller) -> None:
     assert stream.until("ended").task_counts.succeeded == 1
 
 
-def test_a_refused_addition_is_told_in_the_stream_which_goes_on(idle: Caller) -> None:
+def test_stream_stays_open_when_an_addition_is_refused(idle: Caller) -> None:
     stream = Stream(idle)
     stream.add(task("a", ["nobody"]))
     stream.add()
@@ -121,7 +121,7 @@ def test_a_refused_addition_is_told_in_the_stream_which_goes_on(idle: Caller) ->
     assert results[3].added.revision == 2
 
 
-def test_a_repeated_addition_adds_nothing_again(idle: Caller) -> None:
+def test_addition_is_made_once_when_it_is_repeated(idle: Caller) -> None:
     stream = Stream(idle)
     request_id = fresh("request")
     for _ in range(2):
@@ -131,7 +131,7 @@ def test_a_repeated_addition_adds_nothing_again(idle: Caller) -> None:
     assert described(idle, stream.run_id).task_counts.total == 1
 
 
-def test_a_failed_task_ends_an_open_run_only_where_it_fails_fast(busy: Caller) -> None:
+def test_open_run_ends_when_a_task_fails_and_the_policy_is_fail_fast(busy: Caller) -> None:
     fast = Stream(busy)
     fast.add(task("a", function="fail"), task("b", function="wait"))
     assert fast.until("ended").state == run_pb2.RUN_STATE_FAILED
@@ -161,7 +161,7 @@ def test_an_open_run_is_cancelled_when_its_stream_breaks_and_none_comes(left: Ca
     assert "did not come back within 0.3 s" in found.failure.message
 
 
-def test_a_caller_that_ends_its_side_without_closing_is_told_of_the_end(left: Caller) -> None:
+def test_caller_gets_the_end_when_it_ends_its_side_without_close(left: Caller) -> None:
     stream = Stream(left)
     stream.hang_up()
     assert stream.until("ended").state == run_pb2.RUN_STATE_CANCELLED
@@ -182,7 +182,7 @@ def test_a_run_that_was_closed_goes_on_when_its_stream_breaks(left: Caller) -> N
     assert described(left, stream.run_id).state == run_pb2.RUN_STATE_RUNNING
 
 
-def test_the_newest_stream_holds_the_run_and_misses_nothing(busy: Caller) -> None:
+def test_newest_stream_gets_every_event_when_it_takes_a_run_over(busy: Caller) -> None:
     first = Stream(busy)
     first.add(task("a"))
     first.until("events")
@@ -205,7 +205,7 @@ def test_the_newest_stream_holds_the_run_and_misses_nothing(busy: Caller) -> Non
     assert fourth.ends() == [("task_succeeded", "b")]
 
 
-def test_a_repeated_opening_takes_the_run_over(idle: Caller) -> None:
+def test_run_is_taken_over_when_its_opening_is_repeated(idle: Caller) -> None:
     run_id = fresh()
     first = Stream(idle, run_id=None, **{"labels": {"a": "b"}})  # type: ignore[arg-type]  # the server names it
     assert first.accepted.created
@@ -233,14 +233,14 @@ def test_a_wrong_opening_is_refused(idle: Caller, opening: Any, code: grpc.Statu
         next(idle.workflows.OpenRun(iter([workflow_pb2.OpenRunRequest(**opening)]), timeout=TIMEOUT_S))
 
 
-def test_a_run_that_was_not_opened_cannot_be_held(idle: Caller) -> None:
+def test_takeover_is_refused_when_the_run_is_not_open(idle: Caller) -> None:
     run_id = run(idle).run.run_id
     opening = workflow_pb2.OpenRunOpening(run_id=run_id)
     with refused(grpc.StatusCode.FAILED_PRECONDITION, "RUN_NOT_OPEN"):
         next(idle.workflows.OpenRun(iter([workflow_pb2.OpenRunRequest(opening=opening)]), timeout=TIMEOUT_S))
 
 
-def test_an_answer_to_nothing_is_refused_in_the_stream(idle: Caller) -> None:
+def test_answer_is_refused_in_the_stream_when_its_question_is_unknown(idle: Caller) -> None:
     stream = Stream(idle)
     answer = workflow_pb2.QuestionAnswer(question_id="nobody/1", payload=json_payload("1"))
     stream.say(answers=[answer, workflow_pb2.QuestionAnswer(question_id="empty/1")])
@@ -248,7 +248,7 @@ def test_an_answer_to_nothing_is_refused_in_the_stream(idle: Caller) -> None:
     assert stream.heard[-1].received_answers == 2
 
 
-def test_a_caller_adds_to_an_open_run_of_another_one(idle: Caller) -> None:
+def test_tasks_are_added_when_another_caller_opened_the_run(idle: Caller) -> None:
     stream = Stream(idle)
     functions = {"work": function("work")}
     request = workflow_pb2.AddTasksRequest(run_id=stream.run_id, tasks=[task("a")], functions=functions)

@@ -1,4 +1,4 @@
-"""Pages: each row that is there all the time is on one page, whatever comes and goes between them."""
+"""Pages: a row that exists all the time is on exactly one page, while other rows are added and removed."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def test_each_row_is_seen_once_when_rows_come_and_go_between_pages(
     assert set(seen) >= before & set(listing.rows)
 
 
-def test_a_page_takes_no_more_rows_than_it_shows_and_one() -> None:
+def test_page_reads_at_most_one_row_more_than_it_shows() -> None:
     taken = []
 
     def rows() -> Any:

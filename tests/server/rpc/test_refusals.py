@@ -1,4 +1,4 @@
-"""What the server refuses: one test at least for each status code and reason it can answer with."""
+"""Refusals: at least one test for each status code and reason of the server."""
 
 from collections.abc import Callable
 from typing import Any
@@ -91,7 +91,7 @@ def test_a_malformed_task_is_refused_by_its_field(idle: Caller, bad: task_pb2.Ta
         ((task("a", inputs={"x": Binding(parameter="p")}),), 'tasks[0].inputs["x"]', "no parameter 'p'"),
     ],
 )
-def test_a_graph_that_names_what_is_not_there_is_refused(
+def test_graph_is_refused_when_it_names_a_missing_task_output_or_parameter(
     idle: Caller, tasks: tuple[task_pb2.TaskSpec, ...], field: str, text: str
 ) -> None:
     with refused(Code.INVALID_ARGUMENT, "INVALID_WORKFLOW") as refusal:
@@ -116,7 +116,7 @@ def test_a_task_after_itself_is_a_cycle(idle: Caller) -> None:
     assert refusal.metadata["cycle"] == "a -> a"
 
 
-def test_many_faults_are_counted_and_the_first_named(idle: Caller) -> None:
+def test_first_fault_is_named_when_a_graph_has_many(idle: Caller) -> None:
     with refused(Code.INVALID_ARGUMENT, "INVALID_WORKFLOW") as refusal:
         run(idle, task("a", after=[f"ghost-{number}" for number in range(40)]))
     assert refusal.metadata["total_violations"] == "40"
@@ -153,7 +153,7 @@ def test_a_malformed_run_is_refused_by_its_field(
     assert list(refusal.violations) == [field]
 
 
-def test_a_run_of_nothing_is_refused(idle: Caller) -> None:
+def test_run_is_refused_when_it_has_no_tasks(idle: Caller) -> None:
     with refused(Code.INVALID_ARGUMENT, "INVALID_WORKFLOW"):
         idle.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow=workflow_pb2.WorkflowSpec()))
 
@@ -164,7 +164,7 @@ def test_a_run_of_nothing_is_refused(idle: Caller) -> None:
         (task(isolation=resources_pb2.ISOLATION_DOCKER), "tasks[0].isolation"),
     ],
 )
-def test_what_is_not_served_yet_is_refused_and_never_ignored(
+def test_task_is_refused_when_it_needs_an_unsupported_isolation(
     idle: Caller, unserved: task_pb2.TaskSpec, field: str
 ) -> None:
     with refused(Code.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
@@ -295,7 +295,7 @@ def test_a_question_about_a_run_is_refused_by_its_field(idle: Caller) -> None:
         ("cluster.DrainNode", cluster_pb2.DrainNodeRequest(node_id="ghost"), "NODE_NOT_FOUND"),
     ],
 )
-def test_what_does_not_exist_is_not_found(idle: Caller, call: str, request_: Any, reason: str) -> None:
+def test_call_answers_not_found_when_its_id_is_unknown(idle: Caller, call: str, request_: Any, reason: str) -> None:
     with refused(Code.NOT_FOUND, reason):
         ask(idle, call, request_)
 
@@ -308,7 +308,7 @@ def test_a_task_the_run_does_not_have_is_not_found(idle: Caller, call: str) -> N
         getattr(idle.tasks, call)(request(run_id=run_id, task_id="ghost"))
 
 
-def test_nobody_asked_for_an_upload(idle: Caller) -> None:
+def test_upload_is_refused_when_its_transfer_is_unknown(idle: Caller) -> None:
     with refused(Code.NOT_FOUND, "TRANSFER_NOT_FOUND"):
         idle.workers.UploadArtifact(iter([worker_pb2.UploadArtifactRequest(transfer_id="x")]))
 
@@ -539,7 +539,7 @@ NOT_TEXT = b"\x0a\x01\xff"  # a text in field 1 that is not UTF-8
         "WorkerService/UploadArtifact",
     ],
 )
-def test_what_cannot_be_read_is_refused_and_not_logged(
+def test_request_is_refused_without_a_log_line_when_it_cannot_be_decoded(
     idle: Caller, method: str, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     stub = idle.channel.stream_stream(f"/lattice.v1.{method}")

@@ -152,7 +152,7 @@ def test_a_request_is_carried_out_again_when_it_failed() -> None:
     play(scenario())
 
 
-def test_a_request_is_carried_out_once_when_its_caller_leaves_and_comes_back_meanwhile() -> None:
+def test_request_is_carried_out_once_when_its_caller_reconnects() -> None:
     async def scenario() -> None:
         made, cache = Counting(), RequestCache()
         made.may_end.clear()

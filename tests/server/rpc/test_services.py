@@ -1,4 +1,4 @@
-"""What the services answer when all is well: pages, workflows step by step, events, artifacts, health, reflection."""
+"""Successful calls of the services: pages, workflows step by step, events, artifacts."""
 
 import asyncio
 import contextlib
@@ -84,7 +84,7 @@ def test_tasks_are_listed_as_defined_page_by_page(idle: Caller) -> None:
     assert not whole.next_page_token
 
 
-def test_what_is_large_comes_in_pages_and_messages_any_caller_takes(busy: Caller) -> None:
+def test_large_results_are_split_into_pages_and_messages_of_a_size(busy: Caller) -> None:
     """What this caller takes is what gRPC takes by default."""
     names = [f"t{number}" for number in range(24)]
     large = value('"' + "x" * 240_000 + '"')
@@ -141,7 +141,7 @@ def test_a_workflow_is_built_step_by_step_and_run(busy: Caller) -> None:
     assert busy.workflows.GetRun(workflow_pb2.GetRunRequest(run_id=started.run_id)).run.workflow_id
 
 
-def test_a_change_that_would_break_a_workflow_leaves_it_as_it_was(idle: Caller) -> None:
+def test_workflow_stays_when_a_change_is_refused(idle: Caller) -> None:
     spec = graph(task("a"), task("b", after=["a"]))
     stored = idle.workflows.CreateWorkflow(workflow_pb2.CreateWorkflowRequest(spec=spec)).workflow
     named = {"workflow_id": stored.workflow_id}
@@ -236,7 +236,7 @@ def test_a_failed_run_is_an_answer_and_no_error(busy: Caller) -> None:
     assert (counts.total, counts.failed, counts.skipped) == (2, 1, 1)
 
 
-def test_one_task_is_cancelled_and_what_needs_it_skipped(busy: Caller) -> None:
+def test_dependent_tasks_are_skipped_when_a_task_is_cancelled(busy: Caller) -> None:
     started = run(busy, task("a", function="wait"), task("b", after=["a"])).run
     call = busy.results.WatchRun(results_pb2.WatchRunRequest(run_id=started.run_id), timeout=60)
     for response in call:
@@ -249,7 +249,7 @@ def test_one_task_is_cancelled_and_what_needs_it_skipped(busy: Caller) -> None:
     assert cancelled.task.state == run_pb2.TASK_STATE_CANCELLED, "a second time changes nothing"
 
 
-def test_cancelling_is_told_and_may_be_repeated(idle: Caller) -> None:
+def test_cancellation_may_be_repeated(idle: Caller) -> None:
     run_id = run(idle).run.run_id
     request = workflow_pb2.CancelRunRequest(run_id=run_id, reason="enough")
     idle.workflows.CancelRun(request)
@@ -259,7 +259,19 @@ def test_cancelling_is_told_and_may_be_repeated(idle: Caller) -> None:
     assert idle.workflows.CancelRun(request).run == result
 
 
-def test_a_watch_goes_on_after_any_number(busy: Caller) -> None:
+def test_event_of_added_tasks_has_their_names(idle: Caller) -> None:
+    run_id = run(idle).run.run_id
+    added = [task("named", display_name="a name"), task("unnamed")]
+    request = workflow_pb2.AddTasksRequest(run_id=run_id, tasks=added, functions={"work": function()})
+    idle.workflows.AddTasks(request)
+    call = idle.results.WatchRun(results_pb2.WatchRunRequest(run_id=run_id))
+    event = next(e for response in call for e in response.events if e.HasField("tasks_added"))
+    call.cancel()
+    assert event.tasks_added.task_ids == ["named", "unnamed"]
+    assert event.tasks_added.display_names == ["a name", "unnamed"]
+
+
+def test_watch_resumes_after_any_sequence(busy: Caller) -> None:
     started = run(busy, task("a"), task("b", after=["a"])).run
     every = [event for response in watch(busy, started.run_id) for event in response.events]
     assert [event.sequence for event in every] == list(range(1, len(every) + 1))
@@ -305,7 +317,7 @@ def test_a_repeated_run_is_the_same_when_equal_large_inputs_are_uploaded_again(i
         start(b"y" * 300_000)
 
 
-def test_nothing_stays_of_an_artifact_whose_writing_broke_off() -> None:
+def test_artifact_is_not_stored_when_its_upload_breaks() -> None:
     class Beside(NoWorkers):
         async def start(self, contact: Contact, post: object) -> None:
             self.store = Path(contact.local_target.removeprefix("unix:")).parent
@@ -393,7 +405,7 @@ def test_an_upload_is_refused_when_one_of_its_parts_is_over_the_limit(idle: Call
     assert refusal.metadata == {"field": "data"}
 
 
-def test_health_is_told_for_the_server_and_each_service(idle: Caller) -> None:
+def test_health_answers_for_the_server_and_each_service(idle: Caller) -> None:
     health = health_pb2_grpc.HealthStub(idle.channel)
     for name in (
         "",
@@ -406,7 +418,7 @@ def test_health_is_told_for_the_server_and_each_service(idle: Caller) -> None:
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_reflection_tells_the_services_and_their_files(idle: Caller) -> None:
+def test_reflection_lists_the_services_and_their_files(idle: Caller) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(idle.channel)
     ask = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
@@ -429,7 +441,7 @@ def test_a_port_belongs_to_one_server() -> None:
     asyncio.run(second())
 
 
-def test_nothing_is_logged_of_readers_that_leave_in_the_middle(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged_when_a_reader_disconnects(caplog: pytest.LogCaptureFixture) -> None:
     chunk = artifact_pb2.WriteArtifactRequest(data=bytes(2**20))
     with serving_aside(NoWorkers()) as address, calling(address) as caller:
         # More than fits on the way to a reader: the server comes to wait until it can write.

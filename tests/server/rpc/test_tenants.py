@@ -1,4 +1,4 @@
-"""What one tenant learns of another: nothing, by any RPC. The requests are made from the descriptors."""
+"""Isolation of tenants: another tenant's ids are answered like missing ones, by every RPC."""
 
 import importlib
 import re
@@ -27,14 +27,14 @@ METHODS = [
     for file in MODULES
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
-    if service.full_name != "lattice.v1.WorkerService"  # of workers, who run the tasks of all tenants
+    if service.full_name != "lattice.v1.WorkerService"  # Workers run the tasks of all tenants.
 ]
 MAX_DEPTH = 6
 
 
 @dataclass(frozen=True)
 class World:
-    """A server, its callers, and the names of what a tenant has there."""
+    """A server, its callers, and the ids of one tenant's runs, workflows and artifacts."""
 
     a: Caller
     b: Caller
@@ -57,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         entry("b", tenant="b", scopes=["submit"]),
         entry("admin", tenant="ops", scopes=["admin"]),
         entry("gateway", tenant="*", scopes=["submit"]),
-        # One for each method: what it makes itself by a name is no other tenant's.
+        # A tenant for each method, since a call may create a run or a workflow by the id it names.
         *(entry(method.full_name, tenant=method.full_name, scopes=["submit"]) for method in METHODS),
     )
     with serving_aside(NoWorkers(), token="operator", tokens_file=str(path)) as address, calling(address) as stranger:
@@ -162,7 +162,7 @@ def put_workflow(request: Any, workflow: workflow_pb2.WorkflowSpec) -> bool:
 
 
 def answer(caller: Caller, method: MethodDescriptor, request: Any, names: Mapping[str, str]) -> str:
-    """Return how a call ends and what it says, with the names taken out."""
+    """Return the status and text of a call, with the ids replaced."""
     service, _, name = method.full_name.rpartition(".")
     kind = "stream" if method.client_streaming else "unary", "stream" if method.server_streaming else "unary"
     stub = getattr(caller.channel, "_".join(kind))(
@@ -179,12 +179,12 @@ def answer(caller: Caller, method: MethodDescriptor, request: Any, names: Mappin
         text = f"{found.code()} {found.details()}"
     for field, value in names.items():
         text = text.replace(value, f"<{field}>") if len(value) > 1 else text
-    # What is different each time.
+    # Times and new ids differ in each call.
     return re.sub(r"(seconds|nanos): -?\d+|(run|workflow)-[0-9a-f]{32}|[0-9]{2,}", "#", text)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
-def test_another_tenants_things_are_answered_as_those_that_do_not_exist(world: World, method: MethodDescriptor) -> None:
+def test_answer_is_that_of_a_missing_id_when_an_id_is_another_tenants(world: World, method: MethodDescriptor) -> None:
     # As long as the real ones, and of the same form.
     ghosts = {
         "run_id": fresh(),
@@ -200,7 +200,7 @@ def test_another_tenants_things_are_answered_as_those_that_do_not_exist(world: W
 
 
 def state(world: World) -> list[Any]:
-    """Return what the tenant sees of its things."""
+    """Return the runs, workflows and artifact of the tenant."""
     results = world.a.results.GetResult(
         results_pb2.GetResultRequest(run_id=world.names["run_id"], wait=Duration(nanos=1))
     )
@@ -223,7 +223,7 @@ def workflow_ids(caller: Caller) -> set[str]:
     return {found.workflow_id for found in listed.workflows}
 
 
-def test_lists_show_what_the_tenant_has(world: World) -> None:
+def test_lists_show_runs_and_workflows_of_the_tenant_only(world: World) -> None:
     own = run(world.b).run
     assert own.tenant == "b"
     assert own.run_id in run_ids(world.b)
@@ -252,7 +252,7 @@ def test_a_request_for_another_tenant_is_refused_whether_there_is_one_or_not(wor
     assert run(world.b, tenant="b").run.tenant == "b"
 
 
-def test_whoever_reaches_all_tenants_runs_for_any(world: World) -> None:
+def test_run_starts_for_any_tenant_when_the_token_reaches_all(world: World) -> None:
     for caller, own in ((world.admin, "ops"), (world.operator, ""), (world.gateway, "")):
         assert run(caller).run.tenant == own
         started = run(caller, tenant="a").run
@@ -286,7 +286,7 @@ def test_two_tenants_may_use_the_same_id(world: World) -> None:
     assert f"run '{late.run_id}'" in refusal.message
 
 
-def test_equal_uploads_and_code_are_each_tenants_own(world: World) -> None:
+def test_equal_uploads_and_code_belong_to_each_tenant(world: World) -> None:
     data = fresh("content").encode()
 
     def upload(caller: Caller) -> str:
@@ -314,7 +314,7 @@ def test_equal_uploads_and_code_are_each_tenants_own(world: World) -> None:
     assert world.b.workflows.RunWorkflow(by_digest).created
 
 
-def test_a_task_that_is_added_names_its_tenants_artifacts_only(world: World) -> None:
+def test_added_task_is_refused_when_it_names_another_tenants_artifact(world: World) -> None:
     artifact = {"artifact_id": world.names["artifact_id"], "size_bytes": 1, "node_id": "head"}
     reading = task("more", inputs={"x": {"payload": {"artifact": artifact}}})
     for caller, is_own in ((world.a, True), (world.b, False)):
@@ -330,7 +330,7 @@ def test_a_task_that_is_added_names_its_tenants_artifacts_only(world: World) -> 
                     caller.workflows.AddTasks(request)
 
 
-def test_a_request_id_is_its_subjects_own(world: World) -> None:
+def test_request_id_belongs_to_its_subject(world: World) -> None:
     request_id = fresh("request")
     for caller in (world.a, world.b):
         run_id = run(caller).run.run_id
@@ -366,7 +366,7 @@ def test_a_draft_belongs_to_the_tenant_that_sent_it(world: World) -> None:
 
 
 @pytest.mark.parametrize("where", ["input", "parameter", "run of one task", "stored workflow", "draft"])
-def test_another_tenants_artifact_is_refused_wherever_a_request_names_it(world: World, where: str) -> None:
+def test_request_is_refused_when_it_names_another_tenants_artifact(world: World, where: str) -> None:
     def ask(caller: Caller) -> object:
         payload = {"artifact": {"artifact_id": world.names["artifact_id"], "size_bytes": 27, "node_id": "head"}}
         reading = graph(task("t", inputs={"x": {"payload": payload}}))

@@ -1,4 +1,4 @@
-"""Tokens that come, go and expire while a server runs: who gets in, and which calls end."""
+"""Tokens that are added, removed and expire while a server runs, and the calls they end."""
 
 import os
 import threading
@@ -175,7 +175,7 @@ def test_open_calls_end_when_their_token_no_longer_holds(
     assert greet(scene.kept) is Code.OK
 
 
-def test_a_token_that_comes_is_let_in_and_one_that_goes_is_not(scene: Scene) -> None:
+def test_tokens_are_added_and_removed_when_the_file_changes(scene: Scene) -> None:
     with calling(scene.address) as stranger:
         new = Caller(Signed(stranger.channel, token_of("new")))
         assert greet(new) is Code.UNAUTHENTICATED
@@ -188,9 +188,7 @@ def test_a_token_that_comes_is_let_in_and_one_that_goes_is_not(scene: Scene) -> 
 
 
 @pytest.mark.parametrize("harm", ["broken", "readable", "removed", "half"])
-def test_a_file_that_is_not_as_it_must_be_changes_nothing(
-    scene: Scene, harm: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tokens_stay_when_the_file_is_wrong(scene: Scene, harm: str, caplog: pytest.LogCaptureFixture) -> None:
     ends = open_calls(scene.gone)
     match harm:
         case "broken":
@@ -219,7 +217,7 @@ def test_a_file_that_is_not_as_it_must_be_changes_nothing(
     assert greet(scene.kept) is Code.OK
 
 
-def test_an_expired_token_is_refused_by_the_clock_of_the_day() -> None:
+def test_token_expires_by_the_wall_clock() -> None:
     now = [1000.0]
 
     def shown() -> str:
@@ -243,7 +241,7 @@ def test_odd_tokens_are_not_valid(value: str | bytes) -> None:
         authentication.authenticate([("authorization", value)])
 
 
-def test_many_wrong_tokens_fill_no_log(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_lines_are_limited_when_many_tokens_are_wrong(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"), calling(scene.address) as stranger:
         for number in range(3 * LINES):
             caller = Caller(Signed(stranger.channel, f"wrong-{number}"))
@@ -254,7 +252,7 @@ def test_many_wrong_tokens_fill_no_log(scene: Scene, caplog: pytest.LogCaptureFi
     assert "wrong-" not in caplog.text
 
 
-def test_a_node_belongs_to_who_registered_it(tmp_path: Path) -> None:
+def test_node_belongs_to_the_subject_that_registered_it(tmp_path: Path) -> None:
     path = write_tokens(
         tmp_path / "tokens.toml",
         entry("one", scopes=["worker"]),

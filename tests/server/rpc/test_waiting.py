@@ -1,4 +1,4 @@
-"""Calls that wait: for the end of what they started, and in silence."""
+"""Calls that wait for the end of a run or a task."""
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -17,7 +17,7 @@ def test_a_run_that_goes_on_is_answered_when_the_wait_is_over(idle: Caller) -> N
     assert idle.results.GetResult(request).run.state == run_pb2.RUN_STATE_RUNNING
 
 
-def test_how_long_a_caller_waits_makes_it_no_other_run(idle: Caller) -> None:
+def test_run_is_the_same_when_only_the_wait_differs(idle: Caller) -> None:
     run_id = fresh()
     for number in range(3):
         wait = Duration(nanos=number)
@@ -25,7 +25,7 @@ def test_how_long_a_caller_waits_makes_it_no_other_run(idle: Caller) -> None:
         assert idle.tasks.RunTask(request).created == (number == 0)
 
 
-def test_a_silent_call_may_be_as_long_as_it_likes() -> None:
+def test_call_stays_open_when_it_is_silent() -> None:
     """Pings keep it alive; a server that takes them for an attack ends the connection."""
     options = [("grpc.keepalive_time_ms", int(PING_S * 1000)), ("grpc.http2.max_pings_without_data", 0)]
     with (

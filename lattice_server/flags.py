@@ -1,0 +1,78 @@
+"""Owns the flags of `lattice start`, and turns errors about them into those of the command line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+
+from lattice_server import pidfile, security
+from lattice_server.config import ServerConfig
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """The flags of `lattice start`; None for a flag that was not given."""
+
+    head: bool
+    worker: bool
+    addr: str | None
+    node_id: str | None
+    drain_deadline: float
+    host: str
+    port: int
+    executor: str
+    node_ip: str | None
+    ray_address: str | None
+    ray_workers: int
+    num_cpus: float | None
+    num_gpus: int | None
+    memory: int | None
+    gpu_memory: int | None
+    labels: tuple[str, ...]
+    tls_cert: Path | None
+    tls_key: Path | None
+    tls_ca: Path | None
+    token_file: Path | None
+    tokens_file: Path | None
+    insecure: bool
+    config_file: Path | None
+    verbose: bool
+    log_level: str | None
+    log_format: str | None
+
+    def logging(self, config: ServerConfig) -> ServerConfig:
+        """Return a configuration with the flags of the log."""
+        level = self.log_level or ("info" if self.verbose else config.log_level)
+        return replace(config, log_level=level, log_format=self.log_format or config.log_format)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory to offer, in bytes."""
+        return None if self.memory is None else self.memory * MIB
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        """The memory of each GPU, in bytes."""
+        return None if self.gpu_memory is None else self.gpu_memory * MIB
+
+
+@contextmanager
+def noting() -> Iterator[None]:
+    """Show an unsafe folder of notes as an error of the command. Raises click.ClickException."""
+    try:
+        yield
+    except pidfile.UnsafeError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@contextmanager
+def secured() -> Iterator[None]:
+    """Show a wrong token or certificate as an error of its flag. Raises click.UsageError."""
+    try:
+        yield
+    except security.SecurityError as error:
+        raise click.UsageError(str(error)) from None
