@@ -230,7 +230,7 @@ class AsyncOpenRun(AsyncRun):
 
 def _release(stream: OpenRunStream, steps: Steps) -> None:
     steps.stop()
-    stream.abandon()
+    stream.release()
 
 
 class Opening:
