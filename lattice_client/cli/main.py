@@ -114,7 +114,7 @@ def _state(node: cluster_pb2.Node) -> str:
     return cluster_pb2.NodeState.Name(node.state).removeprefix("NODE_STATE_").lower()
 
 
-# Arguments after the script belong to the script, also those that look like an option of this command.
+# Arguments after the script belong to the script, even if they look like an option of this command.
 @main.command(context_settings={"allow_interspersed_args": False})
 @address
 @click.argument("script", type=click.Path(exists=True, dir_okay=False))

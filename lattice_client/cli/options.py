@@ -171,7 +171,7 @@ def show(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], *, wrapped: 
 
 
 def as_dict(message: Message) -> dict[str, Any]:
-    """Return a message as a dict with all its fields, also those that are zero."""
+    """Return a message as a dict with all its fields, including zeros."""
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 

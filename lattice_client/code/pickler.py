@@ -1,10 +1,10 @@
-"""Owns how code that lives in one process only is pickled: cloudpickle, and the kinds of objects it cannot write.
+"""Owns pickling code that other processes cannot import: cloudpickle, and objects that cloudpickle cannot pickle.
 
-Rule: pickle and cloudpickle alone read what is written here. The client and the runner each have this file.
+Rule: pickle and cloudpickle can load the result. The client and the runner have the same file.
 
 A pickled function is a series of pickles: the function; dicts of names and values for its `__main__` module, which
-share the function's memo, and None after the last; and a dict of facts, which stands alone: `sources`, the lines of its
-source text by file and number, and `left_out`, the modules that were not sent, each with the reason.
+share the function's memo, and None after the last; and a separate dict of `sources`, the source lines by file and line
+number, and `left_out`, the modules that were not sent, each with the reason.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ import cloudpickle
 
 MAIN = frozenset({"__main__", "__mp_main__"})
 MAIN_ATTRIBUTES = ("__package__", "__file__", "__path__")
-# The file name that cloudpickle writes into all code.
+# The file name that cloudpickle writes into every code object.
 BLANK = "<dynamic-code>"
 STANDARD = os.path.dirname(os.__file__)
 NAMES = re.compile(r"[^\W\d]\w*")
@@ -36,7 +36,7 @@ MAX_SOURCE_BYTES = 256 * 1024
 
 
 def _named(rebuild: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a reducer of objects that pickle would only name: it names those that another process can import."""
+    """Return a reducer that writes an importable object as its name, and rebuilds any other object."""
 
     def reduce(obj: Any) -> Any:
         module = getattr(obj, "__module__", None)
@@ -57,9 +57,9 @@ def _code(code: CodeType) -> Any:
 
 def _cell(cell: CellType) -> Any:
     try:
-        # As state, because what is in the cell may lead back to it.
+        # As state, because the content may refer to the cell.
         return CellType, (), (None, {"cell_contents": cell.cell_contents})
-    except ValueError:  # it is empty
+    except ValueError:  # the cell is empty
         return CellType, ()
 
 
@@ -71,7 +71,7 @@ def _module(module: ModuleType) -> Any:
 
 def _cached(function: Any) -> Any:
     found = function.cache_parameters()
-    # What `functools.lru_cache` itself calls; the copy's cache is empty.
+    # The class that `functools.lru_cache` calls; the cache of the copy is empty.
     args = (function.__wrapped__, found["maxsize"], found["typed"], functools._CacheInfo)
     return functools._lru_cache_wrapper, args, vars(function)
 
@@ -98,40 +98,40 @@ REDUCERS: dict[type, Callable[[Any], Any]] = {
 def _class(
     cls: Any, meta: Any, name: str, bases: tuple[Any, ...], members: dict[str, Any], *more: Any
 ) -> tuple[Any, ...]:
-    """Return the arguments from which a class is made anew, completed."""
+    """Return the complete arguments for creating a class again."""
     if meta.__name__ == "_TypedDictMeta" and bases == (dict,):
-        # What it inherits from others of its kind is its own as well.
+        # A TypedDict has the inherited keys as its own.
         bases = (sys.modules[meta.__module__].TypedDict,)
     if "__slots__" in vars(cls) and typing.NamedTuple not in bases:
-        # Without them, instances of the class that is made have a dict.
+        # Without them, instances of the new class have a `__dict__`.
         members["__slots__"] = cls.__slots__
     return meta, name, bases, members, *more
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Pickles values; functions and classes that no other process can import are written whole."""
+    """Pickles values. Functions and classes that no other process can import are pickled by value."""
 
     dispatch_table: ClassVar = ChainMap(REDUCERS, *cloudpickle.Pickler.dispatch_table.maps)
 
     def __init__(self, file: Any, buffer_callback: Callable[[Any], Any] | None = None) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffer_callback)
-        # In a child of `multiprocessing` the script is a module of that name; elsewhere the name is an alias.
+        # In a child of `multiprocessing` the script has this module name; elsewhere the name is an alias.
         if (script := sys.modules.get("__mp_main__")) is not None and script.__name__ == "__mp_main__":
             cloudpickle.register_pickle_by_value(script)
 
     def reducer_override(self, obj: Any) -> Any:
-        """Return how to write a function or a class."""
+        """Return the reduction of a function or a class."""
         kind = type(obj)
         if kind is not FunctionType and not issubclass(kind, type):
             return NotImplemented
         if obj is functools._CacheInfo:
-            return "_CacheInfo"  # its own name is another
+            return "_CacheInfo"  # its `__name__` differs from the attribute
         reduced = super().reducer_override(obj)
         if reduced is NotImplemented:
             return reduced
         make, args, *rest = reduced
         if make.__name__ == "_make_function":
-            # Its own cells instead of copies: functions that share a variable still do.
+            # The cells themselves instead of copies, so that functions still share variables.
             return make, (*args[:-1], obj.__closure__), *rest
         if make.__name__ == "_make_skeleton_class":
             return make, _class(obj, *args), *rest
@@ -146,9 +146,9 @@ def dumps(value: Any, buffer_callback: Callable[[Any], Any] | None = None) -> by
 
 
 class FunctionPickler(Pickler):
-    """Pickles one function, and notes what it takes to run it elsewhere.
+    """Pickles one function, and collects the modules and names that it needs.
 
-    `modules` are those that are imported to load it; `codes` all code that is written whole.
+    `modules` are the modules that loading imports; `codes` are the code objects in the pickle.
     """
 
     def __init__(self, function: Any) -> None:
@@ -158,14 +158,14 @@ class FunctionPickler(Pickler):
         self.codes: list[CodeType] = []
         self._function = function
         self._script = vars(sys.modules["__main__"])
-        # All functions of the script have the loading process's `__main__` for their globals.
+        # The globals of all functions of the script are the `__main__` of the process that loads them.
         self._globals = _Globals()
         self.globals_ref[id(self._script)] = self._globals
         self._brought: dict[str, Any] = {}
         self._annotated: dict[str, None] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        """Return how to write an object, and note what it is."""
+        """Return the reduction of an object, and collect its module, code and names."""
         if obj is self._globals:
             return vars, (sys.modules["__main__"],)
         reduced = super().reducer_override(obj)
@@ -199,11 +199,11 @@ class FunctionPickler(Pickler):
                 self._annotated |= dict.fromkeys(NAMES.findall(str(annotation)))
 
     def dump_function(self) -> None:
-        """Write the function, and what its `__main__` module has to hold."""
+        """Write the function, and the names that its `__main__` module needs."""
         self.dump(self._function)
         if self._globals:
             self._brought |= {name: self._script[name] for name in MAIN_ATTRIBUTES if name in self._script}
-        # Classes that are written bring names of their own.
+        # Pickled classes may need further names.
         written: set[str] = set()
         while True:
             for name in [name for name in self._annotated if name in self._script and name not in self._brought]:
@@ -217,7 +217,7 @@ class FunctionPickler(Pickler):
         self.dump(None)
 
     def _is_at_hand(self, name: str) -> bool:
-        """Whether a name that only annotations mention can be brought without modules that nothing else needs."""
+        """Whether the value of a name used only in annotations needs no further modules."""
         probe = FunctionPickler(self._script[name])
         try:
             probe.dump(self._script[name])
@@ -227,7 +227,7 @@ class FunctionPickler(Pickler):
         return needed <= there | sys.stdlib_module_names
 
     def sources(self) -> dict[str, dict[int, str]]:
-        """Return the lines of all code that is written whole, as far as they are known."""
+        """Return the source lines of all code in the pickle, as far as they are available."""
         found: dict[str, dict[int, str]] = {}
         size = 0
         for code in self.codes:
@@ -242,13 +242,13 @@ class FunctionPickler(Pickler):
         return {name: dict(sorted(found[name].items())) for name in sorted(found)}
 
     def getvalue(self, **facts: Any) -> bytes:
-        """Return all that was written, and the facts that are not empty."""
+        """Return the pickles, and the facts that are not empty."""
         said = {name: value for name, value in facts.items() if value}
         return self._file.getvalue() + (pickle.dumps(said, protocol=5) if said else b"")
 
 
 class _Globals(dict[str, Any]):
-    """Stands for the globals of the script while its functions are pickled."""
+    """Replaces the globals of the script while its functions are pickled."""
 
 
 def _lines(code: CodeType) -> Iterator[int]:

@@ -49,7 +49,12 @@ def decoded(found: Any) -> Any:
         case RunEvent():
             return replace(found, data=decoded(found.data)) if "outputs" in found.data else found
         case RunError():
-            raise _rebuilt(found)
+            try:
+                raise _rebuilt(found)
+            finally:
+                # The traceback of the error refers to this frame, with the run's inputs and outputs above it. A
+                # reference back to the error would keep all of them until the next full garbage collection.
+                del found
         case _:
             return found
 

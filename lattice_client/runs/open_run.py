@@ -163,7 +163,7 @@ class AsyncOpenRun(AsyncRun):
         return await super().fetched_result(timeout, partial)
 
     async def as_completed(self, tasks: Iterable[LatticeTask]) -> AsyncIterator[LatticeTask]:
-        """Yield tasks of the run in the order in which they end, also those that fail."""
+        """Yield tasks of the run in the order in which they end, including failed ones."""
         left = list(tasks)
         while left:
             await self._until(partial(self.stream.task_ends.has_any, [task.task_id for task in left]))
@@ -230,7 +230,7 @@ class AsyncOpenRun(AsyncRun):
 
 def _release(stream: OpenRunStream, steps: Steps) -> None:
     steps.stop()
-    stream.abandon()
+    stream.release()
 
 
 class Opening:

@@ -29,8 +29,8 @@ class OpenRunStream:
     """
 
     def __init__(self, channel: Channel, opening: workflow_pb2.OpenRunOpening, grace_s: float) -> None:
-        self.on_question: Callable[[workflow_pb2.Question], None] = lambda question: None
-        self.on_withdrawal: Callable[[str], None] = lambda question_id: None
+        self.on_question: Callable[[workflow_pb2.Question], None] = _ignore
+        self.on_withdrawal: Callable[[str], None] = _ignore
         self.run_id = ""
         self.ended: run_pb2.Run | None = None
         self.results: dict[str, workflow_pb2.AdditionResult] = {}
@@ -109,6 +109,11 @@ class OpenRunStream:
         if stream is not None:
             stream.abandon()
 
+    def release(self) -> None:
+        """Cancel the stream, and drop the handlers: they refer to objects that refer to this one."""
+        self.abandon()
+        self.on_question = self.on_withdrawal = _ignore
+
     def _receive(self, response: workflow_pb2.OpenRunResponse) -> None:
         for result in response.additions:
             if self._additions.pop(result.request_id, None) is not None:
@@ -161,3 +166,7 @@ class OpenRunStream:
             if not self._is_closed and self._stream is not None:
                 self._stream.send(workflow_pb2.OpenRunRequest(close=True))
             self._is_closed = True
+
+
+def _ignore(message: object) -> None:
+    """Handle a message without any effect."""

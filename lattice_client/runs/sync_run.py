@@ -140,7 +140,7 @@ class OpenRun(Run):
         return blocking(self.twin.map(task_func, over, inputs, task_name, task_id=task_id, **misplaced))
 
     def as_completed(self, tasks: Iterable[LatticeTask], timeout: float | None = None) -> Iterator[LatticeTask]:
-        """Yield tasks of the run in the order in which they end, also those that fail. Raises TimeoutError."""
+        """Yield tasks of the run in the order in which they end, including failed ones. Raises TimeoutError."""
         yield from iterate(self.twin.api, self.twin.as_completed(tasks), self, timeout)
 
     def questions(self, timeout: float | None = None) -> Iterator[Question]:

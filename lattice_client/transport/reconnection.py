@@ -42,7 +42,10 @@ class Reconnection:
         """Wait for the backoff before the call is repeated. Raises the error of a final failure, LimitReachedError."""
         # An error with a reason comes from the server and is final; one without comes from gRPC's broken stream.
         if error.code not in RESUMABLE or (isinstance(error, errors.InternalError) and error.reason):
-            raise _final(error) from None
+            try:
+                raise _final(error) from None
+            finally:
+                del error  # its traceback refers to this frame
         now = self._rpc.now()
         if self._lost_at is None:
             self._lost_at = now

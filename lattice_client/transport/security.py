@@ -1,6 +1,6 @@
-"""Owns what makes a connection safe: TLS, the token, and which servers need them.
+"""Owns the security of a connection: the address, TLS and the token.
 
-Rule: beyond this machine nothing is dialled without both, unless the caller says so.
+Rule: a connection beyond this machine needs TLS and a token, unless the caller sets `insecure`.
 """
 
 import functools
@@ -28,21 +28,21 @@ UNKNOWN_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 EXAMPLE = "such as 127.0.0.1:50051"
 TLS_PORT = 443
 MAX_PORT = 65535
-# What a server listens on to be reached by any of its addresses.
+# The hosts by which a server listens on all its addresses.
 ANY = frozenset({"0.0.0.0", "[::]", "::", "*"})
 PRINTABLE = re.compile(r"[!-~]+")
 
 
 class SecurityOptions(TypedDict, total=False):
-    """What makes a connection safe. What is left out, or None, comes from the environment.
+    """The security options of a connection. An option that is missing or None is read from the environment.
 
     Attributes:
-        token: what the server was given as its token; LATTICE_TOKEN.
-        tls_ca: a PEM file of who may have signed the server's certificate; LATTICE_TLS_CA. Without it a target
-            `grpcs://host:port` trusts whom this system trusts.
-        tls_cert: a PEM file with the caller's own certificate, for servers that ask for one; LATTICE_TLS_CERT.
-        tls_key: its key; LATTICE_TLS_KEY.
-        insecure: go beyond this machine without TLS or a token; LATTICE_INSECURE=1.
+        token: the token of the server, or of the caller; LATTICE_TOKEN.
+        tls_ca: a PEM file with the authorities that may have signed the server's certificate; LATTICE_TLS_CA. Without
+            it, a target `grpcs://host:port` trusts the authorities of this system.
+        tls_cert: a PEM file with the client's certificate, for servers that require one; LATTICE_TLS_CERT.
+        tls_key: the key of that certificate; LATTICE_TLS_KEY.
+        insecure: allow a connection beyond this machine without TLS or a token; LATTICE_INSECURE=1.
     """
 
     token: str | None
@@ -54,7 +54,7 @@ class SecurityOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """How to dial a server: its address as gRPC reads it, credentials unless it is plain, the token if any."""
+    """How to connect to a server. Without `credentials` the connection is not encrypted."""
 
     address: str
     credentials: grpc.ChannelCredentials | None
@@ -71,11 +71,11 @@ def secure(
     tls_key: str | Path | None = None,
     insecure: bool | None = None,
 ) -> Security:
-    """Return how to dial a target; see `SecurityOptions`.
+    """Return how to connect to a target; see `SecurityOptions`.
 
     Raises:
-        TargetError: it is no address.
-        SecurityError: dialling it would not be safe.
+        TargetError: the target is not an address.
+        SecurityError: the connection would not be secure.
     """
     token = token or os.environ.get("LATTICE_TOKEN") or None
     if token is not None and not PRINTABLE.fullmatch(token):
@@ -105,7 +105,7 @@ def secure(
 
 
 def is_on_this_machine(address: str) -> bool:
-    """Whether an address, as gRPC reads it, cannot lead to another machine. What is not understood may."""
+    """Whether an address, as gRPC resolves it, certainly belongs to this machine."""
     if address.startswith("unix:"):
         return True
     for prefix in RESOLVERS:
@@ -121,7 +121,7 @@ def is_on_this_machine(address: str) -> bool:
 
 
 def _checked(address: str, target: str, default_port: int | None) -> str:
-    """Return an address that names a host and a port wherever gRPC would guess the port. Raises TargetError."""
+    """Return an address with a host and a port, where gRPC would otherwise assume a port. Raises TargetError."""
     if OTHER_RESOLVERS.match(address):
         return address
     prefix = found.group() if (found := NAMED_RESOLVERS.match(address)) else ""
@@ -145,13 +145,13 @@ def _endpoint(endpoint: str, target: str, default_port: int | None) -> str:
         raise TargetError(f"the target {target!r} has port {port!r}: a port is a number from 1 to {MAX_PORT}")
     if host in ANY:
         way = f"127.0.0.1:{port} leads to a server on this machine"
-        raise TargetError(f"the target {target!r} is where a server listens, and no address to dial: {way}")
+        raise TargetError(f"the target {target!r} is an address to listen on, not to connect to: {way}")
     return f"{host}:{port}"
 
 
 def _split(target: str) -> tuple[str, bool]:
     if not isinstance(target, str):
-        raise TargetError(f"a target is a text, host:port, {EXAMPLE}; not a {type(target).__name__}")
+        raise TargetError(f"a target must be a text, host:port, {EXAMPLE}, not a {type(target).__name__}")
     target = target.strip()
     if not PRINTABLE.fullmatch(target):
         raise TargetError(f"the target {target!r} is no address: write host:port, {EXAMPLE}")
@@ -171,7 +171,7 @@ def _credentials(
     if (certificate is None) != (key is None):
         given, missing = ("KEY", "CERT") if certificate is None else ("CERT", "KEY")
         raise SecurityError(f"LATTICE_TLS_{given} (tls_{given.lower()}) needs LATTICE_TLS_{missing}")
-    # gRPC would say only when dialling that something is wrong, and not what.
+    # gRPC reports a wrong file only with the first call, and without the cause.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if authority is not None:
         try:
@@ -190,4 +190,5 @@ def _credentials(
 
 @functools.cache
 def _warn(address: str, missing: str) -> None:
-    log.warning("%s is dialled without %s: others may read what is sent, or answer in its place", address, missing)
+    text = "%s is dialled without %s: others can read the messages, or answer instead of the server"
+    log.warning(text, address, missing)

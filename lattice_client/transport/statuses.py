@@ -1,6 +1,6 @@
 """Owns the conversion of gRPC errors, and of refusals within a stream, to this package's exceptions.
 
-Rule: the message says what happened, where, and what the caller can do about it.
+Rule: each message names the failure, the server and the correction.
 """
 
 import re

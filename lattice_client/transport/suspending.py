@@ -173,7 +173,7 @@ class AsyncOpenCall(OpenCall[R], Generic[R]):
         self._reading.add_done_callback(lambda _: on_end(self))
 
     async def last(self) -> R | None:
-        """Wait for the last message; None on any other event loop than the one that started the call."""
+        """Wait for the last message; None on another event loop."""
         if self._loop is not asyncio.get_running_loop():
             return None
         await asyncio.wait([self._reading])

@@ -27,7 +27,7 @@ def client(address: str) -> Iterator[LatticeClient]:
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Path:
-    """A pipe: who reads it waits until somebody writes."""
+    """A named pipe: a reader blocks until a writer opens it."""
     os.mkfifo(tmp_path / "gate")
     return tmp_path / "gate"
 

@@ -1,4 +1,4 @@
-"""Objects of many kinds: the script that makes them, what a task finds of them, and what that has to be."""
+"""Objects of many types: the script that creates them, a task that describes them, and the expected descriptions."""
 
 from typing import Any
 

@@ -72,7 +72,7 @@ def test_calls_start_no_thread(client: LatticeClient, monkeypatch: pytest.Monkey
     assert started == []
 
 
-def test_streams_are_forgotten_when_they_are_read_to_their_end(
+def test_calls_are_released_when_they_were_read_to_the_end(
     client: LatticeClient, streams: list[MessageStream[Any]]
 ) -> None:
     run = start(client)
@@ -83,7 +83,7 @@ def test_streams_are_forgotten_when_they_are_read_to_their_end(
     assert other.result() == {"result": 2}
 
 
-def test_streams_of_refused_runs_are_forgotten(client: LatticeClient, streams: list[MessageStream[Any]]) -> None:
+def test_calls_of_refused_runs_are_released(client: LatticeClient, streams: list[MessageStream[Any]]) -> None:
     for _ in range(3):
         with pytest.raises(NotFoundError):
             client.get_workflow("nothing").run()
@@ -92,7 +92,7 @@ def test_streams_of_refused_runs_are_forgotten(client: LatticeClient, streams: l
     assert other.result() == {"result": 2}
 
 
-def test_streams_of_dropped_runs_are_forgotten_with_the_next_call(streams: list[MessageStream[Any]]) -> None:
+def test_calls_of_dropped_runs_are_released_with_the_next_call(streams: list[MessageStream[Any]]) -> None:
     with waiting_client() as client:
         runs = [start(client) for _ in range(3)]
         next(runs[0].events())
@@ -107,7 +107,7 @@ def test_streams_of_dropped_runs_are_forgotten_with_the_next_call(streams: list[
         assert [client.get_run(run_id).status() for run_id in [*run_ids, other]] == ["running"] * 4
 
 
-def test_a_result_is_the_same_for_all_threads_that_ask(client: LatticeClient) -> None:
+def test_result_is_the_same_in_all_waiting_threads(client: LatticeClient) -> None:
     with ThreadPoolExecutor(8) as pool:
         for x in range(20):
             run = start(client, x)
@@ -132,7 +132,7 @@ def test_a_failure_comes_by_the_stream_and_by_a_later_call_alike(client: Lattice
         assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_result_can_be_asked_for_again_after_a_time_limit(client: LatticeClient, gate: Any) -> None:
+def test_result_can_be_read_again_when_a_wait_timed_out(client: LatticeClient, gate: Any) -> None:
     @task
     def wait(path: str) -> str:
         with open(path, encoding="utf-8") as pipe:
@@ -148,7 +148,7 @@ def test_a_result_can_be_asked_for_again_after_a_time_limit(client: LatticeClien
     assert run.result(timeout=60) == {"result": "open"}
 
 
-def test_a_time_limit_holds_for_the_block_it_was_set_for_only() -> None:
+def test_time_limit_ends_with_its_block() -> None:
     with waiting_client() as client:
         run = start(client)
         with pytest.raises(TimeoutError):

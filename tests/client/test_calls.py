@@ -1,4 +1,4 @@
-"""What a client does when a server refuses or fails: what is repeated, and what is not. A test chooses every answer."""
+"""Repeated calls when a server refuses or fails. The server is a fake whose answers each test chooses."""
 
 import asyncio
 from collections import Counter
@@ -143,7 +143,7 @@ def play(
     asyncio.run(run())
 
 
-def test_a_large_input_is_uploaded_once_however_often_a_run_is_offered() -> None:
+def test_large_input_is_uploaded_once_when_the_run_is_submitted_again() -> None:
     async def scenario(client: AsyncLatticeClient, server: Server) -> None:
         server.is_full = 3
         workflow = client.create_workflow()
@@ -166,7 +166,7 @@ def test_calls_are_repeated_by_their_request_id_when_an_answer_is_lost() -> None
     play(scenario)
 
 
-def test_events_go_on_after_a_break_and_end_with_an_error_of_the_server_s_own() -> None:
+def test_events_resume_after_a_broken_stream_and_raise_an_error_of_the_server() -> None:
     async def scenario(client: AsyncLatticeClient, server: Server) -> None:
         with pytest.raises(InternalError):
             async for _ in client.events("r"):
@@ -183,7 +183,7 @@ async def stored(client: AsyncLatticeClient, size_bytes: int) -> str:
     return str(message.payload.WhichOneof("content"))
 
 
-def test_the_server_is_not_asked_for_its_limits_when_a_value_always_travels_inline() -> None:
+def test_limits_are_not_read_when_a_value_is_small() -> None:
     async def scenario(client: AsyncLatticeClient, server: Server) -> None:
         assert await stored(client, 4096) == "data"
         assert not server.calls
@@ -191,7 +191,7 @@ def test_the_server_is_not_asked_for_its_limits_when_a_value_always_travels_inli
     play(scenario)
 
 
-def test_the_server_is_asked_for_its_limits_once_when_values_are_longer() -> None:
+def test_limits_are_read_once_when_values_are_larger() -> None:
     async def scenario(client: AsyncLatticeClient, server: Server) -> None:
         assert [await stored(client, size) for size in (5000, 200_000, 300_000)] == ["data", "data", "artifact"]
         assert server.calls == {"GetServerInfo": 1, "WriteArtifact": 1}
@@ -199,7 +199,7 @@ def test_the_server_is_asked_for_its_limits_once_when_values_are_longer() -> Non
     play(scenario)
 
 
-def test_values_are_uploaded_in_parts_of_the_servers_size_when_they_are_over_its_inline_limit() -> None:
+def test_values_are_uploaded_in_chunks_when_they_exceed_the_inline_limit() -> None:
     async def scenario(client: AsyncLatticeClient, server: Server) -> None:
         server.limits = cluster_pb2.Limits(inline_payload_bytes=8000, upload_chunk_bytes=3000)
         assert await stored(client, 8000) == "data"

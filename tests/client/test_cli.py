@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 NOBODY = "127.0.0.1:1"
 
 
-def test_cancelling_what_has_ended_says_so(address: str, client: LatticeClient) -> None:
+def test_cancel_reports_the_state_when_the_run_has_ended(address: str, client: LatticeClient) -> None:
     run = ended(client, greet, {"name": "you"})
     assert call(address, "runs", "cancel", run).stdout == f"Run {run} had ended before: it succeeded.\n"
     assert json.loads(call(address, "runs", "cancel", "--json", run).stdout)["state"] == "RUN_STATE_SUCCEEDED"
@@ -68,7 +68,7 @@ def test_tables_are_whole_at_a_terminal_and_lines_of_cells_in_a_pipe(address: st
     assert row.split()[1:5] == ["the", "name", "succeeded", "1/1"]
 
 
-def test_a_name_does_nothing_to_the_terminal_of_who_reads_it(address: str, client: LatticeClient) -> None:
+def test_commands_replace_control_characters_when_a_name_has_them(address: str, client: LatticeClient) -> None:
     workflow = client.create_workflow("\x1b[2Jtwo\nlines\x9b")
     workflow.add_task(greet, {"name": "you"})
     run = workflow.run()
@@ -99,7 +99,7 @@ COMMANDS = [["status"], ["nodes"], ["runs", "list"], *(["runs", verb, "x"] for v
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_server_that_is_not_there_is_one_line(command: list[str]) -> None:
+def test_command_prints_one_line_when_no_server_listens(command: list[str]) -> None:
     done = call(NOBODY, *command)
     assert done.exit_code == 1
     assert done.stdout == ""
@@ -108,7 +108,7 @@ def test_a_server_that_is_not_there_is_one_line(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("verb", ["show", "watch", "cancel"])
-def test_an_unknown_run_is_one_line(address: str, verb: str) -> None:
+def test_command_prints_one_line_when_the_run_is_unknown(address: str, verb: str) -> None:
     done = call(address, "runs", verb, "nowhere")
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", "Error: there is no run 'nowhere'\n")
 
@@ -125,7 +125,7 @@ def test_commands_of_other_packages_are_offered() -> None:
     ]
 
 
-def test_a_command_that_cannot_be_loaded_leaves_the_others_when_its_package_is_broken(
+def test_commands_work_when_another_entry_point_is_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken = EntryPoint("token", "lattice_none:command", options.ENTRY_POINTS)

@@ -1,4 +1,4 @@
-"""The public client: its names, its errors, what travels with a function, what a run is."""
+"""The public client: its names, its exceptions, the bundle of a function, and the id of a run."""
 
 import subprocess
 import sys
@@ -79,7 +79,7 @@ def test_the_public_names_are_these_and_all_documented() -> None:
 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
-def test_every_status_has_its_error_with_all_that_was_said(code: grpc.StatusCode) -> None:
+def test_every_status_has_its_exception_class_with_the_details(code: grpc.StatusCode) -> None:
     status = status_pb2.Status(code=code.value[0], message="no")
     info = error_details_pb2.ErrorInfo(reason="SOME_REASON", domain="lattice", metadata={"k": "v"})
     violation = error_details_pb2.BadRequest.FieldViolation(field='tasks[0].inputs["x"]', description="is bad")
@@ -96,7 +96,7 @@ def test_every_status_has_its_error_with_all_that_was_said(code: grpc.StatusCode
     assert error.violations == {'tasks[0].inputs["x"]': "is bad"}
 
 
-def test_the_tree_of_errors_is_the_one_drawn() -> None:
+def test_docstring_shows_every_exception_class() -> None:
     drawn = errors.__doc__ or ""
     for kind in statuses.CLASSES.values():
         assert kind.__name__ in drawn
@@ -104,7 +104,7 @@ def test_the_tree_of_errors_is_the_one_drawn() -> None:
     assert len(set(statuses.CLASSES.values())) == len(statuses.CLASSES)
 
 
-def test_a_server_that_is_not_there_is_unavailable() -> None:
+def test_call_raises_unavailable_when_no_server_listens() -> None:
     with LatticeClient("127.0.0.1:1") as nobody, pytest.raises(UnavailableError):
         nobody.server_info()
 
@@ -157,7 +157,7 @@ def test_the_users_own_modules_travel_and_no_others(
     assert names == (expected and expected.split())
 
 
-def test_a_bundle_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
+def test_bundle_is_equal_when_it_is_made_again(tmp_path: Path) -> None:
     project(tmp_path, {"low.py": "", "script.py": SCRIPT.format(imports="import low", function="work")})
     command = [sys.executable, str(tmp_path / "script.py")]
     made = []
@@ -167,7 +167,7 @@ def test_a_bundle_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
     assert made[0] == made[1] != b""
 
 
-def test_a_bundle_has_what_was_edited_since_the_last_one(tmp_path: Path) -> None:
+def test_bundle_has_the_new_content_when_a_file_was_edited(tmp_path: Path) -> None:
     edit = "work()\nopen(low.__file__, 'w').write('import extra')\nopen(low.__file__[:-6] + 'extra.py', 'w').close()"
     body = SCRIPT.format(imports="import low", function="work").replace(
         "bundle =", f"function.pack(work)\n{edit}\nbundle ="
@@ -177,7 +177,7 @@ def test_a_bundle_has_what_was_edited_since_the_last_one(tmp_path: Path) -> None
     assert zipfile.ZipFile(BytesIO(done.stdout)).namelist() == ["extra.py", "low.py"]
 
 
-def test_a_plain_function_is_one_definition_however_often_it_is_added(client: LatticeClient) -> None:
+def test_plain_function_has_one_definition_when_it_is_added_twice(client: LatticeClient) -> None:
     def double(x: int) -> int:
         return 2 * x
 
@@ -277,7 +277,7 @@ def test_an_exception_of_a_node_comes_back(address: str) -> None:
     assert "in fail" in caught.value.remote_traceback
 
 
-def test_a_run_that_is_started_again_under_its_id_is_the_same_run(client: LatticeClient) -> None:
+def test_run_returns_the_existing_run_when_the_id_is_repeated(client: LatticeClient) -> None:
     run_id = f"nightly-{uuid4().hex}"
 
     def start(number: int, text: str) -> Run:

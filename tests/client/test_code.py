@@ -1,4 +1,4 @@
-"""Code that travels: where modules are found, what stays behind and why, and what a function sees of its script."""
+"""The code sent with a function: its modules, the modules left out with their reasons, and its script's names."""
 
 import textwrap
 import zipapp
@@ -31,13 +31,13 @@ def travel(tmp_path: Path) -> Travel:
     return Travel(tmp_path)
 
 
-def test_a_script_brings_the_modules_beside_it(travel: Travel) -> None:
+def test_bundle_has_the_modules_beside_the_script(travel: Travel) -> None:
     travel.write({"script.py": WORK, "helper.py": HELPER})
     said = travel.run("script.py")
     assert (said.result, said.files) == (8, ["helper.py"])
 
 
-def test_a_script_brings_the_modules_beside_it_when_started_elsewhere(travel: Travel) -> None:
+def test_bundle_has_the_modules_beside_the_script_when_it_is_started_elsewhere(travel: Travel) -> None:
     travel.write({"bin/script.py": WORK, "bin/helper.py": HELPER, "helper.py": "double = None"})
     assert travel.run("bin/script.py").result == 8
 
@@ -163,7 +163,7 @@ CALLABLES = {
 
 
 @pytest.mark.parametrize("kind", CALLABLES)
-def test_a_callable_brings_the_module_of_what_it_wraps(travel: Travel, kind: str) -> None:
+def test_bundle_has_the_module_of_the_wrapped_function_when_the_task_is_a_callable(travel: Travel, kind: str) -> None:
     helper = """
         def scale(x, by): return x * by
         class Scale:
@@ -270,7 +270,7 @@ send(work, x=4)
 
 
 @pytest.mark.parametrize("options", ["modules=['helper']", "modules=['helper.py']", "modules=['lib/helper.py']"])
-def test_modules_adds_what_is_imported_by_a_name_made_at_run_time(travel: Travel, options: str) -> None:
+def test_bundle_has_named_modules_when_the_import_is_dynamic(travel: Travel, options: str) -> None:
     travel.write({"script.py": OPTIONS.format(options=options), "helper.py": HELPER, "lib/helper.py": HELPER})
     said = travel.run("script.py", path=["lib"])
     assert (said.result, said.files) == (8, ["helper.py"])
@@ -295,7 +295,7 @@ def test_modules_adds_files_and_folders_beside_the_script(travel: Travel) -> Non
     assert (said.result, said.files) == ("01", ["prompts/a/one.txt", "settings.toml"])
 
 
-def test_modules_that_are_named_travel_even_if_they_are_installed(travel: Travel) -> None:
+def test_bundle_has_installed_modules_when_they_are_named(travel: Travel) -> None:
     script = """
         from sender import send
         from lattice_client import task
@@ -377,7 +377,7 @@ def test_more_than_32_mib_are_refused_with_the_largest_names(travel: Travel) -> 
 
 
 @pytest.mark.parametrize("setting", ["modules", "exclude"])
-def test_a_list_is_asked_for_where_one_text_is_given(setting: str) -> None:
+def test_task_raises_when_a_list_option_is_a_text(setting: str) -> None:
     with pytest.raises(TaskDefinitionError, match=f"task 'work': {setting} must be a list, not 'helper'"):
         task(name="work", **{setting: "helper"})(len)
 

@@ -1,4 +1,4 @@
-"""`entrypoint`: tasks made of functions that workers have by name."""
+"""`entrypoint`: tasks that call a function by its name on the workers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from lattice.v1 import task_pb2
 from lattice_client import LatticeClient, PreconditionError, TaskDefinitionError, entrypoint
 
 
-def test_what_is_called_and_what_it_takes_and_gives() -> None:
+def test_entrypoint_has_its_path_inputs_and_outputs() -> None:
     found = entrypoint("js/word_count", inputs=["text"], outputs=["words", "lines"], cpu=0.5, retries=2)
     assert (found.name, found.inputs, found.required, found.takes_any) == ("word_count", ("text",), {"text"}, False)
     assert (found.outputs, found.return_style) == (("words", "lines"), task_pb2.RETURN_STYLE_MAPPING)
@@ -25,24 +25,24 @@ def test_what_is_called_and_what_it_takes_and_gives() -> None:
 
 
 @pytest.mark.parametrize(("path", "settings"), [("", {}), (7, {}), ("js/x", {"cpus": 1}), ("js/x", {"retries": -1})])
-def test_what_is_wrong_is_found_at_once(path: Any, settings: dict[str, Any]) -> None:
+def test_entrypoint_raises_when_an_argument_is_wrong(path: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(TaskDefinitionError):
         entrypoint(path, **settings)
 
 
-def test_it_cannot_be_called_here() -> None:
+def test_entrypoint_raises_when_it_is_called_locally() -> None:
     with pytest.raises(TypeError, match="'js/word_count' is an entry point"):
         entrypoint("js/word_count")(text="a")
 
 
-def test_a_python_worker_runs_what_it_can_import(client: LatticeClient) -> None:
+def test_python_worker_runs_an_importable_entry_point(client: LatticeClient) -> None:
     workflow = client.create_workflow("entry points")
     mean = workflow.add_task(entrypoint("statistics:mean", inputs=["data"]), {"data": [1, 2, 6]})
     workflow.add_task(entrypoint("statistics:mean"), {"data": [mean.output, 5]})
     assert workflow.run().result() == {"result": 4}
 
 
-def test_what_nobody_has_is_refused(client: LatticeClient) -> None:
+def test_run_is_refused_when_no_worker_offers_the_entry_point(client: LatticeClient) -> None:
     workflow = client.create_workflow("entry points")
     workflow.add_task(entrypoint("js/word_count", inputs=["text"]), {"text": "a"})
     with pytest.raises(PreconditionError, match="it has no entry point 'js/word_count'"):

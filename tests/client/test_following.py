@@ -1,4 +1,4 @@
-"""How a run is followed: a server that goes away and comes back, time limits, and Ctrl-C."""
+"""Reading a run: a server that stops and restarts, time limits, and Ctrl-C."""
 
 import asyncio
 import signal
@@ -179,7 +179,7 @@ def running() -> Iterator[tuple[str, Run]]:
         yield address, workflow.run()
 
 
-def test_a_time_limit_names_the_run_and_says_that_it_goes_on() -> None:
+def test_timeout_error_names_the_run_and_that_it_continues() -> None:
     with running() as (address, run), LatticeClient(address) as client:
         for follow in (
             lambda: run.result(timeout=0.05),

@@ -1,4 +1,4 @@
-"""Code that changed since it was sent is sent again; code that did not is not even pickled again."""
+"""A function is pickled again only when its code changed."""
 
 import copy
 import functools
@@ -190,7 +190,7 @@ def test_an_equal_value_is_no_other_code(script: dict[str, Any]) -> None:
     assert definition.pack()[0].digest == first.digest
 
 
-def test_what_is_not_seen_is_what_the_documentation_says(script: dict[str, Any]) -> None:
+def test_snapshot_misses_changes_inside_large_and_other_objects_as_documented(script: dict[str, Any]) -> None:
     large, boxed = task(script["large"]), task(script["boxed"])
     first = large.pack()[0], boxed.pack()[0]
     script["LARGE"].append(1)
@@ -218,7 +218,7 @@ class Odd:
 
 
 @given(values, values, st.booleans())
-def test_a_container_is_compared_by_what_is_in_it(one: Any, other: Any, has_odd: bool) -> None:
+def test_snapshot_compares_containers_by_content(one: Any, other: Any, has_odd: bool) -> None:
     odd = [Odd()] if has_odd else []
     held = [one, *odd]
     snapshot = Snapshot(lambda: held)
@@ -237,7 +237,7 @@ def test_a_container_that_holds_itself_is_compared() -> None:
     assert not snapshot.is_current()
 
 
-def test_a_callable_object_is_looked_into() -> None:
+def test_snapshot_detects_a_change_when_the_task_is_a_callable_object() -> None:
     class Step:
         def __init__(self, function: Any) -> None:
             self.function = function
@@ -294,7 +294,7 @@ def test_a_module_whose_file_changed_is_sent_again(address: str, tmp_path: Path)
     assert found.stdout.splitlines() == ["{'result': 1}", "True", "{'result': 22}"], found.stderr
 
 
-def test_a_file_is_looked_at_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_file_state_is_read_once_per_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "steps_of_mine.py").write_text("def one(): pass\ndef two(): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     steps = importlib.import_module("steps_of_mine")
@@ -309,7 +309,7 @@ def test_a_file_is_looked_at_once_a_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert looked == [str(tmp_path / "steps_of_mine.py")]
 
 
-def test_a_run_uses_what_the_globals_are_when_it_starts(client: LatticeClient, script: dict[str, Any]) -> None:
+def test_run_uses_the_values_of_globals_at_its_start(client: LatticeClient, script: dict[str, Any]) -> None:
     definition = task(script["deep"])
     plain = client.create_workflow()
     plain.add_task(script["direct"])

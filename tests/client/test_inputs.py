@@ -1,4 +1,4 @@
-"""Inputs: wherever an output lies in a value, the task receives the value with the output's own in its place."""
+"""Inputs: the task receives each value with every output in it replaced by the output's value."""
 
 import asyncio
 import copy
@@ -80,7 +80,7 @@ def bound(value: Any, store: Any = None, *, is_for_python: bool = True) -> paylo
 
 
 def received(value: Any, made: dict[str, Any], *, is_for_python: bool = True) -> Any:
-    """What a task gets for `value` when the outputs named `made` have these values."""
+    """Return the value that a task receives for an input, given the values of outputs by name."""
     outputs = {name: payloads.inline(*payloads.encode(item)) for name, item in made.items()}
     blobs: list[bytes] = []
     tree = binding_tree(bound(value, is_for_python=is_for_python), "", blobs, outputs)
@@ -210,7 +210,7 @@ def test_a_large_value_around_an_output_is_uploaded() -> None:
 
 
 @pytest.mark.parametrize("depth", [20, 60, 150])
-def test_an_output_is_found_however_deep_it_lies(depth: int) -> None:
+def test_output_is_found_at_any_depth(depth: int) -> None:
     def nested(inner: Any) -> Any:
         for _ in range(depth):
             inner = [inner]
@@ -229,7 +229,7 @@ def test_a_value_that_is_nested_too_deep_is_refused() -> None:
         bound([output(), deep])
 
 
-# What is refused.
+# Refused inputs.
 
 
 class Holder:
@@ -320,13 +320,13 @@ def test_an_output_in_the_code_of_a_task_is_refused(graph: Graph[None]) -> None:
         *[lambda x: x < 1, lambda x: x >= 1, lambda x: [1, 2][x], lambda x: x @ x, lambda x: divmod(7, x)],
     ],
 )
-def test_an_output_that_is_read_here_raises_and_says_what_to_do(read: Callable[[Any], Any]) -> None:
+def test_output_raises_with_advice_when_it_is_read_locally(read: Callable[[Any], Any]) -> None:
     for unread in (output(), template("{x}", x=output())):
         with pytest.raises(TaskDefinitionError, match=r"has no value yet: .*(template\(|as an input|when=)"):
             read(unread)
 
 
-def test_what_probes_an_output_finds_it_has_no_such_attribute() -> None:
+def test_output_raises_attribute_error_when_a_library_probes_it() -> None:
     for probed in (output(), template("{x}", x=output())):
         assert not hasattr(probed, "shape")
         assert getattr(probed, "model_dump", None) is None
@@ -376,7 +376,7 @@ def test_neither_a_task_nor_its_outputs_become_a_text(graph: Graph[None], write:
     ],
 )
 @pytest.mark.parametrize("name", ["t", "it's"])
-def test_a_text_that_an_output_was_written_into_is_refused(
+def test_input_is_refused_when_a_text_contains_an_output(
     graph: Graph[None], write: Callable[[Any], str], nest: Callable[[str], Any], name: str
 ) -> None:
     made = graph.add_task(number, task_id=name)
@@ -386,7 +386,7 @@ def test_a_text_that_an_output_was_written_into_is_refused(
         bound(nest(write(made)))
 
 
-def test_a_text_about_tasks_of_no_one_here_is_a_text() -> None:
+def test_text_is_accepted_when_it_names_a_task_of_another_run() -> None:
     for text in ("TaskOutput(task_id='elsewhere', output='a')", "TaskOutput(task_id=", "f(task_id='t')"):
         assert received([text], {}) == [text]
 
@@ -432,7 +432,7 @@ def test_templates_nest_and_lie_anywhere() -> None:
         (3, {}, "a template must be a text, not int"),
     ],
 )
-def test_a_wrong_field_is_found_when_the_template_is_written(text: Any, fields: dict[str, Any], message: str) -> None:
+def test_template_raises_when_a_field_is_wrong(text: Any, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(TaskDefinitionError, match=message):
         template(text, **fields)
 
@@ -445,7 +445,7 @@ def test_a_format_that_does_not_fit_the_value_fails_naming_the_input() -> None:
 # Outputs of other workflows.
 
 
-def test_an_output_of_another_workflow_does_not_belong_here(graph: Graph[None]) -> None:
+def test_input_is_refused_when_its_output_is_of_another_workflow(graph: Graph[None]) -> None:
     here, there = graph.add_task(number), Graph(None).add_task(number)
     assert here.output == there.output
     assert graph.has(here.output)
@@ -500,12 +500,12 @@ def test_an_input_is_refused_when_its_output_has_no_such_part(select: Callable[[
 
 
 @pytest.mark.parametrize("key", [1.0, True, None, slice(1), ("a",), b"k"])
-def test_a_part_is_refused_when_it_is_selected_by_neither_text_nor_number(key: Any) -> None:
+def test_part_is_refused_when_its_key_is_neither_a_text_nor_an_integer(key: Any) -> None:
     with pytest.raises(TaskDefinitionError, match="is selected by a str or an int"):
         output()[key]
 
 
-def test_a_part_is_refused_when_it_lies_deeper_than_the_contract_allows() -> None:
+def test_part_is_refused_when_it_is_deeper_than_the_contract_allows() -> None:
     found = output()
     for _ in range(32):
         found = found[0]
@@ -513,7 +513,7 @@ def test_a_part_is_refused_when_it_lies_deeper_than_the_contract_allows() -> Non
         found[0]
 
 
-def test_a_part_of_an_output_keeps_what_is_said_of_the_output() -> None:
+def test_part_of_an_output_has_the_options_of_the_output() -> None:
     part = output().optional()["k"]
     assert part.is_optional
     assert part.required()["j"].path == ("k", "j")

@@ -1,4 +1,4 @@
-"""Ctrl-C while gRPC is called: it comes, and leaves no lock held."""
+"""Ctrl-C during a call of gRPC: it is raised, and leaves no lock held."""
 
 import functools
 import signal
@@ -49,10 +49,10 @@ def test_an_interrupt_while_a_lock_is_taken_comes_after_it_is_released() -> None
     assert order == ["held", "released"]
 
 
-def test_an_interrupt_elsewhere_comes_at_once() -> None:
+def test_interrupt_is_raised_at_once_when_no_lock_is_taken() -> None:
     def use() -> None:
         signal.raise_signal(signal.SIGINT)
-        raise AssertionError("it goes on")
+        raise AssertionError("it continues")
 
     with pytest.raises(KeyboardInterrupt):
         calling(use)
@@ -74,7 +74,7 @@ def test_the_program_s_own_handler_is_called_and_put_back() -> None:
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
-def test_a_signal_without_a_handler_is_left_alone(handler: signal.Handlers) -> None:
+def test_calling_does_not_change_a_signal_without_a_handler(handler: signal.Handlers) -> None:
     signal.signal(signal.SIGINT, handler)
     try:
         assert calling(signal.getsignal, signal.SIGINT) is handler

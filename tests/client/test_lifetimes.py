@@ -1,4 +1,4 @@
-"""Where a client may be used: event loops, threads, forks, after its end and at the end of the program."""
+"""The lifetime of a client: event loops, threads, forks, after its close and when the program exits."""
 
 import asyncio
 import multiprocessing
@@ -27,7 +27,7 @@ def one() -> int:
     return 1
 
 
-def test_the_twin_of_a_client_works_on_any_loop(client: LatticeClient) -> None:
+def test_aio_works_on_any_event_loop(client: LatticeClient) -> None:
     async def ask() -> Any:
         return await client.aio.run_task(one, {}), (await client.aio.server_info()).executor
 
@@ -37,7 +37,7 @@ def test_the_twin_of_a_client_works_on_any_loop(client: LatticeClient) -> None:
     assert client.run_task(one, {}) == {"result": 1}
 
 
-def test_one_client_works_on_several_loops_one_after_the_other_and_at_once(address: str) -> None:
+def test_client_works_on_several_event_loops(address: str) -> None:
     made_elsewhere = AsyncLatticeClient(address)
 
     async def ask() -> Any:
@@ -49,7 +49,7 @@ def test_one_client_works_on_several_loops_one_after_the_other_and_at_once(addre
     asyncio.run(made_elsewhere.close())
 
 
-def test_a_run_started_on_one_loop_can_be_followed_on_another(address: str) -> None:
+def test_run_can_be_read_on_another_event_loop(address: str) -> None:
     client = AsyncLatticeClient(address)
     workflow = client.create_workflow()
     workflow.add_task(one)
@@ -130,9 +130,7 @@ CALLS: list[Callable[[LatticeClient], Any]] = [
 
 
 @pytest.mark.parametrize("ask", CALLS)
-def test_every_call_of_a_closed_client_says_that_it_is_closed(
-    address: str, ask: Callable[[LatticeClient], Any]
-) -> None:
+def test_every_call_raises_when_the_client_is_closed(address: str, ask: Callable[[LatticeClient], Any]) -> None:
     client = LatticeClient(address)
     assert client.server_info().executor == "local"
     client.close()
@@ -143,7 +141,7 @@ def test_every_call_of_a_closed_client_says_that_it_is_closed(
 
 
 @pytest.mark.parametrize("by", ["its own call", "another's call", "its events"])
-def test_who_waits_for_a_run_is_told_when_the_client_is_closed(address: str, waiting: Run, by: str) -> None:
+def test_waiting_caller_raises_when_the_client_is_closed(address: str, waiting: Run, by: str) -> None:
     client = LatticeClient(address)
     if by == "its own call":
         workflow = client.create_workflow()
@@ -175,7 +173,7 @@ def in_child(connection: Any, ask: Callable[[], Any]) -> None:
 
 
 def forked(ask: Callable[[], Any]) -> Any:
-    """Return what a call returns in a forked child, or the error it raises."""
+    """Return the result of a call in a forked child, or the error it raises."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     child = context.Process(target=in_child, args=(theirs, ask))
@@ -190,7 +188,7 @@ def forked(ask: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("is_own", [True, False])
-def test_a_child_of_a_process_that_used_a_client_is_told_at_once(
+def test_call_raises_in_a_forked_child_when_the_parent_used_a_client(
     address: str, client: LatticeClient, is_own: bool
 ) -> None:
     assert client.server_info().executor == "local"
@@ -315,7 +313,7 @@ print(number + 1, [event.type for event in events][-1])
 """
 
 
-def test_children_that_are_forked_with_calls_in_flight_are_told_and_their_parent_goes_on(
+def test_forked_children_raise_and_the_parent_continues_when_calls_are_in_progress(
     address: str, tmp_path: Path, waiting: Run
 ) -> None:
     done = run_script(FORK_IN_FLIGHT, address, tmp_path, waiting)
@@ -348,7 +346,7 @@ if sys.argv[2] == "call":
 
 
 @pytest.mark.parametrize("way", ["__del__", "atexit", "call"])
-def test_a_program_ends_whatever_its_objects_do_with_a_client(address: str, tmp_path: Path, way: str) -> None:
+def test_program_exits_when_finalizers_use_a_client(address: str, tmp_path: Path, way: str) -> None:
     done = run_script(AT_THE_END, address, tmp_path, way)
     assert (done.stdout, done.returncode) == ("{'result': 1}\n", 0)
     assert (done.stderr == "") is (way != "call"), done.stderr

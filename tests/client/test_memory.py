@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,8 +10,9 @@ import grpc
 import pytest
 from lattice.v1 import results_pb2, results_pb2_grpc, run_pb2
 
-from lattice_client import AsyncLatticeClient
+from lattice_client import AsyncLatticeClient, RunError
 from lattice_client.runs import known_code
+from lattice_client.runs.decoding import decoded
 from lattice_client.runs.known_code import KnownCode
 
 WAIT_S = 30.0
@@ -77,3 +79,24 @@ def test_known_code_drops_the_least_recently_used_digest_when_it_is_full(two_dig
 def test_known_code_is_empty_when_it_was_cleared(two_digests: KnownCode) -> None:
     two_digests.clear()
     assert not two_digests
+
+
+def test_error_is_freed_without_garbage_collection_when_decoding_raised_it() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        error = RunError("r", "run 'r' failed")
+        freed = weakref.ref(error)
+        with pytest.raises(RunError):
+            raised(error)
+        del error
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def raised(error: RunError) -> None:
+    try:
+        decoded(error)
+    finally:
+        del error

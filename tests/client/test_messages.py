@@ -1,4 +1,4 @@
-"""What a mistake in the use of tasks, outputs and runs is answered with: what is wrong, where, and what to do."""
+"""The error messages for wrong use of tasks, outputs and runs: each names the mistake, its place and the correction."""
 
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -71,7 +71,7 @@ class Stepping:
     "function",
     [items, async_items, functools.partial(items), Stepping(), Stepping().steps, functools.partial(Stepping())],
 )
-def test_a_generator_function_is_no_task(function: Callable[..., Any]) -> None:
+def test_task_raises_when_the_function_is_a_generator(function: Callable[..., Any]) -> None:
     with pytest.raises(TaskDefinitionError, match=r"is a generator function, .*: return a list of the values"):
         task(function)
 
@@ -101,14 +101,14 @@ def test_a_definition_is_shown_in_one_line() -> None:
         (task(outputs=[])(some), r"task 'some' declares no output: it declares none; name its outputs in @task"),
     ],
 )
-def test_the_only_output_of_a_task_that_promises_none_is_explained(
+def test_output_error_explains_why_the_task_declares_none(
     graph: Graph[None], function: Callable[..., Any], text: str
 ) -> None:
     with pytest.raises(TaskDefinitionError, match=text):
         _ = graph.add_task(function).output
 
 
-def test_an_output_that_may_be_left_out_is_explained(graph: Graph[None]) -> None:
+def test_output_error_explains_that_a_key_may_be_left_out(graph: Graph[None]) -> None:
     added = graph.add_task(mostly)
     with pytest.raises(
         TaskDefinitionError, match=r"no output 'body'; its outputs: 'title'; 'body' of the .*Required\["
@@ -138,7 +138,7 @@ def test_an_output_that_may_be_left_out_is_explained(graph: Graph[None]) -> None
         (lambda t: task_id_of(None), "not by None"),
     ],
 )
-def test_a_wrong_call_about_one_task_says_what_it_takes(
+def test_calls_about_a_task_name_the_accepted_types_when_the_argument_is_wrong(
     graph: Graph[None], call: Callable[[Any], Any], text: str
 ) -> None:
     with pytest.raises(TaskDefinitionError, match=text):
@@ -171,7 +171,7 @@ def test_a_wrong_call_about_one_task_says_what_it_takes(
         (lambda g, t: g.map(leaf, t.output, b=1), r"map has no argument b; .*: map\(leaf, task.output, {"),
     ],
 )
-def test_a_wrong_wire_names_what_was_given(graph: Graph[None], wire: Callable[[Any, Any], Any], text: str) -> None:
+def test_wiring_error_names_the_wrong_value(graph: Graph[None], wire: Callable[[Any, Any], Any], text: str) -> None:
     with pytest.raises(TaskDefinitionError, match=text):
         wire(graph, graph.add_task(leaf, {"a": 1}))
 

@@ -1,4 +1,4 @@
-"""The order of what the contract's maps carry: of outputs, of inputs by any name, and of `params`."""
+"""The order of outputs, of inputs by any name, and of `params`, which the contract sends as maps."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def test_members_of_a_batch_have_their_inputs_by_name(client: LatticeClient) -> 
     assert client.run_task(batched, dict.fromkeys(NAMES, 0)) == {"result": sorted(NAMES)}
 
 
-def test_outputs_come_as_they_were_declared_and_others_by_name(client: LatticeClient) -> None:
+def test_outputs_are_in_declared_order_and_others_by_name(client: LatticeClient) -> None:
     expected = [*NAMES, "extra", "more"]
     assert list(client.run_task(declared)) == expected
     workflow = client.create_workflow()
@@ -56,14 +56,14 @@ def test_outputs_come_as_they_were_declared_and_others_by_name(client: LatticeCl
     assert [list(found["result"]) for found in finished if found["task_id"] == "several"] == [expected]
 
 
-def test_outputs_of_a_run_that_is_not_known_here_come_by_name(client: LatticeClient) -> None:
+def test_outputs_are_ordered_by_name_when_the_declaration_is_unknown(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     workflow.add_task(declared)
     run = client.get_run(str(workflow.run()))
     assert list(run.result(timeout=TIMEOUT_S)) == sorted([*NAMES, "more", "extra"])
 
 
-def test_outputs_of_an_added_task_come_as_they_were_declared(client: LatticeClient) -> None:
+def test_outputs_of_an_added_task_are_in_declared_order(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     workflow.add_task(declared)
     run = workflow.run()
@@ -71,7 +71,7 @@ def test_outputs_of_an_added_task_come_as_they_were_declared(client: LatticeClie
     assert list(run.declared["later"]) == list(run.declared["several"]) == NAMES
 
 
-def test_one_output_of_a_task_is_had_by_it(client: LatticeClient) -> None:
+def test_output_returns_one_output_when_it_is_given_an_output(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     first = workflow.add_task(declared, {"n": 7})
     single = workflow.add_task(task(parts), {"k": first.outputs["z"]})

@@ -1,4 +1,4 @@
-"""What a run gives back: results whose shape follows from the graph, outputs of any task, and what a failed run has."""
+"""The results of a run: their shape by the graph, outputs of single tasks, and partial results of failed runs."""
 
 import asyncio
 from typing import Any, TypedDict
@@ -62,7 +62,7 @@ async def endless() -> None:
 
 @pytest.fixture
 def workflow(client: LatticeClient) -> LatticeWorkflow:
-    """An empty workflow that finishes what is independent."""
+    """An empty workflow that finishes independent tasks."""
     return client.create_workflow(failure_policy="finish_independent")
 
 
@@ -70,7 +70,7 @@ def workflow(client: LatticeClient) -> LatticeWorkflow:
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_a_result_has_the_same_keys_whatever_was_skipped(workflow: LatticeWorkflow, flag: bool) -> None:
+def test_result_has_the_same_keys_when_tasks_were_skipped(workflow: LatticeWorkflow, flag: bool) -> None:
     decision = workflow.add_task(give, {"value": flag})
     workflow.add_task(give, {"value": "yes"}, task_id="yes", when=decision.output)
     workflow.add_task(give, {"value": "no"}, task_id="no", unless=decision.output)
@@ -90,10 +90,10 @@ def test_a_final_map_has_a_place_for_each_item_and_output(workflow: LatticeWorkf
     assert workflow.run().result(WAIT_S) == {"size": [1, 2, 3], "half": [None, 1.0, None]}
 
 
-# What a run has that did not end well.
+# Failed and cancelled runs.
 
 
-def test_a_failed_run_gives_what_it_has_when_asked_for_a_part(workflow: LatticeWorkflow) -> None:
+def test_partial_result_has_the_available_outputs_when_the_run_failed(workflow: LatticeWorkflow) -> None:
     fine = workflow.add_task(give, {"value": 1})
     workflow.add_task(give, {"value": [fine.output, workflow.add_task(fail).output.optional()]}, task_id="gathered")
     workflow.add_task(fail, task_id="broken")
@@ -104,7 +104,7 @@ def test_a_failed_run_gives_what_it_has_when_asked_for_a_part(workflow: LatticeW
     assert run.status() == "failed"
 
 
-def test_a_failed_map_gives_what_its_items_have(workflow: LatticeWorkflow) -> None:
+def test_partial_result_has_the_available_items_when_a_map_failed(workflow: LatticeWorkflow) -> None:
     workflow.map(invert, workflow.add_task(give, {"value": [2, 0, 4]}).output)
     run = workflow.run()
     with pytest.raises(TaskFailedError, match="division by zero"):
@@ -112,13 +112,13 @@ def test_a_failed_map_gives_what_its_items_have(workflow: LatticeWorkflow) -> No
     assert run.result(WAIT_S, partial=True) == {"result": [0.5, None, 0.25]}
 
 
-def test_a_run_that_succeeded_gives_the_same_in_part(workflow: LatticeWorkflow) -> None:
+def test_partial_result_is_the_result_when_the_run_succeeded(workflow: LatticeWorkflow) -> None:
     workflow.add_task(give, {"value": 1})
     run = workflow.run()
     assert run.result(WAIT_S, partial=True) == run.result(WAIT_S) == {"result": 1}
 
 
-def test_a_cancelled_run_gives_what_it_has(client: LatticeClient) -> None:
+def test_partial_result_has_the_available_outputs_when_the_run_was_cancelled(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     first = workflow.add_task(give, {"value": 1})
     workflow.add_task(endless, task_id="left")
@@ -169,7 +169,7 @@ def test_an_output_that_cannot_be_had_names_the_task_and_its_state(workflow: Lat
         run.output("nothing", WAIT_S)
 
 
-def test_an_output_is_waited_for_as_long_as_one_says(client: LatticeClient) -> None:
+def test_output_raises_when_the_timeout_passed(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     left = workflow.add_task(endless)
     run = workflow.run()
@@ -178,7 +178,7 @@ def test_an_output_is_waited_for_as_long_as_one_says(client: LatticeClient) -> N
     run.cancel()
 
 
-def test_the_asynchronous_twin_gives_the_same(address: str) -> None:
+def test_asyncio_client_returns_the_same_outputs(address: str) -> None:
     async def twin() -> None:
         async with AsyncLatticeClient(address) as client:
             workflow = client.create_workflow(failure_policy="finish_independent")
@@ -208,7 +208,7 @@ def test_a_failure_shows_the_name_beside_the_id(client: LatticeClient) -> None:
         workflow.run().result(WAIT_S)
 
 
-def test_no_task_is_dropped_whatever_they_are_called(client: LatticeClient) -> None:
+def test_result_has_every_task_when_names_look_like_item_ids(client: LatticeClient) -> None:
     step, step_2 = task(name="step")(_tens), task(name="step-2")(_hundreds)
     workflow = client.create_workflow()
     workflow.add_task(step, {"x": 1})
@@ -234,7 +234,7 @@ async def _hundreds(x: int) -> int:
     return 100 + x
 
 
-def test_functions_of_one_name_are_never_taken_for_each_other(client: LatticeClient) -> None:
+def test_functions_of_the_same_name_are_distinct(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     added = [
         workflow.add_task(task(name="y")(_tens), {"x": 1}, task_id="a"),
@@ -249,7 +249,7 @@ def test_functions_of_one_name_are_never_taken_for_each_other(client: LatticeCli
 # Wiring, through a server.
 
 
-def test_an_output_of_another_workflow_is_refused_wherever_it_is_used(client: LatticeClient) -> None:
+def test_output_of_another_workflow_is_refused_in_every_place(client: LatticeClient) -> None:
     there = client.create_workflow().add_task(give, {"value": True}).output
     cases: list[dict[str, Any]] = [
         {"inputs": {"value": there}},
@@ -289,7 +289,7 @@ def test_tasks_added_to_a_run_are_wired_to_it_and_to_each_other(client: LatticeC
     run.cancel_task(left)
 
 
-def test_a_spawned_task_receives_outputs_wherever_they_lie(client: LatticeClient) -> None:
+def test_spawned_task_receives_outputs_at_any_depth(client: LatticeClient) -> None:
     @task
     def plan() -> int:
         first = context.spawn(lambda: 5, name="five")

@@ -53,7 +53,7 @@ def test_a_parameter_has_the_value_of_its_run_or_its_default(workflow: LatticeWo
     assert workflow.run(parameters={"x": "other"}).result() == {"result": "other"}
 
 
-def test_a_parameter_is_found_wherever_it_lies_in_an_input(workflow: LatticeWorkflow) -> None:
+def test_parameter_is_found_at_any_depth_of_an_input(workflow: LatticeWorkflow) -> None:
     x = workflow.parameter("x")
     first = workflow.add_task(echo, {"value": 5})
     shapes = [

@@ -1,4 +1,4 @@
-"""Graphs that one message cannot carry: the client sends them in parts, and nobody sees the difference."""
+"""Graphs that are larger than a message: the client sends them in parts, with the same result."""
 
 import asyncio
 import time
@@ -108,7 +108,7 @@ def test_code_that_is_too_many_bytes_together_is_sent(client: LatticeClient) -> 
     assert workflow.run().result() == {"result": 6 * 400_000}
 
 
-def test_code_that_the_server_has_forgotten_is_sent_again_in_parts(client: LatticeClient) -> None:
+def test_code_is_sent_again_in_parts_when_the_server_lacks_it(client: LatticeClient) -> None:
     client.twin.api.starter._sender.known_code.update(f"sha256:{number}" for number in range(3))
     workflow = client.create_workflow()
     functions = [closure(400_000, mark) for mark in "uvwxyz"]
@@ -120,7 +120,7 @@ def test_code_that_the_server_has_forgotten_is_sent_again_in_parts(client: Latti
     assert set(workflow.run().result()) == set(workflow.tasks)
 
 
-def test_one_function_that_is_too_large_is_named(client: LatticeClient) -> None:
+def test_error_names_the_function_when_it_exceeds_a_message(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     workflow.add_task(closure(2 * MOST_BYTES, "x"))
     with pytest.raises(TaskDefinitionError, match=r"'measured'.*takes \d+ bytes.*1048576.*as inputs") as caught:
@@ -130,7 +130,7 @@ def test_one_function_that_is_too_large_is_named(client: LatticeClient) -> None:
     assert str(alone.value) == str(caught.value)
 
 
-def test_one_task_with_inputs_that_are_too_large_together_is_named(client: LatticeClient) -> None:
+def test_error_names_the_task_when_its_inputs_exceed_a_message(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     workflow.add_task(total, {"values": [1]}, task_id="small")
     workflow.add_task(keywords, {f"x{number}": "x" * 4000 for number in range(300)}, task_id="big")
@@ -174,7 +174,7 @@ def slow() -> int:
     return 1
 
 
-def test_a_wrong_graph_is_refused_in_parts_as_at_once(client: LatticeClient) -> None:
+def test_wrong_graph_is_refused_alike_when_it_is_sent_in_parts(client: LatticeClient) -> None:
     texts = []
     for width in (3, 2000):
         workflow = client.create_workflow()
@@ -190,6 +190,6 @@ def test_a_wrong_graph_is_refused_in_parts_as_at_once(client: LatticeClient) -> 
     assert texts[0][1] == "WORKFLOW_CYCLE"
 
 
-def test_what_every_server_takes_is_sent_unasked() -> None:
+def test_limits_are_not_read_when_a_graph_is_small() -> None:
     assert (parts.ALWAYS_BYTES, parts.ALWAYS_TASKS) == (config.MIN_MESSAGE_BYTES, config.MIN_MESSAGE_TASKS)
     assert config.ServerConfig().message_limit_bytes >= parts.ALWAYS_BYTES

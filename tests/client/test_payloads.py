@@ -1,4 +1,4 @@
-"""Values on the wire: JSON when it gives the value back exactly, and everything back as it was."""
+"""The encoding of values: JSON when it represents the value exactly, and pickle otherwise."""
 
 import functools
 import json
@@ -67,7 +67,7 @@ def through(value: Any) -> Any:
 
 
 @given(jsonable)
-def test_what_json_can_say_travels_as_json(value: Any) -> None:
+def test_value_is_json_when_json_represents_it_exactly(value: Any) -> None:
     media_type, data = payloads.encode(value)
     assert media_type == payloads.JSON
     assert same(json.loads(data), value)
@@ -75,12 +75,12 @@ def test_what_json_can_say_travels_as_json(value: Any) -> None:
 
 
 @given(anything)
-def test_any_value_comes_back_as_it_was(value: Any) -> None:
+def test_decoded_value_equals_the_encoded_one(value: Any) -> None:
     assert same(through(value), value)
 
 
 @given(anything)
-def test_the_client_and_the_runner_speak_one_code(value: Any) -> None:
+def test_client_and_runner_have_the_same_pickler(value: Any) -> None:
     media_type, data = payloads.encode(value)
     assert same(values.decode_value(media_type, data), value)
     media_type, parts = values.encode_value(value)
@@ -145,7 +145,7 @@ def _nested(levels: int) -> Any:
         (lambda: {"b": 1, "a": 2}, payloads.JSON, lambda x: list(x) == ["b", "a"]),
     ],
 )
-def test_both_codecs_keep_what_json_cannot_say(make: Any, media_type: str, holds: Any) -> None:
+def test_both_codecs_preserve_values_that_are_not_json(make: Any, media_type: str, holds: Any) -> None:
     value = make()
     assert payloads.encode(value)[0] == media_type
     assert holds(values.decode_value(*payloads.encode(value)))

@@ -1,4 +1,4 @@
-"""The live view of a run: what events add up to, and what a terminal is given."""
+"""The live view of a run: the state of its tasks by the events, and the printed text."""
 
 import io
 from typing import Any
@@ -87,7 +87,7 @@ def test_a_task_that_is_tried_again_starts_anew(story: Story) -> None:
 
 
 @pytest.mark.parametrize("height", [1, 5, 8, 24])
-def test_the_picture_fits_and_keeps_what_matters(story: Story, height: int) -> None:
+def test_live_view_shows_the_important_tasks_when_not_all_fit(story: Story, height: int) -> None:
     progress = progress_of(name="x" * 300)
     for number in range(100):
         progress.take(story.started(f"done-{number}-{'y' * 100}"))
@@ -148,7 +148,7 @@ def test_a_progress_bar_is_its_newest_state(story: Story) -> None:
         ("tab\tkept", "tab\tkept"),
     ],
 )
-def test_what_a_task_writes_cannot_take_the_terminal(written: str, shown: str) -> None:
+def test_live_view_removes_control_characters_when_a_task_prints_them(written: str, shown: str) -> None:
     assert first_line(written).plain == shown
 
 

@@ -1,4 +1,4 @@
-"""What the asynchronous client says of a run must be what the synchronous one says."""
+"""The asyncio client and the synchronous client return the same results of a run."""
 
 import asyncio
 
@@ -57,7 +57,7 @@ def test_both_clients_return_and_print_the_same_messages(
     asyncio.run(twin())
 
 
-def test_both_clients_give_up_when_told_and_the_run_goes_on(client: LatticeClient, address: str) -> None:
+def test_both_clients_raise_at_the_timeout_while_the_run_continues(client: LatticeClient, address: str) -> None:
     workflow = client.create_workflow()
     workflow.add_task(endless)
     run = workflow.run()

@@ -1,4 +1,4 @@
-"""A run that ended is retried: only what it did not finish runs again."""
+"""Retrying an ended run: only its unfinished tasks run again."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def total(found: list[int], folder: str) -> int:
 
 
 def started(folder: Path) -> list[str]:
-    """Return what was started since this was asked last."""
+    """Return the tasks started since the last call."""
     path = folder / "started"
     found = path.read_text().split() if path.exists() else []
     path.unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def test_only_unfinished_functions_start(failed: Run, tmp_path: Path, client: La
         failed.result()
 
 
-def test_a_retry_with_an_id_is_made_once(failed: Run, client: LatticeClient) -> None:
+def test_retry_starts_one_run_when_its_id_is_repeated(failed: Run, client: LatticeClient) -> None:
     name = f"{failed}-again"
     assert [client.retry_run(failed, name), client.retry_run(failed, name)] == [name, name]
     assert client.get_run(name).result(timeout=60) == {"result": 2 * sum(range(300))}
@@ -86,7 +86,7 @@ def test_the_command_retries_a_run(failed: Run, client: LatticeClient) -> None:
     assert f"retries run {failed}" in told
 
 
-def test_a_run_that_goes_on_or_is_not_there_cannot_be_retried(client: LatticeClient, waiting: Run) -> None:
+def test_retry_raises_when_the_run_has_not_ended_or_does_not_exist(client: LatticeClient, waiting: Run) -> None:
     with pytest.raises(PreconditionError, match="is running; it can be retried when it has ended") as caught:
         waiting.retry()
     assert caught.value.reason == "RUN_NOT_ENDED"
@@ -94,7 +94,7 @@ def test_a_run_that_goes_on_or_is_not_there_cannot_be_retried(client: LatticeCli
         client.retry_run("nothing")
 
 
-def test_large_values_are_taken_over(client: LatticeClient, tmp_path: Path) -> None:
+def test_retry_takes_large_outputs_of_the_first_run(client: LatticeClient, tmp_path: Path) -> None:
     @task
     def make(folder: str) -> bytes:
         with open(Path(folder) / "started", "a", encoding="utf-8") as log:

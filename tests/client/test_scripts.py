@@ -1,4 +1,4 @@
-"""What a function finds of its script in another process: `__main__`, source lines, and objects of all kinds."""
+"""The script of a function in another process: `__main__`, source lines, and objects of all types."""
 
 import textwrap
 import zipapp
@@ -199,7 +199,7 @@ def test_the_pickle_of_a_function_is_the_same_each_time(travel: Travel) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_objects_of_the_script_are_what_they_were(travel: Travel, kind: str) -> None:
+def test_objects_of_the_script_are_equal_in_the_worker(travel: Travel, kind: str) -> None:
     body, expression, expected = KINDS[kind]
     written(travel, f"{textwrap.dedent(body)}\ndef work(): return {expression}\n")
     said = travel.run("script.py")

@@ -1,4 +1,4 @@
-"""How the client decides what is safe to dial, and what it then sends."""
+"""The security of connections: which targets are refused, and the credentials that are sent."""
 
 import logging
 import subprocess
@@ -51,7 +51,7 @@ def guarded() -> Iterator[str]:
         "unix:///x/y",
     ],
 )
-def test_what_is_on_this_machine(address: str) -> None:
+def test_address_is_on_this_machine_when_it_is_loopback(address: str) -> None:
     assert is_on_this_machine(address)
     assert secure(address).credentials is None
 
@@ -69,7 +69,7 @@ def test_what_is_on_this_machine(address: str) -> None:
         "xds:localhost:1",
     ],
 )
-def test_what_may_be_on_another_machine(address: str) -> None:
+def test_address_may_be_on_another_machine_when_it_is_not_loopback(address: str) -> None:
     assert not is_on_this_machine(address)
     with pytest.raises(SecurityError, match="not this machine"):
         secure(address)
@@ -102,7 +102,7 @@ def test_what_may_be_on_another_machine(address: str) -> None:
         ("", "is no address"),
     ],
 )
-def test_a_target_is_refused_when_it_is_no_address(target: str, what: str) -> None:
+def test_target_is_refused_when_it_is_not_an_address(target: str, what: str) -> None:
     with pytest.raises(TargetError, match=what):
         secure(target)
 
@@ -132,7 +132,9 @@ def test_beyond_this_machine_both_are_needed(made: Certificates) -> None:
     assert secure(FAR, token=TOKEN, tls_ca=made.ca).credentials is not None
 
 
-def test_the_environment_says_what_arguments_leave_out(made: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_come_from_the_environment_when_arguments_are_missing(
+    made: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LATTICE_TOKEN", TOKEN)
     with pytest.raises(SecurityError, match="without TLS"):
         secure(FAR)
@@ -148,13 +150,15 @@ def test_the_environment_says_what_arguments_leave_out(made: Certificates, monke
 
 
 @pytest.mark.parametrize("value", ["0", "", "true"])
-def test_only_a_one_in_the_environment_goes_without(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_insecure_is_set_only_when_the_variable_is_1(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("LATTICE_INSECURE", value)
     with pytest.raises(SecurityError):
         secure(FAR)
 
 
-def test_going_without_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_insecure_connection_logs_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("LATTICE_INSECURE", "1")
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -164,7 +168,7 @@ def test_going_without_warns_once(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert "10.9.9.9:1 is dialled without TLS and a token" in record.getMessage()
 
 
-def test_what_cannot_be_used_is_named(made: Certificates, tmp_path: Path) -> None:
+def test_security_error_names_the_unusable_file(made: Certificates, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     for arguments, text in (
         ({"tls_ca": tmp_path / "ghost"}, "LATTICE_TLS_CA .*No such file"),
@@ -178,7 +182,7 @@ def test_what_cannot_be_used_is_named(made: Certificates, tmp_path: Path) -> Non
             secure("127.0.0.1:1", **arguments)
 
 
-def test_every_client_and_command_refuses_what_is_not_safe() -> None:
+def test_clients_and_commands_refuse_an_insecure_connection() -> None:
     for kind in (LatticeClient, LangGraphClient):
         with pytest.raises(SecurityError, match=FAR):
             kind(FAR)
@@ -193,7 +197,7 @@ def echo(text: str) -> str:
     return text
 
 
-def test_a_token_goes_with_every_kind_of_call(guarded: str) -> None:
+def test_every_kind_of_call_carries_the_token(guarded: str) -> None:
     large = "x" * 1_500_000
     with LatticeClient(guarded, token=TOKEN) as client:
         assert client.run_task(echo, {"text": large}) == {"result": large}
@@ -205,7 +209,7 @@ def test_a_token_goes_with_every_kind_of_call(guarded: str) -> None:
     assert LangGraphClient(guarded, token=TOKEN).task(len)(large) == len(large)
 
 
-def test_without_the_right_token_it_is_said_what_to_set(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_token_setting_when_the_token_is_wrong(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for token in (None, "wrong"):
         with LatticeClient(guarded, token=token) as client, pytest.raises(UnauthenticatedError) as caught:
             client.server_info()
@@ -218,7 +222,7 @@ def test_without_the_right_token_it_is_said_what_to_set(guarded: str, monkeypatc
     assert call(guarded, "status").exit_code == 0
 
 
-def test_a_script_run_by_the_command_gets_what_it_needs(made: Certificates, tmp_path: Path) -> None:
+def test_run_command_passes_the_connection_settings_to_the_script(made: Certificates, tmp_path: Path) -> None:
     names = ["LATTICE_TARGET", "LATTICE_TLS_CA", "LATTICE_INSECURE"]
     (tmp_path / "script.py").write_text(f"import os; print(*map(os.environ.get, {names}))\n")
     command = [LATTICE, "run", "--addr", FAR, "--tls-ca", str(made.ca), "--insecure", str(tmp_path / "script.py")]
@@ -226,7 +230,7 @@ def test_a_script_run_by_the_command_gets_what_it_needs(made: Certificates, tmp_
     assert done.stdout.split() == [FAR, str(made.ca), "1"]
 
 
-def test_a_proxy_is_no_way_to_this_machine(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_to_this_machine_use_no_proxy(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""`@task` and wiring: what is read from a function, and what is found wrong before anything is sent."""
+"""`@task` and wiring: the definition of a function, and the mistakes that raise before anything is sent."""
 
 import functools
 import math
@@ -109,7 +109,7 @@ def test_a_task_is_still_its_function() -> None:
         ({"name": 3}, "the name of a task must be a text, not 3"),
     ],
 )
-def test_a_wrong_setting_is_found_at_the_decoration(settings: dict[str, Any], text: str) -> None:
+def test_task_raises_when_a_setting_is_wrong(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(TaskDefinitionError, match=text):
         task(**settings)(plain)
 
@@ -128,7 +128,7 @@ class Flaky(Exception):
         (["error", ValueError], ["USER_ERROR"], []),
     ],
 )
-def test_what_is_retried_is_named_as_workers_name_it(causes: Any, kinds: list[str], types: list[str]) -> None:
+def test_retry_on_names_exception_classes_as_workers_do(causes: Any, kinds: list[str], types: list[str]) -> None:
     policy = task(retries=2, retry_on=causes)(plain).settings.retry
     assert policy.max_attempts == 3
     assert policy.retry_on == [errors_pb2.FailureKind.Value(f"FAILURE_KIND_{kind}") for kind in kinds]
@@ -186,7 +186,7 @@ def returning(annotation: Any) -> Callable[..., Any]:
         (None, ("result",)),
     ],
 )
-def test_a_function_promises_what_it_always_returns(annotation: Any, names: tuple[str, ...]) -> None:
+def test_function_declares_the_outputs_that_it_always_returns(annotation: Any, names: tuple[str, ...]) -> None:
     assert task(returning(annotation)).outputs == names
 
 
@@ -236,12 +236,12 @@ def positional(x: int, /, y: int = 0) -> int:
         (len, "task 'len': its parameter 'obj' is positional-only"),
     ],
 )
-def test_a_function_that_takes_no_keywords_says_what_to_do(function: Any, text: str) -> None:
+def test_task_raises_with_advice_when_its_function_takes_no_keywords(function: Any, text: str) -> None:
     with pytest.raises(TaskDefinitionError, match=f"{text}.*; call it in a function of your own"):
         task(function)
 
 
-def test_inputs_of_one_name_with_their_parameter_are_no_params() -> None:
+def test_input_named_as_its_parameter_is_not_params() -> None:
     with pytest.raises(TaskDefinitionError, match="leave inputs= out for a function that takes each by its name"):
         task(inputs=["x"])(lambda x: x)
     assert task(inputs=["x"])(lambda given: given).inputs == ("x",)
@@ -274,7 +274,7 @@ def test_a_wrong_input_is_found_when_the_task_is_added(
         workflow.add_task(function, inputs)
 
 
-def test_any_input_goes_where_the_signature_takes_any(workflow: LatticeWorkflow) -> None:
+def test_any_input_is_accepted_when_the_signature_has_keywords(workflow: LatticeWorkflow) -> None:
     assert workflow.add_task(plain, {"a": 1, "c": 2, "z": 3}).task_id == "plain"
     assert workflow.add_task(seed, {"whatever": 1}).task_id == "seed"
 
@@ -310,7 +310,7 @@ def test_an_edge_joins_tasks_of_one_workflow(client: LatticeClient, workflow: La
         (lambda added: (number for number in range(3)), "cannot be pickled"),
     ],
 )
-def test_what_cannot_be_wired_is_found_before_anything_is_sent(
+def test_wiring_raises_before_sending_when_a_value_cannot_be_wired(
     workflow: LatticeWorkflow, wire: Callable[[Any], Any], text: str
 ) -> None:
     first = workflow.add_task(coroutine, {"a": 1})
@@ -351,7 +351,9 @@ def test_a_function_that_cannot_travel_is_found_before_anything_is_sent(workflow
         (type[int], 1),
     ],
 )
-def test_a_value_that_may_suit_the_annotation_is_taken(workflow: LatticeWorkflow, annotation: Any, value: Any) -> None:
+def test_value_is_accepted_when_it_may_match_the_annotation(
+    workflow: LatticeWorkflow, annotation: Any, value: Any
+) -> None:
     def function(x):  # type: ignore[no-untyped-def]
         return x
 
@@ -373,7 +375,7 @@ def test_a_value_that_may_suit_the_annotation_is_taken(workflow: LatticeWorkflow
         ("list[int]", {}, r"is {}, which is of type dict"),
     ],
 )
-def test_a_value_of_another_kind_than_the_annotation_is_found_when_the_task_is_added(
+def test_add_task_raises_when_a_value_does_not_match_the_annotation(
     workflow: LatticeWorkflow, annotation: Any, value: Any, text: str
 ) -> None:
     def function(x):  # type: ignore[no-untyped-def]
@@ -384,7 +386,7 @@ def test_a_value_of_another_kind_than_the_annotation_is_found_when_the_task_is_a
         workflow.add_task(function, {"x": value})
 
 
-def test_annotations_say_nothing_where_they_may_not_be_of_the_input_itself(workflow: LatticeWorkflow) -> None:
+def test_annotations_are_ignored_when_a_decorator_or_batch_changes_the_inputs(workflow: LatticeWorkflow) -> None:
     @functools.wraps(coroutine)
     def wrapper(**given: Any) -> int:
         return int(given["a"])
@@ -406,7 +408,7 @@ def test_annotations_say_nothing_where_they_may_not_be_of_the_input_itself(workf
     assert workflow.map(coroutine, made.outputs["tail"]).over == "a"
 
 
-def test_with_changes_the_options_it_is_given_and_no_others() -> None:
+def test_with_changes_only_the_given_options() -> None:
     first = task(resources={"cpu": 2, "gpu": 1}, retries=2, outputs=["a", "b"], exclude=["*.csv"], name="first")(typed)
     found = first.with_(cpu=3, cpu_mem=1, timeout=4, fresh_process=True)
     assert found.function is typed
@@ -425,7 +427,7 @@ def test_with_changes_the_options_it_is_given_and_no_others() -> None:
         first.with_(gpu="one")  # type: ignore[arg-type]
 
 
-def test_with_changes_an_entry_point_that_stays_one() -> None:
+def test_with_returns_an_entry_point_when_it_changes_one() -> None:
     found = entrypoint("js/word_count", inputs=["text"]).with_(cpu=2, priority=3)
     assert (found.entrypoint, found.inputs, found.takes_any) == ("js/word_count", ("text",), False)
     assert (found.resources.cpu, found.settings.priority) == (2, 3)

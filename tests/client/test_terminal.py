@@ -1,4 +1,4 @@
-"""What a terminal is given of text that others wrote, and that no command runs code of a task."""
+"""Printing text of servers and tasks to a terminal; no command runs code of a task."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def garble(text: str) -> None:
 
 
 @given(HOSTILE)
-def test_text_is_harmless_whatever_it_holds(text: str) -> None:
+def test_harmless_replaces_control_characters_of_any_text(text: str) -> None:
     assert not OBEYED.search(harmless(text))
     assert not OBEYED.search(one_line(text))
     assert "\n" not in one_line(text)
@@ -72,7 +72,7 @@ def test_text_is_harmless_whatever_it_holds(text: str) -> None:
 
 
 @given(HOSTILE)
-def test_a_live_view_is_harmless_whatever_its_events_hold(text: str) -> None:
+def test_live_view_prints_no_control_characters_of_any_event(text: str) -> None:
     sent = "".join(c for c in text if not "\ud800" <= c <= "\udfff")  # half a character is in no message
     story, progress = Story(), progress_of(name=sent)
     progress.run.run_id = f"r{sent}"
@@ -89,9 +89,7 @@ def test_colours_of_a_line_are_kept() -> None:
 
 
 @pytest.mark.parametrize("definition", [give, throw])
-def test_no_command_unpickles_what_a_task_made(
-    address: str, client: LatticeClient, tmp_path: Path, definition: Any
-) -> None:
+def test_commands_do_not_unpickle_outputs(address: str, client: LatticeClient, tmp_path: Path, definition: Any) -> None:
     touched = tmp_path / "touched"
     run = ended(client, definition, {"path": str(touched)})
     touched.unlink(missing_ok=True)
@@ -134,7 +132,7 @@ def test_control_characters_of_a_task_reach_no_terminal(address: str, client: La
         assert not OBEYED.search(done.stdout + done.stderr), command
 
 
-def test_an_error_that_names_what_was_asked_for_is_harmless(address: str) -> None:
+def test_error_has_no_control_characters_when_an_argument_has_them(address: str) -> None:
     for command in (["runs", "show", NASTY], ["runs", "cancel", NASTY], ["nodes", "drain", NASTY]):
         done = call(address, *command)
         assert done.exit_code == 1

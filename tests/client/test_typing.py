@@ -45,9 +45,9 @@ def _pyright(file: Path) -> dict[int, str]:
     params=[pytest.param(_mypy, id="mypy"), pytest.param(_pyright, id="pyright", marks=pytest.mark.exhaustive)],
 )
 def check(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Check:
-    """A type checker, as a project elsewhere runs it, with Lattice installed: what it finds in a file, by line."""
+    """A type checker, run as in another project with Lattice installed; it returns its findings in a file by line."""
 
-    # One folder for all files: a checker that keeps what it found of Lattice there is fast with the next.
+    # One folder for all files: a checker with a cache of its findings in Lattice is faster with the next file.
     folder = tmp_path_factory.mktemp("elsewhere")
 
     def checked(file: Path) -> dict[int, str]:
@@ -68,7 +68,7 @@ def test_a_type_checker_finds_mistakes_in_typed_calls(check: Check) -> None:
 
 
 @pytest.mark.slow
-def test_a_type_checker_finds_nothing_in_what_is_right(check: Check) -> None:
+def test_type_checker_accepts_correct_programs(check: Check) -> None:
     assert check(FOLDER / "correct.py") == {}
 
 
@@ -78,7 +78,7 @@ def test_building_a_workflow_finds_each_mistake(mistake: Callable[[Any], Any], c
         mistake(client.create_workflow())
 
 
-def test_building_a_workflow_takes_what_is_right(client: LatticeClient) -> None:
+def test_correct_workflows_can_be_built(client: LatticeClient) -> None:
     workflow = correct.build(client)
     assert workflow.tasks["all"].inputs["mode"] == "fast"
     assert workflow.tasks["split"].definition is correct.split

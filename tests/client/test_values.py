@@ -1,4 +1,4 @@
-"""Values on their way in and out of a client: in which thread they are read, and what is said when they cannot be."""
+"""Encoding and decoding values in a client: the thread that does it, and the errors of values that fail."""
 
 import asyncio
 import pickle
@@ -131,7 +131,7 @@ def test_an_input_is_encoded_in_the_thread_of_its_caller(client: LatticeClient) 
     assert workflow.run().result(timeout=WAIT_S) == here
 
 
-def test_a_value_that_ends_the_program_where_it_is_read_is_an_error(client: LatticeClient, address: str) -> None:
+def test_decoding_raises_decode_error_when_the_value_raises_system_exit(client: LatticeClient, address: str) -> None:
     workflow = client.create_workflow()
     workflow.add_task(leaving)
     run = workflow.run()
@@ -153,7 +153,7 @@ async def _result(address: str, run_id: str) -> Any:
 
 
 @pytest.mark.parametrize("definition", [thrown, unpicklable], ids=["two arguments", "a lock"])
-def test_an_original_exception_that_is_missing_is_explained(client: LatticeClient, definition: Any) -> None:
+def test_error_explains_why_the_original_exception_is_missing(client: LatticeClient, definition: Any) -> None:
     with pytest.raises(TaskFailedError) as caught:
         client.run_task(definition, {})
     assert caught.value.__cause__ is None
@@ -166,7 +166,7 @@ def test_an_original_exception_that_is_missing_is_explained(client: LatticeClien
     assert "Remote traceback:" in text
 
 
-def test_a_failed_run_says_how_many_of_its_tasks_failed(client: LatticeClient) -> None:
+def test_error_has_the_number_of_failed_tasks(client: LatticeClient) -> None:
     workflow = client.create_workflow(failure_policy="finish_independent")
     for _ in range(3):
         workflow.add_task(unpicklable)
@@ -206,7 +206,7 @@ def test_a_run_that_is_given_to_a_task_arrives_as_its_id(client: LatticeClient) 
     assert type(pickle.loads(pickle.dumps(run.twin))) is str
 
 
-def test_a_client_that_is_given_to_a_task_is_refused_by_name(client: LatticeClient) -> None:
+def test_task_error_names_the_client_when_it_is_an_input(client: LatticeClient) -> None:
     for given in (client, client.aio):
         refusal = r": <\w+ of .*> cannot be pickled: a task that needs a client must create one$"
         with pytest.raises(TaskDefinitionError, match="^input 'value' of task 'echo'" + refusal):
@@ -294,7 +294,7 @@ class Refusing(test_calls.Server):
         await test_calls.fail(context, code_pb2.RESOURCE_EXHAUSTED)
 
 
-def test_an_upload_that_the_server_ends_early_says_so_in_the_words_of_this_package() -> None:
+def test_upload_raises_unavailable_when_the_server_ends_it_early() -> None:
     async def scenario(client: AsyncLatticeClient, server: test_calls.Server) -> None:
         for _ in range(10):
             with pytest.raises((ResourceExhaustedError, UnavailableError)) as caught:

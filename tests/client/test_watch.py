@@ -31,7 +31,7 @@ def unreadable() -> Any:
     return Unreadable()
 
 
-def test_a_live_view_shows_what_runs_and_ends_well(address: str, waiting: Run, gate: Path) -> None:
+def test_live_view_shows_running_tasks_until_the_run_succeeds(address: str, waiting: Run, gate: Path) -> None:
     with terminal(address, "runs", "watch", waiting, lines=12) as shown:
         shown.read_until("gated | waiting at the gate")
         shown.read_until("waiting  running  0/21 tasks")
@@ -54,7 +54,7 @@ def test_a_live_view_ends_with_the_failure(address: str, client: LatticeClient) 
     assert ", in fail\n" in end
 
 
-def test_ctrl_c_ends_the_view_and_not_the_run(address: str, waiting: Run) -> None:
+def test_interrupt_ends_the_live_view_and_not_the_run(address: str, waiting: Run) -> None:
     with terminal(address, "runs", "watch", waiting) as shown:
         shown.read_until("waiting at the gate")
         shown.process.send_signal(signal.SIGINT)
@@ -96,7 +96,7 @@ def test_no_value_ends_a_view(address: str, client: LatticeClient, definition: A
         assert events[-1]["data"]["state"] == "succeeded"
 
 
-def test_a_program_is_told_of_a_failure_by_the_exit_status(address: str, client: LatticeClient) -> None:
+def test_command_exits_with_1_when_the_run_failed(address: str, client: LatticeClient) -> None:
     run = ended(client, fail, {"name": "x"})
     done = call(address, "runs", "watch", "--json", run)
     assert done.exit_code == 1

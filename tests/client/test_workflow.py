@@ -1,4 +1,4 @@
-"""Adding tasks: ids that are never shared, and inputs that are found wrong before anything is sent."""
+"""Adding tasks: unique ids, and wrong inputs that raise before anything is sent."""
 
 import functools
 from collections.abc import Callable
@@ -46,7 +46,7 @@ names = st.sampled_from(["step", "step-2", "step-2-2", "step-3", "other"])
 
 
 @given(st.lists(st.tuples(names, names | st.none()), max_size=12))
-def test_every_task_that_is_added_is_there_under_its_own_id(added: list[tuple[str, str | None]]) -> None:
+def test_every_added_task_has_its_own_id(added: list[tuple[str, str | None]]) -> None:
     graph: Graph[None] = Graph(None)
     kept: list[LatticeTask] = []
     for name, task_id in added:
@@ -93,7 +93,7 @@ def test_a_wrong_id_or_name_is_refused(graph: Graph[None], settings: dict[str, A
     assert not graph.tasks
 
 
-def test_a_name_that_makes_no_id_asks_for_one(graph: Graph[None]) -> None:
+def test_add_task_asks_for_an_id_when_the_name_is_not_a_valid_one(graph: Graph[None]) -> None:
     long = task(name="x" * 200)(nothing)
     with pytest.raises(TaskDefinitionError, match="give task_id"):
         graph.add_task(long)
@@ -123,7 +123,7 @@ def test_a_name_that_makes_no_id_asks_for_one(graph: Graph[None]) -> None:
         (Source().decorated, {"n": 1}, "make a bound method the task"),
     ],
 )
-def test_wrong_inputs_name_all_that_is_wrong_and_what_there_is(
+def test_error_names_all_wrong_inputs_and_the_accepted_ones(
     graph: Graph[None], function: Callable[..., Any], inputs: Any, text: str
 ) -> None:
     with pytest.raises(TaskDefinitionError, match=text):
@@ -131,7 +131,7 @@ def test_wrong_inputs_name_all_that_is_wrong_and_what_there_is(
     assert not graph.tasks
 
 
-def test_inputs_given_by_keyword_are_told_to_be_a_dict(graph: Graph[None]) -> None:
+def test_error_asks_for_a_dict_when_inputs_are_keywords(graph: Graph[None]) -> None:
     more: dict[str, Any] = {"text": "a", "word": "b"}
     with pytest.raises(TaskDefinitionError, match="add_task has no argument text, word; the inputs are one dict"):
         graph.add_task(count, **more)
@@ -165,12 +165,12 @@ def test_an_input_named_params_goes_to_a_function_that_takes_any_by_keyword(grap
         (lambda first: {"text": [first.output]}, "over is a list"),
     ],
 )
-def test_a_map_over_anything_but_one_output_is_refused(graph: Graph[None], over: Any, text: str) -> None:
+def test_map_raises_when_over_is_not_exactly_one_output(graph: Graph[None], over: Any, text: str) -> None:
     first = graph.add_task(nothing)
     with pytest.raises(TaskDefinitionError, match=text):
         graph.map(count, over(first) if callable(over) else over, {"word": "x"})
 
 
-def test_a_partial_function_lacks_what_it_has_been_given(graph: Graph[None]) -> None:
+def test_partial_function_does_not_require_its_bound_arguments(graph: Graph[None]) -> None:
     found = graph.add_task(functools.partial(count, word="x"), {"text": "y"}).definition
     assert (found.required, found.call_style) == ({"text"}, task_pb2.CALL_STYLE_KEYWORDS)

@@ -1,6 +1,6 @@
-"""Code on its way: a program packs a function in one process, and another, which has none of its files, calls it.
+"""Code in transit: one process packs a function, and another process without its files calls it.
 
-The second process loads as a runner does. Both are started here; nothing of a server is needed.
+The second process loads it as a runner does. Both are started here, without a server.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What the programs import to send a function; it counts as installed.
+# The module that the programs import to send a function; it counts as installed.
 SENDER = """
 import os, pickle
 from lattice_client.convert import payloads
@@ -26,7 +26,7 @@ def send(function, **inputs):
         pickle.dump((form.python.pickle, bundle.zip if bundle else b"", payloads.encode(inputs)), file)
 """
 
-# Calls what was sent; prints what comes of it as JSON.
+# Calls the sent function, and prints its result as JSON.
 CALLER = """
 import io, json, os, pickle, sys, traceback, zipfile
 sys.path.pop(0)  # the folder of this program
@@ -59,7 +59,7 @@ print("said:" + json.dumps(said))
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What came of a call: what the function returned, or the error; and the files that were sent with it."""
+    """The result of a call, or its error; and the files that were sent with the function."""
 
     result: Any
     error: str
@@ -67,7 +67,7 @@ class Said:
 
 
 class Travel:
-    """Programs in a folder of their own, and what they send."""
+    """Programs in a folder of their own, and the functions they send."""
 
     def __init__(self, folder: Path) -> None:
         self.project = folder / "project"
