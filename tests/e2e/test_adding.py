@@ -202,7 +202,7 @@ def test_async_tasks_spawn_side_by_side(client: LatticeClient) -> None:
     assert {results[task_id]["result"] for task_id in ids} == {1}
 
 
-def test_another_attempt_means_the_same_tasks(client: LatticeClient, room: Room) -> None:
+def test_another_attempt_spawns_the_same_tasks(client: LatticeClient, room: Room) -> None:
     @task(retries=2, retry_backoff=0.01)
     def parent(room: str) -> int:
         spawned = context.spawn(note, {"room": room, "text": "child"}, name="child")
