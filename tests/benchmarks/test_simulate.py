@@ -46,7 +46,7 @@ def test_the_workload_is_as_large_as_its_setting_says(workload: Workload, defaul
     assert SMALL.tasks <= default.tasks <= 1.1 * SMALL.tasks
 
 
-def test_no_more_is_used_than_there_is(default: Outcome, one_line: Outcome) -> None:
+def test_no_more_resources_are_used_than_a_node_has(default: Outcome, one_line: Outcome) -> None:
     for outcome in (default, one_line):
         assert 0.2 < outcome.cpu <= 1
         assert 0.2 < outcome.gpu <= 1
@@ -58,7 +58,7 @@ def test_a_seed_gives_one_outcome_and_another_seed_another() -> None:
     assert Simulation(one, DEFAULT).run() == Simulation(same, DEFAULT).run()
 
 
-def test_fair_share_bounds_what_the_crowd_costs_the_others(default: Outcome, one_line: Outcome) -> None:
+def test_fair_share_bounds_the_delay_by_the_crowd(default: Outcome, one_line: Outcome) -> None:
     fair, unfair = figures_of(default), figures_of(one_line)
     assert fair.others_mean_s < 0.7 * unfair.others_mean_s
     assert fair.others_slowdown_p99 < 10 < unfair.others_slowdown_p99
@@ -69,7 +69,7 @@ def test_fair_share_alone_bounds_it_too(workload: Workload, one_line: Outcome) -
     assert fair.others_mean_s < 0.7 * figures_of(one_line).others_mean_s
 
 
-def test_fair_share_bounds_what_a_caller_gains_by_splitting_its_work_into_many_runs() -> None:
+def test_fair_share_bounds_the_gain_of_splitting_work_into_many_runs() -> None:
     # No order among runs can tell these from anybody else's small ones.
     workload = generate(replace(SMALL, tasks=2_500, crowd=0.0, swarm=0.4), 1)
     fair, unfair = (
@@ -78,14 +78,14 @@ def test_fair_share_bounds_what_a_caller_gains_by_splitting_its_work_into_many_r
     assert fair.others_mean_s < 0.8 * unfair.others_mean_s
 
 
-def test_the_crowds_large_run_ends_though_small_ones_pass_it(default: Outcome, one_line: Outcome) -> None:
+def test_a_large_run_ends_when_small_ones_are_preferred(default: Outcome, one_line: Outcome) -> None:
     took_s, would_take_s = (
         next(run.completion_s for run in outcome.runs if run.kind == CROWD) for outcome in (default, one_line)
     )
     assert took_s < 2 * would_take_s
 
 
-def test_the_default_scores_better_than_one_line(default: Outcome, one_line: Outcome) -> None:
+def test_the_default_order_scores_better_than_first_come(default: Outcome, one_line: Outcome) -> None:
     assert score(figures_of(default), figures_of(one_line)) < 0.8
 
 

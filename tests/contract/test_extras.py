@@ -42,15 +42,26 @@ def _run(blocked: set[str], body: str) -> subprocess.CompletedProcess[str]:
     ("packages", "blocked"),
     [
         (["lattice.v1", "lattice_client"], WORKER | SERVER | OTHERS),
-        (["lattice.v1", "lattice_worker", "lattice_server.cli"], SERVER | OTHERS),
-        (["lattice.v1", "lattice_client", "lattice_worker", "lattice_server.engine"], OTHERS),
+        (["lattice.v1", "lattice_worker"], SERVER | OTHERS),
+        (["lattice.v1", "lattice_server.engine", "lattice_server.rpc"], OTHERS),
     ],
     ids=["client", "worker", "server"],
 )
 def test_every_module_imports_when_only_its_own_extra_is_installed(packages: list[str], blocked: set[str]) -> None:
-    paths = [package for package in packages if package != "lattice_server.cli"]
-    body = EVERY_MODULE.format(packages=paths) + "".join(f"\nimport {name}" for name in packages)
-    done = _run(blocked, body)
+    done = _run(blocked, EVERY_MODULE.format(packages=packages))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "blocked"),
+    [
+        ("lattice_server.cli", SERVER | OTHERS),
+        ("lattice_server.executors.ray_actor", SERVER | OTHERS - {"ray"}),
+        ("lattice_server.app", OTHERS),
+    ],
+)
+def test_a_module_that_a_machine_runs_imports_when_the_other_extras_are_absent(module: str, blocked: set[str]) -> None:
+    done = _run(blocked, f"import {module}")
     assert done.returncode == 0, done.stderr
 
 

@@ -214,7 +214,7 @@ def test_a_task_named_plan_spawns_itself_100_deep(client: LatticeClient) -> None
     assert sorted(outputs["result"] for outputs in results.values()) == list(range(101))
 
 
-def test_another_attempt_means_the_same_tasks(client: LatticeClient, room: Room) -> None:
+def test_another_attempt_spawns_the_same_tasks(client: LatticeClient, room: Room) -> None:
     @task(retries=2, retry_backoff=0.01)
     def parent(room: str) -> int:
         spawned = context.spawn(note, {"room": room, "text": "child"}, name="child")

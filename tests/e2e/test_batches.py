@@ -36,12 +36,14 @@ def batched(client: LatticeClient, function: Any, values: list[Any], **settings:
     return workflow.run()
 
 
-def test_full_batches_leave_at_once_and_the_rest_when_its_time_has_come(client: LatticeClient) -> None:
+def test_a_batch_starts_when_it_is_full_or_its_time_is_over(client: LatticeClient) -> None:
     run = batched(client, count, list(range(10)), batch_size=4, batch_timeout=0.1)
     assert [outputs["result"] for outputs in run.result(timeout=WAIT_S).values()] == [4] * 8 + [2] * 2
 
 
-def test_tasks_of_different_runs_and_of_the_same_caller_meet(address: str, client: LatticeClient) -> None:
+def test_tasks_of_different_runs_share_a_batch_when_their_tenant_is_the_same(
+    address: str, client: LatticeClient
+) -> None:
     def one(caller: LatticeClient, **settings: Any) -> Run:
         workflow = caller.create_workflow()
         workflow.add_task(task(batch_size=2, **settings)(count), {"value": 1})
@@ -55,7 +57,7 @@ def test_tasks_of_different_runs_and_of_the_same_caller_meet(address: str, clien
     assert [run.result(timeout=WAIT_S)["result"] for run in apart] == [1, 1]
 
 
-def test_only_the_same_code_with_the_same_needs_meets(client: LatticeClient) -> None:
+def test_tasks_share_a_batch_when_their_code_and_options_are_equal(client: LatticeClient) -> None:
     def also_count(value: list[int]) -> list[int]:
         return [len(value)] * len(value)
 
@@ -140,7 +142,7 @@ def test_all_items_of_a_batch_fail_when_the_function_raises(client: LatticeClien
 
 
 @pytest.mark.parametrize(("how", "kind"), [("exit", "CRASHED"), ("memory", "OUT_OF_MEMORY")])
-def test_the_item_that_takes_the_process_down_is_found(client: LatticeClient, how: str, kind: str) -> None:
+def test_only_the_item_at_fault_fails_when_a_batch_crashes(client: LatticeClient, how: str, kind: str) -> None:
     def survive(value: list[str]) -> list[str]:
         if "exit" in value:
             os._exit(3)
@@ -173,7 +175,7 @@ def test_an_item_that_is_cancelled_leaves_its_batch(client: LatticeClient) -> No
     assert outcomes(run) == {"count": 2, "count-2": "CANCELLED", "count-3": 2}
 
 
-def test_a_batch_that_runs_goes_on_without_an_item_that_is_cancelled(client: LatticeClient, room: Room) -> None:
+def test_a_running_batch_continues_when_an_item_is_cancelled(client: LatticeClient, room: Room) -> None:
     def meet(value: list[str]) -> list[int]:
         from tests.e2e.rooms import enter
 
@@ -188,7 +190,7 @@ def test_a_batch_that_runs_goes_on_without_an_item_that_is_cancelled(client: Lat
     assert outcomes(run) == {"meet": 3, "meet-2": "CANCELLED", "meet-3": 3}
 
 
-def test_a_cancelled_run_takes_its_batch_along(client: LatticeClient, room: Room) -> None:
+def test_a_batch_is_stopped_when_its_run_is_cancelled(client: LatticeClient, room: Room) -> None:
     def meet(value: list[str]) -> list[int]:
         from tests.e2e.rooms import enter
 

@@ -157,7 +157,7 @@ def test_a_worker_ends_its_attempts_when_it_reconnects_too_late(
     assert len(left) == 4, "an attempt went on although its lease was lost"
 
 
-def test_a_short_break_of_the_cable_costs_nothing(two: Cluster, room: Room) -> None:
+def test_no_attempt_is_lost_when_the_network_breaks_briefly(two: Cluster, room: Room) -> None:
     run = four_in(two, room)
     two.machines[0].cut()
     two.machines[0].mend()
@@ -167,7 +167,7 @@ def test_a_short_break_of_the_cable_costs_nothing(two: Cluster, room: Room) -> N
     assert len(room.notes()) == 8
 
 
-def test_without_any_node_work_waits_for_one(two: Cluster, room: Room) -> None:
+def test_a_run_waits_when_there_is_no_node(two: Cluster, room: Room) -> None:
     workflow = two.client.create_workflow()
     workflow.add_task(stay, {"room": room, "name": "patient"})
     run = workflow.run()
@@ -221,7 +221,7 @@ def test_attempts_run_elsewhere_when_the_deadline_of_a_drain_is_over(two: Cluste
 @pytest.mark.parametrize(
     "how", [pytest.param("SIGTERM", marks=EXHAUSTIVE), pytest.param("SIGINT", marks=EXHAUSTIVE), "lattice stop"]
 )
-def test_a_worker_that_is_stopped_leaves_first(how: str, two: Cluster, room: Room) -> None:
+def test_a_stopped_worker_drains_before_it_ends(how: str, two: Cluster, room: Room) -> None:
     run, worker = four_in(two, room), two.workers["a"]
     if how == "lattice stop":
         stopping = two.machines[0].lattice("stop", "--node", "a")
@@ -234,7 +234,7 @@ def test_a_worker_that_is_stopped_leaves_first(how: str, two: Cluster, room: Roo
     assert nodes_that_finished(run) == {"b"}
 
 
-def test_workers_come_back_to_a_head_that_starts_anew(two: Cluster, room: Room) -> None:
+def test_workers_reconnect_when_the_head_restarts(two: Cluster, room: Room) -> None:
     four_in(two, room)
     two.head.kill_all()
     two.start_head()
@@ -277,7 +277,7 @@ def test_large_values_move_between_nodes_and_to_clients(two: Cluster) -> None:
     assert two.client.run_task(measure, {"data": b"y" * LARGE_BYTES}) == {"result": LARGE_BYTES}
 
 
-def test_a_value_that_died_with_its_node_fails_typed(two: Cluster, room: Room) -> None:
+def test_a_task_fails_with_payload_when_a_value_was_lost_with_its_node(two: Cluster, room: Room) -> None:
     workflow = two.client.create_workflow()
     made = workflow.add_task(make, {"size": LARGE_BYTES}, "make")
     waits = workflow.add_task(stay, {"room": room, "name": "later"}, "stay")

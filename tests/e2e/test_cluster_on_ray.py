@@ -174,7 +174,7 @@ def test_machines_join_again_when_the_head_of_ray_dies(what: str, two: Cluster, 
 
 
 @pytest.mark.parametrize("how", [pytest.param("drain", marks=pytest.mark.exhaustive), "stop"])
-def test_a_machine_leaves_when_it_is_told_to(how: str, two: Cluster, room: Room) -> None:
+def test_a_machine_leaves_when_it_is_drained_or_stopped(how: str, two: Cluster, room: Room) -> None:
     run = four_in(two, room)
     if how == "drain":
         two.command("nodes", "drain", "a")
@@ -220,7 +220,9 @@ def test_nodes_that_do_not_reach_each_other_get_large_values_through_the_head(tw
         ),
     ],
 )
-def test_a_large_value_that_died_with_its_node_fails_typed(what: str, is_known: bool, two: Cluster, room: Room) -> None:
+def test_a_task_fails_with_payload_when_a_large_value_was_lost_with_its_node(
+    what: str, is_known: bool, two: Cluster, room: Room
+) -> None:
     session = two.nodes()["a"].worker_id
     workflow = two.client.create_workflow()
     made = workflow.add_task(make, {"size": MANY_BYTES}, "make")

@@ -209,7 +209,7 @@ def test_a_condition_by_value_skips_the_other_branches_and_their_dependents(clie
     assert run.status() == "succeeded"
 
 
-def test_branches_meet_again_in_a_task_that_can_do_without(client: LatticeClient) -> None:
+def test_branches_join_in_a_task_with_optional_inputs(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     decision = workflow.add_task(give, {"value": False})
     left = workflow.add_task(add, {"a": 1}, when=decision.output)
@@ -220,7 +220,7 @@ def test_branches_meet_again_in_a_task_that_can_do_without(client: LatticeClient
     assert workflow.run().result(timeout=WAIT_S) == {"result": [None, 3, None]}
 
 
-def test_a_task_can_do_without_one_that_failed_where_the_rest_is_finished(client: LatticeClient) -> None:
+def test_an_optional_input_is_none_when_its_task_failed(client: LatticeClient) -> None:
     workflow = client.create_workflow(failure_policy="finish_independent")
     failed, fine = workflow.add_task(fail), workflow.add_task(add, {"a": 1})
     workflow.add_task(give, {"value": {"failed": failed.output.optional(), "fine": fine.output.optional()}})
@@ -293,7 +293,7 @@ def test_tasks_are_given_parts_of_outputs(client: LatticeClient, kind: str) -> N
         run.output(made.output["gone"])
 
 
-def test_a_task_fails_when_its_output_has_no_such_part(client: LatticeClient) -> None:
+def test_a_task_fails_when_an_output_lacks_the_selected_part(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     made = workflow.add_task(answer)
     workflow.add_task(give, {"value": made.output["choices"][7]})

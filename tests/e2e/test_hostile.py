@@ -68,7 +68,7 @@ def check_whole(client: LatticeClient) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_run_of_hostile_functions_ends_and_leaves_the_node_whole(local: str) -> None:
+def test_a_run_of_hostile_functions_ends_and_frees_the_node(local: str) -> None:
     print(f"LATTICE_SEED={SEED}")
     choice = random.Random(SEED)
     with LatticeClient(local) as client:

@@ -34,7 +34,7 @@ def waits_for_a_limit(run: Run, task_id: str) -> str:
     return kinds.get(task_pb2.WAIT_KIND_LIMIT, "")
 
 
-def test_no_more_calls_of_a_function_run_than_it_says(client: LatticeClient, room: Room) -> None:
+def test_a_function_runs_no_more_calls_than_its_limit(client: LatticeClient, room: Room) -> None:
     runs = []
     for _ in range(2):
         workflow = client.create_workflow()
@@ -88,9 +88,7 @@ def _filled(client: LatticeClient, room: Room) -> Run:
     return workflow.run()
 
 
-def test_a_full_server_says_when_to_ask_again_and_the_client_does(
-    address: str, client: LatticeClient, room: Room
-) -> None:
+def test_the_client_retries_when_the_server_is_full(address: str, client: LatticeClient, room: Room) -> None:
     full = _filled(client, room)
     with LatticeClient(address, admission_timeout=0.0) as hasty:
         workflow = hasty.create_workflow()
@@ -168,7 +166,7 @@ async def sleep_aside(seconds: float) -> float:
 
 
 @pytest.mark.parametrize("function", [sleep, sleep_aside])
-def test_an_attempt_over_its_time_fails(client: LatticeClient, function: Any) -> None:
+def test_an_attempt_fails_when_its_time_limit_is_over(client: LatticeClient, function: Any) -> None:
     hasty = task(timeout=1.0)(function)
     with pytest.raises(TaskFailedError, match=r"ran longer than 1 s") as caught:
         client.run_task(hasty, {"seconds": 60})
@@ -176,9 +174,7 @@ def test_an_attempt_over_its_time_fails(client: LatticeClient, function: Any) ->
     assert client.run_task(hasty, {"seconds": 0}) == {"result": 0}
 
 
-def test_a_task_over_its_time_in_all_fails_while_it_waits_runs_or_tries_again(
-    client: LatticeClient, room: Room
-) -> None:
+def test_a_task_fails_when_its_total_time_is_over_in_any_state(client: LatticeClient, room: Room) -> None:
     workflow = client.create_workflow(failure_policy="finish_independent")
     holder = workflow.add_task(task(cpu=2)(ask), {"room": room, "name": "holder"})
     run = workflow.run()
@@ -204,7 +200,7 @@ def test_a_task_over_its_time_in_all_fails_while_it_waits_runs_or_tries_again(
     run.result(timeout=WAIT_S)
 
 
-def test_a_run_over_its_time_fails(client: LatticeClient) -> None:
+def test_a_run_fails_when_its_time_limit_is_over(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     first = workflow.add_task(sleep, {"seconds": 60})
     workflow.add_task(sleep, {"seconds": first.output})

@@ -256,7 +256,7 @@ def test_a_task_fails_with_payload_when_its_values_cannot_travel(
 
 
 @pytest.mark.usefixtures("worker")
-def test_as_many_run_side_by_side_as_it_has_cpus(client: LatticeClient, room: Room) -> None:
+def test_a_worker_runs_as_many_calls_in_parallel_as_it_has_cpus(client: LatticeClient, room: Room) -> None:
     workflow = client.create_workflow("crowd")
     tasks = [workflow.add_task(ENTER, {"room": str(room), "name": name}) for name in "abc"]
     run = workflow.run()
@@ -269,7 +269,9 @@ def test_as_many_run_side_by_side_as_it_has_cpus(client: LatticeClient, room: Ro
 
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize("path", ["js/enter", "js/stay"])
-def test_a_cancelled_task_ends_whether_it_listens_or_not(client: LatticeClient, room: Room, path: str) -> None:
+def test_a_cancelled_task_ends_when_it_ignores_the_cancellation_too(
+    client: LatticeClient, room: Room, path: str
+) -> None:
     workflow = client.create_workflow("cancelled")
     added = workflow.add_task(entrypoint(path), {"room": str(room), "name": "a"})
     run = workflow.run()
@@ -283,7 +285,7 @@ def test_a_cancelled_task_ends_whether_it_listens_or_not(client: LatticeClient, 
 
 
 @pytest.mark.usefixtures("worker")
-def test_an_attempt_has_its_time(client: LatticeClient, room: Room) -> None:
+def test_an_attempt_succeeds_within_its_time_limit(client: LatticeClient, room: Room) -> None:
     with pytest.raises(TaskFailedError) as caught:
         client.run_task(entrypoint("js/enter", timeout=0.2), {"room": str(room), "name": "a"})
     assert caught.value.kind == "TIMEOUT"
@@ -349,7 +351,7 @@ def test_a_worker_ends_when_there_is_no_server() -> None:
 
 
 @pytest.mark.usefixtures("address")
-def test_a_worker_that_is_to_leave_waits_for_no_server_when_it_holds_nothing() -> None:
+def test_a_worker_without_leases_leaves_when_the_server_is_unreachable() -> None:
     command = ["node", str(EXAMPLE / "worker.js"), "--addr", unused_address(), "--give-up", "1000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -414,7 +416,7 @@ def test_a_broken_stream_is_resumed_and_nothing_runs_twice(address: str, room: R
     asyncio.run(scenario())
 
 
-def test_a_silent_stream_is_left_for_another_in_time(address: str, room: Room) -> None:
+def test_a_worker_opens_another_stream_when_one_is_silent(address: str, room: Room) -> None:
     async def scenario() -> None:
         proxy = Proxy(address)
         worker = NodejsWorker(await proxy.start())

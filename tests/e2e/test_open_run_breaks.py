@@ -215,7 +215,7 @@ def test_an_unread_failure_is_raised_at_the_end_of_the_block(client: LatticeClie
         client.get_run(run).result(timeout=WAIT_S)
 
 
-def test_a_wait_that_times_out_leaves_the_run_held(client: LatticeClient) -> None:
+def test_an_open_run_stays_open_when_a_wait_times_out(client: LatticeClient) -> None:
     with client.open_run() as run:
         asked = run.add(ask, {"value": 1})
         for _ in range(3):

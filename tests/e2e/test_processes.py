@@ -442,7 +442,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("what", KINDS)
-def test_a_task_fails_typed_and_frees_its_cpu_when_it_ends_oddly(client: LatticeClient, what: str) -> None:
+def test_a_task_fails_with_a_kind_and_frees_its_cpu_when_it_ends_abnormally(client: LatticeClient, what: str) -> None:
     with pytest.raises(TaskFailedError) as failed:
         client.run_task(odd, {"what": what})
     assert failed.value.kind == KINDS[what]
@@ -479,7 +479,7 @@ async def neighbour(number: int) -> int:
 
 
 @pytest.mark.parametrize("how", ["exit", "callback", "inner"])
-def test_async_neighbours_succeed_when_one_takes_their_process_down(client: LatticeClient, how: str) -> None:
+def test_other_coroutines_succeed_when_one_crashes_their_process(client: LatticeClient, how: str) -> None:
     workflow = client.create_workflow(failure_policy="finish_independent")
     neighbours = [workflow.add_task(neighbour, {"number": number}) for number in range(5)]
     bad = workflow.add_task(culprit, {"how": how})
@@ -513,7 +513,7 @@ async def stubborn() -> None:
             print("no")
 
 
-def test_the_one_that_blocks_the_loop_fails_when_another_one_has_to_end(client: LatticeClient) -> None:
+def test_a_coroutine_that_blocks_the_loop_fails_when_another_is_cancelled(client: LatticeClient) -> None:
     workflow = client.create_workflow(failure_policy="finish_independent")
     client.run_task(neighbour, {"number": 0})  # The process has imported this module then.
     kept = workflow.add_task(neighbour, {"number": 1})
@@ -528,7 +528,7 @@ def test_the_one_that_blocks_the_loop_fails_when_another_one_has_to_end(client: 
     assert kinds == {blocking.task_id: "CRASHED", late.task_id: "TIMEOUT"}
 
 
-def test_async_neighbours_go_on_when_one_ignores_its_cancellation(client: LatticeClient) -> None:
+def test_other_coroutines_continue_when_one_ignores_its_cancellation(client: LatticeClient) -> None:
     workflow = client.create_workflow(failure_policy="finish_independent")
     kept = [workflow.add_task(neighbour, {"number": number}) for number in range(3)]
     workflow.add_task(stubborn)

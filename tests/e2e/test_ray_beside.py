@@ -116,7 +116,7 @@ def test_the_ray_of_a_user_is_separate_from_that_of_lattice(place: Path) -> None
 
 
 @pytest.mark.exhaustive  # The same in the other order of starts.
-def test_the_cluster_of_a_user_is_the_one_that_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_of_a_user_find_the_users_ray(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ACCESS.items():
         monkeypatch.setenv(name, value)
     with ray_head(place, machine_address(), "--num-cpus", "1") as head:
@@ -135,7 +135,7 @@ def test_the_cluster_of_a_user_is_the_one_that_is_found(place: Path, monkeypatch
 
 
 @pytest.mark.exhaustive  # The choice of the folder has tests of its own.
-def test_a_head_starts_when_temporary_files_lie_where_ray_cannot_have_its_own(
+def test_a_head_starts_when_the_temporary_folder_does_not_suit_ray(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "caf\xe9" + "x" * 70
@@ -146,7 +146,7 @@ def test_a_head_starts_when_temporary_files_lie_where_ray_cannot_have_its_own(
         assert process.wait(WAIT_S) == 0
 
 
-def test_a_ray_that_cannot_start_is_one_line_and_leaves_nothing(place: Path) -> None:
+def test_the_server_fails_with_one_line_when_ray_cannot_start(place: Path) -> None:
     stores = set(Path("/dev/shm").glob("lattice-head-*"))
     words = [LATTICE, "start", "--head", "--port", "0", "--node-ip", "no.such.host.invalid", "--num-cpus", "1"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -53,7 +53,7 @@ def processes(client: LatticeClient) -> list[psutil.Process]:
         pytest.param(["ray::WorkerHost", "gcs_server"], marks=pytest.mark.exhaustive),
     ],
 )
-def test_no_death_of_ray_is_the_end_of_a_run(victims: list[str], tmp_path: Path) -> None:
+def test_a_run_succeeds_when_a_process_of_ray_dies(victims: list[str], tmp_path: Path) -> None:
     with two_cpus() as client:
         server, ours = client.server_info().pid, []
         for number, victim in enumerate(victims):

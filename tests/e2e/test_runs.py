@@ -85,7 +85,7 @@ def test_independent_tasks_run_side_by_side(client: LatticeClient, tmp_path: Pat
     assert [outputs["result"] for outputs in results.values()] == [True] * 4
 
 
-def test_any_value_arrives_whole(client: LatticeClient) -> None:
+def test_any_value_arrives_unchanged(client: LatticeClient) -> None:
     @task
     def echo(value: Any) -> Any:
         return value
@@ -222,7 +222,7 @@ def test_the_same_run_id_is_the_same_run(client: LatticeClient) -> None:
     assert workflow.run(name) == workflow.run(name) == name
 
 
-def test_bad_input_is_named_at_once(client: LatticeClient) -> None:
+def test_an_invalid_input_is_named_when_the_run_is_submitted(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     with pytest.raises(TaskDefinitionError, match="needs input 'a'"):
         workflow.add_task(add, {"b": 1})

@@ -72,7 +72,7 @@ def test_a_task_that_needs_device_memory_only_shares_a_device(client: LatticeCli
     assert guest == roomy
 
 
-def test_a_whole_device_is_shared_with_nobody(client: LatticeClient, room: Room) -> None:
+def test_a_whole_device_is_not_shared(client: LatticeClient, room: Room) -> None:
     workflow = client.create_workflow()
     workflow.add_task(using(gpu=2), {"room": room, "name": "both"})
     both = workflow.run()
@@ -86,7 +86,7 @@ def test_a_whole_device_is_shared_with_nobody(client: LatticeClient, room: Room)
     both.result(timeout=WAIT_S)
 
 
-def test_a_task_for_two_devices_waits_while_others_go_on(client: LatticeClient, room: Room) -> None:
+def test_a_task_for_two_devices_waits_while_others_run(client: LatticeClient, room: Room) -> None:
     workflow = client.create_workflow()
     workflow.add_task(using(gpu=0.5), {"room": room, "name": "half"}, "half")
     half = workflow.run()
@@ -209,7 +209,7 @@ def test_a_large_task_is_not_passed_by_small_ones_forever(client: LatticeClient,
     assert order[-1] != "large"
 
 
-def test_a_caller_with_little_work_does_not_wait_for_one_with_much(
+def test_a_tenant_with_little_work_does_not_wait_for_one_with_much(
     address: str, client: LatticeClient, room: Room
 ) -> None:
     holding = held(client, room)
@@ -241,7 +241,7 @@ def gather(value: list[int]) -> list[int]:
     return value
 
 
-def test_waiting_is_explained(address: str, client: LatticeClient, room: Room) -> None:
+def test_a_waiting_task_has_reasons(address: str, client: LatticeClient, room: Room) -> None:
     workflow = client.create_workflow()
     first = workflow.add_task(pause, {"room": room})
     workflow.add_task(devices, {"name": first.output})

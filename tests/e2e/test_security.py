@@ -109,14 +109,16 @@ def safe(made: Certificates, token_file: Path, tmp_path_factory: pytest.TempPath
         yield found
 
 
-def test_a_script_gets_through_with_large_values(safe: Served, made: Certificates, tmp_path: Path) -> None:
+def test_a_script_with_large_values_works_with_tls_and_a_token(
+    safe: Served, made: Certificates, tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     flags = ["--tls-ca", str(made.ca), str(tmp_path / "script.py")]
     done = safe.line("run", *flags, LATTICE_TOKEN=TOKEN)
     assert (done.stdout, done.stderr) == (f"{{'result': {LARGE_BYTES}}} {LARGE_BYTES}\n", "")
 
 
-def test_every_command_gets_through(safe: Served, made: Certificates) -> None:
+def test_every_command_works_with_tls_and_a_token(safe: Served, made: Certificates) -> None:
     known = {"LATTICE_TLS_CA": str(made.ca), "LATTICE_TOKEN": TOKEN}
     with LatticeClient(safe.address, token=TOKEN, tls_ca=made.ca) as client:
         run = client.create_workflow()
@@ -141,7 +143,7 @@ def environment(names: list[str]) -> dict[str, str]:
     return dict(os.environ)
 
 
-def test_the_token_shows_nowhere(safe: Served, made: Certificates) -> None:
+def test_the_token_appears_nowhere(safe: Served, made: Certificates) -> None:
     with LatticeClient(safe.address, token=TOKEN, tls_ca=made.ca) as client:
         seen = client.run_task(environment, {"names": []})["result"]
         with pytest.raises(UnavailableError):
@@ -162,7 +164,7 @@ def test_the_token_shows_nowhere(safe: Served, made: Certificates) -> None:
     assert TOKEN not in safe.errors.read_text()
 
 
-def test_the_environments_token_reaches_nothing_the_server_starts(tmp_path: Path) -> None:
+def test_a_token_of_the_environment_is_not_passed_to_child_processes(tmp_path: Path) -> None:
     with served(tmp_path / "stderr", LATTICE_TOKEN=TOKEN) as found:
         children = psutil.Process(found.process.pid).children(recursive=True)
         assert len(children) >= 2
@@ -192,7 +194,7 @@ def test_a_caller_with_wrong_credentials_is_told_the_setting(
     assert TOKEN not in done.stderr
 
 
-def test_a_name_the_certificate_is_not_for_is_refused(made: Certificates, tmp_path: Path) -> None:
+def test_a_server_is_refused_when_its_certificate_is_for_another_name(made: Certificates, tmp_path: Path) -> None:
     with served(
         tmp_path / "stderr", "--host", "127.0.0.2", "--tls-cert", str(made.cert), "--tls-key", str(made.key)
     ) as found:
@@ -229,14 +231,16 @@ def test_nothing_is_logged_when_a_caller_does_not_speak_tls(made: Certificates, 
     assert (tmp_path / "stderr").read_text() == ""
 
 
-def test_health_is_told_without_a_token(safe: Served, made: Certificates) -> None:
+def test_a_health_check_needs_no_token(safe: Served, made: Certificates) -> None:
     credentials = grpc.ssl_channel_credentials(made.ca.read_bytes())
     with grpc.secure_channel(safe.address, credentials) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_nothing_is_served_or_dialled_beyond_this_machine_without_both(made: Certificates, token_file: Path) -> None:
+def test_nothing_is_served_or_dialled_beyond_this_machine_without_tls_and_a_token(
+    made: Certificates, token_file: Path
+) -> None:
     pair = ["--tls-cert", str(made.cert), "--tls-key", str(made.key)]
     for command, text in (
         (["start", "--head", "--host", "0.0.0.0"], "without TLS and a token"),
@@ -253,7 +257,7 @@ def test_nothing_is_served_or_dialled_beyond_this_machine_without_both(made: Cer
         assert TOKEN not in done.stderr
 
 
-def test_serving_others_in_plain_is_possible_and_warned_of(token_file: Path, tmp_path: Path) -> None:
+def test_a_warning_is_logged_when_a_server_is_insecure(token_file: Path, tmp_path: Path) -> None:
     flags = ["--host", "0.0.0.0", "--insecure", "--token-file", str(token_file)]
     with served(tmp_path / "stderr", *flags) as found:
         assert "WARNING" in found.errors.read_text()
@@ -306,7 +310,7 @@ def large(size: int) -> bytes:
     return b"x" * size
 
 
-def test_a_workers_token_is_all_a_worker_needs(made: Certificates) -> None:
+def test_a_worker_joins_and_runs_tasks_with_a_worker_token(made: Certificates) -> None:
     tls = ServerTls(made.cert.read_bytes(), made.key.read_bytes(), made.ca.read_bytes())
     caller = {"tls_ca": made.ca, "tls_cert": made.caller_cert, "tls_key": made.caller_key}
     elsewhere = Elsewhere()

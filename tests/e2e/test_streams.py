@@ -156,7 +156,7 @@ def test_a_reader_sees_every_event_once_over_any_number_of_cuts(gate: Gate, tmp_
     asyncio.run(scenario())
 
 
-def test_a_worker_that_comes_back_goes_on_with_its_attempts(gate: Gate, tmp_path: Path) -> None:
+def test_a_worker_continues_its_attempts_when_it_reconnects(gate: Gate, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     names = [f"t{number}" for number in range(8)]
 
@@ -215,7 +215,7 @@ def test_short_work_survives_cuts_at_any_moment(tmp_path: Path) -> None:
     assert set(journal.read_text().split()) == set(names)
 
 
-def test_a_worker_that_never_comes_back_loses_its_attempts_to_another(gate: Gate, tmp_path: Path) -> None:
+def test_another_worker_runs_the_attempts_when_one_does_not_reconnect(gate: Gate, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     names = ["a", "b"]
 
@@ -277,7 +277,7 @@ def test_a_killed_worker_is_replaced_by_the_local_executor(gate: Gate, tmp_path:
     asyncio.run(scenario())
 
 
-def test_events_come_while_the_run_goes_on(gate: Gate, tmp_path: Path) -> None:
+def test_events_arrive_while_the_run_is_running(gate: Gate, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving() as app, connected(app) as client:
             workflow = client.create_workflow()
