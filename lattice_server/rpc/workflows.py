@@ -299,7 +299,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         tasks = await self._submissions.added(request, reach, tenant)
         if not tasks:
             raise invalid_field("tasks", "there is nothing to add")
-        entry = self._orchestrator.add_tasks(request.run_id, tasks, expected_revision(request), reach)
+        entry = await self._orchestrator.add_tasks(request.run_id, tasks, expected_revision(request), reach)
         self._drafts.use_up(key_of(request.source_draft_id, reach.tenant))
         return workflow_pb2.AddTasksResponse(revision=entry.run.revision)
 

@@ -2,15 +2,16 @@
 nothing, and networkx stays inside this file."""
 
 import re
-from collections import ChainMap
+from collections import ChainMap, deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import networkx as nx
 
 from lattice_server.core.errors import FieldViolation, InvalidError
 from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, TaskSpec, WorkflowSpec, leaves
-from lattice_server.core.steps import Steps, finish, stepwise
+from lattice_server.core.steps import STEP_ITEMS, Steps, finish, stepwise
 
 MAX_VIOLATIONS = 25
 ITEM_ID = re.compile(r"(.+)\[\d+\]", re.DOTALL)
@@ -89,7 +90,8 @@ def building(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Ste
         kept_bytes=sum(payload.kept_bytes for payload in spec.parameters.values()),
     )
     given = None if parameters is None else set(parameters)
-    yield from _extending(dag, spec.tasks, None if given is None else given | set(spec.parameters))
+    extension = yield from extending(dag, spec.tasks, None if given is None else given | set(spec.parameters))
+    extension.apply(dag)
     if unknown := sorted((given or set()) - set(spec.parameters) - dag.parameters):
         violations = [FieldViolation(f'parameters["{name}"]', "the workflow has no such parameter") for name in unknown]
         raise _refusal(violations)
@@ -105,25 +107,60 @@ def artifacts_in(tasks: Iterable[TaskSpec]) -> Iterator[Artifact]:
                     yield leaf.content
 
 
-def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> None:
-    """Add tasks to a graph, which stays as it is when they do not fit.
+@dataclass(slots=True)
+class Extension:
+    """Tasks that were checked against a graph and are not part of it yet, with their edges.
 
-    Raises:
-        InvalidError: as `build` does.
+    `behind` are those that come after a task of the graph, by that task.
     """
-    finish(_extending(dag, added, parameters))
+
+    tasks: dict[str, TaskSpec] = field(default_factory=dict)
+    successors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    predecessors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: set[tuple[str, str]] = field(default_factory=set)
+    behind: dict[str, list[str]] = field(default_factory=dict)
+    split: Mapping[str, list[str]] = field(default_factory=dict)
+    artifacts: list[Artifact] = field(default_factory=list)
+    kept_bytes: int = 0
+    parameters: set[str] = field(default_factory=set)
+    heights: dict[str, int] = field(default_factory=dict)
+
+    def apply(self, dag: Dag) -> None:
+        """Make the tasks part of the graph that they were checked against, which must not have grown since."""
+        if self.behind:
+            dag._heights.clear()
+        if dag.tasks:
+            dag.tasks.update(self.tasks)
+            dag.successors.update(self.successors)
+            dag.predecessors.update(self.predecessors)
+            dag._heights.update(self.heights)
+        else:
+            dag.tasks, dag._heights = self.tasks, self.heights
+            dag.successors, dag.predecessors = self.successors, self.predecessors
+        dag.optional |= self.optional
+        for source, targets in self.behind.items():
+            dag.successors[source] += tuple(targets)
+        for source, outputs in self.split.items():
+            dag.split[source] = tuple(dict.fromkeys([*dag.split.get(source, ()), *outputs]))
+        dag.artifacts += self.artifacts
+        dag.kept_bytes += self.kept_bytes
+        dag.parameters |= self.parameters
 
 
-def _extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> Steps[None]:
+def extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> Steps[Extension]:
+    """Check tasks against a graph, in steps; the graph is not changed. Raises as `build`."""
     new: dict[str, TaskSpec] = {}
     draft = _Draft(ChainMap(new, dag.tasks) if dag.tasks else new, parameters)
+    has_maps = False
     for (index, task), is_step in stepwise(enumerate(added)):
         if task.task_id in draft.tasks:
             draft.complain(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice")
         new[task.task_id] = task
+        has_maps = has_maps or bool(task.over)
         if is_step:
             yield
-    yield from draft.check_item_ids(new)
+    # A copy, because the graph may grow between two steps.
+    yield from draft.check_item_ids(new, list(draft.tasks) if has_maps and dag.tasks else new)
     edges: dict[str, dict[str, bool]] = {}
     for (index, task), is_step in stepwise(enumerate(new.values())):
         edges[task.task_id] = draft.edges_of(task, f"tasks[{index}]")
@@ -131,30 +168,23 @@ def _extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] |
             yield
     draft.refuse()
     linked, ordered = yield from _link(new, edges)
-    dag._heights.clear()
-    if not dag.tasks:
-        for task_id, is_step in stepwise(reversed(ordered)):
-            dag._heights[task_id] = 1 + max((dag._heights[target] for target in linked.get(task_id, ())), default=0)
-            if is_step:
-                yield
-    dag.tasks.update(new)
-    behind: dict[str, list[str]] = {}
-    for (task_id, sources), is_step in stepwise(edges.items()):
-        dag.successors[task_id] = linked.get(task_id, ())
-        dag.predecessors[task_id] = tuple(sources)
-        dag.optional.update((source, task_id) for source, is_optional in sources.items() if is_optional)
-        for source in sources:
-            if source not in new:
-                behind.setdefault(source, []).append(task_id)
+    made = Extension(new, split=draft.split, artifacts=draft.artifacts, kept_bytes=draft.kept_bytes)
+    made.parameters = draft.parameters
+    for task_id, is_step in stepwise(reversed(ordered)):
+        made.heights[task_id] = 1 + max((made.heights[target] for target in linked.get(task_id, ())), default=0)
         if is_step:
             yield
-    for source, targets in behind.items():
-        dag.successors[source] += tuple(targets)
-    for source, outputs in draft.split.items():
-        dag.split[source] = tuple(dict.fromkeys([*dag.split.get(source, ()), *outputs]))
-    dag.artifacts += draft.artifacts
-    dag.kept_bytes += draft.kept_bytes
-    dag.parameters |= draft.parameters
+    for task_id, is_step in stepwise(new):
+        sources = edges.pop(task_id)  # freed one by one: freeing all edges at once would take long
+        made.successors[task_id] = linked.get(task_id, ())
+        made.predecessors[task_id] = tuple(sources)
+        made.optional.update((source, task_id) for source, is_optional in sources.items() if is_optional)
+        for source in sources:
+            if source not in new:
+                made.behind.setdefault(source, []).append(task_id)
+        if is_step:
+            yield
+    return made
 
 
 def _refusal(violations: list[FieldViolation]) -> InvalidError:
@@ -187,9 +217,8 @@ class _Draft:
         if self._violations:
             raise _refusal(self._violations)
 
-    def check_item_ids(self, new: Mapping[str, TaskSpec]) -> Steps[None]:
-        """Complain about ids that items of mapped tasks may come to have."""
-        named = self.tasks if any(task.over for task in new.values()) else new
+    def check_item_ids(self, new: Mapping[str, TaskSpec], named: Iterable[str]) -> Steps[None]:
+        """Complain about those ids of `named` that items of mapped tasks may come to have."""
         for task_id, is_step in stepwise(named):
             if is_step:
                 yield
@@ -263,27 +292,51 @@ class _Draft:
 def _link(
     tasks: Mapping[str, TaskSpec], edges: Mapping[str, Mapping[str, bool]]
 ) -> Steps[tuple[dict[str, tuple[str, ...]], list[str]]]:
-    """Return the successors of those tasks that have any among each other, and those tasks in an order that fits.
+    """Return the successors of each new task that has any, and the new tasks with edges in topological order.
 
-    Raises InvalidError when there is a cycle.
+    Tasks of the graph cannot depend on new ones, so a cycle lies among the new tasks.
 
-    What was there before cannot depend on what is new, so a cycle lies among the new tasks.
+    Raises:
+        InvalidError: WORKFLOW_CYCLE, naming the tasks of a cycle.
     """
-    graph: nx.DiGraph[str] = nx.DiGraph()
+    behind: dict[str, list[str]] = {}
+    missing: dict[str, int] = {}
     for (target, sources), is_step in stepwise(edges.items()):
-        graph.add_edges_from((source, target) for source in sources if source in tasks)
+        for source in sources:
+            if source in tasks:
+                behind.setdefault(source, []).append(target)
+                missing[target] = missing.get(target, 0) + 1
         if is_step:
             yield
+    ready = deque[str]()
+    for source, is_step in stepwise(behind):
+        if source not in missing:
+            ready.append(source)
+        if is_step:
+            yield
+    linked: dict[str, tuple[str, ...]] = {}
     ordered: list[str] = []
-    try:
-        for source, is_step in stepwise(nx.topological_sort(graph)):
-            ordered.append(source)
-            if is_step:
-                yield
-    except nx.NetworkXUnfeasible:
-        cycle = [source for source, _ in nx.find_cycle(graph)]
-        path = " -> ".join([*cycle, cycle[0]])
-        raise InvalidError(
-            "WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]}
-        ) from None
-    return {source: tuple(graph.successors(source)) for source in ordered}, ordered
+    while ready:
+        source = ready.popleft()
+        ordered.append(source)
+        if targets := behind.pop(source, None):
+            linked[source] = tuple(targets)
+            for target in targets:
+                missing[target] -= 1
+                if not missing[target]:
+                    del missing[target]
+                    ready.append(target)
+        if len(ordered) % STEP_ITEMS == 0:
+            yield
+    if missing:
+        _refuse_cycle(behind)
+    return linked, ordered
+
+
+def _refuse_cycle(edges: Mapping[str, Iterable[str]]) -> NoReturn:
+    """Raise InvalidError for a cycle among these edges."""
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph.add_edges_from((source, target) for source, targets in edges.items() for target in targets)
+    cycle = [source for source, _ in nx.find_cycle(graph)]
+    path = " -> ".join([*cycle, cycle[0]])
+    raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]})

@@ -15,12 +15,14 @@ MAX_PROMISED = 500
 class Handover:
     """What a run still has to hand over, or, once it stops, to stop.
 
-    `ready` are the tasks that wait for nothing. `stopping` are those that may have to be stopped, because of `cause`.
+    `added` are tasks that joined a run which had started, before their predecessors were looked at. `ready` are the
+    tasks that wait for nothing. `stopping` are those that may have to be stopped, because of `cause`.
     Promises come before the next task that is ready: each is a stack of tasks, with the place of the first successor of
     each that was not looked at.
     """
 
     def __init__(self, slice_tasks: int | None) -> None:
+        self.added: deque[str] = deque()
         self.ready: deque[str] = deque()
         self.stopping: deque[str] = deque()
         self.cause: Failure | None = None
@@ -31,7 +33,7 @@ class Handover:
     @property
     def is_under_way(self) -> bool:
         """Whether there is more to hand over."""
-        return bool(self.ready or self._promises or self.stopping)
+        return bool(self.ready or self._promises or self.stopping or self.added)
 
     @property
     def is_over(self) -> bool:
@@ -46,6 +48,11 @@ class Handover:
     def begin(self) -> None:
         """Begin a slice."""
         self._left = self._slice_tasks or 0
+
+    def next_added(self) -> str:
+        """Take out a task that joined the run."""
+        self._left -= 1
+        return self.added.popleft()
 
     def next_ready(self) -> str:
         """Take out a task that waits for nothing."""
@@ -84,6 +91,7 @@ class Handover:
 
     def clear(self) -> None:
         """Forget everything."""
+        self.added.clear()
         self.ready.clear()
         self.stopping.clear()
         self._promises.clear()

@@ -37,6 +37,7 @@ from lattice_server.core.model import (
     resolve,
 )
 from lattice_server.core.run import dag as graphs
+from lattice_server.core.run.additions import Addition, adding
 from lattice_server.core.run.bindings import Values
 from lattice_server.core.run.conditions import PathError
 from lattice_server.core.run.handover import Handover
@@ -54,7 +55,7 @@ from lattice_server.core.states import (
     RunState,
     TaskState,
 )
-from lattice_server.core.steps import finish
+from lattice_server.core.steps import Steps, finish
 from lattice_server.core.tenancy import id_of
 
 __all__ = ["Bounds", "Effect", "Run"]
@@ -160,7 +161,8 @@ class Run:
         self._values.parameters = {**self.spec.parameters, **parameters}
         self.started_at = now
         self._publish(RunStarted(self.workflow_id, len(self.tasks)))
-        self.handover.ready += [task_id for task_id, record in self.tasks.items() if record.missing == 0]
+        self.handover.ready += self._table.roots
+        self._table.roots = []
         return self._settle(now)
 
     def handle(self, event: TaskEvent | TaskReturned, now: float) -> list[Effect]:
@@ -282,7 +284,16 @@ class Run:
             PreconditionError: RUN_ENDED, the run has ended or is stopping.
             ExhaustedError: RUN_TOO_LARGE, the run would have too many tasks.
         """
-        self._grow(added, now)
+        return self.add(finish(self.adding(added)), now)
+
+    def adding(self, added: Sequence[TaskSpec]) -> Steps[Addition]:
+        """Check tasks that are to be added by `add`, in steps. Raises as `append`."""
+        self._refuse_growth(len(added), 0)
+        return (yield from adding(self.dag, added, self._values.parameters.keys()))
+
+    def add(self, addition: Addition, now: float) -> list[Effect]:
+        """Add tasks that were checked at the revision which the run still has. Raises as `append`."""
+        self._grow(addition, now)
         return self._settle(now)
 
     def spawn(
@@ -299,7 +310,7 @@ class Run:
         try:
             if refusal is not None:
                 raise refusal
-            self._grow(new, now, parent, record.depth + 1)
+            self._spawn(new, now, parent, record.depth + 1)
         except LatticeError as error:
             kind = FailureKind.RESOURCES if isinstance(error, ExhaustedError) else FailureKind.PAYLOAD
             failure = Failure(kind, f"what it spawned cannot be added: {error.message}")
@@ -354,7 +365,7 @@ class Run:
             return False
         if spawned := earlier.spawned_by(task_id):
             try:
-                self._grow(spawned, now, task_id, record.depth + 1)
+                self._spawn(spawned, now, task_id, record.depth + 1)
             except LatticeError:
                 return False  # it runs, and spawns them again
         record.outputs, record.split, record.duration_s = found.outputs, found.split, found.duration_s
@@ -453,22 +464,29 @@ class Run:
         if not record.items:
             self._end_mapped(task_id, record, now)
 
-    def _grow(self, added: Sequence[TaskSpec], now: float, parent: str = "", depth: int = 0) -> None:
+    def _spawn(self, added: Sequence[TaskSpec], now: float, parent: str, depth: int) -> None:
+        self._refuse_growth(len(added), depth)
+        self._grow(finish(adding(self.dag, added, self._values.parameters.keys(), parent, depth)), now, parent)
+
+    def _refuse_growth(self, count: int, depth: int) -> None:
         if self.state is not RunState.RUNNING:
             raise PreconditionError(
                 "RUN_ENDED", f"run {id_of(self.run_id)!r} is {self.state.value}; nothing can be added to it"
             )
-        self._bounds.refuse(len(self.tasks) + len(added), depth)
-        refuse_late_maps(added, self.tasks, self.dag.split)
-        graphs.extend(self.dag, added, self._values.parameters.keys())
-        for spec in added:
-            sources = self.dag.predecessors[spec.task_id]
-            missing = sum(not self._is_enough(source, spec.task_id) for source in sources)
-            self._table.add(TaskRecord(spec, missing, spawned_by=parent, depth=depth))
+        self._bounds.refuse(len(self.tasks) + count, depth)
+
+    def _grow(self, addition: Addition, now: float, parent: str = "") -> None:
+        self._refuse_growth(len(addition.records), 0)
+        refuse_late_maps(addition.mapped, self.tasks, self.dag.split)
+        addition.extension.apply(self.dag)
+        self._table.extend(addition.records)
+        for source, targets in addition.extension.behind.items():
+            if self.tasks[source].state in TASK_TERMINAL:
+                for target in targets:
+                    self.tasks[target].missing -= self._is_enough(source, target)
         self.revision += 1
-        self._publish(TasksAdded(tuple(spec.task_id for spec in added), parent, self.revision))
-        for spec in added:
-            self._catch_up(spec.task_id, now)
+        self._publish(TasksAdded(tuple(addition.records), parent, self.revision))
+        self.handover.added += addition.arrivals
 
     def _is_enough(self, source: str, task_id: str) -> bool:
         """Whether a task need not wait for another any more. Tasks that are yet to be added have not ended."""
@@ -607,6 +625,9 @@ class Run:
         # Step by step instead of each within the last: a chain of tasks that need no worker may be long.
         self.handover.begin()
         while not self.handover.is_over:
+            if self.handover.added:
+                self._catch_up(self.handover.next_added(), now)
+                continue
             if self.handover.stopping:
                 self._stop_some(now)
                 continue

@@ -81,7 +81,7 @@ def check_run(run: "Run") -> None:
     assert run.is_terminal == (run.open_tasks == 0 and not run.is_open), "a run ends with its last task"
     assert not run.is_open or run.state is RunState.RUNNING, "a run that stops is open"
     assert run.tasks.keys() == run.dag.tasks.keys()
-    to_come = {*run.handover.ready, *run.handover.stopping}
+    to_come = {*run.handover.added, *run.handover.ready, *run.handover.stopping}
     for task_id, record in run.tasks.items():
         _check_record(run, task_id, record, to_come)
     failed = {TaskState.FAILED, TaskState.CANCELLED}
