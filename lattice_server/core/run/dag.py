@@ -1,13 +1,10 @@
-"""Owns the graph of a workflow: validation, growth, and who follows whom. Rule: a graph that does not fit changes
-nothing, and networkx stays inside this file."""
+"""Owns the graph of a workflow: its validation and its growth. Rule: tasks that do not fit change nothing."""
 
 import re
 from collections import ChainMap, deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
-
-import networkx as nx
 
 from lattice_server.core.errors import FieldViolation, InvalidError
 from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, TaskSpec, WorkflowSpec, leaves
@@ -329,14 +326,18 @@ def _link(
         if len(ordered) % STEP_ITEMS == 0:
             yield
     if missing:
-        _refuse_cycle(behind)
+        _refuse_cycle(edges, missing)
     return linked, ordered
 
 
-def _refuse_cycle(edges: Mapping[str, Iterable[str]]) -> NoReturn:
-    """Raise InvalidError for a cycle among these edges."""
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    graph.add_edges_from((source, target) for source, targets in edges.items() for target in targets)
-    cycle = [source for source, _ in nx.find_cycle(graph)]
+def _refuse_cycle(edges: Mapping[str, Iterable[str]], missing: Mapping[str, int]) -> NoReturn:
+    """Raise InvalidError for a cycle; each task that is `missing` a predecessor comes after another such task."""
+    seen: dict[str, None] = {}
+    task_id = next(iter(missing))
+    while task_id not in seen:
+        seen[task_id] = None
+        task_id = next(source for source in edges[task_id] if source in missing)
+    backwards = list(seen)
+    cycle = backwards[backwards.index(task_id) :][::-1]
     path = " -> ".join([*cycle, cycle[0]])
     raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]})
