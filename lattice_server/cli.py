@@ -19,7 +19,7 @@ import uvloop
 from lattice_server import MAY_SERVE, logs, pidfile, security
 from lattice_server.config import ServerConfig
 from lattice_server.configfile import ConfigError, read_config
-from lattice_server.executors.program import token_flags
+from lattice_server.executors.processes import token_flags
 from lattice_server.tokens import read_tokens
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Starts one worker as a process of this machine. Rule: it ends what it started, by its id, and nothing else."""
+"""Starts one worker as a process of this machine. Rule: it ends, by id, what it started and nothing else."""
 
 import asyncio
 import contextlib
@@ -11,18 +11,18 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, Machine, Membership
-from lattice_server.executors.orphans import MARK, end_leftovers
-from lattice_server.executors.program import worker_command
+from lattice_server.executors.backoff import Backoff
+from lattice_server.executors.processes import MARK, end_leftovers, worker_command
 from lattice_server.executors.worker_command import log_flags, offer_of_head, worker_flags
 
 log = logging.getLogger(__name__)
 
 STOP_S = 5.0
-MAX_BACKOFF_S = 5.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
 
 
 class LocalExecutor:
-    """Keeps one worker process alive beside the server."""
+    """Starts one worker process beside the server, and another one whenever it dies."""
 
     name = "local"
 
@@ -30,23 +30,23 @@ class LocalExecutor:
         self._config = config
         self._store_directory = store_directory
         self._process: asyncio.subprocess.Process | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._worker_id = ""
 
     async def start(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
-        """Start the worker, and again whenever it dies; none where nothing is offered."""
+        """Start the worker, again whenever it dies; none when the server offers no CPUs."""
         if self._config.num_cpus == 0:
             return
-        self._keeper = asyncio.create_task(self._keep(contact, post))
+        self._supervisor = asyncio.create_task(self._supervise(contact, post))
 
     async def stop(self) -> None:
         """End the worker."""
         self._is_stopping = True
-        if self._keeper is not None:
-            self._keeper.cancel()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+                await self._supervisor
         process = self._process
         if process is not None and process.returncode is None:
             process.terminate()
@@ -67,14 +67,14 @@ class LocalExecutor:
         return Membership(None, asyncio.get_running_loop().create_future())
 
     def leave(self, node_id: str, membership: Membership) -> None:
-        """Do nothing: the worker's own stream tells."""
+        """Do nothing: the end of the worker's own stream is enough."""
 
     def has_given_up(self, worker_id: str) -> bool:
         """Return False: a process of this machine that ended does not come back."""
         return False
 
-    async def _keep(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
-        backoff_s = 0.0
+    async def _supervise(self, contact: Contact, post: Callable[[Sequence[SchedulerEvent]], None]) -> None:
+        backoff = Backoff(MIN_BACKOFF_S, MAX_BACKOFF_S)
         while True:
             worker_id = self._worker_id = f"local-{uuid4().hex[:12]}"
             started = asyncio.get_running_loop().time()
@@ -86,10 +86,7 @@ class LocalExecutor:
                 return
             log.warning("the worker is gone: %s; starting another", reason, extra={"worker_id": worker_id})
             post([WorkerLost(worker_id, reason)])
-            lived_s = asyncio.get_running_loop().time() - started
-            backoff_s = 0.0 if lived_s > MAX_BACKOFF_S else min(MAX_BACKOFF_S, backoff_s * 2 or 0.1)
-            # A worker that cannot even start must not be started in a tight loop.
-            await asyncio.sleep(backoff_s)
+            await asyncio.sleep(backoff.after(asyncio.get_running_loop().time() - started))
 
     async def _run_worker(self, worker_id: str, contact: Contact) -> str:
         """Run a worker to its end and return how it ended. Raises OSError."""

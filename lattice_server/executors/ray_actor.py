@@ -8,8 +8,7 @@ import os
 import socket
 import subprocess
 
-from lattice_server.executors.orphans import MARK, end_leftovers
-from lattice_server.executors.program import token_flags, worker_command
+from lattice_server.executors.processes import MARK, end_leftovers, token_flags, worker_command
 from lattice_server.executors.ray_transfer import Exchange, Part
 
 TARGET, TOKEN = "LATTICE_TARGET", "LATTICE_TOKEN"

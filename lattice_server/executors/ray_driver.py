@@ -22,7 +22,7 @@ import ray._private.worker
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lattice_server.executors.orphans import end_session
+from lattice_server.executors.processes import end_session
 from lattice_server.executors.ray_actor import WorkerHost
 from lattice_server.executors.ray_transfer import host_name
 

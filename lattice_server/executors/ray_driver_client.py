@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from lattice_server.config import ServerConfig
 from lattice_server.executors.bind_address import ray_interface
-from lattice_server.executors.orphans import end_session
+from lattice_server.executors.processes import end_session
 from lattice_server.executors.ray_folder import LOG, RayFolder
 from lattice_server.executors.ray_reservation import HEAD, whole_cpus
 

@@ -1,4 +1,4 @@
-"""Owns what is held of Ray for one node, as the server sees it. Rule: one reservation holds all that a node offers."""
+"""Owns the reservation of Ray's resources for one node. Rule: one reservation holds all that a node offers."""
 
 import asyncio
 import math
@@ -11,6 +11,7 @@ from pathlib import Path
 from lattice_server.config import ServerConfig
 from lattice_server.engine.artifact_store import HEAD as HEAD_STORE
 from lattice_server.engine.ports import Contact
+from lattice_server.executors.backoff import Backoff
 from lattice_server.executors.bind_address import ANY, ray_interface
 from lattice_server.executors.worker_command import Offer, offer_of_head
 
@@ -38,12 +39,12 @@ class Reservation:
     follows_node: bool = False
     worker_id: str = ""
     placed_at: float | None = None
-    backoff_s: float = 0.0
-    again: asyncio.TimerHandle | None = None
+    backoff: Backoff = field(default_factory=lambda: Backoff(MIN_BACKOFF_S, MAX_BACKOFF_S))
+    restart: asyncio.TimerHandle | None = None
 
     @property
     def store_name(self) -> str:
-        """What its worker calls the store it uses."""
+        """The name of the store that its worker uses."""
         return self.node_id if self.store_directory is None else HEAD_STORE
 
     @property
@@ -51,44 +52,26 @@ class Reservation:
         """Whether Ray has started the worker."""
         return self.placed_at is not None
 
-    def wait_no_more(self) -> None:
-        """Forget that another worker was to be started later."""
-        if self.again is not None:
-            self.again.cancel()
-            self.again = None
+    def cancel_restart(self) -> None:
+        """Cancel the timer that starts another worker."""
+        if self.restart is not None:
+            self.restart.cancel()
+            self.restart = None
 
-    def lost(self, now: float) -> float:
+    def lose(self, now: float) -> float:
         """Note that the worker is gone; return in how many seconds to start another."""
         lived_s = 0.0 if self.placed_at is None else now - self.placed_at
         self.placed_at = None
-        # A worker that cannot even start must not be started in a tight loop.
-        self.backoff_s = MIN_BACKOFF_S if lived_s > MAX_BACKOFF_S else min(MAX_BACKOFF_S, self.backoff_s * 2)
-        self.backoff_s = max(MIN_BACKOFF_S, self.backoff_s)
-        return self.backoff_s
-
-
-@dataclass(slots=True)
-class Member:
-    """A machine that joined, whose it is, and who waits for its end."""
-
-    reservation: Reservation
-    subject: str = ""
-    waiting: list[asyncio.Future[str]] = field(default_factory=list)
-    expiry: asyncio.TimerHandle | None = None
-
-    def end(self, reason: str) -> None:
-        """Tell the machine that it is no longer needed, and why."""
-        for over in self.waiting:
-            if not over.done():
-                over.set_result(reason)
-        self.waiting.clear()
+        return self.backoff.after(lived_s)
 
 
 def own_reservations(
     config: ServerConfig, contact: Contact, total: Mapping[str, float], store_directory: Path
 ) -> list[Reservation]:
-    """Return what to reserve without being asked: all of the head's own node, whose Ray counts `total`, or of another's
-    Ray what was asked for."""
+    """Return the reservations that the server makes by itself.
+
+    They are all of the head's own node, whose Ray counts `total`; in another's Ray, the workers that were configured.
+    """
     offer = offer_of_head(config)
     if config.num_cpus == 0:
         return []
@@ -104,9 +87,9 @@ def own_reservations(
 def way_from_afar(
     config: ServerConfig, contact: Contact, node_id: str, subject: str = OWN
 ) -> tuple[str, dict[str, str]]:
-    """Return what the worker of a node dials from another machine, and the environment in which it may.
+    """Return the address that the worker of a node dials from another machine, and its environment.
 
-    The worker has a token of its own, by which the node is the subject's.
+    The environment has a token for this worker, which says that the node is the subject's.
     """
     host, _, port = contact.target.rpartition(":")
     if host in ANY:
@@ -114,12 +97,12 @@ def way_from_afar(
     environment = {TOKEN: contact.issue(node_id, subject)}
     if config.tls is not None:
         return f"grpcs://{host}:{port}", environment
-    # Whoever started the server without TLS has said so; its workers would ask again.
+    # The server was started with `--insecure`; its workers would refuse to dial without the same consent.
     return f"{host}:{port}", {**environment, "LATTICE_INSECURE": "1"}
 
 
 def bundle_of(cpus: float, gpus: int, resource: str | None = None) -> dict[str, float]:
-    """Return what to reserve for a node."""
+    """Return the resources to reserve for a node."""
     bundle = {"CPU": float(whole_cpus(cpus)), "GPU": float(gpus)}
     if resource is not None:
         bundle[resource] = 1.0
@@ -127,12 +110,12 @@ def bundle_of(cpus: float, gpus: int, resource: str | None = None) -> dict[str, 
 
 
 def whole_cpus(cpus: float) -> int:
-    """Return as how many CPUs Ray counts them."""
+    """Return the number of CPUs as Ray counts them."""
     return max(1, math.floor(cpus)) if cpus else 0
 
 
 def resource_of(node_id: str) -> str:
     """Return the name of the resource that only the Ray node of `node_id` has."""
     plain = re.sub(r"[^A-Za-z0-9.-]", "-", node_id)
-    # Ray separates names by commas and the like; two that differ only there must still differ.
+    # Ray separates names by commas and other signs; names that differ in those alone must still differ.
     return f"lattice-node-{plain}" if plain == node_id else f"lattice-node-{plain}-{zlib.crc32(node_id.encode()):08x}"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lattice_server.executors.orphans import end_session
+from lattice_server.executors.processes import end_session
 from tests.e2e.net import starting
 from tests.e2e.rooms import WAIT_S
 

@@ -14,7 +14,7 @@ from lattice_client import AsyncLatticeClient, RunEvent, task
 from lattice_server.app import App
 from lattice_server.core.messages import SchedulerEvent
 from lattice_server.engine.ports import Contact
-from lattice_server.executors.program import worker_command
+from lattice_server.executors.processes import worker_command
 from lattice_server.executors.worker_command import Offer, worker_flags
 from tests.e2e.proxy import Gate, Proxy
 from tests.server.apps import NoWorkers, serving

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from lattice_client import LatticeClient, task
-from lattice_server.executors.program import token_flags
+from lattice_server.executors.processes import token_flags
 from lattice_server.tokens import new_token
 from lattice_worker import secrecy
 from tests.e2e.conftest import LATTICE

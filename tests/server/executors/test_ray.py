@@ -12,8 +12,8 @@ from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.core.model import Capacity
 from lattice_server.engine.ports import Contact, ExecutorError, Machine, Membership
-from lattice_server.executors import ray, ray_reservation
-from lattice_server.executors.orphans import MARK
+from lattice_server.executors import ray, ray_members, ray_reservation
+from lattice_server.executors.processes import MARK
 from lattice_server.executors.ray import RayExecutor
 from lattice_server.executors.ray_reservation import HEAD, resource_of
 
@@ -132,7 +132,7 @@ def play(
         found = Scene(**settings)
         monkeypatch.setattr(ray, "ray_child", found.driver)
         monkeypatch.setattr(ray, "LEAVE_S", AWAY_S)
-        monkeypatch.setattr(ray, "AWAY_S", AWAY_S)
+        monkeypatch.setattr(ray_members, "AWAY_S", AWAY_S)
         async with asyncio.timeout(TIMEOUT_S):
             await scenario(found)
             await found.executor.stop()

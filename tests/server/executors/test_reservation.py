@@ -111,15 +111,15 @@ def test_a_client_in_a_task_dials_this_machine_when_the_server_listens_everywher
 
 def test_a_worker_that_cannot_start_is_tried_more_and_more_seldom() -> None:
     (reservation,) = own()
-    waits = [reservation.lost(0.0) for _ in range(8)]
+    waits = [reservation.lose(0.0) for _ in range(8)]
     assert waits[:2] == [MIN_BACKOFF_S, 2 * MIN_BACKOFF_S]
     assert waits == sorted(waits)
     assert waits[-1] == MAX_BACKOFF_S
     # One that lives only for a moment has hardly started.
     reservation.placed_at = 10.0
-    assert reservation.lost(10.0 + MIN_BACKOFF_S) == MAX_BACKOFF_S
+    assert reservation.lose(10.0 + MIN_BACKOFF_S) == MAX_BACKOFF_S
     reservation.placed_at = 10.0
-    assert reservation.lost(11.0 + MAX_BACKOFF_S) == MIN_BACKOFF_S
+    assert reservation.lose(11.0 + MAX_BACKOFF_S) == MIN_BACKOFF_S
     assert not reservation.is_placed
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from lattice_server.executors import ray_actor
-from lattice_server.executors.orphans import MARK
+from lattice_server.executors.processes import MARK
 from lattice_server.executors.ray_actor import RAY_TOKEN, TARGET, WorkerHost
 
 STATUS = 3
