@@ -41,7 +41,8 @@ class ServerConfig:
     do everything. Large values are kept in a folder of `store_folder`; by default in `/dev/shm` if 256 MiB of it are
     free when the server starts, or else where temporary files go, which `TMPDIR` says.
 
-    One tenant may have `tenant_share` of each of the server's stores. A result that was read, or is older than
+    One tenant may have `tenant_share` of each of the server's stores; `live_run_bytes` bounds the memory of live runs,
+    `draft_bytes` that of graphs sent in parts. A result that was read, or is older than
     `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all. For
     `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
     large values' files are kept to be written again.

@@ -54,6 +54,7 @@ class RunAdditions:
         self._stores.hold_code(entry, functions)
         with self._driver.change(entry, uploader=reach.tenant) as perform:
             perform(run.add(addition, time.monotonic()))
+        await self._slices.finish(addition.clear())
 
     def spawn(self, entry: RunEntry, event: TasksSpawned, now: float) -> list[Effect]:
         """Return the effects of tasks that an attempt spawned; the attempt fails when they exceed a limit."""

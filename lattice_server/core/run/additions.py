@@ -8,6 +8,8 @@ from lattice_server.core.run.dag import Dag, Extension, extending
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.core.steps import Steps, stepwise
 
+CLEARED_ITEMS = 5000
+
 
 @dataclass(slots=True)
 class Addition:
@@ -21,6 +23,15 @@ class Addition:
     records: dict[str, TaskRecord] = field(default_factory=dict)
     mapped: list[tuple[int, TaskSpec]] = field(default_factory=list)
     arrivals: list[str] = field(default_factory=list)
+
+    def clear(self) -> Steps[None]:
+        """Free what was needed for the addition, in steps: freeing it at once takes as long as adding the tasks."""
+        extension = self.extension
+        for part in (self.records, extension.tasks, extension.heights, extension.successors, extension.predecessors):
+            for _, is_step in stepwise(range(len(part)), CLEARED_ITEMS):
+                part.popitem()
+                if is_step:
+                    yield
 
 
 def adding(

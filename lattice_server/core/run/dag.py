@@ -134,6 +134,7 @@ class Extension:
         else:
             dag.tasks, dag._heights = self.tasks, self.heights
             dag.successors, dag.predecessors = self.successors, self.predecessors
+            self.tasks, self.heights, self.successors, self.predecessors = {}, {}, {}, {}
         dag.optional |= self.optional
         for source, targets in self.behind.items():
             dag.successors[source] += tuple(targets)
