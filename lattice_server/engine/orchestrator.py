@@ -154,7 +154,7 @@ class Orchestrator:
     async def retry_run(
         self, run_id: str, new_run_id: str, fingerprint: str, reach: Reach = UNNAMED
     ) -> tuple[RunEntry, bool]:
-        """Start a run that reuses the finished tasks of another one, or return the one that has this id and content.
+        """Start a run that reuses the finished tasks of another one, or return the run that has this id and content.
 
         Raises:
             NotFoundError: there is no such run.

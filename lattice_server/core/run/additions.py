@@ -25,7 +25,7 @@ class Addition:
     arrivals: list[str] = field(default_factory=list)
 
     def clear(self) -> Steps[None]:
-        """Free what was needed for the addition, in steps: freeing it at once takes as long as adding the tasks."""
+        """Free the parts of the addition, in steps: freeing them at once takes as long as adding the tasks."""
         extension = self.extension
         for part in (self.records, extension.tasks, extension.heights, extension.successors, extension.predecessors):
             for _, is_step in stepwise(range(len(part)), CLEARED_ITEMS):

@@ -27,6 +27,7 @@ class Handover:
         self.stopping: deque[str] = deque()
         self.cause: Failure | None = None
         self._promises: deque[list[tuple[str, int]]] = deque()
+        self._untouched: set[str] = set()  # The first tasks of promises that were not begun: one for each is enough.
         self._slice_tasks = slice_tasks
         self._left = 0
 
@@ -61,12 +62,15 @@ class Handover:
 
     def promise(self, task_id: str) -> None:
         """Note that what waits for a task alone is handed over early, and what waits for that alone, and so on."""
-        self._promises.append([(task_id, 0)])
+        if task_id not in self._untouched:
+            self._untouched.add(task_id)
+            self._promises.append([(task_id, 0)])
 
     def keep_promises(self, successors: Mapping[str, Sequence[str]], hand_over: Callable[[str, str], bool]) -> None:
         """Hand over what waits for a task; `hand_over` is given the two and tells whether it did."""
         stack = self._promises[0]
         source, start = stack.pop()
+        self._untouched.discard(source)
         waiting = successors[source][:MAX_PROMISED]
         end = len(waiting) if self._slice_tasks is None else min(len(waiting), start + max(1, self._left))
         handed_over = [successor for successor in waiting[start:end] if hand_over(source, successor)]
@@ -95,3 +99,4 @@ class Handover:
         self.ready.clear()
         self.stopping.clear()
         self._promises.clear()
+        self._untouched.clear()
