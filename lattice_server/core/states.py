@@ -14,10 +14,10 @@ class InvalidTransition(Exception):
         super().__init__(f"{what}: {old.name} cannot become {new.name}")
 
 
-def transition(what: str, old: S, new: S, table: Mapping[S, Set[S]]) -> S:
+def transition(kind: str, name: str, old: S, new: S, table: Mapping[S, Set[S]]) -> S:
     """Return `new`. Raises InvalidTransition, which names both states, when the table does not list the pair."""
     if new not in table[old]:
-        raise InvalidTransition(what, old, new)
+        raise InvalidTransition(f"{kind} {name}", old, new)
     return new
 
 

@@ -6,26 +6,11 @@ from lattice_server.core.messages.queries import Answer, ExplainRequested, Nodes
 from lattice_server.core.messages.questions import AnswerQuestion, AttemptAsked, QuestionAsked
 from lattice_server.core.messages.tasks import CancelRequested, TaskEvent, TaskReady, TaskReturned, TasksSpawned
 from lattice_server.core.messages.workers import (
-    ArtifactsReported,
-    Assign,
-    AttemptFailed,
-    AttemptLogged,
-    AttemptSpawned,
-    AttemptStarted,
-    AttemptSucceeded,
-    CloseSession,
-    DrainWorker,
-    DropArtifact,
     ForgetSession,
-    LeaseReturned,
-    RevokeLease,
-    SendArtifact,
-    StopLease,
+    LeaseEffect,
+    SessionEffect,
     WelcomeWorker,
-    WorkerDetached,
-    WorkerHeartbeat,
-    WorkerHello,
-    WorkerLost,
+    WorkerEvent,
 )
 from lattice_server.core.model import Artifact, NodeSpec
 
@@ -53,25 +38,9 @@ class SettleArtifacts:
 
 
 SchedulerEvent = (
-    TaskReady
-    | CancelRequested
-    | ExplainRequested
-    | NodesRequested
-    | WorkerHello
-    | WorkerDetached
-    | WorkerHeartbeat
-    | WorkerLost
-    | DrainRequested
-    | AttemptStarted
-    | AttemptSucceeded
-    | AttemptFailed
-    | AttemptLogged
-    | AttemptSpawned
-    | AttemptAsked
-    | ArtifactsReported
-    | LeaseReturned
+    TaskReady | CancelRequested | ExplainRequested | NodesRequested | DrainRequested | WorkerEvent | AttemptAsked
 )
-ToSession = Assign | StopLease | RevokeLease | DrainWorker | SendArtifact | DropArtifact | CloseSession | AnswerQuestion
+ToSession = LeaseEffect | SessionEffect | AnswerQuestion
 WorkerEffect = WelcomeWorker | ForgetSession | ToSession
 SchedulerEffect = (
     TaskEvent | TaskReturned | TasksSpawned | QuestionAsked | WorkerEffect | Answer | NodesChanged | SettleArtifacts

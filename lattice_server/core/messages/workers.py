@@ -221,3 +221,20 @@ class CloseSession(SessionMessage):
 
     reason: str
     message: str
+
+
+WorkerEvent = (
+    WorkerHello
+    | WorkerDetached
+    | WorkerHeartbeat
+    | WorkerLost
+    | AttemptStarted
+    | AttemptSucceeded
+    | AttemptFailed
+    | AttemptLogged
+    | AttemptSpawned
+    | ArtifactsReported
+    | LeaseReturned
+)
+LeaseEffect = Assign | StopLease | RevokeLease
+SessionEffect = DrainWorker | SendArtifact | DropArtifact | CloseSession

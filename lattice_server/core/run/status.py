@@ -32,7 +32,7 @@ class RunStatus:
 
     def become(self, state: RunState) -> None:
         """Change the state. Raises InvalidTransition."""
-        self.state = transition(f"run {self.run_id}", self.state, state, RUN_TRANSITIONS)
+        self.state = transition("run", self.run_id, self.state, state, RUN_TRANSITIONS)
 
     def finish(self) -> None:
         """End the run: its failure decides how."""

@@ -81,7 +81,7 @@ class TaskTable:
     def move(self, record: TaskRecord, state: TaskState) -> None:
         """Change a task's state. Raises InvalidTransition."""
         old = record.state
-        record.state = transition(f"task {record.spec.task_id} of run {self.run_id}", old, state, TASK_TRANSITIONS)
+        record.state = transition("task", record.spec.task_id, old, state, TASK_TRANSITIONS)
         self.counts[old] -= 1
         self.counts[state] += 1
 

@@ -46,7 +46,7 @@ class Lease:
 
     def move(self, state: LeaseState) -> None:
         """Change the lease's state. Raises InvalidTransition."""
-        self.state = transition(f"lease {self.lease_id}", self.state, state, LEASE_TRANSITIONS)
+        self.state = transition("lease", self.lease_id, self.state, state, LEASE_TRANSITIONS)
 
     def time_of(self, at: float | None, now: float) -> float | None:
         """Return the time of an event of the lease that is reported `now`, limited to when its worker had the lease.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 from lattice_server.core.messages import (
-    Assign,
     CloseSession,
     DrainRequested,
     DrainWorker,
@@ -17,6 +16,7 @@ from lattice_server.core.messages import (
     StopLease,
     WelcomeWorker,
     WorkerDetached,
+    WorkerEffect,
     WorkerHeartbeat,
     WorkerHello,
     WorkerLost,
@@ -30,10 +30,6 @@ from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.placer import Placer
 from lattice_server.core.states import LeaseState, NodeState
 
-SessionEffect = (
-    Assign | CloseSession | DrainWorker | ForgetSession | NodesChanged | RevokeLease | StopLease | WelcomeWorker
-)
-
 
 @dataclass(slots=True, eq=False)
 class NodeSessions:
@@ -45,7 +41,7 @@ class NodeSessions:
     _attempts: Attempts
     _numbers: Iterator[int]
     _epoch: str
-    _emit: Callable[[SessionEffect], None]
+    _emit: Callable[[WorkerEffect | NodesChanged], None]
 
     def greet(self, hello: WorkerHello, now: float) -> None:
         """Resume the session of a worker, or start a new one, which replaces that of another worker of the node."""

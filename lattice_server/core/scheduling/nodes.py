@@ -81,11 +81,11 @@ class Node:
 
     def move(self, state: NodeState) -> None:
         """Change the node's state. Raises InvalidTransition."""
-        self.state = transition(f"node {self.node_id}", self.state, state, NODE_TRANSITIONS)
+        self.state = transition("node", self.node_id, self.state, state, NODE_TRANSITIONS)
 
     def move_session(self, state: SessionState) -> None:
         """Change the session's state. Raises InvalidTransition."""
-        self.session = transition(f"session {self.session_id}", self.session, state, SESSION_TRANSITIONS)
+        self.session = transition("session", self.session_id, self.session, state, SESSION_TRANSITIONS)
 
     def admits(self, *, is_exclusive: bool) -> bool:
         """Whether one more slot may be on this node, or, if it is to be exclusive, the only one."""

@@ -40,10 +40,10 @@ def test_transition_raises_and_names_both_states_when_the_table_does_not_list_th
     for old in states:
         for new in states:
             if new in table[old]:
-                assert transition("it", old, new, table) is new
+                assert transition("run", "r", old, new, table) is new
             else:
-                with pytest.raises(InvalidTransition, match=f"it: {old.name} cannot become {new.name}"):
-                    transition("it", old, new, table)
+                with pytest.raises(InvalidTransition, match=f"run r: {old.name} cannot become {new.name}"):
+                    transition("run", "r", old, new, table)
 
 
 def test_states_follow_a_lease_and_its_node_when_the_worker_detaches_and_is_lost() -> None:
