@@ -73,6 +73,7 @@ class LatticeTask:
 
 
 def condition_of(when: TaskOutput | None, unless: TaskOutput | None, equals: Any) -> Condition | None:
+    """Return the condition of a task; None without one. Raises TaskDefinitionError."""
     if when is not None and unless is not None:
         raise TaskDefinitionError("a task can have `when` or `unless`, not both")
     output = when if when is not None else unless
@@ -112,5 +113,6 @@ def called(value: object) -> str:
 
 
 def example_output(value: LatticeTask | Outputs) -> str:
+    """Return an expression for one output of a task, for an error message."""
     names = list(value.outputs if isinstance(value, LatticeTask) else value)
     return f"task.outputs[{names[0]!r}]" if len(names) > 1 else "task.output"

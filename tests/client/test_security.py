@@ -97,7 +97,7 @@ def test_address_may_be_on_another_machine_when_it_is_not_loopback(address: str)
         ("::1:50051", "write an IPv6 address"),
         ("127.0.0.1:1,10.1.2.3:1", "colons in its host"),
         ("0.0.0.0:50051", "127.0.0.1:50051 leads to a server on this machine"),
-        ("[::]:50051", "no address to dial"),
+        ("[::]:50051", "not to connect to"),
         ("a host:1", "is no address"),
         ("", "is no address"),
     ],
