@@ -261,7 +261,7 @@ def test_a_warning_is_logged_when_a_server_is_insecure(token_file: Path, tmp_pat
     flags = ["--host", "0.0.0.0", "--insecure", "--token-file", str(token_file)]
     with served(tmp_path / "stderr", *flags) as found:
         assert "WARNING" in found.errors.read_text()
-        assert "serving on 0.0.0.0 without TLS: whoever reaches this address" in found.errors.read_text()
+        assert "serving on 0.0.0.0 without TLS: everyone who reaches this address" in found.errors.read_text()
         port = found.address.rpartition(":")[2]
         assert found.line("status", "--addr", f"127.0.0.1:{port}", LATTICE_TOKEN=TOKEN).returncode == 0
         assert found.line("status", "--addr", f"127.0.0.1:{port}").returncode == 1

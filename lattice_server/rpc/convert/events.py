@@ -1,7 +1,7 @@
 """Converts run events. Rule: one row of a table for each kind of event."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from lattice.v1 import run_pb2
 
@@ -19,40 +19,53 @@ from lattice_server.core.messages import (
     TaskStarted,
     TaskSucceeded,
 )
+from lattice_server.core.model import Failure
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.rpc.convert.payloads import failure_to_proto, fill_payload
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO, queued_s
-from lattice_server.rpc.convert.times import fill_duration
+from lattice_server.rpc.convert.times import fill_duration, timestamp
 
 Tasks = Mapping[str, TaskRecord]
 
 
 def event_to_proto(tasks: Tasks, event: RunEvent) -> run_pb2.RunEvent:
     """Return the message of one event of the run that has these tasks."""
-    seconds, nanos = divmod(int(event.time_s * 1e9), 10**9)
-    message = run_pb2.RunEvent(sequence=event.sequence)
-    message.time.seconds, message.time.nanos = seconds, nanos
-    fact = event.fact
-    row = EVENTS[type(fact)]
+    message = run_pb2.RunEvent(sequence=event.sequence, time=timestamp(event.time_s))
+    field, fill = EVENTS[type(event.fact)]
     # Written in place, without a message of its own: a large run has many events.
-    body = getattr(message, row.field)
+    body = getattr(message, field)
     body.SetInParent()
-    for name in row.copied:
-        setattr(body, name, getattr(fact, name))
-    if row.is_of_task:
-        body.display_name = tasks[body.task_id].spec.display_name
-    if row.has_failure and (failure := failure_to_proto(getattr(fact, "failure", None))) is not None:
-        body.failure.CopyFrom(failure)
-    if row.fill is not None:
-        row.fill(body, fact, event, tasks)
+    fill(body, event.fact, event, tasks)
     return message
 
 
-def _fill_started(body: run_pb2.TaskStarted, fact: TaskStarted, event: RunEvent, tasks: Tasks) -> None:
+def _run_started(body: run_pb2.RunStarted, fact: RunStarted, event: RunEvent, tasks: Tasks) -> None:
+    body.workflow_id, body.task_count = fact.workflow_id, fact.task_count
+
+
+def _run_cancelling(body: run_pb2.RunCancelling, fact: RunCancelling, event: RunEvent, tasks: Tasks) -> None:
+    _set_failure(body, fact.failure)
+
+
+def _run_finished(body: run_pb2.RunFinished, fact: RunFinished, event: RunEvent, tasks: Tasks) -> None:
+    body.state = RUN_STATE_TO_PROTO[fact.state]
+    _set_failure(body, fact.failure)
+
+
+def _tasks_added(body: run_pb2.TasksAdded, fact: TasksAdded, event: RunEvent, tasks: Tasks) -> None:
+    body.task_ids.extend(fact.task_ids)
+    body.display_names.extend(tasks[task_id].spec.display_name for task_id in fact.task_ids)
+    body.parent_task_id, body.revision = fact.parent_task_id, fact.revision
+
+
+def _task_started(body: run_pb2.TaskStarted, fact: TaskStarted, event: RunEvent, tasks: Tasks) -> None:
+    _set_attempt(body, fact, tasks)
+    body.node_id, body.node_ip = fact.node_id, fact.node_ip
     body.gpu_indices.extend(fact.gpu_indices)
 
 
-def _fill_succeeded(body: run_pb2.TaskSucceeded, fact: TaskSucceeded, event: RunEvent, tasks: Tasks) -> None:
+def _task_succeeded(body: run_pb2.TaskSucceeded, fact: TaskSucceeded, event: RunEvent, tasks: Tasks) -> None:
+    _set_attempt(body, fact, tasks)
     for name, payload in fact.outputs.items():
         fill_payload(body.outputs[name], payload)
     fill_duration(body.duration, fact.duration_s)
@@ -60,53 +73,49 @@ def _fill_succeeded(body: run_pb2.TaskSucceeded, fact: TaskSucceeded, event: Run
         fill_duration(body.queue_time, waited_s)
 
 
-def _fill_log(body: run_pb2.TaskLog, fact: TaskLogged, event: RunEvent, tasks: Tasks) -> None:
-    body.stream = run_pb2.LOG_STREAM_STDERR if fact.is_error else run_pb2.LOG_STREAM_STDOUT
-    body.truncated = fact.is_truncated
-
-
-def _fill_retrying(body: run_pb2.TaskRetrying, fact: TaskRetrying, event: RunEvent, tasks: Tasks) -> None:
+def _task_retrying(body: run_pb2.TaskRetrying, fact: TaskRetrying, event: RunEvent, tasks: Tasks) -> None:
+    _set_attempt(body, fact, tasks)
+    _set_failure(body, fact.failure)
     body.retry_time.FromNanoseconds(int((event.time_s + fact.delay_s) * 1e9))
 
 
-def _fill_added(body: run_pb2.TasksAdded, fact: TasksAdded, event: RunEvent, tasks: Tasks) -> None:
-    body.task_ids.extend(fact.task_ids)
-    body.display_names.extend(tasks[task_id].spec.display_name for task_id in fact.task_ids)
+def _task_ended(body: Any, fact: TaskFailed | TaskCancelled, event: RunEvent, tasks: Tasks) -> None:
+    _set_attempt(body, fact, tasks)
+    _set_failure(body, fact.failure)
 
 
-def _fill_finished(body: run_pb2.RunFinished, fact: RunFinished, event: RunEvent, tasks: Tasks) -> None:
-    body.state = RUN_STATE_TO_PROTO[fact.state]
+def _task_skipped(body: run_pb2.TaskSkipped, fact: TaskSkipped, event: RunEvent, tasks: Tasks) -> None:
+    body.task_id, body.display_name = fact.task_id, tasks[fact.task_id].spec.display_name
+    _set_failure(body, fact.failure)
 
 
-class _Row(NamedTuple):
-    """How one kind of event is converted.
-
-    `field` is its field of `RunEvent`. The fields in `copied` have one name and type on both sides; `fill` writes the
-    others.
-    """
-
-    field: str
-    copied: tuple[str, ...]
-    has_failure: bool = False
-    fill: Callable[[Any, Any, RunEvent, Tasks], None] | None = None
-
-    @property
-    def is_of_task(self) -> bool:
-        """Whether the event is about one task."""
-        return "task_id" in self.copied
+def _task_log(body: run_pb2.TaskLog, fact: TaskLogged, event: RunEvent, tasks: Tasks) -> None:
+    _set_attempt(body, fact, tasks)
+    body.stream = run_pb2.LOG_STREAM_STDERR if fact.is_error else run_pb2.LOG_STREAM_STDOUT
+    body.text, body.truncated = fact.text, fact.is_truncated
 
 
-ATTEMPT = ("task_id", "attempt")
-EVENTS: dict[type, _Row] = {
-    RunStarted: _Row("run_started", ("workflow_id", "task_count")),
-    RunCancelling: _Row("run_cancelling", (), has_failure=True),
-    RunFinished: _Row("run_finished", (), has_failure=True, fill=_fill_finished),
-    TasksAdded: _Row("tasks_added", ("parent_task_id", "revision"), fill=_fill_added),
-    TaskStarted: _Row("task_started", (*ATTEMPT, "node_id", "node_ip"), fill=_fill_started),
-    TaskSucceeded: _Row("task_succeeded", ATTEMPT, fill=_fill_succeeded),
-    TaskRetrying: _Row("task_retrying", ATTEMPT, has_failure=True, fill=_fill_retrying),
-    TaskFailed: _Row("task_failed", ATTEMPT, has_failure=True),
-    TaskCancelled: _Row("task_cancelled", ATTEMPT, has_failure=True),
-    TaskSkipped: _Row("task_skipped", ("task_id",), has_failure=True),
-    TaskLogged: _Row("task_log", (*ATTEMPT, "text"), fill=_fill_log),
+# The field of `RunEvent` for each kind of event, and the function that fills it.
+EVENTS: dict[type, tuple[str, Callable[[Any, Any, RunEvent, Tasks], None]]] = {
+    RunStarted: ("run_started", _run_started),
+    RunCancelling: ("run_cancelling", _run_cancelling),
+    RunFinished: ("run_finished", _run_finished),
+    TasksAdded: ("tasks_added", _tasks_added),
+    TaskStarted: ("task_started", _task_started),
+    TaskSucceeded: ("task_succeeded", _task_succeeded),
+    TaskRetrying: ("task_retrying", _task_retrying),
+    TaskFailed: ("task_failed", _task_ended),
+    TaskCancelled: ("task_cancelled", _task_ended),
+    TaskSkipped: ("task_skipped", _task_skipped),
+    TaskLogged: ("task_log", _task_log),
 }
+
+
+def _set_attempt(body: Any, fact: Any, tasks: Tasks) -> None:
+    body.task_id, body.attempt = fact.task_id, fact.attempt
+    body.display_name = tasks[fact.task_id].spec.display_name
+
+
+def _set_failure(body: Any, failure: Failure | None) -> None:
+    if (message := failure_to_proto(failure)) is not None:
+        body.failure.CopyFrom(message)
