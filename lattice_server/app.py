@@ -57,7 +57,7 @@ class App:
         )
 
     async def start(self) -> None:
-        """Listen, then start workers. Raises PortInUseError, ExecutorError; what had been started is stopped then."""
+        """Listen, then start workers. Raises PortInUseError, ExecutorError, after stopping the started parts."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
             port = await self._rpc.start()

@@ -54,7 +54,7 @@ class Engine:
         self.sessions = Sessions(config.silence_limit_s)
         self.store = ArtifactStore(config.store_folder, config.spare_bytes, upload_ttl_s=config.upload_ttl_s)
         # Uploads may fill half of the file system, so that the outputs of tasks have the other half.
-        self.store.uploads.usage.bound = Bound(min(config.upload_bytes, self.store.total_bytes // 2), share)
+        self.store.uploads.usage.bound = Bound(min(config.upload_bytes, self.store.files.total_bytes // 2), share)
         self.store.on_drop = self.sessions.drop_artifact
         self.sessions.unneeded = self.store.unneeded
         self.transfers = Transfers(self.store, self.sessions)
@@ -154,7 +154,7 @@ def _retention(config: ServerConfig, store: ArtifactStore) -> Retention:
     return Retention(
         config.retained_runs,
         config.retained_bytes,
-        min(config.retained_artifact_bytes, store.total_bytes // 2),
+        min(config.retained_artifact_bytes, store.files.total_bytes // 2),
         config.tenant_share,
         config.result_ttl_s,
         config.repeat_ttl_s,

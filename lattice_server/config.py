@@ -62,10 +62,11 @@ class ServerConfig:
     the scopes of other tokens; without either, every caller has all scopes. Large values are files in a folder of
     `store_folder`; by default in `/dev/shm` if 256 MiB of it are free when the server starts, or else in `TMPDIR`.
 
-    One tenant may have `tenant_share` of each of the server's stores. A result that was read, or is older than
-    `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all results. The
-    ids of ended runs and the answers to repeatable requests are remembered for `repeat_ttl_s`. Up to `spare_bytes` of
-    files of large values are kept for reuse.
+    One tenant may have `tenant_share` of each of the server's stores; `live_run_bytes` bounds the memory of live runs,
+    `draft_bytes` that of graphs sent in parts. A result that was read, or is older than
+    `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all. For
+    `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
+    large values' files are kept to be written again.
 
     The log has records from `log_level` on (`debug`, `info`, `warning`, `error`), in the `log_format` `text` or `json`.
     """

@@ -9,7 +9,7 @@ import gc
 from collections.abc import Callable
 
 # Allocations before a collection of the youngest generation, and such collections before one of the middle generation.
-# A collection looks through what was allocated since the last one of its kind: at most 12,000 objects, a few ms.
+# A collection looks through the objects allocated since the last one of its kind: at most 12,000, a few ms.
 YOUNG, MIDDLE = 2_000, 5
 # Collections of the middle generation before a full one, when it runs by itself: never.
 NEVER = 1_000_000_000

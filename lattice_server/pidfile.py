@@ -1,4 +1,4 @@
-"""Owns the notes by which `lattice stop` finds what runs here. Rule: nothing is signalled by its number alone."""
+"""Owns the pid files by which `lattice stop` finds processes. Rule: no process is signalled by its number alone."""
 
 import hashlib
 import json
@@ -16,18 +16,18 @@ MAX_NAME = 200
 
 
 class NotRunningError(Exception):
-    """Nothing of this user runs under that name."""
+    """No process of this user runs under that name."""
 
 
 class UnsafeError(Exception):
-    """Others may write where the notes are to lie; the message names the place."""
+    """Other users may write to the folder of the pid files; the message names it."""
 
 
 def check() -> Path:
-    """Return the folder of the notes. Raises UnsafeError.
+    """Return the folder of the pid files. Raises UnsafeError.
 
-    Where all users keep what is temporary, another may have made a folder of this name: its links would have this
-    process write anywhere, and its notes would have it signal any process of this user.
+    In a folder for all users, another user may have made a folder of this name. Links in it would make this process
+    write anywhere, and pid files in it would make it signal any process of this user.
     """
     folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"lattice-{os.getuid()}"
     with suppress(FileExistsError):
@@ -39,28 +39,28 @@ def check() -> Path:
 
 
 def _path(name: str) -> Path:
-    # A node may be called what is no name of a file, or too long for one.
+    # The name of a node may be no file name, or too long for one.
     quoted = quote(name, safe="")
     return check() / f"{quoted if len(quoted) <= MAX_NAME else hashlib.sha256(name.encode()).hexdigest()}.json"
 
 
 def note(name: str) -> None:
-    """Note that this process runs under a name; it keeps the name when it becomes another program.
+    """Write the pid file of this process under a name; it stays valid when the process executes another program.
 
-    Notes of processes that were killed are dropped.
+    Pid files of processes that were killed are deleted.
     """
     for path in check().glob("*.json"):
         if _process_of(path) is None:
             path.unlink(missing_ok=True)
     path = _path(name)
-    # In one step: another process that starts now must not take half a note for one of a process that was killed.
+    # Written and renamed: another process that starts now must not take half a file for that of a killed process.
     whole = path.with_suffix(f".{os.getpid()}")
     whole.write_text(json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
     whole.replace(path)
 
 
 def forget(name: str) -> None:
-    """Drop the note of a name."""
+    """Delete the pid file of a name."""
     _path(name).unlink(missing_ok=True)
 
 
@@ -73,11 +73,11 @@ def find(name: str) -> psutil.Process:
 
 
 def _process_of(path: Path) -> psutil.Process | None:
-    """Return the process that a note is about, if it runs."""
+    """Return the process of a pid file, if it runs."""
     try:
         known = json.loads(path.read_text())
         process = psutil.Process(known["pid"])
-        # A process id may have been given to somebody else since.
+        # The process id may belong to another process by now.
         return process if process.create_time() == known["started"] else None
     except (FileNotFoundError, psutil.NoSuchProcess, ValueError, KeyError, TypeError):
         return None

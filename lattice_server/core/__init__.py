@@ -1,1 +1,1 @@
-"""Pure decisions: events and a time go in, effects come out. Standard library and networkx only."""
+"""Pure decisions: events and a time go in, effects come out. Standard library only."""

@@ -1,6 +1,6 @@
-"""Owns the way of large values from the nodes that have them to whoever reads them.
+"""Owns the transfer of large values from their nodes to readers.
 
-Rule: nothing is stored on the way; a reader that is slow slows the node down that sends.
+Rule: the head stores nothing of them; a slow reader slows down the node that sends.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from lattice_server.core.messages import SendArtifact
 from lattice_server.engine.artifact_store import HEAD, ArtifactStore
 from lattice_server.engine.sessions import Sessions
 
-AHEAD = 4  # Chunks that lie between the node and the reader.
+AHEAD = 4  # Chunks that are buffered for a reader.
 RETRY_AFTER_S = 0.5
 
 
@@ -31,7 +31,7 @@ class _Transfer:
 
 
 class Transfers:
-    """Reads artifacts wherever they lie; lives on the main thread."""
+    """Reads artifacts of any node; lives on the main thread."""
 
     def __init__(self, store: ArtifactStore, sessions: Sessions) -> None:
         self._store = store
@@ -42,8 +42,8 @@ class Transfers:
         """Yield the bytes of an artifact from `offset` on.
 
         Raises:
-            NotFoundError: nobody has it, or the node that had it is gone or sends something else.
-            UnavailableError: the node that has it is not connected right now, or went away meanwhile.
+            NotFoundError: no node has it, or its node is gone or sends something else.
+            UnavailableError: its node is not connected, or disconnected meanwhile.
         """
         artifact = self._store.held(artifact_id)
         if artifact is None or artifact.node_id == HEAD:
@@ -84,19 +84,19 @@ class Transfers:
                 connection.on_end.remove(give_up)
 
     async def take(self, transfer_id: str, size_bytes: int | None, chunks: AsyncIterator[bytes | None]) -> None:
-        """Hand the chunks of an upload to the reader who waits for them; None stands for an artifact that is not there.
+        """Pass the chunks of an upload on to their reader; None stands for an artifact that the node does not have.
 
-        The node said how many bytes are to come, if it does. Raises NotFoundError when nobody waits for them.
+        `size_bytes` is the size that the node announced, if it did. Raises NotFoundError when no reader waits for them.
         """
         transfer = self._open.get(transfer_id)
         if transfer is None:
-            raise NotFoundError("TRANSFER_NOT_FOUND", "nobody waits for this transfer")
+            raise NotFoundError("TRANSFER_NOT_FOUND", "no reader waits for this transfer")
         if size_bytes not in {None, transfer.size_bytes}:
             transfer.finish(_other_value())
             return
         receiving = asyncio.ensure_future(_receive(transfer, chunks))
         try:
-            # Nobody has to send, or to wait, for a reader who has left.
+            # The node need not send to a reader that has left.
             await asyncio.wait({receiving, transfer.left}, return_when=asyncio.FIRST_COMPLETED)
             if receiving.done():
                 receiving.result()
@@ -137,7 +137,7 @@ def _broken() -> UnavailableError:
 
 
 def _other_value() -> NotFoundError:
-    """Return the error of a node that has another value than it reported, which no reader may take for it."""
+    """Return the error for a value whose size differs from the reported one: it is another value."""
     return NotFoundError("ARTIFACT_NOT_FOUND", "the node has another number of bytes of it than it reported")
 
 

@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 from lattice_server.core.messages import SchedulerEffect, SchedulerEvent
 
 MAX_WAIT_S = 3600.0  # The operating system refuses to wait for centuries.
-# How many events, or effects, are handed over at once: the rest comes after what else there is to do.
+# How many events, or effects, are delivered at once; other work may run before the rest.
 MAX_EVENTS = 256
 
 
@@ -24,20 +24,20 @@ class MessageBus:
         self._is_waking = False
 
     def subscribe(self, deliver: Callable[[list[SchedulerEffect]], None]) -> None:
-        """Have `deliver` called on the main thread with the effects that piled up."""
+        """Have `deliver` called on the main thread with the queued effects."""
         self._deliver = deliver
 
     def post(self, events: Sequence[SchedulerEvent]) -> None:
-        """Hand events to the scheduler; from any thread."""
+        """Send events to the scheduler, from any thread."""
         if events:
             self._to_scheduler.put(events)
 
     def close(self) -> None:
-        """Let the scheduler's thread end once it has read everything posted before."""
+        """End the scheduler's thread after the events that were posted before."""
         self._to_scheduler.put(None)
 
     def next_events(self, timeout_s: float | None) -> list[SchedulerEvent] | None:
-        """Wait for events and return what there are; an empty list after `timeout_s` or an hour, None when closed."""
+        """Wait for events and return them; an empty list after `timeout_s` or an hour, None when closed."""
         try:
             first = self._to_scheduler.get(timeout=None if timeout_s is None else min(timeout_s, MAX_WAIT_S))
         except Empty:
@@ -54,7 +54,7 @@ class MessageBus:
         return events
 
     def publish(self, effects: Sequence[SchedulerEffect]) -> None:
-        """Hand effects to the main thread; from the scheduler's. Many calls may share one wake-up."""
+        """Send effects to the main thread, from the scheduler's. Several calls may share one wake-up."""
         if not effects:
             return
         self._to_front.extend(effects)

@@ -1,4 +1,4 @@
-"""Owns how a worker's clock differs from the server's. Rule: a time of the worker is never later than its message."""
+"""Owns the offset of a worker's clock from the server's. Rule: a time of the worker is never later than its message."""
 
 import math
 

@@ -1,7 +1,7 @@
 """Owns the code that callers sent, by its digest within a tenant.
 
-Rule: code that a stored workflow or a run that has not ended holds is kept. Other code is kept while there is room, and
-what was used longest ago is evicted first. What can be neither kept nor make room is refused.
+Rule: code that stored workflows and live runs reference is kept. Other code is kept while there is room, and the code
+used longest ago is evicted first. New code that does not fit after that is refused.
 """
 
 from collections import OrderedDict
@@ -40,11 +40,11 @@ class CodeStore:
         self._referred: WeakValueDictionary[str, Code] = WeakValueDictionary()
 
     def find(self, digest: str) -> Code | None:
-        """Return code of any tenant that something refers to, such as a lease; None when there is none."""
+        """Return code of any tenant that something references, such as a lease; None when there is none."""
         return self._referred.get(digest)
 
     def get(self, digest: str, reach: Reach = UNNAMED) -> Any:
-        """Return what has this digest and is within reach.
+        """Return the code that has this digest and is within reach.
 
         Raises:
             PreconditionError: FUNCTION_MISSING, there is none.
@@ -59,10 +59,10 @@ class CodeStore:
         return found
 
     def put(self, code: C, tenant: str = "") -> C:
-        """Keep code of a tenant under its digest; return what is to be used in its place.
+        """Keep code of a tenant under its digest; return the equal object that is kept already, or this one.
 
         Raises:
-            ExhaustedError: STORE_FULL, the tenant or all tenants hold too much code.
+            ExhaustedError: STORE_FULL, the tenant or all tenants reference too much code.
         """
         name = (tenant, code.digest)
         if (kept := self._kept.get(name)) is None:
@@ -78,15 +78,15 @@ class CodeStore:
         return found
 
     def hold(self, tenant: str, functions: Iterable[Function]) -> None:
-        """Keep functions of a tenant and their bundles until as many `release` as `hold` have named them.
+        """Add one reference of a tenant to each function and its bundle.
 
         Raises:
-            ExhaustedError: STORE_FULL, the tenant or all tenants hold too much code; then none of them is held.
+            ExhaustedError: STORE_FULL, the tenant or all tenants reference too much code; then no reference is added.
         """
         held: list[str] = []
         try:
             for code in _parts(functions):
-                # It may have been evicted since it came.
+                # It may have been evicted since it was sent.
                 self.put(code, tenant)
                 self._kept[tenant, code.digest].holders += 1
                 self._evictable.discard(tenant, code.digest)
@@ -96,7 +96,7 @@ class CodeStore:
             raise
 
     def release(self, tenant: str, functions: Iterable[Function]) -> None:
-        """Release functions and their bundles; what nothing else holds may be evicted."""
+        """Release one reference to each function and its bundle; code without references may be evicted."""
         self._release(tenant, [code.digest for code in _parts(functions)])
 
     def _release(self, tenant: str, digests: Iterable[str]) -> None:
@@ -125,7 +125,7 @@ def _parts(functions: Iterable[Function]) -> Iterator[Code]:
 
 
 class SentCode:
-    """The code that a worker has: what one stream has carried and the worker was not told to forget.
+    """The code that a worker has: it was sent on one stream, and the worker was not told to forget it.
 
     Beyond a limit the functions used longest ago are forgotten, and each bundle with the last of its functions.
     """

@@ -1,6 +1,6 @@
-"""Owns the memory of runs that are no longer kept. Rule: a run's id starts nothing again for an hour after its end.
+"""Owns the ids of runs that were evicted. Rule: the id of a run starts nothing again for an hour after its eviction.
 
-A caller that lost the answer to its request repeats it. Without this, a run that ended and was dropped in between would
+A caller that lost the answer to its request repeats it. Without this, a run that ended and was evicted in between would
 run a second time.
 """
 
@@ -12,7 +12,7 @@ MAX_IDS = 200_000
 
 
 class EndedIds:
-    """Keys of runs and what they were started with, oldest first."""
+    """The keys of evicted runs and the fingerprints of their requests, oldest first."""
 
     def __init__(self, max_ids: int = MAX_IDS, kept_s: float = KEPT_S) -> None:
         self._max_ids = max_ids
@@ -23,7 +23,7 @@ class EndedIds:
         return len(self._found)
 
     def remember(self, key: str, fingerprint: str, now: float) -> None:
-        """Remember a run, and forget those that are over the limit."""
+        """Remember a run, and forget the oldest ones beyond the limit."""
         self._found[key] = fingerprint, now
         while self._found and (
             len(self._found) > self._max_ids or next(iter(self._found.values()))[1] < now - self._kept_s
@@ -31,6 +31,6 @@ class EndedIds:
             self._found.popitem(last=False)
 
     def fingerprint_of(self, run_id: str, now: float, reach: Reach = UNNAMED) -> str | None:
-        """Return what a run was started with; None for one that is not remembered, or not within reach."""
+        """Return the fingerprint of a run's request; None for a run that is not remembered, or not within reach."""
         fingerprint, ended = self._found.find(run_id, reach) or (None, 0.0)
         return fingerprint if ended >= now - self._kept_s else None

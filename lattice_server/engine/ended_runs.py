@@ -1,7 +1,7 @@
 """Owns the runs that have ended, on the main thread.
 
-Rule: a result is kept until a caller was given it, or its time is over; then its run is history, of which the newest is
-kept. When there is too much, history is evicted first, then the oldest results; no run by its own end.
+Rule: a result is kept until a caller has read it, or its time to live is over; then its run is history, of which the
+newest runs are kept. Over a bound, history is evicted first, then the oldest results. No run is evicted by its own end.
 """
 
 import time
@@ -16,7 +16,7 @@ from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.usage import Bound, Evictable, Usage
 
 GIB = 1024 * 1024 * 1024
-# How long large values of a result are kept like those of one that was not read: they are fetched after it.
+# How long the large values of a result that was read are kept, because clients fetch them after the result.
 FETCH_S = 60.0
 
 
@@ -42,7 +42,10 @@ class Retention:
 
 
 class EndedRuns:
-    """The ended ones among `runs`, and what they take. Those over a limit are deleted from `runs`."""
+    """The ended runs among `runs` and their sizes. Evicted runs are deleted from `runs`.
+
+    `on_add` is called when a run has ended.
+    """
 
     def __init__(
         self,
@@ -62,16 +65,16 @@ class EndedRuns:
         self.history = Usage("history", Bound(retention.runs))
         self._memory, self._values = Evictable(self.memory), Evictable(self.values)
         self._history = Evictable(self.history)
-        # Results to keep, with the time until when; in the order of these times.
+        # Results and the times until which they are kept, in the order of these times.
         self._unread: OrderedDict[str, float] = OrderedDict()
         self._fetched: OrderedDict[str, float] = OrderedDict()
 
     def fingerprint_of(self, run_id: str, reach: Reach = UNNAMED) -> str | None:
-        """Return what a run that was evicted had been started with; None for one that is not remembered."""
+        """Return the fingerprint of the request of an evicted run; None for a run that is not remembered."""
         return self._dropped.fingerprint_of(run_id, self._clock(), reach)
 
     def add(self, entry: RunEntry) -> None:
-        """Keep a run that has ended; evict what is too much."""
+        """Keep a run that has ended; evict others over a bound."""
         tenant, key = entry.run.tenant, entry.key
         for name, size in _sizes(entry):
             self.memory.hold(tenant, name, size)
@@ -86,7 +89,7 @@ class EndedRuns:
         self.on_add()
 
     def note_read(self, entry: RunEntry) -> None:
-        """Note that a caller was given the result of a run, which may have been evicted."""
+        """Note that a caller has read the result of a run, which may have been evicted."""
         tenant, key = entry.run.tenant, entry.key
         self._expire()
         if self._unread.pop(key, None) is None:
@@ -98,7 +101,7 @@ class EndedRuns:
         self._evict(tenant)
 
     def _expire(self) -> None:
-        """Make history of the runs whose time is over."""
+        """Make history of the runs whose time to live is over."""
         now = self._clock()
         for waiting in (self._unread, self._fetched):
             while waiting and next(iter(waiting.values())) <= now:
@@ -147,8 +150,8 @@ class EndedRuns:
 
 
 def _sizes(entry: RunEntry) -> Iterator[tuple[str, int]]:
-    """Return what a run takes, by name; code that several ended runs have counts once."""
-    # A colon and a blank are in no digest, so that no run can be named like code.
+    """Return the sizes of a run and its code by name; code that several ended runs share counts once."""
+    # No digest has a colon and a blank, so no run has the name of code.
     yield f"run: {entry.key}", entry.kept_bytes
     for function in entry.functions.values():
         if function.bundle is not None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Unpack
 
-from lattice_server.core.errors import ExhaustedError, PreconditionError, UnavailableError
+from lattice_server.core.errors import PreconditionError, UnavailableError
 from lattice_server.core.messages import (
     Explanation,
     NodesChanged,
@@ -30,10 +30,8 @@ from lattice_server.core.messages import (
     TaskSucceeded,
 )
 from lattice_server.core.model import Payload, TaskSpec, WorkflowSpec
-from lattice_server.core.run import dag
 from lattice_server.core.run.open_run import NOT_OPEN, answer_to
 from lattice_server.core.run.reuse import Earlier, workflow_of
-from lattice_server.core.run.run import Effect
 from lattice_server.core.steps import finish
 from lattice_server.core.tenancy import UNNAMED, Reach
 from lattice_server.engine.admission import Admission
@@ -43,14 +41,14 @@ from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.open_runs import OpenRuns
 from lattice_server.engine.queries import SchedulerQueries
+from lattice_server.engine.run_additions import RunAdditions
 from lattice_server.engine.run_driver import RunDriver
-from lattice_server.engine.run_entry import TASK_BYTES, RunEntry
+from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_registry import RunRegistry
 from lattice_server.engine.run_starter import RunStarter, StartSettings
-from lattice_server.engine.run_stores import RunStores, functions_of
+from lattice_server.engine.run_stores import RunStores
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
-from lattice_server.engine.workflow_store import expect_revision
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +92,11 @@ class Orchestrator:
         self._store = store
         self._admission = admission
         self._slices = slices or Slices()
-        self._stores = RunStores(store, code, admission)
-        self._driver = RunDriver(bus, self._stores, registry.ended, self._slices, sessions.perform)
+        stores = RunStores(store, code, admission)
+        self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
-        self._starter = RunStarter(registry.runs, store, self._stores, admission, self._driver, self.open_runs)
+        self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs)
+        self._additions = RunAdditions(store, stores, admission, self._driver, self._slices)
         bus.subscribe(self.deliver)
 
     def start_run(
@@ -156,7 +155,7 @@ class Orchestrator:
     async def retry_run(
         self, run_id: str, new_run_id: str, fingerprint: str, reach: Reach = UNNAMED
     ) -> tuple[RunEntry, bool]:
-        """Start a run that reuses the finished tasks of another one, or return the one that has this id and content.
+        """Start a run that reuses the finished tasks of another one, or return the run that has this id and content.
 
         Raises:
             NotFoundError: there is no such run.
@@ -181,23 +180,17 @@ class Orchestrator:
             earlier=Earlier(run_id, old.tasks, lambda artifact: self._store.held(artifact.artifact_id) is not None),
         )
 
-    def add_tasks(
+    async def add_tasks(
         self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int | None, reach: Reach = UNNAMED
     ) -> RunEntry:
-        """Add tasks to a run that has not ended.
+        """Add tasks to a run that has not ended, in slices.
 
         Raises:
             AbortedError: the run has another revision; None expects any.
             ExhaustedError, InvalidError, NotFoundError, PreconditionError: see `start_run` and `Run.append`.
         """
         entry = self.run(run_id, reach)
-        expect_revision(f"run {run_id!r}", entry.run.revision, expected_revision)
-        self._store.check((artifact.artifact_id for artifact in dag.artifacts_in(tasks)), reach)
-        self._admission.check_room(len(tasks), TASK_BYTES * len(tasks), entry.run.tenant)
-        self._admission.check_possible(tasks)
-        self._stores.hold_code(entry, finish(functions_of(tasks)))
-        with self._driver.change(entry, uploader=reach.tenant) as perform:
-            perform(entry.run.append(tasks, time.monotonic()))
+        await self._additions.add(entry, tasks, expected_revision, reach)
         return entry
 
     async def explain(self, run_id: str, task_id: str, reach: Reach = UNNAMED) -> Explanation:
@@ -246,7 +239,7 @@ class Orchestrator:
             with self._driver.change(entry, posts) as perform:
                 match event:
                     case TasksSpawned():
-                        perform(self._spawn(entry, event, now))
+                        perform(self._additions.spawn(entry, event, now))
                     case QuestionAsked():
                         machine = entry.open_run
                         perform([answer_to(event, NOT_OPEN)] if machine is None else machine.ask(event))
@@ -256,13 +249,3 @@ class Orchestrator:
             # A fact that breaks the invariants of one run must not stop the others.
             about = {"run_id": entry.run_id, "task_id": event.task_id}
             log.exception("the run could not take %s", type(event).__name__, extra=about)
-
-    def _spawn(self, entry: RunEntry, event: TasksSpawned, now: float) -> list[Effect]:
-        """Add the tasks that an attempt spawned; when they exceed a limit, the attempt fails."""
-        refusal = None
-        try:
-            self._admission.check_memory(TASK_BYTES * len(event.tasks), entry.run.tenant)
-            self._stores.hold_code(entry, finish(functions_of(event.tasks)))
-        except ExhaustedError as error:
-            refusal = error
-        return entry.run.spawn(event.task_id, event.tasks, now, refusal)

@@ -1,4 +1,4 @@
-"""Owns the outbox of each worker's stream: the effects to send, the acknowledgement that is due, the sign of life.
+"""Owns the outbox of each worker's stream: the effects to send, the acknowledgement that is due, the heartbeat.
 
 Rule: an acknowledgement never costs a message of its own while another message is about to go out.
 """
@@ -74,12 +74,11 @@ class Acknowledgement:
 
 
 class Connection:
-    """One stream of a worker: what is to be sent on it, and when it was last heard.
+    """One stream of a worker: its outbox, and the time of its last message.
 
     `shares_store` tells that the worker uses the head's own store of large values. `stored` and `reported` are the
-    artifacts the worker had when it said hello, the latter named by reports the server may not have. `subject` is who
-    showed the worker's token. `abort` ends the
-    stream of one that is given up for its silence, where even a word of farewell could get stuck.
+    artifacts the worker had when it said hello, the latter named by reports the server may not have. `subject` is the
+    owner of the worker's token. `abort` ends the stream of a silent worker without sending: a message could block.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class Connection:
 
     @property
     def named(self) -> dict[str, str]:
-        """What a log line about the stream names."""
+        """The ids that a log line about the stream has."""
         session_id = "" if self.session is None else self.session.session_id
         return {"worker_id": self.worker_id, "node_id": self.node_id, "session_id": session_id}
 
@@ -134,14 +133,14 @@ class Connection:
         self._ready.set()
 
     def beat(self) -> None:
-        """Give a sign of life, if nothing was sent since the last time."""
+        """Have a heartbeat sent, if nothing was sent since the last one."""
         if not self._has_sent:
             self.is_beat_due = True
             self._ready.set()
         self._has_sent = False
 
     async def next_effects(self) -> list[WelcomeWorker | ToSession]:
-        """Wait until there is something to send, or the connection closed; return all effects there are."""
+        """Wait until there is something to send, or the connection closed; return all queued effects."""
         await self._ready.wait()
         self._ready.clear()
         self._has_sent = True
@@ -161,8 +160,10 @@ class Session:
         self._last_answer = 0
 
     def is_news(self, sequence: int) -> bool:
-        """Whether a report is the next one. Others are repetitions, or come after one that was lost on the way: the
-        worker sends again what is not acknowledged."""
+        """Whether a report is the next one.
+
+        Others are repetitions, or come after a lost one. The worker repeats reports that are not acknowledged.
+        """
         if sequence != self.last_sequence + 1:
             return False
         self.last_sequence = sequence

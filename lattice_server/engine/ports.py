@@ -1,4 +1,4 @@
-"""Owns what the engine needs from outside, as protocols. Rule: the engine names no implementation."""
+"""Owns the interfaces of the engine to the outside, as protocols. Rule: the engine names no implementation."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -48,8 +48,11 @@ class RayCluster:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """What a machine that joined has to do. `over` is given the name of a `CloseReason` when it is no longer needed:
-    DRAINED or UNAUTHENTICATED for good, SHUTDOWN when it should join again."""
+    """How a machine that joined serves its node: by Ray, or by itself when `ray` is None.
+
+    `over` gets the name of a `CloseReason` when the machine is no longer needed: DRAINED or UNAUTHENTICATED for good,
+    SHUTDOWN when it should join again.
+    """
 
     ray: RayCluster | None
     over: asyncio.Future[str]
@@ -80,4 +83,4 @@ class Executor(Protocol):
         """Note that the stream of a machine, by which it got this membership, ended; it may join again."""
 
     def has_given_up(self, worker_id: str) -> bool:
-        """Whether `post` was told that a worker is gone: if it comes back it must not be let in."""
+        """Whether `post` was told that a worker is lost: it must not be admitted when it connects again."""

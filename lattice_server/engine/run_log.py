@@ -1,4 +1,4 @@
-"""Owns the event log of each run. Rule: a reader is a position in the log; the log keeps no queue for anybody."""
+"""Owns the event log of each run. Rule: a reader is a position in the log; there is no queue for each reader."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Failure
 
 BATCH = 512
-# What an event takes by itself, whatever it tells.
+# The memory of an event without its contents.
 EVENT_BYTES = 256
 # The output of tasks that a run's log keeps, in bytes.
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
@@ -104,7 +104,7 @@ class RunLog:
         try:
             await future
         finally:
-            # Readers may come and leave without end before the next event.
+            # Any number of readers may come and leave before the next event.
             self._waiting.pop(future, None)
 
     async def completed(self, wait_s: float | None = None) -> None:
@@ -115,7 +115,7 @@ class RunLog:
 
 
 def _content_bytes(fact: Fact) -> int:
-    """Return the memory of what a fact brings. What ends others passes on a failure that was told before."""
+    """Return the memory of the contents of a fact. Facts that are not listed share theirs with an earlier fact."""
     match fact:
         case TaskSucceeded():
             outputs = sum(payload.kept_bytes for payload in fact.outputs.values())

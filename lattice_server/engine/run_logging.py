@@ -1,4 +1,4 @@
-"""Owns the log lines about runs. Rule: ids and kinds are logged; what users gave and wrote is not."""
+"""Owns the log lines about runs. Rule: ids and kinds are logged; values and texts of users are not."""
 
 import logging
 

@@ -20,7 +20,7 @@ class RunRegistry:
     def known(self, run_id: str, fingerprint: str, tenant: str, request_id: str = "") -> RunEntry | None:
         """Return a tenant's run that has this id and content, if there is one.
 
-        A call that repeats the `request_id` of the one that started the run has its content, whatever else it says.
+        A call that repeats the `request_id` of the call that started the run counts as equal, even if the rest differs.
 
         Raises:
             ConflictError: the tenant used the id with other content.

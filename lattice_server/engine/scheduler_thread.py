@@ -11,17 +11,17 @@ from lattice_server.engine.bus import MessageBus
 
 log = logging.getLogger(__name__)
 
-# How long to wait after each tick in a row that raised. What was due is often out of the way the next time, so one is
-# no reason to stop.
+# How long to wait after each tick in a row that raised. A single failure is no reason to stop: the next tick often
+# succeeds.
 PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 
 class SchedulerThread:
     """Drives a scheduler machine on a thread of its own; nobody else touches the machine while it runs.
 
-    A machine that raises at every tick places nothing, and what it decided reaches nobody: runs would wait for ever on
-    a server that looks well. So after some tries the thread ends and calls `on_failure`, from there, for the server to
-    stop: callers then learn of it, and whoever supervises the server starts one that works.
+    A machine that raises at every tick places nothing, and its effects are lost: runs would wait for ever on a server
+    that looks healthy. So after some tries the thread calls `on_failure` and ends. The server then stops, its callers
+    get an error, and its supervisor can start another one.
     """
 
     def __init__(self, machine: Scheduler, bus: MessageBus, on_failure: Callable[[], object]) -> None:
@@ -50,15 +50,15 @@ class SchedulerThread:
                 failed = 0
             except Exception:
                 failed += 1
-                log.exception("the scheduler could not place what waits, %d times in a row", failed)
+                log.exception("the scheduler could not place queued tasks, %d times in a row", failed)
                 if failed <= len(PAUSES_S):
-                    # Not on the inbox: events would have it try again at once, and log at the pace they come.
+                    # Not on the inbox: each event would cause another try, and another line in the log.
                     self._is_stopping.wait(PAUSES_S[failed - 1])
         log.critical("the scheduler has failed %d times in a row and gives up", failed)
         self._on_failure()
 
     def _step(self, *, is_again: bool) -> bool:
-        """Wait, unless the last tick is to be done again, take what came and tick; return whether to go on."""
+        """Wait for events unless the last tick is repeated, take them and tick; return False after the bus closed."""
         deadline = -math.inf if is_again else self.machine.next_deadline()
         timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
         events = self._bus.next_events(timeout_s)
@@ -69,7 +69,7 @@ class SchedulerThread:
             try:
                 self.machine.take(event, now)
             except Exception:
-                # The last resort: an event that breaks an invariant must not end scheduling for everybody.
-                log.exception("the scheduler could not take %s; it goes on", type(event).__name__)
+                # An event that breaks an invariant must not end scheduling for all runs.
+                log.exception("the scheduler could not take %s and skips it", type(event).__name__)
         self._bus.publish(self.machine.tick(now))
         return True

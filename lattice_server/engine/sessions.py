@@ -1,6 +1,6 @@
-"""Owns the workers' sessions, and when each worker was last heard.
+"""Owns the workers' sessions, and the time of each worker's last message.
 
-Rule: an outbox belongs to a connection; a session may outlive several.
+Rule: an outbox belongs to a connection; a session may have several connections, one after the other.
 """
 
 import asyncio
@@ -30,8 +30,9 @@ Detached = Callable[[str, float], None]
 class Sessions:
     """All connections and sessions; lives on the main thread.
 
-    `on_detached` is told each session that is left without a connection, and how long that had been silent. `unneeded`
-    says which of some artifacts nobody needs. Whoever is silent for more than `silence_limit_s` is given up.
+    `on_detached` is called with each session that loses its connection, and the silence of that connection. `unneeded`
+    returns those of some artifacts that have no reference. A connection that is silent for more than `silence_limit_s`
+    is aborted.
     """
 
     def __init__(self, silence_limit_s: float) -> None:
@@ -44,7 +45,7 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
 
     def greet(self, connection: Connection) -> None:
-        """Remember who said hello, and number it; the newest connection of a worker counts."""
+        """Number a connection that said hello, and close the worker's older one."""
         connection.greeting = next(self._numbers)
         self._unwelcome[connection.greeting] = connection
         older = self._greeting.get(connection.worker_id)
@@ -53,7 +54,7 @@ class Sessions:
             older.close()
 
     def perform(self, effect: WorkerEffect) -> None:
-        """Route an effect to its worker's connection. What a detached worker misses is sent again when it resumes."""
+        """Route an effect to its worker's connection; a worker that resumes gets the effects that it missed."""
         if isinstance(effect, WelcomeWorker):
             self._welcome(effect)
         elif isinstance(effect, ForgetSession):
@@ -61,7 +62,7 @@ class Sessions:
             if session is not None:
                 log.info("the worker is lost", extra=session.connection.named)
             if session is not None and session.is_connected:
-                # Whoever is there all the same learns by dialling again that the session is lost.
+                # A worker that is still alive learns that the session is lost when it connects again.
                 session.connection.close()
         elif session := self._sessions.get(effect.session_id):
             session.connection.send(session.number(effect) if isinstance(effect, AnswerQuestion) else effect)
@@ -70,7 +71,7 @@ class Sessions:
 
     def leave(self, connection: Connection) -> None:
         """Forget a connection that ended."""
-        # This thread may have been too busy to listen: whoever hung up meanwhile needs time to come back.
+        # This thread may have been too busy to read: a worker that disconnected meanwhile needs time to reconnect.
         self._forget(connection, min(time.monotonic() - connection.heard_at, self._silence_limit_s))
 
     def _forget(self, connection: Connection, silent_s: float) -> None:
@@ -83,24 +84,24 @@ class Sessions:
         for session in self._sessions.values():
             if session.connection.worker_id == connection.worker_id:
                 session.is_connected = False
-                log.info("the stream broke; the worker may come back", extra=connection.named)
+                log.info("the stream broke; the worker may reconnect", extra=connection.named)
                 self.on_detached(session.session_id, silent_s)
 
     async def watch(self, interval_s: float) -> None:
-        """Give signs of life on every connection, and give up those without any; for ever."""
+        """Send heartbeats on every connection, and abort silent ones; for ever."""
         looked_at = time.monotonic()
         while True:
-            # Signs of life are for when nothing else happens: nothing could wake this.
+            # Heartbeats are for times without events, so only a timer can wake this.
             await asyncio.sleep(interval_s)
             now = time.monotonic()
             late_s = now - looked_at - interval_s
             looked_at = now
             for connection in list(self._greeting.values()):
                 if late_s > interval_s:
-                    # This thread was busy, and what came meanwhile is still to be read.
+                    # This thread was busy, and messages that arrived meanwhile are still to be read.
                     connection.heard_at = min(now, connection.heard_at + late_s)
                 if connection.session is None:
-                    continue  # Whoever is not welcome yet has nothing to say.
+                    continue  # A worker sends nothing before it is welcomed.
                 if now - connection.heard_at <= self._silence_limit_s:
                     connection.beat()
                 else:
@@ -108,7 +109,7 @@ class Sessions:
                     connection.abort()
 
     def heard_at(self, session_id: str) -> float:
-        """Return when a session was last heard, in seconds since the epoch; zero when unknown."""
+        """Return the time of a session's last message, in seconds since the epoch; zero when unknown."""
         session = self._sessions.get(session_id)
         return time.time() - (time.monotonic() - session.connection.heard_at) if session else 0.0
 
@@ -122,24 +123,24 @@ class Sessions:
         return next((c.subject for c in known if c.node_id == node_id or c.worker_id == worker_id), None)
 
     def drop_artifact(self, artifact: Artifact) -> None:
-        """Tell every worker that may have an artifact, or a copy of it, that nobody needs it any more.
+        """Tell every worker that may have an artifact, or a copy of it, that its last reference was released.
 
-        One that does not hear it says what it has when it is back.
+        A worker that misses the message lists its artifacts when it reconnects.
         """
         for session in self._sessions.values():
             if not session.connection.shares_store or artifact.node_id != HEAD:
                 session.connection.send(DropArtifact(session.session_id, artifact.artifact_id))
 
     def close_all(self) -> None:
-        """Tell every worker that the server stops."""
+        """Close every session, because the server stops."""
         for session_id in list(self._sessions):
             self.perform(CloseSession(session_id, "SHUTDOWN", "the server stops"))
 
     def _welcome(self, effect: WelcomeWorker) -> None:
-        # The connection whose hello this answers: another one of the same worker has a welcome of its own coming.
+        # The connection whose hello this answers: a newer one of the same worker gets a welcome of its own.
         connection = self._unwelcome.pop(effect.greeting, None)
         if connection is None:
-            # It hung up before it was welcome, and the scheduler takes it for connected; or for resumed by a newer one.
+            # It disconnected before its welcome, but the scheduler counts it as connected, unless a newer one resumed.
             if effect.worker_id not in self._greeting:
                 self.on_detached(effect.session_id, 0.0)
             return
@@ -151,8 +152,8 @@ class Sessions:
         session.connection = connection
         session.is_connected = True
         connection.session = session
-        log.info("the worker is back" if effect.resumed else "the worker joined", extra=connection.named)
-        # All that older reports led to has been done by now: the scheduler answered them before the hello.
+        log.info("the worker reconnected" if effect.resumed else "the worker joined", extra=connection.named)
+        # The effects of older reports are done by now, because the scheduler took them before the hello.
         listed = connection.stored if effect.resumed else connection.stored + connection.reported
         connection.stored = connection.reported = ()
         connection.send(replace(effect, drop_artifact_ids=tuple(self.unneeded(listed))))

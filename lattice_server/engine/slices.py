@@ -1,5 +1,7 @@
-"""Owns the turns of long work on the main thread. Rule: in each round of the event loop at most one slice of all such
-work is done, so that whatever else came waits for one slice and no more."""
+"""Owns the time slices of long work on the main thread.
+
+Rule: each round of the event loop runs at most one slice of all such work, so other callbacks wait for one slice only.
+"""
 
 import asyncio
 from collections import deque
@@ -12,27 +14,27 @@ T = TypeVar("T")
 
 
 class Slices:
-    """All that is done in slices, first come, first served; lives on the main thread."""
+    """The queue of all sliced work, in the order of arrival; lives on the main thread."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], object]] = deque()
         self._is_due = False
 
     def call(self, work: Callable[[], object]) -> None:
-        """Have a slice done when it is its turn."""
+        """Queue a slice."""
         self._waiting.append(work)
         if not self._is_due:
             self._is_due = True
-            asyncio.get_running_loop().call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._run_next)
 
     async def pause(self) -> None:
-        """End a slice; return when it is the turn of the next one."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.call(lambda: None if turn.done() else turn.set_result(None))
-        await turn
+        """End a slice; return when the next one may run."""
+        resumed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.call(lambda: None if resumed.done() else resumed.set_result(None))
+        await resumed
 
     async def finish(self, steps: Steps[T]) -> T:
-        """Do work that comes in steps, each in a slice of its own; return what it made."""
+        """Do work that comes in steps, each in a slice of its own; return its result."""
         while True:
             try:
                 next(steps)
@@ -48,9 +50,9 @@ class Slices:
             if is_step:
                 await self.pause()
 
-    def _turn(self) -> None:
+    def _run_next(self) -> None:
         work = self._waiting.popleft()
         self._is_due = bool(self._waiting)
         if self._is_due:
-            asyncio.get_running_loop().call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._run_next)
         work()

@@ -1,5 +1,4 @@
-"""Owns the choice of the folder in which large values are kept. Rule: a folder that cannot hold them is never chosen
-for being the usual one."""
+"""Owns the choice of the folder for large values. Rule: a folder without enough room is not chosen."""
 
 import fcntl
 import logging
@@ -24,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class StoreError(Exception):
-    """No folder can hold large values; the message names what was tried and the setting."""
+    """No folder can hold large values; the message names the folders that were tried and the setting."""
 
 
 def made(parent: str) -> tuple[Path, int]:
@@ -66,7 +65,7 @@ def linked(store: Path) -> tuple[Path, int] | None:
         _delete_left(parent)
         folder, lock = _made_in(parent, "")
     except (OSError, StoreError) as error:
-        log.warning("values for which %s has no room fail: %s", store, error)
+        log.warning("values fail when %s has no room for them: %s", store, error)
         return None
     (store / DISK).symlink_to(folder)
     return folder, lock
@@ -101,13 +100,13 @@ def _made_in(parent: Path, remedy: str) -> tuple[Path, int]:
         new.rmdir()
         os.close(lock)
         raise StoreError(f"large values cannot be kept in {parent}: its path is too long for a socket; {remedy}")
-    # Not before it is locked: another server would take it for one of a killed one.
+    # Only when it is locked: another server would delete it as the folder of a killed one.
     new.rename(folder)
     return folder, lock
 
 
 def _lock(directory: Path) -> int:
-    """Hold a directory until the descriptor returned is closed. Raises OSError when somebody else does."""
+    """Hold a directory until the descriptor returned is closed. Raises OSError when another process does."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +117,7 @@ def _lock(directory: Path) -> int:
 
 
 def _delete_left(parent: Path) -> None:
-    """Delete the directories of servers that were killed: they hold memory, and nobody else deletes them."""
+    """Delete the folders of servers that were killed: they hold memory, and no other process deletes them."""
     for left in [*parent.glob(f"{PREFIX}*"), *parent.glob(f"{NEW}{PREFIX}*")]:
         with suppress(OSError):
             descriptor = _lock(left)

@@ -1,7 +1,7 @@
-"""Owns the count of what clients upload, and how long it waits for a run or a workflow that names it.
+"""Owns the count of clients' uploads, and the time for which one waits to be named by a run or a workflow.
 
-Rule: an upload counts for its tenant until nothing that goes on needs it: it waits to be named, or a stored workflow or
-a run that has not ended names it. An upload that is over the bound is refused; none is evicted to make room.
+Rule: an upload counts for its tenant while it waits to be named, and while a stored workflow or a live run names it. An
+upload that is over the bound is refused; none is evicted to make room.
 """
 
 import asyncio
@@ -14,14 +14,16 @@ Name = tuple[str, str]  # The tenant that uploaded it, and its id.
 
 
 class Uploads:
-    """The uploads of all tenants; lives on the main thread. `on_timeout` is told each that waited
-    for too long, and its tenant."""
+    """The uploads of all tenants; lives on the main thread.
+
+    `on_timeout` is called with each upload that waited for too long, and its tenant.
+    """
 
     def __init__(self, bound: Bound, ttl_s: float, on_timeout: Callable[[Artifact, str], None]) -> None:
         self.usage = Usage("uploads", bound)
         self._ttl_s = ttl_s
         self._on_timeout = on_timeout
-        # Equal ones wait one by one.
+        # Equal uploads have one timer each.
         self._waiting: dict[Name, list[asyncio.TimerHandle]] = {}
 
     def receive(self, tenant: str, size: int) -> None:
@@ -42,9 +44,9 @@ class Uploads:
         self._waiting.setdefault(name, []).append(timer)
 
     def take(self, uploader: str, artifacts: Iterable[Artifact]) -> tuple[list[Name], list[Artifact]]:
-        """Hold those artifacts that a tenant uploaded, for a run or a workflow that names them.
+        """Reference the artifacts that a tenant uploaded, for a run or a workflow that names them.
 
-        Of equal uploads that wait one waits no longer: others may be for another run.
+        Of equal uploads that wait, one waits no longer: others may be for another run.
 
         Returns:
             The names of the uploads, to be given to `release`; and the artifacts among them that wait no longer.
@@ -63,7 +65,7 @@ class Uploads:
         return held, named
 
     def release(self, names: Iterable[Name]) -> None:
-        """Release what `take` held."""
+        """Release the references that `take` added."""
         for name in names:
             self.usage.release(*name)
 

@@ -1,7 +1,7 @@
-"""Owns how much of a store each tenant has, and in which order things are evicted.
+"""Owns the count of a store by tenant, and the order of eviction.
 
-Rules: what has several holders counts once. A tenant over its own bound loses its own things. When all tenants together
-are over theirs, the tenant that has the most loses; so none ever loses anything to a tenant that has more.
+Rules: an entry with several references counts once. A tenant over its own bound loses its own entries. When all tenants
+together are over the whole bound, the tenant with the most loses some; so no tenant loses any to one that has more.
 """
 
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from lattice_server.core.errors import ExhaustedError
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """How much may be in a store: `total` in all, of which one tenant may have a `share`."""
+    """The size that a store may have: `total` in all, of which one tenant may have a `share`."""
 
     total: int
     share: float = 1.0
@@ -30,7 +30,7 @@ class _Held:
 
 
 class Usage:
-    """The sizes of `what` tenants hold, by tenant and name."""
+    """The sizes of the entries of one store, called `what`, by tenant and name."""
 
     def __init__(self, what: str, bound: Bound) -> None:
         self.what = what
@@ -40,7 +40,7 @@ class Usage:
         self._by_tenant: dict[str, int] = {}
 
     def hold(self, tenant: str, name: str, size: int) -> None:
-        """Count one more holder of something; its size counts with the first."""
+        """Add one reference to an entry; its size counts with the first."""
         held = self._held.get((tenant, name))
         if held is None:
             held = self._held[tenant, name] = _Held(size)
@@ -48,7 +48,7 @@ class Usage:
         held.holders += 1
 
     def release(self, tenant: str, name: str) -> None:
-        """Count one holder less; the size of something counts until its last holder releases it."""
+        """Release one reference to an entry; its size counts until the last one is released."""
         held = self._held[tenant, name]
         held.holders -= 1
         if not held.holders:
@@ -56,11 +56,11 @@ class Usage:
             self.add(tenant, -held.size)
 
     def holds(self, tenant: str, name: str) -> bool:
-        """Whether a tenant has something."""
+        """Whether a tenant has an entry."""
         return (tenant, name) in self._held
 
     def size_of(self, tenant: str, name: str) -> int:
-        """Return how much something takes that a tenant has."""
+        """Return the size of an entry of a tenant."""
         return self._held[tenant, name].size
 
     def of(self, tenant: str) -> int:
@@ -92,7 +92,7 @@ class Usage:
         return ExhaustedError("STORE_FULL", text, metadata=metadata)
 
     def add(self, tenant: str, size: int) -> None:
-        """Count what has no name yet; what is negative counts no longer."""
+        """Add to the size of a tenant without naming an entry; a negative size subtracts."""
         self.total += size
         self._by_tenant[tenant] = self.of(tenant) + size
         if not self._by_tenant[tenant]:
@@ -100,7 +100,7 @@ class Usage:
 
 
 class Evictable:
-    """What of a `usage` may be evicted, by tenant: what is marked as `sooner` first, then what came first."""
+    """The entries of a `usage` that may be evicted, by tenant: those marked as `sooner` first, then the oldest."""
 
     def __init__(self, usage: Usage) -> None:
         self._usage = usage
@@ -110,22 +110,22 @@ class Evictable:
         return sum(len(part) for queue in self._queues.values() for part in queue)
 
     def add(self, tenant: str, name: str, *, sooner: bool = True) -> None:
-        """Let something be evicted, after all that is there and marked likewise."""
+        """Let an entry be evicted, after all others with the same mark."""
         self.discard(tenant, name)
         queue = self._queues.setdefault(tenant, (OrderedDict(), OrderedDict()))
         queue[0 if sooner else 1][name] = None
 
     def discard(self, tenant: str, name: str) -> None:
-        """Let something be evicted no longer, if it might."""
+        """Let an entry be evicted no longer, if it might."""
         for part in (queue := self._queues.get(tenant, ())):
             part.pop(name, None)
         if queue and not any(queue):
             del self._queues[tenant]
 
     def victim(self, tenant: str, spared: str = "") -> tuple[str, str] | None:
-        """Return what is to be evicted next, as its tenant and name, now that this tenant has got more.
+        """Return the tenant and name of the next entry to evict, after this tenant got another one.
 
-        None when the bounds are kept, or nothing may be evicted but what is `spared`.
+        None when the bounds are kept, or no entry but `spared` may be evicted.
         """
         if self._usage.is_over(tenant) and (found := self._first(tenant, spared)):
             return tenant, found

@@ -1,4 +1,4 @@
-"""Owns stored workflows, on the main thread. Rule: a run works on a copy, so a workflow may change at any time."""
+"""Owns stored workflows, on the main thread. Rule: a run has a copy of its workflow, which may change at any time."""
 
 import time
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ BOUND = Bound(1024 * MIB, share=0.5)
 
 @dataclass(slots=True)
 class WorkflowEntry:
-    """A stored workflow. Later ones have a higher `number`; `definition` is what a caller gets back, opaque here."""
+    """A stored workflow. Later ones have a higher `number`; `definition`, opaque here, is returned to callers."""
 
     workflow_id: str
     tenant: str
@@ -36,8 +36,10 @@ class WorkflowEntry:
 
 
 class WorkflowStore:
-    """The stored workflows by id, oldest first: at most `max_workflows`, and of definitions as many bytes as `bound`
-    says. Their code is held in `code`, their large values in `store`."""
+    """The stored workflows by id, oldest first: at most `max_workflows`, with definitions as large as `bound` says.
+
+    They reference their functions in `code` and their large values in `store`.
+    """
 
     def __init__(self, store: ArtifactStore, code: CodeStore, max_workflows: int, bound: Bound = BOUND) -> None:
         self.workflows: Shelf[WorkflowEntry] = Shelf()
@@ -59,16 +61,16 @@ class WorkflowStore:
         *,
         reach: Reach = UNNAMED,
     ) -> tuple[WorkflowEntry, bool]:
-        """Store a workflow of a tenant, or return the one that has this id and content.
+        """Store a workflow of a tenant, or return the workflow that has this id and content.
 
         Args:
-            size_bytes: what its definition takes.
-            graph: its graph, if it was built before.
-            reach: whose workflow it is to be, and whose artifacts it may name.
+            size_bytes: the size of its definition.
+            graph: its graph, if it has been built.
+            reach: that of the caller, whose artifacts it may name; its tenant owns the workflow.
 
         Raises:
             ConflictError: the id was used with other content.
-            ExhaustedError: TOO_MANY_WORKFLOWS or STORE_FULL; one has to be deleted first.
+            ExhaustedError: TOO_MANY_WORKFLOWS or STORE_FULL; a workflow has to be deleted first.
             InvalidError: the graph is not valid.
             NotFoundError: it names an artifact that is not within reach.
         """
@@ -78,10 +80,7 @@ class WorkflowStore:
             return existing, False
         graph = graph or dag.build(spec)
         self._store.check((artifact.artifact_id for artifact in graph.artifacts), reach)
-        if len(self.workflows) >= self._max_workflows:
-            text = f"{len(self.workflows)} workflows are stored, as many as may be; delete one, or run graphs inline"
-            raise ExhaustedError("TOO_MANY_WORKFLOWS", text)
-        self._check_size(tenant, size_bytes)
+        self._check_room(tenant, size_bytes)
         self._code.hold(tenant, functions.values())
         named = workflow_id or f"workflow-{uuid4().hex}"
         entry = WorkflowEntry(
@@ -134,7 +133,7 @@ class WorkflowStore:
         entry.revision += 1
 
     def delete(self, workflow_id: str, reach: Reach = UNNAMED) -> None:
-        """Forget a stored workflow. Raises NotFoundError."""
+        """Delete a stored workflow. Raises NotFoundError."""
         entry = self.get(workflow_id, reach)
         self._release(entry)
         del self.workflows[key_of(entry.workflow_id, entry.tenant)]
@@ -144,6 +143,12 @@ class WorkflowStore:
         self._code.release(entry.tenant, entry.functions.values())
         self._store.uploads.release(entry.uploads)
         self._store.release(entry.artifacts, entry.tenant)
+
+    def _check_room(self, tenant: str, size_bytes: int) -> None:
+        if len(self.workflows) >= self._max_workflows:
+            text = f"{len(self.workflows)} workflows are stored, as many as may be; delete one, or run graphs inline"
+            raise ExhaustedError("TOO_MANY_WORKFLOWS", text)
+        self._check_size(tenant, size_bytes)
 
     def _check_size(self, tenant: str, added_bytes: int) -> None:
         if added_bytes > 0 and (refusal := self.usage.refusal(tenant, added_bytes)) is not None:

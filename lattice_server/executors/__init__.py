@@ -1,1 +1,1 @@
-"""Who starts worker processes, and where."""
+"""The executors, which start worker processes on this machine or on nodes of Ray."""

@@ -19,7 +19,7 @@ def ray_interface(host: str) -> str:
     if plain == "::1":
         return LOOPBACK
     found = str(socket.getaddrinfo(plain, None, socket.AF_INET)[0][4][0])
-    # Of all loopback addresses this is the only one for which Ray does not listen to everybody.
+    # For any other loopback address Ray listens on all interfaces.
     return LOOPBACK if ip_address(found).is_loopback else found
 
 

@@ -1,4 +1,4 @@
-"""Starts one worker as a process of this machine. Rule: it ends, by id, what it started and nothing else."""
+"""Starts one worker as a process of this machine. Rule: it ends, by id, only the processes that it started."""
 
 import asyncio
 import contextlib

@@ -13,7 +13,7 @@ from lattice_server.executors.ray_transfer import Exchange, Part
 
 TARGET, TOKEN = "LATTICE_TARGET", "LATTICE_TOKEN"
 PR_SET_DUMPABLE = 4
-# Of use to Ray's own processes alone.
+# Only Ray's own processes need it.
 RAY_TOKEN = "RAY_AUTH_TOKEN"
 
 
@@ -24,7 +24,7 @@ class WorkerHost:
         self._exchange = Exchange()
 
     def pid(self) -> int:
-        """Say that the reservation is there and this process in it."""
+        """Return the process id; an answer shows that the reservation is made and this process runs in it."""
         return os.getpid()
 
     def read(self, artifact_id: str, offset: int) -> Part:
@@ -37,8 +37,8 @@ class WorkerHost:
         Args:
             flags: Those of the worker, without the server's address.
             target: The server's address.
-            environment: What the worker needs beside the environment of this process, and its token, which goes to the
-                worker by a pipe.
+            environment: Additions to the environment of this process, and the worker's token, which is passed in a
+                pipe.
             follows_node: Whether this Ray node was started by an agent that knows better how to reach the server: it
                 left the address and its certificates in the environment.
         """
@@ -67,5 +67,5 @@ class WorkerHost:
 
 
 def _hide() -> None:
-    """Let the tasks of the same user not read this process's memory, in which the worker's token is."""
+    """Keep tasks of the same user from reading the memory of this process, which has the worker's token."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -1,8 +1,7 @@
-"""The process that is Ray's driver: `python -m lattice_server.executors.ray_driver`. It imports Ray, as does what it
-has Ray run, and nobody else.
+"""The process that is Ray's driver: `python -m lattice_server.executors.ray_driver`.
 
-It reads orders from stdin and writes what happened to stdout, a JSON object a line; see `ray_child`. Rule: it ends when
-the server does, and when the Ray it started does.
+It reads orders from stdin and writes events to stdout, a JSON object a line; see `ray_child`. Only this process and its
+actors import Ray. Rule: it ends when the server does, and when the Ray it started does.
 """
 
 import asyncio
@@ -34,7 +33,7 @@ CALLS = 8  # Of a host at a time: one that lasts as long as its worker, and thos
 
 
 class Driver:
-    """Does what the server orders. Everything runs on the main thread's event loop."""
+    """Carries out the server's orders. Everything runs on the main thread's event loop."""
 
     def __init__(self, orders: BinaryIO, messages: BinaryIO) -> None:
         self._orders = orders
@@ -54,11 +53,10 @@ class Driver:
                 "include_dashboard": False,
                 "_node_ip_address": order["node_ip"],
                 "_temp_dir": order["temp_dir"],
-                # Nobody reads these, and every node would show them to everybody.
+                # They are not read here, and every node would serve them on all interfaces.
                 "_system_config": {"enable_metrics_collection": False},
             }
-        # Ray takes the loopback address for a mistake, puts one of this machine's network in its place, and then
-        # listens to everybody.
+        # Ray replaces the loopback address by one of this machine's network, and then listens on all interfaces.
         with mock.patch.object(ray._private.services, "resolve_ip_for_localhost", lambda host: host):
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **settings)
         address = ray.get_runtime_context().gcs_address
@@ -68,7 +66,7 @@ class Driver:
         self.say("started", address=address, total=total)
 
     async def run(self, is_owner: bool) -> None:
-        """Obey until there is nobody left to order."""
+        """Carry out orders until the server closes stdin."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=LINE_LIMIT_BYTES)
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._orders)
@@ -89,9 +87,9 @@ class Driver:
         key, worker_id = order["key"], order["worker_id"]
         status = host = None
         try:
-            # Off the loop: Ray's head has to say that nobody has the name.
+            # In a thread, because Ray's head is asked whether the name is free.
             host = self._hosts[key] = await asyncio.to_thread(_placed, order, self._groups[key])
-            # Done once Ray has room for the reservation; so long it waits, and Ray's autoscaler sees it.
+            # It waits until Ray has room for the reservation; meanwhile Ray's autoscaler sees it.
             pid = await asyncio.wrap_future(host.pid.remote().future())
             self.say("placed", key=key, worker_id=worker_id, pid=pid)
             arguments = (order["flags"], order["target"], order["environment"], order["follows_node"])
@@ -127,7 +125,7 @@ class Driver:
 
     def _end(self, reason: str) -> None:
         self.say("over", reason=reason)
-        # Ray would wait for what is no longer there.
+        # A normal exit would wait for Ray, which is gone.
         os._exit(1)
 
     def say(self, event: str, **details: Any) -> None:
@@ -160,7 +158,7 @@ def main() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(os.environ["LATTICE_PARENT_PID"]):
         sys.exit("the server is gone")
-    # Ray, and what it starts, may write to stdout as they like.
+    # Ray and its processes may write to stdout, so the messages go to a copy.
     orders = os.fdopen(os.dup(0), "rb", buffering=0)
     messages = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -173,7 +171,7 @@ def main() -> None:
     except Exception as error:
         driver.say("over", reason=f"Ray did not start: {_one_line(error)}")
         sys.exit(1)
-    # From here on the end of stdin is the end; the signal that comes with it would interrupt what is to be done then.
+    # From here on the driver stops at the end of stdin; the signal that comes with it would interrupt the cleanup.
     signal.signal(signal.SIGTERM, lambda *_: None)
     asyncio.run(driver.run(first["address"] == "local"))
     ray.shutdown()

@@ -1,6 +1,6 @@
-"""Owns the process that is Ray's driver, as the server sees it. Rule: no Ray in here; orders out, events in.
+"""Owns the child process that is Ray's driver. Rule: this module does not import Ray; it sends orders and reads events.
 
-Ray's driver ends its own process when Ray's head is gone. So it is not the server's process.
+A process that is a driver of Ray is ended by Ray when Ray's head dies, so the server is not one itself.
 
 An order is a JSON object a line on the child's stdin: first the settings of `Settings`, then `{"do": "reserve", "key",
 "bundle"}`, `{"do": "serve", "key", "bundle", "worker_id", "store", "flags", "target", "environment",
@@ -29,22 +29,22 @@ log = logging.getLogger(__name__)
 
 STOP_S = 10.0
 LINE_LIMIT_BYTES = 1024 * 1024
-# Of the Ray this server starts; a user who knows better says so in the environment.
+# For the Ray that this server starts; variables in the environment override these.
 TUNING = {
-    # A node that is gone is missed within some seconds, so that its reservation waits for it to come back.
+    # The loss of a node is detected within some seconds, so that its reservation waits for it to come back.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
-    # What else the head would show to everybody; these are no ports, so it shows nothing.
+    # The head would serve these on all interfaces; -1 turns them off.
     "AUTOSCALER_METRIC_PORT": "-1",
     "DASHBOARD_METRIC_PORT": "-1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Patch releases of one Python get along; by default Ray does not let them.
+    # Patch releases of one Python are compatible; by default Ray refuses them.
     "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
 }
-# What is for the commands of the user who started the server, and not for what Ray runs: RAY_ADDRESS names a Ray of the
-# user's own, and would lead nodes of this server's Ray there.
+# Variables for the user's own commands, which Ray's processes must not inherit: RAY_ADDRESS names a Ray of the user's
+# own, and nodes of this server's Ray would join that one.
 PRIVATE = ("LATTICE_TARGET", "LATTICE_TOKEN", "RAY_ADDRESS")
 
 
@@ -71,7 +71,7 @@ class RayChild:
         self._folder: RayFolder | None = None
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Start the driver and yield what it says; over when it is. Raises OSError."""
+        """Start the driver and yield its events, until it ends. Raises OSError."""
         self._folder = folder = RayFolder()
         with (folder.path / LOG).open("wb") as file:
             await self._start(None if log.isEnabledFor(logging.INFO) else file)
@@ -82,7 +82,7 @@ class RayChild:
             yield json.loads(line)
 
     async def _start(self, output: BinaryIO | None) -> None:
-        """Start the driver, whose Ray writes at length about what it does, in colours."""
+        """Start the driver; `output` takes the log of its Ray, or None to inherit stderr."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -92,17 +92,17 @@ class RayChild:
             stdout=asyncio.subprocess.PIPE,
             stderr=output,
             limit=LINE_LIMIT_BYTES,
-            # What a terminal sends to the server is not for Ray, and by the session all of it can be found.
+            # Signals of the terminal are for the server only, and the session identifies all of Ray's processes.
             start_new_session=True,
         )
 
     def order(self, **order: Any) -> None:
-        """Have the driver do something; what is gone does nothing."""
+        """Send an order to the driver, if it runs."""
         if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
 
     async def stop(self) -> None:
-        """End the driver and the Ray it started, and whatever is left of it."""
+        """End the driver, the Ray it started, and leftover processes of that."""
         try:
             if self._process is not None:
                 await self._end(self._process)
@@ -135,5 +135,5 @@ def ray_child(config: ServerConfig, token: str) -> RayChild:
         resources={HEAD: 1},
     )
     tuning = {name: os.environ.get(name, value) for name, value in TUNING.items()}
-    # By the environment, which only this user can read; without it Ray makes one token for all of the user's Rays.
+    # In the environment, which only this user can read. By default Ray shares one token among all of the user's Rays.
     return RayChild(settings, {**tuning, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token})

@@ -16,17 +16,17 @@ PREFIX = "lattice-ray-"
 # Ray adds `session_DATE_TIME_PID/sockets/plasma_store`; the path of a socket has at most 107 bytes.
 MAX_PARENT_BYTES = 22
 MIN_FREE_BYTES = 64 * 1024 * 1024
-# How long a folder may be there before its maker holds it.
+# How long after its creation a folder may be unlocked.
 NEW_S = 10.0
 LOG = "driver.log"
 
 
 class RayFolder:
-    """A folder of its own, held until it is closed. Raises OSError when no place is fit for one."""
+    """A folder that is locked until it is closed. Raises OSError when no place is suitable."""
 
     def __init__(self) -> None:
         self.path = _make()
-        self._lock = _hold(self.path)
+        self._lock = _lock(self.path)
 
     def close(self) -> None:
         """Delete the folder."""
@@ -70,8 +70,8 @@ def _unfit(parent: str) -> str:
     return "" if free_bytes >= MIN_FREE_BYTES else f"only {free_bytes} bytes are free"
 
 
-def _hold(path: Path) -> int:
-    """Hold a folder until the descriptor returned is closed. Raises OSError when another process does."""
+def _lock(path: Path) -> int:
+    """Lock a folder until the returned descriptor is closed. Raises OSError when another process has locked it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,7 +85,7 @@ def _delete_left(parent: str) -> None:
     """Delete the folders of servers that were killed."""
     for left in Path(parent).glob(f"{PREFIX}*"):
         with suppress(OSError):
-            descriptor = _hold(left)
+            descriptor = _lock(left)
             if time.time() - left.stat().st_mtime > NEW_S:
                 shutil.rmtree(left, ignore_errors=True)
             os.close(descriptor)

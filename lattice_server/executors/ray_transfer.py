@@ -1,12 +1,12 @@
-"""Owns the way of large values between the workers' hosts of one Ray. Rule: Ray carries them, Lattice their names.
+"""Owns the transfer of large values between the workers' hosts of one Ray. Rule: Ray moves the bytes.
 
-A value goes from the store of one node through Ray's object stores into a file of another node, in parts: what lies in
-Ray's memory at a time is bounded, and one part is on its way while another is written.
+A value goes from the store of one node through Ray's object stores into a file of another node, in parts: the
+part of Ray's memory that it uses is bounded, and one part is sent while another is written.
 
 The worker asks over a socket that it inherits, a JSON object a line. First it says where its own large values lie:
 `{"store"}`. Then it asks for others: `{"id", "node", "artifact", "size", "part", "patience_s"}`, where `part` is an
-empty file to be filled and `patience_s` how long Ray may take for each step. What it hears is `{"id"}` after every step
-and, last, `{"id", "end"}` with the reason if it failed. Whoever no longer waits deletes the file.
+empty file to be filled and `patience_s` how long Ray may take for each step. It is sent `{"id"}` after every
+step and, last, `{"id", "end"}` with the reason if it failed. A worker that no longer waits deletes the file.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-# Marks bytes that Ray is to copy into its memory as they are; nothing is unpickled here.
+# Marks bytes that Ray copies into its memory as they are; nothing is unpickled here.
 from pickle import PickleBuffer
 from typing import Any
 
@@ -31,19 +31,19 @@ WHY_CHARACTERS = 1000
 
 
 def host_name(store_name: str) -> str:
-    """Return what the host of the worker that uses a store is called; Ray keeps the names of each driver apart."""
+    """Return the name of the host of the worker that uses a store; it is unique in the namespace of one driver."""
     return f"lattice-host-{store_name}"
 
 
 class Exchange:
-    """The exchange of one host: gives what its worker made, and fetches what its worker asks for."""
+    """The exchange of one host: it sends its worker's values to other hosts, and fetches values for its worker."""
 
     def __init__(self) -> None:
         self._store = ""
         self._hosts: dict[str, Any] = {}
 
     def serve(self, door: socket.socket) -> None:
-        """Do what the worker at the other end asks for until it is gone."""
+        """Serve the requests of the worker at the other end until it is gone."""
         with door, door.makefile("rb") as lines:
             for line in lines:
                 wanted = json.loads(line)
@@ -58,7 +58,7 @@ class Exchange:
             raise FileNotFoundError("the worker has no store yet")
         path = Path(self._store) / os.path.basename(artifact_id)
         with path.open("rb") as file:
-            # Kept by the map: what is dropped meanwhile is not written anew while it is read.
+            # The mapping keeps the lock: a dropped file is not reused for another value while it is read.
             fcntl.flock(file, fcntl.LOCK_SH)
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise FileNotFoundError("it was dropped")
@@ -67,7 +67,7 @@ class Exchange:
 
     def _answer(self, door: socket.socket, wanted: dict[str, Any]) -> None:
         def say(**more: str) -> None:
-            # Small enough to be sent in one piece, whoever else speaks.
+            # Small enough to be sent in one piece, even while other threads send.
             door.sendall(json.dumps({"id": wanted["id"], **more}).encode() + b"\n")
 
         with contextlib.suppress(OSError):  # the worker is gone
@@ -76,7 +76,7 @@ class Exchange:
                     say()
                 why = ""
             except (ray.exceptions.RayError, ValueError, OSError) as error:
-                # The node may have another one by now.
+                # The node may have another host by now.
                 self._hosts.pop(wanted["node"], None)
                 why = str(error) or type(error).__name__
             say(end=why[-WHY_CHARACTERS:])
@@ -84,7 +84,7 @@ class Exchange:
     def _fetched(self, wanted: dict[str, Any]) -> Iterator[None]:
         """Fill the file and yield after every step. Raises ValueError when the node has no host, or what Ray raises."""
         size: int = wanted["size"]
-        # It is there unless the worker gave up already.
+        # The file exists unless the worker gave up already.
         with open(wanted["part"], "r+b", buffering=0) as file:
             host = self._host(wanted["node"])
             offsets = iter(range(0, size, PART_BYTES))
@@ -96,19 +96,19 @@ class Exchange:
                 expected = min(PART_BYTES, size - file.tell())
                 if len(data) != expected or file.write(data) != expected:
                     raise ValueError(f"a part has {len(data)} bytes instead of {expected}")
-                # Ray keeps its memory until nobody looks at it.
+                # Ray frees its memory when the last reference is gone.
                 del data
                 yield
 
     def _host(self, node: str) -> Any:
         if (host := self._hosts.get(node)) is None:
-            # Ray's head is asked for it.
+            # This asks Ray's head.
             host = self._hosts[node] = ray.get_actor(host_name(node))
         return host
 
 
 class Part:
-    """Some bytes that travel through Ray without being copied by Python; what arrives is a memoryview."""
+    """Bytes that Ray transfers without a copy by Python; they arrive as a memoryview."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data

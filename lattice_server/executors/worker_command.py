@@ -1,4 +1,4 @@
-"""Owns what a worker is told at its start. Rule: what nobody said is left to the worker, which measures it."""
+"""Owns the command-line flags of workers. Rule: a worker measures each resource for which there is no flag."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lattice_server.executors.bind_address import ANY, LOOPBACK
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a worker is to offer of its machine. What is None it measures; sizes in bytes."""
+    """The resources that a worker offers of its machine; it measures a resource that is None. Sizes in bytes."""
 
     num_cpus: float | None = None
     num_gpus: int | None = None
@@ -21,12 +21,12 @@ class Offer:
 
 
 def offer_of_head(config: ServerConfig) -> Offer:
-    """Return what the server was told to offer of its own machine."""
+    """Return the offer that the configuration makes of the server's own machine."""
     return Offer(config.num_cpus, config.num_gpus, config.memory_bytes, config.gpu_memory_bytes, config.labels)
 
 
 def offer_of_machine(capacity: Capacity, labels: Mapping[str, str]) -> Offer:
-    """Return what a machine said it offers."""
+    """Return the offer of a machine that joined."""
     gpu_memory_bytes = capacity.gpus[0].memory_bytes if capacity.gpus else None
     return Offer(capacity.cpu, len(capacity.gpus), capacity.memory_bytes or None, gpu_memory_bytes, labels)
 

@@ -6,8 +6,9 @@ slices is the message parsed at once.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from google.protobuf import descriptor_pool, message_factory
@@ -22,12 +23,13 @@ from lattice_server.engine.slices import Slices
 SLICE_RECORDS = 1000
 SLICE_BYTES = 256 * 1024
 # How many of those are scanned at once: that takes some milliseconds.
-SCANNED_SLICES = 8
-# Shorter requests are parsed at once, unless they may have too many tasks.
+SCANNED_SLICES = 2
+# What is shorter is parsed at once, unless it may have too many tasks.
 SLICED_BYTES = 64 * 1024
 COUNTED = frozenset({task_pb2.TaskSpec.DESCRIPTOR.full_name, workflow_pb2.Edge.DESCRIPTOR.full_name})
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 MAX_VARINT_BYTES = 10
+NO_LISTS: Mapping[int, FieldDescriptor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class RequestDeserializer:
         found = descriptor_pool.Default().FindMethodByName(method.strip("/").replace("/", "."))
         self._kind = message_factory.GetMessageClass(found.input_type)
         self._path = path_of(found.input_type)
+        self._lists = lists_of(found.input_type)
         self._limits = limits
         self._slices = slices
 
@@ -84,10 +87,11 @@ class RequestDeserializer:
             return found
         cuts = []
         try:
-            for cut in scan(found.data, self._path, self._limits.tasks):
-                cuts.append(cut)
-                if len(cuts) % SCANNED_SLICES == 0:
-                    # Not by `Slices`: a refusal should not wait behind accepted work.
+            for number, cut in enumerate(scan(found.data, self._path, self._limits.tasks, self._lists), 1):
+                if cut is not None:
+                    cuts.append(cut)
+                if number % SCANNED_SLICES == 0:
+                    # Not among all that takes its turn: a refusal should not wait for work that was accepted.
                     await asyncio.sleep(0)
             message = self._kind()
             for depth, start, end in cuts:
@@ -125,20 +129,42 @@ def path_of(message: Descriptor) -> tuple[FieldDescriptor, ...]:
     return ()
 
 
-def scan(data: bytes, path: Sequence[FieldDescriptor], most: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the slices of a message: the depth in `path` of the message they belong to, their start and end.
+def lists_of(message: Descriptor) -> dict[int, FieldDescriptor]:
+    """Return the fields that hold lists of requests, such as `additions`, each with the field of the tasks in one."""
+    found = {}
+    for field in message.fields:
+        if field.is_repeated and field.message_type is not None:
+            for inner in field.message_type.fields:
+                if inner.is_repeated and inner.message_type is not None and inner.message_type.full_name in COUNTED:
+                    found[field.number << 3 | LENGTH] = inner
+    return found
+
+
+def scan(
+    data: bytes, path: Sequence[FieldDescriptor], most: int, lists: Mapping[int, FieldDescriptor] = NO_LISTS
+) -> Iterator[tuple[int, int, int] | None]:
+    """Yield the slices of a message: how many fields of `path` lead to what they are part of, their start and end.
+
+    None is yielded for a part of a request in one of the `lists`, whose tasks are counted: it is parsed as a whole.
 
     Raises:
         ExhaustedError: there are more than `most` tasks, or more than that of anything else.
         DecodeError: the bytes are no message.
     """
     counts = {"tasks": 0, "other": 0}
-    yield from _scan(data, 0, len(data), path, 0, most, counts)
+    yield from _scan(data, 0, len(data), path, 0, most, counts, lists)
 
 
 def _scan(
-    data: bytes, at: int, end: int, path: Sequence[FieldDescriptor], depth: int, most: int, counts: dict[str, int]
-) -> Iterator[tuple[int, int, int]]:
+    data: bytes,
+    at: int,
+    end: int,
+    path: Sequence[FieldDescriptor],
+    depth: int,
+    most: int,
+    counts: dict[str, int],
+    lists: Mapping[int, FieldDescriptor] = NO_LISTS,
+) -> Iterator[tuple[int, int, int] | None]:
     wanted = path[depth].number << 3 | LENGTH if depth < len(path) else -1
     is_last = depth == len(path) - 1
     start, records, tasks, others = at, 0, counts["tasks"], counts["other"]
@@ -171,12 +197,17 @@ def _scan(
             tasks, others = counts["tasks"], counts["other"]
             start, records = at, 0
             continue
+        if tag in lists:
+            counts["tasks"], counts["other"] = tasks, others
+            for _ in _scan(data, body, at, (lists[tag],), 0, most, counts):
+                yield None
+            tasks, others = counts["tasks"], counts["other"]
         if tag == wanted:
             tasks += 1
         else:
             others += 1
         if tasks > most or others > most:
-            what = path[-1].name if tasks > most else "entries"
+            what = path[-1].name if path and tasks > most else "entries"
             text = f"more than {most} {what} in one message; send them in parts"
             raise _too_large("message_tasks", most, text)
         records += 1

@@ -105,7 +105,7 @@ class WorkflowEditor:
         tasks = await self._graphs.added(request, reach, tenant)
         if not tasks:
             raise invalid_field("tasks", "there is nothing to add")
-        entry = self._orchestrator.add_tasks(request.run_id, tasks, _expected_revision(request), reach)
+        entry = await self._orchestrator.add_tasks(request.run_id, tasks, _expected_revision(request), reach)
         self._drafts.use_up(key_of(request.source_draft_id, reach.tenant))
         return entry.run.revision
 

@@ -155,6 +155,8 @@ def test_the_pages_name_the_defaults_of_the_configuration() -> None:
         f"stored workflows, {found.code_bytes // 2**20} MiB (`code_bytes`)",
         f"{found.upload_bytes // 2**30} GiB (`upload_bytes`)",
         f"stored workflows, {found.workflow_bytes // 2**30} GiB (`workflow_bytes`)",
+        f"at most {found.live_run_bytes // 2**30} GiB of memory (`live_run_bytes`)",
+        f"in parts {found.draft_bytes // 2**30} GiB (`draft_bytes`)",
         f"waits for {found.upload_ttl_s:.0f} s (`upload_ttl_s`)",
         f"(`tenant_share`, {found.tenant_share})",
         f"Up to {found.max_workflows:,} workflows are stored (`max_workflows`)",

@@ -78,7 +78,8 @@ def building(spec: WorkflowSpec, parameters: Iterable[str] | None = None) -> Ste
         kept_bytes=sum(payload.kept_bytes for payload in spec.parameters.values()),
     )
     given = None if parameters is None else set(parameters)
-    yield from _extending(dag, spec.tasks, None if given is None else given | set(spec.parameters))
+    extension = yield from extending(dag, spec.tasks, None if given is None else given | set(spec.parameters))
+    extension.apply(dag)
     if unknown := sorted((given or set()) - set(spec.parameters) - dag.parameters):
         violations = [FieldViolation(f'parameters["{name}"]', "the workflow has no such parameter") for name in unknown]
         raise _refusal(violations)
@@ -94,25 +95,56 @@ def artifacts_in(tasks: Iterable[TaskSpec]) -> Iterator[Artifact]:
                     yield leaf.content
 
 
-def extend(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> None:
-    """Add tasks to a graph, which stays as it is when they do not fit.
+@dataclass(slots=True)
+class Extension:
+    """Tasks that were checked against a graph and are not yet part of it, with their edges.
 
-    Raises:
-        InvalidError: as `build` does.
+    `behind` has the new tasks that depend on a task of the graph, by that task.
     """
-    finish(_extending(dag, added, parameters))
+
+    tasks: dict[str, TaskSpec] = field(default_factory=dict)
+    successors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    predecessors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: set[tuple[str, str]] = field(default_factory=set)
+    behind: dict[str, list[str]] = field(default_factory=dict)
+    split: Mapping[str, list[str]] = field(default_factory=dict)
+    artifacts: list[Artifact] = field(default_factory=list)
+    kept_bytes: int = 0
+    parameters: set[str] = field(default_factory=set)
+
+    def apply(self, dag: Dag) -> None:
+        """Add the tasks to the graph that they were checked against, which must not have grown since."""
+        if dag.tasks:
+            dag.tasks.update(self.tasks)
+            dag.successors.update(self.successors)
+            dag.predecessors.update(self.predecessors)
+        else:
+            dag.tasks, dag.successors, dag.predecessors = self.tasks, self.successors, self.predecessors
+            self.tasks, self.successors, self.predecessors = {}, {}, {}
+        dag.optional |= self.optional
+        for source, targets in self.behind.items():
+            dag.successors[source] += tuple(targets)
+        for source, outputs in self.split.items():
+            dag.split[source] = tuple(dict.fromkeys([*dag.split.get(source, ()), *outputs]))
+        dag.artifacts += self.artifacts
+        dag.kept_bytes += self.kept_bytes
+        dag.parameters |= self.parameters
 
 
-def _extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> Steps[None]:
+def extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] | None) -> Steps[Extension]:
+    """Check tasks against a graph, in steps; the graph does not change. Raises as `build`."""
     new: dict[str, TaskSpec] = {}
     found = _Validation(ChainMap(new, dag.tasks) if dag.tasks else new, parameters)
+    has_maps = False
     for (index, task), is_step in stepwise(enumerate(added)):
         if task.task_id in found.tasks:
             found.complain(f"tasks[{index}].task_id", f"task id {task.task_id!r} is used twice")
         new[task.task_id] = task
+        has_maps = has_maps or bool(task.over)
         if is_step:
             yield
-    yield from found.check_item_ids(new)
+    # A copy, because the graph may grow between two steps.
+    yield from found.check_item_ids(new, list(found.tasks) if has_maps and dag.tasks else new)
     edges: dict[str, dict[str, bool]] = {}
     for (index, task), is_step in stepwise(enumerate(new.values())):
         edges[task.task_id] = found.edges_of(task, f"tasks[{index}]")
@@ -120,24 +152,19 @@ def _extending(dag: Dag, added: Iterable[TaskSpec], parameters: Container[str] |
             yield
     found.refuse()
     linked = yield from _link(new, edges)
-    dag.tasks.update(new)
-    behind: dict[str, list[str]] = {}
-    for (task_id, sources), is_step in stepwise(edges.items()):
-        dag.successors[task_id] = linked.get(task_id, ())
-        dag.predecessors[task_id] = tuple(sources)
-        dag.optional.update((source, task_id) for source, is_optional in sources.items() if is_optional)
+    made = Extension(new, split=found.split, artifacts=found.artifacts, kept_bytes=found.kept_bytes)
+    made.parameters = found.parameters
+    for task_id, is_step in stepwise(new):
+        sources = edges.pop(task_id)  # Freed one by one: to free all edges at once takes long.
+        made.successors[task_id] = linked.get(task_id, ())
+        made.predecessors[task_id] = tuple(sources)
+        made.optional.update((source, task_id) for source, is_optional in sources.items() if is_optional)
         for source in sources:
             if source not in new:
-                behind.setdefault(source, []).append(task_id)
+                made.behind.setdefault(source, []).append(task_id)
         if is_step:
             yield
-    for source, targets in behind.items():
-        dag.successors[source] += tuple(targets)
-    for source, outputs in found.split.items():
-        dag.split[source] = tuple(dict.fromkeys([*dag.split.get(source, ()), *outputs]))
-    dag.artifacts += found.artifacts
-    dag.kept_bytes += found.kept_bytes
-    dag.parameters |= found.parameters
+    return made
 
 
 def _refusal(violations: list[FieldViolation]) -> InvalidError:
@@ -170,9 +197,8 @@ class _Validation:
         if self._violations:
             raise _refusal(self._violations)
 
-    def check_item_ids(self, new: Mapping[str, TaskSpec]) -> Steps[None]:
-        """Refuse ids that items of mapped tasks may get."""
-        named = self.tasks if any(task.over for task in new.values()) else new
+    def check_item_ids(self, new: Mapping[str, TaskSpec], named: Iterable[str]) -> Steps[None]:
+        """Refuse those ids of `named` that items of mapped tasks may get."""
         for task_id, is_step in stepwise(named):
             if is_step:
                 yield
@@ -257,6 +283,7 @@ def _link(tasks: Mapping[str, TaskSpec], edges: Mapping[str, Mapping[str, bool]]
     try:
         for source, is_step in stepwise(nx.topological_sort(graph)):
             linked[source] = tuple(graph.successors(source))
+            graph.remove_node(source)  # Freed one by one: to free the whole graph at once takes long.
             if is_step:
                 yield
     except nx.NetworkXUnfeasible:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from lattice_server.core.errors import LatticeError, PreconditionError
 from lattice_server.core.messages import TasksAdded, TaskSucceeded
 from lattice_server.core.model import Failure, FailureKind, TaskSpec
-from lattice_server.core.run import dag as graphs
+from lattice_server.core.run.additions import Addition, adding
 from lattice_server.core.run.bindings import Values
 from lattice_server.core.run.dag import Dag
 from lattice_server.core.run.endings import Endings
@@ -19,6 +19,7 @@ from lattice_server.core.run.reuse import Earlier
 from lattice_server.core.run.status import RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable
 from lattice_server.core.states import TASK_TERMINAL, TaskState
+from lattice_server.core.steps import Steps, finish
 from lattice_server.core.tenancy import id_of
 
 
@@ -35,22 +36,24 @@ class Growth:
     _bounds: Bounds
     revision: int = 1
 
-    def add(self, added: Sequence[TaskSpec], now: float, parent: str = "", depth: int = 0) -> None:
-        """Add tasks on behalf of a caller, or of the running task `parent`. Raises as `Run.append`."""
-        if not self._status.is_running:
-            text = f"run {id_of(self._status.run_id)!r} is {self._status.state.value}; nothing can be added to it"
-            raise PreconditionError("RUN_ENDED", text)
+    def checking(self, added: Sequence[TaskSpec], parent: str = "", depth: int = 0) -> Steps[Addition]:
+        """Check tasks that a caller, or the running task `parent`, wants to add, in steps. Raises as `Run.append`."""
+        self._refuse(len(added), depth)
+        return (yield from adding(self._dag, added, self._values.parameters.keys(), parent, depth))
+
+    def add(self, addition: Addition, parent: str = "") -> None:
+        """Add tasks that were checked at the revision that the run still has. Raises as `Run.append`."""
+        self._refuse(len(addition.records), 0)
         records = self._table.records
-        self._bounds.refuse(len(records) + len(added), depth)
-        refuse_late_maps(added, records, self._dag.split)
-        graphs.extend(self._dag, added, self._values.parameters.keys())
-        for spec in added:
-            sources = self._dag.predecessors[spec.task_id]
-            missing = sum(not self._is_satisfied(source, spec.task_id) for source in sources)
-            self._table.add(TaskRecord(spec, missing, spawned_by=parent, depth=depth))
-        self._publish(tuple(spec.task_id for spec in added), parent)
-        for spec in added:
-            self._catch_up(spec.task_id, now)
+        refuse_late_maps(addition.mapped, records, self._dag.split)
+        addition.extension.apply(self._dag)
+        self._table.extend(addition.records)
+        for source, targets in addition.extension.behind.items():
+            if records[source].state in TASK_TERMINAL:
+                for target in targets:
+                    records[target].missing -= self._is_satisfied(source, target)
+        self._publish(tuple(addition.records), parent)
+        self._handover.added += addition.arrivals
 
     def expand(self, task_id: str, record: TaskRecord, now: float) -> None:
         """Add one task for each item of the list that a task is mapped over."""
@@ -83,7 +86,7 @@ class Growth:
             return False
         if spawned := earlier.spawned_by(task_id):
             try:
-                self.add(spawned, now, task_id, record.depth + 1)
+                self.add(finish(self.checking(spawned, task_id, record.depth + 1)), task_id)
             except LatticeError:
                 return False  # It runs, and adds them again.
         record.outputs, record.split, record.duration_s = found.outputs, found.split, found.duration_s
@@ -100,6 +103,12 @@ class Growth:
         record = self._table.records.get(task_id)
         return record is not None and record.spawned_by == parent
 
+    def _refuse(self, count: int, depth: int) -> None:
+        if not self._status.is_running:
+            text = f"run {id_of(self._status.run_id)!r} is {self._status.state.value}; nothing can be added to it"
+            raise PreconditionError("RUN_ENDED", text)
+        self._bounds.refuse(len(self._table.records) + count, depth)
+
     def _publish(self, task_ids: tuple[str, ...], parent: str) -> None:
         self.revision += 1
         self._status.emit(TasksAdded(task_ids, parent, self.revision))
@@ -111,7 +120,7 @@ class Growth:
             return False
         return record.state is TaskState.SUCCEEDED or (source, task_id) in self._dag.optional
 
-    def _catch_up(self, task_id: str, now: float) -> None:
+    def catch_up(self, task_id: str, now: float) -> None:
         """Skip an added task if one that it needs has ended without success; send it if it has its inputs."""
         record = self._table.records[task_id]
         for source in self._dag.predecessors[task_id]:

@@ -25,7 +25,8 @@ MAX_PROMISED = 500
 class Handover:
     """The tasks that a run has yet to send to the scheduler or, once it stops, to stop there.
 
-    `ready` are tasks that have their inputs. `stopping` are tasks to stop because of `cause`. A task that waits for a
+    `added` are tasks that joined a run which had started; their predecessors are looked at first. `ready` are tasks
+    that have their inputs. `stopping` are tasks to stop because of `cause`. A task that waits for a
     single other one is promised: sent early, so that the scheduler queues it by itself. Promises come before the next
     ready task. Each is a stack of tasks and the position among the successors of each.
     """
@@ -38,16 +39,18 @@ class Handover:
     _tenant: str
     _ranking: Ranking
     _slice_tasks: int | None
+    added: deque[str] = field(default_factory=deque)
     ready: deque[str] = field(default_factory=deque)
     stopping: deque[str] = field(default_factory=deque)
     cause: Failure | None = None
     _promises: deque[list[tuple[str, int]]] = field(default_factory=deque)
+    _unsent: set[str] = field(default_factory=set)  # The first tasks of promises not begun: one for each is enough.
     _left: int = 0
 
     @property
     def is_under_way(self) -> bool:
         """Whether there are tasks to send or to stop."""
-        return bool(self.ready or self._promises or self.stopping)
+        return bool(self.ready or self._promises or self.stopping or self.added)
 
     @property
     def is_over(self) -> bool:
@@ -62,6 +65,11 @@ class Handover:
     def begin(self) -> None:
         """Begin a call."""
         self._left = self._slice_tasks or 0
+
+    def next_added(self) -> str:
+        """Take out a task that joined the run."""
+        self._left -= 1
+        return self.added.popleft()
 
     def next_ready(self) -> str:
         """Take out a task that has its inputs."""
@@ -87,12 +95,15 @@ class Handover:
 
     def promise_after(self, task_id: str) -> None:
         """Have the chains of tasks that wait only for this one sent early."""
-        self._promises.append([(task_id, 0)])
+        if task_id not in self._unsent:
+            self._unsent.add(task_id)
+            self._promises.append([(task_id, 0)])
 
     def send_promised(self, now: float) -> None:
         """Send some of the promised tasks."""
         stack = self._promises[0]
         source, start = stack.pop()
+        self._unsent.discard(source)
         waiting = self._dag.successors[source][:MAX_PROMISED]
         end = len(waiting) if self._slice_tasks is None else min(len(waiting), start + max(1, self._left))
         sent = [successor for successor in waiting[start:end] if self._send_early(source, successor, now)]
@@ -117,9 +128,11 @@ class Handover:
 
     def clear(self) -> None:
         """Forget all tasks."""
+        self.added.clear()
         self.ready.clear()
         self.stopping.clear()
         self._promises.clear()
+        self._unsent.clear()
 
     def _send_early(self, source: str, successor: str, now: float) -> bool:
         """Send a task early if it waits for `source` only, and the scheduler has that one; return whether it was."""

@@ -18,7 +18,7 @@ def check(status: RunStatus, table: TaskTable, dag: Dag, handover: Handover) -> 
     assert status.is_terminal == (table.open_tasks == 0 and not status.is_open), "a run ends with its last task"
     assert not status.is_open or status.is_running, "a stopped run is open"
     assert records.keys() == dag.tasks.keys()
-    to_come = {*handover.ready, *handover.stopping}
+    to_come = {*handover.added, *handover.ready, *handover.stopping}
     for task_id, record in records.items():
         _check_inputs(status, records, dag, task_id, to_come)
         _check_end(records, record)

@@ -1,6 +1,6 @@
 """Owns the limits of the growth of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lattice_server.core.errors import ExhaustedError, FieldViolation, InvalidError
@@ -51,11 +51,11 @@ def items_of(spec: TaskSpec, payloads: Sequence[Payload]) -> list[TaskSpec]:
 
 
 def refuse_late_maps(
-    added: Sequence[TaskSpec], tasks: Mapping[str, TaskRecord], split: Mapping[str, Sequence[str]]
+    mapped: Iterable[tuple[int, TaskSpec]], tasks: Mapping[str, TaskRecord], split: Mapping[str, Sequence[str]]
 ) -> None:
     """Raise InvalidError for a task mapped over a list of a task that was sent without a request for its items."""
-    for index, spec in enumerate(added):
-        over = spec.inputs.get(spec.over) if spec.over else None
+    for index, spec in mapped:
+        over = spec.inputs.get(spec.over)
         source = tasks.get(over.task_id) if isinstance(over, OutputRef) else None
         if not isinstance(over, OutputRef) or source is None or source.spec.over:
             continue

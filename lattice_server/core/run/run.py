@@ -18,6 +18,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure, FailureKind, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.run import invariants
+from lattice_server.core.run.additions import Addition
 from lattice_server.core.run.bindings import Values
 from lattice_server.core.run.dag import Dag
 from lattice_server.core.run.endings import Endings
@@ -31,7 +32,7 @@ from lattice_server.core.run.reuse import Earlier
 from lattice_server.core.run.status import Effect, RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable, tabulating
 from lattice_server.core.states import TASK_TERMINAL, RunState, TaskState
-from lattice_server.core.steps import finish
+from lattice_server.core.steps import Steps, finish
 
 __all__ = ["Bounds", "Effect", "Run"]
 
@@ -152,7 +153,8 @@ class Run:
         self._values.parameters = {**self.spec.parameters, **parameters}
         self._status.started_at = now
         self._status.emit(RunStarted(self.workflow_id, len(self.tasks)))
-        self._handover.ready += [task_id for task_id, record in self.tasks.items() if record.missing == 0]
+        self._handover.ready += self._table.roots
+        self._table.roots = []
         return self._settle(now)
 
     def go_on(self, now: float) -> list[Effect]:
@@ -233,7 +235,15 @@ class Run:
             PreconditionError: RUN_ENDED, the run has ended or is stopping.
             ExhaustedError: RUN_TOO_LARGE, the run would have too many tasks.
         """
-        self._growth.add(added, now)
+        return self.add(finish(self.adding(added)), now)
+
+    def adding(self, added: Sequence[TaskSpec]) -> Steps[Addition]:
+        """Check tasks for `add`, in steps. Raises as `append`."""
+        return self._growth.checking(added)
+
+    def add(self, addition: Addition, now: float) -> list[Effect]:
+        """Add tasks that were checked at the revision that the run still has. Raises as `append`."""
+        self._growth.add(addition)
         return self._settle(now)
 
     def spawn(
@@ -250,7 +260,7 @@ class Run:
         try:
             if refusal is not None:
                 raise refusal
-            self._growth.add(new, now, parent, record.depth + 1)
+            self._growth.add(finish(self._growth.checking(new, parent, record.depth + 1)), parent)
         except LatticeError as error:
             kind = FailureKind.RESOURCES if isinstance(error, ExhaustedError) else FailureKind.PAYLOAD
             failure = Failure(kind, f"the tasks that it spawned cannot be added: {error.message}")
@@ -279,7 +289,9 @@ class Run:
         handover = self._handover
         handover.begin()
         while not handover.is_over:
-            if handover.stopping:
+            if handover.added:
+                self._growth.catch_up(handover.next_added(), now)
+            elif handover.stopping:
                 self._endings.stop_some(now)
             elif handover.is_promising:
                 handover.send_promised(now)

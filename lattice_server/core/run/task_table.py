@@ -1,5 +1,6 @@
 """Owns the records of a run's tasks. Rule: a state changes only by `TaskTable.move`, which keeps the counts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lattice_server.core.messages import Split
@@ -60,16 +61,22 @@ WITH_SCHEDULER = frozenset({TaskState.QUEUED, TaskState.RUNNING})
 
 @dataclass(slots=True, eq=False)
 class TaskTable:
-    """The tasks of one run by id, and how many are in each state."""
+    """The tasks of one run by id, and how many are in each state. `roots` are the tasks that depend on no other."""
 
     run_id: str
     records: dict[str, TaskRecord] = field(default_factory=dict)
     counts: dict[TaskState, int] = field(default_factory=lambda: dict.fromkeys(TaskState, 0))
+    roots: list[str] = field(default_factory=list)
 
     def add(self, record: TaskRecord) -> None:
         """Add a task."""
         self.records[record.spec.task_id] = record
         self.counts[record.state] += 1
+
+    def extend(self, records: Mapping[str, TaskRecord]) -> None:
+        """Add many tasks that are blocked."""
+        self.records.update(records)
+        self.counts[TaskState.BLOCKED] += len(records)
 
     def move(self, record: TaskRecord, state: TaskState) -> None:
         """Change a task's state. Raises InvalidTransition."""
@@ -89,7 +96,10 @@ def tabulating(run_id: str, dag: Dag) -> Steps[TaskTable]:
     """Return the tasks of a run that has not started, in steps."""
     table = TaskTable(run_id)
     for (task_id, task), is_step in stepwise(dag.tasks.items()):
-        table.add(TaskRecord(task, missing=len(dag.predecessors[task_id])))
+        missing = len(dag.predecessors[task_id])
+        table.add(TaskRecord(task, missing))
+        if not missing:
+            table.roots.append(task_id)
         if is_step:
             yield
     return table

@@ -27,6 +27,7 @@ from lattice_server.core.run import dag
 from lattice_server.core.run.bindings import NULL
 from lattice_server.core.run.limits import Bounds
 from lattice_server.core.states import RunState, TaskState
+from lattice_server.core.steps import finish
 from tests.server.core.cluster import value
 from tests.server.core.graphs import SYNC, task
 from tests.server.core.run_scenes import ANYWAY, RunScene, mapped, optional, when
@@ -167,7 +168,7 @@ def test_no_task_may_have_the_id_of_an_item(ids: tuple[str, str]) -> None:
         RunScene(task("a"), *[tasks[name] for name in ids])
     graph = dag.build(WorkflowSpec((task("a"), tasks[ids[0]])))
     with pytest.raises(InvalidError, match="item of the mapped task"):
-        dag.extend(graph, [tasks[ids[1]]], ())
+        finish(dag.extending(graph, [tasks[ids[1]]], ())).apply(graph)
 
 
 def test_brackets_alone_are_fine() -> None:

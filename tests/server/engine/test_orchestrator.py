@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -80,7 +80,7 @@ class Holdings:
 
 
 def play(
-    scenario: Callable[[Orchestrator, Holdings], None],
+    scenario: Callable[[Orchestrator, Holdings], Awaitable[None] | None],
     retained_runs: int = 2,
     retained_bytes: int = 1 << 30,
     retained_artifact_bytes: int = 1 << 30,
@@ -94,7 +94,9 @@ def play(
         bus = MessageBus(asyncio.get_running_loop())
         retention = Retention(retained_runs, retained_bytes, retained_artifact_bytes, 1.0, result_ttl_s)
         admission = Admission(Bounds(), max_open_tasks)
-        scenario(Orchestrator(bus, Sessions(SILENCE_LIMIT_S), store, CodeStore(), retention, admission), store)
+        played = scenario(Orchestrator(bus, Sessions(SILENCE_LIMIT_S), store, CodeStore(), retention, admission), store)
+        if played is not None:
+            await played
 
     asyncio.run(run())
 
@@ -449,14 +451,44 @@ def test_a_run_that_cannot_start_or_be_cancelled_for_a_bug_ends_as_well(monkeypa
     play(scenario, max_open_tasks=2)
 
 
-def test_a_refusal_changes_nothing() -> None:
-    def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+def test_a_refused_addition_changes_nothing() -> None:
+    async def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         entry = start(orchestrator, "a")
         with pytest.raises(InvalidError):
-            orchestrator.add_tasks("a", [task("t")], None)
+            await orchestrator.add_tasks("a", [task("t")], None)
         assert entry.run.state is RunState.RUNNING
 
     play(scenario)
+
+
+def test_large_additions_to_one_run_at_once_are_all_made() -> None:
+    async def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        entry = start(orchestrator, "a")
+        large = [task(f"large{number}", after=["t"]) for number in range(1000)]
+        other = [task(f"other{number}") for number in range(300)]
+        await asyncio.gather(*(orchestrator.add_tasks("a", tasks, None) for tasks in (large, other, [task("small")])))
+        assert len(entry.run.tasks) == 1302
+        assert entry.run.revision == 4
+        while entry.run.is_unsettled:
+            entry.run.check()
+            await asyncio.sleep(0)
+        entry.run.check()
+
+    play(scenario, max_open_tasks=10_000)
+
+
+def test_a_large_addition_is_refused_when_the_run_ends_meanwhile() -> None:
+    async def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
+        entry = start(orchestrator, "a")
+        adding = asyncio.create_task(orchestrator.add_tasks("a", [task(f"u{number}") for number in range(1000)], None))
+        await asyncio.sleep(0)
+        finish(orchestrator, "a")
+        with pytest.raises(PreconditionError) as caught:
+            await adding
+        assert caught.value.reason == "RUN_ENDED"
+        assert list(entry.run.tasks) == ["t"]
+
+    play(scenario, max_open_tasks=10_000)
 
 
 def connect(sessions: Sessions, resumed: bool) -> Connection:

@@ -66,6 +66,29 @@ def test_a_run_hands_over_a_few_tasks_at_once_and_in_the_end_all(shape: Callable
 
 
 @pytest.mark.parametrize("shape", [flat, fan, chain])
+def test_a_run_takes_added_tasks_in_slices_and_tells_them_as_if_added_at_once(
+    shape: Callable[[int], WorkflowSpec],
+) -> None:
+    first = WorkflowSpec((TaskSpec("start", FUNCTION, outputs=("out",)),))
+    added = shape(COUNT).tasks
+    whole, sliced = (Run("r", first, dag.build(first, ()), slice_tasks=size) for size in (None, 10))
+    for run in (whole, sliced):
+        run.start({}, 0.0)
+    steps = sliced.adding(added)
+    assert yields(steps) >= 4 * COUNT // STEP_ITEMS
+    assert list(sliced.tasks) == ["start"], "nothing changes while tasks are checked"
+    batches = [sliced.add(finish(sliced.adding(added)), 1.0)]
+    while sliced.is_unsettled:
+        sliced.check()
+        batches.append(sliced.go_on(1.0))
+    sliced.check()
+    assert max(map(ready_in, batches)) <= 10
+    effects = [effect for batch in batches for effect in batch]
+    expected = whole.append(added, 1.0)
+    assert sorted(map(repr, effects)) == sorted(map(repr, expected))
+
+
+@pytest.mark.parametrize("shape", [flat, fan, chain])
 def test_a_run_stops_a_few_tasks_at_once(shape: Callable[[int], WorkflowSpec]) -> None:
     spec = shape(400)
     run = Run("r", spec, dag.build(spec, ()), slice_tasks=10)

@@ -14,7 +14,8 @@ import pytest
 from lattice_server.core.errors import NotFoundError
 from lattice_server.core.model import Artifact
 from lattice_server.engine import store_folder
-from lattice_server.engine.artifact_store import HEAD, SPARES, UPLOAD_BOUND, ArtifactStore
+from lattice_server.engine.artifact_files import SPARES
+from lattice_server.engine.artifact_store import HEAD, UPLOAD_BOUND, ArtifactStore
 from lattice_server.engine.usage import Bound
 from lattice_worker.runner import artifacts
 
@@ -254,13 +255,13 @@ def test_large_chunks_are_hashed_and_written_off_the_event_loop() -> None:
     threads: set[int] = set()
 
     async def scenario(store: ArtifactStore) -> None:
-        append = store._append
+        append = store.files.append
 
         def watched(*given: Any) -> None:
             threads.add(threading.get_ident())
             append(*given)
 
-        store._append = watched  # type: ignore[method-assign]
+        store.files.append = watched  # type: ignore[method-assign]
         await store.write(chunks(bytes(LARGE)))
 
     play(scenario)

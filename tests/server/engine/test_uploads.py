@@ -8,7 +8,8 @@ import pytest
 
 from lattice_server.core.errors import ExhaustedError
 from lattice_server.core.model import Artifact
-from lattice_server.engine.artifact_store import UPLOADS, ArtifactStore
+from lattice_server.engine.artifact_files import UPLOADS
+from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.uploads import Uploads
 from lattice_server.engine.usage import Bound
 

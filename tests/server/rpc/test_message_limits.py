@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lattice.v1 import cluster_pb2, task_pb2, workflow_pb2
 
-from lattice_server.core.errors import InvalidError
+from lattice_server.core.errors import ExhaustedError, InvalidError
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc import request_deserializer
 from lattice_server.rpc.request_deserializer import MessageLimits, RequestDeserializer, path_of
@@ -243,3 +243,31 @@ def test_task_is_never_split_between_slices() -> None:
     data = request.SerializeToString()
     limits = MessageLimits(10 * len(data), MOST_TASKS)
     assert asyncio.run(RequestDeserializer(RUN, limits, Turns()).read(request_deserializer.Unread(data))) == request
+
+
+def additions(*counts: int) -> workflow_pb2.OpenRunRequest:
+    """Return a message of an open run's stream that adds so many tasks by each of its requests."""
+    tasks = [task(f"t{number}") for number in range(max(counts))]
+    return workflow_pb2.OpenRunRequest(
+        additions=[workflow_pb2.AddTasksRequest(request_id=f"r{count}", tasks=tasks[:count]) for count in counts]
+    )
+
+
+@pytest.mark.parametrize(("counts", "is_taken"), [((500, 500), True), ((600, 401), False), ((1001,), False)])
+def test_tasks_are_counted_over_all_additions_in_one_message_of_an_open_run(
+    counts: tuple[int, ...], is_taken: bool
+) -> None:
+    async def scenario() -> None:
+        reader = RequestDeserializer(
+            "/lattice.v1.WorkflowService/OpenRun", MessageLimits(1024 * 1024, MOST_TASKS), Slices()
+        )
+        message = additions(*counts)
+        found = reader.deserialize(message.SerializeToString())
+        if is_taken:
+            assert await reader.read(found) == message
+            return
+        with pytest.raises(ExhaustedError) as caught:
+            await reader.read(found)
+        assert (caught.value.reason, caught.value.metadata["limit"]) == ("MESSAGE_TOO_LARGE", "message_tasks")
+
+    asyncio.run(scenario())
