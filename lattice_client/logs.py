@@ -12,8 +12,6 @@ HANDLER = "lattice"
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 FIELDS = ("run_id", "task_id", "attempt", "node_id", "worker_id", "session_id", "lease_id", "error_id")
-# The attributes of every record; all others come from `extra`.
-STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 def set_up(form: str = "text", level: str = "warning") -> logging.StreamHandler[TextIO]:
@@ -52,8 +50,8 @@ class JsonLines(logging.Formatter):
         found: dict[str, object] = {"level": record.levelname, "logger": record.name, "message": record.getMessage()}
         if record.exc_info:
             found["exception"] = self.formatException(record.exc_info)
-        added = {name: value for name, value in vars(record).items() if name not in STANDARD}
-        found |= {name: value for name, value in added.items() if value or name not in FIELDS}
+        told = vars(record)
+        found |= {name: told[name] for name in FIELDS if told.get(name)}
         found["time"] = datetime.fromtimestamp(record.created, UTC).isoformat()
         return json.dumps(found, default=str)
 

@@ -22,7 +22,7 @@ NOBODY = "127.0.0.1:1"
 
 def test_cancel_reports_the_state_when_the_run_has_ended(address: str, client: LatticeClient) -> None:
     run = ended(client, greet, {"name": "you"})
-    assert call(address, "runs", "cancel", run).stdout == f"Run {run} had ended before: it succeeded.\n"
+    assert call(address, "runs", "cancel", run).stdout == f"Run {run} had already succeeded.\n"
     assert json.loads(call(address, "runs", "cancel", "--json", run).stdout)["state"] == "RUN_STATE_SUCCEEDED"
 
 

@@ -8,8 +8,16 @@ import pytest
 pytestmark = pytest.mark.slow
 
 WORKER = {"orjson", "psutil", "pynvml", "uvloop"}
-SERVER = {"asyncinotify", "grpc_health", "grpc_interceptor", "grpc_reflection", "networkx", "opentelemetry"}
-OTHERS = {"grpc_status", "langgraph", "ray"}
+SERVER = {
+    "asyncinotify",
+    "grpc_health",
+    "grpc_interceptor",
+    "grpc_reflection",
+    "grpc_status",
+    "networkx",
+    "opentelemetry",
+}
+OTHERS = {"langgraph", "ray"}
 
 PROGRAM = """
 import importlib, pkgutil, sys
