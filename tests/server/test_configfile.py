@@ -20,7 +20,7 @@ def test_a_file_that_says_nothing_changes_nothing() -> None:
     assert read_config("") == ServerConfig()
 
 
-def test_a_file_sets_what_it_names() -> None:
+def test_a_file_sets_the_keys_that_it_names() -> None:
     text = f'max_open_tasks = 5\nsession_ttl_s = 7\nstop_grace_s = 0.5\n[limits]\nopenai = 8\n"my api" = 1\n{RULE}'
     expected = ServerConfig(
         max_open_tasks=5,
@@ -80,7 +80,7 @@ def test_rules_keep_their_order() -> None:
         (RULE.replace("0.05", "inf"), r"batch\[0\].max_wait_s must be a number from 0, not inf"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, message: str) -> None:
+def test_a_wrong_value_is_refused_by_its_key(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(text)
 
@@ -123,7 +123,7 @@ def test_a_server_does_not_start_with_wrong_flags(flags: list[str], message: str
     assert message in done.stderr
 
 
-def test_what_the_pages_say_of_defaults_is_so() -> None:
+def test_the_defaults_in_the_documentation_are_true() -> None:
     found, root = ServerConfig(), Path(__file__).parent.parent.parent
     pages = " ".join(f"{(root / 'README.md').read_text()} {(root / 'docs' / 'cluster.md').read_text()}".split())
     for claim in (

@@ -50,7 +50,7 @@ def test_the_packages_write_their_logs_alike() -> None:
 
 
 @given(st.text(st.characters()), st.text(st.characters()))
-def test_a_record_is_one_printable_line_whatever_users_wrote(message: str, run_id: str) -> None:
+def test_a_record_is_one_printable_line(message: str, run_id: str) -> None:
     for form in logs.FORMATS:
         line = written(form, message, run_id=run_id, task_id="", attempt=3)
         assert line.isprintable()
@@ -80,7 +80,7 @@ def test_the_lines_of_a_traceback_cannot_be_taken_for_records() -> None:
     assert json.loads(written("json", "broken", error))["exception"].endswith(HOSTILE)
 
 
-def test_setting_up_again_replaces_what_was_set_up_and_nothing_else(root: logging.Logger) -> None:
+def test_setting_up_again_replaces_only_the_own_handlers(root: logging.Logger) -> None:
     own = logging.NullHandler()
     root.addHandler(own)
     first = logs.set_up("text", "info")

@@ -34,7 +34,7 @@ def test_a_token_is_the_line_of_its_file(tmp_path: Path, content: bytes) -> None
 @pytest.mark.parametrize(
     "content", [b"", b"\n", b" ", b"two\nlines", b"two words", b"x\n\n", "é".encode(), b"\xff", b"x" * 4097]
 )
-def test_what_is_no_token_is_refused_and_not_shown(tmp_path: Path, content: bytes) -> None:
+def test_a_text_that_is_no_token_is_refused_and_not_shown(tmp_path: Path, content: bytes) -> None:
     path = file(tmp_path, content)
     with pytest.raises(security.SecurityError, match="--token-file") as caught:
         security.read_token(path, {"LATTICE_TOKEN": "other"})
@@ -59,7 +59,7 @@ def test_certificates_are_read_once_they_fit(made: Certificates) -> None:
     assert plain.client_ca is None
 
 
-def test_what_does_not_fit_is_refused_by_its_flag(made: Certificates, tmp_path: Path) -> None:
+def test_a_wrong_value_is_refused_by_its_flag(made: Certificates, tmp_path: Path) -> None:
     empty = file(tmp_path, b"")
     locked = tmp_path / "locked.pem"
     command = ["openssl", "pkey", "-in", str(made.key), "-aes256", "-passout", "pass:x", "-out", str(locked)]
@@ -108,7 +108,7 @@ def test_any_other_address_needs_both(host: str) -> None:
         (["--tls-key", "ghost"], "'--tls-key': File 'ghost' does not exist"),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_the_command_names_the_error(
     made: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], text: str
 ) -> None:
     monkeypatch.setattr(cli, "MAY_SERVE", True)

@@ -51,7 +51,7 @@ def test_a_server_whose_scheduler_fails_ends_and_so_do_the_calls_of_its_readers(
     asyncio.run(scenario())
 
 
-def test_every_part_of_a_server_is_ended_whatever_became_of_the_others() -> None:
+def test_every_part_of_a_server_is_ended_when_another_one_raises() -> None:
     class Broken(NoWorkers):
         """An executor that cannot end what it started."""
 

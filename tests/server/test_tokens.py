@@ -33,7 +33,7 @@ def file(folder: Path, text: str | bytes, mode: int = 0o600) -> Path:
     return path
 
 
-def test_a_file_says_who_may_do_what(tmp_path: Path) -> None:
+def test_a_file_maps_tokens_to_credentials(tmp_path: Path) -> None:
     assert read_tokens(file(tmp_path, "")) == ()
     (found,) = read_tokens(file(tmp_path, WHOLE))
     expires_s = datetime(2027, 1, 31, tzinfo=UTC).timestamp()
@@ -111,7 +111,7 @@ def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> Non
     assert read_tokens(file(tmp_path, WHOLE, 0o400))
 
 
-def test_it_is_what_a_link_leads_to_that_counts(tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_read(tmp_path: Path) -> None:
     path = file(tmp_path, WHOLE)
     link = tmp_path / "link"
     link.symlink_to(path)
@@ -132,7 +132,7 @@ def test_another_users_file_is_refused(tmp_path: Path) -> None:
             read_tokens(name)
 
 
-def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_no_plain_file_is_refused(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o600)
     for path, text in ((tmp_path / "none", "No such file"), (pipe, "no plain file"), (Path("/dev/zero"), "no plain")):

@@ -156,5 +156,5 @@ def test_work_goes_on_when_that_of_others_is_cancelled_or_fails() -> None:
     asyncio.run(scenario())
 
 
-def test_steps_done_at_once_give_what_they_give_one_by_one() -> None:
+def test_steps_done_at_once_return_the_same_result() -> None:
     assert finish(counting("a", 5, [])) == "a"

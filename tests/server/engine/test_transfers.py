@@ -78,7 +78,7 @@ async def broken(*chunks: bytes) -> AsyncIterator[bytes | None]:
     raise ConnectionError
 
 
-def test_a_reader_gets_what_the_node_sends_from_where_it_was_asked_to() -> None:
+def test_a_reader_gets_the_bytes_from_its_offset_on() -> None:
     async def scenario(scene: Scene) -> None:
         reading = scene.read(offset=OFFSET)
         wanted = await scene.wanted()
@@ -145,7 +145,7 @@ def test_a_reader_learns_that_the_node_hung_up_before_it_sent_anything() -> None
     play(scenario)
 
 
-def test_a_node_that_is_away_is_unavailable_and_one_that_is_gone_has_taken_the_artifact_along() -> None:
+def test_an_artifact_is_unavailable_while_its_node_is_away_and_not_found_when_it_is_gone() -> None:
     async def scenario(scene: Scene) -> None:
         scene.sessions.leave(scene.connection)
         with pytest.raises(UnavailableError):

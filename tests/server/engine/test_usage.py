@@ -41,7 +41,7 @@ def test_usage_counts_each_thing_once_while_it_has_holders(steps: list[tuple[str
         check_usage(usage, {name: int(name[1]) for name in +holders})
 
 
-def test_a_tenant_loses_nothing_to_one_that_has_more_though_nothing_else_may_be_evicted() -> None:
+def test_a_tenant_loses_nothing_to_a_larger_one_when_nothing_else_may_go() -> None:
     usage = Usage("things", BOUND)
     evictable = Evictable(usage)
     for tenant, size in (("a", 45), ("b", 10), ("c", 46)):
@@ -82,7 +82,7 @@ CODE_STEPS = st.lists(
 
 @given(CODE_STEPS)
 @settings(max_examples=200)
-def test_the_code_store_never_drops_what_is_held_and_never_has_too_much(
+def test_the_code_store_keeps_referenced_code_and_its_bound(
     steps: list[tuple[str, str, list[Function]]],
 ) -> None:
     store = CodeStore(BOUND)

@@ -331,7 +331,7 @@ def test_a_server_that_stops_waits_for_its_workers_to_leave(monkeypatch: pytest.
     play(scenario, monkeypatch)
 
 
-def test_in_somebody_elses_ray_a_machine_serves_its_node_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_serves_its_node_itself_when_ray_is_not_the_servers_own(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(scene: Scene) -> None:
         driver = await scene.start()
         membership = await scene.executor.join(TWO)
@@ -342,7 +342,7 @@ def test_in_somebody_elses_ray_a_machine_serves_its_node_itself(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("victim", ["worker", "Ray"])
-def test_what_a_dead_worker_beside_the_server_left_is_ended(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_dead_worker_on_this_machine_are_ended(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(scene: Scene) -> None:
         driver = await scene.start()
         await driver.ordered("reserve", HEAD)

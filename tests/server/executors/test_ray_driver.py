@@ -119,7 +119,7 @@ def play(scenario: Callable[[Scene], Coroutine[Any, Any, None]], monkeypatch: py
 
 
 @pytest.mark.parametrize("status", [0, 3, None])
-def test_whatever_a_worker_ends_with_is_told_and_its_host_goes(
+def test_the_exit_status_of_a_worker_is_told_and_its_host_ends(
     status: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(found: Scene) -> None:
@@ -155,7 +155,7 @@ def test_a_worker_whose_predecessor_is_still_there_is_told_to_have_ended(monkeyp
     play(scenario, monkeypatch)
 
 
-def test_what_is_released_is_gone_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_released_reservation_ends_without_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(found: Scene) -> None:
         found.order("reserve", bundle=BUNDLE)
         host = await found.placed("w-1")

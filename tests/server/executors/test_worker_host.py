@@ -64,7 +64,7 @@ def test_a_worker_is_told_where_the_server_is_and_nothing_of_rays(serve: Any) ->
 
 
 @pytest.mark.parametrize("follows_node", [True, False])
-def test_only_a_worker_of_a_machine_that_joined_reaches_the_server_as_its_agent_does(
+def test_only_a_worker_of_a_joined_machine_uses_the_address_of_its_agent(
     follows_node: bool, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TARGET, "agent:2")
