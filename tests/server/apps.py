@@ -16,7 +16,7 @@ START_S = 60.0
 
 
 class NoWorkers:
-    """An executor that starts nothing: what is run waits."""
+    """An executor that starts no workers, so every task stays queued."""
 
     name = "none"
     given_up: frozenset[str] = frozenset()
@@ -39,7 +39,7 @@ class NoWorkers:
         """Do nothing."""
 
     def has_given_up(self, worker_id: str) -> bool:
-        """Say what a test wants."""
+        """Return True for the workers that a test gave up."""
         return worker_id in self.given_up
 
 

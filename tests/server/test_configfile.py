@@ -1,4 +1,4 @@
-"""What a configuration file may say, and what is said of one that says something else."""
+"""The configuration file and the flags: accepted settings, and the errors of wrong ones."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""How log lines look: one line a record, whatever is in it, with the ids of what it is about."""
+"""The form of log lines: one line for each record, with the ids of its subject."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ def root() -> Iterator[logging.Logger]:
 
 
 def written(form: str, message: str, error: BaseException | None = None, **named: object) -> str:
-    """Return what a record looks like. No logger gets it: pytest cannot report half a character."""
+    """Return a record as a line. No logger gets it: pytest cannot report half a character."""
     formatter = logs.JsonLines() if form == "json" else logs.TextLines()
     raised = None if error is None else (type(error), error, error.__traceback__)
     record = logging.getLogger("lattice.test").makeRecord(

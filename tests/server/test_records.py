@@ -1,4 +1,4 @@
-"""The notes by which `lattice stop` finds what runs, and whom they must not obey."""
+"""The pid files by which `lattice stop` finds processes, and pid files that it must not trust."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What makes a server safe, as flags and files say it: what is taken, what is refused, and by which words."""
+"""The settings of security in flags and files: accepted ones, and the errors of wrong ones."""
 
 import logging
 import subprocess

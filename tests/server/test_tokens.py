@@ -1,4 +1,4 @@
-"""The tokens file and `lattice token`: what is taken, what is refused and by which words, and what is never written."""
+"""The tokens file and `lattice token`: accepted entries, the errors of wrong ones, and secrets."""
 
 import os
 from datetime import UTC, datetime, timedelta

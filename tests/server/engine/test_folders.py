@@ -41,7 +41,7 @@ def start(folder=""):
 
 
 def play(folder: Path, setup: str, script: str) -> list[str]:
-    """Run a script with mounts that no other process sees; `$SHM` and `$DISK` are folders. Return what it prints."""
+    """Run a script with mounts that no other process sees; `$SHM` and `$DISK` are folders. Return its output."""
     (folder / "disk").mkdir(exist_ok=True)
     mounted = f"set -e; {setup}\nexec {sys.executable} -c '{WRITES}\n{script}'"
     env = {**os.environ, "SHM": "/dev/shm", "DISK": str(folder / "disk"), "TMPDIR": str(folder / "disk")}

@@ -1,4 +1,4 @@
-"""What the orchestrator keeps, and for how long; whose connection a worker's session is."""
+"""The runs that the orchestrator keeps, the references that runs have, and the connections of sessions."""
 
 import asyncio
 import re
@@ -51,7 +51,7 @@ STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 
 
 class Holdings:
-    """A store without a directory: it counts who holds what, and notes what it drops."""
+    """A store without a directory: it counts references, and notes dropped artifacts."""
 
     def __init__(self) -> None:
         self.uploads = Uploads(Bound(0), 0.0, lambda artifact, tenant: None)
@@ -59,7 +59,7 @@ class Holdings:
         self.dropped: list[str] = []
 
     def check(self, artifact_ids: Iterable[str], reach: Reach) -> None:
-        """Let whatever is named be there."""
+        """Accept every id."""
 
     def hold(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
         """Count a holder."""
@@ -71,7 +71,7 @@ class Holdings:
         return []
 
     def release(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
-        """Count one less; nobody may let go of what he does not hold."""
+        """Count one less; a release without a reference is an error."""
         for artifact in artifacts:
             assert self.holders[artifact.artifact_id] > 0
             self.holders[artifact.artifact_id] -= 1
@@ -561,7 +561,7 @@ def test_a_session_being_resumed_is_not_detached_by_the_connection_before() -> N
 
 
 def test_times_stay_true_when_the_computer_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machines' clock stands still meanwhile, and the one that people read goes on."""
+    """The monotonic clock stands still meanwhile, and wall time advances."""
     machines_s, people_s = 100.0, 1_000_000.0
     clocks = SimpleNamespace(monotonic=lambda: machines_s, time=lambda: people_s)
     for module in ("orchestrator", "run_driver", "run_starter"):

@@ -1,4 +1,4 @@
-"""Connections and sessions: who is given up for silence, and what those that come back are told."""
+"""Connections and sessions: the end of silent connections, and the effects for workers that reconnect."""
 
 import asyncio
 import time
@@ -61,7 +61,7 @@ def test_a_stall_of_this_thread_does_not_count_as_silence() -> None:
         watching = asyncio.create_task(sessions.watch(INTERVAL_S))
         await asyncio.sleep(INTERVAL_S / 5)
         time.sleep(5 * LIMIT_S)  # that is the point
-        # The watch looks first; what came meanwhile is read after it.
+        # The watch looks first; messages that came meanwhile are read after it.
         for _ in range(10):
             await asyncio.sleep(0)
         assert detached == []

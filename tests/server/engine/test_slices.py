@@ -1,4 +1,4 @@
-"""Work that is done in slices: how much is done at once, and who comes in between. Steps are counted, time is not."""
+"""Work in slices: the size of a slice, and the other work between two slices. Steps are counted, time is not."""
 
 import asyncio
 import re

@@ -65,7 +65,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def spares(store: ArtifactStore) -> list[int]:
-    """The sizes of what waits to be written again."""
+    """The sizes of the spares."""
     return sorted(path.stat().st_size for path in files(store.directory / SPARES))
 
 
@@ -119,7 +119,7 @@ def test_an_id_is_never_a_way_out_of_the_directory(
         with pytest.raises(NotFoundError) as caught:
             await read(store, artifact_id)
         assert caught.value.reason == "ARTIFACT_NOT_FOUND"
-        # Workers report ids as they like: such a one is held and let go of like any other.
+        # Workers choose their ids: an id of another form is referenced and released like any other.
         store.hold([Artifact(artifact_id, size, "n")])
         store.release([Artifact(artifact_id, size, "n")])
         assert sorted(tmp_path.rglob("*")) == before

@@ -288,7 +288,7 @@ def test_the_scheduler_wakes_by_itself_when_its_machine_is_due() -> None:
         bus.post([hello("n"), TaskReady("r", task("t"), {}, 0)])
         while not welcomed:
             await asyncio.sleep(0)
-        # Nobody posts any more until the session's time is over; then another worker gets the task.
+        # No event is posted until the session expires; then another worker gets the task.
         bus.post([hello("m")])
         await is_lost.wait()
         await asyncio.to_thread(scheduler.stop)

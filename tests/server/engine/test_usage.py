@@ -1,4 +1,4 @@
-"""Bounded stores under random histories: what they count is what is there, and nobody loses what is not his to lose."""
+"""Bounded stores under random histories: their counts are exact, and eviction follows the rules of tenants."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -106,7 +106,7 @@ def test_the_code_store_keeps_referenced_code_and_its_bound(
                 for (owner, digest), code in before.items():
                     assert store.get(digest, Reach(owner)) is code
         except ExhaustedError:
-            pass  # there is too much, and what is held stays
+            pass  # there is too much, and referenced code stays
         check_usage(store.usage, {name: kept.code.size_bytes for name, kept in store._kept.items()})
         assert store.usage.total <= BOUND.total
         assert not any(map(store.usage.is_over, "abc"))
@@ -132,7 +132,7 @@ class Clock:
 
 
 def ended_run(number: int, tenant: str, size: int, artifacts: list[int], code: list[Function]) -> Any:
-    """Return what the server knows of a run, as far as retention looks at it."""
+    """Return a run with the facts that retention reads."""
     return SimpleNamespace(
         key=key_of(f"r{number}", tenant),
         run=SimpleNamespace(tenant=tenant),
@@ -227,7 +227,7 @@ def test_ended_runs_stay_within_their_bounds_and_read_ones_go_first(steps: list[
 
 
 def pieces(entry: Any) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
-    """Return what a run takes of memory and of stores, by tenant and name."""
+    """Return the sizes of a run in memory and in stores, by tenant and name."""
     tenant = entry.run.tenant
     memory = {(tenant, entry.key): entry.kept_bytes}
     for function in entry.functions.values():

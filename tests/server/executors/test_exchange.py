@@ -1,4 +1,4 @@
-"""What a host gives to another, parts of a file of its store as they are, and how it fetches them for its worker."""
+"""The exchange of a host: the parts of files that it sends to other hosts, and the values that it fetches."""
 
 import fcntl
 import json
@@ -108,7 +108,7 @@ class Rays:
 
             @staticmethod
             def remote(artifact_id: str, offset: int) -> Callable[[], bytes]:
-                """Return what will be read."""
+                """Return a reference to the part."""
                 self._ahead += 1
                 self.most_ahead = max(self.most_ahead, self._ahead)
 
@@ -122,14 +122,14 @@ class Rays:
         return type("Host", (), {"read": Handle})
 
     def get(self, coming: Callable[[], bytes], timeout: float) -> bytes:
-        """Return what was read."""
+        """Return the part."""
         self._ahead -= 1
         self.timeouts.append(timeout)
         return coming()
 
 
 class Worker:
-    """The worker of an exchange: asks for values of node `a` and hears what comes of it."""
+    """The worker of an exchange: asks for values of node `a` and reads the answers."""
 
     def __init__(self, found: Exchange, folder: Path) -> None:
         self._ours, theirs = socket.socketpair()
@@ -150,7 +150,7 @@ class Worker:
         raise AssertionError("there was no end")
 
     def go(self) -> None:
-        """Be gone; what was started for it is over."""
+        """Close the connection; its threads end."""
         self._lines.close()
         self._ours.close()
         self._serving.join(PATIENCE_S)

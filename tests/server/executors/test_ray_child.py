@@ -1,4 +1,4 @@
-"""The driver's process as the server sees it, with a program in its place: what it is told, and that all of it ends."""
+"""The child process of Ray's driver, played by another program: its orders and events, and its complete end."""
 
 import asyncio
 import sys

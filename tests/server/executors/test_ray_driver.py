@@ -1,4 +1,4 @@
-"""Ray's driver, with a Ray whose every word a test chooses: what it reserves and starts, and what it lets go."""
+"""Ray's driver with a Ray whose answers a test chooses: reservations, hosts, and their release."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ class Host:
 
 
 class Scene:
-    """A driver, the orders it is given, what it says, and what it has Ray do."""
+    """A driver, its orders, its events, and its calls to Ray."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hosts: list[Host] = []
@@ -75,7 +75,7 @@ class Scene:
         self.order("serve", worker_id=worker_id, environment={"A": "b"}, follows_node=True, **details)
 
     async def said(self, event: str) -> dict[str, Any]:
-        """Return what is said next, which has to be this."""
+        """Return the next event, which has to be of this kind."""
         found: dict[str, Any] = json.loads(await asyncio.to_thread(self._said.readline))
         assert found.pop("event") == event
         return found
@@ -97,7 +97,7 @@ class Scene:
         assert self._said.readline() == b"", "something was said that nobody asked about"
 
     def close(self) -> None:
-        """Let nobody wait for a word any more."""
+        """End the stream of events."""
         for end in (self._orders, self._saying):
             end.close()
 

@@ -1,4 +1,4 @@
-"""What is reserved of Ray, for whom, and how soon after a loss."""
+"""The reservations of Ray's resources, the flags of workers, and the delay after a loss."""
 
 import socket
 from collections.abc import Callable
@@ -141,7 +141,7 @@ def test_ray_listens_where_the_server_does(host: str, is_expected: Callable[[str
 def test_on_a_network_that_leads_nowhere_ray_listens_there(
     addresses: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nobody may connect to it, as without a route.
+    # It cannot be connected to, as without a route.
     monkeypatch.setattr(bind_address, "ELSEWHERE", ("255.255.255.255", 9))
     found = {address: [SimpleNamespace(family=socket.AF_INET, address=address)] for address in addresses}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)

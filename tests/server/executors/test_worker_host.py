@@ -1,4 +1,4 @@
-"""What a host gives the worker it runs, and what it leaves when that has ended: nothing."""
+"""The host of a worker: the environment and flags of the worker, and the end of all leftovers."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ os._exit(int(sys.argv[2]))
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a worker in a host; return its status and what it told."""
+    """Run a worker in a host; return its status and its report."""
     out = tmp_path / "told"
 
     def command(target: str, flags: list[str]) -> list[str]:
