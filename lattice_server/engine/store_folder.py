@@ -1,13 +1,12 @@
 """Owns the choice of the folder for large values. Rule: a folder without enough room is not chosen."""
 
-import fcntl
 import logging
 import os
-import shutil
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
+
+from lattice_server.engine.locked_folders import delete_unlocked, lock
 
 SHARED_MEMORY = Path("/dev/shm")
 MIN_SHARED_MEMORY_BYTES = 256 * 1024 * 1024  # With less of it free, as in most containers, values are kept on disk.
@@ -63,12 +62,12 @@ def linked(store: Path) -> tuple[Path, int] | None:
     try:
         parent = Path(tempfile.gettempdir()).resolve()
         _delete_left(parent)
-        folder, lock = _made_in(parent, "")
+        folder, descriptor = _made_in(parent, "")
     except (OSError, StoreError) as error:
         log.warning("values fail when %s has no room for them: %s", store, error)
         return None
     (store / DISK).symlink_to(folder)
-    return folder, lock
+    return folder, descriptor
 
 
 def remove(path: Path) -> None:
@@ -92,35 +91,20 @@ def _made_in(parent: Path, remedy: str) -> tuple[Path, int]:
     _delete_left(parent)
     try:
         new = Path(tempfile.mkdtemp(prefix=f"{NEW}{PREFIX}", dir=parent))
-        lock = _lock(new)
+        descriptor = lock(new)
     except OSError as error:
         raise StoreError(f"large values cannot be kept in {parent}: {error.strerror}; {remedy}") from error
     folder = parent / new.name.removeprefix(NEW)
     if len(os.fsencode(folder / SOCKET)) > SOCKET_PATH_BYTES:
         new.rmdir()
-        os.close(lock)
+        os.close(descriptor)
         raise StoreError(f"large values cannot be kept in {parent}: its path is too long for a socket; {remedy}")
     # Only when it is locked: another server would delete it as the folder of a killed one.
     new.rename(folder)
-    return folder, lock
-
-
-def _lock(directory: Path) -> int:
-    """Hold a directory until the descriptor returned is closed. Raises OSError when another process does."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return folder, descriptor
 
 
 def _delete_left(parent: Path) -> None:
     """Delete the folders of servers that were killed: they hold memory, and no other process deletes them."""
-    for left in [*parent.glob(f"{PREFIX}*"), *parent.glob(f"{NEW}{PREFIX}*")]:
-        with suppress(OSError):
-            descriptor = _lock(left)
-            if left.name.startswith(PREFIX) or time.time() - left.stat().st_mtime > NEW_S:
-                shutil.rmtree(left, ignore_errors=True)
-            os.close(descriptor)
+    delete_unlocked(parent.glob(f"{PREFIX}*"))
+    delete_unlocked(parent.glob(f"{NEW}{PREFIX}*"), NEW_S)

@@ -3,14 +3,13 @@
 Rule: none of them lies where the user's own Ray keeps its own, and none is left when the server ends.
 """
 
-import fcntl
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
+
+from lattice_server.engine.locked_folders import delete_unlocked, lock
 
 PREFIX = "lattice-ray-"
 # Ray adds `session_DATE_TIME_PID/sockets/plasma_store`; the path of a socket has at most 107 bytes.
@@ -26,7 +25,7 @@ class RayFolder:
 
     def __init__(self) -> None:
         self.path = _make()
-        self._lock = _lock(self.path)
+        self._lock = lock(self.path)
 
     def close(self) -> None:
         """Delete the folder."""
@@ -39,7 +38,7 @@ def _make() -> Path:
     for parent in _parents():
         why = _unfit(parent)
         if not why:
-            _delete_left(parent)
+            delete_unlocked(Path(parent).glob(f"{PREFIX}*"), NEW_S)
             try:
                 return Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
             except OSError as error:
@@ -68,24 +67,3 @@ def _unfit(parent: str) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return "" if free_bytes >= MIN_FREE_BYTES else f"only {free_bytes} bytes are free"
-
-
-def _lock(path: Path) -> int:
-    """Lock a folder until the returned descriptor is closed. Raises OSError when another process has locked it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _delete_left(parent: str) -> None:
-    """Delete the folders of servers that were killed."""
-    for left in Path(parent).glob(f"{PREFIX}*"):
-        with suppress(OSError):
-            descriptor = _lock(left)
-            if time.time() - left.stat().st_mtime > NEW_S:
-                shutil.rmtree(left, ignore_errors=True)
-            os.close(descriptor)

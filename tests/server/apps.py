@@ -39,7 +39,7 @@ class NoWorkers:
         """Do nothing."""
 
     def has_given_up(self, worker_id: str) -> bool:
-        """Say what a test wants."""
+        """Return True for the workers that a test gave up."""
         return worker_id in self.given_up
 
 

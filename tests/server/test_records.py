@@ -1,4 +1,4 @@
-"""The notes by which `lattice stop` finds what runs, and whom they must not obey."""
+"""The pid files by which `lattice stop` finds processes, and pid files that it must not trust."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["head-50051", "node-rack/1", "node-../../x", "node-" + "é" * 128])
-def test_what_is_noted_is_found_until_it_is_forgotten(name: str, folder: Path) -> None:
+def test_a_process_is_found_until_its_pid_file_is_deleted(name: str, folder: Path) -> None:
     pidfile.note(name)
     assert pidfile.find(name).pid == os.getpid()
     assert len(list(folder.iterdir())) == 1
@@ -106,7 +106,7 @@ def program(request: pytest.FixtureRequest) -> Iterator["subprocess.Popen[str]"]
         found.kill()
 
 
-def test_who_is_noted_is_stopped_and_its_note_goes(program: "subprocess.Popen[str]", folder: Path) -> None:
+def test_a_stopped_process_loses_its_pid_file(program: "subprocess.Popen[str]", folder: Path) -> None:
     pidfile.note("another")
     pidfile.stop("it", WAIT_S)
     assert not psutil.pid_exists(program.pid)
@@ -115,7 +115,9 @@ def test_who_is_noted_is_stopped_and_its_note_goes(program: "subprocess.Popen[st
         pidfile.stop("it", WAIT_S)
 
 
-def test_who_is_gone_is_not_found_and_its_note_goes(program: "subprocess.Popen[str]", folder: Path) -> None:
+def test_a_process_that_is_gone_is_not_found_and_its_pid_file_deleted(
+    program: "subprocess.Popen[str]", folder: Path
+) -> None:
     program.kill()
     program.wait()
     with pytest.raises(pidfile.NotRunningError):
@@ -124,12 +126,12 @@ def test_who_is_gone_is_not_found_and_its_note_goes(program: "subprocess.Popen[s
 
 
 @pytest.mark.parametrize("program", ["deaf"], indirect=True)
-def test_who_does_not_stop_in_time_stays_noted(program: "subprocess.Popen[str]") -> None:
+def test_a_process_that_does_not_stop_in_time_keeps_its_pid_file(program: "subprocess.Popen[str]") -> None:
     with pytest.raises(psutil.TimeoutExpired):
         pidfile.stop("it", 0.1)
     assert pidfile.find("it").pid == program.pid
 
 
-def test_a_folder_for_notes_is_nobody_elses(folder: Path) -> None:
+def test_a_folder_of_pid_files_is_writable_to_its_user_only(folder: Path) -> None:
     pidfile.note("it")
     assert folder.stat().st_mode & 0o777 == 0o700

@@ -36,7 +36,7 @@ def started(folder: Path, mount: str, filled_mib: int = 0) -> Iterator["subproce
             server.wait(30)
 
 
-def test_an_upload_that_a_full_store_cannot_take_is_refused_with_its_folder_and_sizes(short_path: Path) -> None:
+def test_an_upload_is_refused_with_folder_and_sizes_when_the_store_is_full(short_path: Path) -> None:
     with started(short_path, "size=8m", filled_mib=7) as server:
         assert server.stdout is not None
         found = re.search(r"127\.0\.0\.1:\d+", server.stdout.readline())

@@ -1,4 +1,4 @@
-"""How a server stops: by itself when it cannot go on, and all of it when a part of it cannot end."""
+"""The stop of a server: by itself after a failure, and completely when one part cannot end."""
 
 import asyncio
 import threading
@@ -51,9 +51,9 @@ def test_a_server_whose_scheduler_fails_ends_and_so_do_the_calls_of_its_readers(
     asyncio.run(scenario())
 
 
-def test_every_part_of_a_server_is_ended_whatever_became_of_the_others() -> None:
+def test_every_part_of_a_server_is_ended_when_another_one_raises() -> None:
     class Broken(NoWorkers):
-        """An executor that cannot end what it started."""
+        """An executor whose `stop` raises."""
 
         async def stop(self) -> None:
             """Fail."""

@@ -55,7 +55,7 @@ def test_code_is_kept_while_it_is_held() -> None:
     assert store.usage.total == 15
 
 
-def test_code_is_refused_when_what_is_held_leaves_no_room() -> None:
+def test_code_is_refused_when_referenced_code_fills_the_store() -> None:
     store = CodeStore(Bound(100, share=0.5))
     store.hold(A, [function("a", 30)])
     with pytest.raises(ExhaustedError) as caught:

@@ -41,7 +41,7 @@ def start(folder=""):
 
 
 def play(folder: Path, setup: str, script: str) -> list[str]:
-    """Run a script with mounts that no other process sees; `$SHM` and `$DISK` are folders. Return what it prints."""
+    """Run a script with mounts that no other process sees; `$SHM` and `$DISK` are folders. Return its output."""
     (folder / "disk").mkdir(exist_ok=True)
     mounted = f"set -e; {setup}\nexec {sys.executable} -c '{WRITES}\n{script}'"
     env = {**os.environ, "SHM": "/dev/shm", "DISK": str(folder / "disk"), "TMPDIR": str(folder / "disk")}
@@ -63,9 +63,7 @@ def play(folder: Path, setup: str, script: str) -> list[str]:
         ("mount -t tmpfs none /dev", True),
     ],
 )
-def test_values_are_kept_on_disk_when_shared_memory_is_small_full_read_only_or_missing(
-    setup: str, is_on_disk: bool, short_path: Path
-) -> None:
+def test_values_are_kept_on_disk_when_shared_memory_is_unusable(setup: str, is_on_disk: bool, short_path: Path) -> None:
     (line,) = play(short_path, setup, 'start(); print(store.directory); assert upload(1) and upload(70, b"y")')
     assert line.startswith(str(short_path / "disk") if is_on_disk else "/dev/shm/lattice-head-")
 
@@ -82,7 +80,7 @@ def test_an_upload_is_refused_with_folder_and_sizes_when_the_store_is_full(short
 
 
 @IN_A_NAMESPACE
-def test_what_is_kept_to_be_written_again_makes_room_for_an_upload(short_path: Path) -> None:
+def test_spares_make_room_for_an_upload(short_path: Path) -> None:
     setup = "mount -t tmpfs -o size=16m none $DISK"
     script = """
 import os

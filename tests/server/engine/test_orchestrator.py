@@ -1,4 +1,4 @@
-"""What the orchestrator keeps, and for how long; whose connection a worker's session is."""
+"""The runs that the orchestrator keeps, the references that runs have, and the connections of sessions."""
 
 import asyncio
 import re
@@ -51,7 +51,7 @@ STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 
 
 class Holdings:
-    """A store without a directory: it counts who holds what, and notes what it drops."""
+    """A store without a directory: it counts references, and notes dropped artifacts."""
 
     def __init__(self) -> None:
         self.uploads = Uploads(Bound(0), 0.0, lambda artifact, tenant: None)
@@ -59,7 +59,7 @@ class Holdings:
         self.dropped: list[str] = []
 
     def check(self, artifact_ids: Iterable[str], reach: Reach) -> None:
-        """Let whatever is named be there."""
+        """Accept every id."""
 
     def hold(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
         """Count a holder."""
@@ -71,7 +71,7 @@ class Holdings:
         return []
 
     def release(self, artifacts: Iterable[Artifact], tenant: str = "") -> None:
-        """Count one less; nobody may let go of what he does not hold."""
+        """Count one less; a release without a reference is an error."""
         for artifact in artifacts:
             assert self.holders[artifact.artifact_id] > 0
             self.holders[artifact.artifact_id] -= 1
@@ -181,7 +181,7 @@ def test_a_tenant_is_let_in_while_another_one_fills_the_queue() -> None:
     play(scenario, max_open_tasks=32)
 
 
-def test_a_run_that_finds_nothing_open_is_taken_whatever_its_size() -> None:
+def test_a_run_of_any_size_is_admitted_when_no_task_is_open() -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         start(orchestrator, "large", workflow({f"t{number}": () for number in range(9)}))
         with pytest.raises(ExhaustedError):
@@ -190,7 +190,7 @@ def test_a_run_that_finds_nothing_open_is_taken_whatever_its_size() -> None:
     play(scenario, max_open_tasks=2)
 
 
-def test_what_no_known_node_could_ever_run_is_refused_and_what_one_could_waits() -> None:
+def test_a_task_is_refused_when_no_known_node_could_ever_run_it() -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         large = WorkflowSpec((task("t", resources=Resources(cpu=4.0)),))
         assert start(orchestrator, "before any node is known", large).run.tasks
@@ -233,7 +233,7 @@ def test_the_artifacts_of_a_run_go_with_it() -> None:
     play(scenario, result_ttl_s=0.0)
 
 
-def test_what_a_run_was_given_is_kept_with_it_from_its_start() -> None:
+def test_the_inputs_of_a_run_are_kept_from_its_start() -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         start(orchestrator, "a", workflow({"t": ()}, parameters={"p": stored("default")}), p=stored("given"))
         start(orchestrator, "a", workflow({"t": ()}, parameters={"p": stored("default")}), p=stored("given"))
@@ -248,7 +248,7 @@ def test_what_a_run_was_given_is_kept_with_it_from_its_start() -> None:
     play(scenario, result_ttl_s=0.0)
 
 
-def test_what_two_runs_share_goes_with_the_last_of_them() -> None:
+def test_an_artifact_is_dropped_when_the_last_of_two_runs_is_evicted() -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         for name in "ab":
             start(orchestrator, name, p=stored("shared"))
@@ -280,7 +280,7 @@ def test_over_the_limit_the_oldest_artifacts_go_and_their_runs_stay() -> None:
     play(scenario, retained_runs=9, retained_artifact_bytes=20)
 
 
-def test_a_stored_workflow_keeps_what_it_names_until_it_names_it_no_more() -> None:
+def test_a_stored_workflow_keeps_its_artifacts_until_it_changes() -> None:
     def scenario(orchestrator: Orchestrator, store: Holdings) -> None:
         def naming(*names: str) -> WorkflowSpec:
             return workflow({"t": ()}, parameters={name: stored(name) for name in names})
@@ -335,7 +335,7 @@ def test_runs_that_keep_many_bytes_are_forgotten_sooner_but_never_the_newest(tol
     play(scenario, retained_runs=100, retained_bytes=45_000)
 
 
-def test_no_more_workflows_are_stored_than_may_be_and_a_place_that_is_free_is_given_again() -> None:
+def test_a_workflow_is_refused_when_as_many_are_stored_as_may_be() -> None:
     library = WorkflowStore(Holdings(), CodeStore(), 2)  # type: ignore[arg-type]  # it counts as one
     for name in "ab":
         library.create(name, ONE_TASK, {}, None, "print")
@@ -523,7 +523,7 @@ def test_a_worker_that_hung_up_before_it_was_welcome_is_detached() -> None:
     asyncio.run(scenario())
 
 
-def test_the_welcome_and_the_end_of_an_older_session_do_not_reach_a_newer_connection() -> None:
+def test_a_newer_connection_does_not_get_effects_of_an_older_session() -> None:
     async def scenario() -> None:
         sessions = Sessions(SILENCE_LIMIT_S)
         older, newer = connect(sessions, resumed=True), connect(sessions, resumed=True)
@@ -561,7 +561,7 @@ def test_a_session_being_resumed_is_not_detached_by_the_connection_before() -> N
 
 
 def test_times_stay_true_when_the_computer_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machines' clock stands still meanwhile, and the one that people read goes on."""
+    """The monotonic clock stands still meanwhile, and wall time advances."""
     machines_s, people_s = 100.0, 1_000_000.0
     clocks = SimpleNamespace(monotonic=lambda: machines_s, time=lambda: people_s)
     for module in ("orchestrator", "run_driver", "run_starter"):

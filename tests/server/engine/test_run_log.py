@@ -56,7 +56,7 @@ def test_a_reader_may_begin_anywhere(after: int) -> None:
     play(scenario)
 
 
-def test_a_reader_ahead_of_the_log_is_refused_with_what_there_is() -> None:
+def test_a_reader_ahead_of_the_log_is_refused_with_the_newest_number() -> None:
     async def scenario(log: RunLog) -> None:
         write(log, 2)
         with pytest.raises(RangeError) as caught:
@@ -124,7 +124,7 @@ def test_nothing_is_kept_of_readers_that_left(monkeypatch: pytest.MonkeyPatch) -
     play(scenario)
 
 
-def test_a_slow_reader_holds_nobody_up() -> None:
+def test_a_slow_reader_delays_no_other_reader() -> None:
     async def scenario(log: RunLog) -> None:
         write(log, 1)
         slow = log.follow(0)

@@ -1,4 +1,4 @@
-"""Connections and sessions: who is given up for silence, and what those that come back are told."""
+"""Connections and sessions: the end of silent connections, and the effects for workers that reconnect."""
 
 import asyncio
 import time
@@ -23,7 +23,7 @@ def connect(sessions: Sessions, resumed: bool = False, shares_store: bool = Fals
     return connection
 
 
-def test_whoever_falls_silent_is_given_up_and_its_stream_ended() -> None:
+def test_a_connection_is_aborted_when_it_falls_silent() -> None:
     async def scenario() -> None:
         sessions, told = Sessions(LIMIT_S), asyncio.Queue[tuple[str, float]]()
         sessions.on_detached = lambda *left: told.put_nowait(left)
@@ -39,7 +39,7 @@ def test_whoever_falls_silent_is_given_up_and_its_stream_ended() -> None:
     asyncio.run(scenario())
 
 
-def test_whoever_hangs_up_after_a_silence_has_been_away_since_it_began() -> None:
+def test_a_worker_that_disconnects_counts_as_away_since_its_last_message() -> None:
     async def scenario() -> None:
         sessions, told = Sessions(LIMIT_S), list[float]()
         sessions.on_detached = lambda _, silent_s: told.append(silent_s)
@@ -53,7 +53,7 @@ def test_whoever_hangs_up_after_a_silence_has_been_away_since_it_began() -> None
     asyncio.run(scenario())
 
 
-def test_a_stall_of_this_thread_is_nobody_s_silence() -> None:
+def test_a_stall_of_this_thread_does_not_count_as_silence() -> None:
     async def scenario() -> None:
         sessions, detached = Sessions(LIMIT_S), list[str]()
         sessions.on_detached = lambda session_id, _: detached.append(session_id)
@@ -61,7 +61,7 @@ def test_a_stall_of_this_thread_is_nobody_s_silence() -> None:
         watching = asyncio.create_task(sessions.watch(INTERVAL_S))
         await asyncio.sleep(INTERVAL_S / 5)
         time.sleep(5 * LIMIT_S)  # that is the point
-        # The watch looks first; what came meanwhile is read after it.
+        # The watch looks first; messages that came meanwhile are read after it.
         for _ in range(10):
             await asyncio.sleep(0)
         assert detached == []
@@ -73,9 +73,7 @@ def test_a_stall_of_this_thread_is_nobody_s_silence() -> None:
 
 @pytest.mark.parametrize("is_known_to_be_away", [True, False])
 @pytest.mark.parametrize("resumed", [True, False])
-def test_what_is_dropped_while_a_worker_is_away_it_is_told_when_it_is_back(
-    is_known_to_be_away: bool, resumed: bool
-) -> None:
+def test_a_worker_is_told_of_dropped_artifacts_when_it_reconnects(is_known_to_be_away: bool, resumed: bool) -> None:
     async def scenario() -> None:
         sessions = Sessions(LIMIT_S)
         sessions.unneeded = lambda artifacts: [name for name in artifacts if name in {"large", "unsaid"}]
@@ -94,7 +92,9 @@ def test_what_is_dropped_while_a_worker_is_away_it_is_told_when_it_is_back(
 @pytest.mark.parametrize(
     ("shares_store", "node_id", "is_told"), [(0, "n", 1), (0, "head", 1), (1, "n", 1), (1, "head", 0)]
 )
-def test_whoever_may_have_a_copy_is_told_what_is_dropped(shares_store: bool, node_id: str, is_told: bool) -> None:
+def test_every_worker_that_may_have_a_copy_is_told_of_a_dropped_artifact(
+    shares_store: bool, node_id: str, is_told: bool
+) -> None:
     async def scenario() -> None:
         sessions = Sessions(LIMIT_S)
         connection = connect(sessions, shares_store=shares_store)
@@ -106,7 +106,7 @@ def test_whoever_may_have_a_copy_is_told_what_is_dropped(shares_store: bool, nod
     asyncio.run(scenario())
 
 
-def test_whoever_is_there_although_it_was_lost_dials_again() -> None:
+def test_a_lost_worker_that_is_alive_connects_again() -> None:
     async def scenario() -> None:
         sessions = Sessions(LIMIT_S)
         connection = connect(sessions)
@@ -116,7 +116,7 @@ def test_whoever_is_there_although_it_was_lost_dials_again() -> None:
     asyncio.run(scenario())
 
 
-def test_whoever_waits_to_be_welcome_is_not_taken_for_silent() -> None:
+def test_a_connection_is_not_silent_before_its_welcome() -> None:
     async def scenario() -> None:
         sessions, detached = Sessions(LIMIT_S), list[str]()
         sessions.on_detached = lambda session_id, _: detached.append(session_id)
@@ -162,7 +162,7 @@ def test_a_lost_session_serves_no_node() -> None:
     asyncio.run(scenario())
 
 
-def test_an_acknowledgement_rides_with_the_next_message_and_goes_alone_when_there_is_none() -> None:
+def test_an_acknowledgement_is_sent_with_the_next_message_or_alone() -> None:
     timers: list[Callable[[], None]] = []
 
     async def scenario() -> None:

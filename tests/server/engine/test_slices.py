@@ -1,4 +1,4 @@
-"""Work that is done in slices: how much is done at once, and who comes in between. Steps are counted, time is not."""
+"""Work in slices: the size of a slice, and the other work between two slices. Steps are counted, time is not."""
 
 import asyncio
 import re
@@ -156,5 +156,5 @@ def test_work_goes_on_when_that_of_others_is_cancelled_or_fails() -> None:
     asyncio.run(scenario())
 
 
-def test_steps_done_at_once_give_what_they_give_one_by_one() -> None:
+def test_steps_done_at_once_return_the_same_result() -> None:
     assert finish(counting("a", 5, [])) == "a"

@@ -65,7 +65,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def spares(store: ArtifactStore) -> list[int]:
-    """The sizes of what waits to be written again."""
+    """The sizes of the spares."""
     return sorted(path.stat().st_size for path in files(store.directory / SPARES))
 
 
@@ -74,7 +74,7 @@ def recycled(store: ArtifactStore, name: str, size: int) -> FileIO:
     return artifacts.create_artifact(str(store.directory / name), str(store.directory / SPARES), size)
 
 
-def test_what_is_written_is_read_back_from_any_offset() -> None:
+def test_a_value_is_read_from_any_offset() -> None:
     data = bytes(range(256)) * 12_289
 
     async def scenario(store: ArtifactStore) -> None:
@@ -119,7 +119,7 @@ def test_an_id_is_never_a_way_out_of_the_directory(
         with pytest.raises(NotFoundError) as caught:
             await read(store, artifact_id)
         assert caught.value.reason == "ARTIFACT_NOT_FOUND"
-        # Workers report ids as they like: such a one is held and let go of like any other.
+        # Workers choose their ids: an id of another form is referenced and released like any other.
         store.hold([Artifact(artifact_id, size, "n")])
         store.release([Artifact(artifact_id, size, "n")])
         assert sorted(tmp_path.rglob("*")) == before
@@ -127,7 +127,7 @@ def test_an_id_is_never_a_way_out_of_the_directory(
     play(scenario)
 
 
-def test_what_as_many_released_as_held_is_gone_and_may_be_released_again() -> None:
+def test_an_artifact_without_references_is_gone_and_may_be_released_again() -> None:
     async def scenario(store: ArtifactStore) -> None:
         artifact = await store.write(chunks(b"x"))
         other = await store.write(chunks(b"y"))
@@ -143,7 +143,7 @@ def test_what_as_many_released_as_held_is_gone_and_may_be_released_again() -> No
     play(scenario)
 
 
-def test_what_lies_elsewhere_is_let_go_of_in_silence() -> None:
+def test_an_artifact_of_another_node_is_released_without_an_error() -> None:
     async def scenario(store: ArtifactStore) -> None:
         elsewhere, here = Artifact("0" * 32, 9, "n"), await store.write(chunks(b"x"))
         store.release([elsewhere])
@@ -154,7 +154,7 @@ def test_what_lies_elsewhere_is_let_go_of_in_silence() -> None:
     play(scenario)
 
 
-def test_what_nobody_names_in_time_is_dropped() -> None:
+def test_an_upload_is_dropped_when_no_request_names_it_in_time() -> None:
     async def scenario(store: ArtifactStore) -> None:
         named = await store.write(chunks(b"x"))
         store.hold([named])
@@ -168,7 +168,7 @@ def test_what_nobody_names_in_time_is_dropped() -> None:
     play(scenario, upload_ttl_s=0.0)
 
 
-def test_what_is_large_is_written_again_under_another_name() -> None:
+def test_a_large_file_is_reused_under_another_name() -> None:
     async def scenario(store: ArtifactStore) -> None:
         artifact = await store.write(chunks(b"x" * LARGE))
         small = await store.write(chunks(b"y"))
@@ -195,7 +195,7 @@ def test_no_more_is_kept_to_be_written_again_than_the_limit() -> None:
     play(scenario, spare_limit_bytes=3 * LARGE - 1)
 
 
-def test_a_reader_reads_on_when_what_it_reads_is_dropped_and_its_place_is_wanted() -> None:
+def test_a_reader_reads_to_the_end_when_its_file_is_dropped() -> None:
     async def scenario(store: ArtifactStore) -> None:
         artifact = await store.write(chunks(b"x" * LARGE))
         reader = store.read(artifact.artifact_id, 0)
@@ -282,16 +282,14 @@ def test_a_writer_that_breaks_off_leaves_nothing() -> None:
     play(scenario)
 
 
-def test_the_directory_is_nobody_elses() -> None:
+def test_the_directory_is_accessible_to_its_user_only() -> None:
     async def scenario(store: ArtifactStore) -> None:
         assert store.directory.stat().st_mode & 0o077 == 0
 
     play(scenario)
 
 
-def test_what_a_server_that_was_killed_left_is_deleted_and_nobody_else_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_folders_of_killed_servers_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_folder, "SHARED_MEMORY", tmp_path)
     left = [tmp_path / name for name in ("lattice-head-left", "new-lattice-head-left")]
     new = tmp_path / "new-lattice-head-new"

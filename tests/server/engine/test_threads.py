@@ -115,7 +115,7 @@ def test_every_publication_is_delivered_however_it_meets_the_last_one() -> None:
     play(scenario)
 
 
-def test_what_was_posted_before_the_end_is_still_read() -> None:
+def test_events_posted_before_the_end_are_still_read() -> None:
     async def scenario(bus: MessageBus) -> None:
         bus.post([event(1)])
         bus.post([])
@@ -242,7 +242,7 @@ def test_a_scheduler_that_cannot_tick_any_more_gives_up_and_says_so(
     assert "the scheduler has failed 3 times in a row and gives up" in caplog.text
 
 
-def test_a_scheduler_goes_on_when_what_raised_is_out_of_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_recovers_when_a_tick_no_longer_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "PAUSES_S", (0.0, 0.0))
 
     async def scenario(bus: MessageBus) -> None:
@@ -288,7 +288,7 @@ def test_the_scheduler_wakes_by_itself_when_its_machine_is_due() -> None:
         bus.post([hello("n"), TaskReady("r", task("t"), {}, 0)])
         while not welcomed:
             await asyncio.sleep(0)
-        # Nobody posts any more until the session's time is over; then another worker gets the task.
+        # No event is posted until the session expires; then another worker gets the task.
         bus.post([hello("m")])
         await is_lost.wait()
         await asyncio.to_thread(scheduler.stop)

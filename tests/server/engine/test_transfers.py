@@ -1,4 +1,4 @@
-"""The way of large values from the nodes that have them: whole or with an error, and nobody waits for who has gone."""
+"""The transfer of large values from their nodes: complete or with an error, and no side waits for a lost one."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -39,7 +39,7 @@ class Scene:
         return asyncio.create_task(reading())
 
     async def wanted(self) -> SendArtifact:
-        """Return what the node is asked for."""
+        """Return the request to the node."""
         while True:
             for effect in await self.connection.next_effects():
                 if isinstance(effect, SendArtifact):
@@ -57,7 +57,7 @@ def store() -> Iterator[ArtifactStore]:
 
 
 def play(scenario: Callable[[Scene], Coroutine[None, None, None]]) -> None:
-    """Play a scenario; whoever waits for nothing fails it."""
+    """Play a scenario; it fails when it waits for ever."""
 
     async def scene() -> None:
         with store() as found:
@@ -78,7 +78,7 @@ async def broken(*chunks: bytes) -> AsyncIterator[bytes | None]:
     raise ConnectionError
 
 
-def test_a_reader_gets_what_the_node_sends_from_where_it_was_asked_to() -> None:
+def test_a_reader_gets_the_bytes_from_its_offset_on() -> None:
     async def scenario(scene: Scene) -> None:
         reading = scene.read(offset=OFFSET)
         wanted = await scene.wanted()
@@ -145,7 +145,7 @@ def test_a_reader_learns_that_the_node_hung_up_before_it_sent_anything() -> None
     play(scenario)
 
 
-def test_a_node_that_is_away_is_unavailable_and_one_that_is_gone_has_taken_the_artifact_along() -> None:
+def test_an_artifact_is_not_found_when_its_node_is_gone_and_unavailable_before() -> None:
     async def scenario(scene: Scene) -> None:
         scene.sessions.leave(scene.connection)
         with pytest.raises(UnavailableError):

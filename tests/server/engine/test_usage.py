@@ -1,4 +1,4 @@
-"""Bounded stores under random histories: what they count is what is there, and nobody loses what is not his to lose."""
+"""Bounded stores under random histories: their counts are exact, and eviction follows the rules of tenants."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def test_usage_counts_each_thing_once_while_it_has_holders(steps: list[tuple[str
         check_usage(usage, {name: int(name[1]) for name in +holders})
 
 
-def test_a_tenant_loses_nothing_to_one_that_has_more_though_nothing_else_may_be_evicted() -> None:
+def test_a_tenant_loses_nothing_to_a_larger_one_when_nothing_else_may_go() -> None:
     usage = Usage("things", BOUND)
     evictable = Evictable(usage)
     for tenant, size in (("a", 45), ("b", 10), ("c", 46)):
@@ -82,7 +82,7 @@ CODE_STEPS = st.lists(
 
 @given(CODE_STEPS)
 @settings(max_examples=200)
-def test_the_code_store_never_drops_what_is_held_and_never_has_too_much(
+def test_the_code_store_keeps_referenced_code_and_its_bound(
     steps: list[tuple[str, str, list[Function]]],
 ) -> None:
     store = CodeStore(BOUND)
@@ -106,7 +106,7 @@ def test_the_code_store_never_drops_what_is_held_and_never_has_too_much(
                 for (owner, digest), code in before.items():
                     assert store.get(digest, Reach(owner)) is code
         except ExhaustedError:
-            pass  # there is too much, and what is held stays
+            pass  # there is too much, and referenced code stays
         check_usage(store.usage, {name: kept.code.size_bytes for name, kept in store._kept.items()})
         assert store.usage.total <= BOUND.total
         assert not any(map(store.usage.is_over, "abc"))
@@ -132,7 +132,7 @@ class Clock:
 
 
 def ended_run(number: int, tenant: str, size: int, artifacts: list[int], code: list[Function]) -> Any:
-    """Return what the server knows of a run, as far as retention looks at it."""
+    """Return a run with the facts that retention reads."""
     return SimpleNamespace(
         key=key_of(f"r{number}", tenant),
         run=SimpleNamespace(tenant=tenant),
@@ -227,7 +227,7 @@ def test_ended_runs_stay_within_their_bounds_and_read_ones_go_first(steps: list[
 
 
 def pieces(entry: Any) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
-    """Return what a run takes of memory and of stores, by tenant and name."""
+    """Return the sizes of a run in memory and in stores, by tenant and name."""
     tenant = entry.run.tenant
     memory = {(tenant, entry.key): entry.kept_bytes}
     for function in entry.functions.values():

@@ -1,4 +1,4 @@
-"""What a host gives to another, parts of a file of its store as they are, and how it fetches them for its worker."""
+"""The exchange of a host: the parts of files that it sends to other hosts, and the values that it fetches."""
 
 import fcntl
 import json
@@ -42,7 +42,7 @@ def test_a_value_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["missing", "../value"])
-def test_only_what_is_in_the_store_is_read(name: str, tmp_path: Path) -> None:
+def test_only_files_of_the_store_are_read(name: str, tmp_path: Path) -> None:
     (tmp_path / "value").write_bytes(b"some bytes")
     store = tmp_path / "store"
     store.mkdir()
@@ -55,7 +55,7 @@ def test_without_a_worker_nothing_is_read(tmp_path: Path) -> None:
         Exchange().read("value", 0)
 
 
-def test_what_is_dropped_is_not_written_anew_while_it_is_read(tmp_path: Path) -> None:
+def test_a_dropped_file_is_not_reused_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "value"
     path.write_bytes(b"some bytes")
     part = serving(tmp_path).read("value", 0)
@@ -67,7 +67,7 @@ def test_what_is_dropped_is_not_written_anew_while_it_is_read(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("by_another", [True, False])
-def test_what_was_dropped_just_before_it_was_locked_is_not_read(
+def test_a_file_dropped_just_before_its_lock_is_not_read(
     by_another: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "value"
@@ -108,7 +108,7 @@ class Rays:
 
             @staticmethod
             def remote(artifact_id: str, offset: int) -> Callable[[], bytes]:
-                """Return what will be read."""
+                """Return a reference to the part."""
                 self._ahead += 1
                 self.most_ahead = max(self.most_ahead, self._ahead)
 
@@ -122,14 +122,14 @@ class Rays:
         return type("Host", (), {"read": Handle})
 
     def get(self, coming: Callable[[], bytes], timeout: float) -> bytes:
-        """Return what was read."""
+        """Return the part."""
         self._ahead -= 1
         self.timeouts.append(timeout)
         return coming()
 
 
 class Worker:
-    """The worker of an exchange: asks for values of node `a` and hears what comes of it."""
+    """The worker of an exchange: asks for values of node `a` and reads the answers."""
 
     def __init__(self, found: Exchange, folder: Path) -> None:
         self._ours, theirs = socket.socketpair()
@@ -150,7 +150,7 @@ class Worker:
         raise AssertionError("there was no end")
 
     def go(self) -> None:
-        """Be gone; what was started for it is over."""
+        """Close the connection; its threads end."""
         self._lines.close()
         self._ours.close()
         self._serving.join(PATIENCE_S)
@@ -189,7 +189,7 @@ def test_a_value_is_fetched_step_by_step_and_whole(others: Rays, worker: Worker)
 
 
 @pytest.mark.parametrize("size", [len(VALUE) - 4, len(VALUE) + 1, 5 * len(VALUE)])
-def test_a_value_of_another_size_is_not_what_was_asked_for(size: int, others: Rays, worker: Worker) -> None:
+def test_a_value_of_another_size_is_refused(size: int, others: Rays, worker: Worker) -> None:
     worker.part.write_bytes(b"")
     _, end = worker.fetch(size)
     assert "bytes" in end
@@ -207,7 +207,7 @@ def test_a_host_that_is_gone_is_looked_up_again(others: Rays, worker: Worker, tm
     assert worker.part.read_bytes() == VALUE
 
 
-def test_what_nobody_waits_for_any_more_is_not_written(others: Rays, worker: Worker) -> None:
+def test_a_value_is_not_written_when_its_worker_no_longer_waits(others: Rays, worker: Worker) -> None:
     _, end = worker.fetch(len(VALUE))
     assert end
     assert not worker.part.exists()

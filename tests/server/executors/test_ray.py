@@ -1,4 +1,4 @@
-"""The executor and a Ray whose every word a test chooses: what is kept, what is let go, and who is told."""
+"""The Ray executor with a driver whose events a test chooses: reservations, their workers, and lost ones."""
 
 import asyncio
 import subprocess
@@ -34,7 +34,7 @@ class Driver:
         self.is_stopped = False
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield what the test says."""
+        """Yield the events of the test."""
         while (event := await self._events.get()) is not None:
             yield event
 
@@ -70,7 +70,7 @@ class Driver:
         self.say("ended", key=key, worker_id=worker_id, status=status, reason="a reason")
 
     def end(self) -> None:
-        """End without a word."""
+        """End without an event."""
         self._events.put_nowait(None)
 
     @property
@@ -80,7 +80,7 @@ class Driver:
 
 
 class Scene:
-    """An executor, the drivers it starts one after the other, and what it told the scheduler."""
+    """An executor, the drivers it starts one after the other, and the events it posted to the scheduler."""
 
     def __init__(self, **settings: Any) -> None:
         config = ServerConfig(**{"num_cpus": 0} | settings)
@@ -118,7 +118,7 @@ class Scene:
 
 
 async def settle() -> None:
-    """Let everybody do what can be done without waiting."""
+    """Let every task run that is ready."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -151,7 +151,7 @@ def test_a_machine_that_joins_is_told_how_and_its_worker_is_kept_alive(monkeypat
         again = (await driver.ordered("serve"))["worker_id"]
         assert scene.executor.has_given_up(worker_id)
         assert not scene.executor.has_given_up(again)
-        # What is said of the one before, and comes late, is not about this one.
+        # A late event of the earlier worker does not count for this one.
         driver.ended(worker_id, 0)
         await driver.placed(again)
         driver.ended(again, 1)
@@ -183,7 +183,7 @@ def test_a_machine_that_does_not_come_back_loses_its_reservation(monkeypatch: py
         scene.executor.leave("m", membership)
         await driver.ordered("release")
         assert await scene.lost.get() == worker_id
-        # Late news of what was given up.
+        # A late event of a worker that was given up.
         driver.ended(worker_id, None)
         await scene.join(driver)
         assert scene.lost.empty()
@@ -269,7 +269,7 @@ def test_with_ray_all_is_lost_and_another_ray_is_given_it_again(monkeypatch: pyt
         assert back.ray is not None
         assert back.ray.address == scene.executor.ray_address() == "10.0.0.1:2"
         assert other.is_silent
-        # Nobody is there to be waited for.
+        # There is no worker to wait for.
         monkeypatch.setattr(ray, "LEAVE_S", TIMEOUT_S)
         await scene.executor.stop()
         assert scene.lost.empty()
@@ -331,7 +331,7 @@ def test_a_server_that_stops_waits_for_its_workers_to_leave(monkeypatch: pytest.
     play(scenario, monkeypatch)
 
 
-def test_in_somebody_elses_ray_a_machine_serves_its_node_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_serves_its_node_itself_when_ray_is_not_the_servers_own(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(scene: Scene) -> None:
         driver = await scene.start()
         membership = await scene.executor.join(TWO)
@@ -342,7 +342,7 @@ def test_in_somebody_elses_ray_a_machine_serves_its_node_itself(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("victim", ["worker", "Ray"])
-def test_what_a_dead_worker_beside_the_server_left_is_ended(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_dead_worker_on_this_machine_are_ended(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(scene: Scene) -> None:
         driver = await scene.start()
         await driver.ordered("reserve", HEAD)

@@ -1,4 +1,4 @@
-"""The driver's process as the server sees it, with a program in its place: what it is told, and that all of it ends."""
+"""The child process of Ray's driver, played by another program: its orders and events, and its complete end."""
 
 import asyncio
 import sys
@@ -81,7 +81,7 @@ def test_a_driver_hears_its_settings_first_and_nothing_it_has_no_use_for(
     play(scenario, tmp_path, monkeypatch, num_cpus=0)
 
 
-def test_of_somebody_elses_ray_nothing_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_is_not_the_servers_own_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*TUNING, "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
@@ -112,7 +112,7 @@ def test_all_that_a_driver_started_ends_with_it(
     play(scenario, tmp_path, monkeypatch, linger_s)
 
 
-def test_what_a_driver_that_was_killed_left_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_of_a_killed_driver_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(child: RayChild) -> None:
         events = child.events()
         driver, beside = (await anext(events))["pids"]

@@ -1,4 +1,4 @@
-"""Ray's driver, with a Ray whose every word a test chooses: what it reserves and starts, and what it lets go."""
+"""Ray's driver with a Ray whose answers a test chooses: reservations, hosts, and their release."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ class Host:
 
 
 class Scene:
-    """A driver, the orders it is given, what it says, and what it has Ray do."""
+    """A driver, its orders, its events, and its calls to Ray."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hosts: list[Host] = []
@@ -75,7 +75,7 @@ class Scene:
         self.order("serve", worker_id=worker_id, environment={"A": "b"}, follows_node=True, **details)
 
     async def said(self, event: str) -> dict[str, Any]:
-        """Return what is said next, which has to be this."""
+        """Return the next event, which has to be of this kind."""
         found: dict[str, Any] = json.loads(await asyncio.to_thread(self._said.readline))
         assert found.pop("event") == event
         return found
@@ -97,7 +97,7 @@ class Scene:
         assert self._said.readline() == b"", "something was said that nobody asked about"
 
     def close(self) -> None:
-        """Let nobody wait for a word any more."""
+        """End the stream of events."""
         for end in (self._orders, self._saying):
             end.close()
 
@@ -119,7 +119,7 @@ def play(scenario: Callable[[Scene], Coroutine[Any, Any, None]], monkeypatch: py
 
 
 @pytest.mark.parametrize("status", [0, 3, None])
-def test_whatever_a_worker_ends_with_is_told_and_its_host_goes(
+def test_the_exit_status_of_a_worker_is_told_and_its_host_ends(
     status: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(found: Scene) -> None:
@@ -155,7 +155,7 @@ def test_a_worker_whose_predecessor_is_still_there_is_told_to_have_ended(monkeyp
     play(scenario, monkeypatch)
 
 
-def test_what_is_released_is_gone_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_released_reservation_ends_without_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(found: Scene) -> None:
         found.order("reserve", bundle=BUNDLE)
         host = await found.placed("w-1")

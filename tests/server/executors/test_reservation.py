@@ -1,4 +1,4 @@
-"""What is reserved of Ray, for whom, and how soon after a loss."""
+"""The reservations of Ray's resources, the flags of workers, and the delay after a loss."""
 
 import socket
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def test_a_head_without_cpus_reserves_nothing() -> None:
     assert own(num_cpus=0) == []
 
 
-def test_of_somebody_elses_ray_only_what_was_asked_for_is_reserved() -> None:
+def test_only_configured_workers_are_reserved_when_ray_is_not_the_servers_own() -> None:
     found = own(ray_address="10.0.0.9:6379", ray_workers=3, num_cpus=2, num_gpus=1)
     assert [reservation.bundle for reservation in found] == [{"CPU": 2.0, "GPU": 1.0}] * 3
     assert len({reservation.node_id for reservation in found}) == 3
@@ -56,7 +56,7 @@ def test_of_somebody_elses_ray_only_what_was_asked_for_is_reserved() -> None:
     }
 
 
-def test_a_worker_far_away_dials_what_it_can_reach() -> None:
+def test_a_worker_on_another_machine_dials_an_address_it_can_reach() -> None:
     everywhere = Contact("unix:/head.sock", "0.0.0.0:50051", CONTACT.issue, CONTACT.revoke)
     plain = ServerConfig(host="0.0.0.0", node_ip="10.0.0.7")
     assert way_from_afar(plain, everywhere, "far") == (
@@ -79,7 +79,7 @@ def test_names_of_resources_have_nothing_in_them_that_ray_separates_by() -> None
     assert all(name.isascii() and not set(name) & set(",= ") for name in odd)
 
 
-def test_a_machine_offers_what_it_said() -> None:
+def test_the_flags_of_a_worker_are_the_offer_of_its_machine() -> None:
     gpus = (Gpu(0, memory_bytes=7), Gpu(1, memory_bytes=7))
     offer = offer_of_machine(Capacity(2.5, 9, gpus), {"zone": "eu"})
     assert offer == Offer(2.5, 2, 9, 7, {"zone": "eu"})
@@ -97,7 +97,7 @@ def test_a_machine_offers_what_it_said() -> None:
     }
 
 
-def test_what_a_machine_did_not_say_is_measured_and_what_it_has_not_is_not() -> None:
+def test_a_resource_without_an_offer_is_measured() -> None:
     offer = offer_of_machine(Capacity(1.0), {})
     flags = worker_flags(offer, worker_id="w", node_id="n", store_directory=Path("/store"), server="10.0.0.1:7")
     assert flags[5:] == ["--store-dir", "/store", "--server", "10.0.0.1:7", "--num-cpus", "1.0", "--num-gpus", "0"]
@@ -141,7 +141,7 @@ def test_ray_listens_where_the_server_does(host: str, is_expected: Callable[[str
 def test_on_a_network_that_leads_nowhere_ray_listens_there(
     addresses: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Nobody may connect to it, as without a route.
+    # It cannot be connected to, as without a route.
     monkeypatch.setattr(bind_address, "ELSEWHERE", ("255.255.255.255", 9))
     found = {address: [SimpleNamespace(family=socket.AF_INET, address=address)] for address in addresses}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)

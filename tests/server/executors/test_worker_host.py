@@ -1,4 +1,4 @@
-"""What a host gives the worker it runs, and what it leaves when that has ended: nothing."""
+"""The host of a worker: the environment and flags of the worker, and the end of all leftovers."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ os._exit(int(sys.argv[2]))
 
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run a worker in a host; return its status and what it told."""
+    """Run a worker in a host; return its status and its report."""
     out = tmp_path / "told"
 
     def command(target: str, flags: list[str]) -> list[str]:
@@ -64,7 +64,7 @@ def test_a_worker_is_told_where_the_server_is_and_nothing_of_rays(serve: Any) ->
 
 
 @pytest.mark.parametrize("follows_node", [True, False])
-def test_only_a_worker_of_a_machine_that_joined_reaches_the_server_as_its_agent_does(
+def test_only_a_worker_of_a_joined_machine_uses_the_address_of_its_agent(
     follows_node: bool, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TARGET, "agent:2")
