@@ -1,0 +1,61 @@
+"""Every kind of journal, to be opened again and again by a test."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from lattice_server.engine.journal_port import Journal, JournalRetention
+from lattice_server.journal.memory import MemoryJournal
+from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
+from tests.server.journal.listening import Listening
+
+Open = Callable[[Listening, JournalRetention], Journal]
+
+
+@dataclass
+class Journals:
+    """Opens the same journal again; every one is closed in the end."""
+
+    opening: Open
+    listening: Listening = field(default_factory=Listening)
+    opened: list[Journal] = field(default_factory=list)
+
+    def open(self, retention: JournalRetention | None = None) -> Journal:
+        """Close the journal that is open and open it again, with a new listener."""
+        self.close()
+        self.listening = Listening()
+        journal = self.opening(self.listening, retention or JournalRetention())
+        self.opened.append(journal)
+        return journal
+
+    def close(self) -> None:
+        """Close the journal that is open."""
+        while self.opened:
+            self.opened.pop().close()
+
+
+def sqlite(folder: Path) -> Open:
+    return lambda listening, retention: open_sqlite(folder, listening, SqliteSettings(retention=retention))
+
+
+def opening(kind: str, folder: Path) -> Open:
+    """Return how a kind of journal is opened."""
+    return MemoryJournal if kind == "memory" else sqlite(folder / "journal")
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def journals(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journals]:
+    """One kind of journal after the other."""
+    found = Journals(opening(request.param, tmp_path))
+    yield found
+    found.close()
+
+
+@pytest.fixture(params=["sqlite"])
+def durable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journals]:
+    """One kind of journal that forgets nothing after the other."""
+    found = Journals(opening(request.param, tmp_path))
+    yield found
+    found.close()

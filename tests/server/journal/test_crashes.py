@@ -1,0 +1,114 @@
+"""A journal after its process was killed: all that was acknowledged is there, once and in order."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lattice_server.journal.failpoints import NAMES, VARIABLE
+from lattice_server.journal.sqlite import open_sqlite
+from tests.server.journal.crashing import SETTINGS, check
+from tests.server.journal.listening import Listening
+
+STEPS = 250
+# Reached once in the life of a process, or of a journal.
+ONCE = frozenset(name for name in NAMES if name.startswith(("open.", "close.")) or name == "chores.before_sweep")
+
+
+def start(folder: Path, seed: int, failpoints: str = "", steps: int = STEPS) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tests.server.journal.crashing", str(folder), str(seed), str(steps)]
+    return subprocess.Popen(command, env=os.environ | {VARIABLE: failpoints}, stdout=subprocess.PIPE)
+
+
+def died(process: "subprocess.Popen[bytes]") -> int:
+    output, _ = process.communicate(timeout=100)
+    assert not output, output
+    return process.returncode
+
+
+def checked(folder: Path) -> tuple[int, int]:
+    """Check the journal in a folder, and that no file is left that nothing uses; return its epoch and the facts."""
+    journal = open_sqlite(folder / "journal", Listening(), SETTINGS)
+    try:
+        facts = check(folder, journal)
+        deadline = time.monotonic() + 20.0
+        while (found := files(folder)) != used_files(folder) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert found == used_files(folder)
+        return journal.epoch, facts
+    finally:
+        journal.close()
+
+
+def files(folder: Path) -> set[str]:
+    return set(os.listdir(folder / "journal" / "values"))
+
+
+def used_files(folder: Path) -> set[str]:
+    import sqlite3
+
+    connection = sqlite3.connect(f"file:{folder}/journal/journal.sqlite?mode=ro", uri=True)
+    try:
+        rows = connection.execute("SELECT DISTINCT name FROM uses WHERE name LIKE 'file:%'").fetchall()
+    finally:
+        connection.close()
+    return {name.partition(":")[2] for (name,) in rows}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_nothing_acknowledged_is_lost_when_killed_at(name: str, tmp_path: Path) -> None:
+    first = died(start(tmp_path, 1, f"{name}=kill@1"))
+    assert first == -signal.SIGKILL, "the point was not reached"
+    if (tmp_path / "journal" / "journal.sqlite").exists():
+        checked(tmp_path)
+    if name not in ONCE:
+        assert died(start(tmp_path, 2, f"{name}=kill@{random.randint(2, 4)}")) == -signal.SIGKILL
+    else:
+        assert died(start(tmp_path, 2)) == 0
+    _, facts = checked(tmp_path)
+    assert facts
+
+
+@pytest.mark.parametrize("name", ["file.before_sync", "file.before_rename", "commit.before_commit"])
+def test_nothing_is_acknowledged_after_the_disk_failed_at(name: str, tmp_path: Path) -> None:
+    process = start(tmp_path, 1, f"{name}=error@3")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 3
+    assert b"JournalBrokenError" in output
+    checked(tmp_path)
+
+
+def test_nothing_acknowledged_is_lost_when_killed_again_and_again(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, 5)
+
+
+@pytest.mark.exhaustive
+def test_nothing_acknowledged_is_lost_when_killed_a_hundred_times(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, 100)
+
+
+def kill_at_random(folder: Path, times: int) -> None:
+    dice, epochs, facts = random.Random(7), [0], [0]
+    for seed in range(times):
+        process = start(folder, seed, steps=100_000)
+        goal = facts[-1] + dice.randint(1, 300)
+        acknowledged = folder / "acknowledged"
+        deadline = time.monotonic() + 60.0
+        while count(acknowledged) < goal and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(dice.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        assert died(process) == -signal.SIGKILL
+        epoch, found = checked(folder)
+        epochs.append(epoch)
+        facts.append(found)
+    assert epochs == list(range(0, 2 * times + 1, 2))
+    assert facts == sorted(set(facts))
+
+
+def count(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
