@@ -113,9 +113,9 @@ class GroupCommit:
         try:
             has_chores = True  # An earlier process may have left some.
             while (batch := self._queue.take(waits=not has_chores)) is not None:
-                if batch.records:
+                if batch.appends:
                     self._commit(batch)
-                has_chores = self._chore(is_idle=not batch.records) or bool(batch.records)
+                has_chores = self._chore(is_idle=not batch.appends) or batch.appends > 0
             failpoint("close.before")
         except Exception as error:
             broken = error if isinstance(error, JournalError) else JournalBrokenError(f"the journal failed: {error}")
@@ -126,7 +126,7 @@ class GroupCommit:
 
     def _commit(self, batch: "_Batch") -> None:
         failpoint("commit.before_begin")
-        changes = self._backend.commit(batch.records, batch.size_bytes)
+        changes = self._backend.commit(batch.records, batch.size_bytes) if batch.records else Changes()
         failpoint("commit.after_commit")
         self._queue.finish(batch)
         self._listener.durable(batch.number)
@@ -150,9 +150,10 @@ class GroupCommit:
 
 @dataclass(slots=True)
 class _Batch:
-    """Records that are committed together, and the commit number of the last of them."""
+    """The records of some appends, committed together, and the commit number of the last of them."""
 
     records: list[Record]
+    appends: int = 0
     size_bytes: int = 0
     number: int = 0
 
@@ -198,7 +199,8 @@ class _Queue:
                 self._waiting.popleft()
                 batch.records += records
                 batch.size_bytes += size
-                self._taken += 1
+                batch.appends += 1
+            self._taken += batch.appends
             batch.number = self._taken
             return batch
 

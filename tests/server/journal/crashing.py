@@ -1,7 +1,7 @@
 """A process that writes a journal until it is killed, and the check of what it left.
 
-`python -m tests.server.journal.crashing FOLDER SEED STEPS` goes on with the journal in a folder. It notes in files
-beside it what it is about to delete and what was acknowledged; both outlive its death.
+`python -m tests.server.journal.crashing FOLDER SEED STEPS MUTANT` goes on with the journal in a folder. It notes in
+files beside it what it is about to delete and what was acknowledged; both outlive its death.
 """
 
 import os
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lattice_server.engine.journal_port import Journal, JournalError
 from lattice_server.engine.journal_records import (
@@ -26,7 +27,10 @@ from lattice_server.engine.journal_records import (
     WorkflowDeleted,
     WorkflowStored,
 )
+from lattice_server.journal.database import Row
+from lattice_server.journal.group_commit import GroupCommit
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
+from lattice_server.journal.uses import Uses
 
 LARGE = 40_000
 SETTINGS = SqliteSettings(checkpoint_bytes=512 * 1024, vacuum_pages=8)
@@ -35,7 +39,7 @@ SETTINGS = SqliteSettings(checkpoint_bytes=512 * 1024, vacuum_pages=8)
 def body(run: int, sequence: int) -> bytes:
     """Return the event that a run has under a number; some are large, and some of those equal to others."""
     if (run * 31 + sequence) % 13 == 0:
-        return b"large event %d" % (sequence % 5) + bytes(LARGE)
+        return b"large event %d of run %d" % (sequence % 5, run % 25) + bytes(LARGE)
     return b"event %d of run %d " % (sequence, run) + b"." * ((run * 7 + sequence) % 40 * 50)
 
 
@@ -239,5 +243,25 @@ def check(folder: Path, journal: Journal) -> int:
     return len(told)
 
 
+def mutate(name: str) -> None:
+    """Break a rule of the journal, for the check to find out."""
+    add = Uses.add
+
+    def acknowledges_first(self: GroupCommit, batch: Any) -> None:
+        self._listener.durable(batch.number)
+        self._queue.finish(batch)
+        self._settle(self._backend.commit(batch.records, batch.size_bytes))
+
+    def notes_no_files(self: Uses, rows: list[Row]) -> None:
+        add(self, [row for row in rows if not row[1].startswith("file:")])
+
+    match name:
+        case "acknowledges_first":
+            GroupCommit._commit = acknowledges_first  # type: ignore[method-assign]
+        case "notes_no_files":
+            Uses.add = notes_no_files  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
+    mutate(sys.argv[4])
     write(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -10,18 +11,23 @@ from pathlib import Path
 
 import pytest
 
+from lattice_server.engine.journal_port import JournalDamagedError
 from lattice_server.journal.failpoints import NAMES, VARIABLE
 from lattice_server.journal.sqlite import open_sqlite
 from tests.server.journal.crashing import SETTINGS, check
 from tests.server.journal.listening import Listening
+
+pytestmark = pytest.mark.slow
 
 STEPS = 250
 # Reached once in the life of a process, or of a journal.
 ONCE = frozenset(name for name in NAMES if name.startswith(("open.", "close.")) or name == "chores.before_sweep")
 
 
-def start(folder: Path, seed: int, failpoints: str = "", steps: int = STEPS) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "tests.server.journal.crashing", str(folder), str(seed), str(steps)]
+def start(
+    folder: Path, seed: int, failpoints: str = "", steps: int = STEPS, mutant: str = ""
+) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tests.server.journal.crashing", str(folder), str(seed), str(steps), mutant]
     return subprocess.Popen(command, env=os.environ | {VARIABLE: failpoints}, stdout=subprocess.PIPE)
 
 
@@ -50,8 +56,6 @@ def files(folder: Path) -> set[str]:
 
 
 def used_files(folder: Path) -> set[str]:
-    import sqlite3
-
     connection = sqlite3.connect(f"file:{folder}/journal/journal.sqlite?mode=ro", uri=True)
     try:
         rows = connection.execute("SELECT DISTINCT name FROM uses WHERE name LIKE 'file:%'").fetchall()
@@ -67,11 +71,24 @@ def test_nothing_acknowledged_is_lost_when_killed_at(name: str, tmp_path: Path) 
     if (tmp_path / "journal" / "journal.sqlite").exists():
         checked(tmp_path)
     if name not in ONCE:
-        assert died(start(tmp_path, 2, f"{name}=kill@{random.randint(2, 4)}")) == -signal.SIGKILL
-    else:
-        assert died(start(tmp_path, 2)) == 0
+        assert died(start(tmp_path, 2, f"{name}=kill@3")) == -signal.SIGKILL
+    assert died(start(tmp_path, 3, steps=60)) == 0
     _, facts = checked(tmp_path)
     assert facts
+
+
+@pytest.mark.parametrize(
+    ("mutant", "point"),
+    [("acknowledges_first", "commit.before_commit"), ("notes_no_files", "commit.after_commit")],
+)
+def test_check_finds_a_journal_that(mutant: str, point: str, tmp_path: Path) -> None:
+    for seed, reached in enumerate(range(3, 20)):
+        assert died(start(tmp_path, seed, f"{point}=kill@{reached}", mutant=mutant)) == -signal.SIGKILL
+        try:
+            checked(tmp_path)
+        except (AssertionError, JournalDamagedError):
+            return
+    pytest.fail("the check passes")
 
 
 @pytest.mark.parametrize("name", ["file.before_sync", "file.before_rename", "commit.before_commit"])
