@@ -65,6 +65,24 @@ class _Run:
         )
 
 
+@dataclass(slots=True)
+class _Queue:
+    """The ended runs of a tenant in the order in which retention deletes them: first those that were read."""
+
+    read: dict[int, None] = field(default_factory=dict)
+    unread: dict[int, None] = field(default_factory=dict)
+
+    def note_read(self, number: int) -> None:
+        """Have a run deleted among the first."""
+        if self.unread.pop(number, 0) is None:
+            self.read[number] = None
+
+    def discard(self, number: int) -> None:
+        """Forget a run."""
+        self.read.pop(number, None)
+        self.unread.pop(number, None)
+
+
 class MemoryJournal:
     """A `Journal`."""
 
@@ -76,6 +94,8 @@ class MemoryJournal:
         self._order = Order({})
         self._totals = EndedTotals(self._retention)
         self._runs: dict[int, _Run] = {}
+        self._by_end: dict[int, None] = {}
+        self._queues: dict[str, _Queue] = {}
         self._workflows: dict[int, StoredWorkflow] = {}
         self._uses = _Names()
         self._number = 0
@@ -152,10 +172,13 @@ class MemoryJournal:
                 run.ended = record
                 run.kept_bytes += len(record.summary)
                 self._totals.add(run.accepted.tenant, run.kept_bytes)
+                self._by_end[number] = None
+                self._queues.setdefault(run.accepted.tenant, _Queue()).unread[number] = None
                 self._retain(run.accepted.tenant, record)
             case ResultsRead(run=number):
                 if number in self._runs:
                     self._runs[number].is_read = True
+                    self._queues[self._runs[number].accepted.tenant].note_read(number)
             case RunDeleted(run=number):
                 self._delete(number)
             case WorkflowStored(number=number):
@@ -170,20 +193,18 @@ class MemoryJournal:
 
     def _retain(self, tenant: str, record: RunEnded) -> None:
         oldest_s = self._totals.oldest_s(record.ended_s)
-        ended = [run for run in self._runs.values() if run.ended is not None and run.ended is not record]
-        for run in ended:
-            if run.ended is not None and run.ended.ended_s < oldest_s:
-                self._delete(run.accepted.run)
-        if self._totals.is_over(tenant):
-            own = [run for run in ended if run.accepted.tenant == tenant and run.accepted.run in self._runs]
-            for run in sorted(own, key=lambda run: (not run.is_read, run.accepted.run)):
-                if self._totals.is_over(tenant):
-                    self._delete(run.accepted.run)
+        while (ended := self._runs[next(iter(self._by_end))].ended) is not None and ended.ended_s < oldest_s:
+            self._delete(ended.run)
+        queue = self._queues[tenant]
+        while self._totals.is_over(tenant):
+            self._delete(next(iter(queue.read or queue.unread)))
 
     def _delete(self, number: int) -> None:
         run = self._runs.pop(number, None)
         if run is not None:
             accepted = run.accepted
+            del self._by_end[number]
+            self._queues[accepted.tenant].discard(number)
             self._totals.remove(accepted.tenant, run.kept_bytes)
             self._dropped.append(DroppedRun(number, accepted.tenant, accepted.run_id, accepted.fingerprint))
             self._uses.replace(run_user(number), (), ())

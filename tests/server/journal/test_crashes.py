@@ -110,11 +110,10 @@ def test_nothing_acknowledged_is_lost_when_killed_a_hundred_times(tmp_path: Path
 
 
 def kill_at_random(folder: Path, times: int) -> None:
-    dice, epochs, facts = random.Random(7), [0], [0]
+    dice, epochs, facts, acknowledged = random.Random(7), [0], [0], folder / "acknowledged"
     for seed in range(times):
         process = start(folder, seed, steps=100_000)
-        goal = facts[-1] + dice.randint(1, 300)
-        acknowledged = folder / "acknowledged"
+        goal = count(acknowledged) + dice.randint(1, 300)
         deadline = time.monotonic() + 60.0
         while count(acknowledged) < goal and process.poll() is None and time.monotonic() < deadline:
             time.sleep(dice.random() * 0.02)
