@@ -29,6 +29,7 @@ from lattice_server.journal.group_commit import GroupCommit, Limits
 from lattice_server.journal.record_reader import RecordReader
 from lattice_server.journal.record_writer import RecordWriter
 from lattice_server.journal.sqlite_database import (
+    BUSY_MS,
     PAGE_BYTES,
     Connect,
     SqliteDatabase,
@@ -207,9 +208,11 @@ class SqliteBackend:
         return bool(self._database.execute("SELECT 1 FROM uses WHERE name = ? LIMIT 1", (f"file:{digest}",)))
 
     def _checkpoint(self, mode: str) -> None:
-        """Bring the log into the file."""
+        """Bring the log into the file, as far as readers let it be done at once."""
         failpoint("chores.before_checkpoint")
+        self._database.execute("PRAGMA busy_timeout = 0")
         self._database.execute(f"PRAGMA wal_checkpoint({mode})")
+        self._database.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         self._log_bytes = 0
         failpoint("chores.after_checkpoint")
 

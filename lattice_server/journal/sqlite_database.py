@@ -18,6 +18,7 @@ from lattice_server.journal.failpoints import failpoint
 from lattice_server.journal.sqlite_schema import migrate
 
 PAGE_BYTES = 8192
+BUSY_MS = 10_000  # How long another program may lock the file before that is an error.
 CACHE_KIB = 16 * 1024
 # Opens a file; the flag tells whether it is only read.
 Connect = Callable[[Path, bool], Any]
@@ -32,11 +33,13 @@ class Sync(Enum):
 
 def connect(path: Path, is_reader: bool) -> Any:
     """Open a file with the sqlite3 of Python. The connection is used by one thread at a time."""
-    # Only a reader may have to wait, while the file is being opened by the writer.
-    timeout_s = 10.0 if is_reader else 0.0
     uri = f"file:{str(path).replace('%', '%25').replace('?', '%3f').replace('#', '%23')}?mode="
     return sqlite3.connect(
-        uri + ("ro" if is_reader else "rwc"), uri=True, isolation_level=None, check_same_thread=False, timeout=timeout_s
+        uri + ("ro" if is_reader else "rwc"),
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=BUSY_MS / 1000,
     )
 
 

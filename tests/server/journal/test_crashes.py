@@ -39,12 +39,14 @@ def died(process: "subprocess.Popen[bytes]") -> int:
 
 def checked(folder: Path) -> tuple[int, int]:
     """Check the journal in a folder, and that no file is left that nothing uses; return its epoch and the facts."""
-    journal = open_sqlite(folder / "journal", Listening(), SETTINGS)
+    listening = Listening()
+    journal = open_sqlite(folder / "journal", listening, SETTINGS)
     try:
         facts = check(folder, journal)
         deadline = time.monotonic() + 20.0
         while (found := files(folder)) != used_files(folder) and time.monotonic() < deadline:
             time.sleep(0.01)
+        assert listening.error is None
         assert found == used_files(folder)
         return journal.epoch, facts
     finally:
