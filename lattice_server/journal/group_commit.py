@@ -6,7 +6,7 @@ So a record that comes alone waits for one commit, and under load the commits gr
 import threading
 from collections import deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 from lattice_server.engine.journal_port import (
@@ -117,12 +117,14 @@ class GroupCommit:
                     self._commit(batch)
                 has_chores = self._chore(is_idle=not batch.appends) or batch.appends > 0
             failpoint("close.before")
+            self._backend.close()
         except Exception as error:
             broken = error if isinstance(error, JournalError) else JournalBrokenError(f"the journal failed: {error}")
             self._queue.fail(broken)
             self._listener.failed(broken)
-        finally:
-            self._backend.close()
+            # What has failed once may fail again, and is told already.
+            with suppress(Exception):
+                self._backend.close()
 
     def _commit(self, batch: "_Batch") -> None:
         failpoint("commit.before_begin")

@@ -171,8 +171,12 @@ class SqliteBackend:
 
     def close(self) -> None:
         """See `Backend`."""
-        self._database.close()
-        os.close(self._lock)
+        lock, self._lock = self._lock, -1
+        try:
+            self._database.close()
+        finally:
+            if lock >= 0:
+                os.close(lock)
 
     @contextmanager
     def _reading(self) -> Iterator[SqliteDatabase]:
