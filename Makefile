@@ -8,7 +8,7 @@ $(VENV)/.stamp: pyproject.toml
 	touch $@
 
 .PHONY: setup test lint proto
-setup: $(VENV)/.stamp nodejs go network
+setup: $(VENV)/.stamp nodejs go network postgres
 
 # Three processes: much of the time tests wait. PYTEST_FLAGS="-n 0" runs all in one.
 test: setup
@@ -59,6 +59,11 @@ examples/go/.build/.stamp: $(VENV)/.stamp scripts/build_go.sh $(wildcard example
 .PHONY: network
 network:
 	scripts/install_missing.sh network
+
+# Tests of the journal in PostgreSQL start a server of their own. Where that is impossible they are skipped.
+.PHONY: postgres
+postgres:
+	scripts/install_missing.sh postgres
 
 # The oldest generator the project supports: what it makes runs on every newer protobuf runtime.
 .venv-proto/.stamp:

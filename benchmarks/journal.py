@@ -91,6 +91,7 @@ def main() -> None:
     """Measure every kind."""
     parser = argparse.ArgumentParser(prog="benchmarks.journal")
     parser.add_argument("--folder", type=Path, help="where the files are written; by default a temporary folder")
+    parser.add_argument("--postgres", help="a connection string of libpq; the schema `benchmark` is replaced")
     flags = parser.parse_args()
     print("| journal | commit, p50 | p99 | events/s | CPU µs an event | runs of 4 events/s | events read/s |")
     print("|---|---|---|---|---|---|---|")
@@ -102,6 +103,14 @@ def main() -> None:
                 f"sqlite, {sync.value.lower()}",
                 lambda waiting, folder=folder, settings=settings: open_sqlite(Path(folder), waiting, settings),  # type: ignore[misc]
             )
+    if flags.postgres:
+        import psycopg
+
+        from lattice_server.journal.postgres import PostgresSettings, open_postgres
+
+        with psycopg.connect(flags.postgres, autocommit=True) as connection:
+            connection.execute("DROP SCHEMA IF EXISTS benchmark CASCADE")
+        measure("postgres", lambda waiting: open_postgres(waiting, PostgresSettings(flags.postgres, "benchmark")))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from lattice_server.engine.journal_port import Journal, JournalRetention
 from lattice_server.journal.memory import MemoryJournal
+from lattice_server.journal.postgres import PostgresSettings, open_postgres
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
 from tests.server.journal.listening import Listening
+from tests.server.journal.postgres_server import PostgresServer, running_postgres
 
 Open = Callable[[Listening, JournalRetention], Journal]
 
@@ -40,22 +43,36 @@ def sqlite(folder: Path) -> Open:
     return lambda listening, retention: open_sqlite(folder, listening, SqliteSettings(retention=retention))
 
 
-def opening(kind: str, folder: Path) -> Open:
-    """Return how a kind of journal is opened."""
-    return MemoryJournal if kind == "memory" else sqlite(folder / "journal")
+def postgres(database: str) -> Open:
+    schema = f"journal_{uuid4().hex}"
+    return lambda listening, retention: open_postgres(listening, PostgresSettings(database, schema, retention))
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+def opening(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    """Return how the kind of journal that a fixture is asked for is opened."""
+    if request.param == "postgres":
+        return postgres(request.getfixturevalue("postgres_server").database)
+    return MemoryJournal if request.param == "memory" else sqlite(tmp_path / "journal")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL that runs until the tests have ended."""
+    with running_postgres() as found:
+        yield found
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 def journals(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journals]:
     """One kind of journal after the other."""
-    found = Journals(opening(request.param, tmp_path))
+    found = Journals(opening(request, tmp_path))
     yield found
     found.close()
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(params=["sqlite", "postgres"])
 def durable(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journals]:
     """One kind of journal that forgets nothing after the other."""
-    found = Journals(opening(request.param, tmp_path))
+    found = Journals(opening(request, tmp_path))
     yield found
     found.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lattice_server.engine.journal_port import Journal, JournalError
+from lattice_server.engine.journal_port import Journal, JournalError, JournalListener
 from lattice_server.engine.journal_records import (
     Code,
     DroppedRun,
@@ -29,10 +29,12 @@ from lattice_server.engine.journal_records import (
 )
 from lattice_server.journal.database import Row
 from lattice_server.journal.group_commit import GroupCommit
+from lattice_server.journal.postgres import PostgresSettings, open_postgres
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
 from lattice_server.journal.uses import Uses
 
 LARGE = 40_000
+PLACE = "LATTICE_TEST_POSTGRES"
 SETTINGS = SqliteSettings(checkpoint_bytes=512 * 1024, vacuum_pages=8)
 
 
@@ -175,10 +177,18 @@ class Load:
         return WorkflowStored(number, "", f"w{number}", revision, 1.0, "p", definition(number + revision), used)
 
 
+def opened(folder: Path, listener: JournalListener) -> Journal:
+    """Open the journal in a folder, or in the database and schema that the environment names."""
+    if place := os.environ.get(PLACE):
+        database, schema = place.split("|")
+        return open_postgres(listener, PostgresSettings(database, schema))
+    return open_sqlite(folder / "journal", listener, SETTINGS)
+
+
 def write(folder: Path, seed: int, steps: int) -> None:
     """Write a journal for so many steps."""
     intended, acknowledged = Notes(folder / "intended"), Acknowledging(Notes(folder / "acknowledged"))
-    journal = open_sqlite(folder / "journal", acknowledged, SETTINGS)
+    journal = opened(folder, acknowledged)
     load = Load(random.Random(seed))
     load.read(journal)
     for _ in range(steps):

@@ -14,7 +14,7 @@ import pytest
 from lattice_server.engine.journal_port import JournalDamagedError
 from lattice_server.journal.failpoints import NAMES, VARIABLE
 from lattice_server.journal.sqlite import open_sqlite
-from tests.server.journal.crashing import SETTINGS, check
+from tests.server.journal.crashing import PLACE, SETTINGS, check
 from tests.server.journal.listening import Listening
 
 pytestmark = pytest.mark.slow
@@ -25,10 +25,10 @@ ONCE = frozenset(name for name in NAMES if name.startswith(("open.", "close.")) 
 
 
 def start(
-    folder: Path, seed: int, failpoints: str = "", steps: int = STEPS, mutant: str = ""
+    folder: Path, seed: int, failpoints: str = "", steps: int = STEPS, mutant: str = "", place: str = ""
 ) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "tests.server.journal.crashing", str(folder), str(seed), str(steps), mutant]
-    return subprocess.Popen(command, env=os.environ | {VARIABLE: failpoints}, stdout=subprocess.PIPE)
+    return subprocess.Popen(command, env=os.environ | {VARIABLE: failpoints, PLACE: place}, stdout=subprocess.PIPE)
 
 
 def died(process: "subprocess.Popen[bytes]") -> int:
