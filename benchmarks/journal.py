@@ -1,4 +1,4 @@
-"""`python -m benchmarks.journal`: what a commit takes, and how many events a journal takes and gives in a second."""
+"""`python -m benchmarks.journal`: measures the latency of a commit, and how many events a journal writes and reads."""
 
 import argparse
 import tempfile

@@ -11,7 +11,7 @@ from lattice_server.engine.journal_records import DroppedRun
 class Durability:
     """A `JournalListener` for an event loop, and the calls and coroutines that wait for commits.
 
-    `on_failure` is called once, on the loop, when the journal broke; `on_dropped` with what was deleted.
+    `on_failure` is called on the loop when the journal broke, `on_dropped` with the runs and artifacts that it deleted.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Owns what the engine needs of a journal, as protocols. Rule: the engine names no back end.
+"""Owns the protocols between the engine and a journal. Rule: the engine names no back end.
 
-A record that was appended is durable when the listener was told its commit number, and not before.
+An appended record is durable once the listener was called with its commit number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ DAY_S = 86_400.0
 
 
 class JournalError(Exception):
-    """Base of what a journal raises."""
+    """Base of the errors that a journal raises."""
 
 
 class JournalLockedError(JournalError):
@@ -39,14 +39,15 @@ class JournalBrokenError(JournalError):
 
 
 class JournalDamagedError(JournalError):
-    """What was recorded of one run or workflow cannot be read back. Others are not concerned."""
+    """Records of one run or workflow cannot be read back. All others can."""
 
 
 @dataclass(frozen=True, slots=True)
 class JournalRetention:
-    """What is kept of the runs that have ended: those younger than `age_s`, and of each tenant at most so many `runs`
-    of so many bytes. The runs whose results were read are deleted first, then the oldest. A run never goes by its own
-    end."""
+    """Bounds of the ended runs: their age, and for each tenant their number and the sum of their bytes.
+
+    The runs whose results were read are deleted first, then the oldest. The end of a run never deletes the run itself.
+    """
 
     age_s: float = 7 * DAY_S
     runs: int = 10_000
@@ -55,9 +56,10 @@ class JournalRetention:
 
 @dataclass(frozen=True, slots=True)
 class JournalStats:
-    """How much a journal has: runs that have not ended and that have, and what the disk has of it in bytes.
+    """The size of a journal: live and ended runs, and bytes.
 
-    `free_bytes` of `file_bytes` are not used and will be given back.
+    `pending_bytes` wait for a commit. `file_bytes` are the database with the values in files, of which `free_bytes` are
+    unused and will be returned to the file system. `log_bytes` are the write-ahead log.
     """
 
     live_runs: int
@@ -69,7 +71,7 @@ class JournalStats:
 
 
 class JournalListener(Protocol):
-    """Is told what becomes of records. Called from any thread; must return at once and not raise."""
+    """Receives the progress of a journal. Called from any thread; must return at once and not raise."""
 
     def durable(self, number: int) -> None:
         """All records up to this commit number are durable."""
@@ -82,9 +84,9 @@ class JournalListener(Protocol):
 
 
 class JournalReader(Protocol):
-    """Reads what is durable. One thread at a time may use a reader; all of its iterators need bounded memory.
+    """Reads durable records. One thread at a time may use a reader; all of its iterators need bounded memory.
 
-    Every method raises JournalDamagedError when what it is asked for cannot be read.
+    Every method raises JournalDamagedError for records that are damaged.
     """
 
     def live_runs(self) -> Iterator[StoredRun]:
@@ -94,10 +96,13 @@ class JournalReader(Protocol):
         """Return the settings of a run."""
 
     def definitions(self, run: int) -> Iterator[bytes]:
-        """Yield the definition of a run, then what was added to it, in order."""
+        """Yield the definition of a run, then its additions in order."""
 
     def events(self, run: int, after: int = 0) -> Iterator[StoredEvent]:
-        """Yield the events of a run after a number, in order. Raises JournalDamagedError at the first gap."""
+        """Yield the events of a run after a number, in order. Raises JournalDamagedError at the first gap.
+
+        The events end early when the run is deleted meanwhile.
+        """
 
     def find(self, run_id: str, tenant: str) -> StoredRun | None:
         """Return a tenant's newest run of this id; None when there is none."""
@@ -116,7 +121,7 @@ class JournalReader(Protocol):
 
 
 class Journal(Protocol):
-    """What was accepted and what happened to it, in order, over the life of many servers.
+    """The log of all accepted work, in order, over the life of many servers.
 
     `epoch` counts the times the journal was opened, from 1. The next run must have a number above `last_run`, the next
     workflow one above `last_workflow`.
@@ -154,4 +159,4 @@ class Journal(Protocol):
         """Return how much there is."""
 
     def close(self) -> None:
-        """Make durable what was appended, and release the journal."""
+        """Make all appended records durable, and release the journal."""

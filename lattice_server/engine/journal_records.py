@@ -1,4 +1,4 @@
-"""Owns the records that the engine writes to a journal, and what it reads back. Rule: all of them are plain data.
+"""Owns the records that the engine writes to a journal and reads back. Rule: all of them are plain data.
 
 Definitions, events and summaries are messages of the contract, encoded deterministically. A journal stores these bytes
 and never parses them. A run goes by its number, which the engine gives out in rising order and never twice.
@@ -55,7 +55,7 @@ class TasksDefined:
 class EventRecorded:
     """A run has a new event; `sequence` is dense from 1.
 
-    `body` is what readers are shown. `replay` is what only a restart needs, such as the lease of an attempt.
+    `body` is for readers. `replay` has additional data that only a restart needs, such as the lease of an attempt.
     """
 
     run: int
@@ -67,7 +67,7 @@ class EventRecorded:
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """A run ended at `ended_s`. `summary` is how lists show it from now on."""
+    """A run ended at `ended_s`. `summary` is the run as lists show it."""
 
     run: int
     ended_s: float
@@ -83,7 +83,7 @@ class ResultsRead:
 
 @dataclass(frozen=True, slots=True)
 class RunDeleted:
-    """A run that has ended is to be deleted, with all that only it refers to."""
+    """An ended run is to be deleted, with the code, values and artifacts that only this run uses."""
 
     run: int
 
@@ -119,8 +119,8 @@ Record = (
 class StoredRun:
     """A run as the journal has it. `ended_s` is None for a run that has not ended.
 
-    `sequence` is the number of its newest event, and `kept_bytes` the size of all that was recorded for it. `damage`
-    says what of this row cannot be read, and is empty when all of it can.
+    `sequence` is the number of its newest event. `kept_bytes` is the size of all its records, once it has ended.
+    `damage` says why the summary or the events cannot be read; it is empty for an undamaged row.
     """
 
     run: int

@@ -1,1 +1,1 @@
-"""The journal: what was accepted and what happened to it, durable over the life of many servers."""
+"""The journal: the durable log of all accepted work. See `engine/journal_port.py` for its protocol."""

@@ -1,4 +1,4 @@
-"""Owns what stores records for the thread that commits them, as a protocol."""
+"""Owns the protocol between the thread that commits records and a database."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +12,7 @@ from lattice_server.journal.uses import Changes
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What a back end found: how often it was opened, the newest numbers, and the newest event of each live run."""
+    """The state of a journal that was opened: its epoch, the newest numbers, the newest event of each live run."""
 
     epoch: int
     last_run: int
@@ -22,7 +22,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class FileSizes:
-    """What the files of a back end take; see `JournalStats`."""
+    """The sizes of the files of a back end; see `JournalStats`."""
 
     file_bytes: int = 0
     log_bytes: int = 0
@@ -30,7 +30,7 @@ class FileSizes:
 
 
 class Backend(Protocol):
-    """Where records are stored. But for `reader`, `is_full` and `sizes`, only the thread of `GroupCommit` uses it."""
+    """A store of records. Any thread may use `reader`, `is_full`, `ended_runs` and `sizes`; one thread uses the rest."""
 
     opened: Opened
 
@@ -46,16 +46,16 @@ class Backend(Protocol):
         """Make records durable. Raises JournalError, after which nothing may be committed."""
 
     def chore(self, changes: Changes, *, is_idle: bool) -> bool:
-        """Do one short step of upkeep, whose changes are committed then; return whether there was one to do."""
+        """Do one short step of upkeep and commit its changes; return whether there was one to do."""
 
     def settle(self, changes: Changes) -> None:
-        """Delete what committed changes leave without a user."""
+        """Delete the files that committed changes left without a user."""
 
     def reader(self) -> AbstractContextManager[JournalReader]:
         """See `Journal`."""
 
     def sizes(self) -> FileSizes:
-        """Return what the files take."""
+        """Return the sizes of the files."""
 
     def close(self) -> None:
         """Release everything."""

@@ -22,6 +22,8 @@ class Cells:
 
     def pack(self, data: bytes) -> tuple[bytes, str]:
         """Return the cell of a value, and the digest of the file that it names, if any."""
+        if not data:
+            return EMPTY, ""
         if self._files is None or len(data) <= MAX_INLINE_BYTES:
             return _cell(INLINE, data), ""
         digest = self._files.write(data)
@@ -41,3 +43,6 @@ class Cells:
 
 def _cell(kind: bytes, rest: bytes) -> bytes:
     return b"%s%s%s" % (kind, crc32(rest, kind[0]).to_bytes(4, "big"), rest)
+
+
+EMPTY = _cell(INLINE, b"")

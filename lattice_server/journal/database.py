@@ -1,4 +1,4 @@
-"""Owns what reading and writing records needs of a database, and the SQL that SQLite and PostgreSQL share.
+"""Owns the protocol of a database connection, and the SQL that SQLite and PostgreSQL share.
 
 Rule: a statement is a constant with `?` for each value; nothing is put into its text.
 """
@@ -24,7 +24,7 @@ class Database(Protocol):
         """Run a statement once for each row of values."""
 
     def transaction(self) -> AbstractContextManager[None]:
-        """Make what runs inside one transaction, which is rolled back when it raises."""
+        """Return a context that is one transaction; an exception rolls it back."""
 
     def close(self) -> None:
         """Close the connection."""

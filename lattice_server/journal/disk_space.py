@@ -1,4 +1,4 @@
-"""Owns the space that is set aside for the end of work that was accepted. Rule: new work never uses it."""
+"""Owns the disk space that is reserved for accepted work. Rule: new work never uses it."""
 
 import os
 from contextlib import suppress
@@ -19,7 +19,7 @@ class DiskSpace:
         self.look()
 
     def look(self) -> None:
-        """Find out whether the disk is full, and set the reserve aside when there is room for it again."""
+        """Find out whether the disk is full, and make the reserve again when there is room for it."""
         status = os.statvfs(self._folder)
         free_bytes = status.f_bavail * status.f_frsize
         if not self._path.exists() and free_bytes > 3 * self._reserve_bytes:
@@ -27,7 +27,7 @@ class DiskSpace:
         self.is_full = free_bytes < self._reserve_bytes or not self._path.exists()
 
     def release(self) -> bool:
-        """Give the reserve to work that goes on; return whether there was one."""
+        """Free the reserve for accepted work; return whether there was one."""
         self.is_full = True
         try:
             self._path.unlink()

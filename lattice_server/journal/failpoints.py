@@ -41,7 +41,7 @@ ACTIONS = frozenset({"kill", *ERRORS})
 
 
 class Failpoints:
-    """What is to happen at which point, and how often each was reached while anything was set."""
+    """The action of each point, and how often each point was reached while any action was set."""
 
     def __init__(self, settings: str = "") -> None:
         self.is_active = False
@@ -62,7 +62,7 @@ class Failpoints:
         self.is_active = counts or bool(self._actions)
 
     def reach(self, name: str) -> None:
-        """Do what is set for a point. Raises OSError."""
+        """Do the action of a point. Raises OSError."""
         assert name in NAMES, name
         self.reached[name] += 1
         action, number = self._actions.get(name, ("", 0))

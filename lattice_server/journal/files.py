@@ -22,7 +22,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(exist_ok=True)
-        # What an earlier process left may have names that are not synced.
+        # The names of files of an earlier process may not be synced.
         sync_folder(folder)
         self._has_new_names = False
 
@@ -68,7 +68,7 @@ class Files:
             failpoint("file.after_unlink")
 
     def sweeping(self, is_named: Callable[[str], bool]) -> Iterator[None]:
-        """Delete what a crash left: all files but those that rows name. Yields after each step."""
+        """Delete files that no row names, which a crash may have left. Yields after each step."""
         with os.scandir(self._folder) as entries:
             for number, entry in enumerate(entries, 1):
                 if not is_named(entry.name):

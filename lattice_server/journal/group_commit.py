@@ -1,6 +1,6 @@
-"""Owns the thread that makes records durable. Rule: a commit takes all that came while the last one ran; no timer.
+"""Owns the thread that makes records durable. Rule: a commit takes all records that came during the last one; no timer.
 
-So a record that comes alone waits for one commit, and under load the commits grow instead of the time to wait.
+A single record waits for one commit. Under load the commits become larger, not the time to wait.
 """
 
 import threading
@@ -33,12 +33,12 @@ from lattice_server.journal.order import Order
 from lattice_server.journal.uses import Changes
 
 MIB = 1024 * 1024
-RECORD_BYTES = 200  # What a record takes besides its values.
+RECORD_BYTES = 200  # The memory of a record besides its values.
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much one commit takes, and how much may wait for commits before new work is refused."""
+    """Bounds of one commit, and of the bytes that wait for commits before new work is refused."""
 
     commit_records: int = 1000
     commit_bytes: int = 4 * MIB
@@ -122,7 +122,7 @@ class GroupCommit:
             broken = error if isinstance(error, JournalError) else JournalBrokenError(f"the journal failed: {error}")
             self._queue.fail(broken)
             self._listener.failed(broken)
-            # What has failed once may fail again, and is told already.
+            # The same error may come again, and the listener has been told.
             with suppress(Exception):
                 self._backend.close()
 
@@ -161,7 +161,7 @@ class _Batch:
 
 
 class _Queue:
-    """The records that wait, between the threads that append and the one that commits."""
+    """The records that wait for a commit. Any thread adds records; one thread takes them."""
 
     def __init__(self, limits: Limits) -> None:
         self.pending_bytes = 0
@@ -187,7 +187,7 @@ class _Queue:
             return self._number
 
     def take(self, *, waits: bool) -> _Batch | None:
-        """Return what waits, as much as one commit takes; None when closed and empty."""
+        """Return the next records, within the bounds of one commit; None when closed and empty."""
         with self._changed:
             while waits and not self._waiting and not self._is_closed:
                 self._changed.wait()

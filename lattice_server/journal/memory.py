@@ -1,6 +1,6 @@
-"""Owns the journal of a server that may forget everything. Rule: what is appended counts as durable at once.
+"""Owns the journal of a server without a data folder. Rule: records count as durable once they are appended.
 
-It keeps what the other journals keep, for as long as the process lives, and has no thread of its own.
+It has the same content as the other journals until the process ends, and no thread of its own.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,7 +67,7 @@ class _Run:
 
 @dataclass(slots=True)
 class _Queue:
-    """The ended runs of a tenant in the order in which retention deletes them: first those that were read."""
+    """The ended runs of a tenant. Retention deletes the runs that were read first."""
 
     read: dict[int, None] = field(default_factory=dict)
     unread: dict[int, None] = field(default_factory=dict)
@@ -254,7 +254,7 @@ class _Names:
 
 
 class _Reader:
-    """A `JournalReader`. It copies what it yields, as the journal goes on changing."""
+    """A `JournalReader`. It copies before it yields, since the journal changes meanwhile."""
 
     def __init__(self, runs: dict[int, _Run], workflows: dict[int, StoredWorkflow], names: _Names, lock: RLock) -> None:
         self._runs = runs

@@ -1,4 +1,4 @@
-"""Owns the check that records come in order. Rule: what is out of order is refused before anything is written."""
+"""Owns the check that records come in order. Rule: records out of order are refused before anything is written."""
 
 from collections.abc import Iterable
 from typing import assert_never

@@ -1,7 +1,7 @@
 """Owns the journal in PostgreSQL. Rule: one connection writes, and holds the lock of the journal while it lasts.
 
 All values lie in rows: the next server may be on another machine. When the connection is lost the journal is broken,
-since nobody can tell whether the last commit was made; the next start reads it.
+since its last commit may have been made or not; the next start reads which.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,7 +79,7 @@ class PostgresBackend:
         except BaseException:
             self._database.close()
             raise
-        self._has_deleted = True  # As an earlier process may have.
+        self._has_deleted = True  # An earlier process may have.
 
     @property
     def ended_runs(self) -> int:

@@ -1,4 +1,4 @@
-"""Owns how rows become what the engine reads. Rule: what is damaged of one run is told when that run is read."""
+"""Owns the way from rows to stored records. Rule: damage in the rows of one run concerns only readers of that run."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -65,6 +65,8 @@ class RecordReader:
         newest = after
         for sequence, body, replay in self._pages(EVENTS, (run,), after):
             if sequence != newest + 1:
+                if not self._database.execute("SELECT 1 FROM runs WHERE number = ?", (run,)):
+                    return
                 raise JournalDamagedError(f"event {newest + 1} of run {run} is missing")
             newest = sequence
             yield StoredEvent(sequence, self._cells.unpack(body), self._cells.unpack(replay))
@@ -109,7 +111,7 @@ class RecordReader:
         return StoredRun(*named, ended_s, not unread, sequence, kept_bytes, summary, damage)
 
     def _unpacked(self, cell: bytes | None) -> tuple[bytes, str]:
-        """Return a value and what is wrong with it."""
+        """Return a value and the reason why it cannot be read."""
         if cell is None:
             return b"", ""
         try:

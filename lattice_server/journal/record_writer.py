@@ -1,4 +1,4 @@
-"""Owns how records become rows. Rule: a batch is one transaction, and so is each step of a deletion."""
+"""Owns the way from records to rows. Rule: a batch is one transaction, and so is each step of a deletion."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +27,8 @@ from lattice_server.journal.uses import Changes, Uses, run_user, workflow_user
 # How many rows one transaction deletes at most: the commits of others wait for it.
 STEP_ROWS = 500
 VICTIMS = 100
-OWN_BYTES = 256  # What a row takes besides its values.
-# The tables of a run's parts: how to find the first row of a run, and how to delete those before a number.
+OWN_BYTES = 256  # The size of a row besides its values.
+# For each table with rows of a run: the first row of the run, and the deletion of its rows before a number.
 PARTS = (
     (
         "SELECT sequence FROM events WHERE run = ? ORDER BY sequence LIMIT 1",
@@ -64,8 +64,7 @@ class _Rows:
 class RecordWriter:
     """Writes records; to be used by one thread, inside of transactions of `database`.
 
-    A transaction that is rolled back leaves what is counted here wrong: the writer is of no use after that, unless
-    `load` is called.
+    After a transaction was rolled back the counts are wrong, and `load` must be called.
     """
 
     def __init__(self, database: Database, cells: Cells, retention: JournalRetention) -> None:
@@ -76,7 +75,7 @@ class RecordWriter:
         self.load()
 
     def load(self) -> None:
-        """Read what is counted from the rows."""
+        """Count the rows."""
         self._rows = _Rows()
         self.totals = EndedTotals(self._retention)
         self._live: dict[int, _Live] = {}
@@ -95,7 +94,7 @@ class RecordWriter:
             live.kept_bytes += int(of_events[1] or 0) + int(of_parts[1] or 0)
 
     def opened(self) -> Opened:
-        """Return what there is."""
+        """Return the state of the journal."""
         read = self._database.execute
         counted: dict[str, int] = dict(read("SELECT key, value FROM meta"))
         ((last_run,),) = read("SELECT MAX(number) FROM runs")
@@ -145,7 +144,7 @@ class RecordWriter:
         return changes
 
     def delete_step(self, changes: Changes) -> bool:
-        """Delete some of what deleted runs have left; return whether there was any."""
+        """Delete some of the remaining rows of deleted runs; return whether there were any."""
         budget = STEP_ROWS
         while budget > 0 and (rows := self._database.execute("SELECT run FROM doomed ORDER BY run LIMIT 1")):
             budget -= self._delete_part(rows[0][0], budget, changes)
@@ -166,11 +165,15 @@ class RecordWriter:
         self._refer(user, code, artifacts)
 
     def _add_event(self, record: EventRecorded) -> None:
-        live, user = self._live[record.run], run_user(record.run)
         size = OWN_BYTES + len(record.body) + len(record.replay)
-        body, replay = self._pack(user, record.body), self._pack(user, record.replay)
+        body, body_file = self._cells.pack(record.body)
+        replay, replay_file = self._cells.pack(record.replay)
         self._rows.events.append((record.run, record.sequence, size, body, replay))
-        self._refer(user, (), record.artifacts)
+        if body_file or replay_file or record.artifacts:
+            names = [f"file:{file}" for file in (body_file, replay_file) if file]
+            names += [f"artifact:{artifact}" for artifact in record.artifacts]
+            self._rows.uses += [(run_user(record.run), name) for name in names]
+        live = self._live[record.run]
         live.sequence = record.sequence
         live.kept_bytes += size
 
@@ -188,7 +191,7 @@ class RecordWriter:
         return live.tenant
 
     def _retain(self, ended: dict[str, RunEnded], changes: Changes) -> None:
-        """Delete runs of the tenants of which runs ended, but the one that ended last of each."""
+        """Delete runs that are too many, too large or too old; never the newest of the ends of this batch."""
         for tenant, record in ended.items():
             too_old = self._database.execute(
                 "SELECT number FROM runs WHERE ended_s < ? ORDER BY ended_s LIMIT ?",
@@ -220,7 +223,7 @@ class RecordWriter:
             changes.runs.append(DroppedRun(run, tenant, run_id, fingerprint))
 
     def _note_number(self, key: str, number: int) -> None:
-        """Have a number not given out again, although no row has it any more."""
+        """Note a number whose row is deleted, so that it is not given out again."""
         self._database.execute("UPDATE meta SET value = ? WHERE key = ? AND value < ?", (number, key, number))
 
     def _delete_part(self, run: int, budget: int, changes: Changes) -> int:

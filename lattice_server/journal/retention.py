@@ -1,4 +1,4 @@
-"""Owns how much each tenant has of runs that have ended. Rule: the totals are those of the rows, at every commit."""
+"""Owns the totals of ended runs by tenant. Rule: at every commit the totals are those of the rows."""
 
 from dataclasses import dataclass
 
@@ -12,22 +12,25 @@ class _Total:
 
 
 class EndedTotals:
-    """The number and the bytes of the ended runs of each tenant, and what they may be."""
+    """The number and the bytes of the ended runs of each tenant, and their bounds."""
 
     def __init__(self, retention: JournalRetention) -> None:
         self._retention = retention
+        self.runs = 0  # Of all tenants.
         self._totals: dict[str, _Total] = {}
 
     def add(self, tenant: str, kept_bytes: int, runs: int = 1) -> None:
         """Count a run that has ended, or several."""
         total = self._totals.setdefault(tenant, _Total())
         total.runs += runs
+        self.runs += runs
         total.kept_bytes += kept_bytes
 
     def remove(self, tenant: str, kept_bytes: int) -> None:
         """Count a run no longer."""
         total = self._totals[tenant]
         total.runs -= 1
+        self.runs -= 1
         total.kept_bytes -= kept_bytes
         if not total.runs:
             del self._totals[tenant]
@@ -42,8 +45,3 @@ class EndedTotals:
     def oldest_s(self, now_s: float) -> float:
         """Return the time before which runs must have ended to be too old."""
         return now_s - self._retention.age_s
-
-    @property
-    def runs(self) -> int:
-        """How many runs have ended, of all tenants."""
-        return sum(total.runs for total in self._totals.values())

@@ -41,16 +41,16 @@ from lattice_server.journal.sqlite_database import (
 from lattice_server.journal.uses import Changes
 
 MIB = 1024 * 1024
-LARGE_LOG = 8  # How many times `checkpoint_bytes` the log may be before it is cut off although records come.
-COMMIT_BYTES = 4 * PAGE_BYTES  # About what a commit adds to the log besides its values.
+LARGE_LOG = 8  # A log of so many times `checkpoint_bytes` is truncated even under load.
+COMMIT_BYTES = 4 * PAGE_BYTES  # About how much a commit adds to the log besides its values.
 
 
 @dataclass(frozen=True, slots=True)
 class SqliteSettings:
     """How a journal in SQLite is kept.
 
-    The log is brought into the file once about `checkpoint_bytes` were written. Free pages of the file are given back,
-    `vacuum_pages` at a time, until there are no more than those, or a tenth of the file.
+    A checkpoint is made after about `checkpoint_bytes`. Free pages are returned to the file system, `vacuum_pages` at a
+    time, until only that many are left, or a tenth of the file.
     """
 
     sync: Sync = Sync.FULL
@@ -98,7 +98,7 @@ class SqliteBackend:
             opening.pop_all()
         self._sweeping: Iterator[None] | None = self._files.sweeping(self._is_named)
         self._log_bytes = 0
-        self._has_deleted = True  # As an earlier process may have.
+        self._has_deleted = True  # An earlier process may have.
         self._has_vacuumed = False
         self._has_truncated = False
 
@@ -145,7 +145,7 @@ class SqliteBackend:
         elif not self._has_vacuumed:
             self._has_vacuumed = not self._vacuum()
         elif is_idle and not self._has_truncated and self._wal_bytes() > self._settings.checkpoint_bytes:
-            # A reader may be in the way; then the next time is after another commit.
+            # When a reader is in the way, the next attempt is after another commit.
             self._has_truncated = True
             self._checkpoint("TRUNCATE")
         else:
@@ -212,7 +212,7 @@ class SqliteBackend:
         return bool(self._database.execute("SELECT 1 FROM uses WHERE name = ? LIMIT 1", (f"file:{digest}",)))
 
     def _checkpoint(self, mode: str) -> None:
-        """Bring the log into the file, as far as readers let it be done at once."""
+        """Copy the log into the database, as far as no reader is in the way."""
         failpoint("chores.before_checkpoint")
         self._database.execute("PRAGMA busy_timeout = 0")
         self._database.execute(f"PRAGMA wal_checkpoint({mode})")
@@ -221,7 +221,7 @@ class SqliteBackend:
         failpoint("chores.after_checkpoint")
 
     def _vacuum(self) -> bool:
-        """Give some free pages back; return whether there are more of them than are worth keeping."""
+        """Return some free pages to the file system; return whether there were enough of them."""
         read = self._database.execute
         free, pages = read("PRAGMA freelist_count")[0][0], read("PRAGMA page_count")[0][0]
         step = self._settings.vacuum_pages

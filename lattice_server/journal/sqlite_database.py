@@ -28,7 +28,7 @@ class Sync(Enum):
     """When a commit counts as durable."""
 
     FULL = "FULL"  # Once it is on the disk.
-    NORMAL = "NORMAL"  # Once the operating system has it: a power cut may lose the last seconds, a kill nothing.
+    NORMAL = "NORMAL"  # Once the operating system has it. See decision 29 for what a power cut may lose.
 
 
 def connect(path: Path, is_reader: bool) -> Any:

@@ -1,7 +1,7 @@
-"""Owns which runs, workflows and code use which code, files and artifacts. Rule: a name goes with its last use.
+"""Owns the table of uses: which runs, workflows and code use which code, files and artifacts.
 
-Names begin with what they are of: `code:` and a digest, `file:` and the digest of a value in a file, `artifact:` and an
-id. Users are `run:` and `workflow:` with a number, and code by its name.
+Rule: a used thing is deleted with its last use. Its name is `code:` and a digest, `file:` and the digest of a value in
+a file, or `artifact:` and an id. Users are `run:` and `workflow:` with a number, and code by its name.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ ALL = 1_000_000_000
 
 @dataclass(slots=True)
 class Changes:
-    """What is to be done and told once the transaction is committed: files to delete, runs and artifacts dropped."""
+    """Consequences of a transaction, once it is committed: files to delete, and runs and artifacts that are dropped."""
 
     files: list[str] = field(default_factory=list)
     runs: list[DroppedRun] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Uses:
             self._database.execute_many('INSERT INTO uses ("user", name) VALUES (?, ?) ON CONFLICT DO NOTHING', rows)
 
     def names(self, user: str, limit: int = ALL) -> list[str]:
-        """Return what a user uses."""
+        """Return the names that a user uses."""
         sql = 'SELECT name FROM uses WHERE "user" = ? LIMIT ?'
         return [name for (name,) in self._database.execute(sql, (user, limit))]
 
@@ -53,7 +53,7 @@ class Uses:
         return bool(self._database.execute("SELECT 1 FROM uses WHERE name = ? LIMIT 1", (name,)))
 
     def drop(self, user: str, names: Iterable[str], changes: Changes) -> None:
-        """Note that a user uses these names no longer; drop those that nothing uses."""
+        """Remove uses of a user; drop the names without any other use."""
         for name in names:
             self._database.execute('DELETE FROM uses WHERE "user" = ? AND name = ?', (user, name))
             if self.is_used(name):
@@ -68,6 +68,6 @@ class Uses:
                 self.drop(name, self.names(name), changes)
 
     def settle(self, changes: Changes) -> None:
-        """Take from the changes what has been used again since it was dropped."""
+        """Remove names from the changes that have been used again since."""
         changes.files = [digest for digest in changes.files if not self.is_used(f"file:{digest}")]
         changes.artifacts = [name for name in changes.artifacts if not self.is_used(f"artifact:{name}")]

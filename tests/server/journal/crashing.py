@@ -1,7 +1,7 @@
-"""A process that writes a journal until it is killed, and the check of what it left.
+"""A process that writes a journal until it is killed, and the check of its journal.
 
-`python -m tests.server.journal.crashing FOLDER SEED STEPS MUTANT` goes on with the journal in a folder. It notes in
-files beside it what it is about to delete and what was acknowledged; both outlive its death.
+`python -m tests.server.journal.crashing FOLDER SEED STEPS MUTANT` continues the journal in a folder. It writes to
+files beside the journal which deletions it intends, and which records were acknowledged.
 """
 
 import os
@@ -123,7 +123,7 @@ def fact_of(record: Record) -> str:
 
 @dataclass
 class Load:
-    """Makes records at random that are in order, going on with what a journal has."""
+    """Makes random records in order, continuing the content of a journal."""
 
     random: random.Random
     live: dict[int, int] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class Load:
     last_workflow: int = 0
 
     def read(self, journal: Journal) -> None:
-        """Go on with what is there."""
+        """Read the content of a journal."""
         self.last_run, self.last_workflow = journal.last_run, journal.last_workflow
         with journal.reader() as reader:
             self.live = {run.run: run.sequence for run in reader.live_runs()}

@@ -13,11 +13,11 @@ MIB = 1024 * 1024
 
 
 def main(folder: Path) -> None:
-    """Fill it, end what goes on, make room, and accept new work again."""
+    """Fill the disk, end the running work, make room, and accept new work again."""
     listening = Listening()
     settings = SqliteSettings(reserve_bytes=8 * MIB, checkpoint_bytes=MIB, vacuum_pages=8)
     journal = open_sqlite(folder / "journal", listening, settings)
-    # One that goes on, and one that has ended and takes much.
+    # A live run, and a large one that has ended.
     store(journal, listening, accepted(1), *whole(2, events=50, size=250_000))
     sequence = 0
     try:

@@ -11,7 +11,7 @@ WAIT_S = 30.0
 
 
 class Listening:
-    """Remembers what it was told, and waits for it."""
+    """Remembers all calls, and waits for them."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -45,7 +45,7 @@ class Listening:
             raise self.error
 
     def until(self, condition: Any) -> None:
-        """Wait until a condition on what was told holds."""
+        """Wait until a condition on the calls is true."""
         with self._told:
             assert self._told.wait_for(condition, WAIT_S), "the journal did not tell it in time"
 
