@@ -25,8 +25,8 @@ class Code:
 class RunAccepted:
     """A run was accepted, at `accepted_s` in seconds since the epoch.
 
-    `settings` is the request without its workflow, `definition` the workflow with its code named by digest. `artifacts`
-    are the ids of the uploads that either of them names.
+    `settings` is the run as it was accepted, with its parameters. `definition` is its workflow, with code named by
+    digest. `artifacts` are the ids of the uploads that either of them names.
     """
 
     run: int

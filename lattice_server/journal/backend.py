@@ -30,7 +30,7 @@ class FileSizes:
 
 
 class Backend(Protocol):
-    """A store of records. Any thread may use `reader`, `is_full`, `ended_runs` and `sizes`; one thread uses the rest."""
+    """A store of records. Any thread may use `reader`, `sizes` and the properties; one thread uses the rest."""
 
     opened: Opened
 

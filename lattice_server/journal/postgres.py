@@ -60,7 +60,7 @@ def open_postgres(listener: JournalListener, settings: PostgresSettings) -> Grou
 
 
 class PostgresBackend:
-    """The connection that writes, and those that read."""
+    """One connection that writes, and one for each reader."""
 
     is_full = False
 

@@ -28,7 +28,7 @@ class Sync(Enum):
     """When a commit counts as durable."""
 
     FULL = "FULL"  # Once it is on the disk.
-    NORMAL = "NORMAL"  # Once the operating system has it. See decision 29 for what a power cut may lose.
+    NORMAL = "NORMAL"  # Once the operating system has it. Decision 29 says which records a power cut may lose.
 
 
 def connect(path: Path, is_reader: bool) -> Any:

@@ -16,7 +16,7 @@ import pytest
 
 
 class LossyDisk:
-    """Remembers what is synced in the folder of one journal."""
+    """Remembers the synced data in the folder of one journal."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -35,7 +35,7 @@ class LossyDisk:
         return apsw.Connection(str(path), flags, vfs=self._vfs.name)
 
     def cut_power(self, into: Path) -> None:
-        """Write what is synced at this moment into another folder."""
+        """Write the data that is synced at this moment into another folder."""
         with self._lock:
             databases, values = dict(self._databases), dict(self._values)
         shutil.rmtree(into, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The points at which tests kill a journal: every one that is named is in the code, and does what is set."""
+"""The points at which tests kill a journal: each is in the code and does its action."""
 
 import errno
 import re

@@ -19,7 +19,7 @@ LARGE = 40_000
 
 
 def make(folder: Path) -> None:
-    """Write what the test expects."""
+    """Write the journal that the test expects."""
     listening = Listening()
     journal = open_sqlite(folder, listening)
     store(journal, listening, *whole(1, "t", events=5, code=(code("f"),)))

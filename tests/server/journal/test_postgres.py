@@ -1,4 +1,4 @@
-"""What only the journal in PostgreSQL does: its lock, its versions, and what it has after either side was killed."""
+"""What only the journal in PostgreSQL does: its lock, its versions, and its content after either side was killed."""
 
 import signal
 import time

@@ -42,7 +42,7 @@ def _live_and_cut(life: Path, left: Path, sync: Sync, seed: int, patch: pytest.M
         appended.append((journal.append(records), facts))
         if load.random.random() < 0.2:
             listening.wait(appended[-1][0])
-    # What is acknowledged is read first: more may be synced by the time that the power is cut.
+    # The acknowledged number is read first: more may be synced when the power is cut.
     listening.wait(appended[len(appended) // 2][0])
     number = listening.number
     disk.cut_power(left / "journal")
