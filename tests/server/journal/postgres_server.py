@@ -3,15 +3,16 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
 
+import psycopg
 import pytest
 
 # PostgreSQL refuses to run as root.
@@ -26,45 +27,67 @@ def program(name: str) -> str:
     return found
 
 
-@dataclass
 class PostgresServer:
-    """A server: where it is reached, and how it is stopped at once and started again."""
+    """A server over a cluster in a folder. `database` is its connection string.
 
-    database: str
-    stop: Callable[[], None]
-    start: Callable[[], None]
+    It dies with the process of the test.
+    """
+
+    def __init__(self, folder: Path, prefix: Sequence[str]) -> None:
+        self.database = f"host={folder} user=lattice dbname=postgres"
+        self._folder = folder
+        self._prefix = prefix
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def create(self) -> None:
+        """Make the cluster."""
+        command = (program("initdb"), "--pgdata", f"{self._folder}/data", "--username", "lattice", "--auth", "trust")
+        done = subprocess.run(
+            [*self._prefix, *command, "--no-sync"], cwd=self._folder, capture_output=True, timeout=100, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def start(self) -> None:
+        """Start the server, and wait until it can be reached."""
+        options = ("listen_addresses=", f"unix_socket_directories={self._folder}", "fsync=off", "shared_buffers=16MB")
+        command = [program("postgres"), "-D", f"{self._folder}/data", *(f"--{option}" for option in options)]
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen([*self._prefix, *command], cwd=self._folder, stdout=log, stderr=log)
+        deadline = time.monotonic() + 60.0
+        while True:
+            try:
+                psycopg.connect(self.database).close()
+            except psycopg.OperationalError:
+                is_starting = self._process.poll() is None and time.monotonic() < deadline
+                assert is_starting, (self._folder / "log").read_text()
+                time.sleep(0.02)
+            else:
+                return
+
+    def stop(self) -> None:
+        """Stop the server at once, as a crash would."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait(60)
+            self._process = None
 
 
 @contextmanager
 def running_postgres() -> Iterator[PostgresServer]:
-    """Yield a new server, which is stopped then."""
+    """Yield a new server, which is stopped in the end."""
     folder = Path(tempfile.mkdtemp(prefix="lattice-pg-"))
-    user: dict[str, Any] = {}
+    prefix = ["setpriv", "--pdeathsig", "QUIT"]
     if os.geteuid() == 0:
         account = pwd.getpwnam(next(name for name in USERS if _is_user(name)))
         os.chown(folder, account.pw_uid, account.pw_gid)
-        user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-    data = folder / "data"
-
-    def run(*command: str) -> None:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False, **user)
-        assert done.returncode == 0, done.stdout + done.stderr
-
+        prefix += ["--reuid", str(account.pw_uid), "--regid", str(account.pw_gid), "--clear-groups"]
+    server = PostgresServer(folder, prefix)
     try:
-        run(program("initdb"), "--pgdata", str(data), "--username", "lattice", "--auth", "trust", "--no-sync")
-        options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync=off -c shared_buffers=16MB"
-        control = (program("pg_ctl"), "--pgdata", str(data), "--wait")
-        server = PostgresServer(
-            f"host={folder} user=lattice dbname=postgres",
-            lambda: run(*control, "--mode", "immediate", "stop"),
-            lambda: run(*control, "--log", str(folder / "log"), "--options", options, "start"),
-        )
+        server.create()
         server.start()
-        try:
-            yield server
-        finally:
-            server.stop()
+        yield server
     finally:
+        server.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
