@@ -31,6 +31,7 @@ class Process:
         self._zygote = zygote
         self._number = number
         self.pid = 0
+        self.cpu_s = 0.0  # Processor time that it and its children had, when it has ended.
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def kill(self) -> None:
@@ -40,20 +41,24 @@ class Process:
 
 
 class Zygotes:
-    """The zygote there is, and the next one when that has died. Clients in tasks dial `server`, if it is given."""
+    """The zygote there is, and the next one when that has died. Clients in tasks dial `server`, if it is given.
 
-    def __init__(self, server: str = "") -> None:
-        self._environment = _environment() | ({"LATTICE_TARGET": server} if server else {})
+    One that forks sandboxes has an `environment` of its own, because its children inherit its memory.
+    """
+
+    def __init__(self, server: str = "", environment: Mapping[str, str] | None = None) -> None:
+        target = {"LATTICE_TARGET": server} if server else {}
+        self._environment = _environment() | target if environment is None else environment
         self._current: _Zygote | None = None
         self._starting = asyncio.Lock()
         self._cleaning: set[asyncio.Task[None]] = set()
 
-    async def fork(self, mode: str, descriptors: Sequence[int]) -> Process:
-        """Return a new process that has these descriptors. Raises OSError."""
+    async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
+        """Return a new process that has these descriptors, and seals itself for a `sandbox`. Raises OSError."""
         async with self._starting:
             if self._current is None or self._current.is_gone:
                 self._current = await _Zygote.start(self._clean, self._environment)
-        return await self._current.fork(mode, descriptors)
+        return await self._current.fork(mode, descriptors, sandbox)
 
     def close(self) -> None:
         """End the zygote, and with it every process it forked."""
@@ -112,14 +117,16 @@ class _Zygote:
         ours.setblocking(False)
         return cls(ours, process, on_gone)
 
-    async def fork(self, mode: str, descriptors: Sequence[int]) -> Process:
+    async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None) -> Process:
         loop = asyncio.get_running_loop()
         number = next(self._numbers)
         process = self._processes[number] = Process(self, number)
         forked = self._forking[number] = loop.create_future()
         try:
-            request = json.dumps({"fork": number, "mode": mode}).encode()
-            socket.send_fds(self._control, [request], descriptors)
+            request: dict[str, Any] = {"fork": number, "mode": mode}
+            if sandbox is not None:
+                request["sandbox"] = sandbox
+            socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
             process.pid = await forked
         except BaseException as error:
             self._processes.pop(number, None)
@@ -158,6 +165,7 @@ class _Zygote:
         if (number := reply.get("ended")) is not None:
             process = self._processes.pop(number, None)
             if process is not None and not process.ended.done():
+                process.cpu_s = reply["cpu"]
                 process.ended.set_result(reply["status"])
             return
         forked = self._forking.get(reply["forked" if "forked" in reply else "failed"])

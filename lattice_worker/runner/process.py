@@ -1,6 +1,5 @@
 """The process that runs user code: what it does between being forked and its first invocation, and after each one."""
 
-import contextlib
 import faulthandler
 import os
 import signal
@@ -37,14 +36,20 @@ class Claims:
         return self._held == number
 
 
-def main(mode: str) -> None:
-    """Serve the agent until it closes the socket, or until this process is fit for no other task."""
+def refuse(reason: str) -> None:
+    """Tell the agent why this process cannot be sealed."""
+    with socket.socket(fileno=CONTROL) as control:
+        Channel(control).send({"kind": "unsealed", "reason": reason})
+
+
+def main(mode: str, facts: dict[str, Any] | None = None) -> None:
+    """Serve the agent until it closes the socket, or until this process is fit for no other task.
+
+    `facts` are what a sealed process reports of itself.
+    """
     control = socket.socket(fileno=CONTROL)
     for descriptor in (CONTROL, CLAIMS, MARKS):
         os.set_inheritable(descriptor, False)
-    # When the machine runs out of memory the kernel takes a task, not the worker or the server.
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")
     # One that does nothing instead of none: what a task starts inherits a signal that is ignored.
     signal.signal(signal.SIGINT, _ignore)
     os.register_at_fork(after_in_child=_heed_interrupts)
@@ -62,16 +67,16 @@ def main(mode: str) -> None:
     if mode == "async":
         aio.serve(channel, MARKS)
     else:
-        serve(channel, Claims(CLAIMS))
+        serve(channel, Claims(CLAIMS), facts)
 
 
-def serve(channel: Channel, claims: Claims) -> None:
+def serve(channel: Channel, claims: Claims, facts: dict[str, Any] | None = None) -> None:
     """Run invocations one after the other."""
     baseline = Baseline()
     program = Program(channel, baseline)
     frames = Inbox(channel)
     waiting: deque[tuple[dict[str, Any], list[bytes]]] = deque()
-    channel.send({"kind": "ready"})
+    channel.send({"kind": "ready"} if facts is None else {"kind": "ready", "facts": facts})
     while (frame := waiting.popleft() if waiting else next(frames, None)) is not None:
         header, blobs = frame
         match header["kind"]:
