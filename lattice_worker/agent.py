@@ -28,6 +28,7 @@ from lattice_worker.local_store import Materials
 from lattice_worker.outbox import CHUNK_BYTES, Leases, Outgoing
 from lattice_worker.peer_fetch import Courier
 from lattice_worker.runner_pool import Pool
+from lattice_worker.sandbox.policy import SECCOMP, SUBPROCESS
 from lattice_worker.zygote import Zygotes
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ VERSION = "0.1.0"
 PROTOCOL_VERSION = 1
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 FIRST_BEAT_S = 0.5  # Until the server says how often.
+ISOLATIONS = {SUBPROCESS: resources_pb2.ISOLATION_SUBPROCESS, SECCOMP: resources_pb2.ISOLATION_SECCOMP}
 DIAL_S = 10.0  # How long a server may take to say anything at all.
 
 
@@ -58,6 +60,7 @@ class Agent:
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0
         self._is_welcome = False
+        self._isolations = [resources_pb2.ISOLATION_NONE]
         self._listed: frozenset[str] = frozenset()
         self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
         self._uploads: set[asyncio.Task[None]] = set()
@@ -74,6 +77,7 @@ class Agent:
         if self._courier is not None:
             await self._courier.start()
         warming = asyncio.create_task(self._pool.warm())
+        self._isolations += [ISOLATIONS[level] for level in await self._pool.levels()]
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._serve_stream():
@@ -159,7 +163,7 @@ class Agent:
             node_ip=host.address_towards(self._config.target),
             capacity=self._capacity,
             labels=self._config.labels,
-            isolations=[resources_pb2.ISOLATION_NONE],
+            isolations=self._isolations,
             runtime=host.runtime(),
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,

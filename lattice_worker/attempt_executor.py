@@ -6,6 +6,7 @@ Rule: a lease that was taken ends in exactly one report, whatever happens to the
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +19,9 @@ from lattice_worker.local_store import Materials, MissingError
 from lattice_worker.questions import Questions
 from lattice_worker.runner_pool import Pool
 from lattice_worker.runner_process import MAX_AHEAD, Invocation, Key, Runner
+from lattice_worker.sandbox.policy import SECCOMP, SUBPROCESS
+from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, InputError, inlined, screened
+from lattice_worker.sandbox.supervisor import SandboxError
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,13 @@ LOG_CHARACTERS = 256 * 1024  # The most of an attempt's output that one report h
 LARGE_ANSWER_BLOBS = 500
 LARGE_ANSWER_BYTES = 1024 * 1024
 MAX_SUSPECTS = 1000
+
+# The levels of sandboxes, by their numbers in the contract.
+ISOLATIONS = {
+    resources_pb2.ISOLATION_NONE: "",
+    resources_pb2.ISOLATION_SUBPROCESS: SUBPROCESS,
+    resources_pb2.ISOLATION_SECCOMP: SECCOMP,
+}
 
 Emit = Callable[[worker_pb2.Report], None]
 Ended = Callable[[str, convert.Outputs | None], None]
@@ -114,9 +125,9 @@ class Attempts:
 
     def _start(self, assignment: worker_pb2.Assignment) -> None:
         lease_id = assignment.lease_id
-        if assignment.isolation != resources_pb2.ISOLATION_NONE:
+        if assignment.isolation not in ISOLATIONS:
             level = resources_pb2.Isolation.Name(assignment.isolation)
-            self._fail(assignment, {"kind": "resources", "message": f"this worker cannot set up {level}"})
+            self._fail(assignment, {"kind": "sandbox_setup", "message": f"this worker cannot set up {level}"})
             return
         if (sent := self._ahead.pop(lease_id, None)) is not None and lease_id in sent.ahead:
             self._begin(assignment, sent, sent.begin(lease_id))
@@ -222,6 +233,8 @@ class Attempts:
             runner = await self._pool.take(key)
         except OSError as error:
             failure = {"kind": "resources", "message": f"a process could not be started: {error}"}
+        except SandboxError as error:
+            failure = {"kind": "sandbox_setup", "message": str(error)}
         except MissingError as error:
             failure = {"kind": "payload", "message": str(error)}
         except Exception as error:
@@ -238,10 +251,12 @@ class Attempts:
     def _needs(self, assignment: worker_pb2.Assignment) -> tuple[task_pb2.Function, str, Key]:
         function = self._functions[assignment.function_digest]
         bundle = self._bundles.path(function.bundle_digest)
-        is_async = function.python.concurrency == task_pb2.CONCURRENCY_ASYNC
+        isolation = ISOLATIONS.get(assignment.isolation, "")
+        is_async = function.python.concurrency == task_pb2.CONCURRENCY_ASYNC and not isolation
         is_alone = function.python.concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or self._is_suspect(assignment)
-        owner = assignment.lease_id if is_alone else ""
-        return function, bundle, Key(assignment.tenant, bundle, tuple(assignment.gpu_indices), is_async, owner)
+        owner = assignment.lease_id if is_alone or isolation else ""
+        gpus, threads = tuple(assignment.gpu_indices), max(1, math.ceil(assignment.resources.cpu))
+        return function, bundle, Key(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads)
 
     def _is_suspect(self, assignment: worker_pb2.Assignment) -> bool:
         return any((attempt.run_id, attempt.task_id) in self._suspects for attempt in assignment.attempts)
@@ -251,7 +266,12 @@ class Attempts:
         return self._materials.missing(function.bundle_digest, assignment, upstream)
 
     def _run(self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, runner: Runner) -> None:
-        invocation = self._prepare(assignment, function, bundle, runner)
+        try:
+            invocation = self._prepare(assignment, function, bundle, runner)
+        except InputError as error:
+            runner.kill()
+            self._fail(assignment, {"kind": "payload", "message": str(error)})
+            return
         self._begin(assignment, runner, invocation)
         runner.invoke(invocation)
 
@@ -286,6 +306,11 @@ class Attempts:
             "log_limit": self.log_limit_bytes,
             "question_limit": self.questions.limit_bytes,
         }
+        if runner.sandbox is not None:
+            header["items"] = [
+                {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]
+            ]
+            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES}
         return Invocation(
             lease_id,
             header,
@@ -296,6 +321,9 @@ class Attempts:
             on_end=lambda answer, parts: self._end(assignment, answer, parts),
             on_refused=lambda: self._start_again(assignment),
             on_given_back=lambda reason, is_suspect: self._give_back(assignment, reason, is_suspect=is_suspect),
+            screen=None
+            if runner.sandbox is None
+            else lambda answer, parts: screened(answer, parts, store, runner.folder, self.inline_limit_bytes),
             raw_left=self.log_limit_bytes,
         )
 
@@ -306,8 +334,10 @@ class Attempts:
         self._unstarted[lease_id] = time.time_ns()
         if self._start_timer is None:
             self._start_timer = asyncio.get_running_loop().call_later(START_DELAY_S, self._tell_starts)
-        if assignment.HasField("timeout"):
+        if assignment.HasField("timeout") or runner.sandbox is not None:
             seconds = assignment.timeout.seconds + assignment.timeout.nanos / 1e9
+            if not seconds and runner.sandbox is not None:
+                seconds = runner.sandbox.policy.time_s
             # What a process takes to start up is not the attempt's time.
             runner.when_ready(lambda: self._start_clock(lease_id, seconds))
 

@@ -6,24 +6,35 @@ was used longest ago makes room for others, and spares are replaced in the backg
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Container, Iterable
 
 from lattice_worker.artifact_staging import Drafts
 from lattice_worker.runner_process import Key, Runner
+from lattice_worker.sandbox.policy import LEVELS, Policy, interpreter_environment, policy_of
+from lattice_worker.sandbox.spares import Spares
+from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
 from lattice_worker.zygote import Zygotes
 
+log = logging.getLogger(__name__)
+
+SEALED_SPARES = 1  # Of each policy.
+SEAL_S = 10.0
 IDLE_PER_SPARE = 2
 
 
 class Pool:
     """Runners. Process runners run one invocation at a time, async runners any number. `spares` is how many unused
     processes are kept ready; at most twice as many used ones are kept besides. Those of `retired` bundles are ended as
-    soon as they are free; `on_gone` is told that a runner has ended."""
+    soon as they are free; `on_gone` is told that a runner has ended. Runners of a level of isolation are sealed by its
+    policy and used once."""
 
     def __init__(self, spares: int, drafts: Drafts, zygotes: Zygotes | None = None) -> None:
         self._wanted = spares
         self._drafts = drafts
         self._zygotes = zygotes or Zygotes()
+        self._sandbox_zygotes = Zygotes(environment=interpreter_environment())
+        self._sealed: Spares[Runner] = Spares(self._start_sealed, SEALED_SPARES)
         self._spares: list[Runner] = []
         self._idle: dict[Runner, None] = {}  # Used longest ago first.
         self._by_key: dict[Key, list[Runner]] = {}
@@ -40,8 +51,26 @@ class Pool:
         if self._refilling is not None:
             await self._refilling
 
+    async def levels(self) -> list[str]:
+        """Return the levels of isolation that can be set up here: a process was sealed for each and accepted."""
+        offered = await asyncio.gather(*map(self._offers, LEVELS))
+        return [level for level, is_offered in zip(LEVELS, offered, strict=True) if is_offered]
+
+    async def _offers(self, level: str) -> bool:
+        policy = policy_of(level)
+        try:
+            self._sealed.add(policy, await self._start_sealed(policy))
+        except (OSError, SandboxError) as error:
+            log.warning("isolation by %s is not offered: %s", level, error)
+            return False
+        return True
+
     async def take(self, key: Key) -> Runner:
-        """Return a runner that is free to run one more invocation. Raises OSError."""
+        """Return a runner that is free to run one more invocation. Raises OSError and SandboxError."""
+        if key.isolation:
+            runner = await self._sealed.take(policy_of(key.isolation, key.bundle, key.gpu_indices))
+            runner.adopt(key)
+            return runner
         if key.is_async:
             shared = self._usable(key)
             if shared is None:
@@ -53,6 +82,11 @@ class Pool:
 
     def take_idle(self, key: Key) -> Runner | None:
         """Return a free runner without waiting, or None."""
+        if key.isolation:
+            sealed = self._sealed.take_waiting(policy_of(key.isolation, key.bundle, key.gpu_indices))
+            if sealed is not None:
+                sealed.adopt(key)
+            return sealed
         if key.is_async:
             shared = self._usable(key)
             if shared is None or not shared.done():
@@ -83,22 +117,25 @@ class Pool:
         """Have every runner drop functions, and end the free ones of retired bundles."""
         for runner in list(self._all):
             runner.forget(digests)
+        self._sealed.drop(lambda policy: any(path in self.retired for path in policy.read_paths))
         for runner in [runner for runner in self._idle if runner.key.bundle in self.retired]:
             self._leave_idle(runner)
             runner.kill()
 
     def uses(self, bundle: str) -> bool:
         """Whether a runner has a bundle."""
-        return any(runner.key.bundle == bundle for runner in self._all)
+        return any(bundle == runner.key.bundle or bundle in runner.read_paths for runner in self._all)
 
     def close(self) -> None:
         """Kill every runner."""
         self._is_closed = True
         if self._refilling is not None:
             self._refilling.cancel()
+        self._sealed.close()
         for runner in list(self._all):
             runner.kill()
         self._zygotes.close()
+        self._sandbox_zygotes.close()
 
     async def _start(self, key: Key) -> Runner:
         runner = await self._start_spare(is_async=key.is_async)
@@ -109,6 +146,26 @@ class Pool:
         runner = Runner(self._drafts, self._put_back, self._forget)
         await runner.start(self._zygotes, is_async=is_async)
         self._all.add(runner)
+        return runner
+
+    async def _start_sealed(self, policy: Policy) -> Runner:
+        """Start a process that is sealed and accepted. Raises OSError and SandboxError."""
+        sandbox = Supervisor(policy)
+        runner = Runner(self._drafts, self._put_back, self._forget, sandbox)
+        try:
+            await runner.start(self._sandbox_zygotes, is_async=False)
+            self._all.add(runner)
+            async with asyncio.timeout(SEAL_S):
+                await sandbox.sealed
+        except TimeoutError:
+            runner.kill()
+            raise SandboxError(f"{policy.level}: the process was not sealed within {SEAL_S:g} s") from None
+        except BaseException:
+            if runner in self._all:
+                runner.kill()
+            else:
+                sandbox.discard()
+            raise
         return runner
 
     def _refill(self) -> None:

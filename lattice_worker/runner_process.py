@@ -21,6 +21,10 @@ from typing import Any
 from lattice_worker.artifact_staging import Drafts
 from lattice_worker.control_socket import Control
 from lattice_worker.rawoutput import RawOutput
+from lattice_worker.runner.frames import MAX_FRAME_BYTES, FrameTooLargeError
+from lattice_worker.sandbox.policy import MIB, THREADS
+from lattice_worker.sandbox.results import require_no_files
+from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.zygote import Process, Zygotes
 
 log = logging.getLogger(__name__)
@@ -34,13 +38,16 @@ MARK_BYTES = 8  # Of each of two: whose step runs, and who alone has run since a
 @dataclass(frozen=True, slots=True)
 class Key:
     """What a process can be used for again: work of one tenant that uses the same modules and devices. `owner` is set
-    for a process that one lease has for itself."""
+    for a process that one lease has for itself. `isolation` is the level of its sandbox, where numerical libraries start
+    `threads` threads."""
 
     tenant: str = ""
     bundle: str = ""
     gpu_indices: tuple[int, ...] = ()
     is_async: bool = False
     owner: str = ""
+    isolation: str = ""
+    threads: int = 1
 
 
 @dataclass(slots=True)
@@ -49,6 +56,8 @@ class Invocation:
 
     `on_log` takes (stream, text, truncated); `on_spawn`, `on_ask` and `on_end` a header and its blobs; `on_refused` is
     called when the process did not begin it, `on_given_back` when another invocation took it down.
+
+    `screen` returns what is accepted of an answer, and raises when nothing is; without it all is.
 
     `claim` numbers one that was sent ahead; `ending` is the answer of one that is being ended, whatever it says itself.
     """
@@ -62,6 +71,7 @@ class Invocation:
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     on_refused: Callable[[], None]
     on_given_back: Callable[[str, bool], None]
+    screen: Callable[[dict[str, Any], list[bytes]], tuple[dict[str, Any], list[bytes]]] | None = None
     raw_left: int = 0
     ending: dict[str, Any] | None = field(default=None)
     describing: asyncio.TimerHandle | None = field(default=None)
@@ -79,9 +89,14 @@ class Runner:
     """
 
     def __init__(
-        self, drafts: Drafts, on_idle: Callable[["Runner"], None], on_gone: Callable[["Runner"], None]
+        self,
+        drafts: Drafts,
+        on_idle: Callable[["Runner"], None],
+        on_gone: Callable[["Runner"], None],
+        sandbox: Supervisor | None = None,
     ) -> None:
         self.key = Key()
+        self.sandbox = sandbox
         self.folder = ""
         self.known: set[str] = set()
         self._unneeded: set[str] = set()
@@ -120,9 +135,11 @@ class Runner:
             self._marks = mmap.mmap(marks, 2 * MARK_BYTES)
             undo.callback(self._marks.close)
             given = (control.fileno(), out_write, err_write, self._claim_read, marks)
-            self._process: Process = await zygotes.fork("async" if is_async else "process", given)
+            request = None if self.sandbox is None else self.sandbox.request(self.folder)
+            self._process: Process = await zygotes.fork("async" if is_async else "process", given, request)
             undo.pop_all()
-        self._control = Control(ours, self._take, self._break, self._lost)
+        limit = MAX_FRAME_BYTES if self.sandbox is None else self.sandbox.policy.output_bytes + MIB
+        self._control = Control(ours, self._take, self._break, self._lost, limit)
         self._raw = RawOutput({"stdout": out_read, "stderr": err_read}, self._control.read, self._take_raw)
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
@@ -133,6 +150,8 @@ class Runner:
         devices = ",".join(map(str, key.gpu_indices))
         # The order in which the indices were counted; CUDA's own puts the fastest first.
         environment = {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        if key.isolation:
+            environment |= dict.fromkeys(THREADS, str(key.threads))
         self._control.send({"kind": "adopt", "environment": environment})
 
     def when_ready(self, call: Callable[[], None]) -> None:
@@ -165,6 +184,16 @@ class Runner:
         invocation.number = invocation.header["number"] = next(self._numbers)
         self.running[invocation.name] = invocation
         self._control.send(invocation.header, invocation.blobs)
+        if self.sandbox is not None:
+            limit_bytes = invocation.header["memory_limit"]
+            self.sandbox.watch(
+                self._process.pid, limit_bytes, lambda excess: self._end_running_as("out_of_memory", excess)
+            )
+
+    def _end_running_as(self, kind: str, message: str) -> None:
+        for invocation in self.running.values():
+            invocation.ending = invocation.ending or _failed(kind, message)
+        self.kill()
 
     def send_ahead(self, invocation: Invocation) -> None:
         """Have an invocation run after those that run or were sent ahead before; `begin` tells when its turn comes."""
@@ -217,6 +246,11 @@ class Runner:
         """Whether the process takes invocations, as far as is known."""
         return self._is_fit
 
+    @property
+    def read_paths(self) -> tuple[str, ...]:
+        """What its sandbox shows it of this machine, such as a bundle."""
+        return () if self.sandbox is None else self.sandbox.policy.read_paths
+
     def kill(self) -> None:
         """End the process, and all that it started."""
         self._is_fit = False
@@ -243,12 +277,21 @@ class Runner:
             # Any of them may have sent it. The one whose step runs when the process is killed need not be it.
             self._is_any_culprit = True
         else:
-            for invocation in self.running.values():
-                invocation.ending = invocation.ending or _failed("internal", text)
+            is_too_large = self.sandbox is not None and isinstance(error, FrameTooLargeError)
+            self._end_running_as("output_size" if is_too_large else "internal", text)
+            return
         self.kill()
 
     def _handle(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         kind = header["kind"]
+        if self.sandbox is not None:
+            if kind == "ready":
+                self.sandbox.verify(header["facts"])
+            elif kind == "unsealed":
+                self.sandbox.refuse(header["reason"])
+                return
+            elif kind != "result":
+                require_no_files(header)
         if kind == "ready":
             self._is_ready = True
             waiting, self._when_ready = self._when_ready, []
@@ -287,6 +330,8 @@ class Runner:
 
     def _answer(self, invocation: Invocation, header: dict[str, Any], blobs: list[bytes]) -> None:
         # Whatever is wrong with an answer shows while the invocation still runs, so that it ends with the process.
+        if invocation.screen is not None:
+            header, blobs = invocation.screen(header, blobs)
         made = [str(name) for name in header["made"]]
         header["made"] = made
         if header["has_raw"]:
@@ -391,10 +436,15 @@ class Runner:
         running, self.running = self.running, {}
         self._end_running(list(running.values()), status)
         self._marks.close()
+        if self.sandbox is not None:
+            self.sandbox.close()
+            await asyncio.to_thread(self.sandbox.discard)
         # What it was writing, or wrote and did not come to tell.
         await asyncio.to_thread(self._drafts.discard, self.folder)
 
     def _crash(self, status: int) -> dict[str, Any]:
+        if self.sandbox is not None and (found := self.sandbox.crash(status, self._process.cpu_s)) is not None:
+            return _failed(*found, exit_status=status)
         if status == -signal.SIGKILL and oom_kills() > self._oom_kills:
             text = "the kernel killed the task's process because memory ran out"
             return _failed("out_of_memory", text, exit_status=status)

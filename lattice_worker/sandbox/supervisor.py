@@ -22,17 +22,20 @@ class SandboxError(Exception):
 
 
 class Supervisor:
-    """Supervises the process of one sandbox. `folder` is empty and this process's own."""
+    """Supervises the process of one sandbox."""
 
-    def __init__(self, policy: Policy, folder: str) -> None:
+    def __init__(self, policy: Policy) -> None:
         self.policy = policy
         # A view of its own is built on an empty folder. Without one the process is given a folder on disk.
         self._scratch = "" if policy.has_namespaces else tempfile.mkdtemp(prefix="lattice-scratch-")
-        self.request = {"policy": policy.to_json(), "folder": self._scratch or folder}
         self.sealed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # One that nobody waits for any more is no error of its own.
         self.sealed.add_done_callback(lambda sealed: sealed.cancelled() or sealed.exception())
         self._watching: asyncio.Task[None] | None = None
+
+    def request(self, folder: str) -> dict[str, Any]:
+        """Return what the zygote is told; `folder` is empty and the process's own."""
+        return {"policy": self.policy.to_json(), "folder": self._scratch or folder}
 
     def verify(self, found: Mapping[str, Any]) -> None:
         """Accept a process or refuse it, by what it reports of itself."""
@@ -71,10 +74,13 @@ class Supervisor:
         return None
 
     def close(self) -> None:
-        """Stop watching, and delete what the process wrote. Called when all its processes have ended."""
+        """Stop watching: the process has ended."""
         self.refuse("the process ended before it was sealed")
         if self._watching is not None:
             self._watching.cancel()
+
+    def discard(self) -> None:
+        """Delete what the process wrote, when all below it have ended too."""
         if self._scratch:
             # By descriptors, so that links lead nowhere.
             shutil.rmtree(self._scratch, ignore_errors=True)

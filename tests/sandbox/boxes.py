@@ -25,7 +25,8 @@ class Box:
     """One sealed process."""
 
     def __init__(self, found: Policy, folder: Path) -> None:
-        self.supervisor = Supervisor(found, str(folder))
+        self.supervisor = Supervisor(found)
+        self._folder = str(folder)
         self.facts: dict[str, Any] = {}
         self.logs = ""
         self.excess = ""
@@ -38,7 +39,7 @@ class Box:
         marks = os.memfd_create("marks")
         try:
             given = (theirs.fileno(), null, 2, null, marks)
-            self.process: Process = await zygotes.fork("process", given, self.supervisor.request)
+            self.process: Process = await zygotes.fork("process", given, self.supervisor.request(self._folder))
         finally:
             theirs.close()
             os.close(null)
@@ -111,6 +112,7 @@ class Box:
             self.control.drain()
             self.control.close()
         self.supervisor.close()
+        self.supervisor.discard()
 
 
 @contextlib.asynccontextmanager
@@ -131,6 +133,8 @@ async def boxes(folder: Path) -> AsyncIterator[Callable[[Policy], Any]]:
         for box in made:
             await box.close()
         zygotes.close()
+        if zygotes._current is not None:
+            await zygotes._current.process.wait()
 
 
 def in_box(found: Policy, folder: Path, function: Callable[..., Any], *args: Any) -> Any:
