@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterable
 
 from lattice_worker.artifact_staging import Drafts
 from lattice_worker.runner_process import Key, Runner
-from lattice_worker.sandbox.policy import LEVELS, Policy, interpreter_environment, policy_of
+from lattice_worker.sandbox.policy import LEVELS, Policy, policy_of
 from lattice_worker.sandbox.spares import Spares
 from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
 from lattice_worker.zygote import Zygotes
@@ -33,7 +33,6 @@ class Pool:
         self._wanted = spares
         self._drafts = drafts
         self._zygotes = zygotes or Zygotes()
-        self._sandbox_zygotes = Zygotes(environment=interpreter_environment())
         self._sealed: Spares[Runner] = Spares(self._start_sealed, SEALED_SPARES)
         self._spares: list[Runner] = []
         self._idle: dict[Runner, None] = {}  # Used longest ago first.
@@ -135,7 +134,6 @@ class Pool:
         for runner in list(self._all):
             runner.kill()
         self._zygotes.close()
-        self._sandbox_zygotes.close()
 
     async def _start(self, key: Key) -> Runner:
         runner = await self._start_spare(is_async=key.is_async)
@@ -153,7 +151,7 @@ class Pool:
         sandbox = Supervisor(policy)
         runner = Runner(self._drafts, self._put_back, self._forget, sandbox)
         try:
-            await runner.start(self._sandbox_zygotes, is_async=False)
+            await runner.start(self._zygotes, is_async=False)
             self._all.add(runner)
             async with asyncio.timeout(SEAL_S):
                 await sandbox.sealed

@@ -38,8 +38,8 @@ MARK_BYTES = 8  # Of each of two: whose step runs, and who alone has run since a
 @dataclass(frozen=True, slots=True)
 class Key:
     """What a process can be used for again: work of one tenant that uses the same modules and devices. `owner` is set
-    for a process that one lease has for itself. `isolation` is the level of its sandbox, where numerical libraries start
-    `threads` threads."""
+    for a process that one lease has for itself. `isolation` is the level of its sandbox, in which numerical libraries
+    start `threads` threads."""
 
     tenant: str = ""
     bundle: str = ""
@@ -290,8 +290,8 @@ class Runner:
             elif kind == "unsealed":
                 self.sandbox.refuse(header["reason"])
                 return
-            elif kind != "result":
-                require_no_files(header)
+            elif kind == "spawn":
+                require_no_files(header["task"]["inputs"].values())
         if kind == "ready":
             self._is_ready = True
             waiting, self._when_ready = self._when_ready, []

@@ -17,6 +17,7 @@ from typing import Any
 
 from lattice_worker import host
 from lattice_worker.runner.reset import children_of, kill_tree
+from lattice_worker.sandbox.policy import interpreter_environment
 
 PROGRAM = Path(__file__).parent / "runner" / "__main__.py"
 # Names the worker to all that its tasks start; whoever started the worker finds them by it when the worker is killed.
@@ -41,29 +42,31 @@ class Process:
 
 
 class Zygotes:
-    """The zygote there is, and the next one when that has died. Clients in tasks dial `server`, if it is given.
+    """The zygotes there are, and the next ones when those have died. Clients in tasks dial `server`, if it is given.
 
-    One that forks sandboxes has an `environment` of its own, because its children inherit its memory.
+    Sandboxes have a zygote of their own: its children inherit its memory, which must hold no secrets.
     """
 
-    def __init__(self, server: str = "", environment: Mapping[str, str] | None = None) -> None:
-        target = {"LATTICE_TARGET": server} if server else {}
-        self._environment = _environment() | target if environment is None else environment
-        self._current: _Zygote | None = None
+    def __init__(self, server: str = "") -> None:
+        self._environment = _environment() | ({"LATTICE_TARGET": server} if server else {})
+        self._current: dict[bool, _Zygote] = {}  # By whether it is the one of the sandboxes.
         self._starting = asyncio.Lock()
         self._cleaning: set[asyncio.Task[None]] = set()
 
     async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
         """Return a new process that has these descriptors, and seals itself for a `sandbox`. Raises OSError."""
+        is_for_sandboxes = sandbox is not None
         async with self._starting:
-            if self._current is None or self._current.is_gone:
-                self._current = await _Zygote.start(self._clean, self._environment)
-        return await self._current.fork(mode, descriptors, sandbox)
+            zygote = self._current.get(is_for_sandboxes)
+            if zygote is None or zygote.is_gone:
+                environment = interpreter_environment() if is_for_sandboxes else self._environment
+                zygote = self._current[is_for_sandboxes] = await _Zygote.start(self._clean, environment)
+        return await zygote.fork(mode, descriptors, sandbox)
 
     def close(self) -> None:
-        """End the zygote, and with it every process it forked."""
-        if self._current is not None:
-            self._current.close()
+        """End the zygotes, and with them every process they forked."""
+        for zygote in self._current.values():
+            zygote.close()
 
     def _clean(self, zygote: "_Zygote") -> None:
         task = asyncio.get_running_loop().create_task(self._end_orphans(zygote))
@@ -76,8 +79,8 @@ class Zygotes:
         if not host.adopts_orphans():
             return
         async with self._starting:
-            known = None if self._current is None else self._current.process.pid
-            while orphans := [pid for pid in children_of(os.getpid()) if pid != known]:
+            known = {current.process.pid for current in self._current.values()}
+            while orphans := [pid for pid in children_of(os.getpid()) if pid not in known]:
                 for pid in orphans:
                     kill_tree(pid)
                     with contextlib.suppress(ChildProcessError):

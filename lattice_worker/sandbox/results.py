@@ -4,6 +4,7 @@ Rule: the process neither opens nor names files of the store. Values travel as b
 itself reads and writes those that lie in the store.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,15 @@ def _member(member: dict[str, Any], blobs: list[bytes], encoder: Encoder) -> dic
 
 
 def _stored(reference: dict[str, Any], blobs: list[bytes], encoder: Encoder) -> dict[str, Any]:
-    require_no_files(reference)
+    require_no_files([reference])
     return encoder.store(str(reference["type"]), [blobs[reference["blob"]]])
 
 
-def require_no_files(tree: Any) -> None:
-    """Raise ProtocolError when a value of a sandboxed process names a file of the store: it may be another run's."""
-    pending = [tree]
+def require_no_files(trees: Iterable[dict[str, Any]]) -> None:
+    """Raise ProtocolError when a value names a file of the store: it may be another run's."""
+    pending = list(trees)
     while pending:
         found = pending.pop()
-        if isinstance(found, dict):
-            if "artifact" in found or "path" in found:
-                raise ProtocolError("a sandboxed process named a file of the store")
-            pending += found.values()
-        elif isinstance(found, list):
-            pending += found
+        if "artifact" in found or "path" in found:
+            raise ProtocolError("a sandboxed process named a file of the store")
+        pending += [*found.get("items", ()), *found.get("entries", {}).values()]

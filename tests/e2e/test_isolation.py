@@ -41,9 +41,9 @@ def failure(client: LatticeClient, function: Callable[..., Any], level: str, **s
 def test_task_runs_in_a_process_that_is_used_once(sandboxed: LatticeClient, level: str) -> None:
     @task(isolation=level)
     def leave(number: int) -> list[Any]:
-        found = [os.getuid() != 0, os.getcwd(), os.listdir("."), "left" in os.environ, number]
+        found = [os.getuid() != 0, os.getcwd(), os.listdir("."), "LEFT" in os.environ, number]
         Path("left").write_text("x")
-        os.environ["left"] = "x"
+        os.environ["LEFT"] = "x"
         return found
 
     workflow = sandboxed.create_workflow()

@@ -12,7 +12,6 @@ import cloudpickle
 
 from lattice_worker.control_socket import Control
 from lattice_worker.runner.values import decode_value
-from lattice_worker.sandbox import policy
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.zygote import Process, Zygotes
@@ -118,7 +117,7 @@ class Box:
 @contextlib.asynccontextmanager
 async def boxes(folder: Path) -> AsyncIterator[Callable[[Policy], Any]]:
     """Have a zygote while the block runs; the block gets a function that starts a box of a policy."""
-    zygotes = Zygotes(environment=policy.interpreter_environment())
+    zygotes = Zygotes()
     made: list[Box] = []
 
     async def start(found: Policy) -> Box:
@@ -133,8 +132,8 @@ async def boxes(folder: Path) -> AsyncIterator[Callable[[Policy], Any]]:
         for box in made:
             await box.close()
         zygotes.close()
-        if zygotes._current is not None:
-            await zygotes._current.process.wait()
+        for zygote in zygotes._current.values():
+            await zygote.process.wait()
 
 
 def in_box(found: Policy, folder: Path, function: Callable[..., Any], *args: Any) -> Any:
