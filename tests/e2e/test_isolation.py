@@ -134,5 +134,5 @@ def test_coroutines_and_batches_run_in_a_sandbox(sandboxed: LatticeClient, level
 
 def test_node_lists_the_levels_it_can_set_up(sandboxed: LatticeClient) -> None:
     (node,) = sandboxed.nodes()
-    levels = [resources_pb2.Isolation.Name(level) for level in node.isolations]
-    assert levels == ["ISOLATION_NONE", "ISOLATION_SUBPROCESS", "ISOLATION_SECCOMP"]
+    levels = {resources_pb2.Isolation.Name(level) for level in node.isolations}
+    assert levels == {"ISOLATION_NONE", "ISOLATION_SUBPROCESS", "ISOLATION_SECCOMP"}
