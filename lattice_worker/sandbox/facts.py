@@ -1,4 +1,4 @@
-"""What a sealed process finds out about itself, and what the agent requires of it.
+"""The facts that a sealed process reports of itself, and the check of them by the agent.
 
 Rule: a process is sent code only when `missing` finds nothing. The facts are gathered before there is any code of a
 user in the process, so they can be believed.
@@ -27,7 +27,7 @@ def namespaces() -> dict[str, str]:
 
 
 def gather(scratch: str) -> dict[str, Any]:
-    """Return what holds of this process."""
+    """Return the facts about this process. `scratch` is its scratch folder."""
     with open("/proc/self/status") as file:
         status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
     return {
@@ -79,7 +79,7 @@ PROBES: dict[str, Callable[[], object]] = {
 
 
 def missing(policy: Policy, facts: Mapping[str, Any], own: Mapping[str, str], root_device: int) -> list[str]:
-    """Return which parts of a policy do not hold in a process, for people; nothing when all of them hold.
+    """Return which parts of a policy do not hold in a process, for people; an empty list when all of them hold.
 
     `own` are the namespaces of the agent, and `root_device` is the device of its root folder.
     """

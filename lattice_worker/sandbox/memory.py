@@ -24,7 +24,7 @@ def used_bytes(pid: int, limit_bytes: int) -> int:
     private, shared = _sum(pids, "status", "RssAnon", "RssShmem")
     if private + max(shared, in_files) > limit_bytes:
         private, shared = _sum(pids, "smaps_rollup", "Pss_Anon", "Pss_Shmem")
-    # What is mapped of files in memory is among both.
+    # The mapped pages of files in memory are counted in both.
     return private + max(shared, in_files)
 
 

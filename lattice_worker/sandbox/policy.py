@@ -1,4 +1,4 @@
-"""What a sandbox allows and how much it may use. Rule: two attempts may use the same spare only if their policies are
+"""The policy of a sandbox: access, limits, and the paths of this machine that it shows. Rule: two attempts may use the same spare only if their policies are
 equal."""
 
 import os
@@ -32,7 +32,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXP
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a process may see and use. Sizes in bytes, times in seconds.
+    """The access and the limits of one process. Sizes in bytes, times in seconds.
 
     `has_namespaces` says whether it gets namespaces and a file system view of its own: always at `seccomp`, and at
     `subprocess` when the agent is root. `is_root` says that the agent is root, so that the process gets a user of its
@@ -94,7 +94,7 @@ def interpreter_paths() -> tuple[str, ...]:
 
 
 def gpu_devices(indices: tuple[int, ...]) -> tuple[str, ...]:
-    """Return the device files of some GPUs of NVIDIA's, and those that all of them share."""
+    """Return the device files of some NVIDIA GPUs, and the device files that all GPUs share."""
     if not indices:
         return ()
     shared = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")
@@ -102,7 +102,7 @@ def gpu_devices(indices: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def environment_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what a sandboxed task may know of an environment."""
+    """Return the variables of an environment that a sandboxed task may see."""
     return {name: value for name, value in environment.items() if name in ENVIRONMENT or name.startswith("LC_")}
 
 

@@ -1,7 +1,7 @@
-"""The values of a sandboxed process: its inputs, and what the agent accepts of its answers.
+"""The values of a sandboxed process: inputs that are sent to it, and answers that are accepted from it.
 
 Rule: the process neither opens nor names files of the store. Values travel as bytes in both directions, and the agent
-itself reads and writes those that lie in the store.
+itself reads and writes the values that lie in the store.
 """
 
 from collections.abc import Iterable

@@ -3,7 +3,7 @@
 Rule: the steps of the seal run in the order of `OUTER` and `INNER`; a step that fails ends the process. The system
 call filter is the last one, because the steps before it need calls that it refuses.
 
-With namespaces there are three processes. The one that the zygote forked makes the namespaces and waits outside of
+With namespaces there are three processes. The process that the zygote forked makes the namespaces and waits outside of
 them. Its child is the first process of the new pid namespace: it builds the file system view, gives up its privileges
 and waits for the processes below it. The child of that one becomes the runner. When either of the two that wait ends,
 the kernel ends all processes of the namespace.
@@ -55,7 +55,7 @@ class Sandbox:
 
     @property
     def read_paths(self) -> tuple[str, ...]:
-        """What may be read beside the system's files."""
+        """The paths that may be read beside the system's files."""
         return (*interpreter_paths(), *self.policy.read_paths)
 
 
@@ -63,7 +63,7 @@ Step = tuple[str, Callable[[Sandbox], None]]
 
 
 def seal(policy: Policy, folder: str) -> dict[str, Any]:
-    """Seal this process and return what holds now, see `facts`. With namespaces it returns in a grandchild.
+    """Seal this process and return the facts about it, see `facts.gather`. With namespaces it returns in a grandchild.
 
     Raises SealError.
     """
@@ -95,7 +95,7 @@ def _take(sandbox: Sandbox, step: Step) -> None:
         raise SealError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-# What the first process of a namespace does, too.
+# Steps of the first process of a namespace and of the runner.
 
 
 def _namespaces(sandbox: Sandbox) -> None:
@@ -168,7 +168,7 @@ def _dumpable(_sandbox: Sandbox) -> None:
     libc.prctl(libc.PR_SET_DUMPABLE, 0)
 
 
-# What only the runner does.
+# Steps of the runner.
 
 
 def _limits(sandbox: Sandbox) -> None:

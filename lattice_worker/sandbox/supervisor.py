@@ -1,6 +1,6 @@
 """The agent's side of one sandbox: verifies the seal, watches the memory, and says why the process ended.
 
-Rule: no code is sent before `verify` has accepted what the process reports of itself.
+Rule: no code is sent before `verify` has accepted the facts that the process reports of itself.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ class Supervisor:
         # A view of its own is built on an empty folder. Without one the process is given a folder on disk.
         self._scratch = "" if policy.has_namespaces else tempfile.mkdtemp(prefix="lattice-scratch-")
         self.sealed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # One that nobody waits for any more is no error of its own.
+        # A refusal that no attempt waits for is not logged as an error.
         self.sealed.add_done_callback(lambda sealed: sealed.cancelled() or sealed.exception())
         self._watching: asyncio.Task[None] | None = None
 
     def request(self, folder: str) -> dict[str, Any]:
-        """Return what the zygote is told; `folder` is empty and the process's own."""
+        """Return the request for the zygote; `folder` is empty and the process's own."""
         return {"policy": self.policy.to_json(), "folder": self._scratch or folder}
 
     def verify(self, found: Mapping[str, Any]) -> None:
-        """Accept a process or refuse it, by what it reports of itself."""
+        """Accept a process or refuse it, by the facts it reports of itself."""
         missing = facts.missing(self.policy, found, facts.namespaces(), os.stat("/").st_dev)
         if missing:
             self.refuse(f"missing: {'; '.join(missing)}")
@@ -80,7 +80,7 @@ class Supervisor:
             self._watching.cancel()
 
     def discard(self) -> None:
-        """Delete what the process wrote, when all below it have ended too."""
+        """Delete the files that the process wrote. Its descendants have to have ended."""
         if self._scratch:
             # By descriptors, so that links lead nowhere.
             shutil.rmtree(self._scratch, ignore_errors=True)

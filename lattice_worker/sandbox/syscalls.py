@@ -1,7 +1,6 @@
 """System calls: which of them a sandboxed process may make, and their numbers on each architecture.
 
-Rule: a call that is in neither list is answered as a kernel without it would, so that libraries use what they used
-before there was that call. Calls whose arguments decide are judged in `syscall_filter`.
+Rule: a call that is in neither list fails as on a kernel that lacks it, so that libraries use an older call instead. Calls whose arguments decide are judged in `syscall_filter`.
 """
 
 

@@ -2,7 +2,10 @@
 
 import asyncio
 import dataclasses
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +56,24 @@ def test_step_to_leave_out_is_read_from_the_environment(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("level", LEVELS)
 def test_sandbox_runs_a_function(level: str, tmp_path: Path) -> None:
     assert in_box(policy_of(level), tmp_path, lambda a, b: a + b, 1, 2) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a plain user that can read the interpreter")
+def test_agent_that_is_not_root_seals_its_sandboxes_too() -> None:
+    program = [sys.executable, "-m", "tests.sandbox.plain_user"]
+    found = json.loads(subprocess.run(program, capture_output=True, check=True, timeout=60).stdout)
+    assert {level: each["missing"] for level, each in found.items()} == {level: [] for level in LEVELS}
+    assert found["subprocess"]["result"] == {
+        "list_root": "PermissionError",
+        "signal_agent": "PermissionError",
+        "read_agent": "PermissionError",
+        "write_scratch": "done",
+        "write_outside": "PermissionError",
+    }
+    assert found["seccomp"]["result"] == {
+        "list_root": "PermissionError",
+        "signal_agent": "ProcessLookupError",
+        "read_agent": "FileNotFoundError",
+        "write_scratch": "done",
+        "write_outside": "FileNotFoundError",
+    }
