@@ -1,5 +1,7 @@
-"""The policy of a sandbox: access, limits, and the paths of this machine that it shows. Rule: two attempts may use the same spare only if their policies are
-equal."""
+"""The policy of a sandbox: access, limits, and the paths of this machine that it shows.
+
+Rule: two attempts may use the same spare only if their policies are equal.
+"""
 
 import os
 import sys

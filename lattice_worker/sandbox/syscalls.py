@@ -1,6 +1,7 @@
 """System calls: which of them a sandboxed process may make, and their numbers on each architecture.
 
-Rule: a call that is in neither list fails as on a kernel that lacks it, so that libraries use an older call instead. Calls whose arguments decide are judged in `syscall_filter`.
+Rule: a call that is in neither list fails as on a kernel that lacks it, so that libraries use an older call
+instead. Calls whose arguments decide are judged in `syscall_filter`.
 """
 
 

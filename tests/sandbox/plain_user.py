@@ -69,7 +69,7 @@ def attempt(agent: int) -> dict[str, str]:
     return {
         "list_root": outcome(lambda: os.listdir("/")),
         "signal_agent": outcome(lambda: os.kill(agent, 0)),
-        "read_agent": outcome(lambda: open(f"/proc/{agent}/environ").read()),  # noqa: SIM115
+        "read_agent": outcome(lambda: open(f"/proc/{agent}/environ").read()),
         "write_scratch": outcome(lambda: Path("x").write_text("x")),
         "write_outside": outcome(lambda: Path("/var/tmp/x").write_text("x")),
     }

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from lattice_worker.sandbox import facts, seal
+from lattice_worker.sandbox import facts, steps
 from lattice_worker.sandbox.policy import LEVELS, SECCOMP, policy_of
 from lattice_worker.sandbox.supervisor import SandboxError
 from tests.sandbox.boxes import boxes, in_box
 
 # A process that changed its user cannot be dumped anyway.
 REDUNDANT = {"dumpable"} if os.geteuid() == 0 else {"bounding_set", "parent_death"}
-STEPS = [name for name, _ in (*seal.OUTER, *seal.INNER)] + ["view", "mount", "pid", "net", "ipc", "uts"]
+STEPS = [name for name, _ in (*steps.OUTER, *steps.INNER)] + ["view", "mount", "pid", "net", "ipc", "uts"]
 
 
 @pytest.mark.parametrize("level", LEVELS)
