@@ -37,7 +37,7 @@ from lattice_server.core.run import dag
 from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.scheduling.scheduler import Dispatch
 from lattice_server.core.states import RunState
-from lattice_worker.session import Session
+from lattice_worker.slots import LeaseState, SlotTable
 
 HOP_S = 0.0003  # From the scheduler to a worker, and back.
 STARTS_AFTER_S = 0.010  # Workers do not report the start of what ends sooner.
@@ -68,7 +68,7 @@ class Simulation:
         self._due: list[tuple[float, int, Arrival | _Ended | _Wake]] = []
         self._numbers = count()
         self._wakes: dict[float, _Wake] = {}
-        self._sessions: dict[str, Session[Assign, None]] = {}
+        self._sessions: dict[str, SlotTable[Assign]] = {}
         self._running: dict[tuple[str, str], tuple[Assign, float]] = {}
         self._runs: dict[str, tuple[Run, Arrival]] = {}
         self._ended: list[EndedRun] = []
@@ -160,7 +160,7 @@ class Simulation:
                 case RevokeLease():
                     self._give_back(effect, now + HOP_S)
                 case WelcomeWorker():
-                    self._sessions[effect.session_id] = Session()
+                    self._sessions[effect.session_id] = SlotTable()
                 case NodesChanged():
                     pass
                 case _:
@@ -197,7 +197,7 @@ class Simulation:
     # The workers.
 
     def _assign(self, assign: Assign, at: float) -> None:
-        started = self._sessions[assign.session_id].assign(assign.lease_id, assign.slot, assign)
+        started = self._sessions[assign.session_id].add(assign.lease_id, assign.slot, assign)
         if started is not None:
             self._begin(started, at)
 
@@ -226,10 +226,10 @@ class Simulation:
         self._wake(now + HOP_S, told)
         following = self._sessions[ended.session_id].end(ended.lease_id)
         if following is not None:
-            self._begin(following, now)
+            self._begin(following[1], now)
 
     def _give_back(self, revoke: RevokeLease, at: float) -> None:
-        session = self._sessions[revoke.session_id]
-        if session.has_started(revoke.lease_id) is False:
-            session.end(revoke.lease_id)
+        slots = self._sessions[revoke.session_id]
+        if slots.state(revoke.lease_id) is LeaseState.WAITING:
+            slots.end(revoke.lease_id)
             self._wake(at + HOP_S, [LeaseReturned(revoke.session_id, revoke.lease_id, "revoked")])

@@ -16,20 +16,23 @@ from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
+from lattice.v1 import artifact_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
-from lattice_worker.artifact_staging import Drafts
-from lattice_worker.attempt_executor import Attempts
+from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.attempt_executor import AttemptExecutor
+from lattice_worker.attempt_reports import AttemptReports
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES, opened
 from lattice_worker.config import WorkerConfig
-from lattice_worker.lease_machine import Leasing
-from lattice_worker.local_store import Materials
-from lattice_worker.outbox import CHUNK_BYTES, Leases, Outgoing
-from lattice_worker.peer_fetch import Courier
+from lattice_worker.lease_machine import LeaseMachine
+from lattice_worker.limits import Limits
+from lattice_worker.local_store import LocalStore
+from lattice_worker.outbox import CHUNK_BYTES, Leases, Outbox
+from lattice_worker.peer_fetch import PeerFetcher
+from lattice_worker.preparation import ISOLATIONS
+from lattice_worker.questions import Questions
 from lattice_worker.runner_pool import Pool
-from lattice_worker.sandbox.policy import SECCOMP, SUBPROCESS
-from lattice_worker.zygote import Zygotes
+from lattice_worker.zygotes import Zygotes
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,6 @@ VERSION = "0.1.0"
 PROTOCOL_VERSION = 1
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 FIRST_BEAT_S = 0.5  # Until the server says how often.
-ISOLATIONS = {SUBPROCESS: resources_pb2.ISOLATION_SUBPROCESS, SECCOMP: resources_pb2.ISOLATION_SECCOMP}
 DIAL_S = 10.0  # How long a server may take to say anything at all.
 
 
@@ -47,20 +49,25 @@ class Agent:
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
         self._capacity = host.capacity(config)
-        self._drafts = Drafts(config.store_directory)
-        self._pool = Pool(max(1, int(self._capacity.cpu)), self._drafts, Zygotes(config.server))
+        self._staging = ArtifactStaging(config.store_directory)
+        self._pool = Pool(max(1, int(self._capacity.cpu)), self._staging, Zygotes(config.server))
         store = config.store_directory
-        incoming = self._drafts.incoming
-        self._courier = None if config.host_fd is None else Courier(config.host_fd, store, incoming)
-        self._materials = Materials(store, config.store_name, self._drafts, lambda: self._artifacts, self._courier)
-        self._attempts = Attempts(self._pool, self._materials, self._emit, self._ended, self._ask)
-        self._leasing: Leases = Leasing(self._attempts, self._say, convert.returned)
-        self._outgoing = Outgoing(self._leasing, lambda: self._attempts.questions.last_answer)
+        incoming = self._staging.incoming
+        self._fetcher = None if config.host_fd is None else PeerFetcher(config.host_fd, store, incoming)
+        self._local_store = LocalStore(store, config.store_name, self._staging, lambda: self._artifacts, self._fetcher)
+        self._limits = Limits()
+        self._questions = Questions(self._emit, self._limits)
+        reports = AttemptReports(self._local_store, self._limits, self._emit, self._ended)
+        self._executor = AttemptExecutor(
+            self._pool, self._local_store, reports, self._questions, self._limits, self._ask
+        )
+        self._leases: Leases = LeaseMachine(self._executor, self._say, convert.returned)
+        self._outbox = Outbox(self._leases, self._limits, lambda: self._questions.last_answer)
         self._heartbeat_s = FIRST_BEAT_S
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0
         self._is_welcome = False
-        self._isolations = [resources_pb2.ISOLATION_NONE]
+        self._levels: frozenset[str] = frozenset()  # Of isolation, that can be set up here.
         self._listed: frozenset[str] = frozenset()
         self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
         self._uploads: set[asyncio.Task[None]] = set()
@@ -69,15 +76,15 @@ class Agent:
     async def run(self) -> None:
         """Serve until the server closes the session for good; `refusal` says why if it would not have the worker."""
         (Path(self._config.store_directory) / "spares").mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(self._materials.bundles.sweep)
-        with self._drafts.opened():
+        await asyncio.to_thread(self._local_store.bundles.sweep)
+        with self._staging.opened():
             await self._serve()
 
     async def _serve(self) -> None:
-        if self._courier is not None:
-            await self._courier.start()
+        if self._fetcher is not None:
+            await self._fetcher.start()
         warming = asyncio.create_task(self._pool.warm())
-        self._isolations += [ISOLATIONS[level] for level in await self._pool.levels()]
+        self._levels = frozenset(await self._pool.levels())
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._serve_stream():
@@ -89,14 +96,14 @@ class Agent:
         finally:
             warming.cancel()
             self._pool.close()
-            self._materials.bundles.close()
-            if self._courier is not None:
-                self._courier.close()
+            self._local_store.bundles.close()
+            if self._fetcher is not None:
+                self._fetcher.close()
 
     def leave(self, deadline_s: float) -> None:
         """Ask the server for no more work, and for the end once what is held is over or moved after `deadline_s`."""
         deadline = Duration(nanos=int(deadline_s % 1 * 1e9), seconds=int(deadline_s))
-        self._outgoing.drain(worker_pb2.Draining(deadline=deadline))
+        self._outbox.drain(worker_pb2.Draining(deadline=deadline))
 
     async def _serve_stream(self) -> bool:
         """Hold one stream; return whether the worker is to end."""
@@ -105,7 +112,7 @@ class Agent:
         async with opened(self._config) as channel:
             self._artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
             workers = worker_pb2_grpc.WorkerServiceStub(channel)
-            call = workers.Connect(self._outgoing.open(self._hello()))
+            call = workers.Connect(self._outbox.open(self._hello()))
             beating = asyncio.create_task(self._beat(call))
             try:
                 async for response in call:
@@ -136,7 +143,7 @@ class Agent:
         while loop.time() - self._heard_at <= self._silence_limit_s:
             # Signs of life are for when nothing else happens: nothing could wake this.
             await asyncio.sleep(self._heartbeat_s)
-            self._outgoing.beat()
+            self._outbox.beat()
         call.cancel()
 
     def _closed(self, close: worker_pb2.Close) -> bool:
@@ -150,95 +157,94 @@ class Agent:
 
     def _named(self) -> dict[str, str]:
         """Return what a log line about the stream names."""
-        session_id = self._leasing.session.session_id
+        session_id = self._leases.session_id
         return {"worker_id": self._config.worker_id, "node_id": self._config.node_id, "session_id": session_id}
 
     def _hello(self) -> worker_pb2.Hello:
-        self._listed = frozenset(self._drafts.reported)
+        self._listed = frozenset(self._staging.reported)
         return worker_pb2.Hello(
             worker_id=self._config.worker_id,
-            session_id=self._leasing.session.session_id,
+            session_id=self._leases.session_id,
             node_id=self._config.node_id,
             hostname=socket.gethostname(),
             node_ip=host.address_towards(self._config.target),
             capacity=self._capacity,
             labels=self._config.labels,
-            isolations=self._isolations,
+            isolations=[number for number, level in ISOLATIONS.items() if not level or level in self._levels],
             runtime=host.runtime(),
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,
             send_time=convert.timestamp(time.time_ns()),
-            held_lease_ids=self._leasing.session.held(),
+            held_lease_ids=self._leases.held(),
             pid=os.getpid(),
-            stored_artifact_ids=self._materials.stored(),
+            stored_artifact_ids=self._local_store.stored(),
             reported_artifact_ids=self._listed,
         )
 
     def _take(self, response: worker_pb2.ConnectResponse) -> None:
         """Act on what a message asks for, in the order of its fields."""
         if response.acknowledged_sequence:
-            acknowledged = self._leasing.session.acknowledge(response.acknowledged_sequence)
-            if self._drafts.reported:
+            acknowledged = self._leases.reports.acknowledge(response.acknowledged_sequence)
+            if self._staging.reported:
                 for report in acknowledged:
-                    self._drafts.settle(convert.artifacts_in(report))
+                    self._staging.settle(convert.artifacts_in(report))
         if response.drop_artifact_ids:
-            self._materials.drop(response.drop_artifact_ids)
+            self._local_store.drop(response.drop_artifact_ids)
         if response.functions or response.bundles:
-            self._attempts.learn(list(response.functions), list(response.bundles))
+            self._executor.learn(list(response.functions), list(response.bundles))
         for assignment in response.assignments:
             named = (assignment.lease_id, assignment.slot, assignment.after_lease_id, assignment.sequence)
-            self._leasing.assign(*named, assignment)
+            self._leases.assign(*named, assignment)
         for lease_id in response.revoke_lease_ids:
-            self._leasing.revoke(lease_id)
+            self._leases.revoke(lease_id)
         for lease_id in response.stop_lease_ids:
-            self._leasing.stop(lease_id)
+            self._leases.stop(lease_id)
         if response.forget_digests:
-            self._attempts.forget(response.forget_digests)
+            self._executor.code.forget(response.forget_digests)
         for answer in response.answers:
-            self._attempts.questions.answer(answer)
+            self._questions.answer(answer)
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
         self._heartbeat_s = seconds(welcome.heartbeat_interval) or self._heartbeat_s
         self._silence_limit_s = seconds(welcome.silence_limit) or math.inf
-        self._attempts.inline_limit_bytes = welcome.inline_limit_bytes
-        self._attempts.log_limit_bytes = welcome.log_limit_bytes
-        limit_bytes = welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES
-        self._attempts.message_limit_bytes = self._outgoing.message_limit_bytes = min(limit_bytes, MESSAGE_LIMIT_BYTES)
-        is_new = not welcome.resumed and welcome.session_id != self._leasing.session.session_id
-        unacknowledged = self._leasing.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
-        self._materials.drop(welcome.drop_artifact_ids)
-        self._attempts.questions.limit_bytes = welcome.question_limit_bytes
+        self._limits.inline_bytes = welcome.inline_limit_bytes
+        self._limits.log_bytes = welcome.log_limit_bytes
+        self._limits.message_bytes = min(welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES, MESSAGE_LIMIT_BYTES)
+        self._limits.question_bytes = welcome.question_limit_bytes
+        is_new = not welcome.resumed and welcome.session_id != self._leases.session_id
+        unacknowledged = self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
+        self._local_store.drop(welcome.drop_artifact_ids)
         if is_new:
-            self._attempts.questions.reset()
+            self._questions.reset()
             # Of what was made since the hello nobody was told, and nobody will be.
-            self._materials.drop(self._drafts.reported - self._listed)
-            self._drafts.settle(self._listed)
-        self._attempts.renew()
+            self._local_store.drop(self._staging.reported - self._listed)
+            self._staging.settle(self._listed)
+        self._executor.code.renew()
         self._is_welcome = True
-        self._outgoing.resume(unacknowledged)
-        if unknown := self._attempts.unknown():
-            self._outgoing.ask(unknown)
+        self._outbox.resume(unacknowledged)
+        if unknown := self._executor.missing_code():
+            self._outbox.ask(unknown)
 
     def _upload(self, workers: "worker_pb2_grpc.WorkerServiceAsyncStub", wanted: worker_pb2.SendArtifact) -> None:
-        task = asyncio.create_task(_send(workers, wanted, self._materials))
+        task = asyncio.create_task(_send(workers, wanted, self._local_store))
         self._uploads.add(task)
         task.add_done_callback(self._uploads.discard)
 
     def _emit(self, report: worker_pb2.Report) -> None:
-        if self._leasing.session.has_started(report.lease_id) is not None:
-            self._leasing.report(report.lease_id, report)
+        if self._leases.holds(report.lease_id):
+            self._leases.report(report.lease_id, report)
         else:
-            self._materials.drop(convert.artifacts_in(report))
+            self._local_store.drop(convert.artifacts_in(report))
 
     def _say(self, sequence: int, report: worker_pb2.Report) -> None:
         report.sequence = sequence
-        self._outgoing.report(report)
+        self._outbox.report(report)
 
     def _ask(self, digest: str) -> None:
-        self._outgoing.ask([digest])
+        self._outbox.ask([digest])
 
     def _ended(self, lease_id: str, outputs: convert.Outputs | None) -> None:
-        self._leasing.ended(lease_id, outputs)
+        self._leases.ended(lease_id, outputs)
 
 
 def seconds(duration: Duration) -> float:
@@ -249,14 +255,14 @@ def seconds(duration: Duration) -> float:
 async def _send(
     workers: "worker_pb2_grpc.WorkerServiceAsyncStub",
     wanted: worker_pb2.SendArtifact,
-    materials: Materials,
+    local_store: LocalStore,
 ) -> None:
     """Send the server a large value of this node."""
 
     async def chunks() -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
         first = worker_pb2.UploadArtifactRequest(transfer_id=wanted.transfer_id)
         try:
-            with materials.open(wanted.artifact_id) as file:
+            with local_store.open(wanted.artifact_id) as file:
                 first.size_bytes = max(0, file.seek(0, os.SEEK_END) - wanted.offset)
                 yield first
                 file.seek(wanted.offset)

@@ -21,14 +21,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-PREFIX = "drafts-"
+PREFIX = "staging-"
 REPORTED = "reported"
 INCOMING = "incoming"
 DISK = "disk"
 
 
-class Drafts:
-    """The drafts of one worker. `reported` are the values whose reports may not be acknowledged."""
+class ArtifactStaging:
+    """The staging of one worker. `reported` are the values whose reports may not be acknowledged."""
 
     def __init__(self, store_directory: str) -> None:
         self._store = Path(store_directory)

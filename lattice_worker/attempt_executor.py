@@ -1,454 +1,305 @@
-"""Owns the execution of leases: from an assignment to the reports of how it went.
+"""Executes leases: gets ready what an assignment needs, runs it on a runner, and stops it.
 
-Rule: a lease that was taken ends in exactly one report, whatever happens to the process that ran it.
+Rule: a lease that was taken ends once, whatever happens to the process that ran it.
 """
 
 import asyncio
-import contextlib
 import logging
-import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lattice.v1 import resources_pb2, task_pb2, worker_pb2
 
-from lattice_worker import convert
-from lattice_worker.channel import MESSAGE_LIMIT_BYTES
-from lattice_worker.local_store import Materials, MissingError
+from lattice_worker import convert, outcomes
+from lattice_worker.attempt_reports import AttemptReports
+from lattice_worker.code_cache import CodeCache
+from lattice_worker.crash import Suspects
+from lattice_worker.execution import Execution
+from lattice_worker.invocation import Invocation, RunnerKey, failed
+from lattice_worker.limits import Limits
+from lattice_worker.local_store import LocalStore, MissingError
+from lattice_worker.pipelining import MAX_PIPELINED
+from lattice_worker.preparation import ISOLATIONS, Preparation
 from lattice_worker.questions import Questions
+from lattice_worker.runner_handle import Runner
 from lattice_worker.runner_pool import Pool
-from lattice_worker.runner_process import MAX_AHEAD, Invocation, Key, Runner
-from lattice_worker.sandbox.policy import SECCOMP, SUBPROCESS
-from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, InputError, inlined, screened
+from lattice_worker.sandbox.results import InputError
 from lattice_worker.sandbox.supervisor import SandboxError
 
 log = logging.getLogger(__name__)
 
-# A start is told late, so that a short attempt needs one report instead of two.
-START_DELAY_S = 0.002
 CANCEL_GRACE_S = 1.0
-LOG_CHARACTERS = 256 * 1024  # The most of an attempt's output that one report holds.
-
-# Answers of so many values, or so many bytes, are converted away from the event loop.
-LARGE_ANSWER_BLOBS = 500
-LARGE_ANSWER_BYTES = 1024 * 1024
-MAX_SUSPECTS = 1000
-
-# The levels of sandboxes, by their numbers in the contract.
-ISOLATIONS = {
-    resources_pb2.ISOLATION_NONE: "",
-    resources_pb2.ISOLATION_SUBPROCESS: SUBPROCESS,
-    resources_pb2.ISOLATION_SECCOMP: SECCOMP,
-}
-
-Emit = Callable[[worker_pb2.Report], None]
-Ended = Callable[[str, convert.Outputs | None], None]
-Ask = Callable[[str], None]
 
 
-class Attempts:
-    """Runs leases on runners. `emit` takes reports, `ended` is told each lease that is over, with what it gave.
+class AttemptExecutor:
+    """Runs leases on runners. `request_code` takes the digest of each function that a lease needs and that is not here.
 
-    `ask` is told the digest of each function that a lease names and that is not here.
+    The agent hands code to `learn`, and answers to `questions`.
     """
 
-    def __init__(self, pool: Pool, materials: Materials, emit: Emit, ended: Ended, ask: Ask) -> None:
-        self.inline_limit_bytes = 256 * 1024
-        self.log_limit_bytes = 1024 * 1024
-        self.message_limit_bytes = MESSAGE_LIMIT_BYTES
-        self._pool, self._materials = pool, materials
-        self._emit, self._ended, self._ask = emit, ended, ask
-        self.questions = Questions(emit)
-        self._functions: dict[str, task_pb2.Function] = {}
-        self._stale: set[str] = set()
-        self._codeless: dict[str, worker_pb2.Assignment] = {}
-        self._upstream: dict[str, convert.Outputs] = {}
-        self._running: dict[str, tuple[Runner, Invocation]] = {}
-        self._ahead: dict[str, Runner] = {}
-        self._unstarted: dict[str, int] = {}  # When they began, in nanoseconds since the epoch.
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._starting: dict[str, tuple[asyncio.Task[None], worker_pb2.Assignment]] = {}
-        self._converting: set[asyncio.Task[None]] = set()
-        self._suspects: dict[tuple[str, str], None] = {}
-        self._start_timer: asyncio.TimerHandle | None = None
-        self._bundles = materials.bundles
-        pool.retired, pool.on_gone = self._bundles.retired, self._drop_bundles
+    def __init__(
+        self,
+        pool: Pool,
+        local_store: LocalStore,
+        reports: AttemptReports,
+        questions: Questions,
+        limits: Limits,
+        request_code: Callable[[str], None],
+    ) -> None:
+        self.code = CodeCache(local_store.bundles, pool)
+        self.questions = questions
+        self._preparation = Preparation(self.code.bundles, local_store, limits)
+        self._pool, self._reports, self._request_code = pool, reports, request_code
+        self._executions: dict[str, Execution] = {}
+        self._suspects = Suspects()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no lease is known."""
+        return not self._executions
 
     def learn(self, functions: list[task_pb2.Function], bundles: list[task_pb2.CodeBundle]) -> None:
-        """Keep code for later assignments."""
-        self._stale.difference_update(function.digest for function in functions)
-        self._stale.difference_update(bundle.digest for bundle in bundles)
-        for function in functions:
-            self._functions[function.digest] = function
-        self._bundles.learn(bundles)
-        for lease_id, assignment in list(self._codeless.items()):
-            if assignment.function_digest in self._functions:
-                del self._codeless[lease_id]
+        """Take code, and start the leases that wait for it."""
+        self.code.learn(functions, bundles)
+        for assignment in self._waiting_for_code():
+            if self.code.get(assignment.function_digest) is not None:
                 self.start(assignment)
 
-    def forget(self, digests: Iterable[str]) -> None:
-        """Drop functions, here and in the processes, and bundles with the processes that have them."""
-        for digest in digests:
-            self._functions.pop(digest, None)
-        self._bundles.retire(digests)
-        self._pool.forget(digests)
-        self._drop_bundles()
-
-    def _drop_bundles(self) -> None:
-        self._bundles.drop_unused(self._pool.uses)
-
-    def renew(self) -> None:
-        """Note that a new stream begins: the server sends again what it uses, and names nothing else to be dropped.
-
-        What it has not used on the last stream is dropped. To drop all would end processes that are used again soon.
-        """
-        self.forget(self._stale)
-        self._stale = self._functions.keys() | self._bundles.known
-
-    def unknown(self) -> set[str]:
+    def missing_code(self) -> set[str]:
         """Return the digests of the functions that leases wait for."""
-        return {assignment.function_digest for assignment in self._codeless.values()}
+        return {assignment.function_digest for assignment in self._waiting_for_code()}
+
+    def _waiting_for_code(self) -> list[worker_pb2.Assignment]:
+        started = (e for e in self._executions.values() if e.preparing is None and e.sent is None)
+        return [execution.assignment for execution in started if execution.assignment is not None]
+
+    # Commands about leases that have not started.
 
     def feed(self, lease_id: str, outputs: convert.Outputs) -> None:
-        """Keep what a lease will need when its turn comes."""
-        self._upstream[lease_id] = outputs
-
-    def start(self, assignment: worker_pb2.Assignment) -> None:
-        """Start a lease whose turn has come."""
-        try:
-            self._start(assignment)
-        except Exception as error:  # A lease that was taken has to end, also if this is a bug.
-            log.exception("the lease could not be started", extra=_named(assignment))
-            text = f"the attempt could not be started: {type(error).__name__}: {error}"
-            self._fail(assignment, {"kind": "internal", "message": text})
-
-    def _start(self, assignment: worker_pb2.Assignment) -> None:
-        lease_id = assignment.lease_id
-        if assignment.isolation not in ISOLATIONS:
-            level = resources_pb2.Isolation.Name(assignment.isolation)
-            self._fail(assignment, {"kind": "sandbox_setup", "message": f"this worker cannot set up {level}"})
-            return
-        if (sent := self._ahead.pop(lease_id, None)) is not None and lease_id in sent.ahead:
-            self._begin(assignment, sent, sent.begin(lease_id))
-            return
-        if assignment.function_digest not in self._functions:
-            self._codeless[lease_id] = assignment
-            self._ask(assignment.function_digest)
-            return
-        function, bundle, key = self._needs(assignment)
-        missing = self._missing(assignment, function)
-        runner = None if missing else self._pool.take_idle(key)
-        if runner is not None:
-            self._run(assignment, function, bundle, runner)
-        else:
-            cold = asyncio.get_running_loop().create_task(self._start_cold(assignment, function, bundle, key, missing))
-            self._starting[lease_id] = (cold, assignment)
-            self._bundles.need(bundle)
-            cold.add_done_callback(lambda _: self._bundles.release(bundle))
-            cold.add_done_callback(lambda _: self._drop_bundles())
+        """Take the outputs of the lease that a lease follows: some are its inputs."""
+        self._execution(lease_id).upstream = outputs
 
     def send_ahead(self, assignment: worker_pb2.Assignment, running: str) -> bool:
-        """Send a lease whose turn will come to the process of the one that is running; False when it has to wait."""
-        lease_id = assignment.lease_id
-        if (sent := self._ahead.get(lease_id)) is not None and lease_id in sent.ahead:
+        """Pipeline a lease behind one that runs; False when it has to wait until it is started."""
+        execution, ahead = self._execution(assignment.lease_id), self._executions.get(running)
+        if execution.pipelined_on is not None:
             return True
-        found = self._running.get(running)
-        if found is None or (assignment.after_lease_id and lease_id not in self._upstream):
+        runner = None if ahead is None else ahead.running_on
+        function = self.code.get(assignment.function_digest)
+        if runner is None or function is None or (assignment.after_lease_id and execution.upstream is None):
             return False
-        runner = found[0]
-        if assignment.function_digest not in self._functions:
+        key = self._preparation.key(assignment, function, self._suspects)
+        if key != runner.key or key.is_async or not runner.is_fit or len(runner.pipeline) >= MAX_PIPELINED:
             return False
-        function, bundle, key = self._needs(assignment)
-        if key != runner.key or key.is_async or not runner.is_fit or len(runner.ahead) >= MAX_AHEAD:
+        if assignment.isolation != resources_pb2.ISOLATION_NONE:
             return False
-        if assignment.isolation != resources_pb2.ISOLATION_NONE or self._missing(assignment, function):
+        if self._preparation.missing(assignment, function, execution.upstream):
             return False
-        self._ahead[lease_id] = runner
-        invocation = self._prepare(assignment, function, bundle, runner)
+        invocation = self._invocation(assignment, function, execution, runner)
+        execution.sent = runner, invocation
         runner.send_ahead(invocation)
         return True
 
     def has_ahead(self, lease_id: str) -> bool:
-        """Whether leases were sent to the process of a running one, to come after it."""
-        found = self._running.get(lease_id)
-        return found is not None and bool(found[0].ahead)
+        """Whether leases are pipelined behind one that runs."""
+        execution = self._executions.get(lease_id)
+        runner = None if execution is None else execution.running_on
+        return runner is not None and len(runner.pipeline) > 0
 
     def take_back(self, lease_id: str) -> bool:
-        """Make sure that a lease whose turn has not come is never begun, and forget it; False when it was."""
-        runner = self._ahead.get(lease_id)
-        if runner is None or lease_id not in runner.ahead or runner.take_back(lease_id):
-            self._ahead.pop(lease_id, None)
-            self._upstream.pop(lease_id, None)
-            return True
-        return False
+        """Forget a lease, and make sure that no runner begins it; False when one has begun it and is not stopped."""
+        execution = self._executions.get(lease_id)
+        if execution is not None and (runner := execution.pipelined_on) is not None:
+            is_stopped = execution.sent is not None and execution.sent[1].ending is not None
+            if not runner.take_back(lease_id) and not is_stopped:
+                return False
+        self._forget(lease_id)
+        return True
+
+    # Commands that start and end leases.
+
+    def start(self, assignment: worker_pb2.Assignment) -> None:
+        """Start a lease that is next in its slot."""
+        try:
+            self._start(assignment, self._execution(assignment.lease_id))
+        except Exception as error:  # A lease that was taken has to end, also if this is a bug.
+            log.exception("the lease could not be started", extra=_named(assignment))
+            self._fail(assignment, "internal", f"the attempt could not be started: {type(error).__name__}: {error}")
 
     def stop(self, lease_id: str, kind: str, message: str) -> None:
-        """End a running lease as a failure of this kind."""
-        answer = {"kind": "result", "failure": {"kind": kind, "message": message}, "duration": 0.0}
-        if (codeless := self._codeless.pop(lease_id, None)) is not None:
-            self._end(codeless, answer, [])
+        """End a lease as a failure of this kind."""
+        execution = self._executions.get(lease_id)
+        if execution is None:
             return
-        found = self._starting.pop(lease_id, None)
-        if found is not None:
-            starting, assignment = found
-            starting.cancel()
-            self._end(assignment, answer, [])
+        answer = failed(kind, message)
+        if execution.sent is None:
+            if execution.preparing is not None:
+                execution.preparing.cancel()
+            if execution.assignment is not None:
+                self._end(execution.assignment, answer, [])
             return
-        running = self._running.get(lease_id)
-        if running is None:
-            if (sent := self._ahead.get(lease_id)) is None or lease_id not in sent.ahead:
-                return
-            running = (sent, sent.ahead[lease_id])
-        runner, invocation = running
-        if invocation.ending is not None:
+        runner, invocation = execution.sent
+        if invocation.ending is not None or (not execution.has_begun and execution.pipelined_on is None):
             return
         invocation.ending = answer
         if runner.key.is_async:
             runner.cancel(lease_id)
-            # A coroutine that goes on is abandoned by its process, unless it blocks that.
-            self._cancel_timer(lease_id)
-            self._timers[lease_id] = asyncio.get_running_loop().call_later(CANCEL_GRACE_S, runner.kill_blocked)
+            # A coroutine that does not end is abandoned by its process, unless it blocks the event loop.
+            execution.cancel_timer()
+            execution.timer = asyncio.get_running_loop().call_later(CANCEL_GRACE_S, runner.kill_blocked)
         else:
             runner.kill()
 
     def cancelled(self, assignment: worker_pb2.Assignment) -> None:
-        """Report a lease that was ended before it started."""
-        failure = {"kind": "cancelled", "message": "cancelled before it started"}
-        self._fail(assignment, failure)
+        """End a lease that was cancelled before it started."""
+        self._fail(assignment, "cancelled", "cancelled before it started")
+
+    def _start(self, assignment: worker_pb2.Assignment, execution: Execution) -> None:
+        if assignment.isolation not in ISOLATIONS:
+            level = resources_pb2.Isolation.Name(assignment.isolation)
+            self._fail(assignment, "sandbox_setup", f"this worker cannot set up {level}")
+            return
+        execution.assignment = assignment
+        if execution.sent is not None:
+            runner, invocation = execution.sent
+            if execution.pipelined_on is not None:
+                self._begin(assignment, execution, runner, runner.begin(assignment.lease_id))
+                return
+            execution.sent = None
+            if invocation.ending is not None:  # It was stopped, and its process is gone.
+                self._end(assignment, invocation.ending, [])
+                return
+        function = self.code.get(assignment.function_digest)
+        if function is None:
+            self._request_code(assignment.function_digest)
+            return
+        key = self._preparation.key(assignment, function, self._suspects)
+        missing = self._preparation.missing(assignment, function, execution.upstream)
+        runner_or_none = None if missing else self._pool.take_idle(key)
+        if runner_or_none is not None:
+            self._run(assignment, function, execution, runner_or_none)
+            return
+        preparing = self._start_cold(assignment, function, execution, key, missing)
+        execution.preparing = asyncio.get_running_loop().create_task(preparing)
+        self.code.bundles.need(key.bundle)
+        execution.preparing.add_done_callback(lambda _: self.code.bundles.release(key.bundle))
+        execution.preparing.add_done_callback(lambda _: self.code.drop_bundles())
 
     async def _start_cold(
         self,
         assignment: worker_pb2.Assignment,
         function: task_pb2.Function,
-        bundle: str,
-        key: Key,
+        execution: Execution,
+        key: RunnerKey,
         missing: list[asyncio.Task[Any]],
     ) -> None:
-        failure = {}
+        """Run a lease once its artifacts and its bundle are here and a runner has started."""
         try:
             for wait in missing:
-                # Others may wait for the same.
+                # Other leases may wait for the same.
                 await asyncio.shield(wait)
-            runner = await self._pool.take(key)
+            self._run(assignment, function, execution, await self._pool.take(key))
         except OSError as error:
-            failure = {"kind": "resources", "message": f"a process could not be started: {error}"}
+            self._fail(assignment, "resources", f"a process could not be started: {error}")
         except SandboxError as error:
-            failure = {"kind": "sandbox_setup", "message": str(error)}
+            self._fail(assignment, "sandbox_setup", str(error))
         except MissingError as error:
-            failure = {"kind": "payload", "message": str(error)}
+            self._fail(assignment, "payload", str(error))
         except Exception as error:
             # Such as a bundle that is no archive. Whatever it is, a lease that was taken has to end.
             text = f"what it needs could not be made ready: {type(error).__name__}: {error}"
-            failure = {"kind": "payload", "message": text}
-        if failure:
-            self._starting.pop(assignment.lease_id, None)
-            self._fail(assignment, failure)
-            return
-        self._starting.pop(assignment.lease_id, None)
-        self._run(assignment, function, bundle, runner)
+            self._fail(assignment, "payload", text)
 
-    def _needs(self, assignment: worker_pb2.Assignment) -> tuple[task_pb2.Function, str, Key]:
-        function = self._functions[assignment.function_digest]
-        bundle = self._bundles.path(function.bundle_digest)
-        isolation = ISOLATIONS.get(assignment.isolation, "")
-        is_async = function.python.concurrency == task_pb2.CONCURRENCY_ASYNC and not isolation
-        is_alone = function.python.concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or self._is_suspect(assignment)
-        owner = assignment.lease_id if is_alone or isolation else ""
-        gpus, threads = tuple(assignment.gpu_indices), max(1, math.ceil(assignment.resources.cpu))
-        return function, bundle, Key(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads)
-
-    def _is_suspect(self, assignment: worker_pb2.Assignment) -> bool:
-        return any((attempt.run_id, attempt.task_id) in self._suspects for attempt in assignment.attempts)
-
-    def _missing(self, assignment: worker_pb2.Assignment, function: task_pb2.Function) -> list[asyncio.Task[Any]]:
-        upstream = self._upstream.get(assignment.lease_id, {})
-        return self._materials.missing(function.bundle_digest, assignment, upstream)
-
-    def _run(self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, runner: Runner) -> None:
+    def _run(
+        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, execution: Execution, runner: Runner
+    ) -> None:
         try:
-            invocation = self._prepare(assignment, function, bundle, runner)
+            invocation = self._invocation(assignment, function, execution, runner)
         except InputError as error:
             runner.kill()
-            self._fail(assignment, {"kind": "payload", "message": str(error)})
+            self._fail(assignment, "payload", str(error))
             return
-        self._begin(assignment, runner, invocation)
+        self._begin(assignment, execution, runner, invocation)
         runner.invoke(invocation)
 
-    def _prepare(
-        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, bundle: str, runner: Runner
+    def _begin(
+        self, assignment: worker_pb2.Assignment, execution: Execution, runner: Runner, invocation: Invocation
+    ) -> None:
+        lease_id = assignment.lease_id
+        _note("the attempt starts", assignment)
+        execution.preparing, execution.sent, execution.has_begun = None, (runner, invocation), True
+        self._reports.start(lease_id)
+        seconds = assignment.timeout.seconds + assignment.timeout.nanos / 1e9
+        if not seconds and runner.sandbox is not None:
+            seconds = runner.sandbox.policy.time_s
+        if seconds or assignment.HasField("timeout"):
+            # The time a process takes to start up is not the attempt's.
+            runner.when_ready(lambda: self._start_clock(lease_id, seconds))
+
+    def _start_clock(self, lease_id: str, seconds: float) -> None:
+        execution = self._executions.get(lease_id)
+        if execution is not None and execution.has_begun and execution.timer is None:
+            text = f"the attempt ran longer than {seconds:g} s"
+            loop = asyncio.get_running_loop()
+            execution.timer = loop.call_later(seconds, self.stop, lease_id, "timeout", text)
+
+    def _execution(self, lease_id: str) -> Execution:
+        return self._executions.setdefault(lease_id, Execution())
+
+    def _invocation(
+        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, execution: Execution, runner: Runner
     ) -> Invocation:
         lease_id = assignment.lease_id
-        if function.digest not in runner.known:
-            runner.define(function.digest, *convert.function_frame(function, bundle))
-        blobs: list[bytes] = []
-        store = self._materials.directory
-        # Kept until the lease is over: one that was sent ahead may come back and be sent again.
-        upstream = self._upstream.get(lease_id, {})
-        header: dict[str, Any] = {
-            "kind": "invoke",
-            "id": lease_id,
-            "digest": function.digest,
-            "attempts": [[attempt.run_id, attempt.task_id, attempt.number] for attempt in assignment.attempts],
-            "items": [
-                # A map of the contract has no order; a function that takes any inputs gets them by name.
-                {name: convert.binding_tree(a.inputs[name], store, blobs, upstream) for name in sorted(a.inputs)}
-                for a in assignment.attempts
-            ],
-            "batched": assignment.batched,
-            "outputs": list(assignment.outputs),
-            "split": list(assignment.split_outputs),
-            # Coroutines share a process, where nobody can tell whose memory it is.
-            "memory_limit": 0 if runner.key.is_async else assignment.resources.memory_bytes,
-            "store": store,
-            "folder": runner.folder,
-            "inline_limit": self.inline_limit_bytes,
-            "log_limit": self.log_limit_bytes,
-            "question_limit": self.questions.limit_bytes,
-        }
-        if runner.sandbox is not None:
-            header["items"] = [
-                {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]
-            ]
-            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES}
+        header, blobs = self._preparation.frame(assignment, function, execution.upstream, runner)
         return Invocation(
             lease_id,
             header,
             blobs,
-            on_log=lambda stream, text, truncated: self._log(lease_id, stream, text, truncated),
+            on_log=lambda stream, text, truncated: self._reports.log(lease_id, stream, text, truncated),
             on_spawn=lambda task, parts: self._spawn(lease_id, function, task, parts),
             on_ask=lambda asked, parts: self.questions.ask(assignment, runner, asked, parts),
             on_end=lambda answer, parts: self._end(assignment, answer, parts),
             on_refused=lambda: self._start_again(assignment),
             on_given_back=lambda reason, is_suspect: self._give_back(assignment, reason, is_suspect=is_suspect),
-            screen=None
-            if runner.sandbox is None
-            else lambda answer, parts: screened(answer, parts, store, runner.folder, self.inline_limit_bytes),
-            raw_left=self.log_limit_bytes,
+            screen=None if runner.sandbox is None else partial(self._preparation.screened, runner),
+            raw_left=header["log_limit"],
         )
 
-    def _begin(self, assignment: worker_pb2.Assignment, runner: Runner, invocation: Invocation) -> None:
-        lease_id = assignment.lease_id
-        _note("the attempt starts", assignment)
-        self._running[lease_id] = (runner, invocation)
-        self._unstarted[lease_id] = time.time_ns()
-        if self._start_timer is None:
-            self._start_timer = asyncio.get_running_loop().call_later(START_DELAY_S, self._tell_starts)
-        if assignment.HasField("timeout") or runner.sandbox is not None:
-            seconds = assignment.timeout.seconds + assignment.timeout.nanos / 1e9
-            if not seconds and runner.sandbox is not None:
-                seconds = runner.sandbox.policy.time_s
-            # What a process takes to start up is not the attempt's time.
-            runner.when_ready(lambda: self._start_clock(lease_id, seconds))
-
-    def _start_clock(self, lease_id: str, seconds: float) -> None:
-        if lease_id in self._running and lease_id not in self._timers:
-            text = f"the attempt ran longer than {seconds:g} s"
-            timer = asyncio.get_running_loop().call_later(seconds, self.stop, lease_id, "timeout", text)
-            self._timers[lease_id] = timer
-
-    def _tell_starts(self) -> None:
-        self._start_timer = None
-        starts, self._unstarted = self._unstarted, {}
-        for lease_id, began_ns in starts.items():
-            self._tell_start(lease_id, began_ns)
-
-    def _tell_start(self, lease_id: str, began_ns: int) -> None:
-        report = convert.report(lease_id, began_ns)
-        report.started.SetInParent()
-        self._emit(report)
-
-    def _log(self, lease_id: str, stream: str, text: str, truncated: bool) -> None:
-        for start in range(0, len(text), LOG_CHARACTERS):
-            report = convert.report(lease_id, time.time_ns())
-            report.log.stream = convert.log_stream(stream)
-            report.log.text = text[start : start + LOG_CHARACTERS]
-            report.log.truncated = truncated
-            self._emit(report)
+    # Events of an invocation.
 
     def _spawn(self, lease_id: str, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]) -> None:
-        report = convert.report(lease_id, time.time_ns())
-        report.spawned.CopyFrom(convert.spawned_from_frame(task, blobs, function, self._materials.name))
-        if excess := convert.excess(report, self.message_limit_bytes):
-            self._materials.drop(convert.artifacts_in(report))
+        if excess := self._reports.spawn(lease_id, function, task, blobs):
             self.stop(lease_id, "payload", excess)
-        else:
-            self._emit(report)
 
     def _start_again(self, assignment: worker_pb2.Assignment) -> None:
-        """Start a lease that its process did not begin."""
-        self._cancel_timer(assignment.lease_id)
-        self._running.pop(assignment.lease_id, None)
+        """Start a lease that its runner did not begin."""
+        execution = self._execution(assignment.lease_id)
+        execution.cancel_timer()
+        execution.sent, execution.has_begun = None, False
         self.start(assignment)
 
     def _give_back(self, assignment: worker_pb2.Assignment, reason: str, *, is_suspect: bool) -> None:
-        """Give back a lease whose process another one took down."""
+        """Return a lease whose runner died; another lease may be the cause."""
         if is_suspect:
-            self._suspect(assignment)
-        if (began_ns := self._unstarted.pop(assignment.lease_id, None)) is not None:
-            # It may have begun, so its attempts must not have the same numbers again.
-            self._tell_start(assignment.lease_id, began_ns)
-        self._emit(convert.returned(assignment.lease_id, reason))
+            self._suspects.add(assignment)
         self._forget(assignment.lease_id)
-        self._ended(assignment.lease_id, None)
+        self._reports.give_back(assignment.lease_id, reason)
 
-    def _suspect(self, assignment: worker_pb2.Assignment) -> None:
-        """Have the tasks of a lease that may have taken its process down run in processes of their own from now on."""
-        for attempt in assignment.attempts:
-            self._suspects[attempt.run_id, attempt.task_id] = None
-        while len(self._suspects) > MAX_SUSPECTS:
-            del self._suspects[next(iter(self._suspects))]
-
-    def _fail(self, assignment: worker_pb2.Assignment, failure: dict[str, Any]) -> None:
-        self._end(assignment, {"failure": failure, "duration": 0.0}, [])
+    def _fail(self, assignment: worker_pb2.Assignment, kind: str, message: str) -> None:
+        self._end(assignment, failed(kind, message), [])
 
     def _end(self, assignment: worker_pb2.Assignment, answer: dict[str, Any], blobs: list[bytes]) -> None:
-        """Report the end of every member of a lease."""
-        lease_id = assignment.lease_id
         _note("the attempt ended", assignment)
-        self._forget(lease_id)
-        if convert.has_crashed(answer):
-            self._suspect(assignment)
-        asked = (lease_id, answer, blobs, self._materials.name, len(assignment.attempts), self.message_limit_bytes)
-        if len(blobs) < LARGE_ANSWER_BLOBS and sum(map(len, blobs)) < LARGE_ANSWER_BYTES:
-            self._report_end(lease_id, answer, convert.outcomes(*asked))
-            return
-        # The loop has heartbeats to send, and other leases to look after, while a large answer is converted.
-        task = asyncio.get_running_loop().create_task(self._end_large(asked, answer))
-        self._converting.add(task)
-        task.add_done_callback(self._converting.discard)
-
-    async def _end_large(self, asked: tuple[Any, ...], answer: dict[str, Any]) -> None:
-        try:
-            reports = await asyncio.to_thread(convert.outcomes, *asked)
-        except RuntimeError:  # The machine is short of threads.
-            reports = convert.outcomes(*asked)
-        self._report_end(asked[0], answer, reports)
-
-    def _report_end(self, lease_id: str, answer: dict[str, Any], reports: list[worker_pb2.Report]) -> None:
-        outputs: convert.Outputs | None = None
-        named: set[str] = set()
-        for report in reports:
-            outputs = report.succeeded.outputs if report.HasField("succeeded") else None
-            named |= convert.artifacts_in(report)
-            self._emit(report)
-        # Values of an answer that could not be reported are named by nothing.
-        if unnamed := set(answer.get("made", ())) - named:
-            with contextlib.suppress(OSError):
-                self._materials.drop(unnamed)
-        self._ended(lease_id, outputs)
+        self._forget(assignment.lease_id)
+        if outcomes.has_crashed(answer):
+            self._suspects.add(assignment)
+        self._reports.end(assignment, answer, blobs)
 
     def _forget(self, lease_id: str) -> None:
-        self._running.pop(lease_id, None)
-        self._ahead.pop(lease_id, None)
-        self._unstarted.pop(lease_id, None)
-        self._upstream.pop(lease_id, None)
+        if (execution := self._executions.pop(lease_id, None)) is not None:
+            execution.cancel_timer()
         self.questions.forget(lease_id)
-        self._cancel_timer(lease_id)
-
-    def _cancel_timer(self, lease_id: str) -> None:
-        if (timer := self._timers.pop(lease_id, None)) is not None:
-            timer.cancel()
 
 
 def _note(what: str, assignment: worker_pb2.Assignment) -> None:

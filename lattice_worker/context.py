@@ -13,14 +13,10 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 """
 
 import asyncio
-import inspect
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import chain, count
-from types import FunctionType, MethodType
-from typing import Any, NoReturn
+from typing import Any
 
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
@@ -29,7 +25,8 @@ from lattice_worker.runner.functions import dump
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.text import utf8
 from lattice_worker.runner.values import PayloadError, encode_value
-from lattice_worker.spawned import Binder, SpawnedOutput
+from lattice_worker.spawn_arguments import SpawnError, form_of, inputs_of, label_of, predecessors_of, take_id
+from lattice_worker.spawned import Binder, SpawnedOutput, SpawnedTask
 
 __all__ = [
     "AnswerError",
@@ -45,13 +42,6 @@ __all__ = [
 ]
 
 MAX_NAME_LENGTH = 128
-PLAIN: Mapping[str, Any] = {"spec": b"", "function": b"", "outputs": ("result",), "has_code": True}
-# A task may spawn in several threads.
-_taking = threading.Lock()
-
-
-class SpawnError(TypeError):
-    """An argument of `spawn` is wrong; nothing was added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,35 +51,6 @@ class Attempt:
     run_id: str
     task_id: str
     number: int
-
-
-@dataclass(frozen=True, slots=True)
-class SpawnedTask:
-    """A task that was added to the run."""
-
-    task_id: str
-    output_names: tuple[str, ...]
-
-    def __str__(self) -> str:
-        raise PayloadError(f"{self!r} has no text: give one of its outputs to a task, and make the text there")
-
-    def __format__(self, spec: str) -> str:
-        return str(self)
-
-    @property
-    def outputs(self) -> dict[str, SpawnedOutput]:
-        """The task's outputs by name."""
-        return {name: SpawnedOutput(self.task_id, name) for name in self.output_names}
-
-    @property
-    def output(self) -> SpawnedOutput:
-        """The task's only output. Raises ValueError when it has several."""
-        if len(self.output_names) != 1:
-            raise ValueError(f"task {self.task_id!r} has {len(self.output_names)} outputs; name one")
-        return SpawnedOutput(self.task_id, self.output_names[0])
-
-    def __reduce__(self) -> NoReturn:
-        raise PayloadError(f"{self.task_id!r} is a task; give one of its outputs: task.output")
 
 
 def current() -> Attempt:
@@ -122,11 +83,10 @@ def spawn(
     What only the server can see, such as too many tasks, fails the task that spawned.
     """
     output = _output()
-    form = _form(task)
-    label = _label(task, name)
+    form, label = form_of(task), label_of(task, name)
     where = f"spawn of {label!r}"
-    given = _given(where, task, form, inputs, misplaced)
-    others = _others(where, after)
+    given = inputs_of(where, task, form, inputs, misplaced)
+    predecessors = predecessors_of(where, after)
     taken = output.header.setdefault("spawned", set())
     encoder = Encoder(output.header)
     is_for_python = form["has_code"] or ":" in form.get("entrypoint", "")
@@ -139,19 +99,18 @@ def spawn(
     except BaseException:
         encoder.take_back()
         raise
-    task_id = _take_id(f"{current().task_id}/{label}", taken)
-    blobs = [*encoder.blobs, form["spec"], form["function"], code]
+    task_id = take_id(current().task_id, label, taken)
     first = len(encoder.blobs)
     frame = {
         "task_id": task_id,
         "name": label,
-        "after": [other.task_id for other in others],
+        "after": [found.task_id for found in predecessors],
         "inputs": tree,
         "spec": first,
         "function": first + 1,
         "code": first + 2,
     }
-    output.spawn(frame, blobs, encoder.made)
+    output.spawn(frame, [*encoder.blobs, form["spec"], form["function"], code], encoder.made)
     return SpawnedTask(task_id, tuple(form["outputs"]))
 
 
@@ -205,77 +164,6 @@ def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
     reference = {"type": media_type, "blob": 0}
     position = item if isinstance(item, int) else 0
     return output.questions.ask(position, utf8(name), reference, [data])
-
-
-def _take_id(task_id: str, taken: set[str]) -> str:
-    """Return the first of `task_id`, `task_id-2`, `task_id-3` and so on that is not taken, and take it."""
-    with _taking:
-        found = next(i for i in chain([task_id], (f"{task_id}-{n}" for n in count(2))) if i not in taken)
-        taken.add(found)
-    return found
-
-
-def _form(task: Any) -> Mapping[str, Any]:
-    """Return what is known of a task besides its code. Raises SpawnError."""
-    if not callable(task):
-        text = "it needs a function, a @task or an entrypoint(...), not"
-        raise SpawnError(f"spawn: {text} {'the text ' * isinstance(task, str)}{task!r}")
-    form: Mapping[str, Any] | None = getattr(task, "__lattice__", None)
-    if form is not None:
-        return form
-    if inspect.isgeneratorfunction(task) or inspect.isasyncgenfunction(task):
-        raise SpawnError(f"spawn: {task!r} is a generator function: have it return a list")
-    return PLAIN
-
-
-def _label(task: Any, name: object) -> str:
-    if name is not None and not isinstance(name, str):
-        raise SpawnError(f"spawn: name must be a text, not {name!r}")
-    return utf8(name or str(getattr(task, "__name__", "task")))
-
-
-def _given(where: str, task: Any, form: Mapping[str, Any], inputs: object, misplaced: object) -> dict[str, Any]:
-    """Return the inputs by name, as they can be sent. Raises SpawnError unless the function takes those."""
-    if misplaced or not isinstance(inputs, Mapping | None):
-        found = f"the argument {next(iter(misplaced))!r}" if isinstance(misplaced, dict) and misplaced else repr(inputs)
-        raise SpawnError(f'{where}: the inputs are one dict by name, spawn(task, {{"x": ...}}), not {found}')
-    given = dict(inputs or {})
-    for key in given:
-        if not isinstance(key, str):
-            raise SpawnError(f"{where}: the name of an input must be a text, not {key!r}")
-    names, required, takes_any = _signature(task, form)
-    missing = [key for key in required if key not in given]
-    unknown = [] if takes_any else [key for key in given if key not in names]
-    faults = [f"has no input {', '.join(map(repr, unknown))}"] * bool(unknown)
-    faults += [f"needs input {', '.join(map(repr, missing))}"] * bool(missing)
-    if faults:
-        raise SpawnError(f"{where}: the task {' and '.join(faults)}; its inputs: {', '.join(names) or 'none'}")
-    return {utf8(key): value for key, value in given.items()}
-
-
-def _signature(task: Any, form: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[str], bool]:
-    """Return the names of a task's inputs, those that it needs, and whether it takes any others."""
-    if "inputs" in form:
-        return form["inputs"], form["required"], form["takes_any"]
-    if not isinstance(task, FunctionType | MethodType):
-        return (), (), True  # what is not written in Python may have no signature; the call itself shows it
-    found = inspect.signature(task).parameters
-    if list(found) == ["params"]:
-        return (), (), True
-    named = {p.name: p for p in found.values() if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}}
-    required = [name for name, p in named.items() if p.default is p.empty]
-    return tuple(named), required, any(p.kind is p.VAR_KEYWORD for p in found.values())
-
-
-def _others(where: str, after: Any) -> list[SpawnedTask]:
-    if isinstance(after, SpawnedTask | SpawnedOutput | str) or not isinstance(after, Sequence):
-        raise SpawnError(f"{where}: after must be a list of spawned tasks, after=[task], not {after!r}")
-    for other in after:
-        if isinstance(other, SpawnedOutput):
-            raise SpawnError(f"{where}: after takes tasks, not their outputs: give the task of {other!r} itself")
-        if not isinstance(other, SpawnedTask):
-            raise SpawnError(f"{where}: after must hold tasks that spawn returned, not {other!r}")
-    return list(after)
 
 
 def _output() -> Any:

@@ -1,4 +1,4 @@
-"""Owns the facts about this machine."""
+"""Facts about this machine: what it offers, its addresses, and the limits of its processes."""
 
 import contextlib
 import ctypes
@@ -11,6 +11,7 @@ import socket
 import psutil
 from lattice.v1 import resources_pb2
 
+from lattice_worker import cgroup
 from lattice_worker.config import WorkerConfig
 
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
@@ -20,12 +21,18 @@ ASYNC_SLOTS = 4096
 
 
 def capacity(config: WorkerConfig) -> resources_pb2.Capacity:
-    """Return what this machine offers, or what the flags say it does. Memory in bytes."""
-    cpus = config.num_cpus if config.num_cpus is not None else float(len(os.sched_getaffinity(0)))
+    """Return the resources that this node offers: as configured, or those of the machine within the container's limits.
+
+    A container that has less than one CPU offers one, which tasks ask for by default.
+    """
+    limits = cgroup.limits()
+    cpus, memory_bytes = float(len(os.sched_getaffinity(0))), psutil.virtual_memory().total
+    cpus = min(cpus, max(1.0, limits.cpus or cpus))
     gpus = _gpus() if config.num_gpus is None else _named(config.num_gpus, config.gpu_memory_bytes or 0)
+    cpus = cpus if config.num_cpus is None else config.num_cpus
     return resources_pb2.Capacity(
         cpu=cpus,
-        memory_bytes=config.memory_bytes or psutil.virtual_memory().total,
+        memory_bytes=config.memory_bytes or min(memory_bytes, limits.memory_bytes or memory_bytes),
         gpus=gpus,
         slots=max(MIN_SLOTS, int(SLOTS_PER_CPU * cpus)),
         async_slots=ASYNC_SLOTS,

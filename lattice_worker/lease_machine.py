@@ -1,140 +1,164 @@
-"""Owns what a worker does with each command about leases, and when a lease ends. PURE: no clock, no I/O, no protobuf.
+"""What a worker does with each command about leases, and when a lease ends. PURE: no clock, no I/O, no protobuf.
 
-Rule: whatever comes twice, late, or in another order than it was sent, a lease that is held is run once and ends in one
-last word, and one that is not held is never run.
+Rule: a lease runs at most once and ends once, also when commands come twice, late, or in another order.
+
+What happens to a lease, by its state:
+
+| command or event  | unknown           | waiting                            | started               |
+|-------------------|-------------------|------------------------------------|-----------------------|
+| assign            | waits, or starts  | ignored                            | ignored               |
+| revoke            | ignored           | taken back and returned            | ignored               |
+| stop              | ignored           | taken back and reported cancelled  | executor stops it     |
+| dropped           | ignored           | taken back, nothing is reported    | executor stops it     |
+| ended             | ignored           | removed                            | removed, next starts  |
+
+A waiting lease that was pipelined may have begun in its runner: then it cannot be taken back, and is stopped as if it
+had started. A lease whose predecessor fails is revoked.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Generic, Protocol, TypeVar
 
-from lattice_worker.session import Session
+from lattice_worker.report_queue import ReportQueue
+from lattice_worker.slots import LeaseState, SlotTable
 
 Work = TypeVar("Work")
 Report = TypeVar("Report")
 Outputs = TypeVar("Outputs")
-Doable_contra = TypeVar("Doable_contra", contravariant=True)
-Given_contra = TypeVar("Given_contra", contravariant=True)
+Work_contra = TypeVar("Work_contra", contravariant=True)
+Outputs_contra = TypeVar("Outputs_contra", contravariant=True)
+
+MAX_SEEN = 10_000  # How many leases are remembered, so that one that is assigned again is ignored.
 
 
-MAX_SEEN = 10_000  # How many leases are remembered, so that one that comes again is known.
+class Executor(Protocol[Work_contra, Outputs_contra]):
+    """Runs leases. It calls `LeaseMachine.ended` once for each lease that it was told to start."""
 
+    def start(self, work: Work_contra) -> None:
+        """Run a lease that is next in its slot."""
 
-class Attempts(Protocol[Doable_contra, Given_contra]):
-    """Runs what leases are about. Each lease that was started is told once, by `Leasing.ended`."""
-
-    def start(self, work: Doable_contra) -> None:
-        """Run a lease whose turn has come."""
-
-    def send_ahead(self, work: Doable_contra, running: str) -> bool:
-        """Send a lease whose turn will come to where `running` runs; False when it has to wait."""
+    def send_ahead(self, work: Work_contra, running: str) -> bool:
+        """Pipeline a lease behind the running one; False when it has to wait until it is started."""
 
     def has_ahead(self, lease_id: str) -> bool:
-        """Whether leases were sent to where a running one runs, to come after it."""
+        """Whether leases are pipelined behind a running one."""
 
     def take_back(self, lease_id: str) -> bool:
-        """Make sure that a lease whose turn has not come is never begun; False when it was."""
+        """Make sure that a lease that has not started is never begun; False when it has begun in its runner."""
 
-    def feed(self, lease_id: str, outputs: Given_contra) -> None:
-        """Keep what a lease will need when its turn comes."""
+    def feed(self, lease_id: str, outputs: Outputs_contra) -> None:
+        """Take the outputs of a lease's predecessor: some are its inputs."""
 
     def stop(self, lease_id: str, kind: str, message: str) -> None:
-        """End a lease that has started, as a failure of this kind."""
+        """End a lease as a failure of this kind."""
 
-    def cancelled(self, work: Doable_contra) -> None:
-        """Report that a lease was ended before it started, which is told by `Leasing.ended` as well."""
+    def cancelled(self, work: Work_contra) -> None:
+        """Report that a lease was cancelled before it started, and call `LeaseMachine.ended`."""
 
 
-class Leasing(Generic[Work, Report, Outputs]):
-    """The leases of one worker. `say` takes each report with its number, `returned` makes the one that gives a lease
-    back unstarted."""
+class LeaseMachine(Generic[Work, Report, Outputs]):
+    """The leases of one worker in one session.
+
+    `say` takes each report with its number; `returned` makes the report that returns a lease unstarted.
+    """
 
     def __init__(
-        self, attempts: Attempts[Work, Outputs], say: Callable[[int, Report], None], returned: Callable[[str], Report]
+        self, executor: Executor[Work, Outputs], say: Callable[[int, Report], None], returned: Callable[[str], Report]
     ) -> None:
-        self.session: Session[Work, Report] = Session()
-        self.received = 0
+        self.session_id = ""
+        self.received = 0  # The number of the last assignment.
+        self.reports: ReportQueue[Report] = ReportQueue()
+        self.slots: SlotTable[Work] = SlotTable()
         self._seen: dict[str, None] = {}
-        self._attempts = attempts
+        self._executor = executor
         self._say, self._returned = say, returned
+
+    def held(self) -> list[str]:
+        """Return the leases that have not ended, and those with reports that are not acknowledged."""
+        return list(dict.fromkeys([*self.slots.leases(), *self.reports.leases()]))
+
+    def holds(self, lease_id: str) -> bool:
+        """Whether a lease has not ended."""
+        return self.slots.state(lease_id) is not LeaseState.UNKNOWN
 
     def welcome(self, session_id: str, resumed: bool, dropped: Iterable[str]) -> list[Report]:
         """Take the server's answer to a hello; return the reports to send again."""
-        if session_id == self.session.session_id and not resumed:
-            # Said twice: it is under way.
-            return self.session.unacknowledged()
-        for lease_id in dropped if resumed else self.session.held():
+        if session_id == self.session_id and not resumed:
+            return self.reports.unacknowledged()  # The same answer came twice.
+        for lease_id in dropped if resumed else self.held():
             self._drop(lease_id)
         if not resumed:
-            self.session.reset(session_id)
+            self.session_id = session_id
             self.received = 0
+            self.reports, self.slots = ReportQueue(), SlotTable()
             self._seen.clear()
-        return self.session.unacknowledged()
+        return self.reports.unacknowledged()
 
-    def assign(self, lease_id: str, slot: int, after: str, sequence: int, work: Work) -> None:
-        """Take a lease; `after` is the one it needs to succeed first, if any."""
+    def assign(self, lease_id: str, slot: int, predecessor: str, sequence: int, work: Work) -> None:
+        """Take a lease. `predecessor` is the lease that has to succeed first, if any."""
         self.received = max(self.received, sequence)
         if lease_id in self._seen:
             return
         self._seen[lease_id] = None
         if len(self._seen) > MAX_SEEN:
             del self._seen[next(iter(self._seen))]
-        if after and not self.session.follow(lease_id, after):
+        if predecessor and not self.slots.add_successor(predecessor, lease_id):
             self.report(lease_id, self._returned(lease_id))
             return
-        started = self.session.assign(lease_id, slot, work)
+        started = self.slots.add(lease_id, slot, work)
         if started is not None:
-            self._attempts.start(started)
-        elif not after:
-            self._send_ahead(self.session.running_before(lease_id))
+            self._executor.start(started)
+        elif not predecessor:
+            self._send_ahead(self.slots.started_before(lease_id))
 
     def revoke(self, lease_id: str) -> None:
-        """Give a lease back unless it has started."""
-        if self.session.has_started(lease_id) is False and self._attempts.take_back(lease_id):
+        """Return a lease unless it has started."""
+        if self.slots.state(lease_id) is LeaseState.WAITING and self._executor.take_back(lease_id):
             self.report(lease_id, self._returned(lease_id))
             self.ended(lease_id, None)
 
     def stop(self, lease_id: str) -> None:
-        """End a lease, running or not."""
-        has_started = self.session.has_started(lease_id)
-        if has_started is False and self._attempts.take_back(lease_id):
-            self._attempts.cancelled(self.session.work_of(lease_id))
-        elif has_started is not None:
-            self._attempts.stop(lease_id, "cancelled", "the attempt was cancelled")
+        """End a lease, started or not."""
+        state = self.slots.state(lease_id)
+        if state is LeaseState.WAITING and self._executor.take_back(lease_id):
+            self._executor.cancelled(self.slots.work_of(lease_id))
+        elif state is not LeaseState.UNKNOWN:
+            self._executor.stop(lease_id, "cancelled", "the attempt was cancelled")
 
     def report(self, lease_id: str, report: Report) -> None:
-        """Say something about a lease, and again until the server has it."""
-        self._say(self.session.add_report(lease_id, report), report)
+        """Send a report about a lease, until the server has acknowledged it."""
+        self._say(self.reports.add(lease_id, report), report)
 
     def ended(self, lease_id: str, outputs: Outputs | None) -> None:
-        """Note that a lease is over; `outputs` is what it gave, None when it did not succeed."""
-        if self.session.has_started(lease_id) is None:
+        """Note that a lease has ended, with its outputs if it succeeded."""
+        if not self.holds(lease_id):
             return
-        for follower in self.session.take_followers(lease_id):
+        for successor in self.slots.take_successors(lease_id):
             if outputs is None:
-                self.revoke(follower)
+                self.revoke(successor)
             else:
-                self._attempts.feed(follower, outputs)
-        slot = self.session.slot_of(lease_id)
-        following = self.session.end(lease_id)
-        if following is None:
-            return
-        started = self.session.running_in(slot)
-        self._attempts.start(following)
-        # One that cannot even start is over by now.
-        if self.session.has_started(started) and not self._attempts.has_ahead(started):
-            self._send_ahead(started)
+                self._executor.feed(successor, outputs)
+        if (following := self.slots.end(lease_id)) is not None:
+            next_id, work = following
+            self._executor.start(work)
+            # A lease that cannot be started has ended by now.
+            if self.holds(next_id) and not self._executor.has_ahead(next_id):
+                self._send_ahead(next_id)
 
     def _drop(self, lease_id: str) -> None:
-        has_started = self.session.has_started(lease_id)
-        if has_started is None:
-            return
-        if has_started or not self._attempts.take_back(lease_id):
-            self._attempts.stop(lease_id, "cancelled", "the server forgot the lease")
-        if not has_started:
-            self.session.end(lease_id)
+        """End a lease that the server has given up."""
+        state = self.slots.state(lease_id)
+        if state is LeaseState.WAITING and self._executor.take_back(lease_id):
+            self.slots.end(lease_id)
+        elif state is not LeaseState.UNKNOWN:
+            self._executor.stop(lease_id, "cancelled", "the server forgot the lease")
+            if state is LeaseState.WAITING:
+                # It had begun in its runner. Stopped, it can be forgotten.
+                self._executor.take_back(lease_id)
+                self.slots.end(lease_id)
 
     def _send_ahead(self, running: str) -> None:
-        """Send what waits behind a running lease to its process, as far as it needs nothing of what is before it."""
-        for lease_id in self.session.behind(running):
-            if not self._attempts.send_ahead(self.session.work_of(lease_id), running):
+        """Pipeline the leases that wait behind a running one, up to the first that cannot be."""
+        for _, work in self.slots.waiting_behind(running):
+            if not self._executor.send_ahead(work, running):
                 return

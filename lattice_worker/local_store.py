@@ -14,10 +14,10 @@ import grpc
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.artifact_staging import Drafts
+from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.bundles import Bundles
 from lattice_worker.config import HEAD_STORE
-from lattice_worker.peer_fetch import Courier
+from lattice_worker.peer_fetch import PeerFetcher
 
 RETRIES = 10
 RETRY_S = 0.5
@@ -29,20 +29,20 @@ class MissingError(Exception):
     """Something an attempt needs cannot be had; the message is for people."""
 
 
-class Materials:
-    """The store of one worker, with `drafts` for what is not to be there yet. `connect` gives the server's artifact
-    service, from which large values come that `courier` does not bring."""
+class LocalStore:
+    """The store of one worker, with `staging` for what is not to be there yet. `connect` gives the server's artifact
+    service, from which large values come that `fetcher` does not bring."""
 
     def __init__(
         self,
         directory: str,
         name: str,
-        drafts: Drafts,
+        staging: ArtifactStaging,
         connect: "Callable[[], artifact_pb2_grpc.ArtifactServiceAsyncStub | None]",
-        courier: Courier | None = None,
+        fetcher: PeerFetcher | None = None,
     ) -> None:
         self.directory, self.name = directory, name
-        self._drafts, self._connect, self._courier = drafts, connect, courier
+        self._staging, self._connect, self._fetcher = staging, connect, fetcher
         self.bundles = Bundles(directory)
         self._fetching: dict[str, asyncio.Task[None]] = {}
         self._unneeded: set[str] = set()
@@ -61,12 +61,12 @@ class Materials:
     def drop(self, artifact_ids: Iterable[str]) -> None:
         """Delete large values that nobody needs any more, those on their way here as soon as they arrive."""
         artifact_ids = list(artifact_ids)
-        self._drafts.settle(artifact_ids)
+        self._staging.settle(artifact_ids)
         self._unneeded.update(self._fetching.keys() & artifact_ids)
         for path in map(self._path, artifact_ids):
             # Whatever a server may ask for, only a value is deleted.
             if path.is_file():
-                self._drafts.remove(path)
+                self._staging.remove(path)
 
     def stored(self) -> list[str]:
         """Return the large values that lie here, but for those whose reports may not be acknowledged, or are on their
@@ -74,7 +74,7 @@ class Materials:
         if self.name == HEAD_STORE:
             return list(self._fetching)
         found = {entry.name for entry in os.scandir(self.directory) if entry.is_file()}
-        return [*(found - self._drafts.reported - self._fetching.keys()), *self._fetching]
+        return [*(found - self._staging.reported - self._fetching.keys()), *self._fetching]
 
     def open(self, artifact_id: str) -> BinaryIO:
         """Open a large value of this store. Raises FileNotFoundError."""
@@ -109,17 +109,17 @@ class Materials:
     async def _obtain(self, artifact: payload_pb2.Artifact) -> None:
         path = self._path(artifact.artifact_id)
         try:
-            if self._courier is None or not await self._courier.bring(artifact.node_id, path, artifact.size_bytes):
+            if self._fetcher is None or not await self._fetcher.bring(artifact.node_id, path, artifact.size_bytes):
                 # The server knows best whether it can still be had, and says so.
                 await self._download(artifact)
         finally:
             if artifact.artifact_id in self._unneeded:
                 self._unneeded.discard(artifact.artifact_id)
-                self._drafts.remove(path)
+                self._staging.remove(path)
 
     async def _download(self, artifact: payload_pb2.Artifact) -> None:
         path = self._path(artifact.artifact_id)
-        part = self._drafts.incoming / path.name
+        part = self._staging.incoming / path.name
         is_full = False
         for attempt in range(RETRIES):
             stub = self._connect()
@@ -127,7 +127,7 @@ class Materials:
                 if stub is None:
                     raise MissingError("the server is not connected")
                 if is_full:
-                    self._drafts.on_disk(part)
+                    self._staging.on_disk(part)
                 size = await _received(stub, artifact.artifact_id, part)
                 if size == artifact.size_bytes:
                     part.rename(path)
@@ -148,7 +148,7 @@ class Materials:
                     raise
                 text = "the stream broke"
             finally:
-                self._drafts.remove(part)
+                self._staging.remove(part)
             if attempt + 1 < RETRIES:
                 # The node that has it, or the server, may be back in a moment; its event is the next attempt's success.
                 await asyncio.sleep(RETRY_S)

@@ -11,24 +11,25 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from lattice.v1 import worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.lease_machine import Leasing
+from lattice_worker.lease_machine import LeaseMachine
+from lattice_worker.limits import Limits
 
 CHUNK_BYTES = 1024 * 1024
 PART_BYTES = 2 * CHUNK_BYTES
 COALESCE_S = 0.001
 
-Leases = Leasing[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs]
+Leases = LeaseMachine[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs]
 
 
-class Outgoing:
+class Outbox:
     """What one worker has to say. `open` begins a stream; nothing is sent on it before `resume`.
 
     `last_answer` says up to which number the answers of questions have come.
     """
 
-    def __init__(self, leasing: Leases, last_answer: Callable[[], int] = lambda: 0) -> None:
-        self.message_limit_bytes = 2 * PART_BYTES
-        self._leasing = leasing
+    def __init__(self, leases: Leases, limits: Limits, last_answer: Callable[[], int] = lambda: 0) -> None:
+        self._limits = limits
+        self._leases = leases
         self._last_answer = last_answer
         self._pending: list[worker_pb2.Report] = []
         self._unknown: list[str] = []
@@ -80,7 +81,7 @@ class Outgoing:
             wake.clear()
             if not self._is_welcome:
                 continue
-            if self._leasing.session.has_waiting and (wait_s := sent_at + COALESCE_S - loop.time()) > 0:
+            if self._leases.slots.has_waiting and (wait_s := sent_at + COALESCE_S - loop.time()) > 0:
                 # A message costs both sides more than the reports in it. The leases that wait behind others will be
                 # reported in quick succession, and the server has no use for their slots before they are through.
                 await asyncio.sleep(wait_s)
@@ -94,11 +95,10 @@ class Outgoing:
         heartbeat: worker_pb2.Heartbeat | None = None
         if self._is_beat_due:
             self._is_beat_due = False
-            session = self._leasing.session
-            reports = session.overdue() + reports
+            reports = self._leases.reports.overdue() + reports
             heartbeat = worker_pb2.Heartbeat(
-                held_lease_ids=session.held(),
-                assignment_sequence=self._leasing.received,
+                held_lease_ids=self._leases.held(),
+                assignment_sequence=self._leases.received,
                 send_time=convert.timestamp(time.time_ns()),
             )
         is_draining = self._draining is not None and not self._has_said_draining
@@ -118,7 +118,7 @@ class Outgoing:
     def _in_parts(self, reports: list[worker_pb2.Report]) -> Iterator[list[worker_pb2.Report]]:
         """Yield reports in lists well below what the server takes: all that waits may be too much."""
         # What surrounds each report is not counted.
-        part_bytes = min(PART_BYTES, self.message_limit_bytes * 3 // 4)
+        part_bytes = min(PART_BYTES, self._limits.message_bytes * 3 // 4)
         start, size = 0, 0
         for end, report in enumerate(reports if len(reports) > 1 else ()):
             own = report.ByteSize()

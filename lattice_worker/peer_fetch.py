@@ -22,11 +22,11 @@ AT_A_TIME = 4
 SHUN_S = 60.0
 
 
-class CourierError(Exception):
+class PeerFetchError(Exception):
     """Something was not brought."""
 
 
-class Courier:
+class PeerFetcher:
     """The values on their way here. Everything runs on one event loop."""
 
     def __init__(self, descriptor: int, store_directory: str, incoming: Path, patience_s: float = PATIENCE_S) -> None:
@@ -78,7 +78,7 @@ class Courier:
             log.warning(text, self._patience_s, extra={"node_id": node_id})
             self._shunned[node_id] = loop.time() + SHUN_S
             return False
-        except (CourierError, OSError) as error:
+        except (PeerFetchError, OSError) as error:
             log.info("%s was not fetched from the node: %s", path.name, error, extra={"node_id": node_id})
             return False
         finally:
@@ -92,7 +92,7 @@ class Courier:
             async with asyncio.timeout(self._patience_s):
                 answer = await answers.get()
             if answer.get("end"):
-                raise CourierError(answer["end"])
+                raise PeerFetchError(answer["end"])
             if "end" in answer:
                 return
 
@@ -111,5 +111,5 @@ class Courier:
 
     def _say(self, **words: Any) -> None:
         if self._writer is None:
-            raise CourierError("who would fetch it is gone")
+            raise PeerFetchError("who would fetch it is gone")
         self._writer.write(json.dumps(words).encode() + b"\n")

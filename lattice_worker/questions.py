@@ -10,7 +10,8 @@ from typing import Any
 from lattice.v1 import worker_pb2
 
 from lattice_worker import convert
-from lattice_worker.runner_process import Runner
+from lattice_worker.limits import Limits
+from lattice_worker.runner_handle import Runner
 
 # Of one lease. The server has a limit for a run.
 MAX_UNANSWERED = 1000
@@ -18,13 +19,10 @@ NOT_HERE = "the server is of a version that puts no questions to callers"
 
 
 class Questions:
-    """The questions of all leases that have no answer yet. `emit` takes reports.
+    """The questions of all leases that have no answer yet. `emit` takes reports."""
 
-    `limit_bytes` is what the server takes of a question; zero when it takes none.
-    """
-
-    def __init__(self, emit: Callable[[worker_pb2.Report], None]) -> None:
-        self.limit_bytes = 0
+    def __init__(self, emit: Callable[[worker_pb2.Report], None], limits: Limits) -> None:
+        self._limits = limits
         self.last_answer = 0
         self._emit = emit
         self._unanswered: dict[str, dict[int, Runner]] = {}
@@ -39,14 +37,15 @@ class Questions:
         if number in unanswered:
             raise ValueError(f"question {number} is asked twice")
         size = report.asked.payload.ByteSize()
-        if self.limit_bytes and size <= self.limit_bytes and len(unanswered) < MAX_UNANSWERED:
+        limit_bytes = self._limits.question_bytes
+        if limit_bytes and size <= limit_bytes and len(unanswered) < MAX_UNANSWERED:
             unanswered[number] = runner
             self._emit(report)
             return
         why = NOT_HERE
-        if size > self.limit_bytes > 0:
-            why = f"what is asked takes {size} bytes; a question may have {self.limit_bytes}, and so may its answer"
-        elif self.limit_bytes:
+        if size > limit_bytes > 0:
+            why = f"what is asked takes {size} bytes; a question may have {limit_bytes}, and so may its answer"
+        elif limit_bytes:
             why = f"{MAX_UNANSWERED} questions of the attempt wait for an answer"
         runner.answer(lease_id, {"number": number, "unanswered": why}, ())
 

@@ -1,102 +1,76 @@
-"""The pool of runner processes: which are free, and for whom.
+"""The pool of runners: which are free, and for which key.
 
-Rule: a process works for one key only. Spare processes belong to none until they are first used; a free process that
-was used longest ago makes room for others, and spares are replaced in the background.
+Rule: a runner serves one key. Spare runners have none until they are first used. The least recently used idle runner
+makes room for others, and spares are replaced in the background.
 """
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Container, Iterable
 
-from lattice_worker.artifact_staging import Drafts
-from lattice_worker.runner_process import Key, Runner
-from lattice_worker.sandbox.policy import LEVELS, Policy, policy_of
-from lattice_worker.sandbox.spares import Spares
-from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
-from lattice_worker.zygote import Zygotes
+from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.idle_runners import IdleRunners
+from lattice_worker.invocation import RunnerKey
+from lattice_worker.runner_handle import Runner
+from lattice_worker.sandbox.supervisor import Supervisor
+from lattice_worker.sandbox_runners import SandboxRunners
+from lattice_worker.shared_runners import SharedRunners
+from lattice_worker.zygotes import Zygotes
 
-log = logging.getLogger(__name__)
-
-SEALED_SPARES = 1  # Of each policy.
-SEAL_S = 10.0
 IDLE_PER_SPARE = 2
 
 
 class Pool:
-    """Runners. Process runners run one invocation at a time, async runners any number. `spares` is how many unused
-    processes are kept ready; at most twice as many used ones are kept besides. Those of `retired` bundles are ended as
-    soon as they are free; `on_gone` is told that a runner has ended. Runners of a level of isolation are sealed by its
-    policy and used once."""
+    """Runners. Process runners run one invocation at a time, async runners any number.
 
-    def __init__(self, spares: int, drafts: Drafts, zygotes: Zygotes | None = None) -> None:
+    `spares` is how many unused runners are kept ready; at most twice as many idle ones are kept besides. Idle runners
+    of `retired` bundles are ended; `on_gone` is called when a runner has ended.
+    """
+
+    def __init__(self, spares: int, staging: ArtifactStaging, zygotes: Zygotes | None = None) -> None:
         self._wanted = spares
-        self._drafts = drafts
+        self._staging = staging
         self._zygotes = zygotes or Zygotes()
-        self._sealed: Spares[Runner] = Spares(self._start_sealed, SEALED_SPARES)
-        self._spares: list[Runner] = []
-        self._idle: dict[Runner, None] = {}  # Used longest ago first.
-        self._by_key: dict[Key, list[Runner]] = {}
-        self._shared: dict[Key, asyncio.Future[Runner]] = {}
         self._all: set[Runner] = set()
+        self._spares: list[Runner] = []
+        self._idle = IdleRunners()
+        self._shared = SharedRunners()
+        self._sandboxed = SandboxRunners(lambda sandbox: self._start_unused(sandbox=sandbox))
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
         self.retired: Container[str] = ()
         self.on_gone: Callable[[], None] = lambda: None
 
     async def warm(self) -> None:
-        """Start the spare processes."""
+        """Start the spare runners."""
         self._refill()
         if self._refilling is not None:
             await self._refilling
 
     async def levels(self) -> list[str]:
-        """Return the levels of isolation that can be set up here: a process was sealed for each and accepted."""
-        offered = await asyncio.gather(*map(self._offers, LEVELS))
-        return [level for level, is_offered in zip(LEVELS, offered, strict=True) if is_offered]
+        """Return the levels of isolation that can be set up on this machine."""
+        return await self._sandboxed.levels()
 
-    async def _offers(self, level: str) -> bool:
-        policy = policy_of(level)
-        try:
-            self._sealed.add(policy, await self._start_sealed(policy))
-        except (OSError, SandboxError) as error:
-            log.warning("isolation by %s is not offered: %s", level, error)
-            return False
-        return True
-
-    async def take(self, key: Key) -> Runner:
-        """Return a runner that is free to run one more invocation. Raises OSError and SandboxError."""
+    async def take(self, key: RunnerKey) -> Runner:
+        """Return a runner that can run one more invocation. Raises OSError and SandboxError."""
         if key.isolation:
-            runner = await self._sealed.take(policy_of(key.isolation, key.bundle, key.gpu_indices))
-            runner.adopt(key)
-            return runner
+            return await self._sandboxed.take(key)
         if key.is_async:
-            shared = self._usable(key)
-            if shared is None:
-                shared = self._shared[key] = asyncio.ensure_future(self._start(key))
-            runner = await asyncio.shield(shared)
-            self._leave_idle(runner)
+            runner = await self._shared.get_or_start(key, self._start)
+            self._idle.remove(runner)
             return runner
         return self.take_idle(key) or await self._start(key)
 
-    def take_idle(self, key: Key) -> Runner | None:
-        """Return a free runner without waiting, or None."""
+    def take_idle(self, key: RunnerKey) -> Runner | None:
+        """Return a runner that can run one more invocation now, or None."""
         if key.isolation:
-            sealed = self._sealed.take_waiting(policy_of(key.isolation, key.bundle, key.gpu_indices))
-            if sealed is not None:
-                sealed.adopt(key)
-            return sealed
-        if key.is_async:
-            shared = self._usable(key)
-            if shared is None or not shared.done():
-                return None
-            self._leave_idle(shared.result())
-            return shared.result()
-        # The one used last: it has its memory in the caches, and the others can go.
-        while (runner := next(reversed(self._by_key.get(key, [])), None)) is not None:
-            self._leave_idle(runner)
-            if runner.is_fit:
-                return runner
+            return self._sandboxed.take_spare(key)
+        runner = self._shared.get(key) if key.is_async else self._idle.take(key) or self._take_spare(key)
+        if runner is not None:
+            self._idle.remove(runner)
+        return runner
+
+    def _take_spare(self, key: RunnerKey) -> Runner | None:
         while self._spares:
             runner = self._spares.pop()
             if runner.is_fit:
@@ -105,21 +79,15 @@ class Pool:
                 return runner
         return None
 
-    def _usable(self, key: Key) -> asyncio.Future[Runner] | None:
-        """Return the shared runner of a key, or the one that is being started; none that failed or is being killed."""
-        shared = self._shared.get(key)
-        if shared is not None and shared.done() and (shared.exception() or not shared.result().is_fit):
-            return None
-        return shared
-
     def forget(self, digests: Iterable[str]) -> None:
-        """Have every runner drop functions, and end the free ones of retired bundles."""
+        """Have every runner drop functions, and end the idle runners of retired bundles."""
         for runner in list(self._all):
-            runner.forget(digests)
-        self._sealed.drop(lambda policy: any(path in self.retired for path in policy.read_paths))
-        for runner in [runner for runner in self._idle if runner.key.bundle in self.retired]:
-            self._leave_idle(runner)
-            runner.kill()
+            runner.functions.forget(digests)
+        self._sandboxed.drop(self.retired)
+        for runner in self._idle.all():
+            if runner.key.bundle in self.retired:
+                self._idle.remove(runner)
+                runner.kill()
 
     def uses(self, bundle: str) -> bool:
         """Whether a runner has a bundle."""
@@ -130,40 +98,28 @@ class Pool:
         self._is_closed = True
         if self._refilling is not None:
             self._refilling.cancel()
-        self._sealed.close()
+        self._sandboxed.close()
         for runner in list(self._all):
             runner.kill()
         self._zygotes.close()
 
-    async def _start(self, key: Key) -> Runner:
-        runner = await self._start_spare(is_async=key.is_async)
+    def check(self) -> None:
+        """Assert that each runner that takes invocations runs one or can be taken."""
+        self._idle.check()
+        free = {*self._idle.all(), *self._spares, *self._shared.all()}
+        fit = [runner for runner in self._all if runner.is_fit and runner.sandbox is None]
+        assert all(runner in free or runner.running or runner.pipeline for runner in fit)
+        assert not any(runner.running or runner.pipeline for runner in self._idle.all())
+
+    async def _start(self, key: RunnerKey) -> Runner:
+        runner = await self._start_unused(is_async=key.is_async)
         runner.adopt(key)
         return runner
 
-    async def _start_spare(self, *, is_async: bool = False) -> Runner:
-        runner = Runner(self._drafts, self._put_back, self._forget)
+    async def _start_unused(self, *, is_async: bool = False, sandbox: Supervisor | None = None) -> Runner:
+        runner = Runner(self._staging, self._put_back, self._forget, sandbox)
         await runner.start(self._zygotes, is_async=is_async)
         self._all.add(runner)
-        return runner
-
-    async def _start_sealed(self, policy: Policy) -> Runner:
-        """Start a process that is sealed and accepted. Raises OSError and SandboxError."""
-        sandbox = Supervisor(policy)
-        runner = Runner(self._drafts, self._put_back, self._forget, sandbox)
-        try:
-            await runner.start(self._zygotes, is_async=False)
-            self._all.add(runner)
-            async with asyncio.timeout(SEAL_S):
-                await sandbox.sealed
-        except TimeoutError:
-            runner.kill()
-            raise SandboxError(f"{policy.level}: the process was not sealed within {SEAL_S:g} s") from None
-        except BaseException:
-            if runner in self._all:
-                runner.kill()
-            else:
-                sandbox.discard()
-            raise
         return runner
 
     def _refill(self) -> None:
@@ -171,40 +127,24 @@ class Pool:
             self._refilling = asyncio.get_running_loop().create_task(self._start_spares())
 
     async def _start_spares(self) -> None:
-        # Where a process cannot be started now, the attempt that needs one says so.
+        # Where a process cannot be started now, the attempt that needs one reports it.
         with contextlib.suppress(OSError):
             while len(self._spares) < self._wanted:
-                self._spares.append(await self._start_spare())
+                self._spares.append(await self._start_unused())
 
     def _put_back(self, runner: Runner) -> None:
-        """Note that a runner has nothing to do."""
+        """Take a runner that became idle."""
         if runner.key.owner or runner.key.bundle in self.retired:
             runner.kill()
-        if not runner.is_fit or runner not in self._all:
-            return
-        self._idle[runner] = None
-        if not runner.key.is_async:
-            self._by_key.setdefault(runner.key, []).append(runner)
-        if len(self._idle) > self._wanted * IDLE_PER_SPARE:
-            oldest = next(iter(self._idle))
-            self._leave_idle(oldest)
-            oldest.kill()
-
-    def _leave_idle(self, runner: Runner) -> None:
-        if runner in self._idle:
-            del self._idle[runner]
-            same = self._by_key.get(runner.key, [])
-            if runner in same:
-                same.remove(runner)
-            if not same:
-                self._by_key.pop(runner.key, None)
+        if runner.is_fit and runner in self._all:
+            self._idle.add(runner)
+            if len(self._idle) > self._wanted * IDLE_PER_SPARE:
+                self._idle.take_oldest().kill()
 
     def _forget(self, runner: Runner) -> None:
         self._all.discard(runner)
-        self._leave_idle(runner)
+        self._idle.remove(runner)
         if runner in self._spares:
             self._spares.remove(runner)
-        shared = self._shared.get(runner.key)
-        if shared is not None and shared.done() and not shared.exception() and shared.result() is runner:
-            del self._shared[runner.key]
+        self._shared.remove(runner)
         self.on_gone()

@@ -123,6 +123,35 @@ class SpawnedOutput:
         raise self._unknown()
 
 
+@dataclass(frozen=True, slots=True)
+class SpawnedTask:
+    """A task that was added to the run."""
+
+    task_id: str
+    output_names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        raise PayloadError(f"{self!r} has no text: give one of its outputs to a task, and make the text there")
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+    @property
+    def outputs(self) -> dict[str, SpawnedOutput]:
+        """The task's outputs by name."""
+        return {name: SpawnedOutput(self.task_id, name) for name in self.output_names}
+
+    @property
+    def output(self) -> SpawnedOutput:
+        """The task's only output. Raises ValueError when it has several."""
+        if len(self.output_names) != 1:
+            raise ValueError(f"task {self.task_id!r} has {len(self.output_names)} outputs; name one")
+        return SpawnedOutput(self.task_id, self.output_names[0])
+
+    def __reduce__(self) -> NoReturn:
+        raise PayloadError(f"{self.task_id!r} is a task; give one of its outputs: task.output")
+
+
 def _advice(output: SpawnedOutput) -> str:
     return f"{output!r} has no value yet: give it to a task as an input, and read it there"
 

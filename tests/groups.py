@@ -19,8 +19,8 @@ FIRST = (
     ON_RAY,
     "tests/e2e/test_cluster.py",
     "tests/e2e/test_security.py",
-    "tests/worker/test_runners.py",
-    "tests/worker/test_frames_property.py",
+    "tests/worker/test_attempts.py",
+    "tests/worker/test_frames.py",
     "tests/e2e/test_examples.py",
 )
 

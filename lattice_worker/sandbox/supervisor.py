@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lattice_worker.sandbox import facts, memory
-from lattice_worker.sandbox.policy import Policy
+from lattice_worker.sandbox.policy import MIB, Policy
 
 WATCH_S = 0.05
 
@@ -32,6 +32,11 @@ class Supervisor:
         # A refusal that no attempt waits for is not logged as an error.
         self.sealed.add_done_callback(lambda sealed: sealed.cancelled() or sealed.exception())
         self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def frame_bytes(self) -> int:
+        """The largest frame that is accepted from the process: its outputs, and a header."""
+        return self.policy.output_bytes + MIB
 
     def request(self, folder: str) -> dict[str, Any]:
         """Return the request for the zygote; `folder` is empty and the process's own."""

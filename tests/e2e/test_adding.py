@@ -202,6 +202,18 @@ def test_async_tasks_spawn_side_by_side(client: LatticeClient) -> None:
     assert {results[task_id]["result"] for task_id in ids} == {1}
 
 
+def test_a_task_named_plan_spawns_itself_100_deep(client: LatticeClient) -> None:
+    def plan(depth: int) -> int:
+        if depth:
+            context.spawn(plan, {"depth": depth - 1})
+        return depth
+
+    workflow = client.create_workflow()
+    workflow.add_task(task(plan), {"depth": 100})
+    results = workflow.run().result(timeout=WAIT_S)
+    assert sorted(outputs["result"] for outputs in results.values()) == list(range(101))
+
+
 def test_another_attempt_means_the_same_tasks(client: LatticeClient, room: Room) -> None:
     @task(retries=2, retry_backoff=0.01)
     def parent(room: str) -> int:

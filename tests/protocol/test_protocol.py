@@ -17,7 +17,7 @@ from lattice_server.core.model import Failure, FailureKind, Payload
 from lattice_server.core.scheduling.scheduler import Dispatch
 from lattice_server.engine.outbox import Connection
 from lattice_server.engine.sessions import Sessions
-from lattice_worker.lease_machine import Leasing
+from lattice_worker.lease_machine import LeaseMachine
 from tests.examples import share
 from tests.server.core.scenes import node, ready
 
@@ -35,7 +35,7 @@ class Attempts:
         self.running: dict[str, Assign] = {}
         self.started: list[str] = []
         self.fed: set[str] = set()
-        self.leasing: Leasing[Assign, Any, Any]
+        self.leases: LeaseMachine[Assign, Any, Any]
 
     def start(self, work: Assign) -> None:
         assert not work.after_lease_id or work.lease_id in self.fed, "a lease started without its inputs"
@@ -58,13 +58,13 @@ class Attempts:
         self.end(lease_id, messages.AttemptFailed("", lease_id, 0, STOPPED))
 
     def cancelled(self, work: Assign) -> None:
-        self.leasing.report(work.lease_id, messages.AttemptFailed("", work.lease_id, 0, STOPPED))
-        self.leasing.ended(work.lease_id, None)
+        self.leases.report(work.lease_id, messages.AttemptFailed("", work.lease_id, 0, STOPPED))
+        self.leases.ended(work.lease_id, None)
 
     def end(self, lease_id: str, report: Any) -> None:
-        if self.running.pop(lease_id, None) is not None and self.leasing.session.has_started(lease_id) is not None:
-            self.leasing.report(lease_id, report)
-            self.leasing.ended(lease_id, VALUE if isinstance(report, messages.AttemptSucceeded) else None)
+        if self.running.pop(lease_id, None) is not None and self.leases.holds(lease_id):
+            self.leases.report(lease_id, report)
+            self.leases.ended(lease_id, VALUE if isinstance(report, messages.AttemptSucceeded) else None)
 
 
 class Stream:
@@ -88,10 +88,10 @@ class Protocol:
         self.sessions.on_detached = lambda session_id, _: self.left.append(session_id)
         self.left: list[str] = []
         self.attempts = Attempts()
-        self.leasing: Leasing[Assign, Any, Any] = Leasing(
+        self.leases: LeaseMachine[Assign, Any, Any] = LeaseMachine(
             self.attempts, self.say, lambda lease_id: messages.LeaseReturned("", lease_id, "")
         )
-        self.attempts.leasing = self.leasing
+        self.attempts.leases = self.leases
         self.streams: list[Stream] = []
         self.stream: Stream | None = None  # As the worker sees it.
         self.is_welcome = False
@@ -152,8 +152,8 @@ class Protocol:
         self.stream = Stream()
         self.streams.append(self.stream)
         self.is_welcome = False
-        session = self.leasing.session
-        greeting = node("n", 2.0, session_id=session.session_id, held_lease_ids=tuple(session.held()))
+        leases = self.leases
+        greeting = node("n", 2.0, session_id=leases.session_id, held_lease_ids=tuple(leases.held()))
         self.stream.to_head.append(greeting)
 
     def say(self, sequence: int, report: Any) -> None:
@@ -164,37 +164,36 @@ class Protocol:
     def beat(self) -> None:
         """Send a heartbeat."""
         if self.stream is not None and self.is_welcome:
-            session = self.leasing.session
-            if session.overdue():
+            if self.leases.reports.overdue():
                 self.say_again()
-            self.stream.to_head.append(("heartbeat", session.held(), self.leasing.received))
+            self.stream.to_head.append(("heartbeat", self.leases.held(), self.leases.received))
 
     def say_again(self) -> None:
         """Send all that is not acknowledged."""
         assert self.stream is not None
-        outbox = [(sequence, report) for sequence, _, report in self.leasing.session._outbox]
+        outbox = [(sequence, report) for sequence, _, report in self.leases.reports._reports]
         self.stream.to_head.append(("reports", outbox))
 
     def take(self, message: Any) -> None:
         """Take what came from the head, on the present stream."""
         if isinstance(message, messages.WelcomeWorker):
             self.is_welcome = True
-            if not message.resumed and message.session_id != self.leasing.session.session_id:
+            if not message.resumed and message.session_id != self.leases.session_id:
                 self.attempts.running.clear()
                 self.attempts.fed.clear()
-            self.leasing.welcome(message.session_id, message.resumed, message.drop_lease_ids)
+            self.leases.welcome(message.session_id, message.resumed, message.drop_lease_ids)
             self.say_again()
         elif self.is_welcome:
             match message:
                 case Assign():
                     named = (message.lease_id, message.slot, message.after_lease_id, message.sequence)
-                    self.leasing.assign(*named, message)
+                    self.leases.assign(*named, message)
                 case messages.StopLease():
-                    self.leasing.stop(message.lease_id)
+                    self.leases.stop(message.lease_id)
                 case messages.RevokeLease():
-                    self.leasing.revoke(message.lease_id)
+                    self.leases.revoke(message.lease_id)
                 case int():
-                    self.leasing.session.acknowledge(message)
+                    self.leases.reports.acknowledge(message)
 
     def deliver(self, queue: list[Any], index: int, stream: Stream, *, again: bool = False) -> None:
         """Let something arrive."""

@@ -14,7 +14,8 @@ from lattice_worker.control_socket import Control
 from lattice_worker.runner.values import decode_value
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import Supervisor
-from lattice_worker.zygote import Process, Zygotes
+from lattice_worker.zygote import Process
+from lattice_worker.zygotes import Zygotes
 
 TIMEOUT_S = 60.0
 LOG_BYTES = 100_000

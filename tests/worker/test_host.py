@@ -1,11 +1,13 @@
-"""What a worker says of its GPUs, with a driver that knows two."""
+"""What a node offers: CPUs and memory within the limits of its container, and GPUs."""
 
+import os
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from lattice_worker import host
+from lattice_worker import cgroup, host
 from lattice_worker.config import WorkerConfig
 
 GIB = 2**30
@@ -25,6 +27,26 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "pynvml", known)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(("quota", "cpus"), [(None, 4.0), (1.5, 1.5), (0.25, 1.0), (64.0, 4.0)])
+def test_capacity_has_the_cpus_of_the_container_when_they_are_fewer(
+    quota: float | None, cpus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(cgroup, "limits", lambda: cgroup.Limits(quota, None))
+    assert host.capacity(WorkerConfig("", "", "", "")).cpu == cpus
+    assert host.capacity(WorkerConfig("", "", "", "", num_cpus=7)).cpu == 7
+
+
+@pytest.mark.parametrize(("limit", "offers"), [(None, 16 * GIB), (2 * GIB, 2 * GIB), (2**63 - 4096, 16 * GIB)])
+def test_capacity_has_the_memory_of_the_container_when_it_is_less(
+    limit: int | None, offers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB))
+    monkeypatch.setattr(cgroup, "limits", lambda: cgroup.Limits(None, limit))
+    assert host.capacity(WorkerConfig("", "", "", "")).memory_bytes == offers
+    assert host.capacity(WorkerConfig("", "", "", "", memory_bytes=GIB)).memory_bytes == GIB
 
 
 def offered(num_gpus: int | None = None) -> list[tuple[int, int]]:

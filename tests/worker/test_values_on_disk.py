@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker.artifact_staging import Drafts
-from lattice_worker.local_store import Materials
+from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.local_store import LocalStore
 
 ROOT = Path(__file__).resolve().parents[2]
 FETCHES = """
@@ -16,8 +16,8 @@ import asyncio, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 from lattice.v1 import payload_pb2
-from lattice_worker.artifact_staging import Drafts
-from lattice_worker.local_store import Materials, MissingError
+from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.local_store import LocalStore, MissingError
 
 class Head:
     async def ReadArtifact(self, request):
@@ -25,18 +25,18 @@ class Head:
             yield SimpleNamespace(data=b"x" * (1 << 20))
 
 async def fetch(store):
-    drafts = Drafts(store)
-    with drafts.opened():
-        materials = Materials(store, "n", drafts, Head)
+    staging = ArtifactStaging(store)
+    with staging.opened():
+        local_store = LocalStore(store, "n", staging, Head)
         artifact = payload_pb2.Artifact(artifact_id="0" * 32, size_bytes=SIZE << 20, node_id="head")
         try:
-            await materials._fetch(artifact)
+            await local_store._fetch(artifact)
         except MissingError as error:
             print(error)
             return
-        with materials.open(artifact.artifact_id) as file:
+        with local_store.open(artifact.artifact_id) as file:
             print(len(file.read()), Path(store, artifact.artifact_id).is_symlink())
-        materials.drop([artifact.artifact_id])
+        local_store.drop([artifact.artifact_id])
         print(sorted(os.listdir(os.environ["DISK"])), [name for name in os.listdir(store) if name.startswith("0")])
 """
 
@@ -81,42 +81,42 @@ def on_disk(store: Path) -> list[bytes]:
     return [path.read_bytes() for path in (store / "disk").resolve().iterdir()]
 
 
-def write(drafts: Drafts, path: Path) -> None:
+def write(staging: ArtifactStaging, path: Path) -> None:
     """Write a value to disk, as a process does that finds the store full."""
-    assert drafts.on_disk(path)
+    assert staging.on_disk(path)
     path.write_bytes(b"value")
 
 
 def test_a_value_on_disk_is_published_read_and_dropped_like_one_in_memory(store: Path) -> None:
-    drafts = Drafts(str(store))
-    with drafts.opened():
-        folder = drafts.folder()
-        write(drafts, Path(folder, "a"))
-        drafts.publish(folder, ["a"])
-        materials = Materials(str(store), "n", drafts, lambda: None)
+    staging = ArtifactStaging(str(store))
+    with staging.opened():
+        folder = staging.folder()
+        write(staging, Path(folder, "a"))
+        staging.publish(folder, ["a"])
+        local_store = LocalStore(str(store), "n", staging, lambda: None)
         assert (store / "a").read_bytes() == b"value"
-        drafts.settle(["a"])
-        assert materials.stored() == ["a"]
-        materials.drop(["a"])
+        staging.settle(["a"])
+        assert local_store.stored() == ["a"]
+        local_store.drop(["a"])
         assert not (store / "a").is_symlink()
         assert on_disk(store) == []
 
 
 @pytest.mark.parametrize("how", ["delete", "discard"])
 def test_a_value_on_disk_that_is_never_named_is_deleted(store: Path, how: str) -> None:
-    drafts = Drafts(str(store))
-    with drafts.opened():
-        folder = drafts.folder()
-        write(drafts, Path(folder, "a"))
+    staging = ArtifactStaging(str(store))
+    with staging.opened():
+        folder = staging.folder()
+        write(staging, Path(folder, "a"))
         if how == "delete":
-            drafts.delete(folder, ["a"])
+            staging.delete(folder, ["a"])
         else:
-            drafts.discard(folder)
+            staging.discard(folder)
         assert on_disk(store) == []
 
 
 def test_values_on_disk_of_a_killed_worker_are_taken_over_when_reported_and_deleted_otherwise(store: Path) -> None:
-    killed = Drafts(str(store))
+    killed = ArtifactStaging(str(store))
     opened = killed.opened()
     opened.__enter__()
     folder = killed.folder()
@@ -126,9 +126,9 @@ def test_values_on_disk_of_a_killed_worker_are_taken_over_when_reported_and_dele
     killed.reported.discard("reported")
     killed.discard = lambda _: None  # type: ignore[method-assign]  # what a killed worker leaves
     opened.__exit__(None, None, None)
-    drafts = Drafts(str(store))
-    with drafts.opened():
-        assert drafts.reported == {"reported"}
+    staging = ArtifactStaging(str(store))
+    with staging.opened():
+        assert staging.reported == {"reported"}
         assert on_disk(store) == [b"value"]
 
 
@@ -136,14 +136,14 @@ def test_bytes_outside_the_folder_on_disk_are_never_deleted(store: Path, tmp_pat
     other = tmp_path / "other"
     other.write_bytes(b"kept")
     (store / "a").symlink_to(other)
-    Materials(str(store), "n", Drafts(str(store)), lambda: None).drop(["a", "disk"])
+    LocalStore(str(store), "n", ArtifactStaging(str(store)), lambda: None).drop(["a", "disk"])
     assert other.read_bytes() == b"kept"
     assert not (store / "a").is_symlink()
     assert (store / "disk").is_dir()
 
 
 def test_a_store_without_a_folder_on_disk_has_no_other_place(tmp_path: Path) -> None:
-    assert not Drafts(str(tmp_path)).on_disk(tmp_path / "a")
+    assert not ArtifactStaging(str(tmp_path)).on_disk(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,10 +13,11 @@ import grpc
 import pytest
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, task_pb2, worker_pb2
 
-from lattice_worker import agent, local_store
-from lattice_worker.artifact_staging import PREFIX, Drafts
-from lattice_worker.local_store import Materials, MissingError
-from lattice_worker.peer_fetch import Courier
+from lattice_worker import agent
+from lattice_worker import local_store as store_module
+from lattice_worker.artifact_staging import PREFIX, ArtifactStaging
+from lattice_worker.local_store import LocalStore, MissingError
+from lattice_worker.peer_fetch import PeerFetcher
 
 BYTES = b"some bytes"
 DIGEST = "sha256:code"
@@ -47,8 +48,8 @@ class Server:
             yield artifact_pb2.ReadArtifactResponse(data=data)
 
 
-class Bringer(Courier):
-    """A courier that always, or never, brings what it is asked for."""
+class Bringer(PeerFetcher):
+    """A fetcher that always, or never, brings what it is asked for."""
 
     def __init__(self, *, brings: bool) -> None:
         self.brings = brings
@@ -62,12 +63,12 @@ class Bringer(Courier):
 
 
 class Scene:
-    """The materials of node `b`, and the server; `is_connected` is whether that can be asked."""
+    """The local_store of node `b`, and the server; `is_connected` is whether that can be asked."""
 
-    def __init__(self, folder: Path, *answers: Answer, courier: Courier | None = None) -> None:
+    def __init__(self, folder: Path, *answers: Answer, fetcher: PeerFetcher | None = None) -> None:
         self.server = Server(*answers)
         self.connected: list[bool] = []
-        self.materials = Materials(str(folder), "b", drafts(folder), self._connect, courier)
+        self.local_store = LocalStore(str(folder), "b", staging(folder), self._connect, fetcher)
 
     def _connect(self) -> Any:
         return self.server if not self.connected or self.connected.pop(0) else None
@@ -76,14 +77,14 @@ class Scene:
         """Do what is to be done for attempts with these inputs; return how much that was."""
         attempts = [worker_pb2.Attempt(inputs={"x": binding}) for binding in bindings or (value(ELSEWHERE),)]
         upstream = {"out": payload_pb2.Payload(artifact=ELSEWHERE)}
-        waits = self.materials.missing("", worker_pb2.Assignment(attempts=attempts), upstream)
+        waits = self.local_store.missing("", worker_pb2.Assignment(attempts=attempts), upstream)
         await asyncio.gather(*waits)
         return len(waits)
 
 
 @pytest.fixture(autouse=True)
 def is_hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_store, "RETRY_S", 0.0)
+    monkeypatch.setattr(store_module, "RETRY_S", 0.0)
 
 
 def play(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -107,9 +108,9 @@ def zipped() -> bytes:
     return data.getvalue()
 
 
-def drafts(folder: Path) -> Drafts:
-    """Return drafts for what arrives in a folder."""
-    made = Drafts(str(folder))
+def staging(folder: Path) -> ArtifactStaging:
+    """Return staging for what arrives in a folder."""
+    made = ArtifactStaging(str(folder))
     made.incoming.mkdir(parents=True)
     return made
 
@@ -126,7 +127,7 @@ def test_what_several_attempts_need_is_fetched_once(tmp_path: Path) -> None:
         await asyncio.gather(scene.fetch(value(ELSEWHERE), value(ELSEWHERE)), scene.fetch())
         assert scene.server.asked == ["value"]
         assert await scene.fetch() == 0, "it is there"
-        with scene.materials.open("value") as file:
+        with scene.local_store.open("value") as file:
             assert file.read() == BYTES
         assert names(tmp_path) == {"value"}
 
@@ -166,7 +167,7 @@ def test_what_may_come_later_is_asked_for_again(answer: Answer, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("answer", "count"),
-    [(StatusCode.NOT_FOUND, 1), (StatusCode.UNAVAILABLE, local_store.RETRIES), (BYTES[:5], local_store.RETRIES)],
+    [(StatusCode.NOT_FOUND, 1), (StatusCode.UNAVAILABLE, store_module.RETRIES), (BYTES[:5], store_module.RETRIES)],
 )
 def test_what_cannot_be_had_is_missing_and_leaves_nothing(answer: Answer, count: int, tmp_path: Path) -> None:
     async def scenario() -> None:
@@ -186,7 +187,7 @@ def test_what_cannot_be_had_is_missing_and_leaves_nothing(answer: Answer, count:
 @pytest.mark.parametrize("brings", [True, False])
 def test_the_server_is_asked_for_what_the_courier_does_not_bring(brings: bool, tmp_path: Path) -> None:
     async def scenario() -> None:
-        scene = Scene(tmp_path, BYTES, courier=Bringer(brings=brings))
+        scene = Scene(tmp_path, BYTES, fetcher=Bringer(brings=brings))
         await scene.fetch()
         assert len(scene.server.asked) == (0 if brings else 1)
         assert names(tmp_path) == {"value"}
@@ -199,7 +200,7 @@ def test_values_are_dropped_and_code_stays(tmp_path: Path) -> None:
     store.mkdir()
 
     async def scenario() -> None:
-        found = Scene(store).materials
+        found = Scene(store).local_store
         found.bundles.learn([bundle(zipped())])
         await asyncio.gather(*found.missing(DIGEST, worker_pb2.Assignment(), {}))
         for name in ("store/one", "store/two", "store/three", "beside"):
@@ -218,7 +219,7 @@ def test_values_are_dropped_and_code_stays(tmp_path: Path) -> None:
 
 def test_code_is_waited_for_until_it_is_there(tmp_path: Path) -> None:
     async def scenario() -> None:
-        found = Scene(tmp_path).materials
+        found = Scene(tmp_path).local_store
         assert found.bundles.path("") == ""
         found.bundles.learn([bundle(zipped())])
         (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
@@ -231,7 +232,7 @@ def test_code_is_waited_for_until_it_is_there(tmp_path: Path) -> None:
 
 def test_nothing_starts_with_code_that_cannot_be_unpacked(tmp_path: Path) -> None:
     async def scenario() -> None:
-        found = Scene(tmp_path).materials
+        found = Scene(tmp_path).local_store
         found.bundles.learn([bundle(b"no archive")])
         for _ in range(2):
             (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
@@ -243,7 +244,7 @@ def test_nothing_starts_with_code_that_cannot_be_unpacked(tmp_path: Path) -> Non
 
 def test_code_that_is_there_is_left_alone_when_it_comes_again(tmp_path: Path) -> None:
     async def scenario() -> None:
-        found = Scene(tmp_path).materials
+        found = Scene(tmp_path).local_store
         folder = Path(found.bundles.path(DIGEST))
         # Twice at once, and again later, as after each reconnect.
         waits = []
@@ -268,7 +269,7 @@ def test_code_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     damaged = data.getvalue().replace(b"to be damaged", b"damaged since")
 
     async def scenario() -> None:
-        found = Scene(tmp_path).materials
+        found = Scene(tmp_path).local_store
         found.bundles.learn([bundle(damaged)])
         (wait,) = found.missing(DIGEST, worker_pb2.Assignment(), {})
         with pytest.raises(zipfile.BadZipFile):
@@ -306,9 +307,9 @@ def test_a_value_on_its_way_when_the_stream_breaks_comes_by_the_next_one(tmp_pat
         await server.start()
         channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}") for _ in range(2)]
         stubs = [artifact_pb2_grpc.ArtifactServiceStub(channel) for channel in channels]
-        materials = Materials(str(tmp_path), "here", drafts(tmp_path), lambda: stubs[0])
+        local_store = LocalStore(str(tmp_path), "here", staging(tmp_path), lambda: stubs[0])
         attempt = worker_pb2.Attempt(inputs={"x": value(LARGE)})
-        (fetching,) = materials.missing("", worker_pb2.Assignment(attempts=[attempt]), {})
+        (fetching,) = local_store.missing("", worker_pb2.Assignment(attempts=[attempt]), {})
         await results.is_asked.wait()
         del stubs[0]
         await channels[0].close()
@@ -325,7 +326,7 @@ def test_a_value_on_its_way_when_the_stream_breaks_comes_by_the_next_one(tmp_pat
 @pytest.mark.parametrize("name", ["", ".", "..", "spares", "/", "../spares", "nothing"])
 def test_nothing_but_a_value_is_deleted(name: str, tmp_path: Path) -> None:
     (tmp_path / "spares").mkdir()
-    Materials(str(tmp_path), "here", Drafts(str(tmp_path)), lambda: None).drop([name])
+    LocalStore(str(tmp_path), "here", ArtifactStaging(str(tmp_path)), lambda: None).drop([name])
     assert (tmp_path / "spares").is_dir()
 
 

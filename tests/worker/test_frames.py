@@ -14,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, task_pb2, worker_pb2
 
-from lattice_worker.artifact_staging import Drafts
-from lattice_worker.attempt_executor import Attempts
-from lattice_worker.local_store import Materials
+from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.attempt_executor import AttemptExecutor
+from lattice_worker.attempt_reports import AttemptReports
+from lattice_worker.limits import Limits
+from lattice_worker.local_store import LocalStore
+from lattice_worker.questions import Questions
 from lattice_worker.runner import frames
 from lattice_worker.runner.frames import FIRST, LAST, MIDDLE, WHOLE, Assembler, ProtocolError, packets_of, parse
 from lattice_worker.runner_pool import Pool
@@ -145,12 +148,16 @@ def test_garbage_is_refused_and_raises_nothing_else(seed: int) -> None:
 class Scene:
     """Attempts on a pool of fake processes. `ends` are the reports that end leases, by lease and item."""
 
-    def __init__(self, drafts: Drafts, folder: Path) -> None:
+    def __init__(self, staging: ArtifactStaging, folder: Path) -> None:
         self.zygotes = FakeZygotes()
-        self.pool = Pool(1, drafts, self.zygotes)
-        materials = Materials(str(folder), "n", drafts, lambda: None)
-        self.attempts = Attempts(self.pool, materials, self._emit, self._ended, lambda digest: None)
-        self.attempts.questions.limit_bytes = 100
+        self.pool = Pool(1, staging, self.zygotes)
+        local_store = LocalStore(str(folder), "n", staging, lambda: None)
+        limits = Limits(question_bytes=100)
+        self.reports = AttemptReports(local_store, limits, self._emit, self._ended)
+        self.questions = Questions(self._emit, limits)
+        self.executor = AttemptExecutor(
+            self.pool, local_store, self.reports, self.questions, limits, lambda digest: None
+        )
         self.ends: list[tuple[str, int, str]] = []
         self.ended: Counter[str] = Counter()
         self.kinds: dict[str, int] = {}
@@ -175,7 +182,7 @@ class Scene:
         concurrency = task_pb2.CONCURRENCY_ASYNC if is_async else task_pb2.CONCURRENCY_PROCESS
         python = task_pb2.PythonFunction(pickle=b"x", concurrency=concurrency)
         function = task_pb2.Function(digest=f"sha256:{is_async}", python=python)
-        self.attempts.learn([function], [])
+        self.executor.learn([function], [])
         payload = payload_pb2.Binding(payload=payload_pb2.Payload(media_type="application/json", json="1"))
         assignment = worker_pb2.Assignment(
             lease_id=lease_id,
@@ -188,7 +195,7 @@ class Scene:
                 for item in range(size)
             ],
         )
-        self.attempts.start(assignment)
+        self.executor.start(assignment)
         return assignment
 
     def check(self, sizes: dict[str, int]) -> None:
@@ -201,16 +208,11 @@ class Scene:
             assert self.ended[lease_id] == 1, (lease_id, self.ended)
         assert set(self.ended) == set(sizes)
         assert all(kind in set(errors_pb2.FailureKind.values()) - {0} for kind in self.kinds.values())
-        for name in ("_running", "_ahead", "_unstarted", "_upstream", "_timers", "_starting", "_converting"):
-            assert not getattr(self.attempts, name), name
-        assert not self.attempts.questions._unanswered
-        pool: Any = self.pool
-        live = {runner for runner in pool._all if runner.is_fit}
-        shared = {future.result() for future in pool._shared.values()}
-        assert set(pool._idle) | set(pool._spares) | shared >= live
-        free = {runner for runner in pool._idle if not runner.key.is_async}
-        assert free == {runner for runners in pool._by_key.values() for runner in runners}
-        assert all(not runner.running and not runner.ahead for runner in live)
+        assert self.executor.is_idle
+        assert self.reports.is_idle
+        assert not self.questions._unanswered
+        self.pool.check()
+        assert not any(runner.running or runner.pipeline for runner in self.pool._all if runner.is_fit)
 
 
 @pytest.fixture(autouse=True)
@@ -220,10 +222,10 @@ def _quiet_log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.fixture(scope="module")
-def drafts() -> Iterator[tuple[Drafts, Path]]:
+def staging() -> Iterator[tuple[ArtifactStaging, Path]]:
     """A store of large values."""
     with tempfile.TemporaryDirectory() as folder:
-        found = Drafts(folder)
+        found = ArtifactStaging(folder)
         with found.opened():
             yield found, Path(folder)
 
@@ -298,10 +300,10 @@ def speak(process: FakeProcess, choice: random.Random) -> None:
 
 
 def test_a_lease_ends_when_its_process_lives_on_after_an_unreadable_answer(
-    drafts: tuple[Drafts, Path],
+    staging: tuple[ArtifactStaging, Path],
 ) -> None:
     async def scene() -> None:
-        scene = Scene(*drafts)
+        scene = Scene(*staging)
         scene.zygotes.is_silent = True
         scene.assign("a", 1, is_async=False)
         await settle(lambda: any(process.invocations for process in scene.zygotes.processes))
@@ -317,14 +319,14 @@ def test_a_lease_ends_when_its_process_lives_on_after_an_unreadable_answer(
 
 @examples(12_000)
 @given(seed=st.integers(0, 2**64))
-def test_every_lease_ends_once_whatever_its_process_says(drafts: tuple[Drafts, Path], seed: int) -> None:
+def test_every_lease_ends_once_whatever_its_process_says(staging: tuple[ArtifactStaging, Path], seed: int) -> None:
     choice = random.Random(seed)
     is_async = choice.random() < 0.5
     sizes = {name: choice.randrange(1, 4) for name in choice.sample("abc", choice.randrange(1, 4))}
     stopped = {name for name in sizes if choice.random() < 0.3}
 
     async def scene() -> None:
-        scene = Scene(*drafts)
+        scene = Scene(*staging)
         scene.zygotes.is_silent = True
         for lease_id, size in sizes.items():
             scene.assign(lease_id, size, is_async=is_async)
@@ -337,15 +339,15 @@ def test_every_lease_ends_once_whatever_its_process_says(drafts: tuple[Drafts, P
             if choice.random() < 0.3:
                 await asyncio.sleep(0)
         for runner in list(scene.pool._all):
-            runner._marks[:8] = choice.randrange(5).to_bytes(8, "little")
+            runner.process.marks.memory[:8] = choice.randrange(5).to_bytes(8, "little")
         await asyncio.sleep(0)
         for lease_id in stopped:
-            scene.attempts.stop(lease_id, "cancelled", "the attempt was cancelled")
+            scene.executor.stop(lease_id, "cancelled", "the attempt was cancelled")
         for _ in range(3):
             await asyncio.sleep(0)
         for process in processes:
             process.end(choice.choice([0, 1, -9, -11]))
-        await settle(lambda: sum(scene.ended.values()) >= len(sizes) and not scene.attempts._running)
+        await settle(lambda: sum(scene.ended.values()) >= len(sizes) and scene.executor.is_idle)
         for _ in range(5):
             await asyncio.sleep(0)
         scene.assign("after", 1, is_async=is_async)

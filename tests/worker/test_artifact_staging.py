@@ -12,8 +12,8 @@ import pytest
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc, errors_pb2, payload_pb2, worker_pb2
 
 from lattice_worker import cli, context
-from lattice_worker.artifact_staging import Drafts
-from lattice_worker.local_store import Materials
+from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.local_store import LocalStore
 from tests.e2e.proxy import Gate
 from tests.worker.head import LIMIT_BYTES, TIMEOUT_S, Pair, Stream, pair
 
@@ -247,18 +247,19 @@ def test_a_copy_of_what_was_dropped_on_its_way_does_not_stay(is_dropped: bool, s
         artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(sender, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        drafts, artifact = Drafts(str(store)), payload_pb2.Artifact(artifact_id="0" * 32, size_bytes=2, node_id="other")
+        staging = ArtifactStaging(str(store))
+        artifact = payload_pb2.Artifact(artifact_id="0" * 32, size_bytes=2, node_id="other")
         payload = payload_pb2.Binding(payload=payload_pb2.Payload(artifact=artifact))
         assignment = worker_pb2.Assignment(attempts=[worker_pb2.Attempt(inputs={"x": payload})])
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub: Any = artifact_pb2_grpc.ArtifactServiceStub(channel)
-            with drafts.opened():
-                materials = Materials(str(store), "n", drafts, lambda: stub)
-                (fetch,) = materials.missing("", assignment, {})
+            with staging.opened():
+                local_store = LocalStore(str(store), "n", staging, lambda: stub)
+                (fetch,) = local_store.missing("", assignment, {})
                 await sender.is_asked.wait()
-                assert materials.stored() == [artifact.artifact_id]
+                assert local_store.stored() == [artifact.artifact_id]
                 if is_dropped:
-                    materials.drop([artifact.artifact_id])
+                    local_store.drop([artifact.artifact_id])
                 sender.may_go_on.set()
                 await fetch
                 assert files(store) == [artifact.artifact_id] * (not is_dropped)

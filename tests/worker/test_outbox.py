@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from lattice.v1 import worker_pb2
 
-from lattice_worker import outbox
-from lattice_worker.lease_machine import Leasing
-from lattice_worker.outbox import Outgoing
+from lattice_worker import outbox as outbox_module
+from lattice_worker.lease_machine import LeaseMachine
+from lattice_worker.limits import Limits
+from lattice_worker.outbox import PART_BYTES, Outbox
 
 LONG_S = 3600.0
 DRAINING = worker_pb2.Draining()
@@ -27,29 +28,31 @@ class Scene:
     """A worker whose stream has begun, and is welcome."""
 
     def __init__(self) -> None:
-        self.leasing: Leasing[Any, worker_pb2.Report, Any] = Leasing(Idle(), self._say, lambda _: worker_pb2.Report())
-        self.outgoing = Outgoing(self.leasing)
+        self.leases: LeaseMachine[Any, worker_pb2.Report, Any] = LeaseMachine(
+            Idle(), self._say, lambda _: worker_pb2.Report()
+        )
+        self.outbox = Outbox(self.leases, Limits(message_bytes=2 * PART_BYTES))
 
     async def welcome(self) -> AsyncIterator[worker_pb2.ConnectRequest]:
         """Return what is sent on a new stream, after its hello."""
-        requests = self.outgoing.open(HELLO)
+        requests = self.outbox.open(HELLO)
         assert await anext(requests) == worker_pb2.ConnectRequest(hello=HELLO)
-        self.outgoing.resume(self.leasing.welcome("s", False, ()))
+        self.outbox.resume(self.leases.welcome("s", False, ()))
         return requests
 
     def assign(self, *lease_ids: str, slot: int = 1) -> None:
         """Assign leases of one slot."""
         for lease_id in lease_ids:
-            self.leasing.assign(lease_id, slot, "", self.leasing.received + 1, None)
+            self.leases.assign(lease_id, slot, "", self.leases.received + 1, None)
 
     def end(self, lease_id: str, **fact: Any) -> None:
         """Report the end of a lease."""
-        self.leasing.report(lease_id, worker_pb2.Report(lease_id=lease_id, **fact or {"succeeded": {}}))
-        self.leasing.ended(lease_id, None)
+        self.leases.report(lease_id, worker_pb2.Report(lease_id=lease_id, **fact or {"succeeded": {}}))
+        self.leases.ended(lease_id, None)
 
     def _say(self, sequence: int, report: worker_pb2.Report) -> None:
         report.sequence = sequence
-        self.outgoing.report(report)
+        self.outbox.report(report)
 
 
 async def soon(requests: AsyncIterator[worker_pb2.ConnectRequest]) -> worker_pb2.ConnectRequest | None:
@@ -72,7 +75,7 @@ def reported(request: worker_pb2.ConnectRequest | None) -> list[str]:
 @pytest.fixture(autouse=True)
 def endless_coalescing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A message that waits for more waits visibly."""
-    monkeypatch.setattr(outbox, "COALESCE_S", LONG_S)
+    monkeypatch.setattr(outbox_module, "COALESCE_S", LONG_S)
 
 
 def test_a_report_is_sent_at_once_when_no_lease_waits_behind_another() -> None:
@@ -95,7 +98,7 @@ def test_reports_share_a_message_when_leases_wait_behind_others(monkeypatch: pyt
         scene.assign(*"abcd")
         scene.end("a")
         assert reported(await anext(requests)) == ["a"], "none was sent shortly before"
-        monkeypatch.setattr(outbox, "COALESCE_S", 0.2)
+        monkeypatch.setattr(outbox_module, "COALESCE_S", 0.2)
         scene.end("b")
         waiting = asyncio.ensure_future(anext(requests))
         await asyncio.sleep(0)
@@ -113,8 +116,8 @@ def test_all_that_is_due_shares_one_message() -> None:
         scene.assign("a")
         scene.assign("b", slot=2)
         scene.end("a")
-        scene.outgoing.beat()
-        scene.outgoing.drain(DRAINING)
+        scene.outbox.beat()
+        scene.outbox.drain(DRAINING)
         request = await soon(requests)
         assert reported(request) == ["a"]
         assert request is not None
@@ -141,7 +144,7 @@ def test_the_heartbeat_comes_last_when_the_reports_take_several_messages() -> No
         scene.assign("a", "b", "c")
         for lease_id in "abc":
             scene.end(lease_id, log={"text": "x" * 900_000})
-        scene.outgoing.beat()
+        scene.outbox.beat()
         first, last = await anext(requests), await anext(requests)
         assert (reported(first), reported(last)) == (["a", "b"], ["c"])
         assert not first.HasField("heartbeat")
@@ -158,11 +161,11 @@ def test_an_overdue_report_is_sent_again_before_later_ones() -> None:
         scene.end("a")
         assert reported(await anext(requests)) == ["a"]
         for _ in range(2):
-            scene.outgoing.beat()
+            scene.outbox.beat()
             assert reported(await anext(requests)) == []
         scene.assign("b")
         scene.end("b")
-        scene.outgoing.beat()
+        scene.outbox.beat()
         request = await anext(requests)
         assert [report.sequence for report in request.reports] == [1, 2]
 

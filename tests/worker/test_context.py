@@ -71,6 +71,23 @@ def test_no_two_spawned_tasks_have_one_id(sent: Sent, names: list[str | None], i
     assert [found.task_id for found in sent.tasks] == [f"parent/{name}" for name in ids]
 
 
+def test_ids_of_spawned_tasks_stay_within_the_limit_when_tasks_spawn_100_deep(sent: Sent) -> None:
+    output: Any = running.get()
+
+    def descend() -> list[str]:
+        ids = ["plan"]
+        for _ in range(100):
+            output.header |= {"attempts": [["run", ids[-1], 1]], "spawned": set()}
+            ids.append(context.spawn(give, {"v": 1}, name="plan").task_id)
+        return ids
+
+    ids = descend()
+    assert ids[:3] == ["plan", "plan/plan", "plan/plan/plan"]
+    assert len(set(ids)) == 101
+    assert max(map(len, ids)) <= 120, "a number has to fit behind it"
+    assert descend() == ids, "a later attempt spawns tasks of the same ids"
+
+
 def test_threads_of_a_task_spawn_under_ids_of_their_own(sent: Sent) -> None:
     output = running.get()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lattice_worker.artifact_staging import INCOMING, PREFIX, REPORTED, Drafts
+from lattice_worker.artifact_staging import INCOMING, PREFIX, REPORTED, ArtifactStaging
+from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_pool import Pool
-from lattice_worker.runner_process import Key
 
 
 def descriptors() -> int:
@@ -21,7 +21,7 @@ def test_what_could_not_be_started_leaves_nothing_behind_and_is_tried_again(
     is_async: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        pool, key = Pool(1, drafts), Key(is_async=is_async)
+        pool, key = Pool(1, staging), RunnerKey(is_async=is_async)
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", str(tmp_path / "missing"))
             before = descriptors()
@@ -38,6 +38,6 @@ def test_what_could_not_be_started_leaves_nothing_behind_and_is_tried_again(
         assert (await pool.take(key)).is_fit
         pool.close()
 
-    drafts = Drafts(str(tmp_path))
-    with drafts.opened():
+    staging = ArtifactStaging(str(tmp_path))
+    with staging.opened():
         asyncio.run(scenario())

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lattice_worker.peer_fetch import AT_A_TIME, SHUN_S, Courier
+from lattice_worker.peer_fetch import AT_A_TIME, SHUN_S, PeerFetcher
 
 NAME = "0" * 32
 BYTES = b"some bytes"
@@ -34,13 +34,13 @@ class Clock(asyncio.SelectorEventLoop):
 class Fetcher:
     """Whoever started the worker, whose every word a test chooses."""
 
-    def __init__(self, courier: Courier, folder: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        self.courier, self.path = courier, folder / NAME
+    def __init__(self, fetcher: PeerFetcher, folder: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.fetcher, self.path = fetcher, folder / NAME
         self._reader, self._writer = reader, writer
 
     def ask(self, node: str = "a") -> "asyncio.Task[bool]":
         """Have the value brought from a node."""
-        return asyncio.create_task(self.courier.bring(node, self.path, len(BYTES)))
+        return asyncio.create_task(self.fetcher.bring(node, self.path, len(BYTES)))
 
     async def hear(self) -> dict[str, Any]:
         """Return what was said next."""
@@ -76,16 +76,16 @@ async def settle() -> None:
 
 
 @asynccontextmanager
-async def fetcher(folder: Path) -> AsyncIterator[Fetcher]:
-    """A courier and its other end, while the block runs."""
+async def connected(folder: Path) -> AsyncIterator[Fetcher]:
+    """A fetcher and its other end, while the block runs."""
     ours, theirs = socket.socketpair()
-    courier = Courier(theirs.detach(), str(folder), folder, PATIENCE_S)
-    await courier.start()
+    fetcher = PeerFetcher(theirs.detach(), str(folder), folder, PATIENCE_S)
+    await fetcher.start()
     reader, writer = await asyncio.open_unix_connection(sock=ours)
     try:
-        yield Fetcher(courier, folder, reader, writer)
+        yield Fetcher(fetcher, folder, reader, writer)
     finally:
-        courier.close()
+        fetcher.close()
         writer.close()
 
 
@@ -93,7 +93,7 @@ def play(scenario: Callable[[Fetcher], Coroutine[Any, Any, None]], folder: Path)
     """Play a scenario; nothing but the value may be left in the folder."""
 
     async def scene() -> None:
-        async with fetcher(folder) as found:
+        async with connected(folder) as found:
             assert await found.hear() == {"store": str(folder)}
             await scenario(found)
 
@@ -223,7 +223,7 @@ def test_what_the_worker_starts_has_nothing_of_it(tmp_path: Path) -> None:
     # As it came to the worker from whoever started it.
     theirs.set_inheritable(True)
     descriptor = theirs.detach()
-    courier = Courier(descriptor, str(tmp_path), tmp_path)
+    fetcher = PeerFetcher(descriptor, str(tmp_path), tmp_path)
     assert not os.get_inheritable(descriptor)
-    courier.close()
+    fetcher.close()
     ours.close()

@@ -1,0 +1,122 @@
+"""Reports about leases: that one started, what it logged and spawned, and how it ended.
+
+Rule: a lease ends in one report for each of its attempts, or in one that returns it, and then `on_ended` is called.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lattice.v1 import task_pb2, worker_pb2
+
+from lattice_worker import convert, outcomes
+from lattice_worker.limits import Limits
+from lattice_worker.local_store import LocalStore
+
+# A start is reported late, so that a short attempt needs one message instead of two.
+START_DELAY_S = 0.002
+LOG_CHARACTERS = 256 * 1024  # The most of an attempt's output that one report holds.
+# Answers of so many values, or so many bytes, are converted away from the event loop.
+LARGE_ANSWER_BLOBS = 500
+LARGE_ANSWER_BYTES = 1024 * 1024
+
+
+class AttemptReports:
+    """Makes reports. `emit` takes each; `on_ended` takes a lease that is over, and its outputs if it succeeded."""
+
+    def __init__(
+        self,
+        local_store: LocalStore,
+        limits: Limits,
+        emit: Callable[[worker_pb2.Report], None],
+        on_ended: Callable[[str, convert.Outputs | None], None],
+    ) -> None:
+        self._local_store, self._limits = local_store, limits
+        self._emit, self._on_ended = emit, on_ended
+        self._unreported: dict[str, int] = {}  # Starts, in nanoseconds since the epoch.
+        self._start_timer: asyncio.TimerHandle | None = None
+        self._converting: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no report is still to be made."""
+        return not self._unreported and not self._converting
+
+    def start(self, lease_id: str) -> None:
+        """Report the start of a lease, unless it ends within `START_DELAY_S`."""
+        self._unreported[lease_id] = time.time_ns()
+        if self._start_timer is None:
+            self._start_timer = asyncio.get_running_loop().call_later(START_DELAY_S, self._report_starts)
+
+    def _report_starts(self) -> None:
+        self._start_timer = None
+        starts, self._unreported = self._unreported, {}
+        for lease_id, started_ns in starts.items():
+            self._report_start(lease_id, started_ns)
+
+    def _report_start(self, lease_id: str, started_ns: int) -> None:
+        report = convert.report(lease_id, started_ns)
+        report.started.SetInParent()
+        self._emit(report)
+
+    def log(self, lease_id: str, stream: str, text: str, truncated: bool) -> None:
+        """Report output."""
+        for start in range(0, len(text), LOG_CHARACTERS):
+            report = convert.report(lease_id, time.time_ns())
+            report.log.stream = convert.log_stream(stream)
+            report.log.text = text[start : start + LOG_CHARACTERS]
+            report.log.truncated = truncated
+            self._emit(report)
+
+    def spawn(self, lease_id: str, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]) -> str:
+        """Report a spawned task; return why it cannot be reported, and nothing when it was."""
+        report = convert.report(lease_id, time.time_ns())
+        report.spawned.CopyFrom(convert.spawned_from_frame(task, blobs, function, self._local_store.name))
+        if excess := outcomes.excess(report, self._limits.message_bytes):
+            self._local_store.drop(convert.artifacts_in(report))
+        else:
+            self._emit(report)
+        return excess
+
+    def give_back(self, lease_id: str, reason: str) -> None:
+        """Return a lease that started and did not end by itself."""
+        if (started_ns := self._unreported.pop(lease_id, None)) is not None:
+            # With its start reported, its attempts cannot have the same numbers again.
+            self._report_start(lease_id, started_ns)
+        self._emit(convert.returned(lease_id, reason))
+        self._on_ended(lease_id, None)
+
+    def end(self, assignment: worker_pb2.Assignment, answer: dict[str, Any], blobs: list[bytes]) -> None:
+        """Report the end of every attempt of a lease."""
+        self._unreported.pop(assignment.lease_id, None)
+        size, limit_bytes = len(assignment.attempts), self._limits.message_bytes
+        asked = (assignment.lease_id, answer, blobs, self._local_store.name, size, limit_bytes)
+        if len(blobs) < LARGE_ANSWER_BLOBS and sum(map(len, blobs)) < LARGE_ANSWER_BYTES:
+            self._report_end(assignment.lease_id, answer, outcomes.reports_of(*asked))
+            return
+        # Meanwhile the event loop sends heartbeats and serves other leases.
+        task = asyncio.get_running_loop().create_task(self._end_large(asked, answer))
+        self._converting.add(task)
+        task.add_done_callback(self._converting.discard)
+
+    async def _end_large(self, asked: tuple[Any, ...], answer: dict[str, Any]) -> None:
+        try:
+            reports = await asyncio.to_thread(outcomes.reports_of, *asked)
+        except RuntimeError:  # The machine is short of threads.
+            reports = outcomes.reports_of(*asked)
+        self._report_end(asked[0], answer, reports)
+
+    def _report_end(self, lease_id: str, answer: dict[str, Any], reports: list[worker_pb2.Report]) -> None:
+        outputs: convert.Outputs | None = None
+        named: set[str] = set()
+        for report in reports:
+            outputs = report.succeeded.outputs if report.HasField("succeeded") else None
+            named |= convert.artifacts_in(report)
+            self._emit(report)
+        # Artifacts of an answer that could not be reported are named by nothing.
+        if unnamed := set(answer.get("made", ())) - named:
+            with contextlib.suppress(OSError):
+                self._local_store.drop(unnamed)
+        self._on_ended(lease_id, outputs)

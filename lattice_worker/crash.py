@@ -1,0 +1,99 @@
+"""Why a runner died, and which of its invocations is the cause.
+
+Rule: an invocation fails with its runner only if it is known to be the cause. The others are given back.
+"""
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lattice.v1 import worker_pb2
+
+from lattice_worker.invocation import Invocation, failed
+
+MAX_SUSPECTS = 1000
+
+
+class Crash:
+    """The evidence about one runner, gathered while it lives.
+
+    Attributes:
+        is_blocked: it was killed because it did not answer.
+        has_hung_up: it closed its control socket without ending.
+        is_cause_unknown: the invocation whose step ran last need not be the cause.
+        exceeded: the kind and the message of the failure of a sandbox that ended it for a limit.
+    """
+
+    def __init__(self) -> None:
+        self.is_blocked = False
+        self.has_hung_up = False
+        self.is_cause_unknown = False
+        self.exceeded: tuple[str, str] | None = None
+        self._oom_kills = oom_kills()
+
+    def end(self, running: Sequence[Invocation], status: int, stepping: int) -> None:
+        """End what a runner was running when it died. `stepping` is the number of the invocation whose step ran."""
+        failure = self._failure(status)
+        undecided = [invocation for invocation in running if not invocation.ending]
+        causes = undecided if len(running) == 1 else [i for i in undecided if i.number == stepping]
+        is_known = bool(causes) or any(i.ending and i.number == stepping for i in running)
+        if self.is_cause_unknown:
+            causes, is_known = [], False
+        for invocation in running:
+            invocation.cancel_description_timer()
+            if invocation.ending:
+                invocation.on_end(invocation.ending, [])
+            elif invocation in causes:
+                invocation.on_end(failure, [])
+            else:
+                text = f"the process it shared with other async tasks {_how(status)}"
+                invocation.on_given_back(text, not is_known)
+
+    def _failure(self, status: int) -> dict[str, Any]:
+        if self.exceeded is not None:
+            return failed(*self.exceeded, exit_status=status)
+        if status == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            text = "the kernel killed the task's process because memory ran out"
+            return failed("out_of_memory", text, exit_status=status)
+        text = f"the task's process {_how(status)}"
+        if self.is_blocked:
+            text = "it blocked the event loop that async tasks share for more than a second, and its process was ended"
+            text += "; await what takes time, or make it a plain function"
+        elif self.has_hung_up:
+            text = "the task's process closed its connection to the worker, or ran another program in its own place"
+        return failed("crashed", text, exit_status=status)
+
+
+class Suspects:
+    """The tasks whose attempts may have taken a shared process down. Each further attempt has a process to itself."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[tuple[str, str], None] = {}
+
+    def add(self, assignment: worker_pb2.Assignment) -> None:
+        """Suspect the tasks of a lease. The oldest suspects are forgotten."""
+        for attempt in assignment.attempts:
+            self._tasks[attempt.run_id, attempt.task_id] = None
+        while len(self._tasks) > MAX_SUSPECTS:
+            del self._tasks[next(iter(self._tasks))]
+
+    def includes(self, assignment: worker_pb2.Assignment) -> bool:
+        """Whether a lease has an attempt of a suspect."""
+        return any((attempt.run_id, attempt.task_id) in self._tasks for attempt in assignment.attempts)
+
+
+def oom_kills() -> int:
+    """Return how many processes of this machine the kernel has killed because memory ran out."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"exited with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else "unknown"
+    return f"was killed by signal {-status} ({name})"

@@ -1,0 +1,50 @@
+"""The record of one lease in the executor."""
+
+import asyncio
+from dataclasses import dataclass
+
+from lattice.v1 import worker_pb2
+
+from lattice_worker import convert
+from lattice_worker.invocation import Invocation
+from lattice_worker.runner_handle import Runner
+
+
+@dataclass(slots=True)
+class Execution:
+    """What is known of one lease until it ends.
+
+    Attributes:
+        upstream: the outputs of the lease that it follows; None when there are none yet.
+        assignment: set when the lease is started. It then waits for code, is prepared, and runs.
+        preparing: what makes ready what the lease needs.
+        sent: the runner that was sent the lease, and the invocation. A lease that is pipelined is sent before it is
+            started; if the runner's pipeline does not hold it any more, it has to be sent again.
+        has_begun: whether it runs.
+        timer: ends it when its time is up.
+    """
+
+    upstream: convert.Outputs | None = None
+    assignment: worker_pb2.Assignment | None = None
+    preparing: asyncio.Task[None] | None = None
+    sent: tuple[Runner, Invocation] | None = None
+    has_begun: bool = False
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def pipelined_on(self) -> Runner | None:
+        """The runner in whose pipeline the lease is."""
+        if self.sent is None or self.sent[1].name not in self.sent[0].pipeline:
+            return None
+        return self.sent[0]
+
+    @property
+    def running_on(self) -> Runner | None:
+        """The runner that runs the lease."""
+        return self.sent[0] if self.sent is not None and self.has_begun else None
+
+    def cancel_timer(self) -> None:
+        """Stop the clock of the lease."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None

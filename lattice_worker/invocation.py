@@ -1,0 +1,92 @@
+"""One call of a function by a runner, as the agent sees it, and the key that says which runners may serve it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DESCRIBE_S = 1.0
+Frame = tuple[dict[str, Any], list[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerKey:
+    """Invocations with equal keys may share a runner: same tenant, same modules, same devices.
+
+    `owner` is a lease that has a runner to itself; otherwise it is empty. `isolation` is the level of its sandbox, in
+    which numerical libraries start `threads` threads; it is empty without a sandbox.
+    """
+
+    tenant: str = ""
+    bundle: str = ""
+    gpu_indices: tuple[int, ...] = ()
+    is_async: bool = False
+    owner: str = ""
+    isolation: str = ""
+    threads: int = 1
+
+
+@dataclass(slots=True)
+class Invocation:
+    """One call of a function. `name` is the lease, `header` and `blobs` are the frame that starts it.
+
+    Attributes:
+        on_log: takes (stream, text, truncated).
+        on_spawn: takes the header and the blobs of a spawned task.
+        on_ask: takes the header and the blobs of a question.
+        on_end: takes the header and the blobs of the answer.
+        on_refused: called when the runner ends without having begun the invocation.
+        on_given_back: takes (reason, is_suspect) when the runner died and another invocation may be the cause.
+        screen: returns the part of an answer that is accepted, and raises when none is; None accepts all of it.
+        raw_left: bytes of output past `sys.stdout` that are still logged.
+        ending: the answer that replaces the runner's own, once the invocation is being stopped.
+        description_timer: bounds how long the runner may take to describe an error.
+        claim: the number of a pipelined invocation in the claim pipe; 0 for others.
+        number: the number of the invocation in its runner.
+    """
+
+    name: str
+    header: dict[str, Any]
+    blobs: Sequence[bytes]
+    on_log: Callable[[str, str, bool], None]
+    on_spawn: Callable[[dict[str, Any], list[bytes]], None]
+    on_ask: Callable[[dict[str, Any], list[bytes]], None]
+    on_end: Callable[[dict[str, Any], list[bytes]], None]
+    on_refused: Callable[[], None]
+    on_given_back: Callable[[str, bool], None]
+    screen: Callable[[dict[str, Any], list[bytes]], Frame] | None = None
+    raw_left: int = 0
+    ending: dict[str, Any] | None = None
+    description_timer: asyncio.TimerHandle | None = None
+    claim: int = 0
+    number: int = 0
+
+    def log_output(self, stream: str, text: str, size: int) -> None:
+        """Log output past `sys.stdout` that is `size` bytes, up to the limit."""
+        if self.raw_left > 0:
+            self.raw_left -= size
+            self.on_log(stream, text, False)
+            if self.raw_left <= 0:
+                self.on_log(stream, "[output cut]\n", True)
+
+    def time_description(self, kind: str, kill: Callable[[], None]) -> None:
+        """Bound how long the runner describes an error of this type: it calls methods of the error itself."""
+        self.cancel_description_timer()
+        loop = asyncio.get_running_loop()
+        self.description_timer = loop.call_later(DESCRIBE_S, self._give_up_description, kind, kill)
+
+    def _give_up_description(self, kind: str, kill: Callable[[], None]) -> None:
+        text = f"it raised {kind}, which could not be described within {DESCRIBE_S:g} s"
+        self.ending = self.ending or failed("user_error", text)
+        kill()
+
+    def cancel_description_timer(self) -> None:
+        """Stop the clock of an error's description."""
+        if self.description_timer is not None:
+            self.description_timer.cancel()
+            self.description_timer = None
+
+
+def failed(kind: str, message: str, **more: Any) -> dict[str, Any]:
+    """Return the answer of an invocation that failed without an answer of its own."""
+    return {"kind": "result", "failure": {"kind": kind, "message": message, **more}, "duration": 0.0}
