@@ -1,6 +1,6 @@
-"""Owns the worker's stream: dials, says hello, holds the session, comes back after a break.
+"""The worker's stream: connects, greets the server, and reconnects after a break.
 
-Rule: `Close` is the truth about why a stream ended; a stream that ends without it, or falls silent, is dialled again.
+Rule: only `Close` tells why a stream ended; a stream that ends without it, or falls silent, is opened again.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import os
 import random
 import socket
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lattice.v1 import artifact_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
 from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.artifact_upload import Uploads
 from lattice_worker.attempt_executor import AttemptExecutor
 from lattice_worker.attempt_reports import AttemptReports
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES, opened
@@ -27,7 +27,7 @@ from lattice_worker.config import WorkerConfig
 from lattice_worker.lease_machine import LeaseMachine
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
-from lattice_worker.outbox import CHUNK_BYTES, Leases, Outbox
+from lattice_worker.outbox import Leases, Outbox
 from lattice_worker.peer_fetch import PeerFetcher
 from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
@@ -40,7 +40,7 @@ VERSION = "0.1.0"
 PROTOCOL_VERSION = 1
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.1, 2.0
 FIRST_BEAT_S = 0.5  # Until the server says how often.
-DIAL_S = 10.0  # How long a server may take to say anything at all.
+DIAL_S = 10.0  # How long a server may take for its first message.
 
 
 class Agent:
@@ -70,11 +70,11 @@ class Agent:
         self._levels: frozenset[str] = frozenset()  # Of isolation, that can be set up here.
         self._listed: frozenset[str] = frozenset()
         self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
-        self._uploads: set[asyncio.Task[None]] = set()
+        self._uploads = Uploads(self._local_store)
         self.refusal = ""
 
     async def run(self) -> None:
-        """Serve until the server closes the session for good; `refusal` says why if it would not have the worker."""
+        """Serve until the server closes the session for good; `refusal` is the reason if it refused the worker."""
         (Path(self._config.store_directory) / "spares").mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(self._local_store.bundles.sweep)
         with self._staging.opened():
@@ -90,7 +90,7 @@ class Agent:
             while not await self._serve_stream():
                 if self._is_welcome:
                     backoff_s = MIN_BACKOFF_S
-                # Spread, so that a server that comes back does not meet all its workers at once.
+                # Random, so that not all workers reconnect at once to a server that was restarted.
                 await asyncio.sleep(random.uniform(0, backoff_s))
                 backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
         finally:
@@ -101,12 +101,12 @@ class Agent:
                 self._fetcher.close()
 
     def leave(self, deadline_s: float) -> None:
-        """Ask the server for no more work, and for the end once what is held is over or moved after `deadline_s`."""
+        """Ask the server to drain this worker: leases that still run after `deadline_s` are moved."""
         deadline = Duration(nanos=int(deadline_s % 1 * 1e9), seconds=int(deadline_s))
         self._outbox.drain(worker_pb2.Draining(deadline=deadline))
 
     async def _serve_stream(self) -> bool:
-        """Hold one stream; return whether the worker is to end."""
+        """Serve one stream; return whether the worker is to end."""
         self._is_welcome = False
         self._silence_limit_s, self._heard_at = DIAL_S, asyncio.get_running_loop().time()
         async with opened(self._config) as channel:
@@ -122,7 +122,7 @@ class Agent:
                     if self._is_welcome:
                         self._take(response)
                         for wanted in response.send_artifacts:
-                            self._upload(workers, wanted)
+                            self._uploads.start(workers, wanted)
                     if response.HasField("close"):
                         return self._closed(response.close)
             except grpc.aio.AioRpcError as error:
@@ -131,17 +131,17 @@ class Agent:
                 task = asyncio.current_task()
                 if task is None or task.cancelling():
                     raise
-                log.info("nothing was heard for %.1f s", self._silence_limit_s, extra=self._named())
+                log.info("the server sent nothing for %.1f s", self._silence_limit_s, extra=self._named())
             finally:
                 beating.cancel()
                 self._artifacts = None
         return False
 
     async def _beat(self, call: grpc.aio.StreamStreamCall[Any, Any]) -> None:
-        """Give signs of life, and break a stream that gives none."""
+        """Send heartbeats, and cancel a stream on which nothing arrives."""
         loop = asyncio.get_running_loop()
         while loop.time() - self._heard_at <= self._silence_limit_s:
-            # Signs of life are for when nothing else happens: nothing could wake this.
+            # Nothing wakes this earlier: heartbeats are for a stream on which nothing else is sent.
             await asyncio.sleep(self._heartbeat_s)
             self._outbox.beat()
         call.cancel()
@@ -156,7 +156,7 @@ class Agent:
         return True
 
     def _named(self) -> dict[str, str]:
-        """Return what a log line about the stream names."""
+        """Return the ids that a log line about the stream names."""
         session_id = self._leases.session_id
         return {"worker_id": self._config.worker_id, "node_id": self._config.node_id, "session_id": session_id}
 
@@ -182,7 +182,7 @@ class Agent:
         )
 
     def _take(self, response: worker_pb2.ConnectResponse) -> None:
-        """Act on what a message asks for, in the order of its fields."""
+        """Handle a message, in the order of its fields."""
         if response.acknowledged_sequence:
             acknowledged = self._leases.reports.acknowledge(response.acknowledged_sequence)
             if self._staging.reported:
@@ -205,8 +205,8 @@ class Agent:
             self._questions.answer(answer)
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
-        self._heartbeat_s = seconds(welcome.heartbeat_interval) or self._heartbeat_s
-        self._silence_limit_s = seconds(welcome.silence_limit) or math.inf
+        self._heartbeat_s = convert.seconds(welcome.heartbeat_interval) or self._heartbeat_s
+        self._silence_limit_s = convert.seconds(welcome.silence_limit) or math.inf
         self._limits.inline_bytes = welcome.inline_limit_bytes
         self._limits.log_bytes = welcome.log_limit_bytes
         self._limits.message_bytes = min(welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES, MESSAGE_LIMIT_BYTES)
@@ -216,7 +216,7 @@ class Agent:
         self._local_store.drop(welcome.drop_artifact_ids)
         if is_new:
             self._questions.reset()
-            # Of what was made since the hello nobody was told, and nobody will be.
+            # Artifacts that were made since the hello: their reports were for the old session, and are dropped.
             self._local_store.drop(self._staging.reported - self._listed)
             self._staging.settle(self._listed)
         self._executor.code.renew()
@@ -224,11 +224,6 @@ class Agent:
         self._outbox.resume(unacknowledged)
         if unknown := self._executor.missing_code():
             self._outbox.ask(unknown)
-
-    def _upload(self, workers: "worker_pb2_grpc.WorkerServiceAsyncStub", wanted: worker_pb2.SendArtifact) -> None:
-        task = asyncio.create_task(_send(workers, wanted, self._local_store))
-        self._uploads.add(task)
-        task.add_done_callback(self._uploads.discard)
 
     def _emit(self, report: worker_pb2.Report) -> None:
         if self._leases.holds(report.lease_id):
@@ -245,38 +240,3 @@ class Agent:
 
     def _ended(self, lease_id: str, outputs: convert.Outputs | None) -> None:
         self._leases.ended(lease_id, outputs)
-
-
-def seconds(duration: Duration) -> float:
-    """Return a duration in seconds."""
-    return duration.seconds + duration.nanos / 1e9
-
-
-async def _send(
-    workers: "worker_pb2_grpc.WorkerServiceAsyncStub",
-    wanted: worker_pb2.SendArtifact,
-    local_store: LocalStore,
-) -> None:
-    """Send the server a large value of this node."""
-
-    async def chunks() -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
-        first = worker_pb2.UploadArtifactRequest(transfer_id=wanted.transfer_id)
-        try:
-            with local_store.open(wanted.artifact_id) as file:
-                first.size_bytes = max(0, file.seek(0, os.SEEK_END) - wanted.offset)
-                yield first
-                file.seek(wanted.offset)
-                # Reads from memory.
-                while data := file.read(CHUNK_BYTES):
-                    yield worker_pb2.UploadArtifactRequest(data=data)
-        except FileNotFoundError:
-            yield first
-            yield worker_pb2.UploadArtifactRequest(not_found=True)
-        except OSError as error:
-            log.warning("artifact %s cannot be read: %s", wanted.artifact_id, error)
-            yield first
-
-    try:
-        await workers.UploadArtifact(chunks())
-    except grpc.aio.AioRpcError as error:
-        log.info("artifact %s was not sent: %s", wanted.artifact_id, error.details())

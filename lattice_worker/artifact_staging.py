@@ -1,15 +1,15 @@
-"""Owns large values from when a process writes one until the server is known to have the report that names it.
+"""The staging area of a store: artifacts from when a process writes one until its report is acknowledged.
 
-Rule: a file that nobody will name is deleted, whoever is killed and whenever.
+Rule: an artifact that no report names is deleted, also when the process or the worker is killed.
 
-Every worker that uses a store has a folder in it, locked for as long as the worker lives. There each process has one
-to write to, and values of other nodes have one to arrive in. What a process answers with is published: it gets its
-place in the store, and keeps a second name among the reported until its report is acknowledged. Whatever else is in
-the folder goes with the process, or with the worker. If that was killed, the next worker of the store takes over what
-it had reported, to ask the server about it.
+Every worker that uses a store has a folder in it, and locks the folder as long as it lives. Each process has a folder
+there to write to, and artifacts of other nodes have one to arrive in. The artifacts of an answer are published: moved
+into the store, with a hard link in the folder `reported` until the report is acknowledged. All other files are deleted
+with the process, or with the worker. The next worker of the store takes over the reported artifacts of a worker that
+was killed, and asks the server about them.
 
-A value that the store has no room for lies on disk, in the folder that `disk` in the store links to. Wherever it would
-be a file it is a link to its bytes. The link is made first, so that no bytes lie on disk without one.
+An artifact that does not fit into the store lies on disk, in the folder that `disk` in the store links to. In the store
+it is a symbolic link to its bytes. The link is made first, so that no bytes lie on disk without one.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ DISK = "disk"
 
 
 class ArtifactStaging:
-    """The staging of one worker. `reported` are the values whose reports may not be acknowledged."""
+    """The staging area of one worker. `reported` are the artifacts whose reports may not be acknowledged."""
 
     def __init__(self, store_directory: str) -> None:
         self._store = Path(store_directory)
@@ -40,11 +40,11 @@ class ArtifactStaging:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Have the folder while the block runs, and what workers that were killed reported."""
+        """Have the folder while the block runs, and take over what killed workers reported."""
         new = self._store / f"new-{self._folder.name}"
         new.mkdir()
         with locked(new):
-            # Not before it is locked: another worker would take it for one of a killed one.
+            # Locked first: another worker would take it for the folder of a killed one.
             new.rename(self._folder)
             (self._folder / REPORTED).mkdir()
             self.incoming.mkdir()
@@ -64,7 +64,7 @@ class ArtifactStaging:
         return str(folder)
 
     def on_disk(self, path: Path) -> bool:
-        """Have a value that is not there yet written to disk; False when the store has no such folder."""
+        """Have an artifact that is about to be written lie on disk; False when the store has no such folder."""
         if not self._disk.is_dir():
             return False
         self.remove(path)
@@ -72,7 +72,7 @@ class ArtifactStaging:
         return True
 
     def remove(self, path: str | Path) -> None:
-        """Delete a value, and its bytes if they lie on disk."""
+        """Delete an artifact, and its bytes if they lie on disk."""
         with suppress(OSError):
             target = Path(path).readlink()
             if target.parent == self._disk:
@@ -81,16 +81,16 @@ class ArtifactStaging:
             os.unlink(path)
 
     def discard(self, folder: str | Path) -> None:
-        """Delete a folder, with the bytes on disk of the values in it."""
+        """Delete a folder, and the bytes on disk of the artifacts in it."""
         for path in Path(folder).rglob("*"):
             if path.is_symlink():
                 self.remove(path)
         shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, folder: str, artifact_ids: Iterable[str]) -> None:
-        """Give what a process wrote its place in the store."""
+        """Move artifacts that a process wrote into the store."""
         for artifact_id in map(os.path.basename, artifact_ids):
-            # What the task has deleted, those who need it will miss.
+            # The task may have deleted it; tasks that need it then fail.
             with suppress(FileNotFoundError):
                 reported = self._folder / REPORTED / artifact_id
                 os.link(os.path.join(folder, artifact_id), reported, follow_symlinks=False)
@@ -98,12 +98,12 @@ class ArtifactStaging:
                 os.rename(os.path.join(folder, artifact_id), self._store / artifact_id)
 
     def delete(self, folder: str, artifact_ids: Iterable[str]) -> None:
-        """Delete what a process wrote and nobody will name."""
+        """Delete artifacts that a process wrote and that no report will name."""
         for artifact_id in map(os.path.basename, artifact_ids):
             self.remove(os.path.join(folder, artifact_id))
 
     def settle(self, artifact_ids: Iterable[str]) -> None:
-        """Leave values to the server, which knows of them."""
+        """Note that the server has the reports of artifacts: it decides when they are deleted."""
         for artifact_id in self.reported.intersection(artifact_ids):
             self.reported.discard(artifact_id)
             (self._folder / REPORTED / artifact_id).unlink(missing_ok=True)
@@ -117,7 +117,7 @@ class ArtifactStaging:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a directory as long as this process lives, or the block runs. Raises OSError when somebody else does."""
+    """Lock a directory while the block runs. Raises OSError when another process has locked it."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Executes leases: gets ready what an assignment needs, runs it on a runner, and stops it.
+"""Executes leases: prepares them, runs them on runners, and stops them.
 
 Rule: a lease that was taken ends once, whatever happens to the process that ran it.
 """
@@ -207,7 +207,7 @@ class AttemptExecutor:
         except MissingError as error:
             self._fail(assignment, "payload", str(error))
         except Exception as error:
-            # Such as a bundle that is no archive. Whatever it is, a lease that was taken has to end.
+            # For example a bundle that is no archive. A lease that was taken has to end.
             text = f"what it needs could not be made ready: {type(error).__name__}: {error}"
             self._fail(assignment, "payload", text)
 
@@ -230,7 +230,7 @@ class AttemptExecutor:
         _note("the attempt starts", assignment)
         execution.preparing, execution.sent, execution.has_begun = None, (runner, invocation), True
         self._reports.start(lease_id)
-        seconds = assignment.timeout.seconds + assignment.timeout.nanos / 1e9
+        seconds = convert.seconds(assignment.timeout)
         if not seconds and runner.sandbox is not None:
             seconds = runner.sandbox.policy.time_s
         if seconds or assignment.HasField("timeout"):
@@ -308,7 +308,7 @@ def _note(what: str, assignment: worker_pb2.Assignment) -> None:
 
 
 def _named(assignment: worker_pb2.Assignment) -> dict[str, object]:
-    """Return what a log line about a lease names; of a batch it is the first attempt."""
+    """Return the ids that a log line about a lease names; of a batch those of the first attempt."""
     first = assignment.attempts[0] if assignment.attempts else worker_pb2.Attempt()
     named = {"run_id": first.run_id, "task_id": first.task_id, "attempt": first.number}
     return {"lease_id": assignment.lease_id, **named}

@@ -1,4 +1,4 @@
-"""Reports about leases: that one started, what it logged and spawned, and how it ended.
+"""Reports about leases: starts, output, spawned tasks and ends.
 
 Rule: a lease ends in one report for each of its attempts, or in one that returns it, and then `on_ended` is called.
 """

@@ -1,10 +1,10 @@
-"""Owns the bundles of modules, unpacked in a folder that the workers of a machine share.
+"""The bundles of modules, unpacked in a folder that the workers of a machine share.
 
 Rule: a bundle appears whole, and is deleted by the last worker that has it, when no process imports from it any more.
 
-A worker holds a shared lock on the folder of each bundle that it has. A worker that is to forget one releases its lock
-and deletes the folder if nobody else holds one. Locks of a worker that was killed are gone with it; its bundles are
-deleted by the next worker that starts.
+A worker holds a shared lock on the folder of each bundle that it has. To forget a bundle it releases its lock, and
+deletes the folder if no other worker has locked it. A worker that is killed loses its locks; the next worker that
+starts deletes its bundles.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class Bundles:
                     _delete(left)
 
     def learn(self, bundles: Iterable[task_pb2.CodeBundle]) -> None:
-        """Unpack bundles, off the event loop: a worker that is not heard for a while is taken for lost."""
+        """Unpack bundles, off the event loop: a worker whose heartbeats stop is taken for lost."""
         for bundle in bundles:
             self.retired.pop(self.path(bundle.digest), None)
             known = self._unpacking.get(bundle.digest)
@@ -59,7 +59,7 @@ class Bundles:
         return str(self._folder / digest.removeprefix("sha256:")) if digest else ""
 
     def unpacking(self, digest: str) -> "asyncio.Task[int] | None":
-        """Return what a bundle waits for; None when it is there, or was never sent."""
+        """Return the task that unpacks a bundle; None when it is unpacked, or was never sent."""
         task = self._unpacking.get(digest)
         return task if task is not None and (not task.done() or _has_failed(task)) else None
 
@@ -79,7 +79,7 @@ class Bundles:
         return set(self._unpacking)
 
     def retire(self, digests: Iterable[str]) -> None:
-        """Note which bundles are among what the worker is to forget."""
+        """Mark the bundles among these digests as to be forgotten."""
         for digest in self._unpacking.keys() & digests:
             self.retired[self.path(digest)] = digest
 
@@ -92,7 +92,7 @@ class Bundles:
             task.add_done_callback(self._dropping.discard)
 
     def close(self) -> None:
-        """Release all bundles, and delete those that no other worker has."""
+        """Release all bundles, and delete each that no other worker has."""
         for digest, task in self._unpacking.items():
             if task.done() and not _has_failed(task):
                 os.close(task.result())

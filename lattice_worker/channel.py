@@ -1,5 +1,5 @@
 """Owns the worker's channel to its server. Rule: every call carries the token, and beyond this machine everything is
-encrypted, unless whoever started the worker says otherwise."""
+encrypted, unless a flag says otherwise."""
 
 import functools
 import logging
@@ -39,7 +39,7 @@ class ChannelError(Exception):
 async def opened(config: WorkerConfig) -> AsyncIterator[grpc.aio.Channel]:
     """Hold a channel to the server while the block runs. Raises ChannelError."""
     address, credentials = check(config)
-    # What goes to this machine must not take a way over another one, whatever proxy the environment names.
+    # A connection to this machine must not go through a proxy on another one.
     options = [*OPTIONS, ("grpc.enable_http_proxy", int(not _is_on_this_machine(address)))]
     if credentials is None:
         channel = grpc.aio.insecure_channel(address, options=options)
@@ -94,7 +94,7 @@ def _credentials(config: WorkerConfig) -> grpc.ChannelCredentials:
 
 
 def _is_on_this_machine(address: str) -> bool:
-    """Whether an address cannot lead to another machine. What is not understood may."""
+    """Whether an address is known to be on this machine."""
     if address.startswith("unix:"):
         return True
     # Several colons without brackets are an address without a port.
@@ -107,7 +107,7 @@ def _is_on_this_machine(address: str) -> bool:
 
 @functools.cache
 def _warn(address: str, without: str) -> None:
-    log.warning("%s is dialled without %s: others may read what is sent, or answer in its place", address, without)
+    log.warning("%s is dialled without %s: others may read the messages, or answer in its place", address, without)
 
 
 class _Signed:

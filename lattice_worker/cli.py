@@ -58,7 +58,7 @@ def main() -> None:
     if token:
         secrecy.hide()
     _die_with(os.environ.get("LATTICE_PARENT_PID"))
-    # What a task's process leaves behind when it dies comes here, to be ended; see `Zygotes`.
+    # Orphans of the zygote become children of this process, which kills them; see `Zygotes`.
     host.adopt_orphans()
     host.raise_descriptor_limit()
     with store(flags.store_dir) as directory:

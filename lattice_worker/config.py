@@ -1,16 +1,21 @@
-"""Owns what a worker is told at its start."""
+"""The configuration of a worker, fixed at its start."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-HEAD_STORE = "head"  # What the server calls its own store.
+HEAD_STORE = "head"  # The name of the server's own store.
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """The flags of one worker. Unset capacities are measured. `store_name` is whose store of large values it uses:
-    `head`, or its own node's. `server` is what a client in a task dials. `host_fd` is a socket to who started it and
-    fetches large values. `tls_ca`, `tls_cert` and `tls_key` are PEM files."""
+    """The flags of one worker. Capacities that are not set are measured.
+
+    Attributes:
+        store_name: the node in whose store the worker keeps artifacts: `head`, or its own.
+        server: the address that clients in tasks connect to.
+        host_fd: a socket to the parent process, which fetches artifacts of other nodes.
+        tls_ca, tls_cert, tls_key: PEM files.
+    """
 
     target: str
     worker_id: str

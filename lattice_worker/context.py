@@ -1,5 +1,5 @@
-"""What a running task may know and do: which attempt it is, adding tasks to its run, asking the caller that holds the
-run. For use inside tasks.
+"""The context of a running task: its attempt, adding tasks to its run, asking the caller that holds the run. For use
+inside tasks.
 
     from lattice_worker import context
 
@@ -68,7 +68,7 @@ def spawn(
     """Add a task to the run; it starts as soon as its inputs are there, this task need not end first.
 
     Args:
-        task: a `@task`, an `entrypoint` or a plain function; what it needs (resources, retries, ...) is kept.
+        task: a `@task`, an `entrypoint` or a plain function; its resources, retries and other settings apply.
         inputs: by name; outputs of other spawned tasks may stand anywhere inside them.
         name: names it below this task; by default the function's name, numbered when this task has spawned one of that
             id. A later attempt of this task that spawns the same names in the same order means the same tasks, which
@@ -120,8 +120,8 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     In a coroutine use `ask_async`: this holds up all coroutines of the process until the answer is there.
 
     Args:
-        name: what is asked, as the caller knows it.
-        payload: what is asked about; a value that can be pickled.
+        name: names the question; the caller answers by it.
+        payload: the argument of the question; a value that can be pickled.
         item: in a batched function the position of the member that asks; nowhere else.
 
     Raises:
@@ -134,7 +134,7 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 
 
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
-    """As `ask`, while other coroutines go on."""
+    """As `ask`, without blocking other coroutines."""
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
 
 
@@ -160,7 +160,7 @@ def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
     limit = header["question_limit"]
     if limit and len(data) > limit:
         text = f"{where} takes {len(data)} bytes; questions travel inline and may have {limit}"
-        raise PayloadError(f"{text}: give what is larger to the caller as an output")
+        raise PayloadError(f"{text}: give a larger value to the caller as an output")
     reference = {"type": media_type, "blob": 0}
     position = item if isinstance(item, int) else 0
     return output.questions.ask(position, utf8(name), reference, [data])

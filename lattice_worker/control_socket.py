@@ -1,4 +1,4 @@
-"""The agent's end of the control socket of one runner. Rule: it never blocks, and what is not a frame is an error."""
+"""The agent's end of the control socket of one runner. Rule: it never blocks, and data that is no frame is an error."""
 
 import asyncio
 import socket
@@ -8,12 +8,12 @@ from typing import Any
 
 from lattice_worker.runner.frames import MAX_FRAME_BYTES, PACKET_BYTES, Assembler, ProtocolError, packets_of, parse
 
-MAX_READS = 64  # Of one socket in a row: other runners have their turn.
+MAX_READS = 64  # Of one socket in a row, so that other sockets are read too.
 
 
 class Control:
-    """Sends frames, and receives those of at most `limit_bytes`. `on_frame` takes a header and blobs, `on_error` what
-    was wrong with what came, `on_lost` is called once when nothing more will come."""
+    """Sends frames, and receives frames of at most `limit_bytes`. `on_frame` takes a header and blobs, `on_error` the
+    error of data that is no frame; `on_lost` is called once, when the other end is closed."""
 
     def __init__(
         self,
@@ -50,17 +50,17 @@ class Control:
             self._loop.add_writer(self._sock, self._write)
             return
         except OSError:
-            self._outbox.clear()  # The process has gone; reading tells.
+            self._outbox.clear()  # The process has ended, which the next read finds out.
         self._loop.remove_writer(self._sock)
 
     def read(self) -> None:
-        """Take what has come, up to a bound."""
+        """Take frames that have arrived, up to a bound."""
         for _ in range(MAX_READS):
             if not self._read_packet():
                 return
 
     def drain(self) -> None:
-        """Take all that came before the process ended."""
+        """Take all frames that arrived before the process ended."""
         while self._read_packet():
             pass
 
@@ -73,7 +73,7 @@ class Control:
         except BlockingIOError:
             return False
         except ConnectionResetError:
-            return True  # Said once, and first, of a process that left something unread. What it sent comes after.
+            return True  # Raised once when the process left data unread; its own frames are read after it.
         except OSError:
             size = 0
         if not size:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from lattice.v1 import payload_pb2, run_pb2, task_pb2, worker_pb2
 
@@ -158,3 +159,8 @@ def returned(lease_id: str, reason: str = "") -> worker_pb2.Report:
 def log_stream(name: str) -> run_pb2.LogStream.ValueType:
     """Return the stream a runner named."""
     return run_pb2.LOG_STREAM_STDERR if name == "stderr" else run_pb2.LOG_STREAM_STDOUT
+
+
+def seconds(duration: Duration) -> float:
+    """Return a duration in seconds."""
+    return duration.seconds + duration.nanos / 1e9

@@ -33,7 +33,7 @@ class Crash:
         self._oom_kills = oom_kills()
 
     def end(self, running: Sequence[Invocation], status: int, stepping: int) -> None:
-        """End what a runner was running when it died. `stepping` is the number of the invocation whose step ran."""
+        """End the invocations that ran when a runner died. `stepping` is the number of the one whose step ran."""
         failure = self._failure(status)
         undecided = [invocation for invocation in running if not invocation.ending]
         causes = undecided if len(running) == 1 else [i for i in undecided if i.number == stepping]

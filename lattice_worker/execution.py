@@ -12,14 +12,14 @@ from lattice_worker.runner_handle import Runner
 
 @dataclass(slots=True)
 class Execution:
-    """What is known of one lease until it ends.
+    """One lease until it ends.
 
     Attributes:
         upstream: the outputs of the lease that it follows; None when there are none yet.
         assignment: set when the lease is started. It then waits for code, is prepared, and runs.
-        preparing: what makes ready what the lease needs.
-        sent: the runner that was sent the lease, and the invocation. A lease that is pipelined is sent before it is
-            started; if the runner's pipeline does not hold it any more, it has to be sent again.
+        preparing: waits until artifacts, bundle and runner are ready.
+        sent: the runner that has the invocation of the lease, and the invocation. A pipelined lease is sent before it
+            is started; when the runner's pipeline does not hold it any more, it has to be sent again.
         has_begun: whether it runs.
         timer: ends it when its time is up.
     """

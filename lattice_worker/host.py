@@ -1,4 +1,4 @@
-"""Facts about this machine: what it offers, its addresses, and the limits of its processes."""
+"""Facts about this machine: capacity, addresses, and limits of processes."""
 
 import contextlib
 import ctypes
@@ -67,14 +67,14 @@ def adopts_orphans() -> bool:
 
 
 def address_towards(target: str) -> str:
-    """Return this machine's address as whoever listens on `target` sees it."""
+    """Return this machine's address on the route to `target`."""
     if target.startswith("unix:"):
         return "127.0.0.1"
     name, _, port = target.rpartition("://")[2].rpartition(":")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(name.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            # Nothing is sent: it only asks for the route.
+            # Nothing is sent: connecting a datagram socket only looks up the route.
             probe.connect(address)
             return str(probe.getsockname()[0])
     except OSError:
@@ -82,7 +82,7 @@ def address_towards(target: str) -> str:
 
 
 def runtime() -> resources_pb2.Runtime:
-    """Return what runs user code here."""
+    """Return the language and the version that run user code here."""
     return resources_pb2.Runtime(language="python", version=platform.python_version())
 
 
@@ -109,6 +109,6 @@ def _gpus() -> list[resources_pb2.Gpu]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found
-    # The others were given to somebody else.
+    # The other devices were assigned to other processes.
     names = {name.strip() for name in visible.split(",")}
     return [gpu for gpu in found if not names.isdisjoint({str(gpu.index), gpu.uuid})]

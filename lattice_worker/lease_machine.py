@@ -1,6 +1,6 @@
-"""What a worker does with each command about leases, and when a lease ends. PURE: no clock, no I/O, no protobuf.
+"""The machine of a worker's leases: commands of the server, starts and ends. PURE: no clock, no I/O, no protobuf.
 
-Rule: a lease runs at most once and ends once, also when commands come twice, late, or in another order.
+Rule: a lease runs at most once and ends once, also when commands arrive twice, late, or out of order.
 
 What happens to a lease, by its state:
 

@@ -1,4 +1,4 @@
-"""What the server accepts from this worker."""
+"""The limits that the server sets for this worker."""
 
 from dataclasses import dataclass
 

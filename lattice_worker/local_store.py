@@ -1,4 +1,4 @@
-"""Owns what attempts need to have on this machine before they start: bundles, and large values made elsewhere.
+"""The store of a node: artifacts and bundles that attempts need before they start.
 
 Rule: a file is in the store whole or not at all.
 """
@@ -26,12 +26,14 @@ RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grp
 
 
 class MissingError(Exception):
-    """Something an attempt needs cannot be had; the message is for people."""
+    """An artifact that an attempt needs cannot be fetched; the message is for people."""
 
 
 class LocalStore:
-    """The store of one worker, with `staging` for what is not to be there yet. `connect` gives the server's artifact
-    service, from which large values come that `fetcher` does not bring."""
+    """The store of one worker. Incomplete artifacts lie in `staging`.
+
+    Artifacts of other nodes come from `fetcher`, or else from the server's artifact service, which `connect` returns.
+    """
 
     def __init__(
         self,
@@ -50,7 +52,7 @@ class LocalStore:
     def missing(
         self, bundle_digest: str, assignment: worker_pb2.Assignment, upstream: convert.Outputs
     ) -> list[asyncio.Task[Any]]:
-        """Return what has to be done before an assignment can start; nothing in most cases."""
+        """Return the transfers and the unpacking that an assignment has to wait for; in most cases none."""
         unpacking = self.bundles.unpacking(bundle_digest)
         waits: list[asyncio.Task[Any]] = [] if unpacking is None else [unpacking]
         for attempt in assignment.attempts:
@@ -59,25 +61,27 @@ class LocalStore:
         return waits
 
     def drop(self, artifact_ids: Iterable[str]) -> None:
-        """Delete large values that nobody needs any more, those on their way here as soon as they arrive."""
+        """Delete artifacts that no task needs any more: those in transfer as soon as they arrive."""
         artifact_ids = list(artifact_ids)
         self._staging.settle(artifact_ids)
         self._unneeded.update(self._fetching.keys() & artifact_ids)
         for path in map(self._path, artifact_ids):
-            # Whatever a server may ask for, only a value is deleted.
+            # The server names it: delete files only, never a folder.
             if path.is_file():
                 self._staging.remove(path)
 
     def stored(self) -> list[str]:
-        """Return the large values that lie here, but for those whose reports may not be acknowledged, or are on their
-        way here. What lies in the server's own store the server knows best."""
+        """Return the artifacts in the store and in transfer, without those whose reports may not be acknowledged.
+
+        Of the server's own store only those in transfer: the server knows what lies there.
+        """
         if self.name == HEAD_STORE:
             return list(self._fetching)
         found = {entry.name for entry in os.scandir(self.directory) if entry.is_file()}
         return [*(found - self._staging.reported - self._fetching.keys()), *self._fetching]
 
     def open(self, artifact_id: str) -> BinaryIO:
-        """Open a large value of this store. Raises FileNotFoundError."""
+        """Open an artifact of this store. Raises FileNotFoundError."""
         return self._path(artifact_id).open("rb")
 
     def _absent(self, binding: payload_pb2.Binding, upstream: convert.Outputs) -> list[payload_pb2.Artifact]:
@@ -98,7 +102,7 @@ class LocalStore:
 
     def _fetch(self, artifact: payload_pb2.Artifact) -> asyncio.Task[None]:
         artifact_id = artifact.artifact_id
-        # One that was dropped on its way here may be needed again: equal content has the same name.
+        # One that was dropped in transfer may be needed again: equal content has the same name.
         self._unneeded.discard(artifact_id)
         found = self._fetching.get(artifact_id)
         if found is None:
@@ -110,7 +114,7 @@ class LocalStore:
         path = self._path(artifact.artifact_id)
         try:
             if self._fetcher is None or not await self._fetcher.bring(artifact.node_id, path, artifact.size_bytes):
-                # The server knows best whether it can still be had, and says so.
+                # The server knows whether it still exists, and says so.
                 await self._download(artifact)
         finally:
             if artifact.artifact_id in self._unneeded:
@@ -143,14 +147,14 @@ class LocalStore:
             except MissingError as error:
                 text = str(error)
             except asyncio.CancelledError:
-                # Its channel was closed along with the worker's stream; nobody has cancelled this.
+                # Its channel was closed along with the worker's stream; the task itself was not cancelled.
                 if (task := asyncio.current_task()) is None or task.cancelling():
                     raise
                 text = "the stream broke"
             finally:
                 self._staging.remove(part)
             if attempt + 1 < RETRIES:
-                # The node that has it, or the server, may be back in a moment; its event is the next attempt's success.
+                # The node that has it, or the server, may be back in a moment; no event tells that it is.
                 await asyncio.sleep(RETRY_S)
         raise MissingError(self._lost(artifact, text))
 
@@ -162,7 +166,7 @@ class LocalStore:
 
 
 async def _received(stub: "artifact_pb2_grpc.ArtifactServiceAsyncStub", artifact_id: str, part: Path) -> int:
-    """Write a value to a file as it comes from the server; return its size."""
+    """Write an artifact to a file while it is read from the server; return its size."""
     with part.open("wb", buffering=0) as file:
         async for response in stub.ReadArtifact(artifact_pb2.ReadArtifactRequest(artifact_id=artifact_id)):
             # A write into memory, at most 1 MiB of it.

@@ -1,6 +1,6 @@
-"""Owns a machine's way into a cluster: offers it, and starts there what the server asks for.
+"""A machine that joins a cluster: offers its capacity, and starts an agent or a Ray node as the server asks.
 
-Rule: the machine belongs to the server that took it in last; what was started for another one is ended.
+Rule: the machine belongs to the server that accepted it last; processes started for another server are ended.
 """
 
 import asyncio
@@ -15,15 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
-from lattice_worker.agent import (
-    DIAL_S,
-    MAX_BACKOFF_S,
-    MIN_BACKOFF_S,
-    PROTOCOL_VERSION,
-    VERSION,
-    Agent,
-    seconds,
-)
+from lattice_worker.agent import DIAL_S, MAX_BACKOFF_S, MIN_BACKOFF_S, PROTOCOL_VERSION, VERSION, Agent
 from lattice_worker.channel import opened
 from lattice_worker.config import WorkerConfig
 from lattice_worker.ray_node import RayNode, version
@@ -46,19 +38,19 @@ class Joiner:
         self.refusal = ""
 
     async def run(self) -> None:
-        """Be part of the cluster until the server lets the machine go; `refusal` says why if it would not have it."""
+        """Be part of the cluster until the server releases the machine; `refusal` is the reason if it was refused."""
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._hold_stream():
                 backoff_s = MIN_BACKOFF_S if self._is_member else min(MAX_BACKOFF_S, backoff_s * 2)
-                # Spread, so that a server that comes back does not meet all its machines at once.
+                # Random, so that not all machines reconnect at once to a server that was restarted.
                 await asyncio.sleep(random.uniform(0, backoff_s))
         finally:
             if self._ray is not None:
                 await self._ray.stop()
 
     def leave(self, deadline_s: float) -> None:
-        """Ask the server to let the machine go once what runs there is over, or moved after `deadline_s`."""
+        """Ask the server to drain the machine: leases that still run after `deadline_s` are moved."""
         if self._agent is not None:
             self._agent.leave(deadline_s)
         else:
@@ -67,7 +59,7 @@ class Joiner:
             self._wake.set()
 
     async def _hold_stream(self) -> bool:
-        """Offer the machine and do what the server asks for; return whether that was all."""
+        """Serve one stream; return whether the machine is to leave."""
         self._is_member = False
         self._wake = asyncio.Event()
         async with opened(self._config) as channel:
@@ -91,7 +83,7 @@ class Joiner:
                         needed = joined.ray.version
                         self.refusal = f"its cluster runs {needed}, this machine has {version()}; install the same"
                         return True
-                    silence_s = seconds(joined.silence_limit) or DIAL_S
+                    silence_s = convert.seconds(joined.silence_limit) or DIAL_S
                     await self._start_ray(joined)
             except grpc.aio.AioRpcError as error:
                 self._complain(error.details() or error.code().name)
@@ -116,7 +108,7 @@ class Joiner:
         self.refusal = self._agent.refusal
 
     async def _start_ray(self, joined: worker_pb2.Joined) -> None:
-        self._heartbeat_s = seconds(joined.heartbeat_interval) or 1.0
+        self._heartbeat_s = convert.seconds(joined.heartbeat_interval) or 1.0
         if self._ray is None or not self._ray.is_of(joined.ray):
             if self._ray is not None:
                 await self._ray.stop(at_once=True)

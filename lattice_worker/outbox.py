@@ -1,6 +1,6 @@
-"""Owns the messages to the server: which reports, heartbeats and wishes are due, and when they are sent.
+"""The messages to the server: reports, heartbeats and requests that are due, and when they are sent.
 
-Rule: everything that is due goes into one message; a message waits for more only while more is sure to come.
+Rule: one message has all reports that are due; it is delayed only while more reports are sure to follow.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ Leases = LeaseMachine[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs]
 
 
 class Outbox:
-    """What one worker has to say. `open` begins a stream; nothing is sent on it before `resume`.
+    """The outgoing messages of one worker. `open` begins a stream; nothing is sent on it before `resume`.
 
-    `last_answer` says up to which number the answers of questions have come.
+    `last_answer` returns the number of the last answer to a question that has arrived.
     """
 
     def __init__(self, leases: Leases, limits: Limits, last_answer: Callable[[], int] = lambda: 0) -> None:
@@ -42,12 +42,12 @@ class Outbox:
     def open(self, hello: worker_pb2.Hello) -> AsyncIterator[worker_pb2.ConnectRequest]:
         """Return the messages of a new stream; those of the stream before end."""
         self._is_welcome = self._has_said_draining = False
-        # A broken stream's generator may live on; what wakes this stream must not wake that one.
+        # The generator of a broken stream may live on; it must not be woken any more.
         self._wake = asyncio.Event()
         return self._requests(hello, self._wake)
 
     def resume(self, reports: list[worker_pb2.Report]) -> None:
-        """Begin to send: the worker is welcome, and these are the reports the server may not have."""
+        """Begin to send: the server has welcomed the worker, and may not have these reports."""
         self._pending, self._unknown = reports, []
         self._is_welcome = True
         self._wake.set()
@@ -68,7 +68,7 @@ class Outbox:
         self._wake.set()
 
     def drain(self, draining: worker_pb2.Draining) -> None:
-        """Ask the server to let the worker go, on this stream and on those that follow."""
+        """Ask the server to drain the worker, on this stream and on every later one."""
         self._draining = draining
         self._wake.set()
 
@@ -116,8 +116,8 @@ class Outbox:
         return requests
 
     def _in_parts(self, reports: list[worker_pb2.Report]) -> Iterator[list[worker_pb2.Report]]:
-        """Yield reports in lists well below what the server takes: all that waits may be too much."""
-        # What surrounds each report is not counted.
+        """Yield reports in lists that are well below the limit of a message."""
+        # The envelope of each report is not counted.
         part_bytes = min(PART_BYTES, self._limits.message_bytes * 3 // 4)
         start, size = 0, 0
         for end, report in enumerate(reports if len(reports) > 1 else ()):

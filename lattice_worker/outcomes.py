@@ -1,4 +1,4 @@
-"""The reports that end a lease. Rule: whatever a runner answers, each attempt of the lease gets one outcome."""
+"""The reports that end a lease. Rule: each attempt of a lease gets one outcome, even of a malformed answer."""
 
 import time
 from typing import Any
@@ -17,8 +17,7 @@ def reports_of(
 ) -> list[worker_pb2.Report]:
     """Return the reports that end the members of a lease, each by its own answer or all by the one there is.
 
-    Whatever the answer is, there is a report for each: one that cannot be read, or that no message of `limit_bytes`
-    holds, is a failure.
+    An answer that cannot be read, or that does not fit into a message of `limit_bytes`, becomes a failure.
     """
     members = answer.get("items", [answer] * size)
     if not isinstance(members, list) or len(members) != size:

@@ -1,8 +1,9 @@
-"""Owns the worker's way to large values that bypasses the server: who started the worker fetches them from other nodes.
+"""Artifacts of other nodes, fetched past the server: the parent process of the worker fetches them.
 
-Rule: a value is brought whole or not at all, and nobody waits for long on what does not come.
+Rule: an artifact is fetched whole or not at all, and a fetch without progress ends after `PATIENCE_S`.
 
-Over a socket that the worker inherits go JSON objects, one a line; `Exchange` in the server's package is the other end.
+They talk in JSON objects, one a line, over a socket that the worker inherits; `Exchange` in the server's package is the
+other end.
 """
 
 import asyncio
@@ -18,20 +19,20 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0  # For every step, some MiB.
 AT_A_TIME = 4
-# Machines that cannot reach each other would cost every value that patience.
+# Between machines that cannot reach each other every fetch would take that long.
 SHUN_S = 60.0
 
 
 class PeerFetchError(Exception):
-    """Something was not brought."""
+    """An artifact was not fetched."""
 
 
 class PeerFetcher:
-    """The values on their way here. Everything runs on one event loop."""
+    """The artifacts in transfer. Everything runs on one event loop."""
 
     def __init__(self, descriptor: int, store_directory: str, incoming: Path, patience_s: float = PATIENCE_S) -> None:
         self._socket = socket.socket(fileno=descriptor)
-        # What tasks start has no business with it.
+        # Processes of tasks must not inherit it.
         self._socket.set_inheritable(False)
         self._store_directory, self._incoming, self._patience_s = store_directory, incoming, patience_s
         self._numbers = itertools.count(1)
@@ -42,22 +43,22 @@ class PeerFetcher:
         self._reading: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Say where this node's large values lie, and listen."""
+        """Tell the parent process where this node's store is, and read its answers."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
         self._say(store=self._store_directory)
         self._reading = asyncio.create_task(self._listen(reader))
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the socket."""
         if self._reading is not None:
             self._reading.cancel()
         if self._writer is not None:
             self._writer.close()
 
     async def bring(self, node_id: str, path: Path, size_bytes: int) -> bool:
-        """Bring the value called as `path` from a node's store to `path`; return whether it is there.
+        """Fetch an artifact from a node's store to `path`, whose name it has; return whether it is there.
 
-        A node from which nothing came is not asked again for a while.
+        A node from which nothing came is skipped for `SHUN_S`.
         """
         loop = asyncio.get_running_loop()
         if self._shunned.get(node_id, 0.0) > loop.time():
@@ -83,7 +84,7 @@ class PeerFetcher:
             return False
         finally:
             del self._answers[number]
-            # Whoever still writes to it learns by this that nobody waits any more.
+            # The parent process may still write to it: without a name the file is freed when that ends.
             part.unlink(missing_ok=True)
         return True
 
@@ -107,9 +108,9 @@ class PeerFetcher:
     def _hang_up(self) -> None:
         self._writer = None
         for answers in self._answers.values():
-            answers.put_nowait({"end": "who would fetch it is gone"})
+            answers.put_nowait({"end": "the parent process of the worker is gone"})
 
     def _say(self, **words: Any) -> None:
         if self._writer is None:
-            raise PeerFetchError("who would fetch it is gone")
+            raise PeerFetchError("the parent process of the worker is gone")
         self._writer.write(json.dumps(words).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""What a lease needs before it runs: a runner of the right key, artifacts and a bundle on this machine, and a frame."""
+"""The needs of a lease before it runs: a runner of the right key, artifacts and a bundle on this machine, a frame."""
 
 import asyncio
 import math

@@ -1,6 +1,6 @@
-"""Owns the questions of attempts, from the process that asks to the server and back.
+"""The questions of attempts, from the process that asks to the server and back.
 
-Rule: a question gets one answer, or ends with its lease; an answer that comes twice, or late, is ignored.
+Rule: a question gets one answer, or ends with its lease; an answer that arrives twice, or late, is ignored.
 """
 
 import time
@@ -30,7 +30,7 @@ class Questions:
     def ask(
         self, assignment: worker_pb2.Assignment, runner: Runner, header: dict[str, Any], blobs: list[bytes]
     ) -> None:
-        """Report a question. Raises ValueError, or what is raised otherwise, when the header is none of a question."""
+        """Report a question. Raises an exception when the header is not that of a question."""
         report, number = _report(assignment, header, blobs)
         lease_id = assignment.lease_id
         unanswered = self._unanswered.setdefault(lease_id, {})
@@ -50,7 +50,7 @@ class Questions:
         runner.answer(lease_id, {"number": number, "unanswered": why}, ())
 
     def answer(self, message: worker_pb2.Answer) -> None:
-        """Take an answer of the server to the process that waits for it."""
+        """Hand an answer of the server to the process that waits for it."""
         self.last_answer = max(self.last_answer, message.sequence)
         runner = self._unanswered.get(message.lease_id, {}).pop(message.number, None)
         if runner is not None:

@@ -1,4 +1,4 @@
-"""What a process writes past `sys.stdout` and `sys.stderr`: C libraries, child processes, bare descriptors."""
+"""Output past `sys.stdout` and `sys.stderr`: of C libraries, child processes and bare descriptors."""
 
 import asyncio
 import codecs
@@ -29,7 +29,7 @@ class RawOutput:
             self._read(descriptor)
 
     def read(self) -> None:
-        """Read a part of what is there."""
+        """Read output that is there, up to a bound."""
         for descriptor in list(self._streams):
             self._read(descriptor)
 

@@ -1,4 +1,4 @@
-"""Owns the folder in which this machine's Ray node keeps its sockets, logs and records.
+"""The folder in which this machine's Ray node keeps its sockets, logs and records.
 
 Rule: none of them lies where the user's own Ray keeps its own, and none is left when the node ends.
 """

@@ -1,4 +1,4 @@
-"""Owns the Ray node of this machine: a child that is started, watched and ended here, and nothing else of Ray.
+"""The Ray node of this machine: a child process that is started, watched and ended here.
 
 Rule: it ends with this process, however that ends.
 """
@@ -18,7 +18,7 @@ from lattice.v1 import worker_pb2
 from lattice_worker import host
 from lattice_worker.config import WorkerConfig
 from lattice_worker.ray_folder import LOG, RayFolder
-from lattice_worker.runner.reset import kill_tree
+from lattice_worker.runner.process_tree import kill_tree
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ ray.scripts.scripts.main()
 
 
 def version() -> str:
-    """Return what would run Ray here."""
+    """Return the versions of Ray and Python here."""
     python = ".".join(platform.python_version_tuple()[:2])
     try:
         return f"ray {metadata.version('ray')} on python {python}"
@@ -67,7 +67,7 @@ class RayNode:
         self._keeping = asyncio.create_task(self._keep())
 
     async def stop(self, *, at_once: bool = False) -> None:
-        """End the node and all it started; `at_once` when its cluster is gone, and would be waited for in vain."""
+        """End the node and its processes; `at_once` without waiting for its cluster, which is gone."""
         if self._keeping is not None:
             self._keeping.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -96,7 +96,7 @@ class RayNode:
                 await self._clear()
                 self._folder = RayFolder()
                 with (self._folder.path / LOG).open("wb") as file:
-                    # It tells newcomers how to use Ray by hand, and at length, in colours, about what it does.
+                    # Its output is a long guide to using Ray by hand.
                     output = sys.stderr if log.isEnabledFor(logging.INFO) else file
                     self._process = await asyncio.create_subprocess_exec(
                         *self._command(self._folder.path),

@@ -237,7 +237,7 @@ class Runner:
         invocation.on_end(header, blobs)
 
     def _retire(self, reason: str) -> None:
-        """Refuse what the process was sent after its last answer: it ends itself."""
+        """Refuse the invocations that the process was sent after its last answer: it ends itself."""
         log.info("a task's process runs nothing more: %s", reason)
         self.is_fit = False
         refused, self.running = self.running, {}
@@ -256,14 +256,14 @@ class Runner:
             invocation.log_output(stream, text, size)
 
     def _writer(self) -> Invocation | None:
-        """Return the invocation that wrote what is read now: the only one that ran, or the one whose step runs."""
+        """Return the invocation that wrote the output read now: the only one that ran, or the one whose step runs."""
         if not self.key.is_async:
             return next(iter(self.running.values())) if len(self.running) == 1 else None
         number = self.process.marks.alone or self.process.marks.stepping
         return next((invocation for invocation in self.running.values() if invocation.number == number), None)
 
     def _drain_output(self) -> None:
-        """Read what the process wrote; it starts no invocation until then."""
+        """Read the output of the process; it starts no invocation until then."""
         self.process.output.read()
         self._send({"kind": "drained"})
 
@@ -298,5 +298,5 @@ class Runner:
         self.process.marks.close()
         if self.sandbox is not None:
             await asyncio.to_thread(self.sandbox.discard)
-        # What it was writing, or wrote and did not report.
+        # Artifacts that it was writing, or wrote and did not report.
         await asyncio.to_thread(self._staging.discard, self.folder)

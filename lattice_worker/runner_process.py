@@ -47,7 +47,7 @@ class StepMarks:
 
 @dataclass(frozen=True, slots=True)
 class RunnerProcess:
-    """A process that was started, and the agent's ends of what it was given. `folder` is where it writes artifacts."""
+    """A process that was started, and the agent's ends of its descriptors. It writes artifacts to `folder`."""
 
     process: Process
     folder: str

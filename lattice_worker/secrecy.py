@@ -23,7 +23,7 @@ def hide() -> None:
 
 
 def read_token(descriptor: int) -> str:
-    """Return what a pipe holds, and close it."""
+    """Return the content of a pipe, and close it."""
     with open(descriptor, encoding="utf-8") as pipe:
         return pipe.read()
 
@@ -31,7 +31,7 @@ def read_token(descriptor: int) -> str:
 def move_token(environment: MutableMapping[str, str], command: Sequence[str]) -> None:
     """Start this program anew without the token in its environment, if it has one there.
 
-    What a process was started with can be read for as long as it lives, whatever it changes later.
+    The environment that a process was started with stays readable as long as it lives, even if it changes later.
     """
     token = environment.pop(TOKEN, "")
     if not token:

@@ -9,7 +9,7 @@ from lattice_worker.runner_handle import Runner
 
 
 class SharedRunners:
-    """Async runners by key, those that are being started included."""
+    """Async runners by key, started or being started."""
 
     def __init__(self) -> None:
         self._by_key: dict[RunnerKey, asyncio.Future[Runner]] = {}

@@ -45,7 +45,7 @@ def take_id(parent_id: str, label: str, taken: set[str]) -> str:
 
 
 def form_of(task: Any) -> Mapping[str, Any]:
-    """Return what is known of a task besides its code. Raises SpawnError."""
+    """Return the settings of a task: all of it besides its code. Raises SpawnError."""
     if not callable(task):
         text = "it needs a function, a @task or an entrypoint(...), not"
         raise SpawnError(f"spawn: {text} {'the text ' * isinstance(task, str)}{task!r}")
@@ -83,11 +83,11 @@ def inputs_of(where: str, task: Any, form: Mapping[str, Any], inputs: object, mi
 
 
 def _signature(task: Any, form: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[str], bool]:
-    """Return the names of a task's inputs, those that it needs, and whether it takes any others."""
+    """Return the names of a task's inputs, the names of the required ones, and whether it takes any input."""
     if "inputs" in form:
         return form["inputs"], form["required"], form["takes_any"]
     if not isinstance(task, FunctionType | MethodType):
-        return (), (), True  # what is not written in Python may have no signature; the call itself shows it
+        return (), (), True  # a callable not written in Python may have no signature; the call itself fails
     found = inspect.signature(task).parameters
     if list(found) == ["params"]:
         return (), (), True

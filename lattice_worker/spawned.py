@@ -1,6 +1,6 @@
-"""Outputs of spawned tasks, and how they are bound to inputs wherever in a value they lie.
+"""Spawned tasks and their outputs, and how outputs anywhere in a value are bound to inputs.
 
-Rule: whatever would read a value that no task has made yet raises.
+Rule: reading the value of an output that no task has made yet raises.
 """
 
 import re
@@ -18,7 +18,7 @@ MAX_LEVELS = 32
 # The text of a spawned task or an output of it, wherever an encoding holds it, and however it was quoted.
 WRITTEN = re.compile(rb"""Spawned(?:Task|Output)\(task_id=\\*['"](.+?)\\*['"], """)
 IN_TEXT = "give the output itself to the task as an input, and make the text there"
-# What would compute with a value: operators, calls and conversions.
+# Operations on a value: operators, calls and conversions.
 BINARY = [
     "add",
     "sub",

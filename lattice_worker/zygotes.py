@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lattice_worker import host
-from lattice_worker.runner.reset import children_of, kill_tree
+from lattice_worker.runner.process_tree import children_of, kill_tree
 from lattice_worker.sandbox.policy import interpreter_environment
 from lattice_worker.zygote import Process, Zygote
 

@@ -1,8 +1,8 @@
 """Async invocations: coroutines of many attempts on one event loop, kept apart.
 
 Rule: an attempt ends alone. A step of the loop is charged to the attempt whose context it runs in: shared memory names
-that attempt while the step runs, so that the agent knows who took the process down or blocked it. An attempt that goes
-on after it was cancelled is abandoned: no step of its context runs any more.
+that attempt while the step runs, so that the agent knows which attempt killed or blocked the process. An attempt that
+still runs after it was cancelled is abandoned: no step of its context runs any more.
 """
 
 import asyncio
@@ -20,9 +20,10 @@ from lattice_worker.runner import children, signals, starting
 from lattice_worker.runner.attempt import Attempt
 from lattice_worker.runner.eventloop import Loop, show_own_tasks
 from lattice_worker.runner.frames import Channel
-from lattice_worker.runner.invocations import Answer, Program
+from lattice_worker.runner.invocations import Program
+from lattice_worker.runner.outcome import Answer
 from lattice_worker.runner.output import current, has_unread_output
-from lattice_worker.runner.reset import ANY_CHILD, end_children
+from lattice_worker.runner.process_tree import ANY_CHILD, end_children
 from lattice_worker.runner.shared import Shared
 from lattice_worker.runner.steps import ALONE, mark_steps
 
@@ -56,12 +57,12 @@ class _Invocations:
         self._shared = Shared(self._running)
         self._program = Program(channel, self._shared)
         self._marks = marks
-        self._unread = 0  # How often the agent is to read what was written past `sys.stdout`.
+        self._unread = 0  # How often the agent still has to read output past `sys.stdout`.
         self._sizes = [bytearray(4), bytearray(4)]
-        self._held: list[Frame] = []  # What came meanwhile.
+        self._held: list[Frame] = []  # Frames that arrived meanwhile.
 
     def start(self) -> None:
-        """Serve the agent from the next round of the loop on."""
+        """Serve the agent from the next iteration of the loop on."""
         signals.keep_apart(self._loop)
         starting.follow()
         threading.Thread(target=self._read, daemon=True).start()
@@ -74,7 +75,7 @@ class _Invocations:
             elif (attempt := self._running.get(frame[0]["id"])) is not None:
                 # Here: the event loop may be waiting for this in a step that blocks.
                 attempt.questions.take(*frame)
-        # Threads of tasks do not keep a process that nothing will be sent to.
+        # Threads of tasks must not keep the process alive when the agent has closed the socket.
         self._loop.call_soon_threadsafe(os._exit, 0)
 
     def _take(self, frame: Frame) -> None:
@@ -91,7 +92,7 @@ class _Invocations:
             else:
                 self._handle(frame)
         except BaseException:
-            # An invocation would never be answered. Ended with its process, it is.
+            # Without this the invocation would never be answered. It ends with its process.
             traceback.print_exc()
             os._exit(1)
 
@@ -113,7 +114,7 @@ class _Invocations:
                 pass
 
     def _is_to_be_read(self) -> bool:
-        """Whether what was written past `sys.stdout` so far could be taken for that of the invocation that starts."""
+        """Whether there is output past `sys.stdout` that could be taken for output of the invocation that starts."""
         if len(self._running) != 1:
             return False
         _libc.fflush(None)
@@ -129,7 +130,7 @@ class _Invocations:
         return self._sizes != NONE
 
     def _drained(self) -> None:
-        """The agent has read what was written past `sys.stdout`."""
+        """Continue: the agent has read the output past `sys.stdout`."""
         self._unread -= 1
         if not self._unread:
             self._note_alone()
@@ -138,7 +139,7 @@ class _Invocations:
                 self._handle(frame)
 
     def _note_alone(self) -> None:
-        """Name the one whose all is that is written from now on, if there is but one."""
+        """Mark the only running invocation: it writes all output from now on. With several none is marked."""
         alone = next(iter(self._running.values())).number if len(self._running) == 1 else 0
         if self._marks[ALONE] != alone:
             self._marks[ALONE] = alone
@@ -160,7 +161,7 @@ class _Invocations:
             self._loop.call_later(CANCEL_GRACE_S, self._finish, attempt, context=self._context)
 
     def _finish(self, attempt: Attempt) -> None:
-        """Answer for an invocation that is over, or was cancelled long enough ago, and end what it left behind."""
+        """Answer an invocation that has ended, or was cancelled long enough ago, and end its tasks and children."""
         name, main = attempt.header["id"], attempt.main
         if self._running.get(name) is not attempt or main is None:
             return
@@ -175,7 +176,7 @@ class _Invocations:
         _libc.fflush(None)
         has_raw = self._has_unread_output()
         if has_raw:
-            # Invocations that come now start when the agent has read it; those that run go on.
+            # New invocations start when the agent has read it; running ones continue.
             self._unread += 1
         elif not self._unread:
             self._note_alone()
@@ -197,7 +198,7 @@ class _Invocations:
 
     def _abandon(self, attempt: Attempt) -> None:
         attempt.abandon()
-        self._end(attempt)  # Code that ran after the answer may have left something too.
+        self._end(attempt)  # Code that ran after the answer may have started children too.
         self._loop.attempts.discard(attempt)
 
 

@@ -161,7 +161,7 @@ def open_artifact(path: str) -> mmap.mmap | bytes:
             # Dropped and written anew between the opening and the lock: not this artifact any more.
             if not os.path.samestat(status, os.stat(path)):
                 raise PayloadError(missing)
-            # Private pages: the task may write to what it was given, and nobody else sees it.
+            # Private pages: the task may write to the value, and no other process sees it.
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if status.st_size else b""
     except FileNotFoundError:
         raise PayloadError(missing) from None

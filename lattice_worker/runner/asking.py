@@ -1,6 +1,6 @@
 """The questions that an invocation asks the caller that holds its run, and their answers.
 
-Rule: whoever waits for an answer gets one, or an error when the invocation is over.
+Rule: a question gets an answer, or an error when the invocation is over.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A coroutine's attempt: what it has for itself in a process and on an event loop that it shares."""
+"""A coroutine's attempt: its own state in a process and on an event loop that it shares."""
 
 import asyncio
 import weakref
@@ -27,7 +27,7 @@ class Attempt(Output):
         self._pool: Executor | None = None
 
     def own(self, task: "asyncio.Task[Any]") -> None:
-        """Note a task of the event loop that belongs to it; the first is the one that its function runs in."""
+        """Add a task of the event loop to the attempt; its function runs in the first."""
         if self.main is None:
             self.main = task
         elif self._tasks is None:
@@ -36,17 +36,17 @@ class Attempt(Output):
             self._tasks.add(task)
 
     def tasks(self) -> "list[asyncio.Task[Any]]":
-        """Return its tasks of the event loop, also those that are done as long as something refers to them."""
+        """Return its tasks of the event loop; a task that is done is included as long as it is referenced."""
         return [task for task in (self.main, *(self._tasks or ())) if task is not None]
 
     def pool(self) -> Executor:
-        """Return the default executor; one of its own, so that threads that others leave behind do not fill it."""
+        """Return the default executor; its own, so that threads left behind by other attempts do not fill it."""
         if self.executor is None:
             self.executor = self._pool = ThreadPoolExecutor(thread_name_prefix="asyncio")
         return self.executor
 
     def abandon(self) -> None:
-        """Have no step of it run any more, and no thread of its pool wait for work."""
+        """Run no step of it any more, and end the idle threads of its pool."""
         self.is_abandoned = True
         for task in self.tasks():
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # It would be told to another attempt.

@@ -16,10 +16,10 @@ def takes_params_alone(function: Callable[..., Any]) -> bool:
 
 
 def columns(function: Callable[..., Any], batch: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return the inputs of a batch as one list for each keyword; what a member leaves out has its default.
+    """Return the inputs of a batch as one list for each keyword; an input that a member leaves out has its default.
 
-    A parameter that no member gives is a list too, so that what a function gets does not depend on who it meets. Only
-    what `functools.partial` has bound is one value for all, and no member may give it.
+    A parameter that no member gives is a list too, so that the arguments do not depend on the other members. Only a
+    value that `functools.partial` has bound is one value for all, and no member may give it.
     """
     bound = _bound(function)
     try:

@@ -1,9 +1,9 @@
-"""Child processes of async invocations, which share a process: whose they are, and where their output goes.
+"""Child processes of async invocations, which share a process: their attempts, and their output.
 
-Rule: a child belongs to the attempt whose code started it, and so do its descendants, also those that this process
-adopted from parents that died. They are told by their process ids, sessions and groups, by a variable of their
-environment, and by the pipe they inherited as their standard output. Children that can be told by none of these end
-when no attempt is left that they could belong to.
+Rule: a child belongs to the attempt whose code started it, and so do its descendants. When their parent dies, this
+process adopts them. They are recognised by their process ids, sessions and groups, by a variable of their environment,
+and by the pipe they inherited as their standard output. Children that none of these identifies end when no attempt is
+left that they could belong to.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import weakref
 from pathlib import Path
 
 from lattice_worker.runner.attempt import Attempt
-from lattice_worker.runner.reset import children_of
+from lattice_worker.runner.process_tree import children_of
 
 MARK = "LATTICE_INVOCATION"
 READ_BYTES = 1 << 16
@@ -52,12 +52,12 @@ class Family:
             self._listener.read(read, self, descriptor)
 
     def write(self, descriptor: int, data: bytes) -> None:
-        """Give what a child wrote to the attempt."""
+        """Log output of a child for the attempt."""
         if (attempt := self._attempt()) is not None:
             attempt.write(STREAMS[descriptor], data.decode(errors="replace"))
 
     def kill(self) -> list[int]:
-        """Kill those who live; return them, each before its descendants."""
+        """Kill the living members; return them, each before its descendants."""
         found: list[int] = []
         for pid in children_of(os.getpid()):
             if not _is_of_another(pid, self) and (pid in self.pids or self._is_member(pid)):
@@ -68,7 +68,7 @@ class Family:
         return found
 
     def _is_member(self, pid: int) -> bool:
-        """Whether a process whose parent died is one of the family."""
+        """Whether an adopted process is one of the family."""
         with contextlib.suppress(OSError):  # It ended meanwhile.
             if os.getsid(pid) in self.pids or os.getpgid(pid) in self.pids:
                 return True
@@ -79,7 +79,7 @@ class Family:
         return False
 
     def close(self) -> None:
-        """Close the pipes, when what is in them has been read."""
+        """Read all that is in the pipes, and close them."""
         self.read()
         pipes, self._pipes = self._pipes, {}
         for read, write in pipes.values():
@@ -98,7 +98,7 @@ class Listener:
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
     def is_own(self, descriptor: int) -> bool:
-        """Whether a standard stream is the one that the process was given."""
+        """Whether a standard stream still is the original one of the process."""
         try:
             return os.fstat(descriptor).st_ino == self._own[descriptor]
         except OSError:
@@ -155,19 +155,19 @@ def _is_of_another(pid: int, family: Family) -> bool:
 
 
 def end(attempt: Attempt) -> None:
-    """Kill the children of an attempt that is over, and read what they wrote."""
+    """Kill the children of an attempt that is over, and read their output."""
     if (family := _families.get(attempt)) is None:
         return
     killed = family.kill()
     family.close()
     if killed:
-        # In a thread: a process does not always end at once, and other attempts go on.
+        # In a thread: a process does not always end at once, and other attempts must not wait for it.
         threading.Thread(target=_reap, args=(family, killed), daemon=True).start()
     del _families[attempt]
 
 
 def _reap(family: Family, killed: list[int]) -> None:
-    """Wait for what was killed, and for what it started meanwhile."""
+    """Wait for killed processes, and kill processes that they started meanwhile."""
     while killed:
         for pid in killed:
             with contextlib.suppress(ChildProcessError):

@@ -1,4 +1,4 @@
-"""The event loop that attempts share. Rule: what one of them sets on it, stops or closes is its own affair.
+"""The event loop that attempts share. Rule: an attempt that sets, stops or closes the loop does so for itself only.
 
 Python 3.11 to 3.14 offer no way to give a coroutine a loop of its own on the thread of another one. So this one answers
 by the attempt that asks: the context that its code runs in names it.
@@ -33,10 +33,10 @@ class Loop(asyncio.SelectorEventLoop):
                 self.run_forever()
 
     def stop(self) -> None:
-        """Do nothing: other attempts go on."""
+        """Do nothing: other attempts run on this loop too."""
 
     def close(self) -> None:
-        """Do nothing: other attempts go on."""
+        """Do nothing: other attempts run on this loop too."""
 
     def set_debug(self, enabled: bool) -> None:
         """Do nothing for an attempt: it would slow the others down."""
@@ -63,7 +63,7 @@ class Loop(asyncio.SelectorEventLoop):
             raise TypeError("executor must be ThreadPoolExecutor instance")
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """Wait for what the attempt gave its default executor; it gives it nothing more."""
+        """Wait for the calls that the attempt has submitted to its default executor; it takes no more."""
         if (attempt := here()) is None:
             await super().shutdown_default_executor()
             return
@@ -86,7 +86,7 @@ class Loop(asyncio.SelectorEventLoop):
     # Tasks, generators and errors.
 
     def set_task_factory(self, factory: Any) -> None:
-        """Set what makes the tasks of the attempt."""
+        """Set the task factory of the attempt."""
         if (attempt := here()) is None:
             super().set_task_factory(factory)
         elif factory is None or callable(factory):
@@ -95,12 +95,12 @@ class Loop(asyncio.SelectorEventLoop):
             raise TypeError("task factory must be a callable or None")
 
     def get_task_factory(self) -> Any:
-        """Return what makes the tasks of the attempt, None for the usual way."""
+        """Return the task factory of the attempt, None for the default."""
         attempt = here()
         return super().get_task_factory() if attempt is None else attempt.task_factory
 
     def set_exception_handler(self, handler: Any) -> None:
-        """Set what is told of errors that no code of the attempt waits for."""
+        """Set the handler of errors that no code of the attempt waits for."""
         if (attempt := here()) is None:
             super().set_exception_handler(handler)
         elif handler is None or callable(handler):
@@ -109,7 +109,7 @@ class Loop(asyncio.SelectorEventLoop):
             raise TypeError(f"A callable object or None is expected, got {handler!r}")
 
     def get_exception_handler(self) -> Any:
-        """Return what is told of errors that no code of the attempt waits for."""
+        """Return the handler of errors that no code of the attempt waits for."""
         attempt = here()
         return super().get_exception_handler() if attempt is None else attempt.exception_handler
 

@@ -1,6 +1,6 @@
-"""What a failed invocation tells about its error.
+"""The failure that describes the error of an invocation.
 
-Rule: an error is user code, and so is all it refers to: whatever its methods do, a failure comes of it.
+Rule: an error is user code, and so is all it refers to; it is described even if its methods raise.
 """
 
 import contextlib

@@ -27,7 +27,7 @@ EVERY_SIGNAL = frozenset(range(1, signal.NSIG)) - {signal.SIGKILL, signal.SIGSTO
 
 
 class ProtocolError(Exception):
-    """What came is not a frame."""
+    """Data that is not a frame."""
 
 
 def packets_of(header: dict[str, Any], blobs: Sequence[bytes]) -> list[bytes]:

@@ -51,7 +51,7 @@ class Loaded:
         linecache.cache.update(self._sources)
 
     def explain(self, error: BaseException) -> None:
-        """Note at an error, and at those that led to it, why the client did not send a module that is missing."""
+        """Add a note to an error, and to its causes, that says why the client did not send a missing module."""
         chain: list[BaseException | None] = [error]
         seen: set[int] = set()
         while chain:
@@ -118,7 +118,7 @@ def load(definition: dict[str, Any], blob: bytes) -> Loaded:
 
 
 def load_pickle(blob: bytes, bundle: str = "") -> Loaded:
-    """Return a function from its pickle. What it has of its script is, and sees, the `__main__` module made for it."""
+    """Return a function from its pickle. Parts of its script live in a `__main__` module that is made for it."""
     before, main = sys.modules["__main__"], ModuleType("__main__")
     sys.modules["__main__"] = main
     try:

@@ -44,7 +44,7 @@ class Inbox:
             if self._queue is None:
                 allow_stack()
                 self._queue = queue.SimpleQueue()
-                # Not a `threading.Thread`: what a task has put in its place, or hooked into it, is not for this one.
+                # Not a `threading.Thread`: a task may have replaced that, or hooked into it.
                 contextvars.Context().run(_thread.start_new_thread, self._read, (self._queue,))
 
     def _read(self, others: "queue.SimpleQueue[Frame | None]") -> None:

@@ -5,14 +5,14 @@ import resource
 import threading
 from collections.abc import Iterator
 
-# What a task may use beyond the memory it asked for before it is stopped: it is counted by the page, and early.
+# How far a task may exceed the memory it asked for: memory is counted in pages, and before it is used.
 MEMORY_SLACK_BYTES = 64 * 1024 * 1024
 STACK_BYTES = 8 * 1024 * 1024  # Of a thread, unless `threading.stack_size` says otherwise.
 UNLIMITED = contextlib.nullcontext()
 
 
 def memory_limit(limit_bytes: int) -> contextlib.AbstractContextManager[None]:
-    """Let this process grow by `limit_bytes` and a little; what asks for more gets a MemoryError. Zero means any."""
+    """Let this process grow by `limit_bytes` and a little; beyond that allocations raise MemoryError. 0: no limit."""
     return _limited(limit_bytes) if limit_bytes else UNLIMITED
 
 

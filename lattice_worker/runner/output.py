@@ -1,4 +1,4 @@
-"""What an invocation writes while it runs, and the streams that stand in for `sys.stdout` and `sys.stderr`."""
+"""The output of an invocation, and the streams that stand in for `sys.stdout` and `sys.stderr`."""
 
 import contextlib
 import contextvars
@@ -23,10 +23,10 @@ current: contextvars.ContextVar["Output | None"] = contextvars.ContextVar("curre
 
 
 class Output:
-    """What one invocation tells while it runs: text on its standard streams, up to a limit in bytes, and new tasks.
+    """The frames of one invocation while it runs: text of its standard streams, up to a limit in bytes, and new tasks.
 
-    `header` is the invocation's; `lattice_worker.context` reads from it what the running task may know. `number` is
-    that of the invocation in its process.
+    `header` is the invocation's; `lattice_worker.context` reads it for the running task. `number` is the number of the
+    invocation in its process.
     """
 
     def __init__(self, channel: Channel, header: dict[str, Any], number: int = 0) -> None:
@@ -45,7 +45,7 @@ class Output:
         self.questions = Questions(channel, header["id"])
 
     def write(self, stream: str, text: str) -> None:
-        """Take text; it is sent by the line. What comes after the limit, or after the end, is dropped."""
+        """Take text; it is sent by the line. Text after the limit, or after the end, is dropped."""
         text = utf8(text)
         with self._lock:
             if self._left < 0 or not self._is_open:
@@ -61,7 +61,7 @@ class Output:
                 self.flush()
 
     def flush(self) -> None:
-        """Send what is pending."""
+        """Send pending text."""
         with self._lock:
             if self._pending:
                 pending, self._pending, self._pending_bytes = self._pending, [], 0
@@ -72,7 +72,7 @@ class Output:
                 self._channel.send(self._header(parts, truncated=False))
 
     def close(self) -> None:
-        """Send what is pending; a thread that outlives the invocation writes nowhere, and asks nobody."""
+        """Send pending text; a thread that outlives the invocation can neither write nor ask."""
         self.flush()
         self._is_open = False
         self.questions.close()
@@ -118,12 +118,12 @@ class Stream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Send what is pending."""
+        """Send pending text."""
         if (output := self._output()) is not None:
             output.flush()
 
     def reconfigure(self, **_: Any) -> None:
-        """Accept what scripts ask of their streams; these are what they are."""
+        """Accept settings, as scripts give them to their streams, and ignore them."""
 
     def fileno(self) -> int:
         """Return the descriptor of the process's own stream."""
@@ -134,7 +134,7 @@ class Stream(io.TextIOBase):
         return True
 
     def close(self) -> None:
-        """Send what is pending; the stream stays open for the next task."""
+        """Send pending text; the stream stays open for the next task."""
         self.flush()
 
 
@@ -157,12 +157,12 @@ class _Bytes(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        """Send what is pending. What a task wraps around it closes it when that is freed; the next task needs it."""
+        """Send pending text. A wrapper that a task made closes this when it is freed; the next task needs it open."""
         self.flush()
 
 
 def flush_streams() -> None:
-    """Have streams that a task, or a module of it, put in the place of this process's own write what they hold back."""
+    """Flush streams with which a task, or a module of it, replaced `sys.stdout` and `sys.stderr`."""
     for stream in (sys.stdout, sys.stderr):
         if type(stream) is not Stream:
             with contextlib.suppress(BaseException):

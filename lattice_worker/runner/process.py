@@ -1,4 +1,4 @@
-"""The process that runs user code: what it does between being forked and its first invocation, and after each one."""
+"""The main function of the process that runs user code: sets the process up, and serves the agent."""
 
 import faulthandler
 import os
@@ -43,14 +43,14 @@ def refuse(reason: str) -> None:
 
 
 def main(mode: str, facts: dict[str, Any] | None = None) -> None:
-    """Serve the agent until it closes the socket, or until this process is fit for no other task.
+    """Serve the agent until it closes the socket, or until this process cannot run another task.
 
     `facts` are what a sealed process reports of itself.
     """
     control = socket.socket(fileno=CONTROL)
     for descriptor in (CONTROL, CLAIMS, MARKS):
         os.set_inheritable(descriptor, False)
-    # One that does nothing instead of none: what a task starts inherits a signal that is ignored.
+    # A handler that does nothing, not SIG_IGN: child processes would inherit that.
     signal.signal(signal.SIGINT, _ignore)
     os.register_at_fork(after_in_child=_heed_interrupts)
     sys.argv = [""]  # As in an interpreter that runs no script: a task was not started with arguments.
@@ -89,7 +89,7 @@ def serve(channel: Channel, claims: Claims, facts: dict[str, Any] | None = None)
                 program.forget(header["digests"])
             case "invoke" if "claim" not in header or claims.owns(header["claim"]):
                 if _run(channel, program, baseline, frames, header, blobs):
-                    # What the agent has not read yet it would take for the next invocation's.
+                    # Else the agent would take unread output for that of the next invocation.
                     for later in frames:
                         if later[0]["kind"] == "drained":
                             break
@@ -99,7 +99,7 @@ def serve(channel: Channel, claims: Claims, facts: dict[str, Any] | None = None)
                     break
             case _:
                 pass
-    # Threads of tasks do not keep a process that nothing will be sent to.
+    # Threads of tasks must not keep the process alive when the agent has closed the socket.
     os._exit(0)
 
 
@@ -108,7 +108,7 @@ def _run(
 ) -> bool:
     """Run one invocation and send its answer; return whether output is left that the agent has to read first."""
     output = inbox.running = Output(channel, header)
-    # A context of its own: what it sets in context variables is not there for the next one.
+    # A context of its own: the next invocation must not see its context variables.
     answer, parts = threads.in_context(output, program.run, output, blobs)
     baseline.quiet()
     output.close()
@@ -118,7 +118,7 @@ def _run(
 
 
 def adopt(environment: Mapping[str, str]) -> None:
-    """Take on the environment of those this process will work for."""
+    """Set the environment variables of the key that this process is assigned to."""
     os.environ.update(environment)
 
 

@@ -1,12 +1,11 @@
-"""Making a process ready for the next task: what a task changed of the process is put back, what it left behind ends.
+"""Makes a process ready for the next task: restores the state that a task changed, and ends its children.
 
-Rule: modules stay imported, and what they set up when they were loaded stays; what a task changed while it ran does not
-reach the next one. The list is in docs/tasks.md. Costs microseconds when nothing was changed: each fact is read once,
-and compared.
+Rule: modules stay imported, with the state they set up when they were loaded; changes that a task made while it ran do
+not reach the next one. The list is in docs/tasks.md. Costs microseconds when nothing was changed: each setting is read
+once, and compared.
 """
 
 import asyncio.events
-import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -26,21 +25,20 @@ import tracemalloc
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lattice_worker.runner.process_tree import ANY_CHILD, end_children
+
 SIGNALS = [number for number in range(1, 32) if number not in {signal.SIGKILL, signal.SIGSTOP}]
 TIMERS = tuple(map(int, (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)))
-REAP_S = 0.5
 SEED_BYTES = 32
-# These tell at a fraction of the cost of what wraps them, which makes enum members and exceptions of each answer.
+# The functions of C modules cost a fraction of their wrappers, which make enum members and exceptions.
 _getsignal: Callable[[int], Any] = sys.modules["_signal"].getsignal
 _sigmask: Callable[[int, tuple[int, ...]], Any] = sys.modules["_signal"].pthread_sigmask
 _setitimer: Callable[[int, float], Any] = sys.modules["_signal"].setitimer
 _setlocale: Callable[..., str] = sys.modules["_locale"].setlocale
 _libc = ctypes.CDLL(None)
-ANY_CHILD = (os.P_ALL, 0, None, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # Zero: there are children, -1: none.
 
 
 def _working_directory() -> str:
@@ -109,7 +107,7 @@ class Baseline:
         self.capture()
 
     def capture(self) -> None:
-        """Take the process as it is now for what tasks shall find."""
+        """Take the present state as the state that tasks find."""
         self._environ = os.environ
         self._environment = dict(os.environ._data)  # type: ignore[attr-defined]  # as bytes: compared at each task
         self._handlers = list(map(_getsignal, SIGNALS))
@@ -124,7 +122,7 @@ class Baseline:
         return str(self._settings[0])
 
     def _capture_set_up(self) -> None:
-        """Take what modules set up when they are imported."""
+        """Take the present state of all that modules set up when they are imported."""
         root = logging.root
         self._logging = (root.level, root.disabled, root.manager.disable)
         lists: tuple[list[Any], ...] = (sys.path, sys.argv, root.handlers, root.filters)
@@ -133,8 +131,8 @@ class Baseline:
         self._modules = len(sys.modules)
 
     def quiet(self) -> None:
-        """Stop what could interrupt this process's own code: timers, signal handlers, trace functions; end children,
-        and write out what C libraries hold back. Never raises."""
+        """Stop timers, signal handlers and trace functions, which could interrupt Lattice's own code; end children, and
+        flush the buffers of C libraries. Never raises."""
         for _ in range(100):  # A handler that was due may raise here, once for each signal.
             try:
                 self._quiet()
@@ -157,7 +155,7 @@ class Baseline:
                     signal.signal(number, handler)
 
     def make_ready(self) -> str:
-        """Put back what the task changed; return why this process can run no other task, nothing when it can."""
+        """Restore the state that tasks find; return why this process can run no other task, nothing when it can."""
         if reason := self._unfit():
             return reason
         try:
@@ -178,7 +176,7 @@ class Baseline:
         return ""
 
     def _restore(self) -> None:
-        """Put back what the task changed. Raises an error where that is impossible."""
+        """Restore the state that tasks find. Raises an error where that is impossible."""
         for descriptor, saved in enumerate(self._streams):
             os.dup2(saved, descriptor)
         if self._changed_environment():
@@ -243,36 +241,3 @@ def reseed() -> None:
     if (numpy_random := sys.modules.get("numpy.random")) is not None:
         # Given nothing it asks the system for 624 numbers, which takes 200 microseconds.
         numpy_random.seed(list(os.urandom(SEED_BYTES)))
-
-
-def end_children() -> None:
-    """Kill and reap every process below this one, those whose parents died included: it adopts them."""
-    tracker = sys.modules.get("multiprocessing.resource_tracker")
-    if tracker is not None:
-        # Told to stop, it frees what it tracks, and is started anew without a warning when it is needed.
-        with contextlib.suppress(Exception):
-            tracker._resource_tracker._stop()
-    deadline = time.monotonic() + REAP_S
-    with contextlib.suppress(ChildProcessError):
-        while time.monotonic() < deadline:
-            for pid in children_of(os.getpid()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            os.waitpid(-1, 0)
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process and its descendants. Those it starts meanwhile come to this process, which adopts them."""
-    for child in children_of(pid):
-        kill_tree(child)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def children_of(pid: int) -> list[int]:
-    """Return the processes whose parent is `pid`."""
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # A thread that ended meanwhile.
-            found += map(int, path.read_text().split())
-    return found

@@ -1,7 +1,7 @@
-"""The state of a process that coroutines share: what they left changed is put back when none of them runs.
+"""The state of a process that coroutines share: changes they left are undone when none of them runs.
 
-While several run, what one of them changes of the process the others see; only the working directory is put back as
-soon as the coroutine has ended that changed it, since it may be gone by then.
+While several run, each sees the changes of the others. Only the working directory is restored as soon as the coroutine
+that changed it has ended, since the directory may be deleted by then.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Shared(Baseline):
     def capture(self) -> None:
         """Take the process as it is now for what coroutines shall find, as soon as only modules have changed it."""
         if len(self._running) > 1:
-            # What the modules set up that were just loaded cannot be told from what other coroutines changed.
+            # Changes by the modules just loaded cannot be told from changes by other coroutines.
             self._is_mixed = True
         else:
             self._capture()

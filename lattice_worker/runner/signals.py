@@ -1,7 +1,7 @@
 """Signal handlers and timers of coroutines: each belongs to the attempt that set it, and ends with it.
 
 Rule: a handler runs in a step of its own attempt. A signal that arrives between two steps, or in a step of another
-attempt, is handled in a step that is added for it: a handler that raises would else end what it happens to interrupt.
+attempt, is handled in a step that is added for it: a handler that raises would else end the step that it interrupts.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from lattice_worker.runner.output import current
 _set_timer, _set_signal, _get_signal = signal.setitimer, signal.signal, signal.getsignal
 
 _armed: dict[int, Attempt] = {}  # By whom each timer was set last.
-_changed: dict[int, tuple[Attempt, Any, Any]] = {}  # By signal: who set its handler last, to what, and what it was.
+_changed: dict[int, tuple[Attempt, Any, Any]] = {}  # By signal: last setter, handler, earlier handler.
 
 
 class _Handler:
@@ -84,7 +84,7 @@ def _note(which: int, seconds: float) -> None:
 
 
 def end(attempt: Attempt, loop: asyncio.AbstractEventLoop) -> None:
-    """Put back what an attempt that is over has left behind: first the timers, whose signals may end the process."""
+    """Restore the timers and handlers that an attempt set: first the timers, whose signals may end the process."""
     handles: dict[int, asyncio.Handle] = loop._signal_handlers  # type: ignore[attr-defined]
     if not (_armed or _changed or handles):
         return

@@ -1,4 +1,4 @@
-"""The `__main__` module of a process that a task starts with `multiprocessing`: it has what the task's script has.
+"""The `__main__` module of a process that a task starts with `multiprocessing`: a copy of the task's script.
 
 Rule: standard library and cloudpickle only. It is run by `multiprocessing`, and imported nowhere.
 """

@@ -1,4 +1,4 @@
-"""The ways to start a child process, each followed to the attempt whose code goes it."""
+"""The ways to start a child process, each wrapped so that the child belongs to the attempt that started it."""
 
 import _posixsubprocess
 import functools
@@ -12,7 +12,7 @@ from lattice_worker.runner.attempt import here
 from lattice_worker.runner.children import MARK, STREAMS, Family, Listener, family_of, note
 
 POPEN = ("bufsize", "executable", "stdin", "stdout", "stderr", "preexec_fn", "close_fds", "shell", "cwd", "env")
-# Of `fork_exec`: where the child's standard output and error come from; -1 for what the process has itself.
+# Of `fork_exec`: where the child's standard output and error are; -1 for those of the process itself.
 FORK_EXEC = {1: 9, 2: 11}
 # Processes that `multiprocessing` starts once, for all who use it.
 SHARED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
@@ -56,7 +56,7 @@ def _follow_popen(find: Callable[[], Family | None]) -> None:
         if (family := find()) is None:
             return system(command)
         sys.audit("os.system", command)
-        # What a C library's `system` gives its child: this process's descriptors and signals.
+        # As the C library's `system` does, the child gets this process's descriptors and signals.
         process = subprocess.Popen(os.fsencode(command), shell=True, close_fds=False, restore_signals=False)
         code = process.wait()
         family.read()

@@ -10,7 +10,7 @@ def utf8(text: str) -> str:
 
 
 def clipped(text: str, limit: int) -> str:
-    """Return text of at most about `limit` characters: its head and its tail, with a note of what is left out."""
+    """Return text of at most about `limit` characters: its head and its tail, with a note between them."""
     if len(text) <= limit:
         return text
     head = limit * 2 // 3

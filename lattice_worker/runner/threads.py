@@ -1,7 +1,7 @@
-"""Context for the threads that tasks start: what they print, and what they ask of their attempt, is the attempt's.
+"""Context for the threads that tasks start: their output and their questions are those of the attempt.
 
 Python runs new threads in an empty context (until 3.14, which can copy it). In a runner they run in a copy of the
-context of whoever started them, and so does what is given to a thread pool, whose threads may serve other attempts.
+context of the code that started them, and so does a call submitted to a thread pool, whose threads may serve others.
 """
 
 import contextvars

@@ -64,7 +64,7 @@ def among_json(value: Any, *kinds: type) -> list[Any] | None:
     """Return the parts of `value` that are of one of `kinds`, if JSON gives all the rest of it back exactly; else None.
 
     JSON has no references: a container that stands in two places, or within itself, would come back as several. Python
-    reads and writes it by recursion, so that it is only for what is not nested too deep.
+    reads and writes it by recursion, so that it is only for values that are not nested too deep.
     """
     found: list[Any] = []
     seen: set[int] = set()

@@ -1,8 +1,8 @@
 """The zygote: a process that has imported the runner and nothing else, and forks one whenever the agent asks.
 
 Rule: one thread, and never gRPC, so that a fork of it is a clean process. It is the parent of all runners and adopts
-what they leave behind: it tells the agent of each runner that ended, and ends everything else below it. When the agent
-closes the socket, or dies, it ends all of them and itself.
+their orphans: it tells the agent of each runner that ended, and kills every other descendant. When the agent closes the
+socket, or dies, it kills all of them and exits.
 
 The agent sends JSON, one object a packet: `{"fork": ID, "mode": MODE}` with the descriptors of the control socket, the
 standard output, the standard error, the claims and the marks; and `{"kill": ID}`. With `"sandbox": {"policy": POLICY,
@@ -26,7 +26,7 @@ from typing import Any
 
 import lattice_worker.context  # noqa: F401  # tasks find it among the loaded modules
 from lattice_worker.runner import process
-from lattice_worker.runner.reset import children_of
+from lattice_worker.runner.process_tree import children_of
 from lattice_worker.sandbox import seal, syscall_filter
 from lattice_worker.sandbox.policy import Policy
 
@@ -73,7 +73,7 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> None:
-        """Do what the agent asks until it hangs up."""
+        """Serve the agent until it closes the socket."""
         while True:
             ready, _, _ = select.select([self._control.fileno(), self._wakeups], [], [])
             if self._wakeups in ready:
@@ -83,7 +83,7 @@ class Zygote:
                 break
         self._pids.clear()
         while children_of(os.getpid()):
-            self._kill_strangers()
+            self._kill_orphans()
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(-1, 0)
 
@@ -96,7 +96,7 @@ class Zygote:
             return False
         request: dict[str, Any] = json.loads(data)
         if (number := request.get("kill")) is not None:
-            # One that has ended is not known any more: its id may be another process's by now.
+            # A process that has ended is not here any more: its id may be another process's by now.
             if number in self._pids:
                 os.kill(self._pids[number], signal.SIGKILL)
             return True
@@ -118,7 +118,7 @@ class Zygote:
         pid = os.fork()
         if pid:
             return pid
-        # The child never comes back from here: it must not go on as a second zygote.
+        # The child never returns from here: it must not continue as a second zygote.
         try:
             become_runner(parent, descriptors)
             process.main(mode, None if sandbox is None else _sealed(sandbox))
@@ -136,10 +136,10 @@ class Zygote:
                     del self._pids[number]
                     cpu_s = found[2].ru_utime + found[2].ru_stime
                     self._tell({"ended": number, "status": os.waitstatus_to_exitcode(found[1]), "cpu": cpu_s})
-        # What a runner that ended had below it is here now.
-        self._kill_strangers()
+        # Children of a runner that ended are children of this process now.
+        self._kill_orphans()
 
-    def _kill_strangers(self) -> None:
+    def _kill_orphans(self) -> None:
         known = set(self._pids.values())
         for pid in children_of(os.getpid()):
             if pid not in known:
@@ -164,7 +164,7 @@ def become_runner(parent: int, descriptors: list[int]) -> None:
     """Turn a process that was just forked into a runner: a session of its own that dies with the zygote and has no
     descriptors but those it was given."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # What a task starts and leaves behind stays below this process, where it can be found and ended.
+    # Orphans of a task stay descendants of this process, where they are found and killed.
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:  # The zygote died before the line above.
         os._exit(1)

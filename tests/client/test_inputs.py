@@ -26,7 +26,7 @@ from lattice_client.graph.inputs import Binder
 from lattice_client.graph.outputs import Scope
 from lattice_client.graph.workflow import Graph
 from lattice_worker.convert import binding_tree
-from lattice_worker.runner.invocations import _bind_all
+from lattice_worker.runner.binding import bind_all
 from lattice_worker.runner.values import PayloadError
 from tests.client.test_payloads import jsonable, same
 
@@ -84,7 +84,7 @@ def received(value: Any, made: dict[str, Any], *, is_for_python: bool = True) ->
     outputs = {name: payloads.inline(*payloads.encode(item)) for name, item in made.items()}
     blobs: list[bytes] = []
     tree = binding_tree(bound(value, is_for_python=is_for_python), "", blobs, outputs)
-    return _bind_all({"x": tree}, blobs)["x"]
+    return bind_all({"x": tree}, blobs)["x"]
 
 
 def output(name: str = "a") -> TaskOutput:

@@ -10,7 +10,7 @@ import pytest
 from lattice_client import entrypoint, task
 from lattice_worker import context
 from lattice_worker.convert import binding_tree, spawned_from_frame
-from lattice_worker.runner.invocations import _bind_all
+from lattice_worker.runner.binding import bind_all
 from lattice_worker.runner.output import Output
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.values import PayloadError
@@ -33,7 +33,7 @@ class Sent:
         blobs: list[bytes] = []
         outputs = {name: payload_pb2.Payload(media_type="application/json", json=text) for name, text in made.items()}
         inputs = {name: binding_tree(tree, "", blobs, outputs) for name, tree in self.tasks[-1].inputs.items()}
-        return _bind_all(inputs, blobs)
+        return bind_all(inputs, blobs)
 
 
 @pytest.fixture

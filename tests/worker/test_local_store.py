@@ -13,7 +13,7 @@ import grpc
 import pytest
 from lattice.v1 import artifact_pb2, artifact_pb2_grpc, payload_pb2, task_pb2, worker_pb2
 
-from lattice_worker import agent
+from lattice_worker import artifact_upload
 from lattice_worker import local_store as store_module
 from lattice_worker.artifact_staging import PREFIX, ArtifactStaging
 from lattice_worker.local_store import LocalStore, MissingError
@@ -358,7 +358,7 @@ class Unreadable:
 def test_the_server_hears_of_a_value_that_cannot_be_read(error: OSError, is_lost: bool) -> None:
     receiving: Any = Receiving()
     wanted = worker_pb2.SendArtifact(transfer_id="t", artifact_id="a")
-    asyncio.run(agent._send(receiving, wanted, cast(Any, Unreadable(error))))
+    asyncio.run(artifact_upload.send(receiving, wanted, cast(Any, Unreadable(error))))
     first, *others = receiving.messages
     assert (first.transfer_id, first.HasField("size_bytes")) == ("t", False)
     assert [message.not_found for message in others] == [True] * is_lost
