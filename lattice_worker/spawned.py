@@ -176,8 +176,8 @@ class Binder:
     def bind(self, value: Any) -> dict[str, Any]:
         """Return how a value is bound, its parts encoded. Raises PayloadError.
 
-        As the client does it: lists and dicts of JSON and outputs stay what they are; anything else with outputs in it
-        is a list of its pickle and of the outputs that belong into it. So is a dict of several keys for a task in
+        As the client does it: lists and dicts of JSON and outputs stay lists and dicts; any other value with outputs in
+        it is a list of its pickle and of the outputs that belong into it. So is a dict of several keys for a task in
         Python, since the contract's maps have no order.
         """
         found = among_json(value, SpawnedOutput)
@@ -212,7 +212,7 @@ class Binder:
         return {"items": [self._tree(item, holders) for item in value]}
 
     def _stored(self, media_type: str, parts: list[Any]) -> dict[str, Any]:
-        # Its pickle and what lies before that; behind it are the buffers of arrays.
+        # The head and the pickle; the other parts are the buffers of arrays.
         for part in parts[:3]:
             self._check_texts(part)
         return self.encoder.store(media_type, parts)

@@ -19,7 +19,7 @@ FIRST = (
     ON_RAY,
     "tests/e2e/test_cluster.py",
     "tests/e2e/test_security.py",
-    "tests/worker/test_attempts.py",
+    "tests/worker/test_attempt_executor.py",
     "tests/worker/test_frames.py",
     "tests/e2e/test_examples.py",
 )

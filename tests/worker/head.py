@@ -36,7 +36,7 @@ class Stream:
         self._unread: list[worker_pb2.Report] = []
 
     async def hello(self) -> worker_pb2.Hello:
-        """Return what the worker said first."""
+        """Return the first message of the worker."""
         return (await self.requests.get()).hello
 
     def say(self, **message: Any) -> None:
@@ -127,7 +127,7 @@ class Stream:
         return decode_value(payload.media_type, payload.json.encode() or payload.data)
 
     def logs(self, lease_id: str) -> str:
-        """Return what a lease is reported to have written so far."""
+        """Return the output of a lease that has been reported so far."""
         return "".join(report.log.text for report in self.reports if report.lease_id == lease_id)
 
     def of(self, lease_id: str) -> list[str | None]:
@@ -135,7 +135,7 @@ class Stream:
         return [report.WhichOneof("fact") for report in self.reports if report.lease_id == lease_id]
 
     def drop(self) -> None:
-        """End the stream without a word."""
+        """End the stream without `Close`."""
         self.responses.put_nowait(None)
 
 

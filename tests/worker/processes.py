@@ -23,7 +23,7 @@ def succeeded(header: dict[str, Any], blobs: list[bytes], value: Any = 1) -> dic
 
 
 def packet_of(header: dict[str, Any], blobs: Sequence[bytes]) -> bytes:
-    """Return a frame whose header may hold what no runner would say: huge integers, half of a surrogate pair, NaN."""
+    """Return a frame whose header may hold values that no runner sends: huge integers, half surrogates, NaN."""
     encoded = json.dumps(header | {"blobs": [len(blob) for blob in blobs]}).encode()
     return WHOLE + LENGTH.pack(len(encoded)) + encoded + b"".join(blobs)
 
@@ -48,7 +48,7 @@ class FakeProcess(Process):
             self.send(packet)
 
     def send(self, packet: bytes) -> None:
-        """Send a packet, as far as somebody reads."""
+        """Send a packet, unless the other end is closed."""
         try:
             self.sock.send(packet)
         except OSError:
@@ -101,9 +101,9 @@ class FakeZygotes(Zygotes):
 
 
 async def settle(is_settled: Callable[[], bool], rounds: int = 10_000) -> None:
-    """Let the event loop go round until something holds."""
+    """Run the event loop until a condition holds."""
     for _ in range(rounds):
         if is_settled():
             return
         await asyncio.sleep(0)
-    raise AssertionError("the event loop went round, and what was expected did not come")
+    raise AssertionError("the event loop ran, and the expected state was not reached")

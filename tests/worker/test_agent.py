@@ -67,7 +67,7 @@ def test_a_worker_introduces_itself(tmp_path: Path) -> None:
     play(scenario, tmp_path)
 
 
-def test_what_has_not_started_can_be_taken_back(gate: Gate, tmp_path: Path) -> None:
+def test_a_waiting_lease_is_returned_when_it_is_revoked(gate: Gate, tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         stream, wait = both.stream, by_value(wait_at)
         for name in "abc":
@@ -83,7 +83,7 @@ def test_what_has_not_started_can_be_taken_back(gate: Gate, tmp_path: Path) -> N
     play(scenario, tmp_path)
 
 
-def test_what_has_not_started_can_be_cancelled(gate: Gate, tmp_path: Path) -> None:
+def test_a_waiting_lease_is_cancelled_when_it_is_stopped(gate: Gate, tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         stream, wait = both.stream, by_value(wait_at)
         for name in "ab":
@@ -152,7 +152,7 @@ def test_an_attempt_whose_end_no_message_holds_has_failed(tmp_path: Path) -> Non
     play(scenario, tmp_path)
 
 
-def test_what_follows_an_attempt_whose_end_no_message_holds_does_not_run(tmp_path: Path) -> None:
+def test_a_successor_does_not_run_when_the_outputs_before_it_fit_in_no_message(tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         first = payload_pb2.Binding(output=payload_pb2.OutputRef(task_id="first", output="out"))
         both.stream.assign("first", lambda: ["x" * 90_000] * 60, split_outputs=["out"])
@@ -163,7 +163,7 @@ def test_what_follows_an_attempt_whose_end_no_message_holds_does_not_run(tmp_pat
     play(scenario, tmp_path)
 
 
-def test_an_attempt_that_spawns_what_no_message_holds_is_ended(gate: Gate, tmp_path: Path) -> None:
+def test_an_attempt_fails_when_a_task_it_spawns_fits_in_no_message(gate: Gate, tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         both.stream.assign("parent", by_value(spawn_at_length), inputs={"gate": gate.path})
         failure = (await both.stream.end("parent")).failed.failure
@@ -175,7 +175,7 @@ def test_an_attempt_that_spawns_what_no_message_holds_is_ended(gate: Gate, tmp_p
     play(scenario, tmp_path)
 
 
-def test_a_resumed_worker_works_on_what_it_holds(gate: Gate, tmp_path: Path) -> None:
+def test_a_worker_runs_its_leases_when_its_session_is_resumed(gate: Gate, tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         for name in "ab":
             both.stream.assign(name, by_value(wait_at), inputs={"gate": gate.path})
@@ -206,7 +206,7 @@ def test_a_lease_whose_end_was_lost_on_the_way_is_not_run_twice(tmp_path: Path) 
         second, hello = await both.head.dialled()
         second.welcome(resumed=True)
         if "a" not in hello.held_lease_ids:
-            # What a head does that never heard of the lease's start: it takes the assignment for lost.
+            # A head that has no report of the lease takes its assignment for lost.
             second.say(assignments=[assignment])
         second.assign("next in the slot", lambda: None)
         await second.end("next in the slot")
@@ -215,7 +215,7 @@ def test_a_lease_whose_end_was_lost_on_the_way_is_not_run_twice(tmp_path: Path) 
     play(scenario, tmp_path)
 
 
-def test_a_worker_whose_session_is_lost_drops_what_it_held(gate: Gate, tmp_path: Path) -> None:
+def test_a_worker_drops_its_leases_when_its_session_is_lost(gate: Gate, tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         for name in "ab":
             both.stream.assign(name, by_value(wait_at), inputs={"gate": gate.path})
@@ -278,7 +278,7 @@ def test_a_worker_comes_back_to_a_head_that_stopped_unless_told_otherwise(tmp_pa
     play(last, tmp_path, "--exit-on-close")
 
 
-def test_what_a_task_spawns_needs_the_python_it_was_written_by_if_it_holds_code(tmp_path: Path) -> None:
+def test_a_spawned_task_needs_the_python_of_its_parent_when_its_pickle_holds_code(tmp_path: Path) -> None:
     def spawns() -> None:
         from lattice_worker import context
 

@@ -1,4 +1,4 @@
-"""Coroutines of several attempts in one process: whatever one of them does to the loop, it does to itself alone."""
+"""Coroutines of several attempts in one process: each changes the event loop for itself only."""
 
 import asyncio
 import concurrent.futures
@@ -53,7 +53,7 @@ async def wait_at_gate() -> int:
 
 
 async def open_gate() -> int:
-    """Let the one at the gate go on; return the process."""
+    """Wake the coroutine at the gate; return the process."""
     sys.gate.set()  # type: ignore[attr-defined]
     return os.getpid()
 
@@ -73,7 +73,7 @@ class Script:
         return lease_id
 
     async def value(self, function: Callable[..., Any], **inputs: Any) -> Any:
-        """Run a coroutine function; return what it returns."""
+        """Run a coroutine function; return its value."""
         return await self.stream.value(self.start(function, **inputs))
 
     async def neighbour(self) -> str:
@@ -84,7 +84,7 @@ class Script:
         return lease_id
 
     async def check(self, neighbour: str) -> None:
-        """Open the gate; assert that the neighbour goes on in the process it was started in."""
+        """Open the gate; assert that the neighbour ends in the process it was started in."""
         pid = await self.value(open_gate)
         assert await self.stream.value(neighbour) == pid
 
@@ -114,7 +114,7 @@ async def cancel_all() -> None:
 
 
 async def cancel_all_by_module() -> None:
-    """Cancel what the module shows."""
+    """Cancel all tasks that the module shows."""
     for other in asyncio.tasks.all_tasks(asyncio.get_event_loop()) - {asyncio.current_task()}:
         other.cancel()
 
@@ -145,7 +145,7 @@ async def shut_down_generators() -> None:
 
 
 async def set_all() -> None:
-    """Set on the loop what can be set."""
+    """Use every setter of the loop."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ValueError("refused")
@@ -170,7 +170,7 @@ async def trace() -> None:
 
 
 async def use_all() -> list[Any]:
-    """Use what the loop offers."""
+    """Use every method of the loop."""
 
     async def count() -> Any:
         for number in range(3):
@@ -254,7 +254,7 @@ def test_an_asynchronous_generator_goes_on_when_another_coroutine_closes_all(pla
     play(scenario)
 
 
-def test_what_a_coroutine_sets_on_the_loop_is_used_for_itself(play: Callable[[Scenario], None]) -> None:
+def test_a_coroutine_uses_its_own_settings_of_the_loop(play: Callable[[Scenario], None]) -> None:
     async def use() -> list[Any]:
         loop, closed, made = asyncio.get_running_loop(), [], []
 
@@ -353,13 +353,13 @@ async def leave_alarm() -> None:
 
 
 async def signal_state() -> list[Any]:
-    """Return what is set up for signals."""
+    """Return the handlers and the timers."""
     handlers = [signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGALRM, signal.SIGUSR1)]
     return [*handlers, *(signal.getitimer(timer)[0] for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL))]
 
 
 async def wait_for_signal() -> str:
-    """Return what the handler of a signal says, which then raises an error."""
+    """Return the text that the handler of a signal sets before it raises an error."""
     said: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def raise_it(*_: Any) -> None:
@@ -421,7 +421,7 @@ async def write_raw(text: str) -> None:
 RAW = ["descriptor", "library", "shell"]
 
 
-def test_what_a_coroutine_writes_past_its_streams_is_in_its_log(play: Callable[[Scenario], None]) -> None:
+def test_a_coroutine_has_output_past_its_streams_in_its_log(play: Callable[[Scenario], None]) -> None:
     async def scenario(stream: Stream) -> None:
         script = Script(stream)
         for number in range(20):
@@ -432,7 +432,7 @@ def test_what_a_coroutine_writes_past_its_streams_is_in_its_log(play: Callable[[
     play(scenario)
 
 
-def test_what_a_coroutine_wrote_is_in_no_other_log_when_another_one_starts(play: Callable[[Scenario], None]) -> None:
+def test_output_of_a_coroutine_is_in_no_other_log_when_another_one_starts(play: Callable[[Scenario], None]) -> None:
     async def write_and_wait() -> None:
         gate = sys.gate = asyncio.Event()  # type: ignore[attr-defined]
         print("waiting")
@@ -635,7 +635,7 @@ def test_a_function_is_loaded_when_another_coroutine_removed_the_directory(play:
     play(scenario)
 
 
-def test_what_coroutines_changed_of_the_process_is_put_back_when_none_runs(play: Callable[[Scenario], None]) -> None:
+def test_the_process_is_restored_when_no_coroutine_runs(play: Callable[[Scenario], None]) -> None:
     async def look() -> list[Any]:
         import gc
         import logging

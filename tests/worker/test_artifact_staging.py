@@ -1,4 +1,4 @@
-"""Large values that nobody comes to name: none is left, whoever fails, dies or goes away meanwhile."""
+"""Artifacts that no report names: none is left when a task fails, or a process or a worker dies."""
 
 import asyncio
 import os
@@ -49,7 +49,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 async def settled(stream: Stream, last: str = "last") -> None:
-    """Wait until the worker has done what it was told before."""
+    """Wait until the worker has handled all earlier messages."""
     stream.assign(last, lambda: None)
     await stream.end(last)
 
@@ -207,7 +207,7 @@ def test_a_worker_says_which_large_values_the_head_may_not_know_of(resumed: bool
     play(scenario, None)
 
 
-def test_what_a_killed_worker_wrote_and_did_not_come_to_say_is_told_by_the_next_one(gate: Gate, store: Path) -> None:
+def test_the_next_worker_names_reported_artifacts_when_a_worker_was_killed(gate: Gate, store: Path) -> None:
     async def scenario(both: Pair) -> None:
         name = await made(both.stream)
         both.process.kill()
@@ -241,7 +241,7 @@ class Sender(artifact_pb2_grpc.ArtifactServiceServicer):
 
 
 @pytest.mark.parametrize("is_dropped", [True, False])
-def test_a_copy_of_what_was_dropped_on_its_way_does_not_stay(is_dropped: bool, store: Path) -> None:
+def test_an_artifact_is_deleted_on_arrival_when_it_was_dropped_in_transfer(is_dropped: bool, store: Path) -> None:
     async def scenario() -> None:
         sender, server = Sender(), grpc.aio.server()
         artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(sender, server)

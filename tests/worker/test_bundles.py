@@ -110,7 +110,7 @@ def test_bundles_of_killed_workers_are_deleted_and_those_of_others_are_not(tmp_p
     play(scenario)
 
 
-def test_a_bundle_is_whole_whenever_a_worker_has_it_whatever_others_do(tmp_path: Path) -> None:
+def test_a_bundle_is_whole_when_several_workers_unpack_and_delete_it(tmp_path: Path) -> None:
     async def work(seed: int) -> None:
         rng, worker = random.Random(seed), Bundles(str(tmp_path))
         for _ in range(60):

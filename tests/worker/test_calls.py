@@ -1,4 +1,4 @@
-"""How a batched function is called: one list for each keyword, whoever is in the batch."""
+"""How a batched function is called: one list for each keyword, with any members."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def test_a_batch_has_a_list_for_each_parameter(
     assert list(columns(function, batch).items()) == list(found.items())
 
 
-def test_a_batch_that_gives_what_a_partial_has_bound_is_refused() -> None:
+def test_a_batch_is_refused_when_a_member_gives_a_bound_input() -> None:
     with pytest.raises(PayloadError, match=r"input 'k' is bound for the whole batch by functools\.partial"):
         columns(functools.partial(scale, k=3), [{"x": 1}, {"x": 2, "k": 4}])
 

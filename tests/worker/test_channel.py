@@ -1,4 +1,4 @@
-"""How a worker decides what is safe to dial, what it then sends, and what of it a task may see."""
+"""Connections of a worker: which are safe, the credentials they carry, and their absence from tasks."""
 
 import asyncio
 import logging
@@ -62,7 +62,7 @@ def test_going_without_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "10.9.9.9:1 is dialled without TLS and a token" in record.getMessage()
 
 
-def test_what_cannot_be_used_is_named(made: Certificates, tmp_path: Path) -> None:
+def test_a_file_is_named_when_it_cannot_be_used(made: Certificates, tmp_path: Path) -> None:
     for more, text in (
         ({"tls_ca": str(tmp_path / "ghost")}, "LATTICE_TLS_CA .*No such file"),
         ({"tls_ca": str(made.key)}, "LATTICE_TLS_CA .*no certificates"),
@@ -74,7 +74,7 @@ def test_what_cannot_be_used_is_named(made: Certificates, tmp_path: Path) -> Non
             check(config("127.0.0.1:1", **more))
 
 
-def test_the_command_refuses_what_is_not_safe() -> None:
+def test_the_command_refuses_a_connection_that_is_not_safe() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
     command = [sys.executable, "-m", "lattice_worker", "--addr", FAR, "--worker-id", "w", "--node-id", "n"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)

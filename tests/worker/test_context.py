@@ -1,4 +1,4 @@
-"""`context.spawn` as a task calls it: which ids it gives, how inputs are bound, and what it refuses."""
+"""`context.spawn` as a task calls it: ids, bound inputs and refused arguments."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class Sent:
         self.tasks += spawned.tasks
 
     def received(self, made: dict[str, Any]) -> dict[str, Any]:
-        """What the function of the last task is given, when the tasks of these ids made these JSON values."""
+        """Return the inputs of the last task, when the tasks of these ids made these JSON values."""
         blobs: list[bytes] = []
         outputs = {name: payload_pb2.Payload(media_type="application/json", json=text) for name, text in made.items()}
         inputs = {name: binding_tree(tree, "", blobs, outputs) for name, tree in self.tasks[-1].inputs.items()}
@@ -38,7 +38,7 @@ class Sent:
 
 @pytest.fixture
 def sent(tmp_path: Path) -> Iterator[Sent]:
-    """A running attempt of the task `parent`, and what it has sent."""
+    """A running attempt of the task `parent`, and the frames it has sent."""
     channel: Any = Sent()
     places = {"folder": str(tmp_path), "store": str(tmp_path), "inline_limit": 10_000, "log_limit": 1000}
     header = {"id": "lease", "attempts": [["run", "parent", 1]], "batched": False, **places}
@@ -190,7 +190,7 @@ def test_a_text_with_the_repr_of_another_attempts_output_is_a_text(sent: Sent) -
         range,
     ],
 )
-def test_a_spawned_output_that_is_read_says_what_to_do(sent: Sent, read: Callable[[Any], Any]) -> None:
+def test_a_spawned_output_raises_with_advice_when_it_is_read(sent: Sent, read: Callable[[Any], Any]) -> None:
     made = context.spawn(give, {"v": 1}).output
     with pytest.raises(PayloadError, match="has no value yet: give it to a task as an input"):
         read(made)
@@ -199,7 +199,7 @@ def test_a_spawned_output_that_is_read_says_what_to_do(sent: Sent, read: Callabl
         getattr(made, "_repr_html_")  # noqa: B009
 
 
-# What is refused.
+# Refused arguments.
 
 
 wrong: list[tuple[Callable[[], Any], str]] = [

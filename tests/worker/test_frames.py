@@ -142,7 +142,7 @@ def test_garbage_is_refused_and_raises_nothing_else(seed: int) -> None:
     assert all(isinstance(header, dict) and isinstance(blobs, list) for header, blobs in found)
 
 
-# The guard: an agent's attempts and runners, with processes that send whatever is generated.
+# The guard: an agent's attempts and runners, with processes that send generated frames.
 
 
 class Scene:
@@ -319,7 +319,9 @@ def test_a_lease_ends_when_its_process_lives_on_after_an_unreadable_answer(
 
 @examples(12_000)
 @given(seed=st.integers(0, 2**64))
-def test_every_lease_ends_once_whatever_its_process_says(staging: tuple[ArtifactStaging, Path], seed: int) -> None:
+def test_every_lease_ends_once_when_its_process_sends_damaged_frames(
+    staging: tuple[ArtifactStaging, Path], seed: int
+) -> None:
     choice = random.Random(seed)
     is_async = choice.random() < 0.5
     sizes = {name: choice.randrange(1, 4) for name in choice.sample("abc", choice.randrange(1, 4))}

@@ -1,4 +1,4 @@
-"""What a node offers: CPUs and memory within the limits of its container, and GPUs."""
+"""The capacity of a node: CPUs and memory within the limits of its container, and GPUs."""
 
 import os
 import sys

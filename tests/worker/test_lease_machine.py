@@ -68,7 +68,7 @@ def test_reports_are_overdue_when_they_were_there_two_calls_before() -> None:
 
 
 class Executor:
-    """Notes what it is told. Leases of `begun` cannot be taken back."""
+    """Notes its calls. Leases of `begun` cannot be taken back."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []

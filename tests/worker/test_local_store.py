@@ -49,7 +49,7 @@ class Server:
 
 
 class Bringer(PeerFetcher):
-    """A fetcher that always, or never, brings what it is asked for."""
+    """A fetcher that always, or never, fetches."""
 
     def __init__(self, *, brings: bool) -> None:
         self.brings = brings
@@ -74,7 +74,7 @@ class Scene:
         return self.server if not self.connected or self.connected.pop(0) else None
 
     async def fetch(self, *bindings: payload_pb2.Binding) -> int:
-        """Do what is to be done for attempts with these inputs; return how much that was."""
+        """Fetch all that attempts with these inputs need; return how many transfers that took."""
         attempts = [worker_pb2.Attempt(inputs={"x": binding}) for binding in bindings or (value(ELSEWHERE),)]
         upstream = {"out": payload_pb2.Payload(artifact=ELSEWHERE)}
         waits = self.local_store.missing("", worker_pb2.Assignment(attempts=attempts), upstream)
@@ -116,12 +116,12 @@ def staging(folder: Path) -> ArtifactStaging:
 
 
 def names(folder: Path) -> set[str]:
-    """Return what lies in a folder, and what is left of what arrived there."""
+    """Return the names of the artifacts in a folder, and of incomplete ones."""
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(PREFIX)}
     return there | {entry.name for entry in folder.glob(f"{PREFIX}*/*/*")}
 
 
-def test_what_several_attempts_need_is_fetched_once(tmp_path: Path) -> None:
+def test_an_artifact_is_fetched_once_when_several_attempts_need_it(tmp_path: Path) -> None:
     async def scenario() -> None:
         scene = Scene(tmp_path, BYTES)
         await asyncio.gather(scene.fetch(value(ELSEWHERE), value(ELSEWHERE)), scene.fetch())
@@ -154,7 +154,7 @@ def test_it_is_found_wherever_an_input_has_it(binding: payload_pb2.Binding, coun
 
 
 @pytest.mark.parametrize("answer", [BYTES[:5], BYTES + b"!", StatusCode.UNAVAILABLE, StatusCode.CANCELLED])
-def test_what_may_come_later_is_asked_for_again(answer: Answer, tmp_path: Path) -> None:
+def test_a_fetch_is_retried_when_the_error_may_pass(answer: Answer, tmp_path: Path) -> None:
     async def scenario() -> None:
         scene = Scene(tmp_path, answer, BYTES)
         scene.connected = [False, True]
@@ -169,14 +169,14 @@ def test_what_may_come_later_is_asked_for_again(answer: Answer, tmp_path: Path) 
     ("answer", "count"),
     [(StatusCode.NOT_FOUND, 1), (StatusCode.UNAVAILABLE, store_module.RETRIES), (BYTES[:5], store_module.RETRIES)],
 )
-def test_what_cannot_be_had_is_missing_and_leaves_nothing(answer: Answer, count: int, tmp_path: Path) -> None:
+def test_a_fetch_that_fails_raises_and_leaves_no_file(answer: Answer, count: int, tmp_path: Path) -> None:
     async def scenario() -> None:
         scene = Scene(tmp_path, answer)
         with pytest.raises(MissingError, match="node 'a'"):
             await scene.fetch()
         assert len(scene.server.asked) == count
         assert not names(tmp_path)
-        # Somebody else may be luckier.
+        # A later attempt may succeed.
         scene.server.answers = [BYTES]
         assert await scene.fetch() == 1
         assert names(tmp_path) == {"value"}
@@ -185,7 +185,7 @@ def test_what_cannot_be_had_is_missing_and_leaves_nothing(answer: Answer, count:
 
 
 @pytest.mark.parametrize("brings", [True, False])
-def test_the_server_is_asked_for_what_the_courier_does_not_bring(brings: bool, tmp_path: Path) -> None:
+def test_the_server_is_asked_when_the_fetcher_brings_nothing(brings: bool, tmp_path: Path) -> None:
     async def scenario() -> None:
         scene = Scene(tmp_path, BYTES, fetcher=Bringer(brings=brings))
         await scene.fetch()
@@ -331,7 +331,7 @@ def test_nothing_but_a_value_is_deleted(name: str, tmp_path: Path) -> None:
 
 
 class Receiving:
-    """Takes uploads as the server does, and keeps what came."""
+    """Takes uploads as the server does, and keeps them."""
 
     def __init__(self) -> None:
         self.messages: list[worker_pb2.UploadArtifactRequest] = []

@@ -1,4 +1,4 @@
-"""A machine that joins: whose it is, what it runs for whom, and how it goes."""
+"""A machine that joins a cluster: the server it belongs to, its Ray node, and how it leaves."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -24,7 +24,7 @@ FIRST, SECOND = (worker_pb2.RayCluster(address=f"10.0.0.1:{n}", token="t", resou
 
 
 class Node(RayNode):
-    """A Ray node that only notes what is done with it."""
+    """A Ray node that only notes calls."""
 
     notes: ClassVar[list[str]] = []
 
@@ -87,9 +87,9 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
 def play(
     scenario: Callable[[Scene], Coroutine[Any, Any, None]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
-    """Play a scenario; return what was done with Ray nodes."""
+    """Play a scenario; return the calls of Ray nodes."""
     monkeypatch.setattr(node_join, "RayNode", Node)
-    # Whoever took it in says how long it may be silent.
+    # The server that accepted it sets the limit of silence.
     monkeypatch.setattr(node_join, "DIAL_S", 2 * TIMEOUT_S)
     monkeypatch.setattr(Node, "notes", [])
 
@@ -101,7 +101,7 @@ def play(
     return Node.notes
 
 
-def test_a_machine_offers_itself_and_starts_ray_for_whoever_takes_it(
+def test_a_machine_starts_ray_when_a_server_accepts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def scenario(found: Scene) -> None:
@@ -121,7 +121,7 @@ def test_a_machine_offers_itself_and_starts_ray_for_whoever_takes_it(
 
 
 @pytest.mark.parametrize("how", ["the stream breaks", "nothing is heard", "the cluster starts anew"])
-def test_a_machine_comes_back_and_keeps_what_it_runs_for_the_same_cluster(
+def test_a_machine_keeps_its_ray_node_when_it_reconnects_to_the_same_cluster(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def scenario(found: Scene) -> None:
@@ -220,7 +220,7 @@ def test_a_machine_that_is_leaving_does_not_begin_to_serve(tmp_path: Path, monke
     assert play(scenario, tmp_path, monkeypatch) == []
 
 
-def test_that_nobody_is_there_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_server_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Counting(Joiner):
         """Counts how often it dials."""
 

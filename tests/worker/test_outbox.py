@@ -1,4 +1,4 @@
-"""The messages of a worker: what shares one, and when one waits for more."""
+"""The messages of a worker: reports that share one, and when one is delayed."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ HELLO = worker_pb2.Hello(worker_id="w")
 
 
 class Idle:
-    """What runs leases: they start, and nothing else happens to them."""
+    """An executor whose leases start and never end."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: False
@@ -34,7 +34,7 @@ class Scene:
         self.outbox = Outbox(self.leases, Limits(message_bytes=2 * PART_BYTES))
 
     async def welcome(self) -> AsyncIterator[worker_pb2.ConnectRequest]:
-        """Return what is sent on a new stream, after its hello."""
+        """Return the messages of a new stream, after its hello."""
         requests = self.outbox.open(HELLO)
         assert await anext(requests) == worker_pb2.ConnectRequest(hello=HELLO)
         self.outbox.resume(self.leases.welcome("s", False, ()))

@@ -1,4 +1,4 @@
-"""Large values that somebody else fetches: whole or not at all, and nobody waits for long."""
+"""Artifacts that the parent process fetches: whole or not at all, and within a limit of time."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ from lattice_worker.peer_fetch import AT_A_TIME, SHUN_S, PeerFetcher
 
 NAME = "0" * 32
 BYTES = b"some bytes"
-# Nobody waits as long: a test lets it pass.
+# So long that it ends only when a test lets the time pass.
 PATIENCE_S = 1000.0
 
 pytestmark = pytest.mark.timeout(20)
@@ -32,7 +32,7 @@ class Clock(asyncio.SelectorEventLoop):
 
 
 class Fetcher:
-    """Whoever started the worker, whose every word a test chooses."""
+    """The parent process of the worker; a test chooses its messages."""
 
     def __init__(self, fetcher: PeerFetcher, folder: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self.fetcher, self.path = fetcher, folder / NAME
@@ -43,7 +43,7 @@ class Fetcher:
         return asyncio.create_task(self.fetcher.bring(node, self.path, len(BYTES)))
 
     async def hear(self) -> dict[str, Any]:
-        """Return what was said next."""
+        """Return the next message of the worker."""
         heard: dict[str, Any] = json.loads(await self._reader.readline())
         return heard
 
@@ -52,12 +52,12 @@ class Fetcher:
         self._writer.write(json.dumps(words).encode() + b"\n")
 
     async def bring(self, wanted: dict[str, Any]) -> None:
-        """Do what was asked for."""
+        """Write the artifact, and report its end."""
         Path(wanted["part"]).write_bytes(BYTES)
         self.say(id=wanted["id"], end="")
 
     async def let_pass(self, seconds: float) -> None:
-        """Let time pass once all that was said is heard."""
+        """Let time pass after all messages have arrived."""
         await settle()
         loop = asyncio.get_running_loop()
         assert isinstance(loop, Clock)
@@ -65,12 +65,12 @@ class Fetcher:
         await settle()
 
     def go(self) -> None:
-        """Be gone."""
+        """Close the socket."""
         self._writer.close()
 
 
 async def settle() -> None:
-    """Let everybody do what can be done without waiting."""
+    """Run all tasks as far as they get without waiting."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -118,7 +118,7 @@ def test_a_value_is_there_when_all_of_it_came(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["it fails", "nothing is said", "nobody is there"])
-def test_what_does_not_come_whole_is_not_there(how: str, tmp_path: Path) -> None:
+def test_an_artifact_is_absent_when_it_was_not_fetched_whole(how: str, tmp_path: Path) -> None:
     async def scenario(other: Fetcher) -> None:
         asked = other.ask()
         wanted = await other.hear()
@@ -136,7 +136,7 @@ def test_what_does_not_come_whole_is_not_there(how: str, tmp_path: Path) -> None
     play(scenario, tmp_path)
 
 
-def test_whoever_is_gone_is_not_asked(tmp_path: Path) -> None:
+def test_nothing_is_fetched_when_the_parent_process_is_gone(tmp_path: Path) -> None:
     async def scenario(other: Fetcher) -> None:
         asked = other.ask()
         await other.hear()
@@ -190,7 +190,7 @@ def test_a_node_is_asked_again_when(how: str, tmp_path: Path) -> None:
     play(scenario, tmp_path)
 
 
-def test_what_comes_slowly_comes(tmp_path: Path) -> None:
+def test_an_artifact_is_fetched_when_it_arrives_slowly(tmp_path: Path) -> None:
     async def scenario(other: Fetcher) -> None:
         asked = other.ask()
         wanted = await other.hear()
@@ -218,9 +218,9 @@ def test_only_some_are_on_their_way_at_a_time(tmp_path: Path) -> None:
     play(scenario, tmp_path)
 
 
-def test_what_the_worker_starts_has_nothing_of_it(tmp_path: Path) -> None:
+def test_the_socket_is_not_inherited_by_child_processes(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
-    # As it came to the worker from whoever started it.
+    # As the worker inherits it from its parent process.
     theirs.set_inheritable(True)
     descriptor = theirs.detach()
     fetcher = PeerFetcher(descriptor, str(tmp_path), tmp_path)

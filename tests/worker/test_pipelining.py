@@ -1,4 +1,4 @@
-"""What is sent to a runner before its turn: it goes on by itself, and nothing is run twice, lost or mixed up."""
+"""Leases that are pipelined: they run without waiting for the agent, in order, once each."""
 
 import asyncio
 import os
@@ -51,7 +51,7 @@ def test_a_slot_runs_its_leases_in_order_in_one_process(tmp_path: Path) -> None:
     play(scenario, tmp_path)
 
 
-def test_what_was_sent_ahead_of_a_crash_runs_once_elsewhere(gate: Gate, tmp_path: Path) -> None:
+def test_pipelined_leases_run_once_elsewhere_when_the_process_crashes(gate: Gate, tmp_path: Path) -> None:
     def crash(gate: str) -> None:
         with open(gate, "rb", buffering=0) as file:
             file.read(1)
@@ -97,7 +97,7 @@ def test_a_result_given_just_before_a_crash_counts(tmp_path: Path) -> None:
     play(scenario, tmp_path)
 
 
-def test_some_of_what_was_sent_ahead_can_be_taken_back(gate: Gate, tmp_path: Path) -> None:
+def test_one_of_several_pipelined_leases_can_be_revoked(gate: Gate, tmp_path: Path) -> None:
     def wait_at(gate: str) -> str:
         with open(gate, "rb", buffering=0) as file:
             file.read(1)
@@ -151,7 +151,7 @@ def test_nothing_is_lost_while_leases_are_taken_back_from_a_busy_process(tmp_pat
     play(scenario, tmp_path)
 
 
-def test_what_was_fed_before_it_came_back_still_has_its_inputs(gate: Gate, tmp_path: Path) -> None:
+def test_a_lease_keeps_its_inputs_when_it_was_withdrawn_and_sent_again(gate: Gate, tmp_path: Path) -> None:
     def wait_at(gate: str) -> str:
         with open(gate, "rb", buffering=0) as file:
             file.read(1)
@@ -176,7 +176,7 @@ def test_what_was_fed_before_it_came_back_still_has_its_inputs(gate: Gate, tmp_p
     play(scenario, tmp_path)
 
 
-def test_what_was_sent_ahead_ends_while_the_answer_before_it_is_still_converted(gate: Gate, tmp_path: Path) -> None:
+def test_a_pipelined_lease_ends_when_the_answer_before_it_is_still_converted(gate: Gate, tmp_path: Path) -> None:
     def many(gate: str) -> list[str]:
         with open(gate, "rb", buffering=0) as file:
             file.read(1)

@@ -1,4 +1,4 @@
-"""What attempts ask and what they make of the answers, in the hands of a real worker."""
+"""Questions of attempts and their answers, with a real worker."""
 
 import asyncio
 import json
@@ -98,7 +98,7 @@ def test_questions_are_answered_in_functions_threads_and_coroutines(tmp_path: Pa
         assert {name: sorted(found) for name, found in numbers.items()} == {
             name: list(range(1, count + 1)) for name, count in leases.items()
         }
-        # The process goes on to serve others, which may ask as well.
+        # The process serves other attempts afterwards, which may ask too.
         stream.assign("again", plain)
         answer(stream, sequence + 1, await asked(stream, "again"), "1")
         answer(stream, sequence + 2, await asked(stream, "again"), "2")
@@ -143,7 +143,7 @@ def test_a_question_that_gets_no_value_raises_a_typed_error(tmp_path: Path) -> N
     play(scenario, tmp_path)
 
 
-def test_what_cannot_be_asked_raises_at_once(tmp_path: Path) -> None:
+def test_a_wrong_question_raises_at_once(tmp_path: Path) -> None:
     def wrong(name: Any, size: int, item: Any = None) -> Any:
         try:
             context.ask(name, "x" * size, item=item)
@@ -246,7 +246,7 @@ def test_an_attempt_that_waits_for_an_answer_is_cancelled_and_times_out(is_async
         stream.assign("b", function, is_async=is_async, timeout=Duration(seconds=1))
         second = await asked(stream, "b")
         assert (await stream.end("b")).failed.failure.kind == errors_pb2.FAILURE_KIND_TIMEOUT
-        # Answers that come too late, and for nobody, change nothing.
+        # Answers that arrive too late, or for an unknown lease, change nothing.
         for number, report in enumerate((first, second, second), 1):
             answer(stream, number, report, "1")
         stream.say(answers=[worker_pb2.Answer(sequence=4, lease_id="nobody", number=1, unanswered="x")])
@@ -272,7 +272,7 @@ def test_an_answer_that_a_broken_stream_lost_is_taken_once(tmp_path: Path) -> No
         stream, hello = await both.head.dialled()
         assert hello.session_id == "s1"
         stream.welcome(resumed=True)
-        # The first answer comes again, since the head does not know that it came; then those that are new.
+        # The head sends the first answer again, since it was not acknowledged, and then new answers.
         answer(stream, 1, first, "100")
         assert (await asked(stream, "a")).sequence == first.sequence
         answer(stream, 2, second, "2")

@@ -18,7 +18,7 @@ from lattice_worker.ray_node import RayNode
 
 TIMEOUT_S = 30.0
 CLUSTER = worker_pb2.RayCluster(address="127.0.0.1:6379", token="Ray's", resource="lattice-node-m")
-# Starts something, tells how it was started, and notes when it is asked to end; what it started is not asked.
+# Starts a child, writes how it was started, and notes when it is asked to end; the child is not asked.
 RAY = """
 import json, os, signal, subprocess, sys
 folder = FOLDER
@@ -38,7 +38,7 @@ while True:
 
 
 class Scene:
-    """A Ray node, and what the program in Ray's place tells."""
+    """A Ray node, and the notes of the program in Ray's place."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -46,7 +46,7 @@ class Scene:
         self.node = RayNode(config, CLUSTER)
 
     async def told(self) -> dict[str, Any]:
-        """Wait until the program was started; return what it told."""
+        """Wait until the program was started; return its notes."""
         path = self._folder / "told"
         while not path.exists():
             await asyncio.sleep(0.01)
@@ -90,7 +90,7 @@ def play(
 
 
 def alive(pids: list[int]) -> list[int]:
-    """Return those that run."""
+    """Return the processes that run."""
     found = []
     for pid in pids:
         try:
@@ -106,7 +106,7 @@ async def until_gone(pids: list[int]) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_it_is_told_what_the_machine_offers_and_how_workers_reach_the_server(
+def test_ray_is_given_the_capacity_and_the_address_of_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders: list[str] = []

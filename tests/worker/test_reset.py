@@ -1,4 +1,4 @@
-"""What a process puts back between two tasks, where a module of the tasks set it up before them."""
+"""The state that a process restores between two tasks, when a module of the tasks has set it up."""
 
 import subprocess
 import sys

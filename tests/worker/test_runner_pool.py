@@ -17,7 +17,7 @@ def descriptors() -> int:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_what_could_not_be_started_leaves_nothing_behind_and_is_tried_again(
+def test_a_start_that_fails_leaves_nothing_behind_and_is_tried_again(
     is_async: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:

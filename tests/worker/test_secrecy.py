@@ -27,7 +27,7 @@ PLAIN = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-a
 
 @task
 def search(backwards: str) -> dict[str, Any]:
-    """Look for a token in whatever this user may read of its processes; say where it was and what was closed."""
+    """Look for a token in all that this user may read of its processes; return places found and places closed."""
     import ctypes
     import glob
 

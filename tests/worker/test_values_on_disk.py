@@ -77,7 +77,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def on_disk(store: Path) -> list[bytes]:
-    """Return what lies on disk."""
+    """Return the artifacts on disk."""
     return [path.read_bytes() for path in (store / "disk").resolve().iterdir()]
 
 
@@ -115,7 +115,7 @@ def test_a_value_on_disk_that_is_never_named_is_deleted(store: Path, how: str) -
         assert on_disk(store) == []
 
 
-def test_values_on_disk_of_a_killed_worker_are_taken_over_when_reported_and_deleted_otherwise(store: Path) -> None:
+def test_values_on_disk_are_taken_over_when_a_killed_worker_had_reported_them(store: Path) -> None:
     killed = ArtifactStaging(str(store))
     opened = killed.opened()
     opened.__enter__()
@@ -124,7 +124,7 @@ def test_values_on_disk_of_a_killed_worker_are_taken_over_when_reported_and_dele
         write(killed, Path(folder, name))
     killed.publish(folder, ["reported"])
     killed.reported.discard("reported")
-    killed.discard = lambda _: None  # type: ignore[method-assign]  # what a killed worker leaves
+    killed.discard = lambda _: None  # type: ignore[method-assign]  # as a killed worker leaves it
     opened.__exit__(None, None, None)
     staging = ArtifactStaging(str(store))
     with staging.opened():

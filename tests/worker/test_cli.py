@@ -1,4 +1,4 @@
-"""A worker's own store of large values: there while it runs, gone with it, and with whoever was killed before."""
+"""A worker's own store of artifacts: deleted when it ends, and by the next worker when it was killed."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from lattice_worker import cli
 
 
-def test_a_store_goes_with_its_worker_and_takes_along_what_a_killed_one_left(
+def test_a_store_is_deleted_with_its_worker_and_with_stores_of_killed_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "_is_roomy", lambda _: False)

@@ -119,7 +119,7 @@ def print_one_huge_line(size: int) -> int:
 
 
 @pytest.mark.parametrize("flood", [print_much, write_much, print_one_huge_line])
-def test_a_flood_of_output_is_cut_and_costs_nobody_memory(flood: Callable[[int], int], tmp_path: Path) -> None:
+def test_a_flood_of_output_is_cut_and_takes_no_memory(flood: Callable[[int], int], tmp_path: Path) -> None:
     # By value: runners cannot import this module.
     code = flood.__code__
     flooding = type(flood)(code, {"os": os, "__builtins__": __builtins__}, flood.__name__)
@@ -213,7 +213,7 @@ def test_a_letter_cut_in_two_by_a_read_is_still_a_letter(tmp_path: Path) -> None
     play(scenario, tmp_path)
 
 
-def test_stopping_an_attempt_kills_what_it_started_in_sessions_of_their_own(tmp_path: Path) -> None:
+def test_stopping_an_attempt_kills_its_children_when_they_have_sessions_of_their_own(tmp_path: Path) -> None:
     def spawn() -> None:
         import subprocess
         import sys
@@ -267,7 +267,7 @@ def test_an_attempt_over_its_time_ends_and_the_next_one_starts(tmp_path: Path) -
     play(scenario, tmp_path)
 
 
-def test_what_a_process_takes_to_start_is_not_the_time_of_an_attempt(tmp_path: Path) -> None:
+def test_the_timeout_of_an_attempt_begins_when_its_process_has_started(tmp_path: Path) -> None:
     async def at_once() -> int:
         return 1
 
@@ -287,7 +287,7 @@ def test_a_worker_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> N
     play(scenario, tmp_path)
 
 
-def test_what_cannot_be_set_up_is_a_failure_and_never_a_step_down(tmp_path: Path) -> None:
+def test_a_lease_fails_when_its_isolation_cannot_be_set_up(tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
         both.stream.assign("a", lambda: 1, isolation=resources_pb2.ISOLATION_DOCKER)
         failure = (await both.stream.end("a")).failed.failure
@@ -329,7 +329,7 @@ def test_a_function_that_cannot_be_loaded_is_a_payload_failure_and_costs_no_proc
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "raise KeyboardInterrupt", "raise ValueError('x')"])
-def test_whatever_is_raised_ends_the_attempt_and_not_the_process(code: str, tmp_path: Path) -> None:
+def test_an_error_of_any_kind_ends_the_attempt_and_not_the_process(code: str, tmp_path: Path) -> None:
     def raise_it(code: str) -> None:
         exec(code)
 
@@ -369,7 +369,7 @@ def test_the_answer_of_a_process_that_exits_with_invocations_unread_is_not_lost(
     def answer_and_exit(number: int) -> int:
         import threading
 
-        # The process ends after this answer was sent, while what was sent to it ahead lies unread.
+        # The process ends after this answer was sent, with pipelined invocations unread.
         threading.Thread(target=time.sleep, args=(600,)).start()
         return number
 
