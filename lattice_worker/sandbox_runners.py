@@ -13,7 +13,7 @@ from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
 log = logging.getLogger(__name__)
 
 SPARES = 1  # Of each policy.
-SEAL_S = 10.0
+SEAL_S = 60.0
 
 
 class SandboxRunners:
