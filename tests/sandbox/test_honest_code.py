@@ -139,3 +139,26 @@ def test_clone3_is_unknown_and_threads_start_all_the_same(tmp_path: Path) -> Non
         return [libc.syscall(435, None, 0), ctypes.get_errno(), run_threads()]
 
     assert in_box(policy_of(SECCOMP), tmp_path, run) == [-1, errno.ENOSYS, 55]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_code_of_the_task_can_be_imported_and_not_changed(level: str, tmp_path: Path) -> None:
+    bundle, boxes = tmp_path / "bundle", tmp_path / "boxes"
+    bundle.mkdir()
+    boxes.mkdir()
+    (bundle / "helper_of_task.py").write_text("ANSWER = 42\n")
+
+    def run(folder: str) -> list[object]:
+        import sys
+
+        sys.path.insert(0, folder)
+        import helper_of_task  # type: ignore[import-not-found]
+
+        try:
+            Path(folder, "helper_of_task.py").write_text("")
+        except OSError:
+            return [helper_of_task.ANSWER, "refused"]
+        return [helper_of_task.ANSWER, "changed"]
+
+    found = in_box(policy_of(level, str(bundle)), boxes, run, str(bundle))
+    assert found == [42, "refused"]
