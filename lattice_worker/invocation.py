@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lattice_worker.sandbox.policy import THREADS
+
 DESCRIBE_S = 1.0
 Frame = tuple[dict[str, Any], list[bytes]]
 
@@ -24,6 +26,14 @@ class RunnerKey:
     owner: str = ""
     isolation: str = ""
     threads: int = 1
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of the runners of this key."""
+        # Always set: a task that asked for no device must not find one that is assigned to another task.
+        devices = ",".join(map(str, self.gpu_indices))
+        # The order in which the indices were counted; CUDA's own puts the fastest first.
+        found = {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        return found | dict.fromkeys(THREADS, str(self.threads)) if self.isolation else found
 
 
 @dataclass(slots=True)

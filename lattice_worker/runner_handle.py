@@ -16,8 +16,6 @@ from lattice_worker.crash import Crash
 from lattice_worker.invocation import Frame, Invocation, RunnerKey, failed
 from lattice_worker.runner.frames import FrameTooLargeError
 from lattice_worker.runner_process import Listener, RunnerProcess, start_process
-from lattice_worker.sandbox.policy import THREADS
-from lattice_worker.sandbox.results import require_no_files
 from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.sent_functions import SentFunctions
 from lattice_worker.zygotes import Zygotes
@@ -60,13 +58,7 @@ class Runner:
     def adopt(self, key: RunnerKey) -> None:
         """Assign the runner to a key, once and for all."""
         self.key = key
-        # Always set: a task that asked for no device must not find one that is assigned to another task.
-        devices = ",".join(map(str, key.gpu_indices))
-        # The order in which the indices were counted; CUDA's own puts the fastest first.
-        environment = {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        if key.isolation:
-            environment |= dict.fromkeys(THREADS, str(key.threads))
-        self._send({"kind": "adopt", "environment": environment})
+        self._send({"kind": "adopt", "environment": key.environment()})
 
     def when_ready(self, call: Callable[[], None]) -> None:
         """Call once the process has started up and can run an invocation."""
@@ -170,14 +162,14 @@ class Runner:
         self.kill()
 
     def _handle(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        if self.sandbox is not None:
+            self.sandbox.inspect(header)
         match header["kind"]:
             case "ready":
-                if self.sandbox is not None:
-                    self.sandbox.verify(header["facts"])
                 if not self._ready.done():
                     self._ready.set_result(None)
-            case "unsealed" if self.sandbox is not None:
-                self.sandbox.refuse(header["reason"])
+            case "unsealed":
+                self.is_fit = False
             case "retired":
                 self._retire(header["reason"])
             case "written":
@@ -197,8 +189,6 @@ class Runner:
                 for stream, text in header["parts"]:
                     invocation.on_log(stream, text, header["truncated"])
             case "spawn":
-                if self.sandbox is not None:
-                    require_no_files(header["task"]["inputs"].values())
                 self._staging.publish(self.folder, header["made"])
                 invocation.on_spawn(header["task"], blobs)
             case "ask":

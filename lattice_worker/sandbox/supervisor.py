@@ -13,6 +13,7 @@ from typing import Any
 
 from lattice_worker.sandbox import facts, memory
 from lattice_worker.sandbox.policy import MIB, Policy
+from lattice_worker.sandbox.results import require_no_files
 
 WATCH_S = 0.05
 
@@ -41,6 +42,16 @@ class Supervisor:
     def request(self, folder: str) -> dict[str, Any]:
         """Return the request for the zygote; `folder` is empty and the process's own."""
         return {"policy": self.policy.to_json(), "folder": self._scratch or folder}
+
+    def inspect(self, header: Mapping[str, Any]) -> None:
+        """Act on a frame of the process before anything else does. Raises ProtocolError when it must not be sent."""
+        match header["kind"]:
+            case "ready":
+                self.verify(header["facts"])
+            case "unsealed":
+                self.refuse(str(header["reason"]))
+            case "spawn":
+                require_no_files(header["task"]["inputs"].values())
 
     def verify(self, found: Mapping[str, Any]) -> None:
         """Accept a process or refuse it, by the facts it reports of itself."""

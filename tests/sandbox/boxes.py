@@ -57,12 +57,10 @@ class Box:
             self._answer.cancel()
 
     def _take(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        self.supervisor.inspect(header)
         match header["kind"]:
             case "ready":
                 self.facts = header["facts"]
-                self.supervisor.verify(self.facts)
-            case "unsealed":
-                self.supervisor.refuse(header["reason"])
             case "log":
                 self.logs += "".join(text for _, text in header["parts"])
             case "result" if not self._answer.done():
