@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lattice_worker.runner import aio, threads
+from lattice_worker.runner.claims import Claims
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.inbox import Inbox
 from lattice_worker.runner.invocations import Program
@@ -17,23 +18,6 @@ from lattice_worker.runner.output import Output, Stream, has_unread_output
 from lattice_worker.runner.reset import Baseline
 
 CONTROL, CLAIMS, MARKS = 3, 4, 5  # The descriptors a runner is given, after its standard streams.
-
-
-class Claims:
-    """The numbers of the invocations that were sent ahead and not taken back; the agent reads the same pipe."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._held = 0
-
-    def owns(self, number: int) -> bool:
-        """Whether this process may run the invocation `number`. Asked in order of the numbers."""
-        while self._held < number:
-            try:
-                self._held = int.from_bytes(os.read(self._descriptor, 8), "little")
-            except BlockingIOError:
-                return False
-        return self._held == number
 
 
 def refuse(reason: str) -> None:

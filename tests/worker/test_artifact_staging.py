@@ -33,7 +33,8 @@ def play(scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path | N
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    # Unlike `rglob`, this passes over folders that are deleted meanwhile.
+    return sorted(name for _, _, names in os.walk(folder) for name in names)
 
 
 async def made(stream: Stream, lease_id: str = "made") -> str:
