@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
+from lattice.v1 import artifact_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
 from lattice_worker.artifact_staging import ArtifactStaging
@@ -29,6 +29,7 @@ from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
 from lattice_worker.outbox import Leases, Outbox
 from lattice_worker.peer_fetch import PeerFetcher
+from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
 from lattice_worker.runner_pool import Pool
 from lattice_worker.zygotes import Zygotes
@@ -66,6 +67,7 @@ class Agent:
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0
         self._is_welcome = False
+        self._levels: frozenset[str] = frozenset()  # Of isolation, that can be set up here.
         self._listed: frozenset[str] = frozenset()
         self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
         self._uploads = Uploads(self._local_store)
@@ -82,6 +84,7 @@ class Agent:
         if self._fetcher is not None:
             await self._fetcher.start()
         warming = asyncio.create_task(self._pool.warm())
+        self._levels = frozenset(await self._pool.levels())
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._serve_stream():
@@ -167,7 +170,7 @@ class Agent:
             node_ip=host.address_towards(self._config.target),
             capacity=self._capacity,
             labels=self._config.labels,
-            isolations=[resources_pb2.ISOLATION_NONE],
+            isolations=[number for number, level in ISOLATIONS.items() if not level or level in self._levels],
             runtime=host.runtime(),
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,

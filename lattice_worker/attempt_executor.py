@@ -6,6 +6,7 @@ Rule: a lease that was taken ends once, whatever happens to the process that ran
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lattice.v1 import resources_pb2, task_pb2, worker_pb2
@@ -19,10 +20,12 @@ from lattice_worker.invocation import Invocation, RunnerKey, failed
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore, MissingError
 from lattice_worker.pipelining import MAX_PIPELINED
-from lattice_worker.preparation import Preparation
+from lattice_worker.preparation import ISOLATIONS, Preparation
 from lattice_worker.questions import Questions
 from lattice_worker.runner_handle import Runner
 from lattice_worker.runner_pool import Pool
+from lattice_worker.sandbox.results import InputError
+from lattice_worker.sandbox.supervisor import SandboxError
 
 log = logging.getLogger(__name__)
 
@@ -153,9 +156,9 @@ class AttemptExecutor:
         self._fail(assignment, "cancelled", "cancelled before it started")
 
     def _start(self, assignment: worker_pb2.Assignment, execution: Execution) -> None:
-        if assignment.isolation != resources_pb2.ISOLATION_NONE:
+        if assignment.isolation not in ISOLATIONS:
             level = resources_pb2.Isolation.Name(assignment.isolation)
-            self._fail(assignment, "resources", f"this worker cannot set up {level}")
+            self._fail(assignment, "sandbox_setup", f"this worker cannot set up {level}")
             return
         execution.assignment = assignment
         if execution.sent is not None:
@@ -199,6 +202,8 @@ class AttemptExecutor:
             self._run(assignment, function, execution, await self._pool.take(key))
         except OSError as error:
             self._fail(assignment, "resources", f"a process could not be started: {error}")
+        except SandboxError as error:
+            self._fail(assignment, "sandbox_setup", str(error))
         except MissingError as error:
             self._fail(assignment, "payload", str(error))
         except Exception as error:
@@ -209,7 +214,12 @@ class AttemptExecutor:
     def _run(
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, execution: Execution, runner: Runner
     ) -> None:
-        invocation = self._invocation(assignment, function, execution, runner)
+        try:
+            invocation = self._invocation(assignment, function, execution, runner)
+        except InputError as error:
+            runner.kill()
+            self._fail(assignment, "payload", str(error))
+            return
         self._begin(assignment, execution, runner, invocation)
         runner.invoke(invocation)
 
@@ -220,8 +230,10 @@ class AttemptExecutor:
         _note("the attempt starts", assignment)
         execution.preparing, execution.sent, execution.has_begun = None, (runner, invocation), True
         self._reports.start(lease_id)
-        if assignment.HasField("timeout"):
-            seconds = convert.seconds(assignment.timeout)
+        seconds = convert.seconds(assignment.timeout)
+        if not seconds and runner.sandbox is not None:
+            seconds = runner.sandbox.policy.time_s
+        if seconds or assignment.HasField("timeout"):
             # The time a process takes to start up is not the attempt's.
             runner.when_ready(lambda: self._start_clock(lease_id, seconds))
 
@@ -250,6 +262,7 @@ class AttemptExecutor:
             on_end=lambda answer, parts: self._end(assignment, answer, parts),
             on_refused=lambda: self._start_again(assignment),
             on_given_back=lambda reason, is_suspect: self._give_back(assignment, reason, is_suspect=is_suspect),
+            screen=None if runner.sandbox is None else partial(self._preparation.screened, runner),
             raw_left=header["log_limit"],
         )
 

@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lattice_worker.runner.frames import PACKET_BYTES, Assembler, ProtocolError, packets_of, parse
+from lattice_worker.runner.frames import MAX_FRAME_BYTES, PACKET_BYTES, Assembler, ProtocolError, packets_of, parse
 
 MAX_READS = 64  # Of one socket in a row, so that other sockets are read too.
 
 
 class Control:
-    """Sends and receives frames. `on_frame` takes a header and blobs, `on_error` the error of data that is no frame;
-    `on_lost` is called once, when the other end is closed."""
+    """Sends frames, and receives frames of at most `limit_bytes`. `on_frame` takes a header and blobs, `on_error` the
+    error of data that is no frame; `on_lost` is called once, when the other end is closed."""
 
     def __init__(
         self,
@@ -21,10 +21,11 @@ class Control:
         on_frame: Callable[[dict[str, Any], list[bytes]], None],
         on_error: Callable[[ProtocolError], None],
         on_lost: Callable[[], None],
+        limit_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         self._sock = sock
         self._on_frame, self._on_error, self._on_lost = on_frame, on_error, on_lost
-        self._assembler = Assembler()
+        self._assembler = Assembler(limit_bytes)
         self._outbox: deque[bytes] = deque()
         self._buffer = bytearray(PACKET_BYTES)
         self.is_open = True

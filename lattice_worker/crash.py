@@ -22,12 +22,14 @@ class Crash:
         is_blocked: it was killed because it did not answer.
         has_hung_up: it closed its control socket without ending.
         is_cause_unknown: the invocation whose step ran last need not be the cause.
+        exceeded: the kind and the message of the failure of a sandbox that ended it for a limit.
     """
 
     def __init__(self) -> None:
         self.is_blocked = False
         self.has_hung_up = False
         self.is_cause_unknown = False
+        self.exceeded: tuple[str, str] | None = None
         self._oom_kills = oom_kills()
 
     def end(self, running: Sequence[Invocation], status: int, stepping: int) -> None:
@@ -49,6 +51,8 @@ class Crash:
                 invocation.on_given_back(text, not is_known)
 
     def _failure(self, status: int) -> dict[str, Any]:
+        if self.exceeded is not None:
+            return failed(*self.exceeded, exit_status=status)
         if status == -signal.SIGKILL and oom_kills() > self._oom_kills:
             text = "the kernel killed the task's process because memory ran out"
             return failed("out_of_memory", text, exit_status=status)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lattice_worker.sandbox.policy import THREADS
+
 DESCRIBE_S = 1.0
 Frame = tuple[dict[str, Any], list[bytes]]
 
@@ -13,7 +15,8 @@ Frame = tuple[dict[str, Any], list[bytes]]
 class RunnerKey:
     """Invocations with equal keys may share a runner: same tenant, same modules, same devices.
 
-    `owner` is a lease that has a runner to itself; otherwise it is empty.
+    `owner` is a lease that has a runner to itself; otherwise it is empty. `isolation` is the level of its sandbox, in
+    which numerical libraries start `threads` threads; it is empty without a sandbox.
     """
 
     tenant: str = ""
@@ -21,6 +24,16 @@ class RunnerKey:
     gpu_indices: tuple[int, ...] = ()
     is_async: bool = False
     owner: str = ""
+    isolation: str = ""
+    threads: int = 1
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of the runners of this key."""
+        # Always set: a task that asked for no device must not find one that is assigned to another task.
+        devices = ",".join(map(str, self.gpu_indices))
+        # The order in which the indices were counted; CUDA's own puts the fastest first.
+        found = {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        return found | dict.fromkeys(THREADS, str(self.threads)) if self.isolation else found
 
 
 @dataclass(slots=True)
@@ -34,6 +47,7 @@ class Invocation:
         on_end: takes the header and the blobs of the answer.
         on_refused: called when the runner ends without having begun the invocation.
         on_given_back: takes (reason, is_suspect) when the runner died and another invocation may be the cause.
+        screen: returns the part of an answer that is accepted, and raises when none is; None accepts all of it.
         raw_left: bytes of output past `sys.stdout` that are still logged.
         ending: the answer that replaces the runner's own, once the invocation is being stopped.
         description_timer: bounds how long the runner may take to describe an error.
@@ -50,6 +64,7 @@ class Invocation:
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     on_refused: Callable[[], None]
     on_given_back: Callable[[str, bool], None]
+    screen: Callable[[dict[str, Any], list[bytes]], Frame] | None = None
     raw_left: int = 0
     ending: dict[str, Any] | None = None
     description_timer: asyncio.TimerHandle | None = None

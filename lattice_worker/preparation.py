@@ -1,9 +1,10 @@
 """The needs of a lease before it runs: a runner of the right key, artifacts and a bundle on this machine, a frame."""
 
 import asyncio
+import math
 from typing import Any
 
-from lattice.v1 import task_pb2, worker_pb2
+from lattice.v1 import resources_pb2, task_pb2, worker_pb2
 
 from lattice_worker import convert
 from lattice_worker.bundles import Bundles
@@ -12,6 +13,15 @@ from lattice_worker.invocation import Frame, RunnerKey
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
 from lattice_worker.runner_handle import Runner
+from lattice_worker.sandbox.policy import SECCOMP, SUBPROCESS
+from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, inlined, screened
+
+# The levels of sandboxes by their numbers in the contract; nothing for no sandbox.
+ISOLATIONS = {
+    resources_pb2.ISOLATION_NONE: "",
+    resources_pb2.ISOLATION_SUBPROCESS: SUBPROCESS,
+    resources_pb2.ISOLATION_SECCOMP: SECCOMP,
+}
 
 
 class Preparation:
@@ -23,10 +33,12 @@ class Preparation:
     def key(self, assignment: worker_pb2.Assignment, function: task_pb2.Function, suspects: Suspects) -> RunnerKey:
         """Return the key of the runners that may run an assignment."""
         bundle, concurrency = self._bundles.path(function.bundle_digest), function.python.concurrency
-        is_async = concurrency == task_pb2.CONCURRENCY_ASYNC
+        isolation = ISOLATIONS.get(assignment.isolation, "")
+        is_async = concurrency == task_pb2.CONCURRENCY_ASYNC and not isolation
         is_alone = concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or suspects.includes(assignment)
-        owner = assignment.lease_id if is_alone else ""
-        return RunnerKey(assignment.tenant, bundle, tuple(assignment.gpu_indices), is_async, owner)
+        owner = assignment.lease_id if is_alone or isolation else ""
+        gpus, threads = tuple(assignment.gpu_indices), max(1, math.ceil(assignment.resources.cpu))
+        return RunnerKey(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads)
 
     def missing(
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, upstream: convert.Outputs | None
@@ -41,12 +53,15 @@ class Preparation:
         upstream: convert.Outputs | None,
         runner: Runner,
     ) -> Frame:
-        """Send a runner the function, unless it has it; return the frame that invokes it."""
+        """Send a runner the function, unless it has it; return the frame that invokes it.
+
+        Raises InputError when an input cannot be sent to a sandbox.
+        """
         bundle = self._bundles.path(function.bundle_digest)
         runner.functions.define(function.digest, lambda: convert.function_frame(function, bundle))
         blobs: list[bytes] = []
         store, outputs = self._local_store.directory, upstream or {}
-        header = {
+        header: dict[str, Any] = {
             "kind": "invoke",
             "id": assignment.lease_id,
             "digest": function.digest,
@@ -67,4 +82,13 @@ class Preparation:
             "log_limit": self._limits.log_bytes,
             "question_limit": self._limits.question_bytes,
         }
+        if runner.sandbox is not None:
+            header["items"] = [
+                {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]
+            ]
+            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES}
         return header, blobs
+
+    def screened(self, runner: Runner, answer: dict[str, Any], blobs: list[bytes]) -> Frame:
+        """Return the part of an answer of a sandboxed runner that is accepted. Raises ProtocolError."""
+        return screened(answer, blobs, self._local_store.directory, runner.folder, self._limits.inline_bytes)

@@ -7,13 +7,16 @@ that a runner had not begun is run by another.
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.crash import Crash
 from lattice_worker.invocation import Frame, Invocation, RunnerKey, failed
+from lattice_worker.runner.frames import FrameTooLargeError
 from lattice_worker.runner_process import Listener, RunnerProcess, start_process
+from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.sent_functions import SentFunctions
 from lattice_worker.zygotes import Zygotes
 
@@ -28,9 +31,14 @@ class Runner:
     process: RunnerProcess
 
     def __init__(
-        self, staging: ArtifactStaging, on_idle: Callable[["Runner"], None], on_gone: Callable[["Runner"], None]
+        self,
+        staging: ArtifactStaging,
+        on_idle: Callable[["Runner"], None],
+        on_gone: Callable[["Runner"], None],
+        sandbox: Supervisor | None = None,
     ) -> None:
         self.key = RunnerKey()
+        self.sandbox = sandbox
         self.is_fit = True  # Whether the process takes invocations, as far as is known.
         self.running: dict[str, Invocation] = {}
         self.functions = SentFunctions(self._send, self._called)
@@ -43,18 +51,14 @@ class Runner:
     async def start(self, zygotes: Zygotes, *, is_async: bool) -> None:
         """Start the process. Raises OSError."""
         listener = Listener(self._take, self._break, self._lost, self._take_output)
-        self.process = await start_process(zygotes, self._staging, listener, is_async=is_async)
+        self.process = await start_process(zygotes, self._staging, listener, is_async=is_async, sandbox=self.sandbox)
         self.pipeline, self.folder = self.process.pipeline, self.process.folder
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     def adopt(self, key: RunnerKey) -> None:
         """Assign the runner to a key, once and for all."""
         self.key = key
-        # Always set: a task that asked for no device must not find one that is assigned to another task.
-        devices = ",".join(map(str, key.gpu_indices))
-        # The order in which the indices were counted; CUDA's own puts the fastest first.
-        environment = {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        self._send({"kind": "adopt", "environment": environment})
+        self._send({"kind": "adopt", "environment": key.environment()})
 
     def when_ready(self, call: Callable[[], None]) -> None:
         """Call once the process has started up and can run an invocation."""
@@ -65,6 +69,9 @@ class Runner:
         invocation.number = invocation.header["number"] = next(self._numbers)
         self.running[invocation.name] = invocation
         self._send(invocation.header, invocation.blobs)
+        if self.sandbox is not None:
+            limit_bytes = invocation.header["memory_limit"]
+            self.sandbox.watch(self.process.process.pid, limit_bytes, partial(self._fail_running, "out_of_memory"))
 
     def send_ahead(self, invocation: Invocation) -> None:
         """Pipeline an invocation: the process runs it after those it was sent before. `begin` has to follow."""
@@ -99,6 +106,11 @@ class Runner:
     def cancel(self, name: str) -> None:
         """Cancel an async invocation."""
         self._send({"kind": "cancel", "id": name})
+
+    @property
+    def read_paths(self) -> tuple[str, ...]:
+        """The paths of this machine that its sandbox shows, such as a bundle."""
+        return () if self.sandbox is None else self.sandbox.policy.read_paths
 
     def kill(self) -> None:
         """Kill the process and its descendants."""
@@ -138,15 +150,26 @@ class Runner:
             # Any of them may have sent the frame. The one whose step runs when the process is killed need not be it.
             self._crash.is_cause_unknown = True
         else:
-            for invocation in self.running.values():
-                invocation.ending = invocation.ending or failed("internal", text)
+            is_too_large = self.sandbox is not None and isinstance(error, FrameTooLargeError)
+            self._fail_running("output_size" if is_too_large else "internal", text)
+            return
+        self.kill()
+
+    def _fail_running(self, kind: str, message: str) -> None:
+        """End the invocations that run as failures of a kind, and kill the process."""
+        for invocation in self.running.values():
+            invocation.ending = invocation.ending or failed(kind, message)
         self.kill()
 
     def _handle(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        if self.sandbox is not None:
+            self.sandbox.inspect(header)
         match header["kind"]:
             case "ready":
                 if not self._ready.done():
                     self._ready.set_result(None)
+            case "unsealed":
+                self.is_fit = False
             case "retired":
                 self._retire(header["reason"])
             case "written":
@@ -182,6 +205,8 @@ class Runner:
 
     def _answer(self, invocation: Invocation, header: dict[str, Any], blobs: list[bytes]) -> None:
         # A malformed answer raises while the invocation still runs, so that the invocation ends with its process.
+        if invocation.screen is not None:
+            header, blobs = invocation.screen(header, blobs)
         made = header["made"] = [str(name) for name in header["made"]]
         if header["has_raw"]:
             self._drain_output()
@@ -256,7 +281,12 @@ class Runner:
         self.pipeline.clear()
         self._on_gone(self)
         running, self.running = self.running, {}
+        if self.sandbox is not None:
+            self._crash.exceeded = self.sandbox.crash(status, self.process.process.cpu_s)
+            self.sandbox.close()
         self._crash.end(list(running.values()), status, self.process.marks.stepping)
         self.process.marks.close()
+        if self.sandbox is not None:
+            await asyncio.to_thread(self.sandbox.discard)
         # Artifacts that it was writing, or wrote and did not report.
         await asyncio.to_thread(self._staging.discard, self.folder)

@@ -12,6 +12,8 @@ from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.idle_runners import IdleRunners
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_handle import Runner
+from lattice_worker.sandbox.supervisor import Supervisor
+from lattice_worker.sandbox_runners import SandboxRunners
 from lattice_worker.shared_runners import SharedRunners
 from lattice_worker.zygotes import Zygotes
 
@@ -33,6 +35,7 @@ class Pool:
         self._spares: list[Runner] = []
         self._idle = IdleRunners()
         self._shared = SharedRunners()
+        self._sandboxed = SandboxRunners(lambda sandbox: self._start_unused(sandbox=sandbox))
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
         self.retired: Container[str] = ()
@@ -44,8 +47,14 @@ class Pool:
         if self._refilling is not None:
             await self._refilling
 
+    async def levels(self) -> list[str]:
+        """Return the levels of isolation that can be set up on this machine."""
+        return await self._sandboxed.levels()
+
     async def take(self, key: RunnerKey) -> Runner:
-        """Return a runner that can run one more invocation. Raises OSError."""
+        """Return a runner that can run one more invocation. Raises OSError and SandboxError."""
+        if key.isolation:
+            return await self._sandboxed.take(key)
         if key.is_async:
             runner = await self._shared.get_or_start(key, self._start)
             self._idle.remove(runner)
@@ -54,6 +63,8 @@ class Pool:
 
     def take_idle(self, key: RunnerKey) -> Runner | None:
         """Return a runner that can run one more invocation now, or None."""
+        if key.isolation:
+            return self._sandboxed.take_spare(key)
         runner = self._shared.get(key) if key.is_async else self._idle.take(key) or self._take_spare(key)
         if runner is not None:
             self._idle.remove(runner)
@@ -72,6 +83,7 @@ class Pool:
         """Have every runner drop functions, and end the idle runners of retired bundles."""
         for runner in list(self._all):
             runner.functions.forget(digests)
+        self._sandboxed.drop(self.retired)
         for runner in self._idle.all():
             if runner.key.bundle in self.retired:
                 self._idle.remove(runner)
@@ -79,13 +91,14 @@ class Pool:
 
     def uses(self, bundle: str) -> bool:
         """Whether a runner has a bundle."""
-        return any(runner.key.bundle == bundle for runner in self._all)
+        return any(bundle == runner.key.bundle or bundle in runner.read_paths for runner in self._all)
 
     def close(self) -> None:
         """Kill every runner."""
         self._is_closed = True
         if self._refilling is not None:
             self._refilling.cancel()
+        self._sandboxed.close()
         for runner in list(self._all):
             runner.kill()
         self._zygotes.close()
@@ -94,7 +107,8 @@ class Pool:
         """Assert that each runner that takes invocations runs one or can be taken."""
         self._idle.check()
         free = {*self._idle.all(), *self._spares, *self._shared.all()}
-        assert all(runner in free or runner.running or runner.pipeline for runner in self._all if runner.is_fit)
+        fit = [runner for runner in self._all if runner.is_fit and runner.sandbox is None]
+        assert all(runner in free or runner.running or runner.pipeline for runner in fit)
         assert not any(runner.running or runner.pipeline for runner in self._idle.all())
 
     async def _start(self, key: RunnerKey) -> Runner:
@@ -102,8 +116,8 @@ class Pool:
         runner.adopt(key)
         return runner
 
-    async def _start_unused(self, *, is_async: bool = False) -> Runner:
-        runner = Runner(self._staging, self._put_back, self._forget)
+    async def _start_unused(self, *, is_async: bool = False, sandbox: Supervisor | None = None) -> Runner:
+        runner = Runner(self._staging, self._put_back, self._forget, sandbox)
         await runner.start(self._zygotes, is_async=is_async)
         self._all.add(runner)
         return runner

@@ -15,6 +15,8 @@ from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.control_socket import Control
 from lattice_worker.pipelining import Pipeline
 from lattice_worker.rawoutput import RawOutput
+from lattice_worker.runner.frames import MAX_FRAME_BYTES
+from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.zygote import Process
 from lattice_worker.zygotes import Zygotes
 
@@ -73,9 +75,14 @@ class Listener:
 
 
 async def start_process(
-    zygotes: Zygotes, staging: ArtifactStaging, listener: Listener, *, is_async: bool
+    zygotes: Zygotes,
+    staging: ArtifactStaging,
+    listener: Listener,
+    *,
+    is_async: bool = False,
+    sandbox: Supervisor | None = None,
 ) -> RunnerProcess:
-    """Start a process. Raises OSError."""
+    """Start a process, which seals itself for a `sandbox`. Raises OSError."""
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as given:
         folder = staging.folder()
         undo.callback(staging.discard, folder)
@@ -91,9 +98,11 @@ async def start_process(
         marks = StepMarks(memory)
         undo.callback(marks.close)
         descriptors = (theirs.fileno(), out_write, err_write, pipeline.claims, memory)
-        process = await zygotes.fork("async" if is_async else "process", descriptors)
+        request = None if sandbox is None else sandbox.request(folder)
+        process = await zygotes.fork("async" if is_async else "process", descriptors, request)
         undo.pop_all()
-    control = Control(ours, listener.on_frame, listener.on_error, listener.on_lost)
+    limit_bytes = MAX_FRAME_BYTES if sandbox is None else sandbox.frame_bytes
+    control = Control(ours, listener.on_frame, listener.on_error, listener.on_lost, limit_bytes)
     output = RawOutput({"stdout": out_read, "stderr": err_read}, control.read, listener.on_output)
     return RunnerProcess(process, folder, control, output, pipeline, marks)
 

@@ -28,6 +28,7 @@ class Process:
     def __init__(self, kill: Callable[[], None]) -> None:
         self._kill = kill
         self.pid = 0
+        self.cpu_s = 0.0  # Processor time of it and its children, once it has ended.
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def kill(self) -> None:
@@ -71,15 +72,17 @@ class Zygote:
         ours.setblocking(False)
         return cls(ours, process, on_gone)
 
-    async def fork(self, mode: str, descriptors: Sequence[int]) -> Process:
-        """Return a new process that has these descriptors. Raises OSError."""
+    async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
+        """Return a new process that has these descriptors, and seals itself for a `sandbox`. Raises OSError."""
         loop = asyncio.get_running_loop()
         number = next(self._numbers)
         process = self._processes[number] = Process(partial(self.kill, number))
         forked = self._forking[number] = loop.create_future()
         try:
-            request = json.dumps({"fork": number, "mode": mode}).encode()
-            socket.send_fds(self._control, [request], descriptors)
+            request: dict[str, Any] = {"fork": number, "mode": mode}
+            if sandbox is not None:
+                request["sandbox"] = sandbox
+            socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
             process.pid = await forked
         except BaseException as error:
             self._processes.pop(number, None)
@@ -120,6 +123,7 @@ class Zygote:
         if (number := reply.get("ended")) is not None:
             process = self._processes.pop(number, None)
             if process is not None and not process.ended.done():
+                process.cpu_s = reply["cpu"]
                 process.ended.set_result(reply["status"])
             return
         forked = self._forking.get(reply["forked" if "forked" in reply else "failed"])

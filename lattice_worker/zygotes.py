@@ -1,4 +1,4 @@
-"""The zygotes of one agent: at most one lives, and another is started when it has died.
+"""The zygotes of one agent: one for ordinary runners and one for sandboxes. Another is started when one has died.
 
 Rule: the processes that a dead zygote leaves behind are killed.
 """
@@ -6,10 +6,12 @@ Rule: the processes that a dead zygote leaves behind are killed.
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lattice_worker import host
 from lattice_worker.runner.process_tree import children_of, kill_tree
+from lattice_worker.sandbox.policy import interpreter_environment
 from lattice_worker.zygote import Process, Zygote
 
 # Names the worker to all processes that its tasks start; it is how they are found when the worker was killed.
@@ -17,25 +19,31 @@ MARK = "LATTICE_WORKER_ID"
 
 
 class Zygotes:
-    """Forks processes, from a zygote that is started when needed. Clients in tasks dial `server`, if it is given."""
+    """Forks processes, from zygotes that are started when needed. Clients in tasks dial `server`, if it is given.
+
+    Sandboxes have a zygote of their own: its children inherit its memory, which must hold no secrets.
+    """
 
     def __init__(self, server: str = "") -> None:
         self._environment = _environment() | ({"LATTICE_TARGET": server} if server else {})
-        self._current: Zygote | None = None
+        self._current: dict[bool, Zygote] = {}  # By whether it is the one of the sandboxes.
         self._starting = asyncio.Lock()
         self._cleaning: set[asyncio.Task[None]] = set()
 
-    async def fork(self, mode: str, descriptors: Sequence[int]) -> Process:
-        """Return a new process that has these descriptors. Raises OSError."""
+    async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
+        """Return a new process that has these descriptors, and seals itself for a `sandbox`. Raises OSError."""
+        is_for_sandboxes = sandbox is not None
         async with self._starting:
-            if self._current is None or self._current.is_gone:
-                self._current = await Zygote.start(self._clean, self._environment)
-        return await self._current.fork(mode, descriptors)
+            zygote = self._current.get(is_for_sandboxes)
+            if zygote is None or zygote.is_gone:
+                environment = interpreter_environment() if is_for_sandboxes else self._environment
+                zygote = self._current[is_for_sandboxes] = await Zygote.start(self._clean, environment)
+        return await zygote.fork(mode, descriptors, sandbox)
 
     def close(self) -> None:
-        """End the zygote, and with it every process it forked."""
-        if self._current is not None:
-            self._current.close()
+        """End the zygotes, and with them every process they forked."""
+        for zygote in self._current.values():
+            zygote.close()
 
     def _clean(self, zygote: Zygote) -> None:
         task = asyncio.get_running_loop().create_task(self._end_orphans(zygote))
@@ -48,8 +56,8 @@ class Zygotes:
         if not host.adopts_orphans():
             return
         async with self._starting:
-            known = None if self._current is None else self._current.process.pid
-            while orphans := [pid for pid in children_of(os.getpid()) if pid != known]:
+            known = {current.process.pid for current in self._current.values()}
+            while orphans := [pid for pid in children_of(os.getpid()) if pid not in known]:
                 for pid in orphans:
                     kill_tree(pid)
                     with contextlib.suppress(ChildProcessError):

@@ -132,10 +132,20 @@ class FailureKind(Enum):
     RESOURCES = "resources"
     UPSTREAM = "upstream"
     INTERNAL = "internal"
+    POLICY = "policy"
+    CPU_TIME = "cpu_time"
+    OUTPUT_SIZE = "output_size"
+    SANDBOX_SETUP = "sandbox_setup"
 
 
 RETRIED_BY_DEFAULT = frozenset(
-    {FailureKind.USER_ERROR, FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY, FailureKind.TIMEOUT}
+    {
+        FailureKind.USER_ERROR,
+        FailureKind.CRASHED,
+        FailureKind.OUT_OF_MEMORY,
+        FailureKind.TIMEOUT,
+        FailureKind.CPU_TIME,
+    }
 )
 
 

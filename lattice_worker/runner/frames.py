@@ -61,10 +61,15 @@ def parse(frame: bytes) -> tuple[dict[str, Any], list[bytes]]:
     return header, blobs
 
 
-class Assembler:
-    """Puts the packets of one socket together again."""
+class FrameTooLargeError(ProtocolError):
+    """A frame has more bytes than the receiver takes."""
 
-    def __init__(self) -> None:
+
+class Assembler:
+    """Puts the packets of one socket together again, for frames of at most `limit_bytes`."""
+
+    def __init__(self, limit_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._limit_bytes = limit_bytes
         self._parts: list[bytes] = []
         self._size = 0
 
@@ -79,8 +84,8 @@ class Assembler:
             raise ProtocolError("a packet is of no known kind")
         self._parts.append(packet[1:])
         self._size += len(packet) - 1
-        if self._size > MAX_FRAME_BYTES:
-            raise ProtocolError(f"a frame has more than {MAX_FRAME_BYTES} bytes")
+        if self._size > self._limit_bytes:
+            raise FrameTooLargeError(f"a frame has more than {self._limit_bytes} bytes")
         if kind != LAST:
             return None
         frame, self._parts, self._size = b"".join(self._parts), [], 0

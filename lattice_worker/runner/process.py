@@ -1,6 +1,5 @@
 """The main function of the process that runs user code: sets the process up, and serves the agent."""
 
-import contextlib
 import faulthandler
 import os
 import signal
@@ -21,14 +20,20 @@ from lattice_worker.runner.reset import Baseline
 CONTROL, CLAIMS, MARKS = 3, 4, 5  # The descriptors a runner is given, after its standard streams.
 
 
-def main(mode: str) -> None:
-    """Serve the agent until it closes the socket, or until this process cannot run another task."""
+def refuse(reason: str) -> None:
+    """Tell the agent why this process cannot be sealed."""
+    with socket.socket(fileno=CONTROL) as control:
+        Channel(control).send({"kind": "unsealed", "reason": reason})
+
+
+def main(mode: str, facts: dict[str, Any] | None = None) -> None:
+    """Serve the agent until it closes the socket, or until this process cannot run another task.
+
+    `facts` are what a sealed process reports of itself.
+    """
     control = socket.socket(fileno=CONTROL)
     for descriptor in (CONTROL, CLAIMS, MARKS):
         os.set_inheritable(descriptor, False)
-    # When the machine runs out of memory the kernel takes a task, not the worker or the server.
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-        score.write("1000")
     # A handler that does nothing, not SIG_IGN: child processes would inherit that.
     signal.signal(signal.SIGINT, _ignore)
     os.register_at_fork(after_in_child=_heed_interrupts)
@@ -46,16 +51,16 @@ def main(mode: str) -> None:
     if mode == "async":
         aio.serve(channel, MARKS)
     else:
-        serve(channel, Claims(CLAIMS))
+        serve(channel, Claims(CLAIMS), facts)
 
 
-def serve(channel: Channel, claims: Claims) -> None:
+def serve(channel: Channel, claims: Claims, facts: dict[str, Any] | None = None) -> None:
     """Run invocations one after the other."""
     baseline = Baseline()
     program = Program(channel, baseline)
     frames = Inbox(channel)
     waiting: deque[tuple[dict[str, Any], list[bytes]]] = deque()
-    channel.send({"kind": "ready"})
+    channel.send({"kind": "ready"} if facts is None else {"kind": "ready", "facts": facts})
     while (frame := waiting.popleft() if waiting else next(frames, None)) is not None:
         header, blobs = frame
         match header["kind"]:

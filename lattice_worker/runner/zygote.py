@@ -5,8 +5,9 @@ their orphans: it tells the agent of each runner that ended, and kills every oth
 socket, or dies, it kills all of them and exits.
 
 The agent sends JSON, one object a packet: `{"fork": ID, "mode": MODE}` with the descriptors of the control socket, the
-standard output, the standard error, the claims and the marks; and `{"kill": ID}`. The zygote answers `{"forked": ID,
-"pid": PID}` or `{"failed": ID, "errno": N}`, and sends `{"ended": ID, "status": STATUS}` once for each.
+standard output, the standard error, the claims and the marks; and `{"kill": ID}`. With `"sandbox": {"policy": POLICY,
+"folder": PATH}` the runner seals itself first. The zygote answers `{"forked": ID, "pid": PID}` or `{"failed": ID,
+"errno": N}`, and sends `{"ended": ID, "status": STATUS, "cpu": SECONDS}` once for each.
 """
 
 import contextlib
@@ -26,10 +27,12 @@ from typing import Any
 import lattice_worker.context  # noqa: F401  # tasks find it among the loaded modules
 from lattice_worker.runner import process
 from lattice_worker.runner.process_tree import children_of
+from lattice_worker.sandbox import seal, syscall_filter
+from lattice_worker.sandbox.policy import Policy
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-REQUEST_BYTES = 4096
+REQUEST_BYTES = 16384
 DESCRIPTORS = 5
 HIGH = 64  # Above all that a runner's descriptors are moved to.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,6 +53,8 @@ def main(descriptor: int, limit: int) -> None:
     with contextlib.suppress(OSError):
         tempfile.gettempdir()  # Python looks for it once, by a file; a runner that is killed then would leave the file.
     zygote = Zygote(control)
+    if syscall_filter.is_supported():
+        syscall_filter.program()  # Once, and not in each sandbox.
     gc.collect()
     gc.freeze()  # Collections in a runner then leave the pages it shares with the others alone.
     zygote.serve()
@@ -98,7 +103,7 @@ class Zygote:
         try:
             if len(descriptors) < DESCRIPTORS:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            pid = self._fork(request["mode"], descriptors)
+            pid = self._fork(request["mode"], descriptors, request.get("sandbox"))
             self._pids[request["fork"]] = pid
             self._tell({"forked": request["fork"], "pid": pid})
         except OSError as error:
@@ -108,7 +113,7 @@ class Zygote:
                 os.close(descriptor)
         return True
 
-    def _fork(self, mode: str, descriptors: list[int]) -> int:
+    def _fork(self, mode: str, descriptors: list[int], sandbox: dict[str, Any] | None) -> int:
         parent = os.getpid()
         pid = os.fork()
         if pid:
@@ -116,7 +121,7 @@ class Zygote:
         # The child never returns from here: it must not continue as a second zygote.
         try:
             become_runner(parent, descriptors)
-            process.main(mode)
+            process.main(mode, None if sandbox is None else _sealed(sandbox))
         except BaseException:
             os.write(2, traceback.format_exc().encode(errors="replace"))
         finally:
@@ -125,11 +130,12 @@ class Zygote:
     def _reap(self) -> None:
         names = {pid: number for number, pid in self._pids.items()}
         with contextlib.suppress(ChildProcessError):
-            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            while (found := os.wait4(-1, os.WNOHANG))[0]:
                 number = names.get(found[0])
                 if number is not None:
                     del self._pids[number]
-                    self._tell({"ended": number, "status": os.waitstatus_to_exitcode(found[1])})
+                    cpu_s = found[2].ru_utime + found[2].ru_stime
+                    self._tell({"ended": number, "status": os.waitstatus_to_exitcode(found[1]), "cpu": cpu_s})
         # Children of a runner that ended are children of this process now.
         self._kill_orphans()
 
@@ -145,6 +151,15 @@ class Zygote:
             self._control.send(json.dumps(message).encode())
 
 
+def _sealed(sandbox: dict[str, Any]) -> dict[str, Any]:
+    """Seal this process; return what it reports of itself. A process that cannot be sealed says so and ends."""
+    try:
+        return seal.seal(Policy.from_json(sandbox["policy"]), sandbox["folder"])
+    except seal.SealError as error:
+        process.refuse(str(error))
+        os._exit(1)
+
+
 def become_runner(parent: int, descriptors: list[int]) -> None:
     """Turn a process that was just forked into a runner: a session of its own that dies with the zygote and has no
     descriptors but those it was given."""
@@ -154,6 +169,9 @@ def become_runner(parent: int, descriptors: list[int]) -> None:
     if os.getppid() != parent:  # The zygote died before the line above.
         os._exit(1)
     os.setsid()
+    # When the machine runs out of memory the kernel takes a task, not the worker or the server.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

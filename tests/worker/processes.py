@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lattice_worker.runner.frames import LENGTH, PACKET_BYTES, WHOLE, Assembler, packets_of, parse
@@ -89,7 +89,7 @@ class FakeZygotes(Zygotes):
         self.processes: list[FakeProcess] = []
         self.is_silent = False
 
-    async def fork(self, mode: str, descriptors: Sequence[int]) -> Process:
+    async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
         """Return a new process at the other end of these descriptors."""
         self.processes.append(FakeProcess(descriptors, silent=self.is_silent))
         return self.processes[-1]

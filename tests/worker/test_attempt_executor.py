@@ -291,7 +291,7 @@ def test_a_lease_fails_when_its_isolation_cannot_be_set_up(tmp_path: Path) -> No
     async def scenario(both: Pair) -> None:
         both.stream.assign("a", lambda: 1, isolation=resources_pb2.ISOLATION_DOCKER)
         failure = (await both.stream.end("a")).failed.failure
-        assert failure.kind == errors_pb2.FAILURE_KIND_RESOURCES
+        assert failure.kind == errors_pb2.FAILURE_KIND_SANDBOX_SETUP
 
     play(scenario, tmp_path)
 

@@ -37,6 +37,10 @@ FAILURE_KIND_TO_PROTO = {
     FailureKind.RESOURCES: errors_pb2.FAILURE_KIND_RESOURCES,
     FailureKind.UPSTREAM: errors_pb2.FAILURE_KIND_UPSTREAM,
     FailureKind.INTERNAL: errors_pb2.FAILURE_KIND_INTERNAL,
+    FailureKind.POLICY: errors_pb2.FAILURE_KIND_POLICY,
+    FailureKind.CPU_TIME: errors_pb2.FAILURE_KIND_CPU_TIME,
+    FailureKind.OUTPUT_SIZE: errors_pb2.FAILURE_KIND_OUTPUT_SIZE,
+    FailureKind.SANDBOX_SETUP: errors_pb2.FAILURE_KIND_SANDBOX_SETUP,
 }
 FAILURE_KIND_FROM_PROTO = {proto: core for core, proto in FAILURE_KIND_TO_PROTO.items()}
 

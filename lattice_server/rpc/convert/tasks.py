@@ -124,8 +124,9 @@ def task_from_proto(
         raise invalid_field(f"{field}.function", f"there is no function {message.function!r}; defined: {offered}")
     if len(set(message.outputs)) != len(message.outputs):
         raise invalid_field(f"{field}.outputs", "an output is named twice")
-    if ISOLATION_FROM_PROTO.get(message.isolation) is not Isolation.NONE:
-        raise invalid_field(f"{field}.isolation", "this server has no worker that isolates more than ISOLATION_NONE")
+    isolation = ISOLATION_FROM_PROTO.get(message.isolation)
+    if isolation is None or isolation is Isolation.DOCKER:
+        raise invalid_field(f"{field}.isolation", "this server has no worker that can set up this isolation")
     inputs = {
         name: binding_from_proto(binding, f'{field}.inputs["{name}"]', inline_limit_bytes)
         for name, binding in message.inputs.items()
@@ -140,7 +141,7 @@ def task_from_proto(
         resources=resources_from_proto(message.resources, f"{field}.resources", is_async=function.is_async),
         retry=retry_from_proto(message.retry, f"{field}.retry") if message.HasField("retry") else DEFAULT_RETRY,
         attempt_timeout_s=limit_from_proto(message.timeout, "attempt", f"{field}.timeout.attempt"),
-        isolation=Isolation.NONE,
+        isolation=isolation,
         node_selector=tuple(sorted(message.node_selector.items())),
         priority=message.priority,
         total_timeout_s=limit_from_proto(message.timeout, "total", f"{field}.timeout.total"),

@@ -47,11 +47,19 @@ class _FailureKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     FAILURE_KIND_PAYLOAD: _FailureKind.ValueType  # 7
     """The function, an input or an output could not be encoded, decoded or found, or a declared output is missing."""
     FAILURE_KIND_RESOURCES: _FailureKind.ValueType  # 8
-    """An isolation, a device or another resource the task asked for could not be set up."""
+    """A device, memory or another resource the task asked for could not be had."""
     FAILURE_KIND_UPSTREAM: _FailureKind.ValueType  # 9
     """A task this one depends on did not succeed."""
     FAILURE_KIND_INTERNAL: _FailureKind.ValueType  # 10
     """A bug of Lattice."""
+    FAILURE_KIND_POLICY: _FailureKind.ValueType  # 11
+    """The sandbox ended the attempt because it did what no task of its isolation level may do."""
+    FAILURE_KIND_CPU_TIME: _FailureKind.ValueType  # 12
+    """The attempt used more processor time than its sandbox allows."""
+    FAILURE_KIND_OUTPUT_SIZE: _FailureKind.ValueType  # 13
+    """What a sandboxed attempt returned is larger than its sandbox allows."""
+    FAILURE_KIND_SANDBOX_SETUP: _FailureKind.ValueType  # 14
+    """The isolation the task asked for could not be set up; no code of the task was run."""
 
 class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper):
     """The class of a failure."""
@@ -73,11 +81,19 @@ FAILURE_KIND_WORKER_LOST: FailureKind.ValueType  # 6
 FAILURE_KIND_PAYLOAD: FailureKind.ValueType  # 7
 """The function, an input or an output could not be encoded, decoded or found, or a declared output is missing."""
 FAILURE_KIND_RESOURCES: FailureKind.ValueType  # 8
-"""An isolation, a device or another resource the task asked for could not be set up."""
+"""A device, memory or another resource the task asked for could not be had."""
 FAILURE_KIND_UPSTREAM: FailureKind.ValueType  # 9
 """A task this one depends on did not succeed."""
 FAILURE_KIND_INTERNAL: FailureKind.ValueType  # 10
 """A bug of Lattice."""
+FAILURE_KIND_POLICY: FailureKind.ValueType  # 11
+"""The sandbox ended the attempt because it did what no task of its isolation level may do."""
+FAILURE_KIND_CPU_TIME: FailureKind.ValueType  # 12
+"""The attempt used more processor time than its sandbox allows."""
+FAILURE_KIND_OUTPUT_SIZE: FailureKind.ValueType  # 13
+"""What a sandboxed attempt returned is larger than its sandbox allows."""
+FAILURE_KIND_SANDBOX_SETUP: FailureKind.ValueType  # 14
+"""The isolation the task asked for could not be set up; no code of the task was run."""
 Global___FailureKind: typing_extensions.TypeAlias = FailureKind
 
 class _ErrorReason:

@@ -64,7 +64,7 @@ class _IsolationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     ISOLATION_SUBPROCESS: _Isolation.ValueType  # 2
     """A fresh process for each attempt, with resource limits, its own directory and a clean environment."""
     ISOLATION_SECCOMP: _Isolation.ValueType  # 3
-    """`ISOLATION_SUBPROCESS`, and system calls and file access are restricted by the kernel."""
+    """`ISOLATION_SUBPROCESS`, and the kernel restricts system calls, and shows neither network nor other files."""
     ISOLATION_DOCKER: _Isolation.ValueType  # 4
     """A container."""
 
@@ -78,7 +78,7 @@ ISOLATION_NONE: Isolation.ValueType  # 1
 ISOLATION_SUBPROCESS: Isolation.ValueType  # 2
 """A fresh process for each attempt, with resource limits, its own directory and a clean environment."""
 ISOLATION_SECCOMP: Isolation.ValueType  # 3
-"""`ISOLATION_SUBPROCESS`, and system calls and file access are restricted by the kernel."""
+"""`ISOLATION_SUBPROCESS`, and the kernel restricts system calls, and shows neither network nor other files."""
 ISOLATION_DOCKER: Isolation.ValueType  # 4
 """A container."""
 Global___Isolation: typing_extensions.TypeAlias = Isolation

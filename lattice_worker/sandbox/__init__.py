@@ -1,0 +1,1 @@
+"""The sandboxes of the levels `subprocess` and `seccomp`. Standard library only on the side of the sealed process."""

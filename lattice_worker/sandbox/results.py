@@ -1,0 +1,87 @@
+"""The values of a sandboxed process: inputs that are sent to it, and answers that are accepted from it.
+
+Rule: the process neither opens nor names files of the store. Values travel as bytes in both directions, and the agent
+itself reads and writes the values that lie in the store.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lattice_worker.runner.artifacts import Encoder, StoreFullError
+from lattice_worker.runner.frames import ProtocolError
+
+LARGEST_INLINE_BYTES = 1 << 40  # For the process: every value travels in its answer.
+MAX_INPUT_BYTES = 256 * 1024 * 1024
+
+
+class InputError(Exception):
+    """An input cannot be sent to a sandboxed process; the message is for people."""
+
+
+def inlined(tree: dict[str, Any], blobs: list[bytes]) -> dict[str, Any]:
+    """Return an input as it was described with the files it names read into `blobs`. Raises InputError."""
+    if "path" in tree:
+        try:
+            data = Path(tree["path"]).read_bytes()
+        except FileNotFoundError:
+            raise InputError("an input's value is no longer in the store of this node") from None
+        if sum(map(len, blobs)) + len(data) > MAX_INPUT_BYTES:
+            raise InputError(f"the inputs of a sandboxed task may have {MAX_INPUT_BYTES} bytes")
+        blobs.append(data)
+        return {"type": tree["type"], "blob": len(blobs) - 1}
+    if "items" in tree:
+        return {"items": [inlined(item, blobs) for item in tree["items"]]}
+    if "entries" in tree:
+        return {"entries": {key: inlined(item, blobs) for key, item in tree["entries"].items()}}
+    if "select" in tree:
+        return tree | {"of": inlined(tree["of"], blobs)}
+    return tree
+
+
+def screened(
+    answer: dict[str, Any], blobs: list[bytes], store: str, folder: str, inline_limit_bytes: int
+) -> tuple[dict[str, Any], list[bytes]]:
+    """Return an answer whose large values lie in files of `folder`, and which has no pickled exceptions.
+
+    One whose values cannot be stored becomes a failure. Raises ProtocolError when the answer names a file.
+    """
+    encoder = Encoder({"folder": folder, "store": store, "inline_limit": inline_limit_bytes})
+    try:
+        accepted = answer | _member(answer, blobs, encoder)
+        if "items" in answer:
+            accepted["items"] = [_member(member, blobs, encoder) for member in answer["items"]]
+    except (OSError, StoreFullError) as error:
+        encoder.take_back()
+        accepted = {name: answer[name] for name in ("kind", "id", "duration", "has_raw")}
+        accepted["failure"] = {"kind": "resources", "message": f"a large value could not be stored: {error}"}
+    return accepted | {"made": encoder.made}, encoder.blobs
+
+
+def _member(member: dict[str, Any], blobs: list[bytes], encoder: Encoder) -> dict[str, Any]:
+    if "failure" in member:
+        # An exception travels as text: to unpickle one runs code of the sandboxed process.
+        return {"failure": {name: value for name, value in member["failure"].items() if name != "exception"}}
+    if "outputs" not in member:
+        return {}
+    return {
+        "outputs": {name: _stored(found, blobs, encoder) for name, found in member["outputs"].items()},
+        "split": {
+            name: [_stored(item, blobs, encoder) for item in items] for name, items in member.get("split", {}).items()
+        },
+    }
+
+
+def _stored(reference: dict[str, Any], blobs: list[bytes], encoder: Encoder) -> dict[str, Any]:
+    require_no_files([reference])
+    return encoder.store(str(reference["type"]), [blobs[reference["blob"]]])
+
+
+def require_no_files(trees: Iterable[dict[str, Any]]) -> None:
+    """Raise ProtocolError when a value names a file of the store: it may be another run's."""
+    pending = list(trees)
+    while pending:
+        found = pending.pop()
+        if "artifact" in found or "path" in found:
+            raise ProtocolError("a sandboxed process named a file of the store")
+        pending += [*found.get("items", ()), *found.get("entries", {}).values()]

@@ -1,0 +1,92 @@
+"""Sealed processes that wait for an invocation, by policy.
+
+Rule: each is handed out once. A policy has spares from its first use until it has not been used for `IDLE_S`.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+from lattice_worker.sandbox.policy import Policy
+from lattice_worker.sandbox.supervisor import SandboxError
+
+IDLE_S = 60.0
+
+
+class Sealed(Protocol):
+    """A process that is sealed."""
+
+    @property
+    def is_fit(self) -> bool:
+        """Whether it can take an invocation."""
+
+    def kill(self) -> None:
+        """End it."""
+
+
+P = TypeVar("P", bound=Sealed)
+
+
+class Spares(Generic[P]):
+    """The waiting processes. `start` makes one; `wanted` is how many wait for the next attempts of each policy."""
+
+    def __init__(self, start: Callable[[Policy], Awaitable[P]], wanted: int) -> None:
+        self._start = start
+        self._wanted = wanted
+        self._waiting: dict[Policy, list[P]] = {}
+        self._timers: dict[Policy, asyncio.TimerHandle] = {}
+        self._refilling: dict[Policy, asyncio.Task[None]] = {}
+
+    async def take(self, policy: Policy) -> P:
+        """Return a process that was never used. Raises OSError and SandboxError."""
+        return self.take_waiting(policy) or await self._start(policy)
+
+    def take_waiting(self, policy: Policy) -> P | None:
+        """Return a process that waits, or None."""
+        self._use(policy)
+        waiting = self._waiting.get(policy, [])
+        while waiting:
+            if (found := waiting.pop()).is_fit:
+                return found
+        return None
+
+    def add(self, policy: Policy, process: P) -> None:
+        """Have one more process wait."""
+        self._waiting.setdefault(policy, []).append(process)
+        self._postpone(policy)
+
+    def drop(self, is_dropped: Callable[[Policy], bool]) -> None:
+        """End the processes of some policies."""
+        for policy in [policy for policy in {*self._waiting, *self._refilling} if is_dropped(policy)]:
+            self._end(policy)
+
+    def close(self) -> None:
+        """End all processes, and start no more."""
+        self.drop(lambda _: True)
+
+    def _use(self, policy: Policy) -> None:
+        self._postpone(policy)
+        if policy not in self._refilling:
+            refilling = asyncio.get_running_loop().create_task(self._refill(policy))
+            self._refilling[policy] = refilling
+            refilling.add_done_callback(lambda _: self._refilling.pop(policy, None))
+
+    async def _refill(self, policy: Policy) -> None:
+        # Where none can be made now, the attempt that needs one says so.
+        with contextlib.suppress(OSError, SandboxError):
+            while len(self._waiting.setdefault(policy, [])) < self._wanted:
+                self._waiting[policy].append(await self._start(policy))
+
+    def _postpone(self, policy: Policy) -> None:
+        if (timer := self._timers.pop(policy, None)) is not None:
+            timer.cancel()
+        self._timers[policy] = asyncio.get_running_loop().call_later(IDLE_S, self._end, policy)
+
+    def _end(self, policy: Policy) -> None:
+        if (timer := self._timers.pop(policy, None)) is not None:
+            timer.cancel()
+        if (refilling := self._refilling.get(policy)) is not None:
+            refilling.cancel()
+        for process in self._waiting.pop(policy, []):
+            process.kill()

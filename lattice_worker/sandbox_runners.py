@@ -1,0 +1,81 @@
+"""The runners of sandboxes: each is sealed by the policy of its key, is verified, and serves one lease."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Container
+
+from lattice_worker.invocation import RunnerKey
+from lattice_worker.runner_handle import Runner
+from lattice_worker.sandbox.policy import LEVELS, Policy, policy_of
+from lattice_worker.sandbox.spares import Spares
+from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
+
+log = logging.getLogger(__name__)
+
+SPARES = 1  # Of each policy.
+SEAL_S = 60.0
+
+
+class SandboxRunners:
+    """Starts and keeps sealed runners. `start` starts the process of a runner with a supervisor."""
+
+    def __init__(self, start: Callable[[Supervisor], Awaitable[Runner]]) -> None:
+        self._start = start
+        self._spares: Spares[Runner] = Spares(self._seal, SPARES)
+
+    async def levels(self) -> list[str]:
+        """Return the levels of isolation that can be set up here: a process was sealed for each and accepted."""
+        offered = await asyncio.gather(*map(self._offers, LEVELS))
+        return [level for level, is_offered in zip(LEVELS, offered, strict=True) if is_offered]
+
+    async def take(self, key: RunnerKey) -> Runner:
+        """Return a runner that was never used. Raises OSError and SandboxError."""
+        runner = await self._spares.take(_policy(key))
+        runner.adopt(key)
+        return runner
+
+    def take_spare(self, key: RunnerKey) -> Runner | None:
+        """Return a runner that was never used, if one waits."""
+        runner = self._spares.take_waiting(_policy(key))
+        if runner is not None:
+            runner.adopt(key)
+        return runner
+
+    def drop(self, bundles: Container[str]) -> None:
+        """End the runners that wait for leases of some bundles."""
+        self._spares.drop(lambda policy: any(path in bundles for path in policy.read_paths))
+
+    def close(self) -> None:
+        """End the runners that wait."""
+        self._spares.close()
+
+    async def _offers(self, level: str) -> bool:
+        policy = policy_of(level)
+        try:
+            self._spares.add(policy, await self._seal(policy))
+        except (OSError, SandboxError) as error:
+            log.warning("isolation by %s is not offered: %s", level, error)
+            return False
+        return True
+
+    async def _seal(self, policy: Policy) -> Runner:
+        """Start a runner that is sealed and accepted. Raises OSError and SandboxError."""
+        supervisor = Supervisor(policy)
+        try:
+            runner = await self._start(supervisor)
+        except BaseException:
+            supervisor.discard()
+            raise
+        try:
+            async with asyncio.timeout(SEAL_S):
+                await supervisor.sealed
+        except BaseException as error:
+            runner.kill()
+            if isinstance(error, TimeoutError):
+                raise SandboxError(f"{policy.level}: the process was not sealed within {SEAL_S:g} s") from None
+            raise
+        return runner
+
+
+def _policy(key: RunnerKey) -> Policy:
+    return policy_of(key.isolation, key.bundle, key.gpu_indices)

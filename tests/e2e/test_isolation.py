@@ -1,0 +1,138 @@
+"""Tasks that ask for a level of isolation, through a server and its workers."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lattice.v1 import resources_pb2
+
+from lattice_client import LatticeClient, TaskFailedError, task
+from tests.e2e.conftest import OFFERS, served
+
+LEVELS = ("subprocess", "seccomp")
+MIB = 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def sandboxed() -> Iterator[LatticeClient]:
+    """A client of a server with a local worker."""
+    with served("--executor", "local", *OFFERS) as address, LatticeClient(address) as client:
+        yield client
+
+
+def result(client: LatticeClient, function: Callable[..., Any], level: str, **settings: Any) -> Any:
+    workflow = client.create_workflow()
+    workflow.add_task(task(isolation=level, **settings)(function))
+    return workflow.run().result(timeout=60)["result"]
+
+
+def failure(client: LatticeClient, function: Callable[..., Any], level: str, **settings: Any) -> tuple[str, str]:
+    with pytest.raises(TaskFailedError) as raised:
+        result(client, function, level, **settings)
+    return raised.value.kind, str(raised.value)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_task_runs_in_a_process_that_is_used_once(sandboxed: LatticeClient, level: str) -> None:
+    @task(isolation=level)
+    def leave(number: int) -> list[Any]:
+        found = [os.getuid() != 0, os.getcwd(), os.listdir("."), "LEFT" in os.environ, number]
+        Path("left").write_text("x")
+        os.environ["LEFT"] = "x"
+        return found
+
+    workflow = sandboxed.create_workflow()
+    for number in range(6):
+        workflow.add_task(leave, {"number": number}, f"t{number}")
+    results = workflow.run().result(timeout=60)
+    assert sorted(found["result"] for found in results.values()) == [
+        [True, "/tmp", [], False, number] for number in range(6)
+    ]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_large_values_go_into_a_sandbox_and_out_of_it(sandboxed: LatticeClient, level: str) -> None:
+    @task
+    def make() -> Any:
+        return np.arange(1_000_000)
+
+    @task(isolation=level)
+    def double(values: Any) -> Any:
+        return values * 2
+
+    @task
+    def total(values: Any) -> int:
+        return int(values.sum())
+
+    workflow = sandboxed.create_workflow()
+    made = workflow.add_task(make)
+    doubled = workflow.add_task(double, {"values": made.output})
+    workflow.add_task(total, {"values": doubled.output})
+    assert workflow.run().result(timeout=60)["result"] == 999_999_000_000
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_errors_of_a_sandbox_travel_as_text(sandboxed: LatticeClient, level: str) -> None:
+    class Hostile(Exception):
+        def __reduce__(self) -> Any:
+            return os.system, ("touch /tmp/lattice-was-here",)
+
+    def fail() -> None:
+        raise Hostile("broken")
+
+    kind, text = failure(sandboxed, fail, level)
+    assert (kind, "Hostile" in text, "broken" in text) == ("USER_ERROR", True, True)
+    assert not Path("/tmp/lattice-was-here").exists()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_limits_end_a_sandbox_with_their_kind(sandboxed: LatticeClient, level: str) -> None:
+    def sleep() -> None:
+        time.sleep(60)
+
+    def return_much() -> bytes:
+        return bytes(80 * MIB)
+
+    def use_children() -> None:
+        for _ in range(4):
+            if not os.fork():
+                kept = bytearray(os.urandom(MIB) * 100)
+                time.sleep(60 + len(kept))
+        time.sleep(60)
+
+    def crash() -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    assert failure(sandboxed, sleep, level, timeout=1)[0] == "TIMEOUT"
+    assert failure(sandboxed, return_much, level)[0] == "OUTPUT_SIZE"
+    assert failure(sandboxed, use_children, level, resources={"cpu": 1, "cpu_mem": 200})[0] == "OUT_OF_MEMORY"
+    assert failure(sandboxed, crash, level)[0] == "CRASHED"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_coroutines_and_batches_run_in_a_sandbox(sandboxed: LatticeClient, level: str) -> None:
+    @task(isolation=level)
+    async def wait() -> int:
+        return os.getpid()
+
+    @task(isolation=level, batch_size=2, batch_timeout=5)
+    def pair(numbers: list[int]) -> list[int]:
+        return [number * len(numbers) for number in numbers]
+
+    workflow = sandboxed.create_workflow()
+    workflow.add_task(wait, {}, "w")
+    for number in (1, 2):
+        workflow.add_task(pair, {"numbers": number}, f"p{number}")
+    results = workflow.run().result(timeout=60)
+    assert sorted(found["result"] for found in results.values()) == [2, 2, 4]
+
+
+def test_node_lists_the_levels_it_can_set_up(sandboxed: LatticeClient) -> None:
+    (node,) = sandboxed.nodes()
+    levels = {resources_pb2.Isolation.Name(level) for level in node.isolations}
+    assert levels == {"ISOLATION_NONE", "ISOLATION_SUBPROCESS", "ISOLATION_SECCOMP"}

@@ -1,0 +1,145 @@
+"""A sandbox without the rest of the worker: a real zygote, a sealed process, and the frames between it and a test."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Self
+
+import cloudpickle
+
+from lattice_worker.control_socket import Control
+from lattice_worker.runner.values import decode_value
+from lattice_worker.sandbox.policy import Policy
+from lattice_worker.sandbox.supervisor import Supervisor
+from lattice_worker.zygote import Process
+from lattice_worker.zygotes import Zygotes
+
+TIMEOUT_S = 60.0
+LOG_BYTES = 100_000
+
+
+class Box:
+    """One sealed process."""
+
+    def __init__(self, found: Policy, folder: Path) -> None:
+        self.supervisor = Supervisor(found)
+        self._folder = str(folder)
+        self.facts: dict[str, Any] = {}
+        self.logs = ""
+        self.excess = ""
+        self._answer: asyncio.Future[tuple[dict[str, Any], list[bytes]]] = asyncio.get_running_loop().create_future()
+
+    async def start(self, zygotes: Zygotes) -> Self:
+        """Fork the process and wait until it is accepted. Raises SandboxError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        null = os.open(os.devnull, os.O_RDWR)
+        marks = os.memfd_create("marks")
+        try:
+            given = (theirs.fileno(), null, 2, null, marks)
+            self.process: Process = await zygotes.fork("process", given, self.supervisor.request(self._folder))
+        finally:
+            theirs.close()
+            os.close(null)
+            os.close(marks)
+        self.control = Control(ours, self._take, print, lambda: None)
+        self.process.ended.add_done_callback(self._end)
+        async with asyncio.timeout(TIMEOUT_S):
+            await self.supervisor.sealed
+        return self
+
+    def _end(self, _ended: "asyncio.Future[int]") -> None:
+        self.control.drain()
+        self.supervisor.refuse("the process ended before it was sealed")
+        if not self._answer.done():
+            self._answer.cancel()
+
+    def _take(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        self.supervisor.inspect(header)
+        match header["kind"]:
+            case "ready":
+                self.facts = header["facts"]
+            case "log":
+                self.logs += "".join(text for _, text in header["parts"])
+            case "result" if not self._answer.done():
+                self._answer.set_result((header, blobs))
+
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return what a function returns in the sandbox; of an error the failure."""
+        self.send(function, *args)
+        async with asyncio.timeout(TIMEOUT_S):
+            header, blobs = await self._answer
+        if "failure" in header:
+            return header["failure"]
+        found = header["outputs"]["result"]
+        return decode_value(found["type"], blobs[found["blob"]])
+
+    def send(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have the sandbox call a function."""
+        code = {"code": "pickle", "bundle": "", "name": "f", "function": "", "entrypoint": ""}
+        styles = {"call_style": "keywords", "return_style": "value"}
+        self.control.send({"kind": "adopt", "environment": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}})
+        pickle = cloudpickle.dumps(lambda: function(*args))
+        self.control.send({"kind": "function", "digest": "d", **code, **styles}, [pickle])
+        header = {"kind": "invoke", "id": "i", "digest": "d", "attempts": [["r", "t", 1]], "items": [{}]}
+        header |= {"batched": False, "outputs": [], "split": [], "memory_limit": 0, "store": "", "folder": ""}
+        limits = {"inline_limit": 1 << 40, "log_limit": LOG_BYTES, "question_limit": LOG_BYTES, "number": 1}
+        self.control.send(header | limits)
+
+    async def end(self) -> int:
+        """Return the status with which the process ends."""
+        async with asyncio.timeout(TIMEOUT_S):
+            return await self.process.ended
+
+    def watch(self, limit_bytes: int) -> None:
+        """Limit the memory."""
+
+        def kill(excess: str) -> None:
+            self.excess = excess
+            self.process.kill()
+
+        self.supervisor.watch(self.process.pid, limit_bytes, kill)
+
+    async def close(self) -> None:
+        """End the process."""
+        if hasattr(self, "process"):
+            self.process.kill()
+            await self.end()
+            self.control.drain()
+            self.control.close()
+        self.supervisor.close()
+        self.supervisor.discard()
+
+
+@contextlib.asynccontextmanager
+async def boxes(folder: Path) -> AsyncIterator[Callable[[Policy], Any]]:
+    """Have a zygote while the block runs; the block gets a function that starts a box of a policy."""
+    zygotes = Zygotes()
+    made: list[Box] = []
+
+    async def start(found: Policy) -> Box:
+        own = folder / str(len(made))
+        own.mkdir()
+        made.append(Box(found, own))
+        return await made[-1].start(zygotes)
+
+    try:
+        yield start
+    finally:
+        for box in made:
+            await box.close()
+        zygotes.close()
+        for zygote in zygotes._current.values():
+            await zygote.process.wait()
+
+
+def in_box(found: Policy, folder: Path, function: Callable[..., Any], *args: Any) -> Any:
+    """Return what a function returns in a sandbox of its own."""
+
+    async def scenario() -> Any:
+        async with boxes(folder) as start:
+            return await (await start(found)).run(function, *args)
+
+    return asyncio.run(scenario())

@@ -1,0 +1,81 @@
+"""A program: sandboxes of an agent that is not root. Prints as JSON, by level, what came of two attempts and the facts.
+
+It is started by root, and becomes a plain user that can read the interpreter.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lattice_worker.sandbox import facts, libc
+from lattice_worker.sandbox.policy import LEVELS, interpreter_paths, policy_of
+from lattice_worker.sandbox.supervisor import SandboxError
+
+UID = 54321
+
+
+def become_plain_user() -> None:
+    """Give up being root, in a mount namespace where every folder above the interpreter can be entered."""
+    libc.unshare(libc.CLONE_NEWNS)
+    libc.mount("", "/", flags=libc.MS_REC | libc.MS_PRIVATE)
+    for path in map(Path, interpreter_paths()):
+        closed = [parent for parent in path.parents if not parent.stat().st_mode & 1]
+        if closed:
+            aside = tempfile.mkdtemp(dir="/dev/shm")
+            libc.mount(str(path), aside, flags=libc.MS_BIND)
+            libc.mount("tmpfs", str(closed[-1]), "tmpfs", data="mode=755")
+            path.mkdir(parents=True)
+            libc.mount(aside, str(path), flags=libc.MS_BIND)
+            libc.detach(aside)
+            os.rmdir(aside)
+    os.setgroups([])
+    os.setresgid(UID, UID, UID)
+    os.setresuid(UID, UID, UID)
+
+
+async def main(folder: Path) -> dict[str, Any]:
+    """Return what came of each level."""
+    from tests.sandbox.boxes import boxes
+
+    found: dict[str, Any] = {}
+    async with boxes(folder) as start:
+        for level in LEVELS:
+            try:
+                box = await start(policy_of(level))
+                root, namespaces = os.stat("/").st_dev, facts.namespaces()
+                found[level] = {
+                    "missing": facts.missing(policy_of(level), box.facts, namespaces, root),
+                    "result": await box.run(attempt, os.getpid()),
+                }
+            except SandboxError as error:
+                found[level] = {"missing": [str(error)]}
+    return found
+
+
+def attempt(agent: int) -> dict[str, str]:
+    """Return what a sandboxed function can reach."""
+
+    def outcome(call: Any) -> str:
+        try:
+            call()
+        except OSError as error:
+            return type(error).__name__
+        return "done"
+
+    return {
+        "list_root": outcome(lambda: os.listdir("/")),
+        "signal_agent": outcome(lambda: os.kill(agent, 0)),
+        "read_agent": outcome(lambda: open(f"/proc/{agent}/environ").read()),
+        "write_scratch": outcome(lambda: Path("x").write_text("x")),
+        "write_outside": outcome(lambda: Path("/var/tmp/x").write_text("x")),
+    }
+
+
+if __name__ == "__main__":
+    become_plain_user()
+    with tempfile.TemporaryDirectory(prefix="lattice-tests-") as temporary:
+        json.dump(asyncio.run(main(Path(temporary))), sys.stdout)

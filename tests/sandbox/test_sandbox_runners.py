@@ -1,0 +1,60 @@
+"""The runners of sandboxes: a level is offered only where it can be set up, and each runner serves one lease."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.invocation import RunnerKey
+from lattice_worker.runner_pool import Pool
+from lattice_worker.sandbox.policy import LEVELS, SECCOMP
+from lattice_worker.sandbox.supervisor import SandboxError
+
+
+def with_pool(folder: Path, scenario: Callable[[Pool], Awaitable[Any]]) -> Any:
+    async def play() -> Any:
+        pool = Pool(1, staging)
+        try:
+            return await scenario(pool)
+        finally:
+            pool.close()
+
+    staging = ArtifactStaging(str(folder))
+    with staging.opened():
+        return asyncio.run(play())
+
+
+def test_levels_are_offered_when_a_process_of_each_was_accepted(tmp_path: Path) -> None:
+    assert with_pool(tmp_path, lambda pool: pool.levels()) == list(LEVELS)
+
+
+def test_no_level_is_offered_when_its_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LATTICE_TEST_BREAK", "limits")
+    with caplog.at_level(logging.WARNING):
+        assert with_pool(tmp_path, lambda pool: pool.levels()) == []
+    assert "isolation by seccomp is not offered: seccomp: missing: the limit CPU" in caplog.text
+
+
+def test_lease_gets_no_runner_when_the_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(pool: Pool) -> None:
+        with pytest.raises(SandboxError, match="the limit CPU"):
+            await pool.take(RunnerKey(isolation=SECCOMP, owner="lease"))
+
+    monkeypatch.setenv("LATTICE_TEST_BREAK", "limits")
+    with_pool(tmp_path, scenario)
+
+
+def test_each_lease_gets_a_runner_of_its_own(tmp_path: Path) -> None:
+    async def scenario(pool: Pool) -> int:
+        keys = [RunnerKey(isolation=SECCOMP, owner=f"lease {number}") for number in range(3)]
+        runners = [await pool.take(key) for key in keys]
+        assert [runner.key for runner in runners] == keys
+        return len(set(runners))
+
+    assert with_pool(tmp_path, scenario) == 3
