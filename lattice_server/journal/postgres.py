@@ -129,6 +129,9 @@ class PostgresBackend:
 
     def close(self) -> None:
         """See `Backend`."""
+        # The server ends the session, and with it the lock, some time after the connection was closed.
+        with suppress(JournalError):
+            self._database.execute("SELECT pg_advisory_unlock_all()")
         self._database.close()
 
     def _connected(self) -> "PostgresDatabase":
