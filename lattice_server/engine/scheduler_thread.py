@@ -17,7 +17,7 @@ PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 
 class SchedulerThread:
-    """Drives a scheduler machine on a thread of its own; nobody else touches the machine while it runs.
+    """Drives a scheduler machine on a thread of its own; no other thread touches the machine while it runs.
 
     A machine that raises at every tick places nothing, and its effects are lost: runs would wait for ever on a server
     that looks healthy. So after some tries the thread calls `on_failure` and ends. The server then stops, its callers

@@ -1,6 +1,6 @@
 """Owns the tables in PostgreSQL and how older ones become them. Rule: a migration that was released never changes.
 
-Names are compared byte by byte, as in SQLite, whatever the collation of the database.
+Names are compared byte by byte, as in SQLite, independently of the collation of the database.
 """
 
 from lattice_server.engine.journal_port import JournalVersionError

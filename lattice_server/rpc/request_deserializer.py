@@ -24,7 +24,7 @@ SLICE_RECORDS = 1000
 SLICE_BYTES = 256 * 1024
 # How many of those are scanned at once: that takes some milliseconds.
 SCANNED_SLICES = 2
-# What is shorter is parsed at once, unless it may have too many tasks.
+# Shorter requests are parsed at once, unless they may have too many tasks.
 SLICED_BYTES = 64 * 1024
 COUNTED = frozenset({task_pb2.TaskSpec.DESCRIPTOR.full_name, workflow_pb2.Edge.DESCRIPTOR.full_name})
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
@@ -143,7 +143,7 @@ def lists_of(message: Descriptor) -> dict[int, FieldDescriptor]:
 def scan(
     data: bytes, path: Sequence[FieldDescriptor], most: int, lists: Mapping[int, FieldDescriptor] = NO_LISTS
 ) -> Iterator[tuple[int, int, int] | None]:
-    """Yield the slices of a message: how many fields of `path` lead to what they are part of, their start and end.
+    """Yield the slices of a message: their depth in `path`, their start and their end.
 
     None is yielded for a part of a request in one of the `lists`, whose tasks are counted: it is parsed as a whole.
 

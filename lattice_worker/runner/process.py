@@ -29,7 +29,7 @@ def refuse(reason: str) -> None:
 def main(mode: str, facts: dict[str, Any] | None = None) -> None:
     """Serve the agent until it closes the socket, or until this process cannot run another task.
 
-    `facts` are what a sealed process reports of itself.
+    `facts` are the report of a sealed process about itself.
     """
     control = socket.socket(fileno=CONTROL)
     for descriptor in (CONTROL, CLAIMS, MARKS):

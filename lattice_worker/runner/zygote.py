@@ -152,7 +152,7 @@ class Zygote:
 
 
 def _sealed(sandbox: dict[str, Any]) -> dict[str, Any]:
-    """Seal this process; return what it reports of itself. A process that cannot be sealed says so and ends."""
+    """Seal this process and return its report about itself. A process that cannot be sealed reports that and ends."""
     try:
         return seal.seal(Policy.from_json(sandbox["policy"]), sandbox["folder"])
     except seal.SealError as error:

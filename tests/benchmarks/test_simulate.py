@@ -70,7 +70,7 @@ def test_fair_share_alone_bounds_it_too(workload: Workload, one_line: Outcome) -
 
 
 def test_fair_share_bounds_the_gain_of_splitting_work_into_many_runs() -> None:
-    # No order among runs can tell these from anybody else's small ones.
+    # No order among runs can tell these from the small ones of another tenant.
     workload = generate(replace(SMALL, tasks=2_500, crowd=0.0, swarm=0.4), 1)
     fair, unfair = (
         figures_of(Simulation(workload, Policy("", least_left_aged, is_fair)).run()) for is_fair in (True, False)

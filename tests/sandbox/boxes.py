@@ -67,7 +67,7 @@ class Box:
                 self._answer.set_result((header, blobs))
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return what a function returns in the sandbox; of an error the failure."""
+        """Return the value of a function in the sandbox, or its failure."""
         self.send(function, *args)
         async with asyncio.timeout(TIMEOUT_S):
             header, blobs = await self._answer
@@ -136,7 +136,7 @@ async def boxes(folder: Path) -> AsyncIterator[Callable[[Policy], Any]]:
 
 
 def in_box(found: Policy, folder: Path, function: Callable[..., Any], *args: Any) -> Any:
-    """Return what a function returns in a sandbox of its own."""
+    """Return the value of a function in a sandbox of its own."""
 
     async def scenario() -> Any:
         async with boxes(folder) as start:

@@ -1,4 +1,4 @@
-"""A program: sandboxes of an agent that is not root. Prints as JSON, by level, what came of two attempts and the facts.
+"""A program: sandboxes of an agent that is not root. Prints as JSON, by level, the verdicts of two attempts and the facts.
 
 It is started by root, and becomes a plain user that can read the interpreter.
 """
@@ -38,7 +38,7 @@ def become_plain_user() -> None:
 
 
 async def main(folder: Path) -> dict[str, Any]:
-    """Return what came of each level."""
+    """Return the verdicts of each level."""
     from tests.sandbox.boxes import boxes
 
     found: dict[str, Any] = {}
@@ -57,7 +57,7 @@ async def main(folder: Path) -> dict[str, Any]:
 
 
 def attempt(agent: int) -> dict[str, str]:
-    """Return what a sandboxed function can reach."""
+    """Return the things that a sandboxed function can reach."""
 
     def outcome(call: Any) -> str:
         try:

@@ -60,7 +60,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[attempts.Outsi
 
 @pytest.fixture(scope="module")
 def verdicts(outside: attempts.Outside, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What came of each attempt, by level."""
+    """The verdict of each attempt, by level."""
 
     def made(level: str) -> dict[str, str]:
         policy = dataclasses.replace(small(level), cpu_s=60)

@@ -1,4 +1,4 @@
-"""What has to work in a sandbox: each function is called in one of its own, at each level."""
+"""Ordinary code works in a sandbox: each function is called in one of its own, at each level."""
 
 import ctypes
 import errno

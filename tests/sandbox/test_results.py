@@ -1,4 +1,4 @@
-"""What the agent accepts of the answers of a sandboxed process."""
+"""Checks of the answers of a sandboxed process by the agent."""
 
 from pathlib import Path
 from typing import Any

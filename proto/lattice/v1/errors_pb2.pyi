@@ -53,11 +53,11 @@ class _FailureKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     FAILURE_KIND_INTERNAL: _FailureKind.ValueType  # 10
     """A bug of Lattice."""
     FAILURE_KIND_POLICY: _FailureKind.ValueType  # 11
-    """The sandbox ended the attempt because it did what no task of its isolation level may do."""
+    """The sandbox ended the attempt because of a call that its isolation level forbids."""
     FAILURE_KIND_CPU_TIME: _FailureKind.ValueType  # 12
     """The attempt used more processor time than its sandbox allows."""
     FAILURE_KIND_OUTPUT_SIZE: _FailureKind.ValueType  # 13
-    """What a sandboxed attempt returned is larger than its sandbox allows."""
+    """The outputs of a sandboxed attempt are larger than its sandbox allows."""
     FAILURE_KIND_SANDBOX_SETUP: _FailureKind.ValueType  # 14
     """The isolation the task asked for could not be set up; no code of the task was run."""
 
@@ -87,11 +87,11 @@ FAILURE_KIND_UPSTREAM: FailureKind.ValueType  # 9
 FAILURE_KIND_INTERNAL: FailureKind.ValueType  # 10
 """A bug of Lattice."""
 FAILURE_KIND_POLICY: FailureKind.ValueType  # 11
-"""The sandbox ended the attempt because it did what no task of its isolation level may do."""
+"""The sandbox ended the attempt because of a call that its isolation level forbids."""
 FAILURE_KIND_CPU_TIME: FailureKind.ValueType  # 12
 """The attempt used more processor time than its sandbox allows."""
 FAILURE_KIND_OUTPUT_SIZE: FailureKind.ValueType  # 13
-"""What a sandboxed attempt returned is larger than its sandbox allows."""
+"""The outputs of a sandboxed attempt are larger than its sandbox allows."""
 FAILURE_KIND_SANDBOX_SETUP: FailureKind.ValueType  # 14
 """The isolation the task asked for could not be set up; no code of the task was run."""
 Global___FailureKind: typing_extensions.TypeAlias = FailureKind

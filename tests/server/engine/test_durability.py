@@ -1,4 +1,4 @@
-"""What waits until records are durable."""
+"""Waiting until records are durable."""
 
 import asyncio
 import threading
@@ -75,7 +75,7 @@ def test_wait_raises_and_nothing_is_called_when_the_journal_breaks() -> None:
     asyncio.run(scene())
 
 
-def test_what_was_dropped_is_told_on_the_loop() -> None:
+def test_dropped_runs_are_reported_on_the_loop() -> None:
     async def scene() -> None:
         told, run = Told(), DroppedRun(1, "t", "r", "p")
         await asyncio.to_thread(told.durability.dropped, [run], ["a"])

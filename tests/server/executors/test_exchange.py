@@ -85,7 +85,7 @@ def test_a_file_dropped_just_before_its_lock_is_not_read(
 
 
 class Rays:
-    """Ray, as far as an exchange asks it: the hosts of other nodes, and what they read when it is got.
+    """Ray, as far as an exchange asks it: the hosts of other nodes, and the bytes that they read.
 
     `hosts` may be changed by a test: reads of one that is not there any more fail.
     """
