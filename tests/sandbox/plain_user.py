@@ -1,4 +1,4 @@
-"""A program: sandboxes of an agent that is not root. Prints as JSON, by level, the verdicts of two attempts and the facts.
+"""A program: sandboxes of an agent that is not root. Prints the verdicts of two attempts and the facts as JSON.
 
 It is started by root, and becomes a plain user that can read the interpreter.
 """
