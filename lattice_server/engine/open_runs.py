@@ -11,7 +11,8 @@ from lattice_server.core.model import Failure, Payload
 from lattice_server.core.run.open_run import OpenRun
 from lattice_server.engine.caller_stream import CallerStream
 from lattice_server.engine.run_driver import RunDriver
-from lattice_server.engine.run_entry import ENDS, RunEntry
+from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.run_log import ENDS
 
 # The facts that the stream of an open run is sent.
 TOLD = ENDS

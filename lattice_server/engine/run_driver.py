@@ -28,7 +28,8 @@ from lattice_server.core.run.run import Effect
 from lattice_server.engine import run_logging
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.ended_runs import EndedRuns
-from lattice_server.engine.run_entry import ENDS, RunEntry
+from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.run_log import ENDS
 from lattice_server.engine.run_stores import RunStores
 from lattice_server.engine.slices import Slices
 

@@ -5,19 +5,18 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lattice_server.core.messages import TaskCancelled, TaskFailed, TaskSkipped, TaskStarted, TaskSucceeded
+from lattice_server.core.messages import TaskStarted
 from lattice_server.core.model import Artifact, Function
 from lattice_server.core.run.open_run import HolderEffect, OpenRun
 from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.caller_stream import CallerStream
-from lattice_server.engine.run_log import RunLog
+from lattice_server.engine.run_log import ENDS, RunLog
 from lattice_server.engine.uploads import Name
 
 # The memory of a run and of one task, without the values that they receive and produce.
 RUN_BYTES = 4096
 TASK_BYTES = 3072
-ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
 
 
 @dataclass(slots=True)

@@ -12,14 +12,17 @@ from lattice_server.core.messages import (
     Fact,
     RunEvent,
     RunFinished,
+    TaskCancelled,
     TaskFailed,
     TaskLogged,
     TaskRetrying,
     TasksAdded,
+    TaskSkipped,
     TaskSucceeded,
 )
 from lattice_server.core.model import Failure
 
+ENDS = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
 BATCH = 512
 # The memory of an event without its contents.
 EVENT_BYTES = 256
@@ -42,6 +45,7 @@ class RunLog:
         self.kept_bytes = 0
         self.is_complete = False
         self._waiting: dict[asyncio.Future[None], None] = {}
+        self._ends: dict[str, asyncio.Event] = {}
         self._complete: asyncio.Event = asyncio.Event()
 
     def append(self, fact: Fact, time_s: float) -> None:
@@ -56,6 +60,8 @@ class RunLog:
         if isinstance(fact, RunFinished):
             self.is_complete = True
             self._complete.set()
+        if self._ends and isinstance(fact, ENDS) and (end := self._ends.pop(fact.task_id, None)) is not None:
+            end.set()
         waiting, self._waiting = self._waiting, {}
         for future in waiting:
             if not future.done():
@@ -106,6 +112,10 @@ class RunLog:
         finally:
             # Any number of readers may come and leave before the next event.
             self._waiting.pop(future, None)
+
+    async def task_ended(self, task_id: str) -> None:
+        """Wait for the end of a task that has not ended."""
+        await self._ends.setdefault(task_id, asyncio.Event()).wait()
 
     async def completed(self, wait_s: float | None = None) -> None:
         """Wait for the run's end, for `wait_s` seconds at most."""

@@ -1,6 +1,7 @@
 """Serves `TaskService`: the tasks inside runs, and runs of one task."""
 
 import asyncio
+import contextlib
 from functools import partial
 from itertools import islice
 
@@ -107,10 +108,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         return explanation_to_proto(explanation, shown)
 
     async def _wait(self, entry: RunEntry, task_id: str, wait_s: float) -> None:
-        record = entry.run.tasks[task_id]
-        try:
-            async with asyncio.timeout(wait_s):
-                while record.state not in TASK_TERMINAL:
-                    await entry.log.changed()
-        except TimeoutError:
-            return
+        if entry.run.tasks[task_id].state not in TASK_TERMINAL:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await entry.log.task_ended(task_id)

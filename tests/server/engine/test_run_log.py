@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from lattice_server.core.errors import RangeError
-from lattice_server.core.messages import RunFinished, RunStarted, TaskLogged
+from lattice_server.core.messages import RunFinished, RunStarted, TaskCancelled, TaskLogged
+from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.states import RunState
 from lattice_server.engine.run_log import RunLog
 
+CANCELLED = Failure(FailureKind.CANCELLED, "")
 FINISHED = RunFinished(RunState.SUCCEEDED, None)
 TIMEOUT_S = 60.0
 
@@ -147,6 +149,21 @@ def test_the_end_can_be_waited_for() -> None:
         log.append(FINISHED, 0.0)
         await waiting
         await log.completed()
+
+    play(scenario)
+
+
+def test_waiting_for_a_task_wakes_at_the_end_of_that_task_only() -> None:
+    async def scenario(log: RunLog) -> None:
+        waiting = log.task_ended("a")
+        future = waiting.send(None)
+        write(log, 3)
+        log.append(TaskCancelled("r", "b", 1, CANCELLED), 3.0)
+        assert not future.done()
+        log.append(TaskCancelled("r", "a", 1, CANCELLED), 4.0)
+        assert future.done()
+        with pytest.raises(StopIteration):
+            waiting.send(None)
 
     play(scenario)
 
