@@ -28,19 +28,30 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
         self._limits = limits
         self._slices = slices
         self._readers: dict[str, RequestDeserializer] = {}
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap every handler except that of the workers' stream, whose errors are messages."""
         method = handler_call_details.method
-        if method.endswith("/Connect"):
-            return await continuation(handler_call_details)
-        handler = await super().intercept_service(continuation, handler_call_details)  # type: ignore[no-untyped-call]
-        if handler is None:
-            return None
+        handler = await continuation(handler_call_details)
+        if handler is None or method.endswith("/Connect"):
+            return handler
+        known, wrapped = self._wrapped.get(method, (None, None))
+        if known is not handler:  # The first call of the method, or a refused one, which has a handler of its own.
+            wrapped = await self._wrap(handler, handler_call_details)
+            self._wrapped[method] = handler, wrapped
+        return wrapped
+
+    async def _wrap(self, handler: Any, handler_call_details: Any) -> Any:
+        async def found(_: Any) -> Any:
+            return handler
+
+        method = handler_call_details.method
+        wrapped = await super().intercept_service(found, handler_call_details)  # type: ignore[no-untyped-call]
         reader = self._readers.get(method)
         if reader is None:
             reader = self._readers[method] = RequestDeserializer(method, self._limits, self._slices)
-        return handler._replace(request_deserializer=reader.deserialize)
+        return wrapped._replace(request_deserializer=reader.deserialize)
 
     async def intercept(self, method: Any, request_or_iterator: Any, context: Context, method_name: str) -> Any:
         """Read the request and make the call."""

@@ -21,6 +21,12 @@ def timestamp(seconds: float | None) -> Timestamp | None:
     return stamp
 
 
+def fill_timestamp(message: Timestamp, seconds: float | None) -> None:
+    """Write the time `seconds` after the epoch into an empty message; None leaves it unset."""
+    if seconds is not None:
+        message.seconds, message.nanos = divmod(int(seconds * 1e9), 10**9)
+
+
 def duration(seconds: float) -> Duration:
     """Return a duration."""
     return Duration(seconds=int(seconds), nanos=int((seconds % 1) * 1e9))
