@@ -373,7 +373,7 @@ def test_more_than_32_mib_are_refused_with_the_largest_names(travel: Travel) -> 
     travel.write({"script.py": OPTIONS.format(options="modules=['a.bin', 'b.bin', 'helper']"), "helper.py": HELPER})
     travel.write({"a.bin": bytes(20 << 20), "b.bin": bytes(21 << 20)})
     done = travel.send("script.py")
-    assert "the limit is 33554432; the largest: b.bin, a.bin, helper.py; leave out" in done.stderr
+    assert "the limit is 33554432; the largest: b.bin, a.bin, helper.py; leave unused files out" in done.stderr
 
 
 @pytest.mark.parametrize("setting", ["modules", "exclude"])

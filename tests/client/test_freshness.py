@@ -267,8 +267,7 @@ def test_a_comparison_of_ten_names_takes_microseconds(script: dict[str, Any]) ->
 MODULE_SCRIPT = """
 import sys
 from pathlib import Path
-from lattice_client import LatticeClient
-from lattice_client import task
+from lattice_client import LatticeClient, task
 import helpers_of_mine
 
 @task

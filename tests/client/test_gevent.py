@@ -14,15 +14,13 @@ SCRIPT = """
 import json, sys
 address, order, is_told = sys.argv[1], sys.argv[2], sys.argv[3] == "told"
 if order == "after":
-    from lattice_client import LatticeClient
-    from lattice_client import task
+    from lattice_client import LatticeClient, task
 import gevent, gevent.monkey
 gevent.monkey.patch_all()
 if is_told:
     from grpc.experimental.gevent import init_gevent
     init_gevent()
-from lattice_client import LatticeClient
-from lattice_client import task
+from lattice_client import LatticeClient, task
 
 @task
 def add(a: int, b: int) -> int:

@@ -70,8 +70,7 @@ async def _start(workflow: Any) -> AsyncRun:
 
 AT_MODULE_LEVEL = """
 import asyncio, sys, threading
-from lattice_client import AsyncLatticeClient, LatticeClient
-from lattice_client import task
+from lattice_client import AsyncLatticeClient, LatticeClient, task
 
 made = AsyncLatticeClient(sys.argv[1])
 clients = [made, LatticeClient(sys.argv[1]).aio]
@@ -200,8 +199,7 @@ def test_call_raises_in_a_forked_child_when_the_parent_used_a_client(
 
 FORK_FIRST = """
 import multiprocessing, sys
-from lattice_client import LatticeClient
-from lattice_client import task
+from lattice_client import LatticeClient, task
 made = LatticeClient(sys.argv[1])
 
 @task
@@ -229,8 +227,7 @@ def test_a_child_works_when_its_parent_has_made_clients_and_not_connected(addres
 
 FORK_AND_GO_ON = """
 import gc, os, signal, sys
-from lattice_client import LatticeClient
-from lattice_client import task
+from lattice_client import LatticeClient, task
 
 @task
 def one():
@@ -322,8 +319,7 @@ def test_forked_children_raise_and_the_parent_continues_when_calls_are_in_progre
 
 AT_THE_END = """
 import atexit, sys
-from lattice_client import LatticeClient
-from lattice_client import task
+from lattice_client import LatticeClient, task
 
 @task
 def one():

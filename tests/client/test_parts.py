@@ -123,7 +123,7 @@ def test_code_is_sent_again_in_parts_when_the_server_lacks_it(client: LatticeCli
 def test_error_names_the_function_when_it_exceeds_a_message(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     workflow.add_task(closure(2 * MOST_BYTES, "x"))
-    with pytest.raises(TaskDefinitionError, match=r"'measured'.*takes \d+ bytes.*1048576.*as inputs") as caught:
+    with pytest.raises(TaskDefinitionError, match=r"'measured'.*has \d+ bytes.*1048576.*as inputs") as caught:
         workflow.run()
     with pytest.raises(TaskDefinitionError) as alone:
         client.run_task(closure(2 * MOST_BYTES, "x"))
@@ -134,7 +134,7 @@ def test_error_names_the_task_when_its_inputs_exceed_a_message(client: LatticeCl
     workflow = client.create_workflow()
     workflow.add_task(total, {"values": [1]}, task_id="small")
     workflow.add_task(keywords, {f"x{number}": "x" * 4000 for number in range(300)}, task_id="big")
-    with pytest.raises(TaskDefinitionError, match=r"task 'big' takes \d+ bytes.*uploaded"):
+    with pytest.raises(TaskDefinitionError, match=r"task 'big' has \d+ bytes.*uploaded"):
         workflow.run()
 
 

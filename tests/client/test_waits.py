@@ -51,8 +51,7 @@ def silent() -> Iterator[str]:
 
 SCRIPT = """
 import os, signal, sys, threading, time
-from lattice_client import AsyncRun, LatticeClient, Run
-from lattice_client import task
+from lattice_client import AsyncRun, LatticeClient, Run, task
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell starts background jobs with it ignored.
 

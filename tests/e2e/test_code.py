@@ -12,8 +12,7 @@ import pytest
 
 HELPER = "def double(x):\n    return 2 * x\n"
 SCRIPT = """
-from lattice_client import LatticeClient
-from lattice_client import task
+from lattice_client import LatticeClient, task
 from helper import double
 
 @task
@@ -106,8 +105,7 @@ def test_a_task_sees_its_script_as_main(address: str, tmp_path: Path) -> None:
         from __future__ import annotations
         import asyncio, dataclasses, multiprocessing, pickle, typing
         from concurrent.futures import ProcessPoolExecutor
-        from lattice_client import LatticeClient
-        from lattice_client import task
+        from lattice_client import LatticeClient, task
 
         @dataclasses.dataclass
         class Leg:
@@ -148,8 +146,7 @@ def test_a_task_sees_its_script_as_main(address: str, tmp_path: Path) -> None:
 def test_scripts_whose_tasks_share_a_process_do_not_mix(address: str, tmp_path: Path) -> None:
     script = """
         import pickle
-        from lattice_client import LatticeClient
-        from lattice_client import task
+        from lattice_client import LatticeClient, task
 
         class Value:
             number = NUMBER
@@ -169,8 +166,7 @@ def test_scripts_whose_tasks_share_a_process_do_not_mix(address: str, tmp_path: 
 
 FAILING = """
 import helper
-from lattice_client import LatticeClient
-from lattice_client import task
+from lattice_client import LatticeClient, task
 
 @task{options}
 def work() -> int:

@@ -25,8 +25,7 @@ LARGE_BYTES = 3_000_000
 SCRIPT = """
 import json, os, sys
 import lattice_client
-from lattice_client import LatticeClient, RunCancelledError, TaskFailedError
-from lattice_client import task
+from lattice_client import LatticeClient, RunCancelledError, TaskFailedError, task
 
 @task
 def numbers(most: int) -> list[int]:

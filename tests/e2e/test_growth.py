@@ -161,7 +161,7 @@ def test_a_map_that_waits_runs_or_is_cancelled(client: LatticeClient, room: Room
 def test_an_invalid_map_is_refused_before_it_is_sent(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     source = workflow.add_task(split, {"n": 1})
-    with pytest.raises(TaskDefinitionError, match="of a list that is known, add a task for each item"):
+    with pytest.raises(TaskDefinitionError, match="for a list that is known now, add a task for each item"):
         workflow.map(add, {"a": [1, 2]})  # type: ignore[dict-item]
     with pytest.raises(TaskDefinitionError, match="has no input left for an item"):
         workflow.map(add, source.output, {"a": 1, "b": 2})
@@ -250,7 +250,7 @@ def test_a_condition_fails_when_its_output_is_not_json(client: LatticeClient) ->
     with pytest.raises(TaskFailedError, match="is not JSON"):
         workflow.run().result(timeout=WAIT_S)
     workflow.add_task(add, {"a": 1}, when=decision.output, equals={1, 2})
-    with pytest.raises(TaskDefinitionError, match="must be JSON"):
+    with pytest.raises(TaskDefinitionError, match="must be a value of JSON"):
         workflow.run()
 
 

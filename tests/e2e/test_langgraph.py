@@ -106,5 +106,5 @@ def test_a_node_fails_with_an_explanation_when_it_uses_the_stream_writer(address
 
     graph = graph_of(writes)
     graph.add_edge(START, "writes")
-    with pytest.raises(TaskFailedError, match="return what it is to show"):
+    with pytest.raises(TaskFailedError, match="return the values instead"):
         graph.compile().invoke(given(), context=Context("ann"))

@@ -310,7 +310,7 @@ def test_invalid_arguments_of_an_open_run_are_named(client: LatticeClient) -> No
     with client.open_run(on_question=lambda question: bytes(2_000_000)) as run:
         with pytest.raises(NotFoundError):
             run.output("nobody", timeout=WAIT_S)
-        with pytest.raises(TaskFailedError, match="an answer may have 1048576"):
+        with pytest.raises(TaskFailedError, match="the limit is 1048576"):
             run.output(run.add(ask, {"value": 1}))
         with pytest.raises(TaskFailedError, match="questions travel inline and may have 1048576"):
             run.output(run.add(ask, {"value": bytes(2_000_000)}))

@@ -32,8 +32,7 @@ WAIT_S = 60
 LARGE_BYTES = 3_000_000
 BARE = {name: value for name, value in os.environ.items() if not name.startswith("LATTICE_")}
 SCRIPT = """
-from lattice_client import LatticeClient
-from lattice_client import task
+from lattice_client import LatticeClient, task
 
 @task
 def make(size: int) -> str:
@@ -210,7 +209,7 @@ def test_a_server_may_ask_for_certificates(made: Certificates, tmp_path: Path) -
         assert found.line("status", "--tls-ca", str(made.ca), **own).returncode == 0
         done = found.line("status", "--tls-ca", str(made.ca))
         assert done.returncode == 1
-        assert "if it asks for certificates, LATTICE_TLS_CERT and LATTICE_TLS_KEY" in done.stderr
+        assert "if it requires client certificates, set LATTICE_TLS_CERT and LATTICE_TLS_KEY" in done.stderr
         unsigned = certificates(tmp_path)
         own = {"LATTICE_TLS_CERT": str(unsigned.caller_cert), "LATTICE_TLS_KEY": str(unsigned.caller_key)}
         assert found.line("status", "--tls-ca", str(made.ca), **own).returncode == 1
