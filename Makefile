@@ -22,7 +22,7 @@ check: lint
 # Also the repetitions that `make test` leaves out: tests whose behaviour another test has, and most generated examples.
 .PHONY: test-all
 test-all: setup
-	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 4 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
+	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 # The tests of the client that start no server, on Python 3.13 and without Ray.
 PYTHON_3_13 ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python))
