@@ -22,7 +22,7 @@ from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.artifact_upload import Uploads
 from lattice_worker.attempt_executor import AttemptExecutor
 from lattice_worker.attempt_reports import AttemptReports
-from lattice_worker.channel import MESSAGE_LIMIT_BYTES, opened
+from lattice_worker.channel import MESSAGE_LIMIT_BYTES, check_cancelled, opened
 from lattice_worker.config import WorkerConfig
 from lattice_worker.lease_machine import LeaseMachine
 from lattice_worker.limits import Limits
@@ -88,6 +88,7 @@ class Agent:
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._serve_stream():
+                check_cancelled()
                 if self._is_welcome:
                     backoff_s = MIN_BACKOFF_S
                 # Random, so that not all workers reconnect at once to a server that was restarted.

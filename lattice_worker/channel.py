@@ -1,6 +1,7 @@
 """Owns the worker's channel to its server. Rule: every call carries the token, and beyond this machine everything is
 encrypted, unless a flag says otherwise."""
 
+import asyncio
 import functools
 import logging
 import re
@@ -33,6 +34,13 @@ PRINTABLE = re.compile(r"[!-~]+")
 
 class ChannelError(Exception):
     """The channel would not be safe, or not as safe as was asked."""
+
+
+def check_cancelled() -> None:
+    """Raise CancelledError if this task is being cancelled: gRPC swallows a cancellation while a call fails."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 @asynccontextmanager

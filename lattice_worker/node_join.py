@@ -16,7 +16,7 @@ from lattice.v1 import worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
 from lattice_worker.agent import DIAL_S, MAX_BACKOFF_S, MIN_BACKOFF_S, PROTOCOL_VERSION, VERSION, Agent
-from lattice_worker.channel import opened
+from lattice_worker.channel import check_cancelled, opened
 from lattice_worker.config import WorkerConfig
 from lattice_worker.ray_node import RayNode, version
 
@@ -42,6 +42,7 @@ class Joiner:
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._hold_stream():
+                check_cancelled()
                 backoff_s = MIN_BACKOFF_S if self._is_member else min(MAX_BACKOFF_S, backoff_s * 2)
                 # Random, so that not all machines reconnect at once to a server that was restarted.
                 await asyncio.sleep(random.uniform(0, backoff_s))

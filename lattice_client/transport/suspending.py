@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import grpc
 
+from lattice_client.errors import RequestError
 from lattice_client.transport import forks
 from lattice_client.transport.async_bidi import AsyncBidiCall, AsyncSteps
 from lattice_client.transport.channel import (
@@ -131,14 +132,22 @@ class AsyncChannel(Channel):
 
     @contextmanager
     def _closing(self) -> Iterator[None]:
-        """As `_converting`; also convert the errors of a call on a closed channel to ClientClosedError."""
+        """As `_converting`; also convert the errors of a call on a closed channel to ClientClosedError.
+
+        gRPC swallows a cancellation that comes while the call fails: it is raised here, so that no retry follows.
+        """
+        before = _cancellations()
         try:
             with self._converting():
                 yield
+        except RequestError:
+            if _cancellations() > before:
+                raise asyncio.CancelledError from None
+            raise
         except grpc.aio.UsageError:  # another thread closed it
             raise self.closed_error() from None
         except asyncio.CancelledError:
-            if self.is_closed and not _is_cancelling():
+            if self.is_closed and not _cancellations():
                 raise self.closed_error() from None
             raise
 
@@ -154,9 +163,10 @@ def _connect(dialled: Security) -> tuple[grpc.aio.Channel, Stubs]:
     return channel, Stubs(channel, dialled.token)
 
 
-def _is_cancelling() -> bool:
+def _cancellations() -> int:
+    """Return how often the cancellation of the running task was requested."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return 0 if task is None else task.cancelling()
 
 
 async def _each(messages: Iterable[Q]) -> AsyncIterator[Q]:

@@ -1,6 +1,7 @@
 """Reading a run: a server that stops and restarts, time limits, and Ctrl-C."""
 
 import asyncio
+import contextlib
 import signal
 import socket
 import subprocess
@@ -236,3 +237,22 @@ def test_watch_names_the_address_when_no_server_answers_at_first() -> None:
         [LATTICE, "runs", "watch", "r", "--addr", "127.0.0.1:1"], capture_output=True, text=True, check=False
     )
     assert done.stderr.startswith("Error: no Lattice server answers at 127.0.0.1:1: start one with")
+
+
+def test_a_call_raises_cancelled_error_when_its_task_is_cancelled_while_the_call_fails() -> None:
+    async def method(_: object) -> None:
+        """Fail when the task is cancelled, as a call of gRPC may."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.get_running_loop().create_future()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+    async def scenario() -> None:
+        async with AsyncLatticeClient("127.0.0.1:1") as client:
+            channel: Any = client.api.channel
+            calling = asyncio.create_task(channel.call(method, None))
+            await asyncio.sleep(0)
+            calling.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await calling
+
+    asyncio.run(scenario())

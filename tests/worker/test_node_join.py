@@ -1,6 +1,7 @@
 """A machine that joins a cluster: the server it belongs to, its Ray node, and how it leaves."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -242,3 +243,23 @@ def test_an_unreachable_server_is_logged_once(tmp_path: Path, caplog: pytest.Log
 
     asyncio.run(run())
     assert [record.levelname for record in caplog.records if "cannot be reached" in record.message] == ["WARNING"]
+
+
+def test_joining_ends_when_it_is_cancelled_while_its_stream_fails(tmp_path: Path) -> None:
+    class Swallowing(Joiner):
+        """Fails when it is cancelled, as a stream of gRPC may."""
+
+        async def _hold_stream(self) -> bool:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.get_running_loop().create_future()
+            return False
+
+    async def run() -> None:
+        joining = asyncio.create_task(Swallowing(WorkerConfig("unix:none", "w", "m", str(tmp_path))).run())
+        await asyncio.sleep(0)
+        joining.cancel()
+        async with asyncio.timeout(TIMEOUT_S):
+            with pytest.raises(asyncio.CancelledError):
+                await joining
+
+    asyncio.run(run())
