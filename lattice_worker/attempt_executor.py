@@ -89,10 +89,11 @@ class AttemptExecutor:
         function = self.code.get(assignment.function_digest)
         if runner is None or function is None or (assignment.after_lease_id and execution.upstream is None):
             return False
-        key = self._preparation.key(assignment, function, self._suspects)
-        if key != runner.key or key.is_async or not runner.is_fit or len(runner.pipeline) >= MAX_PIPELINED:
+        if not runner.is_fit or runner.key.is_async or len(runner.pipeline) >= MAX_PIPELINED:
             return False
         if assignment.isolation != resources_pb2.ISOLATION_NONE:
+            return False
+        if self._preparation.key(assignment, function, self._suspects) != runner.key:
             return False
         if self._preparation.missing(assignment, function, execution.upstream):
             return False
@@ -245,7 +246,10 @@ class AttemptExecutor:
             execution.timer = loop.call_later(seconds, self.stop, lease_id, "timeout", text)
 
     def _execution(self, lease_id: str) -> Execution:
-        return self._executions.setdefault(lease_id, Execution())
+        execution = self._executions.get(lease_id)
+        if execution is None:
+            execution = self._executions[lease_id] = Execution()
+        return execution
 
     def _invocation(
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, execution: Execution, runner: Runner
