@@ -11,12 +11,16 @@ READ_BYTES = 1 << 16
 
 class RawOutput:
     """The read ends of a process's own standard streams. `before_read` is called before data is given to `take`, which
-    gets a stream's name, text, and the number of bytes it was."""
+    gets a stream's name, text, the number of bytes it was, and the number of the invocation that `writer` named."""
 
     def __init__(
-        self, descriptors: dict[str, int], before_read: Callable[[], None], take: Callable[[str, str, int], None]
+        self,
+        descriptors: dict[str, int],
+        before_read: Callable[[], None],
+        writer: Callable[[], int],
+        take: Callable[[str, str, int, int], None],
     ) -> None:
-        self._before_read, self._take = before_read, take
+        self._before_read, self._writer, self._take = before_read, writer, take
         decoder = codecs.getincrementaldecoder("utf-8")
         self._streams = {descriptor: (name, decoder("replace")) for name, descriptor in descriptors.items()}
         for descriptor in self._streams:
@@ -36,9 +40,11 @@ class RawOutput:
     def _read(self, descriptor: int) -> None:
         with contextlib.suppress(BlockingIOError):
             name, decoder = self._streams[descriptor]
+            # Before the data: an invocation that finds its pipe empty ends, and is not named any more.
+            number = self._writer()
             data = os.read(descriptor, READ_BYTES)
             if data:
-                self._take(name, decoder.decode(data), len(data))
+                self._take(name, decoder.decode(data), len(data), number)
             else:
                 self._close(descriptor)
 

@@ -240,16 +240,15 @@ class Runner:
 
     # Output past `sys.stdout`.
 
-    def _take_output(self, stream: str, text: str, size: int) -> None:
+    def _take_output(self, stream: str, text: str, size: int, number: int) -> None:
         """Log output for the invocation that wrote it, as far as that is known."""
-        if (invocation := self._writer()) is not None:
+        if (invocation := self._writer(number)) is not None:
             invocation.log_output(stream, text, size)
 
-    def _writer(self) -> Invocation | None:
-        """Return the invocation that wrote the output read now: the only one that ran, or the one whose step runs."""
+    def _writer(self, number: int) -> Invocation | None:
+        """Return the invocation that wrote the output read now: the only one that ran, or the one whose step ran."""
         if not self.key.is_async:
             return next(iter(self.running.values())) if len(self.running) == 1 else None
-        number = self.process.marks.alone or self.process.marks.stepping
         return next((invocation for invocation in self.running.values() if invocation.number == number), None)
 
     def _drain_output(self) -> None:

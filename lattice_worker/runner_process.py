@@ -71,7 +71,7 @@ class Listener:
     on_frame: Callable[[dict[str, Any], list[bytes]], None]
     on_error: Callable[[Exception], None]
     on_lost: Callable[[], None]
-    on_output: Callable[[str, str, int], None]
+    on_output: Callable[[str, str, int, int], None]
 
 
 async def start_process(
@@ -103,7 +103,8 @@ async def start_process(
         undo.pop_all()
     limit_bytes = MAX_FRAME_BYTES if sandbox is None else sandbox.frame_bytes
     control = Control(ours, listener.on_frame, listener.on_error, listener.on_lost, limit_bytes)
-    output = RawOutput({"stdout": out_read, "stderr": err_read}, control.read, listener.on_output)
+    streams = {"stdout": out_read, "stderr": err_read}
+    output = RawOutput(streams, control.read, lambda: marks.alone or marks.stepping, listener.on_output)
     return RunnerProcess(process, folder, control, output, pipeline, marks)
 
 
