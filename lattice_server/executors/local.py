@@ -12,7 +12,7 @@ from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact, Machine, Membership
 from lattice_server.executors.backoff import Backoff
-from lattice_server.executors.processes import MARK, end_leftovers, worker_command
+from lattice_server.executors.processes import MARK, end_orphans, worker_command
 from lattice_server.executors.worker_command import log_flags, offer_of_head, worker_flags
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class LocalExecutor:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-                await asyncio.to_thread(end_leftovers, self._worker_id)
+                await asyncio.to_thread(end_orphans, self._worker_id)
 
     def ray_address(self) -> str:
         """Return nothing: there is no Ray here."""
@@ -99,5 +99,5 @@ class LocalExecutor:
             stdin=asyncio.subprocess.DEVNULL,
         )
         status = await self._process.wait()
-        await asyncio.to_thread(end_leftovers, worker_id)
+        await asyncio.to_thread(end_orphans, worker_id)
         return f"its process ended with status {status}"

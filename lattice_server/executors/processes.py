@@ -1,4 +1,4 @@
-"""Owns the processes that executors start: the command line of a worker, and the end of leftovers.
+"""Owns the processes that executors start: the command line of a worker, and the end of orphaned processes.
 
 Rule: only processes that carry the mark of a dead worker, or belong to the session of a dead driver, are killed.
 
@@ -34,7 +34,7 @@ def token_flags(token: str) -> list[str]:
     return ["--token-fd", str(reading)]
 
 
-def end_leftovers(worker_id: str) -> None:
+def end_orphans(worker_id: str) -> None:
     """Kill every process with this worker's mark, and the ones they start meanwhile. Blocks until they are gone."""
     _end(lambda process: process.environ().get(MARK) == worker_id)
 

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 
-from lattice_server.executors.processes import MARK, end_leftovers, token_flags, worker_command
+from lattice_server.executors.processes import MARK, end_orphans, token_flags, worker_command
 from lattice_server.executors.ray_transfer import Exchange, Part
 
 TARGET, TOKEN = "LATTICE_TARGET", "LATTICE_TOKEN"
@@ -62,7 +62,7 @@ class WorkerHost:
                 os.close(descriptor)
         self._exchange.serve(ours)
         status = worker.wait()
-        end_leftovers(environment[MARK])
+        end_orphans(environment[MARK])
         return status
 
 

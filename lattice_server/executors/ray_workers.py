@@ -14,7 +14,7 @@ from uuid import uuid4
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import SchedulerEvent, WorkerLost
 from lattice_server.engine.ports import Contact
-from lattice_server.executors.processes import MARK, end_leftovers
+from lattice_server.executors.processes import MARK, end_orphans
 from lattice_server.executors.ray_reservation import TOKEN, Reservation, own_reservations
 from lattice_server.executors.worker_command import log_flags, worker_flags
 
@@ -99,7 +99,7 @@ class RayWorkers:
         for reservation in list(self._reservations.values()):
             reservation.cancel_restart()
             if reservation.is_placed and reservation.store_directory is not None:
-                await asyncio.to_thread(end_leftovers, reservation.worker_id)
+                await asyncio.to_thread(end_orphans, reservation.worker_id)
             self.give_up(reservation, reason)
             reservation.placed_at = None
 
@@ -139,7 +139,7 @@ class RayWorkers:
         about = {"worker_id": worker_id, "node_id": reservation.node_id}
         if reservation.store_directory is not None:
             # The actor ends them unless it was killed itself; on other machines this server could not.
-            await asyncio.to_thread(end_leftovers, worker_id)
+            await asyncio.to_thread(end_orphans, worker_id)
         is_current = self._reservations.get(reservation.key) is reservation and reservation.worker_id == worker_id
         if self._is_stopping:
             reservation.placed_at = None

@@ -239,7 +239,7 @@ def test_watch_names_the_address_when_no_server_answers_at_first() -> None:
     assert done.stderr.startswith("Error: no Lattice server answers at 127.0.0.1:1: start one with")
 
 
-def test_a_call_raises_cancelled_error_when_its_task_is_cancelled_while_the_call_fails() -> None:
+def test_a_failing_call_raises_cancelled_error_when_its_task_is_cancelled() -> None:
     async def method(_: object) -> None:
         """Fail when the task is cancelled, as a call of gRPC may."""
         with contextlib.suppress(asyncio.CancelledError):

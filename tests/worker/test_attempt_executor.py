@@ -213,7 +213,7 @@ def test_a_letter_cut_in_two_by_a_read_is_still_a_letter(tmp_path: Path) -> None
     play(scenario, tmp_path)
 
 
-def test_stopping_an_attempt_kills_its_children_when_they_have_sessions_of_their_own(tmp_path: Path) -> None:
+def test_stopping_an_attempt_kills_children_in_other_sessions(tmp_path: Path) -> None:
     def spawn() -> None:
         import subprocess
         import sys

@@ -30,7 +30,7 @@ def test_limits_are_none_when_there_are_no_groups(tmp_path: Path) -> None:
     assert cgroup.limits(tmp_path) == Limits(None, None)
 
 
-def test_limits_of_version_2_are_read_when_only_the_group_of_the_container_is_mounted(tmp_path: Path) -> None:
+def test_version_2_limits_are_read_at_the_mount_of_the_container(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "0::/\n",
         "proc/self/mountinfo": MOUNT_V2.format(shown="/"),

@@ -33,9 +33,7 @@ TABLES: list[tuple[type[Enum], Mapping[Any, Set[Any]]]] = [
 
 
 @pytest.mark.parametrize(("states", "table"), TABLES)
-def test_transition_raises_and_names_both_states_when_the_table_does_not_list_the_pair(
-    states: type[Enum], table: Mapping[Any, Set[Any]]
-) -> None:
+def test_an_unlisted_transition_raises_and_names_both_states(states: type[Enum], table: Mapping[Any, Set[Any]]) -> None:
     assert table.keys() == set(states)
     for old in states:
         for new in states:

@@ -342,7 +342,7 @@ def test_a_machine_serves_its_node_itself_when_ray_is_not_the_servers_own(monkey
 
 
 @pytest.mark.parametrize("victim", ["worker", "Ray"])
-def test_leftovers_of_a_dead_worker_on_this_machine_are_ended(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphans_of_a_dead_worker_on_this_machine_are_ended(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(scene: Scene) -> None:
         driver = await scene.start()
         await driver.ordered("reserve", HEAD)

@@ -112,7 +112,7 @@ def test_all_that_a_driver_started_ends_with_it(
     play(scenario, tmp_path, monkeypatch, linger_s)
 
 
-def test_leftovers_of_a_killed_driver_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphans_of_a_killed_driver_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(child: RayChild) -> None:
         events = child.events()
         driver, beside = (await anext(events))["pids"]

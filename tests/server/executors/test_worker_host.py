@@ -1,4 +1,4 @@
-"""The host of a worker: the environment and flags of the worker, and the end of all leftovers."""
+"""The host of a worker: the environment and flags of the worker, and the end of all orphaned processes."""
 
 import json
 import sys

@@ -160,8 +160,8 @@ def test_grpc_refuses_a_message_when_it_is_over_the_limit_of_workers() -> None:
 # Parsing in slices.
 
 
-class Turns(Slices):
-    """Counts the slices; nothing else takes turns."""
+class CountingSlices(Slices):
+    """Counts the slices; nothing else takes slices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,10 +172,10 @@ class Turns(Slices):
         self.pauses += 1
 
 
-def read(data: bytes, name: str = RUN, turns: Turns | None = None) -> Any:
+def read(data: bytes, name: str = RUN, slices: CountingSlices | None = None) -> Any:
     """Return a request that is parsed in slices, however short it is."""
     limits = MessageLimits(10**6, MOST_TASKS)
-    reader = RequestDeserializer(name, limits, turns or Turns())
+    reader = RequestDeserializer(name, limits, slices or CountingSlices())
     return asyncio.run(reader.read(request_deserializer.Unread(data)))
 
 
@@ -230,11 +230,11 @@ def test_refusal_is_the_same_when_malformed_bytes_are_parsed_in_slices(
 
 
 def test_slice_has_at_most_its_limit_of_tasks() -> None:
-    turns = Turns()
+    slices = CountingSlices()
     request = workflow_pb2.RunWorkflowRequest(workflow=graph(*(task(f"t{number}") for number in range(900))))
     with mock.patch.object(request_deserializer, "SLICE_RECORDS", 10):
-        read(request.SerializeToString(), turns=turns)
-    assert turns.pauses >= 90
+        read(request.SerializeToString(), slices=slices)
+    assert slices.pauses >= 90
 
 
 def test_task_is_never_split_between_slices() -> None:
@@ -242,7 +242,8 @@ def test_task_is_never_split_between_slices() -> None:
     request = workflow_pb2.RunWorkflowRequest(workflow={"tasks": [long, long]})
     data = request.SerializeToString()
     limits = MessageLimits(10 * len(data), MOST_TASKS)
-    assert asyncio.run(RequestDeserializer(RUN, limits, Turns()).read(request_deserializer.Unread(data))) == request
+    deserializer = RequestDeserializer(RUN, limits, CountingSlices())
+    assert asyncio.run(deserializer.read(request_deserializer.Unread(data))) == request
 
 
 def additions(*counts: int) -> workflow_pb2.OpenRunRequest:
