@@ -162,16 +162,20 @@ def test_a_lease_keeps_its_inputs_when_it_was_withdrawn_and_sent_again(gate: Gat
 
     async def scenario(both: Pair) -> None:
         stream = both.stream
-        stream.assign("source", lambda: "given")
+        stream.assign("source", wait_at, inputs={"gate": gate.path})
         stream.assign("long", wait_at, inputs={"gate": gate.path})
         given = payload_pb2.Binding(output=payload_pb2.OutputRef(task_id="source", output="out"))
         stream.assign("follower", echo, after_lease_id="source", bindings={"value": given})
         stream.assign("other", lambda: "ran")
+        stream.assign("barrier", lambda: "ran", slot=2)
+        # The follower of a lease that has ended is returned: the source ends after the follower came.
+        await stream.end("barrier")
+        gate.open(1)
         await stream.until("long", "started")
         stream.say(revoke_lease_ids=["other"])
         assert (await stream.end("other")).HasField("returned")
         gate.open(1)
-        assert await stream.value("follower") == "given"
+        assert await stream.value("follower") == "through"
 
     play(scenario, tmp_path)
 
