@@ -57,7 +57,9 @@ class Engine:
         """Close the connection."""
         if self._listening is not None:
             self._listening.cancel()
-        await self._docker.close()
+        # An engine that ended first left its last answer unfinished.
+        with contextlib.suppress(Exception):
+            await self._docker.close()
 
     async def build(self, context: IO[bytes], tag: str, digest: str) -> None:
         """Build an image from an archive with a Dockerfile. Raises EngineError."""
@@ -69,10 +71,15 @@ class Engine:
     async def require_image(self, digest: str) -> None:
         """Raise EngineError unless the image is here and was built from this code."""
         image = self._config.image
-        with _errors(f"the image {image}", {404: f"it is not there: {BUILD}"}):
+        if not await self.has_image(image, digest):
+            raise EngineError(f"the image {image} is not there, or has other code than this worker: {BUILD}")
+
+    async def has_image(self, image: str, digest: str) -> bool:
+        """Whether there is an image that was built from something. Raises EngineError."""
+        found: dict[str, Any] = {}
+        with _errors(f"the image {image}", {404: ""}):
             found = await self._docker.images.inspect(image)
-        if (found["Config"].get("Labels") or {}).get(DIGEST) != digest:
-            raise EngineError(f"the image {image} was built from other code than this worker's: {BUILD}")
+        return bool(found) and (found["Config"].get("Labels") or {}).get(DIGEST) == digest
 
     async def create(self, name: str, body: Mapping[str, Any]) -> str:
         """Create a container and return its id. Raises EngineError."""

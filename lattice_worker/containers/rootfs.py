@@ -3,6 +3,7 @@
 Rule: nothing is downloaded, and nothing of this machine is taken but what is listed here.
 """
 
+import hashlib
 import importlib.metadata
 import io
 import os
@@ -55,8 +56,12 @@ class Rootfs:
         self._written: set[str] = set()
         self._binaries: list[str] = []
 
-    def write(self, packages: Iterable[str]) -> None:
-        """Write all files, with these packages and those they need. Raises PackageNotFoundError."""
+    def write_runner(self) -> None:
+        """Write this package."""
+        self._tree(str(Path(__file__).parent.parent), f"{SITE}/lattice_worker", frozenset({"__pycache__"}))
+
+    def write_machine(self, packages: Iterable[str]) -> None:
+        """Write all other files, with these packages. Raises PackageNotFoundError."""
         self._folder("/tmp", 0o1777)
         for path in FOLDERS:
             self._folder(path)
@@ -66,8 +71,7 @@ class Rootfs:
         self._link(PYTHON, f"python3.{sys.version_info.minor}")
         self._link(f"{PREFIX}/bin/python", "python3")
         self._tree(sysconfig.get_path("stdlib"), FOLDER, LEFT_OUT)
-        self._tree(str(Path(__file__).parent.parent), f"{SITE}/lattice_worker", frozenset({"__pycache__"}))
-        for name in sorted(with_needed([*RUNNER_PACKAGES, *packages])):
+        for name in sorted(packages):
             self._package(importlib.metadata.distribution(name))
         for program in PROGRAMS:
             if (found := shutil.which(program)) is not None:
@@ -160,6 +164,12 @@ class Rootfs:
         info = tarfile.TarInfo(f"{self._below}{target}")
         info.mode = 0o644
         return info
+
+
+def machine_digest(packages: Iterable[str]) -> str:
+    """Return what names all files but the runner's. Raises PackageNotFoundError."""
+    versions = [f"{name}=={importlib.metadata.version(name)}" for name in sorted(packages)]
+    return hashlib.sha256("\n".join([sys.version, *PROGRAMS, *versions]).encode()).hexdigest()[:32]
 
 
 def with_needed(names: Iterable[str]) -> set[str]:
