@@ -42,6 +42,7 @@ class Container(Process):
         super().__init__(lambda: kill(self))
         self.id = ""
         self.connection: socket.socket | None = None
+        self.is_killed = False
         self.oom_kills = 0
         self.pids_refused = 0
         self.on_oom: Callable[[], None] = lambda: None
@@ -62,8 +63,13 @@ class Container(Process):
             self.cpu_s = float(report["cpu"])
             self.oom_kills, self.pids_refused = int(report["oom_kills"]), int(report["pids_refused"])
             self.end(int(report["ended"]))
-        else:
+        elif self.is_killed:
             self.end(-signal.SIGKILL)
+        else:
+            # The first process was killed by another; when memory was the reason, the engine says so before it says
+            # that the container ended.
+            asyncio.get_running_loop().remove_reader(self.connection)
+            self.died.add_done_callback(lambda _: self.end(-signal.SIGKILL))
 
     def end(self, status: int) -> None:
         """Note that the runner has ended."""
@@ -86,11 +92,15 @@ class Containers:
         self._lock = -1
         self._live: dict[str, Container] = {}
         self._removing: set[asyncio.Task[None]] = set()
+        self._opening = asyncio.Lock()
 
     async def open(self) -> None:
         """Connect to the engine, and remove what agents that were killed left. Raises EngineError."""
-        if self._engine is not None:
-            return
+        async with self._opening:
+            if self._engine is None:
+                await self._open()
+
+    async def _open(self) -> None:
         engine = await Engine.connect(self._config)
         try:
             await engine.require_image(await asyncio.to_thread(source_digest))
@@ -166,6 +176,7 @@ class Containers:
         return connection
 
     def _kill(self, container: Container) -> None:
+        container.is_killed = True
         # The first process ends with the connection, at once; the engine's way takes longer and is sure.
         if container.connection is not None:
             with contextlib.suppress(OSError):

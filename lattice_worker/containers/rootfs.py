@@ -36,6 +36,8 @@ PROGRAMS = (
 RUNNER_PACKAGES = ("cloudpickle", "orjson")
 # Libraries that others load by name when they are needed.
 LOADED_LIBRARIES = ("libgcc_s.so.1", "libstdc++.so.6", "libgomp.so.1")
+# Where the loader looks by itself; libraries of other places are put into one of these.
+USUAL_LIBRARIES = ("/lib/", "/lib64/", "/usr/lib/", "/usr/lib64/")
 FILES = ("/etc/ssl/openssl.cnf", "/etc/localtime", "/etc/mime.types", "/etc/services", "/etc/protocols")
 CERTIFICATES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 ZONES = "/usr/share/zoneinfo"
@@ -138,7 +140,8 @@ class Rootfs:
         for path in sorted({*_needed_by(self._binaries), *_loaded()}):
             # One that lies beside what needs it was written with that.
             if f"{os.sep}site-packages{os.sep}" not in path:
-                self._file(os.path.realpath(path), path)
+                is_usual = path.startswith(USUAL_LIBRARIES)
+                self._file(os.path.realpath(path), path if is_usual else f"/usr/lib/{os.path.basename(path)}")
 
     def write_text(self, target: str, text: str) -> None:
         """Write one file."""

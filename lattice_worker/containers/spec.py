@@ -1,6 +1,7 @@
 """What the engine is asked for: one container of a policy."""
 
 import json
+import os
 import platform
 from typing import Any
 
@@ -24,12 +25,13 @@ def body(
     shared = f"rw,noexec,nosuid,nodev,size={policy.shared_memory_bytes},nr_inodes={MAX_FILES},mode=700"
     host: dict[str, Any] = {
         "AutoRemove": True,
-        "Binds": [f"{folder}:{SOCKET.rpartition('/')[0]}:ro", *(f"{path}:{path}:ro" for path in policy.read_paths)],
         "CapDrop": ["ALL"],
         "CgroupnsMode": "private",
         "IpcMode": "none",
         "LogConfig": {"Type": "none"},
         "Memory": policy.memory_bytes,
+        # The engine refuses a source that is not there; of `Binds` it would make one.
+        "Mounts": [_shown(folder, os.path.dirname(SOCKET)), *(_shown(path, path) for path in policy.read_paths)],
         "MemorySwap": policy.memory_bytes,  # With swap included, so that none is used.
         "NanoCpus": policy.cpus * 1_000_000_000,
         "NetworkMode": "none",
@@ -50,5 +52,8 @@ def body(
         "Labels": labels,
         "NetworkDisabled": True,
         "User": f"{UID}:{UID}",
-        "WorkingDir": SCRATCH,
     }
+
+
+def _shown(source: str, target: str) -> dict[str, Any]:
+    return {"Type": "bind", "Source": source, "Target": target, "ReadOnly": True}

@@ -63,6 +63,8 @@ def missing(policy: Policy, found: Mapping[str, Any]) -> list[str]:
         "the engine's system call filter": found["profile"] == "2",
         "a root folder that is read-only": found["root_is_read_only"],
         "no network interface": set(found["interfaces"]) <= {"lo"},
+        # The engine's profile cannot refuse this.
+        "the exact system call filter": found["type_on_terminal"] == errno.EPERM,
         "no internet sockets": found["internet_socket"] == errno.EPERM,
         "the memory limit": _is_limited(found["memory_bytes"], policy.memory_bytes),
         "the CPU limit": _is_limited(found["cpus"], policy.cpus),

@@ -7,6 +7,7 @@ agent, which sends one packet, JSON with the policy, with the descriptors that a
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import select
@@ -14,6 +15,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import lattice_worker.context  # noqa: F401  # tasks find it among the loaded modules
@@ -94,7 +96,8 @@ def _sealed(policy: Policy) -> dict[str, Any]:
             "profile": before,
             "root_is_read_only": bool(os.statvfs("/").f_flag & os.ST_RDONLY),
             "interfaces": _interfaces(),
-            "internet_socket": _errno_of_socket(),
+            "internet_socket": _errno_of(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()),
+            "type_on_terminal": _errno_of(lambda: fcntl.ioctl(0, syscall_filter.TIOCSTI, b"x")),
             "memory_bytes": limits.memory_bytes,
             "cpus": limits.cpus,
             "processes": cgroup.processes(),
@@ -116,9 +119,9 @@ def _interfaces() -> list[str]:
         return [line.split(":")[0].strip() for line in file if ":" in line]
 
 
-def _errno_of_socket() -> int:
+def _errno_of(call: Callable[[], object]) -> int:
     try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()
+        call()
     except OSError as error:
         return error.errno or errno.EIO
     return 0

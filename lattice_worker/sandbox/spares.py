@@ -1,6 +1,7 @@
 """Sealed processes that wait for an invocation, by policy.
 
-Rule: each is handed out once. A policy has spares from its first use until it has not been used for `IDLE_S`.
+Rule: each is handed out once. A policy has spares from its first use until it has not been used for `IDLE_S`, or until
+more than `MAX_POLICIES` others were used after it.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import SandboxError
 
 IDLE_S = 60.0
+MAX_POLICIES = 8
 
 
 class Sealed(Protocol):
@@ -82,6 +84,8 @@ class Spares(Generic[P]):
         if (timer := self._timers.pop(policy, None)) is not None:
             timer.cancel()
         self._timers[policy] = asyncio.get_running_loop().call_later(IDLE_S, self._end, policy)
+        if len(self._timers) > MAX_POLICIES:
+            self._end(next(iter(self._timers)))
 
     def _end(self, policy: Policy) -> None:
         if (timer := self._timers.pop(policy, None)) is not None:

@@ -169,12 +169,10 @@ INNER: tuple[Step, ...] = (
     ("landlock", _landlock),
     ("filter", _filter),
 )
-# Those that a container engine leaves to the process itself.
+# Those that a container engine leaves to the runner.
 CONTAINER: tuple[Step, ...] = (
     ("scratch", _scratch),
     ("environment", _environment),
-    ("parent_death", set_parent_death),
-    ("dumpable", make_undumpable),
     ("limits", _limits),
     ("filter", _filter),
 )

@@ -1,15 +1,18 @@
 """A container engine of the tests' own, with the sandbox image."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / ".engine"  # Kept, because most of the image changes seldom.
@@ -57,3 +60,50 @@ def _wait(path: str, process: "subprocess.Popen[bytes]", log: str) -> None:
             except OSError:
                 time.sleep(0.05)  # The engine tells nobody when it listens.
     raise AssertionError(f"the engine did not start: {Path(log).read_text()}")
+
+
+class Gate:
+    """A socket through which an engine is reached, and whose connections can be cut."""
+
+    def __init__(self, address: str, folder: Path) -> None:
+        self.address = f"unix://{folder}/gate"
+        self._engine = address.removeprefix("unix://")
+        self._open: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(f"{folder}/gate")
+        self._listener.listen()
+
+    def __enter__(self) -> Self:
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
+        self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Break all connections."""
+        for connection in self._open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                caller, _ = self._listener.accept()
+                engine = socket.socket(socket.AF_UNIX)
+                engine.connect(self._engine)
+                self._open += [caller, engine]
+                for source, target in ((caller, engine), (engine, caller)):
+                    threading.Thread(target=self._copy, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
