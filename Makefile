@@ -73,8 +73,13 @@ network:
 
 # Tests of containers run an engine of their own. On a machine that has none and may not install it they are skipped.
 .PHONY: docker
-docker:
+docker: .engine/.stamp
+
+# The large part of their image.
+.engine/.stamp: $(VENV)/.stamp lattice_worker/containers/rootfs.py
 	scripts/install_missing.sh docker
+	$(VENV)/bin/python -m tests.containers.engines
+	mkdir -p .engine && touch $@
 
 # The image of tasks with isolation="docker", in this machine's engine. PACKAGES="numpy pandas" names its packages.
 .PHONY: sandbox-image

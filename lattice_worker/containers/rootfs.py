@@ -172,7 +172,7 @@ class Rootfs:
 def machine_digest(packages: Iterable[str]) -> str:
     """Return what names all files but the runner's. Raises PackageNotFoundError."""
     versions = [f"{name}=={importlib.metadata.version(name)}" for name in sorted(packages)]
-    return hashlib.sha256("\n".join([sys.version, *PROGRAMS, *versions]).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join([sys.version, *versions, Path(__file__).read_text()]).encode()).hexdigest()[:32]
 
 
 def with_needed(names: Iterable[str]) -> set[str]:

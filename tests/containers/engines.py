@@ -62,6 +62,15 @@ def _wait(path: str, process: "subprocess.Popen[bytes]", log: str) -> None:
     raise AssertionError(f"the engine did not start: {Path(log).read_text()}")
 
 
+def main() -> None:
+    """Build the image once, so that tests find its large part."""
+    if reason := lack():
+        print(f"no tests of containers: {reason}")
+        return
+    with engine():
+        pass
+
+
 class Gate:
     """A socket through which an engine is reached, and whose connections can be cut."""
 
@@ -107,3 +116,7 @@ class Gate:
                 target.sendall(data)
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_RDWR)
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ from tests.e2e.conftest import served
 from tests.sandbox import attempts, test_honest_code
 from tests.sandbox.boxes import Box
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(lack()), reason=lack())]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.skipif(bool(lack()), reason=lack())]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def listed(address: str) -> list[dict[str, Any]]:
 
 
 def settle(is_done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not is_done():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -162,7 +162,8 @@ def verdicts(address: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", attempts.ATTEMPTS)
 def test_attempt_has_the_verdict_of_the_level_seccomp(name: str, verdicts: dict[str, str]) -> None:
     expected = attempts.ATTEMPTS[name].seccomp
-    if expected:
+    # The control group counts processes, whatever the limit of their user is.
+    if expected and name != "raise_limit_of_processes":
         assert verdicts[name].startswith(expected)
 
 
@@ -195,10 +196,6 @@ def test_code_of_the_task_can_be_imported_and_not_changed(address: str, tmp_path
     assert value(address, run, str(bundle), policy=container_policy(str(bundle))) == [42, "refused"]
 
 
-def fill_scratch() -> None:
-    Path("large").write_bytes(bytes(400 << 20))
-
-
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "use",
@@ -207,7 +204,7 @@ def fill_scratch() -> None:
         attempts.use_shared_memory,
         attempts.use_memory_in_children,
         attempts.use_files_in_memory,
-        fill_scratch,
+        attempts.use_scratch,
     ],
 )
 def test_container_is_ended_when_it_uses_too_much_memory(address: str, use: Callable[..., None]) -> None:
