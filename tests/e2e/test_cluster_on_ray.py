@@ -197,10 +197,16 @@ def passed_on(found: Cluster, source: str = "a") -> Run:
     return workflow.run()
 
 
-def test_a_large_value_goes_from_node_to_node_and_not_through_the_head(two: Cluster) -> None:
-    before = two.head.carried_bytes()
-    assert passed_on(two).result(timeout=WAIT_S) == {"result": MANY_BYTES}
-    assert two.head.carried_bytes() - before < MANY_BYTES / 10
+def test_large_values_bypass_the_head_also_when_the_worker_that_has_them_is_new(two: Cluster) -> None:
+    for is_replaced in (False, True):
+        if is_replaced:
+            session = two.nodes()["a"].worker_id
+            kill(two.machines[0], "-m lattice_worker --addr")
+            two.until(lambda: (found := two.nodes().get("a")) is None or found.worker_id != session)
+            two.until_node("a", READY)
+        before = two.head.carried_bytes()
+        assert passed_on(two).result(timeout=WAIT_S) == {"result": MANY_BYTES}
+        assert two.head.carried_bytes() - before < MANY_BYTES / 10
 
 
 def test_nodes_that_do_not_reach_each_other_get_large_values_through_the_head(two: Cluster) -> None:
