@@ -50,26 +50,26 @@ class Instance:
             self._port = program.free_port(self._host)
             arguments = program.arguments_of(self._program, self._host, self._port)
             environment = program.environment_of(self._program, self._host, self._port, os.environ)
-            process = await program.start(self._program, arguments, environment)
+            process = await program.Process.start(self._program, arguments, environment)
         except OSError as error:
             text = f"{error.strerror or error}: {error.filename or self._host}"
             await self._report(state="ended", exit_status=127, message=f"the program cannot be started: {text}")
             return {"exit_status": 127}
-        assert process.stdout is not None
-        reading = asyncio.create_task(self._output.read(process.stdout))
+        reading = asyncio.create_task(self._output.read(process.output))
         others = [
             asyncio.create_task(part)
             for part in (self._send_lines(), self._wait_for_stop(), self._watch(process.pid), self._count())
         ]
-        ended, stopping = asyncio.create_task(process.wait()), asyncio.create_task(self._stopping.wait())
-        await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
-        await program.end(process, self._grace_s or 0.0)
+        stopping = asyncio.create_task(self._stopping.wait())
+        ends: list[asyncio.Future[Any]] = [process.ended, stopping]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        status = await process.end(self._grace_s or 0.0)
         for task in (*others, stopping):
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(reading, COALESCE_S * 20)
-        return await self._end(process.returncode or 0)
+        return await self._end(status)
 
     async def _end(self, status: int) -> dict[str, Any]:
         """Report the last lines, and the end if the program was not asked for it."""

@@ -8,9 +8,10 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from lattice_worker.runner.process_tree import children_of, end_children
 
@@ -47,47 +48,67 @@ def environment_of(program: Mapping[str, Any], host: str, port: int, base: Mappi
     return found | {"LATTICE_SERVICE_HOST": host, "LATTICE_SERVICE_PORT": str(port)}
 
 
-async def start(
-    program: Mapping[str, Any], arguments: Sequence[str], environment: Mapping[str, str]
-) -> asyncio.subprocess.Process:
-    """Start a program in a session of its own. Raises OSError."""
-    stdin = asyncio.subprocess.PIPE if program["function"] else asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(
-        *arguments,
-        stdin=stdin,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        cwd=program["working_directory"] or None,
-        env=dict(environment),
-        start_new_session=True,
-    )
-    if process.stdin is not None:
-        process.stdin.write(bytes.fromhex(program["function"]))
-        with contextlib.suppress(ConnectionError):  # It ended at once, which is reported as its end.
-            await process.stdin.drain()
-        process.stdin.close()
-    return process
+class Process:
+    """A program that runs in a session of its own; `ended` has its status, as `subprocess` gives it.
+
+    asyncio's own processes end only when all that they started has closed the pipe to them, which a child that is to be
+    killed next does not do.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]", output: asyncio.StreamReader) -> None:
+        self.pid = process.pid
+        self.output = output
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[int] = loop.create_future()
+        self._process = process
+        self._watched = os.pidfd_open(process.pid)
+        loop.add_reader(self._watched, self._note_end)
+
+    @classmethod
+    async def start(
+        cls, program: Mapping[str, Any], arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> "Process":
+        """Start a program. Raises OSError."""
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE if program["function"] else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=program["working_directory"] or None,
+            env=dict(environment),
+            start_new_session=True,
+        )
+        output = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(output)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, process.stdout)
+        if process.stdin is not None:
+            await asyncio.to_thread(_write, process.stdin, bytes.fromhex(program["function"]))
+        return cls(process, output)
+
+    def _note_end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._watched)
+        os.close(self._watched)
+        self.ended.set_result(self._process.wait())
+
+    async def end(self, grace_s: float) -> int:
+        """End it: SIGTERM, SIGKILL after `grace_s` seconds, and SIGKILL to all that it leaves. Return its status."""
+        if not self.ended.done():
+            self._signal(signal.SIGTERM)
+            await asyncio.wait([self.ended], timeout=grace_s)
+        if not self.ended.done():
+            self._signal(signal.SIGKILL)
+        status = await self.ended
+        # Orphans of the program came to this process.
+        while children_of(os.getpid()):
+            await asyncio.to_thread(end_children)
+        return status
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to the process group that the program leads."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
 
-async def end(process: asyncio.subprocess.Process, grace_s: float) -> None:
-    """End a program: SIGTERM, SIGKILL after `grace_s` seconds, and SIGKILL to all that it leaves."""
-    if process.returncode is None:
-        _signal(process.pid, signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), grace_s)
-    if process.returncode is None:
-        _signal(process.pid, signal.SIGKILL)
-        await process.wait()
-    await end_rest()
-
-
-async def end_rest() -> None:
-    """Kill every process below this one; orphans of the program came to it."""
-    while children_of(os.getpid()):
-        await asyncio.to_thread(end_children)
-
-
-def _signal(leader: int, number: int) -> None:
-    """Send a signal to the process group that a process leads, and to the process in case it left the group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, number)
+def _write(stream: IO[bytes], data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError), stream:  # A program that ended at once is reported as its end.
+        stream.write(data)

@@ -1,7 +1,6 @@
 """Services: commands and functions that tasks use, their failures, idleness and ends."""
 
 import os
-import subprocess
 import sys
 import time
 import urllib.request
@@ -11,10 +10,11 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner, Result
 from lattice.v1 import service_pb2
 
 from lattice_client import LatticeClient, ServiceFailedError, TaskFailedError, context, secret, task
-from tests.e2e.conftest import LATTICE
+from lattice_client.cli.main import main
 from tests.e2e.rooms import WAIT_S
 
 SERVING = str(Path(__file__).parent / "serving.py")
@@ -158,7 +158,7 @@ def test_an_idle_service_has_no_process_until_a_task_uses_it(
     for workflow in answers:
         workflow.add_task(ask, {"name": "web", "path": "pid"}, task_name="ask")
         runs.append(workflow.run())
-    assert len({run.result(timeout=WAIT_S)["ask"]["result"] for run in runs}) == 1
+    assert len({run.result(timeout=WAIT_S)["result"] for run in runs}) == 1
 
 
 def test_a_sick_instance_gets_no_tasks_and_is_replaced(
@@ -187,7 +187,7 @@ def test_requests_end_before_an_instance_is_stopped(
         client.services.stop("web", timeout=0.5)
     assert client.services.get("web").instances[0].state == service_pb2.INSTANCE_STATE_DRAINING
     hold.touch()
-    assert run.result(timeout=WAIT_S) == {"ask": {"result": ""}}
+    assert run.result(timeout=WAIT_S) == {"result": ""}
     client.services.stop("web", timeout=WAIT_S)
 
 
@@ -230,7 +230,8 @@ def test_a_secret_is_in_the_environment_and_nowhere_else(
     shown = [client.services.get("web"), client.describe_run(instance.run_id)]
     shown += [*client.list_tasks(instance.run_id, with_outputs=True), *client.run_graph(instance.run_id)]
     assert "canary" not in str(shown) + str(list(client.twin.services.__dict__))
-    assert not any("canary" in " ".join(found.cmdline()) for found in psutil.process_iter())
+    commands = [found.info["cmdline"] or [] for found in psutil.process_iter(["cmdline"])]
+    assert not any("canary" in word for command in commands for word in command)
 
 
 def test_replicas_change_by_scaling(client: LatticeClient, started: Callable[..., Any]) -> None:
@@ -242,21 +243,19 @@ def test_replicas_change_by_scaling(client: LatticeClient, started: Callable[...
 
 
 def test_the_command_line_starts_shows_scales_and_stops_a_service(address: str) -> None:
-    def lattice(*arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "LATTICE_TARGET": address}
-        command = [LATTICE, "services", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    def lattice(*arguments: str) -> Result:
+        return CliRunner(env={"LATTICE_TARGET": address}).invoke(main, ["services", *arguments])
 
     found = lattice("start", "--cpu", "0.1", "--env", "A=b", "shell", *COMMAND)
-    assert (found.returncode, "Service shell is ready: 127.0.0.1:" in found.stdout) == (0, True), found.stderr
+    assert (found.exit_code, "Service shell is ready: 127.0.0.1:" in found.stdout) == (0, True), found.stderr
     assert lattice("list").stdout.splitlines()[1].startswith("shell\tready\t1/1\t0\t0\t127.0.0.1:")
     assert "shell-1\tready\t" in lattice("show", "shell").stdout
     assert "shell-1: listening on port" in lattice("logs", "shell").stdout
     assert lattice("scale", "shell", "2").stdout == "Service shell wants 2 instances.\n"
     assert lattice("stop", "shell").stdout == "Service shell is stopped.\n"
     failed = lattice("start", "--cpu", "0.1", "shell", "/no/such/program")
-    assert failed.returncode == 1
+    assert failed.exit_code == 1
     assert "cannot start (command_not_found)" in failed.stderr
-    assert lattice("stop", "shell").returncode == 0
+    assert lattice("stop", "shell").exit_code == 0
     missing = lattice("logs", "shell")
-    assert (missing.returncode, "there is no service 'shell'" in missing.stderr) == (1, True)
+    assert (missing.exit_code, "there is no service 'shell'" in missing.stderr) == (1, True)
