@@ -23,6 +23,7 @@ from lattice_client.errors import (
     RunError,
     RunTimeoutError,
     SecurityError,
+    ServiceFailedError,
     TargetError,
     TaskDefinitionError,
     TaskFailedError,
@@ -40,6 +41,7 @@ from lattice_client.runs.open_run import AsyncOpenRun
 from lattice_client.runs.questions import Question
 from lattice_client.runs.run import AsyncRun
 from lattice_client.runs.sync_run import OpenRun, Run
+from lattice_client.services.spec import secret
 from lattice_client.sync import LatticeClient, LatticeWorkflow
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "RunEvent",
     "RunTimeoutError",
     "SecurityError",
+    "ServiceFailedError",
     "TargetError",
     "TaskDefinition",
     "TaskDefinitionError",
@@ -83,6 +86,7 @@ __all__ = [
     "UnavailableError",
     "context",
     "entrypoint",
+    "secret",
     "task",
     "template",
 ]

@@ -31,6 +31,7 @@ from lattice_worker.spawned import Binder, SpawnedOutput, SpawnedTask
 __all__ = [
     "AnswerError",
     "Attempt",
+    "Endpoint",
     "QuestionError",
     "SpawnError",
     "SpawnedOutput",
@@ -38,10 +39,13 @@ __all__ = [
     "ask",
     "ask_async",
     "current",
+    "service",
+    "service_async",
     "spawn",
 ]
 
 MAX_NAME_LENGTH = 128
+ENDPOINT = "lattice/service.endpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,30 @@ class Attempt:
     run_id: str
     task_id: str
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An instance of a service: its address `host:port`, its name, and the model of a service that has one."""
+
+    endpoint: str
+    instance_id: str
+    model: str = ""
+
+    @property
+    def host(self) -> str:
+        """The address without the port."""
+        return self.endpoint.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port."""
+        return int(self.endpoint.rpartition(":")[2])
+
+    @property
+    def url(self) -> str:
+        """The address as the beginning of a URL."""
+        return f"http://{self.endpoint}"
 
 
 def current() -> Attempt:
@@ -136,6 +164,25 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
+
+
+def service(name: str, *, item: int | None = None) -> Endpoint:
+    """Return the address of an instance of a service, which is started if there is none; wait until it is ready.
+
+    The instance is the one with the fewest requests among those that this node reaches. The service does not become
+    idle while the attempt runs. In a coroutine use `service_async`.
+
+    Raises:
+        AnswerError: there is no such service, it cannot start, or this node does not reach it.
+        QuestionError: the server knows no services.
+        RuntimeError: there is no task running here.
+    """
+    return Endpoint(**ask(ENDPOINT, {"name": name}, item=item))
+
+
+async def service_async(name: str, *, item: int | None = None) -> Endpoint:
+    """As `service`, without blocking other coroutines."""
+    return Endpoint(**await ask_async(ENDPOINT, {"name": name}, item=item))
 
 
 def _asked(name: object, payload: Any, item: object) -> "Future[Any]":

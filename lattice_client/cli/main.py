@@ -20,6 +20,7 @@ from lattice_client.cli.options import (
     show,
 )
 from lattice_client.cli.runs import runs
+from lattice_client.cli.services import services
 from lattice_client.cli.terminal import say
 
 
@@ -43,6 +44,7 @@ def main(log_level: str | None, log_format: str | None) -> None:
 
 
 main.add_command(runs)
+main.add_command(services)
 
 
 @main.command()

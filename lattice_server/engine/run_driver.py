@@ -104,6 +104,8 @@ class RunDriver:
                     self._pass_on(entry, effect)
                 case _:
                     self._publish(entry, effect)
+        if entry.on_effects is not None and effects:
+            entry.on_effects(effects)
         if posts is None:
             self._bus.post(own)
         self._stores.hold_graph(entry, uploader)

@@ -118,6 +118,7 @@ def test_commands_of_other_packages_are_offered() -> None:
         "nodes",
         "run",
         "runs",
+        "services",
         "start",
         "status",
         "stop",
