@@ -5,7 +5,9 @@ import signal
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
+from lattice.v1 import results_pb2, results_pb2_grpc
 
 from lattice_client import LatticeClient, Run, task
 from tests.client.shell import WAIT_S, at_terminal, call, ended, fail, greet, terminal
@@ -104,6 +106,17 @@ def test_logs_end_at_once_when_the_run_goes_on(address: str, waiting: Run) -> No
     # All events so far are filtered out: the server still says that they were all.
     assert call(address, "runs", "logs", waiting, "greet", "--after", "1").stdout == ""
     assert waiting.status() == "running"
+
+
+def test_a_filtered_reader_learns_that_it_has_all_earlier_events(address: str, waiting: Run) -> None:
+    newest = next(event.sequence for event in waiting.events(timeout=WAIT_S) if event.type == "task_log")
+    request = results_pb2.WatchRunRequest(run_id=waiting, after_sequence=1, task_ids=["greet"], exclude_logs=True)
+    with grpc.insecure_channel(address) as channel:
+        stream = results_pb2_grpc.ResultsServiceStub(channel).WatchRun(request, timeout=WAIT_S)
+        first = next(stream)
+        stream.cancel()
+    assert (list(first.events), first.complete) == ([], False)
+    assert first.sequence >= newest
 
 
 def test_followed_logs_continue_to_the_end_of_the_run(address: str, waiting: Run, gate: Path) -> None:
