@@ -8,6 +8,8 @@ import click
 from lattice.v1 import cluster_pb2
 
 from lattice_client import logs
+from lattice_client.cli.doctor import doctor
+from lattice_client.cli.inspection import read_logs, show_run, show_timeline
 from lattice_client.cli.options import (
     DISTRIBUTION,
     Commands,
@@ -45,6 +47,9 @@ def main(log_level: str | None, log_format: str | None) -> None:
 
 main.add_command(runs)
 main.add_command(services)
+main.add_command(doctor)
+for command in (show_run, show_timeline, read_logs):
+    runs.add_command(command)
 
 
 @main.command()
