@@ -23,6 +23,7 @@ from lattice_client.errors import (
     RunError,
     RunTimeoutError,
     SecurityError,
+    StreamInterruptedError,
     TargetError,
     TaskDefinitionError,
     TaskFailedError,
@@ -39,6 +40,7 @@ from lattice_client.langgraph import LangGraphClient
 from lattice_client.runs.open_run import AsyncOpenRun
 from lattice_client.runs.questions import Question
 from lattice_client.runs.run import AsyncRun
+from lattice_client.runs.streams import Chunk, Progress
 from lattice_client.runs.sync_run import OpenRun, Run
 from lattice_client.sync import LatticeClient, LatticeWorkflow
 
@@ -49,6 +51,7 @@ __all__ = [
     "AsyncLatticeWorkflow",
     "AsyncOpenRun",
     "AsyncRun",
+    "Chunk",
     "ClientClosedError",
     "DecodeError",
     "ForkError",
@@ -65,6 +68,7 @@ __all__ = [
     "Parameter",
     "PermissionDeniedError",
     "PreconditionError",
+    "Progress",
     "Question",
     "RequestError",
     "ResourceExhaustedError",
@@ -74,6 +78,7 @@ __all__ = [
     "RunEvent",
     "RunTimeoutError",
     "SecurityError",
+    "StreamInterruptedError",
     "TargetError",
     "TaskDefinition",
     "TaskDefinitionError",

@@ -20,6 +20,7 @@ from lattice_client.cli.options import (
     show,
 )
 from lattice_client.cli.runs import runs
+from lattice_client.cli.streaming import stream
 from lattice_client.cli.terminal import say
 
 
@@ -42,6 +43,7 @@ def main(log_level: str | None, log_format: str | None) -> None:
     os.environ.update({name: value for name, value in given.items() if value})
 
 
+runs.add_command(stream)
 main.add_command(runs)
 
 

@@ -16,7 +16,7 @@ from lattice_client.runs.reader import TERMINAL
 
 MAX_RUNS = 1000
 RUN_COLUMNS = ("run", "name", "state", "tasks", "since (UTC)")
-TASK_COLUMNS = ("task", "name", "state", "attempt", "node", "time")
+TASK_COLUMNS = ("task", "name", "state", "attempt", "node", "time", "progress")
 
 
 @click.group()
@@ -36,12 +36,19 @@ def _run_row(run: run_pb2.Run) -> tuple[str, ...]:
     return (run.run_id, run.display_name, _state(run), f"{counts.succeeded}/{counts.total}", since)
 
 
+def _progress(task: run_pb2.TaskRun) -> str:
+    if not task.HasField("progress"):
+        return ""
+    found = task.progress
+    return f"{found.done:g}/{found.total:g}" if found.HasField("total") else f"{found.done:g}"
+
+
 def _task_row(task: run_pb2.TaskRun) -> tuple[str, ...]:
     state = run_pb2.TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
     took = ""
     if task.HasField("start_time") and task.HasField("end_time"):
         took = span((task.end_time.ToNanoseconds() - task.start_time.ToNanoseconds()) / 1e9)
-    return (task.task_id, task.display_name, state, str(task.attempt or ""), task.node_id, took)
+    return (task.task_id, task.display_name, state, str(task.attempt or ""), task.node_id, took, _progress(task))
 
 
 @runs.command("list")
