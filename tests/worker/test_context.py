@@ -219,10 +219,6 @@ wrong: list[tuple[Callable[[], Any], str]] = [
 ]
 
 
-def steps() -> Iterator[int]:
-    yield 1
-
-
 @pytest.mark.parametrize(("call", "text"), wrong)
 def test_a_wrong_call_of_spawn_is_refused_naming_the_argument(sent: Sent, call: Callable[[], Any], text: str) -> None:
     with pytest.raises(context.SpawnError, match=text):
