@@ -24,6 +24,7 @@ from lattice_client.errors import (
     RunTimeoutError,
     SecurityError,
     ServiceFailedError,
+    StreamInterruptedError,
     TargetError,
     TaskDefinitionError,
     TaskFailedError,
@@ -40,6 +41,7 @@ from lattice_client.langgraph import LangGraphClient
 from lattice_client.runs.open_run import AsyncOpenRun
 from lattice_client.runs.questions import Question
 from lattice_client.runs.run import AsyncRun
+from lattice_client.runs.streams import Chunk, Progress
 from lattice_client.runs.sync_run import OpenRun, Run
 from lattice_client.services.spec import secret
 from lattice_client.sync import LatticeClient, LatticeWorkflow
@@ -51,6 +53,7 @@ __all__ = [
     "AsyncLatticeWorkflow",
     "AsyncOpenRun",
     "AsyncRun",
+    "Chunk",
     "ClientClosedError",
     "DecodeError",
     "ForkError",
@@ -67,6 +70,7 @@ __all__ = [
     "Parameter",
     "PermissionDeniedError",
     "PreconditionError",
+    "Progress",
     "Question",
     "RequestError",
     "ResourceExhaustedError",
@@ -77,6 +81,7 @@ __all__ = [
     "RunTimeoutError",
     "SecurityError",
     "ServiceFailedError",
+    "StreamInterruptedError",
     "TargetError",
     "TaskDefinition",
     "TaskDefinitionError",

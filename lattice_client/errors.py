@@ -142,6 +142,10 @@ class TaskFailedError(RunError):
         return f"{text}\n\nRemote traceback:\n{self.remote_traceback}" if self.remote_traceback else text
 
 
+class StreamInterruptedError(RunError):
+    """The streamed output of a task cannot be read on: chunks are not kept any more, or a later attempt began anew."""
+
+
 class RunTimeoutError(RunError):
     """The run exceeded its time limit."""
 

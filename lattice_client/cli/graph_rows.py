@@ -66,6 +66,14 @@ def queued_s(task: run_pb2.TaskRun) -> float | None:
     return task.queue_time.ToNanoseconds() / 1e9 if task.HasField("queue_time") else None
 
 
+def progress_of(task: run_pb2.TaskRun) -> str:
+    """Return the newest progress that a task reported, such as `3/10`; empty without one."""
+    if not task.HasField("progress"):
+        return ""
+    found = task.progress
+    return f"{found.done:g}/{found.total:g}" if found.HasField("total") else f"{found.done:g}"
+
+
 def groups_of(
     graph: Sequence[workflow_pb2.GraphTask], tasks: Mapping[str, run_pb2.TaskRun], *, is_grouped: bool
 ) -> list[Group]:
@@ -138,7 +146,7 @@ def _row(groups: Sequence[Group], number: int, prefix: str) -> TreeRow:
     if len(group.tasks) == 1:
         (task,) = group.tasks
         attempt, queued, ran = str(task.attempt or ""), queued_s(task), ran_s(task)
-        times = ("" if queued is None else fine_span(queued)), ("" if ran is None else fine_span(ran))
+        times = ("" if queued is None else fine_span(queued)), (progress_of(task) if ran is None else fine_span(ran))
         return TreeRow(prefix, _name(group), state_of(task), attempt, task.node_id, *times, after)
     states = Counter(map(state_of, group.tasks))
     state = ", ".join(f"{count} {name}" for name, count in states.most_common())

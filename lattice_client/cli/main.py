@@ -23,6 +23,7 @@ from lattice_client.cli.options import (
 )
 from lattice_client.cli.runs import runs
 from lattice_client.cli.services import services
+from lattice_client.cli.streaming import stream
 from lattice_client.cli.terminal import say
 
 
@@ -45,6 +46,7 @@ def main(log_level: str | None, log_format: str | None) -> None:
     os.environ.update({name: value for name, value in given.items() if value})
 
 
+runs.add_command(stream)
 main.add_command(runs)
 main.add_command(services)
 main.add_command(doctor)

@@ -14,13 +14,22 @@ from lattice.v1 import errors_pb2, run_pb2, task_pb2, workflow_pb2
 from rich.table import Table
 from rich.text import Text
 
-from lattice_client.cli.graph_rows import MAX_SINGLE, brief, groups_of, queued_s, ran_s, state_of, tree_rows
+from lattice_client.cli.graph_rows import (
+    MAX_SINGLE,
+    brief,
+    groups_of,
+    progress_of,
+    queued_s,
+    ran_s,
+    state_of,
+    tree_rows,
+)
 from lattice_client.cli.options import as_dict, console, show
 from lattice_client.cli.progress import STYLES, fine_span, label_of
 from lattice_client.cli.terminal import one_line, say
 from lattice_client.client import AsyncLatticeClient
 
-TASK_COLUMNS = ("task", "name", "state", "attempt", "node", "time", "queued", "after")
+TASK_COLUMNS = ("task", "name", "state", "attempt", "node", "time", "queued", "after", "progress")
 TREE_COLUMNS = ("task", "state", "#", "node", "queued", "ran")
 # How many failures, of different text, and how many waiting tasks are described.
 MAX_FAILURES, MAX_EXPLAINED = 10, 10
@@ -143,7 +152,7 @@ def _flat(report: Report) -> list[tuple[str, ...]]:
         ran, queued = ran_s(task), queued_s(task)
         times = ("" if ran is None else fine_span(ran)), ("" if queued is None else fine_span(queued))
         name = (task.task_id, task.display_name, state_of(task), str(task.attempt or ""), task.node_id)
-        rows.append((*name, *times, before.get(task.task_id, "")))
+        rows.append((*name, *times, before.get(task.task_id, ""), progress_of(task)))
     return rows
 
 

@@ -35,6 +35,9 @@ class ResultsServiceStub(object):
     filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
     queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
 
+    `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
+    numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
+
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
     """
@@ -49,6 +52,11 @@ class ResultsServiceStub(object):
                 '/lattice.v1.ResultsService/WatchRun',
                 request_serializer=lattice_dot_v1_dot_results__pb2.WatchRunRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_results__pb2.WatchRunResponse.FromString,
+                _registered_method=True)
+        self.WatchChunks = channel.unary_stream(
+                '/lattice.v1.ResultsService/WatchChunks',
+                request_serializer=lattice_dot_v1_dot_results__pb2.WatchChunksRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_results__pb2.WatchChunksResponse.FromString,
                 _registered_method=True)
         self.GetResult = channel.unary_unary(
                 '/lattice.v1.ResultsService/GetResult',
@@ -67,12 +75,22 @@ class ResultsServiceServicer(object):
     filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
     queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
 
+    `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
+    numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
+
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
     """
 
     def WatchRun(self, request, context):
         """Streams the events of a run, from a number on, to its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchChunks(self, request, context):
+        """Streams the chunks of one task or of all tasks of a run, to the end of that task or of the run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,6 +110,11 @@ def add_ResultsServiceServicer_to_server(servicer, server):
                     servicer.WatchRun,
                     request_deserializer=lattice_dot_v1_dot_results__pb2.WatchRunRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_results__pb2.WatchRunResponse.SerializeToString,
+            ),
+            'WatchChunks': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchChunks,
+                    request_deserializer=lattice_dot_v1_dot_results__pb2.WatchChunksRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_results__pb2.WatchChunksResponse.SerializeToString,
             ),
             'GetResult': grpc.unary_unary_rpc_method_handler(
                     servicer.GetResult,
@@ -116,6 +139,9 @@ class ResultsService(object):
     filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
     queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
 
+    `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
+    numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
+
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
     """
@@ -137,6 +163,33 @@ class ResultsService(object):
             '/lattice.v1.ResultsService/WatchRun',
             lattice_dot_v1_dot_results__pb2.WatchRunRequest.SerializeToString,
             lattice_dot_v1_dot_results__pb2.WatchRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lattice.v1.ResultsService/WatchChunks',
+            lattice_dot_v1_dot_results__pb2.WatchChunksRequest.SerializeToString,
+            lattice_dot_v1_dot_results__pb2.WatchChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,7 @@ MAY_CALL = {
     "lattice.v1.ClusterService.GetServerInfo": READERS | WORKERS,
     "lattice.v1.ClusterService.ListNodes": READERS,
     "lattice.v1.ResultsService.GetResult": READERS,
+    "lattice.v1.ResultsService.WatchChunks": READERS,
     "lattice.v1.ResultsService.WatchRun": READERS,
     "lattice.v1.ServicesService.GetService": READERS,
     "lattice.v1.ServicesService.ListServices": READERS,
