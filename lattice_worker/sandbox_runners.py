@@ -26,6 +26,8 @@ class SandboxRunners:
         self._start = start
         self._containers = containers
         self._spares: Spares[Runner] = Spares(self._seal, SPARES)
+        # By level why it is not offered.
+        self.refusals: dict[str, str] = {}
 
     async def levels(self) -> list[str]:
         """Return the levels of isolation that can be set up here: a process was sealed for each and accepted."""
@@ -62,6 +64,7 @@ class SandboxRunners:
             self._spares.add(policy, await self._seal(policy))
         except (OSError, SandboxError) as error:
             log.warning("isolation by %s is not offered: %s", level, error)
+            self.refusals[level] = str(error)
             return False
         return True
 
@@ -71,6 +74,7 @@ class SandboxRunners:
         except EngineError as error:
             # Most machines have no engine, and no need for one.
             log.info("isolation by docker is not offered: %s", error)
+            self.refusals[DOCKER] = str(error)
             return False
         return await self._offers(DOCKER)
 
