@@ -15,7 +15,7 @@ class EngineConfig:
     Attributes:
         host: the address of the engine, `unix://PATH`; empty when there is none.
         image: the image, which `python -m lattice_worker.containers.image` builds.
-        runtime: the engine's name of the runtime, such as `runsc` of gVisor; empty for its own choice.
+        runtime: the engine's name of the runtime, such as `crun`; empty for its own choice.
     """
 
     host: str = ""

@@ -93,10 +93,13 @@ class Containers:
         self._live: dict[str, Container] = {}
         self._removing: set[asyncio.Task[None]] = set()
         self._opening = asyncio.Lock()
+        self._is_closed = False
 
     async def open(self) -> None:
         """Connect to the engine, and remove what agents that were killed left. Raises EngineError."""
         async with self._opening:
+            if self._is_closed:
+                raise EngineError("this worker is ending")
             if self._engine is None:
                 await self._open()
 
@@ -145,6 +148,7 @@ class Containers:
 
     async def close(self) -> None:
         """End all containers, and wait until the engine has removed them."""
+        self._is_closed = True
         for container in list(self._live.values()):
             container.kill()
         with contextlib.suppress(TimeoutError):

@@ -51,7 +51,9 @@ class ContainerSupervisor(Supervisor):
         """Return the kind and the message of the failure of a limit that an exit status stands for, or None."""
         if status == -signal.SIGKILL and self._container is not None and self._container.oom_kills:
             return "out_of_memory", self._excess()
-        return super().crash(status, cpu_s)
+        if (failure := super().crash(status, cpu_s)) is None and self._container is not None:
+            return _refusal(self.policy, status, self._container.pids_refused)
+        return failure
 
     def _excess(self) -> str:
         return f"its container used more than {self.policy.memory_bytes} bytes of memory"
@@ -74,6 +76,15 @@ def missing(policy: Policy, found: Mapping[str, Any]) -> list[str]:
         f"Python {sys.version}": found["python"] == sys.version,
     }
     return [name for name, holds in checks.items() if not holds]
+
+
+def _refusal(policy: Policy, status: int, pids_refused: int) -> tuple[str, str] | None:
+    """Return the failure of a runner that crashed after it was refused a process; libraries end themselves then."""
+    if not pids_refused or not status:
+        return None
+    how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+    text = f"it {how} after it had tried to have more than {policy.processes} processes and threads"
+    return "crashed", text
 
 
 def _is_limited(found: float | None, wanted: float) -> bool:

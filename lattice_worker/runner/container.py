@@ -87,13 +87,19 @@ def _sealed(policy: Policy) -> dict[str, Any]:
     try:
         for step in CONTAINER:
             seal.take(sandbox, step)
-    except seal.SealError as error:
+        return _facts(sandbox, before)
+    except (seal.SealError, OSError) as error:
         process.refuse(str(error))
-        os._exit(1)
+    except KeyError as error:  # Of a runtime with a kernel of its own.
+        process.refuse(f"missing: the kernel does not say what {error} is")
+    os._exit(1)
+
+
+def _facts(sandbox: Sandbox, profile: str) -> dict[str, Any]:
     limits = cgroup.limits()
     return facts.gather(sandbox.scratch) | {
         "container": {
-            "profile": before,
+            "profile": profile,
             "root_is_read_only": bool(os.statvfs("/").f_flag & os.ST_RDONLY),
             "interfaces": _interfaces(),
             "internet_socket": _errno_of(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()),

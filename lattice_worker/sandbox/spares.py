@@ -39,17 +39,25 @@ class Spares(Generic[P]):
         self._waiting: dict[Policy, list[P]] = {}
         self._timers: dict[Policy, asyncio.TimerHandle] = {}
         self._refilling: dict[Policy, asyncio.Task[None]] = {}
+        self._is_closed = False
 
     async def take(self, policy: Policy) -> P:
         """Return a process that was never used. Raises OSError and SandboxError."""
-        return self.take_waiting(policy) or await self._start(policy)
+        if (found := self.take_waiting(policy)) is not None:
+            return found
+        try:
+            return await self._start(policy)
+        finally:
+            # Not before: two that start at once take longer than one.
+            self._fill(policy)
 
     def take_waiting(self, policy: Policy) -> P | None:
         """Return a process that waits, or None."""
-        self._use(policy)
+        self._postpone(policy)
         waiting = self._waiting.get(policy, [])
         while waiting:
             if (found := waiting.pop()).is_fit:
+                self._fill(policy)
                 return found
         return None
 
@@ -65,11 +73,11 @@ class Spares(Generic[P]):
 
     def close(self) -> None:
         """End all processes, and start no more."""
+        self._is_closed = True
         self.drop(lambda _: True)
 
-    def _use(self, policy: Policy) -> None:
-        self._postpone(policy)
-        if policy not in self._refilling:
+    def _fill(self, policy: Policy) -> None:
+        if policy not in self._refilling and not self._is_closed:
             refilling = asyncio.get_running_loop().create_task(self._refill(policy))
             self._refilling[policy] = refilling
             refilling.add_done_callback(lambda _: self._refilling.pop(policy, None))

@@ -233,6 +233,24 @@ def test_container_ends_with_the_signal_that_killed_its_runner(address: str, num
 
 
 @pytest.mark.exhaustive
+def test_crash_names_the_limit_of_processes_when_it_was_exceeded(address: str) -> None:
+    def crash() -> None:
+        try:
+            for _ in range(100):
+                if not os.fork():
+                    time.sleep(60)
+        except OSError:
+            os.abort()
+
+    async def act(box: Box) -> Any:
+        box.send(crash)
+        return box.supervisor.crash(await box.end(), 0.0)
+
+    text = "it was killed by signal 6 after it had tried to have more than 50 processes and threads"
+    assert in_container(address, small(), act) == ("crashed", text)
+
+
+@pytest.mark.exhaustive
 def test_container_ends_with_the_status_of_its_runner(address: str) -> None:
     async def act(box: Box) -> int:
         box.send(os._exit, 137)

@@ -105,6 +105,27 @@ def test_spares_of_the_policy_that_was_used_least_recently_end_when_there_are_to
     assert asyncio.run(scenario()) == [True, False, *[True] * (spares.MAX_POLICIES - 1)]
 
 
+def test_attempt_that_finds_no_spare_does_not_compete_with_the_next_spare() -> None:
+    async def scenario() -> list[int]:
+        async def start(policy: Policy) -> Fake:
+            nonlocal starting
+            starting += 1
+            found.append(starting)
+            await asyncio.sleep(0)
+            starting -= 1
+            return Fake(policy)
+
+        found: list[int] = []
+        starting = 0
+        waiting = Spares(start, 1)
+        await waiting.take(ONE)
+        await settle(lambda: len(found) == 2)
+        waiting.close()
+        return found
+
+    assert asyncio.run(scenario()) == [1, 1]
+
+
 def test_error_reaches_the_attempt_when_no_sandbox_can_be_made() -> None:
     async def scenario() -> None:
         waiting = Spares(make := Makes(), 1)
