@@ -13,7 +13,7 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from lattice_worker.spawn_arguments import SpawnError, form_of, inputs_of, label
 from lattice_worker.spawned import Binder, SpawnedOutput, SpawnedTask
 
 __all__ = [
+    "Answer",
     "AnswerError",
     "Attempt",
     "QuestionError",
@@ -37,6 +38,7 @@ __all__ = [
     "SpawnedTask",
     "ask",
     "ask_async",
+    "ask_future",
     "current",
     "spawn",
 ]
@@ -136,6 +138,32 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
+
+
+class Answer:
+    """The answer of a question that `ask_future` has asked."""
+
+    def __init__(self, asked: "Future[Any]") -> None:
+        self._asked = asked
+
+    def result(self) -> Any:
+        """Wait for the answer and return it. Raises as `ask`."""
+        return decoded(self._asked.result())
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return decoded((yield from asyncio.wrap_future(self._asked).__await__()))
+
+    def add_done_callback(self, callback: Callable[["Answer"], object]) -> None:
+        """Call a function once the answer is there, in a thread that no code of the task may block for long."""
+        self._asked.add_done_callback(lambda _: callback(self))
+
+
+def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Answer:
+    """As `ask`, without waiting. Questions that one thread asks reach the caller in the order in which they are asked.
+
+    A question whose answer is not waited for may be lost when the task ends.
+    """
+    return Answer(_asked(name, payload, item))
 
 
 def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
