@@ -39,6 +39,8 @@ class Answers:
                 handler._emit(meta, message, dedupe=dedupe)
             case ("stream", stream, payload):
                 stream(payload)
+            case ("tool", write, delta):
+                write(delta)
             case ("heartbeat", beat):
                 beat()
             case ("drain", control, reason):

@@ -14,6 +14,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.pregel._tools import _tool_call_writer
 
 from lattice_client.errors import TaskFailedError
 from lattice_client.graph.definition import TaskDefinition
@@ -47,6 +48,9 @@ class Call:
         for value in (*arguments[0], *arguments[1].values()):
             if hasattr(value, "stream_writer") and hasattr(value, "execution_info"):
                 self._references.note_runtime(value)
+        self._tool_writer = _tool_call_writer.get()
+        if self._tool_writer is not None:
+            self._references.note_function(self._tool_writer, "tool_writer")
         self._answers = Answers(self._references, stub_of, is_async)
         self._message = self._encoded(*arguments, config)
         self._attempt = 0
@@ -64,14 +68,14 @@ class Call:
             kwargs = {name: sent if value is config else value for name, value in kwargs.items()}
             args = tuple(sent if value is config else value for value in args)
         try:
-            return codec.dumps((args, kwargs, sent), self._references)
+            return codec.dumps((args, kwargs, sent, self._tool_writer), self._references)
         except Exception:
             if sent is None:
                 raise
             # A value of the config cannot be pickled: it is replaced, and only its use raises.
             for name in ("configurable", "metadata"):
                 sent[name] = codec.sendable(sent.get(name) or {}, f"config[{name!r}]", self._references)
-            return codec.dumps((args, kwargs, sent), self._references)
+            return codec.dumps((args, kwargs, sent, self._tool_writer), self._references)
 
     def _start(self, invocation: Invocation, deliver: Any) -> None:
         name = self._definition.name

@@ -20,7 +20,8 @@ from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.settings import ISOLATIONS
 from lattice_client.langgraph import reductions
 from lattice_client.langgraph.invocation import Invocation, current
-from lattice_client.langgraph.stubs import RunnableStub, Runner, check, ended_async, is_in_attempt, own
+from lattice_client.langgraph.reductions import is_in_attempt
+from lattice_client.langgraph.stubs import RunnableStub, Runner, check, ended_async, own
 from lattice_client.langgraph.tasks import with_task_stubs
 
 # More threads than LangGraph's default, since a thread of a synchronous node only waits for its result.
@@ -108,6 +109,8 @@ def _node(runner: Runner, name: str, node: Any, plan: Plan, prefix: str) -> Any:
 
 
 def _bound(runner: Runner, name: str, bound: Any, plan: Plan) -> Any:
+    if isinstance(bound, LatticeGraph):
+        return bound
     if isinstance(bound, Pregel):
         return _swapped(runner, bound, plan, f"{name}.")
     if isinstance(bound, PregelProtocol):

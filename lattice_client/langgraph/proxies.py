@@ -4,10 +4,11 @@ Rule: a stand-in is an instance of the class by which LangGraph and LangChain re
 """
 
 import asyncio
+import contextvars
 import functools
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import var_child_runnable_config
@@ -56,16 +57,24 @@ class StoreProxy(BaseStore):
         return found
 
 
+def _public(config: Any) -> Any:
+    """Return a config without the objects of a graph's loop, which no checkpointer uses."""
+    if not isinstance(config, dict) or "configurable" not in config:
+        return config
+    own = {key: value for key, value in config["configurable"].items() if not key.startswith("__pregel_")}
+    return {"configurable": own, **({"metadata": dict(config["metadata"])} if config.get("metadata") else {})}
+
+
 def _asking(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._caller.ask("method", self, name, args, kwargs)
+        return self._caller.ask("method", self, name, tuple(map(_public, args)), kwargs)
 
     return method
 
 
 def _asking_async(name: str) -> Callable[..., Any]:
     async def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return await self._caller.ask_async("method", self, name, args, kwargs)
+        return await self._caller.ask_async("method", self, name, tuple(map(_public, args)), kwargs)
 
     return method
 
@@ -86,11 +95,11 @@ class SaverProxy(BaseCheckpointSaver[Any]):
 
     def list(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Yield checkpoints."""
-        yield from self._caller.ask("method", self, "list", args, kwargs)
+        yield from self._caller.ask("method", self, "list", tuple(map(_public, args)), kwargs)
 
     async def alist(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """As `list`, for asyncio."""
-        for found in await self._caller.ask_async("method", self, "alist", args, kwargs):
+        for found in await self._caller.ask_async("method", self, "alist", tuple(map(_public, args)), kwargs):
             yield found
 
     def with_allowlist(self, extra_allowlist: Any) -> Any:
@@ -233,7 +242,11 @@ def function_of(kind: str, caller: Caller) -> Any:
         asked = caller.ask_future("call", call, func, input, options)
         return asyncio.wrap_future(asked) if _is_in_coroutine() else asked
 
-    return {"send": send, "writer": writer, "heartbeat": heartbeat, "read": read, "call": call}[kind]
+    def tool_writer(delta: Any) -> None:
+        caller.emit("tool", tool_writer, delta)
+
+    functions = (send, writer, heartbeat, read, call, tool_writer)
+    return {function.__name__: function for function in functions}[kind]
 
 
 def stream(caller: Caller, data: Any) -> Any:
@@ -265,6 +278,34 @@ MAKERS: dict[str, Callable[[Caller, Any], Any]] = {
     "replay": replay,
     "stream": stream,
 }
+
+
+# The attempt whose code runs.
+current: "contextvars.ContextVar[Caller]" = contextvars.ContextVar("lattice_langgraph_session")
+
+
+class _Current:
+    """The way to the graph's process for objects in the code of a node, which many attempts share."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(current.get(), name)
+
+
+# By identity: each stand-in for an object that a node's code captures, and its reference.
+_captured: dict[int, tuple[Any, Any]] = {}
+
+
+def captured(kind: str, number: int, data: Any) -> Any:
+    """Return the stand-in of a live object that the code of a node captures; its number is negative."""
+    made = proxy(kind, cast(Caller, _Current()), data)
+    _captured[id(made)] = made, (kind, number, None)
+    return made
+
+
+def captured_reference(item: Any) -> Any:
+    """Return the reference of such a stand-in; None for another object."""
+    found = _captured.get(id(item))
+    return found and found[1]
 
 
 def proxy(kind: str, caller: Caller, data: Any) -> Any:

@@ -5,26 +5,38 @@
 
 import functools
 import sys
+from types import FunctionType
 from typing import Any
 
 from langchain_core.load import Serializable
 
 from lattice_client.code import pickler
+from lattice_client.langgraph import proxies, references
 
 STUB = "__lattice_function__"
-# Modules that hold bare objects as markers, which they compare by identity.
+IS_STUB = "__lattice_stub__"
+# Modules that hold bare objects, and a default of nodes, as markers that they compare by identity.
 MARKING = ("langgraph", "langchain_core")
 NAMESPACE = "__pydantic_parent_namespace__"
+
+
+def is_in_attempt() -> bool:
+    """Whether this code runs in an attempt on a worker: a stub is then the function itself."""
+    output = sys.modules.get("lattice_worker.runner.output")
+    return output is not None and output.current.get() is not None
 
 
 def reduction(obj: Any) -> Any:
     """Return the reduction of an object; None for one that needs no other than its own."""
     kind = type(obj)
-    if kind is object:
+    if kind is object or kind.__name__ == "RunnableCallable":
         name = _marker(id(obj))
-        return (_attribute, name) if name else None
-    if (function := getattr(obj, "__dict__", {}).get(STUB)) is not None and not isinstance(obj, type):
+        if name is not None or kind is object:
+            return name and (_attribute, name)
+    if (kind is FunctionType or getattr(kind, IS_STUB, False)) and (function := obj.__dict__.get(STUB)) is not None:
         return _same, (function,)
+    if not is_in_attempt() and (found := references.captured(obj)) is not None:
+        return proxies.captured, found
     if isinstance(obj, Serializable) and _has_lock(obj):
         return _rebuilt, (kind, {name: getattr(obj, name) for name in obj.model_fields_set})
     return None
@@ -43,7 +55,7 @@ def _markers(_modules: int) -> dict[int, tuple[str, str]]:
         for module, loaded in list(sys.modules.items())
         if module.startswith(MARKING) and loaded is not None
         for name, value in list(vars(loaded).items())
-        if type(value) is object
+        if type(value) is object or name == "DEFAULT_BOUND"
     }
 
 

@@ -4,7 +4,9 @@ A reference is a tuple of its kind, its number and the data that its proxy in th
 """
 
 import functools
-from collections.abc import Mapping
+import itertools
+import weakref
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -99,9 +101,38 @@ class LocalReferences:
         self._references[identity] = reference
         return reference
 
+    def note_function(self, function: Any, kind: str) -> None:
+        """Note a function that is not in the config."""
+        self._functions[id(function)] = kind
+
     def find(self, reference: Any) -> Any:
         """Return the object of a received reference."""
-        return self.objects[reference[1]]
+        number = reference[1]
+        if number >= 0:
+            return self.objects[number]
+        return _kept[number] if number in _kept else _captured[number]
+
+
+# Live objects that the code of nodes captures, by negative numbers; those without weak references are small.
+_captured: MutableMapping[int, Any] = weakref.WeakValueDictionary()
+_kept: dict[int, Any] = {}
+_numbers = itertools.count(1)
+
+
+def captured(item: Any) -> tuple[str, int, Any] | None:
+    """Return the kind, the number and the data of a live object that code captures; None for any other object."""
+    cls: Any = type(item)
+    if not (kind := _kind_of(cls)):
+        return None
+    known = [*_captured.items(), *_kept.items()]
+    number = next((found for found, other in known if other is item), None)
+    if number is None:
+        number = -next(_numbers)
+        try:
+            _captured[number] = item
+        except TypeError:
+            _kept[number] = item
+    return kind, number, _data_of(kind, item)
 
 
 def _data_of(kind: str, item: Any) -> Any:

@@ -5,20 +5,23 @@ Rule: chunks and questions of a node reach the graph's process in one order, and
 
 import asyncio
 import contextvars
+import functools
 import json
 import pickle
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.errors import GraphBubbleUp
+from langgraph.pregel._tools import _tool_call_writer
 
 from lattice_client import context
 from lattice_client.langgraph import codec, proxies, reductions
 from lattice_client.langgraph.exceptions import add_traceback
 
+T = TypeVar("T")
 NAME = "langgraph"
 # Below the limit that servers have for a question; a longer message is sent in parts.
 PART_BYTES = 512 * 1024
@@ -42,7 +45,7 @@ class Session:
 
     def reference_of(self, item: Any) -> Any:
         """Return the reference of a stand-in."""
-        return self._references.get(id(item))
+        return self._references.get(id(item)) or proxies.captured_reference(item)
 
     def find(self, reference: Any) -> Any:
         """Return the stand-in of a reference."""
@@ -140,9 +143,12 @@ class Session:
 
     def arguments(self, message: bytes) -> tuple[Any, Any]:
         """Return the arguments of the call, and make its config that of the present context."""
-        args, kwargs, config = codec.loads(message, self)
+        proxies.current.set(self)
+        args, kwargs, config, tool_writer = codec.loads(message, self)
         if config is not None:
             var_child_runnable_config.set(config)
+        if tool_writer is not None:
+            _tool_call_writer.set(tool_writer)
         return args, kwargs
 
     def state(self) -> dict[int, Any]:
@@ -178,13 +184,23 @@ class CallFuture(Future[Any]):
         return asyncio.wrap_future(self).__await__()
 
 
+def _named(node: T, function: Any) -> T:
+    """Give a function the module of the one it runs, whose files are then sent: values are often of its classes."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or type(function).__module__
+    if isinstance(module, str):
+        node.__module__ = module
+    return node
+
+
 def plain(function: Callable[..., Any]) -> Callable[[bytes], bytes]:
     """Return the function of a task that runs a plain function with encoded arguments."""
 
     def node(message):  # type: ignore[no-untyped-def]  # without annotations, its input is any value
         return run(function, message)
 
-    return node
+    return _named(node, function)
 
 
 def coroutine(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[[bytes], Coroutine[Any, Any, bytes]]:
@@ -193,7 +209,7 @@ def coroutine(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[[by
     async def node(message):  # type: ignore[no-untyped-def]
         return await run_async(function, message)
 
-    return node
+    return _named(node, function)
 
 
 def sandboxed(function: Callable[..., Any]) -> Callable[[bytes], bytes]:
@@ -202,7 +218,7 @@ def sandboxed(function: Callable[..., Any]) -> Callable[[bytes], bytes]:
     def node(message):  # type: ignore[no-untyped-def]
         return run_sandboxed(function, message)
 
-    return node
+    return _named(node, function)
 
 
 def run(function: Callable[..., Any], message: bytes) -> bytes:
@@ -259,7 +275,7 @@ class _Unreachable:
 def run_sandboxed(function: Callable[..., Any], message: bytes) -> bytes:
     """Run a function in a sandbox; return the JSON of its value, which the graph's process need not unpickle."""
     reductions.install()
-    args, kwargs, config = codec.loads(message, _Unreachable())
+    args, kwargs, config, _ = codec.loads(message, _Unreachable())
     if config is not None:
         var_child_runnable_config.set(config)
     value = function(*args, **kwargs)

@@ -6,7 +6,6 @@ Rule: a stub looks like its function: its name, module, signature, and whether i
 import asyncio
 import functools
 import inspect
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from lattice_client.graph.definition import TaskDefinition, define
 from lattice_client.langgraph import remote
 from lattice_client.langgraph.calls import Call
 from lattice_client.langgraph.invocation import CANCEL_S, Invocation, Loop, current
-from lattice_client.langgraph.reductions import STUB
+from lattice_client.langgraph.reductions import STUB, is_in_attempt
 from lattice_client.sync import LatticeClient
 
 
@@ -148,14 +147,10 @@ def is_coroutine_function(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
-def is_in_attempt() -> bool:
-    """Whether this code runs in an attempt on a worker: a stub is then the function itself."""
-    output = sys.modules.get("lattice_worker.runner.output")
-    return output is not None and output.current.get() is not None
-
-
 class RunnableStub(Runnable[Any, Any]):
     """Stands in for a Runnable, such as a chat model or a sequence. Its child runs are seen through its callbacks."""
+
+    __lattice_stub__ = True
 
     def __init__(self, runner: Runner, runnable: Runnable[Any, Any], name: str, settings: Mapping[str, Any]) -> None:
         self.name = runnable.get_name()

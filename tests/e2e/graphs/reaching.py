@@ -18,7 +18,7 @@ from langgraph.config import get_config, get_store, get_stream_writer
 from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages, push_message
-from langgraph.prebuilt import InjectedState, InjectedStore, ToolNode, create_react_agent
+from langgraph.prebuilt import InjectedState, InjectedStore, ToolNode, ToolRuntime, create_react_agent
 from langgraph.runtime import Runtime, get_runtime
 from langgraph.store.base import BaseStore
 from langgraph.store.memory import InMemoryStore
@@ -435,6 +435,49 @@ def doubled(n: int) -> int:
 def noted(text: str) -> str:
     get_stream_writer()(text)
     return text + str(interrupt("note?"))
+
+
+@case("a store, a graph and a list of callbacks that the code of a node captures")
+async def captured(compile: Compile, call: Caller) -> Any:
+    kept, recorder = InMemoryStore(), Recorder()
+    inner = graph_of(dispatches).compile(checkpointer=InMemorySaver())
+
+    def captures(state: State) -> State:
+        kept.put(("n",), "key", {"v": 1})
+        inner.invoke({"words": []}, {"configurable": {"thread_id": "inner"}, "callbacks": [recorder]})
+        return {"words": [len(kept.search(("n",)))]}
+
+    found = await call.invoke(compile(graph_of(captures)), EMPTY)
+    item = kept.get(("n",), "key")
+    state = inner.get_state({"configurable": {"thread_id": "inner"}})
+    return found, item and item.value, recorder.events, state.values
+
+
+@tool
+def telling(text: str, runtime: ToolRuntime) -> str:
+    """Tell its progress."""
+    runtime.emit_output_delta("half")
+    runtime.emit_output_delta("all")
+    return text
+
+
+@case('`stream_mode="tools"`, with deltas of a tool')
+async def tool_stream(compile: Compile, call: Caller) -> Any:
+    return await call.stream(compile(_tools(telling)), _calling("telling"), stream_mode="tools")
+
+
+@case("a drain that a node requests")
+async def drain(compile: Compile, call: Caller) -> Any:
+    from langgraph.runtime import RunControl
+
+    control = RunControl()
+
+    def requests(state: State) -> State:
+        control.request_drain("enough")
+        return {"words": ["requested"]}
+
+    error = await call.error(call.invoke(compile(graph_of(requests, first)), EMPTY, control=control))
+    return error, control.drain_reason
 
 
 @case("an entrypoint with `@task` functions")
