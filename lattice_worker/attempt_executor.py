@@ -261,7 +261,7 @@ class AttemptExecutor:
             header,
             blobs,
             on_log=lambda stream, text, truncated: self._reports.log(lease_id, stream, text, truncated),
-            on_spawn=lambda task, parts: self._spawn(lease_id, function, task, parts),
+            on_spawn=lambda task, parts: self._spawn(assignment, function, task, parts),
             on_ask=lambda asked, parts: self.questions.ask(assignment, runner, asked, parts),
             on_end=lambda answer, parts: self._end(assignment, answer, parts),
             on_refused=lambda: self._start_again(assignment),
@@ -272,9 +272,11 @@ class AttemptExecutor:
 
     # Events of an invocation.
 
-    def _spawn(self, lease_id: str, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]) -> None:
-        if excess := self._reports.spawn(lease_id, function, task, blobs):
-            self.stop(lease_id, "payload", excess)
+    def _spawn(
+        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]
+    ) -> None:
+        if excess := self._reports.spawn(assignment, function, task, blobs):
+            self.stop(assignment.lease_id, "payload", excess)
 
     def _start_again(self, assignment: worker_pb2.Assignment) -> None:
         """Start a lease that its runner did not begin."""

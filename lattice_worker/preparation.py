@@ -86,7 +86,7 @@ class Preparation:
             header["items"] = [
                 {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]
             ]
-            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES}
+            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES, "as_data": True}
         return header, blobs
 
     def screened(self, runner: Runner, answer: dict[str, Any], blobs: list[bytes]) -> Frame:

@@ -6,7 +6,7 @@ makes room for others, and spares are replaced in the background.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.idle_runners import IdleRunners
@@ -50,6 +50,11 @@ class Pool:
     async def levels(self) -> list[str]:
         """Return the levels of isolation that can be set up on this machine."""
         return await self._sandboxed.levels()
+
+    @property
+    def refusals(self) -> Mapping[str, str]:
+        """The levels of isolation that cannot be set up on this machine, with the reasons, once `levels` has tried."""
+        return self._sandboxed.refusals
 
     async def take(self, key: RunnerKey) -> Runner:
         """Return a runner that can run one more invocation. Raises OSError and SandboxError."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lattice_worker.runner.frames import ProtocolError
-from lattice_worker.sandbox.results import InputError, inlined, require_no_files, screened
+from lattice_worker.sandbox.results import InputError, inlined, require_values, screened
 
 JSON = "application/json"
 HEAD = {"kind": "result", "id": "i", "duration": 0.0, "has_raw": False, "made": ["forged"]}
@@ -47,11 +47,11 @@ def test_answer_is_refused_when_it_names_a_file(reference: dict[str, Any], store
     with pytest.raises(ProtocolError):
         screen({"items": [{"outputs": {}, "split": {"out": [reference]}}]}, [], store)
     with pytest.raises(ProtocolError):
-        require_no_files([{"items": [{"entries": {"a": reference}}]}])
+        require_values([{"items": [{"entries": {"a": reference}}]}])
 
 
 def test_names_of_inputs_are_no_names_of_files() -> None:
-    require_no_files([{"entries": {"path": {"type": JSON, "blob": 0}, "artifact": {"type": JSON, "blob": 0}}}])
+    require_values([{"entries": {"path": {"type": JSON, "blob": 0}, "artifact": {"type": JSON, "blob": 0}}}])
 
 
 def test_pickled_exceptions_are_left_out(store: Path) -> None:
