@@ -15,7 +15,7 @@ from typing import Any
 from lattice.v1 import payload_pb2
 
 from lattice_client.code import pickler
-from lattice_client.convert import arrays, tagged
+from lattice_client.convert import arrays, dataframes, tagged
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -165,6 +165,8 @@ def decode(media_type: str, data: bytes | bytearray, *, may_unpickle: bool) -> A
             return tagged.decode(data)
         case arrays.NPY:
             return arrays.decode_array(data)
+        case dataframes.ARROW:
+            return dataframes.decode_frame(data)
         case "application/vnd.lattice.cloudpickle":
             return pickle.loads(data)
         case "application/vnd.lattice.pickle5":

@@ -11,7 +11,7 @@ import pickle
 import struct
 from typing import Any
 
-from lattice_worker.runner import arrays, pickler, tagged
+from lattice_worker.runner import arrays, dataframes, pickler, tagged
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -128,6 +128,8 @@ def encode_value(value: Any, *, as_data: bool = False) -> tuple[str, list[Any]]:
     if as_data:
         if (parts := arrays.encode_array(value)) is not None:
             return arrays.NPY, parts
+        if (parts := dataframes.encode_frame(value)) is not None:
+            return dataframes.ARROW, parts
         if (data := tagged.encode(value)) is not None:
             return tagged.MEDIA_TYPE, [data]
     buffers: list[pickle.PickleBuffer] = []
@@ -192,6 +194,8 @@ def decode_value(media_type: str, data: Any, outputs: list[Any] | None = None) -
         return tagged.decode(data)
     if media_type == arrays.NPY:
         return arrays.decode_array(data)
+    if media_type == dataframes.ARROW:
+        return dataframes.decode_frame(data)
     if media_type not in {PICKLE5, WITH_OUTPUTS}:
         raise PayloadError(f"a value is encoded as {media_type!r}, which Python tasks cannot read")
     # Over bytes, arrays could only be read.

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lattice_worker.runner import arrays, tagged, values
+from lattice_worker.runner import arrays, dataframes, tagged, values
 from lattice_worker.runner.artifacts import Encoder, StoreFullError
 from lattice_worker.runner.frames import ProtocolError
 
 LARGEST_INLINE_BYTES = 1 << 40  # For the process: every value travels in its answer.
 MAX_INPUT_BYTES = 256 * 1024 * 1024
-DATA = frozenset({values.JSON, values.BYTES, tagged.MEDIA_TYPE, arrays.NPY})
+DATA = frozenset({values.JSON, values.BYTES, tagged.MEDIA_TYPE, arrays.NPY, dataframes.ARROW})
 ENCODINGS = DATA | {values.CLOUDPICKLE, values.PICKLE5}
 FAILURE_KINDS = frozenset({"user_error", "out_of_memory", "payload", "resources"})
 # An exception travels as text: to unpickle one runs code of the sandboxed process.
