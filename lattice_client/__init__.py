@@ -23,6 +23,8 @@ from lattice_client.errors import (
     RunError,
     RunTimeoutError,
     SecurityError,
+    ServiceFailedError,
+    StreamInterruptedError,
     TargetError,
     TaskDefinitionError,
     TaskFailedError,
@@ -40,7 +42,9 @@ from lattice_client.langgraph import LangGraphClient
 from lattice_client.runs.open_run import AsyncOpenRun
 from lattice_client.runs.questions import Question
 from lattice_client.runs.run import AsyncRun
+from lattice_client.runs.streams import Chunk, Progress
 from lattice_client.runs.sync_run import OpenRun, Run
+from lattice_client.services.spec import secret
 from lattice_client.sync import LatticeClient, LatticeWorkflow
 
 __all__ = [
@@ -50,6 +54,7 @@ __all__ = [
     "AsyncLatticeWorkflow",
     "AsyncOpenRun",
     "AsyncRun",
+    "Chunk",
     "ClientClosedError",
     "DecodeError",
     "ForkError",
@@ -66,6 +71,7 @@ __all__ = [
     "Parameter",
     "PermissionDeniedError",
     "PreconditionError",
+    "Progress",
     "Question",
     "RequestError",
     "ResourceExhaustedError",
@@ -75,6 +81,8 @@ __all__ = [
     "RunEvent",
     "RunTimeoutError",
     "SecurityError",
+    "ServiceFailedError",
+    "StreamInterruptedError",
     "TargetError",
     "TaskDefinition",
     "TaskDefinitionError",
@@ -85,6 +93,7 @@ __all__ = [
     "UntrustedPayloadError",
     "context",
     "entrypoint",
+    "secret",
     "task",
     "template",
 ]

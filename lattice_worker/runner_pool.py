@@ -6,7 +6,7 @@ makes room for others, and spares are replaced in the background.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.idle_runners import IdleRunners
@@ -51,10 +51,9 @@ class Pool:
         """Return the levels of isolation that can be set up on this machine."""
         return await self._sandboxed.levels()
 
-    @property
-    def refusals(self) -> Mapping[str, str]:
-        """The levels of isolation that cannot be set up on this machine, with the reasons, once `levels` has tried."""
-        return self._sandboxed.refusals
+    def level_refusals(self) -> dict[str, str]:
+        """Return by level why it cannot be set up on this machine; filled by `levels`."""
+        return dict(self._sandboxed.refusals)
 
     async def take(self, key: RunnerKey) -> Runner:
         """Return a runner that can run one more invocation. Raises OSError and SandboxError."""

@@ -52,6 +52,8 @@ class Supervisor:
                 self.refuse(str(header["reason"]))
             case "spawn":
                 require_values(header["task"]["inputs"].values())
+            case "chunk":
+                require_values([{"type": header["type"], "blob": 0}])
             case "ask":
                 require_values([header["payload"]])
 

@@ -190,3 +190,18 @@ def test_question_of_a_sandbox_is_not_unpickled(sandboxed: LatticeClient, level:
         assert run.output(run.add(asker, {"path": str(tmp_path / "was-here")}), timeout=60) == "no"
     assert ["question 'q' of task 'asker'" in text for text in seen] == [True]
     assert not (tmp_path / "was-here").exists()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_chunks_of_a_sandbox_are_data_or_refused(sandboxed: LatticeClient, level: str, tmp_path: Path) -> None:
+    @task(isolation=level)
+    def produce(path: str) -> Any:
+        yield (1, 2)
+        yield Hostile(path)
+
+    workflow = sandboxed.create_workflow()
+    produced = workflow.add_task(produce, {"path": str(tmp_path / "was-here")})
+    found = []
+    with pytest.raises(UntrustedPayloadError, match="a chunk of task 'produce'"):
+        found.extend(workflow.run().stream(produced))
+    assert not (tmp_path / "was-here").exists()

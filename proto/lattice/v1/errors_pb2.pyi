@@ -189,6 +189,10 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
     nothing again.
     """
+    ERROR_REASON_SERVICE_NOT_FOUND: _ErrorReason.ValueType  # 60
+    """NOT_FOUND: no such service."""
+    ERROR_REASON_TOO_MANY_SERVICES: _ErrorReason.ValueType  # 61
+    """RESOURCE_EXHAUSTED: the tenant has as many services as it may."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -274,6 +278,10 @@ ERROR_REASON_RUN_EVICTED: ErrorReason.ValueType  # 35
 """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
 nothing again.
 """
+ERROR_REASON_SERVICE_NOT_FOUND: ErrorReason.ValueType  # 60
+"""NOT_FOUND: no such service."""
+ERROR_REASON_TOO_MANY_SERVICES: ErrorReason.ValueType  # 61
+"""RESOURCE_EXHAUSTED: the tenant has as many services as it may."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final
