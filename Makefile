@@ -8,7 +8,7 @@ $(VENV)/.stamp: pyproject.toml
 	touch $@
 
 .PHONY: setup test lint proto
-setup: $(VENV)/.stamp nodejs go network
+setup: $(VENV)/.stamp nodejs go network postgres
 
 # One test of each behaviour. Three processes, because tests wait much of the time; PYTEST_FLAGS="-n 0" runs all in one.
 test: setup
@@ -70,6 +70,11 @@ examples/go/.build/.stamp: $(VENV)/.stamp scripts/build_go.sh $(wildcard example
 .PHONY: network
 network:
 	scripts/install_missing.sh network
+
+# Tests of the journal in PostgreSQL start a server of their own. Where that is impossible they are skipped.
+.PHONY: postgres
+postgres:
+	scripts/install_missing.sh postgres
 
 # The oldest supported generator: its code runs on every newer protobuf runtime.
 .venv-proto/.stamp:
