@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lattice_server.engine.journal_port import Journal, JournalError
 from lattice_server.engine.journal_records import DroppedRun, EventRecorded, RunAccepted, RunEnded
-from lattice_server.journal.memory import MemoryJournal
 from lattice_server.journal.sqlite import SqliteSettings, Sync, open_sqlite
+from tests.server.journal.memory import MemoryJournal
 
 BODY = b"e" * 180
 COMMITS = 1_000

@@ -127,9 +127,17 @@ class Journal(Protocol):
     workflow one above `last_workflow`.
     """
 
-    epoch: int
-    last_run: int
-    last_workflow: int
+    @property
+    def epoch(self) -> int:
+        """See above."""
+
+    @property
+    def last_run(self) -> int:
+        """See above."""
+
+    @property
+    def last_workflow(self) -> int:
+        """See above."""
 
     def append(self, records: Sequence[Record]) -> int:
         """Take records of work that was accepted, all or none; return their commit number. Never waits for the disk.

@@ -48,6 +48,8 @@ class RunEntry:
         stream: the newest stream of that caller.
         grace: the timer that cancels an open run without a stream.
         is_continuing: whether a slice that submits more of its tasks is queued.
+        recorded: how many of its events are in the journal.
+        definition: the encoded tasks that a caller is about to add, for the journal.
     """
 
     run: Run
@@ -74,6 +76,8 @@ class RunEntry:
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
     is_continuing: bool = False
+    recorded: int = 0
+    definition: bytes | None = None
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times of a fact; `offset_s` is how far wall time is ahead of the machines' monotonic time.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lattice_server.engine.journal_port import (
     JournalBrokenError,
+    JournalError,
     JournalFullError,
     JournalListener,
     JournalReader,
@@ -71,7 +72,11 @@ def open_sqlite(folder: Path, listener: JournalListener, settings: SqliteSetting
         JournalError: it cannot be used.
     """
     chosen = settings or SqliteSettings()
-    backend = SqliteBackend(folder, chosen)
+    try:
+        backend = SqliteBackend(folder, chosen)
+    except OSError as error:
+        text = f"the journal in {folder} cannot be opened: {error.strerror}; name another folder, or mend this one"
+        raise JournalError(text) from error
     return GroupCommit(backend, listener, chosen.limits)
 
 

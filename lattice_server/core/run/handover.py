@@ -76,9 +76,7 @@ class Handover:
         self._left -= 1
         return self.ready.popleft()
 
-    def send(
-        self, record: TaskRecord, now: float, after: str = "", history: AttemptHistory = NO_HISTORY
-    ) -> None:
+    def send(self, record: TaskRecord, now: float, after: str = "", history: AttemptHistory = NO_HISTORY) -> None:
         """Send a task to the scheduler, to start at once or after another one."""
         spec, status = record.spec, self._status
         started_at = max(status.started_at, now - MAX_AGE_S)

@@ -8,10 +8,10 @@ from uuid import uuid4
 import pytest
 
 from lattice_server.engine.journal_port import Journal, JournalRetention
-from lattice_server.journal.memory import MemoryJournal
 from lattice_server.journal.postgres import PostgresSettings, open_postgres
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
 from tests.server.journal.listening import Listening
+from tests.server.journal.memory import MemoryJournal
 from tests.server.journal.postgres_server import PostgresServer, running_postgres
 
 Open = Callable[[Listening, JournalRetention], Journal]

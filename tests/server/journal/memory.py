@@ -1,7 +1,4 @@
-"""Owns the journal of a server without a data folder. Rule: records count as durable once they are appended.
-
-It has the same content as the other journals until the process ends, and no thread of its own.
-"""
+"""A journal in memory, which is the model that the others are compared with. Records count as durable at once."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
