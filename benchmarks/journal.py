@@ -10,7 +10,6 @@ from pathlib import Path
 from lattice_server.engine.journal_port import Journal, JournalError
 from lattice_server.engine.journal_records import DroppedRun, EventRecorded, RunAccepted, RunEnded
 from lattice_server.journal.sqlite import SqliteSettings, Sync, open_sqlite
-from tests.server.journal.memory import MemoryJournal
 
 BODY = b"e" * 180
 COMMITS = 1_000
@@ -95,7 +94,6 @@ def main() -> None:
     flags = parser.parse_args()
     print("| journal | commit, p50 | p99 | events/s | CPU µs an event | runs of 4 events/s | events read/s |")
     print("|---|---|---|---|---|---|---|")
-    measure("memory", MemoryJournal)
     for sync in Sync:
         with tempfile.TemporaryDirectory(prefix="lattice-journal-", dir=flags.folder) as folder:
             settings = SqliteSettings(sync=sync)

@@ -32,9 +32,14 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class RecordedEvent:
-    """An event that was read back, how long its task was queued, if it tells, and the lease of an attempt's start."""
+    """An event that was read back.
+
+    `happened_s` is when a task started or ended, which may be before the event. `queued_s` is how long a task that has
+    ended was queued. A start has the lease of the attempt, and its position in it.
+    """
 
     event: RunEvent
+    happened_s: float
     queued_s: float | None
     lease_id: str
     item: int

@@ -207,7 +207,7 @@ class RunRestorer:
                 tasks = (yield from codec.read_workflow(next(definitions, b""), self._code)).tasks
                 made.functions |= yield from functions_of(tasks)
                 added = tasks
-            at = told.event.time_s - offset_s
+            at = told.happened_s - offset_s
             made.restoration.apply(fact, at, added=added, queued_s=told.queued_s)
             entry.note_times(fact, offset_s)
             entry.log.append(fact, told.event.time_s)

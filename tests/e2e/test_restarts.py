@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from lattice_client import LatticeClient, Run, task
+from lattice_client import LatticeClient, Run, RunCancelledError, RunEvent, task
+from lattice_worker import context
 from tests.e2e import rooms
 from tests.e2e.conftest import LATTICE
 from tests.e2e.rooms import Room
@@ -96,6 +97,38 @@ def third(room: str, value: int) -> int:
     return value + 1
 
 
+@task
+def numbers(room: str) -> list[int]:
+    rooms.note(room, "numbers")
+    return [0, 1, 2, 3]
+
+
+@task
+def square(value: int, room: str) -> int:
+    if value == 3:
+        rooms.enter(room, "square")
+    rooms.note(room, f"square {value}")
+    return value * value
+
+
+@task
+def total(values: list[int], room: str) -> int:
+    context.spawn(third, {"room": room, "value": 0})
+    rooms.note(room, "total")
+    return sum(values)
+
+
+@task
+def held(room: str) -> None:
+    rooms.enter(room, "held")
+
+
+def told(event: RunEvent) -> tuple[Any, ...]:
+    """Return an event without its rounded times."""
+    data = {key: value for key, value in event.data.items() if key != "queue_time_s"}
+    return event.sequence, pytest.approx(event.time_s, abs=1e-6), event.type, data
+
+
 def chain(client: LatticeClient, room: str) -> Run:
     workflow = client.create_workflow()
     one = workflow.add_task(first, {"room": room}, task_name="first")
@@ -117,3 +150,84 @@ def test_a_run_ends_with_its_result_when_the_server_is_killed_in_the_middle(head
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     notes = room.notes()
     assert (notes.count("first"), notes.count("-second"), notes.count("third")) == (1, 1, 1)
+
+
+def test_a_run_that_grows_keeps_its_ended_items_when_the_server_is_killed(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        workflow = client.create_workflow()
+        listed = workflow.add_task(numbers, {"room": room})
+        mapped = workflow.map(square, {"value": listed.output}, {"room": room})
+        workflow.add_task(total, {"values": mapped.output, "room": room})
+        run = workflow.run()
+        for item in range(3):
+            rooms.until(run, "task_succeeded", f"square[{item}]")
+        rooms.until(run, "task_started", "square[3]")
+        later = workflow.add_task(third, {"room": room, "value": 41})
+        run.add_tasks([later])
+        rooms.until(run, "task_succeeded", "third")
+        head.kill()
+        head.start()
+        room.open()
+        assert run.output("total", timeout=RESULT_S) == 14
+        assert run.output("third") == 42
+        assert {found.task_id for found in client.list_tasks(run.run_id)} >= {"square[3]", "total", "third"}
+    notes = room.notes()
+    assert [notes.count(f"square {item}") for item in range(4)] == [1, 1, 1, 1]
+    assert (notes.count("numbers"), notes.count("total")) == (1, 1)
+
+
+def test_ended_runs_and_stored_workflows_are_there_after_a_restart(head: Head, room: Room) -> None:
+    room.open()
+    with LatticeClient(head.address) as client:
+        ended = chain(client, room)
+        assert ended.result(timeout=RESULT_S) == {"result": 3}
+        events = list(ended.events())
+        shown = client.describe_run(ended.run_id)
+        workflow = client.create_workflow()
+        workflow.add_task(first, {"room": room})
+        workflow.store("kept")
+        before = len(room.notes())
+        head.kill()
+        head.start()
+        assert client.list_runs()[0].run_id == ended.run_id
+        assert client.describe_run(ended.run_id) == shown
+        assert client.get_run(ended.run_id).result(timeout=RESULT_S) == {"result": 3}
+        assert list(map(told, client.get_run(ended.run_id).events())) == list(map(told, events))
+        assert [found.workflow_id for found in client.list_workflows()] == ["kept"]
+        assert len(room.notes()) == before
+        assert client.get_workflow("kept").run().result(timeout=RESULT_S) == {"result": 1}
+        retried = client.retry_run(ended.run_id)
+        assert retried.result(timeout=RESULT_S) == {"result": 3}
+        assert len(room.notes()) == before + 1, "the retried run had all results"
+        assert [found.run_id for found in client.list_runs()][-1] == ended.run_id
+        assert len(client.list_runs()) == 3
+
+
+def test_a_cancelled_run_stays_cancelled_when_the_server_is_killed(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        run = client.create_workflow()
+        run.add_task(held, {"room": room}, task_name="held")
+        started = run.run()
+        rooms.until(started, "task_started", "held")
+        started.cancel("enough")
+        head.kill()
+        head.start()
+        with pytest.raises(RunCancelledError):
+            started.result(timeout=RESULT_S)
+    assert "-held" not in room.notes()
+
+
+def test_a_second_server_on_the_same_journal_is_refused_with_its_reason(head: Head) -> None:
+    command = head.command()
+    command[command.index("--port") + 1] = "0"
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert refused.stderr == f"Error: another server uses the journal in {head.journal}\n"
+
+
+def test_a_journal_in_a_file_is_refused_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    head = Head(tmp_path / "file")
+    refused = subprocess.run(head.command(), check=False, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"Error: the journal in {head.journal} cannot be opened: ")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from google.protobuf.message import Message
 from lattice.v1 import run_pb2, task_pb2, worker_pb2, workflow_pb2
 
-from lattice_server.core.messages import RunEvent, TaskStarted, TaskSucceeded
+from lattice_server.core.messages import RunEvent, TaskFailed, TaskStarted, TaskSucceeded
 from lattice_server.core.model import Bundle, FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.scheduling.batching import BatchRule
 from lattice_server.core.steps import Steps, stepwise
@@ -22,7 +22,7 @@ from lattice_server.rpc.convert.payloads import fill_payload, payload_from_proto
 from lattice_server.rpc.convert.recorded_events import event_from_proto
 from lattice_server.rpc.convert.runs import run_to_proto
 from lattice_server.rpc.convert.tasks import task_from_proto, task_to_spec
-from lattice_server.rpc.convert.times import limit_from_proto
+from lattice_server.rpc.convert.times import fill_timestamp, limit_from_proto
 
 FAILURE_POLICY_FROM_PROTO = {
     workflow_pb2.FAILURE_POLICY_FAIL_FAST: FailurePolicy.FAIL_FAST,
@@ -78,19 +78,21 @@ class ContractCodec:
 
     def event(self, entry: RunEntry, event: RunEvent) -> tuple[bytes, bytes]:
         """See `RunCodec`."""
-        replay = b""
+        replay = worker_pb2.Report()
         match event.fact:
-            case TaskStarted(lease_id=lease_id, item=item) if lease_id:
-                replay = _bytes(worker_pb2.Report(lease_id=lease_id, item=item))
-            case TaskSucceeded(split=split) if split:
-                report = worker_pb2.Report()
+            case TaskStarted(task_id=task_id, lease_id=lease_id, item=item):
+                replay.lease_id, replay.item = lease_id, item
+                fill_timestamp(replay.time, entry.start_times_s.get(task_id))
+            case TaskSucceeded(task_id=task_id, split=split):
+                fill_timestamp(replay.time, entry.end_times_s.get(task_id))
                 for name, items in split.items():
                     for payload in items:
-                        fill_payload(report.succeeded.split[name].items.add(), payload)
-                replay = _bytes(report)
+                        fill_payload(replay.succeeded.split[name].items.add(), payload)
+            case TaskFailed(task_id=task_id):
+                fill_timestamp(replay.time, entry.end_times_s.get(task_id))
             case _:
                 pass
-        return _bytes(event_to_proto(entry.run.tasks, event)), replay
+        return _bytes(event_to_proto(entry.run.tasks, event)), _bytes(replay)
 
     def summary(self, entry: RunEntry) -> bytes:
         """See `RunCodec`."""

@@ -40,7 +40,8 @@ def event_from_proto(key: str, message: run_pb2.RunEvent, report: worker_pb2.Rep
     time_s = seconds_from(message.time)
     fact = FACTS[kind](key, body, report, time_s)
     queued_s = seconds_from(body.queue_time) if kind == "task_succeeded" and body.HasField("queue_time") else None
-    return RecordedEvent(RunEvent(message.sequence, time_s, fact), queued_s, report.lease_id, report.item)
+    happened_s = seconds_from(report.time) if report.HasField("time") else time_s
+    return RecordedEvent(RunEvent(message.sequence, time_s, fact), happened_s, queued_s, report.lease_id, report.item)
 
 
 def _run_started(key: str, body: run_pb2.RunStarted, *_: Any) -> Fact:

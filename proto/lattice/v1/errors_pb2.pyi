@@ -181,6 +181,14 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
     nothing again.
     """
+    ERROR_REASON_JOURNAL_FULL: _ErrorReason.ValueType  # 36
+    """RESOURCE_EXHAUSTED: the disk of the server's journal is full, so no new run or workflow is accepted. Runs that were
+    accepted continue.
+    """
+    ERROR_REASON_JOURNAL_BUSY: _ErrorReason.ValueType  # 37
+    """RESOURCE_EXHAUSTED: too much waits to be written to the server's journal; `RetryInfo` says when to try again."""
+    ERROR_REASON_JOURNAL_CORRUPT: _ErrorReason.ValueType  # 38
+    """FAILED_PRECONDITION: the records of the run are damaged on the server's disk, so it cannot be shown."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -266,6 +274,14 @@ ERROR_REASON_RUN_EVICTED: ErrorReason.ValueType  # 35
 """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
 nothing again.
 """
+ERROR_REASON_JOURNAL_FULL: ErrorReason.ValueType  # 36
+"""RESOURCE_EXHAUSTED: the disk of the server's journal is full, so no new run or workflow is accepted. Runs that were
+accepted continue.
+"""
+ERROR_REASON_JOURNAL_BUSY: ErrorReason.ValueType  # 37
+"""RESOURCE_EXHAUSTED: too much waits to be written to the server's journal; `RetryInfo` says when to try again."""
+ERROR_REASON_JOURNAL_CORRUPT: ErrorReason.ValueType  # 38
+"""FAILED_PRECONDITION: the records of the run are damaged on the server's disk, so it cannot be shown."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final

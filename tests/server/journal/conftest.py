@@ -14,6 +14,22 @@ from tests.server.journal.listening import Listening
 from tests.server.journal.memory import MemoryJournal
 from tests.server.journal.postgres_server import PostgresServer, running_postgres
 
+# The kills of `make test`; `make test-all` has those at all points.
+KILLS = frozenset({"commit.before_commit", "commit.after_commit", "chores.after_delete"})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as exhaustive what needs PostgreSQL, and most of the tests that kill a process."""
+    for item in items:
+        if item.path.parent != Path(__file__).parent:
+            continue
+        values = set(map(str, item.callspec.params.values())) if hasattr(item, "callspec") else set()
+        is_kill = item.path.name == "test_crashes.py" and not (values and values <= KILLS)
+        if "postgres" in values or item.path.name == "test_postgres.py" or is_kill:
+            item.add_marker(pytest.mark.exhaustive)
+
+
 Open = Callable[[Listening, JournalRetention], Journal]
 
 
