@@ -1,17 +1,20 @@
 """A server that is killed with SIGKILL and started again on the same journal: runs continue, and results stay."""
 
+import random
 import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from lattice_client import LatticeClient, Run, RunCancelledError, RunEvent, task
+from lattice_client import LatticeClient, Run, RunCancelledError, RunEvent, UnavailableError, task
 from lattice_worker import context
 from tests.e2e import rooms
 from tests.e2e.conftest import LATTICE
@@ -231,3 +234,65 @@ def test_a_journal_in_a_file_is_refused_with_its_reason(tmp_path: Path) -> None:
     refused = subprocess.run(head.command(), check=False, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1
     assert refused.stderr.startswith(f"Error: the journal in {head.journal} cannot be opened: ")
+
+
+@task
+def step(folder: str, name: str, value: int) -> int:
+    rooms.note(folder, name)
+    return value + 1
+
+
+def steps(client: LatticeClient, room: str, run_id: str) -> Run:
+    workflow = client.create_workflow()
+    last: Any = 0
+    for place in range(5):
+        last = workflow.add_task(step, {"folder": room, "name": f"{run_id}/{place}", "value": last}).output
+    return workflow.run(run_id)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+def test_no_run_is_lost_or_ends_twice_when_the_server_is_killed_again_and_again(head: Head, room: Room) -> None:
+    dice = random.Random(7)
+    ids: list[str] = []
+    wrong: list[object] = []
+    is_over = threading.Event()
+
+    def submit(number: int) -> None:
+        with LatticeClient(head.address) as client:
+            while not is_over.is_set():
+                run_id = f"run-{number}-{len(ids)}"
+                ids.append(run_id)
+                started = None
+                while started is None:
+                    # A start that is repeated with its id starts nothing twice.
+                    with suppress(UnavailableError):
+                        started = steps(client, room, run_id)
+                found = started.result(timeout=RESULT_S)
+                if found != {"result": 5}:
+                    wrong.append((run_id, found))
+
+    threads = [threading.Thread(target=submit, args=[number]) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        time.sleep(dice.uniform(0.05, 1.5))
+        head.kill()
+        head.start()
+    is_over.set()
+    for thread in threads:
+        thread.join(2 * RESULT_S)
+    assert not wrong
+    with LatticeClient(head.address) as client:
+        found = {run.run_id: run for run in client.list_runs()}
+        assert set(ids) <= found.keys()
+        for run_id in ids:
+            run = client.get_run(run_id)
+            assert run.result(timeout=RESULT_S) == {"result": 5}
+            events = list(run.events())
+            assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+            ends = [event.task_id for event in events if event.type == "task_succeeded"]
+            assert len(ends) == len(set(ends)) == 5
+            for place in range(5):
+                tries = sum(event.type == "task_started" and event.data["attempt"] for event in events)
+                assert room.notes().count(f"{run_id}/{place}") <= tries
