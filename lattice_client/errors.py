@@ -7,6 +7,7 @@
     +-- ClientClosedError        the client was closed, or the program is ending
     +-- ForkError                the process was forked after gRPC had been used in it
     +-- DecodeError              a received value cannot be decoded here
+    +-- ServiceFailedError       the instances of a service cannot start; carries the last lines of its program
     +-- RunError                 the run or the task did not succeed
     |   +-- TaskFailedError      a task failed; carries the remote traceback
     |   +-- RunTimeoutError      the run exceeded its time limit
@@ -60,6 +61,25 @@ class ForkError(LatticeError):
 
 class DecodeError(LatticeError):
     """A received value cannot be decoded here; the cause is the exception that decoding raised."""
+
+
+class ServiceFailedError(LatticeError):
+    """The instances of a service cannot start.
+
+    Attributes:
+        service: the name of the service.
+        kind: the class of failure, such as `command_not_found` or `out_of_gpu_memory`.
+        last_lines: what its program wrote last.
+    """
+
+    def __init__(self, service: str, kind: str, message: str, last_lines: tuple[str, ...] = ()) -> None:
+        shown = "".join(f"\n  {line}" for line in last_lines)
+        super().__init__(f"service {service!r} cannot start ({kind}): {message}{shown}")
+        self.service, self.kind, self.last_lines = service, kind, last_lines
+        self._parts = service, kind, message, last_lines
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._parts
 
 
 class RunError(LatticeError):
@@ -120,6 +140,10 @@ class TaskFailedError(RunError):
             parts.append(self.missing_cause)
         text = "\n".join(parts)
         return f"{text}\n\nRemote traceback:\n{self.remote_traceback}" if self.remote_traceback else text
+
+
+class StreamInterruptedError(RunError):
+    """The streamed output of a task cannot be read on: chunks are not kept any more, or a later attempt began anew."""
 
 
 class RunTimeoutError(RunError):

@@ -19,6 +19,7 @@ from lattice_client.runs.open_run import AsyncOpenRun, OpenRunRequest
 from lattice_client.runs.questions import OnQuestion
 from lattice_client.runs.submission import ADMISSION_TIMEOUT_S
 from lattice_client.runs.sync_run import OpenRun, Run
+from lattice_client.services.blocking import Services
 from lattice_client.transport.blocking import BlockingChannel
 from lattice_client.transport.channel import dial
 from lattice_client.transport.security import SecurityOptions
@@ -83,6 +84,11 @@ class LatticeClient:
         self._settings = tenant, admission_timeout
         # An asyncio client over calls that block; `blocking` runs its coroutines.
         self.twin = AsyncLatticeClient.over(BlockingChannel(self._dialled), *self._settings)
+
+    @functools.cached_property
+    def services(self) -> Services:
+        """The services of the server: programs that serve requests until they are stopped."""
+        return Services(self.twin.services)
 
     @functools.cached_property
     def aio(self) -> AsyncLatticeClient:

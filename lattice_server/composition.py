@@ -15,6 +15,7 @@ from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.durability import Durability
@@ -25,6 +26,7 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Executor
 from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.scheduler_thread import SchedulerThread
+from lattice_server.engine.services.services import Services
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.store_folder import SOCKET
@@ -38,11 +40,13 @@ from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.convert.journal import ContractCodec
+from lattice_server.rpc.convert.services import instance_function
 from lattice_server.rpc.durable_answers import DurableAnswers
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.request_cache import RequestCache
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.server import RpcServer
+from lattice_server.rpc.services import ServicesServicer
 from lattice_server.rpc.spec_parser import SpecParser
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
@@ -91,7 +95,9 @@ class Engine:
             config.open_run_grace_s,
             self.slices,
             self.journal,
+            ChunkStore(Bound(config.chunk_bytes, share)),
         )
+        self.services = Services(self.orchestrator, instance_function())
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )
@@ -116,7 +122,9 @@ class Engine:
         """Return how full each bounded store is."""
         ended = self.orchestrator.ended
         uploads, live = self.store.uploads.usage, self.admission.memory
-        return self.code.usage, uploads, self.workflows.usage, self.drafts.usage, live, ended.memory, ended.values
+        chunks = self.orchestrator.chunks.usage
+        own = (self.code.usage, uploads, self.workflows.usage, self.drafts.usage, live)
+        return *own, ended.memory, ended.values, chunks
 
 
 def executor_of(config: ServerConfig, store_directory: Path) -> Executor:
@@ -176,6 +184,7 @@ def rpc_server(
         ArtifactServicer(engine.store, engine.transfers, assigned),
         ClusterServicer(engine.bus, engine.sessions, cache, orchestrator.queries, describe),
         workers,
+        ServicesServicer(engine.services, engine.code, cache),
         authentication,
         slices,
         None

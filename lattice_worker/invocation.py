@@ -44,6 +44,7 @@ class Invocation:
         on_log: takes (stream, text, truncated).
         on_spawn: takes the header and the blobs of a spawned task.
         on_ask: takes the header and the blobs of a question.
+        on_stream: takes the header and the blobs of a chunk, or the header that says how far it is.
         on_end: takes the header and the blobs of the answer.
         on_refused: called when the runner ends without having begun the invocation.
         on_given_back: takes (reason, is_suspect) when the runner died and another invocation may be the cause.
@@ -61,6 +62,7 @@ class Invocation:
     on_log: Callable[[str, str, bool], None]
     on_spawn: Callable[[dict[str, Any], list[bytes]], None]
     on_ask: Callable[[dict[str, Any], list[bytes]], None]
+    on_stream: Callable[[dict[str, Any], list[bytes]], None]
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     on_refused: Callable[[], None]
     on_given_back: Callable[[str, bool], None]

@@ -15,7 +15,9 @@ from lattice_worker.local_store import LocalStore
 from lattice_worker.runner_handle import Runner
 from lattice_worker.sandbox.policy import SECCOMP, SUBPROCESS
 from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, inlined, screened
+from lattice_worker.streams import WINDOW_BYTES, WINDOW_CHUNKS
 
+WINDOW = (WINDOW_CHUNKS, WINDOW_BYTES)
 # The levels of sandboxes by their numbers in the contract; nothing for no sandbox.
 ISOLATIONS = {
     resources_pb2.ISOLATION_NONE: "",
@@ -81,12 +83,16 @@ class Preparation:
             "inline_limit": self._limits.inline_bytes,
             "log_limit": self._limits.log_bytes,
             "question_limit": self._limits.question_bytes,
+            "chunk_limit": self._limits.chunk_bytes,
+            "chunk_window": WINDOW,
+            "timeout": convert.seconds(assignment.timeout),
         }
         if runner.sandbox is not None:
             header["items"] = [
                 {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]
             ]
             header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES}
+            header["timeout"] = header["timeout"] or runner.sandbox.policy.time_s
         return header, blobs
 
     def screened(self, runner: Runner, answer: dict[str, Any], blobs: list[bytes]) -> Frame:

@@ -103,6 +103,10 @@ class Runner:
         """Send the answer to a question of an invocation."""
         self._send({"kind": "answer", "id": name} | header, blobs)
 
+    def credit(self, name: str, chunks: int, size: int) -> None:
+        """Let an invocation stream so much again: the server has taken it."""
+        self._send({"kind": "credit", "id": name, "chunks": chunks, "bytes": size})
+
     def cancel(self, name: str) -> None:
         """Cancel an async invocation."""
         self._send({"kind": "cancel", "id": name})
@@ -193,6 +197,8 @@ class Runner:
                 invocation.on_spawn(header["task"], blobs)
             case "ask":
                 invocation.on_ask(header, blobs)
+            case "chunk" | "progress":
+                invocation.on_stream(header, blobs)
             case "describing":
                 if header["is_over"]:
                     invocation.cancel_description_timer()

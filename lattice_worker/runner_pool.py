@@ -51,6 +51,10 @@ class Pool:
         """Return the levels of isolation that can be set up on this machine."""
         return await self._sandboxed.levels()
 
+    def level_refusals(self) -> dict[str, str]:
+        """Return by level why it cannot be set up on this machine; filled by `levels`."""
+        return dict(self._sandboxed.refusals)
+
     async def take(self, key: RunnerKey) -> Runner:
         """Return a runner that can run one more invocation. Raises OSError and SandboxError."""
         if key.isolation:

@@ -22,6 +22,8 @@ class SandboxRunners:
     def __init__(self, start: Callable[[Supervisor], Awaitable[Runner]]) -> None:
         self._start = start
         self._spares: Spares[Runner] = Spares(self._seal, SPARES)
+        # By level why it is not offered.
+        self.refusals: dict[str, str] = {}
 
     async def levels(self) -> list[str]:
         """Return the levels of isolation that can be set up here: a process was sealed for each and accepted."""
@@ -55,6 +57,7 @@ class SandboxRunners:
             self._spares.add(policy, await self._seal(policy))
         except (OSError, SandboxError) as error:
             log.warning("isolation by %s is not offered: %s", level, error)
+            self.refusals[level] = str(error)
             return False
         return True
 

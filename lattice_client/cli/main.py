@@ -8,6 +8,8 @@ import click
 from lattice.v1 import cluster_pb2
 
 from lattice_client import logs
+from lattice_client.cli.doctor import doctor
+from lattice_client.cli.inspection import read_logs, show_run, show_timeline
 from lattice_client.cli.options import (
     DISTRIBUTION,
     Commands,
@@ -20,6 +22,8 @@ from lattice_client.cli.options import (
     show,
 )
 from lattice_client.cli.runs import runs
+from lattice_client.cli.services import services
+from lattice_client.cli.streaming import stream
 from lattice_client.cli.terminal import say
 
 
@@ -42,7 +46,12 @@ def main(log_level: str | None, log_format: str | None) -> None:
     os.environ.update({name: value for name, value in given.items() if value})
 
 
+runs.add_command(stream)
 main.add_command(runs)
+main.add_command(services)
+main.add_command(doctor)
+for command in (show_run, show_timeline, read_logs):
+    runs.add_command(command)
 
 
 @main.command()

@@ -32,20 +32,21 @@ async def watch_run(server: Server, run_id: str, as_json: bool) -> None:
         with reachable(server.target):
             run = await client.describe_run(run_id)
         if as_json:
-            async for event in client.api.reader.fetched_events(run_id, fetch=_json_reader(client), on_loss=_say_lost):
+            async for event in client.api.reader.fetched_events(run_id, fetch=_json_reader(client), on_loss=say_lost):
                 print_json({"sequence": event.sequence, "type": event.type, "data": event.data})
         elif console.is_terminal and not console.is_dumb_terminal:
             await _watch_live(client, run)
         else:
             lines = Lines()
-            async for event in client.api.reader.fetched_events(run_id, fetch=_json_reader(client), on_loss=_say_lost):
+            async for event in client.api.reader.fetched_events(run_id, fetch=_json_reader(client), on_loss=say_lost):
                 _print_plain(event, lines)
         error = await client.api.reader.error_of(await client.describe_run(run_id))
     if error is not None:
         raise error
 
 
-def _say_lost(error: errors.RequestError) -> None:
+def say_lost(error: errors.RequestError) -> None:
+    """Say that the connection of a reader broke."""
     say(f"The server does not answer; reconnecting for {RECONNECT_S:.0f} s. {one_line(str(error))}", err=True)
 
 
@@ -101,7 +102,7 @@ async def _watch_live(client: AsyncLatticeClient, run: run_pb2.Run) -> None:
         return payload  # the live view shows no outputs, so that large ones need not be fetched
 
     progress = Progress(run)
-    events = client.api.reader.fetched_events(run.run_id, fetch=unfetched, on_loss=_say_lost)
+    events = client.api.reader.fetched_events(run.run_id, fetch=unfetched, on_loss=say_lost)
     with Live(progress, console=console, auto_refresh=False, vertical_overflow="crop") as live:
         async for batch in _batches(events):
             lines = [line for event in batch for line in progress.take(event)]

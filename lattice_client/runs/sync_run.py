@@ -10,6 +10,7 @@ from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import TaskOutput
+from lattice_client.runs import streams
 from lattice_client.runs.decoding import decoded
 from lattice_client.runs.driver import blocking, iterate
 from lattice_client.runs.ids import RunId
@@ -66,6 +67,30 @@ class Run(RunId):
         """Yield the run's events after number `after`, to its end. Raises TimeoutError after `timeout` seconds."""
         for event in iterate(self.twin.api, self.twin.fetched_events(after), self, timeout):
             yield decoded(event)
+
+    def stream(
+        self, task: streams.Streaming, *, on_restart: streams.OnRestart | None = None, timeout: float | None = None
+    ) -> Iterator[Any]:
+        """Yield the values that a task streams, to its end; see `AsyncRun.stream`. Raises TimeoutError."""
+        source = streams.values(self.twin.api, self, task, on_restart)
+        for chunk in iterate(self.twin.api, source, self, timeout):
+            yield streams.with_value(chunk).value
+
+    def chunks(
+        self,
+        task: streams.Streaming | None = None,
+        after: Mapping[str, int] | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[streams.Chunk]:
+        """Yield the kept chunks of one task, or of all tasks; see `AsyncRun.chunks`. Raises TimeoutError."""
+        for chunk in iterate(self.twin.api, streams.chunks(self.twin.api, self, task, after), self, timeout):
+            yield streams.with_value(chunk)
+
+    def progress(
+        self, task: streams.Streaming | None = None, timeout: float | None = None
+    ) -> Iterator[streams.Progress]:
+        """Yield how far one task is, or all tasks are; see `AsyncRun.progress`. Raises TimeoutError."""
+        yield from iterate(self.twin.api, self.twin.progress(task), self, timeout)
 
     def cancel(self, reason: str = "") -> None:
         """Cancel the run."""

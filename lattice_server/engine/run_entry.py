@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lattice_server.core.messages import TaskStarted
@@ -11,6 +11,7 @@ from lattice_server.core.run.open_run import HolderEffect, OpenRun
 from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.caller_stream import CallerStream
+from lattice_server.engine.chunk_log import RunChunks
 from lattice_server.engine.run_log import ENDS, RunLog
 from lattice_server.engine.uploads import Name
 
@@ -47,9 +48,12 @@ class RunEntry:
         open_run: the machine of its caller, if it was opened by `OpenRun`.
         stream: the newest stream of that caller.
         grace: the timer that cancels an open run without a stream.
+        chunks: what its tasks stream, once there is a chunk or a reader.
         is_continuing: whether a slice that submits more of its tasks is queued.
+        is_transient: whether it means nothing after a restart of the server, so that it is not recorded.
         recorded: how many of its events are in the journal.
         definition: the encoded tasks that a caller is about to add, for the journal.
+        on_effects: is called with the decisions of its machines, after they were carried out.
     """
 
     run: Run
@@ -75,9 +79,12 @@ class RunEntry:
     open_run: OpenRun | None = None
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
+    chunks: RunChunks | None = None
     is_continuing: bool = False
+    is_transient: bool = False
     recorded: int = 0
     definition: bytes | None = None
+    on_effects: Callable[[Sequence[Effect | HolderEffect]], object] | None = None
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times of a fact; `offset_s` is how far wall time is ahead of the machines' monotonic time.

@@ -80,6 +80,8 @@ class RunJournal:
             ExhaustedError: JOURNAL_FULL or JOURNAL_BUSY; the run must not start.
             UnavailableError: the server is stopping, because its journal broke.
         """
+        if entry.is_transient:
+            return
         artifacts = [*entry.run.dag.artifacts, *artifacts_of(parameters.values())]
         self._admit(
             RunAccepted(
@@ -99,7 +101,7 @@ class RunJournal:
     def note(self, entry: RunEntry) -> None:
         """Record the events of a run that are new."""
         events = entry.log.events
-        if entry.recorded == len(events):
+        if entry.is_transient or entry.recorded == len(events):
             return
         records: list[Record] = []
         for event in events[entry.recorded :]:
@@ -117,6 +119,8 @@ class RunJournal:
 
     def end(self, entry: RunEntry) -> None:
         """Record the end of a run."""
+        if entry.is_transient:
+            return
         self._append([RunEnded(entry.number, entry.ended_s or time.time(), self.codec.summary(entry))])
         self.on_end(entry)
 
@@ -130,6 +134,8 @@ class RunJournal:
 
     def note_read(self, entry: RunEntry) -> None:
         """Record that a caller was given the results of a run."""
+        if entry.is_transient:
+            return
         self._append([ResultsRead(entry.number)])
 
     def store(self, entry: StorableWorkflow) -> None:

@@ -39,6 +39,7 @@ class StartSettings(TypedDict):
     is_open: NotRequired[bool]
     request_id: NotRequired[str]
     reach: NotRequired[Reach]
+    is_transient: NotRequired[bool]
 
 
 class Prepared(NamedTuple):
@@ -78,7 +79,7 @@ class RunStarter:
         self, run_id: str, spec: WorkflowSpec, parameters: Mapping[str, Payload], settings: StartSettings
     ) -> Steps[Prepared]:
         """Check a request, in steps. Raises as `Orchestrator.start_run`."""
-        tenant = settings.get("tenant", "")
+        tenant, is_transient = settings.get("tenant", ""), settings.get("is_transient", False)
         self._admission.check_room(len(spec.tasks), run_bytes(len(spec.tasks), _bytes_of(parameters)), tenant)
         graph = yield from dag.building(spec, parameters)
         if settings.get("earlier") is None:
@@ -87,7 +88,7 @@ class RunStarter:
         yield from self._admission.checking(spec.tasks)
         table = yield from tabulating(key_of(run_id or f"run-{uuid4().hex}", tenant), graph)
         functions = yield from functions_of(spec.tasks)
-        definition = b"" if self._journal is None else (yield from self._journal.codec.workflow(spec))
+        definition = b"" if self._journal is None or is_transient else (yield from self._journal.codec.workflow(spec))
         return Prepared(spec, parameters, graph, table, functions, definition)
 
     def start(self, prepared: Prepared, fingerprint: str, settings: StartSettings) -> RunEntry:
@@ -143,6 +144,7 @@ class RunStarter:
             _bytes_of(prepared.parameters),
             settings.get("request_id", ""),
             timeout_s=settings.get("timeout_s"),
+            is_transient=settings.get("is_transient", False),
         )
 
     def _expire(self, entry: RunEntry, limit_s: float) -> None:

@@ -160,6 +160,7 @@ def welcome_to_proto(effect: WelcomeWorker, config: ServerConfig, server_id: str
         drop_artifact_ids=effect.drop_artifact_ids,
         message_limit_bytes=config.worker_message_limit_bytes,
         question_limit_bytes=config.question_limit_bytes,
+        chunk_limit_bytes=config.chunk_limit_bytes,
     )
 
 

@@ -80,6 +80,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     ACTIVE_RUNS_FIELD_NUMBER: builtins.int
     QUEUED_TASKS_FIELD_NUMBER: builtins.int
     RUNNING_ATTEMPTS_FIELD_NUMBER: builtins.int
+    CURRENT_TIME_FIELD_NUMBER: builtins.int
     STORES_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The version of the server's software, for people."""
@@ -117,6 +118,12 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         """When this life of the server started."""
 
     @property
+    def current_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """The time on the server's clock when it made this answer, by which a caller finds out how far its own clock is off.
+        Unset by servers that are older than this field.
+        """
+
+    @property
     def stores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StoreUsage]:
         """The server's stores, with the bytes in use and the bytes allowed."""
 
@@ -135,10 +142,11 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         active_runs: builtins.int = ...,
         queued_tasks: builtins.int = ...,
         running_attempts: builtins.int = ...,
+        current_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         stores: collections.abc.Iterable[Global___StoreUsage] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "executor", b"executor", "features", b"features", "limits", b"limits", "pid", b"pid", "protocol_version", b"protocol_version", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "server_epoch", b"server_epoch", "start_time", b"start_time", "stores", b"stores", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["current_time", b"current_time", "limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "current_time", b"current_time", "executor", b"executor", "features", b"features", "limits", b"limits", "pid", b"pid", "protocol_version", b"protocol_version", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "server_epoch", b"server_epoch", "start_time", b"start_time", "stores", b"stores", "version", b"version"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
 
