@@ -71,6 +71,7 @@ PUBLIC = [
     "TaskOutput",
     "UnauthenticatedError",
     "UnavailableError",
+    "UntrustedPayloadError",
     "context",
     "entrypoint",
     "secret",
