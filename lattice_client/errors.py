@@ -132,6 +132,8 @@ class TaskFailedError(RunError):
         failed_tasks: the number of failed tasks of the run.
         task_name: the display name of the task.
         exception: the encoded original exception.
+        error_type: the class of the original exception as text; empty for a failure that is no exception.
+        error_message: the message of the original exception or of the failure.
         missing_cause: the reason why there is no original exception, or why it could not be rebuilt.
     """
 
@@ -153,6 +155,7 @@ class TaskFailedError(RunError):
         self.remote_traceback = remote_traceback
         self.failed_tasks = failed_tasks
         self.missing_cause = ""
+        self.error_type = self.error_message = ""
         self.exception: Payload | None = None
 
     def __str__(self) -> str:

@@ -51,7 +51,7 @@ class Agent:
         self._config = config
         self._capacity = host.capacity(config)
         self._staging = ArtifactStaging(config.store_directory)
-        self._pool = Pool(max(1, int(self._capacity.cpu)), self._staging, Zygotes(config.server))
+        self._pool = Pool(max(1, int(self._capacity.cpu)), self._staging, Zygotes(config.server), config.engine)
         store = config.store_directory
         incoming = self._staging.incoming
         self._fetcher = None if config.host_fd is None else PeerFetcher(config.host_fd, store, incoming)
@@ -98,6 +98,7 @@ class Agent:
         finally:
             warming.cancel()
             self._pool.close()
+            await self._pool.wait_closed()
             self._local_store.bundles.close()
             if self._fetcher is not None:
                 self._fetcher.close()

@@ -14,7 +14,7 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from lattice_worker.spawned import Binder, SpawnedOutput, SpawnedTask
 from lattice_worker.streaming import StreamError, cancelled, emit, emit_async, logger, progress
 
 __all__ = [
+    "Answer",
     "AnswerError",
     "Attempt",
     "Endpoint",
@@ -42,6 +43,7 @@ __all__ = [
     "StreamError",
     "ask",
     "ask_async",
+    "ask_future",
     "cancelled",
     "current",
     "emit",
@@ -180,6 +182,32 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
+
+
+class Answer:
+    """The answer of a question that `ask_future` has asked."""
+
+    def __init__(self, asked: "Future[Any]") -> None:
+        self._asked = asked
+
+    def result(self) -> Any:
+        """Wait for the answer and return it. Raises as `ask`."""
+        return decoded(self._asked.result())
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return decoded((yield from asyncio.wrap_future(self._asked).__await__()))
+
+    def add_done_callback(self, callback: Callable[["Answer"], object]) -> None:
+        """Call a function once the answer is there, in a thread that no code of the task may block for long."""
+        self._asked.add_done_callback(lambda _: callback(self))
+
+
+def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Answer:
+    """As `ask`, without waiting. Questions that one thread asks reach the caller in the order in which they are asked.
+
+    A question whose answer is not waited for may be lost when the task ends.
+    """
+    return Answer(_asked(name, payload, item))
 
 
 def service(name: str, *, item: int | None = None) -> Endpoint:

@@ -39,6 +39,7 @@ def task_error_of(
     shown = failure_of(failure)
     message = f"{failure.type}: {failure.message}" if failure.type else failure.message
     error = TaskFailedError(run_id, task_id, shown["kind"], message, failure.traceback, failed_tasks, task_name)
+    error.error_type, error.error_message = failure.type, failure.message
     if failure.HasField("exception"):
         error.exception = failure.exception
     elif failure.type:
