@@ -321,7 +321,7 @@ def test_container_is_refused_when_the_engine_leaves_a_part_out(
 
 
 @pytest.mark.exhaustive
-def test_containers_are_gone_when_their_agent_was_killed(address: str) -> None:
+def test_containers_are_gone_when_their_agent_was_killed(address: str, short_path: Path) -> None:
     program = f"""
 import asyncio, os
 from lattice_worker.containers.config import EngineConfig
@@ -341,7 +341,8 @@ async def main():
 
 asyncio.run(main())
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as agent:
+    environment = {**os.environ, "TMPDIR": str(short_path)}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment) as agent:
         assert agent.stdout is not None
         assert agent.stdout.readline() == b"started\n"
         states = {each["State"] for each in listed(address)}
