@@ -93,7 +93,7 @@ class Preparation:
             header["items"] = [
                 {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]
             ]
-            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES}
+            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES, "as_data": True}
             header["timeout"] = header["timeout"] or runner.sandbox.policy.time_s
         return header, blobs
 

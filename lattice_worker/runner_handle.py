@@ -233,6 +233,9 @@ class Runner:
 
     def _retire(self, reason: str) -> None:
         """Refuse the invocations that the process was sent after its last answer: it ends itself."""
+        if self.sandbox is not None and self.running:
+            # It would be started again and again, at no charge to its attempts.
+            raise ValueError("a sandboxed process gave its only invocation back")
         log.info("a task's process runs nothing more: %s", reason)
         self.is_fit = False
         refused, self.running = self.running, {}

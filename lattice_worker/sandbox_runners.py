@@ -9,6 +9,7 @@ from lattice_worker.containers.engine import EngineError
 from lattice_worker.containers.supervisor import ContainerSupervisor
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_handle import Runner
+from lattice_worker.sandbox.advice import advised
 from lattice_worker.sandbox.policy import DOCKER, LEVELS, Policy, container_policy, policy_of
 from lattice_worker.sandbox.spares import Spares
 from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
@@ -20,14 +21,16 @@ SEAL_S = 60.0
 
 
 class SandboxRunners:
-    """Starts and keeps sealed runners. `start` starts the process of a runner with a supervisor."""
+    """Starts and keeps sealed runners. `start` starts the process of a runner with a supervisor.
+
+    `refusals` are the levels that cannot be set up here, with the reasons, once `levels` has tried.
+    """
 
     def __init__(self, start: Callable[[Supervisor], Awaitable[Runner]], containers: Containers) -> None:
         self._start = start
         self._containers = containers
-        self._spares: Spares[Runner] = Spares(self._seal, SPARES)
-        # By level why it is not offered.
         self.refusals: dict[str, str] = {}
+        self._spares: Spares[Runner] = Spares(self._seal, SPARES)
 
     async def levels(self) -> list[str]:
         """Return the levels of isolation that can be set up here: a process was sealed for each and accepted."""
@@ -63,8 +66,8 @@ class SandboxRunners:
         try:
             self._spares.add(policy, await self._seal(policy))
         except (OSError, SandboxError) as error:
-            log.warning("isolation by %s is not offered: %s", level, error)
-            self.refusals[level] = str(error)
+            self.refusals[level] = advised(str(error).removeprefix(f"{level}: "))
+            log.warning("isolation by %s is not offered: %s", level, self.refusals[level])
             return False
         return True
 
