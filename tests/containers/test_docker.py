@@ -323,7 +323,7 @@ def test_container_is_refused_when_the_engine_leaves_a_part_out(
 @pytest.mark.exhaustive
 def test_containers_are_gone_when_their_agent_was_killed(address: str, short_path: Path) -> None:
     program = f"""
-import asyncio, os
+import asyncio, os, time
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.containers import Containers
 
@@ -336,6 +336,7 @@ async def main():
     policy = container_policy()
     supervisor = ContainerSupervisor(policy, containers)
     box = await Box(policy, Path(), supervisor).start(supervisor)
+    box.send(time.sleep, 600)  # It reads nothing meanwhile.
     print("started", flush=True)
     await asyncio.sleep(600)
 
