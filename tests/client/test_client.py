@@ -62,6 +62,7 @@ PUBLIC = [
     "RunEvent",
     "RunTimeoutError",
     "SecurityError",
+    "ServiceFailedError",
     "StreamInterruptedError",
     "TaskDefinition",
     "TaskDefinitionError",
@@ -72,6 +73,7 @@ PUBLIC = [
     "UnavailableError",
     "context",
     "entrypoint",
+    "secret",
     "task",
     "template",
 ]
