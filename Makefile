@@ -8,7 +8,7 @@ $(VENV)/.stamp: pyproject.toml
 	touch $@
 
 .PHONY: setup test lint proto
-setup: $(VENV)/.stamp nodejs go network
+setup: $(VENV)/.stamp nodejs go network docker
 
 # One test of each behaviour. Three processes, because tests wait much of the time; PYTEST_FLAGS="-n 0" runs all in one.
 test: setup
@@ -21,7 +21,7 @@ check: lint
 
 # Also the repetitions that `make test` leaves out: tests whose behaviour another test has, and most generated examples.
 .PHONY: test-all
-test-all: setup
+test-all: setup postgres
 	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 # The tests of the client that start no server, on Python 3.13 and without Ray.
@@ -70,6 +70,26 @@ examples/go/.build/.stamp: $(VENV)/.stamp scripts/build_go.sh $(wildcard example
 .PHONY: network
 network:
 	scripts/install_missing.sh network
+
+# Tests of containers run an engine of their own. On a machine that has none and may not install it they are skipped.
+.PHONY: docker
+docker: .engine/.stamp
+
+# The large part of their image.
+.engine/.stamp: $(VENV)/.stamp lattice_worker/containers/rootfs.py
+	scripts/install_missing.sh docker
+	$(VENV)/bin/python -m tests.containers.engines
+	mkdir -p .engine && touch $@
+
+# The image of tasks with isolation="docker", in this machine's engine. PACKAGES="numpy pandas" names its packages.
+.PHONY: sandbox-image
+sandbox-image: $(VENV)/.stamp
+	$(VENV)/bin/python -m lattice_worker.containers.image $(addprefix --package ,$(PACKAGES))
+
+# Tests of the journal in PostgreSQL start a server of their own. Where that is impossible they are skipped.
+.PHONY: postgres
+postgres:
+	scripts/install_missing.sh postgres
 
 # The oldest supported generator: its code runs on every newer protobuf runtime.
 .venv-proto/.stamp:

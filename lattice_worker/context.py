@@ -244,7 +244,7 @@ def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
         raise QuestionError("item is for batched functions; this task is alone")
     where = f"question {name!r}"
     try:
-        media_type, parts = encode_value(payload)
+        media_type, parts = encode_value(payload, as_data=header.get("as_data", False))
     except Exception as error:
         raise PayloadError(refusal(where, payload, error)) from error
     data = b"".join(parts)

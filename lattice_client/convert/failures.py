@@ -43,7 +43,7 @@ def task_error_of(
     if failure.HasField("exception"):
         error.exception = failure.exception
     elif failure.type:
-        why = "it could not be pickled, or the task is not written in Python"
+        why = "it could not be pickled, or the task ran in a sandbox or is not written in Python"
         error.missing_cause = f"The worker sent the original exception as text only: {why}"
     return error
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lattice_server.core.messages import TaskReady
+from lattice_server.core.messages import NO_HISTORY, AttemptHistory, TaskReady
 from lattice_server.core.model import Failure
 from lattice_server.core.references import resolve
 from lattice_server.core.run.bindings import Values
@@ -16,6 +16,7 @@ from lattice_server.core.run.ordering import MAX_AGE_S, Ranking
 from lattice_server.core.run.status import RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable
 from lattice_server.core.states import TaskState
+from lattice_server.core.trust import is_weaker
 
 # How many tasks that wait for one task only are sent early: when it ends, the scheduler queues all of them at once.
 MAX_PROMISED = 500
@@ -76,7 +77,7 @@ class Handover:
         self._left -= 1
         return self.ready.popleft()
 
-    def send(self, record: TaskRecord, now: float, after: str = "") -> None:
+    def send(self, record: TaskRecord, now: float, after: str = "", history: AttemptHistory = NO_HISTORY) -> None:
         """Send a task to the scheduler, to start at once or after another one."""
         spec, status = record.spec, self._status
         started_at = max(status.started_at, now - MAX_AGE_S)
@@ -90,6 +91,7 @@ class Handover:
                 self._tenant,
                 self._ranking(started_at, self._table.open_tasks, spec.task_id),
                 self._dag.split.get(spec.task_id, ()),
+                history,
             )
         )
 
@@ -142,6 +144,9 @@ class Handover:
         if record.spec.over or record.spec.condition is not None or (source, successor) in self._dag.optional:
             return False
         if not records[source].is_with_scheduler or not self._status.is_running:
+            return False
+        # Whether the task may be given an output is known when there is one.
+        if is_weaker(record.spec.isolation, records[source].spec.isolation) or self._values.untrusted(record.spec):
             return False
         record.is_promised = True
         self.send(record, now, source)
