@@ -136,6 +136,7 @@ class FailureKind(Enum):
     CPU_TIME = "cpu_time"
     OUTPUT_SIZE = "output_size"
     SANDBOX_SETUP = "sandbox_setup"
+    NESTED_RESOURCES = "nested_resources"
 
 
 RETRIED_BY_DEFAULT = frozenset(

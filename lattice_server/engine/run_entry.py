@@ -49,6 +49,7 @@ class RunEntry:
         stream: the newest stream of that caller.
         grace: the timer that cancels an open run without a stream.
         chunks: what its tasks stream, once there is a chunk or a reader.
+        calls: the leases and the numbers of the waits for called tasks, by task id.
         is_continuing: whether a slice that submits more of its tasks is queued.
     """
 
@@ -76,6 +77,7 @@ class RunEntry:
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
     chunks: RunChunks | None = None
+    calls: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     is_continuing: bool = False
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:

@@ -41,6 +41,7 @@ FAILURE_KIND_TO_PROTO = {
     FailureKind.CPU_TIME: errors_pb2.FAILURE_KIND_CPU_TIME,
     FailureKind.OUTPUT_SIZE: errors_pb2.FAILURE_KIND_OUTPUT_SIZE,
     FailureKind.SANDBOX_SETUP: errors_pb2.FAILURE_KIND_SANDBOX_SETUP,
+    FailureKind.NESTED_RESOURCES: errors_pb2.FAILURE_KIND_NESTED_RESOURCES,
 }
 FAILURE_KIND_FROM_PROTO = {proto: core for core, proto in FAILURE_KIND_TO_PROTO.items()}
 

@@ -60,6 +60,8 @@ class _FailureKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """The outputs of a sandboxed attempt are larger than its sandbox allows."""
     FAILURE_KIND_SANDBOX_SETUP: _FailureKind.ValueType  # 14
     """The isolation the task asked for could not be set up; no code of the task was run."""
+    FAILURE_KIND_NESTED_RESOURCES: _FailureKind.ValueType  # 20
+    """A called task can never start beside what tasks that wait for calls hold; no code of it was run."""
 
 class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper):
     """The class of a failure."""
@@ -94,6 +96,8 @@ FAILURE_KIND_OUTPUT_SIZE: FailureKind.ValueType  # 13
 """The outputs of a sandboxed attempt are larger than its sandbox allows."""
 FAILURE_KIND_SANDBOX_SETUP: FailureKind.ValueType  # 14
 """The isolation the task asked for could not be set up; no code of the task was run."""
+FAILURE_KIND_NESTED_RESOURCES: FailureKind.ValueType  # 20
+"""A called task can never start beside what tasks that wait for calls hold; no code of it was run."""
 Global___FailureKind: typing_extensions.TypeAlias = FailureKind
 
 class _ErrorReason:
