@@ -46,7 +46,7 @@ def _blocks(name: str) -> list[Block]:
     return found
 
 
-BLOCKS = _blocks("README.md") + _blocks("docs/scheduling.md") + _blocks("docs/client.md") + _blocks("docs/streams.md")
+BLOCKS = _blocks("README.md") + _blocks("docs/scheduling.md") + _blocks("docs/client.md") + _blocks("docs/streams.md") + _blocks("docs/calls.md")
 # The lines of this script's parallel tasks come in any order.
 UNORDERED = "First script"
 SCRIPTS = [block for block in BLOCKS if block.language == "python"]
