@@ -23,12 +23,14 @@ from lattice_client.errors import (
     RunError,
     RunTimeoutError,
     SecurityError,
+    ServiceFailedError,
     StreamInterruptedError,
     TargetError,
     TaskDefinitionError,
     TaskFailedError,
     UnauthenticatedError,
     UnavailableError,
+    UntrustedPayloadError,
 )
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.graph.entrypoint import entrypoint
@@ -42,6 +44,7 @@ from lattice_client.runs.questions import Question
 from lattice_client.runs.run import AsyncRun
 from lattice_client.runs.streams import Chunk, Progress
 from lattice_client.runs.sync_run import OpenRun, Run
+from lattice_client.services.spec import secret
 from lattice_client.sync import LatticeClient, LatticeWorkflow
 
 __all__ = [
@@ -78,6 +81,7 @@ __all__ = [
     "RunEvent",
     "RunTimeoutError",
     "SecurityError",
+    "ServiceFailedError",
     "StreamInterruptedError",
     "TargetError",
     "TaskDefinition",
@@ -86,8 +90,10 @@ __all__ = [
     "TaskOutput",
     "UnauthenticatedError",
     "UnavailableError",
+    "UntrustedPayloadError",
     "context",
     "entrypoint",
+    "secret",
     "task",
     "template",
 ]

@@ -144,6 +144,63 @@ async def ask_async(name: str, payload: Any = None, *, item: int | None = None) 
     return await _implementation().ask_async(name, payload, item=item)
 
 
+def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Any:
+    """As `ask`, without waiting: return an object with `result()` and `add_done_callback`, which can be awaited.
+
+    Questions that one thread asks reach the caller in the order in which they are asked. A question whose answer is not
+    waited for may be lost when the task ends.
+    """
+    return _implementation().ask_future(name, payload, item=item)
+
+
+class Endpoint(Protocol):
+    """An instance of a service."""
+
+    @property
+    def endpoint(self) -> str:
+        """Its address, `host:port`."""
+
+    @property
+    def host(self) -> str:
+        """Its address without the port."""
+
+    @property
+    def port(self) -> int:
+        """Its port."""
+
+    @property
+    def url(self) -> str:
+        """Its address as the beginning of a URL, `http://host:port`."""
+
+    @property
+    def instance_id(self) -> str:
+        """Its name."""
+
+
+def service(name: str, *, item: int | None = None) -> Endpoint:
+    """Wait until a service is ready, and return the address of the instance with the fewest requests.
+
+    A service without instances starts one. It does not become idle while the attempt runs. In a coroutine use
+    `service_async`.
+
+    Args:
+        name: the name of the service.
+        item: in a batched call, the index of the asking item; otherwise None.
+
+    Raises:
+        context.AnswerError: there is no such service, its instances cannot start, or this node does not reach it.
+        RuntimeError: called outside a task.
+    """
+    found: Endpoint = _implementation().service(name, item=item)
+    return found
+
+
+async def service_async(name: str, *, item: int | None = None) -> Endpoint:
+    """As `service`, without blocking other coroutines."""
+    found: Endpoint = await _implementation().service_async(name, item=item)
+    return found
+
+
 def emit(chunk: Any, *, item: int | None = None) -> None:
     """Stream a chunk of the task's output, for `run.stream` and `run.chunks`. Any thread of the task may stream.
 

@@ -21,6 +21,7 @@ from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Executor
 from lattice_server.engine.scheduler_thread import SchedulerThread
+from lattice_server.engine.services.services import Services
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.store_folder import SOCKET
@@ -30,10 +31,12 @@ from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
+from lattice_server.rpc.convert.services import instance_function
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.request_cache import RequestCache
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.server import RpcServer
+from lattice_server.rpc.services import ServicesServicer
 from lattice_server.rpc.spec_parser import SpecParser
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
@@ -78,6 +81,7 @@ class Engine:
             self.slices,
             ChunkStore(Bound(config.chunk_bytes, share)),
         )
+        self.services = Services(self.orchestrator, instance_function())
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )
@@ -148,6 +152,7 @@ def rpc_server(
         ArtifactServicer(engine.store, engine.transfers, assigned),
         ClusterServicer(engine.bus, engine.sessions, cache, orchestrator.queries, describe),
         workers,
+        ServicesServicer(engine.services, engine.code, cache),
         authentication,
         slices,
     )

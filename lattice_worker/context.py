@@ -14,7 +14,7 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +33,12 @@ from lattice_worker.spawned import Binder, SpawnedOutput, SpawnedTask
 from lattice_worker.streaming import StreamError, cancelled, emit, emit_async, logger, progress
 
 __all__ = [
+    "Answer",
     "AnswerError",
     "Attempt",
     "Call",
     "CallError",
+    "Endpoint",
     "QuestionError",
     "SpawnError",
     "SpawnedOutput",
@@ -44,6 +46,7 @@ __all__ = [
     "StreamError",
     "ask",
     "ask_async",
+    "ask_future",
     "call",
     "cancelled",
     "current",
@@ -51,10 +54,13 @@ __all__ = [
     "emit_async",
     "logger",
     "progress",
+    "service",
+    "service_async",
     "spawn",
 ]
 
 MAX_NAME_LENGTH = 128
+ENDPOINT = "lattice/service.endpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,30 @@ class Attempt:
     task_id: str
     number: int
     deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An instance of a service: its address `host:port`, its name, and the model of a service that has one."""
+
+    endpoint: str
+    instance_id: str
+    model: str = ""
+
+    @property
+    def host(self) -> str:
+        """The address without the port."""
+        return self.endpoint.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port."""
+        return int(self.endpoint.rpartition(":")[2])
+
+    @property
+    def url(self) -> str:
+        """The address as the beginning of a URL."""
+        return f"http://{self.endpoint}"
 
 
 def current() -> Attempt:
@@ -186,6 +216,51 @@ async def ask_async(name: str, payload: Any = None, *, item: int | None = None) 
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
 
 
+class Answer:
+    """The answer of a question that `ask_future` has asked."""
+
+    def __init__(self, asked: "Future[Any]") -> None:
+        self._asked = asked
+
+    def result(self) -> Any:
+        """Wait for the answer and return it. Raises as `ask`."""
+        return decoded(self._asked.result())
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return decoded((yield from asyncio.wrap_future(self._asked).__await__()))
+
+    def add_done_callback(self, callback: Callable[["Answer"], object]) -> None:
+        """Call a function once the answer is there, in a thread that no code of the task may block for long."""
+        self._asked.add_done_callback(lambda _: callback(self))
+
+
+def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Answer:
+    """As `ask`, without waiting. Questions that one thread asks reach the caller in the order in which they are asked.
+
+    A question whose answer is not waited for may be lost when the task ends.
+    """
+    return Answer(_asked(name, payload, item))
+
+
+def service(name: str, *, item: int | None = None) -> Endpoint:
+    """Return the address of an instance of a service, which is started if there is none; wait until it is ready.
+
+    The instance is the one with the fewest requests among those that this node reaches. The service does not become
+    idle while the attempt runs. In a coroutine use `service_async`.
+
+    Raises:
+        AnswerError: there is no such service, it cannot start, or this node does not reach it.
+        QuestionError: the server knows no services.
+        RuntimeError: there is no task running here.
+    """
+    return Endpoint(**ask(ENDPOINT, {"name": name}, item=item))
+
+
+async def service_async(name: str, *, item: int | None = None) -> Endpoint:
+    """As `service`, without blocking other coroutines."""
+    return Endpoint(**await ask_async(ENDPOINT, {"name": name}, item=item))
+
+
 def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
     output = running.get()
     if output is None or output.questions.is_inherited:
@@ -201,7 +276,7 @@ def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
         raise QuestionError("item is for batched functions; this task is alone")
     where = f"question {name!r}"
     try:
-        media_type, parts = encode_value(payload)
+        media_type, parts = encode_value(payload, as_data=header.get("as_data", False))
     except Exception as error:
         raise PayloadError(refusal(where, payload, error)) from error
     data = b"".join(parts)

@@ -5,11 +5,12 @@ Rule: a run changes only by the decisions of its machine.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Unpack
 
 from lattice_server.core.errors import PreconditionError, UnavailableError
 from lattice_server.core.messages import (
+    AnswerQuestion,
     Explanation,
     NodesChanged,
     NodesDescribed,
@@ -103,6 +104,8 @@ class Orchestrator:
         stores = RunStores(store, code, admission)
         self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
+        # Takes the questions that are for the server; the others are for the caller of the run.
+        self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
         self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs)
         self._additions = RunAdditions(store, stores, admission, self._driver, self._slices)
         bus.subscribe(self.deliver)
@@ -224,6 +227,10 @@ class Orchestrator:
             perform(entry.run.cancel_task(task_id, "cancelled by the caller", time.monotonic()))
         return entry
 
+    def answer(self, answer: AnswerQuestion) -> None:
+        """Send a worker the answer to a question that the server answers itself."""
+        self._sessions.perform(answer)
+
     def deliver(self, effects: list[SchedulerEffect]) -> None:
         """Route the scheduler's effects: facts to runs, answers to queries, everything else to workers."""
         now = time.monotonic()
@@ -255,6 +262,8 @@ class Orchestrator:
                 match event:
                     case TasksSpawned():
                         perform(self._additions.spawn(entry, event, now))
+                    case QuestionAsked() if self.on_question(entry, event):
+                        pass
                     case QuestionAsked():
                         machine = entry.open_run
                         perform([answer_to(event, NOT_OPEN)] if machine is None else machine.ask(event))

@@ -109,6 +109,8 @@ class RunDriver:
                     self._publish(entry, effect)
                     if entry.calls:
                         own += calls.ended(entry, effect)
+        if entry.on_effects is not None and effects:
+            entry.on_effects(effects)
         if posts is None:
             self._bus.post(own)
         self._stores.hold_graph(entry, uploader)

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lattice_server.core.messages import TaskStarted
@@ -49,8 +49,9 @@ class RunEntry:
         stream: the newest stream of that caller.
         grace: the timer that cancels an open run without a stream.
         chunks: what its tasks stream, once there is a chunk or a reader.
-        calls: the leases and the numbers of the waits for called tasks, by task id.
+        calls: the callers, leases and numbers of the waits for called tasks, by the id of these.
         is_continuing: whether a slice that submits more of its tasks is queued.
+        on_effects: is called with the decisions of its machines, after they were carried out.
     """
 
     run: Run
@@ -77,8 +78,9 @@ class RunEntry:
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
     chunks: RunChunks | None = None
-    calls: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    calls: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
     is_continuing: bool = False
+    on_effects: Callable[[Sequence[Effect | HolderEffect]], object] | None = None
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times of a fact; `offset_s` is how far wall time is ahead of the machines' monotonic time.

@@ -35,6 +35,7 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
             raise invalid_field("after_sequence", "must not be negative")
         entry = self._orchestrator.run(request.run_id, callers.reach())
         wanted = frozenset(request.task_ids)
+        newest = len(entry.log.events)
         show = partial(event_to_proto, entry.run.tasks)
         async for batch in entry.log.follow(request.after_sequence):
             last = batch[-1].sequence
@@ -44,7 +45,9 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
             *parts, closing = [*in_parts(map(show, shown))] or [[]]
             for events in parts:
                 yield results_pb2.WatchRunResponse(events=events, sequence=events[-1].sequence)
-            if shown or complete:
+            # A reader learns that it has all events there were when it called, also when none of them was wanted.
+            has_caught_up = batch[0].sequence <= newest <= last
+            if shown or complete or has_caught_up:
                 yield results_pb2.WatchRunResponse(events=closing, sequence=last, complete=complete)
         if request.after_sequence == len(entry.log.events):
             yield results_pb2.WatchRunResponse(sequence=request.after_sequence, complete=True)

@@ -79,8 +79,9 @@ class ResultsServiceStub(typing.Generic[_ResultsServiceWatchRunType, _ResultsSer
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
-    the run nor other readers. `complete` marks the last message.
+    watermark and gets every event once. The watermark reaches the newest event at the time of the call even when the
+    filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
+    queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
 
     `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
     numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
@@ -151,8 +152,9 @@ class ResultsServiceServicer(metaclass=abc.ABCMeta):
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
-    the run nor other readers. `complete` marks the last message.
+    watermark and gets every event once. The watermark reaches the newest event at the time of the call even when the
+    filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
+    queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
 
     `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
     numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
