@@ -193,7 +193,7 @@ class Runner:
             case "spawn":
                 self._staging.publish(self.folder, header["made"])
                 invocation.on_spawn(header["task"], blobs)
-            case "ask":
+            case "ask" | "await":
                 invocation.on_ask(header, blobs)
             case "chunk" | "progress":
                 invocation.on_stream(header, blobs)
