@@ -40,6 +40,9 @@ class Flags:
     tokens_file: Path | None
     insecure: bool
     config_file: Path | None
+    metrics: str | None
+    metrics_address: str | None
+    traces: str | None
     verbose: bool
     log_level: str | None
     log_format: str | None
@@ -48,6 +51,16 @@ class Flags:
         """Return a configuration with the flags of the log."""
         level = self.log_level or ("info" if self.verbose else config.log_level)
         return replace(config, log_level=level, log_format=self.log_format or config.log_format)
+
+    def telemetry(self, config: ServerConfig) -> ServerConfig:
+        """Return a configuration with the flags of metrics and traces. Raises click.UsageError."""
+        address = self.metrics_address or config.metrics_address
+        host = address.rpartition(":")[0].strip("[]")
+        if host and not security.is_loopback(host) and not self.insecure:
+            text = f"metrics at {address} would show names of all tenants to everyone who reaches this address"
+            raise click.UsageError(f"{text}: choose a loopback address, or give --insecure")
+        metrics, traces = self.metrics or config.metrics, self.traces or config.traces
+        return replace(config, metrics=metrics, metrics_address=address, traces=traces)
 
     @property
     def memory_bytes(self) -> int | None:

@@ -28,6 +28,7 @@ from lattice_server.core.run.run import Effect
 from lattice_server.engine import run_logging
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.ended_runs import EndedRuns
+from lattice_server.engine.ports import Observer
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_log import ENDS
 from lattice_server.engine.run_stores import RunStores
@@ -57,6 +58,7 @@ class RunDriver:
         self._ended = ended
         self._slices = slices
         self._answer = answer
+        self.observers: list[Observer] = []
 
     @contextmanager
     def change(
@@ -125,6 +127,8 @@ class RunDriver:
         if entry.stream is not None and isinstance(fact, ENDS | RunFinished):
             entry.stream.news.set()
         run_logging.note(entry, fact)
+        for observer in self.observers:
+            observer.note(entry, fact)
 
     def _pass_on(self, entry: RunEntry, effect: HolderEffect) -> None:
         match effect:

@@ -16,8 +16,10 @@ from lattice_server.core.model import Artifact, Failure, FailureKind, Function, 
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.outbox import Connection, Session
 from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.spans import SpanSink
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.convert.payloads import question_from_proto
+from lattice_server.rpc.convert.spans import spans_from_proto
 from lattice_server.rpc.convert.times import drain_deadline_from_proto, seconds_from
 from lattice_server.rpc.convert.workers import artifacts_in_report, report_to_event
 from lattice_server.rpc.handlers import PEER_END_S
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 class WorkerReader:
     """Turns the messages of workers into events of the scheduler; one serves all streams.
 
-    `check_possible` raises LatticeError for tasks that no node can run.
+    `check_possible` raises LatticeError for tasks that no node can run. `spans` takes the spans of tasks, if any.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class WorkerReader:
         assigned: AssignedArtifacts,
         question_limit_bytes: int,
         check_possible: Callable[[Sequence[TaskSpec]], None],
+        spans: SpanSink | None = None,
     ) -> None:
         self._bus = bus
         self._sessions = sessions
@@ -49,6 +52,7 @@ class WorkerReader:
         self._assigned = assigned
         self._question_limit_bytes = question_limit_bytes
         self._check_possible = check_possible
+        self._spans = spans
 
     async def read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
         """Read a stream to its end, then close the connection."""
@@ -96,12 +100,25 @@ class WorkerReader:
                     events.append(self._spawned_event(report, session.session_id))
                 elif fact == "asked":
                     events += self._asked_events(report, session.session_id)
+                elif fact == "traced":
+                    self._take_spans(report, session, connection)
                 elif (event := report_to_event(report, session.session_id, connection.clock)) is not None:
                     events.append(event)
         if artifacts:
             events.append(messages.ArtifactsReported(tuple(artifacts)))
         self._bus.post(events)
         connection.acknowledgement.add(session.last_sequence)
+
+    def _take_spans(self, report: worker_pb2.Report, session: Session, connection: Connection) -> None:
+        if self._spans is None:
+            return
+        ahead_s = 0.0
+        if report.HasField("time"):
+            time_s = seconds_from(report.time)
+            connection.clock.note(time_s, connection.heard_at)
+            ahead_s = time_s - connection.clock.at(time_s) - (time.time() - time.monotonic())
+        spans = spans_from_proto(report.traced, int(ahead_s * 1e9))
+        self._spans.take_spans(session.session_id, report.lease_id, report.item, spans)
 
     def _take_heartbeat(self, heartbeat: worker_pb2.Heartbeat, session: Session) -> None:
         check_heartbeat(heartbeat)

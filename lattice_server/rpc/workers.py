@@ -17,6 +17,7 @@ from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.outbox import Connection
 from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.spans import SpanSink
 from lattice_server.rpc import callers
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.callers import Caller, no_longer_valid
@@ -46,6 +47,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         assigned: AssignedArtifacts,
         server_id: str,
         check_possible: Callable[[Sequence[TaskSpec]], None],
+        spans: SpanSink | None = None,
     ) -> None:
         self._config = config
         self._bus = bus
@@ -56,7 +58,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._assigned = assigned
         self._server_id = server_id
         self._admission = WorkerAdmission(sessions, machines)
-        self._reader = WorkerReader(bus, sessions, parser, assigned, config.question_limit_bytes, check_possible)
+        limit_bytes = config.question_limit_bytes
+        self._reader = WorkerReader(bus, sessions, parser, assigned, limit_bytes, check_possible, spans)
 
     def close_all(self) -> None:
         """Close every worker's stream because the server stops, and refuse new ones."""

@@ -28,12 +28,17 @@ class AttemptMessage(TaskMessage):
 
 @dataclass(frozen=True, slots=True)
 class TaskStarted(AttemptMessage):
-    """An attempt started on a worker."""
+    """An attempt started on a worker.
+
+    `queued_at` and `sent_at` are the monotonic times when it was queued, and sent to its worker.
+    """
 
     node_id: str
     node_ip: str
     gpu_indices: tuple[int, ...]
     at: float | None = None
+    queued_at: float | None = None
+    sent_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

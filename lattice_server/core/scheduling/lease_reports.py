@@ -54,7 +54,9 @@ class LeaseReports:
         node = self._registry.nodes[lease.slot.node_id]
         where = (node.node_id, node.spec.node_ip, lease.slot.gpu_indices)
         for task in lease.members():
-            self._emit(TaskStarted(*task.named, *where, started_at))
+            # A task that follows another one is never queued.
+            queued_at = task.waiting_since or lease.sent_at
+            self._emit(TaskStarted(*task.named, *where, started_at, queued_at, lease.sent_at))
 
     def end_member(self, lease: Lease, task: Task, now: float) -> None:
         """Note that one member of a lease has ended; with the last one the lease is released."""

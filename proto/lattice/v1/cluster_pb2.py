@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from lattice.v1 import resources_pb2 as lattice_dot_v1_dot_resources__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lattice/v1/cluster.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1alattice/v1/resources.proto\"\x16\n\x14GetServerInfoRequest\"\xdf\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12\"\n\x06limits\x18\x04 \x01(\x0b\x32\x12.lattice.v1.Limits\x12\x10\n\x08\x65xecutor\x18\x05 \x01(\t\x12\x14\n\x0cserver_epoch\x18\x06 \x01(\t\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bray_address\x18\x08 \x01(\t\x12\x0b\n\x03pid\x18\t \x01(\x03\x12\x13\n\x0b\x61\x63tive_runs\x18\n \x01(\x05\x12\x14\n\x0cqueued_tasks\x18\x0b \x01(\x05\x12\x18\n\x10running_attempts\x18\x0c \x01(\x05\x12&\n\x06stores\x18\x14 \x03(\x0b\x32\x16.lattice.v1.StoreUsage\"_\n\nStoreUsage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12\x13\n\x0blimit_bytes\x18\x03 \x01(\x03\x12\x1a\n\x12tenant_limit_bytes\x18\x04 \x01(\x03\"\xc0\x05\n\x06Limits\x12\x1c\n\x14inline_payload_bytes\x18\x01 \x01(\x03\x12\x15\n\rmessage_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12upload_chunk_bytes\x18\x03 \x01(\x03\x12\x12\n\npage_bytes\x18\x04 \x01(\x03\x12\x19\n\x11\x64\x65\x66\x61ult_page_size\x18\x05 \x01(\x05\x12\x15\n\rmax_page_size\x18\x06 \x01(\x05\x12+\n\x08max_wait\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\trun_tasks\x18\x08 \x01(\x03\x12\x12\n\nopen_tasks\x18\t \x01(\x03\x12\x11\n\tmap_items\x18\n \x01(\x03\x12\x13\n\x0bspawn_depth\x18\x0b \x01(\x03\x12\x18\n\x10stored_workflows\x18\x0c \x01(\x03\x12\x11\n\tlog_bytes\x18\r \x01(\x03\x12\x15\n\rid_characters\x18\x0e \x01(\x05\x12\x31\n\x0eopen_run_grace\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0equestion_bytes\x18\x10 \x01(\x03\x12\x16\n\x0eopen_questions\x18\x11 \x01(\x03\x12\x15\n\rmessage_tasks\x18\x12 \x01(\x03\x12\x19\n\x11tenant_code_bytes\x18\x14 \x01(\x03\x12\x1b\n\x13tenant_upload_bytes\x18\x15 \x01(\x03\x12\x1d\n\x15tenant_workflow_bytes\x18\x16 \x01(\x03\x12.\n\x0bupload_time\x18\x17 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bresult_time\x18\x18 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0brepeat_time\x18\x19 \x01(\x0b\x32\x19.google.protobuf.Duration\"L\n\x10ListNodesRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"M\n\x11ListNodesResponse\x12\x1f\n\x05nodes\x18\x01 \x03(\x0b\x32\x10.lattice.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xe2\x03\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x0f\n\x07node_ip\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.lattice.v1.NodeState\x12&\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x14.lattice.v1.Capacity\x12\"\n\x04\x66ree\x18\x06 \x01(\x0b\x32\x14.lattice.v1.Capacity\x12,\n\x06labels\x18\x07 \x03(\x0b\x32\x1c.lattice.v1.Node.LabelsEntry\x12\x11\n\tworker_id\x18\x08 \x01(\t\x12\x12\n\nworker_pid\x18\t \x01(\x03\x12\x10\n\x08\x61ttempts\x18\n \x01(\x05\x12\x32\n\x0eheartbeat_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\nisolations\x18\x0c \x03(\x0e\x32\x15.lattice.v1.Isolation\x12$\n\x07runtime\x18\r \x01(\x0b\x32\x13.lattice.v1.Runtime\x12\x13\n\x0b\x65ntrypoints\x18\x0e \x03(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x0f\x10\x19\"d\n\x10\x44rainNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12+\n\x08\x64\x65\x61\x64line\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"3\n\x11\x44rainNodeResponse\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.lattice.v1.Node*o\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_READY\x10\x01\x12\x17\n\x13NODE_STATE_DETACHED\x10\x02\x12\x17\n\x13NODE_STATE_DRAINING\x10\x03\x32\xfa\x01\n\x0e\x43lusterService\x12T\n\rGetServerInfo\x12 .lattice.v1.GetServerInfoRequest\x1a!.lattice.v1.GetServerInfoResponse\x12H\n\tListNodes\x12\x1c.lattice.v1.ListNodesRequest\x1a\x1d.lattice.v1.ListNodesResponse\x12H\n\tDrainNode\x12\x1c.lattice.v1.DrainNodeRequest\x1a\x1d.lattice.v1.DrainNodeResponseB1\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lattice/v1/cluster.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1alattice/v1/resources.proto\"\x16\n\x14GetServerInfoRequest\"\xf4\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12\"\n\x06limits\x18\x04 \x01(\x0b\x32\x12.lattice.v1.Limits\x12\x10\n\x08\x65xecutor\x18\x05 \x01(\t\x12\x14\n\x0cserver_epoch\x18\x06 \x01(\t\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bray_address\x18\x08 \x01(\t\x12\x0b\n\x03pid\x18\t \x01(\x03\x12\x13\n\x0b\x61\x63tive_runs\x18\n \x01(\x05\x12\x14\n\x0cqueued_tasks\x18\x0b \x01(\x05\x12\x18\n\x10running_attempts\x18\x0c \x01(\x05\x12\x13\n\x0bmetrics_url\x18\x10 \x01(\t\x12&\n\x06stores\x18\x14 \x03(\x0b\x32\x16.lattice.v1.StoreUsage\"_\n\nStoreUsage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12\x13\n\x0blimit_bytes\x18\x03 \x01(\x03\x12\x1a\n\x12tenant_limit_bytes\x18\x04 \x01(\x03\"\xc0\x05\n\x06Limits\x12\x1c\n\x14inline_payload_bytes\x18\x01 \x01(\x03\x12\x15\n\rmessage_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12upload_chunk_bytes\x18\x03 \x01(\x03\x12\x12\n\npage_bytes\x18\x04 \x01(\x03\x12\x19\n\x11\x64\x65\x66\x61ult_page_size\x18\x05 \x01(\x05\x12\x15\n\rmax_page_size\x18\x06 \x01(\x05\x12+\n\x08max_wait\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\trun_tasks\x18\x08 \x01(\x03\x12\x12\n\nopen_tasks\x18\t \x01(\x03\x12\x11\n\tmap_items\x18\n \x01(\x03\x12\x13\n\x0bspawn_depth\x18\x0b \x01(\x03\x12\x18\n\x10stored_workflows\x18\x0c \x01(\x03\x12\x11\n\tlog_bytes\x18\r \x01(\x03\x12\x15\n\rid_characters\x18\x0e \x01(\x05\x12\x31\n\x0eopen_run_grace\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0equestion_bytes\x18\x10 \x01(\x03\x12\x16\n\x0eopen_questions\x18\x11 \x01(\x03\x12\x15\n\rmessage_tasks\x18\x12 \x01(\x03\x12\x19\n\x11tenant_code_bytes\x18\x14 \x01(\x03\x12\x1b\n\x13tenant_upload_bytes\x18\x15 \x01(\x03\x12\x1d\n\x15tenant_workflow_bytes\x18\x16 \x01(\x03\x12.\n\x0bupload_time\x18\x17 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bresult_time\x18\x18 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0brepeat_time\x18\x19 \x01(\x0b\x32\x19.google.protobuf.Duration\"L\n\x10ListNodesRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"M\n\x11ListNodesResponse\x12\x1f\n\x05nodes\x18\x01 \x03(\x0b\x32\x10.lattice.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xe2\x03\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x0f\n\x07node_ip\x18\x03 \x01(\t\x12$\n\x05state\x18\x04 \x01(\x0e\x32\x15.lattice.v1.NodeState\x12&\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x14.lattice.v1.Capacity\x12\"\n\x04\x66ree\x18\x06 \x01(\x0b\x32\x14.lattice.v1.Capacity\x12,\n\x06labels\x18\x07 \x03(\x0b\x32\x1c.lattice.v1.Node.LabelsEntry\x12\x11\n\tworker_id\x18\x08 \x01(\t\x12\x12\n\nworker_pid\x18\t \x01(\x03\x12\x10\n\x08\x61ttempts\x18\n \x01(\x05\x12\x32\n\x0eheartbeat_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\nisolations\x18\x0c \x03(\x0e\x32\x15.lattice.v1.Isolation\x12$\n\x07runtime\x18\r \x01(\x0b\x32\x13.lattice.v1.Runtime\x12\x13\n\x0b\x65ntrypoints\x18\x0e \x03(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x0f\x10\x19\"d\n\x10\x44rainNodeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12+\n\x08\x64\x65\x61\x64line\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"3\n\x11\x44rainNodeResponse\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.lattice.v1.Node*o\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_READY\x10\x01\x12\x17\n\x13NODE_STATE_DETACHED\x10\x02\x12\x17\n\x13NODE_STATE_DRAINING\x10\x03\x32\xfa\x01\n\x0e\x43lusterService\x12T\n\rGetServerInfo\x12 .lattice.v1.GetServerInfoRequest\x1a!.lattice.v1.GetServerInfoResponse\x12H\n\tListNodes\x12\x1c.lattice.v1.ListNodesRequest\x1a\x1d.lattice.v1.ListNodesResponse\x12H\n\tDrainNode\x12\x1c.lattice.v1.DrainNodeRequest\x1a\x1d.lattice.v1.DrainNodeResponseB1\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,28 +37,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\nlattice.v1P\001Z\024lattice/v1;latticev1\252\002\nLattice.V1'
   _globals['_NODE_LABELSENTRY']._loaded_options = None
   _globals['_NODE_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_NODESTATE']._serialized_start=2112
-  _globals['_NODESTATE']._serialized_end=2223
+  _globals['_NODESTATE']._serialized_start=2133
+  _globals['_NODESTATE']._serialized_end=2244
   _globals['_GETSERVERINFOREQUEST']._serialized_start=133
   _globals['_GETSERVERINFOREQUEST']._serialized_end=155
   _globals['_GETSERVERINFORESPONSE']._serialized_start=158
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=509
-  _globals['_STOREUSAGE']._serialized_start=511
-  _globals['_STOREUSAGE']._serialized_end=606
-  _globals['_LIMITS']._serialized_start=609
-  _globals['_LIMITS']._serialized_end=1313
-  _globals['_LISTNODESREQUEST']._serialized_start=1315
-  _globals['_LISTNODESREQUEST']._serialized_end=1391
-  _globals['_LISTNODESRESPONSE']._serialized_start=1393
-  _globals['_LISTNODESRESPONSE']._serialized_end=1470
-  _globals['_NODE']._serialized_start=1473
-  _globals['_NODE']._serialized_end=1955
-  _globals['_NODE_LABELSENTRY']._serialized_start=1904
-  _globals['_NODE_LABELSENTRY']._serialized_end=1949
-  _globals['_DRAINNODEREQUEST']._serialized_start=1957
-  _globals['_DRAINNODEREQUEST']._serialized_end=2057
-  _globals['_DRAINNODERESPONSE']._serialized_start=2059
-  _globals['_DRAINNODERESPONSE']._serialized_end=2110
-  _globals['_CLUSTERSERVICE']._serialized_start=2226
-  _globals['_CLUSTERSERVICE']._serialized_end=2476
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=530
+  _globals['_STOREUSAGE']._serialized_start=532
+  _globals['_STOREUSAGE']._serialized_end=627
+  _globals['_LIMITS']._serialized_start=630
+  _globals['_LIMITS']._serialized_end=1334
+  _globals['_LISTNODESREQUEST']._serialized_start=1336
+  _globals['_LISTNODESREQUEST']._serialized_end=1412
+  _globals['_LISTNODESRESPONSE']._serialized_start=1414
+  _globals['_LISTNODESRESPONSE']._serialized_end=1491
+  _globals['_NODE']._serialized_start=1494
+  _globals['_NODE']._serialized_end=1976
+  _globals['_NODE_LABELSENTRY']._serialized_start=1925
+  _globals['_NODE_LABELSENTRY']._serialized_end=1970
+  _globals['_DRAINNODEREQUEST']._serialized_start=1978
+  _globals['_DRAINNODEREQUEST']._serialized_end=2078
+  _globals['_DRAINNODERESPONSE']._serialized_start=2080
+  _globals['_DRAINNODERESPONSE']._serialized_end=2131
+  _globals['_CLUSTERSERVICE']._serialized_start=2247
+  _globals['_CLUSTERSERVICE']._serialized_end=2497
 # @@protoc_insertion_point(module_scope)
