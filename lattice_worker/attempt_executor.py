@@ -263,6 +263,7 @@ class AttemptExecutor:
             on_log=lambda stream, text, truncated: self._reports.log(lease_id, stream, text, truncated),
             on_spawn=lambda task, parts: self._spawn(lease_id, function, task, parts),
             on_ask=lambda asked, parts: self.questions.ask(assignment, runner, asked, parts),
+            on_spans=lambda frame: self._reports.trace(assignment, frame),
             on_end=lambda answer, parts: self._end(assignment, answer, parts),
             on_refused=lambda: self._start_again(assignment),
             on_given_back=lambda reason, is_suspect: self._give_back(assignment, reason, is_suspect=is_suspect),

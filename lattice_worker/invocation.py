@@ -44,6 +44,7 @@ class Invocation:
         on_log: takes (stream, text, truncated).
         on_spawn: takes the header and the blobs of a spawned task.
         on_ask: takes the header and the blobs of a question.
+        on_spans: takes the header of the spans of a traced attempt.
         on_end: takes the header and the blobs of the answer.
         on_refused: called when the runner ends without having begun the invocation.
         on_given_back: takes (reason, is_suspect) when the runner died and another invocation may be the cause.
@@ -64,6 +65,7 @@ class Invocation:
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     on_refused: Callable[[], None]
     on_given_back: Callable[[str, bool], None]
+    on_spans: Callable[[dict[str, Any]], None] = lambda frame: None
     screen: Callable[[dict[str, Any], list[bytes]], Frame] | None = None
     raw_left: int = 0
     ending: dict[str, Any] | None = None

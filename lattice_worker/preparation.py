@@ -15,6 +15,7 @@ from lattice_worker.local_store import LocalStore
 from lattice_worker.runner_handle import Runner
 from lattice_worker.sandbox.policy import SECCOMP, SUBPROCESS
 from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, inlined, screened
+from lattice_worker.tracing import trace_parent
 
 # The levels of sandboxes by their numbers in the contract; nothing for no sandbox.
 ISOLATIONS = {
@@ -82,6 +83,8 @@ class Preparation:
             "log_limit": self._limits.log_bytes,
             "question_limit": self._limits.question_bytes,
         }
+        if parent := trace_parent(assignment):
+            header["trace"] = parent
         if runner.sandbox is not None:
             header["items"] = [
                 {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]

@@ -193,6 +193,8 @@ class Runner:
                 invocation.on_spawn(header["task"], blobs)
             case "ask":
                 invocation.on_ask(header, blobs)
+            case "spans":
+                invocation.on_spans(header)
             case "describing":
                 if header["is_over"]:
                     invocation.cancel_description_timer()

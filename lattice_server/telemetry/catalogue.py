@@ -126,8 +126,7 @@ STORE_LIMIT = _up_down("lattice.store.limit", "By", ("store",), "Bytes that a st
 
 CPU_TIME = _counter("process.cpu.time", "s", ("cpu.mode",), "CPU time of the server's process.")
 MEMORY = _up_down("process.memory.usage", "By", (), "Physical memory of the server's process.")
-DESCRIPTORS = _up_down(
-    "process.unix.file_descriptor.count", "{file_descriptor}", (), "Open file descriptors of the server's process."
-)
+# The name of the conventions ends in `count`, which Prometheus reserves for histograms.
+DESCRIPTORS = _up_down("lattice.server.open_files", "{file}", (), "Open file descriptors of the server's process.")
 
 INSTRUMENTS = tuple(found for found in list(globals().values()) if isinstance(found, Instrument))

@@ -130,7 +130,7 @@ class RunTracer:
         attributes: dict[str, str | int] = {
             **self._named(trace, member.task_id),
             "lattice.attempt": member.attempt,
-            "lattice.isolation": str(effect.isolation.value),
+            "lattice.isolation": effect.isolation.value,
         }
         name = f"attempt {self._task_name(trace, member.task_id)}"
         link = trace.failed.get(member.task_id)
@@ -145,7 +145,7 @@ class RunTracer:
         ahead_s = time.time() - time.monotonic()
         if fact.queued_at is not None and fact.sent_at is not None:
             name = f"queue {self._task_name(trace, fact.task_id)}"
-            attributes = {**self._named(trace, fact.task_id), "lattice.attempt": fact.attempt}
+            attributes: dict[str, str | int] = {**self._named(trace, fact.task_id), "lattice.attempt": fact.attempt}
             begun = self._spans.child(trace.span, name, _ns(fact.queued_at + ahead_s), attributes)
             self._spans.end(begun, _ns(fact.sent_at + ahead_s))
         self._spans.note(attempt.span, {"lattice.node.id": fact.node_id})

@@ -1,5 +1,7 @@
 """Metrics and traces as a receiver of OTLP gets them from a server with a worker."""
 
+import asyncio
+import threading
 from pathlib import Path
 
 import grpc
@@ -7,8 +9,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.sdk.trace import TracerProvider
 
-from lattice_client import AsyncLatticeClient
+from lattice_client import AsyncLatticeClient, context, task
 from lattice_server.telemetry.catalogue import INSTRUMENTS, Kind
 from tests.server.apps import NoWorkers, serving
 from tests.server.telemetry.receiver import attributes_of, receiving
@@ -121,3 +124,69 @@ async def test_run_is_not_traced_when_its_caller_is_not_sampled(monkeypatch: pyt
         async with serving(traces="otlp") as app, AsyncLatticeClient(app.address) as client:
             await client.run_task(double, {"x": 2})
         assert receiver.spans() == []
+
+
+@task
+def traced(x: int) -> int:
+    """Make spans, one in another, and one in a thread."""
+    tracer = context.tracer()
+    with tracer.start_as_current_span("outer") as span:
+        span.set_attribute("x", x)
+        with tracer.start_as_current_span("inner"):
+            thread = threading.Thread(target=lambda: tracer.start_span("threaded").end())
+            thread.start()
+            thread.join()
+        try:
+            with tracer.start_as_current_span("failing"):
+                raise ValueError("found nothing")
+        except ValueError:
+            pass
+    return x
+
+
+@task
+async def traced_async(x: int) -> int:
+    """Make a span over a wait."""
+    with context.tracer().start_as_current_span(f"async {x}"):
+        await asyncio.sleep(0.01)
+    return x
+
+
+@pytest.mark.slow
+@on_a_loop
+async def test_spans_of_tasks_are_in_the_trace_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = TracerProvider()
+    async with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{receiver.address}")
+        async with serving(traces="otlp", session_ttl_s=30.0) as app, AsyncLatticeClient(app.address) as client:
+            with provider.get_tracer("caller").start_as_current_span("caller") as caller:
+                workflow = client.create_workflow("spans")
+                workflow.add_task(traced, {"x": 7}, "a")
+                waiting = [workflow.add_task(traced_async, {"x": number}, f"b{number}") for number in range(3)]
+                await (await client.run(workflow)).result()
+                own = caller.get_span_context()
+            assert await client.run_task(traced, {"x": 8}) == {"result": 8}
+        spans = receiver.spans()
+    ids = {span.span_id for span in spans}
+    assert len(ids) == len(spans)
+    ours = [span for span in spans if span.trace_id == own.trace_id.to_bytes(16)]
+    named = {span.name: span for span in ours}
+    call = named["lattice.v1.WorkflowService/ExecuteWorkflow".replace("lattice", "/lattice", 1)]
+    assert call.parent_span_id == own.span_id.to_bytes(8)
+    attempt = named["attempt traced"]
+    outer, inner, failing = named["outer"], named["inner"], named["failing"]
+    assert outer.parent_span_id == attempt.span_id
+    assert {inner.parent_span_id, failing.parent_span_id} == {outer.span_id}
+    assert named["threaded"].parent_span_id == inner.span_id
+    assert attributes_of(outer) == {"x": 7}
+    assert failing.status.code == trace_pb2.Status.STATUS_CODE_ERROR
+    (event,) = failing.events
+    assert attributes_of(event)["exception.message"] == "found nothing"
+    attempts = {attributes_of(span)["lattice.task.id"]: span for span in ours if span.name == "attempt traced_async"}
+    parents = {span.span_id: task_id for task_id, span in attempts.items()}
+    assert {span.name: parents[span.parent_span_id] for span in ours if span.name.startswith("async")} == {
+        f"async {number}": added.task_id for number, added in enumerate(waiting)
+    }
+    # The second run has a trace of its own, from the same process.
+    others = {span.name for span in spans if span.trace_id != own.trace_id.to_bytes(16)}
+    assert {"attempt traced", "outer", "inner", "threaded", "failing"} <= others
