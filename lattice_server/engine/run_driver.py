@@ -126,9 +126,9 @@ class RunDriver:
         entry.log.append(fact, time_s)
         if entry.stream is not None and isinstance(fact, ENDS | RunFinished):
             entry.stream.news.set()
-        run_logging.note(entry, fact)
         for observer in self.observers:
             observer.note(entry, fact)
+        run_logging.note(entry, fact)
 
     def _pass_on(self, entry: RunEntry, effect: HolderEffect) -> None:
         match effect:

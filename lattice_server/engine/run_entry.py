@@ -47,6 +47,7 @@ class RunEntry:
         open_run: the machine of its caller, if it was opened by `OpenRun`.
         stream: the newest stream of that caller.
         grace: the timer that cancels an open run without a stream.
+        trace_id: the trace of the run, for its log lines; empty when it is not traced.
         is_continuing: whether a slice that submits more of its tasks is queued.
     """
 
@@ -73,6 +74,7 @@ class RunEntry:
     open_run: OpenRun | None = None
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
+    trace_id: str = ""
     is_continuing: bool = False
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:

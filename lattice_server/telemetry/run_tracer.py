@@ -115,6 +115,7 @@ class RunTracer:
         span = self._spans.begin(name, int(entry.created_s * 1e9), attributes)
         if span is not None:
             self._runs[entry.key] = _Trace(entry, span)
+            entry.trace_id = self._spans.traceparent(span).split("-")[1]
 
     def _attempt(self, effect: Assign, lease: tuple[str, str], item: int) -> _Attempt | None:
         """Return a member of a lease with its span; a lease that is sent again has the same spans."""
