@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import pytest
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.metrics.v1 import metrics_pb2
@@ -18,6 +19,11 @@ class Receiver(metrics_service_pb2_grpc.MetricsServiceServicer, trace_service_pb
         self.address = ""
         self.resource_metrics: list[metrics_pb2.ResourceMetrics] = []
         self.resource_spans: list[trace_pb2.ResourceSpans] = []
+
+    def name_to(self, patch: pytest.MonkeyPatch) -> None:
+        """Have exporters of this process send here, and give a busy machine time."""
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{self.address}")
+        patch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
 
     async def Export(self, request: Any, context: object) -> Any:
         """Take an export of either service."""

@@ -22,7 +22,7 @@ from tests.server.telemetry.workload import double, fail_once, measured, on_a_lo
 @on_a_loop
 async def test_receiver_gets_metrics_with_the_types_and_units_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
     async with receiving() as receiver:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{receiver.address}")
+        receiver.name_to(monkeypatch)
         monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
         async with measured(metrics="otlp") as (app, client):
             assert await client.run_task(double, {"x": 2}) == {"result": 4}
@@ -57,7 +57,7 @@ async def test_receiver_gets_metrics_with_the_types_and_units_of_the_catalogue(m
 @on_a_loop
 async def test_run_is_one_trace_of_its_run_waits_and_attempts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async with receiving() as receiver:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{receiver.address}")
+        receiver.name_to(monkeypatch)
         async with serving(traces="otlp", session_ttl_s=30.0) as app, AsyncLatticeClient(app.address) as client:
             workflow = client.create_workflow("chain")
             first = workflow.add_task(double, {"x": 1}, "first")
@@ -103,7 +103,7 @@ async def test_run_is_one_trace_of_its_run_waits_and_attempts(monkeypatch: pytes
 @on_a_loop
 async def test_health_watch_is_served_when_calls_are_traced_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     async with receiving() as receiver:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{receiver.address}")
+        receiver.name_to(monkeypatch)
         async with (
             serving(NoWorkers(), traces="otlp", metrics="prometheus") as app,
             grpc.aio.insecure_channel(app.address) as channel,
@@ -120,7 +120,7 @@ async def test_health_watch_is_served_when_calls_are_traced_and_counted(monkeypa
 async def test_run_is_not_traced_when_its_caller_is_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
     async with receiving() as receiver:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{receiver.address}")
+        receiver.name_to(monkeypatch)
         async with serving(traces="otlp") as app, AsyncLatticeClient(app.address) as client:
             await client.run_task(double, {"x": 2})
         assert receiver.spans() == []
@@ -157,7 +157,7 @@ async def traced_async(x: int) -> int:
 async def test_spans_of_tasks_are_in_the_trace_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     provider = TracerProvider()
     async with receiving() as receiver:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{receiver.address}")
+        receiver.name_to(monkeypatch)
         async with serving(traces="otlp", session_ttl_s=30.0) as app, AsyncLatticeClient(app.address) as client:
             with provider.get_tracer("caller").start_as_current_span("caller") as caller:
                 workflow = client.create_workflow("spans")

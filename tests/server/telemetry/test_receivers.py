@@ -3,10 +3,10 @@
 import asyncio
 import json
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from asyncio.subprocess import DEVNULL
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import quote
@@ -24,14 +24,15 @@ LATTICE = str(Path(sys.executable).parent / "lattice")
 WAIT_S = 60.0
 
 
-@contextmanager
-def running(*command: str) -> Iterator[None]:
-    """Run a program while the block runs."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield
-        finally:
-            process.terminate()
+@asynccontextmanager
+async def running(*command: str) -> AsyncIterator[None]:
+    """Run a program while the block runs. Its end does not block the event loop, by which workers say goodbye."""
+    process = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        await process.wait()
 
 
 def queried(port: int, query: str) -> list[float] | None:
@@ -43,9 +44,7 @@ def queried(port: int, query: str) -> list[float] | None:
         return None
 
 
-@pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="needs Prometheus: scripts/install_missing.sh prometheus"
-)
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="scripts/install_missing.sh prometheus")
 @on_a_loop
 async def test_prometheus_reads_the_metrics_of_a_server(tmp_path: Path, unused_port: int) -> None:
     async with measured() as (app, client):
@@ -58,16 +57,14 @@ async def test_prometheus_reads_the_metrics_of_a_server(tmp_path: Path, unused_p
         }
         (tmp_path / "prometheus.yml").write_text(json.dumps(config))
         flags = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
-        with running("prometheus", *flags, f"--web.listen-address=127.0.0.1:{unused_port}"):
+        async with running("prometheus", *flags, f"--web.listen-address=127.0.0.1:{unused_port}"):
             async with asyncio.timeout(WAIT_S):
                 while await asyncio.to_thread(queried, unused_port, "up") != [1]:
                     await asyncio.sleep(0.2)
             count = 'lattice_tasks_total{task="double",outcome="succeeded"}'
             assert queried(unused_port, count) == [3]
             assert queried(unused_port, "lattice_queue_wait_seconds_count") == [3]
-            assert (
-                queried(unused_port, 'histogram_quantile(1, lattice_queue_wait_seconds_bucket{le="+Inf"})') is not None
-            )
+            assert queried(unused_port, "sum(lattice_nodes)") == [1]
 
 
 @task(node_selector={"at": "left"})
@@ -91,13 +88,13 @@ def finish(folder: str) -> str:
 @on_a_loop
 async def test_run_over_two_nodes_with_a_retry_is_one_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async with receiving() as receiver:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{receiver.address}")
+        receiver.name_to(monkeypatch)
         async with (
             serving(NoWorkers(), traces="otlp", session_ttl_s=30.0) as app,
             AsyncLatticeClient(app.address) as client,
         ):
             worker = (LATTICE, "start", "--worker", "--addr", app.address, "--num-cpus", "1")
-            with (
+            async with (
                 running(*worker, "--node-id", "left", "--label", "at=left"),
                 running(*worker, "--node-id", "right", "--label", "at=right"),
             ):
