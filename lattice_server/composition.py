@@ -144,7 +144,7 @@ def metrics_of(config: ServerConfig, engine: Engine) -> "Metrics | None":
         from lattice_server.telemetry.metrics import Metrics
         from lattice_server.telemetry.state import State
 
-        state = State(engine.orchestrator, engine.usages)
+        state = State(engine.orchestrator, engine.sessions, engine.usages)
         metrics = Metrics(config, state, __version__, engine.epoch)
     except ImportError as error:
         text = f'metrics need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
@@ -181,6 +181,8 @@ def rpc_server(
         engine.admission.check_possible,
         None if tracing is None else tracing.runs,
     )
+    if metrics is not None:
+        workers.observe_runners(metrics.runs.note_runners)
     limit_bytes = config.question_limit_bytes
     server = RpcServer(
         config,

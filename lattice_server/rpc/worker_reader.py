@@ -19,6 +19,7 @@ from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.spans import SpanSink
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.convert.payloads import question_from_proto
+from lattice_server.rpc.convert.resources import ISOLATION_FROM_PROTO
 from lattice_server.rpc.convert.spans import spans_from_proto
 from lattice_server.rpc.convert.times import drain_deadline_from_proto, seconds_from
 from lattice_server.rpc.convert.workers import artifacts_in_report, report_to_event
@@ -53,6 +54,8 @@ class WorkerReader:
         self._question_limit_bytes = question_limit_bytes
         self._check_possible = check_possible
         self._spans = spans
+        # Takes a level of isolation and how many processes a worker has started for it.
+        self.on_runners_started: Callable[[str, int], None] | None = None
 
     async def read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
         """Read a stream to its end, then close the connection."""
@@ -124,6 +127,12 @@ class WorkerReader:
         check_heartbeat(heartbeat)
         held = frozenset(heartbeat.held_lease_ids)
         self._assigned.release(session, held, heartbeat.assignment_sequence)
+        session.runners = {}
+        for count in heartbeat.runners:
+            if (level := ISOLATION_FROM_PROTO.get(count.isolation)) is not None:
+                session.runners[level] = max(0, count.busy), max(0, count.idle)
+                if self.on_runners_started is not None and count.started > 0:
+                    self.on_runners_started(level.value, count.started)
         self._bus.post([messages.WorkerHeartbeat(session.session_id, held, heartbeat.assignment_sequence)])
 
     def _spawned_event(self, report: worker_pb2.Report, session_id: str) -> messages.AttemptSpawned:

@@ -61,6 +61,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         limit_bytes = config.question_limit_bytes
         self._reader = WorkerReader(bus, sessions, parser, assigned, limit_bytes, check_possible, spans)
 
+    def observe_runners(self, started: Callable[[str, int], None]) -> None:
+        """Have `started` called with a level of isolation and how many processes a worker has started for it."""
+        self._reader.on_runners_started = started
+
     def close_all(self) -> None:
         """Close every worker's stream because the server stops, and refuse new ones."""
         self._admission.stop()

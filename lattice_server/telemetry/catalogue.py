@@ -121,6 +121,11 @@ NODE_MEMORY_USED = _gauge("lattice.node.memory.reserved", "By", ("node",), "Memo
 NODE_GPUS = _gauge("lattice.node.gpu.capacity", "{gpu}", ("node",), "GPUs of a node.")
 NODE_GPUS_USED = _gauge("lattice.node.gpu.reserved", "{gpu}", ("node",), "GPUs of a node that leases reserve.")
 
+RUNNERS = _up_down(
+    "lattice.runners", "{runner}", ("isolation", "state"), "Processes of workers that run, or wait to run, attempts."
+)
+RUNNER_STARTS = _counter("lattice.runner.starts", "{runner}", ("isolation",), "Processes that workers started.")
+
 STORE_USAGE = _up_down("lattice.store.usage", "By", ("store",), "Bytes in a store of the server.")
 STORE_LIMIT = _up_down("lattice.store.limit", "By", ("store",), "Bytes that a store of the server may have.")
 

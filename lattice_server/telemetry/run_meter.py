@@ -39,6 +39,7 @@ class RunMeter:
         self._output_size = Histogram(catalogue.OUTPUT_SIZE)
         self._wait, self._dispatch = Histogram(catalogue.QUEUE_WAIT), Histogram(catalogue.DISPATCH)
         self._sessions = Counter(catalogue.SESSIONS)
+        self._runner_starts = Counter(catalogue.RUNNER_STARTS)
 
     def note(self, entry: RunEntry, fact: Fact) -> None:
         """Count a fact of a run."""
@@ -81,6 +82,10 @@ class RunMeter:
                 pass
         return effect
 
+    def note_runners(self, isolation: str, started: int) -> None:
+        """Count processes that a worker has started."""
+        self._runner_starts.add(isolation, by=started)
+
     def read(self) -> list[Reading]:
         """Return all numbers."""
         counted = (
@@ -95,6 +100,7 @@ class RunMeter:
             self._wait,
             self._dispatch,
             self._sessions,
+            self._runner_starts,
         )
         return [Reading(catalogue.RUN_EVENTS, {(): self._events}), *(meter.read() for meter in counted)]
 

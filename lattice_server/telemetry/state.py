@@ -12,12 +12,14 @@ from typing import Any
 import psutil
 
 from lattice_server.core.messages import NodesDescribed, NodeStatus, NodeView
+from lattice_server.core.model import Isolation
 from lattice_server.core.states import RUN_TERMINAL, TASK_TERMINAL, RunState, TaskState
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.usage import Usage
 from lattice_server.telemetry import catalogue
 from lattice_server.telemetry.catalogue import Instrument
-from lattice_server.telemetry.meters import Histogram, Reading, totals
+from lattice_server.telemetry.meters import Histogram, Labels, Reading, totals
 
 LAG_INTERVAL_S = 1.0
 
@@ -25,8 +27,8 @@ LAG_INTERVAL_S = 1.0
 class State:
     """The state of one server."""
 
-    def __init__(self, orchestrator: Orchestrator, usages: Callable[[], Iterable[Usage]]) -> None:
-        self._orchestrator, self._usages = orchestrator, usages
+    def __init__(self, orchestrator: Orchestrator, sessions: Sessions, usages: Callable[[], Iterable[Usage]]) -> None:
+        self._orchestrator, self._sessions, self._usages = orchestrator, sessions, usages
         self._process = psutil.Process()
         self._lag = Histogram(catalogue.LOOP_LAG)
 
@@ -42,7 +44,14 @@ class State:
     async def read(self) -> list[Reading]:
         """Return all numbers."""
         described = await self._orchestrator.queries.nodes()
-        return [self._lag.read(), *self._work(described), *_nodes(described), *self._stores(), *self._own()]
+        return [
+            self._lag.read(),
+            *self._work(described),
+            *_nodes(described),
+            self._runners(),
+            *self._stores(),
+            *self._own(),
+        ]
 
     def _work(self, described: NodesDescribed) -> Iterator[Reading]:
         live = [entry.run for entry in self._orchestrator.runs.values() if not entry.run.is_terminal]
@@ -54,6 +63,13 @@ class State:
         yield totals(catalogue.QUEUE_SIZE, [((), described.queued)])
         yield totals(catalogue.QUEUE_AGE, [((), described.oldest_s)])
         yield totals(catalogue.LEASES, [((), described.leases)])
+
+    def _runners(self) -> Reading:
+        counts: list[tuple[Labels, float]] = [((Isolation.NONE.value, state), 0) for state in ("busy", "idle")]
+        for session in self._sessions.all():
+            for level, (busy, idle) in session.runners.items():
+                counts += [((level.value, "busy"), busy), ((level.value, "idle"), idle)]
+        return totals(catalogue.RUNNERS, counts)
 
     def _stores(self) -> Iterator[Reading]:
         usages = list(self._usages())

@@ -572,6 +572,7 @@ class Heartbeat(google.protobuf.message.Message):
     HELD_LEASE_IDS_FIELD_NUMBER: builtins.int
     ASSIGNMENT_SEQUENCE_FIELD_NUMBER: builtins.int
     SEND_TIME_FIELD_NUMBER: builtins.int
+    RUNNERS_FIELD_NUMBER: builtins.int
     assignment_sequence: builtins.int
     """The number of the last assignment it received in this session. Of the leases assigned up to that number, those not
     held are lost; leases with later numbers are still on their way.
@@ -586,17 +587,52 @@ class Heartbeat(google.protobuf.message.Message):
         the last messages is taken for the difference of the clocks.
         """
 
+    @property
+    def runners(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RunnerCount]:
+        """The processes that run users' code, for metrics; one entry for each level of isolation."""
+
     def __init__(
         self,
         *,
         held_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         assignment_sequence: builtins.int = ...,
         send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        runners: collections.abc.Iterable[Global___RunnerCount] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["send_time", b"send_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids", "send_time", b"send_time"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids", "runners", b"runners", "send_time", b"send_time"]) -> None: ...
 
 Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
+
+@typing.final
+class RunnerCount(google.protobuf.message.Message):
+    """How many processes a worker has for one level of isolation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ISOLATION_FIELD_NUMBER: builtins.int
+    BUSY_FIELD_NUMBER: builtins.int
+    IDLE_FIELD_NUMBER: builtins.int
+    STARTED_FIELD_NUMBER: builtins.int
+    isolation: lattice.v1.resources_pb2.Isolation.ValueType
+    """The level."""
+    busy: builtins.int
+    """Processes that run attempts."""
+    idle: builtins.int
+    """Processes that wait for an attempt, those that never ran one included."""
+    started: builtins.int
+    """Processes started since the last heartbeat."""
+    def __init__(
+        self,
+        *,
+        isolation: lattice.v1.resources_pb2.Isolation.ValueType = ...,
+        busy: builtins.int = ...,
+        idle: builtins.int = ...,
+        started: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy", b"busy", "idle", b"idle", "isolation", b"isolation", "started", b"started"]) -> None: ...
+
+Global___RunnerCount: typing_extensions.TypeAlias = RunnerCount
 
 @typing.final
 class Assignment(google.protobuf.message.Message):

@@ -52,6 +52,10 @@ async def test_server_exports_each_metric_of_the_catalogue_with_its_labels(tmp_p
                 await channel.unary_unary("/any.Name/AtAll")(b"")
             await asyncio.sleep(1.1)  # One sample of the lag.
             page = await page_of(app)
+            async with asyncio.timeout(30):  # Until the worker's next heartbeat.
+                while not labelled(samples_of(page), "lattice_runner_starts_total"):
+                    await asyncio.sleep(0.1)
+                    page = await page_of(app)
     samples = samples_of(page)
     labels_by_name = {name: {label for label, _ in labels if label != "le"} for name, labels in samples}
     for instrument in INSTRUMENTS:
@@ -92,6 +96,10 @@ async def test_server_exports_each_metric_of_the_catalogue_with_its_labels(tmp_p
     assert labelled(samples, "lattice_nodes") == {("ready",): 1, ("detached",): 0, ("draining",): 0}
     assert labelled(samples, "lattice_node_cpu_capacity") == {("local",): 2}
     assert labelled(samples, "lattice_worker_sessions_total") == {("joined",): 1}
+    # One process for each CPU waits, and the ones that ran something; at the other levels one that is sealed.
+    assert labelled(samples, "lattice_runners")["none", "busy"] == 0
+    assert labelled(samples, "lattice_runners")["none", "idle"] >= 2
+    assert labelled(samples, "lattice_runner_starts_total")[("none",)] >= 2
     assert labelled(samples, "lattice_tasks_active") == {("blocked",): 0, ("queued",): 0, ("running",): 0}
     assert labelled(samples, "lattice_run_events_total") == {(): 6 + 6 + 4}
     if (promtool := shutil.which("promtool")) is not None:
