@@ -36,6 +36,10 @@ class RunnerKey:
         return found | dict.fromkeys(THREADS, str(self.threads)) if self.isolation else found
 
 
+def ignore_spans(frame: dict[str, Any]) -> None:
+    """Do nothing with spans."""
+
+
 @dataclass(slots=True)
 class Invocation:
     """One call of a function. `name` is the lease, `header` and `blobs` are the frame that starts it.
@@ -65,7 +69,7 @@ class Invocation:
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     on_refused: Callable[[], None]
     on_given_back: Callable[[str, bool], None]
-    on_spans: Callable[[dict[str, Any]], None] = lambda frame: None
+    on_spans: Callable[[dict[str, Any]], None] = ignore_spans
     screen: Callable[[dict[str, Any], list[bytes]], Frame] | None = None
     raw_left: int = 0
     ending: dict[str, Any] | None = None

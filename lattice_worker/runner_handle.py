@@ -13,7 +13,7 @@ from typing import Any
 
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.crash import Crash
-from lattice_worker.invocation import Frame, Invocation, RunnerKey, failed
+from lattice_worker.invocation import Frame, Invocation, RunnerKey, failed, ignore_spans
 from lattice_worker.runner.frames import FrameTooLargeError
 from lattice_worker.runner_process import Listener, RunnerProcess, start_process
 from lattice_worker.sandbox.supervisor import Supervisor
@@ -194,7 +194,9 @@ class Runner:
             case "ask":
                 invocation.on_ask(header, blobs)
             case "spans":
-                invocation.on_spans(header)
+                # Once: a process that sends more could fill the memory of the agent.
+                take, invocation.on_spans = invocation.on_spans, ignore_spans
+                take(header)
             case "describing":
                 if header["is_over"]:
                     invocation.cancel_description_timer()

@@ -190,3 +190,33 @@ async def test_spans_of_tasks_are_in_the_trace_of_the_caller(monkeypatch: pytest
     # The second run has a trace of its own, from the same process.
     others = {span.name for span in spans if span.trace_id != own.trace_id.to_bytes(16)}
     assert {"attempt traced", "outer", "inner", "threaded", "failing"} <= others
+
+
+@task(isolation="subprocess")
+def forge(x: int) -> int:
+    """Send frames of spans of its own, and make a span the proper way."""
+    from lattice_worker.runner.output import current
+
+    output = current.get()
+    assert output is not None
+    span = {"id": "00" * 7 + "2a", "parent": "00" * 7 + "01", "name": "forged", "kind": 1, "start": 1, "end": 2}
+    span |= {"attributes": {"trace_id": "ff" * 16}, "events": [], "failed": False, "message": ""}
+    for _ in range(3):
+        output._channel.send({"kind": "spans", "id": output.header["id"], "spans": [span], "dropped": 0})
+    with context.tracer().start_as_current_span("proper"):
+        return x
+
+
+@pytest.mark.slow
+@on_a_loop
+async def test_sandbox_cannot_write_into_other_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with receiving() as receiver:
+        receiver.name_to(monkeypatch)
+        async with serving(traces="otlp", session_ttl_s=30.0) as app, AsyncLatticeClient(app.address) as client:
+            assert await client.run_task(forge, {"x": 1}) == {"result": 1}
+        spans = receiver.spans()
+    run = next(span for span in spans if span.name == "invoke_workflow forge")
+    attempt = next(span for span in spans if span.name == "attempt forge")
+    # One frame is taken; the second and the third, and the proper one after them, are not.
+    (forged,) = [span for span in spans if span.name in {"forged", "proper"}]
+    assert (forged.name, forged.trace_id, forged.parent_span_id) == ("forged", run.trace_id, attempt.span_id)
