@@ -17,12 +17,14 @@ from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Executor
 from lattice_server.engine.scheduler_thread import SchedulerThread
+from lattice_server.engine.services.services import Services
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.store_folder import SOCKET
@@ -32,10 +34,12 @@ from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
+from lattice_server.rpc.convert.services import instance_function
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.request_cache import RequestCache
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.server import RpcServer
+from lattice_server.rpc.services import ServicesServicer
 from lattice_server.rpc.spec_parser import SpecParser
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
@@ -83,7 +87,9 @@ class Engine:
             self.admission,
             config.open_run_grace_s,
             self.slices,
+            ChunkStore(Bound(config.chunk_bytes, share)),
         )
+        self.services = Services(self.orchestrator, instance_function())
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )
@@ -92,7 +98,9 @@ class Engine:
         """Return how full each bounded store is."""
         ended = self.orchestrator.ended
         uploads, live = self.store.uploads.usage, self.admission.memory
-        return self.code.usage, uploads, self.workflows.usage, self.drafts.usage, live, ended.memory, ended.values
+        chunks = self.orchestrator.chunks.usage
+        own = (self.code.usage, uploads, self.workflows.usage, self.drafts.usage, live)
+        return *own, ended.memory, ended.values, chunks
 
 
 def executor_of(config: ServerConfig, store_directory: Path) -> Executor:
@@ -193,6 +201,7 @@ def rpc_server(
         ArtifactServicer(engine.store, engine.transfers, assigned),
         ClusterServicer(engine.bus, engine.sessions, cache, orchestrator.queries, describe),
         workers,
+        ServicesServicer(engine.services, engine.code, cache),
         authentication,
         slices,
         [*([] if tracing is None else tracing.interceptors), *([] if metrics is None else [metrics.calls])],

@@ -1,5 +1,5 @@
-"""The context of a running task: its attempt, adding tasks to its run, asking the caller that holds the run. For use
-inside tasks.
+"""The context of a running task: its attempt, adding tasks to its run, asking the caller that holds the run, streaming.
+For use inside tasks.
 
     from lattice_worker import context
 
@@ -13,7 +13,8 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -23,41 +24,86 @@ from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
 from lattice_worker.runner.blame import refusal
 from lattice_worker.runner.functions import dump
+from lattice_worker.runner.generators import COMBINE
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.text import utf8
 from lattice_worker.runner.values import PayloadError, encode_value
 from lattice_worker.spawn_arguments import SpawnError, form_of, inputs_of, label_of, predecessors_of, take_id
 from lattice_worker.spawned import Binder, SpawnedOutput, SpawnedTask
+from lattice_worker.streaming import StreamError, cancelled, emit, emit_async, logger, progress
 
 __all__ = [
+    "Answer",
     "AnswerError",
     "Attempt",
+    "Endpoint",
     "QuestionError",
     "SpawnError",
     "SpawnedOutput",
     "SpawnedTask",
+    "StreamError",
     "ask",
     "ask_async",
+    "ask_future",
+    "cancelled",
     "current",
+    "emit",
+    "emit_async",
+    "logger",
+    "progress",
+    "service",
+    "service_async",
     "spawn",
     "tracer",
 ]
 
 MAX_NAME_LENGTH = 128
+ENDPOINT = "lattice/service.endpoint"
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The attempt that is running: `number` counts from 1."""
+    """The attempt that is running: `number` counts from 1.
+
+    `deadline` is when its time is up, in seconds since the epoch; None when it has no limit of its own.
+    """
 
     run_id: str
     task_id: str
     number: int
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An instance of a service: its address `host:port`, its name, and the model of a service that has one."""
+
+    endpoint: str
+    instance_id: str
+    model: str = ""
+
+    @property
+    def host(self) -> str:
+        """The address without the port."""
+        return self.endpoint.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port."""
+        return int(self.endpoint.rpartition(":")[2])
+
+    @property
+    def url(self) -> str:
+        """The address as the beginning of a URL."""
+        return f"http://{self.endpoint}"
 
 
 def current() -> Attempt:
     """Return the attempt that is running. Raises RuntimeError outside a task, and inside a batch, which is several."""
-    return Attempt(*_output().header["attempts"][0])
+    output = _output()
+    limit_s = output.header.get("timeout", 0)
+    run_id, task_id, number = output.header["attempts"][0]
+    return Attempt(run_id, task_id, number, output.started_s + limit_s if limit_s else None)
 
 
 def spawn(
@@ -97,7 +143,7 @@ def spawn(
             key: Binder(f"{where}: input {key!r}", encoder, taken, is_for_python).bind(value)
             for key, value in given.items()
         }
-        code = dump(form.get("call", task)) if form["has_code"] else b""
+        code = dump(_called(form, task)) if form["has_code"] else b""
     except BaseException:
         encoder.take_back()
         raise
@@ -155,6 +201,51 @@ def tracer() -> Any:
         raise RuntimeError(f"the worker of this node has no OpenTelemetry: {advice}") from None
 
 
+class Answer:
+    """The answer of a question that `ask_future` has asked."""
+
+    def __init__(self, asked: "Future[Any]") -> None:
+        self._asked = asked
+
+    def result(self) -> Any:
+        """Wait for the answer and return it. Raises as `ask`."""
+        return decoded(self._asked.result())
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return decoded((yield from asyncio.wrap_future(self._asked).__await__()))
+
+    def add_done_callback(self, callback: Callable[["Answer"], object]) -> None:
+        """Call a function once the answer is there, in a thread that no code of the task may block for long."""
+        self._asked.add_done_callback(lambda _: callback(self))
+
+
+def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Answer:
+    """As `ask`, without waiting. Questions that one thread asks reach the caller in the order in which they are asked.
+
+    A question whose answer is not waited for may be lost when the task ends.
+    """
+    return Answer(_asked(name, payload, item))
+
+
+def service(name: str, *, item: int | None = None) -> Endpoint:
+    """Return the address of an instance of a service, which is started if there is none; wait until it is ready.
+
+    The instance is the one with the fewest requests among those that this node reaches. The service does not become
+    idle while the attempt runs. In a coroutine use `service_async`.
+
+    Raises:
+        AnswerError: there is no such service, it cannot start, or this node does not reach it.
+        QuestionError: the server knows no services.
+        RuntimeError: there is no task running here.
+    """
+    return Endpoint(**ask(ENDPOINT, {"name": name}, item=item))
+
+
+async def service_async(name: str, *, item: int | None = None) -> Endpoint:
+    """As `service`, without blocking other coroutines."""
+    return Endpoint(**await ask_async(ENDPOINT, {"name": name}, item=item))
+
+
 def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
     output = running.get()
     if output is None or output.questions.is_inherited:
@@ -170,7 +261,7 @@ def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
         raise QuestionError("item is for batched functions; this task is alone")
     where = f"question {name!r}"
     try:
-        media_type, parts = encode_value(payload)
+        media_type, parts = encode_value(payload, as_data=header.get("as_data", False))
     except Exception as error:
         raise PayloadError(refusal(where, payload, error)) from error
     data = b"".join(parts)
@@ -181,6 +272,17 @@ def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
     reference = {"type": media_type, "blob": 0}
     position = item if isinstance(item, int) else 0
     return output.questions.ask(position, utf8(name), reference, [data])
+
+
+def _called(form: Mapping[str, Any], task: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a task as workers call it."""
+    combine = form.get("combine")
+    if combine is None or "call" in form:
+        called: Callable[..., Any] = form.get("call", task)
+        return called
+    found = functools.partial(task)
+    setattr(found, COMBINE, combine)
+    return found
 
 
 def _output() -> Any:

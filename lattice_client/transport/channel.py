@@ -25,7 +25,14 @@ if TYPE_CHECKING:
         UnaryStreamMultiCallable,
         UnaryUnaryMultiCallable,
     )
-    from lattice.v1 import artifact_pb2_grpc, cluster_pb2_grpc, results_pb2_grpc, task_pb2_grpc, workflow_pb2_grpc
+    from lattice.v1 import (
+        artifact_pb2_grpc,
+        cluster_pb2_grpc,
+        results_pb2_grpc,
+        service_pb2_grpc,
+        task_pb2_grpc,
+        workflow_pb2_grpc,
+    )
 
 Q = TypeVar("Q")
 R = TypeVar("R")
@@ -148,6 +155,11 @@ class Channel(ABC):
     def cluster(self) -> "cluster_pb2_grpc.ClusterServiceAsyncStub":
         """Calls of ClusterService."""
         return self._stubs().cluster
+
+    @property
+    def services(self) -> "service_pb2_grpc.ServicesServiceAsyncStub":
+        """Calls of ServicesService."""
+        return self._stubs().services
 
     async def limits(self) -> cluster_pb2.Limits:
         """Return the server's limits, which are read once. Raises RequestError, ClientClosedError."""

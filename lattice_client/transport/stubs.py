@@ -5,7 +5,14 @@ Rule: every call carries the client's token, and names the caller's span if ther
 
 from typing import Any, cast
 
-from lattice.v1 import artifact_pb2_grpc, cluster_pb2_grpc, results_pb2_grpc, task_pb2_grpc, workflow_pb2_grpc
+from lattice.v1 import (
+    artifact_pb2_grpc,
+    cluster_pb2_grpc,
+    results_pb2_grpc,
+    service_pb2_grpc,
+    task_pb2_grpc,
+    workflow_pb2_grpc,
+)
 
 from lattice_client.transport.tracing import Headers, trace_headers
 
@@ -20,11 +27,13 @@ class Stubs:
         self.results: results_pb2_grpc.ResultsServiceAsyncStub
         self.artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub
         self.cluster: cluster_pb2_grpc.ClusterServiceAsyncStub
+        self.services: service_pb2_grpc.ServicesServiceAsyncStub
         self.workflows = cast(Any, workflow_pb2_grpc.WorkflowServiceStub(channel))
         self.tasks = cast(Any, task_pb2_grpc.TaskServiceStub(channel))
         self.results = cast(Any, results_pb2_grpc.ResultsServiceStub(channel))
         self.artifacts = cast(Any, artifact_pb2_grpc.ArtifactServiceStub(channel))
         self.cluster = cast(Any, cluster_pb2_grpc.ClusterServiceStub(channel))
+        self.services = cast(Any, service_pb2_grpc.ServicesServiceStub(channel))
 
 
 class Signed:

@@ -5,11 +5,12 @@ Rule: a run changes only by the decisions of its machine.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Unpack
 
 from lattice_server.core.errors import PreconditionError, UnavailableError
 from lattice_server.core.messages import (
+    AnswerQuestion,
     Explanation,
     NodesChanged,
     NodesDescribed,
@@ -22,11 +23,13 @@ from lattice_server.core.messages import (
     TaskExplained,
     TaskFailed,
     TaskLogged,
+    TaskProgressed,
     TaskRetrying,
     TaskReturned,
     TaskSkipped,
     TasksSpawned,
     TaskStarted,
+    TaskStreamed,
     TaskSucceeded,
 )
 from lattice_server.core.model import Payload, TaskSpec, WorkflowSpec
@@ -37,6 +40,7 @@ from lattice_server.core.tenancy import UNNAMED, Reach
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.open_runs import OpenRuns
@@ -80,6 +84,7 @@ class Orchestrator:
         admission: Admission,
         open_run_grace_s: float = 30.0,
         slices: Slices | None = None,
+        chunks: ChunkStore | None = None,
     ) -> None:
         registry = RunRegistry(store, retention)
         self.runs, self.ended = registry.runs, registry.ended
@@ -92,10 +97,14 @@ class Orchestrator:
         self._store = store
         self._admission = admission
         self._slices = slices or Slices()
+        self.chunks = chunks or ChunkStore()
+        self.ended.on_drop = self.chunks.drop
         stores = RunStores(store, code, admission)
-        self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform)
+        self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
         self.observers = self._driver.observers
+        # Takes the questions that are for the server; the others are for the caller of the run.
+        self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
         self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs)
         self._additions = RunAdditions(store, stores, admission, self._driver, self._slices)
         bus.subscribe(self.deliver)
@@ -217,6 +226,10 @@ class Orchestrator:
             perform(entry.run.cancel_task(task_id, "cancelled by the caller", time.monotonic()))
         return entry
 
+    def answer(self, answer: AnswerQuestion) -> None:
+        """Send a worker the answer to a question that the server answers itself."""
+        self._sessions.perform(answer)
+
     def deliver(self, effects: list[SchedulerEffect]) -> None:
         """Route the scheduler's effects: facts to runs, answers to queries, everything else to workers."""
         now = time.monotonic()
@@ -225,6 +238,10 @@ class Orchestrator:
             if isinstance(effect, TASK_EVENTS):
                 if entry := self.runs.get(effect.run_id):
                     self._tell_run(entry, effect, now, posts)
+            elif isinstance(effect, TaskStreamed | TaskProgressed):
+                # Past the run's machine: chunks change no state, and there may be thousands a second.
+                if entry := self.runs.get(effect.run_id):
+                    self.chunks.take(entry, effect)
             elif isinstance(effect, TaskExplained | NodesDescribed):
                 self.queries.answer(effect)
             elif isinstance(effect, NodesChanged):
@@ -244,6 +261,8 @@ class Orchestrator:
                 match event:
                     case TasksSpawned():
                         perform(self._additions.spawn(entry, event, now))
+                    case QuestionAsked() if self.on_question(entry, event):
+                        pass
                     case QuestionAsked():
                         machine = entry.open_run
                         perform([answer_to(event, NOT_OPEN)] if machine is None else machine.ask(event))

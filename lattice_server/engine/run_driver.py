@@ -27,6 +27,7 @@ from lattice_server.core.run.open_run import HolderEffect
 from lattice_server.core.run.run import Effect
 from lattice_server.engine import run_logging
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.ended_runs import EndedRuns
 from lattice_server.engine.ports import Observer
 from lattice_server.engine.run_entry import RunEntry
@@ -52,6 +53,7 @@ class RunDriver:
         ended: EndedRuns,
         slices: Slices,
         answer: Callable[[AnswerQuestion], None],
+        chunks: ChunkStore,
     ) -> None:
         self._bus = bus
         self._stores = stores
@@ -59,6 +61,7 @@ class RunDriver:
         self._slices = slices
         self._answer = answer
         self.observers: list[Observer] = []
+        self._chunks = chunks
 
     @contextmanager
     def change(
@@ -106,6 +109,8 @@ class RunDriver:
                     self._pass_on(entry, effect)
                 case _:
                     self._publish(entry, effect)
+        if entry.on_effects is not None and effects:
+            entry.on_effects(effects)
         if posts is None:
             self._bus.post(own)
         self._stores.hold_graph(entry, uploader)
@@ -126,6 +131,8 @@ class RunDriver:
         entry.log.append(fact, time_s)
         if entry.stream is not None and isinstance(fact, ENDS | RunFinished):
             entry.stream.news.set()
+        if entry.chunks is not None:
+            self._chunks.note(entry, fact)
         for observer in self.observers:
             observer.note(entry, fact)
         run_logging.note(entry, fact)

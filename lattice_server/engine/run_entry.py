@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lattice_server.core.messages import TaskStarted
@@ -11,6 +11,7 @@ from lattice_server.core.run.open_run import HolderEffect, OpenRun
 from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.caller_stream import CallerStream
+from lattice_server.engine.chunk_log import RunChunks
 from lattice_server.engine.run_log import ENDS, RunLog
 from lattice_server.engine.uploads import Name
 
@@ -48,7 +49,9 @@ class RunEntry:
         stream: the newest stream of that caller.
         grace: the timer that cancels an open run without a stream.
         trace_id: the trace of the run, for its log lines; empty when it is not traced.
+        chunks: what its tasks stream, once there is a chunk or a reader.
         is_continuing: whether a slice that submits more of its tasks is queued.
+        on_effects: is called with the decisions of its machines, after they were carried out.
     """
 
     run: Run
@@ -75,7 +78,9 @@ class RunEntry:
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
     trace_id: str = ""
+    chunks: RunChunks | None = None
     is_continuing: bool = False
+    on_effects: Callable[[Sequence[Effect | HolderEffect]], object] | None = None
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times of a fact; `offset_s` is how far wall time is ahead of the machines' monotonic time.

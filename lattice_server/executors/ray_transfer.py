@@ -72,14 +72,24 @@ class Exchange:
 
         with contextlib.suppress(OSError):  # the worker is gone
             try:
-                for _ in self._fetched(wanted):
+                for _ in self._fetched_again(wanted):
                     say()
                 why = ""
             except (ray.exceptions.RayError, ValueError, OSError) as error:
-                # The node may have another host by now.
                 self._hosts.pop(wanted["node"], None)
                 why = str(error) or type(error).__name__
             say(end=why[-WHY_CHARACTERS:])
+
+    def _fetched_again(self, wanted: dict[str, Any]) -> Iterator[None]:
+        """Do what `_fetched` does, once more when the host that was known of the node is gone."""
+        if wanted["node"] in self._hosts:
+            try:
+                yield from self._fetched(wanted)
+                return
+            except ray.exceptions.RayActorError:
+                # A worker that was replaced has a new host of the same name.
+                self._hosts.pop(wanted["node"], None)
+        yield from self._fetched(wanted)
 
     def _fetched(self, wanted: dict[str, Any]) -> Iterator[None]:
         """Fill the file and yield after every step. Raises ValueError when the node has no host, or what Ray raises."""

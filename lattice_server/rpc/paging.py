@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from google.protobuf.message import Message
-from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
+from lattice.v1 import cluster_pb2, run_pb2, service_pb2, task_pb2, workflow_pb2
 
 from lattice_server.core.errors import invalid_field
 from lattice_server.rpc.chunking import PART_BYTES
@@ -17,6 +17,7 @@ Request = (
     | workflow_pb2.GetRunGraphRequest
     | task_pb2.ListTasksRequest
     | cluster_pb2.ListNodesRequest
+    | service_pb2.ListServicesRequest
 )
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000

@@ -17,6 +17,8 @@ from lattice.v1 import (
     cluster_pb2_grpc,
     results_pb2,
     results_pb2_grpc,
+    service_pb2,
+    service_pb2_grpc,
     task_pb2,
     task_pb2_grpc,
     worker_pb2,
@@ -34,6 +36,7 @@ from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.interceptors import ErrorInterceptor
 from lattice_server.rpc.request_deserializer import MessageLimits
 from lattice_server.rpc.results import ResultsServicer
+from lattice_server.rpc.services import ServicesServicer
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
 from lattice_server.rpc.workflows import WorkflowServicer
@@ -45,6 +48,7 @@ SERVICE_NAMES = (
     artifact_pb2.DESCRIPTOR.services_by_name["ArtifactService"].full_name,
     cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
+    service_pb2.DESCRIPTOR.services_by_name["ServicesService"].full_name,
 )
 HANDSHAKE_MS = 10_000
 # Bounds the memory of one connection. Each open call has a stream; further calls wait, or are refused with UNAVAILABLE
@@ -87,6 +91,7 @@ class RpcServer:
         artifacts: ArtifactServicer,
         cluster: ClusterServicer,
         workers: WorkerServicer,
+        services: ServicesServicer,
         authentication: Authentication | None,
         slices: Slices,
         observers: Sequence[grpc.aio.ServerInterceptor] = (),
@@ -112,6 +117,7 @@ class RpcServer:
             artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(artifacts, server)
             cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
+            service_pb2_grpc.add_ServicesServiceServicer_to_server(services, server)
             reflection.enable_server_reflection((*SERVICE_NAMES, health_name, reflection.SERVICE_NAME), server)
 
     async def start(self) -> int:

@@ -58,8 +58,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._assigned = assigned
         self._server_id = server_id
         self._admission = WorkerAdmission(sessions, machines)
-        limit_bytes = config.question_limit_bytes
-        self._reader = WorkerReader(bus, sessions, parser, assigned, limit_bytes, check_possible, spans)
+        limits = config.question_limit_bytes, config.chunk_limit_bytes
+        self._reader = WorkerReader(bus, sessions, parser, assigned, *limits, check_possible, spans)
 
     def observe_runners(self, started: Callable[[str, int], None]) -> None:
         """Have `started` called with a level of isolation and how many processes a worker has started for it."""

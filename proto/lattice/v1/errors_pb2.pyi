@@ -60,6 +60,10 @@ class _FailureKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """The outputs of a sandboxed attempt are larger than its sandbox allows."""
     FAILURE_KIND_SANDBOX_SETUP: _FailureKind.ValueType  # 14
     """The isolation the task asked for could not be set up; no code of the task was run."""
+    FAILURE_KIND_UNTRUSTED_INPUT: _FailureKind.ValueType  # 15
+    """An input is a pickle that a stricter isolated task produced; the task was not run, because to unpickle it would run
+    code of that task's choice.
+    """
 
 class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper):
     """The class of a failure."""
@@ -94,6 +98,10 @@ FAILURE_KIND_OUTPUT_SIZE: FailureKind.ValueType  # 13
 """The outputs of a sandboxed attempt are larger than its sandbox allows."""
 FAILURE_KIND_SANDBOX_SETUP: FailureKind.ValueType  # 14
 """The isolation the task asked for could not be set up; no code of the task was run."""
+FAILURE_KIND_UNTRUSTED_INPUT: FailureKind.ValueType  # 15
+"""An input is a pickle that a stricter isolated task produced; the task was not run, because to unpickle it would run
+code of that task's choice.
+"""
 Global___FailureKind: typing_extensions.TypeAlias = FailureKind
 
 class _ErrorReason:
@@ -181,6 +189,10 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
     nothing again.
     """
+    ERROR_REASON_SERVICE_NOT_FOUND: _ErrorReason.ValueType  # 60
+    """NOT_FOUND: no such service."""
+    ERROR_REASON_TOO_MANY_SERVICES: _ErrorReason.ValueType  # 61
+    """RESOURCE_EXHAUSTED: the tenant has as many services as it may."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -266,6 +278,10 @@ ERROR_REASON_RUN_EVICTED: ErrorReason.ValueType  # 35
 """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
 nothing again.
 """
+ERROR_REASON_SERVICE_NOT_FOUND: ErrorReason.ValueType  # 60
+"""NOT_FOUND: no such service."""
+ERROR_REASON_TOO_MANY_SERVICES: ErrorReason.ValueType  # 61
+"""RESOURCE_EXHAUSTED: the tenant has as many services as it may."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final

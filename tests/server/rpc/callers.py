@@ -15,6 +15,7 @@ from lattice.v1 import (
     cluster_pb2_grpc,
     payload_pb2,
     results_pb2_grpc,
+    service_pb2_grpc,
     task_pb2,
     task_pb2_grpc,
     worker_pb2_grpc,
@@ -46,6 +47,7 @@ class Caller:
         self.results = results_pb2_grpc.ResultsServiceStub(channel)
         self.artifacts = artifact_pb2_grpc.ArtifactServiceStub(channel)
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
+        self.services = service_pb2_grpc.ServicesServiceStub(channel)
         self.workers = worker_pb2_grpc.WorkerServiceStub(channel)
 
 

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import StatusCode as Code
 from lattice import v1
-from lattice.v1 import artifact_pb2, results_pb2, run_pb2, task_pb2, workflow_pb2
+from lattice.v1 import artifact_pb2, results_pb2, run_pb2, service_pb2, task_pb2, workflow_pb2
 
 from tests.server.apps import NoWorkers, serving_aside
 from tests.server.rpc.callers import Caller, calling, fresh, function, graph, refused, run, task
@@ -81,7 +81,10 @@ def furnished(caller: Caller) -> dict[str, str]:
     started = caller.workflows.RunWorkflow(request).run
     graph_request = workflow_pb2.GetRunGraphRequest(run_id=started.run_id, view=run_pb2.VIEW_FULL)
     (shown,) = caller.workflows.GetRunGraph(graph_request).tasks
+    service = service_pb2.ServiceSpec(name="service-of-a", command={"arguments": ["serve"]})
+    caller.services.StartService(service_pb2.StartServiceRequest(spec=service))
     return {
+        "name": service.name,
         "run_id": started.run_id,
         "workflow_id": workflow.workflow_id,
         "task_id": "t",
@@ -101,6 +104,8 @@ def filled(message: Message, names: Mapping[str, str], depth: int = 0) -> Any:
     """Fill every field whose name is known, in all that the message holds, and name the run's workflow by its id."""
     for field in message.DESCRIPTOR.fields:
         is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+        if field.name == "name" and not field.file.name.endswith("/service.proto"):
+            continue  # Not that of a resource, such as the name of a function in its source.
         if field.name in names and field.cpp_type == FieldDescriptor.CPPTYPE_STRING and not field.is_repeated:
             setattr(message, field.name, names[field.name])
         elif field.message_type is None or is_map or field.is_repeated or depth == MAX_DEPTH:
@@ -187,6 +192,7 @@ def answer(caller: Caller, method: MethodDescriptor, request: Any, names: Mappin
 def test_answer_is_that_of_a_missing_id_when_an_id_is_another_tenants(world: World, method: MethodDescriptor) -> None:
     # As long as the real ones, and of the same form.
     ghosts = {
+        "name": "service-of-x",
         "run_id": fresh(),
         "workflow_id": fresh("workflow"),
         "task_id": "t",
@@ -206,7 +212,8 @@ def state(world: World) -> list[Any]:
     )
     listed = world.a.workflows.ListRuns(workflow_pb2.ListRunsRequest(view=run_pb2.VIEW_FULL))
     stored = world.a.workflows.ListWorkflows(workflow_pb2.ListWorkflowsRequest(view=run_pb2.VIEW_FULL))
-    return [results, listed, stored, read(world.a, world.names["artifact_id"])]
+    services = world.a.services.ListServices(service_pb2.ListServicesRequest())
+    return [results, listed, stored, services, read(world.a, world.names["artifact_id"])]
 
 
 def read(caller: Caller, artifact_id: str) -> bytes:

@@ -95,7 +95,8 @@ async def test_server_exports_each_metric_of_the_catalogue_with_its_labels(tmp_p
     assert labelled(samples, "lattice_server_streams")[(METHODS[1],)] == 0
     assert labelled(samples, "lattice_nodes") == {("ready",): 1, ("detached",): 0, ("draining",): 0}
     assert labelled(samples, "lattice_node_cpu_capacity") == {("local",): 2}
-    assert labelled(samples, "lattice_worker_sessions_total") == {("joined",): 1}
+    # On a busy machine the worker may reconnect.
+    assert labelled(samples, "lattice_worker_sessions_total")[("joined",)] == 1
     # One process for each CPU waits, and the ones that ran something; at the other levels one that is sealed.
     assert labelled(samples, "lattice_runners")["none", "busy"] == 0
     assert labelled(samples, "lattice_runners")["none", "idle"] >= 2

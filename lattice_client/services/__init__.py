@@ -1,0 +1,1 @@
+"""Services: their definition in Python, and the calls that start, list, scale and stop them."""

@@ -1,0 +1,69 @@
+"""Owns the records of a service's instances. Rule: a state changes only by `Instance.move`, which checks the table."""
+
+from dataclasses import dataclass
+
+from lattice_server.core.services.model import (
+    INSTANCE_TRANSITIONS,
+    WANTED_STATES,
+    InstanceState,
+    ServiceFailure,
+    ServiceSpec,
+)
+from lattice_server.core.states import transition
+
+# Instances without processes, or without requests, end without being drained.
+UNUSED = frozenset({InstanceState.QUEUED, InstanceState.STARTING})
+# The order in which instances are given up: first those that serve nobody.
+_GIVEN_UP_FIRST = {
+    InstanceState.QUEUED: 0,
+    InstanceState.UNHEALTHY: 1,
+    InstanceState.STARTING: 2,
+    InstanceState.READY: 3,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """One instance. `since` is when it entered its state, `started_at` when its program started; both monotonic."""
+
+    instance_id: str
+    number: int
+    revision: int
+    spec: ServiceSpec
+    since: float
+    state: InstanceState = InstanceState.QUEUED
+    node_id: str = ""
+    node_ip: str = ""
+    endpoint: str = ""
+    in_flight: int = 0
+    detail: str = ""
+    started_at: float | None = None
+    has_been_ready: bool = False
+    failure: ServiceFailure | None = None
+
+    def move(self, state: InstanceState, now: float) -> None:
+        """Enter a state. Raises InvalidTransition."""
+        self.state = transition("instance", self.instance_id, self.state, state, INSTANCE_TRANSITIONS)
+        self.since = now
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it counts among the instances that shall be there."""
+        return self.state in WANTED_STATES
+
+    def deadline(self) -> float | None:
+        """Return when its state has lasted too long, if ever."""
+        if self.state is InstanceState.STARTING:
+            return self.since + self.spec.start_timeout_s
+        if self.state is InstanceState.DRAINING:
+            return self.since + self.spec.drain_timeout_s
+        return None
+
+
+def victims(instances: list[Instance], count: int) -> list[Instance]:
+    """Return the `count` instances to give up: those without use first, then those with few requests, the youngest."""
+
+    def order(instance: Instance) -> tuple[int, int, int]:
+        return _GIVEN_UP_FIRST[instance.state], instance.in_flight, -instance.number
+
+    return sorted(instances, key=order)[:count]

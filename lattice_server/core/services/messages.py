@@ -1,0 +1,123 @@
+"""Owns the messages between the machine of a service and the engine. Rule: an event is a fact, an effect a command."""
+
+from dataclasses import dataclass
+
+from lattice_server.core.services.model import ServiceFailure, ServiceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Defined:
+    """The service has another definition."""
+
+    spec: ServiceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A caller changed how many instances there are."""
+
+    replicas: int
+    max_replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A caller stopped the service."""
+
+
+@dataclass(frozen=True, slots=True)
+class UseChanged:
+    """So many tasks and calls wait for the service, and so many running tasks have its address."""
+
+    waiting: int
+    users: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStarted:
+    """The program of an instance was started on a node."""
+
+    instance_id: str
+    node_id: str
+    node_ip: str
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReady:
+    """The checks of an instance succeed; it listens at `endpoint`."""
+
+    instance_id: str
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceUnhealthy:
+    """The checks of an instance fail, `failures` times in a row so far."""
+
+    instance_id: str
+    failures: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReported:
+    """An instance serves so many requests."""
+
+    instance_id: str
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceEnded:
+    """The processes of an instance are gone. Without a failure it ended since it was asked to, or by success."""
+
+    instance_id: str
+    failure: ServiceFailure | None
+
+
+Event = (
+    Defined
+    | Scaled
+    | Stopped
+    | UseChanged
+    | InstanceStarted
+    | InstanceReady
+    | InstanceUnhealthy
+    | LoadReported
+    | InstanceEnded
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StartInstance:
+    """Queue a lease for a new instance."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopInstance:
+    """End the processes of an instance: SIGTERM, and SIGKILL after `grace_s` seconds."""
+
+    instance_id: str
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelInstance:
+    """Give up the lease of an instance that has no processes yet."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoutesChanged:
+    """Other instances than before take requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceGone:
+    """The service was stopped, and its last instance has ended."""
+
+
+Effect = StartInstance | StopInstance | CancelInstance | RoutesChanged | ServiceGone

@@ -1,0 +1,1 @@
+"""Services: the runs of their instances, the questions of these, and the timers of their machines."""

@@ -1,0 +1,42 @@
+"""Owns the questions that instances and tasks ask the server, and the form of their answers.
+
+Rule: a question of the server's own is one whose name begins with `SYSTEM`; no caller of a run gets it.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lattice_server.core.messages import AnswerQuestion, QuestionAsked
+from lattice_server.core.model import Failure, Payload
+from lattice_server.core.model import FailureKind as TaskFailureKind
+from lattice_server.core.run.open_run import answer_to
+
+SYSTEM = "lattice/"
+PROGRAM = "lattice/instance.program"
+REPORT = "lattice/instance.report"
+CONTROL = "lattice/instance.control"
+ENDPOINT = "lattice/service.endpoint"
+JSON = "application/json"
+
+
+def content_of(question: QuestionAsked) -> Mapping[str, Any]:
+    """Return the value of a question; empty when it is not an object in JSON."""
+    content = question.payload.content
+    if question.payload.media_type != JSON or not isinstance(content, str | bytes):
+        return {}
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def answered(question: QuestionAsked, value: Mapping[str, Any]) -> AnswerQuestion:
+    """Return the answer that carries a value."""
+    return answer_to(question, Payload(JSON, json.dumps(value)))
+
+
+def refused(question: QuestionAsked, kind: str, message: str) -> AnswerQuestion:
+    """Return the answer that is an error of a type."""
+    return answer_to(question, Failure(TaskFailureKind.USER_ERROR, message, type=kind))

@@ -1,0 +1,222 @@
+"""Owns the services of all tenants, and who waits for and uses each, on the main thread.
+
+Rule: a service is found by its name within its tenant; a task reaches the services of its own tenant only.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from lattice_server.core.errors import ExhaustedError, LatticeError, NotFoundError
+from lattice_server.core.messages import QuestionAsked, TaskCancelled, TaskFailed, TaskRetrying, TaskSucceeded
+from lattice_server.core.model import Bundle, Function
+from lattice_server.core.services.instances import Instance
+from lattice_server.core.services.messages import Defined, Scaled, Stopped, UseChanged
+from lattice_server.core.services.model import Reach as ServiceReach
+from lattice_server.core.services.model import ServiceSpec, ServiceState
+from lattice_server.core.services.service import Service
+from lattice_server.core.tenancy import Reach, Shelf, key_of
+from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.services import answers
+from lattice_server.engine.services.driver import ServiceDriver
+from lattice_server.engine.services.entry import ServiceEntry, Use
+
+MAX_SERVICES = 1000  # Of one tenant.
+SETTLED = frozenset({ServiceState.READY, ServiceState.DEGRADED, ServiceState.FAILED, ServiceState.STOPPING})
+AttemptEnd = TaskSucceeded | TaskFailed | TaskCancelled | TaskRetrying
+
+
+class Services:
+    """The services. `function` is what the task of an instance runs."""
+
+    def __init__(self, orchestrator: Orchestrator, function: Function) -> None:
+        self._orchestrator = orchestrator
+        self._services: Shelf[ServiceEntry] = Shelf()
+        self._driver = ServiceDriver(orchestrator, function)
+        self._driver.on_routes = self._answer_waiting
+        self._driver.on_gone = self._forget
+        self._used: dict[str, set[tuple[ServiceEntry, Use]]] = {}  # By the key of a run.
+        orchestrator.on_question = self._ask
+
+    def __len__(self) -> int:
+        return len(self._services)
+
+    def start(self, spec: ServiceSpec, tenant: str, bundle: Bundle | None) -> tuple[ServiceEntry, bool]:
+        """Start a service, or give it another definition; the flag tells whether that changed anything.
+
+        Raises ExhaustedError when the tenant has too many services.
+        """
+        key = key_of(spec.name, tenant)
+        entry = self._services.get(key)
+        if entry is None:
+            if sum(found.tenant == tenant for found in self._services.values()) >= MAX_SERVICES:
+                text = f"the tenant has {MAX_SERVICES} services; stop one first"
+                raise ExhaustedError("TOO_MANY_SERVICES", text)
+            entry = self._services[key] = ServiceEntry(Service(spec), tenant, bundle)
+            self._driver.begin(entry)
+            return entry, True
+        entry.bundle = bundle
+        before = entry.machine.revision
+        self._driver.post(entry, Defined(spec))
+        return entry, entry.machine.revision != before
+
+    def find(self, name: str, reach: Reach) -> ServiceEntry | None:
+        """Return a service; None when there is none."""
+        return self._services.find(name, reach)
+
+    def get(self, name: str, reach: Reach) -> ServiceEntry:
+        """Return a service. Raises NotFoundError."""
+        entry = self.find(name, reach)
+        if entry is None:
+            raise NotFoundError("SERVICE_NOT_FOUND", f"there is no service {name!r}", metadata={"name": name})
+        return entry
+
+    def within(self, reach: Reach) -> list[ServiceEntry]:
+        """Return the services within reach, by name."""
+        found = (entry for entry in self._services.values() if reach.covers(entry.tenant))
+        return sorted(found, key=lambda entry: (entry.name, entry.tenant))
+
+    def scale(self, entry: ServiceEntry, replicas: int, max_replicas: int) -> None:
+        """Change how many instances a service has."""
+        self._driver.post(entry, Scaled(replicas, max_replicas))
+
+    def stop(self, entry: ServiceEntry) -> None:
+        """Stop a service; it is forgotten when its last instance has ended."""
+        self._driver.post(entry, Stopped())
+
+    async def wait(self, entry: ServiceEntry, wait_s: float) -> None:
+        """Wait until a service has an instance that is ready, or has failed. This uses it."""
+        if wait_s <= 0 or entry.machine.state in SETTLED:
+            return
+        entry.calls += 1
+        self._note_use(entry)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    while entry.machine.state not in SETTLED and not entry.machine.is_gone:
+                        await entry.changed()
+        finally:
+            entry.calls -= 1
+            self._note_use(entry)
+
+    async def wait_gone(self, entry: ServiceEntry, wait_s: float) -> None:
+        """Wait until the last instance of a stopped service has ended."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while not entry.machine.is_gone:
+                    await entry.changed()
+
+    # Questions of tasks.
+
+    def _ask(self, run: RunEntry, question: QuestionAsked) -> bool:
+        if not question.name.startswith(answers.SYSTEM):
+            return False
+        # In turn: the facts of a run are taken from the event loop too, and one that was reported first comes first.
+        asyncio.get_running_loop().call_soon(self._take_question, run, question)
+        return True
+
+    def _take_question(self, run: RunEntry, question: QuestionAsked) -> None:
+        if self._driver.serve(question):
+            return
+        if question.name != answers.ENDPOINT:
+            # An instance of a service that is unknown here ends by this.
+            text = f"no service of this server has this instance, or there is no question {question.name!r}"
+            self._orchestrator.answer(answers.refused(question, "QuestionError", text))
+            return
+        name = str(answers.content_of(question).get("name", ""))
+        try:
+            entry = self.get(name, Reach(run.run.tenant))
+        except LatticeError as error:
+            known = ", ".join(found.name for found in self.within(Reach(run.run.tenant))) or "none"
+            text = f"{error.message}; this tenant has: {known}"
+            self._orchestrator.answer(answers.refused(question, "ServiceNotFoundError", text))
+            return
+        use = question.run_id, question.task_id, question.attempt
+        self._used.setdefault(run.key, set()).add((entry, use))
+        if run.on_effects is None:
+            run.on_effects = partial(self._observe, run)
+        entry.waiting[question.question_id] = question
+        self._note_use(entry)
+        self._answer_waiting(entry)
+
+    def _answer_waiting(self, entry: ServiceEntry) -> None:
+        """Answer the tasks that wait for a service which is ready, or which has failed."""
+        machine = entry.machine
+        if machine.ready:
+            for question in list(entry.waiting.values()):
+                self._give(entry, question)
+        elif machine.state in {ServiceState.FAILED, ServiceState.STOPPING}:
+            failure = machine.starts.given_up
+            why = "it is being stopped" if failure is None else failure.message
+            for question in entry.waiting.values():
+                text = f"service {entry.name!r} has no instance: {why}"
+                self._orchestrator.answer(answers.refused(question, "ServiceFailedError", text))
+            entry.waiting.clear()
+        else:
+            return
+        self._note_use(entry)
+
+    def _give(self, entry: ServiceEntry, question: QuestionAsked) -> None:
+        """Give a task the address of the instance with the fewest requests among those that it reaches."""
+        node_id = self._node_of(question)
+        found = reachable(entry.machine.ready, node_id)
+        del entry.waiting[question.question_id]
+        if not found:
+            nodes = ", ".join(sorted({instance.node_id for instance in entry.machine.ready}))
+            text = f"service {entry.name!r} listens on the loopback address of {nodes}, and this task runs on {node_id}"
+            text += "; start the service with reach='cluster', or give the task a node_selector"
+            self._orchestrator.answer(answers.refused(question, "ServiceUnreachableError", text))
+            return
+        best = min(found, key=lambda instance: (instance.in_flight, instance.number))
+        entry.users.add((question.run_id, question.task_id, question.attempt))
+        value = {"endpoint": best.endpoint, "instance_id": best.instance_id, "model": entry.machine.spec.model}
+        self._orchestrator.answer(answers.answered(question, value))
+
+    def _node_of(self, question: QuestionAsked) -> str:
+        run = self._orchestrator.runs.get(question.run_id)
+        return "" if run is None else run.run.tasks[question.task_id].node_id
+
+    def _observe(self, run: RunEntry, effects: Sequence[object]) -> None:
+        """End the uses of the attempts that ended."""
+        ended = {(effect.task_id, effect.attempt) for effect in effects if isinstance(effect, AttemptEnd)}
+        if not ended and not run.run.is_terminal:
+            return
+        uses = self._used.get(run.key, set())
+        over = {found for found in uses if run.run.is_terminal or found[1][1:] in ended}
+        uses -= over
+        if not uses:
+            self._used.pop(run.key, None)
+            run.on_effects = None
+        if over:
+            asyncio.get_running_loop().call_soon(self._end_uses, over)
+
+    def _end_uses(self, over: Iterable[tuple[ServiceEntry, Use]]) -> None:
+        for entry, use in over:
+            entry.users.discard(use)
+            asked = [name for name, found in entry.waiting.items() if _use_of(found) == use]
+            for name in asked:
+                del entry.waiting[name]
+            self._note_use(entry)
+
+    def _note_use(self, entry: ServiceEntry) -> None:
+        """Tell the machine how much a service is used."""
+        if not entry.machine.is_gone:
+            self._driver.post(entry, UseChanged(len(entry.waiting) + entry.calls, len(entry.users)))
+
+    def _forget(self, entry: ServiceEntry) -> None:
+        del self._services[key_of(entry.name, entry.tenant)]
+        self._answer_waiting(entry)
+        entry.wake()
+
+
+def reachable(instances: Iterable[Instance], node_id: str) -> list[Instance]:
+    """Return the instances that processes on a node reach: those on it first, or else those that listen for others."""
+    present = list(instances)
+    here = [found for found in present if found.node_id == node_id]
+    return here or [found for found in present if found.spec.reach is ServiceReach.CLUSTER]
+
+
+def _use_of(question: QuestionAsked) -> Use:
+    return question.run_id, question.task_id, question.attempt

@@ -1,0 +1,81 @@
+"""The lines that a program writes, until they are reported. Rule: a slow reader never blocks the program.
+
+The newest lines are kept; a note takes the place of those that were dropped. Secrets are masked before a line is kept.
+"""
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Iterable
+from urllib.parse import quote
+
+MAX_LINES = 2000
+MAX_LINE_BYTES = 16 * 1024
+# The size of one report; a question may have 1 MiB.
+REPORT_BYTES = 256 * 1024
+CHUNK_BYTES = 64 * 1024
+MASK = "***"
+# A shorter value occurs by chance, and would mask harmless text.
+MIN_SECRET = 8
+
+
+class Output:
+    """The lines of one program; `news` is set when there is one to report."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        self.news = asyncio.Event()
+        self._lines: deque[str] = deque()
+        self._dropped = 0
+        self._masked = masked_forms(secrets)
+
+    async def read(self, stream: asyncio.StreamReader) -> None:
+        """Take all that is written to a stream, to its end."""
+        rest = b""
+        while chunk := await stream.read(CHUNK_BYTES):
+            *whole, rest = (rest + chunk).replace(b"\r\n", b"\n").split(b"\n")
+            for line in whole:
+                self._add(line)
+            # A line without an end, such as a progress bar, is cut in pieces.
+            while len(rest) > MAX_LINE_BYTES:
+                self._add(rest[:MAX_LINE_BYTES])
+                rest = rest[MAX_LINE_BYTES:]
+        if rest:
+            self._add(rest)
+
+    def add(self, text: str) -> None:
+        """Add a line of the worker's own."""
+        self._add(text.encode(errors="replace"))
+
+    def _add(self, line: bytes) -> None:
+        text = line[:MAX_LINE_BYTES].decode(errors="replace").rpartition("\r")[2]
+        for form in self._masked:
+            text = text.replace(form, MASK)
+        self._lines.append(text)
+        if len(self._lines) > MAX_LINES:
+            self._lines.popleft()
+            self._dropped += 1
+        self.news.set()
+
+    def take(self) -> list[str]:
+        """Return the lines of the next report."""
+        found: list[str] = []
+        if self._dropped:
+            found.append(f"[{self._dropped} lines were dropped: they came faster than they could be reported]")
+            self._dropped = 0
+        size = 0
+        while self._lines and size < REPORT_BYTES:
+            found.append(self._lines.popleft())
+            size += len(found[-1])
+        if not self._lines:
+            self.news.clear()
+        return found
+
+
+def masked_forms(secrets: Iterable[str]) -> tuple[str, ...]:
+    """Return the texts that show a secret: as it is, as JSON and as a part of a URL; the longest first."""
+    forms: set[str] = set()
+    for secret in secrets:
+        for part in {secret, *secret.splitlines()}:
+            if len(part) >= MIN_SECRET:
+                forms |= {part, json.dumps(part)[1:-1], quote(part, safe=""), repr(part)[1:-1]}
+    return tuple(sorted(forms, key=len, reverse=True))
