@@ -144,6 +144,20 @@ async def ask_async(name: str, payload: Any = None, *, item: int | None = None) 
     return await _implementation().ask_async(name, payload, item=item)
 
 
+def tracer() -> Any:
+    """Return a tracer of OpenTelemetry, whose spans are part of the trace of the run.
+
+        with context.tracer().start_as_current_span("search") as span:
+            span.set_attribute("documents", len(found))
+
+    Without a trace, because the server exports none or the caller's is not sampled, its spans are not recorded.
+
+    Raises:
+        RuntimeError: called outside a task, or the node has no OpenTelemetry.
+    """
+    return _implementation().tracer()
+
+
 def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without waiting: return an object with `result()` and `add_done_callback`, which can be awaited.
 

@@ -17,6 +17,9 @@ MIN_INLINE_BYTES = 4096
 # See `Limits.message_bytes` and `Limits.message_tasks`.
 MIN_MESSAGE_BYTES = 1024 * 1024
 MIN_MESSAGE_TASKS = 1000
+# How metrics and traces are exported.
+METRICS = ("none", "prometheus", "otlp", "otlp-http", "console")
+TRACES = ("none", "otlp", "otlp-http", "console")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,9 @@ class ServerConfig:
     cut of the power may lose the last seconds. Of each tenant it keeps `journal_runs` ended runs of `journal_bytes` in
     all, and none that ended more than `journal_age_s` ago.
 
+    `metrics` are served to Prometheus at `metrics_address`, or sent by OTLP, or printed. `traces` are sent by OTLP, or
+    printed.
+
     The log has records from `log_level` on (`debug`, `info`, `warning`, `error`), in the `log_format` `text` or `json`.
     """
 
@@ -128,6 +134,9 @@ class ServerConfig:
     journal_runs: int = 10_000
     journal_bytes: int = 10 * GIB
     journal_age_s: float = bounded(7 * 86_400.0, is_positive=True)
+    metrics: str = bounded("none", choices=METRICS)
+    metrics_address: str = ""
+    traces: str = bounded("none", choices=TRACES)
     log_format: str = bounded("text", choices=logs.FORMATS)
     log_level: str = bounded("warning", choices=logs.LEVELS)
 

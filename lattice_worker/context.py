@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from lattice_worker.runner import tracing
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
 from lattice_worker.runner.blame import refusal
@@ -57,6 +58,7 @@ __all__ = [
     "service",
     "service_async",
     "spawn",
+    "tracer",
 ]
 
 MAX_NAME_LENGTH = 128
@@ -214,6 +216,21 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
+
+
+def tracer() -> Any:
+    """Return a tracer of OpenTelemetry. Its spans are part of the trace of the run, when that is traced.
+
+    Raises RuntimeError without OpenTelemetry, and when there is no task running here.
+    """
+    output = running.get()
+    if output is None:
+        raise RuntimeError("there is no task running here; this works inside tasks only")
+    try:
+        return tracing.tracer(output.header)
+    except ImportError:
+        advice = 'pip install "lattice-control-plane[telemetry]"'
+        raise RuntimeError(f"the worker of this node has no OpenTelemetry: {advice}") from None
 
 
 class Answer:

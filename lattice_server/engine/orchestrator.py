@@ -107,6 +107,7 @@ class Orchestrator:
         stores = RunStores(store, code, admission)
         self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks, journal)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
+        self.observers = self._driver.observers
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
         self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs, journal)
@@ -262,7 +263,10 @@ class Orchestrator:
             elif isinstance(effect, SettleArtifacts):
                 self._store.settle(effect.artifacts)
             else:
-                self._sessions.perform(effect)
+                observed = effect
+                for observer in self.observers:
+                    observed = observer.perform(observed)
+                self._sessions.perform(observed)
         self._bus.post(posts)
 
     def _tell_run(self, entry: RunEntry, event: ToRun, now: float, posts: list[SchedulerEvent]) -> None:
