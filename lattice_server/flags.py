@@ -45,6 +45,8 @@ class Flags:
     metrics_address: str | None
     traces: str | None
     verbose: bool
+    journal: str
+    journal_sync: str | None
     log_level: str | None
     log_format: str | None
 

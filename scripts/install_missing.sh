@@ -1,11 +1,12 @@
 #!/bin/sh
 # Installs what the project needs from the system and a bare Debian machine lacks. Quick when nothing is missing.
 #
-# Usage: scripts/install_missing.sh python|nodejs|go|network|docker|prometheus
+# Usage: scripts/install_missing.sh python|nodejs|go|network|docker|postgres|prometheus
 #
 # As root with apt-get it installs; otherwise it says what to install. Without Python's venv nothing can go on;
 # without Node.js or Go the tests of those examples are skipped, without a network of namespaces those of clusters,
-# without Docker those of containers, without Prometheus the one in which it reads metrics.
+# without Docker those of containers, without PostgreSQL those of its journal, and without Prometheus the one in which
+# it reads metrics.
 set -eu
 
 packages=""
@@ -35,6 +36,12 @@ prometheus)
     ;;
 docker)
     command -v dockerd >/dev/null && command -v runc >/dev/null || packages="docker.io runc"
+    ;;
+postgres)
+    command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || packages="postgresql"
+    ;;
+prometheus)
+    command -v prometheus >/dev/null && command -v promtool >/dev/null || packages="prometheus"
     ;;
 esac
 [ -n "$packages" ] || exit 0

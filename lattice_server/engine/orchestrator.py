@@ -18,6 +18,7 @@ from lattice_server.core.messages import (
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
+    TaskAwaits,
     TaskCancelled,
     TaskEvent,
     TaskExplained,
@@ -37,6 +38,7 @@ from lattice_server.core.run.open_run import NOT_OPEN, answer_to
 from lattice_server.core.run.reuse import Earlier, workflow_of
 from lattice_server.core.steps import finish
 from lattice_server.core.tenancy import UNNAMED, Reach
+from lattice_server.engine import calls
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.bus import MessageBus
@@ -48,7 +50,9 @@ from lattice_server.engine.queries import SchedulerQueries
 from lattice_server.engine.run_additions import RunAdditions
 from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_registry import RunRegistry
+from lattice_server.engine.run_restorer import RunRestorer
 from lattice_server.engine.run_starter import RunStarter, StartSettings
 from lattice_server.engine.run_stores import RunStores
 from lattice_server.engine.sessions import Sessions
@@ -84,6 +88,7 @@ class Orchestrator:
         admission: Admission,
         open_run_grace_s: float = 30.0,
         slices: Slices | None = None,
+        journal: RunJournal | None = None,
         chunks: ChunkStore | None = None,
     ) -> None:
         registry = RunRegistry(store, retention)
@@ -100,13 +105,19 @@ class Orchestrator:
         self.chunks = chunks or ChunkStore()
         self.ended.on_drop = self.chunks.drop
         stores = RunStores(store, code, admission)
-        self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks)
+        self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks, journal)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
         self.observers = self._driver.observers
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
-        self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs)
-        self._additions = RunAdditions(store, stores, admission, self._driver, self._slices)
+        self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs, journal)
+        self._additions = RunAdditions(store, stores, admission, self._driver, self._slices, journal)
+        self.journal = journal
+        self.restorer: RunRestorer | None = None
+        if journal is not None:
+            parts = (stores, admission, self._driver, self._starter, journal, self._slices)
+            self.restorer = RunRestorer(registry.runs, registry.ended, *parts)
+            registry.ended.on_read = journal.note_read
         bus.subscribe(self.deliver)
 
     def start_run(
@@ -242,6 +253,9 @@ class Orchestrator:
                 # Past the run's machine: chunks change no state, and there may be thousands a second.
                 if entry := self.runs.get(effect.run_id):
                     self.chunks.take(entry, effect)
+            elif isinstance(effect, TaskAwaits):
+                if entry := self.runs.get(effect.run_id):
+                    posts += calls.begin(entry, effect)
             elif isinstance(effect, TaskExplained | NodesDescribed):
                 self.queries.answer(effect)
             elif isinstance(effect, NodesChanged):

@@ -50,7 +50,11 @@ class RunEntry:
         grace: the timer that cancels an open run without a stream.
         trace_id: the trace of the run, for its log lines; empty when it is not traced.
         chunks: what its tasks stream, once there is a chunk or a reader.
+        calls: the callers, leases and numbers of the waits for called tasks, by the id of these.
         is_continuing: whether a slice that submits more of its tasks is queued.
+        is_transient: whether it means nothing after a restart of the server, so that it is not recorded.
+        recorded: how many of its events are in the journal.
+        definition: the encoded tasks that a caller is about to add, for the journal.
         on_effects: is called with the decisions of its machines, after they were carried out.
     """
 
@@ -79,7 +83,11 @@ class RunEntry:
     grace: asyncio.TimerHandle | None = None
     trace_id: str = ""
     chunks: RunChunks | None = None
+    calls: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
     is_continuing: bool = False
+    is_transient: bool = False
+    recorded: int = 0
+    definition: bytes | None = None
     on_effects: Callable[[Sequence[Effect | HolderEffect]], object] | None = None
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:

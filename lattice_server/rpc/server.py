@@ -33,6 +33,7 @@ from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor, TrustInterceptor
 from lattice_server.rpc.certificates import Certificates
 from lattice_server.rpc.cluster import ClusterServicer
+from lattice_server.rpc.durable_answers import DurableAnswers
 from lattice_server.rpc.interceptors import ErrorInterceptor
 from lattice_server.rpc.request_deserializer import MessageLimits
 from lattice_server.rpc.results import ResultsServicer
@@ -94,6 +95,7 @@ class RpcServer:
         services: ServicesServicer,
         authentication: Authentication | None,
         slices: Slices,
+        answers: DurableAnswers | None = None,
         observers: Sequence[grpc.aio.ServerInterceptor] = (),
         on_error: Callable[[str], None] | None = None,
     ) -> None:
@@ -101,7 +103,7 @@ class RpcServer:
         self.local_target = f"unix:{local_path}"
         limits = MessageLimits(config.message_limit_bytes, config.message_limit_tasks)
         # Observers see the status of an error.
-        interceptors: list[Any] = [*observers, ErrorInterceptor(limits, slices, on_error)]
+        interceptors: list[Any] = [*observers, ErrorInterceptor(limits, slices, answers, on_error)]
         trust = TrustInterceptor()
         guard = trust if authentication is None else AuthenticationInterceptor(authentication)
         self._server = _server(config, [*interceptors, guard])

@@ -28,7 +28,7 @@ class AttemptMessage(TaskMessage):
 
 @dataclass(frozen=True, slots=True)
 class TaskStarted(AttemptMessage):
-    """An attempt started on a worker.
+    """An attempt started on a worker, as the member at position `item` of a lease.
 
     `queued_at` and `sent_at` are the monotonic times when it was queued, and sent to its worker.
     """
@@ -37,6 +37,8 @@ class TaskStarted(AttemptMessage):
     node_ip: str
     gpu_indices: tuple[int, ...]
     at: float | None = None
+    lease_id: str = field(default="", compare=False, repr=False)
+    item: int = field(default=0, compare=False, repr=False)
     queued_at: float | None = None
     sent_at: float | None = None
 
@@ -100,9 +102,10 @@ class TaskReturned(TaskMessage):
 
 @dataclass(frozen=True, slots=True)
 class TasksSpawned(TaskMessage):
-    """A running task added others to its run."""
+    """A running task added others to its run; it waits for those that it called."""
 
     tasks: tuple[TaskSpec, ...]
+    is_called: bool = False
 
 
 TaskEvent = TaskStarted | TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskSkipped | TaskLogged
@@ -111,12 +114,24 @@ TaskEvent = TaskStarted | TaskSucceeded | TaskRetrying | TaskFailed | TaskCancel
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptHistory:
+    """The attempts at a task so far: their number, and how many of them failed or lost their worker."""
+
+    attempts: int = 0
+    failures: int = 0
+    losses: int = 0
+
+
+NO_HISTORY = AttemptHistory()
+
+
+@dataclass(frozen=True, slots=True)
 class TaskReady:
     """A task may start: its inputs are known, or will be once task `after` of its run succeeds.
 
     Fair share is counted by `tenant`. Among the tasks of one tenant, the one with the lowest `rank` in seconds goes
     first; each level of `priority` takes `work.PRIORITY_S` seconds off. `split_outputs` names the outputs that other
-    tasks are mapped over.
+    tasks are mapped over. `history` counts the attempts that an earlier life of the server made.
     """
 
     run_id: str
@@ -127,6 +142,7 @@ class TaskReady:
     tenant: str = ""
     rank: float = 0.0
     split_outputs: tuple[str, ...] = ()
+    history: AttemptHistory = NO_HISTORY
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from lattice_server.core.run.handover import Handover
 from lattice_server.core.run.limits import DEFAULT_BOUNDS, Bounds
 from lattice_server.core.run.ordering import Ranking, least_left_aged
 from lattice_server.core.run.progress import Progress
+from lattice_server.core.run.restoration import Restoration
 from lattice_server.core.run.reuse import Earlier
 from lattice_server.core.run.status import Effect, RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable, tabulating
@@ -145,18 +146,32 @@ class Run:
         found = []
         for task_id in self.dag.final_task_ids():
             record = self.tasks[task_id]
-            if not record.item_of:
+            if not record.item_of and not record.is_called:
                 found += [task_id, *(record.items or ())]
         return found
 
     def start(self, parameters: Mapping[str, Payload], now: float) -> list[Effect]:
         """Start the run: publish the start and send every task that waits for no other."""
-        self._values.parameters = {**self.spec.parameters, **parameters}
+        self.provide(parameters)
         self._status.started_at = now
         self._status.emit(RunStarted(self.workflow_id, len(self.tasks)))
         self._handover.ready += self._table.roots
         self._table.roots = []
         return self._settle(now)
+
+    def restoring(self) -> Restoration:
+        """Return the restoration of this run, which has not started; then `resume` is called instead of `start`."""
+        parts = (self._status, self._table, self.dag, self._values, self._handover, self._endings, self._growth)
+        return Restoration(*parts, self.spec.failure_policy)
+
+    def resume(self, restoration: Restoration, now: float) -> list[Effect]:
+        """Continue the run after its restoration: send its tasks, or stop them if it was to stop."""
+        restoration.resume(now)
+        return self._settle(now)
+
+    def provide(self, parameters: Mapping[str, Payload]) -> None:
+        """Set the values of parameters; the others have the defaults of the workflow."""
+        self._values.parameters = {**self.spec.parameters, **parameters}
 
     def go_on(self, now: float) -> list[Effect]:
         """Send or stop more tasks, after a call that left some."""
@@ -170,7 +185,12 @@ class Run:
             self._progress.begin(event.task_id, record, now)
         if record.state not in TASK_TERMINAL:
             self._progress.take(event, record, now)
-        return self._settle(now)
+        effects = self._settle(now)
+        if record.calls and record.state in TASK_TERMINAL:
+            calls, record.calls = record.calls, ()
+            for called in calls:
+                effects += self.cancel_task(called, f"task {event.task_id!r}, which called it, has ended", now)
+        return effects
 
     def cancel(self, reason: str, now: float) -> list[Effect]:
         """Cancel the run; a run that has ended or is stopping stays as it is."""
@@ -248,11 +268,18 @@ class Run:
         return self._settle(now)
 
     def spawn(
-        self, parent: str, added: Sequence[TaskSpec], now: float, refusal: ExhaustedError | None = None
+        self,
+        parent: str,
+        added: Sequence[TaskSpec],
+        now: float,
+        refusal: ExhaustedError | None = None,
+        *,
+        is_called: bool = False,
     ) -> list[Effect]:
         """Add tasks on behalf of a running task, which fails if they cannot be added, or if there is a `refusal`.
 
-        They are isolated at least as it is. Tasks that an earlier attempt of it added stay as they are.
+        They are isolated at least as it is. Tasks that an earlier attempt of it added stay as they are. The failure of
+        a task that `is_called` does not fail the run.
         """
         record = self.tasks[parent]
         level = record.spec.isolation
@@ -269,6 +296,10 @@ class Run:
             # The task may succeed before the scheduler receives the request.
             record.cancelled = failure
             return [CancelRequested(self.run_id, (parent,), failure)]
+        if is_called:
+            for spec in new:
+                self.tasks[spec.task_id].is_called = True
+            record.calls += tuple(spec.task_id for spec in new)
         return self._settle(now)
 
     def explain(self, task_id: str, now: float) -> Explanation:

@@ -64,6 +64,8 @@ class _FailureKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """An input is a pickle that a stricter isolated task produced; the task was not run, because to unpickle it would run
     code of that task's choice.
     """
+    FAILURE_KIND_NESTED_RESOURCES: _FailureKind.ValueType  # 20
+    """A called task can never start beside what tasks that wait for calls hold; no code of it was run."""
 
 class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper):
     """The class of a failure."""
@@ -102,6 +104,8 @@ FAILURE_KIND_UNTRUSTED_INPUT: FailureKind.ValueType  # 15
 """An input is a pickle that a stricter isolated task produced; the task was not run, because to unpickle it would run
 code of that task's choice.
 """
+FAILURE_KIND_NESTED_RESOURCES: FailureKind.ValueType  # 20
+"""A called task can never start beside what tasks that wait for calls hold; no code of it was run."""
 Global___FailureKind: typing_extensions.TypeAlias = FailureKind
 
 class _ErrorReason:
@@ -189,6 +193,14 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
     nothing again.
     """
+    ERROR_REASON_JOURNAL_FULL: _ErrorReason.ValueType  # 50
+    """RESOURCE_EXHAUSTED: the disk of the server's journal is full, so no new run or workflow is accepted. Runs that were
+    accepted continue.
+    """
+    ERROR_REASON_JOURNAL_BUSY: _ErrorReason.ValueType  # 51
+    """RESOURCE_EXHAUSTED: too much waits to be written to the server's journal; `RetryInfo` says when to try again."""
+    ERROR_REASON_JOURNAL_CORRUPT: _ErrorReason.ValueType  # 52
+    """FAILED_PRECONDITION: the records of the run are damaged on the server's disk, so it cannot be shown."""
     ERROR_REASON_SERVICE_NOT_FOUND: _ErrorReason.ValueType  # 60
     """NOT_FOUND: no such service."""
     ERROR_REASON_TOO_MANY_SERVICES: _ErrorReason.ValueType  # 61
@@ -278,6 +290,14 @@ ERROR_REASON_RUN_EVICTED: ErrorReason.ValueType  # 35
 """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
 nothing again.
 """
+ERROR_REASON_JOURNAL_FULL: ErrorReason.ValueType  # 50
+"""RESOURCE_EXHAUSTED: the disk of the server's journal is full, so no new run or workflow is accepted. Runs that were
+accepted continue.
+"""
+ERROR_REASON_JOURNAL_BUSY: ErrorReason.ValueType  # 51
+"""RESOURCE_EXHAUSTED: too much waits to be written to the server's journal; `RetryInfo` says when to try again."""
+ERROR_REASON_JOURNAL_CORRUPT: ErrorReason.ValueType  # 52
+"""FAILED_PRECONDITION: the records of the run are damaged on the server's disk, so it cannot be shown."""
 ERROR_REASON_SERVICE_NOT_FOUND: ErrorReason.ValueType  # 60
 """NOT_FOUND: no such service."""
 ERROR_REASON_TOO_MANY_SERVICES: ErrorReason.ValueType  # 61
