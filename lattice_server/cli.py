@@ -74,6 +74,17 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 @click.option("--insecure", is_flag=True, help="Serve, or join, beyond this machine without TLS or a token.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
 @click.option(
+    "--metrics",
+    type=click.Choice(METRICS),
+    help="Serve metrics to Prometheus, send them by OTLP, or print them; see docs/telemetry.md.",
+)
+@click.option(
+    "--metrics-address",
+    metavar="HOST:PORT",
+    help="Where Prometheus reads the metrics; by default a free port of this machine's loopback interface.",
+)
+@click.option("--traces", type=click.Choice(TRACES), help="Send traces of runs by OTLP, or print them.")
+@click.option(
     "--journal",
     default="memory",
     show_default=True,
@@ -86,17 +97,6 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
     type=click.Choice(["full", "normal"]),
     help="With a folder: survive a cut of the power as well (full, the default), or only a killed server (normal).",
 )
-@click.option(
-    "--metrics",
-    type=click.Choice(METRICS),
-    help="Serve metrics to Prometheus, send them by OTLP, or print them; see docs/telemetry.md.",
-)
-@click.option(
-    "--metrics-address",
-    metavar="HOST:PORT",
-    help="Where Prometheus reads the metrics; by default a free port of this machine's loopback interface.",
-)
-@click.option("--traces", type=click.Choice(TRACES), help="Send traces of runs by OTLP, or print them.")
 @click.option("--verbose", is_flag=True, help="The same as --log-level info.")
 @click.option("--log-level", type=click.Choice(logs.LEVELS), envvar="LATTICE_LOG_LEVEL", help="Log from this level on.")
 @click.option(

@@ -40,6 +40,9 @@ docker)
 postgres)
     command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || packages="postgresql"
     ;;
+prometheus)
+    command -v prometheus >/dev/null && command -v promtool >/dev/null || packages="prometheus"
+    ;;
 esac
 [ -n "$packages" ] || exit 0
 

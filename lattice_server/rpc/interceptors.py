@@ -35,7 +35,8 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
         on_error: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
-        self._answers, self._on_error = answers, on_error
+        self._answers = answers
+        self._on_error = on_error
         self._limits = limits
         self._slices = slices
         self._readers: dict[str, RequestDeserializer] = {}

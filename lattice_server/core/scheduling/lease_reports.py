@@ -56,8 +56,7 @@ class LeaseReports:
         for item, task in enumerate(lease.tasks):
             if item not in lease.ended:
                 # A task that follows another one is never queued.
-                queued_at = task.waiting_since or lease.sent_at
-                times = (queued_at, lease.sent_at)
+                times = (task.waiting_since or lease.sent_at, lease.sent_at)
                 self._emit(TaskStarted(*task.named, *where, started_at, lease.lease_id, item, *times))
 
     def end_member(self, lease: Lease, task: Task, now: float) -> None:

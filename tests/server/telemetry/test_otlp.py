@@ -11,7 +11,7 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 from opentelemetry.sdk.trace import TracerProvider
 
-from lattice_client import AsyncLatticeClient, context, task
+from lattice_client import AsyncLatticeClient, LatticeClient, context, task
 from lattice_server.telemetry.catalogue import INSTRUMENTS, Kind
 from tests.server.apps import NoWorkers, serving
 from tests.server.telemetry.receiver import attributes_of, receiving
@@ -220,3 +220,28 @@ async def test_sandbox_cannot_write_into_other_traces(monkeypatch: pytest.Monkey
     # One frame is taken; the second and the third, and the proper one after them, are not.
     (forged,) = [span for span in spans if span.name in {"forged", "proper"}]
     assert (forged.name, forged.trace_id, forged.parent_span_id) == ("forged", run.trace_id, attempt.span_id)
+
+
+@pytest.mark.slow
+@on_a_loop
+async def test_blocking_client_and_open_runs_name_the_span_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer = TracerProvider().get_tracer("caller")
+
+    def call_blocking(address: str) -> int:
+        with LatticeClient(address) as client, tracer.start_as_current_span("blocking") as span:
+            assert client.run_task(double, {"x": 1}) == {"result": 2}
+            return span.get_span_context().trace_id
+
+    async with receiving() as receiver:
+        receiver.name_to(monkeypatch)
+        async with serving(traces="otlp", session_ttl_s=30.0) as app, AsyncLatticeClient(app.address) as client:
+            blocking = await asyncio.to_thread(call_blocking, app.address)
+            with tracer.start_as_current_span("open") as span:
+                async with client.open_run("held") as run:
+                    await run.add(double, {"x": 2})
+                opened = span.get_span_context()
+        runs = {span.name: span for span in receiver.spans() if span.name.startswith("invoke_workflow")}
+    assert runs["invoke_workflow double"].trace_id == blocking.to_bytes(16)
+    # No span for a call that lasts as long as the run: the run is right below the caller's span.
+    held = runs["invoke_workflow held"]
+    assert (held.trace_id, held.parent_span_id) == (opened.trace_id.to_bytes(16), opened.span_id.to_bytes(8))
