@@ -60,6 +60,7 @@ from lattice_server.tokens import ANY_TENANT, Scope, credential, digest_of, read
 if TYPE_CHECKING:
     from lattice_server.telemetry.metrics import Metrics
     from lattice_server.telemetry.tracing import Tracing
+
 log = logging.getLogger(__name__)
 
 
