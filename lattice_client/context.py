@@ -155,6 +155,46 @@ async def service_async(name: str, *, item: int | None = None) -> Endpoint:
     return found
 
 
+class Llm(Protocol):
+    """A language model as clients of OpenAI's API reach it."""
+
+    @property
+    def base_url(self) -> str:
+        """The URL of the gateway of this node, with `/v1`."""
+
+    @property
+    def api_key(self) -> str:
+        """A key that ends with the attempt."""
+
+    @property
+    def model(self) -> str:
+        """The name of the model, for requests."""
+
+    def env(self) -> dict[str, str]:
+        """Return environment variables for other programs and libraries: `OPENAI_BASE_URL`, `OPENAI_API_KEY`, ..."""
+
+    def openai(self, **settings: Any) -> Any:
+        """Return an `openai.OpenAI` for it."""
+
+    def async_openai(self, **settings: Any) -> Any:
+        """Return an `openai.AsyncOpenAI` for it."""
+
+
+def llm(name: str, *, item: int | None = None) -> Llm:
+    """Wait until a language model is ready, and return how it is reached. In a coroutine use `llm_async`.
+
+    Raises as `service`.
+    """
+    found: Llm = _implementation().llm(name, item=item)
+    return found
+
+
+async def llm_async(name: str, *, item: int | None = None) -> Llm:
+    """As `llm`, without blocking other coroutines."""
+    found: Llm = await _implementation().llm_async(name, item=item)
+    return found
+
+
 def __getattr__(name: str) -> Any:
     # The exception classes are defined by the process that runs the task.
     if name in {"AnswerError", "QuestionError"} and (found := sys.modules.get(IMPLEMENTATION)) is not None:

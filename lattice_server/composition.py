@@ -30,7 +30,8 @@ from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
-from lattice_server.rpc.convert.services import instance_function
+from lattice_server.rpc.convert.services import function_of_worker
+from lattice_server.rpc.llms import LlmServicer
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.request_cache import RequestCache
 from lattice_server.rpc.results import ResultsServicer
@@ -41,6 +42,9 @@ from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
 from lattice_server.rpc.workflows import WorkflowServicer
 from lattice_server.tokens import ANY_TENANT, Scope, credential, digest_of, read_tokens
+
+# Functions of workers, which the server calls by their names.
+INSTANCE, GATEWAY = "lattice_worker.services.instance:serve", "lattice_worker.gateway.task:serve"
 
 
 class Engine:
@@ -79,7 +83,7 @@ class Engine:
             config.open_run_grace_s,
             self.slices,
         )
-        self.services = Services(self.orchestrator, instance_function())
+        self.services = Services(self.orchestrator, function_of_worker(INSTANCE), function_of_worker(GATEWAY))
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )
@@ -149,6 +153,7 @@ def rpc_server(
         ClusterServicer(engine.bus, engine.sessions, cache, orchestrator.queries, describe),
         workers,
         ServicesServicer(engine.services, engine.code, cache),
+        LlmServicer(engine.services, cache),
         authentication,
         slices,
     )

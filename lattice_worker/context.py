@@ -13,9 +13,10 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 """
 
 import asyncio
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lattice_worker.runner.artifacts import Encoder
@@ -32,6 +33,7 @@ __all__ = [
     "AnswerError",
     "Attempt",
     "Endpoint",
+    "Llm",
     "QuestionError",
     "SpawnError",
     "SpawnedOutput",
@@ -39,13 +41,15 @@ __all__ = [
     "ask",
     "ask_async",
     "current",
+    "llm",
+    "llm_async",
     "service",
     "service_async",
     "spawn",
 ]
 
 MAX_NAME_LENGTH = 128
-ENDPOINT = "lattice/service.endpoint"
+ENDPOINT, LLM = "lattice/service.endpoint", "lattice/llm.endpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,39 @@ class Endpoint:
     def url(self) -> str:
         """The address as the beginning of a URL."""
         return f"http://{self.endpoint}"
+
+
+@dataclass(frozen=True, slots=True)
+class Llm:
+    """A language model as clients of OpenAI's API reach it: the URL of the gateway, a key, and the model's name."""
+
+    base_url: str
+    api_key: str = field(repr=False)
+    model: str
+
+    def env(self) -> dict[str, str]:
+        """Return the environment variables by which programs and libraries reach it."""
+        return {
+            "OPENAI_BASE_URL": self.base_url,
+            "OPENAI_API_BASE": self.base_url,
+            "OPENAI_API_KEY": self.api_key,
+            "OPENAI_MODEL": self.model,
+        }
+
+    def openai(self, **settings: Any) -> Any:
+        """Return an `openai.OpenAI`, which does not repeat requests: the gateway has. Raises ImportError."""
+        return _openai().OpenAI(**self._settings() | settings)
+
+    def async_openai(self, **settings: Any) -> Any:
+        """Return an `openai.AsyncOpenAI`; see `openai`."""
+        return _openai().AsyncOpenAI(**self._settings() | settings)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"base_url": self.base_url, "api_key": self.api_key, "max_retries": 0}
+
+
+def _openai() -> Any:
+    return importlib.import_module("openai")
 
 
 def current() -> Attempt:
@@ -183,6 +220,19 @@ def service(name: str, *, item: int | None = None) -> Endpoint:
 async def service_async(name: str, *, item: int | None = None) -> Endpoint:
     """As `service`, without blocking other coroutines."""
     return Endpoint(**await ask_async(ENDPOINT, {"name": name}, item=item))
+
+
+def llm(name: str, *, item: int | None = None) -> Llm:
+    """Return how a language model is reached, once an instance is ready; one is started if there is none.
+
+    The key ends with the attempt. In a coroutine use `llm_async`. Raises as `service`.
+    """
+    return Llm(**ask(LLM, {"name": name}, item=item))
+
+
+async def llm_async(name: str, *, item: int | None = None) -> Llm:
+    """As `llm`, without blocking other coroutines."""
+    return Llm(**await ask_async(LLM, {"name": name}, item=item))
 
 
 def _asked(name: object, payload: Any, item: object) -> "Future[Any]":

@@ -8,6 +8,7 @@ import click
 from lattice.v1 import cluster_pb2
 
 from lattice_client import logs
+from lattice_client.cli.llms import llm
 from lattice_client.cli.options import (
     DISTRIBUTION,
     Commands,
@@ -45,6 +46,7 @@ def main(log_level: str | None, log_format: str | None) -> None:
 
 main.add_command(runs)
 main.add_command(services)
+main.add_command(llm)
 
 
 @main.command()

@@ -30,7 +30,7 @@ from lattice_server.core.messages import (
     TaskStarted,
     TaskSucceeded,
 )
-from lattice_server.core.model import Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.model import NodeSpec, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.run.open_run import NOT_OPEN, answer_to
 from lattice_server.core.run.reuse import Earlier, workflow_of
 from lattice_server.core.steps import finish
@@ -96,6 +96,7 @@ class Orchestrator:
         stores = RunStores(store, code, admission)
         self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
+        self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
         self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs)
@@ -235,6 +236,7 @@ class Orchestrator:
                 self.queries.answer(effect)
             elif isinstance(effect, NodesChanged):
                 self._admission.know(effect.nodes)
+                self.on_nodes(effect.nodes)
             elif isinstance(effect, SettleArtifacts):
                 self._store.settle(effect.artifacts)
             else:

@@ -18,6 +18,7 @@ from lattice_server.core.services.messages import (
     InstanceStarted,
     InstanceUnhealthy,
     LoadReported,
+    NodesChanged,
     RoutesChanged,
     Scaled,
     ServiceGone,
@@ -97,6 +98,9 @@ class Service:
                 self.is_stopping = True
             case UseChanged():
                 self.demand.waiting, self.demand.users = event.waiting, event.users
+            case NodesChanged():
+                for displaced in self._displaced(event.node_ids):
+                    effects += self._give_up(displaced, now)
             case InstanceStarted() | InstanceReady() | InstanceUnhealthy() | LoadReported() | InstanceEnded():
                 instance = self.instances.get(event.instance_id)
                 if instance is None:
@@ -137,6 +141,14 @@ class Service:
     def _scale(self, event: Scaled) -> None:
         self.spec = replace(self.spec, replicas=event.replicas, max_replicas=event.max_replicas)
         self.demand.limit(event.replicas, event.max_replicas)
+
+    def _displaced(self, node_ids: frozenset[str]) -> list[Instance]:
+        """Return the instances on nodes that accept no leases any more."""
+        return [
+            found
+            for found in self.instances.values()
+            if found.is_wanted and found.node_id and found.node_id not in node_ids
+        ]
 
     def _handle_instance(
         self,

@@ -1,0 +1,59 @@
+"""Converts the definition of a model to that of a service. Rule: an engine is checked as its command is made."""
+
+import secrets
+from dataclasses import replace
+
+from lattice.v1 import llm_pb2, service_pb2
+
+from lattice_server.core.errors import invalid_field
+from lattice_server.core.services.engines import KEY_VARIABLE, OPENAI, TRANSFORMERS, VLLM, engine_of
+from lattice_server.core.services.model import ServiceSpec
+from lattice_server.rpc.convert.resources import resources_from_proto
+from lattice_server.rpc.convert.services import spec_from_proto
+
+START_TIMEOUT_S = 600
+ENGINES = {
+    llm_pb2.LLM_ENGINE_VLLM: VLLM,
+    llm_pb2.LLM_ENGINE_TRANSFORMERS: TRANSFORMERS,
+    llm_pb2.LLM_ENGINE_OPENAI: OPENAI,
+}
+
+
+def llm_from_proto(message: llm_pb2.LlmSpec) -> ServiceSpec:
+    """Check and return the service of a model. Raises InvalidError."""
+    if (kind := ENGINES.get(message.engine)) is None:
+        raise invalid_field("spec.engine", "name one: vllm, transformers, or openai with a command")
+    resources = resources_from_proto(message.resources, "spec.resources", is_async=False)
+    try:
+        engine = engine_of(kind, message.name, message.model, resources, message.command, message.arguments)
+    except ValueError as error:
+        raise invalid_field("spec.engine", str(error)) from error
+    spec = service_pb2.ServiceSpec(
+        name=message.name,
+        command=service_pb2.ServiceCommand(arguments=engine.command),
+        resources=message.resources,
+        health=service_pb2.HealthCheck(http_path=message.health_path or engine.health_path),
+        node_selector=message.node_selector,
+        environment=message.environment,
+    )
+    set_fields = {field.name for field, _ in message.ListFields()}
+    for name in set_fields & {"replicas", "max_replicas", "concurrency"}:
+        setattr(spec, name, getattr(message, name))
+    for name in set_fields & {"idle_timeout", "start_timeout"}:
+        getattr(spec, name).CopyFrom(getattr(message, name))
+    if not spec.HasField("concurrency") and engine.concurrency is not None:
+        spec.concurrency = engine.concurrency
+    if not spec.HasField("start_timeout"):
+        spec.start_timeout.seconds = START_TIMEOUT_S
+    found = spec_from_proto(spec)
+    environment = {**engine.environment, **found.environment}
+    return replace(found, environment=environment, model=engine.served_model, engine=kind)
+
+
+def with_key(spec: ServiceSpec, earlier: ServiceSpec | None) -> ServiceSpec:
+    """Give vLLM a key that gateways know; that of an equal definition stays, so that it is equal."""
+    if spec.engine != VLLM or KEY_VARIABLE in spec.environment:
+        return spec
+    known = "" if earlier is None else earlier.environment.get(KEY_VARIABLE, "")
+    environment = {**spec.environment, KEY_VARIABLE: known or secrets.token_urlsafe(32)}
+    return replace(spec, environment=environment, secrets=spec.secrets | {KEY_VARIABLE})
