@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from lattice_server.core.services.demand import Demand
-from lattice_server.core.services.instances import UNUSED, Instance, victims
+from lattice_server.core.services.instances import UNUSED, Instance, elsewhere, replacement_at, victims
 from lattice_server.core.services.messages import (
     CancelInstance,
     Defined,
@@ -35,9 +35,6 @@ from lattice_server.core.services.model import (
     ServiceState,
 )
 from lattice_server.core.services.restarts import Restarts
-
-# Instances of an older definition serve until the new ones are ready, unless these wait for resources for so long.
-REPLACE_WAIT_S = 5.0
 
 
 class Service:
@@ -99,7 +96,7 @@ class Service:
             case UseChanged():
                 self.demand.waiting, self.demand.users = event.waiting, event.users
             case NodesChanged():
-                for displaced in self._displaced(event.node_ids):
+                for displaced in elsewhere(self.instances.values(), event.node_ids):
                     effects += self._give_up(displaced, now)
             case InstanceStarted() | InstanceReady() | InstanceUnhealthy() | LoadReported() | InstanceEnded():
                 instance = self.instances.get(event.instance_id)
@@ -141,14 +138,6 @@ class Service:
     def _scale(self, event: Scaled) -> None:
         self.spec = replace(self.spec, replicas=event.replicas, max_replicas=event.max_replicas)
         self.demand.limit(event.replicas, event.max_replicas)
-
-    def _displaced(self, node_ids: frozenset[str]) -> list[Instance]:
-        """Return the instances on nodes that accept no leases any more."""
-        return [
-            found
-            for found in self.instances.values()
-            if found.is_wanted and found.node_id and found.node_id not in node_ids
-        ]
 
     def _handle_instance(
         self,
@@ -268,11 +257,7 @@ class Service:
 
     def _replace_deadline(self) -> float | None:
         """Return when older instances make room for those of the present definition that wait for resources."""
-        present = [found for found in self.instances.values() if found.is_wanted]
-        if all(found.revision == self.revision for found in present):
-            return None
-        queued = (found for found in present if found.state is InstanceState.QUEUED and found.revision == self.revision)
-        return min((found.since + REPLACE_WAIT_S for found in queued), default=None)
+        return replacement_at(self.instances.values(), self.revision)
 
     def _start_one(self, now: float) -> StartInstance:
         self._numbers += 1
