@@ -89,7 +89,8 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     In a coroutine use `ask_async`: this function blocks all coroutines of the process until the answer arrives.
 
     Args:
-        name: the name of the question, by which the caller recognises it.
+        name: the name of the question, by which the caller recognises it. Names that begin with `lattice/` are for
+            questions to the server.
         payload: a value for the caller, which must be picklable.
         item: in a batched call, the index of the asking item; otherwise None.
 
