@@ -24,11 +24,13 @@ from lattice_client.errors import (
     RunTimeoutError,
     SecurityError,
     ServiceFailedError,
+    StreamInterruptedError,
     TargetError,
     TaskDefinitionError,
     TaskFailedError,
     UnauthenticatedError,
     UnavailableError,
+    UntrustedPayloadError,
 )
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.graph.entrypoint import entrypoint
@@ -40,6 +42,7 @@ from lattice_client.langgraph import LangGraphClient
 from lattice_client.runs.open_run import AsyncOpenRun
 from lattice_client.runs.questions import Question
 from lattice_client.runs.run import AsyncRun
+from lattice_client.runs.streams import Chunk, Progress
 from lattice_client.runs.sync_run import OpenRun, Run
 from lattice_client.services.spec import secret
 from lattice_client.sync import LatticeClient, LatticeWorkflow
@@ -51,6 +54,7 @@ __all__ = [
     "AsyncLatticeWorkflow",
     "AsyncOpenRun",
     "AsyncRun",
+    "Chunk",
     "ClientClosedError",
     "DecodeError",
     "ForkError",
@@ -67,6 +71,7 @@ __all__ = [
     "Parameter",
     "PermissionDeniedError",
     "PreconditionError",
+    "Progress",
     "Question",
     "RequestError",
     "ResourceExhaustedError",
@@ -77,6 +82,7 @@ __all__ = [
     "RunTimeoutError",
     "SecurityError",
     "ServiceFailedError",
+    "StreamInterruptedError",
     "TargetError",
     "TaskDefinition",
     "TaskDefinitionError",
@@ -84,6 +90,7 @@ __all__ = [
     "TaskOutput",
     "UnauthenticatedError",
     "UnavailableError",
+    "UntrustedPayloadError",
     "context",
     "entrypoint",
     "secret",

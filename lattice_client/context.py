@@ -1,4 +1,4 @@
-"""The context of a running task: its attempt, adding tasks to its run, asking the caller of an open run.
+"""The context of a running task: its attempt, adding tasks to its run, asking the caller of an open run, streaming.
 
 For use inside tasks:
 
@@ -13,6 +13,7 @@ For use inside tasks:
 Rule: the implementation is a module of the process that runs the task.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -34,6 +35,10 @@ class Attempt(Protocol):
     @property
     def number(self) -> int:
         """The number of the attempt, from 1."""
+
+    @property
+    def deadline(self) -> float | None:
+        """The time at which its `timeout` ends it, in seconds since 1970; None without a timeout."""
 
 
 class SpawnedTask(Protocol):
@@ -106,6 +111,15 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return await _implementation().ask_async(name, payload, item=item)
+
+
+def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Any:
+    """As `ask`, without waiting: return an object with `result()` and `add_done_callback`, which can be awaited.
+
+    Questions that one thread asks reach the caller in the order in which they are asked. A question whose answer is not
+    waited for may be lost when the task ends.
+    """
+    return _implementation().ask_future(name, payload, item=item)
 
 
 class Endpoint(Protocol):
@@ -196,9 +210,65 @@ async def llm_async(name: str, *, item: int | None = None) -> Llm:
     return found
 
 
+def emit(chunk: Any, *, item: int | None = None) -> None:
+    """Stream a chunk of the task's output, for `run.stream` and `run.chunks`. Any thread of the task may stream.
+
+    It waits while the server has not received the chunks before. In a coroutine use `emit_async`: this function blocks
+    all coroutines of the process meanwhile.
+
+    Args:
+        chunk: a picklable value, of at most 256 KiB by default.
+        item: in a batched call, the index of the streaming item; otherwise None.
+
+    Raises:
+        context.StreamError: the server accepts no chunks, or `item` is wrong.
+        RuntimeError: called outside a task.
+    """
+    _implementation().emit(chunk, item=item)
+
+
+async def emit_async(chunk: Any, *, item: int | None = None) -> None:
+    """As `emit`, without blocking other coroutines."""
+    await _implementation().emit_async(chunk, item=item)
+
+
+def progress(done: float, total: float | None = None, *, item: int | None = None) -> None:
+    """Report how far the task is, in a unit of its own, for `run.progress` and `lattice runs show`.
+
+    It never waits. Of calls in quick succession some are not sent; a call with `done == total` always is.
+
+    Raises:
+        context.StreamError: an argument is wrong.
+        RuntimeError: called outside a task.
+    """
+    _implementation().progress(done, total, item=item)
+
+
+def cancelled() -> bool:
+    """Whether the attempt was cancelled or is over, for threads that a coroutine started.
+
+    A coroutine itself gets CancelledError. The process of any other function is killed when it is cancelled. Raises
+    RuntimeError outside a task.
+    """
+    found: bool = _implementation().cancelled()
+    return found
+
+
+def logger() -> logging.Logger:
+    """Return a logger, of level INFO, whose records are lines of the task's output.
+
+    Raises RuntimeError outside a task.
+    """
+    found: logging.Logger = _implementation().logger()
+    return found
+
+
 def __getattr__(name: str) -> Any:
     # The exception classes are defined by the process that runs the task.
-    if name in {"AnswerError", "QuestionError"} and (found := sys.modules.get(IMPLEMENTATION)) is not None:
+    if (
+        name in {"AnswerError", "QuestionError", "StreamError"}
+        and (found := sys.modules.get(IMPLEMENTATION)) is not None
+    ):
         return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -143,6 +143,7 @@ class App:
             pid=os.getpid(),
             active_runs=sum(not entry.run.is_terminal for entry in orchestrator.runs.values()),
             queued_tasks=described.waiting,
+            current_time=timestamp(time.time()),
             running_attempts=described.running,
         )
 

@@ -14,6 +14,7 @@ from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.ended_runs import Retention
@@ -82,6 +83,7 @@ class Engine:
             self.admission,
             config.open_run_grace_s,
             self.slices,
+            ChunkStore(Bound(config.chunk_bytes, share)),
         )
         self.services = Services(self.orchestrator, function_of_worker(INSTANCE), function_of_worker(GATEWAY))
         self.scheduler = SchedulerThread(
@@ -92,7 +94,9 @@ class Engine:
         """Return how full each bounded store is."""
         ended = self.orchestrator.ended
         uploads, live = self.store.uploads.usage, self.admission.memory
-        return self.code.usage, uploads, self.workflows.usage, self.drafts.usage, live, ended.memory, ended.values
+        chunks = self.orchestrator.chunks.usage
+        own = (self.code.usage, uploads, self.workflows.usage, self.drafts.usage, live)
+        return *own, ended.memory, ended.values, chunks
 
 
 def executor_of(config: ServerConfig, store_directory: Path) -> Executor:

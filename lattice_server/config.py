@@ -63,7 +63,8 @@ class ServerConfig:
     `store_folder`; by default in `/dev/shm` if 256 MiB of it are free when the server starts, or else in `TMPDIR`.
 
     One tenant may have `tenant_share` of each of the server's stores; `live_run_bytes` bounds the memory of live runs,
-    `draft_bytes` that of graphs sent in parts. A result that was read, or is older than
+    `draft_bytes` that of graphs sent in parts, and `chunk_bytes` that of the streamed output of tasks, of which one
+    chunk may have `chunk_limit_bytes`; 0 allows none. A result that was read, or is older than
     `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all. For
     `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
     large values' files are kept to be written again.
@@ -104,6 +105,7 @@ class ServerConfig:
     workflow_bytes: int = GIB
     draft_bytes: int = 4 * GIB
     live_run_bytes: int = 8 * GIB
+    chunk_bytes: int = GIB
     spare_bytes: int = 512 * MIB
     tenant_share: float = bounded(0.5, is_positive=True, most=1)
     max_workflows: int = 10_000
@@ -113,6 +115,7 @@ class ServerConfig:
     max_spawn_depth: int = 100
     open_run_grace_s: float = 30.0
     question_limit_bytes: int = 1024 * 1024
+    chunk_limit_bytes: int = bounded(256 * 1024, least=0, most=1024 * 1024)
     limits: Mapping[str, int] = field(default_factory=dict)
     batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0

@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from lattice.v1 import artifact_pb2_grpc, worker_pb2, worker_pb2_grpc
+from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
 from lattice_worker.artifact_staging import ArtifactStaging
@@ -32,6 +32,7 @@ from lattice_worker.peer_fetch import PeerFetcher
 from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
 from lattice_worker.runner_pool import Pool
+from lattice_worker.streams import Streams
 from lattice_worker.zygotes import Zygotes
 
 log = logging.getLogger(__name__)
@@ -50,16 +51,16 @@ class Agent:
         self._config = config
         self._capacity = host.capacity(config)
         self._staging = ArtifactStaging(config.store_directory)
-        self._pool = Pool(max(1, int(self._capacity.cpu)), self._staging, Zygotes(config.server))
+        self._pool = Pool(max(1, int(self._capacity.cpu)), self._staging, Zygotes(config.server), config.engine)
         store = config.store_directory
         incoming = self._staging.incoming
         self._fetcher = None if config.host_fd is None else PeerFetcher(config.host_fd, store, incoming)
         self._local_store = LocalStore(store, config.store_name, self._staging, lambda: self._artifacts, self._fetcher)
         self._limits = Limits()
-        self._questions = Questions(self._emit, self._limits)
+        self._questions, self._streams = Questions(self._emit, self._limits), Streams(self._emit, self._limits)
         reports = AttemptReports(self._local_store, self._limits, self._emit, self._ended)
         self._executor = AttemptExecutor(
-            self._pool, self._local_store, reports, self._questions, self._limits, self._ask
+            self._pool, self._local_store, reports, self._questions, self._streams, self._limits, self._ask
         )
         self._leases: Leases = LeaseMachine(self._executor, self._say, convert.returned)
         self._outbox = Outbox(self._leases, self._limits, lambda: self._questions.last_answer)
@@ -97,6 +98,7 @@ class Agent:
         finally:
             warming.cancel()
             self._pool.close()
+            await self._pool.wait_closed()
             self._local_store.bundles.close()
             if self._fetcher is not None:
                 self._fetcher.close()
@@ -163,6 +165,7 @@ class Agent:
 
     def _hello(self) -> worker_pb2.Hello:
         self._listed = frozenset(self._staging.reported)
+        refusals = self._pool.level_refusals()
         return worker_pb2.Hello(
             worker_id=self._config.worker_id,
             session_id=self._leases.session_id,
@@ -172,6 +175,11 @@ class Agent:
             capacity=self._capacity,
             labels=self._config.labels,
             isolations=[number for number, level in ISOLATIONS.items() if not level or level in self._levels],
+            isolation_refusals=[
+                resources_pb2.IsolationRefusal(isolation=number, reason=refusals[level])
+                for number, level in ISOLATIONS.items()
+                if level in refusals
+            ],
             runtime=host.runtime(),
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,
@@ -186,6 +194,7 @@ class Agent:
         """Handle a message, in the order of its fields."""
         if response.acknowledged_sequence:
             acknowledged = self._leases.reports.acknowledge(response.acknowledged_sequence)
+            self._streams.acknowledge(acknowledged)
             if self._staging.reported:
                 for report in acknowledged:
                     self._staging.settle(convert.artifacts_in(report))
@@ -212,6 +221,7 @@ class Agent:
         self._limits.log_bytes = welcome.log_limit_bytes
         self._limits.message_bytes = min(welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES, MESSAGE_LIMIT_BYTES)
         self._limits.question_bytes = welcome.question_limit_bytes
+        self._limits.chunk_bytes = welcome.chunk_limit_bytes
         is_new = not welcome.resumed and welcome.session_id != self._leases.session_id
         unacknowledged = self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         self._local_store.drop(welcome.drop_artifact_ids)

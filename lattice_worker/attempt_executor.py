@@ -26,6 +26,7 @@ from lattice_worker.runner_handle import Runner
 from lattice_worker.runner_pool import Pool
 from lattice_worker.sandbox.results import InputError
 from lattice_worker.sandbox.supervisor import SandboxError
+from lattice_worker.streams import Streams
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ CANCEL_GRACE_S = 1.0
 class AttemptExecutor:
     """Runs leases on runners. `request_code` takes the digest of each function that a lease needs and that is not here.
 
-    The agent hands code to `learn`, and answers to `questions`.
+    The agent hands code to `learn`, answers to `questions`, and acknowledgements to `streams`.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class AttemptExecutor:
         local_store: LocalStore,
         reports: AttemptReports,
         questions: Questions,
+        streams: Streams,
         limits: Limits,
         request_code: Callable[[str], None],
     ) -> None:
         self.code = CodeCache(local_store.bundles, pool)
         self.questions = questions
+        self.streams = streams
         self._preparation = Preparation(self.code.bundles, local_store, limits)
         self._pool, self._reports, self._request_code = pool, reports, request_code
         self._executions: dict[str, Execution] = {}
@@ -261,8 +264,9 @@ class AttemptExecutor:
             header,
             blobs,
             on_log=lambda stream, text, truncated: self._reports.log(lease_id, stream, text, truncated),
-            on_spawn=lambda task, parts: self._spawn(lease_id, function, task, parts),
+            on_spawn=lambda task, parts: self._spawn(assignment, function, task, parts),
             on_ask=lambda asked, parts: self.questions.ask(assignment, runner, asked, parts),
+            on_stream=lambda told, parts: self._stream(assignment, runner, told, parts),
             on_end=lambda answer, parts: self._end(assignment, answer, parts),
             on_refused=lambda: self._start_again(assignment),
             on_given_back=lambda reason, is_suspect: self._give_back(assignment, reason, is_suspect=is_suspect),
@@ -272,9 +276,19 @@ class AttemptExecutor:
 
     # Events of an invocation.
 
-    def _spawn(self, lease_id: str, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]) -> None:
-        if excess := self._reports.spawn(lease_id, function, task, blobs):
-            self.stop(lease_id, "payload", excess)
+    def _spawn(
+        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]
+    ) -> None:
+        if excess := self._reports.spawn(assignment, function, task, blobs):
+            self.stop(assignment.lease_id, "payload", excess)
+
+    def _stream(
+        self, assignment: worker_pb2.Assignment, runner: Runner, told: dict[str, Any], blobs: list[bytes]
+    ) -> None:
+        if told["kind"] == "chunk":
+            self.streams.take(assignment, runner, told, blobs)
+        else:
+            self.streams.take_progress(assignment, told)
 
     def _start_again(self, assignment: worker_pb2.Assignment) -> None:
         """Start a lease that its runner did not begin."""
@@ -304,6 +318,7 @@ class AttemptExecutor:
         if (execution := self._executions.pop(lease_id, None)) is not None:
             execution.cancel_timer()
         self.questions.forget(lease_id)
+        self.streams.end(lease_id)
 
 
 def _note(what: str, assignment: worker_pb2.Assignment) -> None:

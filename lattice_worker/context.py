@@ -1,5 +1,5 @@
-"""The context of a running task: its attempt, adding tasks to its run, asking the caller that holds the run. For use
-inside tasks.
+"""The context of a running task: its attempt, adding tasks to its run, asking the caller that holds the run, streaming.
+For use inside tasks.
 
     from lattice_worker import context
 
@@ -13,8 +13,9 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 """
 
 import asyncio
+import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +24,16 @@ from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
 from lattice_worker.runner.blame import refusal
 from lattice_worker.runner.functions import dump
+from lattice_worker.runner.generators import COMBINE
 from lattice_worker.runner.output import current as running
 from lattice_worker.runner.text import utf8
 from lattice_worker.runner.values import PayloadError, encode_value
 from lattice_worker.spawn_arguments import SpawnError, form_of, inputs_of, label_of, predecessors_of, take_id
 from lattice_worker.spawned import Binder, SpawnedOutput, SpawnedTask
+from lattice_worker.streaming import StreamError, cancelled, emit, emit_async, logger, progress
 
 __all__ = [
+    "Answer",
     "AnswerError",
     "Attempt",
     "Endpoint",
@@ -38,11 +42,18 @@ __all__ = [
     "SpawnError",
     "SpawnedOutput",
     "SpawnedTask",
+    "StreamError",
     "ask",
     "ask_async",
+    "ask_future",
+    "cancelled",
     "current",
+    "emit",
+    "emit_async",
     "llm",
     "llm_async",
+    "logger",
+    "progress",
     "service",
     "service_async",
     "spawn",
@@ -54,11 +65,15 @@ ENDPOINT, LLM = "lattice/service.endpoint", "lattice/llm.endpoint"
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The attempt that is running: `number` counts from 1."""
+    """The attempt that is running: `number` counts from 1.
+
+    `deadline` is when its time is up, in seconds since the epoch; None when it has no limit of its own.
+    """
 
     run_id: str
     task_id: str
     number: int
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +135,10 @@ def _openai() -> Any:
 
 def current() -> Attempt:
     """Return the attempt that is running. Raises RuntimeError outside a task, and inside a batch, which is several."""
-    return Attempt(*_output().header["attempts"][0])
+    output = _output()
+    limit_s = output.header.get("timeout", 0)
+    run_id, task_id, number = output.header["attempts"][0]
+    return Attempt(run_id, task_id, number, output.started_s + limit_s if limit_s else None)
 
 
 def spawn(
@@ -160,7 +178,7 @@ def spawn(
             key: Binder(f"{where}: input {key!r}", encoder, taken, is_for_python).bind(value)
             for key, value in given.items()
         }
-        code = dump(form.get("call", task)) if form["has_code"] else b""
+        code = dump(_called(form, task)) if form["has_code"] else b""
     except BaseException:
         encoder.take_back()
         raise
@@ -201,6 +219,32 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
+
+
+class Answer:
+    """The answer of a question that `ask_future` has asked."""
+
+    def __init__(self, asked: "Future[Any]") -> None:
+        self._asked = asked
+
+    def result(self) -> Any:
+        """Wait for the answer and return it. Raises as `ask`."""
+        return decoded(self._asked.result())
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return decoded((yield from asyncio.wrap_future(self._asked).__await__()))
+
+    def add_done_callback(self, callback: Callable[["Answer"], object]) -> None:
+        """Call a function once the answer is there, in a thread that no code of the task may block for long."""
+        self._asked.add_done_callback(lambda _: callback(self))
+
+
+def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Answer:
+    """As `ask`, without waiting. Questions that one thread asks reach the caller in the order in which they are asked.
+
+    A question whose answer is not waited for may be lost when the task ends.
+    """
+    return Answer(_asked(name, payload, item))
 
 
 def service(name: str, *, item: int | None = None) -> Endpoint:
@@ -250,7 +294,7 @@ def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
         raise QuestionError("item is for batched functions; this task is alone")
     where = f"question {name!r}"
     try:
-        media_type, parts = encode_value(payload)
+        media_type, parts = encode_value(payload, as_data=header.get("as_data", False))
     except Exception as error:
         raise PayloadError(refusal(where, payload, error)) from error
     data = b"".join(parts)
@@ -261,6 +305,17 @@ def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
     reference = {"type": media_type, "blob": 0}
     position = item if isinstance(item, int) else 0
     return output.questions.ask(position, utf8(name), reference, [data])
+
+
+def _called(form: Mapping[str, Any], task: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of a task as workers call it."""
+    combine = form.get("combine")
+    if combine is None or "call" in form:
+        called: Callable[..., Any] = form.get("call", task)
+        return called
+    found = functools.partial(task)
+    setattr(found, COMBINE, combine)
+    return found
 
 
 def _output() -> Any:

@@ -16,7 +16,8 @@ class RunnerKey:
     """Invocations with equal keys may share a runner: same tenant, same modules, same devices.
 
     `owner` is a lease that has a runner to itself; otherwise it is empty. `isolation` is the level of its sandbox, in
-    which numerical libraries start `threads` threads; it is empty without a sandbox.
+    which numerical libraries start `threads` threads; it is empty without a sandbox. `memory_bytes` is the limit of a
+    container, 0 for the default; other sandboxes are given theirs with the invocation.
     """
 
     tenant: str = ""
@@ -26,6 +27,7 @@ class RunnerKey:
     owner: str = ""
     isolation: str = ""
     threads: int = 1
+    memory_bytes: int = 0
 
     def environment(self) -> dict[str, str]:
         """Return the variables of the runners of this key."""
@@ -44,6 +46,7 @@ class Invocation:
         on_log: takes (stream, text, truncated).
         on_spawn: takes the header and the blobs of a spawned task.
         on_ask: takes the header and the blobs of a question.
+        on_stream: takes the header and the blobs of a chunk, or the header that says how far it is.
         on_end: takes the header and the blobs of the answer.
         on_refused: called when the runner ends without having begun the invocation.
         on_given_back: takes (reason, is_suspect) when the runner died and another invocation may be the cause.
@@ -61,6 +64,7 @@ class Invocation:
     on_log: Callable[[str, str, bool], None]
     on_spawn: Callable[[dict[str, Any], list[bytes]], None]
     on_ask: Callable[[dict[str, Any], list[bytes]], None]
+    on_stream: Callable[[dict[str, Any], list[bytes]], None]
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     on_refused: Callable[[], None]
     on_given_back: Callable[[str, bool], None]

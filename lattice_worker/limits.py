@@ -13,6 +13,7 @@ class Limits:
         inline_bytes: the largest output that a report carries itself.
         log_bytes: the most output of one attempt that is logged.
         message_bytes: the largest message.
+        chunk_bytes: the largest chunk of streamed output; 0 when the server takes no chunks.
         question_bytes: the largest question, and the largest answer; 0 when the server takes no questions.
     """
 
@@ -20,3 +21,4 @@ class Limits:
     log_bytes: int = 1024 * 1024
     message_bytes: int = MESSAGE_LIMIT_BYTES
     question_bytes: int = 0
+    chunk_bytes: int = 0

@@ -13,14 +13,17 @@ from lattice_worker.invocation import Frame, RunnerKey
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
 from lattice_worker.runner_handle import Runner
-from lattice_worker.sandbox.policy import SECCOMP, SUBPROCESS
+from lattice_worker.sandbox.policy import DOCKER, SECCOMP, SUBPROCESS
 from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, inlined, screened
+from lattice_worker.streams import WINDOW_BYTES, WINDOW_CHUNKS
 
+WINDOW = (WINDOW_CHUNKS, WINDOW_BYTES)
 # The levels of sandboxes by their numbers in the contract; nothing for no sandbox.
 ISOLATIONS = {
     resources_pb2.ISOLATION_NONE: "",
     resources_pb2.ISOLATION_SUBPROCESS: SUBPROCESS,
     resources_pb2.ISOLATION_SECCOMP: SECCOMP,
+    resources_pb2.ISOLATION_DOCKER: DOCKER,
 }
 
 
@@ -38,7 +41,8 @@ class Preparation:
         is_alone = concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or suspects.includes(assignment)
         owner = assignment.lease_id if is_alone or isolation else ""
         gpus, threads = tuple(assignment.gpu_indices), max(1, math.ceil(assignment.resources.cpu))
-        return RunnerKey(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads)
+        memory_bytes = assignment.resources.memory_bytes if isolation == DOCKER else 0
+        return RunnerKey(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads, memory_bytes)
 
     def missing(
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, upstream: convert.Outputs | None
@@ -81,12 +85,16 @@ class Preparation:
             "inline_limit": self._limits.inline_bytes,
             "log_limit": self._limits.log_bytes,
             "question_limit": self._limits.question_bytes,
+            "chunk_limit": self._limits.chunk_bytes,
+            "chunk_window": WINDOW,
+            "timeout": convert.seconds(assignment.timeout),
         }
         if runner.sandbox is not None:
             header["items"] = [
                 {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]
             ]
-            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES}
+            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES, "as_data": True}
+            header["timeout"] = header["timeout"] or runner.sandbox.policy.time_s
         return header, blobs
 
     def screened(self, runner: Runner, answer: dict[str, Any], blobs: list[bytes]) -> Frame:

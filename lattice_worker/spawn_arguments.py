@@ -52,8 +52,6 @@ def form_of(task: Any) -> Mapping[str, Any]:
     form: Mapping[str, Any] | None = getattr(task, "__lattice__", None)
     if form is not None:
         return form
-    if inspect.isgeneratorfunction(task) or inspect.isasyncgenfunction(task):
-        raise SpawnError(f"spawn: {task!r} is a generator function: have it return a list")
     return PLAIN
 
 

@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import click
-from lattice.v1 import cluster_pb2
+from lattice.v1 import cluster_pb2, resources_pb2
 
 from lattice_client import logs
+from lattice_client.cli.doctor import doctor
+from lattice_client.cli.inspection import read_logs, show_run, show_timeline
 from lattice_client.cli.llms import llm
 from lattice_client.cli.options import (
     DISTRIBUTION,
@@ -22,7 +24,8 @@ from lattice_client.cli.options import (
 )
 from lattice_client.cli.runs import runs
 from lattice_client.cli.services import services
-from lattice_client.cli.terminal import say
+from lattice_client.cli.streaming import stream
+from lattice_client.cli.terminal import one_line, say
 
 
 @click.group(cls=Commands)
@@ -44,9 +47,13 @@ def main(log_level: str | None, log_format: str | None) -> None:
     os.environ.update({name: value for name, value in given.items() if value})
 
 
+runs.add_command(stream)
 main.add_command(runs)
 main.add_command(services)
 main.add_command(llm)
+main.add_command(doctor)
+for command in (show_run, show_timeline, read_logs):
+    runs.add_command(command)
 
 
 @main.command()
@@ -97,6 +104,13 @@ def nodes(context: click.Context, server: Server, as_json: bool) -> None:
         for node in found
     ]
     show(("node", "state", "address", "cpu free", "GiB free", "gpus", "attempts"), rows, wrapped="node")
+    for node in found:
+        for refusal in node.isolation_refusals:
+            say(f"{node.node_id} does not offer isolation {_level(refusal)}: {one_line(refusal.reason)}")
+
+
+def _level(refusal: resources_pb2.IsolationRefusal) -> str:
+    return resources_pb2.Isolation.Name(refusal.isolation).removeprefix("ISOLATION_").lower()
 
 
 @nodes.command()

@@ -3,8 +3,10 @@
 Rule: tables for people, one JSON document a line for programs (`--json`), one line on stderr for an error.
 """
 
+import errno
 import functools
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +28,8 @@ from lattice_client.errors import LatticeError, UnavailableError
 from lattice_client.sync import LatticeClient
 from lattice_client.transport.channel import DEFAULT_TARGET
 from lattice_client.transport.security import SecurityOptions
+
+log = logging.getLogger(__name__)
 
 DISTRIBUTION = "lattice-control-plane"
 ENTRY_POINTS = "lattice.commands"
@@ -55,6 +59,13 @@ class Commands(click.Group):
             raise
         except click.ClickException as error:
             raise click.ClickException(harmless(error.message)) from None
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            # A reader that closed its pipe is no error: click ends such a command in silence.
+            if log.isEnabledFor(logging.DEBUG) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+                raise
+            raise click.ClickException(_unexpected(error)) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
@@ -70,6 +81,14 @@ class Commands(click.Group):
                 return _broken(entry, error)
             return loaded
         return found
+
+
+def _unexpected(error: Exception) -> str:
+    """Return the message of an error that no command expects."""
+    if isinstance(error, OSError):
+        return harmless(str(error))
+    what = harmless(f"{type(error).__name__}: {error}")
+    return f"a bug of Lattice, {what}; `lattice --log-level debug` with the same command shows where"
 
 
 def _broken(entry: EntryPoint, error: Exception) -> click.Command:

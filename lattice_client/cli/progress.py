@@ -44,20 +44,20 @@ class Lines:
             *whole, rest = (self._open.pop(key, "") + event.data["text"]).split("\n")
             if rest:
                 # A carriage return at the end may be the first half of a line end.
-                self._open[key] = _overwritten(rest) + ("\r" if rest.endswith("\r") else "")
-            return [(event.task_id, _overwritten(line)) for line in whole]
+                self._open[key] = overwritten(rest) + ("\r" if rest.endswith("\r") else "")
+            return [(event.task_id, overwritten(line)) for line in whole]
         if event.type in ENDS:
             keys = [(event.task_id, stream) for stream in STREAMS if (event.task_id, stream) in self._open]
         else:
             keys = list(self._open) if event.type == "run_finished" else []
-        return [(key[0], _overwritten(self._open.pop(key))) for key in keys]
+        return [(key[0], overwritten(self._open.pop(key))) for key in keys]
 
     def open_line(self, event: RunEvent) -> str:
         """Return the line that earlier output of the same stream has not completed."""
         return self._open.get((event.task_id, event.data["stream"]), "")
 
 
-def _overwritten(line: str) -> str:
+def overwritten(line: str) -> str:
     """Return the visible part of a line in which carriage returns overwrite text, as progress bars do."""
     return line.rstrip("\r").rpartition("\r")[2]
 
@@ -187,9 +187,14 @@ def label_of(task_id: str, name: str) -> str:
 
 def first_line(text: str) -> Text:
     """Return the first line of another process's output, with its colours and without other control sequences."""
-    return printable(_overwritten(text.strip("\n").partition("\n")[0]))
+    return printable(overwritten(text.strip("\n").partition("\n")[0]))
 
 
 def span(seconds: float) -> str:
     """Return a duration as a text for people."""
     return f"{max(0.0, seconds):.1f}s" if seconds < 60 else str(timedelta(seconds=int(seconds)))
+
+
+def fine_span(seconds: float) -> str:
+    """Return a duration as a text for people, with milliseconds below a second."""
+    return f"{max(0.0, seconds) * 1000:.0f}ms" if seconds < 0.9995 else span(seconds)

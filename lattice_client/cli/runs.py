@@ -11,37 +11,28 @@ from lattice_client.cli.progress import span
 from lattice_client.cli.terminal import one_line, say
 from lattice_client.cli.watching import watch_run
 from lattice_client.convert.events import RUN_STATES
-from lattice_client.convert.failures import error_of
-from lattice_client.runs.reader import TERMINAL
 
 MAX_RUNS = 1000
 RUN_COLUMNS = ("run", "name", "state", "tasks", "since (UTC)")
-TASK_COLUMNS = ("task", "name", "state", "attempt", "node", "time")
 
 
 @click.group()
 def runs() -> None:
-    """List, show, watch, cancel and retry runs."""
+    """List, show, watch, cancel and retry runs; read their output and times."""
 
 
-def _state(run: run_pb2.Run) -> str:
+def state_of(run: run_pb2.Run) -> str:
+    """Return the state of a run, and whether it is open."""
     return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower() + ", open" * run.open
 
 
-def _run_row(run: run_pb2.Run) -> tuple[str, ...]:
+def run_row(run: run_pb2.Run) -> tuple[str, ...]:
+    """Return the cells of a run, by `RUN_COLUMNS`."""
     counts = run.task_counts
     created = run.create_time.ToDatetime()
     # The year is left out on a terminal, to leave more columns to the name.
     since = f"{created:%m-%d %H:%M}" if console.is_terminal else created.isoformat(timespec="seconds")
-    return (run.run_id, run.display_name, _state(run), f"{counts.succeeded}/{counts.total}", since)
-
-
-def _task_row(task: run_pb2.TaskRun) -> tuple[str, ...]:
-    state = run_pb2.TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
-    took = ""
-    if task.HasField("start_time") and task.HasField("end_time"):
-        took = span((task.end_time.ToNanoseconds() - task.start_time.ToNanoseconds()) / 1e9)
-    return (task.task_id, task.display_name, state, str(task.attempt or ""), task.node_id, took)
+    return (run.run_id, run.display_name, state_of(run), f"{counts.succeeded}/{counts.total}", since)
 
 
 @runs.command("list")
@@ -62,26 +53,7 @@ def list_runs(server: Server, as_json: bool, limit: int, states: tuple[str, ...]
         for run in found:
             print_json(as_dict(run))
     else:
-        show(RUN_COLUMNS, map(_run_row, found), wrapped="name")
-
-
-@runs.command("show")
-@address
-@as_json
-@click.argument("run_id")
-def show_run(server: Server, as_json: bool, run_id: str) -> None:
-    """Show one run and its tasks."""
-    with connected(server) as client:
-        run, tasks = client.describe_run(run_id), client.list_tasks(run_id, with_outputs=as_json)
-    if as_json:
-        print_json(as_dict(run) | {"tasks": [as_dict(task) for task in tasks]})
-        return
-    show(RUN_COLUMNS, [_run_row(run)], wrapped="name")
-    say("")
-    show(TASK_COLUMNS, map(_task_row, tasks), wrapped="name")
-    names = {task.task_id: task.display_name for task in tasks}
-    if run.state in TERMINAL and (error := error_of(run, names.get(run.failure.task_id, ""))) is not None:
-        say(f"\n{str(error).rstrip()}")
+        show(RUN_COLUMNS, map(run_row, found), wrapped="name")
 
 
 @runs.command()
@@ -95,7 +67,7 @@ def cancel(server: Server, as_json: bool, run_id: str) -> None:
     if as_json:
         print_json(as_dict(run))
     elif run.state in {run_pb2.RUN_STATE_SUCCEEDED, run_pb2.RUN_STATE_FAILED}:
-        say(f"Run {run_id} had already {_state(run)}.")
+        say(f"Run {run_id} had already {state_of(run)}.")
     elif run.state == run_pb2.RUN_STATE_CANCELLED:
         say(f"Run {run_id} is cancelled.")
     else:

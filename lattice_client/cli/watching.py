@@ -32,20 +32,21 @@ async def watch_run(server: Server, run_id: str, as_json: bool) -> None:
         with reachable(server.target):
             run = await client.describe_run(run_id)
         if as_json:
-            async for event in client.api.reader.fetched_events(run_id, fetch=_json_reader(client), on_loss=_say_lost):
+            async for event in client.api.reader.fetched_events(run_id, fetch=_json_reader(client), on_loss=say_lost):
                 print_json({"sequence": event.sequence, "type": event.type, "data": event.data})
         elif console.is_terminal and not console.is_dumb_terminal:
             await _watch_live(client, run)
         else:
             lines = Lines()
-            async for event in client.api.reader.fetched_events(run_id, fetch=_json_reader(client), on_loss=_say_lost):
+            async for event in client.api.reader.fetched_events(run_id, fetch=_json_reader(client), on_loss=say_lost):
                 _print_plain(event, lines)
         error = await client.api.reader.error_of(await client.describe_run(run_id))
     if error is not None:
         raise error
 
 
-def _say_lost(error: errors.RequestError) -> None:
+def say_lost(error: errors.RequestError) -> None:
+    """Say that the connection of a reader broke."""
     say(f"The server does not answer; reconnecting for {RECONNECT_S:.0f} s. {one_line(str(error))}", err=True)
 
 
@@ -64,7 +65,7 @@ class Opaque:
 def _json_reader(client: AsyncLatticeClient) -> Decode:
     """Return a function that decodes the JSON values of events, and replaces all others by `Opaque`."""
 
-    async def read(payload: payload_pb2.Payload) -> Any:
+    async def read(payload: payload_pb2.Payload, _source: str) -> Any:
         media_type = payload.media_type or payloads.JSON
         if payload.WhichOneof("content") == "artifact":
             opaque = Opaque(media_type, payload.artifact.size_bytes)
@@ -97,11 +98,11 @@ def _print_plain(event: RunEvent, lines: Lines) -> None:
 
 
 async def _watch_live(client: AsyncLatticeClient, run: run_pb2.Run) -> None:
-    async def unfetched(payload: payload_pb2.Payload) -> payload_pb2.Payload:
+    async def unfetched(payload: payload_pb2.Payload, _source: str) -> payload_pb2.Payload:
         return payload  # the live view shows no outputs, so that large ones need not be fetched
 
     progress = Progress(run)
-    events = client.api.reader.fetched_events(run.run_id, fetch=unfetched, on_loss=_say_lost)
+    events = client.api.reader.fetched_events(run.run_id, fetch=unfetched, on_loss=say_lost)
     with Live(progress, console=console, auto_refresh=False, vertical_overflow="crop") as live:
         async for batch in _batches(events):
             lines = [line for event in batch for line in progress.take(event)]

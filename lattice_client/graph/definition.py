@@ -1,7 +1,6 @@
 """Owns the definition of a task: its function, inputs, outputs and settings. Rule: a definition is valid."""
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from lattice_client.graph.names import check_text, function_name, names_of
 from lattice_client.graph.options import SETTINGS, TaskOptions, changed, resources_of
 from lattice_client.graph.returns import returned
 from lattice_client.graph.settings import TaskSettings
-from lattice_client.graph.signatures import accepted_inputs, check_returns, named_arguments
+from lattice_client.graph.signatures import accepted_inputs, check_combine, check_returns, is_async, named_arguments
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +31,7 @@ class TaskDefinition(Generic[P, R]):
         entrypoint: the name of a function that workers have; `function` then only raises.
         may_return_more: whether the function may return outputs that it does not declare.
         may_be_left_out: keys of the returned TypedDict that are not always present.
+        combine: makes the output of the list of all chunks.
         options: the arguments of `task`, for `with_`.
     """
 
@@ -50,11 +50,12 @@ class TaskDefinition(Generic[P, R]):
     may_be_left_out: tuple[str, ...] = ()
     choice: Choice = field(default_factory=Choice)
     has_fresh_process: bool = False
+    combine: Callable[[list[Any]], Any] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     _code: FunctionCode = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._code = FunctionCode(self.function, self.function_form, self.choice)
+        self._code = FunctionCode(self._called, self.function_form, self.choice)
         functools.update_wrapper(self, self.function, updated=())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -123,8 +124,8 @@ class TaskDefinition(Generic[P, R]):
 
     @property
     def is_async(self) -> bool:
-        """Whether the function is a coroutine function."""
-        return inspect.iscoroutinefunction(self.function)
+        """Whether the function is a coroutine function, or an asynchronous generator function."""
+        return is_async(self.function)
 
     @property
     def _concurrency(self) -> task_pb2.Concurrency.ValueType:
@@ -166,7 +167,7 @@ class TaskDefinition(Generic[P, R]):
     @property
     def __lattice__(self) -> dict[str, Any]:
         """The definition in the form that `lattice_worker.context.spawn` reads."""
-        return {**self._form, "call": self.function}
+        return {**self._form, "call": self._called}
 
     @functools.cached_property
     def form(self) -> task_pb2.TaskSpec:
@@ -186,7 +187,17 @@ class TaskDefinition(Generic[P, R]):
             "inputs": self.inputs,
             "required": sorted(self.required),
             "takes_any": self.takes_any,
+            "combine": self.combine,
         }
+
+    @property
+    def _called(self) -> Callable[..., Any]:
+        """The function as workers call it: with what combines its chunks, if anything does."""
+        if self.combine is None:
+            return self.function
+        called = functools.partial(self.function)
+        called.__lattice_combine__ = self.combine  # type: ignore[attr-defined]
+        return called
 
     def __reduce__(self) -> Any:
         # A worker that loads a task named in another task's code gets the plain function with `__lattice__`. Loading it
@@ -211,6 +222,7 @@ def define(
     modules: Sequence[Item] = (),
     exclude: Sequence[str] = (),
     fresh_process: bool = False,
+    combine: Callable[[list[Any]], Any] | None = None,
     name: str | None = None,
     **more: Any,
 ) -> TaskDefinition[P, R]:
@@ -221,6 +233,7 @@ def define(
     check_text("the name of a task", label)
     check_returns(label, function, is_batched=more.get("batch_size") is not None)
     _check_code_options(label, modules, exclude, fresh_process)
+    check_combine(label, combine, is_batched=more.get("batch_size") is not None)
     options = {"inputs": inputs, "outputs": outputs, "modules": modules, "exclude": exclude, "name": name}
     given = {key: more.pop(key) for key in SETTINGS if key in more}
     settings = TaskSettings(**given).to_proto(label)
@@ -238,11 +251,12 @@ def define(
         return_style=found.style,
         may_return_more=found.may_be_more,
         may_be_left_out=found.optional,
-        resources=resources_of(label, resources, inspect.iscoroutinefunction(function)),
+        resources=resources_of(label, resources, is_async(function)),
         settings=settings,
         choice=Choice(tuple(modules), tuple(exclude)),
         has_fresh_process=fresh_process,
-        options={**given, **options, "resources": resources, "fresh_process": fresh_process},
+        combine=combine,
+        options={**given, **options, "resources": resources, "fresh_process": fresh_process, "combine": combine},
     )
 
 

@@ -3,7 +3,7 @@
 `TaskSettings` and `task` describe their meaning.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypedDict
 
@@ -44,6 +44,7 @@ class TaskOptions(TypedDict, total=False):
     modules: Sequence[Item]
     exclude: Sequence[str]
     fresh_process: bool
+    combine: Callable[[list[Any]], Any] | None
     name: str | None
 
 

@@ -61,15 +61,28 @@ def _check_keywords(label: str, parameters: Mapping[str, inspect.Parameter]) -> 
 
 
 def check_returns(label: str, function: Any, *, is_batched: bool) -> None:
-    """Raise TaskDefinitionError for a generator function, unless it yields the items of a batch."""
+    """Raise TaskDefinitionError for a batched asynchronous generator function: a batch returns its items at once."""
     called = function
     while isinstance(called, functools.partial):
         called = called.func
     if not inspect.isroutine(called) and not isinstance(called, type):
         called = type(called).__call__
-    if inspect.isasyncgenfunction(called) or (inspect.isgeneratorfunction(called) and not is_batched):
-        text = "is a generator function, which yields several values; a task returns once"
-        raise TaskDefinitionError(f"task {label!r} {text}: return a list of the values")
+    if is_batched and inspect.isasyncgenfunction(called):
+        text = "is an asynchronous generator function, and a batch returns the values of its members at once"
+        raise TaskDefinitionError(f"task {label!r} {text}: return a list of them, and stream with context.emit")
+
+
+def check_combine(label: str, combine: object, *, is_batched: bool) -> None:
+    """Raise TaskDefinitionError unless an option `combine` is None, or a function for a task that is not batched."""
+    if combine is not None and not callable(combine):
+        raise TaskDefinitionError(f"task {label!r}: combine must be a function of the list of chunks, not {combine!r}")
+    if combine is not None and is_batched:
+        raise TaskDefinitionError(f"task {label!r}: combine is for a generator function, which cannot be batched")
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether a function is a coroutine function, or an asynchronous generator function."""
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def named_arguments(

@@ -26,6 +26,8 @@ def task(function: Callable[P, R] | None = None, /, **options: Any) -> Any:
                 with the function besides the modules it imports.
             `exclude`: patterns of modules (`pack.tests`) and files (`*.csv`) that are not sent.
             `fresh_process`: run each attempt in a new process, also an attempt of a coroutine function.
+            `combine`: of a generator function: makes its output of the list of the values that it yielded; without
+                it the output is the list, or the value that the generator returns.
             `name`: the display name.
 
     Raises:

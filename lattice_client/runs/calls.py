@@ -50,6 +50,17 @@ class Calls:
         found = pages(self._rpc, self._rpc.workflows.GetRunGraph, request)
         return [task async for page in found for task in page.tasks]
 
+    async def describe_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
+        """Return a task in its present state, with its outputs and the traceback of its failure."""
+        request = made(task_pb2.GetTaskRequest, run_id=run_id, task_id=task_id)
+        return (await self._rpc.call(self._rpc.tasks.GetTask, request)).task
+
+    async def queued_tasks(self, run_id: str, limit: int) -> list[run_pb2.TaskRun]:
+        """Return the first queued tasks of a run."""
+        states = [run_pb2.TASK_STATE_QUEUED]
+        request = made(task_pb2.ListTasksRequest, run_id=run_id, states=states, page_size=limit)
+        return list((await self._rpc.call(self._rpc.tasks.ListTasks, request)).tasks)
+
     async def explain(self, run_id: str, task_id: str) -> task_pb2.ExplainTaskResponse:
         """Return why a task is queued or not ready."""
         request = made(task_pb2.ExplainTaskRequest, run_id=run_id, task_id=task_id)

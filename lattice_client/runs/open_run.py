@@ -47,7 +47,7 @@ class AsyncOpenRun(AsyncRun):
     """
 
     tasks: Graph[None]
-    stream: OpenRunStream
+    caller_stream: OpenRunStream
     open_questions: Questions
     steps: Steps
     # Answers questions while the caller waits; None when asyncio tasks answer them.
@@ -66,7 +66,7 @@ class AsyncOpenRun(AsyncRun):
         limits = await api.channel.limits()
         grace_s = limits.open_run_grace.ToNanoseconds() / 1e9
         stream = OpenRunStream(api.channel, workflow_pb2.OpenRunOpening(run=opening), grace_s)
-        questions = Questions(stream, limits.question_bytes)
+        questions = Questions(stream, limits.question_bytes, api.transfer.trust_pickles)
         await stream.open()
         handler = request.on_question
         answering = AnsweringTasks(questions, handler) if handler is not None and is_answered_by_tasks else None
@@ -78,7 +78,7 @@ class AsyncOpenRun(AsyncRun):
             return may_continue
 
         run = cls.of(stream.run_id, api)
-        run.tasks, run.stream, run.open_questions = Graph(None), stream, questions
+        run.tasks, run.caller_stream, run.open_questions = Graph(None), stream, questions
         run.steps = api.channel.steps(step)
         run.handler = None if is_answered_by_tasks else handler
         run.note_graph(run.tasks)
@@ -136,9 +136,9 @@ class AsyncOpenRun(AsyncRun):
         return revision
 
     async def _add(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
-        self.stream.add(request)
-        await self.steps.until(lambda: request.request_id in self.stream.results)
-        result = self.stream.results.pop(request.request_id, None)
+        self.caller_stream.add(request)
+        await self.steps.until(lambda: request.request_id in self.caller_stream.results)
+        result = self.caller_stream.results.pop(request.request_id, None)
         if result is None:
             raise errors.PreconditionError(f"run {str(self)!r} has ended; nothing can be added to it", "RUN_ENDED")
         if result.HasField("refused"):
@@ -149,11 +149,11 @@ class AsyncOpenRun(AsyncRun):
         """Wait for the end of a task; return its fetched output, or its error, for `decoded`."""
         task_id = task_id_of(task)
         async with self.api.reader.limited(self, timeout, task_id):
-            if task_id not in self._added_ids and task_id not in self.stream.task_ends:
+            if task_id not in self._added_ids and task_id not in self.caller_stream.task_ends:
                 await self.api.reader.find_task(self, task_id)
-            await self._until(lambda: task_id in self.stream.task_ends)
+            await self._until(lambda: task_id in self.caller_stream.task_ends)
             self._reported.add(task_id)
-            if (ended := self.stream.task_ends.find(self, task_id)) is not None:
+            if (ended := self.caller_stream.task_ends.find(self, task_id)) is not None:
                 return await self.api.reader.output_in(ended, self, task)
             return await self.api.reader.output_of(self, task)
 
@@ -166,8 +166,8 @@ class AsyncOpenRun(AsyncRun):
         """Yield tasks of the run in the order in which they end, including failed ones."""
         left = list(tasks)
         while left:
-            await self._until(partial(self.stream.task_ends.has_any, [task.task_id for task in left]))
-            ended = [task for task in left if task.task_id in self.stream.task_ends] or left
+            await self._until(partial(self.caller_stream.task_ends.has_any, [task.task_id for task in left]))
+            ended = [task for task in left if task.task_id in self.caller_stream.task_ends] or left
             left = [task for task in left if task not in ended]
             for task in ended:
                 yield task
@@ -178,16 +178,16 @@ class AsyncOpenRun(AsyncRun):
             await self.steps.until(lambda: self.open_questions.has_next)
             if (question := self.open_questions.take()) is not None:
                 yield question
-            elif self.stream.ended is not None:
+            elif self.caller_stream.ended is not None:
                 return
 
     async def close(self, timeout: float | None = None) -> run_pb2.Run:
         """Close the run, which then accepts no more tasks, and wait for its end. Raises TimeoutError."""
         async with self.api.reader.limited(self, timeout):
-            self.stream.close()
-            await self._until(lambda: self.stream.ended is not None)
-        assert self.stream.ended is not None, "the last step is the end of the run"
-        return self.stream.ended
+            self.caller_stream.close()
+            await self._until(lambda: self.caller_stream.ended is not None)
+        assert self.caller_stream.ended is not None, "the last step is the end of the run"
+        return self.caller_stream.ended
 
     async def _until(self, is_ready: Callable[[], bool]) -> None:
         """Wait until a condition is true or the run has ended; answer questions meanwhile if there is a handler."""
@@ -200,12 +200,12 @@ class AsyncOpenRun(AsyncRun):
             if (question := self.open_questions.take()) is not None:
                 if answer_by(handler, question) is not None:
                     raise errors.TaskDefinitionError("on_question must be a plain function; coroutines need client.aio")
-            elif self.stream.ended is not None:
+            elif self.caller_stream.ended is not None:
                 return
 
     async def unreported_error(self) -> errors.RunError | None:
         """Return the error of the ended run, unless `output` raised the error of the failed task before."""
-        run = self.stream.ended
+        run = self.caller_stream.ended
         if run is None or run.failure.task_id in self._reported:
             return None
         return await self.api.reader.error_of(run)
@@ -225,7 +225,7 @@ class AsyncOpenRun(AsyncRun):
         try:
             await self.cancel(f"the caller of the open run raised {type(error).__name__}")
         finally:
-            _release(self.stream, self.steps)
+            _release(self.caller_stream, self.steps)
 
 
 def _release(stream: OpenRunStream, steps: Steps) -> None:

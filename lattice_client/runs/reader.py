@@ -4,8 +4,10 @@ Rule: a broken stream of events is resumed after the last event received. Values
 `decoding`.
 """
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,6 +46,24 @@ ENDED = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The events of a run that a reader wants.
+
+    Attributes:
+        task_ids: only events of the run and of these tasks; empty for all.
+        has_logs: whether output of tasks is wanted.
+        until: the number after whose event the reader stops; None for the end of the run.
+    """
+
+    task_ids: tuple[str, ...] = ()
+    has_logs: bool = True
+    until: int | None = None
+
+
+ALL = Selection()
+
+
 class Reader:
     """Reads the runs of one server. It returns fetched objects, which `decoded` decodes."""
 
@@ -77,7 +97,7 @@ class Reader:
         """Wait for the end of a task that runs alone; return its fetched outputs, or its error."""
         if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
             outputs = results.ordered(response.task.outputs, task.definition.outputs)
-            return {name: await self._transfer.fetch(payload) for name, payload in outputs.items()}
+            return await results.decode_all(response.task.task_id, outputs, self._transfer.fetch)
         return await self.result_in(await self.ended(response.run.run_id), declared=results.declared_by([task]))
 
     async def error_of(self, run: run_pb2.Run) -> errors.RunError | None:
@@ -123,22 +143,33 @@ class Reader:
         return [task async for page in pages(self._rpc, self._rpc.tasks.ListTasks, request) for task in page.tasks]
 
     async def fetched_events(
-        self, run_id: str, after: int = 0, fetch: Decode | None = None, on_loss: OnLoss | None = None
+        self,
+        run_id: str,
+        after: int = 0,
+        fetch: Decode | None = None,
+        on_loss: OnLoss | None = None,
+        selection: Selection = ALL,
     ) -> AsyncIterator[RunEvent]:
-        """Yield the events of a run after number `after`, with outputs as `fetch` returns them.
+        """Yield the selected events of a run after number `after`, with outputs as `fetch` returns them.
 
         By default the outputs are fetched, and not decoded. `on_loss` is called when the stream breaks.
         """
         reconnection = Reconnection(self._rpc, run_id, on_loss)
-        is_complete = False
+        until = math.inf if selection.until is None else selection.until
+        is_complete = after >= until
+        filters: dict[str, Any] = {"task_ids": selection.task_ids, "exclude_logs": not selection.has_logs}
         while not is_complete:
-            request = made(results_pb2.WatchRunRequest, run_id=run_id, after_sequence=after)
+            request = made(results_pb2.WatchRunRequest, run_id=run_id, after_sequence=after, **filters)
             try:
                 async for response in self._rpc.stream(self._rpc.results.WatchRun, request):
                     reconnection.succeeded()
                     for message in response.events:
+                        if message.sequence > until:
+                            return
                         yield await event_of(message, fetch or self._transfer.fetch, _declared(run_id))
                     after, is_complete = response.sequence, response.complete
+                    if after >= until:
+                        return
             except errors.RequestError as error:
                 if not is_complete:
                     await reconnection.wait(error)

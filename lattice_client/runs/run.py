@@ -1,7 +1,7 @@
 """Owns the handle of a run for asyncio. Rule: the server has the state of the run; the handle has its id."""
 
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from lattice_client.convert.results import declared_by
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope, TaskOutput
 from lattice_client.graph.workflow import Graph
+from lattice_client.runs import streams
 from lattice_client.runs.api import RunApi
 from lattice_client.runs.decoding import decoded
 from lattice_client.runs.ids import RunId, StartCall, task_id_of
@@ -39,7 +40,9 @@ class AsyncRun(RunId):
             weakref.finalize(run, call.abandon).atexit = False
         return run
 
-    async def result(self, timeout: float | None = None, *, partial: bool = False) -> dict[str, Any]:
+    async def result(
+        self, timeout: float | None = None, *, partial: bool = False, trust_pickles: bool = False
+    ) -> dict[str, Any]:
         """Wait for the end of the run and return the outputs of its final tasks, on which no other task depends.
 
         For a graph with one final task this is a dict of its outputs by name. For a graph with several it is a dict of
@@ -55,12 +58,15 @@ class AsyncRun(RunId):
             RunCancelledError: the run was cancelled.
             TimeoutError: `timeout` seconds passed; the run continues.
             UnavailableError: the server could not be reached for 30 s; the run may continue.
+            UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial))
+        found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial), trust_pickles)
         return found
 
-    async def output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:
+    async def output(
+        self, task: LatticeTask | TaskOutput | str, timeout: float | None = None, *, trust_pickles: bool = False
+    ) -> Any:
         """Wait for the end of a task, given by itself, its id or one of its outputs, and return its output.
 
         For a task with a single output this is its value, and otherwise a dict of its outputs by name. For an output it
@@ -72,9 +78,10 @@ class AsyncRun(RunId):
             NotFoundError: the run has no such task.
             TimeoutError: `timeout` seconds passed; the run continues.
             UnavailableError: the server could not be reached for 30 s; the run may continue.
+            UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        return decoded(await self.fetched_output(task, timeout))
+        return decoded(await self.fetched_output(task, timeout), trust_pickles)
 
     async def fetched_result(self, timeout: float | None = None, partial: bool = False) -> Any:
         """Wait for the end; return the fetched result, or the error, for `decoded`."""
@@ -96,6 +103,38 @@ class AsyncRun(RunId):
     def fetched_events(self, after: int = 0) -> AsyncIterator[RunEvent]:
         """Yield the run's events, each for `decoded`."""
         return self.api.reader.fetched_events(self, after)
+
+    async def stream(
+        self, task: streams.Streaming, *, on_restart: streams.OnRestart | None = None
+    ) -> AsyncIterator[Any]:
+        """Yield the values that a task streams, from the first one on, to its end.
+
+        Args:
+            task: the task, or its id.
+            on_restart: called with the number of an attempt that begins anew, so that the values yielded so far count
+                no more. Without it such an attempt raises.
+
+        Raises:
+            StreamInterruptedError: values are not kept any more, or an attempt begins anew; see `chunks`.
+            TaskFailedError: the task failed.
+            UnavailableError: as `result`.
+        """
+        async for chunk in streams.values(self.api, self, task, on_restart):
+            yield streams.with_value(chunk).value
+
+    async def chunks(
+        self, task: streams.Streaming | None = None, after: Mapping[str, int] | None = None
+    ) -> AsyncIterator[streams.Chunk]:
+        """Yield the kept chunks of one task, or of all tasks, to its end or the end of the run.
+
+        `after` has the numbers of the last chunks that the caller has, by task id. Raises UnavailableError as `result`.
+        """
+        async for chunk in streams.chunks(self.api, self, task, after):
+            yield streams.with_value(chunk)
+
+    def progress(self, task: streams.Streaming | None = None) -> AsyncIterator[streams.Progress]:
+        """Yield how far one task is, or all tasks are, to its end or the end of the run; newest values only."""
+        return streams.progress(self.api, self, task)
 
     async def cancel(self, reason: str = "") -> None:
         """Cancel the run."""

@@ -44,7 +44,7 @@ class Retention:
 class EndedRuns:
     """The ended runs among `runs` and their sizes. Evicted runs are deleted from `runs`.
 
-    `on_add` is called when a run has ended.
+    `on_add` is called when a run has ended, `on_drop` with each run that is evicted.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class EndedRuns:
         self._store = store
         self._clock = clock
         self.on_add: Callable[[], object] = lambda: None
+        self.on_drop: Callable[[RunEntry], object] = lambda entry: None
         self._result_ttl_s = retention.result_ttl_s
         self._dropped = EndedIds(kept_s=retention.id_ttl_s)
         self.memory = Usage("ended runs", Bound(retention.kept_bytes, retention.share))
@@ -128,6 +129,7 @@ class EndedRuns:
     def _drop(self, tenant: str, key: str) -> None:
         self._release(tenant, key)
         entry = self._runs[key]
+        self.on_drop(entry)
         del self._runs[key]
         self._memory.discard(tenant, key)
         for name, _ in _sizes(entry):

@@ -23,11 +23,13 @@ from lattice_server.core.messages import (
     TaskExplained,
     TaskFailed,
     TaskLogged,
+    TaskProgressed,
     TaskRetrying,
     TaskReturned,
     TaskSkipped,
     TasksSpawned,
     TaskStarted,
+    TaskStreamed,
     TaskSucceeded,
 )
 from lattice_server.core.model import NodeSpec, Payload, TaskSpec, WorkflowSpec
@@ -38,6 +40,7 @@ from lattice_server.core.tenancy import UNNAMED, Reach
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.open_runs import OpenRuns
@@ -81,6 +84,7 @@ class Orchestrator:
         admission: Admission,
         open_run_grace_s: float = 30.0,
         slices: Slices | None = None,
+        chunks: ChunkStore | None = None,
     ) -> None:
         registry = RunRegistry(store, retention)
         self.runs, self.ended = registry.runs, registry.ended
@@ -93,8 +97,10 @@ class Orchestrator:
         self._store = store
         self._admission = admission
         self._slices = slices or Slices()
+        self.chunks = chunks or ChunkStore()
+        self.ended.on_drop = self.chunks.drop
         stores = RunStores(store, code, admission)
-        self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform)
+        self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
         self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
         # Takes the questions that are for the server; the others are for the caller of the run.
@@ -232,6 +238,10 @@ class Orchestrator:
             if isinstance(effect, TASK_EVENTS):
                 if entry := self.runs.get(effect.run_id):
                     self._tell_run(entry, effect, now, posts)
+            elif isinstance(effect, TaskStreamed | TaskProgressed):
+                # Past the run's machine: chunks change no state, and there may be thousands a second.
+                if entry := self.runs.get(effect.run_id):
+                    self.chunks.take(entry, effect)
             elif isinstance(effect, TaskExplained | NodesDescribed):
                 self.queries.answer(effect)
             elif isinstance(effect, NodesChanged):

@@ -27,6 +27,7 @@ from lattice_server.core.run.open_run import HolderEffect
 from lattice_server.core.run.run import Effect
 from lattice_server.engine import run_logging
 from lattice_server.engine.bus import MessageBus
+from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.ended_runs import EndedRuns
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_log import ENDS
@@ -51,12 +52,14 @@ class RunDriver:
         ended: EndedRuns,
         slices: Slices,
         answer: Callable[[AnswerQuestion], None],
+        chunks: ChunkStore,
     ) -> None:
         self._bus = bus
         self._stores = stores
         self._ended = ended
         self._slices = slices
         self._answer = answer
+        self._chunks = chunks
 
     @contextmanager
     def change(
@@ -126,6 +129,8 @@ class RunDriver:
         entry.log.append(fact, time_s)
         if entry.stream is not None and isinstance(fact, ENDS | RunFinished):
             entry.stream.news.set()
+        if entry.chunks is not None:
+            self._chunks.note(entry, fact)
         run_logging.note(entry, fact)
 
     def _pass_on(self, entry: RunEntry, effect: HolderEffect) -> None:

@@ -11,6 +11,7 @@ from lattice_server.core.run.open_run import HolderEffect, OpenRun
 from lattice_server.core.run.run import Effect, Run
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.caller_stream import CallerStream
+from lattice_server.engine.chunk_log import RunChunks
 from lattice_server.engine.run_log import ENDS, RunLog
 from lattice_server.engine.uploads import Name
 
@@ -47,6 +48,7 @@ class RunEntry:
         open_run: the machine of its caller, if it was opened by `OpenRun`.
         stream: the newest stream of that caller.
         grace: the timer that cancels an open run without a stream.
+        chunks: what its tasks stream, once there is a chunk or a reader.
         is_continuing: whether a slice that submits more of its tasks is queued.
         on_effects: is called with the decisions of its machines, after they were carried out.
     """
@@ -74,6 +76,7 @@ class RunEntry:
     open_run: OpenRun | None = None
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
+    chunks: RunChunks | None = None
     is_continuing: bool = False
     on_effects: Callable[[Sequence[Effect | HolderEffect]], object] | None = None
 

@@ -7,12 +7,15 @@ from lattice.v1 import results_pb2, results_pb2_grpc
 
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.messages import RunEvent, RunFinished, RunStarted, TaskLogged
+from lattice_server.core.states import TASK_TERMINAL
+from lattice_server.engine.chunk_store import log_of
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.chunking import in_parts
 from lattice_server.rpc.convert.events import event_to_proto
 from lattice_server.rpc.convert.runs import result_to_proto
+from lattice_server.rpc.convert.streams import batch_to_proto
 from lattice_server.rpc.convert.times import wait_from_proto
 from lattice_server.rpc.handlers import Context
 
@@ -32,6 +35,7 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
             raise invalid_field("after_sequence", "must not be negative")
         entry = self._orchestrator.run(request.run_id, callers.reach())
         wanted = frozenset(request.task_ids)
+        newest = len(entry.log.events)
         show = partial(event_to_proto, entry.run.tasks)
         async for batch in entry.log.follow(request.after_sequence):
             last = batch[-1].sequence
@@ -41,12 +45,33 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
             *parts, closing = [*in_parts(map(show, shown))] or [[]]
             for events in parts:
                 yield results_pb2.WatchRunResponse(events=events, sequence=events[-1].sequence)
-            if shown or complete:
+            # A reader learns that it has all events there were when it called, also when none of them was wanted.
+            has_caught_up = batch[0].sequence <= newest <= last
+            if shown or complete or has_caught_up:
                 yield results_pb2.WatchRunResponse(events=closing, sequence=last, complete=complete)
         if request.after_sequence == len(entry.log.events):
             yield results_pb2.WatchRunResponse(sequence=request.after_sequence, complete=True)
         if not wanted:
             self._orchestrator.ended.note_read(entry)
+
+    async def WatchChunks(
+        self, request: results_pb2.WatchChunksRequest, context: Context
+    ) -> AsyncIterator[results_pb2.WatchChunksResponse]:
+        """Stream the chunks of one task or of all tasks of a run, from any number on, to its end."""
+        task_id, reach = request.task_id, callers.reach()
+        find = self._orchestrator
+        entry = find.task(request.run_id, task_id, reach) if task_id else find.run(request.run_id, reach)
+        for name, sequence in request.after_sequence.items():
+            if sequence < 0:
+                raise invalid_field(f'after_sequence["{name}"]', "must not be negative")
+
+        def is_over() -> bool:
+            return entry.log.is_complete or bool(task_id and entry.run.tasks[task_id].state in TASK_TERMINAL)
+
+        async for batch in log_of(entry).follow(task_id, dict(request.after_sequence), is_over):
+            for message in batch_to_proto(batch):
+                yield message
+        yield results_pb2.WatchChunksResponse(complete=True)
 
     async def GetResult(self, request: results_pb2.GetResultRequest, context: Context) -> results_pb2.GetResultResponse:
         """Return a run and the outputs of its final tasks."""

@@ -18,6 +18,7 @@ from lattice_server.engine.outbox import Connection, Session
 from lattice_server.engine.sessions import Sessions
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.convert.payloads import question_from_proto
+from lattice_server.rpc.convert.streams import progressed_event, streamed_event
 from lattice_server.rpc.convert.times import drain_deadline_from_proto, seconds_from
 from lattice_server.rpc.convert.workers import artifacts_in_report, report_to_event
 from lattice_server.rpc.handlers import PEER_END_S
@@ -41,6 +42,7 @@ class WorkerReader:
         parser: SpecParser,
         assigned: AssignedArtifacts,
         question_limit_bytes: int,
+        chunk_limit_bytes: int,
         check_possible: Callable[[Sequence[TaskSpec]], None],
     ) -> None:
         self._bus = bus
@@ -48,6 +50,7 @@ class WorkerReader:
         self._parser = parser
         self._assigned = assigned
         self._question_limit_bytes = question_limit_bytes
+        self._chunk_limit_bytes = chunk_limit_bytes
         self._check_possible = check_possible
 
     async def read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
@@ -91,17 +94,27 @@ class WorkerReader:
                 # Repeated reports count as well: the message that drops their artifacts may have been lost.
                 artifacts += artifacts_in_report(report)
             if is_news:
-                fact = report.WhichOneof("fact")
-                if fact == "spawned":
-                    events.append(self._spawned_event(report, session.session_id))
-                elif fact == "asked":
-                    events += self._asked_events(report, session.session_id)
-                elif (event := report_to_event(report, session.session_id, connection.clock)) is not None:
-                    events.append(event)
+                events += self._events_of(report, session.session_id, connection)
         if artifacts:
             events.append(messages.ArtifactsReported(tuple(artifacts)))
         self._bus.post(events)
         connection.acknowledgement.add(session.last_sequence)
+
+    def _events_of(
+        self, report: worker_pb2.Report, session_id: str, connection: Connection
+    ) -> list[messages.SchedulerEvent]:
+        match report.WhichOneof("fact"):
+            case "spawned":
+                return [self._spawned_event(report, session_id)]
+            case "asked":
+                return self._asked_events(report, session_id)
+            case "streamed":
+                return [streamed_event(report, session_id, self._chunk_limit_bytes)]
+            case "progressed":
+                event: messages.SchedulerEvent | None = progressed_event(report, session_id)
+            case _:
+                event = report_to_event(report, session_id, connection.clock)
+        return [] if event is None else [event]
 
     def _take_heartbeat(self, heartbeat: worker_pb2.Heartbeat, session: Session) -> None:
         check_heartbeat(heartbeat)

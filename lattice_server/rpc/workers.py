@@ -56,7 +56,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._assigned = assigned
         self._server_id = server_id
         self._admission = WorkerAdmission(sessions, machines)
-        self._reader = WorkerReader(bus, sessions, parser, assigned, config.question_limit_bytes, check_possible)
+        limits = config.question_limit_bytes, config.chunk_limit_bytes
+        self._reader = WorkerReader(bus, sessions, parser, assigned, *limits, check_possible)
 
     def close_all(self) -> None:
         """Close every worker's stream because the server stops, and refuse new ones."""

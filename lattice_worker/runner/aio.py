@@ -22,7 +22,7 @@ from lattice_worker.runner.eventloop import Loop, show_own_tasks
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.invocations import Program
 from lattice_worker.runner.outcome import Answer
-from lattice_worker.runner.output import current, has_unread_output
+from lattice_worker.runner.output import TO_RUNNING, current, has_unread_output
 from lattice_worker.runner.process_tree import ANY_CHILD, end_children
 from lattice_worker.runner.shared import Shared
 from lattice_worker.runner.steps import ALONE, mark_steps
@@ -70,11 +70,11 @@ class _Invocations:
 
     def _read(self) -> None:
         for frame in self._channel.frames():
-            if frame[0]["kind"] != "answer":
+            if frame[0]["kind"] not in TO_RUNNING:
                 self._loop.call_soon_threadsafe(self._take, frame)
             elif (attempt := self._running.get(frame[0]["id"])) is not None:
                 # Here: the event loop may be waiting for this in a step that blocks.
-                attempt.questions.take(*frame)
+                attempt.take(*frame)
         # Threads of tasks must not keep the process alive when the agent has closed the socket.
         self._loop.call_soon_threadsafe(os._exit, 0)
 
@@ -157,6 +157,7 @@ class _Invocations:
     def _cancel(self, name: str) -> None:
         attempt = self._running.get(name)
         if attempt is not None and attempt.main is not None:
+            attempt.is_cancelled = True
             attempt.main.cancel()
             self._loop.call_later(CANCEL_GRACE_S, self._finish, attempt, context=self._context)
 

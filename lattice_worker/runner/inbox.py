@@ -10,7 +10,7 @@ from typing import Any
 
 from lattice_worker.runner.frames import EVERY_SIGNAL, Channel
 from lattice_worker.runner.memory import allow_stack
-from lattice_worker.runner.output import Output
+from lattice_worker.runner.output import TO_RUNNING, Output
 
 Frame = tuple[dict[str, Any], list[bytes]]
 
@@ -51,8 +51,8 @@ class Inbox:
         # Handlers run in the main thread, which wakes up only for signals of its own.
         signal.pthread_sigmask(signal.SIG_BLOCK, EVERY_SIGNAL)
         for header, blobs in self._frames:
-            if header["kind"] != "answer":
+            if header["kind"] not in TO_RUNNING:
                 others.put((header, blobs))
             elif (running := self.running) is not None and running.header["id"] == header["id"]:
-                running.questions.take(header, blobs)
+                running.take(header, blobs)
         others.put(None)

@@ -14,6 +14,7 @@ from lattice_worker.runner.binding import bind_all
 from lattice_worker.runner.calls import columns, takes_params_alone
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.functions import Loaded, load
+from lattice_worker.runner.generators import is_generator, stream, stream_async
 from lattice_worker.runner.memory import memory_limit
 from lattice_worker.runner.outcome import Answer, Outcome
 from lattice_worker.runner.output import Output
@@ -49,6 +50,8 @@ class Program:
             value = self._call(output.header, blobs)
             if inspect.iscoroutine(value):
                 value = asyncio.run(value)
+            if is_generator(value) and not output.header["batched"]:
+                value = stream(output, value, self._function(output.header))
             outcome.take(value)
         return outcome.answer()
 
@@ -57,12 +60,19 @@ class Program:
         outcome = self._outcome(output)
         with outcome, memory_limit(output.header["memory_limit"]):
             value = self._call(output.header, blobs)
-            outcome.take(await value if inspect.isawaitable(value) else value)
+            if inspect.isawaitable(value):
+                value = await value
+            if is_generator(value) and not output.header["batched"]:
+                value = await stream_async(output, value, self._function(output.header))
+            outcome.take(value)
         return outcome.answer()
 
     def _outcome(self, output: Output) -> "Outcome":
         explain = functools.partial(self._explain, output.header)
         return Outcome(output.header, self._return_style(output.header), self._channel, explain)
+
+    def _function(self, header: dict[str, Any]) -> Callable[..., Any]:
+        return self._loaded[header["digest"]].function
 
     def _return_style(self, header: dict[str, Any]) -> str:
         return str(self._definitions[header["digest"]][0]["return_style"])

@@ -4,16 +4,19 @@ import contextlib
 import contextvars
 import fcntl
 import io
+import logging
 import os
 import sys
 import termios
 import threading
+import time
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 from lattice_worker.runner.asking import Questions
+from lattice_worker.runner.chunks import Chunks
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.text import utf8
 
@@ -22,8 +25,12 @@ FLUSH_BYTES = 8192
 current: contextvars.ContextVar["Output | None"] = contextvars.ContextVar("current", default=None)
 
 
+# The kinds of frames that a running invocation takes.
+TO_RUNNING = frozenset({"answer", "credit"})
+
+
 class Output:
-    """The frames of one invocation while it runs: text of its standard streams, up to a limit in bytes, and new tasks.
+    """The frames of one invocation while it runs: text of its standard streams, up to a limit, new tasks, chunks.
 
     `header` is the invocation's; `lattice_worker.context` reads it for the running task. `number` is the number of the
     invocation in its process.
@@ -32,7 +39,9 @@ class Output:
     def __init__(self, channel: Channel, header: dict[str, Any], number: int = 0) -> None:
         self.header = header
         self.number = number
-        self.is_abandoned = False
+        self.is_abandoned = self.is_cancelled = False
+        self.logger: logging.Logger | None = None
+        self.started_s = time.time()
         limit = header["log_limit"]
         self._channel = channel
         self._invocation = header["id"]
@@ -43,6 +52,7 @@ class Output:
         self._pending: list[tuple[str, str]] = []
         self._pending_bytes = 0
         self.questions = Questions(channel, header["id"])
+        self.chunks = Chunks(channel, header)
 
     def write(self, stream: str, text: str) -> None:
         """Take text; it is sent by the line. Text after the limit, or after the end, is dropped."""
@@ -74,8 +84,16 @@ class Output:
     def close(self) -> None:
         """Send pending text; a thread that outlives the invocation can neither write nor ask."""
         self.flush()
-        self._is_open = False
+        self._is_open, self.is_cancelled = False, True
         self.questions.close()
+        self.chunks.close()
+
+    def take(self, header: dict[str, Any], blobs: list[bytes]) -> None:
+        """Take a frame of the agent to the running invocation. Called by a thread that runs none of its code."""
+        if header["kind"] == "answer":
+            self.questions.take(header, blobs)
+        else:
+            self.chunks.take(header)
 
     def spawn(self, task: dict[str, Any], blobs: Sequence[bytes], made: Sequence[str]) -> None:
         """Have a task added to the run; see `lattice_worker.context`. `made` are the artifacts among its inputs."""

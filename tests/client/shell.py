@@ -44,6 +44,11 @@ def call(address: str, *arguments: str) -> Result:
     return CliRunner().invoke(main, arguments, env={"LATTICE_TARGET": address})
 
 
+def at_terminal(address: str, *arguments: str) -> Result:
+    """Call a command that takes its output for a terminal of 80 columns without colours."""
+    return CliRunner().invoke(main, arguments, env={"LATTICE_TARGET": address, "FORCE_COLOR": "1"})
+
+
 def ended(client: LatticeClient, definition: Any, inputs: dict[str, Any] | None = None) -> Run:
     """A run of one task that has come to its end."""
     workflow = client.create_workflow("the name")

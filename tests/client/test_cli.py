@@ -95,7 +95,8 @@ def test_the_server_and_its_nodes_are_shown(address: str, client: LatticeClient)
         assert "local" in shown.text
 
 
-COMMANDS = [["status"], ["nodes"], ["runs", "list"], *(["runs", verb, "x"] for verb in ("show", "watch", "cancel"))]
+VERBS = ("show", "watch", "cancel", "retry", "logs", "timeline")
+COMMANDS = [["status"], ["nodes"], ["runs", "list"], *(["runs", verb, "x"] for verb in VERBS)]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -107,6 +108,28 @@ def test_command_prints_one_line_when_no_server_listens(command: list[str]) -> N
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (KeyError("x\x1b"), "Error: a bug of Lattice, KeyError: 'x\\x1b'; `lattice --log-level debug` with the same"),
+        (PermissionError(13, "Permission denied", "f"), "Error: [Errno 13] Permission denied: 'f'\n"),
+    ],
+)
+def test_command_prints_one_line_when_it_meets_an_unexpected_error(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lattice_client.cli.main.connected", broken)
+    done = call(NOBODY, "status")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith(text)
+    assert done.stderr.count("\n") == 1
+    monkeypatch.setattr(options.log, "isEnabledFor", lambda level: True)
+    assert call(NOBODY, "status").exception is error
+
+
 @pytest.mark.parametrize("verb", ["show", "watch", "cancel"])
 def test_command_prints_one_line_when_the_run_is_unknown(address: str, verb: str) -> None:
     done = call(address, "runs", verb, "nowhere")
@@ -115,6 +138,7 @@ def test_command_prints_one_line_when_the_run_is_unknown(address: str, verb: str
 
 def test_commands_of_other_packages_are_offered() -> None:
     assert re.findall(r"^  (\w+) ", CliRunner().invoke(main, ["--help"]).stdout, re.MULTILINE) == [
+        "doctor",
         "llm",
         "nodes",
         "run",

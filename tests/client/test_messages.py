@@ -71,15 +71,23 @@ class Stepping:
     "function",
     [items, async_items, functools.partial(items), Stepping(), Stepping().steps, functools.partial(Stepping())],
 )
-def test_task_raises_when_the_function_is_a_generator(function: Callable[..., Any]) -> None:
-    with pytest.raises(TaskDefinitionError, match=r"is a generator function, .*: return a list of the values"):
-        task(function)
+def test_a_generator_function_is_a_task_with_one_output(function: Callable[..., Any]) -> None:
+    assert task(function).outputs == ("result",)
+    assert task(combine=sum)(function).outputs == ("result",)
+
+
+@pytest.mark.parametrize(("options", "text"), [({}, "not 1"), ({"batch_size": 2}, "combine must be a function")])
+def test_task_raises_when_combine_is_no_function_or_the_task_is_batched(options: Any, text: str) -> None:
+    with pytest.raises(TaskDefinitionError, match=text):
+        task(combine=1, **options)(items)
+    with pytest.raises(TaskDefinitionError, match="combine is for a generator function"):
+        task(combine=sum, batch_size=2)(items)
 
 
 def test_a_generator_of_a_batch_or_behind_a_decorator_is_a_task() -> None:
     assert task(batch_size=2)(items).outputs == ("result",)
     assert task(contextmanager(items)).outputs == ("result",)
-    with pytest.raises(TaskDefinitionError, match="is a generator function"):
+    with pytest.raises(TaskDefinitionError, match="is an asynchronous generator function"):
         task(batch_size=2)(async_items)
 
 

@@ -164,7 +164,7 @@ def test_a_run_is_cancelled_when_its_caller_does_not_return(client: LatticeClien
     blocked = run.add(sleep)
     asked = run.add(ask, {"value": 1})
     until(run, "task_started", blocked.task_id, asked.task_id)
-    run.twin.stream.abandon()
+    run.twin.caller_stream.abandon()
     with pytest.raises(RunCancelledError, match="did not come back within 1 s"):
         client.get_run(run).result(timeout=WAIT_S)
     states = {found.task_id: found.state for found in client.list_tasks(run)}

@@ -51,6 +51,7 @@ class Stream:
         inline_limit_bytes: int = LIMIT_BYTES,
         drop_artifacts: tuple[str, ...] = (),
         question_limit_bytes: int = LIMIT_BYTES,
+        chunk_limit_bytes: int = LIMIT_BYTES,
     ) -> None:
         """Accept the worker."""
         message = worker_pb2.Welcome(
@@ -64,6 +65,7 @@ class Stream:
             log_limit_bytes=LIMIT_BYTES,
             message_limit_bytes=MESSAGE_LIMIT_BYTES,
             question_limit_bytes=question_limit_bytes,
+            chunk_limit_bytes=chunk_limit_bytes,
         )
         self.say(welcome=message)
 

@@ -216,12 +216,7 @@ wrong: list[tuple[Callable[[], Any], str]] = [
     (lambda: context.spawn(give, {"w": 1}), "has no input 'w' and needs input 'v'; its inputs: v"),
     (lambda: context.spawn(entrypoint("js/x", inputs=["a"])), "needs input 'a'"),
     (lambda: context.spawn(leaf, {1: 1}), "the name of an input must be a text, not 1"),  # type: ignore[dict-item]
-    (lambda: context.spawn(steps), "is a generator function: have it return a list"),
 ]
-
-
-def steps() -> Iterator[int]:
-    yield 1
 
 
 @pytest.mark.parametrize(("call", "text"), wrong)

@@ -23,6 +23,7 @@ from lattice_worker.questions import Questions
 from lattice_worker.runner import frames
 from lattice_worker.runner.frames import FIRST, LAST, MIDDLE, WHOLE, Assembler, ProtocolError, packets_of, parse
 from lattice_worker.runner_pool import Pool
+from lattice_worker.streams import Streams
 from tests.examples import examples
 from tests.worker.processes import FakeProcess, FakeZygotes, packet_of, settle, succeeded
 
@@ -152,11 +153,11 @@ class Scene:
         self.zygotes = FakeZygotes()
         self.pool = Pool(1, staging, self.zygotes)
         local_store = LocalStore(str(folder), "n", staging, lambda: None)
-        limits = Limits(question_bytes=100)
+        limits = Limits(question_bytes=100, chunk_bytes=100)
         self.reports = AttemptReports(local_store, limits, self._emit, self._ended)
-        self.questions = Questions(self._emit, limits)
+        self.questions, streams = Questions(self._emit, limits), Streams(self._emit, limits)
         self.executor = AttemptExecutor(
-            self.pool, local_store, self.reports, self.questions, limits, lambda digest: None
+            self.pool, local_store, self.reports, self.questions, streams, limits, lambda digest: None
         )
         self.ends: list[tuple[str, int, str]] = []
         self.ended: Counter[str] = Counter()

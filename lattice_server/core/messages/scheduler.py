@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lattice_server.core.messages.queries import Answer, ExplainRequested, NodesRequested
 from lattice_server.core.messages.questions import AnswerQuestion, AttemptAsked, QuestionAsked
+from lattice_server.core.messages.streams import AttemptProgressed, AttemptStreamed, TaskProgressed, TaskStreamed
 from lattice_server.core.messages.tasks import CancelRequested, TaskEvent, TaskReady, TaskReturned, TasksSpawned
 from lattice_server.core.messages.workers import (
     ForgetSession,
@@ -38,10 +39,27 @@ class SettleArtifacts:
 
 
 SchedulerEvent = (
-    TaskReady | CancelRequested | ExplainRequested | NodesRequested | DrainRequested | WorkerEvent | AttemptAsked
+    TaskReady
+    | CancelRequested
+    | ExplainRequested
+    | NodesRequested
+    | DrainRequested
+    | WorkerEvent
+    | AttemptAsked
+    | AttemptStreamed
+    | AttemptProgressed
 )
 ToSession = LeaseEffect | SessionEffect | AnswerQuestion
 WorkerEffect = WelcomeWorker | ForgetSession | ToSession
 SchedulerEffect = (
-    TaskEvent | TaskReturned | TasksSpawned | QuestionAsked | WorkerEffect | Answer | NodesChanged | SettleArtifacts
+    TaskEvent
+    | TaskReturned
+    | TasksSpawned
+    | QuestionAsked
+    | TaskStreamed
+    | TaskProgressed
+    | WorkerEffect
+    | Answer
+    | NodesChanged
+    | SettleArtifacts
 )

@@ -12,8 +12,10 @@ from lattice_server.core.messages import (
     AttemptAsked,
     AttemptFailed,
     AttemptLogged,
+    AttemptProgressed,
     AttemptSpawned,
     AttemptStarted,
+    AttemptStreamed,
     AttemptSucceeded,
     CancelRequested,
     DrainRequested,
@@ -27,8 +29,10 @@ from lattice_server.core.messages import (
     SettleArtifacts,
     TaskExplained,
     TaskLogged,
+    TaskProgressed,
     TaskReady,
     TasksSpawned,
+    TaskStreamed,
     WorkerDetached,
     WorkerHeartbeat,
     WorkerHello,
@@ -44,6 +48,9 @@ from lattice_server.core.scheduling.node_sessions import NodeSessions
 from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.placer import Placer
 from lattice_server.core.scheduling.work import Task
+from lattice_server.core.trust import stamped
+
+PassedOn = AttemptLogged | AttemptSpawned | AttemptAsked | AttemptStreamed | AttemptProgressed
 
 
 class Scheduler:
@@ -125,7 +132,7 @@ class Scheduler:
                 self._reports.started(event, event.at, now)
             case AttemptFailed():
                 self._attempts.fail(event, now)
-            case AttemptLogged() | AttemptSpawned() | AttemptAsked():
+            case AttemptLogged() | AttemptSpawned() | AttemptAsked() | AttemptStreamed() | AttemptProgressed():
                 if found := self._reports.started(event, None, now):
                     self._pass_on(event, found[1], now)
             case LeaseReturned():
@@ -151,19 +158,25 @@ class Scheduler:
             case _:
                 assert_never(event)
 
-    def _pass_on(self, event: AttemptLogged | AttemptSpawned | AttemptAsked, task: Task, now: float) -> None:
+    def _pass_on(self, event: PassedOn, task: Task, now: float) -> None:
         """Pass a report of a running attempt on to its run."""
         match event:
             case AttemptLogged():
                 self._effects.append(TaskLogged(*task.named, event.is_error, event.text, event.is_truncated))
             case AttemptSpawned(refusal=None):
                 self._effects.append(TasksSpawned(*task.key, event.tasks))
-            case AttemptSpawned():
+            case AttemptStreamed(refusal=None):
+                chunks = tuple(stamped(chunk, task.shape.isolation) for chunk in event.chunks)
+                self._effects.append(TaskStreamed(*task.named, chunks))
+            case AttemptProgressed():
+                self._effects.append(TaskProgressed(*task.named, event.done, event.total))
+            case AttemptSpawned() | AttemptStreamed():
                 assert event.refusal is not None
                 self._attempts.end_early(task, event.refusal, now)
             case AttemptAsked():
                 where = (event.session_id, event.lease_id, event.number)
-                self._effects.append(QuestionAsked(*task.named, *where, event.name, event.payload))
+                payload = stamped(event.payload, task.shape.isolation)
+                self._effects.append(QuestionAsked(*task.named, *where, event.name, payload))
             case _:
                 assert_never(event)
 

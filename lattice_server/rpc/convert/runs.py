@@ -19,6 +19,7 @@ from lattice_server.rpc.convert.payloads import (
     payload_to_proto,
     payloads_to_proto,
 )
+from lattice_server.rpc.convert.streams import progress_of
 from lattice_server.rpc.convert.tasks import task_to_spec
 from lattice_server.rpc.convert.times import duration, fill_duration, fill_timestamp, timestamp
 
@@ -108,6 +109,7 @@ def task_to_proto(entry: RunEntry, task_id: str, *, is_brief: bool = False) -> r
         duration=None if record.duration_s is None else duration(record.duration_s),
         queue_time=None if waited_s is None else duration(waited_s),
         item_count=None if record.items is None else len(record.items),
+        progress=progress_of(entry, task_id),
     )
 
 

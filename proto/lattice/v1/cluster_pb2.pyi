@@ -80,6 +80,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     ACTIVE_RUNS_FIELD_NUMBER: builtins.int
     QUEUED_TASKS_FIELD_NUMBER: builtins.int
     RUNNING_ATTEMPTS_FIELD_NUMBER: builtins.int
+    CURRENT_TIME_FIELD_NUMBER: builtins.int
     STORES_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The version of the server's software, for people."""
@@ -117,6 +118,12 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         """When this life of the server started."""
 
     @property
+    def current_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """The time on the server's clock when it made this answer, by which a caller finds out how far its own clock is off.
+        Unset by servers that are older than this field.
+        """
+
+    @property
     def stores(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StoreUsage]:
         """The server's stores, with the bytes in use and the bytes allowed."""
 
@@ -135,10 +142,11 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         active_runs: builtins.int = ...,
         queued_tasks: builtins.int = ...,
         running_attempts: builtins.int = ...,
+        current_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         stores: collections.abc.Iterable[Global___StoreUsage] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "executor", b"executor", "features", b"features", "limits", b"limits", "pid", b"pid", "protocol_version", b"protocol_version", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "server_epoch", b"server_epoch", "start_time", b"start_time", "stores", b"stores", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["current_time", b"current_time", "limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "current_time", b"current_time", "executor", b"executor", "features", b"features", "limits", b"limits", "pid", b"pid", "protocol_version", b"protocol_version", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "server_epoch", b"server_epoch", "start_time", b"start_time", "stores", b"stores", "version", b"version"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
 
@@ -387,6 +395,7 @@ class Node(google.protobuf.message.Message):
     ISOLATIONS_FIELD_NUMBER: builtins.int
     RUNTIME_FIELD_NUMBER: builtins.int
     ENTRYPOINTS_FIELD_NUMBER: builtins.int
+    ISOLATION_REFUSALS_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     """Names the node."""
     hostname: builtins.str
@@ -429,6 +438,10 @@ class Node(google.protobuf.message.Message):
     def entrypoints(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The entry points its worker has of its own, and runs alone; empty for a worker that runs Python."""
 
+    @property
+    def isolation_refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.resources_pb2.IsolationRefusal]:
+        """The isolation levels it cannot set up, and why."""
+
     def __init__(
         self,
         *,
@@ -446,9 +459,10 @@ class Node(google.protobuf.message.Message):
         isolations: collections.abc.Iterable[lattice.v1.resources_pb2.Isolation.ValueType] | None = ...,
         runtime: lattice.v1.resources_pb2.Runtime | None = ...,
         entrypoints: collections.abc.Iterable[builtins.str] | None = ...,
+        isolation_refusals: collections.abc.Iterable[lattice.v1.resources_pb2.IsolationRefusal] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity", "free", b"free", "heartbeat_time", b"heartbeat_time", "runtime", b"runtime"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "capacity", b"capacity", "entrypoints", b"entrypoints", "free", b"free", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "runtime", b"runtime", "state", b"state", "worker_id", b"worker_id", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "capacity", b"capacity", "entrypoints", b"entrypoints", "free", b"free", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "runtime", b"runtime", "state", b"state", "worker_id", b"worker_id", "worker_pid", b"worker_pid"]) -> None: ...
 
 Global___Node: typing_extensions.TypeAlias = Node
 

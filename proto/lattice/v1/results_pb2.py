@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from lattice.v1 import payload_pb2 as lattice_dot_v1_dot_payload__pb2
 from lattice.v1 import run_pb2 as lattice_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lattice/v1/results.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14lattice/v1/run.proto\"a\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0c\x65xclude_logs\x18\x03 \x01(\x08\x12\x10\n\x08task_ids\x18\x04 \x03(\t\"\\\n\x10WatchRunResponse\x12$\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x14.lattice.v1.RunEvent\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"K\n\x10GetResultRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"[\n\x11GetResultResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.lattice.v1.Run\x12(\n\x0b\x66inal_tasks\x18\x02 \x03(\x0b\x32\x13.lattice.v1.TaskRun2\xa3\x01\n\x0eResultsService\x12G\n\x08WatchRun\x12\x1b.lattice.v1.WatchRunRequest\x1a\x1c.lattice.v1.WatchRunResponse0\x01\x12H\n\tGetResult\x12\x1c.lattice.v1.GetResultRequest\x1a\x1d.lattice.v1.GetResultResponseB1\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lattice/v1/results.proto\x12\nlattice.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18lattice/v1/payload.proto\x1a\x14lattice/v1/run.proto\"a\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x14\n\x0c\x65xclude_logs\x18\x03 \x01(\x08\x12\x10\n\x08task_ids\x18\x04 \x03(\t\"\\\n\x10WatchRunResponse\x12$\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x14.lattice.v1.RunEvent\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"\xb6\x01\n\x12WatchChunksRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12I\n\x0e\x61\x66ter_sequence\x18\x03 \x03(\x0b\x32\x31.lattice.v1.WatchChunksRequest.AfterSequenceEntry\x1a\x34\n\x12\x41\x66terSequenceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"v\n\x13WatchChunksResponse\x12!\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x11.lattice.v1.Chunk\x12*\n\x08progress\x18\x02 \x03(\x0b\x32\x18.lattice.v1.TaskProgress\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"\x90\x01\n\x05\x43hunk\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\r\n\x05index\x18\x04 \x01(\x03\x12&\n\x07payload\x18\x05 \x01(\x0b\x32\x13.lattice.v1.PayloadH\x00\x12\x11\n\x07restart\x18\x06 \x01(\x08H\x00\x42\t\n\x07\x63ontent\"K\n\x10GetResultRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"[\n\x11GetResultResponse\x12\x1c\n\x03run\x18\x01 \x01(\x0b\x32\x0f.lattice.v1.Run\x12(\n\x0b\x66inal_tasks\x18\x02 \x03(\x0b\x32\x13.lattice.v1.TaskRun2\xf5\x01\n\x0eResultsService\x12G\n\x08WatchRun\x12\x1b.lattice.v1.WatchRunRequest\x1a\x1c.lattice.v1.WatchRunResponse0\x01\x12P\n\x0bWatchChunks\x12\x1e.lattice.v1.WatchChunksRequest\x1a\x1f.lattice.v1.WatchChunksResponse0\x01\x12H\n\tGetResult\x12\x1c.lattice.v1.GetResultRequest\x1a\x1d.lattice.v1.GetResultResponseB1\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,14 +35,24 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lattice.v1.results_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\nlattice.v1P\001Z\024lattice/v1;latticev1\252\002\nLattice.V1'
-  _globals['_WATCHRUNREQUEST']._serialized_start=94
-  _globals['_WATCHRUNREQUEST']._serialized_end=191
-  _globals['_WATCHRUNRESPONSE']._serialized_start=193
-  _globals['_WATCHRUNRESPONSE']._serialized_end=285
-  _globals['_GETRESULTREQUEST']._serialized_start=287
-  _globals['_GETRESULTREQUEST']._serialized_end=362
-  _globals['_GETRESULTRESPONSE']._serialized_start=364
-  _globals['_GETRESULTRESPONSE']._serialized_end=455
-  _globals['_RESULTSSERVICE']._serialized_start=458
-  _globals['_RESULTSSERVICE']._serialized_end=621
+  _globals['_WATCHCHUNKSREQUEST_AFTERSEQUENCEENTRY']._loaded_options = None
+  _globals['_WATCHCHUNKSREQUEST_AFTERSEQUENCEENTRY']._serialized_options = b'8\001'
+  _globals['_WATCHRUNREQUEST']._serialized_start=120
+  _globals['_WATCHRUNREQUEST']._serialized_end=217
+  _globals['_WATCHRUNRESPONSE']._serialized_start=219
+  _globals['_WATCHRUNRESPONSE']._serialized_end=311
+  _globals['_WATCHCHUNKSREQUEST']._serialized_start=314
+  _globals['_WATCHCHUNKSREQUEST']._serialized_end=496
+  _globals['_WATCHCHUNKSREQUEST_AFTERSEQUENCEENTRY']._serialized_start=444
+  _globals['_WATCHCHUNKSREQUEST_AFTERSEQUENCEENTRY']._serialized_end=496
+  _globals['_WATCHCHUNKSRESPONSE']._serialized_start=498
+  _globals['_WATCHCHUNKSRESPONSE']._serialized_end=616
+  _globals['_CHUNK']._serialized_start=619
+  _globals['_CHUNK']._serialized_end=763
+  _globals['_GETRESULTREQUEST']._serialized_start=765
+  _globals['_GETRESULTREQUEST']._serialized_end=840
+  _globals['_GETRESULTRESPONSE']._serialized_start=842
+  _globals['_GETRESULTRESPONSE']._serialized_end=933
+  _globals['_RESULTSSERVICE']._serialized_start=936
+  _globals['_RESULTSSERVICE']._serialized_end=1181
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.duration_pb2
 import google.protobuf.internal.containers
 import google.protobuf.message
+import lattice.v1.payload_pb2
 import lattice.v1.run_pb2
 import sys
 import typing
@@ -81,6 +82,124 @@ class WatchRunResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["complete", b"complete", "events", b"events", "sequence", b"sequence"]) -> None: ...
 
 Global___WatchRunResponse: typing_extensions.TypeAlias = WatchRunResponse
+
+@typing.final
+class WatchChunksRequest(google.protobuf.message.Message):
+    """Request of `ResultsService.WatchChunks`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class AfterSequenceEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    TASK_ID_FIELD_NUMBER: builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    task_id: builtins.str
+    """Only the chunks of this task; of a mapped task, those of its items. Empty means all tasks."""
+    @property
+    def after_sequence(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """By task id: sends only chunks with a higher number; tasks that are not named are read from their oldest kept chunk."""
+
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        task_id: builtins.str = ...,
+        after_sequence: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_sequence", b"after_sequence", "run_id", b"run_id", "task_id", b"task_id"]) -> None: ...
+
+Global___WatchChunksRequest: typing_extensions.TypeAlias = WatchChunksRequest
+
+@typing.final
+class WatchChunksResponse(google.protobuf.message.Message):
+    """Response of `ResultsService.WatchChunks`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
+    COMPLETE_FIELD_NUMBER: builtins.int
+    complete: builtins.bool
+    """Set in the last message: the task or the run has ended and all its chunks were sent."""
+    @property
+    def chunks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Chunk]:
+        """Chunks; those of one task are in order, each once. They take at most 2 MiB, unless one chunk alone is larger."""
+
+    @property
+    def progress(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.run_pb2.TaskProgress]:
+        """How far tasks are that have said so since the last message; values in between may be left out."""
+
+    def __init__(
+        self,
+        *,
+        chunks: collections.abc.Iterable[Global___Chunk] | None = ...,
+        progress: collections.abc.Iterable[lattice.v1.run_pb2.TaskProgress] | None = ...,
+        complete: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunks", b"chunks", "complete", b"complete", "progress", b"progress"]) -> None: ...
+
+Global___WatchChunksResponse: typing_extensions.TypeAlias = WatchChunksResponse
+
+@typing.final
+class Chunk(google.protobuf.message.Message):
+    """One chunk of a task's streamed output, or the mark that a later attempt begins anew."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    PAYLOAD_FIELD_NUMBER: builtins.int
+    RESTART_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task; an item of a mapped task is a task of its own."""
+    sequence: builtins.int
+    """The number among all chunks and marks of the task, from 1 and dense. A number that is skipped is of a chunk that is
+    not kept any more.
+    """
+    attempt: builtins.int
+    """The attempt that streams, from 1."""
+    index: builtins.int
+    """The position among the chunks of the attempt, from 0 and dense."""
+    restart: builtins.bool
+    """True: this attempt replaces an earlier one; the chunks before this one count no more."""
+    @property
+    def payload(self) -> lattice.v1.payload_pb2.Payload:
+        """The value."""
+
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        sequence: builtins.int = ...,
+        attempt: builtins.int = ...,
+        index: builtins.int = ...,
+        payload: lattice.v1.payload_pb2.Payload | None = ...,
+        restart: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["content", b"content", "payload", b"payload", "restart", b"restart"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "content", b"content", "index", b"index", "payload", b"payload", "restart", b"restart", "sequence", b"sequence", "task_id", b"task_id"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["content", b"content"]) -> typing.Literal["payload", "restart"] | None: ...
+
+Global___Chunk: typing_extensions.TypeAlias = Chunk
 
 @typing.final
 class GetResultRequest(google.protobuf.message.Message):

@@ -31,8 +31,12 @@ class ResultsServiceStub(object):
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
-    the run nor other readers. `complete` marks the last message.
+    watermark and gets every event once. The watermark reaches the newest event at the time of the call even when the
+    filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
+    queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
+
+    `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
+    numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
@@ -49,6 +53,11 @@ class ResultsServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_results__pb2.WatchRunRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_results__pb2.WatchRunResponse.FromString,
                 _registered_method=True)
+        self.WatchChunks = channel.unary_stream(
+                '/lattice.v1.ResultsService/WatchChunks',
+                request_serializer=lattice_dot_v1_dot_results__pb2.WatchChunksRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_results__pb2.WatchChunksResponse.FromString,
+                _registered_method=True)
         self.GetResult = channel.unary_unary(
                 '/lattice.v1.ResultsService/GetResult',
                 request_serializer=lattice_dot_v1_dot_results__pb2.GetResultRequest.SerializeToString,
@@ -62,8 +71,12 @@ class ResultsServiceServicer(object):
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
-    the run nor other readers. `complete` marks the last message.
+    watermark and gets every event once. The watermark reaches the newest event at the time of the call even when the
+    filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
+    queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
+
+    `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
+    numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
@@ -71,6 +84,13 @@ class ResultsServiceServicer(object):
 
     def WatchRun(self, request, context):
         """Streams the events of a run, from a number on, to its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchChunks(self, request, context):
+        """Streams the chunks of one task or of all tasks of a run, to the end of that task or of the run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,6 +111,11 @@ def add_ResultsServiceServicer_to_server(servicer, server):
                     request_deserializer=lattice_dot_v1_dot_results__pb2.WatchRunRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_results__pb2.WatchRunResponse.SerializeToString,
             ),
+            'WatchChunks': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchChunks,
+                    request_deserializer=lattice_dot_v1_dot_results__pb2.WatchChunksRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_results__pb2.WatchChunksResponse.SerializeToString,
+            ),
             'GetResult': grpc.unary_unary_rpc_method_handler(
                     servicer.GetResult,
                     request_deserializer=lattice_dot_v1_dot_results__pb2.GetResultRequest.FromString,
@@ -110,8 +135,12 @@ class ResultsService(object):
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
-    the run nor other readers. `complete` marks the last message.
+    watermark and gets every event once. The watermark reaches the newest event at the time of the call even when the
+    filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
+    queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
+
+    `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
+    numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
@@ -134,6 +163,33 @@ class ResultsService(object):
             '/lattice.v1.ResultsService/WatchRun',
             lattice_dot_v1_dot_results__pb2.WatchRunRequest.SerializeToString,
             lattice_dot_v1_dot_results__pb2.WatchRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lattice.v1.ResultsService/WatchChunks',
+            lattice_dot_v1_dot_results__pb2.WatchChunksRequest.SerializeToString,
+            lattice_dot_v1_dot_results__pb2.WatchChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,

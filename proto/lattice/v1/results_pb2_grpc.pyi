@@ -41,6 +41,22 @@ _ResultsServiceWatchRunType = typing_extensions.TypeVar(
     ],
 )
 
+_ResultsServiceWatchChunksType = typing_extensions.TypeVar(
+    '_ResultsServiceWatchChunksType',
+    grpc.UnaryStreamMultiCallable[
+        lattice.v1.results_pb2.WatchChunksRequest,
+        lattice.v1.results_pb2.WatchChunksResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        lattice.v1.results_pb2.WatchChunksRequest,
+        lattice.v1.results_pb2.WatchChunksResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        lattice.v1.results_pb2.WatchChunksRequest,
+        lattice.v1.results_pb2.WatchChunksResponse,
+    ],
+)
+
 _ResultsServiceGetResultType = typing_extensions.TypeVar(
     '_ResultsServiceGetResultType',
     grpc.UnaryUnaryMultiCallable[
@@ -57,14 +73,18 @@ _ResultsServiceGetResultType = typing_extensions.TypeVar(
     ],
 )
 
-class ResultsServiceStub(typing.Generic[_ResultsServiceWatchRunType, _ResultsServiceGetResultType]):
+class ResultsServiceStub(typing.Generic[_ResultsServiceWatchRunType, _ResultsServiceWatchChunksType, _ResultsServiceGetResultType]):
     """Follows runs.
 
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
-    the run nor other readers. `complete` marks the last message.
+    watermark and gets every event once. The watermark reaches the newest event at the time of the call even when the
+    filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
+    queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
+
+    `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
+    numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
@@ -75,6 +95,10 @@ class ResultsServiceStub(typing.Generic[_ResultsServiceWatchRunType, _ResultsSer
         grpc.UnaryStreamMultiCallable[
             lattice.v1.results_pb2.WatchRunRequest,
             lattice.v1.results_pb2.WatchRunResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            lattice.v1.results_pb2.WatchChunksRequest,
+            lattice.v1.results_pb2.WatchChunksResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             lattice.v1.results_pb2.GetResultRequest,
@@ -88,6 +112,10 @@ class ResultsServiceStub(typing.Generic[_ResultsServiceWatchRunType, _ResultsSer
             lattice.v1.results_pb2.WatchRunRequest,
             lattice.v1.results_pb2.WatchRunResponse,
         ],
+        grpc.aio.UnaryStreamMultiCallable[
+            lattice.v1.results_pb2.WatchChunksRequest,
+            lattice.v1.results_pb2.WatchChunksResponse,
+        ],
         grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.results_pb2.GetResultRequest,
             lattice.v1.results_pb2.GetResultResponse,
@@ -97,6 +125,9 @@ class ResultsServiceStub(typing.Generic[_ResultsServiceWatchRunType, _ResultsSer
     WatchRun: _ResultsServiceWatchRunType
     """Streams the events of a run, from a number on, to its end."""
 
+    WatchChunks: _ResultsServiceWatchChunksType
+    """Streams the chunks of one task or of all tasks of a run, to the end of that task or of the run."""
+
     GetResult: _ResultsServiceGetResultType
     """Returns a run and the outputs of its final tasks, at once or when it has ended."""
 
@@ -104,6 +135,10 @@ ResultsServiceAsyncStub: typing_extensions.TypeAlias = ResultsServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         lattice.v1.results_pb2.WatchRunRequest,
         lattice.v1.results_pb2.WatchRunResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        lattice.v1.results_pb2.WatchChunksRequest,
+        lattice.v1.results_pb2.WatchChunksResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.results_pb2.GetResultRequest,
@@ -117,8 +152,12 @@ class ResultsServiceServicer(metaclass=abc.ABCMeta):
     `WatchRun` replays a run's events from any number and then follows it to its end: a reader that comes late, or after
     the end, gets the same events as one that was there. Every message carries `sequence`, a watermark: all events up
     to it were sent or filtered out. A reader whose stream breaks calls again with `after_sequence` set to the last
-    watermark and gets every event once. The server has a position per reader and no queue: slow readers delay neither
-    the run nor other readers. `complete` marks the last message.
+    watermark and gets every event once. The watermark reaches the newest event at the time of the call even when the
+    filters leave out all events, so a reader of the past can stop there. The server has a position per reader and no
+    queue: slow readers delay neither the run nor other readers. `complete` marks the last message.
+
+    `WatchChunks` follows the streamed output of tasks, which is not among the events of a run. The chunks of a task are
+    numbered on their own, so that a reader resumes each task where it was. Only the newest chunks are kept.
 
     A caller that wants only the end of a run calls `GetResult`, which waits. Values too large to travel inline are
     artifacts; `ArtifactService` reads and writes them.
@@ -131,6 +170,14 @@ class ResultsServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[lattice.v1.results_pb2.WatchRunResponse], collections.abc.AsyncIterator[lattice.v1.results_pb2.WatchRunResponse]]:
         """Streams the events of a run, from a number on, to its end."""
+
+    @abc.abstractmethod
+    def WatchChunks(
+        self,
+        request: lattice.v1.results_pb2.WatchChunksRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[lattice.v1.results_pb2.WatchChunksResponse], collections.abc.AsyncIterator[lattice.v1.results_pb2.WatchChunksResponse]]:
+        """Streams the chunks of one task or of all tasks of a run, to the end of that task or of the run."""
 
     @abc.abstractmethod
     def GetResult(

@@ -372,6 +372,7 @@ class TaskRun(google.protobuf.message.Message):
     DURATION_FIELD_NUMBER: builtins.int
     QUEUE_TIME_FIELD_NUMBER: builtins.int
     ITEM_COUNT_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
     task_id: builtins.str
@@ -414,6 +415,10 @@ class TaskRun(google.protobuf.message.Message):
     def queue_time(self) -> google.protobuf.duration_pb2.Duration:
         """How long the task waited, from when it could start to the start of its first attempt; unset before that."""
 
+    @property
+    def progress(self) -> Global___TaskProgress:
+        """How far its newest attempt is; unset when it has not said so."""
+
     def __init__(
         self,
         *,
@@ -431,12 +436,45 @@ class TaskRun(google.protobuf.message.Message):
         duration: google.protobuf.duration_pb2.Duration | None = ...,
         queue_time: google.protobuf.duration_pb2.Duration | None = ...,
         item_count: builtins.int | None = ...,
+        progress: Global___TaskProgress | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_item_count", b"_item_count", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "queue_time", b"queue_time", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_item_count", b"_item_count", "attempt", b"attempt", "display_name", b"display_name", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "node_id", b"node_id", "outputs", b"outputs", "parent_task_id", b"parent_task_id", "queue_time", b"queue_time", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "task_id", b"task_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_item_count", b"_item_count", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "progress", b"progress", "queue_time", b"queue_time", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_item_count", b"_item_count", "attempt", b"attempt", "display_name", b"display_name", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "item_count", b"item_count", "node_id", b"node_id", "outputs", b"outputs", "parent_task_id", b"parent_task_id", "progress", b"progress", "queue_time", b"queue_time", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "task_id", b"task_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_item_count", b"_item_count"]) -> typing.Literal["item_count"] | None: ...
 
 Global___TaskRun: typing_extensions.TypeAlias = TaskRun
+
+@typing.final
+class TaskProgress(google.protobuf.message.Message):
+    """How far an attempt at a task is, in a unit of the task's own."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    DONE_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task."""
+    attempt: builtins.int
+    """The attempt, from 1."""
+    done: builtins.float
+    """How much is done."""
+    total: builtins.float
+    """How much there is to do; unset when the task does not know."""
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        attempt: builtins.int = ...,
+        done: builtins.float = ...,
+        total: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_total", b"_total", "total", b"total"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_total", b"_total", "attempt", b"attempt", "done", b"done", "task_id", b"task_id", "total", b"total"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_total", b"_total"]) -> typing.Literal["total"] | None: ...
+
+Global___TaskProgress: typing_extensions.TypeAlias = TaskProgress
 
 @typing.final
 class RunEvent(google.protobuf.message.Message):

@@ -403,6 +403,7 @@ class Hello(google.protobuf.message.Message):
     REPORTED_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
     SEND_TIME_FIELD_NUMBER: builtins.int
+    ISOLATION_REFUSALS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Names the worker; stable over its reconnects, unique among workers."""
     session_id: builtins.str
@@ -460,6 +461,10 @@ class Hello(google.protobuf.message.Message):
     def send_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was sent, on the worker's clock."""
 
+    @property
+    def isolation_refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.resources_pb2.IsolationRefusal]:
+        """The isolation levels it cannot set up, and why."""
+
     def __init__(
         self,
         *,
@@ -480,9 +485,10 @@ class Hello(google.protobuf.message.Message):
         reported_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
         protocol_version: builtins.int = ...,
         send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        isolation_refusals: collections.abc.Iterable[lattice.v1.resources_pb2.IsolationRefusal] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity", "runtime", b"runtime", "send_time", b"send_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -504,6 +510,7 @@ class Welcome(google.protobuf.message.Message):
     DROP_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
     MESSAGE_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     QUESTION_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    CHUNK_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
@@ -520,6 +527,8 @@ class Welcome(google.protobuf.message.Message):
     """
     question_limit_bytes: builtins.int
     """The longest question to a caller, in bytes; zero when this server supports no questions."""
+    chunk_limit_bytes: builtins.int
+    """The longest chunk of streamed output, in bytes; zero when this server takes no chunks."""
     @property
     def heartbeat_interval(self) -> google.protobuf.duration_pb2.Duration:
         """How often either side sends a heartbeat."""
@@ -557,9 +566,10 @@ class Welcome(google.protobuf.message.Message):
         drop_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
         message_limit_bytes: builtins.int = ...,
         question_limit_bytes: builtins.int = ...,
+        chunk_limit_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 
@@ -750,6 +760,8 @@ class Report(google.protobuf.message.Message):
     RETURNED_FIELD_NUMBER: builtins.int
     SPAWNED_FIELD_NUMBER: builtins.int
     ASKED_FIELD_NUMBER: builtins.int
+    STREAMED_FIELD_NUMBER: builtins.int
+    PROGRESSED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The report's number in its session, dense from 1."""
     lease_id: builtins.str
@@ -792,6 +804,14 @@ class Report(google.protobuf.message.Message):
     def asked(self) -> Global___AttemptAsked:
         """The attempt asks the caller that holds its run open."""
 
+    @property
+    def streamed(self) -> Global___AttemptStreamed:
+        """The attempt streams chunks of its output."""
+
+    @property
+    def progressed(self) -> Global___AttemptProgressed:
+        """The attempt says how far it is."""
+
     def __init__(
         self,
         *,
@@ -806,10 +826,12 @@ class Report(google.protobuf.message.Message):
         returned: Global___LeaseReturned | None = ...,
         spawned: Global___AttemptSpawned | None = ...,
         asked: Global___AttemptAsked | None = ...,
+        streamed: Global___AttemptStreamed | None = ...,
+        progressed: Global___AttemptProgressed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "log", b"log", "returned", b"returned", "spawned", b"spawned", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked"] | None: ...
+    def HasField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "log", b"log", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "streamed", "progressed"] | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
 
@@ -968,6 +990,50 @@ class AttemptAsked(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["name", b"name", "number", b"number", "payload", b"payload"]) -> None: ...
 
 Global___AttemptAsked: typing_extensions.TypeAlias = AttemptAsked
+
+@typing.final
+class AttemptStreamed(google.protobuf.message.Message):
+    """The attempt streams chunks of its output."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: builtins.int
+    @property
+    def chunks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.payload_pb2.Payload]:
+        """The next chunks, in order; each inline and of at most `Welcome.chunk_limit_bytes`."""
+
+    def __init__(
+        self,
+        *,
+        chunks: collections.abc.Iterable[lattice.v1.payload_pb2.Payload] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunks", b"chunks"]) -> None: ...
+
+Global___AttemptStreamed: typing_extensions.TypeAlias = AttemptStreamed
+
+@typing.final
+class AttemptProgressed(google.protobuf.message.Message):
+    """The attempt says how far it is; the newest report counts."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DONE_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    done: builtins.float
+    """How much is done."""
+    total: builtins.float
+    """How much there is to do; unset when the task does not know."""
+    def __init__(
+        self,
+        *,
+        done: builtins.float = ...,
+        total: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_total", b"_total", "total", b"total"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_total", b"_total", "done", b"done", "total", b"total"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_total", b"_total"]) -> typing.Literal["total"] | None: ...
+
+Global___AttemptProgressed: typing_extensions.TypeAlias = AttemptProgressed
 
 @typing.final
 class Answer(google.protobuf.message.Message):

@@ -48,6 +48,10 @@ class WorkerServiceStub(object):
     that no run needs any more. When a worker sends `Hello` again it names the values in its store, and `Welcome` names
     those of them to delete: values that no run refers to, and values whose report was lost.
 
+    An attempt may stream chunks of its output. The worker coalesces chunks of an attempt into one report, and lets an
+    attempt have only so many chunks whose report is not acknowledged: a task that streams faster than the server takes
+    it waits.
+
     An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one
     answer unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers
     it, and after a reconnect sends the rest again.
@@ -98,6 +102,10 @@ class WorkerServiceServicer(object):
     Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names the values
     that no run needs any more. When a worker sends `Hello` again it names the values in its store, and `Welcome` names
     those of them to delete: values that no run refers to, and values whose report was lost.
+
+    An attempt may stream chunks of its output. The worker coalesces chunks of an attempt into one report, and lets an
+    attempt have only so many chunks whose report is not acknowledged: a task that streams faster than the server takes
+    it waits.
 
     An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one
     answer unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers
@@ -166,6 +174,10 @@ class WorkerService(object):
     Large values stay in the store of the worker that made them; reports name them. `drop_artifact_ids` names the values
     that no run needs any more. When a worker sends `Hello` again it names the values in its store, and `Welcome` names
     those of them to delete: values that no run refers to, and values whose report was lost.
+
+    An attempt may stream chunks of its output. The worker coalesces chunks of an attempt into one report, and lets an
+    attempt have only so many chunks whose report is not acknowledged: a task that streams faster than the server takes
+    it waits.
 
     An attempt may ask the caller that holds its run open: the worker reports the question, and the server sends one
     answer unless the attempt ends first. Answers are numbered; the server keeps each until `acknowledged_answer` covers

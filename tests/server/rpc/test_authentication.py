@@ -49,6 +49,7 @@ MAY_CALL = {
     "lattice.v1.ClusterService.ListNodes": READERS,
     "lattice.v1.LlmService.StartLlm": SUBMITTERS,
     "lattice.v1.ResultsService.GetResult": READERS,
+    "lattice.v1.ResultsService.WatchChunks": READERS,
     "lattice.v1.ResultsService.WatchRun": READERS,
     "lattice.v1.ServicesService.GetService": READERS,
     "lattice.v1.ServicesService.ListServices": READERS,

@@ -74,6 +74,7 @@ REQUESTS: dict[str, Callable[[Names], Message]] = {
         artifact_id=n.artifact.artifact_id
     ),
     "ResultsService.GetResult run_id": lambda n: results_pb2.GetResultRequest(run_id=n.run_id),
+    "ResultsService.WatchChunks run_id": lambda n: results_pb2.WatchChunksRequest(run_id=n.run_id),
     "ResultsService.WatchRun run_id": lambda n: results_pb2.WatchRunRequest(run_id=n.run_id),
     "TaskService.CancelTask run_id": lambda n: task_pb2.CancelTaskRequest(run_id=n.run_id, task_id="t"),
     "TaskService.ExplainTask run_id": lambda n: task_pb2.ExplainTaskRequest(run_id=n.run_id, task_id="t"),

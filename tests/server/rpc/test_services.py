@@ -373,6 +373,7 @@ def test_server_info_tells_version_epoch_and_limits(idle: Caller) -> None:
     assert (info.version, info.protocol_version) == (__version__, 1)
     assert info.server_epoch
     assert 0 < info.start_time.ToSeconds() <= time.time()
+    assert abs(info.current_time.ToNanoseconds() / 1e9 - time.time()) < 60
     config, limits = ServerConfig(), info.limits
     assert limits.inline_payload_bytes == config.inline_limit_bytes
     assert limits.run_tasks == config.max_run_tasks
