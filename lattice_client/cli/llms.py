@@ -17,6 +17,7 @@ from lattice_client.cli.services import (
     stop,
 )
 from lattice_client.services.llms import ENGINES
+from lattice_client.services.spec import Secret
 
 
 @click.group()
@@ -30,6 +31,8 @@ def llm() -> None:
 @click.option("--engine", type=click.Choice([*ENGINES]), help="The engine.  [default: vllm; openai with --command]")
 @click.option("--command", default="", help="A command that serves the API of OpenAI at {host} and {port}.")
 @click.option("--argument", "arguments", multiple=True, help="A further argument of the engine.")
+@click.option("--base-url", default="", help="The URL of a provider outside of the cluster.")
+@click.option("--api-key-env", default="", metavar="NAME", help="The variable with the key of the provider.")
 @click.option("--health", default="", metavar="PATH", help="A path that has to answer by HTTP.")
 @click.argument("name")
 @click.argument("model", default="")
@@ -38,7 +41,12 @@ def start(server: Server, name: str, model: str, engine: str | None, command: st
     if given.pop("reach") != "node":
         raise click.BadParameter("models are reached by the gateways of the nodes", param_hint="--reach")
     wait, timeout = given.pop("wait"), given.pop("timeout")
+    base_url, variable = given.pop("base_url"), given.pop("api_key_env")
     settings = settings_of(given)
+    if base_url:
+        settings["base_url"] = base_url
+    if variable:
+        settings["api_key"] = Secret(variable)
     with connected(server) as client:
         try:
             found = client.llm.start(

@@ -19,6 +19,7 @@ ENGINES = {
     "vllm": llm_pb2.LLM_ENGINE_VLLM,
     "transformers": llm_pb2.LLM_ENGINE_TRANSFORMERS,
     "openai": llm_pb2.LLM_ENGINE_OPENAI,
+    "provider": llm_pb2.LLM_ENGINE_PROVIDER,
 }
 
 
@@ -27,10 +28,14 @@ class LlmSettings(TypedDict, total=False):
 
     Attributes:
         arguments: further arguments of the engine.
+        base_url: the URL of a provider, which ends with the version of its API, such as `https://api.openai.com/v1`.
+        api_key: the key of a provider, as `secret("NAME")`; gateways add it to requests, and no task has it.
         others: see `ServiceSettings`.
     """
 
     arguments: Sequence[str]
+    base_url: str
+    api_key: Secret
     cpu: float | None
     gpu: float | None
     cpu_mem: float | None
@@ -68,7 +73,8 @@ class AsyncLlms(AsyncServices):
         Args:
             name: 1 to 63 lower-case letters, digits and hyphens; requests name it as their model.
             model: a name of a hub, or a folder on the nodes.
-            engine: `vllm`, `transformers`, or `openai` for a command; by default `openai` with a command, else `vllm`.
+            engine: `vllm`, `transformers`, `openai` for a command, or `provider` for a model outside of the cluster; by
+                default `openai` with a command, `provider` with a `base_url`, else `vllm`.
             command: a command that serves the API of OpenAI, in which `{host}`, `{port}` and `{model}` are replaced.
             wait: whether to wait until an instance is ready.
             timeout: seconds to wait at most.
@@ -80,7 +86,8 @@ class AsyncLlms(AsyncServices):
             TimeoutError: no instance was ready in time; the engine continues to start.
             RequestError: the server refused it.
         """
-        chosen = engine or ("openai" if command else "vllm")
+        base_url, key = settings.pop("base_url", ""), settings.pop("api_key", None)
+        chosen = engine or ("openai" if command else "provider" if base_url else "vllm")
         if chosen not in ENGINES:
             raise TaskDefinitionError(f"model {name!r}: engine must be one of {', '.join(ENGINES)}, not {engine!r}")
         arguments = list(settings.pop("arguments", ()))
@@ -101,6 +108,8 @@ class AsyncLlms(AsyncServices):
             environment=found.environment,
             node_selector=found.node_selector,
             health_path=found.health.http_path,
+            base_url=base_url,
+            api_key=None if key is None else service_pb2.EnvironmentValue(secret=key.value()),
         )
         request = made(llm_pb2.StartLlmRequest, spec=spec, tenant=self._own_tenant, request_id=uuid4().hex)
         service = (await self._channel.call(self._channel.llms.StartLlm, request)).service

@@ -163,10 +163,13 @@ class Proxy:
         if route is None:
             raise Refusal(404, "model_not_found", f"there is no model {_name(service)!r} any more")
         sent = {**body, "model": route.model or body["model"]}
-        url = f"http://{endpoint}{request.path_qs}"
+        is_outside = "://" in endpoint
+        path = request.path_qs.removeprefix("/v1") if is_outside else request.path_qs
+        url = f"{endpoint}{path}" if is_outside else f"http://{endpoint}{path}"
         try:
             async with self._client.post(url, json=sent, headers=_headers(request, route)) as answer:
-                if answer.status in ELSEWHERE:
+                # What a provider answers is the task's to see, with the time after which it may ask again.
+                if answer.status in ELSEWHERE and not is_outside:
                     raise _Elsewhere(f"{instance_id} answered with {answer.status}")
                 headers = {name: answer.headers[name] for name in RETURNED if name in answer.headers}
                 headers["x-lattice-instance"] = instance_id

@@ -31,6 +31,7 @@ class Gateway:
     def __init__(self) -> None:
         self._routing = Routing()
         self._services: dict[str, str] = {}
+        self._news = asyncio.Event()  # Set, and replaced, when routes arrive.
         self._proxy = Proxy(self._routing, self._service_of, self._wait)
 
     async def run(self) -> dict[str, Any]:
@@ -50,6 +51,8 @@ class Gateway:
 
     def _take(self, news: dict[str, Any]) -> None:
         self._routing.update(news["services"])
+        self._news.set()
+        self._news = asyncio.Event()
         for key in news["revoked"]:
             self._services.pop(key, None)
             self._proxy.end_requests(key)
@@ -69,7 +72,14 @@ class Gateway:
         """Wait until a service has an instance that is ready. Raises Refusal."""
         try:
             async with asyncio.timeout(WAIT_S):
-                await context.ask_async("lattice/gateway.wait", {"name": service})
+                while True:
+                    news = self._news
+                    await context.ask_async("lattice/gateway.wait", {"name": service})
+                    route = self._routing.find(service)
+                    if route is not None and (route.replicas or route.is_away):
+                        return
+                    # The routes that the answer speaks of are on their way.
+                    await news.wait()
         except context.QuestionError as error:
             raise Refusal(503, "model_failed", str(error)) from error
         except TimeoutError:

@@ -13,7 +13,15 @@ import pytest
 from click.testing import CliRunner
 from lattice.v1 import service_pb2
 
-from lattice_client import LatticeClient, ServiceFailedError, TaskFailedError, context, task
+from lattice_client import (
+    InvalidArgumentError,
+    LatticeClient,
+    ServiceFailedError,
+    TaskFailedError,
+    context,
+    secret,
+    task,
+)
 from lattice_client.cli.main import main
 from tests.e2e.rooms import WAIT_S, Room, enter, note
 from tests.e2e.test_services import until
@@ -161,6 +169,28 @@ def test_an_idle_model_starts_again_for_a_request(
     room.open()
     first, second = run.result(timeout=WAIT_S)["result"]
     assert first != second
+
+
+def test_a_provider_gets_its_key_from_the_gateway_and_the_task_has_another(
+    client: LatticeClient, started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROVIDER_KEY", "canary-of-the-provider")
+    (instance,) = started("outside").instances
+    url = f"http://{instance.endpoint}/v1"
+    client.llm.start("gpt", "gpt-x", base_url=url, api_key=secret("PROVIDER_KEY"), timeout=WAIT_S)
+    found = client.run_task(chat, {"name": "gpt", "text": "authorization"})["result"]
+    assert json.loads(found[3])["choices"][0]["message"]["content"] == "Bearer canary-of-the-provider"
+    assert json.loads(found[3])["model"] == "gpt-x"
+    assert found[1].startswith("lk-")
+    service = client.services.get("gpt")
+    assert (service.state, list(service.instances), service.spec.base_url) == (
+        service_pb2.SERVICE_STATE_READY,
+        [],
+        url,
+    )
+    assert "canary" not in str(service)
+    with pytest.raises(InvalidArgumentError, match="base_url"):
+        client.llm.start("gpt", base_url="ftp://x", timeout=WAIT_S)
 
 
 def test_an_engine_that_cannot_start_is_a_typed_error(client: LatticeClient, started: Callable[..., Any]) -> None:

@@ -59,9 +59,14 @@ class Service:
         return [found for found in self.instances.values() if found.state is InstanceState.READY]
 
     @property
+    def takes_requests(self) -> bool:
+        """Whether a request would be answered now."""
+        return bool(self.ready or self.spec.base_url) and not self.is_stopping
+
+    @property
     def wanted(self) -> int:
         """How many instances there shall be now."""
-        if self.is_stopping or self.starts.given_up is not None:
+        if self.is_stopping or self.starts.given_up is not None or self.spec.base_url:
             return 0
         return self.demand.wanted(self.spec)
 
@@ -73,6 +78,8 @@ class Service:
             return ServiceState.STOPPING
         if self.starts.given_up is not None:
             return ServiceState.FAILED
+        if self.spec.base_url:
+            return ServiceState.READY
         if ready >= self.wanted:
             return ServiceState.READY if ready else ServiceState.IDLE
         return ServiceState.DEGRADED if ready else ServiceState.STARTING
@@ -81,7 +88,8 @@ class Service:
 
     def start(self, now: float) -> list[Effect]:
         """Begin."""
-        return self._converge(now)
+        routes: list[Effect] = [RoutesChanged()] if self.spec.base_url else []
+        return routes + self._converge(now)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take a fact. A fact about an instance that has ended changes nothing."""
@@ -89,6 +97,7 @@ class Service:
         match event:
             case Defined():
                 self._define(event.spec)
+                effects.append(RoutesChanged())
             case Scaled():
                 self._scale(event)
             case Stopped():

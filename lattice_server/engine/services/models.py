@@ -84,7 +84,14 @@ class Models:
         found = {}
         for entry in self._services():
             spec = entry.machine.spec
-            if spec.engine:
+            if spec.base_url:
+                found[key_of(entry.name, entry.tenant)] = {
+                    "model": spec.model,
+                    "key": spec.api_key,
+                    "replicas": {entry.name: spec.base_url},
+                    "is_away": False,
+                }
+            elif spec.engine:
                 replicas = reachable(entry.machine.ready, node_id)
                 found[key_of(entry.name, entry.tenant)] = {
                     "model": spec.model,

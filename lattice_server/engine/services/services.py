@@ -137,8 +137,11 @@ class Services:
             text = f"{error.message}; this tenant has: {known}"
             self._orchestrator.answer(answers.refused(question, "ServiceNotFoundError", text))
             return
-        if question.name == answers.LLM and not entry.machine.spec.engine:
+        spec = entry.machine.spec
+        if (question.name == answers.LLM and not spec.engine) or (question.name == answers.ENDPOINT and spec.base_url):
             text = f"service {name!r} serves no model: use context.service"
+            if spec.base_url:
+                text = f"model {name!r} has no address in the cluster: use context.llm"
             self._orchestrator.answer(answers.refused(question, "ServiceNotFoundError", text))
             return
         if not is_of_gateway:
@@ -170,7 +173,7 @@ class Services:
     def _answer_waiting(self, entry: ServiceEntry) -> None:
         """Answer the tasks that wait for a service which is ready, or which has failed."""
         machine = entry.machine
-        if machine.ready:
+        if machine.takes_requests:
             for question in list(entry.waiting.values()):
                 self._give(entry, question)
         elif machine.state in {ServiceState.FAILED, ServiceState.STOPPING}:

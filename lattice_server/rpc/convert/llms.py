@@ -2,6 +2,7 @@
 
 import secrets
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 from lattice.v1 import llm_pb2, service_pb2
 
@@ -9,9 +10,10 @@ from lattice_server.core.errors import invalid_field
 from lattice_server.core.services.engines import KEY_VARIABLE, OPENAI, TRANSFORMERS, VLLM, engine_of
 from lattice_server.core.services.model import ServiceSpec
 from lattice_server.rpc.convert.resources import resources_from_proto
-from lattice_server.rpc.convert.services import spec_from_proto
+from lattice_server.rpc.convert.services import NAME, spec_from_proto
 
 START_TIMEOUT_S = 600
+PROVIDER = "provider"
 ENGINES = {
     llm_pb2.LLM_ENGINE_VLLM: VLLM,
     llm_pb2.LLM_ENGINE_TRANSFORMERS: TRANSFORMERS,
@@ -21,8 +23,10 @@ ENGINES = {
 
 def llm_from_proto(message: llm_pb2.LlmSpec) -> ServiceSpec:
     """Check and return the service of a model. Raises InvalidError."""
+    if message.engine == llm_pb2.LLM_ENGINE_PROVIDER:
+        return _provider(message)
     if (kind := ENGINES.get(message.engine)) is None:
-        raise invalid_field("spec.engine", "name one: vllm, transformers, or openai with a command")
+        raise invalid_field("spec.engine", "name one: vllm, transformers, openai with a command, or provider")
     resources = resources_from_proto(message.resources, "spec.resources", is_async=False)
     try:
         engine = engine_of(kind, message.name, message.model, resources, message.command, message.arguments)
@@ -48,6 +52,27 @@ def llm_from_proto(message: llm_pb2.LlmSpec) -> ServiceSpec:
     found = spec_from_proto(spec)
     environment = {**engine.environment, **found.environment}
     return replace(found, environment=environment, model=engine.served_model, engine=kind)
+
+
+def _provider(message: llm_pb2.LlmSpec) -> ServiceSpec:
+    """Return the service of a model outside of the cluster. Raises InvalidError."""
+    if not NAME.fullmatch(message.name):
+        raise invalid_field("spec.name", f"{message.name!r} is no name of a service")
+    url = urlsplit(message.base_url)
+    if url.scheme not in {"http", "https"} or not url.hostname or url.username or url.query or url.fragment:
+        raise invalid_field("spec.base_url", "must be http:// or https://, a host and a path, without user and query")
+    if message.command or message.arguments or message.environment:
+        raise invalid_field("spec.command", "a provider runs no command here")
+    key = message.api_key.plain or message.api_key.secret
+    if not key.isprintable():
+        raise invalid_field("spec.api_key", "must be one line of printable characters")
+    return ServiceSpec(
+        message.name,
+        model=message.model or message.name,
+        engine=PROVIDER,
+        base_url=message.base_url.rstrip("/"),
+        api_key=key,
+    )
 
 
 def with_key(spec: ServiceSpec, earlier: ServiceSpec | None) -> ServiceSpec:

@@ -238,7 +238,10 @@ def _spec_to_proto(spec: ServiceSpec) -> service_pb2.ServiceSpec:
         reach=REACH_TO_PROTO[spec.reach],
         model=spec.model,
         engine=spec.engine,
+        base_url=spec.base_url,
     )
+    if spec.base_url:
+        return found
     if spec.command:
         found.command.arguments.extend(spec.command)
         found.command.working_directory = spec.working_directory

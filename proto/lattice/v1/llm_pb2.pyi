@@ -36,6 +36,8 @@ class _LlmEngineEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     """`transformers serve`, with or without a GPU."""
     LLM_ENGINE_OPENAI: _LlmEngine.ValueType  # 3
     """Any command that serves the API of OpenAI at `{host}` and `{port}`."""
+    LLM_ENGINE_PROVIDER: _LlmEngine.ValueType  # 4
+    """A provider outside of the cluster at `LlmSpec.base_url`; there are no instances."""
 
 class LlmEngine(_LlmEngine, metaclass=_LlmEngineEnumTypeWrapper):
     """The program that serves a model."""
@@ -48,6 +50,8 @@ LLM_ENGINE_TRANSFORMERS: LlmEngine.ValueType  # 2
 """`transformers serve`, with or without a GPU."""
 LLM_ENGINE_OPENAI: LlmEngine.ValueType  # 3
 """Any command that serves the API of OpenAI at `{host}` and `{port}`."""
+LLM_ENGINE_PROVIDER: LlmEngine.ValueType  # 4
+"""A provider outside of the cluster at `LlmSpec.base_url`; there are no instances."""
 Global___LlmEngine: typing_extensions.TypeAlias = LlmEngine
 
 @typing.final
@@ -104,6 +108,8 @@ class LlmSpec(google.protobuf.message.Message):
     NODE_SELECTOR_FIELD_NUMBER: builtins.int
     START_TIMEOUT_FIELD_NUMBER: builtins.int
     HEALTH_PATH_FIELD_NUMBER: builtins.int
+    BASE_URL_FIELD_NUMBER: builtins.int
+    API_KEY_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Names the model and its service; requests name it as their model. See `ServiceSpec.name`."""
     model: builtins.str
@@ -120,6 +126,8 @@ class LlmSpec(google.protobuf.message.Message):
     """See `ServiceSpec.concurrency`; unset means 1 for transformers, which answers one request at a time."""
     health_path: builtins.str
     """The path of its health check; empty means `/health`, or `/v1/models` for a command."""
+    base_url: builtins.str
+    """The URL of `LLM_ENGINE_PROVIDER`, which ends with the version of its API, such as `https://api.openai.com/v1`."""
     @property
     def command(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The command of `LLM_ENGINE_OPENAI`; `{host}`, `{port}` and `{model}` are replaced."""
@@ -148,6 +156,10 @@ class LlmSpec(google.protobuf.message.Message):
     def start_timeout(self) -> google.protobuf.duration_pb2.Duration:
         """See `ServiceSpec.start_timeout`; unset means 10 minutes."""
 
+    @property
+    def api_key(self) -> lattice.v1.service_pb2.EnvironmentValue:
+        """The key of `LLM_ENGINE_PROVIDER`. Gateways add it to requests; no task and no answer has it."""
+
     def __init__(
         self,
         *,
@@ -165,9 +177,11 @@ class LlmSpec(google.protobuf.message.Message):
         node_selector: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         start_timeout: google.protobuf.duration_pb2.Duration | None = ...,
         health_path: builtins.str = ...,
+        base_url: builtins.str = ...,
+        api_key: lattice.v1.service_pb2.EnvironmentValue | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "concurrency", b"concurrency", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "arguments", b"arguments", "command", b"command", "concurrency", b"concurrency", "engine", b"engine", "environment", b"environment", "health_path", b"health_path", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "concurrency", b"concurrency", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "arguments", b"arguments", "base_url", b"base_url", "command", b"command", "concurrency", b"concurrency", "engine", b"engine", "environment", b"environment", "health_path", b"health_path", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_concurrency", b"_concurrency"]) -> typing.Literal["concurrency"] | None: ...
     @typing.overload

@@ -289,6 +289,15 @@ def test_instances_leave_a_node_that_accepts_no_leases() -> None:
     assert driven.machine.restarts == 0
 
 
+def test_service_outside_of_the_cluster_is_ready_without_instances() -> None:
+    driven = Driven(replace(SPEC, command=(), base_url="https://api.example.com/v1"))
+    assert (driven.effects, driven.machine.state) == ([], ServiceState.READY)
+    driven.tell(UseChanged(1, 1))
+    assert (driven.live, driven.machine.takes_requests) == (set(), True)
+    assert driven.tell(Stopped()) == [ServiceGone()]
+    assert not driven.machine.takes_requests
+
+
 def test_an_equal_definition_changes_nothing() -> None:
     driven = Driven()
     driven.ready("web-1")
