@@ -21,7 +21,7 @@ check: lint
 
 # Also the repetitions that `make test` leaves out: tests whose behaviour another test has, and most generated examples.
 .PHONY: test-all
-test-all: setup
+test-all: setup postgres
 	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 # The tests of the client that start no server, on Python 3.13 and without Ray.
@@ -85,6 +85,11 @@ docker: .engine/.stamp
 .PHONY: sandbox-image
 sandbox-image: $(VENV)/.stamp
 	$(VENV)/bin/python -m lattice_worker.containers.image $(addprefix --package ,$(PACKAGES))
+
+# Tests of the journal in PostgreSQL start a server of their own. Where that is impossible they are skipped.
+.PHONY: postgres
+postgres:
+	scripts/install_missing.sh postgres
 
 # The oldest supported generator: its code runs on every newer protobuf runtime.
 .venv-proto/.stamp:

@@ -60,9 +60,10 @@ class App:
         """Listen, then start workers. Raises PortInUseError, ExecutorError, after stopping the started parts."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
+            self._engine.restore()
             port = await self._rpc.start()
         except BaseException:
-            self._engine.store.close()
+            self._engine.close()
             raise
         self.address = self.config.address(port)
         self._engine.scheduler.start()
@@ -104,7 +105,7 @@ class App:
         """Refuse new work, close the workers' sessions, and end every process that the server started."""
         # In reverse order; each step runs even when the ones before it raised.
         async with AsyncExitStack() as ending:
-            ending.callback(self._engine.store.close)
+            ending.callback(self._engine.close)
             ending.push_async_callback(asyncio.to_thread, self._engine.scheduler.stop)
             ending.callback(self._garbage.stop)
             for task in self._background:
@@ -112,6 +113,9 @@ class App:
             ending.push_async_callback(self._rpc.stop, self.config.stop_grace_s)
             ending.push_async_callback(self._executor.stop)
             ending.callback(self._workers.close_all)
+            if self._engine.journal is not None:
+                # The ends of workers that stop with the server are no facts of the runs, which continue after a start.
+                ending.callback(self._engine.journal.freeze)
             self._engine.orchestrator.is_stopping = True
             await self._rpc.set_serving(False)
 

@@ -73,6 +73,19 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 )
 @click.option("--insecure", is_flag=True, help="Serve, or join, beyond this machine without TLS or a token.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
+@click.option(
+    "--journal",
+    default="memory",
+    show_default=True,
+    metavar="FOLDER|URL|memory",
+    envvar="LATTICE_JOURNAL",
+    help="Where runs are recorded to survive a restart: a folder, or postgresql://...; see docs/durability.md.",
+)
+@click.option(
+    "--journal-sync",
+    type=click.Choice(["full", "normal"]),
+    help="With a folder: survive a cut of the power as well (full, the default), or only a killed server (normal).",
+)
 @click.option("--verbose", is_flag=True, help="The same as --log-level info.")
 @click.option("--log-level", type=click.Choice(logs.LEVELS), envvar="LATTICE_LOG_LEVEL", help="Log from this level on.")
 @click.option(
@@ -133,13 +146,26 @@ def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
         memory_bytes=flags.memory_bytes,
         gpu_memory_bytes=flags.gpu_memory_bytes,
         labels=dict(label.split("=", 1) for label in flags.labels),
+        journal=_journal(flags.journal),
+        journal_sync=flags.journal_sync or base.journal_sync,
     )
+
+
+def _journal(named: str) -> str:
+    """Return the journal that a flag names, a folder by its whole path. Raises click.UsageError."""
+    if not named:
+        raise click.UsageError("--journal needs a folder, a URL postgresql://..., or `memory` for none")
+    is_folder = named != "memory" and "://" not in named
+    if "://" in named and not named.startswith(("postgresql://", "postgres://")):
+        raise click.UsageError("--journal takes a folder, a URL postgresql://..., or `memory`")
+    return str(Path(named).absolute()) if is_folder else named
 
 
 def _serve(config: ServerConfig) -> None:
     """Run the server until a signal ends it, with a note for `lattice stop`. Raises click.ClickException."""
     # Imported here: the imports take most of a second, and `lattice start` executes a new process before it serves.
     from lattice_server.app import SchedulerError, serve
+    from lattice_server.engine.journal_port import JournalError
     from lattice_server.engine.ports import ExecutorError
     from lattice_server.engine.store_folder import StoreError
     from lattice_server.rpc.server import PortInUseError
@@ -160,7 +186,7 @@ def _serve(config: ServerConfig) -> None:
             f"choose another --port, or 0 for any; `lattice stop --port {config.port}` stops a server that runs here"
         )
         raise click.ClickException(f"{error}; {advice}") from None
-    except (SchedulerError, ExecutorError, StoreError) as error:
+    except (SchedulerError, ExecutorError, StoreError, JournalError) as error:
         raise click.ClickException(str(error)) from None
     finally:
         for name in noted:

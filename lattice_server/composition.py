@@ -1,8 +1,9 @@
 """Builds the parts of one server from its configuration and connects them. Rule: it starts nothing."""
 
 import asyncio
+import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from lattice.v1 import cluster_pb2
@@ -17,21 +18,30 @@ from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.draft_graphs import DraftGraphs
+from lattice_server.engine.durability import Durability
 from lattice_server.engine.ended_runs import Retention
+from lattice_server.engine.journal_port import Journal, JournalError, JournalListener, JournalRetention
+from lattice_server.engine.journal_records import DroppedRun
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import Executor
+from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.scheduler_thread import SchedulerThread
 from lattice_server.engine.services.services import Services
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.store_folder import SOCKET
 from lattice_server.engine.usage import Bound, Usage
+from lattice_server.engine.workflow_restorer import restore_workflows
 from lattice_server.engine.workflow_store import WorkflowStore
+from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
+from lattice_server.journal.sqlite_database import Sync
 from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
+from lattice_server.rpc.convert.journal import ContractCodec
 from lattice_server.rpc.convert.services import function_of_worker
+from lattice_server.rpc.durable_answers import DurableAnswers
 from lattice_server.rpc.llms import LlmServicer
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.request_cache import RequestCache
@@ -43,6 +53,8 @@ from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
 from lattice_server.rpc.workflows import WorkflowServicer
 from lattice_server.tokens import ANY_TENANT, Scope, credential, digest_of, read_tokens
+
+log = logging.getLogger(__name__)
 
 # Functions of workers, which the server calls by their names.
 INSTANCE, GATEWAY = "lattice_worker.services.instance:serve", "lattice_worker.gateway.task:serve"
@@ -57,6 +69,8 @@ class Engine:
     def __init__(self, config: ServerConfig, on_failure: Callable[[], object]) -> None:
         share = config.tenant_share
         self.epoch = secrets.token_hex(4)
+        self.code = CodeStore(Bound(config.code_bytes, share))
+        self.journal = _journal(config, self._dropped, on_failure, self.code)
         self.slices = Slices()
         self.bus = MessageBus(asyncio.get_running_loop())
         self.sessions = Sessions(config.silence_limit_s)
@@ -66,8 +80,9 @@ class Engine:
         self.store.on_drop = self.sessions.drop_artifact
         self.sessions.unneeded = self.store.unneeded
         self.transfers = Transfers(self.store, self.sessions)
-        self.code = CodeStore(Bound(config.code_bytes, share))
-        self.workflows = WorkflowStore(self.store, self.code, config.max_workflows, Bound(config.workflow_bytes, share))
+        self.workflows = WorkflowStore(
+            self.store, self.code, config.max_workflows, Bound(config.workflow_bytes, share), self.journal
+        )
         self.drafts = DraftGraphs(self.store, config.max_run_tasks, Bound(config.draft_bytes, share))
         self.admission = Admission(
             Bounds(config.max_run_tasks, config.max_map_items, config.max_spawn_depth),
@@ -83,12 +98,29 @@ class Engine:
             self.admission,
             config.open_run_grace_s,
             self.slices,
+            self.journal,
             ChunkStore(Bound(config.chunk_bytes, share)),
         )
         self.services = Services(self.orchestrator, function_of_worker(INSTANCE), function_of_worker(GATEWAY))
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )
+
+    def close(self) -> None:
+        """Close the stores, and the journal after making all of it durable."""
+        self.store.close()
+        if self.journal is not None:
+            self.journal.journal.close()
+
+    def restore(self) -> None:
+        """Take back the workflows and runs of the journal."""
+        if self.journal is not None and self.orchestrator.restorer is not None:
+            restore_workflows(self.workflows, self.journal)
+            self.orchestrator.restorer.restore()
+
+    def _dropped(self, runs: Sequence[DroppedRun], artifacts: Sequence[str]) -> None:
+        if self.orchestrator.restorer is not None:
+            self.orchestrator.restorer.forget(runs)
 
     def usages(self) -> tuple[Usage, ...]:
         """Return how full each bounded store is."""
@@ -160,8 +192,40 @@ def rpc_server(
         LlmServicer(engine.services, cache),
         authentication,
         slices,
+        None
+        if engine.journal is None or orchestrator.restorer is None
+        else DurableAnswers(engine.journal, orchestrator.restorer),
     )
     return server, workers
+
+
+def _journal(
+    config: ServerConfig,
+    on_dropped: Callable[[Sequence[DroppedRun], Sequence[str]], None],
+    on_failure: Callable[[], object],
+    code: CodeStore,
+) -> RunJournal | None:
+    """Open the journal of a server; None for a server without one. Raises JournalError."""
+    if config.journal == "memory":
+        return None
+    durability = Durability(asyncio.get_running_loop(), lambda error: _fail(error, on_failure), on_dropped)
+    retention = JournalRetention(config.journal_age_s, config.journal_runs, config.journal_bytes)
+    return RunJournal(open_journal(config, durability, retention), durability, ContractCodec(code, config.batch_rules))
+
+
+def _fail(error: JournalError, on_failure: Callable[[], object]) -> None:
+    log.critical("the journal failed, and the server stops: %s", error)
+    on_failure()
+
+
+def open_journal(config: ServerConfig, listener: JournalListener, retention: JournalRetention) -> Journal:
+    """Open the journal that a configuration names; the driver of PostgreSQL is imported only for PostgreSQL."""
+    if config.journal.startswith(("postgresql://", "postgres://")):
+        from lattice_server.journal.postgres import PostgresSettings, open_postgres
+
+        return open_postgres(listener, PostgresSettings(config.journal, retention=retention))
+    sync = Sync.FULL if config.journal_sync == "full" else Sync.NORMAL
+    return open_sqlite(Path(config.journal), listener, SqliteSettings(sync, retention))
 
 
 def _retention(config: ServerConfig, store: ArtifactStore) -> Retention:

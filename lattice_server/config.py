@@ -69,6 +69,10 @@ class ServerConfig:
     `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
     large values' files are kept to be written again.
 
+    The `journal` is a folder, the URL of a PostgreSQL database, or `memory` for none. With `journal_sync` `normal`, a
+    cut of the power may lose the last seconds. Of each tenant it keeps `journal_runs` ended runs of `journal_bytes` in
+    all, and none that ended more than `journal_age_s` ago.
+
     The log has records from `log_level` on (`debug`, `info`, `warning`, `error`), in the `log_format` `text` or `json`.
     """
 
@@ -119,6 +123,11 @@ class ServerConfig:
     limits: Mapping[str, int] = field(default_factory=dict)
     batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0
+    journal: str = bounded("memory", is_flag=True)
+    journal_sync: str = bounded("full", choices=("full", "normal"))
+    journal_runs: int = 10_000
+    journal_bytes: int = 10 * GIB
+    journal_age_s: float = bounded(7 * 86_400.0, is_positive=True)
     log_format: str = bounded("text", choices=logs.FORMATS)
     log_level: str = bounded("warning", choices=logs.LEVELS)
 

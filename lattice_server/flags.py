@@ -41,6 +41,8 @@ class Flags:
     insecure: bool
     config_file: Path | None
     verbose: bool
+    journal: str
+    journal_sync: str | None
     log_level: str | None
     log_format: str | None
 

@@ -74,7 +74,7 @@ def _final(error: errors.RequestError) -> errors.RequestError:
     """Return a final error; for a run that does not exist any more its text says how that can be."""
     if not isinstance(error, errors.NotFoundError) or error.reason == "TASK_NOT_FOUND":
         return error
-    text = f"{error}; a restarted server has no earlier runs, and the oldest ended runs are deleted"
+    text = f"{error}; a server without a journal forgets all runs at its end, and the oldest ended runs are deleted"
     return errors.NotFoundError(text, error.reason, error.metadata)
 
 

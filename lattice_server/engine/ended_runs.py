@@ -44,7 +44,8 @@ class Retention:
 class EndedRuns:
     """The ended runs among `runs` and their sizes. Evicted runs are deleted from `runs`.
 
-    `on_add` is called when a run has ended, `on_drop` with each run that is evicted.
+    `on_add` is called when a run has ended, `on_read` when its result was read for the first time, and `on_drop` with
+    each run that is evicted.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class EndedRuns:
         self._store = store
         self._clock = clock
         self.on_add: Callable[[], object] = lambda: None
+        self.on_read: Callable[[RunEntry], object] = lambda entry: None
         self.on_drop: Callable[[RunEntry], object] = lambda entry: None
         self._result_ttl_s = retention.result_ttl_s
         self._dropped = EndedIds(kept_s=retention.id_ttl_s)
@@ -73,6 +75,10 @@ class EndedRuns:
     def fingerprint_of(self, run_id: str, reach: Reach = UNNAMED) -> str | None:
         """Return the fingerprint of the request of an evicted run; None for a run that is not remembered."""
         return self._dropped.fingerprint_of(run_id, self._clock(), reach)
+
+    def note_evicted(self, key: str, fingerprint: str) -> None:
+        """Remember the id of a run that was evicted elsewhere."""
+        self._dropped.remember(key, fingerprint, self._clock())
 
     def add(self, entry: RunEntry) -> None:
         """Keep a run that has ended; evict others over a bound."""
@@ -95,6 +101,7 @@ class EndedRuns:
         self._expire()
         if self._unread.pop(key, None) is None:
             return
+        self.on_read(entry)
         if entry.artifacts:
             self._fetched[key] = self._clock() + min(FETCH_S, self._result_ttl_s)
         else:

@@ -61,6 +61,7 @@ class OpenRuns:
     def close(self, entry: RunEntry, stream: CallerStream) -> None:
         """Have a run accept no more tasks, so that it ends with its last task."""
         if entry.stream is stream:
+            self._driver.note_close(entry)
             with self._driver.change(entry) as perform:
                 perform(entry.run.close(time.monotonic()))
 

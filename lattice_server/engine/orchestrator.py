@@ -48,7 +48,9 @@ from lattice_server.engine.queries import SchedulerQueries
 from lattice_server.engine.run_additions import RunAdditions
 from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_registry import RunRegistry
+from lattice_server.engine.run_restorer import RunRestorer
 from lattice_server.engine.run_starter import RunStarter, StartSettings
 from lattice_server.engine.run_stores import RunStores
 from lattice_server.engine.sessions import Sessions
@@ -84,6 +86,7 @@ class Orchestrator:
         admission: Admission,
         open_run_grace_s: float = 30.0,
         slices: Slices | None = None,
+        journal: RunJournal | None = None,
         chunks: ChunkStore | None = None,
     ) -> None:
         registry = RunRegistry(store, retention)
@@ -100,13 +103,19 @@ class Orchestrator:
         self.chunks = chunks or ChunkStore()
         self.ended.on_drop = self.chunks.drop
         stores = RunStores(store, code, admission)
-        self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks)
+        self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks, journal)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
         self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
-        self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs)
-        self._additions = RunAdditions(store, stores, admission, self._driver, self._slices)
+        self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs, journal)
+        self._additions = RunAdditions(store, stores, admission, self._driver, self._slices, journal)
+        self.journal = journal
+        self.restorer: RunRestorer | None = None
+        if journal is not None:
+            parts = (stores, admission, self._driver, self._starter, journal, self._slices)
+            self.restorer = RunRestorer(registry.runs, registry.ended, *parts)
+            registry.ended.on_read = journal.note_read
         bus.subscribe(self.deliver)
 
     def start_run(

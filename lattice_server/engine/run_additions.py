@@ -17,6 +17,7 @@ from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import TASK_BYTES, RunEntry
+from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_stores import RunStores, functions_of
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.workflow_store import expect_revision
@@ -29,13 +30,20 @@ class RunAdditions:
     """Adds tasks to runs; lives on the main thread."""
 
     def __init__(
-        self, store: ArtifactStore, stores: RunStores, admission: Admission, driver: RunDriver, slices: Slices
+        self,
+        store: ArtifactStore,
+        stores: RunStores,
+        admission: Admission,
+        driver: RunDriver,
+        slices: Slices,
+        journal: RunJournal | None = None,
     ) -> None:
         self._store = store
         self._stores = stores
         self._admission = admission
         self._driver = driver
         self._slices = slices
+        self._journal = journal
 
     async def add(
         self, entry: RunEntry, tasks: Sequence[TaskSpec], expected_revision: int | None, reach: Reach
@@ -45,6 +53,7 @@ class RunAdditions:
         expect_revision(f"run {entry.run_id!r}", run.revision, expected_revision)
         self._admission.check_room(len(tasks), TASK_BYTES * len(tasks), tenant)
         functions = await self._slices.finish(self._checking(tasks))
+        definition = None if self._journal is None else await self._slices.finish(self._journal.codec.tasks(tasks))
         addition = await self._addition(entry, tasks)
         # Meanwhile the run, and the server, may have got other tasks.
         expect_revision(f"run {entry.run_id!r}", run.revision, expected_revision)
@@ -52,8 +61,12 @@ class RunAdditions:
         self._admission.check_room(len(tasks), TASK_BYTES * len(tasks) + extension.kept_bytes, tenant)
         self._store.check((artifact.artifact_id for artifact in extension.artifacts), reach)
         self._stores.hold_code(entry, functions)
+        entry.definition = definition
         with self._driver.change(entry, uploader=reach.tenant) as perform:
-            perform(run.add(addition, time.monotonic()))
+            try:
+                perform(run.add(addition, time.monotonic()))
+            finally:
+                entry.definition = None
         await self._slices.finish(addition.clear())
 
     def spawn(self, entry: RunEntry, event: TasksSpawned, now: float) -> list[Effect]:

@@ -30,6 +30,7 @@ from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.ended_runs import EndedRuns
 from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_log import ENDS
 from lattice_server.engine.run_stores import RunStores
 from lattice_server.engine.slices import Slices
@@ -42,7 +43,7 @@ Effects = Sequence[Effect | HolderEffect]
 class RunDriver:
     """Carries out effects: tasks go to the scheduler, facts to the log of their run, questions to its caller.
 
-    `answer` sends the answer of a question to a worker.
+    `answer` sends the answer of a question to a worker. Facts are recorded in the `journal`, if there is one.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RunDriver:
         slices: Slices,
         answer: Callable[[AnswerQuestion], None],
         chunks: ChunkStore,
+        journal: RunJournal | None = None,
     ) -> None:
         self._bus = bus
         self._stores = stores
@@ -60,6 +62,7 @@ class RunDriver:
         self._slices = slices
         self._answer = answer
         self._chunks = chunks
+        self._journal = journal
 
     @contextmanager
     def change(
@@ -82,6 +85,11 @@ class RunDriver:
             if not entry.log.is_complete:
                 self._abandon(entry, posts)
             raise
+
+    def note_close(self, entry: RunEntry) -> None:
+        """Record that the caller of an open run closes it."""
+        if self._journal is not None and entry.run.is_open and not entry.run.is_terminal:
+            self._journal.close(entry)
 
     def _abandon(self, entry: RunEntry, posts: list[SchedulerEvent] | None) -> None:
         error_id = uuid4().hex
@@ -113,6 +121,8 @@ class RunDriver:
             self._bus.post(own)
         self._stores.hold_graph(entry, uploader)
         self._stores.count(entry)
+        if self._journal is not None:
+            self._journal.note(entry)
         if entry.run.is_terminal:
             self._end(entry)
         elif (failure := self._stores.excess(entry)) and (stopping := entry.run.fail(failure, time.monotonic())):
@@ -156,5 +166,7 @@ class RunDriver:
         if entry.ended_s is None:
             entry.stop_timers()
             entry.ended_s = time.time()
+            if self._journal is not None:
+                self._journal.end(entry)
             self._stores.release(entry)
             self._ended.add(entry)

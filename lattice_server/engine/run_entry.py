@@ -50,6 +50,9 @@ class RunEntry:
         grace: the timer that cancels an open run without a stream.
         chunks: what its tasks stream, once there is a chunk or a reader.
         is_continuing: whether a slice that submits more of its tasks is queued.
+        is_transient: whether it means nothing after a restart of the server, so that it is not recorded.
+        recorded: how many of its events are in the journal.
+        definition: the encoded tasks that a caller is about to add, for the journal.
         on_effects: is called with the decisions of its machines, after they were carried out.
     """
 
@@ -78,6 +81,9 @@ class RunEntry:
     grace: asyncio.TimerHandle | None = None
     chunks: RunChunks | None = None
     is_continuing: bool = False
+    is_transient: bool = False
+    recorded: int = 0
+    definition: bytes | None = None
     on_effects: Callable[[Sequence[Effect | HolderEffect]], object] | None = None
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:

@@ -10,6 +10,7 @@ from itertools import count
 from typing import NamedTuple, NotRequired, TypedDict
 from uuid import uuid4
 
+from lattice_server.core.errors import LatticeError
 from lattice_server.core.model import Artifact, Function, Payload, WorkflowSpec
 from lattice_server.core.run import dag
 from lattice_server.core.run.reuse import Earlier
@@ -22,6 +23,7 @@ from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.open_runs import OpenRuns
 from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import RunEntry, run_bytes
+from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_stores import RunStores, functions_of
 
 
@@ -37,6 +39,7 @@ class StartSettings(TypedDict):
     is_open: NotRequired[bool]
     request_id: NotRequired[str]
     reach: NotRequired[Reach]
+    is_transient: NotRequired[bool]
 
 
 class Prepared(NamedTuple):
@@ -47,6 +50,7 @@ class Prepared(NamedTuple):
     graph: dag.Dag
     table: TaskTable
     functions: Mapping[str, Function]
+    definition: bytes = b""
 
 
 class RunStarter:
@@ -60,6 +64,7 @@ class RunStarter:
         admission: Admission,
         driver: RunDriver,
         open_runs: OpenRuns,
+        journal: RunJournal | None = None,
     ) -> None:
         self._runs = runs
         self._store = store
@@ -67,13 +72,14 @@ class RunStarter:
         self._admission = admission
         self._driver = driver
         self._open_runs = open_runs
-        self._numbers = count(1)
+        self._journal = journal
+        self._numbers = count(1 if journal is None else journal.journal.last_run + 1)
 
     def preparing(
         self, run_id: str, spec: WorkflowSpec, parameters: Mapping[str, Payload], settings: StartSettings
     ) -> Steps[Prepared]:
         """Check a request, in steps. Raises as `Orchestrator.start_run`."""
-        tenant = settings.get("tenant", "")
+        tenant, is_transient = settings.get("tenant", ""), settings.get("is_transient", False)
         self._admission.check_room(len(spec.tasks), run_bytes(len(spec.tasks), _bytes_of(parameters)), tenant)
         graph = yield from dag.building(spec, parameters)
         if settings.get("earlier") is None:
@@ -82,23 +88,38 @@ class RunStarter:
         yield from self._admission.checking(spec.tasks)
         table = yield from tabulating(key_of(run_id or f"run-{uuid4().hex}", tenant), graph)
         functions = yield from functions_of(spec.tasks)
-        return Prepared(spec, parameters, graph, table, functions)
+        definition = b"" if self._journal is None or is_transient else (yield from self._journal.codec.workflow(spec))
+        return Prepared(spec, parameters, graph, table, functions, definition)
 
     def start(self, prepared: Prepared, fingerprint: str, settings: StartSettings) -> RunEntry:
-        """Start a run that was prepared. Raises ExhaustedError, since other runs may have started meanwhile."""
+        """Start a run that was prepared.
+
+        Raises ExhaustedError, since other runs may have started meanwhile, or the journal takes no new work.
+        """
         entry = self._entry(prepared, fingerprint, settings)
         uploader = settings.get("reach", UNNAMED).tenant
         self._admission.check_room(len(prepared.spec.tasks), entry.kept_bytes, entry.run.tenant)
         self._stores.hold_code(entry, prepared.functions)
+        if self._journal is not None:
+            try:
+                self._journal.accept(entry, prepared.definition, prepared.parameters)
+            except LatticeError:
+                self._stores.release(entry)
+                raise
         self._runs[entry.key] = entry
         self._stores.hold_artifacts(entry, _artifacts_of(prepared.parameters), uploader)
-        if entry.timeout_s is not None:
-            entry.expiry = asyncio.get_running_loop().call_later(entry.timeout_s, self._expire, entry, entry.timeout_s)
-        if entry.run.is_open:
-            self._open_runs.open(entry)
+        self.arm(entry)
         with self._driver.change(entry, uploader=uploader) as perform:
             perform(entry.run.start(prepared.parameters, time.monotonic()))
         return entry
+
+    def arm(self, entry: RunEntry) -> None:
+        """Set the timers of a run that starts, or that continues after a restart of the server."""
+        if entry.timeout_s is not None:
+            left_s = max(0.0, entry.timeout_s - (time.time() - entry.created_s))
+            entry.expiry = asyncio.get_running_loop().call_later(left_s, self._expire, entry, entry.timeout_s)
+        if entry.run.is_open:
+            self._open_runs.open(entry)
 
     def _entry(self, prepared: Prepared, fingerprint: str, settings: StartSettings) -> RunEntry:
         run = Run(
@@ -123,6 +144,7 @@ class RunStarter:
             _bytes_of(prepared.parameters),
             settings.get("request_id", ""),
             timeout_s=settings.get("timeout_s"),
+            is_transient=settings.get("is_transient", False),
         )
 
     def _expire(self, entry: RunEntry, limit_s: float) -> None:

@@ -1,16 +1,18 @@
 """Owns stored workflows, on the main thread. Rule: a run has a copy of its workflow, which may change at any time."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from uuid import uuid4
 
-from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedError, NotFoundError
+from lattice_server.core.errors import AbortedError, ConflictError, ExhaustedError, LatticeError, NotFoundError
 from lattice_server.core.model import Artifact, Function, WorkflowSpec
 from lattice_server.core.run import dag
 from lattice_server.core.tenancy import UNNAMED, Reach, Shelf, key_of
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.code_store import CodeStore
+from lattice_server.engine.journal_records import StoredWorkflow
+from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.store_folder import MIB
 from lattice_server.engine.uploads import Name
 from lattice_server.engine.usage import Bound, Usage
@@ -38,13 +40,21 @@ class WorkflowEntry:
 class WorkflowStore:
     """The stored workflows by id, oldest first: at most `max_workflows`, with definitions as large as `bound` says.
 
-    They reference their functions in `code` and their large values in `store`.
+    They reference their functions in `code` and their large values in `store`, and are recorded in `journal`.
     """
 
-    def __init__(self, store: ArtifactStore, code: CodeStore, max_workflows: int, bound: Bound = BOUND) -> None:
+    def __init__(
+        self,
+        store: ArtifactStore,
+        code: CodeStore,
+        max_workflows: int,
+        bound: Bound = BOUND,
+        journal: RunJournal | None = None,
+    ) -> None:
         self.workflows: Shelf[WorkflowEntry] = Shelf()
         self.usage = Usage("stored workflows", bound)
-        self._numbers = count(1)
+        self._journal = journal
+        self._numbers = count(1 if journal is None else journal.journal.last_workflow + 1)
         self._store = store
         self._code = code
         self._max_workflows = max_workflows
@@ -95,9 +105,44 @@ class WorkflowStore:
             graph.artifacts,
             self._store.take(graph.artifacts, tenant),
         )
+        self._record(entry)
         self.usage.hold(tenant, named, size_bytes)
         self.workflows[key_of(named, tenant)] = entry
         return entry, True
+
+    def restore(
+        self, stored: StoredWorkflow, definition: object, spec: WorkflowSpec, functions: dict[str, Function]
+    ) -> None:
+        """Take back a workflow that was stored before a restart of the server. Raises ExhaustedError, InvalidError."""
+        graph = dag.build(spec)
+        self._code.hold(stored.tenant, functions.values())
+        entry = WorkflowEntry(
+            stored.workflow_id,
+            stored.tenant,
+            stored.number,
+            spec,
+            functions,
+            definition,
+            stored.fingerprint,
+            stored.stored_s,
+            graph.artifacts,
+            self._store.take(graph.artifacts, stored.tenant),
+            stored.revision,
+        )
+        self.usage.hold(stored.tenant, stored.workflow_id, len(stored.definition))
+        self.workflows[key_of(stored.workflow_id, stored.tenant)] = entry
+
+    def _record(self, entry: WorkflowEntry) -> None:
+        """Record a new workflow. Raises ExhaustedError, UnavailableError, after releasing what it references."""
+        if self._journal is None:
+            return
+        try:
+            self._journal.store(entry)
+        except LatticeError:
+            self._code.release(entry.tenant, entry.functions.values())
+            self._store.uploads.release(entry.uploads)
+            self._store.release(entry.artifacts, entry.tenant)
+            raise
 
     def find(self, workflow_id: str, fingerprint: str, tenant: str) -> WorkflowEntry | None:
         """Return a tenant's workflow that has this id and content, if any. Raises ConflictError as `create`."""
@@ -126,6 +171,16 @@ class WorkflowStore:
         self._check_size(tenant, size_bytes - self.usage.size_of(tenant, entry.workflow_id))
         self._code.hold(tenant, functions.values())
         uploads = self._store.take(graph.artifacts, tenant, reach.tenant)
+        changed = replace(
+            entry,
+            spec=spec,
+            functions=functions,
+            artifacts=graph.artifacts,
+            uploads=uploads,
+            definition=definition,
+            revision=entry.revision + 1,
+        )
+        self._record(changed)
         self._release(entry)
         self.usage.hold(tenant, entry.workflow_id, size_bytes)
         entry.spec, entry.functions, entry.artifacts, entry.uploads = spec, functions, graph.artifacts, uploads
@@ -135,6 +190,8 @@ class WorkflowStore:
     def delete(self, workflow_id: str, reach: Reach = UNNAMED) -> None:
         """Delete a stored workflow. Raises NotFoundError."""
         entry = self.get(workflow_id, reach)
+        if self._journal is not None:
+            self._journal.unstore(entry.number)
         self._release(entry)
         del self.workflows[key_of(entry.workflow_id, entry.tenant)]
 

@@ -13,6 +13,7 @@ from lattice_server.core import errors
 from lattice_server.engine.slices import Slices
 from lattice_server.rpc import callers
 from lattice_server.rpc.callers import no_longer_valid
+from lattice_server.rpc.durable_answers import DurableAnswers
 from lattice_server.rpc.handlers import Context
 from lattice_server.rpc.request_deserializer import MessageLimits, RequestDeserializer, unreadable
 from lattice_server.rpc.statuses import internal_error, status_of
@@ -23,8 +24,9 @@ log = logging.getLogger(__name__)
 class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
     """Ends calls whose handler raised: a `LatticeError` with its status, any other exception as a bug with an id."""
 
-    def __init__(self, limits: MessageLimits, slices: Slices) -> None:
+    def __init__(self, limits: MessageLimits, slices: Slices, answers: DurableAnswers | None = None) -> None:
         super().__init__()
+        self._answers = answers
         self._limits = limits
         self._slices = slices
         self._readers: dict[str, RequestDeserializer] = {}
@@ -63,6 +65,8 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
                 request_or_iterator = await reader.read(request_or_iterator)
             except errors.LatticeError as error:
                 await self.handle_exception(error, request_or_iterator, context, method_name)
+        if self._answers is not None:
+            method = self._answers.wrap(method)
         try:
             return await super().intercept(method, request_or_iterator, context, method_name)
         except asyncio.CancelledError:

@@ -48,10 +48,7 @@ def page(
     Raises:
         InvalidError: the page size is not from 1.
     """
-    size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
-    if size < 1:
-        raise invalid_field("page_size", "must be from 1; leave it out for the default")
-    size = min(size, MAX_PAGE)
+    size = page_limit(request)
     shown: list[Shown] = []
     total, last = 0, ""
     for name, item in rows:
@@ -64,6 +61,14 @@ def page(
         shown.append(message)
         last = str(name)
     return shown, ""
+
+
+def page_limit(request: Request) -> int:
+    """Return how many rows a page may have. Raises InvalidError when the request asks for none."""
+    size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
+    if size < 1:
+        raise invalid_field("page_size", "must be from 1; leave it out for the default")
+    return min(size, MAX_PAGE)
 
 
 def is_full(view: int) -> bool:

@@ -37,6 +37,7 @@ from lattice_server.rpc.artifacts import ArtifactServicer
 from lattice_server.rpc.authentication import Authentication, AuthenticationInterceptor, TrustInterceptor
 from lattice_server.rpc.certificates import Certificates
 from lattice_server.rpc.cluster import ClusterServicer
+from lattice_server.rpc.durable_answers import DurableAnswers
 from lattice_server.rpc.interceptors import ErrorInterceptor
 from lattice_server.rpc.llms import LlmServicer
 from lattice_server.rpc.request_deserializer import MessageLimits
@@ -101,11 +102,12 @@ class RpcServer:
         llms: LlmServicer,
         authentication: Authentication | None,
         slices: Slices,
+        answers: DurableAnswers | None = None,
     ) -> None:
         self._config = config
         self.local_target = f"unix:{local_path}"
         limits = MessageLimits(config.message_limit_bytes, config.message_limit_tasks)
-        interceptors: list[Any] = [ErrorInterceptor(limits, slices)]
+        interceptors: list[Any] = [ErrorInterceptor(limits, slices, answers)]
         # Without a provider spans are dropped, and the interceptor would add a third to the time of every call.
         if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             # A span as long as the life of a worker is of no use.

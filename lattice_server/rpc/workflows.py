@@ -14,7 +14,6 @@ from lattice_server.engine.slices import Slices
 from lattice_server.engine.workflow_store import WorkflowStore
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.runs import (
-    RUN_STATE_TO_PROTO,
     graph_task_to_proto,
     result_to_proto,
     run_to_proto,
@@ -25,7 +24,8 @@ from lattice_server.rpc.convert.tasks import check_id
 from lattice_server.rpc.graph_builder import GraphBuilder
 from lattice_server.rpc.handlers import Context
 from lattice_server.rpc.open_runs import OpenRunStreams
-from lattice_server.rpc.paging import is_full, number_after, page
+from lattice_server.rpc.paging import is_full, number_after, page, page_limit
+from lattice_server.rpc.recorded_runs import RunFilter, rows_of, shown
 from lattice_server.rpc.request_cache import RequestCache
 from lattice_server.rpc.run_starter import RunStarter
 from lattice_server.rpc.spec_parser import SpecParser
@@ -145,19 +145,12 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
     async def ListRuns(self, request: workflow_pb2.ListRunsRequest, context: Context) -> workflow_pb2.ListRunsResponse:
         """List runs, newest first."""
-        states = set(request.states)
-        wanted = request.labels.items()
         tenant = callers.tenant_named(request.tenant) if request.tenant else ""
-        after, reach = number_after(request), callers.reach()
-        rows = (
-            (entry.number, entry)
-            for entry in reversed(self._orchestrator.runs.values())
-            if (after is None or entry.number < after)
-            and (not states or RUN_STATE_TO_PROTO[entry.run.state] in states)
-            and (entry.run.tenant == tenant if tenant else reach.covers(entry.run.tenant))
-            and all(entry.labels.get(key) == value for key, value in wanted)
-        )
-        runs, token = page(request, rows, partial(run_to_view, is_full=is_full(request.view)))
+        wanted = RunFilter(set(request.states), request.labels, tenant, callers.reach())
+        after, full = number_after(request), is_full(request.view)
+        rows = await rows_of(self._orchestrator, wanted, after, page_limit(request))
+        show = partial(shown, is_full=full)
+        runs, token = page(request, rows, show)
         return workflow_pb2.ListRunsResponse(runs=runs, next_page_token=token)
 
     async def CancelRun(

@@ -138,7 +138,7 @@ def test_readers_raise_not_found_when_a_restarted_server_lacks_the_run(
             other = Endless()
             other.has_run = False
             server = await serve(port, other)
-            with pytest.raises(NotFoundError, match="a restarted server has no earlier runs"):
+            with pytest.raises(NotFoundError, match="a server without a journal forgets all runs"):
                 await reading
             await server.stop(None)
 

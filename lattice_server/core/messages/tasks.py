@@ -28,12 +28,14 @@ class AttemptMessage(TaskMessage):
 
 @dataclass(frozen=True, slots=True)
 class TaskStarted(AttemptMessage):
-    """An attempt started on a worker."""
+    """An attempt started on a worker, as the member at position `item` of a lease."""
 
     node_id: str
     node_ip: str
     gpu_indices: tuple[int, ...]
     at: float | None = None
+    lease_id: str = field(default="", compare=False, repr=False)
+    item: int = field(default=0, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +108,24 @@ TaskEvent = TaskStarted | TaskSucceeded | TaskRetrying | TaskFailed | TaskCancel
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptHistory:
+    """The attempts at a task so far: their number, and how many of them failed or lost their worker."""
+
+    attempts: int = 0
+    failures: int = 0
+    losses: int = 0
+
+
+NO_HISTORY = AttemptHistory()
+
+
+@dataclass(frozen=True, slots=True)
 class TaskReady:
     """A task may start: its inputs are known, or will be once task `after` of its run succeeds.
 
     Fair share is counted by `tenant`. Among the tasks of one tenant, the one with the lowest `rank` in seconds goes
     first; each level of `priority` takes `work.PRIORITY_S` seconds off. `split_outputs` names the outputs that other
-    tasks are mapped over.
+    tasks are mapped over. `history` counts the attempts that an earlier life of the server made.
     """
 
     run_id: str
@@ -122,6 +136,7 @@ class TaskReady:
     tenant: str = ""
     rank: float = 0.0
     split_outputs: tuple[str, ...] = ()
+    history: AttemptHistory = NO_HISTORY
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,17 @@ class Endings:
         record.ended_at = now if ended_at is None else ended_at
         self._status.emit(fact)
         if record.item_of:
-            mapped = self._table.records[record.item_of]
-            mapped.open_items -= 1
-            if mapped.failure is None and record.failure is not None:
-                mapped.failure = replace(record.failure, task_id=record.spec.task_id)
+            mapped = self.note_item(record)
             if mapped.open_items == 0:
                 self.end_mapped(record.item_of, mapped, now)
+
+    def note_item(self, record: TaskRecord) -> TaskRecord:
+        """Note that an item has ended; return its mapped task, which has the failure of its first failed item."""
+        mapped = self._table.records[record.item_of]
+        mapped.open_items -= 1
+        if mapped.failure is None and record.failure is not None:
+            mapped.failure = replace(record.failure, task_id=record.spec.task_id)
+        return mapped
 
     def end_mapped(self, task_id: str, record: TaskRecord, now: float) -> None:
         """End a mapped task whose items have ended."""
@@ -67,7 +72,7 @@ class Endings:
 
     def fail_after(self, task_id: str, failure: Failure, now: float) -> None:
         """Apply the failure policy of the workflow after a task failed or was cancelled."""
-        named = replace(failure, task_id=failure.task_id or task_id, cause=None)
+        named = failure_of_run(task_id, failure)
         if self._policy is FailurePolicy.FINISH_INDEPENDENT:
             self._status.failure = self._status.failure or named
             self.skip_dependents(task_id, named, now)
@@ -144,3 +149,8 @@ class Endings:
         record = self._table.records[task_id]
         record.missing -= 1
         self.advance(task_id, record)
+
+
+def failure_of_run(task_id: str, failure: Failure) -> Failure:
+    """Return the failure of a task as that of its run."""
+    return replace(failure, task_id=failure.task_id or task_id, cause=None)

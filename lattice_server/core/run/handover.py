@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lattice_server.core.messages import TaskReady
+from lattice_server.core.messages import NO_HISTORY, AttemptHistory, TaskReady
 from lattice_server.core.model import Failure
 from lattice_server.core.references import resolve
 from lattice_server.core.run.bindings import Values
@@ -77,7 +77,7 @@ class Handover:
         self._left -= 1
         return self.ready.popleft()
 
-    def send(self, record: TaskRecord, now: float, after: str = "") -> None:
+    def send(self, record: TaskRecord, now: float, after: str = "", history: AttemptHistory = NO_HISTORY) -> None:
         """Send a task to the scheduler, to start at once or after another one."""
         spec, status = record.spec, self._status
         started_at = max(status.started_at, now - MAX_AGE_S)
@@ -91,6 +91,7 @@ class Handover:
                 self._tenant,
                 self._ranking(started_at, self._table.open_tasks, spec.task_id),
                 self._dag.split.get(spec.task_id, ()),
+                history,
             )
         )
 

@@ -28,6 +28,7 @@ from lattice_server.core.run.handover import Handover
 from lattice_server.core.run.limits import DEFAULT_BOUNDS, Bounds
 from lattice_server.core.run.ordering import Ranking, least_left_aged
 from lattice_server.core.run.progress import Progress
+from lattice_server.core.run.restoration import Restoration
 from lattice_server.core.run.reuse import Earlier
 from lattice_server.core.run.status import Effect, RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable, tabulating
@@ -151,12 +152,26 @@ class Run:
 
     def start(self, parameters: Mapping[str, Payload], now: float) -> list[Effect]:
         """Start the run: publish the start and send every task that waits for no other."""
-        self._values.parameters = {**self.spec.parameters, **parameters}
+        self.provide(parameters)
         self._status.started_at = now
         self._status.emit(RunStarted(self.workflow_id, len(self.tasks)))
         self._handover.ready += self._table.roots
         self._table.roots = []
         return self._settle(now)
+
+    def restoring(self) -> Restoration:
+        """Return the restoration of this run, which has not started; then `resume` is called instead of `start`."""
+        parts = (self._status, self._table, self.dag, self._values, self._handover, self._endings, self._growth)
+        return Restoration(*parts, self.spec.failure_policy)
+
+    def resume(self, restoration: Restoration, now: float) -> list[Effect]:
+        """Continue the run after its restoration: send its tasks, or stop them if it was to stop."""
+        restoration.resume(now)
+        return self._settle(now)
+
+    def provide(self, parameters: Mapping[str, Payload]) -> None:
+        """Set the values of parameters; the others have the defaults of the workflow."""
+        self._values.parameters = {**self.spec.parameters, **parameters}
 
     def go_on(self, now: float) -> list[Effect]:
         """Send or stop more tasks, after a call that left some."""

@@ -53,8 +53,9 @@ class LeaseReports:
         lease.started_at = now if started_at is None else started_at
         node = self._registry.nodes[lease.slot.node_id]
         where = (node.node_id, node.spec.node_ip, lease.slot.gpu_indices)
-        for task in lease.members():
-            self._emit(TaskStarted(*task.named, *where, started_at))
+        for item, task in enumerate(lease.tasks):
+            if item not in lease.ended:
+                self._emit(TaskStarted(*task.named, *where, started_at, lease.lease_id, item))
 
     def end_member(self, lease: Lease, task: Task, now: float) -> None:
         """Note that one member of a lease has ended; with the last one the lease is released."""

@@ -51,6 +51,8 @@ class LiveTasks:
             return
         shape = self._registry.shape(spec)
         task = Task(ready, shape, concurrency_of(spec), next(self._numbers), ready.inputs, now)
+        history = ready.history
+        task.attempt, task.failures, task.losses = history.attempts, history.failures, history.losses
         if not ready.after:
             self.by_key[key] = task
             self._start(task, now)

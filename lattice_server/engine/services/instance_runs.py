@@ -50,6 +50,7 @@ def start_run(orchestrator: Orchestrator, service: ServiceEntry, instance: Insta
         tenant=service.tenant,
         fingerprint=run_id,
         reach=Reach(service.tenant),
+        is_transient=True,
     )
     return entry
 

@@ -189,6 +189,14 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
     nothing again.
     """
+    ERROR_REASON_JOURNAL_FULL: _ErrorReason.ValueType  # 50
+    """RESOURCE_EXHAUSTED: the disk of the server's journal is full, so no new run or workflow is accepted. Runs that were
+    accepted continue.
+    """
+    ERROR_REASON_JOURNAL_BUSY: _ErrorReason.ValueType  # 51
+    """RESOURCE_EXHAUSTED: too much waits to be written to the server's journal; `RetryInfo` says when to try again."""
+    ERROR_REASON_JOURNAL_CORRUPT: _ErrorReason.ValueType  # 52
+    """FAILED_PRECONDITION: the records of the run are damaged on the server's disk, so it cannot be shown."""
     ERROR_REASON_SERVICE_NOT_FOUND: _ErrorReason.ValueType  # 60
     """NOT_FOUND: no such service."""
     ERROR_REASON_TOO_MANY_SERVICES: _ErrorReason.ValueType  # 61
@@ -278,6 +286,14 @@ ERROR_REASON_RUN_EVICTED: ErrorReason.ValueType  # 35
 """NOT_FOUND: the run has ended, and its result is no longer kept. For as long as `Limits.repeat_time` its id starts
 nothing again.
 """
+ERROR_REASON_JOURNAL_FULL: ErrorReason.ValueType  # 50
+"""RESOURCE_EXHAUSTED: the disk of the server's journal is full, so no new run or workflow is accepted. Runs that were
+accepted continue.
+"""
+ERROR_REASON_JOURNAL_BUSY: ErrorReason.ValueType  # 51
+"""RESOURCE_EXHAUSTED: too much waits to be written to the server's journal; `RetryInfo` says when to try again."""
+ERROR_REASON_JOURNAL_CORRUPT: ErrorReason.ValueType  # 52
+"""FAILED_PRECONDITION: the records of the run are damaged on the server's disk, so it cannot be shown."""
 ERROR_REASON_SERVICE_NOT_FOUND: ErrorReason.ValueType  # 60
 """NOT_FOUND: no such service."""
 ERROR_REASON_TOO_MANY_SERVICES: ErrorReason.ValueType  # 61

@@ -60,7 +60,8 @@ class RunHistories(RuleBasedStateMachine):
     )
     def begin(self, seed: int, size: int, slice_tasks: int | None) -> None:
         self.rng = Random(seed)
-        spec = random_workflow(self.rng, size)
+        self.spec = spec = random_workflow(self.rng, size)
+        self.slice_tasks = slice_tasks
         is_open = bool(seed % 2)
         bounds = Bounds(60, 6, 2)
         self.run = Run("r", spec, dag.build(spec, ()), bounds=bounds, is_open=is_open, slice_tasks=slice_tasks)
@@ -128,7 +129,7 @@ class RunHistories(RuleBasedStateMachine):
             else:
                 assert effect.spec.task_id not in self.held, "a task was handed over twice"
                 assert effect.after or all(map(is_value, effect.inputs.values())), "an input is missing"
-                self.held[effect.spec.task_id] = Held(effect, effect.after)
+                self.held[effect.spec.task_id] = Held(effect, effect.after, effect.history.attempts)
 
     @precondition(lambda self: self.to_run)
     @rule(many=st.integers(1, 4))

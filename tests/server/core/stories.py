@@ -306,4 +306,9 @@ def is_telling(field: "dataclasses.Field[Any]", value: Any) -> bool:
     found = getattr(value, field.name)
     has_factory = field.default_factory is not dataclasses.MISSING
     default = field.default_factory() if has_factory else field.default  # type: ignore[misc]
-    return bool(found) and found != default and not any(found is usual or found == usual for usual in ORDINARY)
+    return (
+        field.repr
+        and bool(found)
+        and found != default
+        and not any(found is usual or found == usual for usual in ORDINARY)
+    )

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tests.examples import share
 from tests.server.core.crowds import Crowd
 from tests.server.core.histories import SchedulerHistories
+from tests.server.core.restart_histories import RestartHistories
 from tests.server.core.run_histories import RunHistories
 from tests.server.core.worlds import World
 
@@ -14,6 +15,9 @@ TestSchedulerHistories.settings = settings(max_examples=share(1000), stateful_st
 
 TestRunHistories = RunHistories.TestCase
 TestRunHistories.settings = settings(max_examples=share(1000), stateful_step_count=40, deadline=None)
+
+TestRestartHistories = RestartHistories.TestCase
+TestRestartHistories.settings = settings(max_examples=share(1000), stateful_step_count=40, deadline=None)
 
 
 @settings(max_examples=share(2000), deadline=None)

@@ -1,0 +1,298 @@
+"""A server that is killed with SIGKILL and started again on the same journal: runs continue, and results stay."""
+
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from lattice_client import LatticeClient, Run, RunCancelledError, RunEvent, UnavailableError, task
+from lattice_worker import context
+from tests.e2e import rooms
+from tests.e2e.conftest import LATTICE
+from tests.e2e.rooms import Room
+
+pytestmark = pytest.mark.slow
+
+RESULT_S = 60.0
+
+
+class Head:
+    """A server on one port and one journal, over several lives."""
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[str] | None = None
+
+    def command(self) -> list[str]:
+        flags = ["--port", str(self.port), "--executor", "local", "--num-cpus", "2", "--journal", str(self.journal)]
+        return [LATTICE, "start", "--head", *flags]
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        assert self.address in self._process.stdout.readline()
+
+    def kill(self) -> None:
+        """Kill the server, and wait until its workers have ended by themselves."""
+        assert self._process is not None
+        workers = psutil.Process(self._process.pid).children(recursive=True)
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait(30)
+        assert not psutil.wait_procs(workers, 30)[1]
+        self._process = None
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            assert self._process.wait(30) == 0
+            self._process = None
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[Head]:
+    found = Head(tmp_path / "journal")
+    found.start()
+    yield found
+    found.stop()
+
+
+def aside(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Make a call on a thread; return a function that waits for what it returned."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+
+    def wait() -> Any:
+        thread.join(RESULT_S)
+        assert found, "the call has not returned"
+        return found[0]
+
+    return wait
+
+
+@task
+def first(room: str) -> int:
+    rooms.note(room, "first")
+    return 1
+
+
+@task
+def second(room: str, value: int) -> int:
+    rooms.enter(room, "second")
+    return value + 1
+
+
+@task
+def third(room: str, value: int) -> int:
+    rooms.note(room, "third")
+    return value + 1
+
+
+@task
+def numbers(room: str) -> list[int]:
+    rooms.note(room, "numbers")
+    return [0, 1, 2, 3]
+
+
+@task
+def square(value: int, room: str) -> int:
+    if value == 3:
+        rooms.enter(room, "square")
+    rooms.note(room, f"square {value}")
+    return value * value
+
+
+@task
+def total(values: list[int], room: str) -> int:
+    context.spawn(third, {"room": room, "value": 0})
+    rooms.note(room, "total")
+    return sum(values)
+
+
+@task
+def held(room: str) -> None:
+    rooms.enter(room, "held")
+
+
+def told(event: RunEvent) -> tuple[Any, ...]:
+    """Return an event without its rounded times."""
+    data = {key: value for key, value in event.data.items() if key != "queue_time_s"}
+    return event.sequence, pytest.approx(event.time_s, abs=1e-6), event.type, data
+
+
+def chain(client: LatticeClient, room: str) -> Run:
+    workflow = client.create_workflow()
+    one = workflow.add_task(first, {"room": room}, task_name="first")
+    two = workflow.add_task(second, {"room": room, "value": one.output}, task_name="second")
+    workflow.add_task(third, {"room": room, "value": two.output}, task_name="third")
+    return workflow.run()
+
+
+def test_a_run_ends_with_its_result_when_the_server_is_killed_in_the_middle(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        run = chain(client, room)
+        rooms.until(run, "task_started", "second")
+        result = aside(run.result)
+        head.kill()
+        head.start()
+        room.open()
+        assert result() == {"result": 3}
+        events = list(run.events())
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    notes = room.notes()
+    assert (notes.count("first"), notes.count("-second"), notes.count("third")) == (1, 1, 1)
+
+
+def test_a_run_that_grows_keeps_its_ended_items_when_the_server_is_killed(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        workflow = client.create_workflow()
+        listed = workflow.add_task(numbers, {"room": room})
+        mapped = workflow.map(square, {"value": listed.output}, {"room": room})
+        workflow.add_task(total, {"values": mapped.output, "room": room})
+        run = workflow.run()
+        for item in range(3):
+            rooms.until(run, "task_succeeded", f"square[{item}]")
+        rooms.until(run, "task_started", "square[3]")
+        later = workflow.add_task(third, {"room": room, "value": 41})
+        run.add_tasks([later])
+        rooms.until(run, "task_succeeded", "third")
+        head.kill()
+        head.start()
+        room.open()
+        assert run.output("total", timeout=RESULT_S) == 14
+        assert run.output("third") == 42
+        assert {found.task_id for found in client.list_tasks(run.run_id)} >= {"square[3]", "total", "third"}
+    notes = room.notes()
+    assert [notes.count(f"square {item}") for item in range(4)] == [1, 1, 1, 1]
+    assert (notes.count("numbers"), notes.count("total")) == (1, 1)
+
+
+def test_ended_runs_and_stored_workflows_are_there_after_a_restart(head: Head, room: Room) -> None:
+    room.open()
+    with LatticeClient(head.address) as client:
+        ended = chain(client, room)
+        assert ended.result(timeout=RESULT_S) == {"result": 3}
+        events = list(ended.events())
+        shown = client.describe_run(ended.run_id)
+        workflow = client.create_workflow()
+        workflow.add_task(first, {"room": room})
+        workflow.store("kept")
+        before = len(room.notes())
+        head.kill()
+        head.start()
+        assert client.list_runs()[0].run_id == ended.run_id
+        assert client.describe_run(ended.run_id) == shown
+        assert client.get_run(ended.run_id).result(timeout=RESULT_S) == {"result": 3}
+        assert list(map(told, client.get_run(ended.run_id).events())) == list(map(told, events))
+        assert [found.workflow_id for found in client.list_workflows()] == ["kept"]
+        assert len(room.notes()) == before
+        assert client.get_workflow("kept").run().result(timeout=RESULT_S) == {"result": 1}
+        retried = client.retry_run(ended.run_id)
+        assert retried.result(timeout=RESULT_S) == {"result": 3}
+        assert len(room.notes()) == before + 1, "the retried run had all results"
+        assert [found.run_id for found in client.list_runs()][-1] == ended.run_id
+        assert len(client.list_runs()) == 3
+
+
+def test_a_cancelled_run_stays_cancelled_when_the_server_is_killed(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        run = client.create_workflow()
+        run.add_task(held, {"room": room}, task_name="held")
+        started = run.run()
+        rooms.until(started, "task_started", "held")
+        started.cancel("enough")
+        head.kill()
+        head.start()
+        with pytest.raises(RunCancelledError):
+            started.result(timeout=RESULT_S)
+    assert "-held" not in room.notes()
+
+
+def test_a_second_server_on_the_same_journal_is_refused_with_its_reason(head: Head) -> None:
+    command = head.command()
+    command[command.index("--port") + 1] = "0"
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert refused.stderr == f"Error: another server uses the journal in {head.journal}\n"
+
+
+def test_a_journal_in_a_file_is_refused_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    head = Head(tmp_path / "file")
+    refused = subprocess.run(head.command(), check=False, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"Error: the journal in {head.journal} cannot be opened: ")
+
+
+@task
+def step(folder: str, name: str, value: int) -> int:
+    rooms.note(folder, name)
+    return value + 1
+
+
+def steps(client: LatticeClient, room: str, run_id: str) -> Run:
+    workflow = client.create_workflow()
+    last: Any = 0
+    for place in range(5):
+        last = workflow.add_task(step, {"folder": room, "name": f"{run_id}/{place}", "value": last}).output
+    return workflow.run(run_id)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+def test_no_run_is_lost_or_ends_twice_when_the_server_is_killed_again_and_again(head: Head, room: Room) -> None:
+    dice = random.Random(7)
+    ids: list[str] = []
+    wrong: list[object] = []
+    is_over = threading.Event()
+
+    def submit(number: int) -> None:
+        with LatticeClient(head.address) as client:
+            while not is_over.is_set():
+                run_id = f"run-{number}-{len(ids)}"
+                ids.append(run_id)
+                started = None
+                while started is None:
+                    # A start that is repeated with its id starts nothing twice.
+                    with suppress(UnavailableError):
+                        started = steps(client, room, run_id)
+                found = started.result(timeout=RESULT_S)
+                if found != {"result": 5}:
+                    wrong.append((run_id, found))
+
+    threads = [threading.Thread(target=submit, args=[number]) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        time.sleep(dice.uniform(0.05, 1.5))
+        head.kill()
+        head.start()
+    is_over.set()
+    for thread in threads:
+        thread.join(2 * RESULT_S)
+    assert not wrong
+    with LatticeClient(head.address) as client:
+        found = {run.run_id: run for run in client.list_runs()}
+        assert set(ids) <= found.keys()
+        for run_id in ids:
+            run = client.get_run(run_id)
+            assert run.result(timeout=RESULT_S) == {"result": 5}
+            events = list(run.events())
+            assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+            ends = [event.task_id for event in events if event.type == "task_succeeded"]
+            assert len(ends) == len(set(ends)) == 5
+            for place in range(5):
+                tries = sum(event.type == "task_started" and event.data["attempt"] for event in events)
+                assert room.notes().count(f"{run_id}/{place}") <= tries
