@@ -139,6 +139,7 @@ class Gateways:
                 labels={LABEL: gateway.node_id},
                 priority=0,
                 fingerprint=run_id,
+                is_transient=True,
             )
         except LatticeError as error:
             # The node has left, and the tasks there with it.
