@@ -8,7 +8,7 @@ $(VENV)/.stamp: pyproject.toml
 	touch $@
 
 .PHONY: setup test lint proto
-setup: $(VENV)/.stamp nodejs go network
+setup: $(VENV)/.stamp nodejs go network docker
 
 # One test of each behaviour. Three processes, because tests wait much of the time; PYTEST_FLAGS="-n 0" runs all in one.
 test: setup
@@ -75,6 +75,21 @@ network:
 .PHONY: postgres
 postgres:
 	scripts/install_missing.sh postgres
+
+# Tests of containers run an engine of their own. On a machine that has none and may not install it they are skipped.
+.PHONY: docker
+docker: .engine/.stamp
+
+# The large part of their image.
+.engine/.stamp: $(VENV)/.stamp lattice_worker/containers/rootfs.py
+	scripts/install_missing.sh docker
+	$(VENV)/bin/python -m tests.containers.engines
+	mkdir -p .engine && touch $@
+
+# The image of tasks with isolation="docker", in this machine's engine. PACKAGES="numpy pandas" names its packages.
+.PHONY: sandbox-image
+sandbox-image: $(VENV)/.stamp
+	$(VENV)/bin/python -m lattice_worker.containers.image $(addprefix --package ,$(PACKAGES))
 
 # The oldest supported generator: its code runs on every newer protobuf runtime.
 .venv-proto/.stamp:

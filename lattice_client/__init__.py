@@ -30,6 +30,7 @@ from lattice_client.errors import (
     TaskFailedError,
     UnauthenticatedError,
     UnavailableError,
+    UntrustedPayloadError,
 )
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.graph.entrypoint import entrypoint
@@ -89,6 +90,7 @@ __all__ = [
     "TaskOutput",
     "UnauthenticatedError",
     "UnavailableError",
+    "UntrustedPayloadError",
     "context",
     "entrypoint",
     "secret",

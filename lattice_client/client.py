@@ -67,7 +67,8 @@ class AsyncLatticeClient:
     """A connection to a server, for any number of event loops. Use it as a context manager or with `close`.
 
     `tenant` is the tenant of its runs in fair share. While the server has too much work, a run is submitted again for
-    `admission_timeout` seconds; then ResourceExhaustedError is raised. `SecurityOptions` describes the other arguments.
+    `admission_timeout` seconds; then ResourceExhaustedError is raised. With `trust_pickles` it unpickles values of
+    sandboxed tasks, by which such a task can run code in this process. `SecurityOptions` describes the other arguments.
     The client connects with the first call. Raises TargetError when the target is not an address, SecurityError when
     the connection would not be secure.
     """
@@ -78,20 +79,21 @@ class AsyncLatticeClient:
         *,
         tenant: str = "",
         admission_timeout: float = ADMISSION_TIMEOUT_S,
+        trust_pickles: bool = False,
         **security: Unpack[SecurityOptions],
     ) -> None:
-        self._use(AsyncChannel(dial(target, **security)), tenant, admission_timeout)
+        self._use(AsyncChannel(dial(target, **security)), tenant, admission_timeout, trust_pickles)
 
     @classmethod
-    def over(cls, channel: Channel, tenant: str, admission_timeout: float) -> Self:
+    def over(cls, channel: Channel, tenant: str, admission_timeout: float, trust_pickles: bool) -> Self:
         """Return a client over a channel."""
         client = cls.__new__(cls)
-        client._use(channel, tenant, admission_timeout)
+        client._use(channel, tenant, admission_timeout, trust_pickles)
         return client
 
-    def _use(self, channel: Channel, tenant: str, admission_timeout: float) -> None:
+    def _use(self, channel: Channel, tenant: str, admission_timeout: float, trust_pickles: bool) -> None:
         self.target = channel.target
-        self.api = RunApi.over(channel, tenant, admission_timeout)
+        self.api = RunApi.over(channel, tenant, admission_timeout, trust_pickles)
         self.services = AsyncServices(channel, tenant)
 
     def __repr__(self) -> str:
@@ -190,17 +192,19 @@ class AsyncLatticeClient:
         labels: Mapping[str, str] | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        trust_pickles: bool = False,
         **misplaced: Never,
     ) -> dict[str, Any]:
         """Run one task as a run of its own and return its outputs.
 
-        `labels`, `priority` and `timeout` are the settings of the run; see `TaskRunSettings`.
+        `labels`, `priority` and `timeout` are the settings of the run; see `TaskRunSettings`. `trust_pickles` is as for
+        the client.
 
         Raises TaskDefinitionError, TaskFailedError, RunTimeoutError, RequestError.
         """
         added = single(task, inputs, misplaced)
         response = await self.api.starter.run_task(added, labels=labels, priority=priority, timeout=timeout)
-        found: dict[str, Any] = decoded(await self.api.reader.outcome_of(response, added))
+        found: dict[str, Any] = decoded(await self.api.reader.outcome_of(response, added), trust_pickles)
         return found
 
     async def add_tasks(self, run_id: str, tasks: Sequence[LatticeTask], expected_revision: int | None = None) -> int:

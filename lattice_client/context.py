@@ -112,6 +112,15 @@ async def ask_async(name: str, payload: Any = None, *, item: int | None = None) 
     return await _implementation().ask_async(name, payload, item=item)
 
 
+def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Any:
+    """As `ask`, without waiting: return an object with `result()` and `add_done_callback`, which can be awaited.
+
+    Questions that one thread asks reach the caller in the order in which they are asked. A question whose answer is not
+    waited for may be lost when the task ends.
+    """
+    return _implementation().ask_future(name, payload, item=item)
+
+
 class Endpoint(Protocol):
     """An instance of a service."""
 

@@ -7,6 +7,7 @@
     +-- ClientClosedError        the client was closed, or the program is ending
     +-- ForkError                the process was forked after gRPC had been used in it
     +-- DecodeError              a received value cannot be decoded here
+    |   +-- UntrustedPayloadError    a received value is a pickle of a sandbox
     +-- ServiceFailedError       the instances of a service cannot start; carries the last lines of its program
     +-- RunError                 the run or the task did not succeed
     |   +-- TaskFailedError      a task failed; carries the remote traceback
@@ -63,6 +64,28 @@ class DecodeError(LatticeError):
     """A received value cannot be decoded here; the cause is the exception that decoding raised."""
 
 
+class UntrustedPayloadError(DecodeError):
+    """A received value is a pickle that a sandboxed task produced; to unpickle it could run code of that task's choice.
+
+    Attributes:
+        source: the value, such as an output of a task.
+        level: the isolation level of the task that produced it.
+    """
+
+    def __init__(self, source: str, media_type: str, level: str) -> None:
+        super().__init__(
+            f"{source} is a pickle ({media_type}) that was produced at isolation {level!r}, and to unpickle it could "
+            "run code of the task's choice here. Have the task return JSON values, bytes, dates, sets, tuples, arrays "
+            "or data frames. If you trust the code of the task, pass trust_pickles=True to this call or to the client."
+        )
+        self.source = source
+        self.media_type = media_type
+        self.level = level
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source, self.media_type, self.level)
+
+
 class ServiceFailedError(LatticeError):
     """The instances of a service cannot start.
 
@@ -109,6 +132,8 @@ class TaskFailedError(RunError):
         failed_tasks: the number of failed tasks of the run.
         task_name: the display name of the task.
         exception: the encoded original exception.
+        error_type: the class of the original exception as text; empty for a failure that is no exception.
+        error_message: the message of the original exception or of the failure.
         missing_cause: the reason why there is no original exception, or why it could not be rebuilt.
     """
 
@@ -130,6 +155,7 @@ class TaskFailedError(RunError):
         self.remote_traceback = remote_traceback
         self.failed_tasks = failed_tasks
         self.missing_cause = ""
+        self.error_type = self.error_message = ""
         self.exception: Payload | None = None
 
     def __str__(self) -> str:

@@ -66,7 +66,8 @@ class LatticeClient:
     """A connection to a server, for any number of threads. `aio` is an asyncio client of the same server.
 
     `tenant` is the tenant of its runs in fair share. While the server has too much work, a run is submitted again for
-    `admission_timeout` seconds; then ResourceExhaustedError is raised. `SecurityOptions` describes the other arguments.
+    `admission_timeout` seconds; then ResourceExhaustedError is raised. With `trust_pickles` it unpickles values of
+    sandboxed tasks, by which such a task can run code in this process. `SecurityOptions` describes the other arguments.
     The client connects with the first call. Raises TargetError when the target is not an address, SecurityError when
     the connection would not be secure.
     """
@@ -77,11 +78,12 @@ class LatticeClient:
         *,
         tenant: str = "",
         admission_timeout: float = ADMISSION_TIMEOUT_S,
+        trust_pickles: bool = False,
         **security: Unpack[SecurityOptions],
     ) -> None:
         self._dialled = dial(target, **security)
         self.target = self._dialled.address
-        self._settings = tenant, admission_timeout
+        self._settings = tenant, admission_timeout, trust_pickles
         # An asyncio client over calls that block; `blocking` runs its coroutines.
         self.twin = AsyncLatticeClient.over(BlockingChannel(self._dialled), *self._settings)
 
@@ -141,14 +143,15 @@ class LatticeClient:
         labels: Mapping[str, str] | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        trust_pickles: bool = False,
         **misplaced: Never,
     ) -> dict[str, Any]:
         """Run one task as a run of its own and return its outputs; see `AsyncLatticeClient.run_task`.
 
         Raises TaskDefinitionError, TaskFailedError, RunTimeoutError, RequestError.
         """
-        call = self.twin.run_task(task, inputs, labels=labels, priority=priority, timeout=timeout, **misplaced)
-        return blocking(call)
+        settings: Any = {"labels": labels, "priority": priority, "timeout": timeout, "trust_pickles": trust_pickles}
+        return blocking(self.twin.run_task(task, inputs, **settings, **misplaced))
 
     def open_run(
         self,

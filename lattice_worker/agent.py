@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from lattice.v1 import artifact_pb2_grpc, worker_pb2, worker_pb2_grpc
+from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
 
 from lattice_worker import convert, host
 from lattice_worker.artifact_staging import ArtifactStaging
@@ -51,7 +51,7 @@ class Agent:
         self._config = config
         self._capacity = host.capacity(config)
         self._staging = ArtifactStaging(config.store_directory)
-        self._pool = Pool(max(1, int(self._capacity.cpu)), self._staging, Zygotes(config.server))
+        self._pool = Pool(max(1, int(self._capacity.cpu)), self._staging, Zygotes(config.server), config.engine)
         store = config.store_directory
         incoming = self._staging.incoming
         self._fetcher = None if config.host_fd is None else PeerFetcher(config.host_fd, store, incoming)
@@ -98,6 +98,7 @@ class Agent:
         finally:
             warming.cancel()
             self._pool.close()
+            await self._pool.wait_closed()
             self._local_store.bundles.close()
             if self._fetcher is not None:
                 self._fetcher.close()
@@ -164,6 +165,7 @@ class Agent:
 
     def _hello(self) -> worker_pb2.Hello:
         self._listed = frozenset(self._staging.reported)
+        refusals = self._pool.level_refusals()
         return worker_pb2.Hello(
             worker_id=self._config.worker_id,
             session_id=self._leases.session_id,
@@ -173,6 +175,11 @@ class Agent:
             capacity=self._capacity,
             labels=self._config.labels,
             isolations=[number for number, level in ISOLATIONS.items() if not level or level in self._levels],
+            isolation_refusals=[
+                resources_pb2.IsolationRefusal(isolation=number, reason=refusals[level])
+                for number, level in ISOLATIONS.items()
+                if level in refusals
+            ],
             runtime=host.runtime(),
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,

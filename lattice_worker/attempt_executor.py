@@ -264,7 +264,7 @@ class AttemptExecutor:
             header,
             blobs,
             on_log=lambda stream, text, truncated: self._reports.log(lease_id, stream, text, truncated),
-            on_spawn=lambda task, parts: self._spawn(lease_id, function, task, parts),
+            on_spawn=lambda task, parts: self._spawn(assignment, function, task, parts),
             on_ask=lambda asked, parts: self.questions.ask(assignment, runner, asked, parts),
             on_stream=lambda told, parts: self._stream(assignment, runner, told, parts),
             on_end=lambda answer, parts: self._end(assignment, answer, parts),
@@ -276,9 +276,11 @@ class AttemptExecutor:
 
     # Events of an invocation.
 
-    def _spawn(self, lease_id: str, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]) -> None:
-        if excess := self._reports.spawn(lease_id, function, task, blobs):
-            self.stop(lease_id, "payload", excess)
+    def _spawn(
+        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]
+    ) -> None:
+        if excess := self._reports.spawn(assignment, function, task, blobs):
+            self.stop(assignment.lease_id, "payload", excess)
 
     def _stream(
         self, assignment: worker_pb2.Assignment, runner: Runner, told: dict[str, Any], blobs: list[bytes]

@@ -70,10 +70,12 @@ class AttemptReports:
             report.log.truncated = truncated
             self._emit(report)
 
-    def spawn(self, lease_id: str, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]) -> str:
+    def spawn(
+        self, assignment: worker_pb2.Assignment, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]
+    ) -> str:
         """Report a spawned task; return why it cannot be reported, and nothing when it was."""
-        report = convert.report(lease_id, time.time_ns())
-        report.spawned.CopyFrom(convert.spawned_from_frame(task, blobs, function, self._local_store.name))
+        report, level = convert.report(assignment.lease_id, time.time_ns()), convert.produced_at(assignment)
+        report.spawned.CopyFrom(convert.spawned_from_frame(task, blobs, function, self._local_store.name, level))
         if excess := outcomes.excess(report, self._limits.message_bytes):
             self._local_store.drop(convert.artifacts_in(report))
         else:
@@ -92,7 +94,8 @@ class AttemptReports:
         """Report the end of every attempt of a lease."""
         self._unreported.pop(assignment.lease_id, None)
         size, limit_bytes = len(assignment.attempts), self._limits.message_bytes
-        asked = (assignment.lease_id, answer, blobs, self._local_store.name, size, limit_bytes)
+        level = convert.produced_at(assignment)
+        asked = (assignment.lease_id, answer, blobs, self._local_store.name, size, limit_bytes, level)
         if len(blobs) < LARGE_ANSWER_BLOBS and sum(map(len, blobs)) < LARGE_ANSWER_BYTES:
             self._report_end(assignment.lease_id, answer, outcomes.reports_of(*asked))
             return

@@ -31,6 +31,28 @@ def limits(root: Path = ROOT) -> Limits:
     return Limits(min(cpus, default=None), min(memory_bytes, default=None))
 
 
+def processes(root: Path = ROOT) -> int | None:
+    """Return the lowest limit of processes and threads; None where there is none."""
+    found: list[int] = []
+    for controller, group in _groups(root):
+        if controller in {"", "pids"}:
+            with suppress(OSError, ValueError):
+                found.append(int((group / "pids.max").read_text()))
+    return min(found, default=None)
+
+
+def count(controller: str, name: str, root: Path = ROOT) -> int:
+    """Return a counter of the events of this process's own group, such as `oom_kill` of `memory`; 0 where unknown."""
+    for found, group in _groups(root):
+        if found in {"", controller}:
+            for file in (f"{controller}.events", f"{controller}.oom_control"):
+                for line in _lines(group / file):
+                    key, _, value = line.partition(" ")
+                    if key == name:
+                        return int(value)
+    return 0
+
+
 def _groups(root: Path) -> Iterator[tuple[str, Path]]:
     """Yield each group of this process and those above it, with its controller, which is empty in version 2."""
     mounts = _mounts(root)

@@ -21,6 +21,7 @@ from lattice_worker.agent import Agent
 from lattice_worker.artifact_staging import DISK, locked
 from lattice_worker.channel import ChannelError, check
 from lattice_worker.config import HEAD_STORE, WorkerConfig
+from lattice_worker.containers.config import EngineConfig
 from lattice_worker.node_join import Joiner
 
 PR_SET_PDEATHSIG = 1
@@ -93,6 +94,7 @@ def _config(flags: argparse.Namespace, directory: str, token: str) -> WorkerConf
         labels=dict(label.split("=", 1) for label in flags.label),
         exit_on_close=flags.exit_on_close,
         host_fd=flags.host_fd,
+        engine=EngineConfig.of(os.environ),
     )
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lattice_worker.containers.config import EngineConfig
+
 HEAD_STORE = "head"  # The name of the server's own store.
 
 
@@ -14,6 +16,7 @@ class WorkerConfig:
         store_name: the node in whose store the worker keeps artifacts: `head`, or its own.
         server: the address that clients in tasks connect to.
         host_fd: a socket to the parent process, which fetches artifacts of other nodes.
+        engine: the container engine of the isolation level `docker`.
         tls_ca, tls_cert, tls_key: PEM files.
     """
 
@@ -35,3 +38,4 @@ class WorkerConfig:
     labels: Mapping[str, str] = field(default_factory=dict)
     exit_on_close: bool = False
     host_fd: int | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)

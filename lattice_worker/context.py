@@ -14,7 +14,7 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from lattice_worker.spawned import Binder, SpawnedOutput, SpawnedTask
 from lattice_worker.streaming import StreamError, cancelled, emit, emit_async, logger, progress
 
 __all__ = [
+    "Answer",
     "AnswerError",
     "Attempt",
     "Endpoint",
@@ -42,6 +43,7 @@ __all__ = [
     "StreamError",
     "ask",
     "ask_async",
+    "ask_future",
     "cancelled",
     "current",
     "emit",
@@ -182,6 +184,32 @@ async def ask_async(name: str, payload: Any = None, *, item: int | None = None) 
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
 
 
+class Answer:
+    """The answer of a question that `ask_future` has asked."""
+
+    def __init__(self, asked: "Future[Any]") -> None:
+        self._asked = asked
+
+    def result(self) -> Any:
+        """Wait for the answer and return it. Raises as `ask`."""
+        return decoded(self._asked.result())
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return decoded((yield from asyncio.wrap_future(self._asked).__await__()))
+
+    def add_done_callback(self, callback: Callable[["Answer"], object]) -> None:
+        """Call a function once the answer is there, in a thread that no code of the task may block for long."""
+        self._asked.add_done_callback(lambda _: callback(self))
+
+
+def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Answer:
+    """As `ask`, without waiting. Questions that one thread asks reach the caller in the order in which they are asked.
+
+    A question whose answer is not waited for may be lost when the task ends.
+    """
+    return Answer(_asked(name, payload, item))
+
+
 def service(name: str, *, item: int | None = None) -> Endpoint:
     """Return the address of an instance of a service, which is started if there is none; wait until it is ready.
 
@@ -216,7 +244,7 @@ def _asked(name: object, payload: Any, item: object) -> "Future[Any]":
         raise QuestionError("item is for batched functions; this task is alone")
     where = f"question {name!r}"
     try:
-        media_type, parts = encode_value(payload)
+        media_type, parts = encode_value(payload, as_data=header.get("as_data", False))
     except Exception as error:
         raise PayloadError(refusal(where, payload, error)) from error
     data = b"".join(parts)

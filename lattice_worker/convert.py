@@ -7,9 +7,10 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from lattice.v1 import payload_pb2, run_pb2, task_pb2, worker_pb2
+from lattice.v1 import payload_pb2, resources_pb2, run_pb2, task_pb2, worker_pb2
 
 JSON = "application/json"
+UNMARKED = resources_pb2.ISOLATION_UNSPECIFIED
 CALL_STYLES = {task_pb2.CALL_STYLE_PARAMS: "params", task_pb2.CALL_STYLE_KEYWORDS: "keywords"}
 FUNCTION = "function"
 # What cloudpickle names wherever it holds code itself, and not only where that is imported from.
@@ -67,19 +68,31 @@ def _steps(path: Iterable[payload_pb2.PathStep]) -> list[str | int]:
     return [step.key if step.WhichOneof("step") == "key" else step.index for step in path]
 
 
-def payload_from_answer(answer: dict[str, Any], blobs: list[bytes], node_id: str) -> payload_pb2.Payload:
-    """Return the payload a runner answered with."""
+def produced_at(assignment: worker_pb2.Assignment) -> resources_pb2.Isolation.ValueType:
+    """Return the mark of the values of a lease: its level, or nothing without isolation."""
+    is_marked = assignment.isolation != resources_pb2.ISOLATION_NONE
+    return assignment.isolation if is_marked else resources_pb2.ISOLATION_UNSPECIFIED
+
+
+def payload_from_answer(
+    answer: dict[str, Any], blobs: list[bytes], node_id: str, level: resources_pb2.Isolation.ValueType = UNMARKED
+) -> payload_pb2.Payload:
+    """Return the payload a runner answered with; `level` marks those of sandboxes, and is never the runner's word."""
     if "artifact" in answer:
         artifact = payload_pb2.Artifact(artifact_id=answer["artifact"], size_bytes=answer["size"], node_id=node_id)
-        return payload_pb2.Payload(media_type=answer["type"], artifact=artifact)
+        return payload_pb2.Payload(media_type=answer["type"], artifact=artifact, produced_at=level)
     data = blobs[answer["blob"]]
     if answer["type"] == JSON:
-        return payload_pb2.Payload(media_type=JSON, json=data.decode())
-    return payload_pb2.Payload(media_type=answer["type"], data=data)
+        return payload_pb2.Payload(media_type=JSON, json=data.decode(), produced_at=level)
+    return payload_pb2.Payload(media_type=answer["type"], data=data, produced_at=level)
 
 
 def spawned_from_frame(
-    frame: dict[str, Any], blobs: list[bytes], parent: task_pb2.Function, node_id: str
+    frame: dict[str, Any],
+    blobs: list[bytes],
+    parent: task_pb2.Function,
+    node_id: str,
+    level: resources_pb2.Isolation.ValueType = UNMARKED,
 ) -> worker_pb2.AttemptSpawned:
     """Return the task a running one wants added. Its code comes with it and uses the same bundle as its parent's, or it
     is an entry point."""
@@ -87,7 +100,7 @@ def spawned_from_frame(
     task.task_id, task.display_name, task.function = frame["task_id"], frame["name"], FUNCTION
     task.after.extend(frame["after"])
     for name, tree in frame["inputs"].items():
-        task.inputs[name].CopyFrom(_binding_from_tree(tree, blobs, node_id))
+        task.inputs[name].CopyFrom(_binding_from_tree(tree, blobs, node_id, level))
     function = task_pb2.Function.FromString(blobs[frame["function"]])
     if not blobs[frame["spec"]]:  # a plain function, whose task the spawning one may wire to others
         task.outputs.append("result")
@@ -100,7 +113,9 @@ def spawned_from_frame(
     return worker_pb2.AttemptSpawned(tasks=[task], functions={FUNCTION: function})
 
 
-def _binding_from_tree(tree: dict[str, Any], blobs: list[bytes], node_id: str) -> payload_pb2.Binding:
+def _binding_from_tree(
+    tree: dict[str, Any], blobs: list[bytes], node_id: str, level: resources_pb2.Isolation.ValueType
+) -> payload_pb2.Binding:
     if "task" in tree:
         path = [
             payload_pb2.PathStep(key=step) if isinstance(step, str) else payload_pb2.PathStep(index=step)
@@ -109,12 +124,12 @@ def _binding_from_tree(tree: dict[str, Any], blobs: list[bytes], node_id: str) -
         reference = payload_pb2.OutputRef(task_id=tree["task"], output=tree["output"], path=path)
         return payload_pb2.Binding(output=reference)
     if "items" in tree:
-        items = [_binding_from_tree(item, blobs, node_id) for item in tree["items"]]
+        items = [_binding_from_tree(item, blobs, node_id, level) for item in tree["items"]]
         return payload_pb2.Binding(list=payload_pb2.BindingList(items=items))
     if "entries" in tree:
-        entries = {key: _binding_from_tree(item, blobs, node_id) for key, item in tree["entries"].items()}
+        entries = {key: _binding_from_tree(item, blobs, node_id, level) for key, item in tree["entries"].items()}
         return payload_pb2.Binding(map=payload_pb2.BindingMap(entries=entries))
-    return payload_pb2.Binding(payload=payload_from_answer(tree, blobs, node_id))
+    return payload_pb2.Binding(payload=payload_from_answer(tree, blobs, node_id, level))
 
 
 def artifacts_in(report: worker_pb2.Report) -> set[str]:

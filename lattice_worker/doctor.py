@@ -23,14 +23,17 @@ from lattice_worker import cgroup, host
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.cli import MIN_SHARED_MEMORY_BYTES, SHARED_MEMORY
 from lattice_worker.config import WorkerConfig
+from lattice_worker.containers.config import EngineConfig
 from lattice_worker.runner_pool import Pool
-from lattice_worker.sandbox.policy import LEVELS
+from lattice_worker.sandbox.policy import DOCKER, LEVELS
 
 MIB, GIB = 2**20, 2**30
 MIN_DISK_BYTES, FULL_DISK_BYTES = GIB, 64 * MIB
 MIN_DESCRIPTORS = 4096
 # What a failed step of a seal usually means, by a part of its message.
 CAUSES = {
+    "container engine": "only tasks with isolation='docker' need it: docs/isolation.md says how to set it up",
+    "image": "only tasks with isolation='docker' need it: docs/isolation.md says how it is built",
     "user namespace": "allow unprivileged user namespaces (sysctl, or AppArmor on Ubuntu), or run the worker as root",
     "unshare": "allow unprivileged user namespaces (sysctl, or AppArmor on Ubuntu), or run the worker as root",
     "mount": "the container must be allowed to mount /proc, or the worker must run as root",
@@ -117,15 +120,16 @@ async def isolation_checks() -> list[Check]:
     with tempfile.TemporaryDirectory(prefix="lattice-doctor-") as folder:
         staging = ArtifactStaging(folder)
         with staging.opened():
-            pool = Pool(0, staging)
+            pool = Pool(0, staging, engine=EngineConfig.of(os.environ))
             try:
                 offered = await pool.levels()
             finally:
                 pool.close()
+                await pool.wait_closed()
             refusals = pool.level_refusals()
     user = "as root" if os.geteuid() == 0 else "as another user than root"
     checks = []
-    for level in LEVELS:
+    for level in (*LEVELS, DOCKER):
         if level in offered:
             checks.append(Check(f"isolation {level}", "ok", f"a worker that runs {user} offers it here"))
             continue

@@ -16,7 +16,8 @@ class RunnerKey:
     """Invocations with equal keys may share a runner: same tenant, same modules, same devices.
 
     `owner` is a lease that has a runner to itself; otherwise it is empty. `isolation` is the level of its sandbox, in
-    which numerical libraries start `threads` threads; it is empty without a sandbox.
+    which numerical libraries start `threads` threads; it is empty without a sandbox. `memory_bytes` is the limit of a
+    container, 0 for the default; other sandboxes are given theirs with the invocation.
     """
 
     tenant: str = ""
@@ -26,6 +27,7 @@ class RunnerKey:
     owner: str = ""
     isolation: str = ""
     threads: int = 1
+    memory_bytes: int = 0
 
     def environment(self) -> dict[str, str]:
         """Return the variables of the runners of this key."""

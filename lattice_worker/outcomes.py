@@ -1,9 +1,9 @@
 """The reports that end a lease. Rule: each attempt of a lease gets one outcome, even of a malformed answer."""
 
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
-from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
+from lattice.v1 import errors_pb2, payload_pb2, resources_pb2, worker_pb2
 
 from lattice_worker import convert
 from lattice_worker.runner.text import utf8
@@ -12,11 +12,15 @@ CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 ENVELOPE_BYTES = 64  # The most that surrounds a report that travels alone, its number included.
 
 
+Level: TypeAlias = resources_pb2.Isolation.ValueType
+
+
 def reports_of(
-    lease_id: str, answer: dict[str, Any], blobs: list[bytes], node_id: str, size: int, limit_bytes: int
+    lease_id: str, answer: dict[str, Any], blobs: list[bytes], node_id: str, size: int, limit_bytes: int, level: Level
 ) -> list[worker_pb2.Report]:
     """Return the reports that end the members of a lease, each by its own answer or all by the one there is.
 
+    Their values are marked with `level`, see `convert.produced_at`.
     An answer that cannot be read, or that does not fit into a message of `limit_bytes`, becomes a failure.
     """
     members = answer.get("items", [answer] * size)
@@ -28,7 +32,7 @@ def reports_of(
         made.item = item
         try:
             duration_ns = int(answer.get("duration", 0.0) * 1e9)
-            fill_outcome(made, member, blobs, node_id, duration_ns)
+            fill_outcome(made, member, blobs, node_id, duration_ns, level)
         except Exception as error:
             duration_ns = 0
             text = f"the answer of its process cannot be read: {type(error).__name__}: {error}"
@@ -41,7 +45,12 @@ def reports_of(
 
 
 def fill_outcome(
-    report: worker_pb2.Report, answer: dict[str, Any], blobs: list[bytes], node_id: str, duration_ns: int
+    report: worker_pb2.Report,
+    answer: dict[str, Any],
+    blobs: list[bytes],
+    node_id: str,
+    duration_ns: int,
+    level: Level = convert.UNMARKED,
 ) -> None:
     """Write into a report how one attempt ended."""
     report.ClearField("succeeded")
@@ -51,9 +60,9 @@ def fill_outcome(
         return
     report.succeeded.duration.FromNanoseconds(duration_ns)
     for name, reference in answer["outputs"].items():
-        report.succeeded.outputs[name].CopyFrom(convert.payload_from_answer(reference, blobs, node_id))
+        report.succeeded.outputs[name].CopyFrom(convert.payload_from_answer(reference, blobs, node_id, level))
     for name, references in answer["split"].items():
-        items = [convert.payload_from_answer(reference, blobs, node_id) for reference in references]
+        items = [convert.payload_from_answer(reference, blobs, node_id, level) for reference in references]
         report.succeeded.split[name].CopyFrom(payload_pb2.PayloadList(items=items))
 
 

@@ -13,7 +13,7 @@ from lattice_worker.invocation import Frame, RunnerKey
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
 from lattice_worker.runner_handle import Runner
-from lattice_worker.sandbox.policy import SECCOMP, SUBPROCESS
+from lattice_worker.sandbox.policy import DOCKER, SECCOMP, SUBPROCESS
 from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, inlined, screened
 from lattice_worker.streams import WINDOW_BYTES, WINDOW_CHUNKS
 
@@ -23,6 +23,7 @@ ISOLATIONS = {
     resources_pb2.ISOLATION_NONE: "",
     resources_pb2.ISOLATION_SUBPROCESS: SUBPROCESS,
     resources_pb2.ISOLATION_SECCOMP: SECCOMP,
+    resources_pb2.ISOLATION_DOCKER: DOCKER,
 }
 
 
@@ -40,7 +41,8 @@ class Preparation:
         is_alone = concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or suspects.includes(assignment)
         owner = assignment.lease_id if is_alone or isolation else ""
         gpus, threads = tuple(assignment.gpu_indices), max(1, math.ceil(assignment.resources.cpu))
-        return RunnerKey(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads)
+        memory_bytes = assignment.resources.memory_bytes if isolation == DOCKER else 0
+        return RunnerKey(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads, memory_bytes)
 
     def missing(
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, upstream: convert.Outputs | None
@@ -91,7 +93,7 @@ class Preparation:
             header["items"] = [
                 {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]
             ]
-            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES}
+            header |= {"store": "", "folder": "", "inline_limit": LARGEST_INLINE_BYTES, "as_data": True}
             header["timeout"] = header["timeout"] or runner.sandbox.policy.time_s
         return header, blobs
 

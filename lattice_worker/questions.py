@@ -71,10 +71,10 @@ def _report(
     number, item = header["number"], header["item"]
     if type(number) is not int or type(item) is not int or number < 1 or not 0 <= item < len(assignment.attempts):
         raise ValueError(f"there is no question {number!r} of item {item!r}")
-    report = convert.report(assignment.lease_id, time.time_ns())
+    report, level = convert.report(assignment.lease_id, time.time_ns()), convert.produced_at(assignment)
     report.item = item
     report.asked.number, report.asked.name = number, header["name"]
-    report.asked.payload.CopyFrom(convert.payload_from_answer(header["payload"], blobs, ""))
+    report.asked.payload.CopyFrom(convert.payload_from_answer(header["payload"], blobs, "", level))
     if report.asked.payload.HasField("artifact"):
         raise ValueError("a question has its value inline")
     return report, number

@@ -15,10 +15,9 @@ from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.crash import Crash
 from lattice_worker.invocation import Frame, Invocation, RunnerKey, failed
 from lattice_worker.runner.frames import FrameTooLargeError
-from lattice_worker.runner_process import Listener, RunnerProcess, start_process
+from lattice_worker.runner_process import Listener, RunnerProcess, Starter, start_process
 from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.sent_functions import SentFunctions
-from lattice_worker.zygotes import Zygotes
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +47,10 @@ class Runner:
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._crash = Crash()
 
-    async def start(self, zygotes: Zygotes, *, is_async: bool) -> None:
-        """Start the process. Raises OSError."""
+    async def start(self, starter: Starter, *, is_async: bool) -> None:
+        """Start the process. Raises OSError and SandboxError."""
         listener = Listener(self._take, self._break, self._lost, self._take_output)
-        self.process = await start_process(zygotes, self._staging, listener, is_async=is_async, sandbox=self.sandbox)
+        self.process = await start_process(starter, self._staging, listener, is_async=is_async, sandbox=self.sandbox)
         self.pipeline, self.folder = self.process.pipeline, self.process.folder
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
@@ -234,6 +233,9 @@ class Runner:
 
     def _retire(self, reason: str) -> None:
         """Refuse the invocations that the process was sent after its last answer: it ends itself."""
+        if self.sandbox is not None and self.running:
+            # It would be started again and again, at no charge to its attempts.
+            raise ValueError("a sandboxed process gave its only invocation back")
         log.info("a task's process runs nothing more: %s", reason)
         self.is_fit = False
         refused, self.running = self.running, {}

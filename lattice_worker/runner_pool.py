@@ -9,6 +9,9 @@ import contextlib
 from collections.abc import Callable, Container, Iterable
 
 from lattice_worker.artifact_staging import ArtifactStaging
+from lattice_worker.containers.config import EngineConfig
+from lattice_worker.containers.containers import Containers
+from lattice_worker.containers.supervisor import ContainerSupervisor
 from lattice_worker.idle_runners import IdleRunners
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_handle import Runner
@@ -24,10 +27,16 @@ class Pool:
     """Runners. Process runners run one invocation at a time, async runners any number.
 
     `spares` is how many unused runners are kept ready; at most twice as many idle ones are kept besides. Idle runners
-    of `retired` bundles are ended; `on_gone` is called when a runner has ended.
+    of `retired` bundles are ended; `on_gone` is called when a runner has ended. `engine` makes containers.
     """
 
-    def __init__(self, spares: int, staging: ArtifactStaging, zygotes: Zygotes | None = None) -> None:
+    def __init__(
+        self,
+        spares: int,
+        staging: ArtifactStaging,
+        zygotes: Zygotes | None = None,
+        engine: EngineConfig | None = None,
+    ) -> None:
         self._wanted = spares
         self._staging = staging
         self._zygotes = zygotes or Zygotes()
@@ -35,7 +44,8 @@ class Pool:
         self._spares: list[Runner] = []
         self._idle = IdleRunners()
         self._shared = SharedRunners()
-        self._sandboxed = SandboxRunners(lambda sandbox: self._start_unused(sandbox=sandbox))
+        self._containers = Containers(engine or EngineConfig())
+        self._sandboxed = SandboxRunners(lambda sandbox: self._start_unused(sandbox=sandbox), self._containers)
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
         self.retired: Container[str] = ()
@@ -107,6 +117,10 @@ class Pool:
             runner.kill()
         self._zygotes.close()
 
+    async def wait_closed(self) -> None:
+        """Wait until the containers are removed. `close` comes first."""
+        await self._containers.close()
+
     def check(self) -> None:
         """Assert that each runner that takes invocations runs one or can be taken."""
         self._idle.check()
@@ -122,7 +136,8 @@ class Pool:
 
     async def _start_unused(self, *, is_async: bool = False, sandbox: Supervisor | None = None) -> Runner:
         runner = Runner(self._staging, self._put_back, self._forget, sandbox)
-        await runner.start(self._zygotes, is_async=is_async)
+        starter = sandbox if isinstance(sandbox, ContainerSupervisor) else self._zygotes
+        await runner.start(starter, is_async=is_async)
         self._all.add(runner)
         return runner
 

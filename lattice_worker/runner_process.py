@@ -7,9 +7,9 @@ import contextlib
 import mmap
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.control_socket import Control
@@ -18,9 +18,15 @@ from lattice_worker.rawoutput import RawOutput
 from lattice_worker.runner.frames import MAX_FRAME_BYTES
 from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.zygote import Process
-from lattice_worker.zygotes import Zygotes
 
 MARK_BYTES = 8
+
+
+class Starter(Protocol):
+    """Starts processes: the zygotes, or for a container its supervisor."""
+
+    async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
+        """Return a new process that has these descriptors, and seals itself for a `sandbox`."""
 
 
 class StepMarks:
@@ -75,14 +81,14 @@ class Listener:
 
 
 async def start_process(
-    zygotes: Zygotes,
+    starter: Starter,
     staging: ArtifactStaging,
     listener: Listener,
     *,
     is_async: bool = False,
     sandbox: Supervisor | None = None,
 ) -> RunnerProcess:
-    """Start a process, which seals itself for a `sandbox`. Raises OSError."""
+    """Start a process, which seals itself for a `sandbox`. Raises OSError and, for a container, SandboxError."""
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as given:
         folder = staging.folder()
         undo.callback(staging.discard, folder)
@@ -99,7 +105,7 @@ async def start_process(
         undo.callback(marks.close)
         descriptors = (theirs.fileno(), out_write, err_write, pipeline.claims, memory)
         request = None if sandbox is None else sandbox.request(folder)
-        process = await zygotes.fork("async" if is_async else "process", descriptors, request)
+        process = await starter.fork("async" if is_async else "process", descriptors, request)
         undo.pop_all()
     limit_bytes = MAX_FRAME_BYTES if sandbox is None else sandbox.frame_bytes
     control = Control(ours, listener.on_frame, listener.on_error, listener.on_lost, limit_bytes)

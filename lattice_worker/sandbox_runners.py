@@ -4,9 +4,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Container
 
+from lattice_worker.containers.containers import Containers
+from lattice_worker.containers.engine import EngineError
+from lattice_worker.containers.supervisor import ContainerSupervisor
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_handle import Runner
-from lattice_worker.sandbox.policy import LEVELS, Policy, policy_of
+from lattice_worker.sandbox.advice import advised
+from lattice_worker.sandbox.policy import DOCKER, LEVELS, Policy, container_policy, policy_of
 from lattice_worker.sandbox.spares import Spares
 from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
 
@@ -17,18 +21,21 @@ SEAL_S = 60.0
 
 
 class SandboxRunners:
-    """Starts and keeps sealed runners. `start` starts the process of a runner with a supervisor."""
+    """Starts and keeps sealed runners. `start` starts the process of a runner with a supervisor.
 
-    def __init__(self, start: Callable[[Supervisor], Awaitable[Runner]]) -> None:
+    `refusals` are the levels that cannot be set up here, with the reasons, once `levels` has tried.
+    """
+
+    def __init__(self, start: Callable[[Supervisor], Awaitable[Runner]], containers: Containers) -> None:
         self._start = start
-        self._spares: Spares[Runner] = Spares(self._seal, SPARES)
-        # By level why it is not offered.
+        self._containers = containers
         self.refusals: dict[str, str] = {}
+        self._spares: Spares[Runner] = Spares(self._seal, SPARES)
 
     async def levels(self) -> list[str]:
         """Return the levels of isolation that can be set up here: a process was sealed for each and accepted."""
-        offered = await asyncio.gather(*map(self._offers, LEVELS))
-        return [level for level, is_offered in zip(LEVELS, offered, strict=True) if is_offered]
+        offered = await asyncio.gather(*map(self._offers, LEVELS), self._offers_containers())
+        return [level for level, is_offered in zip((*LEVELS, DOCKER), offered, strict=True) if is_offered]
 
     async def take(self, key: RunnerKey) -> Runner:
         """Return a runner that was never used. Raises OSError and SandboxError."""
@@ -38,7 +45,10 @@ class SandboxRunners:
 
     def take_spare(self, key: RunnerKey) -> Runner | None:
         """Return a runner that was never used, if one waits."""
-        runner = self._spares.take_waiting(_policy(key))
+        try:
+            runner = self._spares.take_waiting(_policy(key))
+        except SandboxError:  # It is raised again by `take`, for the attempt.
+            return None
         if runner is not None:
             runner.adopt(key)
         return runner
@@ -52,18 +62,28 @@ class SandboxRunners:
         self._spares.close()
 
     async def _offers(self, level: str) -> bool:
-        policy = policy_of(level)
+        policy = _policy(RunnerKey(isolation=level))
         try:
             self._spares.add(policy, await self._seal(policy))
         except (OSError, SandboxError) as error:
-            log.warning("isolation by %s is not offered: %s", level, error)
-            self.refusals[level] = str(error)
+            self.refusals[level] = advised(str(error).removeprefix(f"{level}: "))
+            log.warning("isolation by %s is not offered: %s", level, self.refusals[level])
             return False
         return True
 
+    async def _offers_containers(self) -> bool:
+        try:
+            await self._containers.open()
+        except EngineError as error:
+            # Most machines have no engine, and no need for one.
+            log.info("isolation by docker is not offered: %s", error)
+            self.refusals[DOCKER] = str(error)
+            return False
+        return await self._offers(DOCKER)
+
     async def _seal(self, policy: Policy) -> Runner:
         """Start a runner that is sealed and accepted. Raises OSError and SandboxError."""
-        supervisor = Supervisor(policy)
+        supervisor = ContainerSupervisor(policy, self._containers) if policy.is_container else Supervisor(policy)
         try:
             runner = await self._start(supervisor)
         except BaseException:
@@ -81,4 +101,8 @@ class SandboxRunners:
 
 
 def _policy(key: RunnerKey) -> Policy:
+    if key.isolation == DOCKER:
+        if key.gpu_indices:
+            raise SandboxError("docker: a container is given no GPU; isolation='seccomp' gives one")
+        return container_policy(key.bundle, key.memory_bytes, key.threads)
     return policy_of(key.isolation, key.bundle, key.gpu_indices)

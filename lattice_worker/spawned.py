@@ -186,7 +186,7 @@ class Binder:
             return self._tree(value, holders)
         try:
             if not found:
-                return self._stored(*encode_value(value))
+                return self._stored(*encode_value(value, as_data=self.encoder.as_data))
         except DeferredValueError:
             pass
         except Exception as error:
@@ -205,7 +205,7 @@ class Binder:
         if isinstance(value, SpawnedOutput):
             return _reference(value)
         if id(value) not in holders:
-            return self._stored(*encode_value(value))
+            return self._stored(*encode_value(value, as_data=self.encoder.as_data))
         if type(value) is dict:
             self._check_texts("".join(value).encode())
             return {"entries": {key: self._tree(item, holders) for key, item in value.items()}}

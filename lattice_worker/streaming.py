@@ -33,13 +33,13 @@ def emit(chunk: Any, *, item: int | None = None) -> None:
         RuntimeError: there is no task running here.
     """
     output, position = _streaming(item)
-    output.chunks.send(position, *encoded_chunk(chunk))
+    output.chunks.send(position, *encoded_chunk(chunk, output))
 
 
 async def emit_async(chunk: Any, *, item: int | None = None) -> None:
     """As `emit`, without blocking other coroutines."""
     output, position = _streaming(item)
-    await output.chunks.send_async(position, *encoded_chunk(chunk))
+    await output.chunks.send_async(position, *encoded_chunk(chunk, output))
 
 
 def progress(done: float, total: float | None = None, *, item: int | None = None) -> None:

@@ -77,7 +77,8 @@ class Streams:
             report.item = item
             pending = self._pending[lease_id, item] = _Pending(report)
         reference = {"type": str(header["type"]), "blob": 0}
-        pending.report.streamed.chunks.append(convert.payload_from_answer(reference, blobs, ""))
+        level = convert.produced_at(assignment)
+        pending.report.streamed.chunks.append(convert.payload_from_answer(reference, blobs, "", level))
         pending.size += size
         if pending.size > REPORT_BYTES:
             self._report(lease_id, item)

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Installs what the project needs from the system and a bare Debian machine lacks. Quick when nothing is missing.
 #
-# Usage: scripts/install_missing.sh python|nodejs|go|network|postgres
+# Usage: scripts/install_missing.sh python|nodejs|go|network|docker|postgres
 #
 # As root with apt-get it installs; otherwise it says what to install. Without Python's venv nothing can go on;
 # without Node.js or Go the tests of those examples are skipped, without a network of namespaces those of clusters,
-# and without PostgreSQL those of its journal.
+# without Docker those of containers, and without PostgreSQL those of its journal.
 set -eu
 
 packages=""
@@ -29,6 +29,9 @@ go)
 network)
     command -v ip >/dev/null && command -v ss >/dev/null || packages="iproute2"
     command -v openssl >/dev/null || packages="$packages openssl"
+    ;;
+docker)
+    command -v dockerd >/dev/null && command -v runc >/dev/null || packages="docker.io runc"
     ;;
 postgres)
     command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || packages="postgresql"

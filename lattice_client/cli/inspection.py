@@ -38,7 +38,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         raise SystemExit(128 + signal.SIGINT) from None
 
 
-async def _unfetched(payload: payload_pb2.Payload) -> payload_pb2.Payload:
+async def _unfetched(payload: payload_pb2.Payload, _source: str) -> payload_pb2.Payload:
     return payload  # These commands show no values, so that large ones need not be fetched.
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import click
-from lattice.v1 import cluster_pb2
+from lattice.v1 import cluster_pb2, resources_pb2
 
 from lattice_client import logs
 from lattice_client.cli.doctor import doctor
@@ -24,7 +24,7 @@ from lattice_client.cli.options import (
 from lattice_client.cli.runs import runs
 from lattice_client.cli.services import services
 from lattice_client.cli.streaming import stream
-from lattice_client.cli.terminal import say
+from lattice_client.cli.terminal import one_line, say
 
 
 @click.group(cls=Commands)
@@ -102,6 +102,13 @@ def nodes(context: click.Context, server: Server, as_json: bool) -> None:
         for node in found
     ]
     show(("node", "state", "address", "cpu free", "GiB free", "gpus", "attempts"), rows, wrapped="node")
+    for node in found:
+        for refusal in node.isolation_refusals:
+            say(f"{node.node_id} does not offer isolation {_level(refusal)}: {one_line(refusal.reason)}")
+
+
+def _level(refusal: resources_pb2.IsolationRefusal) -> str:
+    return resources_pb2.Isolation.Name(refusal.isolation).removeprefix("ISOLATION_").lower()
 
 
 @nodes.command()

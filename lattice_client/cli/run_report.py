@@ -34,6 +34,10 @@ TREE_COLUMNS = ("task", "state", "#", "node", "queued", "ran")
 # How many failures, of different text, and how many waiting tasks are described.
 MAX_FAILURES, MAX_EXPLAINED = 10, 10
 MAX_ROWS = 200
+# Narrower terminals show names and states only.
+MIN_WIDTH = 60
+# What stands for the characters of the tree where the encoding has only ASCII.
+PLAIN = str.maketrans({"\u251c": "|", "\u2514": "`", "\u2500": "-", "\u2502": "|", "\u2026": ".", "\u00d7": "x"})
 FRAME = re.compile(
     r'^ *File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>[^\n]+)\n(?: +(?P<code>\S.*))?', re.MULTILINE
 )
@@ -128,21 +132,27 @@ def print_tasks(report: Report, *, shows_all: bool) -> None:
         return
     tasks = {task.task_id: task for task in report.tasks}
     rows = [*tree_rows(groups_of(report.graph, tasks, is_grouped=not shows_all and len(tasks) > MAX_SINGLE))]
+    columns = TREE_COLUMNS if console.width >= MIN_WIDTH else TREE_COLUMNS[:2]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in TREE_COLUMNS:
+    for column in columns:
         # Only the names are cut when the terminal is narrow.
         table.add_column(column, no_wrap=column != "task", overflow="ellipsis")
     for row in rows if shows_all else rows[:MAX_ROWS]:
-        name = Text.assemble(
-            row.prefix, one_line(row.name), (f"  after {one_line(row.after)}" * bool(row.after), "dim")
-        )
+        after = f"  after {one_line(row.after)}" if row.after else ""
+        name = Text.assemble(_drawn(row.prefix + one_line(row.name)), (after, "dim"), no_wrap=True, overflow="ellipsis")
         state = Text(row.state, STYLES.get(row.state, STYLES["failed"] if "failed" in row.state else ""))
-        table.add_row(name, state, row.attempt, Text(one_line(row.node)), row.queued, row.ran)
+        cells = (name, state, row.attempt, Text(one_line(row.node)), row.queued, row.ran)
+        table.add_row(*cells[: len(columns)])
     console.print(table)
     if len(rows) > MAX_ROWS and not shows_all:
         say(f"... and {len(rows) - MAX_ROWS} more rows; --all shows every task")
     elif len(tasks) > len(rows):
         say(f"{len(tasks)} tasks in {len(rows)} rows; --all shows every task")
+
+
+def _drawn(text: str) -> str:
+    """Return text with the characters of the tree as this terminal can show them."""
+    return text if console.encoding.lower().startswith("utf") else text.translate(PLAIN)
 
 
 def _flat(report: Report) -> list[tuple[str, ...]]:

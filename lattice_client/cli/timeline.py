@@ -19,7 +19,10 @@ COLUMNS = ("task", "attempt", "state", "node", "start", "queued", "ran", "critic
 NODE_COLUMNS = ("node", "attempts", "failed", "busy", "compared to other nodes")
 FUNCTION_COLUMNS = ("function", "attempts", "failed", "ran, median", "longest", "queued, median", "longest")
 MAX_FUNCTIONS = 20
-MIN_BAR, MAX_NAME = 20, 32
+MIN_BAR, MAX_NAME, MIN_NAME = 10, 32, 12
+MIN_WIDTH = 60
+# The columns between the name and the bar, with their margins.
+OTHERS_WIDTH = 40
 # From this on a node is called slower than the others.
 SLOW = 1.5
 
@@ -122,23 +125,26 @@ def function_cells(use: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _print_bars(history: History, attempts: Sequence[Attempt]) -> None:
-    names = {attempt.label for attempt in attempts}
-    name_width = min(MAX_NAME, max(map(len, map(one_line, names)), default=0) + 2)
+    # A narrow terminal shows names and bars only.
+    is_wide = console.width >= MIN_WIDTH
+    longest = max((len(one_line(attempt.label)) for attempt in attempts), default=0) + 2
+    name_width = min(MAX_NAME if is_wide else MIN_NAME, longest)
+    width = max(MIN_BAR, console.width - name_width - (OTHERS_WIDTH if is_wide else 1))
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("task", no_wrap=True, width=name_width, overflow="ellipsis")
-    table.add_column("#", no_wrap=True, justify="right")
-    table.add_column("node", no_wrap=True, max_width=16, overflow="ellipsis")
-    table.add_column("queued", no_wrap=True, justify="right")
-    table.add_column("ran", no_wrap=True, justify="right")
-    others = name_width + 2 + 16 + 8 + 8 + 6
-    width = max(MIN_BAR, console.width - others)
+    if is_wide:
+        table.add_column("#", no_wrap=True, justify="right")
+        table.add_column("node", no_wrap=True, max_width=16, overflow="ellipsis")
+        table.add_column("queued", no_wrap=True, justify="right")
+        table.add_column("ran", no_wrap=True, justify="right")
     end = fine_span(history.now_s - history.begin_s)
     table.add_column(f"0{end:>{width - 1}}", no_wrap=True, width=width)
     for attempt in attempts:
         name = Text(one_line(attempt.label), "bold" if attempt.is_critical else "")
         queued, ran = attempt.queued_s(history.now_s), attempt.ran_s(history.now_s)
-        cells = str(attempt.number or ""), Text(one_line(attempt.node_id)), fine_span(queued), fine_span(ran)
-        table.add_row(Text.assemble("* " if attempt.is_critical else "  ", name), *cells, bar(history, attempt, width))
+        cells = (str(attempt.number or ""), Text(one_line(attempt.node_id)), fine_span(queued), fine_span(ran))
+        first = Text.assemble("* " if attempt.is_critical else "  ", name)
+        table.add_row(first, *(cells if is_wide else ()), bar(history, attempt, width))
     console.print(table)
     say("* on the critical path")
 

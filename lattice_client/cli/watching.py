@@ -65,7 +65,7 @@ class Opaque:
 def _json_reader(client: AsyncLatticeClient) -> Decode:
     """Return a function that decodes the JSON values of events, and replaces all others by `Opaque`."""
 
-    async def read(payload: payload_pb2.Payload) -> Any:
+    async def read(payload: payload_pb2.Payload, _source: str) -> Any:
         media_type = payload.media_type or payloads.JSON
         if payload.WhichOneof("content") == "artifact":
             opaque = Opaque(media_type, payload.artifact.size_bytes)
@@ -98,7 +98,7 @@ def _print_plain(event: RunEvent, lines: Lines) -> None:
 
 
 async def _watch_live(client: AsyncLatticeClient, run: run_pb2.Run) -> None:
-    async def unfetched(payload: payload_pb2.Payload) -> payload_pb2.Payload:
+    async def unfetched(payload: payload_pb2.Payload, _source: str) -> payload_pb2.Payload:
         return payload  # the live view shows no outputs, so that large ones need not be fetched
 
     progress = Progress(run)

@@ -7,7 +7,7 @@ from typing import Any
 from lattice.v1 import run_pb2
 
 from lattice_client.convert.failures import failure_of
-from lattice_client.convert.results import Declared, Decode, ordered
+from lattice_client.convert.results import Declared, Decode, decode_all, ordered
 from lattice_client.errors import InvalidArgumentError
 
 RUN_STATES = [state.removeprefix("RUN_STATE_").lower() for state in run_pb2.RunState.keys()[1:]]
@@ -49,7 +49,7 @@ async def event_of(message: run_pb2.RunEvent, decode: Decode, declared: Declared
         match field.name:
             case "outputs":
                 found = ordered(value, declared.get(body.task_id.partition("[")[0], ()))
-                data["outputs"] = {name: await decode(payload) for name, payload in found.items()}
+                data["outputs"] = await decode_all(body.task_id, found, decode)
             case "failure":
                 data["failure"] = failure_of(value) if body.HasField("failure") else None
             case "gpu_indices" | "task_ids":

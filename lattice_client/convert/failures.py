@@ -39,10 +39,11 @@ def task_error_of(
     shown = failure_of(failure)
     message = f"{failure.type}: {failure.message}" if failure.type else failure.message
     error = TaskFailedError(run_id, task_id, shown["kind"], message, failure.traceback, failed_tasks, task_name)
+    error.error_type, error.error_message = failure.type, failure.message
     if failure.HasField("exception"):
         error.exception = failure.exception
     elif failure.type:
-        why = "it could not be pickled, or the task is not written in Python"
+        why = "it could not be pickled, or the task ran in a sandbox or is not written in Python"
         error.missing_cause = f"The worker sent the original exception as text only: {why}"
     return error
 

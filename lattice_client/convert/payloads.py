@@ -1,6 +1,7 @@
 """Owns the translation between Python values and payloads.
 
-Rule: a value that JSON represents exactly is JSON, which any language can read; any other value is pickled.
+Rule: a value that JSON represents exactly is JSON, which any language can read; any other value is pickled. A pickle is
+decoded only for a caller that says that it may be.
 """
 
 import io
@@ -14,6 +15,7 @@ from typing import Any
 from lattice.v1 import payload_pb2
 
 from lattice_client.code import pickler
+from lattice_client.convert import arrays, dataframes, tagged
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -21,6 +23,7 @@ CLOUDPICKLE = "application/vnd.lattice.cloudpickle"
 PICKLE5 = "application/vnd.lattice.pickle5"
 # The layout of PICKLE5; the persistent ids in the pickle are indexes of the list of values that follows it.
 WITH_OUTPUTS = "application/vnd.lattice.pickle-with-outputs"
+PICKLES = frozenset({CLOUDPICKLE, PICKLE5})  # The encodings whose decoders run code that the bytes choose.
 MAGIC = b"LTP5"
 ALIGN = 64
 # Every server accepts inline values up to this size; for larger ones the client reads the server's limit.
@@ -147,11 +150,23 @@ def inline(media_type: str, data: bytes) -> payload_pb2.Payload:
     return payload_pb2.Payload(media_type=media_type, data=data)
 
 
-def decode(media_type: str, data: bytes | bytearray) -> Any:
-    """Return the decoded value; for an unknown media type the bytes."""
+class UnpicklingRefusedError(Exception):
+    """A value is a pickle, and the caller did not say that it may be unpickled."""
+
+
+def decode(media_type: str, data: bytes | bytearray, *, may_unpickle: bool) -> Any:
+    """Return the decoded value; for an unknown media type the bytes. Raises UnpicklingRefusedError and any other."""
+    if media_type in PICKLES and not may_unpickle:
+        raise UnpicklingRefusedError
     match media_type or JSON:
         case "application/json":
             return json.loads(data)
+        case tagged.MEDIA_TYPE:
+            return tagged.decode(data)
+        case arrays.NPY:
+            return arrays.decode_array(data)
+        case dataframes.ARROW:
+            return dataframes.decode_frame(data)
         case "application/vnd.lattice.cloudpickle":
             return pickle.loads(data)
         case "application/vnd.lattice.pickle5":

@@ -9,7 +9,8 @@ from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import TaskOutput
 
 T = TypeVar("T")
-Decode = Callable[[payload_pb2.Payload], Awaitable[Any]]
+# Takes a value, and its name in errors.
+Decode = Callable[[payload_pb2.Payload, str], Awaitable[Any]]
 # The names of the outputs of tasks in the order of their declaration, by task id, as far as this client knows them.
 Declared = Mapping[str, Sequence[str]]
 
@@ -53,13 +54,27 @@ async def outputs_of(
     if not items:
         if task.state != run_pb2.TASK_STATE_SUCCEEDED:
             return None
-        return {name: await decode(payload) for name, payload in ordered(task.outputs, declared).items()}
+        return await decode_all(task.task_id, ordered(task.outputs, declared), decode)
     names = ordered(dict.fromkeys(name for item in items for name in item.outputs), declared)
     if not names:
         return None
     return {
-        name: [await decode(item.outputs[name]) if name in item.outputs else None for item in items] for name in names
+        name: [
+            await decode(item.outputs[name], named(item.task_id, name)) if name in item.outputs else None
+            for item in items
+        ]
+        for name in names
     }
+
+
+async def decode_all(task_id: str, outputs: Mapping[str, payload_pb2.Payload], decode: Decode) -> dict[str, Any]:
+    """Return the outputs of a task by name, as `decode` returns them."""
+    return {name: await decode(payload, named(task_id, name)) for name, payload in outputs.items()}
+
+
+def named(task_id: str, output: str) -> str:
+    """Return the name of an output in errors."""
+    return f"output {output!r} of task {task_id!r}"
 
 
 def value_of(outputs: dict[str, Any], task: LatticeTask | TaskOutput | str) -> Any:

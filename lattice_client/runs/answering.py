@@ -15,15 +15,16 @@ from lattice_client.runs.questions import OnQuestion, Question
 class Questions:
     """The unanswered questions of one run, in the order in which they arrived."""
 
-    def __init__(self, stream: OpenRunStream, limit_bytes: int) -> None:
+    def __init__(self, stream: OpenRunStream, limit_bytes: int, trust_pickles: bool = False) -> None:
         self._stream = stream
         self._limit_bytes = limit_bytes
+        self._trust_pickles = trust_pickles
         self._unanswered: dict[str, Question] = {}
         self._untaken: deque[Question] = deque()
         stream.on_question, stream.on_withdrawal = self._add, self._withdraw
 
     def _add(self, message: workflow_pb2.Question) -> None:
-        question = Question(message, self._limit_bytes, self._answer)
+        question = Question(message, self._limit_bytes, self._answer, self._trust_pickles)
         self._unanswered[question.question_id] = question
         self._untaken.append(question)
 

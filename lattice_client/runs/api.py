@@ -21,8 +21,8 @@ class RunApi:
     calls: Calls
 
     @classmethod
-    def over(cls, channel: Channel, tenant: str, admission_timeout_s: float) -> Self:
+    def over(cls, channel: Channel, tenant: str, admission_timeout_s: float, trust_pickles: bool) -> Self:
         """Return the calls over a channel; see `AsyncLatticeClient` for the settings."""
-        transfer = Transfer(channel)
+        transfer = Transfer(channel, trust_pickles)
         starter = Starter(channel, transfer, tenant, admission_timeout_s)
         return cls(channel, transfer, starter, Reader(channel, transfer), Calls(channel))

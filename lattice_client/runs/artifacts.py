@@ -16,21 +16,22 @@ UPLOAD_TRIES = 5
 
 
 class Transfer:
-    """Sends and fetches encoded values."""
+    """Sends and fetches encoded values. `trust_pickles` marks them as trusted by this client, see `Fetched`."""
 
-    def __init__(self, rpc: Channel) -> None:
+    def __init__(self, rpc: Channel, trust_pickles: bool) -> None:
         self._rpc = rpc
+        self.trust_pickles = trust_pickles
 
-    async def fetch(self, payload: payload_pb2.Payload) -> Fetched:
-        """Return a payload's encoding; a large one is downloaded."""
+    async def fetch(self, payload: payload_pb2.Payload, source: str = "") -> Fetched:
+        """Return a payload's encoding; a large one is downloaded. `source` names the value in errors."""
         match payload.WhichOneof("content"):
             case "json":
-                return Fetched(payload.media_type, payload.json.encode())
+                data: bytes | bytearray = payload.json.encode()
             case "data":
-                return Fetched(payload.media_type, payload.data)
+                data = payload.data
             case _:
                 data = await self._download(payload.artifact.artifact_id)
-                return Fetched(payload.media_type, data)
+        return Fetched.of(payload, data, source, self.trust_pickles)
 
     async def _download(self, artifact_id: str) -> bytearray:
         data = bytearray()

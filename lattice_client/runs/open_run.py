@@ -66,7 +66,7 @@ class AsyncOpenRun(AsyncRun):
         limits = await api.channel.limits()
         grace_s = limits.open_run_grace.ToNanoseconds() / 1e9
         stream = OpenRunStream(api.channel, workflow_pb2.OpenRunOpening(run=opening), grace_s)
-        questions = Questions(stream, limits.question_bytes)
+        questions = Questions(stream, limits.question_bytes, api.transfer.trust_pickles)
         await stream.open()
         handler = request.on_question
         answering = AnsweringTasks(questions, handler) if handler is not None and is_answered_by_tasks else None

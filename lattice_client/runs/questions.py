@@ -18,7 +18,11 @@ class Question:
     """A question of an attempt, which waits for the answer. See `context.ask`."""
 
     def __init__(
-        self, message: workflow_pb2.Question, limit_bytes: int, send: Callable[[workflow_pb2.QuestionAnswer], bool]
+        self,
+        message: workflow_pb2.Question,
+        limit_bytes: int,
+        send: Callable[[workflow_pb2.QuestionAnswer], bool],
+        trust_pickles: bool = False,
     ) -> None:
         self.question_id = message.question_id
         self.run_id = message.run_id
@@ -28,6 +32,7 @@ class Question:
         self.is_withdrawn = False
         self._message = message
         self._limit_bytes = limit_bytes
+        self._trust_pickles = trust_pickles
         self._send = send
         self._value: tuple[Any] | None = None
 
@@ -36,11 +41,15 @@ class Question:
 
     @property
     def payload(self) -> Any:
-        """The value that the task sent with the question, decoded at its first use. Raises DecodeError."""
+        """The value that the task sent with the question, decoded at its first use.
+
+        Raises UntrustedPayloadError, DecodeError.
+        """
         if self._value is None:
             message = self._message.payload
             data = message.json.encode() if message.WhichOneof("content") == "json" else message.data
-            self._value = (decoded(Fetched(message.media_type, data)),)
+            source = f"question {self.name!r} of task {self.task_id!r}"
+            self._value = (decoded(Fetched.of(message, data, source, self._trust_pickles)),)
         return self._value[0]
 
     def answer(self, value: Any = None) -> bool:

@@ -97,7 +97,7 @@ class Reader:
         """Wait for the end of a task that runs alone; return its fetched outputs, or its error."""
         if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
             outputs = results.ordered(response.task.outputs, task.definition.outputs)
-            return {name: await self._transfer.fetch(payload) for name, payload in outputs.items()}
+            return await results.decode_all(response.task.task_id, outputs, self._transfer.fetch)
         return await self.result_in(await self.ended(response.run.run_id), declared=results.declared_by([task]))
 
     async def error_of(self, run: run_pb2.Run) -> errors.RunError | None:

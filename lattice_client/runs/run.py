@@ -40,7 +40,9 @@ class AsyncRun(RunId):
             weakref.finalize(run, call.abandon).atexit = False
         return run
 
-    async def result(self, timeout: float | None = None, *, partial: bool = False) -> dict[str, Any]:
+    async def result(
+        self, timeout: float | None = None, *, partial: bool = False, trust_pickles: bool = False
+    ) -> dict[str, Any]:
         """Wait for the end of the run and return the outputs of its final tasks, on which no other task depends.
 
         For a graph with one final task this is a dict of its outputs by name. For a graph with several it is a dict of
@@ -56,12 +58,15 @@ class AsyncRun(RunId):
             RunCancelledError: the run was cancelled.
             TimeoutError: `timeout` seconds passed; the run continues.
             UnavailableError: the server could not be reached for 30 s; the run may continue.
+            UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial))
+        found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial), trust_pickles)
         return found
 
-    async def output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:
+    async def output(
+        self, task: LatticeTask | TaskOutput | str, timeout: float | None = None, *, trust_pickles: bool = False
+    ) -> Any:
         """Wait for the end of a task, given by itself, its id or one of its outputs, and return its output.
 
         For a task with a single output this is its value, and otherwise a dict of its outputs by name. For an output it
@@ -73,9 +78,10 @@ class AsyncRun(RunId):
             NotFoundError: the run has no such task.
             TimeoutError: `timeout` seconds passed; the run continues.
             UnavailableError: the server could not be reached for 30 s; the run may continue.
+            UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        return decoded(await self.fetched_output(task, timeout))
+        return decoded(await self.fetched_output(task, timeout), trust_pickles)
 
     async def fetched_result(self, timeout: float | None = None, partial: bool = False) -> Any:
         """Wait for the end; return the fetched result, or the error, for `decoded`."""

@@ -141,7 +141,7 @@ def _restart(run_id: str, chunk: Chunk, on_restart: OnRestart | None) -> None:
 
 async def _chunk_of(api: RunApi, message: results_pb2.Chunk) -> Chunk:
     is_restart = message.WhichOneof("content") == "restart"
-    value = None if is_restart else await api.transfer.fetch(message.payload)
+    value = None if is_restart else await api.transfer.fetch(message.payload, f"a chunk of task {message.task_id!r}")
     return Chunk(message.task_id, message.sequence, message.attempt, message.index, value, is_restart)
 
 

@@ -31,7 +31,9 @@ class Run(RunId):
         found.twin, found.declared = twin, twin.declared
         return found
 
-    def result(self, timeout: float | None = None, *, partial: bool = False) -> dict[str, Any]:
+    def result(
+        self, timeout: float | None = None, *, partial: bool = False, trust_pickles: bool = False
+    ) -> dict[str, Any]:
         """Wait for the end of the run and return the outputs of its final tasks, on which no other task depends.
 
         For a graph with one final task this is a dict of its outputs by name. For a graph with several it is a dict of
@@ -43,12 +45,15 @@ class Run(RunId):
             RunCancelledError: the run was cancelled.
             TimeoutError: `timeout` seconds passed; the run continues.
             UnavailableError: the server could not be reached for 30 s; the run may continue.
+            UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = decoded(blocking(self.twin.fetched_result(timeout, partial), self))
+        found: dict[str, Any] = decoded(blocking(self.twin.fetched_result(timeout, partial), self), trust_pickles)
         return found
 
-    def output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:
+    def output(
+        self, task: LatticeTask | TaskOutput | str, timeout: float | None = None, *, trust_pickles: bool = False
+    ) -> Any:
         """Wait for the end of a task and return its output, or its outputs by name; see `AsyncRun.output`.
 
         For an output, `task.output` or `task.outputs["name"]`, it returns the value of that output.
@@ -59,9 +64,10 @@ class Run(RunId):
             NotFoundError: the run has no such task.
             TimeoutError: `timeout` seconds passed; the run continues.
             UnavailableError: the server could not be reached for 30 s; the run may continue.
+            UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        return decoded(blocking(self.twin.fetched_output(task, timeout), self))
+        return decoded(blocking(self.twin.fetched_output(task, timeout), self), trust_pickles)
 
     def events(self, after: int = 0, timeout: float | None = None) -> Iterator[RunEvent]:
         """Yield the run's events after number `after`, to its end. Raises TimeoutError after `timeout` seconds."""

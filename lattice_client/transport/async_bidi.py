@@ -53,7 +53,8 @@ class AsyncSteps(Steps):
 
     def __init__(self, step: Callable[[], Awaitable[bool]]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._waiting: set[asyncio.Future[None]] = set()
+        # Only callers whose condition is true are woken: thousands may wait for the tasks of one run.
+        self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
         self._stepping = asyncio.create_task(self._step_until_last(step))
         self._stepping.add_done_callback(lambda _: self.wake())
 
@@ -71,16 +72,17 @@ class AsyncSteps(Steps):
                     self._stepping.result()
                 return
             waiter = self._loop.create_future()
-            self._waiting.add(waiter)
+            self._waiting[waiter] = is_ready
             try:
                 await waiter
             finally:
-                self._waiting.discard(waiter)
+                del self._waiting[waiter]
 
     def wake(self) -> None:
-        """Have every waiting caller check its condition again."""
-        for waiter in self._waiting:
-            if not waiter.done():
+        """Wake the waiting callers whose condition is true, and all of them after the last step."""
+        is_over = self._stepping.done()
+        for waiter, is_ready in self._waiting.items():
+            if not waiter.done() and (is_over or is_ready()):
                 waiter.set_result(None)
 
     def stop(self) -> None:

@@ -15,12 +15,25 @@ class Artifact:
     node_id: str
 
 
+class Isolation(Enum):
+    """How strictly an attempt is isolated, from the weakest to the strictest."""
+
+    NONE = "none"
+    SUBPROCESS = "subprocess"
+    SECCOMP = "seccomp"
+    DOCKER = "docker"
+
+
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """One encoded value: JSON text (str), bytes, or a reference. The core does not decode it."""
+    """One encoded value: JSON text (str), bytes, or a reference. The core does not decode it.
+
+    `produced_at` is the level of the task that made it; `NONE` for a value of a caller.
+    """
 
     media_type: str
     content: str | bytes | Artifact
+    produced_at: Isolation = Isolation.NONE
 
     @property
     def kept_bytes(self) -> int:
@@ -79,15 +92,6 @@ Binding = Payload | OutputRef | Parameter | BindingList | BindingMap | Selection
 Outputs = Mapping[str, Payload]
 
 
-class Isolation(Enum):
-    """How strictly an attempt is isolated."""
-
-    NONE = "none"
-    SUBPROCESS = "subprocess"
-    SECCOMP = "seccomp"
-    DOCKER = "docker"
-
-
 @dataclass(frozen=True, slots=True)
 class Resources:
     """The resources that one attempt takes while it runs. Memory in bytes; `gpu` below one shares a device."""
@@ -136,6 +140,7 @@ class FailureKind(Enum):
     CPU_TIME = "cpu_time"
     OUTPUT_SIZE = "output_size"
     SANDBOX_SETUP = "sandbox_setup"
+    UNTRUSTED_INPUT = "untrusted_input"
 
 
 RETRIED_BY_DEFAULT = frozenset(
@@ -220,7 +225,10 @@ ANY_RUNTIME = Runtime()
 
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
-    """A node and the worker that serves it. A worker with `entrypoints` runs only those; any other runs Python."""
+    """A node and the worker that serves it. A worker with `entrypoints` runs only those; any other runs Python.
+
+    `isolation_refusals` says why it does not offer a level, in words for people.
+    """
 
     node_id: str
     worker_id: str
@@ -232,6 +240,7 @@ class NodeSpec:
     runtime: Runtime
     pid: int
     entrypoints: frozenset[str] = frozenset()
+    isolation_refusals: Mapping[Isolation, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)

@@ -35,6 +35,7 @@ class Encoder:
         self._folder = header["folder"]
         self._store = header["store"]
         self._inline_limit = header["inline_limit"]
+        self.as_data = header.get("as_data", False)
         self.blobs: list[bytes] = []
         self.made: list[str] = []
 
@@ -47,7 +48,7 @@ class Encoder:
     def encode(self, value: Any, name: str) -> dict[str, Any]:
         """Return a reference to the encoded value of the output of this name."""
         try:
-            media_type, parts = encode_value(value)
+            media_type, parts = encode_value(value, as_data=self.as_data)
         except MemoryError:
             raise
         except BaseException as error:  # SystemExit too: pickling runs code of the value's own.

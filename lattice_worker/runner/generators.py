@@ -18,10 +18,10 @@ def is_generator(value: Any) -> bool:
     return inspect.isgenerator(value) or inspect.isasyncgen(value)
 
 
-def encoded_chunk(value: Any) -> tuple[str, bytes]:
+def encoded_chunk(value: Any, output: Output) -> tuple[str, bytes]:
     """Return the media type and the encoding of a chunk. Raises PayloadError."""
     try:
-        media_type, parts = encode_value(value)
+        media_type, parts = encode_value(value, as_data=output.header.get("as_data", False))
     except MemoryError:
         raise
     except BaseException as error:  # SystemExit too: pickling runs code of the value's own.
@@ -41,13 +41,13 @@ async def stream_async(output: Output, generator: Any, function: Callable[..., A
     found: list[Any] = []
     if inspect.isasyncgen(generator):
         async for value in generator:
-            await output.chunks.send_async(0, *encoded_chunk(value))
+            await output.chunks.send_async(0, *encoded_chunk(value, output))
             found.append(value)
         return _combined(function, found, None)
     try:
         while True:
             value = next(generator)
-            await output.chunks.send_async(0, *encoded_chunk(value))
+            await output.chunks.send_async(0, *encoded_chunk(value, output))
             found.append(value)
     except StopIteration as over:
         return _combined(function, found, over.value)
@@ -60,7 +60,7 @@ def _stream_here(output: Output, generator: Generator[Any, None, Any], function:
             value = next(generator)
         except StopIteration as over:
             return _combined(function, found, over.value)
-        output.chunks.send(0, *encoded_chunk(value))
+        output.chunks.send(0, *encoded_chunk(value, output))
         found.append(value)
 
 

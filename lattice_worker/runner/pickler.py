@@ -108,6 +108,10 @@ def _class(
     return meta, name, bases, members, *more
 
 
+# Each returns the reduction of an object that another library makes, or None.
+OVERRIDES: list[Callable[[Any], Any]] = []
+
+
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles values. Functions and classes that no other process can import are pickled by value."""
 
@@ -120,7 +124,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             cloudpickle.register_pickle_by_value(script)
 
     def reducer_override(self, obj: Any) -> Any:
-        """Return the reduction of a function or a class."""
+        """Return the reduction of a function, a class, or an object with a reduction in `OVERRIDES`."""
+        for override in OVERRIDES:
+            if (found := override(obj)) is not None:
+                return found
         kind = type(obj)
         if kind is not FunctionType and not issubclass(kind, type):
             return NotImplemented

@@ -1,6 +1,7 @@
 """The codec of values: how one travels between processes.
 
-Rule: JSON when it gives the value back exactly, so that any language can read it; cloudpickle otherwise.
+Rule: JSON when it gives the value back exactly, so that any language can read it; cloudpickle otherwise. A sandboxed
+process uses cloudpickle only when no encoding of data gives the value back exactly.
 """
 
 import io
@@ -10,7 +11,7 @@ import pickle
 import struct
 from typing import Any
 
-from lattice_worker.runner import pickler
+from lattice_worker.runner import arrays, dataframes, pickler, tagged
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -118,12 +119,19 @@ def is_json(value: Any) -> bool:
     return among_json(value) is not None
 
 
-def encode_value(value: Any) -> tuple[str, list[Any]]:
-    """Return a value's media type and its encoding, in parts."""
+def encode_value(value: Any, *, as_data: bool = False) -> tuple[str, list[Any]]:
+    """Return a value's media type and its encoding, in parts; `as_data` avoids pickles as far as possible."""
     if is_json(value):
         return JSON, [_to_json(value).encode()]
     if type(value) is bytes:
         return BYTES, [value]
+    if as_data:
+        if (parts := arrays.encode_array(value)) is not None:
+            return arrays.NPY, parts
+        if (parts := dataframes.encode_frame(value)) is not None:
+            return dataframes.ARROW, parts
+        if (data := tagged.encode(value)) is not None:
+            return tagged.MEDIA_TYPE, [data]
     buffers: list[pickle.PickleBuffer] = []
     stream = pickler.dumps(value, buffers.append)
     return (PICKLE5, _layout(stream, buffers)) if buffers else (CLOUDPICKLE, [stream])
@@ -182,6 +190,12 @@ def decode_value(media_type: str, data: Any, outputs: list[Any] | None = None) -
         return bytes(data)
     if media_type == CLOUDPICKLE:
         return pickle.loads(data)
+    if media_type == tagged.MEDIA_TYPE:
+        return tagged.decode(data)
+    if media_type == arrays.NPY:
+        return arrays.decode_array(data)
+    if media_type == dataframes.ARROW:
+        return dataframes.decode_frame(data)
     if media_type not in {PICKLE5, WITH_OUTPUTS}:
         raise PayloadError(f"a value is encoded as {media_type!r}, which Python tasks cannot read")
     # Over bytes, arrays could only be read.

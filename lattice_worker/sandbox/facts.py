@@ -89,7 +89,7 @@ def missing(policy: Policy, facts: Mapping[str, Any], own: Mapping[str, str], ro
         "NOFILE": policy.descriptors,
         "FSIZE": policy.scratch_bytes,
         "CORE": 0,
-        **({"NPROC": policy.processes} if policy.has_namespaces else {}),
+        **({"NPROC": policy.processes} if policy.has_user_of_its_own else {}),
     }
     allowed = ENVIRONMENT | OWN_VARIABLES
     extra = [name for name in facts["variables"] if name not in allowed and not name.startswith("LC_")]
@@ -109,13 +109,14 @@ def missing(policy: Policy, facts: Mapping[str, Any], own: Mapping[str, str], ro
         **{f"the limit {name}": limits[name] == wanted for name, wanted in wanted_limits.items()},
     }
     if policy.is_root:
-        checks["a user of its own"] = 0 not in uids and len(uids) == 1 and not facts["groups"]
+        groups = {*facts["groups"]} - (uids if policy.is_container else set())
+        checks["a user of its own"] = 0 not in uids and len(uids) == 1 and not groups
     if policy.has_namespaces:
         checks["an empty bounding set"] = int(status["CapBnd"], 16) == 0
         checks["a file system view of its own"] = facts["root_device"] != root_device
         kinds = [kind for kind in NAMESPACES if kind != "user" or not policy.is_root]
         checks |= {f"a {kind} namespace": facts["namespaces"][kind] != own[kind] for kind in kinds}
-    if landlock.abi():
+    if landlock.abi() and not policy.is_container:
         checks["Landlock"] = probes["list_root"] == errno.EACCES
     if policy.has_filter:
         is_filtered = status["Seccomp"] == "2" and probes["unshare_nothing"] == errno.EPERM

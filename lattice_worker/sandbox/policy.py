@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MIB = 1024 * 1024
-SUBPROCESS, SECCOMP = "subprocess", "seccomp"
-LEVELS = (SUBPROCESS, SECCOMP)
+SUBPROCESS, SECCOMP, DOCKER = "subprocess", "seccomp", "docker"
+LEVELS = (SUBPROCESS, SECCOMP)  # Whose processes are forked and seal themselves.
 
 # Parts of the machine that programs expect: the system's libraries and programs, and public settings.
 SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/sys/devices/system/cpu")
@@ -30,23 +30,26 @@ ENVIRONMENT = frozenset({"PATH", "LANG", "LANGUAGE", "TZ", "PYTHONHASHSEED", "PY
 INTERPRETER_ENVIRONMENT = frozenset({"PYTHONPATH", "LD_LIBRARY_PATH"})
 # How many threads numerical libraries start; their own choice, one for each core, may be more than the policy allows.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+DEFAULT_MEMORY_BYTES = 2048 * MIB
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """The access and the limits of one process. Sizes in bytes, times in seconds.
 
-    `has_namespaces` says whether it gets namespaces and a file system view of its own: always at `seccomp`, and at
-    `subprocess` when the agent is root. `is_root` says that the agent is root, so that the process gets a user of its
-    own. `read_paths` are seen beside the system's and the interpreter's. `memory_bytes` and `time_s` are for tasks that
-    set no limits of their own. `skipped_step` is a step of the seal that a test leaves out.
+    `has_namespaces` says whether it gets namespaces and a file system view of its own: always at `seccomp` and
+    `docker`, and at `subprocess` when the agent is root. `is_root` says that the agent, or the container engine, is
+    root, so that the process gets another user. `read_paths` are seen beside the system's and the interpreter's.
+    `memory_bytes` and `time_s` are for tasks that set no limits of their own. `cpus` bounds a container.
+    `skipped_step` is a step of the seal that a test leaves out.
     """
 
     level: str
     is_root: bool
     read_paths: tuple[str, ...] = ()
     devices: tuple[str, ...] = DEVICES
-    memory_bytes: int = 2048 * MIB
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    cpus: int = 0
     time_s: int = 300
     cpu_s: int = 300
     processes: int = 50
@@ -58,11 +61,20 @@ class Policy:
 
     @property
     def has_namespaces(self) -> bool:
-        return self.is_root or self.level == SECCOMP
+        return self.is_root or self.level != SUBPROCESS
 
     @property
     def has_filter(self) -> bool:
-        return self.level == SECCOMP
+        return self.level != SUBPROCESS
+
+    @property
+    def is_container(self) -> bool:
+        return self.level == DOCKER
+
+    @property
+    def has_user_of_its_own(self) -> bool:
+        """Whether no other process has its user, so that the kernel's limits for users are its own."""
+        return self.has_namespaces and not self.is_container
 
     def to_json(self) -> dict[str, Any]:
         """Return the policy as the zygote is sent it."""
@@ -82,6 +94,18 @@ def policy_of(level: str, bundle: str = "", gpu_indices: tuple[int, ...] = ()) -
         os.geteuid() == 0,
         (bundle,) if bundle else (),
         (*DEVICES, *gpu_devices(gpu_indices)),
+        skipped_step=os.environ.get("LATTICE_TEST_BREAK", ""),
+    )
+
+
+def container_policy(bundle: str = "", memory_bytes: int = 0, cpus: int = 1) -> Policy:
+    """Return the policy of a container for code that lies in a folder. Without a memory limit it has the default."""
+    return Policy(
+        DOCKER,
+        True,
+        (bundle,) if bundle else (),
+        memory_bytes=memory_bytes or DEFAULT_MEMORY_BYTES,
+        cpus=cpus,
         skipped_step=os.environ.get("LATTICE_TEST_BREAK", ""),
     )
 

@@ -1,18 +1,25 @@
 """The values of a sandboxed process: inputs that are sent to it, and answers that are accepted from it.
 
 Rule: the process neither opens nor names files of the store. Values travel as bytes in both directions, and the agent
-itself reads and writes the values that lie in the store.
+itself reads and writes the values that lie in the store. The process says how its values are encoded, and nothing else
+about them: the agent says at which level they were produced.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lattice_worker.runner import arrays, dataframes, tagged, values
 from lattice_worker.runner.artifacts import Encoder, StoreFullError
 from lattice_worker.runner.frames import ProtocolError
 
 LARGEST_INLINE_BYTES = 1 << 40  # For the process: every value travels in its answer.
 MAX_INPUT_BYTES = 256 * 1024 * 1024
+DATA = frozenset({values.JSON, values.BYTES, tagged.MEDIA_TYPE, arrays.NPY, dataframes.ARROW})
+ENCODINGS = DATA | {values.CLOUDPICKLE, values.PICKLE5}
+FAILURE_KINDS = frozenset({"user_error", "out_of_memory", "payload", "resources"})
+# An exception travels as text: to unpickle one runs code of the sandboxed process.
+FAILURE_FIELDS = frozenset({"kind", "type", "message", "traceback", "base_types"})
 
 
 class InputError(Exception):
@@ -60,8 +67,10 @@ def screened(
 
 def _member(member: dict[str, Any], blobs: list[bytes], encoder: Encoder) -> dict[str, Any]:
     if "failure" in member:
-        # An exception travels as text: to unpickle one runs code of the sandboxed process.
-        return {"failure": {name: value for name, value in member["failure"].items() if name != "exception"}}
+        failure = {name: value for name, value in member["failure"].items() if name in FAILURE_FIELDS}
+        if failure["kind"] not in FAILURE_KINDS:
+            raise ProtocolError(f"a sandboxed process cannot fail by {failure['kind']!r}")
+        return {"failure": failure}
     if "outputs" not in member:
         return {}
     return {
@@ -73,15 +82,30 @@ def _member(member: dict[str, Any], blobs: list[bytes], encoder: Encoder) -> dic
 
 
 def _stored(reference: dict[str, Any], blobs: list[bytes], encoder: Encoder) -> dict[str, Any]:
-    require_no_files([reference])
-    return encoder.store(str(reference["type"]), [blobs[reference["blob"]]])
+    require_values([reference])
+    return encoder.store(reference["type"], [blobs[reference["blob"]]])
 
 
-def require_no_files(trees: Iterable[dict[str, Any]]) -> None:
-    """Raise ProtocolError when a value names a file of the store: it may be another run's."""
+def require_values(trees: Iterable[dict[str, Any]]) -> None:
+    """Raise ProtocolError unless each value in some bindings is bytes in an encoding of Lattice, and nothing more.
+
+    One that names a file of the store may name another run's, and one that names its origin may name a false one.
+    """
     pending = list(trees)
     while pending:
-        found = pending.pop()
-        if "artifact" in found or "path" in found:
-            raise ProtocolError("a sandboxed process named a file of the store")
-        pending += [*found.get("items", ()), *found.get("entries", {}).values()]
+        match pending.pop():
+            case {"items": [{"type": values.WITH_OUTPUTS} as pickled, *others], **more} if not more:
+                pending += [pickled | {"type": values.PICKLE5}, *others]
+            case {"items": list(items), **more} if not more:
+                pending += items
+            case {"entries": dict(entries), **more} if not more:
+                pending += entries.values()
+            case {"task": str(), "output": str(), **more} if not more.keys() - {"select"}:
+                pass
+            case {"type": str(media_type), "blob": int(), **more} if media_type in ENCODINGS and not more:
+                pass
+            case {"type": media_type, **more}:
+                named = ", ".join(map(str, more))
+                raise ProtocolError(f"a sandboxed process sent {media_type!r:.100} with {named:.100} as a value")
+            case _:
+                raise ProtocolError("a sandboxed process sent something else than values")

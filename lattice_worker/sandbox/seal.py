@@ -45,21 +45,22 @@ def seal(policy: Policy, folder: str) -> dict[str, Any]:
     sandbox = Sandbox(policy, folder, uid, os.getppid())
     if policy.has_namespaces:
         before = facts.namespaces()
-        _take(sandbox, ("namespaces", make_namespaces))
+        take(sandbox, ("namespaces", make_namespaces))
         _become_first(sandbox)
         if facts.namespaces()["mnt"] == before["mnt"]:
             raise SealError("mount namespace: this process has none of its own")
-        _take(sandbox, ("view", make_view))
+        take(sandbox, ("view", make_view))
     for step in OUTER:
-        _take(sandbox, step)
+        take(sandbox, step)
     if policy.has_namespaces:
         _become_runner(sandbox)
     for step in INNER:
-        _take(sandbox, step)
+        take(sandbox, step)
     return facts.gather(sandbox.scratch)
 
 
-def _take(sandbox: Sandbox, step: Step) -> None:
+def take(sandbox: Sandbox, step: Step) -> None:
+    """Take a step, unless a test leaves it out. Raises SealError."""
     name, run = step
     if name == sandbox.policy.skipped_step:
         return

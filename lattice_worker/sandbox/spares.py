@@ -1,6 +1,7 @@
 """Sealed processes that wait for an invocation, by policy.
 
-Rule: each is handed out once. A policy has spares from its first use until it has not been used for `IDLE_S`.
+Rule: each is handed out once. A policy has spares from its first use until it has not been used for `IDLE_S`, or until
+more than `MAX_POLICIES` others were used after it.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import SandboxError
 
 IDLE_S = 60.0
+MAX_POLICIES = 8
 
 
 class Sealed(Protocol):
@@ -37,17 +39,25 @@ class Spares(Generic[P]):
         self._waiting: dict[Policy, list[P]] = {}
         self._timers: dict[Policy, asyncio.TimerHandle] = {}
         self._refilling: dict[Policy, asyncio.Task[None]] = {}
+        self._is_closed = False
 
     async def take(self, policy: Policy) -> P:
         """Return a process that was never used. Raises OSError and SandboxError."""
-        return self.take_waiting(policy) or await self._start(policy)
+        if (found := self.take_waiting(policy)) is not None:
+            return found
+        try:
+            return await self._start(policy)
+        finally:
+            # Not before: two that start at once take longer than one.
+            self._fill(policy)
 
     def take_waiting(self, policy: Policy) -> P | None:
         """Return a process that waits, or None."""
-        self._use(policy)
+        self._postpone(policy)
         waiting = self._waiting.get(policy, [])
         while waiting:
             if (found := waiting.pop()).is_fit:
+                self._fill(policy)
                 return found
         return None
 
@@ -63,11 +73,11 @@ class Spares(Generic[P]):
 
     def close(self) -> None:
         """End all processes, and start no more."""
+        self._is_closed = True
         self.drop(lambda _: True)
 
-    def _use(self, policy: Policy) -> None:
-        self._postpone(policy)
-        if policy not in self._refilling:
+    def _fill(self, policy: Policy) -> None:
+        if policy not in self._refilling and not self._is_closed:
             refilling = asyncio.get_running_loop().create_task(self._refill(policy))
             self._refilling[policy] = refilling
             refilling.add_done_callback(lambda _: self._refilling.pop(policy, None))
@@ -82,6 +92,8 @@ class Spares(Generic[P]):
         if (timer := self._timers.pop(policy, None)) is not None:
             timer.cancel()
         self._timers[policy] = asyncio.get_running_loop().call_later(IDLE_S, self._end, policy)
+        if len(self._timers) > MAX_POLICIES:
+            self._end(next(iter(self._timers)))
 
     def _end(self, policy: Policy) -> None:
         if (timer := self._timers.pop(policy, None)) is not None:

@@ -138,7 +138,7 @@ def _limits(sandbox: Sandbox) -> None:
     ):
         resource.setrlimit(kind, (soft, hard))
     # The kernel counts all processes of a user: the limit is only for one that no other process has.
-    if policy.has_namespaces:
+    if policy.has_user_of_its_own:
         resource.setrlimit(resource.RLIMIT_NPROC, (policy.processes, policy.processes))
 
 
@@ -167,5 +167,12 @@ INNER: tuple[Step, ...] = (
     ("dumpable", make_undumpable),
     ("limits", _limits),
     ("landlock", _landlock),
+    ("filter", _filter),
+)
+# Those that a container engine leaves to the runner.
+CONTAINER: tuple[Step, ...] = (
+    ("scratch", _scratch),
+    ("environment", _environment),
+    ("limits", _limits),
     ("filter", _filter),
 )

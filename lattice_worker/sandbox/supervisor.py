@@ -13,7 +13,7 @@ from typing import Any
 
 from lattice_worker.sandbox import facts, memory
 from lattice_worker.sandbox.policy import MIB, Policy
-from lattice_worker.sandbox.results import require_no_files
+from lattice_worker.sandbox.results import require_values
 
 WATCH_S = 0.05
 
@@ -51,7 +51,11 @@ class Supervisor:
             case "unsealed":
                 self.refuse(str(header["reason"]))
             case "spawn":
-                require_no_files(header["task"]["inputs"].values())
+                require_values(header["task"]["inputs"].values())
+            case "chunk":
+                require_values([{"type": header["type"], "blob": 0}])
+            case "ask":
+                require_values([header["payload"]])
 
     def verify(self, found: Mapping[str, Any]) -> None:
         """Accept a process or refuse it, by the facts it reports of itself."""

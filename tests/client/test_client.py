@@ -1,5 +1,6 @@
 """The public client: its names, its exceptions, the bundle of a function, and the id of a run."""
 
+import asyncio
 import subprocess
 import sys
 import zipfile
@@ -263,9 +264,9 @@ def test_functions_run_on_the_server_in_all_three_forms(address: str) -> None:
     assert bare({"n": 1}) == {"n": 2}
     assert bare(state={"n": 1}, plus=5) == {"n": 6}
     assert in_a_dict(1, 2, 3) == 6
-    assert direct("x") == "X"
+    assert asyncio.run(direct("x")) == "X"
     assert (bare.__name__, bare.__doc__) == ("bare", "Count.")
-    with pytest.raises(TypeError, match="missing a required argument: 'state'"):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'state'"):
         bare()
 
 
@@ -274,10 +275,9 @@ def test_an_exception_of_a_node_comes_back(address: str) -> None:
     def fail(state: dict[str, int]) -> None:
         raise LookupError("nothing there")
 
-    with pytest.raises(TaskFailedError, match="nothing there") as caught:
+    with pytest.raises(LookupError, match="nothing there") as caught:
         fail({})
-    assert isinstance(caught.value.__cause__, LookupError)
-    assert "in fail" in caught.value.remote_traceback
+    assert "in fail" in str(caught.value.__cause__), "the traceback of the worker"
 
 
 def test_run_returns_the_existing_run_when_the_id_is_repeated(client: LatticeClient) -> None:

@@ -35,7 +35,8 @@ EVERY_MODULE = """
 for package in {packages!r}:
     imported = importlib.import_module(package)
     for found in pkgutil.walk_packages(imported.__path__, f"{{package}}."):
-        if not found.name.endswith(("__main__", "runner.spawned")):
+        is_of_extra = found.name.startswith("lattice_client.langgraph.")
+        if not is_of_extra and not found.name.endswith(("__main__", "runner.spawned")):
             importlib.import_module(found.name)
 """
 COMMAND = "sys.argv = {argv!r}\nfrom lattice_client.cli.main import main\nmain()"

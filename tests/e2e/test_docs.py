@@ -46,7 +46,8 @@ def _blocks(name: str) -> list[Block]:
     return found
 
 
-BLOCKS = _blocks("README.md") + _blocks("docs/scheduling.md") + _blocks("docs/client.md") + _blocks("docs/streams.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("scheduling", "client", "langgraph", "streams")))
+BLOCKS = [block for page in PAGES for block in _blocks(page)]
 # The lines of this script's parallel tasks come in any order.
 UNORDERED = "First script"
 SCRIPTS = [block for block in BLOCKS if block.language == "python"]

@@ -22,13 +22,23 @@ def _run(address: str, example: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("example", ["agent", "data_analysis", "rag"])
+@pytest.mark.parametrize("example", ["agent", "data_analysis", "rag", "research_agent"])
 def test_an_example_runs_with_python_too(address: str, example: str) -> None:
     command = [sys.executable, str(EXAMPLES / example / "main.py")]
     environment = {**os.environ, "LATTICE_TARGET": address}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_the_research_agent_publishes_only_when_it_is_approved(local: str) -> None:
+    approved, refused = _run(local, "research_agent"), _run(local, "research_agent", "--refuse")
+    for shown in (approved, refused):
+        assert re.search(r"- query: \[35(\.0)?, \"2015/", shown)
+        assert re.search(r"- search: \S+\.md: \w", shown)
+        assert "! publish this?" in shown
+    assert "Done; published: " in approved
+    assert "Done; the report was refused" in refused
 
 
 def test_the_agent_answers_with_its_three_tools(address: str) -> None:

@@ -3,18 +3,28 @@
 import asyncio
 import operator
 import os
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
-from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
-from langgraph.types import Command, Send
+from langgraph.store.base import BaseStore
+from langgraph.store.memory import InMemoryStore
+from langgraph.types import Command, Send, interrupt
 
-from lattice_client import LangGraphClient, TaskFailedError
-from tests.e2e.rooms import Room, enter
+from lattice_client import LangGraphClient, LatticeClient, TaskDefinitionError
+from tests.e2e.graphs import control, reaching
+from tests.e2e.graphs.control import QuotaError
+from tests.e2e.rooms import Room, enter, note
 
 
 class State(TypedDict):
@@ -37,6 +47,12 @@ def graph_of(*nodes: Any) -> "StateGraph[State, Context, State, State]":
     for node in nodes:
         graph.add_node(node.__name__, node)
     return graph
+
+
+@pytest.fixture
+def client_of_local(local: str) -> Iterator[LatticeClient]:
+    with LatticeClient(local) as client:
+        yield client
 
 
 def given(text: str = "") -> State:
@@ -81,7 +97,6 @@ def test_nodes_get_config_context_and_commands(address: str) -> None:
 
     @lattice.task
     def configured(state: State, config: RunnableConfig) -> Command[Any]:
-        assert "callbacks" not in config
         return Command(goto="told", update={"words": [config["configurable"]["thread"], *config["tags"]]})
 
     @lattice.task
@@ -98,13 +113,169 @@ def test_nodes_get_config_context_and_commands(address: str) -> None:
     assert found["words"] == ["t1", "tagged", "ann"]
 
 
-def test_a_node_fails_with_an_explanation_when_it_uses_the_stream_writer(address: str) -> None:
-    @LangGraphClient(address).task
-    def writes(state: State, runtime: Runtime[Context]) -> dict[str, Any]:
-        runtime.stream_writer("lost")
+def test_a_decorated_node_reaches_the_stream_the_store_and_interrupts(local: str) -> None:
+    @LangGraphClient(local).task
+    def reaches(state: State, runtime: Runtime[Context], store: BaseStore) -> dict[str, Any]:
+        runtime.stream_writer("written")
+        store.put(("n",), "key", {"v": state["text"]})
+        return {"words": [interrupt("sure?")]}
+
+    graph, kept = graph_of(reaches), InMemoryStore()
+    graph.add_edge(START, "reaches")
+    app = graph.compile(checkpointer=InMemorySaver(), store=kept)
+    config: RunnableConfig = {"configurable": {"thread_id": "t"}}
+    assert list(app.stream(given("x"), config, context=Context("ann"), stream_mode="custom")) == ["written"]
+    assert app.invoke(Command(resume="yes"), config, context=Context("ann"))["words"] == ["yes"]
+    item = kept.get(("n",), "key")
+    assert item is not None
+    assert item.value == {"v": "x"}
+
+
+def test_an_exception_of_a_node_is_the_original_when_it_cannot_be_made_by_its_arguments(local: str) -> None:
+    @LangGraphClient(local).task
+    async def fails(text: str) -> None:
+        raise QuotaError("ann", 5)
+
+    with pytest.raises(QuotaError, match="ann has used 5") as caught:
+        asyncio.run(fails("x"))
+    assert caught.value.limit == 5
+    assert "in fails" in str(caught.value.__cause__), "the traceback of the worker is the last cause"
+
+
+def test_fifty_coroutines_wait_at_once(local: str, room: Room) -> None:
+    @LangGraphClient(local).task
+    async def waits(number: int) -> int:
+        note(room, str(number))
+        while len(room.notes()) < 50:
+            await asyncio.sleep(0.01)
+        return os.getpid()
+
+    async def all_of_them() -> list[int]:
+        return await asyncio.gather(*(waits(number) for number in range(50)))
+
+    found = asyncio.run(all_of_them())
+    assert len(found) == 50
+    assert os.getpid() not in found
+
+
+def test_nodes_are_named_tasks_of_one_run_in_their_order(local: str, client_of_local: LatticeClient) -> None:
+    app = LangGraphClient(local).compile(control.graph_of(control.first, control.second))
+    app.invoke({"words": [], "text": ""})
+    run_id = app.last_run_id
+    assert [found.task_id for found in client_of_local.list_tasks(run_id)] == ["first-1", "second-2"]
+    assert client_of_local.get_run(run_id).status() == "succeeded"
+
+
+def test_a_cancelled_invocation_ends_its_nodes(local: str, client_of_local: LatticeClient, room: Room) -> None:
+    @LangGraphClient(local).task
+    def waits(state: State) -> dict[str, Any]:
+        enter(room, "in")
         return {}
 
-    graph = graph_of(writes)
-    graph.add_edge(START, "writes")
-    with pytest.raises(TaskFailedError, match="return the values instead"):
-        graph.compile().invoke(given(), context=Context("ann"))
+    graph = graph_of(waits)
+    graph.add_edge(START, "waits")
+    app = LangGraphClient(local).compile(graph)
+
+    async def cancelled() -> None:
+        invocation = asyncio.create_task(app.ainvoke(given()))
+        while not room.notes():
+            await asyncio.sleep(0.01)
+        invocation.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await invocation
+
+    asyncio.run(cancelled())
+    run = client_of_local.list_runs(1)[0]
+    assert client_of_local.get_run(run.run_id).status() == "cancelled"
+    room.open()
+    assert room.notes() == ["+in"]
+
+
+def test_compile_refuses_what_cannot_run_there(local: str) -> None:
+    lattice, lock = LangGraphClient(local), threading.Lock()
+
+    def holds_lock(state: State) -> dict[str, Any]:
+        with lock:
+            return {}
+
+    graph = graph_of(holds_lock)
+    graph.add_edge(START, "holds_lock")
+    with pytest.raises(TaskDefinitionError, match=r"node 'holds_lock' cannot run on Lattice: .*lock.*local="):
+        lattice.compile(graph)
+    with pytest.raises(TaskDefinitionError, match="no node 'unknown'; its nodes and tools: holds_lock"):
+        lattice.compile(graph, local=["holds_lock", "unknown"])
+    with pytest.raises(TaskDefinitionError, match="isolation must be one of"):
+        lattice.compile(graph, isolation="jail")
+    assert lattice.compile(graph, local=["holds_lock"]).invoke(given()) == given()
+
+
+def test_a_node_in_a_sandbox_returns_data_and_exceptions_by_name(local: str) -> None:
+    @LangGraphClient(local).task(isolation="subprocess")
+    def sealed(state: State) -> dict[str, Any]:
+        if state["text"] == "fail":
+            raise LookupError("nothing there")
+        return {"words": [state["text"], os.getpid()]}
+
+    @LangGraphClient(local).task(isolation="subprocess")
+    def lossy(state: State) -> Any:
+        return {1, 2}
+
+    found = sealed(given("x"))
+    assert found["words"][0] == "x"
+    assert found["words"][1] != os.getpid()
+    with pytest.raises(LookupError, match="nothing there"):
+        sealed(given("fail"))
+    with pytest.raises(TypeError, match="returned a set that JSON does not represent"):
+        lossy(given())
+
+
+RESUMES = """
+import sys
+from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.types import Command
+from lattice_client import LangGraphClient
+from tests.e2e.graphs import reaching
+
+target, path, resume = sys.argv[1:]
+with SqliteSaver.from_conn_string(path) as saver, LangGraphClient(target) as lattice:
+    app = lattice.compile(reaching.graph_of(reaching.asks_twice), checkpointer=saver)
+    given = Command(resume=resume) if resume else reaching.EMPTY
+    print(app.invoke(given, reaching.THREAD)["words"])
+"""
+
+
+def test_another_process_resumes_an_interrupted_graph(local: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RESUMES, local, str(tmp_path / "saved.db")]
+    shown = [
+        subprocess.run([*command, answer], capture_output=True, text=True, timeout=100, check=True).stdout
+        for answer in ("", "a", "b", "c")
+    ]
+    assert [text.strip() for text in shown] == ["[]", "[]", "[]", "['a', 'b', 'c']"]
+
+
+def test_tools_runnables_and_graphs_can_be_wrapped(local: str) -> None:
+    lattice = LangGraphClient(local)
+    wrapped = lattice.task(reaching.upper)
+    assert isinstance(wrapped, type(reaching.upper))
+    assert wrapped.invoke({"text": "abc"}) == "ABC"
+    assert lattice.task(RunnableLambda(control.first)).invoke({"text": "x"}) == {"words": ["first"], "text": "x1"}
+    app = lattice.task(control.graph_of(control.first).compile())
+    assert app.invoke({"words": []}) == {"words": ["first"], "text": "1"}
+    assert app.last_run_id
+
+
+def test_values_larger_than_a_question_cross_in_both_directions(local: str) -> None:
+    size = 1_500_000
+
+    @LangGraphClient(local).task
+    def stores(state: State, store: BaseStore, runtime: Runtime[Context]) -> dict[str, Any]:
+        store.put(("n",), "large", {"text": "x" * size})
+        runtime.stream_writer("y" * size)
+        found = store.get(("n",), "large")
+        return {"words": [len(found.value["text"]) if found else 0]}
+
+    graph = graph_of(stores)
+    graph.add_edge(START, "stores")
+    app = graph.compile(store=InMemoryStore())
+    items = list(app.stream(given(), context=Context("ann"), stream_mode=["custom", "updates"]))
+    assert [len(items[0][1]), items[1][1]["stores"]["words"]] == [size, [size]]

@@ -44,14 +44,14 @@ class Head:
         assert self._process.stdout is not None
         assert self.address in self._process.stdout.readline()
 
-    def kill(self) -> None:
-        """Kill the server, and wait until its workers have ended by themselves."""
+    def restart(self) -> None:
+        """Kill the server and start it again; then wait until its old workers have ended by themselves."""
         assert self._process is not None
         workers = psutil.Process(self._process.pid).children(recursive=True)
         self._process.send_signal(signal.SIGKILL)
         self._process.wait(30)
+        self.start()
         assert not psutil.wait_procs(workers, 30)[1]
-        self._process = None
 
     def stop(self) -> None:
         if self._process is not None:
@@ -145,8 +145,7 @@ def test_a_run_ends_with_its_result_when_the_server_is_killed_in_the_middle(head
         run = chain(client, room)
         rooms.until(run, "task_started", "second")
         result = aside(run.result)
-        head.kill()
-        head.start()
+        head.restart()
         room.open()
         assert result() == {"result": 3}
         events = list(run.events())
@@ -168,8 +167,7 @@ def test_a_run_that_grows_keeps_its_ended_items_when_the_server_is_killed(head: 
         later = workflow.add_task(third, {"room": room, "value": 41})
         run.add_tasks([later])
         rooms.until(run, "task_succeeded", "third")
-        head.kill()
-        head.start()
+        head.restart()
         room.open()
         assert run.output("total", timeout=RESULT_S) == 14
         assert run.output("third") == 42
@@ -190,8 +188,7 @@ def test_ended_runs_and_stored_workflows_are_there_after_a_restart(head: Head, r
         workflow.add_task(first, {"room": room})
         workflow.store("kept")
         before = len(room.notes())
-        head.kill()
-        head.start()
+        head.restart()
         assert client.list_runs()[0].run_id == ended.run_id
         assert client.describe_run(ended.run_id) == shown
         assert client.get_run(ended.run_id).result(timeout=RESULT_S) == {"result": 3}
@@ -213,8 +210,7 @@ def test_a_cancelled_run_stays_cancelled_when_the_server_is_killed(head: Head, r
         started = run.run()
         rooms.until(started, "task_started", "held")
         started.cancel("enough")
-        head.kill()
-        head.start()
+        head.restart()
         with pytest.raises(RunCancelledError):
             started.result(timeout=RESULT_S)
     assert "-held" not in room.notes()
@@ -277,8 +273,7 @@ def test_no_run_is_lost_or_ends_twice_when_the_server_is_killed_again_and_again(
         thread.start()
     for _ in range(4):
         time.sleep(dice.uniform(0.05, 1.5))
-        head.kill()
-        head.start()
+        head.restart()
     is_over.set()
     for thread in threads:
         thread.join(2 * RESULT_S)

@@ -548,6 +548,13 @@ def use_files_in_memory() -> None:
     time.sleep(60)
 
 
+def use_scratch() -> None:
+    with open("large", "wb") as file:
+        for _number in range(400):
+            file.write(bytes(1 << 20))
+    time.sleep(60)
+
+
 def compute() -> None:
     while True:
         pass

@@ -12,6 +12,7 @@ import cloudpickle
 
 from lattice_worker.control_socket import Control
 from lattice_worker.runner.values import decode_value
+from lattice_worker.runner_process import Starter
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.zygote import Process
@@ -24,22 +25,22 @@ LOG_BYTES = 100_000
 class Box:
     """One sealed process."""
 
-    def __init__(self, found: Policy, folder: Path) -> None:
-        self.supervisor = Supervisor(found)
+    def __init__(self, found: Policy, folder: Path, supervisor: Supervisor | None = None) -> None:
+        self.supervisor = supervisor or Supervisor(found)
         self._folder = str(folder)
         self.facts: dict[str, Any] = {}
         self.logs = ""
         self.excess = ""
         self._answer: asyncio.Future[tuple[dict[str, Any], list[bytes]]] = asyncio.get_running_loop().create_future()
 
-    async def start(self, zygotes: Zygotes) -> Self:
+    async def start(self, starter: Starter) -> Self:
         """Fork the process and wait until it is accepted. Raises SandboxError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         null = os.open(os.devnull, os.O_RDWR)
         marks = os.memfd_create("marks")
         try:
             given = (theirs.fileno(), null, 2, null, marks)
-            self.process: Process = await zygotes.fork("process", given, self.supervisor.request(self._folder))
+            self.process: Process = await starter.fork("process", given, self.supervisor.request(self._folder))
         finally:
             theirs.close()
             os.close(null)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lattice_worker.runner.frames import ProtocolError
-from lattice_worker.sandbox.results import InputError, inlined, require_no_files, screened
+from lattice_worker.sandbox.results import InputError, inlined, require_values, screened
 
 JSON = "application/json"
 HEAD = {"kind": "result", "id": "i", "duration": 0.0, "has_raw": False, "made": ["forged"]}
@@ -47,11 +47,55 @@ def test_answer_is_refused_when_it_names_a_file(reference: dict[str, Any], store
     with pytest.raises(ProtocolError):
         screen({"items": [{"outputs": {}, "split": {"out": [reference]}}]}, [], store)
     with pytest.raises(ProtocolError):
-        require_no_files([{"items": [{"entries": {"a": reference}}]}])
+        require_values([{"items": [{"entries": {"a": reference}}]}])
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"type": JSON, "blob": 0, "produced_at": 1},
+        {"type": "APPLICATION/vnd.lattice.cloudpickle", "blob": 0},
+        {"type": "application/vnd.lattice.cloudpickle; charset=utf-8", "blob": 0},
+        {"type": "application/vnd.lattice.pickle-with-outputs", "blob": 0},
+        {"type": "", "blob": 0},
+        {"type": None, "blob": 0},
+        {"type": JSON},
+        {"items": [], "type": JSON, "blob": 0},
+        {"items": [{"type": JSON, "blob": 0}], "type": "x", "blob": 0},
+        [],
+    ],
+)
+def test_answer_is_refused_when_a_value_says_more_than_its_encoding(reference: Any, store: Path) -> None:
+    with pytest.raises(ProtocolError, match=r"as a value|something else than values"):
+        screen({"outputs": {"out": reference}, "split": {}}, [b"1"], store)
+    with pytest.raises(ProtocolError):
+        screen({"outputs": {}, "split": {"out": [reference]}}, [b"1"], store)
+    with pytest.raises(ProtocolError):
+        require_values([{"entries": {"a": {"items": [{"type": JSON, "blob": 0}, reference]}}}])
+
+
+def test_values_of_spawned_tasks_may_be_wired_and_pickled_around_outputs() -> None:
+    output = {"task": "t", "output": "o", "select": [1]}
+    pickled = {"type": "application/vnd.lattice.pickle-with-outputs", "blob": 0}
+    require_values([{"items": [pickled, output]}, {"entries": {"a": output}}, {"items": []}])
+    with pytest.raises(ProtocolError):
+        require_values([{"items": [output, pickled]}])
+
+
+@pytest.mark.parametrize("kind", ["cancelled", "worker_lost", "sandbox_setup", "internal"])
+def test_answer_is_refused_when_it_fails_in_the_name_of_lattice(kind: str, store: Path) -> None:
+    with pytest.raises(ProtocolError, match=kind):
+        screen({"failure": {"kind": kind, "message": "m"}}, [], store)
+
+
+def test_status_of_a_process_is_not_what_the_process_says(store: Path) -> None:
+    failure = {"kind": "user_error", "message": "m", "exit_status": -9, "cause": {}}
+    answer, _ = screen({"failure": failure}, [], store)
+    assert answer["failure"] == {"kind": "user_error", "message": "m"}
 
 
 def test_names_of_inputs_are_no_names_of_files() -> None:
-    require_no_files([{"entries": {"path": {"type": JSON, "blob": 0}, "artifact": {"type": JSON, "blob": 0}}}])
+    require_values([{"entries": {"path": {"type": JSON, "blob": 0}, "artifact": {"type": JSON, "blob": 0}}}])
 
 
 def test_pickled_exceptions_are_left_out(store: Path) -> None:

@@ -89,6 +89,43 @@ def test_spares_end_when_their_policy_is_idle_or_dropped(monkeypatch: pytest.Mon
     asyncio.run(scenario())
 
 
+def test_spares_of_the_policy_that_was_used_least_recently_end_when_there_are_too_many() -> None:
+    async def scenario() -> list[bool]:
+        waiting = Spares(Makes(), 1)
+        policies = [dataclasses.replace(ONE, memory_bytes=number) for number in range(spares.MAX_POLICIES + 1)]
+        made = [Fake(policy) for policy in policies]
+        for policy, process in zip(policies[:-1], made[:-1], strict=True):
+            waiting.add(policy, process)
+        waiting.add(policies[0], Fake(policies[0]))
+        waiting.add(policies[-1], made[-1])
+        found = [process.is_fit for process in made]
+        waiting.close()
+        return found
+
+    assert asyncio.run(scenario()) == [True, False, *[True] * (spares.MAX_POLICIES - 1)]
+
+
+def test_attempt_that_finds_no_spare_does_not_compete_with_the_next_spare() -> None:
+    async def scenario() -> list[int]:
+        async def start(policy: Policy) -> Fake:
+            nonlocal starting
+            starting += 1
+            found.append(starting)
+            await asyncio.sleep(0)
+            starting -= 1
+            return Fake(policy)
+
+        found: list[int] = []
+        starting = 0
+        waiting = Spares(start, 1)
+        await waiting.take(ONE)
+        await settle(lambda: len(found) == 2)
+        waiting.close()
+        return found
+
+    assert asyncio.run(scenario()) == [1, 1]
+
+
 def test_error_reaches_the_attempt_when_no_sandbox_can_be_made() -> None:
     async def scenario() -> None:
         waiting = Spares(make := Makes(), 1)

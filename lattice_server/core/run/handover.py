@@ -16,6 +16,7 @@ from lattice_server.core.run.ordering import MAX_AGE_S, Ranking
 from lattice_server.core.run.status import RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable
 from lattice_server.core.states import TaskState
+from lattice_server.core.trust import is_weaker
 
 # How many tasks that wait for one task only are sent early: when it ends, the scheduler queues all of them at once.
 MAX_PROMISED = 500
@@ -143,6 +144,9 @@ class Handover:
         if record.spec.over or record.spec.condition is not None or (source, successor) in self._dag.optional:
             return False
         if not records[source].is_with_scheduler or not self._status.is_running:
+            return False
+        # Whether the task may be given an output is known when there is one.
+        if is_weaker(record.spec.isolation, records[source].spec.isolation) or self._values.untrusted(record.spec):
             return False
         record.is_promised = True
         self.send(record, now, source)

@@ -108,6 +108,10 @@ class Progress:
         """Start a task that has its inputs: evaluate its condition, expand its map, reuse its outputs, or send it."""
         if record.spec.condition is not None and not self._is_condition_met(record, now):
             return
+        # A task that was sent early has been checked.
+        if not record.is_promised and (refusal := self._values.untrusted(record.spec)) is not None:
+            self._endings.fail_unstarted(record, refusal, now)
+            return
         if record.spec.over:
             self._growth.expand(task_id, record, now)
             return

@@ -34,6 +34,7 @@ from lattice_server.core.run.status import Effect, RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable, tabulating
 from lattice_server.core.states import TASK_TERMINAL, RunState, TaskState
 from lattice_server.core.steps import Steps, finish
+from lattice_server.core.trust import raised
 
 __all__ = ["Bounds", "Effect", "Run"]
 
@@ -266,10 +267,11 @@ class Run:
     ) -> list[Effect]:
         """Add tasks on behalf of a running task, which fails if they cannot be added, or if there is a `refusal`.
 
-        Tasks that an earlier attempt of the same task added stay as they are.
+        They are isolated at least as it is. Tasks that an earlier attempt of it added stay as they are.
         """
         record = self.tasks[parent]
-        new = [spec for spec in added if not self._growth.is_spawn_of(parent, spec.task_id)]
+        level = record.spec.isolation
+        new = [raised(spec, level) for spec in added if not self._growth.is_spawn_of(parent, spec.task_id)]
         if not self._status.is_running or record.state in TASK_TERMINAL or not new:
             return []
         try:

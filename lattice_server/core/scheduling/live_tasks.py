@@ -24,6 +24,7 @@ from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.permits import concurrency_of
 from lattice_server.core.scheduling.placer import Placer
 from lattice_server.core.scheduling.work import Task
+from lattice_server.core.trust import stamped_all
 
 # A batch that fails like this is halved until the member at fault is alone.
 BISECTED = frozenset({FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY})
@@ -115,8 +116,9 @@ class LiveTasks:
             self.fail(task, failure, now, ended_at)
         else:
             self._forget(task)
-            self._emit(TaskSucceeded(*task.named, event.outputs, event.split, event.duration_s, ended_at))
-            for follower in chains.release(task, event.outputs):
+            outputs, split = stamped_all(event.outputs, event.split, task.ready.spec.isolation)
+            self._emit(TaskSucceeded(*task.named, outputs, split, event.duration_s, ended_at))
+            for follower in chains.release(task, outputs):
                 self._start(follower, now)
 
     def end(self, task: Task, ended_at: float | None = None) -> None:

@@ -170,6 +170,7 @@ class Node:
             spec.runtime,
             spec.pid,
             spec.entrypoints,
+            spec.isolation_refusals,
             session_id=self.session_id,
             state=status,
             free=Capacity(self.free_cpu, self.free_memory_bytes, gpus, self.free_slots, self.free_async_slots),

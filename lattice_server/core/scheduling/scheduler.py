@@ -48,6 +48,7 @@ from lattice_server.core.scheduling.node_sessions import NodeSessions
 from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.placer import Placer
 from lattice_server.core.scheduling.work import Task
+from lattice_server.core.trust import stamped
 
 PassedOn = AttemptLogged | AttemptSpawned | AttemptAsked | AttemptStreamed | AttemptProgressed
 
@@ -165,7 +166,8 @@ class Scheduler:
             case AttemptSpawned(refusal=None):
                 self._effects.append(TasksSpawned(*task.key, event.tasks))
             case AttemptStreamed(refusal=None):
-                self._effects.append(TaskStreamed(*task.named, event.chunks))
+                chunks = tuple(stamped(chunk, task.shape.isolation) for chunk in event.chunks)
+                self._effects.append(TaskStreamed(*task.named, chunks))
             case AttemptProgressed():
                 self._effects.append(TaskProgressed(*task.named, event.done, event.total))
             case AttemptSpawned() | AttemptStreamed():
@@ -173,7 +175,8 @@ class Scheduler:
                 self._attempts.end_early(task, event.refusal, now)
             case AttemptAsked():
                 where = (event.session_id, event.lease_id, event.number)
-                self._effects.append(QuestionAsked(*task.named, *where, event.name, event.payload))
+                payload = stamped(event.payload, task.shape.isolation)
+                self._effects.append(QuestionAsked(*task.named, *where, event.name, payload))
             case _:
                 assert_never(event)
 

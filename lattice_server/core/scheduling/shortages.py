@@ -40,7 +40,8 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
     """Return why `shape` cannot start on `node`; empty when it could."""
     name, wanted, found = node.node_id, shape.resources, []
     if shape.isolation not in node.spec.isolations:
-        return [Shortage(name, f"it cannot isolate by {shape.isolation.value}")]
+        why = node.spec.isolation_refusals.get(shape.isolation, "")
+        return [Shortage(name, f"it cannot isolate by {shape.isolation.value}{why and f' ({why})'}")]
     if not has_runtime(shape, node.spec):
         return [Shortage(name, f"it runs {node.spec.runtime}, and the function is for {shape.runtime}")]
     if not has_code(shape, node.spec):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from lattice.v1 import cluster_pb2
+from lattice.v1 import cluster_pb2, resources_pb2
 
 from lattice_server.config import ServerConfig
 from lattice_server.core.messages import NodeStatus, NodeView
@@ -34,6 +34,10 @@ def node_to_proto(node: NodeView, heartbeat_s: float | None) -> cluster_pb2.Node
         attempts=node.attempts,
         heartbeat_time=timestamp(heartbeat_s),
         isolations=[ISOLATION_TO_PROTO[level] for level in node.isolations],
+        isolation_refusals=[
+            resources_pb2.IsolationRefusal(isolation=ISOLATION_TO_PROTO[level], reason=reason)
+            for level, reason in node.isolation_refusals.items()
+        ],
         runtime=runtime_to_proto(node.runtime),
         entrypoints=sorted(node.entrypoints),
     )

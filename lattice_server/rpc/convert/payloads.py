@@ -14,12 +14,14 @@ from lattice_server.core.model import (
     BindingMap,
     Failure,
     FailureKind,
+    Isolation,
     OutputRef,
     Parameter,
     Path,
     Payload,
     Selection,
 )
+from lattice_server.rpc.convert.resources import ISOLATION_FROM_PROTO, ISOLATION_TO_PROTO
 
 JSON = "application/json"
 MAX_PATH = 32
@@ -41,6 +43,7 @@ FAILURE_KIND_TO_PROTO = {
     FailureKind.CPU_TIME: errors_pb2.FAILURE_KIND_CPU_TIME,
     FailureKind.OUTPUT_SIZE: errors_pb2.FAILURE_KIND_OUTPUT_SIZE,
     FailureKind.SANDBOX_SETUP: errors_pb2.FAILURE_KIND_SANDBOX_SETUP,
+    FailureKind.UNTRUSTED_INPUT: errors_pb2.FAILURE_KIND_UNTRUSTED_INPUT,
 }
 FAILURE_KIND_FROM_PROTO = {proto: core for core, proto in FAILURE_KIND_TO_PROTO.items()}
 
@@ -62,7 +65,12 @@ def payload_from_proto(message: payload_pb2.Payload, field: str, inline_limit_by
     if size > inline_limit_bytes:
         text = f"{field}: {size} bytes inline, the limit is {inline_limit_bytes}; store it with WriteArtifact"
         raise ExhaustedError("PAYLOAD_TOO_LARGE", text, metadata={"field": field})
-    return Payload(message.media_type or JSON, content)
+    if not message.produced_at:
+        return Payload(message.media_type or JSON, content)
+    level = ISOLATION_FROM_PROTO.get(message.produced_at)
+    if level is None:
+        raise invalid_field(f"{field}.produced_at", "this server does not know this isolation level")
+    return Payload(message.media_type or JSON, content, level)
 
 
 def question_from_proto(message: payload_pb2.Payload, limit_bytes: int) -> Payload:
@@ -95,6 +103,8 @@ def payload_to_proto(payload: Payload) -> payload_pb2.Payload:
 def fill_payload(message: payload_pb2.Payload, payload: Payload) -> None:
     """Write a payload into an empty message."""
     message.media_type = payload.media_type
+    if payload.produced_at is not Isolation.NONE:
+        message.produced_at = ISOLATION_TO_PROTO[payload.produced_at]
     content = payload.content
     if isinstance(content, str):
         message.json = content

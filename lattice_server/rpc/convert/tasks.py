@@ -13,7 +13,6 @@ from lattice_server.core.model import (
     BatchScope,
     Condition,
     Function,
-    Isolation,
     RetryPolicy,
     TaskSpec,
 )
@@ -125,8 +124,8 @@ def task_from_proto(
     if len(set(message.outputs)) != len(message.outputs):
         raise invalid_field(f"{field}.outputs", "an output is named twice")
     isolation = ISOLATION_FROM_PROTO.get(message.isolation)
-    if isolation is None or isolation is Isolation.DOCKER:
-        raise invalid_field(f"{field}.isolation", "this server has no worker that can set up this isolation")
+    if isolation is None:
+        raise invalid_field(f"{field}.isolation", "this server does not know this isolation")
     inputs = {
         name: binding_from_proto(binding, f'{field}.inputs["{name}"]', inline_limit_bytes)
         for name, binding in message.inputs.items()

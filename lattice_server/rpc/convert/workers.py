@@ -39,6 +39,7 @@ from lattice_server.rpc.convert.resources import (
 from lattice_server.rpc.convert.times import duration, seconds_from
 
 NO_LIMIT = 1 << 62
+MAX_REASON = 1000  # Characters.
 # Effects that a worker processes after its assignments.
 Later = StopLease | RevokeLease | SendArtifact | DrainWorker | CloseSession
 
@@ -60,6 +61,11 @@ def hello_to_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHel
         runtime=runtime_from_proto(hello.runtime),
         pid=hello.pid,
         entrypoints=frozenset(hello.entrypoints),
+        isolation_refusals={
+            ISOLATION_FROM_PROTO[refusal.isolation]: refusal.reason[:MAX_REASON]
+            for refusal in hello.isolation_refusals
+            if refusal.isolation in ISOLATION_FROM_PROTO
+        },
         greeting=greeting,
     )
 

@@ -395,6 +395,7 @@ class Node(google.protobuf.message.Message):
     ISOLATIONS_FIELD_NUMBER: builtins.int
     RUNTIME_FIELD_NUMBER: builtins.int
     ENTRYPOINTS_FIELD_NUMBER: builtins.int
+    ISOLATION_REFUSALS_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     """Names the node."""
     hostname: builtins.str
@@ -437,6 +438,10 @@ class Node(google.protobuf.message.Message):
     def entrypoints(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The entry points its worker has of its own, and runs alone; empty for a worker that runs Python."""
 
+    @property
+    def isolation_refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.resources_pb2.IsolationRefusal]:
+        """The isolation levels it cannot set up, and why."""
+
     def __init__(
         self,
         *,
@@ -454,9 +459,10 @@ class Node(google.protobuf.message.Message):
         isolations: collections.abc.Iterable[lattice.v1.resources_pb2.Isolation.ValueType] | None = ...,
         runtime: lattice.v1.resources_pb2.Runtime | None = ...,
         entrypoints: collections.abc.Iterable[builtins.str] | None = ...,
+        isolation_refusals: collections.abc.Iterable[lattice.v1.resources_pb2.IsolationRefusal] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity", "free", b"free", "heartbeat_time", b"heartbeat_time", "runtime", b"runtime"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "capacity", b"capacity", "entrypoints", b"entrypoints", "free", b"free", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "runtime", b"runtime", "state", b"state", "worker_id", b"worker_id", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "capacity", b"capacity", "entrypoints", b"entrypoints", "free", b"free", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "runtime", b"runtime", "state", b"state", "worker_id", b"worker_id", "worker_pid", b"worker_pid"]) -> None: ...
 
 Global___Node: typing_extensions.TypeAlias = Node
 

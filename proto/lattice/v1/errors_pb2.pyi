@@ -60,6 +60,10 @@ class _FailureKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """The outputs of a sandboxed attempt are larger than its sandbox allows."""
     FAILURE_KIND_SANDBOX_SETUP: _FailureKind.ValueType  # 14
     """The isolation the task asked for could not be set up; no code of the task was run."""
+    FAILURE_KIND_UNTRUSTED_INPUT: _FailureKind.ValueType  # 15
+    """An input is a pickle that a stricter isolated task produced; the task was not run, because to unpickle it would run
+    code of that task's choice.
+    """
 
 class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper):
     """The class of a failure."""
@@ -94,6 +98,10 @@ FAILURE_KIND_OUTPUT_SIZE: FailureKind.ValueType  # 13
 """The outputs of a sandboxed attempt are larger than its sandbox allows."""
 FAILURE_KIND_SANDBOX_SETUP: FailureKind.ValueType  # 14
 """The isolation the task asked for could not be set up; no code of the task was run."""
+FAILURE_KIND_UNTRUSTED_INPUT: FailureKind.ValueType  # 15
+"""An input is a pickle that a stricter isolated task produced; the task was not run, because to unpickle it would run
+code of that task's choice.
+"""
 Global___FailureKind: typing_extensions.TypeAlias = FailureKind
 
 class _ErrorReason:

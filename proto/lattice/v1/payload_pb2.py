@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from lattice.v1 import resources_pb2 as lattice_dot_v1_dot_resources__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lattice/v1/payload.proto\x12\nlattice.v1\"x\n\x07Payload\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0e\n\x04json\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12(\n\x08\x61rtifact\x18\x04 \x01(\x0b\x32\x14.lattice.v1.ArtifactH\x00\x42\t\n\x07\x63ontentJ\x04\x08\x05\x10\n\"D\n\x08\x41rtifact\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0f\n\x07node_id\x18\x03 \x01(\t\"\xfb\x01\n\x07\x42inding\x12&\n\x07payload\x18\x01 \x01(\x0b\x32\x13.lattice.v1.PayloadH\x00\x12\'\n\x06output\x18\x02 \x01(\x0b\x32\x15.lattice.v1.OutputRefH\x00\x12\x13\n\tparameter\x18\x03 \x01(\tH\x00\x12\'\n\x04list\x18\x04 \x01(\x0b\x32\x17.lattice.v1.BindingListH\x00\x12%\n\x03map\x18\x05 \x01(\x0b\x32\x16.lattice.v1.BindingMapH\x00\x12*\n\tselection\x18\x06 \x01(\x0b\x32\x15.lattice.v1.SelectionH\x00\x42\x08\n\x06sourceJ\x04\x08\x07\x10\r\"S\n\tSelection\x12\"\n\x05value\x18\x01 \x01(\x0b\x32\x13.lattice.v1.Binding\x12\"\n\x04path\x18\x02 \x03(\x0b\x32\x14.lattice.v1.PathStep\"2\n\x08PathStep\x12\r\n\x03key\x18\x01 \x01(\tH\x00\x12\x0f\n\x05index\x18\x02 \x01(\x03H\x00\x42\x06\n\x04step\"b\n\tOutputRef\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\x12\x10\n\x08optional\x18\x03 \x01(\x08\x12\"\n\x04path\x18\x04 \x03(\x0b\x32\x14.lattice.v1.PathStep\"1\n\x0bPayloadList\x12\"\n\x05items\x18\x01 \x03(\x0b\x32\x13.lattice.v1.Payload\"1\n\x0b\x42indingList\x12\"\n\x05items\x18\x01 \x03(\x0b\x32\x13.lattice.v1.Binding\"\x87\x01\n\nBindingMap\x12\x34\n\x07\x65ntries\x18\x01 \x03(\x0b\x32#.lattice.v1.BindingMap.EntriesEntry\x1a\x43\n\x0c\x45ntriesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Binding:\x02\x38\x01\x42\x31\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lattice/v1/payload.proto\x12\nlattice.v1\x1a\x1alattice/v1/resources.proto\"\xa4\x01\n\x07Payload\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x0e\n\x04json\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12(\n\x08\x61rtifact\x18\x04 \x01(\x0b\x32\x14.lattice.v1.ArtifactH\x00\x12*\n\x0bproduced_at\x18\x05 \x01(\x0e\x32\x15.lattice.v1.IsolationB\t\n\x07\x63ontentJ\x04\x08\x06\x10\n\"D\n\x08\x41rtifact\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0f\n\x07node_id\x18\x03 \x01(\t\"\xfb\x01\n\x07\x42inding\x12&\n\x07payload\x18\x01 \x01(\x0b\x32\x13.lattice.v1.PayloadH\x00\x12\'\n\x06output\x18\x02 \x01(\x0b\x32\x15.lattice.v1.OutputRefH\x00\x12\x13\n\tparameter\x18\x03 \x01(\tH\x00\x12\'\n\x04list\x18\x04 \x01(\x0b\x32\x17.lattice.v1.BindingListH\x00\x12%\n\x03map\x18\x05 \x01(\x0b\x32\x16.lattice.v1.BindingMapH\x00\x12*\n\tselection\x18\x06 \x01(\x0b\x32\x15.lattice.v1.SelectionH\x00\x42\x08\n\x06sourceJ\x04\x08\x07\x10\r\"S\n\tSelection\x12\"\n\x05value\x18\x01 \x01(\x0b\x32\x13.lattice.v1.Binding\x12\"\n\x04path\x18\x02 \x03(\x0b\x32\x14.lattice.v1.PathStep\"2\n\x08PathStep\x12\r\n\x03key\x18\x01 \x01(\tH\x00\x12\x0f\n\x05index\x18\x02 \x01(\x03H\x00\x42\x06\n\x04step\"b\n\tOutputRef\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06output\x18\x02 \x01(\t\x12\x10\n\x08optional\x18\x03 \x01(\x08\x12\"\n\x04path\x18\x04 \x03(\x0b\x32\x14.lattice.v1.PathStep\"1\n\x0bPayloadList\x12\"\n\x05items\x18\x01 \x03(\x0b\x32\x13.lattice.v1.Payload\"1\n\x0b\x42indingList\x12\"\n\x05items\x18\x01 \x03(\x0b\x32\x13.lattice.v1.Binding\"\x87\x01\n\nBindingMap\x12\x34\n\x07\x65ntries\x18\x01 \x03(\x0b\x32#.lattice.v1.BindingMap.EntriesEntry\x1a\x43\n\x0c\x45ntriesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\"\n\x05value\x18\x02 \x01(\x0b\x32\x13.lattice.v1.Binding:\x02\x38\x01\x42\x31\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,24 +35,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\nlattice.v1P\001Z\024lattice/v1;latticev1\252\002\nLattice.V1'
   _globals['_BINDINGMAP_ENTRIESENTRY']._loaded_options = None
   _globals['_BINDINGMAP_ENTRIESENTRY']._serialized_options = b'8\001'
-  _globals['_PAYLOAD']._serialized_start=40
-  _globals['_PAYLOAD']._serialized_end=160
-  _globals['_ARTIFACT']._serialized_start=162
-  _globals['_ARTIFACT']._serialized_end=230
-  _globals['_BINDING']._serialized_start=233
-  _globals['_BINDING']._serialized_end=484
-  _globals['_SELECTION']._serialized_start=486
-  _globals['_SELECTION']._serialized_end=569
-  _globals['_PATHSTEP']._serialized_start=571
-  _globals['_PATHSTEP']._serialized_end=621
-  _globals['_OUTPUTREF']._serialized_start=623
-  _globals['_OUTPUTREF']._serialized_end=721
-  _globals['_PAYLOADLIST']._serialized_start=723
-  _globals['_PAYLOADLIST']._serialized_end=772
-  _globals['_BINDINGLIST']._serialized_start=774
-  _globals['_BINDINGLIST']._serialized_end=823
-  _globals['_BINDINGMAP']._serialized_start=826
-  _globals['_BINDINGMAP']._serialized_end=961
-  _globals['_BINDINGMAP_ENTRIESENTRY']._serialized_start=894
-  _globals['_BINDINGMAP_ENTRIESENTRY']._serialized_end=961
+  _globals['_PAYLOAD']._serialized_start=69
+  _globals['_PAYLOAD']._serialized_end=233
+  _globals['_ARTIFACT']._serialized_start=235
+  _globals['_ARTIFACT']._serialized_end=303
+  _globals['_BINDING']._serialized_start=306
+  _globals['_BINDING']._serialized_end=557
+  _globals['_SELECTION']._serialized_start=559
+  _globals['_SELECTION']._serialized_end=642
+  _globals['_PATHSTEP']._serialized_start=644
+  _globals['_PATHSTEP']._serialized_end=694
+  _globals['_OUTPUTREF']._serialized_start=696
+  _globals['_OUTPUTREF']._serialized_end=794
+  _globals['_PAYLOADLIST']._serialized_start=796
+  _globals['_PAYLOADLIST']._serialized_end=845
+  _globals['_BINDINGLIST']._serialized_start=847
+  _globals['_BINDINGLIST']._serialized_end=896
+  _globals['_BINDINGMAP']._serialized_start=899
+  _globals['_BINDINGMAP']._serialized_end=1034
+  _globals['_BINDINGMAP_ENTRIESENTRY']._serialized_start=967
+  _globals['_BINDINGMAP_ENTRIESENTRY']._serialized_end=1034
 # @@protoc_insertion_point(module_scope)

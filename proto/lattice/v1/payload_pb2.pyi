@@ -8,6 +8,7 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import lattice.v1.resources_pb2
 import sys
 import typing
 
@@ -27,6 +28,9 @@ class Payload(google.protobuf.message.Message):
     Encodings:
       `application/json`: UTF-8 text.
       `application/octet-stream`: the value is these bytes.
+      `application/vnd.lattice.tagged+json`: UTF-8 JSON with tags for what JSON lacks; `docs/contract.md` lists the tags.
+      `application/vnd.lattice.npy`: an array, as the .npy format of NumPy lays it out, without Python objects.
+      `application/vnd.apache.arrow.stream`: a data frame, as an Arrow IPC stream.
       `application/vnd.lattice.cloudpickle`: a pickle, for Python only.
       `application/vnd.lattice.pickle5`: a pickle and its out-of-band buffers, for Python only, in the layout below.
       `application/vnd.lattice.pickle-with-outputs`: in the same layout; only as the first item of a `BindingList`.
@@ -43,6 +47,7 @@ class Payload(google.protobuf.message.Message):
     JSON_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
     ARTIFACT_FIELD_NUMBER: builtins.int
+    PRODUCED_AT_FIELD_NUMBER: builtins.int
     media_type: builtins.str
     """The encoding, as a media type. Empty means `application/json` when `json` is set."""
     json: builtins.str
@@ -50,6 +55,11 @@ class Payload(google.protobuf.message.Message):
     data: builtins.bytes
     """The value as bytes in the encoding `media_type` names; at most 256 KiB, unless `Limits.inline_payload_bytes` says
     otherwise.
+    """
+    produced_at: lattice.v1.resources_pb2.Isolation.ValueType
+    """The isolation level of the task that produced the value, as the agent of its node states it, or a stricter one.
+    Unset for a value of a caller or of a task without isolation. A program that passes a payload on keeps it. A program
+    decodes a value of a sandbox only if its encoding is one that runs no code; see `docs/contract.md`.
     """
     @property
     def artifact(self) -> Global___Artifact:
@@ -62,9 +72,10 @@ class Payload(google.protobuf.message.Message):
         json: builtins.str = ...,
         data: builtins.bytes = ...,
         artifact: Global___Artifact | None = ...,
+        produced_at: lattice.v1.resources_pb2.Isolation.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["artifact", b"artifact", "content", b"content", "data", b"data", "json", b"json"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["artifact", b"artifact", "content", b"content", "data", b"data", "json", b"json", "media_type", b"media_type"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["artifact", b"artifact", "content", b"content", "data", b"data", "json", b"json", "media_type", b"media_type", "produced_at", b"produced_at"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["content", b"content"]) -> typing.Literal["json", "data", "artifact"] | None: ...
 
 Global___Payload: typing_extensions.TypeAlias = Payload

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alattice/v1/resources.proto\x12\nlattice.v1\"\xa5\x01\n\tResources\x12\x10\n\x03\x63pu\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cmemory_bytes\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x10\n\x03gpu\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1d\n\x10gpu_memory_bytes\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x06\n\x04_cpuB\x0f\n\r_memory_bytesB\x06\n\x04_gpuB\x13\n\x11_gpu_memory_bytesJ\x04\x08\x05\x10\r\"p\n\x08\x43\x61pacity\x12\x0b\n\x03\x63pu\x18\x01 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x1d\n\x04gpus\x18\x03 \x03(\x0b\x32\x0f.lattice.v1.Gpu\x12\r\n\x05slots\x18\x04 \x01(\x05\x12\x13\n\x0b\x61sync_slots\x18\x05 \x01(\x05\"G\n\x03Gpu\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\x0c\n\x04uuid\x18\x04 \x01(\t\",\n\x07Runtime\x12\x10\n\x08language\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t*\x93\x01\n\x0cResourceKind\x12\x1d\n\x19RESOURCE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11RESOURCE_KIND_CPU\x10\x01\x12\x18\n\x14RESOURCE_KIND_MEMORY\x10\x02\x12\x15\n\x11RESOURCE_KIND_GPU\x10\x03\x12\x1c\n\x18RESOURCE_KIND_GPU_MEMORY\x10\x04*\x81\x01\n\tIsolation\x12\x19\n\x15ISOLATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eISOLATION_NONE\x10\x01\x12\x18\n\x14ISOLATION_SUBPROCESS\x10\x02\x12\x15\n\x11ISOLATION_SECCOMP\x10\x03\x12\x14\n\x10ISOLATION_DOCKER\x10\x04\x42\x31\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alattice/v1/resources.proto\x12\nlattice.v1\"\xa5\x01\n\tResources\x12\x10\n\x03\x63pu\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0cmemory_bytes\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x10\n\x03gpu\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1d\n\x10gpu_memory_bytes\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x06\n\x04_cpuB\x0f\n\r_memory_bytesB\x06\n\x04_gpuB\x13\n\x11_gpu_memory_bytesJ\x04\x08\x05\x10\r\"p\n\x08\x43\x61pacity\x12\x0b\n\x03\x63pu\x18\x01 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x1d\n\x04gpus\x18\x03 \x03(\x0b\x32\x0f.lattice.v1.Gpu\x12\r\n\x05slots\x18\x04 \x01(\x05\x12\x13\n\x0b\x61sync_slots\x18\x05 \x01(\x05\"G\n\x03Gpu\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\x0c\n\x04uuid\x18\x04 \x01(\t\"L\n\x10IsolationRefusal\x12(\n\tisolation\x18\x01 \x01(\x0e\x32\x15.lattice.v1.Isolation\x12\x0e\n\x06reason\x18\x02 \x01(\t\",\n\x07Runtime\x12\x10\n\x08language\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t*\x93\x01\n\x0cResourceKind\x12\x1d\n\x19RESOURCE_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11RESOURCE_KIND_CPU\x10\x01\x12\x18\n\x14RESOURCE_KIND_MEMORY\x10\x02\x12\x15\n\x11RESOURCE_KIND_GPU\x10\x03\x12\x1c\n\x18RESOURCE_KIND_GPU_MEMORY\x10\x04*\x81\x01\n\tIsolation\x12\x19\n\x15ISOLATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eISOLATION_NONE\x10\x01\x12\x18\n\x14ISOLATION_SUBPROCESS\x10\x02\x12\x15\n\x11ISOLATION_SECCOMP\x10\x03\x12\x14\n\x10ISOLATION_DOCKER\x10\x04\x42\x31\n\nlattice.v1P\x01Z\x14lattice/v1;latticev1\xaa\x02\nLattice.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,16 +32,18 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lattice.v1.resources_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\nlattice.v1P\001Z\024lattice/v1;latticev1\252\002\nLattice.V1'
-  _globals['_RESOURCEKIND']._serialized_start=444
-  _globals['_RESOURCEKIND']._serialized_end=591
-  _globals['_ISOLATION']._serialized_start=594
-  _globals['_ISOLATION']._serialized_end=723
+  _globals['_RESOURCEKIND']._serialized_start=522
+  _globals['_RESOURCEKIND']._serialized_end=669
+  _globals['_ISOLATION']._serialized_start=672
+  _globals['_ISOLATION']._serialized_end=801
   _globals['_RESOURCES']._serialized_start=43
   _globals['_RESOURCES']._serialized_end=208
   _globals['_CAPACITY']._serialized_start=210
   _globals['_CAPACITY']._serialized_end=322
   _globals['_GPU']._serialized_start=324
   _globals['_GPU']._serialized_end=395
-  _globals['_RUNTIME']._serialized_start=397
-  _globals['_RUNTIME']._serialized_end=441
+  _globals['_ISOLATIONREFUSAL']._serialized_start=397
+  _globals['_ISOLATIONREFUSAL']._serialized_end=473
+  _globals['_RUNTIME']._serialized_start=475
+  _globals['_RUNTIME']._serialized_end=519
 # @@protoc_insertion_point(module_scope)

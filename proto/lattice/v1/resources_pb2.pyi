@@ -191,6 +191,28 @@ class Gpu(google.protobuf.message.Message):
 Global___Gpu: typing_extensions.TypeAlias = Gpu
 
 @typing.final
+class IsolationRefusal(google.protobuf.message.Message):
+    """Why a node does not offer an isolation level."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ISOLATION_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    isolation: Global___Isolation.ValueType
+    """The level."""
+    reason: builtins.str
+    """The step that failed and what to change, for people."""
+    def __init__(
+        self,
+        *,
+        isolation: Global___Isolation.ValueType = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["isolation", b"isolation", "reason", b"reason"]) -> None: ...
+
+Global___IsolationRefusal: typing_extensions.TypeAlias = IsolationRefusal
+
+@typing.final
 class Runtime(google.protobuf.message.Message):
     """The language and version that run a user's code.
 

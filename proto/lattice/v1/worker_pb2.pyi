@@ -403,6 +403,7 @@ class Hello(google.protobuf.message.Message):
     REPORTED_ARTIFACT_IDS_FIELD_NUMBER: builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
     SEND_TIME_FIELD_NUMBER: builtins.int
+    ISOLATION_REFUSALS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Names the worker; stable over its reconnects, unique among workers."""
     session_id: builtins.str
@@ -460,6 +461,10 @@ class Hello(google.protobuf.message.Message):
     def send_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was sent, on the worker's clock."""
 
+    @property
+    def isolation_refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.resources_pb2.IsolationRefusal]:
+        """The isolation levels it cannot set up, and why."""
+
     def __init__(
         self,
         *,
@@ -480,9 +485,10 @@ class Hello(google.protobuf.message.Message):
         reported_artifact_ids: collections.abc.Iterable[builtins.str] | None = ...,
         protocol_version: builtins.int = ...,
         send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        isolation_refusals: collections.abc.Iterable[lattice.v1.resources_pb2.IsolationRefusal] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity", "runtime", b"runtime", "send_time", b"send_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 

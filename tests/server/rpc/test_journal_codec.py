@@ -21,7 +21,16 @@ from lattice_server.core.messages import (
     TaskStarted,
     TaskSucceeded,
 )
-from lattice_server.core.model import Artifact, Failure, FailureKind, Function, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.model import (
+    Artifact,
+    Failure,
+    FailureKind,
+    Function,
+    Isolation,
+    Payload,
+    TaskSpec,
+    WorkflowSpec,
+)
 from lattice_server.core.run import dag
 from lattice_server.core.run.run import Run
 from lattice_server.core.states import RunState
@@ -51,7 +60,8 @@ FAILURE = Failure(
     cause=CAUSE,
     base_types=("Exception",),
 )
-VALUE, LARGE = Payload("application/json", "[1,2]"), Payload("application/x", Artifact("f" * 64, 9, "n"))
+VALUE = Payload("application/json", "[1,2]")
+LARGE = Payload("application/x", Artifact("f" * 64, 9, "n"), Isolation.SECCOMP)
 ITEMS = (Payload("application/json", "1"), Payload("application/x", b""))
 KINDS: list[Fact] = [
     RunStarted("w", 3),

@@ -161,7 +161,7 @@ def test_run_is_refused_when_it_has_no_tasks(idle: Caller) -> None:
 @pytest.mark.parametrize(
     ("unserved", "field"),
     [
-        (task(isolation=resources_pb2.ISOLATION_DOCKER), "tasks[0].isolation"),
+        (task(isolation=99), "tasks[0].isolation"),
     ],
 )
 def test_task_is_refused_when_it_needs_an_unsupported_isolation(
