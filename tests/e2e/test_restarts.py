@@ -203,6 +203,19 @@ def test_ended_runs_and_stored_workflows_are_there_after_a_restart(head: Head, r
         assert len(client.list_runs()) == 3
 
 
+def test_a_run_ends_with_its_result_when_the_server_is_stopped_in_the_middle(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        run = chain(client, room)
+        rooms.until(run, "task_started", "second")
+        head.stop()
+        head.start()
+        room.open()
+        assert client.get_run(run.run_id).result(timeout=RESULT_S) == {"result": 3}
+        kinds = [event.type for event in run.events()]
+    assert (kinds.count("task_succeeded"), kinds.count("task_failed")) == (3, 0)
+    assert (room.notes().count("first"), room.notes().count("third")) == (1, 1)
+
+
 def test_a_cancelled_run_stays_cancelled_when_the_server_is_killed(head: Head, room: Room) -> None:
     with LatticeClient(head.address) as client:
         run = client.create_workflow()
