@@ -20,7 +20,8 @@ from tests.e2e import rooms
 from tests.e2e.conftest import LATTICE
 from tests.e2e.rooms import Room
 
-pytestmark = pytest.mark.slow
+# Each test starts two servers, one after the other.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 RESULT_S = 60.0
 
