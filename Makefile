@@ -71,11 +71,6 @@ examples/go/.build/.stamp: $(VENV)/.stamp scripts/build_go.sh $(wildcard example
 network:
 	scripts/install_missing.sh network
 
-# Tests of the journal in PostgreSQL start a server of their own. Where that is impossible they are skipped.
-.PHONY: postgres
-postgres:
-	scripts/install_missing.sh postgres
-
 # Tests of containers run an engine of their own. On a machine that has none and may not install it they are skipped.
 .PHONY: docker
 docker: .engine/.stamp
@@ -90,6 +85,11 @@ docker: .engine/.stamp
 .PHONY: sandbox-image
 sandbox-image: $(VENV)/.stamp
 	$(VENV)/bin/python -m lattice_worker.containers.image $(addprefix --package ,$(PACKAGES))
+
+# Tests of the journal in PostgreSQL start a server of their own. Where that is impossible they are skipped.
+.PHONY: postgres
+postgres:
+	scripts/install_missing.sh postgres
 
 # The oldest supported generator: its code runs on every newer protobuf runtime.
 .venv-proto/.stamp:

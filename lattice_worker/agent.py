@@ -57,7 +57,8 @@ class Agent:
         self._fetcher = None if config.host_fd is None else PeerFetcher(config.host_fd, store, incoming)
         self._local_store = LocalStore(store, config.store_name, self._staging, lambda: self._artifacts, self._fetcher)
         self._limits = Limits()
-        self._questions, self._streams = Questions(self._emit, self._limits), Streams(self._emit, self._limits)
+        self._questions = Questions(self._emit, self._limits, self._local_store)
+        self._streams = Streams(self._emit, self._limits)
         reports = AttemptReports(self._local_store, self._limits, self._emit, self._ended)
         self._executor = AttemptExecutor(
             self._pool, self._local_store, reports, self._questions, self._streams, self._limits, self._ask
@@ -222,6 +223,7 @@ class Agent:
         self._limits.message_bytes = min(welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES, MESSAGE_LIMIT_BYTES)
         self._limits.question_bytes = welcome.question_limit_bytes
         self._limits.chunk_bytes = welcome.chunk_limit_bytes
+        self._limits.takes_calls = welcome.takes_calls
         is_new = not welcome.resumed and welcome.session_id != self._leases.session_id
         unacknowledged = self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         self._local_store.drop(welcome.drop_artifact_ids)

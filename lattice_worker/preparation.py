@@ -85,6 +85,7 @@ class Preparation:
             "inline_limit": self._limits.inline_bytes,
             "log_limit": self._limits.log_bytes,
             "question_limit": self._limits.question_bytes,
+            "takes_calls": self._limits.takes_calls,
             "chunk_limit": self._limits.chunk_bytes,
             "chunk_window": WINDOW,
             "timeout": convert.seconds(assignment.timeout),

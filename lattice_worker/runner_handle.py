@@ -7,7 +7,6 @@ that a runner had not begun is run by another.
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -70,7 +69,7 @@ class Runner:
         self._send(invocation.header, invocation.blobs)
         if self.sandbox is not None:
             limit_bytes = invocation.header["memory_limit"]
-            self.sandbox.watch(self.process.process.pid, limit_bytes, partial(self._fail_running, "out_of_memory"))
+            self.sandbox.watch(self.process.process.pid, limit_bytes, self.key.threads, self._fail_running)
 
     def send_ahead(self, invocation: Invocation) -> None:
         """Pipeline an invocation: the process runs it after those it was sent before. `begin` has to follow."""
@@ -194,7 +193,7 @@ class Runner:
             case "spawn":
                 self._staging.publish(self.folder, header["made"])
                 invocation.on_spawn(header["task"], blobs)
-            case "ask":
+            case "ask" | "await":
                 invocation.on_ask(header, blobs)
             case "chunk" | "progress":
                 invocation.on_stream(header, blobs)

@@ -18,6 +18,7 @@ from lattice_server.core.messages import (
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
+    TaskAwaits,
     TaskCancelled,
     TaskEvent,
     TaskExplained,
@@ -37,6 +38,7 @@ from lattice_server.core.run.open_run import NOT_OPEN, answer_to
 from lattice_server.core.run.reuse import Earlier, workflow_of
 from lattice_server.core.steps import finish
 from lattice_server.core.tenancy import UNNAMED, Reach
+from lattice_server.engine import calls
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.bus import MessageBus
@@ -250,6 +252,9 @@ class Orchestrator:
                 # Past the run's machine: chunks change no state, and there may be thousands a second.
                 if entry := self.runs.get(effect.run_id):
                     self.chunks.take(entry, effect)
+            elif isinstance(effect, TaskAwaits):
+                if entry := self.runs.get(effect.run_id):
+                    posts += calls.begin(entry, effect)
             elif isinstance(effect, TaskExplained | NodesDescribed):
                 self.queries.answer(effect)
             elif isinstance(effect, NodesChanged):

@@ -25,7 +25,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.run.open_run import HolderEffect
 from lattice_server.core.run.run import Effect
-from lattice_server.engine import run_logging
+from lattice_server.engine import calls, run_logging
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.ended_runs import EndedRuns
@@ -115,6 +115,8 @@ class RunDriver:
                     self._pass_on(entry, effect)
                 case _:
                     self._publish(entry, effect)
+                    if entry.calls:
+                        own += calls.ended(entry, effect)
         if entry.on_effects is not None and effects:
             entry.on_effects(effects)
         if posts is None:

@@ -49,6 +49,7 @@ class RunEntry:
         stream: the newest stream of that caller.
         grace: the timer that cancels an open run without a stream.
         chunks: what its tasks stream, once there is a chunk or a reader.
+        calls: the callers, leases and numbers of the waits for called tasks, by the id of these.
         is_continuing: whether a slice that submits more of its tasks is queued.
         is_transient: whether it means nothing after a restart of the server, so that it is not recorded.
         recorded: how many of its events are in the journal.
@@ -80,6 +81,7 @@ class RunEntry:
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
     chunks: RunChunks | None = None
+    calls: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
     is_continuing: bool = False
     is_transient: bool = False
     recorded: int = 0

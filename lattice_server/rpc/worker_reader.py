@@ -128,7 +128,7 @@ class WorkerReader:
             functions = self._parser.spawned_functions(report.spawned.functions)
             tasks = self._parser.tasks(report.spawned.tasks, functions)
             self._check_possible(tasks)
-            return messages.AttemptSpawned(*named, tasks)
+            return messages.AttemptSpawned(*named, tasks, is_called=report.spawned.called)
         except LatticeError as error:
             is_impossible = error.reason == "UNSATISFIABLE_RESOURCES"
             kind = FailureKind.RESOURCES if is_impossible else FailureKind.PAYLOAD

@@ -23,7 +23,7 @@ class ContainerSupervisor(Supervisor):
         super().__init__(policy)
         self._containers = containers
         self._container: Container | None = None
-        self._on_excess: Callable[[str], None] = lambda _: None
+        self._on_excess: Callable[[str, str], None] = lambda _kind, _message: None
 
     async def fork(self, mode: str, descriptors: Sequence[int], sandbox: Mapping[str, Any] | None = None) -> Process:
         """Return the runner of a new container, which has these descriptors. Raises SandboxError."""
@@ -31,7 +31,7 @@ class ContainerSupervisor(Supervisor):
             container = await self._containers.start(self.policy, descriptors)
         except EngineError as error:
             raise SandboxError(f"docker: {error}") from None
-        container.on_oom = lambda: self._on_excess(self._excess())
+        container.on_oom = lambda: self._on_excess("out_of_memory", self._excess())
         self._container = container
         return container
 
@@ -41,11 +41,11 @@ class ContainerSupervisor(Supervisor):
             self.refuse(f"missing: {'; '.join(lacks)}")
         super().verify(found)
 
-    def watch(self, pid: int, limit_bytes: int, on_excess: Callable[[str], None]) -> None:
+    def watch(self, pid: int, limit_bytes: int, cpus: int, on_excess: Callable[[str, str], None]) -> None:
         """Call `on_excess` when memory runs out in the container: the kernel counts it, and the engine tells."""
         self._on_excess = on_excess
         if self._container is not None and self._container.oom_kills:
-            on_excess(self._excess())
+            on_excess("out_of_memory", self._excess())
 
     def crash(self, status: int, cpu_s: float) -> tuple[str, str] | None:
         """Return the kind and the message of the failure of a limit that an exit status stands for, or None."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lattice_worker.runner.binding import bind_all
+from lattice_worker.runner.called import Call
 from lattice_worker.runner.calls import columns, takes_params_alone
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.functions import Loaded, load
@@ -52,6 +53,8 @@ class Program:
                 value = asyncio.run(value)
             if is_generator(value) and not output.header["batched"]:
                 value = stream(output, value, self._function(output.header))
+            if isinstance(value, Call):
+                value = value.result()
             outcome.take(value)
         return outcome.answer()
 
@@ -64,6 +67,8 @@ class Program:
                 value = await value
             if is_generator(value) and not output.header["batched"]:
                 value = await stream_async(output, value, self._function(output.header))
+            if isinstance(value, Call):
+                value = await value
             outcome.take(value)
         return outcome.answer()
 

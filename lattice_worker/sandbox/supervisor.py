@@ -1,4 +1,4 @@
-"""The agent's side of one sandbox: verifies the seal, watches the memory, and says why the process ended.
+"""The agent's side of one sandbox: verifies the seal, watches memory and time, and says why the process ended.
 
 Rule: no code is sent before `verify` has accepted the facts that the process reports of itself.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lattice_worker.sandbox import facts, memory
+from lattice_worker.sandbox.cpu import ProcessorTime
 from lattice_worker.sandbox.policy import MIB, Policy
 from lattice_worker.sandbox.results import require_values
 
@@ -70,16 +71,27 @@ class Supervisor:
         if not self.sealed.done():
             self.sealed.set_exception(SandboxError(f"{self.policy.level}: {reason}"))
 
-    def watch(self, pid: int, limit_bytes: int, on_excess: Callable[[str], None]) -> None:
-        """Measure the memory of a process and all below it, and call `on_excess` once when it is above the limit."""
-        limit = limit_bytes or self.policy.memory_bytes
-        self._watching = asyncio.get_running_loop().create_task(self._watch(pid, limit, on_excess))
+    def watch(self, pid: int, limit_bytes: int, cpus: int, on_excess: Callable[[str, str], None]) -> None:
+        """Measure the memory and the processor time of a process and all below it, up to `cpu_s` for each of `cpus`.
 
-    async def _watch(self, pid: int, limit_bytes: int, on_excess: Callable[[str], None]) -> None:
-        # Memory gives no notice of its growth; where there is no cgroup, it has to be asked for.
-        while (used := await asyncio.to_thread(memory.used_bytes, pid, limit_bytes)) <= limit_bytes:
+        `on_excess` is called once, with the kind and the message of the failure, when one is above its limit.
+        """
+        watching = self._watch(pid, limit_bytes or self.policy.memory_bytes, self.policy.cpu_s * cpus, on_excess)
+        self._watching = asyncio.get_running_loop().create_task(watching)
+
+    async def _watch(self, pid: int, limit_bytes: int, limit_s: int, on_excess: Callable[[str, str], None]) -> None:
+        # Neither gives notice of its growth; where there is no cgroup, both have to be asked for.
+        time = ProcessorTime(pid)
+        while True:
+            if (used_bytes := await asyncio.to_thread(memory.used_bytes, pid, limit_bytes)) > limit_bytes:
+                text = f"its processes used {used_bytes} bytes of memory, and the limit is {limit_bytes}"
+                on_excess("out_of_memory", text)
+                return
+            if (used_s := await asyncio.to_thread(time.used_s)) > limit_s:
+                text = f"its processes used {used_s:.1f} s of processor time, and the limit is {limit_s} s"
+                on_excess("cpu_time", text)
+                return
             await asyncio.sleep(WATCH_S)
-        on_excess(f"its processes used {used} bytes of memory, and the limit is {limit_bytes}")
 
     def crash(self, status: int, cpu_s: float) -> tuple[str, str] | None:
         """Return the kind and the message of the failure that an exit status stands for, or None for none of a limit.

@@ -3,6 +3,7 @@
 import asyncio
 import operator
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -279,3 +280,25 @@ def test_values_larger_than_a_question_cross_in_both_directions(local: str) -> N
     app = graph.compile(store=InMemoryStore())
     items = list(app.stream(given(), context=Context("ann"), stream_mode=["custom", "updates"]))
     assert [len(items[0][1]), items[1][1]["stores"]["words"]] == [size, [size]]
+
+
+def test_a_node_is_not_run_again_silently_when_its_attempt_was_lost_after_it_had_written(
+    local: str, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+
+    @LangGraphClient(local).task(retries=1)
+    def dies_once(state: State, runtime: Runtime[Context], store: BaseStore) -> dict[str, Any]:
+        runtime.stream_writer("written")
+        store.get(("n",), "the answer says that the chunk has arrived")
+        if not first.exists():
+            first.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    graph = graph_of(dies_once)
+    graph.add_edge(START, "dies_once")
+    app, items = graph.compile(store=InMemoryStore()), list[Any]()
+    with pytest.raises(ConnectionError, match="had written or asked something before its attempt was lost"):
+        items.extend(app.stream(given(), stream_mode="custom"))
+    assert items == ["written"]

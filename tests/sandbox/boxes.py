@@ -95,13 +95,13 @@ class Box:
             return await self.process.ended
 
     def watch(self, limit_bytes: int) -> None:
-        """Limit the memory."""
+        """Limit the memory, and the processor time to that of one CPU."""
 
-        def kill(excess: str) -> None:
-            self.excess = excess
+        def kill(kind: str, message: str) -> None:
+            self.excess = f"{kind}: {message}"
             self.process.kill()
 
-        self.supervisor.watch(self.process.pid, limit_bytes, kill)
+        self.supervisor.watch(self.process.pid, limit_bytes, 1, kill)
 
     async def close(self) -> None:
         """End the process."""

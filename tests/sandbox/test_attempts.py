@@ -1,6 +1,7 @@
 """What code in a sandbox tries, by level: refused, ended with a kind of failure, or not claimed by the level."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import os
@@ -145,6 +146,44 @@ def test_sandbox_is_ended_when_it_uses_too_much_processor_time(
         "cpu_time",
         "it used more than 1 s of processor time",
     )
+
+
+def compute_in_children() -> None:
+    """Use processor time in children that each stay below the limit, with a parent that does not wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        if not (child := os.fork()):
+            end = time.process_time() + 0.3
+            while time.process_time() < end:
+                pass
+            os._exit(0)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
+
+
+def compute_in_children_that_are_waited_for() -> None:
+    """Use processor time in short children, one after the other."""
+    while True:
+        if not (child := os.fork()):
+            end = time.process_time() + 0.01
+            while time.process_time() < end:
+                pass
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("run", [compute_in_children, compute_in_children_that_are_waited_for])
+def test_sandbox_is_ended_when_its_children_use_too_much_processor_time(
+    level: str, run: Callable[[], None], tmp_path: Path
+) -> None:
+    async def act(box: Box) -> tuple[int, str]:
+        box.watch(200 * MIB)
+        box.send(run)
+        return await box.end(), box.excess
+
+    status, excess = asyncio.run(_in_boxes(tmp_path, small(level), act))
+    assert (status, excess.startswith("cpu_time: "), "the limit is 1 s" in excess) == (-signal.SIGKILL, True, True)
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="only x86-64 has a second table of calls")

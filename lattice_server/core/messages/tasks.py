@@ -97,9 +97,10 @@ class TaskReturned(TaskMessage):
 
 @dataclass(frozen=True, slots=True)
 class TasksSpawned(TaskMessage):
-    """A running task added others to its run."""
+    """A running task added others to its run; it waits for those that it called."""
 
     tasks: tuple[TaskSpec, ...]
+    is_called: bool = False
 
 
 TaskEvent = TaskStarted | TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskSkipped | TaskLogged

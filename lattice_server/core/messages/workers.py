@@ -104,10 +104,11 @@ class AttemptFailed(AttemptReport):
 
 @dataclass(frozen=True, slots=True)
 class AttemptSpawned(AttemptReport):
-    """An attempt adds tasks to its run. A `refusal` says why its request is invalid."""
+    """An attempt adds tasks to its run, or calls them. A `refusal` says why its request is invalid."""
 
     tasks: tuple[TaskSpec, ...]
     refusal: Failure | None = None
+    is_called: bool = False
 
 
 @dataclass(frozen=True, slots=True)

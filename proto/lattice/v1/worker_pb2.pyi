@@ -511,6 +511,7 @@ class Welcome(google.protobuf.message.Message):
     MESSAGE_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     QUESTION_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     CHUNK_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    TAKES_CALLS_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
@@ -529,6 +530,8 @@ class Welcome(google.protobuf.message.Message):
     """The longest question to a caller, in bytes; zero when this server supports no questions."""
     chunk_limit_bytes: builtins.int
     """The longest chunk of streamed output, in bytes; zero when this server takes no chunks."""
+    takes_calls: builtins.bool
+    """Whether attempts may call tasks, by `AttemptSpawned.called` and `AttemptAwaits`."""
     @property
     def heartbeat_interval(self) -> google.protobuf.duration_pb2.Duration:
         """How often either side sends a heartbeat."""
@@ -567,9 +570,10 @@ class Welcome(google.protobuf.message.Message):
         message_limit_bytes: builtins.int = ...,
         question_limit_bytes: builtins.int = ...,
         chunk_limit_bytes: builtins.int = ...,
+        takes_calls: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit", "takes_calls", b"takes_calls"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 
@@ -760,6 +764,7 @@ class Report(google.protobuf.message.Message):
     RETURNED_FIELD_NUMBER: builtins.int
     SPAWNED_FIELD_NUMBER: builtins.int
     ASKED_FIELD_NUMBER: builtins.int
+    AWAITS_FIELD_NUMBER: builtins.int
     STREAMED_FIELD_NUMBER: builtins.int
     PROGRESSED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
@@ -805,6 +810,10 @@ class Report(google.protobuf.message.Message):
         """The attempt asks the caller that holds its run open."""
 
     @property
+    def awaits(self) -> Global___AttemptAwaits:
+        """The attempt waits for the end of a task that it called."""
+
+    @property
     def streamed(self) -> Global___AttemptStreamed:
         """The attempt streams chunks of its output."""
 
@@ -826,12 +835,13 @@ class Report(google.protobuf.message.Message):
         returned: Global___LeaseReturned | None = ...,
         spawned: Global___AttemptSpawned | None = ...,
         asked: Global___AttemptAsked | None = ...,
+        awaits: Global___AttemptAwaits | None = ...,
         streamed: Global___AttemptStreamed | None = ...,
         progressed: Global___AttemptProgressed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "log", b"log", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "streamed", "progressed"] | None: ...
+    def HasField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "log", b"log", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "awaits", "streamed", "progressed"] | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
 
@@ -944,6 +954,11 @@ class AttemptSpawned(google.protobuf.message.Message):
 
     TASKS_FIELD_NUMBER: builtins.int
     FUNCTIONS_FIELD_NUMBER: builtins.int
+    CALLED_FIELD_NUMBER: builtins.int
+    called: builtins.bool
+    """Whether the attempt calls the tasks: it waits for them by `AttemptAwaits`, they are cancelled when its task ends,
+    and their failure does not fail the run.
+    """
     @property
     def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.TaskSpec]:
         """The tasks; they may refer to any task of the run and to each other."""
@@ -957,10 +972,33 @@ class AttemptSpawned(google.protobuf.message.Message):
         *,
         tasks: collections.abc.Iterable[lattice.v1.task_pb2.TaskSpec] | None = ...,
         functions: collections.abc.Mapping[builtins.str, lattice.v1.task_pb2.Function] | None = ...,
+        called: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["functions", b"functions", "tasks", b"tasks"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["called", b"called", "functions", b"functions", "tasks", b"tasks"]) -> None: ...
 
 Global___AttemptSpawned: typing_extensions.TypeAlias = AttemptSpawned
+
+@typing.final
+class AttemptAwaits(google.protobuf.message.Message):
+    """The attempt waits for the end of a task that it called. Meanwhile it holds no CPUs."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    TASK_ID_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Names the wait within its lease, in one sequence with `AttemptAsked.number`."""
+    task_id: builtins.str
+    """The called task."""
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        task_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "task_id", b"task_id"]) -> None: ...
+
+Global___AttemptAwaits: typing_extensions.TypeAlias = AttemptAwaits
 
 @typing.final
 class AttemptAsked(google.protobuf.message.Message):
@@ -1037,7 +1075,7 @@ Global___AttemptProgressed: typing_extensions.TypeAlias = AttemptProgressed
 
 @typing.final
 class Answer(google.protobuf.message.Message):
-    """Answers a question of an attempt. An answer for a lease that has ended is ignored."""
+    """Answers a question of an attempt, or tells it the end of a called task. An answer for a lease that has ended is ignored."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1047,6 +1085,7 @@ class Answer(google.protobuf.message.Message):
     PAYLOAD_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     UNANSWERED_FIELD_NUMBER: builtins.int
+    OUTPUTS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The answer's number in its session, dense from 1."""
     lease_id: builtins.str
@@ -1061,7 +1100,11 @@ class Answer(google.protobuf.message.Message):
 
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
-        """The error of the caller's code that should have answered."""
+        """The error of the caller's code that should have answered, or the failure of the called task."""
+
+    @property
+    def outputs(self) -> Global___CallOutputs:
+        """The outputs of the called task that the attempt awaits."""
 
     def __init__(
         self,
@@ -1072,12 +1115,51 @@ class Answer(google.protobuf.message.Message):
         payload: lattice.v1.payload_pb2.Payload | None = ...,
         failure: lattice.v1.errors_pb2.Failure | None = ...,
         unanswered: builtins.str = ...,
+        outputs: Global___CallOutputs | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "payload", b"payload", "unanswered", b"unanswered"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "lease_id", b"lease_id", "number", b"number", "payload", b"payload", "sequence", b"sequence", "unanswered", b"unanswered"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["payload", "failure", "unanswered"] | None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "outputs", b"outputs", "payload", b"payload", "unanswered", b"unanswered"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "lease_id", b"lease_id", "number", b"number", "outputs", b"outputs", "payload", b"payload", "sequence", b"sequence", "unanswered", b"unanswered"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["payload", "failure", "unanswered", "outputs"] | None: ...
 
 Global___Answer: typing_extensions.TypeAlias = Answer
+
+@typing.final
+class CallOutputs(google.protobuf.message.Message):
+    """The outputs of a called task."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class OutputsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> lattice.v1.payload_pb2.Payload: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: lattice.v1.payload_pb2.Payload | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    OUTPUTS_FIELD_NUMBER: builtins.int
+    @property
+    def outputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Payload]:
+        """By name; large ones are artifacts."""
+
+    def __init__(
+        self,
+        *,
+        outputs: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.Payload] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["outputs", b"outputs"]) -> None: ...
+
+Global___CallOutputs: typing_extensions.TypeAlias = CallOutputs
 
 @typing.final
 class AttemptFailed(google.protobuf.message.Message):

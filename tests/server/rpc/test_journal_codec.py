@@ -104,6 +104,14 @@ def test_event_reads_back_as_it_was(fact: Fact, entry: RunEntry) -> None:
         assert (found.lease_id, found.item) == ("e-7", 5)
 
 
+def test_tasks_that_a_task_called_read_back_as_called(entry: RunEntry) -> None:
+    codec = ContractCodec(CodeStore())
+    event = RunEvent(1, 0.0, TasksAdded(("b",), "a", 2))
+    assert not codec.read_event(KEY, *codec.event(entry, event)).is_called
+    entry.run.tasks["b"].is_called = True
+    assert codec.read_event(KEY, *codec.event(entry, event)).is_called
+
+
 def test_all_kinds_of_events_are_read() -> None:
     assert len({type(fact) for fact in KINDS}) == len(FACTS)
 
