@@ -11,6 +11,7 @@ import pytest
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_pool import Pool
+from lattice_worker.sandbox.advice import advised
 from lattice_worker.sandbox.policy import LEVELS, SECCOMP
 from lattice_worker.sandbox.supervisor import SandboxError
 
@@ -38,7 +39,13 @@ def test_no_level_is_offered_when_its_processes_are_refused(
     monkeypatch.setenv("LATTICE_TEST_BREAK", "limits")
     with caplog.at_level(logging.WARNING):
         assert with_pool(tmp_path, lambda pool: pool.levels()) == []
-    assert "isolation by seccomp is not offered: seccomp: missing: the limit CPU" in caplog.text
+    assert "isolation by seccomp is not offered: missing: the limit CPU" in caplog.text
+
+
+def test_refusal_says_what_to_change_when_that_is_known() -> None:
+    assert "unprivileged_userns_clone" in advised("namespaces: PermissionError: [Errno 1] Operation not permitted")
+    assert "systempaths=unconfined" in advised("view: OSError: mount: /proc")
+    assert advised("missing: the limit CPU") == "missing: the limit CPU"
 
 
 def test_lease_gets_no_runner_when_the_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
