@@ -19,9 +19,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from lattice_worker.runner import tracing
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
 from lattice_worker.runner.blame import refusal
+from lattice_worker.runner.called import Call, CallError
 from lattice_worker.runner.functions import dump
 from lattice_worker.runner.generators import COMBINE
 from lattice_worker.runner.output import current as running
@@ -35,6 +37,8 @@ __all__ = [
     "Answer",
     "AnswerError",
     "Attempt",
+    "Call",
+    "CallError",
     "Endpoint",
     "QuestionError",
     "SpawnError",
@@ -44,6 +48,7 @@ __all__ = [
     "ask",
     "ask_async",
     "ask_future",
+    "call",
     "cancelled",
     "current",
     "emit",
@@ -53,6 +58,7 @@ __all__ = [
     "service",
     "service_async",
     "spawn",
+    "tracer",
 ]
 
 MAX_NAME_LENGTH = 128
@@ -104,6 +110,21 @@ def current() -> Attempt:
     return Attempt(run_id, task_id, number, output.started_s + limit_s if limit_s else None)
 
 
+def call(
+    task: Callable[..., Any], inputs: Mapping[str, Any] | None = None, name: str | None = None, **misplaced: Any
+) -> Call:
+    """Add a task to the run, to wait for its value: `await call(...)`, or `call(...).result()`.
+
+    The arguments and the errors are those of `spawn`. While the attempt waits it holds no CPUs. The task is cancelled
+    when this task ends before it, and its failure is raised here instead of failing the run.
+    """
+    output = _output()
+    if not output.header.get("takes_calls", False):
+        raise SpawnError("call: the server is of a version whose tasks cannot call others")
+    called = _spawned(task, inputs, name, (), misplaced, is_called=True)
+    return Call(output.questions, called.task_id, called.output_names)
+
+
 def spawn(
     task: Callable[..., Any],
     inputs: Mapping[str, Any] | None = None,
@@ -128,6 +149,18 @@ def spawn(
 
     What only the server can see, such as too many tasks, fails the task that spawned.
     """
+    return _spawned(task, inputs, name, after, misplaced)
+
+
+def _spawned(
+    task: Callable[..., Any],
+    inputs: Mapping[str, Any] | None,
+    name: str | None,
+    after: Sequence[SpawnedTask],
+    misplaced: dict[str, Any],
+    *,
+    is_called: bool = False,
+) -> SpawnedTask:
     output = _output()
     form, label = form_of(task), label_of(task, name)
     where = f"spawn of {label!r}"
@@ -155,6 +188,7 @@ def spawn(
         "spec": first,
         "function": first + 1,
         "code": first + 2,
+        "called": is_called,
     }
     output.spawn(frame, [*encoder.blobs, form["spec"], form["function"], code], encoder.made)
     return SpawnedTask(task_id, tuple(form["outputs"]))
@@ -182,6 +216,21 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
+
+
+def tracer() -> Any:
+    """Return a tracer of OpenTelemetry. Its spans are part of the trace of the run, when that is traced.
+
+    Raises RuntimeError without OpenTelemetry, and when there is no task running here.
+    """
+    output = running.get()
+    if output is None:
+        raise RuntimeError("there is no task running here; this works inside tasks only")
+    try:
+        return tracing.tracer(output.header)
+    except ImportError:
+        advice = 'pip install "lattice-control-plane[telemetry]"'
+        raise RuntimeError(f"the worker of this node has no OpenTelemetry: {advice}") from None
 
 
 class Answer:

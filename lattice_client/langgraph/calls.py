@@ -25,7 +25,7 @@ from lattice_client.langgraph.remote import PART, PART_BYTES, REST, WHOLE
 
 
 class WorkerLostError(ConnectionError):
-    """The worker of a node was lost after the node had written or asked something, so that it was not run again."""
+    """The attempt of a node was lost after the node had written or asked something, and another one began to."""
 
 
 class Call:
@@ -185,8 +185,8 @@ class Call:
             asked.reply(PermissionError("a node in a sandbox reaches nothing of the graph's process"))
             return None
         if self._attempt not in {0, asked.attempt}:
-            text = f"node {self._definition.name!r} had written or asked something before its worker was lost"
-            raise WorkerLostError(f"{text}; a retry policy that names ConnectionError runs it again")
+            text = f"node {self._definition.name!r} had written or asked something before its attempt was lost"
+            raise WorkerLostError(f"{text}; a retry policy for ConnectionError runs it again")
         self._attempt = asked.attempt
         kind, data = asked.data[:1], asked.data[1:]
         if kind == REST:

@@ -17,6 +17,7 @@ from lattice_client.langgraph import exceptions, reductions
 # LangGraph compares it by identity.
 PARENT = Command.PARENT
 PARENT_REFERENCE = ("parent",)
+PLAIN = frozenset({str, int, float, bool, bytes, dict, list, tuple, set, type(None)})
 
 
 class References(Protocol):
@@ -35,8 +36,9 @@ class _Encoder(pickler.Pickler):
         self._references = references
 
     def persistent_id(self, item: Any) -> Any:
-        if item is PARENT:
-            return PARENT_REFERENCE
+        # Most objects are of these types, and none of these is live.
+        if type(item) in PLAIN:
+            return PARENT_REFERENCE if item is PARENT else None
         return self._references.reference_of(item)
 
     def reducer_override(self, obj: Any) -> Any:

@@ -62,6 +62,7 @@ PUBLIC = [
     "RunEvent",
     "RunTimeoutError",
     "SecurityError",
+    "ServiceFailedError",
     "StreamInterruptedError",
     "TaskDefinition",
     "TaskDefinitionError",
@@ -70,8 +71,10 @@ PUBLIC = [
     "TaskOutput",
     "UnauthenticatedError",
     "UnavailableError",
+    "UntrustedPayloadError",
     "context",
     "entrypoint",
+    "secret",
     "task",
     "template",
 ]

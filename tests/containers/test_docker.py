@@ -321,9 +321,9 @@ def test_container_is_refused_when_the_engine_leaves_a_part_out(
 
 
 @pytest.mark.exhaustive
-def test_containers_are_gone_when_their_agent_was_killed(address: str) -> None:
+def test_containers_are_gone_when_their_agent_was_killed(address: str, short_path: Path) -> None:
     program = f"""
-import asyncio, os
+import asyncio, os, time
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.containers import Containers
 
@@ -336,12 +336,14 @@ async def main():
     policy = container_policy()
     supervisor = ContainerSupervisor(policy, containers)
     box = await Box(policy, Path(), supervisor).start(supervisor)
+    box.send(time.sleep, 600)  # It reads nothing meanwhile.
     print("started", flush=True)
     await asyncio.sleep(600)
 
 asyncio.run(main())
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as agent:
+    environment = {**os.environ, "TMPDIR": str(short_path)}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment) as agent:
         assert agent.stdout is not None
         assert agent.stdout.readline() == b"started\n"
         states = {each["State"] for each in listed(address)}

@@ -28,6 +28,8 @@ from tests.server.apps import NoWorkers, serving
 from tests.server.rpc.callers import graph, task
 
 TIMEOUT_S = 60.0
+# A scripted worker sends no heartbeats. With the server's own limit of 2.8 s it would be lost on a busy machine.
+SESSION_TTL_S = 60.0
 Report = worker_pb2.Report
 
 
@@ -142,7 +144,8 @@ def play(
     """Play a scenario with a head."""
 
     async def run() -> None:
-        async with asyncio.timeout(TIMEOUT_S), on_stage(executor or Searched(), **settings) as head:
+        limits = {"session_ttl_s": SESSION_TTL_S} | settings
+        async with asyncio.timeout(TIMEOUT_S), on_stage(executor or Searched(), **limits) as head:
             await scenario(head)
 
     asyncio.run(run())
