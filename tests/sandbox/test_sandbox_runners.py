@@ -11,6 +11,7 @@ import pytest
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_pool import Pool
+from lattice_worker.sandbox.advice import advised
 from lattice_worker.sandbox.policy import LEVELS, SECCOMP
 from lattice_worker.sandbox.supervisor import SandboxError
 
@@ -39,6 +40,12 @@ def test_no_level_is_offered_when_its_processes_are_refused(
     with caplog.at_level(logging.WARNING):
         assert with_pool(tmp_path, lambda pool: pool.levels()) == []
     assert "isolation by seccomp is not offered: missing: the limit CPU" in caplog.text
+
+
+def test_refusal_says_what_to_change_when_that_is_known() -> None:
+    assert "unprivileged_userns_clone" in advised("namespaces: PermissionError: [Errno 1] Operation not permitted")
+    assert "systempaths=unconfined" in advised("view: OSError: mount: /proc")
+    assert advised("missing: the limit CPU") == "missing: the limit CPU"
 
 
 def test_lease_gets_no_runner_when_the_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
