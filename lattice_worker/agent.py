@@ -31,6 +31,7 @@ from lattice_worker.outbox import Leases, Outbox
 from lattice_worker.peer_fetch import PeerFetcher
 from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
+from lattice_worker.runner_counts import runner_counts
 from lattice_worker.runner_pool import Pool
 from lattice_worker.streams import Streams
 from lattice_worker.zygotes import Zygotes
@@ -64,7 +65,12 @@ class Agent:
             self._pool, self._local_store, reports, self._questions, self._streams, self._limits, self._ask
         )
         self._leases: Leases = LeaseMachine(self._executor, self._say, convert.returned)
-        self._outbox = Outbox(self._leases, self._limits, lambda: self._questions.last_answer)
+        self._outbox = Outbox(
+            self._leases,
+            self._limits,
+            lambda: self._questions.last_answer,
+            lambda: runner_counts(self._pool.all(), self._pool.started),
+        )
         self._heartbeat_s = FIRST_BEAT_S
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0

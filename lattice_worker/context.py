@@ -19,6 +19,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from lattice_worker.endpoints import Endpoint, Llm
+from lattice_worker.runner import tracing
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
 from lattice_worker.runner.blame import refusal
@@ -39,6 +41,7 @@ __all__ = [
     "Call",
     "CallError",
     "Endpoint",
+    "Llm",
     "QuestionError",
     "SpawnError",
     "SpawnedOutput",
@@ -52,15 +55,18 @@ __all__ = [
     "current",
     "emit",
     "emit_async",
+    "llm",
+    "llm_async",
     "logger",
     "progress",
     "service",
     "service_async",
     "spawn",
+    "tracer",
 ]
 
 MAX_NAME_LENGTH = 128
-ENDPOINT = "lattice/service.endpoint"
+ENDPOINT, LLM = "lattice/service.endpoint", "lattice/llm.endpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,30 +80,6 @@ class Attempt:
     task_id: str
     number: int
     deadline: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """An instance of a service: its address `host:port`, its name, and the model of a service that has one."""
-
-    endpoint: str
-    instance_id: str
-    model: str = ""
-
-    @property
-    def host(self) -> str:
-        """The address without the port."""
-        return self.endpoint.rpartition(":")[0].strip("[]")
-
-    @property
-    def port(self) -> int:
-        """The port."""
-        return int(self.endpoint.rpartition(":")[2])
-
-    @property
-    def url(self) -> str:
-        """The address as the beginning of a URL."""
-        return f"http://{self.endpoint}"
 
 
 def current() -> Attempt:
@@ -216,6 +198,21 @@ async def ask_async(name: str, payload: Any = None, *, item: int | None = None) 
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
 
 
+def tracer() -> Any:
+    """Return a tracer of OpenTelemetry. Its spans are part of the trace of the run, when that is traced.
+
+    Raises RuntimeError without OpenTelemetry, and when there is no task running here.
+    """
+    output = running.get()
+    if output is None:
+        raise RuntimeError("there is no task running here; this works inside tasks only")
+    try:
+        return tracing.tracer(output.header)
+    except ImportError:
+        advice = 'pip install "lattice-control-plane[telemetry]"'
+        raise RuntimeError(f"the worker of this node has no OpenTelemetry: {advice}") from None
+
+
 class Answer:
     """The answer of a question that `ask_future` has asked."""
 
@@ -259,6 +256,19 @@ def service(name: str, *, item: int | None = None) -> Endpoint:
 async def service_async(name: str, *, item: int | None = None) -> Endpoint:
     """As `service`, without blocking other coroutines."""
     return Endpoint(**await ask_async(ENDPOINT, {"name": name}, item=item))
+
+
+def llm(name: str, *, item: int | None = None) -> Llm:
+    """Return how a language model is reached, once an instance is ready; one is started if there is none.
+
+    The key ends with the attempt. In a coroutine use `llm_async`. Raises as `service`.
+    """
+    return Llm(**ask(LLM, {"name": name}, item=item))
+
+
+async def llm_async(name: str, *, item: int | None = None) -> Llm:
+    """As `llm`, without blocking other coroutines."""
+    return Llm(**await ask_async(LLM, {"name": name}, item=item))
 
 
 def _asked(name: object, payload: Any, item: object) -> "Future[Any]":

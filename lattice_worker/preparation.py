@@ -16,6 +16,7 @@ from lattice_worker.runner_handle import Runner
 from lattice_worker.sandbox.policy import DOCKER, SECCOMP, SUBPROCESS
 from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, inlined, screened
 from lattice_worker.streams import WINDOW_BYTES, WINDOW_CHUNKS
+from lattice_worker.tracing import trace_parent
 
 WINDOW = (WINDOW_CHUNKS, WINDOW_BYTES)
 # The levels of sandboxes by their numbers in the contract; nothing for no sandbox.
@@ -90,6 +91,8 @@ class Preparation:
             "chunk_window": WINDOW,
             "timeout": convert.seconds(assignment.timeout),
         }
+        if parent := trace_parent(assignment):
+            header["trace"] = parent
         if runner.sandbox is not None:
             header["items"] = [
                 {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -15,6 +15,8 @@ from lattice.v1 import (
     artifact_pb2_grpc,
     cluster_pb2,
     cluster_pb2_grpc,
+    llm_pb2,
+    llm_pb2_grpc,
     results_pb2,
     results_pb2_grpc,
     service_pb2,
@@ -26,8 +28,6 @@ from lattice.v1 import (
     workflow_pb2,
     workflow_pb2_grpc,
 )
-from opentelemetry import trace
-from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
 from lattice_server.config import ServerConfig
 from lattice_server.engine.slices import Slices
@@ -37,6 +37,7 @@ from lattice_server.rpc.certificates import Certificates
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.durable_answers import DurableAnswers
 from lattice_server.rpc.interceptors import ErrorInterceptor
+from lattice_server.rpc.llms import LlmServicer
 from lattice_server.rpc.request_deserializer import MessageLimits
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.services import ServicesServicer
@@ -52,6 +53,7 @@ SERVICE_NAMES = (
     cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
     service_pb2.DESCRIPTOR.services_by_name["ServicesService"].full_name,
+    llm_pb2.DESCRIPTOR.services_by_name["LlmService"].full_name,
 )
 HANDSHAKE_MS = 10_000
 # Bounds the memory of one connection. Each open call has a stream; further calls wait, or are refused with UNAVAILABLE
@@ -95,23 +97,18 @@ class RpcServer:
         cluster: ClusterServicer,
         workers: WorkerServicer,
         services: ServicesServicer,
+        llms: LlmServicer,
         authentication: Authentication | None,
         slices: Slices,
         answers: DurableAnswers | None = None,
+        observers: Sequence[grpc.aio.ServerInterceptor] = (),
+        on_error: Callable[[str], None] | None = None,
     ) -> None:
         self._config = config
         self.local_target = f"unix:{local_path}"
         limits = MessageLimits(config.message_limit_bytes, config.message_limit_tasks)
-        interceptors: list[Any] = [ErrorInterceptor(limits, slices, answers)]
-        # Without a provider spans are dropped, and the interceptor would add a third to the time of every call.
-        if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-            # A span as long as the life of a worker is of no use.
-            long_streams = filters.any_of(
-                filters.method_name("Connect"), filters.method_name("WatchRun"), filters.method_name("OpenRun")
-            )
-            tracing = aio_server_interceptor(filter_=filters.negate(long_streams))  # type: ignore[no-untyped-call]
-            # Outermost, so that it sees the status of an error.
-            interceptors.insert(0, tracing)
+        # Observers see the status of an error.
+        interceptors: list[Any] = [*observers, ErrorInterceptor(limits, slices, answers, on_error)]
         trust = TrustInterceptor()
         guard = trust if authentication is None else AuthenticationInterceptor(authentication)
         self._server = _server(config, [*interceptors, guard])
@@ -128,6 +125,7 @@ class RpcServer:
             cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
             service_pb2_grpc.add_ServicesServiceServicer_to_server(services, server)
+            llm_pb2_grpc.add_LlmServiceServicer_to_server(llms, server)
             reflection.enable_server_reflection((*SERVICE_NAMES, health_name, reflection.SERVICE_NAME), server)
 
     async def start(self) -> int:

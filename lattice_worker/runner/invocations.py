@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lattice_worker.runner import tracing
 from lattice_worker.runner.binding import bind_all
 from lattice_worker.runner.called import Call
 from lattice_worker.runner.calls import columns, takes_params_alone
@@ -99,6 +100,7 @@ class Program:
 
     def _call(self, header: dict[str, Any], blobs: list[bytes]) -> Any:
         function = self._load(header["digest"])
+        tracing.enter(header)
         style = self._definitions[header["digest"]][0]["call_style"]
         takes_params = style == "params" or (style == "auto" and takes_params_alone(function))
         if not header["batched"]:

@@ -209,6 +209,7 @@ class Node:
             state=status,
             free=Capacity(self.free_cpu, self.free_memory_bytes, gpus, self.free_slots, self.free_async_slots),
             attempts=self.attempts,
+            free_gpu=sum(self.free_gpu.values()),
         )
 
     def check(self) -> None:

@@ -203,7 +203,10 @@ class Scheduler:
             case NodesRequested():
                 nodes = tuple(node.view() for node in self.nodes.values())
                 running = sum(node.attempts for node in nodes)
-                self._effects.append(NodesDescribed(query.request_id, nodes, len(self.tasks) - running, running))
+                queued, oldest_s = self._placer.queue.load(now)
+                waiting = len(self.tasks) - running
+                load = (waiting, running, queued, oldest_s, len(self.leases))
+                self._effects.append(NodesDescribed(query.request_id, nodes, *load))
             case ExplainRequested():
                 task = self.tasks.get((query.run_id, query.task_id))
                 explained = explain(task, self._placer, self._registry, now) if task else None

@@ -189,6 +189,7 @@ def add_assignment(response: worker_pb2.ConnectResponse, effect: Assign) -> work
         batched=effect.is_batched,
         split_outputs=effect.split_outputs,
         sequence=effect.sequence,
+        trace_parents=effect.trace_parents,
     )
     if effect.timeout_s is not None:
         message.timeout.CopyFrom(duration(effect.timeout_s))

@@ -586,6 +586,7 @@ class Heartbeat(google.protobuf.message.Message):
     HELD_LEASE_IDS_FIELD_NUMBER: builtins.int
     ASSIGNMENT_SEQUENCE_FIELD_NUMBER: builtins.int
     SEND_TIME_FIELD_NUMBER: builtins.int
+    RUNNERS_FIELD_NUMBER: builtins.int
     assignment_sequence: builtins.int
     """The number of the last assignment it received in this session. Of the leases assigned up to that number, those not
     held are lost; leases with later numbers are still on their way.
@@ -600,17 +601,52 @@ class Heartbeat(google.protobuf.message.Message):
         the last messages is taken for the difference of the clocks.
         """
 
+    @property
+    def runners(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RunnerCount]:
+        """The processes that run users' code, for metrics; one entry for each level of isolation."""
+
     def __init__(
         self,
         *,
         held_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         assignment_sequence: builtins.int = ...,
         send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        runners: collections.abc.Iterable[Global___RunnerCount] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["send_time", b"send_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids", "send_time", b"send_time"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids", "runners", b"runners", "send_time", b"send_time"]) -> None: ...
 
 Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
+
+@typing.final
+class RunnerCount(google.protobuf.message.Message):
+    """How many processes a worker has for one level of isolation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ISOLATION_FIELD_NUMBER: builtins.int
+    BUSY_FIELD_NUMBER: builtins.int
+    IDLE_FIELD_NUMBER: builtins.int
+    STARTED_FIELD_NUMBER: builtins.int
+    isolation: lattice.v1.resources_pb2.Isolation.ValueType
+    """The level."""
+    busy: builtins.int
+    """Processes that run attempts."""
+    idle: builtins.int
+    """Processes that wait for an attempt, those that never ran one included."""
+    started: builtins.int
+    """Processes started since the last heartbeat."""
+    def __init__(
+        self,
+        *,
+        isolation: lattice.v1.resources_pb2.Isolation.ValueType = ...,
+        busy: builtins.int = ...,
+        idle: builtins.int = ...,
+        started: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy", b"busy", "idle", b"idle", "isolation", b"isolation", "started", b"started"]) -> None: ...
+
+Global___RunnerCount: typing_extensions.TypeAlias = RunnerCount
 
 @typing.final
 class Assignment(google.protobuf.message.Message):
@@ -632,6 +668,7 @@ class Assignment(google.protobuf.message.Message):
     SPLIT_OUTPUTS_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
+    TRACE_PARENTS_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease in reports."""
     slot: builtins.int
@@ -674,6 +711,12 @@ class Assignment(google.protobuf.message.Message):
     def split_outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Outputs that are lists and whose items the server needs one by one, in `AttemptSucceeded.split`."""
 
+    @property
+    def trace_parents(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The span of each attempt, by position, as a `traceparent` of W3C Trace Context; an empty text for an attempt that
+        is not traced. Empty when no attempt is. Spans that the worker reports are children of these.
+        """
+
     def __init__(
         self,
         *,
@@ -691,9 +734,10 @@ class Assignment(google.protobuf.message.Message):
         split_outputs: collections.abc.Iterable[builtins.str] | None = ...,
         sequence: builtins.int = ...,
         tenant: builtins.str = ...,
+        trace_parents: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["resources", b"resources", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout", "trace_parents", b"trace_parents"]) -> None: ...
 
 Global___Assignment: typing_extensions.TypeAlias = Assignment
 
@@ -767,6 +811,7 @@ class Report(google.protobuf.message.Message):
     AWAITS_FIELD_NUMBER: builtins.int
     STREAMED_FIELD_NUMBER: builtins.int
     PROGRESSED_FIELD_NUMBER: builtins.int
+    TRACED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The report's number in its session, dense from 1."""
     lease_id: builtins.str
@@ -821,6 +866,10 @@ class Report(google.protobuf.message.Message):
     def progressed(self) -> Global___AttemptProgressed:
         """The attempt says how far it is."""
 
+    @property
+    def traced(self) -> Global___AttemptTraced:
+        """The spans of a traced attempt, reported before its end."""
+
     def __init__(
         self,
         *,
@@ -838,10 +887,11 @@ class Report(google.protobuf.message.Message):
         awaits: Global___AttemptAwaits | None = ...,
         streamed: Global___AttemptStreamed | None = ...,
         progressed: Global___AttemptProgressed | None = ...,
+        traced: Global___AttemptTraced | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "log", b"log", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "awaits", "streamed", "progressed"] | None: ...
+    def HasField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "log", b"log", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "awaits", "streamed", "progressed", "traced"] | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
 
@@ -1028,6 +1078,194 @@ class AttemptAsked(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["name", b"name", "number", b"number", "payload", b"payload"]) -> None: ...
 
 Global___AttemptAsked: typing_extensions.TypeAlias = AttemptAsked
+
+@typing.final
+class AttemptTraced(google.protobuf.message.Message):
+    """The spans of one attempt that `Assignment.trace_parents` named. They belong to the trace of the attempt, whatever they
+    say. The server ignores those of a lease that has ended, and spans beyond 512.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPANS_FIELD_NUMBER: builtins.int
+    DROPPED_FIELD_NUMBER: builtins.int
+    dropped: builtins.int
+    """How many spans the worker left out, because there were too many."""
+    @property
+    def spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Span]:
+        """The spans, in any order."""
+
+    def __init__(
+        self,
+        *,
+        spans: collections.abc.Iterable[Global___Span] | None = ...,
+        dropped: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dropped", b"dropped", "spans", b"spans"]) -> None: ...
+
+Global___AttemptTraced: typing_extensions.TypeAlias = AttemptTraced
+
+@typing.final
+class Span(google.protobuf.message.Message):
+    """A timed operation inside an attempt."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class AttributesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___SpanValue: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___SpanValue | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    SPAN_ID_FIELD_NUMBER: builtins.int
+    PARENT_SPAN_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    START_TIME_FIELD_NUMBER: builtins.int
+    END_TIME_FIELD_NUMBER: builtins.int
+    ATTRIBUTES_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    span_id: builtins.bytes
+    """Names it within its trace: 8 bytes, not all zero."""
+    parent_span_id: builtins.bytes
+    """The span it is part of, which is one of the same report; otherwise it is part of the attempt's."""
+    name: builtins.str
+    """Its name, of at most 256 characters."""
+    kind: builtins.int
+    """Its kind, as in OpenTelemetry: 1 internal, 2 server, 3 client, 4 producer, 5 consumer."""
+    failed: builtins.bool
+    """Whether the operation failed."""
+    message: builtins.str
+    """Why it failed, for people."""
+    @property
+    def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """Its start, on the worker's clock."""
+
+    @property
+    def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """Its end, on the worker's clock."""
+
+    @property
+    def attributes(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___SpanValue]:
+        """Its attributes, at most 64."""
+
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SpanEvent]:
+        """What happened during it, such as an exception; at most 64."""
+
+    def __init__(
+        self,
+        *,
+        span_id: builtins.bytes = ...,
+        parent_span_id: builtins.bytes = ...,
+        name: builtins.str = ...,
+        kind: builtins.int = ...,
+        start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        attributes: collections.abc.Mapping[builtins.str, Global___SpanValue] | None = ...,
+        events: collections.abc.Iterable[Global___SpanEvent] | None = ...,
+        failed: builtins.bool = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["end_time", b"end_time", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attributes", b"attributes", "end_time", b"end_time", "events", b"events", "failed", b"failed", "kind", b"kind", "message", b"message", "name", b"name", "parent_span_id", b"parent_span_id", "span_id", b"span_id", "start_time", b"start_time"]) -> None: ...
+
+Global___Span: typing_extensions.TypeAlias = Span
+
+@typing.final
+class SpanEvent(google.protobuf.message.Message):
+    """Something that happened during a span."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class AttributesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___SpanValue: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___SpanValue | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NAME_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    ATTRIBUTES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it happened, on the worker's clock."""
+
+    @property
+    def attributes(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___SpanValue]:
+        """Its attributes, at most 64."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        attributes: collections.abc.Mapping[builtins.str, Global___SpanValue] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attributes", b"attributes", "name", b"name", "time", b"time"]) -> None: ...
+
+Global___SpanEvent: typing_extensions.TypeAlias = SpanEvent
+
+@typing.final
+class SpanValue(google.protobuf.message.Message):
+    """The value of an attribute."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    INTEGER_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    TRUTH_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """A text of at most 4096 characters."""
+    integer: builtins.int
+    """A whole number."""
+    number: builtins.float
+    """A number."""
+    truth: builtins.bool
+    """A truth value."""
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+        integer: builtins.int = ...,
+        number: builtins.float = ...,
+        truth: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["integer", b"integer", "number", b"number", "text", b"text", "truth", b"truth", "value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["integer", b"integer", "number", b"number", "text", b"text", "truth", b"truth", "value", b"value"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["value", b"value"]) -> typing.Literal["text", "integer", "number", "truth"] | None: ...
+
+Global___SpanValue: typing_extensions.TypeAlias = SpanValue
 
 @typing.final
 class AttemptStreamed(google.protobuf.message.Message):
