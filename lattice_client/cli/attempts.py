@@ -123,19 +123,24 @@ class History:
         return [use for _, use in sorted(uses, key=lambda pair: (-pair[0], pair[1].function))]
 
     def _slowdowns(self) -> dict[str, float]:
-        """Return by node the median run time there over that elsewhere, as the median of the functions it ran."""
+        """Return by node the run time of its attempts over what they would have taken elsewhere, by medians.
+
+        Long functions count more: the times of short ones are mostly noise.
+        """
         times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for attempt in self.attempts:
             if attempt.outcome == "succeeded":
                 times[attempt.function][attempt.node_id].append(attempt.ran_s(self.now_s))
-        ratios: dict[str, list[float]] = defaultdict(list)
+        here: dict[str, float] = defaultdict(float)
+        elsewhere: dict[str, float] = defaultdict(float)
         for by_node in times.values():
             compared = {node: median(found) for node, found in by_node.items() if len(found) >= MIN_COMPARED}
             for node_id, here_s in compared.items():
                 others = [seconds for other, seconds in compared.items() if other != node_id]
-                if others and median(others) > 0:
-                    ratios[node_id].append(here_s / median(others))
-        return {node_id: median(found) for node_id, found in ratios.items()}
+                if others:
+                    here[node_id] += here_s * len(by_node[node_id])
+                    elsewhere[node_id] += median(others) * len(by_node[node_id])
+        return {node_id: here[node_id] / total_s for node_id, total_s in elsewhere.items() if total_s > 0}
 
 
 def _failed(attempts: Iterable[Attempt]) -> int:

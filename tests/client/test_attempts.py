@@ -104,6 +104,15 @@ def test_a_node_is_slow_compared_with_the_run_times_of_the_same_functions_elsewh
     }
 
 
+def test_short_functions_do_not_make_a_node_slow() -> None:
+    script = Script()
+    for number in range(MIN_COMPARED):
+        for node, long_s, short_s in (("n1", 10.0, 0.001), ("n2", 10.0, 0.01)):
+            script.ran(f"l{node}{number}", number * 10, number * 10 + long_s, function="long", node=node)
+            script.ran(f"s{node}{number}", number * 10, number * 10 + short_s, function="short", node=node)
+    assert all(use.slowdown is not None and 0.99 < use.slowdown < 1.01 for use in script.history().nodes())
+
+
 def test_functions_are_summed_up_with_the_longest_in_all_first() -> None:
     script = Script()
     script.ran("a1", 1, 2, function="a", queued_s=1)

@@ -14,7 +14,7 @@ from tests.e2e.rooms import WAIT_S, Room, enter, entered
 
 RECORDS = 40
 BAD_RECORD = 27
-SLOW_S, FAST_S = 0.15, 0.01
+SLOW_S, FAST_S = 0.8, 0.2
 
 
 @task
