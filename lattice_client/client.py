@@ -20,6 +20,7 @@ from lattice_client.runs.questions import OnQuestion
 from lattice_client.runs.run import AsyncRun
 from lattice_client.runs.submission import ADMISSION_TIMEOUT_S
 from lattice_client.services.calls import AsyncServices
+from lattice_client.services.llms import AsyncLlms
 from lattice_client.transport.channel import Channel, dial
 from lattice_client.transport.security import SecurityOptions
 from lattice_client.transport.suspending import AsyncChannel
@@ -95,6 +96,7 @@ class AsyncLatticeClient:
         self.target = channel.target
         self.api = RunApi.over(channel, tenant, admission_timeout, trust_pickles)
         self.services = AsyncServices(channel, tenant)
+        self.llm = AsyncLlms(channel, tenant)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.target}{', closed' if self.api.channel.is_closed else ''}>"

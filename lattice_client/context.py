@@ -126,7 +126,8 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     In a coroutine use `ask_async`: this function blocks all coroutines of the process until the answer arrives.
 
     Args:
-        name: the name of the question, by which the caller recognises it.
+        name: the name of the question, by which the caller recognises it. Names that begin with `lattice/` are for
+            questions to the server.
         payload: a value for the caller, which must be picklable.
         item: in a batched call, the index of the asking item; otherwise None.
 
@@ -212,6 +213,46 @@ def service(name: str, *, item: int | None = None) -> Endpoint:
 async def service_async(name: str, *, item: int | None = None) -> Endpoint:
     """As `service`, without blocking other coroutines."""
     found: Endpoint = await _implementation().service_async(name, item=item)
+    return found
+
+
+class Llm(Protocol):
+    """A language model as clients of OpenAI's API reach it."""
+
+    @property
+    def base_url(self) -> str:
+        """The URL of the gateway of this node, with `/v1`."""
+
+    @property
+    def api_key(self) -> str:
+        """A key that ends with the attempt."""
+
+    @property
+    def model(self) -> str:
+        """The name of the model, for requests."""
+
+    def env(self) -> dict[str, str]:
+        """Return environment variables for other programs and libraries: `OPENAI_BASE_URL`, `OPENAI_API_KEY`, ..."""
+
+    def openai(self, **settings: Any) -> Any:
+        """Return an `openai.OpenAI` for it."""
+
+    def async_openai(self, **settings: Any) -> Any:
+        """Return an `openai.AsyncOpenAI` for it."""
+
+
+def llm(name: str, *, item: int | None = None) -> Llm:
+    """Wait until a language model is ready, and return how it is reached. In a coroutine use `llm_async`.
+
+    Raises as `service`.
+    """
+    found: Llm = _implementation().llm(name, item=item)
+    return found
+
+
+async def llm_async(name: str, *, item: int | None = None) -> Llm:
+    """As `llm`, without blocking other coroutines."""
+    found: Llm = await _implementation().llm_async(name, item=item)
     return found
 
 

@@ -20,6 +20,7 @@ from lattice_client.runs.questions import OnQuestion
 from lattice_client.runs.submission import ADMISSION_TIMEOUT_S
 from lattice_client.runs.sync_run import OpenRun, Run
 from lattice_client.services.blocking import Services
+from lattice_client.services.llms import Llms
 from lattice_client.transport.blocking import BlockingChannel
 from lattice_client.transport.channel import dial
 from lattice_client.transport.security import SecurityOptions
@@ -91,6 +92,11 @@ class LatticeClient:
     def services(self) -> Services:
         """The services of the server: programs that serve requests until they are stopped."""
         return Services(self.twin.services)
+
+    @functools.cached_property
+    def llm(self) -> Llms:
+        """The language models of the server."""
+        return Llms(self.twin.llm)
 
     @functools.cached_property
     def aio(self) -> AsyncLatticeClient:

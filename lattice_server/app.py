@@ -34,7 +34,7 @@ IDLE_BYTES = 64 * 1024 * 1024
 
 
 class SchedulerError(Exception):
-    """The scheduler failed for good, and the server was stopped."""
+    """The scheduler or the journal failed for good, and the server was stopped."""
 
 
 class App:
@@ -185,7 +185,7 @@ async def serve(config: ServerConfig, announce: Callable[[str, str], None]) -> N
     await _first(stopping.wait(), app.has_failed.wait())
     await app.stop()
     if app.has_failed.is_set():
-        raise SchedulerError("the scheduler failed and the server stopped; its log says why")
+        raise SchedulerError("the scheduler or the journal failed, and the server stopped; its log says why")
 
 
 async def _first(*waits: Coroutine[Any, Any, object]) -> None:

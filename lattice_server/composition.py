@@ -43,8 +43,9 @@ from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.authentication import Authentication
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.convert.journal import ContractCodec
-from lattice_server.rpc.convert.services import instance_function
+from lattice_server.rpc.convert.services import function_of_worker
 from lattice_server.rpc.durable_answers import DurableAnswers
+from lattice_server.rpc.llms import LlmServicer
 from lattice_server.rpc.machines import Machines
 from lattice_server.rpc.request_cache import RequestCache
 from lattice_server.rpc.results import ResultsServicer
@@ -60,7 +61,11 @@ from lattice_server.tokens import ANY_TENANT, Scope, credential, digest_of, read
 if TYPE_CHECKING:
     from lattice_server.telemetry.metrics import Metrics
     from lattice_server.telemetry.tracing import Tracing
+
 log = logging.getLogger(__name__)
+
+# Functions of workers, which the server calls by their names.
+INSTANCE, GATEWAY = "lattice_worker.services.instance:serve", "lattice_worker.gateway.task:serve"
 
 
 class Engine:
@@ -104,7 +109,7 @@ class Engine:
             self.journal,
             ChunkStore(Bound(config.chunk_bytes, share)),
         )
-        self.services = Services(self.orchestrator, instance_function())
+        self.services = Services(self.orchestrator, function_of_worker(INSTANCE), function_of_worker(GATEWAY))
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )
@@ -233,6 +238,7 @@ def rpc_server(
         ClusterServicer(engine.bus, engine.sessions, cache, orchestrator.queries, describe),
         workers,
         ServicesServicer(engine.services, engine.code, cache),
+        LlmServicer(engine.services, cache),
         authentication,
         slices,
         None

@@ -74,6 +74,7 @@ class ServerConfig:
 
     `metrics` are served to Prometheus at `metrics_address`, or sent by OTLP, or printed. `traces` are sent by OTLP, or
     printed.
+
     The `journal` is a folder, the URL of a PostgreSQL database, or `memory` for none. With `journal_sync` `normal`, a
     cut of the power may lose the last seconds. Of each tenant it keeps `journal_runs` ended runs of `journal_bytes` in
     all, and none that ended more than `journal_age_s` ago.

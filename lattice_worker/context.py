@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from lattice_worker.endpoints import Endpoint, Llm
 from lattice_worker.runner import tracing
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
@@ -40,6 +41,7 @@ __all__ = [
     "Call",
     "CallError",
     "Endpoint",
+    "Llm",
     "QuestionError",
     "SpawnError",
     "SpawnedOutput",
@@ -53,6 +55,8 @@ __all__ = [
     "current",
     "emit",
     "emit_async",
+    "llm",
+    "llm_async",
     "logger",
     "progress",
     "service",
@@ -62,7 +66,7 @@ __all__ = [
 ]
 
 MAX_NAME_LENGTH = 128
-ENDPOINT = "lattice/service.endpoint"
+ENDPOINT, LLM = "lattice/service.endpoint", "lattice/llm.endpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +80,6 @@ class Attempt:
     task_id: str
     number: int
     deadline: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """An instance of a service: its address `host:port`, its name, and the model of a service that has one."""
-
-    endpoint: str
-    instance_id: str
-    model: str = ""
-
-    @property
-    def host(self) -> str:
-        """The address without the port."""
-        return self.endpoint.rpartition(":")[0].strip("[]")
-
-    @property
-    def port(self) -> int:
-        """The port."""
-        return int(self.endpoint.rpartition(":")[2])
-
-    @property
-    def url(self) -> str:
-        """The address as the beginning of a URL."""
-        return f"http://{self.endpoint}"
 
 
 def current() -> Attempt:
@@ -276,6 +256,19 @@ def service(name: str, *, item: int | None = None) -> Endpoint:
 async def service_async(name: str, *, item: int | None = None) -> Endpoint:
     """As `service`, without blocking other coroutines."""
     return Endpoint(**await ask_async(ENDPOINT, {"name": name}, item=item))
+
+
+def llm(name: str, *, item: int | None = None) -> Llm:
+    """Return how a language model is reached, once an instance is ready; one is started if there is none.
+
+    The key ends with the attempt. In a coroutine use `llm_async`. Raises as `service`.
+    """
+    return Llm(**ask(LLM, {"name": name}, item=item))
+
+
+async def llm_async(name: str, *, item: int | None = None) -> Llm:
+    """As `llm`, without blocking other coroutines."""
+    return Llm(**await ask_async(LLM, {"name": name}, item=item))
 
 
 def _asked(name: object, payload: Any, item: object) -> "Future[Any]":

@@ -10,6 +10,7 @@ from lattice.v1 import cluster_pb2, resources_pb2
 from lattice_client import logs
 from lattice_client.cli.doctor import doctor
 from lattice_client.cli.inspection import read_logs, show_run, show_timeline
+from lattice_client.cli.llms import llm
 from lattice_client.cli.options import (
     DISTRIBUTION,
     Commands,
@@ -49,6 +50,7 @@ def main(log_level: str | None, log_format: str | None) -> None:
 runs.add_command(stream)
 main.add_command(runs)
 main.add_command(services)
+main.add_command(llm)
 main.add_command(doctor)
 for command in (show_run, show_timeline, read_logs):
     runs.add_command(command)

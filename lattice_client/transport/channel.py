@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lattice.v1 import (
         artifact_pb2_grpc,
         cluster_pb2_grpc,
+        llm_pb2_grpc,
         results_pb2_grpc,
         service_pb2_grpc,
         task_pb2_grpc,
@@ -160,6 +161,11 @@ class Channel(ABC):
     def services(self) -> "service_pb2_grpc.ServicesServiceAsyncStub":
         """Calls of ServicesService."""
         return self._stubs().services
+
+    @property
+    def llms(self) -> "llm_pb2_grpc.LlmServiceAsyncStub":
+        """Calls of LlmService."""
+        return self._stubs().llms
 
     async def limits(self) -> cluster_pb2.Limits:
         """Return the server's limits, which are read once. Raises RequestError, ClientClosedError."""

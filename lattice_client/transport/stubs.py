@@ -8,6 +8,7 @@ from typing import Any, cast
 from lattice.v1 import (
     artifact_pb2_grpc,
     cluster_pb2_grpc,
+    llm_pb2_grpc,
     results_pb2_grpc,
     service_pb2_grpc,
     task_pb2_grpc,
@@ -27,12 +28,14 @@ class Stubs:
         self.results: results_pb2_grpc.ResultsServiceAsyncStub
         self.artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub
         self.cluster: cluster_pb2_grpc.ClusterServiceAsyncStub
+        self.llms: llm_pb2_grpc.LlmServiceAsyncStub
         self.services: service_pb2_grpc.ServicesServiceAsyncStub
         self.workflows = cast(Any, workflow_pb2_grpc.WorkflowServiceStub(channel))
         self.tasks = cast(Any, task_pb2_grpc.TaskServiceStub(channel))
         self.results = cast(Any, results_pb2_grpc.ResultsServiceStub(channel))
         self.artifacts = cast(Any, artifact_pb2_grpc.ArtifactServiceStub(channel))
         self.cluster = cast(Any, cluster_pb2_grpc.ClusterServiceStub(channel))
+        self.llms = cast(Any, llm_pb2_grpc.LlmServiceStub(channel))
         self.services = cast(Any, service_pb2_grpc.ServicesServiceStub(channel))
 
 

@@ -224,6 +224,9 @@ class Runtime:
 ANY_RUNTIME = Runtime()
 
 
+NODE_LABEL = "lattice/node"
+
+
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
     """A node and the worker that serves it. A worker with `entrypoints` runs only those; any other runs Python.
@@ -242,6 +245,10 @@ class NodeSpec:
     pid: int
     entrypoints: frozenset[str] = frozenset()
     isolation_refusals: Mapping[Isolation, str] = field(default_factory=dict)
+
+    def label(self, key: str) -> str | None:
+        """Return the value of a label; every node has its own id as `NODE_LABEL`."""
+        return self.node_id if key == NODE_LABEL else self.labels.get(key)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)

@@ -33,7 +33,7 @@ from lattice_server.core.messages import (
     TaskStreamed,
     TaskSucceeded,
 )
-from lattice_server.core.model import Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.model import NodeSpec, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.run.open_run import NOT_OPEN, answer_to
 from lattice_server.core.run.reuse import Earlier, workflow_of
 from lattice_server.core.steps import finish
@@ -108,6 +108,7 @@ class Orchestrator:
         self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks, journal)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
         self.observers = self._driver.observers
+        self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
         self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs, journal)
@@ -260,6 +261,7 @@ class Orchestrator:
                 self.queries.answer(effect)
             elif isinstance(effect, NodesChanged):
                 self._admission.know(effect.nodes)
+                self.on_nodes(effect.nodes)
             elif isinstance(effect, SettleArtifacts):
                 self._store.settle(effect.artifacts)
             else:

@@ -35,7 +35,8 @@ class RecordedEvent:
     """An event that was read back.
 
     `happened_s` is when a task started or ended, which may be before the event. `queued_s` is how long a task that has
-    ended was queued. A start has the lease of the attempt, and its position in it.
+    ended was queued. A start has the lease of the attempt, and its position in it. `is_called` tells that a task called
+    the tasks that it added.
     """
 
     event: RunEvent
@@ -43,6 +44,7 @@ class RecordedEvent:
     queued_s: float | None
     lease_id: str
     item: int
+    is_called: bool
 
 
 class RunCodec(Protocol):

@@ -208,7 +208,7 @@ class RunRestorer:
                 made.functions |= yield from functions_of(tasks)
                 added = tasks
             at = told.happened_s - offset_s
-            made.restoration.apply(fact, at, added=added, queued_s=told.queued_s)
+            made.restoration.apply(fact, at, added=added, queued_s=told.queued_s, is_called=told.is_called)
             entry.note_times(fact, offset_s)
             entry.log.append(fact, told.event.time_s)
             if is_step:

@@ -23,6 +23,7 @@ NEEDED: Mapping[str, frozenset[Scope]] = {
     "/lattice.v1.ClusterService/DrainNode": ADMIN,
     "/lattice.v1.ClusterService/GetServerInfo": ANY,
     "/lattice.v1.ClusterService/ListNodes": READ,
+    "/lattice.v1.LlmService/StartLlm": SUBMIT,
     "/lattice.v1.ResultsService/GetResult": READ,
     "/lattice.v1.ResultsService/WatchChunks": READ,
     "/lattice.v1.ResultsService/WatchRun": READ,

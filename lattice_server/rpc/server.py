@@ -15,6 +15,8 @@ from lattice.v1 import (
     artifact_pb2_grpc,
     cluster_pb2,
     cluster_pb2_grpc,
+    llm_pb2,
+    llm_pb2_grpc,
     results_pb2,
     results_pb2_grpc,
     service_pb2,
@@ -35,6 +37,7 @@ from lattice_server.rpc.certificates import Certificates
 from lattice_server.rpc.cluster import ClusterServicer
 from lattice_server.rpc.durable_answers import DurableAnswers
 from lattice_server.rpc.interceptors import ErrorInterceptor
+from lattice_server.rpc.llms import LlmServicer
 from lattice_server.rpc.request_deserializer import MessageLimits
 from lattice_server.rpc.results import ResultsServicer
 from lattice_server.rpc.services import ServicesServicer
@@ -50,6 +53,7 @@ SERVICE_NAMES = (
     cluster_pb2.DESCRIPTOR.services_by_name["ClusterService"].full_name,
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
     service_pb2.DESCRIPTOR.services_by_name["ServicesService"].full_name,
+    llm_pb2.DESCRIPTOR.services_by_name["LlmService"].full_name,
 )
 HANDSHAKE_MS = 10_000
 # Bounds the memory of one connection. Each open call has a stream; further calls wait, or are refused with UNAVAILABLE
@@ -93,6 +97,7 @@ class RpcServer:
         cluster: ClusterServicer,
         workers: WorkerServicer,
         services: ServicesServicer,
+        llms: LlmServicer,
         authentication: Authentication | None,
         slices: Slices,
         answers: DurableAnswers | None = None,
@@ -120,6 +125,7 @@ class RpcServer:
             cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(workers, server)
             service_pb2_grpc.add_ServicesServiceServicer_to_server(services, server)
+            llm_pb2_grpc.add_LlmServiceServicer_to_server(llms, server)
             reflection.enable_server_reflection((*SERVICE_NAMES, health_name, reflection.SERVICE_NAME), server)
 
     async def start(self) -> int:

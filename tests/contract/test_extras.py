@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-WORKER = {"orjson", "psutil", "pynvml", "uvloop"}
+WORKER = {"aiohttp", "orjson", "psutil", "pynvml", "uvloop"}
 SERVER = {
     "asyncinotify",
     "grpc_health",

@@ -20,7 +20,8 @@ from tests.e2e import rooms
 from tests.e2e.conftest import LATTICE
 from tests.e2e.rooms import Room
 
-pytestmark = pytest.mark.slow
+# Each test starts two servers, one after the other.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 RESULT_S = 60.0
 
@@ -44,14 +45,14 @@ class Head:
         assert self._process.stdout is not None
         assert self.address in self._process.stdout.readline()
 
-    def kill(self) -> None:
-        """Kill the server, and wait until its workers have ended by themselves."""
+    def restart(self) -> None:
+        """Kill the server and start it again; then wait until its old workers have ended by themselves."""
         assert self._process is not None
         workers = psutil.Process(self._process.pid).children(recursive=True)
         self._process.send_signal(signal.SIGKILL)
         self._process.wait(30)
+        self.start()
         assert not psutil.wait_procs(workers, 30)[1]
-        self._process = None
 
     def stop(self) -> None:
         if self._process is not None:
@@ -145,8 +146,7 @@ def test_a_run_ends_with_its_result_when_the_server_is_killed_in_the_middle(head
         run = chain(client, room)
         rooms.until(run, "task_started", "second")
         result = aside(run.result)
-        head.kill()
-        head.start()
+        head.restart()
         room.open()
         assert result() == {"result": 3}
         events = list(run.events())
@@ -168,8 +168,7 @@ def test_a_run_that_grows_keeps_its_ended_items_when_the_server_is_killed(head: 
         later = workflow.add_task(third, {"room": room, "value": 41})
         run.add_tasks([later])
         rooms.until(run, "task_succeeded", "third")
-        head.kill()
-        head.start()
+        head.restart()
         room.open()
         assert run.output("total", timeout=RESULT_S) == 14
         assert run.output("third") == 42
@@ -190,8 +189,7 @@ def test_ended_runs_and_stored_workflows_are_there_after_a_restart(head: Head, r
         workflow.add_task(first, {"room": room})
         workflow.store("kept")
         before = len(room.notes())
-        head.kill()
-        head.start()
+        head.restart()
         assert client.list_runs()[0].run_id == ended.run_id
         assert client.describe_run(ended.run_id) == shown
         assert client.get_run(ended.run_id).result(timeout=RESULT_S) == {"result": 3}
@@ -206,6 +204,19 @@ def test_ended_runs_and_stored_workflows_are_there_after_a_restart(head: Head, r
         assert len(client.list_runs()) == 3
 
 
+def test_a_run_ends_with_its_result_when_the_server_is_stopped_in_the_middle(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        run = chain(client, room)
+        rooms.until(run, "task_started", "second")
+        head.stop()
+        head.start()
+        room.open()
+        assert client.get_run(run.run_id).result(timeout=RESULT_S) == {"result": 3}
+        kinds = [event.type for event in run.events()]
+    assert (kinds.count("task_succeeded"), kinds.count("task_failed")) == (3, 0)
+    assert (room.notes().count("first"), room.notes().count("third")) == (1, 1)
+
+
 def test_a_cancelled_run_stays_cancelled_when_the_server_is_killed(head: Head, room: Room) -> None:
     with LatticeClient(head.address) as client:
         run = client.create_workflow()
@@ -213,8 +224,7 @@ def test_a_cancelled_run_stays_cancelled_when_the_server_is_killed(head: Head, r
         started = run.run()
         rooms.until(started, "task_started", "held")
         started.cancel("enough")
-        head.kill()
-        head.start()
+        head.restart()
         with pytest.raises(RunCancelledError):
             started.result(timeout=RESULT_S)
     assert "-held" not in room.notes()
@@ -277,8 +287,7 @@ def test_no_run_is_lost_or_ends_twice_when_the_server_is_killed_again_and_again(
         thread.start()
     for _ in range(4):
         time.sleep(dice.uniform(0.05, 1.5))
-        head.kill()
-        head.start()
+        head.restart()
     is_over.set()
     for thread in threads:
         thread.join(2 * RESULT_S)

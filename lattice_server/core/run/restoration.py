@@ -73,13 +73,22 @@ class Restoration:
     _policy: FailurePolicy
     _attempts: dict[str, _Attempts] = field(default_factory=dict)
 
-    def apply(self, fact: Fact, at: float, *, added: Sequence[TaskSpec] = (), queued_s: float | None = None) -> None:
+    def apply(
+        self,
+        fact: Fact,
+        at: float,
+        *,
+        added: Sequence[TaskSpec] = (),
+        queued_s: float | None = None,
+        is_called: bool = False,
+    ) -> None:
         """Apply one fact.
 
         Args:
             fact: the fact.
             at: when it was recorded.
             added: the definitions of the tasks that it added, unless they are items of a mapped task.
+            is_called: whether a task called the tasks that it added.
             queued_s: how long its task was queued before the first attempt, if the fact tells it.
 
         Raises:
@@ -95,7 +104,7 @@ class Restoration:
                 self._status.failure, self._status.is_open = fact.failure, False
                 self._become(fact.state)
             case TasksAdded():
-                self._add(fact, at, added)
+                self._add(fact, at, added, is_called=is_called)
             case TaskStarted():
                 self._start(self._record(fact.task_id), fact, at)
             case TaskRetrying():
@@ -202,12 +211,13 @@ class Restoration:
             record.failure = fact.failure
         if not isinstance(fact, TaskSkipped | TaskSucceeded):
             record.attempt = fact.attempt
-            if self._policy is FailurePolicy.FINISH_INDEPENDENT and self._status.failure is None:
+            is_own = self._policy is FailurePolicy.FINISH_INDEPENDENT and not record.is_called
+            if is_own and self._status.failure is None:
                 self._status.failure = failure_of_run(fact.task_id, fact.failure)
         if record.item_of:
             self._endings.note_item(record)
 
-    def _add(self, fact: TasksAdded, at: float, added: Sequence[TaskSpec]) -> None:
+    def _add(self, fact: TasksAdded, at: float, added: Sequence[TaskSpec], *, is_called: bool) -> None:
         parent = self._table.records.get(fact.parent_task_id)
         if parent is not None and parent.spec.over:
             self._expand(parent, fact, at)
@@ -218,6 +228,10 @@ class Restoration:
                 raise RestorationError("the definitions of added tasks are not those that an event names")
             addition.extension.apply(self._dag)
             self._table.extend(addition.records)
+            if parent is not None and is_called:
+                for record in addition.records.values():
+                    record.is_called = True
+                parent.calls += fact.task_ids
         self._growth.revision = fact.revision
 
     def _expand(self, record: TaskRecord, fact: TasksAdded, at: float) -> None:

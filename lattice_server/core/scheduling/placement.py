@@ -47,7 +47,7 @@ def suits(shape: Shape, node: NodeSpec) -> bool:
     """Whether `node` may run `shape`, whatever resources it has."""
     if shape.isolation not in node.isolations or not has_code(shape, node):
         return False
-    return all(node.labels.get(k) == v for k, v in shape.node_selector)
+    return all(node.label(k) == v for k, v in shape.node_selector)
 
 
 def has_code(shape: Shape, node: NodeSpec) -> bool:

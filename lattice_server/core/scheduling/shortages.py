@@ -49,8 +49,9 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
             return [Shortage(name, "it runs its own entry points only")]
         return [Shortage(name, f"it has no entry point {shape.entrypoint!r}")]
     for key, value in shape.node_selector:
-        if node.spec.labels.get(key) != value:
-            return [Shortage(name, f"its label {key} is {node.spec.labels.get(key, '')!r}, not {value!r}")]
+        if node.spec.label(key) != value:
+            has = node.spec.label(key) or ""
+            return [Shortage(name, f"its label {key} is {has!r}, not {value!r}")]
     if node.state is not NodeState.READY:
         return [Shortage(name, "it is being drained")]
     if node.session is not SessionState.CONNECTED:

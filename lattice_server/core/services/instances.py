@@ -1,5 +1,6 @@
 """Owns the records of a service's instances. Rule: a state changes only by `Instance.move`, which checks the table."""
 
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from lattice_server.core.services.model import (
@@ -13,6 +14,8 @@ from lattice_server.core.states import transition
 
 # Instances without processes, or without requests, end without being drained.
 UNUSED = frozenset({InstanceState.QUEUED, InstanceState.STARTING})
+# Instances of an older definition serve until the new ones are ready, unless these wait for resources for so long.
+REPLACE_WAIT_S = 5.0
 # The order in which instances are given up: first those that serve nobody.
 _GIVEN_UP_FIRST = {
     InstanceState.QUEUED: 0,
@@ -67,3 +70,17 @@ def victims(instances: list[Instance], count: int) -> list[Instance]:
         return _GIVEN_UP_FIRST[instance.state], instance.in_flight, -instance.number
 
     return sorted(instances, key=order)[:count]
+
+
+def elsewhere(instances: Iterable[Instance], node_ids: Set[str]) -> list[Instance]:
+    """Return the instances that are on other nodes than these."""
+    return [found for found in instances if found.is_wanted and found.node_id and found.node_id not in node_ids]
+
+
+def replacement_at(instances: Iterable[Instance], revision: int) -> float | None:
+    """Return when older instances have to make room for one of a revision that waits for resources."""
+    present = [found for found in instances if found.is_wanted]
+    if all(found.revision == revision for found in present):
+        return None
+    queued = (found for found in present if found.state is InstanceState.QUEUED and found.revision == revision)
+    return min((found.since + REPLACE_WAIT_S for found in queued), default=None)

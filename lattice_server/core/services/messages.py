@@ -34,6 +34,13 @@ class UseChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class NodesChanged:
+    """These nodes accept leases; instances on others have to leave."""
+
+    node_ids: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceStarted:
     """The program of an instance was started on a node."""
 
@@ -80,6 +87,7 @@ Event = (
     | Scaled
     | Stopped
     | UseChanged
+    | NodesChanged
     | InstanceStarted
     | InstanceReady
     | InstanceUnhealthy

@@ -31,7 +31,7 @@ class ServiceSpec:
     It has a `command`, or the pickle or the entry point of a Python `function`. `environment` may hold secrets. An
     instance may take `start_timeout_s` to be ready, finishes requests for `drain_timeout_s`, and has `stop_grace_s`
     between SIGTERM and SIGKILL. Without a `concurrency` load starts no instances. `bundle` is the digest of the modules
-    of the function.
+    of the function. A service with a `base_url` is outside of the cluster: it has no instances, and is always ready.
     """
 
     name: str
@@ -55,6 +55,8 @@ class ServiceSpec:
     reach: Reach = Reach.NODE
     model: str = ""
     engine: str = ""
+    base_url: str = ""
+    api_key: str = field(default="", repr=False)
 
 
 class FailureKind(Enum):

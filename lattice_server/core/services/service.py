@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from lattice_server.core.services.demand import Demand
-from lattice_server.core.services.instances import UNUSED, Instance, victims
+from lattice_server.core.services.instances import UNUSED, Instance, elsewhere, replacement_at, victims
 from lattice_server.core.services.messages import (
     CancelInstance,
     Defined,
@@ -18,6 +18,7 @@ from lattice_server.core.services.messages import (
     InstanceStarted,
     InstanceUnhealthy,
     LoadReported,
+    NodesChanged,
     RoutesChanged,
     Scaled,
     ServiceGone,
@@ -34,9 +35,6 @@ from lattice_server.core.services.model import (
     ServiceState,
 )
 from lattice_server.core.services.restarts import Restarts
-
-# Instances of an older definition serve until the new ones are ready, unless these wait for resources for so long.
-REPLACE_WAIT_S = 5.0
 
 
 class Service:
@@ -61,9 +59,14 @@ class Service:
         return [found for found in self.instances.values() if found.state is InstanceState.READY]
 
     @property
+    def takes_requests(self) -> bool:
+        """Whether a request would be answered now."""
+        return bool(self.ready or self.spec.base_url) and not self.is_stopping
+
+    @property
     def wanted(self) -> int:
         """How many instances there shall be now."""
-        if self.is_stopping or self.starts.given_up is not None:
+        if self.is_stopping or self.starts.given_up is not None or self.spec.base_url:
             return 0
         return self.demand.wanted(self.spec)
 
@@ -75,6 +78,8 @@ class Service:
             return ServiceState.STOPPING
         if self.starts.given_up is not None:
             return ServiceState.FAILED
+        if self.spec.base_url:
+            return ServiceState.READY
         if ready >= self.wanted:
             return ServiceState.READY if ready else ServiceState.IDLE
         return ServiceState.DEGRADED if ready else ServiceState.STARTING
@@ -83,7 +88,8 @@ class Service:
 
     def start(self, now: float) -> list[Effect]:
         """Begin."""
-        return self._converge(now)
+        routes: list[Effect] = [RoutesChanged()] if self.spec.base_url else []
+        return routes + self._converge(now)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take a fact. A fact about an instance that has ended changes nothing."""
@@ -91,12 +97,16 @@ class Service:
         match event:
             case Defined():
                 self._define(event.spec)
+                effects.append(RoutesChanged())
             case Scaled():
                 self._scale(event)
             case Stopped():
                 self.is_stopping = True
             case UseChanged():
                 self.demand.waiting, self.demand.users = event.waiting, event.users
+            case NodesChanged():
+                for displaced in elsewhere(self.instances.values(), event.node_ids):
+                    effects += self._give_up(displaced, now)
             case InstanceStarted() | InstanceReady() | InstanceUnhealthy() | LoadReported() | InstanceEnded():
                 instance = self.instances.get(event.instance_id)
                 if instance is None:
@@ -256,11 +266,7 @@ class Service:
 
     def _replace_deadline(self) -> float | None:
         """Return when older instances make room for those of the present definition that wait for resources."""
-        present = [found for found in self.instances.values() if found.is_wanted]
-        if all(found.revision == self.revision for found in present):
-            return None
-        queued = (found for found in present if found.state is InstanceState.QUEUED and found.revision == self.revision)
-        return min((found.since + REPLACE_WAIT_S for found in queued), default=None)
+        return replacement_at(self.instances.values(), self.revision)
 
     def _start_one(self, now: float) -> StartInstance:
         self._numbers += 1

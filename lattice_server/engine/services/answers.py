@@ -17,6 +17,12 @@ PROGRAM = "lattice/instance.program"
 REPORT = "lattice/instance.report"
 CONTROL = "lattice/instance.control"
 ENDPOINT = "lattice/service.endpoint"
+LLM = "lattice/llm.endpoint"
+GATEWAY_START = "lattice/gateway.start"
+GATEWAY_READY = "lattice/gateway.ready"
+GATEWAY_ROUTES = "lattice/gateway.routes"
+GATEWAY_KEY = "lattice/gateway.key"
+GATEWAY_WAIT = "lattice/gateway.wait"
 JSON = "application/json"
 
 

@@ -5,23 +5,22 @@ Rule: a service is found by its name within its tenant; a task reaches the servi
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from lattice_server.core.errors import ExhaustedError, LatticeError, NotFoundError
 from lattice_server.core.messages import QuestionAsked, TaskCancelled, TaskFailed, TaskRetrying, TaskSucceeded
-from lattice_server.core.model import Bundle, Function
-from lattice_server.core.services.instances import Instance
-from lattice_server.core.services.messages import Defined, Scaled, Stopped, UseChanged
-from lattice_server.core.services.model import Reach as ServiceReach
+from lattice_server.core.model import Bundle, Function, NodeSpec
+from lattice_server.core.services.messages import Defined, NodesChanged, Scaled, Stopped, UseChanged
 from lattice_server.core.services.model import ServiceSpec, ServiceState
 from lattice_server.core.services.service import Service
-from lattice_server.core.tenancy import Reach, Shelf, key_of
+from lattice_server.core.tenancy import SEPARATOR, Reach, Shelf, key_of
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.services import answers
 from lattice_server.engine.services.driver import ServiceDriver
 from lattice_server.engine.services.entry import ServiceEntry, Use
+from lattice_server.engine.services.models import Models, reachable
 
 MAX_SERVICES = 1000  # Of one tenant.
 SETTLED = frozenset({ServiceState.READY, ServiceState.DEGRADED, ServiceState.FAILED, ServiceState.STOPPING})
@@ -29,16 +28,18 @@ AttemptEnd = TaskSucceeded | TaskFailed | TaskCancelled | TaskRetrying
 
 
 class Services:
-    """The services. `function` is what the task of an instance runs."""
+    """The services. `function` is what the task of an instance runs, `gateway` that of a gateway."""
 
-    def __init__(self, orchestrator: Orchestrator, function: Function) -> None:
+    def __init__(self, orchestrator: Orchestrator, function: Function, gateway: Function) -> None:
         self._orchestrator = orchestrator
         self._services: Shelf[ServiceEntry] = Shelf()
         self._driver = ServiceDriver(orchestrator, function)
-        self._driver.on_routes = self._answer_waiting
+        self._models = Models(orchestrator, gateway, self._services.values, self._answer_all)
+        self._driver.on_routes = self._note_routes
         self._driver.on_gone = self._forget
         self._used: dict[str, set[tuple[ServiceEntry, Use]]] = {}  # By the key of a run.
         orchestrator.on_question = self._ask
+        orchestrator.on_nodes = self._know_nodes
 
     def __len__(self) -> int:
         return len(self._services)
@@ -118,33 +119,61 @@ class Services:
         return True
 
     def _take_question(self, run: RunEntry, question: QuestionAsked) -> None:
-        if self._driver.serve(question):
+        if self._driver.serve(question) or self._models.serve(question):
             return
-        if question.name != answers.ENDPOINT:
-            # An instance of a service that is unknown here ends by this.
-            text = f"no service of this server has this instance, or there is no question {question.name!r}"
+        content = answers.content_of(question)
+        is_of_gateway = self._models.waits(question)
+        if question.name not in {answers.ENDPOINT, answers.LLM} and not is_of_gateway:
+            # An instance, or a gateway, that this server does not know ends by this.
+            text = f"this server does not know who asks, or there is no question {question.name!r}"
             self._orchestrator.answer(answers.refused(question, "QuestionError", text))
             return
-        name = str(answers.content_of(question).get("name", ""))
+        name, _, tenant = str(content.get("name", "")).partition(SEPARATOR)
+        reach = Reach(tenant if is_of_gateway else run.run.tenant)
         try:
-            entry = self.get(name, Reach(run.run.tenant))
+            entry = self.get(name, reach)
         except LatticeError as error:
-            known = ", ".join(found.name for found in self.within(Reach(run.run.tenant))) or "none"
+            known = ", ".join(found.name for found in self.within(reach)) or "none"
             text = f"{error.message}; this tenant has: {known}"
             self._orchestrator.answer(answers.refused(question, "ServiceNotFoundError", text))
             return
-        use = question.run_id, question.task_id, question.attempt
-        self._used.setdefault(run.key, set()).add((entry, use))
-        if run.on_effects is None:
-            run.on_effects = partial(self._observe, run)
+        spec = entry.machine.spec
+        if (question.name == answers.LLM and not spec.engine) or (question.name == answers.ENDPOINT and spec.base_url):
+            text = f"service {name!r} serves no model: use context.service"
+            if spec.base_url:
+                text = f"model {name!r} has no address in the cluster: use context.llm"
+            self._orchestrator.answer(answers.refused(question, "ServiceNotFoundError", text))
+            return
+        if not is_of_gateway:
+            self._used.setdefault(run.key, set()).add((entry, _use_of(question)))
+            run.on_effects = run.on_effects or partial(self._observe, run)
         entry.waiting[question.question_id] = question
         self._note_use(entry)
         self._answer_waiting(entry)
 
+    def _note_routes(self, entry: ServiceEntry) -> None:
+        if entry.machine.spec.engine:
+            self._models.update()
+        self._answer_waiting(entry)
+
+    def _know_nodes(self, nodes: tuple[NodeSpec, ...]) -> None:
+        # In turn, as all other facts.
+        asyncio.get_running_loop().call_soon(self._leave_nodes, nodes)
+
+    def _leave_nodes(self, nodes: tuple[NodeSpec, ...]) -> None:
+        self._models.know(nodes)
+        for entry in list(self._services.values()):
+            self._driver.post(entry, NodesChanged(frozenset(node.node_id for node in nodes)))
+
+    def _answer_all(self) -> None:
+        """Answer the tasks that waited for a gateway."""
+        for entry in list(self._services.values()):
+            self._answer_waiting(entry)
+
     def _answer_waiting(self, entry: ServiceEntry) -> None:
         """Answer the tasks that wait for a service which is ready, or which has failed."""
         machine = entry.machine
-        if machine.ready:
+        if machine.takes_requests:
             for question in list(entry.waiting.values()):
                 self._give(entry, question)
         elif machine.state in {ServiceState.FAILED, ServiceState.STOPPING}:
@@ -159,8 +188,17 @@ class Services:
         self._note_use(entry)
 
     def _give(self, entry: ServiceEntry, question: QuestionAsked) -> None:
-        """Give a task the address of the instance with the fewest requests among those that it reaches."""
-        node_id = self._node_of(question)
+        """Give a task the address it waits for; that of a gateway may have to wait until the gateway has started."""
+        if question.name == answers.GATEWAY_WAIT:
+            del entry.waiting[question.question_id]
+            self._orchestrator.answer(answers.answered(question, {}))
+            return
+        use, node_id = _use_of(question), self._node_of(question)
+        if question.name == answers.LLM:
+            if self._models.give(entry, question, use, node_id):
+                entry.users.add(use)
+                del entry.waiting[question.question_id]
+            return
         found = reachable(entry.machine.ready, node_id)
         del entry.waiting[question.question_id]
         if not found:
@@ -170,7 +208,7 @@ class Services:
             self._orchestrator.answer(answers.refused(question, "ServiceUnreachableError", text))
             return
         best = min(found, key=lambda instance: (instance.in_flight, instance.number))
-        entry.users.add((question.run_id, question.task_id, question.attempt))
+        entry.users.add(use)
         value = {"endpoint": best.endpoint, "instance_id": best.instance_id, "model": entry.machine.spec.model}
         self._orchestrator.answer(answers.answered(question, value))
 
@@ -192,7 +230,8 @@ class Services:
         if over:
             asyncio.get_running_loop().call_soon(self._end_uses, over)
 
-    def _end_uses(self, over: Iterable[tuple[ServiceEntry, Use]]) -> None:
+    def _end_uses(self, over: Collection[tuple[ServiceEntry, Use]]) -> None:
+        self._models.revoke({use for _, use in over})
         for entry, use in over:
             entry.users.discard(use)
             asked = [name for name, found in entry.waiting.items() if _use_of(found) == use]
@@ -209,13 +248,6 @@ class Services:
         del self._services[key_of(entry.name, entry.tenant)]
         self._answer_waiting(entry)
         entry.wake()
-
-
-def reachable(instances: Iterable[Instance], node_id: str) -> list[Instance]:
-    """Return the instances that processes on a node reach: those on it first, or else those that listen for others."""
-    present = list(instances)
-    here = [found for found in present if found.node_id == node_id]
-    return here or [found for found in present if found.spec.reach is ServiceReach.CLUSTER]
 
 
 def _use_of(question: QuestionAsked) -> Use:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from google.protobuf.message import Message
 from lattice.v1 import run_pb2, task_pb2, worker_pb2, workflow_pb2
 
-from lattice_server.core.messages import RunEvent, TaskFailed, TaskStarted, TaskSucceeded
+from lattice_server.core.messages import RunEvent, TaskFailed, TasksAdded, TaskStarted, TaskSucceeded
 from lattice_server.core.model import Bundle, FailurePolicy, Function, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.scheduling.batching import BatchRule
 from lattice_server.core.steps import Steps, stepwise
@@ -88,6 +88,8 @@ class ContractCodec:
                 for name, items in split.items():
                     for payload in items:
                         fill_payload(replay.succeeded.split[name].items.add(), payload)
+            case TasksAdded(task_ids=task_ids):
+                replay.spawned.called = any(entry.run.tasks[task_id].is_called for task_id in task_ids)
             case TaskFailed(task_id=task_id):
                 fill_timestamp(replay.time, entry.end_times_s.get(task_id))
             case _:

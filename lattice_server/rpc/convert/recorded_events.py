@@ -41,7 +41,8 @@ def event_from_proto(key: str, message: run_pb2.RunEvent, report: worker_pb2.Rep
     fact = FACTS[kind](key, body, report, time_s)
     queued_s = seconds_from(body.queue_time) if kind == "task_succeeded" and body.HasField("queue_time") else None
     happened_s = seconds_from(report.time) if report.HasField("time") else time_s
-    return RecordedEvent(RunEvent(message.sequence, time_s, fact), happened_s, queued_s, report.lease_id, report.item)
+    event, is_called = RunEvent(message.sequence, time_s, fact), report.spawned.called
+    return RecordedEvent(event, happened_s, queued_s, report.lease_id, report.item, is_called)
 
 
 def _run_started(key: str, body: run_pb2.RunStarted, *_: Any) -> Fact:

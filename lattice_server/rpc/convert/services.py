@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from lattice.v1 import service_pb2, task_pb2
 
 from lattice_server.core.errors import invalid_field
-from lattice_server.core.model import Function
+from lattice_server.core.model import Bundle, Function
 from lattice_server.core.services.instances import Instance
 from lattice_server.core.services.model import (
     FailureKind,
@@ -45,17 +45,17 @@ FAILURE_TO_PROTO = {
 }
 
 
-def instance_function() -> Function:
-    """Return the function that the task of every instance calls; workers have it."""
-    message = task_pb2.Function(entrypoint="lattice_worker.services.instance:serve", display_name="instance")
+def function_of_worker(entrypoint: str) -> Function:
+    """Return a function that workers have, which is called in a process of its own."""
+    message = task_pb2.Function(entrypoint=entrypoint, display_name=entrypoint.rpartition(".")[2])
     message.python.call_style = task_pb2.CALL_STYLE_KEYWORDS
     message.python.return_style = task_pb2.RETURN_STYLE_VALUE
     message.python.concurrency = task_pb2.CONCURRENCY_FRESH_PROCESS
 
-    def no_bundle(digest: str) -> None:
-        raise AssertionError(digest)
+    def no_bundle(digest: str) -> Bundle:
+        raise AssertionError(f"it has no bundle {digest}")
 
-    return function_from_proto(message, no_bundle)  # type: ignore[arg-type]
+    return function_from_proto(message, no_bundle)
 
 
 def spec_from_proto(message: service_pb2.ServiceSpec, field: str = "spec") -> ServiceSpec:
@@ -238,7 +238,10 @@ def _spec_to_proto(spec: ServiceSpec) -> service_pb2.ServiceSpec:
         reach=REACH_TO_PROTO[spec.reach],
         model=spec.model,
         engine=spec.engine,
+        base_url=spec.base_url,
     )
+    if spec.base_url:
+        return found
     if spec.command:
         found.command.arguments.extend(spec.command)
         found.command.working_directory = spec.working_directory

@@ -268,6 +268,7 @@ class ServiceSpec(google.protobuf.message.Message):
     REACH_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
     ENGINE_FIELD_NUMBER: builtins.int
+    BASE_URL_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Names the service within its tenant: 1 to 63 lower-case letters, digits and hyphens; it begins with a letter."""
     replicas: builtins.int
@@ -283,7 +284,9 @@ class ServiceSpec(google.protobuf.message.Message):
     model: builtins.str
     """Only for services of `LlmService`: the model by the name that requests give."""
     engine: builtins.str
-    """Only for services of `LlmService`: `vllm`, `transformers` or `openai`."""
+    """Only for services of `LlmService`: `vllm`, `transformers`, `openai` or `provider`."""
+    base_url: builtins.str
+    """Only for the engine `provider`: its URL."""
     @property
     def command(self) -> Global___ServiceCommand:
         """A command."""
@@ -348,9 +351,10 @@ class ServiceSpec(google.protobuf.message.Message):
         reach: Global___ServiceReach.ValueType = ...,
         model: builtins.str = ...,
         engine: builtins.str = ...,
+        base_url: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "command", b"command", "concurrency", b"concurrency", "drain_timeout", b"drain_timeout", "function", b"function", "health", b"health", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "program", b"program", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout", "stop_grace", b"stop_grace"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "command", b"command", "concurrency", b"concurrency", "drain_timeout", b"drain_timeout", "engine", b"engine", "environment", b"environment", "function", b"function", "health", b"health", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "program", b"program", "reach", b"reach", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout", "stop_grace", b"stop_grace"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "base_url", b"base_url", "command", b"command", "concurrency", b"concurrency", "drain_timeout", b"drain_timeout", "engine", b"engine", "environment", b"environment", "function", b"function", "health", b"health", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "program", b"program", "reach", b"reach", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout", "stop_grace", b"stop_grace"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_concurrency", b"_concurrency"]) -> typing.Literal["concurrency"] | None: ...
     @typing.overload

@@ -28,7 +28,8 @@ def restored(histories: RunHistories) -> Run:
     restoration = run.restoring()
     for fact in histories.facts:
         added = [old.tasks[task_id].spec for task_id in fact.task_ids] if isinstance(fact, TasksAdded) else []
-        restoration.apply(fact, histories.now, added=added)
+        is_called = isinstance(fact, TasksAdded) and any(old.tasks[task_id].is_called for task_id in fact.task_ids)
+        restoration.apply(fact, histories.now, added=added, is_called=is_called)
     assert (run.state, run.revision, run.is_open) == (old.state, old.revision, old.is_open)
     assert list(run.tasks) == list(old.tasks)
     assert run.dag == old.dag
@@ -45,7 +46,16 @@ def restored(histories: RunHistories) -> Run:
 
 def comparable(record: Any) -> tuple[Any, ...]:
     """Return what a reader can see of a task that has ended."""
-    return record.spec, record.outputs, record.split, record.failure, record.items, record.open_items, record.duration_s
+    return (
+        record.is_called,
+        record.spec,
+        record.outputs,
+        record.split,
+        record.failure,
+        record.items,
+        record.open_items,
+        record.duration_s,
+    )
 
 
 class RestartHistories(RunHistories):

@@ -47,6 +47,7 @@ MAY_CALL = {
     "lattice.v1.ClusterService.DrainNode": ADMINS,
     "lattice.v1.ClusterService.GetServerInfo": READERS | WORKERS,
     "lattice.v1.ClusterService.ListNodes": READERS,
+    "lattice.v1.LlmService.StartLlm": SUBMITTERS,
     "lattice.v1.ResultsService.GetResult": READERS,
     "lattice.v1.ResultsService.WatchChunks": READERS,
     "lattice.v1.ResultsService.WatchRun": READERS,

@@ -21,7 +21,16 @@ from lattice_server.core.messages import (
     TaskStarted,
     TaskSucceeded,
 )
-from lattice_server.core.model import Artifact, Failure, FailureKind, Function, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.model import (
+    Artifact,
+    Failure,
+    FailureKind,
+    Function,
+    Isolation,
+    Payload,
+    TaskSpec,
+    WorkflowSpec,
+)
 from lattice_server.core.run import dag
 from lattice_server.core.run.run import Run
 from lattice_server.core.states import RunState
@@ -51,7 +60,8 @@ FAILURE = Failure(
     cause=CAUSE,
     base_types=("Exception",),
 )
-VALUE, LARGE = Payload("application/json", "[1,2]"), Payload("application/x", Artifact("f" * 64, 9, "n"))
+VALUE = Payload("application/json", "[1,2]")
+LARGE = Payload("application/x", Artifact("f" * 64, 9, "n"), Isolation.SECCOMP)
 ITEMS = (Payload("application/json", "1"), Payload("application/x", b""))
 KINDS: list[Fact] = [
     RunStarted("w", 3),
@@ -92,6 +102,14 @@ def test_event_reads_back_as_it_was(fact: Fact, entry: RunEntry) -> None:
     assert found.happened_s == pytest.approx(happened.get(type(fact), event.time_s))
     if isinstance(fact, TaskStarted):
         assert (found.lease_id, found.item) == ("e-7", 5)
+
+
+def test_tasks_that_a_task_called_read_back_as_called(entry: RunEntry) -> None:
+    codec = ContractCodec(CodeStore())
+    event = RunEvent(1, 0.0, TasksAdded(("b",), "a", 2))
+    assert not codec.read_event(KEY, *codec.event(entry, event)).is_called
+    entry.run.tasks["b"].is_called = True
+    assert codec.read_event(KEY, *codec.event(entry, event)).is_called
 
 
 def test_all_kinds_of_events_are_read() -> None:

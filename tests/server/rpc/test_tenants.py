@@ -104,7 +104,7 @@ def filled(message: Message, names: Mapping[str, str], depth: int = 0) -> Any:
     """Fill every field whose name is known, in all that the message holds, and name the run's workflow by its id."""
     for field in message.DESCRIPTOR.fields:
         is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-        if field.name == "name" and not field.file.name.endswith("/service.proto"):
+        if field.name == "name" and not field.file.name.endswith(("/service.proto", "/llm.proto")):
             continue  # Not that of a resource, such as the name of a function in its source.
         if field.name in names and field.cpp_type == FieldDescriptor.CPPTYPE_STRING and not field.is_repeated:
             setattr(message, field.name, names[field.name])

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_server.core.services.demand import SHRINK_DELAY_S
+from lattice_server.core.services.instances import REPLACE_WAIT_S
 from lattice_server.core.services.messages import (
     CancelInstance,
     Defined,
@@ -19,6 +20,7 @@ from lattice_server.core.services.messages import (
     InstanceStarted,
     InstanceUnhealthy,
     LoadReported,
+    NodesChanged,
     RoutesChanged,
     Scaled,
     ServiceGone,
@@ -37,7 +39,7 @@ from lattice_server.core.services.model import (
     ServiceState,
 )
 from lattice_server.core.services.restarts import MAX_FAILURES, STABLE_S
-from lattice_server.core.services.service import REPLACE_WAIT_S, Service
+from lattice_server.core.services.service import Service
 
 SPEC = ServiceSpec("web", command=("serve",))
 EXITED = ServiceFailure(FailureKind.EXITED, "it exited", exit_status=1)
@@ -277,6 +279,25 @@ def test_older_instances_make_room_when_a_new_definition_waits_for_resources() -
     assert driven.advance(REPLACE_WAIT_S) == [StopInstance("web-1", 10.0)]
 
 
+def test_instances_leave_a_node_that_accepts_no_leases() -> None:
+    driven = Driven()
+    driven.ready("web-1")
+    driven.tell(LoadReported("web-1", 1))
+    assert driven.tell(NodesChanged(frozenset({"n", "other"}))) == []
+    assert driven.tell(NodesChanged(frozenset({"other"}))) == [StartInstance("web-2")]
+    assert driven.states() == {"web-1": InstanceState.DRAINING, "web-2": InstanceState.QUEUED}
+    assert driven.machine.restarts == 0
+
+
+def test_service_outside_of_the_cluster_is_ready_without_instances() -> None:
+    driven = Driven(replace(SPEC, command=(), base_url="https://api.example.com/v1"))
+    assert (driven.effects, driven.machine.state) == ([], ServiceState.READY)
+    driven.tell(UseChanged(1, 1))
+    assert (driven.live, driven.machine.takes_requests) == (set(), True)
+    assert driven.tell(Stopped()) == [ServiceGone()]
+    assert not driven.machine.takes_requests
+
+
 def test_an_equal_definition_changes_nothing() -> None:
     driven = Driven()
     driven.ready("web-1")
@@ -303,6 +324,7 @@ STEPS = st.lists(
         st.tuples(st.just("use"), st.integers(0, 2)),
         st.tuples(st.just("scale"), st.integers(0, 4)),
         st.tuples(st.just("define"), st.integers(0, 2)),
+        st.tuples(st.just("nodes"), st.integers(0, 1)),
         st.tuples(st.just("stop"), st.just(0)),
         st.tuples(st.just("tick"), st.integers(1, 200)),
         st.tuples(st.just("deadline"), st.just(0)),
@@ -333,6 +355,8 @@ def take(driven: Driven, step: str, number: int) -> None:
             driven.tell(Scaled(number, max(1, number)))
         case "define":
             driven.tell(Defined(replace(driven.machine.spec, command=(str(number),))))
+        case "nodes":
+            driven.tell(NodesChanged(frozenset({"n"} if number else ())))
         case "stop":
             driven.tell(Stopped())
         case "tick":

@@ -1,0 +1,154 @@
+"""Owns the calls of `LlmService`. Rule: a model is a service; its other calls are those of services."""
+
+import builtins
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TypedDict, Unpack
+from uuid import uuid4
+
+from lattice.v1 import llm_pb2, service_pb2
+
+from lattice_client.errors import TaskDefinitionError
+from lattice_client.runs.driver import blocking
+from lattice_client.services.calls import AsyncServices
+from lattice_client.services.spec import Secret, spec_of
+from lattice_client.transport.channel import Channel
+from lattice_client.transport.requests import made
+
+ENGINES = {
+    "vllm": llm_pb2.LLM_ENGINE_VLLM,
+    "transformers": llm_pb2.LLM_ENGINE_TRANSFORMERS,
+    "openai": llm_pb2.LLM_ENGINE_OPENAI,
+    "provider": llm_pb2.LLM_ENGINE_PROVIDER,
+}
+
+
+class LlmSettings(TypedDict, total=False):
+    """The settings of a model. Times are in seconds.
+
+    Attributes:
+        arguments: further arguments of the engine.
+        base_url: the URL of a provider, which ends with the version of its API, such as `https://api.openai.com/v1`.
+        api_key: the key of a provider, as `secret("NAME")`; gateways add it to requests, and no task has it.
+        others: see `ServiceSettings`.
+    """
+
+    arguments: Sequence[str]
+    base_url: str
+    api_key: Secret
+    cpu: float | None
+    gpu: float | None
+    cpu_mem: float | None
+    gpu_mem: float | None
+    replicas: int
+    max_replicas: int | None
+    concurrency: int | None
+    idle_timeout: float | None
+    env: Mapping[str, str | Secret]
+    node_selector: Mapping[str, str]
+    start_timeout: float | None
+    health: str
+
+
+class AsyncLlms(AsyncServices):
+    """The language models of a server, as `AsyncLatticeClient.llm`; the other methods are those of services."""
+
+    def __init__(self, channel: Channel, tenant: str) -> None:
+        super().__init__(channel, tenant)
+        self._channel, self._own_tenant = channel, tenant
+
+    async def start(  # type: ignore[override]
+        self,
+        name: str,
+        model: str = "",
+        *,
+        engine: str = "",
+        command: str | Sequence[str] = (),
+        wait: bool = True,
+        timeout: float | None = None,
+        **settings: Unpack[LlmSettings],
+    ) -> service_pb2.Service:
+        """Start a model, or give the model of this name another definition.
+
+        Args:
+            name: 1 to 63 lower-case letters, digits and hyphens; requests name it as their model.
+            model: a name of a hub, or a folder on the nodes.
+            engine: `vllm`, `transformers`, `openai` for a command, or `provider` for a model outside of the cluster; by
+                default `openai` with a command, `provider` with a `base_url`, else `vllm`.
+            command: a command that serves the API of OpenAI, in which `{host}`, `{port}` and `{model}` are replaced.
+            wait: whether to wait until an instance is ready.
+            timeout: seconds to wait at most.
+            settings: see `LlmSettings`.
+
+        Raises:
+            TaskDefinitionError: a setting is wrong; nothing was sent.
+            ServiceFailedError: the engine cannot start; the error has its last lines.
+            TimeoutError: no instance was ready in time; the engine continues to start.
+            RequestError: the server refused it.
+        """
+        base_url, key = settings.pop("base_url", ""), settings.pop("api_key", None)
+        chosen = engine or ("openai" if command else "provider" if base_url else "vllm")
+        if chosen not in ENGINES:
+            raise TaskDefinitionError(f"model {name!r}: engine must be one of {', '.join(ENGINES)}, not {engine!r}")
+        arguments = list(settings.pop("arguments", ()))
+        program = shlex.split(command) if isinstance(command, str) else list(command)
+        found, _ = spec_of(name, ["engine"], settings)
+        spec = llm_pb2.LlmSpec(
+            name=name,
+            model=model,
+            engine=ENGINES[chosen],
+            command=program,
+            arguments=arguments,
+            resources=found.resources,
+            replicas=found.replicas,
+            max_replicas=found.max_replicas if found.HasField("max_replicas") else None,
+            concurrency=found.concurrency if found.HasField("concurrency") else None,
+            idle_timeout=found.idle_timeout if found.HasField("idle_timeout") else None,
+            start_timeout=found.start_timeout if found.HasField("start_timeout") else None,
+            environment=found.environment,
+            node_selector=found.node_selector,
+            health_path=found.health.http_path,
+            base_url=base_url,
+            api_key=None if key is None else service_pb2.EnvironmentValue(secret=key.value()),
+        )
+        request = made(llm_pb2.StartLlmRequest, spec=spec, tenant=self._own_tenant, request_id=uuid4().hex)
+        service = (await self._channel.call(self._channel.llms.StartLlm, request)).service
+        return await self.ready(name, timeout) if wait else service
+
+    async def list(self) -> builtins.list[service_pb2.Service]:
+        """Return the models, by name."""
+        return [service for service in await super().list() if service.spec.engine]
+
+
+class Llms:
+    """The language models of a server, as `LatticeClient.llm`. `LatticeClient.services` has their other calls."""
+
+    def __init__(self, twin: AsyncLlms) -> None:
+        self._twin = twin
+
+    def start(
+        self,
+        name: str,
+        model: str = "",
+        *,
+        engine: str = "",
+        command: str | Sequence[str] = (),
+        wait: bool = True,
+        timeout: float | None = None,
+        **settings: Unpack[LlmSettings],
+    ) -> service_pb2.Service:
+        """Start a model, or give the model of this name another definition; see `AsyncLlms.start`."""
+        call = self._twin.start(name, model, engine=engine, command=command, wait=wait, timeout=timeout, **settings)
+        return blocking(call)
+
+    def list(self) -> builtins.list[service_pb2.Service]:
+        """Return the models, by name."""
+        return blocking(self._twin.list())
+
+    def stop(self, name: str, *, timeout: float | None = None) -> None:
+        """Stop a model, and wait until none of its processes is left."""
+        blocking(self._twin.stop(name, timeout=timeout))
+
+    def scale(self, name: str, replicas: int | None = None, max_replicas: int | None = None) -> service_pb2.Service:
+        """Change how many instances a model has."""
+        return blocking(self._twin.scale(name, replicas, max_replicas))

@@ -1,0 +1,227 @@
+"""The HTTP server of a gateway: takes requests of tasks, and passes each to one instance of a model.
+
+Rule: another instance is tried only while no byte of an answer has gone to the caller.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from lattice_worker.gateway.routing import Route, Routing
+from lattice_worker.gateway.stream import EventError, Watch, error_body, error_event
+
+log = logging.getLogger(__name__)
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+MAX_REQUEST_BYTES = 64 * 1024 * 1024
+CONNECT_S = 5.0
+MAX_TRIES = 3
+# Answers of an engine that does not serve now, which another instance may serve.
+ELSEWHERE = frozenset({502, 503, 504})
+# Of a request that is passed on, and of an answer.
+PASSED = ("accept", "content-type", "x-request-id", "user-agent")
+RETURNED = ("content-type", "x-request-id", "retry-after", "openai-processing-ms")
+REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
+
+
+class Refusal(Exception):
+    """A request is refused with a status, a code and a sentence."""
+
+    def __init__(self, status: int, code: str, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
+
+    def response(self) -> web.Response:
+        """Return the answer. The gateway has tried already, so that a client must not."""
+        headers = {"x-should-retry": "false"}
+        if self.retry_after_s is not None:
+            headers = {"retry-after": str(self.retry_after_s)}
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        body = error_body(self.message, self.code, kind)
+        return web.json_response(body, status=self.status, headers=headers)
+
+
+class Proxy:
+    """Serves the API of OpenAI. `service_of` returns the service of a key, `wait` waits for an instance of one."""
+
+    def __init__(
+        self,
+        routing: Routing,
+        service_of: Callable[[str], Awaitable[str | None]],
+        wait: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._routing = routing
+        self._service_of = service_of
+        self._wait = wait
+        self._client: aiohttp.ClientSession
+        self._open: dict[str, set[asyncio.Task[Any]]] = {}
+
+    def application(self) -> web.Application:
+        """Return the application to serve."""
+        made = web.Application(client_max_size=MAX_REQUEST_BYTES)
+        made.router.add_get("/v1/models", self._models)
+        for path in PATHS:
+            made.router.add_post(path, self._handle)
+        made.cleanup_ctx.append(self._session)
+        return made
+
+    async def _session(self, _: web.Application) -> Any:
+        # A connection for each request: an instance counts its open connections as requests.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as self._client:
+            yield
+
+    def end_requests(self, key: str) -> None:
+        """End the open requests of a key."""
+        for task in self._open.get(key, ()):
+            task.cancel()
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        try:
+            _, service = await self._allowed(request)
+        except Refusal as refusal:
+            return refusal.response()
+        model = {"id": _name(service), "object": "model", "created": 0, "owned_by": "lattice"}
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        try:
+            key, service = await self._allowed(request)
+            task = asyncio.current_task()
+            assert task is not None
+            self._open.setdefault(key, set()).add(task)
+            try:
+                return await self._pass(request, service)
+            finally:
+                self._open[key].discard(task)
+                if not self._open[key]:
+                    del self._open[key]
+        except Refusal as refusal:
+            return refusal.response()
+
+    async def _allowed(self, request: web.Request) -> tuple[str, str]:
+        given = request.headers.get("authorization", "")
+        key = given[7:] if given[:7].lower() == "bearer " else request.headers.get("x-api-key", "")
+        service = await self._service_of(key.strip()) if key else None
+        if service is None:
+            raise Refusal(401, "invalid_api_key", "the key is not valid on this node: it ends with its task")
+        return key.strip(), service
+
+    async def _pass(self, request: web.Request, service: str) -> web.StreamResponse:
+        """Pass a request to an instance; to another one when the first does not answer."""
+        body = await self._body(request, service)
+        tried: list[str] = []
+        why = ""
+        while len(tried) < MAX_TRIES:
+            chosen = self._routing.choose(service, tried)
+            if chosen is None:
+                if tried:
+                    break
+                await self._ready(service)
+                continue
+            instance_id, endpoint = chosen
+            tried.append(instance_id)
+            self._routing.begin(instance_id)
+            try:
+                return await self._try(request, service, body, instance_id, endpoint)
+            except _Elsewhere as elsewhere:
+                why = str(elsewhere)
+            finally:
+                self._routing.end(instance_id)
+        raise Refusal(503, "replica_lost", f"{len(tried)} instances of {_name(service)!r} did not answer: {why}")
+
+    async def _body(self, request: web.Request, service: str) -> dict[str, Any]:
+        try:
+            body = json.loads(await request.read())
+        except ValueError:
+            raise Refusal(400, "invalid_json", "the body is not JSON") from None
+        if not isinstance(body, dict):
+            raise Refusal(400, "invalid_json", "the body is not an object")
+        if body.get("model") != _name(service):
+            text = f"this key is for the model {_name(service)!r}, not {body.get('model')!r}"
+            raise Refusal(404, "model_not_found", text)
+        return body
+
+    async def _ready(self, service: str) -> None:
+        """Wait until a service has an instance that is reached from here. Raises Refusal."""
+        await self._wait(service)
+        route = self._routing.find(service)
+        if route is not None and route.is_away:
+            text = f"the instances of {_name(service)!r} are on other nodes and listen there only"
+            raise Refusal(503, "replica_out_of_reach", text)
+
+    async def _try(
+        self, request: web.Request, service: str, body: dict[str, Any], instance_id: str, endpoint: str
+    ) -> web.StreamResponse:
+        route = self._routing.find(service)
+        if route is None:
+            raise Refusal(404, "model_not_found", f"there is no model {_name(service)!r} any more")
+        sent = {**body, "model": route.model or body["model"]}
+        is_outside = "://" in endpoint
+        path = request.path_qs.removeprefix("/v1") if is_outside else request.path_qs
+        url = f"{endpoint}{path}" if is_outside else f"http://{endpoint}{path}"
+        try:
+            async with self._client.post(url, json=sent, headers=_headers(request, route)) as answer:
+                # What a provider answers is the task's to see, with the time after which it may ask again.
+                if answer.status in ELSEWHERE and not is_outside:
+                    raise _Elsewhere(f"{instance_id} answered with {answer.status}")
+                headers = {name: answer.headers[name] for name in RETURNED if name in answer.headers}
+                headers["x-lattice-instance"] = instance_id
+                if answer.content_type == "text/event-stream":
+                    return await self._stream(request, answer, headers, instance_id)
+                whole = await answer.read()
+        except REQUEST_ERRORS as error:
+            raise _Elsewhere(f"{instance_id}: {type(error).__name__}: {error}") from error
+        return web.Response(body=whole, status=answer.status, headers=headers)
+
+    async def _stream(
+        self, request: web.Request, answer: aiohttp.ClientResponse, headers: dict[str, str], instance_id: str
+    ) -> web.StreamResponse:
+        """Pass a stream on event by event. Before its first event nothing has gone to the caller."""
+        watch, response, why = Watch(), None, ""
+        try:
+            async for chunk in answer.content.iter_any():
+                for event in watch.feed(chunk):
+                    if response is None:
+                        response = web.StreamResponse(status=answer.status, headers=headers)
+                        response.headers["x-accel-buffering"] = "no"
+                        await response.prepare(request)
+                    await response.write(event)
+                if watch.is_aborted:
+                    why = "the engine was stopped"
+                    break
+        except (aiohttp.ClientConnectionResetError, ConnectionResetError):
+            # The caller is gone; the end of the connection to the engine ends its work.
+            if response is not None:
+                return response
+            why = "the connection was reset"
+        except (*REQUEST_ERRORS, EventError) as error:
+            why = f"{type(error).__name__}: {error}"
+        if response is None:
+            raise _Elsewhere(f"{instance_id}: {why or 'its answer was empty'}")
+        if why or not watch.is_complete:
+            text = f"the answer of {instance_id} is not complete: {why or 'it ended without a reason to finish'}"
+            await response.write(error_event(text, "replica_lost"))
+        await response.write_eof()
+        return response
+
+
+class _Elsewhere(Exception):
+    """An instance did not answer; another one may."""
+
+
+def _headers(request: web.Request, route: Route) -> dict[str, str]:
+    """Return the headers of a request to an engine. The caller's key stays here."""
+    found = {name: request.headers[name] for name in PASSED if name in request.headers and name != "content-type"}
+    return found | ({"authorization": f"Bearer {route.key}"} if route.key else {})
+
+
+def _name(service: str) -> str:
+    """Return the name of a service within its tenant."""
+    return service.partition("\n")[0]

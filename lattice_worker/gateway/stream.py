@@ -1,0 +1,74 @@
+"""Whether a streamed answer is complete. Rule: a stream that ends without a reason to finish is an error.
+
+Clients take a connection that closes, and even `[DONE]`, for the end of a whole answer. Engines close connections, send
+`[DONE]` after errors and finish with `abort` when they are stopped.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+# Of the responses API; each ends a whole answer, or says itself that it failed.
+RESPONSE_ENDS = frozenset({"response.completed", "response.failed", "response.incomplete", "error"})
+ABORTED = "abort"
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+
+
+class EventError(Exception):
+    """An event is too large."""
+
+
+class Watch:
+    """Reads a stream of server-sent events as it passes."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self.is_complete = False
+        self.is_aborted = False
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """Take bytes; yield the whole events among them. An event that says that the engine gave up is left out.
+
+        Raises EventError.
+        """
+        *events, self._rest = (self._rest + chunk.replace(b"\r\n", b"\n")).split(b"\n\n")
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise EventError(f"an event has over {MAX_EVENT_BYTES} bytes")
+        for event in events:
+            self._note(event)
+            if self.is_aborted:
+                return
+            yield event + b"\n\n"
+
+    def _note(self, event: bytes) -> None:
+        for line in event.split(b"\n"):
+            if not line.startswith(b"data:"):
+                continue
+            try:
+                found = json.loads(line[5:])
+            except ValueError:
+                continue  # `[DONE]`
+            if isinstance(found, dict):
+                self._note_data(found)
+
+    def _note_data(self, found: dict[str, Any]) -> None:
+        if found.get("type") in RESPONSE_ENDS or found.get("error"):
+            # An error that the engine reports is passed on, and needs no second one.
+            self.is_complete = True
+        choices = found.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+            if reason == ABORTED:
+                self.is_aborted, self.is_complete = True, False
+            elif reason:
+                self.is_complete = True
+
+
+def error_event(message: str, code: str) -> bytes:
+    """Return the event that tells a client that its answer is not complete."""
+    return b"data: " + json.dumps(error_body(message, code)).encode() + b"\n\n"
+
+
+def error_body(message: str, code: str, kind: str = "server_error") -> dict[str, Any]:
+    """Return an error in the form of OpenAI's."""
+    return {"error": {"message": message, "type": kind, "code": code, "param": None}}

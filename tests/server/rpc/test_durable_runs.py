@@ -1,0 +1,126 @@
+"""Servers on one journal, one after the other: what a caller finds after a restart. None of them has workers."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
+
+from tests.server.apps import NoWorkers, serving_aside
+from tests.server.rpc.callers import Caller, calling, graph, output, refused, task
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Caller]:
+    """Call a server on the journal in a folder while the block runs."""
+    with serving_aside(NoWorkers(), journal=str(folder), stop_grace_s=0.1) as address, calling(address) as caller:
+        yield caller
+
+
+def run(caller: Caller, run_id: str) -> workflow_pb2.RunWorkflowResponse:
+    chain = graph(task("a"), task("b", inputs={"x": output("a")}))
+    return caller.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(run_id=run_id, workflow=chain))
+
+
+def get(caller: Caller, run_id: str) -> run_pb2.Run:
+    return caller.workflows.GetRun(workflow_pb2.GetRunRequest(run_id=run_id, view=run_pb2.VIEW_FULL)).run
+
+
+def cancel(caller: Caller, run_id: str) -> None:
+    caller.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=run_id))
+    request = results_pb2.WatchRunRequest(run_id=run_id)
+    *_, last = caller.results.WatchRun(request)
+    assert last.complete
+
+
+def listed(caller: Caller, size: int, **settings: Any) -> list[str]:
+    """Return the ids of all runs, in pages of a size."""
+    found: list[str] = []
+    token = ""
+    while True:
+        request = workflow_pb2.ListRunsRequest(page_size=size, page_token=token, **settings)
+        page = caller.workflows.ListRuns(request)
+        assert len(page.runs) <= size
+        found += [shown.run_id for shown in page.runs]
+        token = page.next_page_token
+        if not token:
+            return found
+
+
+def test_a_run_waits_as_before_when_the_server_was_restarted(tmp_path: Path) -> None:
+    with started(tmp_path) as caller:
+        before = run(caller, "r").run
+        assert before.task_counts.queued == 1
+    with started(tmp_path) as caller:
+        assert get(caller, "r") == before
+        tasks = caller.tasks.ListTasks(task_pb2.ListTasksRequest(run_id="r")).tasks
+        assert [(found.task_id, found.state) for found in tasks] == [
+            ("a", run_pb2.TASK_STATE_QUEUED),
+            ("b", run_pb2.TASK_STATE_BLOCKED),
+        ]
+        again = run(caller, "r")
+        assert (again.created, again.run) == (False, before)
+        cancel(caller, "r")
+    with started(tmp_path) as caller:
+        assert get(caller, "r").state == run_pb2.RUN_STATE_CANCELLED
+        again = run(caller, "r")
+        assert (again.created, again.run.state) == (False, run_pb2.RUN_STATE_CANCELLED)
+        with refused(grpc.StatusCode.ALREADY_EXISTS, "RUN_ID_CONFLICT"):
+            caller.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(run_id="r", workflow=graph(task("other"))))
+        with refused(grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND"):
+            get(caller, "unknown")
+
+
+def test_all_runs_are_listed_once_and_newest_first_when_some_are_only_in_the_journal(tmp_path: Path) -> None:
+    with started(tmp_path) as caller:
+        for number in range(5):
+            run(caller, f"r{number}")
+        for number in (0, 2, 3):
+            cancel(caller, f"r{number}")
+    with started(tmp_path) as caller:
+        run(caller, "r5")
+        newest_first = ["r5", "r4", "r3", "r2", "r1", "r0"]
+        assert [listed(caller, size) for size in (1, 2, 5, 6, 100)] == [newest_first] * 5
+        get(caller, "r2")
+        assert listed(caller, 2) == newest_first, "a run that was read again keeps its place"
+        assert listed(caller, 1, states=[run_pb2.RUN_STATE_CANCELLED]) == ["r3", "r2", "r0"]
+        assert listed(caller, 2, labels={"no": "label"}) == []
+
+
+def test_a_stored_workflow_and_its_changes_are_there_when_the_server_was_restarted(tmp_path: Path) -> None:
+    with started(tmp_path) as caller:
+        for named in ("kept", "deleted"):
+            request = workflow_pb2.CreateWorkflowRequest(workflow_id=named, spec=graph(task("a"), task("b")))
+            caller.workflows.CreateWorkflow(request)
+        edge = workflow_pb2.Edge(source_task_id="a", target_task_id="b")
+        caller.workflows.AddEdges(workflow_pb2.AddEdgesRequest(workflow_id="kept", edges=[edge]))
+        caller.workflows.DeleteWorkflow(workflow_pb2.DeleteWorkflowRequest(workflow_id="deleted"))
+        before = caller.workflows.GetWorkflow(workflow_pb2.GetWorkflowRequest(workflow_id="kept"))
+    with started(tmp_path) as caller:
+        assert caller.workflows.GetWorkflow(workflow_pb2.GetWorkflowRequest(workflow_id="kept")) == before
+        with refused(grpc.StatusCode.NOT_FOUND, "WORKFLOW_NOT_FOUND"):
+            caller.workflows.GetWorkflow(workflow_pb2.GetWorkflowRequest(workflow_id="deleted"))
+        made = caller.workflows.RunWorkflow(workflow_pb2.RunWorkflowRequest(workflow_id="kept")).run
+        assert (made.task_counts.queued, made.task_counts.blocked) == (1, 1)
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_damaged_records_fail_only_calls_that_name_their_run(tmp_path: Path, is_ended: bool) -> None:
+    with started(tmp_path) as caller:
+        for named in ("damaged", "whole"):
+            run(caller, named)
+            if is_ended:
+                cancel(caller, named)
+    database = sqlite3.connect(tmp_path / "journal.sqlite")
+    database.execute("UPDATE definitions SET cell = x'00' WHERE run = 1")
+    database.commit()
+    database.close()
+    for _ in range(2):
+        with started(tmp_path) as caller:
+            with refused(grpc.StatusCode.FAILED_PRECONDITION, "JOURNAL_CORRUPT"):
+                get(caller, "damaged")
+            assert get(caller, "whole").run_id == "whole"

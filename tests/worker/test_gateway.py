@@ -1,0 +1,260 @@
+"""The parts of a gateway: whole answers, the choice of an instance, and the requests that it passes on."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lattice_worker.gateway.proxy import Proxy, Refusal
+from lattice_worker.gateway.routing import Routing
+from lattice_worker.gateway.stream import Watch
+
+SERVICE = "tiny\ntenant"
+
+
+def event(**fields: Any) -> bytes:
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
+def word(text: str, reason: str | None = None) -> bytes:
+    return event(choices=[{"index": 0, "delta": {"content": text}, "finish_reason": reason}])
+
+
+@given(st.lists(st.text(max_size=20), max_size=5), st.sampled_from(["stop", "length", "abort", None]), st.data())
+def test_stream_is_complete_by_its_reason_however_it_is_split(
+    words: list[str], reason: str | None, data: st.DataObject
+) -> None:
+    whole = [word(text) for text in words] + ([word("", reason)] if reason else []) + [b"data: [DONE]\n\n"]
+    sent = b"".join(whole)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(sent)), max_size=6)))
+    watch, passed = Watch(), b""
+    for start, end in zip([0, *cuts], [*cuts, len(sent)], strict=True):
+        passed += b"".join(watch.feed(sent[start:end]))
+    assert watch.is_complete is (reason in {"stop", "length"})
+    assert watch.is_aborted is (reason == "abort")
+    expected = sent if reason != "abort" else b"".join(word(text) for text in words)
+    assert passed == expected
+
+
+@pytest.mark.parametrize(
+    ("sent", "is_complete"),
+    [
+        (event(type="response.output_text.delta", delta="x"), False),
+        (event(type="response.completed"), True),
+        (event(error={"message": "too long"}), True),
+        (b": waiting\n\n", False),
+        (b"data: [DONE]\n\n", False),
+        (b"data: [1]\n\n", False),
+        (event(choices=None), False),
+    ],
+)
+def test_stream_of_other_forms_is_complete_when_it_says_so(sent: bytes, is_complete: bool) -> None:
+    watch = Watch()
+    assert b"".join(watch.feed(sent)) == sent
+    assert watch.is_complete is is_complete
+
+
+def test_routing_chooses_the_instance_with_the_fewest_requests() -> None:
+    routing = Routing()
+    assert routing.choose(SERVICE) is None
+    route = {"model": "m", "key": "", "replicas": {"a": "h:1", "b": "h:2"}, "is_away": False}
+    routing.update({SERVICE: route})
+    routing.begin("a")
+    assert routing.choose(SERVICE) == ("b", "h:2")
+    routing.begin("b")
+    routing.begin("b")
+    assert routing.choose(SERVICE) == ("a", "h:1")
+    assert routing.choose(SERVICE, ["a"]) == ("b", "h:2")
+    assert routing.choose(SERVICE, ["a", "b"]) is None
+    routing.end("b")
+    routing.end("b")
+    assert routing.choose(SERVICE) == ("b", "h:2")
+
+
+Engine = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def _listening(handle: Engine) -> tuple[web.AppRunner, str]:
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", handle)
+    return await _served(application)
+
+
+async def _served(application: web.Application) -> tuple[web.AppRunner, str]:
+    runner = web.AppRunner(application, handler_cancellation=True)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    return runner, f"{host}:{port}"
+
+
+class World:
+    """A gateway before some engines; `waits` counts the requests that wait for an instance."""
+
+    def __init__(self) -> None:
+        self.routing = Routing()
+        self.waits = 0
+        self.allowed = {"key": SERVICE}
+        self.proxy = Proxy(self.routing, self.service_of, self.wait)
+        self.runners: list[web.AppRunner] = []
+
+    async def service_of(self, key: str) -> str | None:
+        return self.allowed.get(key)
+
+    async def wait(self, service: str) -> None:
+        self.waits += 1
+        raise Refusal(503, "model_failed", "it cannot start")
+
+    async def start(self, *engines: Engine, key: str = "") -> str:
+        """Start engines and the gateway; return its URL."""
+        replicas = {}
+        for number, engine in enumerate(engines):
+            runner, replicas[f"tiny-{number}"] = await _listening(engine)
+            self.runners.append(runner)
+        self.routing.update({SERVICE: {"model": "real", "key": key, "replicas": replicas, "is_away": False}})
+        runner, address = await _served(self.proxy.application())
+        self.runners.insert(0, runner)
+        return f"http://{address}/v1"
+
+
+def scenario(run: Callable[[World, aiohttp.ClientSession], Awaitable[None]]) -> None:
+    """Run a scenario, and end all servers after it."""
+
+    async def whole() -> None:
+        world = World()
+        async with aiohttp.ClientSession(headers={"authorization": "Bearer key"}) as client:
+            try:
+                await asyncio.wait_for(run(world, client), 30)
+            finally:
+                for runner in world.runners:
+                    await runner.cleanup()
+
+    asyncio.run(whole())
+
+
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}
+
+
+async def busy(_: web.Request) -> web.Response:
+    return web.json_response({"error": {"message": "busy"}}, status=503)
+
+
+async def reset(request: web.Request) -> web.Response:
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+async def echo(request: web.Request) -> web.Response:
+    return web.json_response({"body": await request.json(), "key": request.headers.get("authorization", "")})
+
+
+@pytest.mark.parametrize("broken", [busy, reset])
+def test_request_is_answered_by_another_instance_when_the_first_does_not_answer(broken: Engine) -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        url = await world.start(broken, echo, key="engine-key")
+        async with client.post(f"{url}/chat/completions", json=BODY) as answer:
+            found = await answer.json()
+        assert (answer.status, answer.headers["x-lattice-instance"]) == (200, "tiny-1")
+        assert found == {"body": BODY | {"model": "real"}, "key": "Bearer engine-key"}
+
+    scenario(run)
+
+
+def test_error_of_an_engine_is_passed_on_and_not_tried_again() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        calls = []
+
+        async def failing(request: web.Request) -> web.Response:
+            calls.append(request.path)
+            return web.json_response({"error": {"message": "empty messages"}}, status=500)
+
+        url = await world.start(failing, failing)
+        async with client.post(f"{url}/chat/completions", json=BODY) as answer:
+            assert (answer.status, (await answer.json())["error"]["message"]) == (500, "empty messages")
+        assert calls == ["/v1/chat/completions"]
+
+    scenario(run)
+
+
+def test_stream_is_not_repeated_after_its_first_byte() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        async def breaking(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(word("one"))
+            assert request.transport is not None
+            request.transport.abort()
+            return response
+
+        url = await world.start(breaking, echo)
+        async with client.post(f"{url}/chat/completions", json=BODY | {"stream": True}) as answer:
+            whole = (await answer.read()).split(b"\n\n")
+        assert whole[0] + b"\n\n" == word("one")
+        assert json.loads(whole[1][6:])["error"]["code"] == "replica_lost"
+
+    scenario(run)
+
+
+def test_engine_stops_when_the_caller_leaves_or_its_key_ends() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        async def slow(request: web.Request) -> web.Response:
+            begun.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+            return web.Response()
+
+        url = await world.start(slow)
+        for leave in (lambda task: task.cancel(), lambda _: world.proxy.end_requests("key")):
+            begun.clear()
+            ended.clear()
+            task = asyncio.create_task(client.post(f"{url}/chat/completions", json=BODY))
+            await begun.wait()
+            leave(task)
+            await ended.wait()
+            await asyncio.gather(task, return_exceptions=True)
+
+    scenario(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "body", "status", "code"),
+    [
+        ("other", json.dumps(BODY), 401, "invalid_api_key"),
+        ("", json.dumps(BODY), 401, "invalid_api_key"),
+        ("key", "{", 400, "invalid_json"),
+        ("key", "[]", 400, "invalid_json"),
+        ("key", json.dumps(BODY | {"model": "large"}), 404, "model_not_found"),
+        ("key", json.dumps(BODY), 503, "model_failed"),
+    ],
+)
+def test_request_is_refused_in_the_form_of_the_api(key: str, body: str, status: int, code: str) -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        url = await world.start()
+        headers = {"authorization": f"Bearer {key}"}
+        async with client.post(f"{url}/chat/completions", data=body, headers=headers) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (status, code)
+            assert answer.headers["x-should-retry"] == "false"
+        assert world.waits == (status == 503)
+
+    scenario(run)
+
+
+def test_models_are_those_of_the_key() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        url = await world.start()
+        async with client.get(f"{url}/models", headers={"authorization": "", "x-api-key": "key"}) as answer:
+            assert [model["id"] for model in (await answer.json())["data"]] == ["tiny"]
+
+    scenario(run)
