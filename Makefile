@@ -21,7 +21,7 @@ check: lint
 
 # Also the repetitions that `make test` leaves out: tests whose behaviour another test has, and most generated examples.
 .PHONY: test-all
-test-all: setup postgres
+test-all: setup postgres prometheus
 	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 # The tests of the client that start no server, on Python 3.13 and without Ray.
@@ -65,6 +65,11 @@ go: examples/go/.build/.stamp
 examples/go/.build/.stamp: $(VENV)/.stamp scripts/build_go.sh $(wildcard examples/go/*.* examples/go/lattice/* proto/lattice/v1/*.proto)
 	scripts/install_missing.sh go
 	if command -v go >/dev/null && command -v protoc-gen-go-grpc >/dev/null; then scripts/build_go.sh; fi
+
+# One test has Prometheus read the metrics of a server. Elsewhere it is skipped.
+.PHONY: prometheus
+prometheus:
+	scripts/install_missing.sh prometheus
 
 # Tests of clusters build a network of hosts. If the machine does not allow this they are skipped.
 .PHONY: network

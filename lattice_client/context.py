@@ -15,7 +15,7 @@ Rule: the implementation is a module of the process that runs the task.
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 IMPLEMENTATION = "lattice_worker.context"
@@ -60,6 +60,38 @@ class SpawnedTask(Protocol):
 def current() -> Attempt:
     """Return the running attempt. Raises RuntimeError outside a task, and in a batched call of several attempts."""
     found: Attempt = _implementation().current()
+    return found
+
+
+class Call(Protocol):
+    """A task that this task called."""
+
+    @property
+    def task_id(self) -> str:
+        """Its id."""
+
+    def result(self) -> Any:
+        """Wait for its only output, or its outputs by name. Raises context.CallError."""
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """As `result`, without blocking other coroutines."""
+
+
+def call(
+    task: Callable[..., Any], inputs: Mapping[str, Any] | None = None, name: str | None = None, **misplaced: Any
+) -> Call:
+    """Call a task: it starts at once, and `await call(...)`, or `call(...).result()`, waits for its value.
+
+    Several calls run side by side: make them first, then wait. While this task waits, its CPUs are free for others; its
+    GPUs and memory are not. Arguments as of `spawn`.
+
+    Raises:
+        RuntimeError: called outside a task.
+        TypeError: an argument is wrong; no task was added.
+        context.CallError: by `await` and `result`: the task failed. It has the attributes `task_id`, `kind` and `type`;
+            kind NESTED_RESOURCES says that the task could never start beside what waiting tasks hold.
+    """
+    found: Call = _implementation().call(task, inputs, name, **misplaced)
     return found
 
 
@@ -111,6 +143,20 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return await _implementation().ask_async(name, payload, item=item)
+
+
+def tracer() -> Any:
+    """Return a tracer of OpenTelemetry, whose spans are part of the trace of the run.
+
+        with context.tracer().start_as_current_span("search") as span:
+            span.set_attribute("documents", len(found))
+
+    Without a trace, because the server exports none or the caller's is not sampled, its spans are not recorded.
+
+    Raises:
+        RuntimeError: called outside a task, or the node has no OpenTelemetry.
+    """
+    return _implementation().tracer()
 
 
 def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> Any:
@@ -266,7 +312,7 @@ def logger() -> logging.Logger:
 def __getattr__(name: str) -> Any:
     # The exception classes are defined by the process that runs the task.
     if (
-        name in {"AnswerError", "QuestionError", "StreamError"}
+        name in {"AnswerError", "CallError", "QuestionError", "StreamError"}
         and (found := sys.modules.get(IMPLEMENTATION)) is not None
     ):
         return getattr(found, name)

@@ -15,7 +15,7 @@ from typing import Any
 from lattice.v1 import cluster_pb2
 
 from lattice_server import __version__
-from lattice_server.composition import Engine, authentication_of, executor_of, rpc_server
+from lattice_server.composition import Engine, authentication_of, executor_of, metrics_of, rpc_server, tracing_of
 from lattice_server.config import ServerConfig
 from lattice_server.engine.ports import Contact
 from lattice_server.garbage import GarbageCollection
@@ -52,12 +52,21 @@ class App:
         self._engine.orchestrator.ended.on_add = self._garbage.request
         self._executor = executor_of(config, self._engine.store.directory)
         self._authentication = authentication_of(config)
-        self._rpc, self._workers = rpc_server(
-            config, self._engine, self._executor, self._authentication, self._describe
-        )
+        self._tracing = tracing_of(config, self._engine)
+        self._metrics = metrics_of(config, self._engine)
+        parts = (self._authentication, self._describe, self._metrics, self._tracing)
+        self._rpc, self._workers = rpc_server(config, self._engine, self._executor, *parts)
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus reads the metrics; empty when it does not."""
+        return "" if self._metrics is None else self._metrics.url
 
     async def start(self) -> None:
-        """Listen, then start workers. Raises PortInUseError, ExecutorError, after stopping the started parts."""
+        """Listen, then start workers.
+
+        Raises PortInUseError, ExecutorError, TelemetryError, after stopping the started parts.
+        """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
             self._engine.restore()
@@ -70,6 +79,8 @@ class App:
         self._start_background()
         contact = Contact(self._rpc.local_target, self.address, self._issue, self._revoke)
         try:
+            if self._metrics is not None:
+                await self._metrics.start()
             await self._executor.start(contact, self._engine.bus.post)
         except BaseException:
             await self.stop()
@@ -107,6 +118,10 @@ class App:
         async with AsyncExitStack() as ending:
             ending.callback(self._engine.close)
             ending.push_async_callback(asyncio.to_thread, self._engine.scheduler.stop)
+            if self._tracing is not None:
+                ending.push_async_callback(self._tracing.stop)
+            if self._metrics is not None:
+                ending.push_async_callback(self._metrics.stop)
             ending.callback(self._garbage.stop)
             for task in self._background:
                 ending.callback(task.cancel)
@@ -149,11 +164,14 @@ class App:
             queued_tasks=described.waiting,
             current_time=timestamp(time.time()),
             running_attempts=described.running,
+            metrics_url=self.metrics_url,
         )
 
 
-async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
-    """Run a server until SIGINT or SIGTERM; `announce` is called with its address once a worker has connected.
+async def serve(config: ServerConfig, announce: Callable[[str, str], None]) -> None:
+    """Run a server until SIGINT or SIGTERM.
+
+    `announce` is called with its address and the URL of its metrics, if any, once a worker has connected.
 
     Raises SchedulerError when the server had to stop by itself, ExecutorError when it cannot have workers.
     """
@@ -163,7 +181,7 @@ async def serve(config: ServerConfig, announce: Callable[[str], None]) -> None:
     await app.start()
     await _first(app.ready(), stopping.wait(), app.has_failed.wait())
     if not stopping.is_set() and not app.has_failed.is_set():
-        announce(app.address)
+        announce(app.address, app.metrics_url)
     await _first(stopping.wait(), app.has_failed.wait())
     await app.stop()
     if app.has_failed.is_set():

@@ -13,7 +13,7 @@ import psutil
 import uvloop
 
 from lattice_server import MAY_SERVE, logs, pidfile, security
-from lattice_server.config import ServerConfig
+from lattice_server.config import METRICS, TRACES, ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.flags import Flags, noting, secured
 from lattice_server.joining import become_worker
@@ -74,6 +74,17 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
 @click.option("--insecure", is_flag=True, help="Serve, or join, beyond this machine without TLS or a token.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
 @click.option(
+    "--metrics",
+    type=click.Choice(METRICS),
+    help="Serve metrics to Prometheus, send them by OTLP, or print them; see docs/telemetry.md.",
+)
+@click.option(
+    "--metrics-address",
+    metavar="HOST:PORT",
+    help="Where Prometheus reads the metrics; by default a free port of this machine's loopback interface.",
+)
+@click.option("--traces", type=click.Choice(TRACES), help="Send traces of runs by OTLP, or print them.")
+@click.option(
     "--journal",
     default="memory",
     show_default=True,
@@ -109,7 +120,7 @@ def start(**given: Any) -> None:
         )
     if not MAY_SERVE:
         os.execv(sys.executable, [sys.executable, "-m", "lattice_server", *sys.argv[1:]])
-    config = flags.logging(_read(flags.config_file))
+    config = flags.telemetry(flags.logging(_read(flags.config_file)))
     logs.set_up(config.log_format, config.log_level)
     _serve(_config(flags, config))
 
@@ -169,15 +180,18 @@ def _serve(config: ServerConfig) -> None:
     from lattice_server.engine.ports import ExecutorError
     from lattice_server.engine.store_folder import StoreError
     from lattice_server.rpc.server import PortInUseError
+    from lattice_server.telemetry import TelemetryError
 
     noted: list[str] = []
     with noting():
         pidfile.check()
 
-    def announce(address: str) -> None:
+    def announce(address: str, metrics_url: str) -> None:
         noted.append(f"head-{address.rpartition(':')[2]}")
         pidfile.note(noted[0])
         click.echo(f"Lattice is listening on {address}")
+        if metrics_url:
+            click.echo(f"Prometheus can read the metrics at {metrics_url}")
 
     try:
         uvloop.run(serve(config, announce))
@@ -186,7 +200,7 @@ def _serve(config: ServerConfig) -> None:
             f"choose another --port, or 0 for any; `lattice stop --port {config.port}` stops a server that runs here"
         )
         raise click.ClickException(f"{error}; {advice}") from None
-    except (SchedulerError, ExecutorError, StoreError, JournalError) as error:
+    except (SchedulerError, ExecutorError, StoreError, JournalError, TelemetryError) as error:
         raise click.ClickException(str(error)) from None
     finally:
         for name in noted:

@@ -3,11 +3,14 @@
 import asyncio
 import logging
 import secrets
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lattice.v1 import cluster_pb2
 
+from lattice_server import __version__
 from lattice_server.config import ServerConfig
 from lattice_server.core.run.run import Bounds
 from lattice_server.core.scheduling.scheduler import Scheduler
@@ -52,7 +55,12 @@ from lattice_server.rpc.spec_parser import SpecParser
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
 from lattice_server.rpc.workflows import WorkflowServicer
+from lattice_server.telemetry import TelemetryError
 from lattice_server.tokens import ANY_TENANT, Scope, credential, digest_of, read_tokens
+
+if TYPE_CHECKING:
+    from lattice_server.telemetry.metrics import Metrics
+    from lattice_server.telemetry.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -154,12 +162,50 @@ def authentication_of(config: ServerConfig) -> Authentication | None:
     return made
 
 
+def tracing_of(config: ServerConfig, engine: Engine) -> "Tracing | None":
+    """Return the traces that a configuration asks for, which observe an engine. Raises TelemetryError."""
+    if config.traces == "none" and "opentelemetry.sdk.trace" not in sys.modules:
+        return None
+    try:
+        from lattice_server.telemetry.tracing import Tracing
+
+        tracing = Tracing(config.traces, __version__, engine.epoch)
+    except ImportError as error:
+        if config.traces == "none":  # The application around the server traces other things.
+            return None
+        text = f'traces need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
+        raise TelemetryError(text) from None
+    if tracing.runs is not None:
+        engine.orchestrator.observers.append(tracing.runs)
+    return tracing
+
+
+def metrics_of(config: ServerConfig, engine: Engine) -> "Metrics | None":
+    """Return the metrics that a configuration asks for, which observe an engine. Raises TelemetryError."""
+    if config.metrics == "none":
+        return None
+    try:
+        from lattice_server.telemetry.metrics import Metrics
+        from lattice_server.telemetry.state import State
+
+        state = State(engine.orchestrator, engine.sessions, engine.usages)
+        metrics = Metrics(config, state, __version__, engine.epoch)
+    except ImportError as error:
+        text = f'metrics need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
+        raise TelemetryError(text) from None
+    engine.orchestrator.observers.append(metrics.runs)
+    engine.scheduler.on_pass = metrics.scheduler.note_pass
+    return metrics
+
+
 def rpc_server(
     config: ServerConfig,
     engine: Engine,
     executor: Executor,
     authentication: Authentication | None,
     describe: Callable[[], Awaitable[cluster_pb2.GetServerInfoResponse]],
+    metrics: "Metrics | None" = None,
+    tracing: "Tracing | None" = None,
 ) -> tuple[RpcServer, WorkerServicer]:
     """Return the gRPC front of an engine, and the servicer of its workers; `describe` answers `GetServerInfo`."""
     orchestrator, slices = engine.orchestrator, engine.slices
@@ -177,7 +223,10 @@ def rpc_server(
         assigned,
         engine.epoch,
         engine.admission.check_possible,
+        None if tracing is None else tracing.runs,
     )
+    if metrics is not None:
+        workers.observe_runners(metrics.runs.note_runners)
     limit_bytes = config.question_limit_bytes
     server = RpcServer(
         config,
@@ -195,6 +244,8 @@ def rpc_server(
         None
         if engine.journal is None or orchestrator.restorer is None
         else DurableAnswers(engine.journal, orchestrator.restorer),
+        [*([] if tracing is None else tracing.interceptors), *([] if metrics is None else [metrics.calls])],
+        None if metrics is None else metrics.calls.note_error,
     )
     return server, workers
 

@@ -17,6 +17,9 @@ MIN_INLINE_BYTES = 4096
 # See `Limits.message_bytes` and `Limits.message_tasks`.
 MIN_MESSAGE_BYTES = 1024 * 1024
 MIN_MESSAGE_TASKS = 1000
+# How metrics and traces are exported.
+METRICS = ("none", "prometheus", "otlp", "otlp-http", "console")
+TRACES = ("none", "otlp", "otlp-http", "console")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,9 @@ class ServerConfig:
     `result_ttl_s`, counts among `retained_runs`; `retained_bytes` and `retained_artifact_bytes` bound all. For
     `repeat_ttl_s` the ids of ended runs and the answers to repeatable requests are remembered. Up to `spare_bytes` of
     large values' files are kept to be written again.
+
+    `metrics` are served to Prometheus at `metrics_address`, or sent by OTLP, or printed. `traces` are sent by OTLP, or
+    printed.
 
     The `journal` is a folder, the URL of a PostgreSQL database, or `memory` for none. With `journal_sync` `normal`, a
     cut of the power may lose the last seconds. Of each tenant it keeps `journal_runs` ended runs of `journal_bytes` in
@@ -123,6 +129,9 @@ class ServerConfig:
     limits: Mapping[str, int] = field(default_factory=dict)
     batch_rules: tuple[BatchRule, ...] = ()
     stop_grace_s: float = 2.0
+    metrics: str = bounded("none", choices=METRICS)
+    metrics_address: str = ""
+    traces: str = bounded("none", choices=TRACES)
     journal: str = bounded("memory", is_flag=True)
     journal_sync: str = bounded("full", choices=("full", "normal"))
     journal_runs: int = 10_000

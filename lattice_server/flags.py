@@ -1,5 +1,6 @@
 """Owns the flags of `lattice start`, and turns errors about them into those of the command line."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,9 @@ class Flags:
     tokens_file: Path | None
     insecure: bool
     config_file: Path | None
+    metrics: str | None
+    metrics_address: str | None
+    traces: str | None
     verbose: bool
     journal: str
     journal_sync: str | None
@@ -50,6 +54,16 @@ class Flags:
         """Return a configuration with the flags of the log."""
         level = self.log_level or ("info" if self.verbose else config.log_level)
         return replace(config, log_level=level, log_format=self.log_format or config.log_format)
+
+    def telemetry(self, config: ServerConfig) -> ServerConfig:
+        """Return a configuration with the flags of metrics and traces. Raises click.UsageError."""
+        address = self.metrics_address or config.metrics_address
+        host = address.rpartition(":")[0].strip("[]") or os.environ.get("OTEL_EXPORTER_PROMETHEUS_HOST", "")
+        if host and not security.is_loopback(host) and not self.insecure:
+            text = f"metrics at {address or host} would show names of all tenants to everyone who reaches this address"
+            raise click.UsageError(f"{text}: choose a loopback address, or give --insecure")
+        metrics, traces = self.metrics or config.metrics, self.traces or config.traces
+        return replace(config, metrics=metrics, metrics_address=address, traces=traces)
 
     @property
     def memory_bytes(self) -> int | None:

@@ -31,6 +31,7 @@ from lattice_worker.outbox import Leases, Outbox
 from lattice_worker.peer_fetch import PeerFetcher
 from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
+from lattice_worker.runner_counts import runner_counts
 from lattice_worker.runner_pool import Pool
 from lattice_worker.streams import Streams
 from lattice_worker.zygotes import Zygotes
@@ -57,13 +58,19 @@ class Agent:
         self._fetcher = None if config.host_fd is None else PeerFetcher(config.host_fd, store, incoming)
         self._local_store = LocalStore(store, config.store_name, self._staging, lambda: self._artifacts, self._fetcher)
         self._limits = Limits()
-        self._questions, self._streams = Questions(self._emit, self._limits), Streams(self._emit, self._limits)
+        self._questions = Questions(self._emit, self._limits, self._local_store)
+        self._streams = Streams(self._emit, self._limits)
         reports = AttemptReports(self._local_store, self._limits, self._emit, self._ended)
         self._executor = AttemptExecutor(
             self._pool, self._local_store, reports, self._questions, self._streams, self._limits, self._ask
         )
         self._leases: Leases = LeaseMachine(self._executor, self._say, convert.returned)
-        self._outbox = Outbox(self._leases, self._limits, lambda: self._questions.last_answer)
+        self._outbox = Outbox(
+            self._leases,
+            self._limits,
+            lambda: self._questions.last_answer,
+            lambda: runner_counts(self._pool.all(), self._pool.started),
+        )
         self._heartbeat_s = FIRST_BEAT_S
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0
@@ -222,6 +229,7 @@ class Agent:
         self._limits.message_bytes = min(welcome.message_limit_bytes or MESSAGE_LIMIT_BYTES, MESSAGE_LIMIT_BYTES)
         self._limits.question_bytes = welcome.question_limit_bytes
         self._limits.chunk_bytes = welcome.chunk_limit_bytes
+        self._limits.takes_calls = welcome.takes_calls
         is_new = not welcome.resumed and welcome.session_id != self._leases.session_id
         unacknowledged = self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         self._local_store.drop(welcome.drop_artifact_ids)

@@ -266,6 +266,7 @@ class AttemptExecutor:
             on_log=lambda stream, text, truncated: self._reports.log(lease_id, stream, text, truncated),
             on_spawn=lambda task, parts: self._spawn(assignment, function, task, parts),
             on_ask=lambda asked, parts: self.questions.ask(assignment, runner, asked, parts),
+            on_spans=lambda frame: self._reports.trace(assignment, frame),
             on_stream=lambda told, parts: self._stream(assignment, runner, told, parts),
             on_end=lambda answer, parts: self._end(assignment, answer, parts),
             on_refused=lambda: self._start_again(assignment),

@@ -14,6 +14,7 @@ from lattice.v1 import task_pb2, worker_pb2
 from lattice_worker import convert, outcomes
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
+from lattice_worker.tracing import traced_from_frame, traced_item
 
 # A start is reported late, so that a short attempt needs one message instead of two.
 START_DELAY_S = 0.002
@@ -81,6 +82,16 @@ class AttemptReports:
         else:
             self._emit(report)
         return excess
+
+    def trace(self, assignment: worker_pb2.Assignment, frame: dict[str, Any]) -> None:
+        """Report the spans of a traced attempt; those that fit into no message are left out."""
+        if not any(assignment.trace_parents):
+            return
+        report = convert.report(assignment.lease_id, time.time_ns())
+        report.item = traced_item(assignment)
+        report.traced.CopyFrom(traced_from_frame(frame))
+        if not outcomes.excess(report, self._limits.message_bytes):
+            self._emit(report)
 
     def give_back(self, lease_id: str, reason: str) -> None:
         """Return a lease that started and did not end by itself."""

@@ -14,15 +14,17 @@ Rule: no gRPC here. The encoding is that of the process the task runs in.
 
 import asyncio
 import functools
-import importlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from lattice_worker.endpoints import Endpoint, Llm
+from lattice_worker.runner import tracing
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
 from lattice_worker.runner.blame import refusal
+from lattice_worker.runner.called import Call, CallError
 from lattice_worker.runner.functions import dump
 from lattice_worker.runner.generators import COMBINE
 from lattice_worker.runner.output import current as running
@@ -36,6 +38,8 @@ __all__ = [
     "Answer",
     "AnswerError",
     "Attempt",
+    "Call",
+    "CallError",
     "Endpoint",
     "Llm",
     "QuestionError",
@@ -46,6 +50,7 @@ __all__ = [
     "ask",
     "ask_async",
     "ask_future",
+    "call",
     "cancelled",
     "current",
     "emit",
@@ -57,6 +62,7 @@ __all__ = [
     "service",
     "service_async",
     "spawn",
+    "tracer",
 ]
 
 MAX_NAME_LENGTH = 128
@@ -76,69 +82,27 @@ class Attempt:
     deadline: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """An instance of a service: its address `host:port`, its name, and the model of a service that has one."""
-
-    endpoint: str
-    instance_id: str
-    model: str = ""
-
-    @property
-    def host(self) -> str:
-        """The address without the port."""
-        return self.endpoint.rpartition(":")[0].strip("[]")
-
-    @property
-    def port(self) -> int:
-        """The port."""
-        return int(self.endpoint.rpartition(":")[2])
-
-    @property
-    def url(self) -> str:
-        """The address as the beginning of a URL."""
-        return f"http://{self.endpoint}"
-
-
-@dataclass(frozen=True, slots=True)
-class Llm:
-    """A language model as clients of OpenAI's API reach it: the URL of the gateway, a key, and the model's name."""
-
-    base_url: str
-    api_key: str = field(repr=False)
-    model: str
-
-    def env(self) -> dict[str, str]:
-        """Return the environment variables by which programs and libraries reach it."""
-        return {
-            "OPENAI_BASE_URL": self.base_url,
-            "OPENAI_API_BASE": self.base_url,
-            "OPENAI_API_KEY": self.api_key,
-            "OPENAI_MODEL": self.model,
-        }
-
-    def openai(self, **settings: Any) -> Any:
-        """Return an `openai.OpenAI`, which does not repeat requests: the gateway has. Raises ImportError."""
-        return _openai().OpenAI(**self._settings() | settings)
-
-    def async_openai(self, **settings: Any) -> Any:
-        """Return an `openai.AsyncOpenAI`; see `openai`."""
-        return _openai().AsyncOpenAI(**self._settings() | settings)
-
-    def _settings(self) -> dict[str, Any]:
-        return {"base_url": self.base_url, "api_key": self.api_key, "max_retries": 0}
-
-
-def _openai() -> Any:
-    return importlib.import_module("openai")
-
-
 def current() -> Attempt:
     """Return the attempt that is running. Raises RuntimeError outside a task, and inside a batch, which is several."""
     output = _output()
     limit_s = output.header.get("timeout", 0)
     run_id, task_id, number = output.header["attempts"][0]
     return Attempt(run_id, task_id, number, output.started_s + limit_s if limit_s else None)
+
+
+def call(
+    task: Callable[..., Any], inputs: Mapping[str, Any] | None = None, name: str | None = None, **misplaced: Any
+) -> Call:
+    """Add a task to the run, to wait for its value: `await call(...)`, or `call(...).result()`.
+
+    The arguments and the errors are those of `spawn`. While the attempt waits it holds no CPUs. The task is cancelled
+    when this task ends before it, and its failure is raised here instead of failing the run.
+    """
+    output = _output()
+    if not output.header.get("takes_calls", False):
+        raise SpawnError("call: the server is of a version whose tasks cannot call others")
+    called = _spawned(task, inputs, name, (), misplaced, is_called=True)
+    return Call(output.questions, called.task_id, called.output_names)
 
 
 def spawn(
@@ -165,6 +129,18 @@ def spawn(
 
     What only the server can see, such as too many tasks, fails the task that spawned.
     """
+    return _spawned(task, inputs, name, after, misplaced)
+
+
+def _spawned(
+    task: Callable[..., Any],
+    inputs: Mapping[str, Any] | None,
+    name: str | None,
+    after: Sequence[SpawnedTask],
+    misplaced: dict[str, Any],
+    *,
+    is_called: bool = False,
+) -> SpawnedTask:
     output = _output()
     form, label = form_of(task), label_of(task, name)
     where = f"spawn of {label!r}"
@@ -192,6 +168,7 @@ def spawn(
         "spec": first,
         "function": first + 1,
         "code": first + 2,
+        "called": is_called,
     }
     output.spawn(frame, [*encoder.blobs, form["spec"], form["function"], code], encoder.made)
     return SpawnedTask(task_id, tuple(form["outputs"]))
@@ -219,6 +196,21 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
+
+
+def tracer() -> Any:
+    """Return a tracer of OpenTelemetry. Its spans are part of the trace of the run, when that is traced.
+
+    Raises RuntimeError without OpenTelemetry, and when there is no task running here.
+    """
+    output = running.get()
+    if output is None:
+        raise RuntimeError("there is no task running here; this works inside tasks only")
+    try:
+        return tracing.tracer(output.header)
+    except ImportError:
+        advice = 'pip install "lattice-control-plane[telemetry]"'
+        raise RuntimeError(f"the worker of this node has no OpenTelemetry: {advice}") from None
 
 
 class Answer:

@@ -110,7 +110,7 @@ def spawned_from_frame(
         if BY_VALUE in function.python.pickle:
             version = f"{sys.version_info.major}.{sys.version_info.minor}"
             function.runtime.language, function.runtime.version = "python", version
-    return worker_pb2.AttemptSpawned(tasks=[task], functions={FUNCTION: function})
+    return worker_pb2.AttemptSpawned(tasks=[task], functions={FUNCTION: function}, called=frame.get("called", False))
 
 
 def _binding_from_tree(

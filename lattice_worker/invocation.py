@@ -38,6 +38,10 @@ class RunnerKey:
         return found | dict.fromkeys(THREADS, str(self.threads)) if self.isolation else found
 
 
+def ignore_spans(frame: dict[str, Any]) -> None:
+    """Do nothing with spans."""
+
+
 @dataclass(slots=True)
 class Invocation:
     """One call of a function. `name` is the lease, `header` and `blobs` are the frame that starts it.
@@ -46,6 +50,7 @@ class Invocation:
         on_log: takes (stream, text, truncated).
         on_spawn: takes the header and the blobs of a spawned task.
         on_ask: takes the header and the blobs of a question.
+        on_spans: takes the header of the spans of a traced attempt.
         on_stream: takes the header and the blobs of a chunk, or the header that says how far it is.
         on_end: takes the header and the blobs of the answer.
         on_refused: called when the runner ends without having begun the invocation.
@@ -68,6 +73,7 @@ class Invocation:
     on_end: Callable[[dict[str, Any], list[bytes]], None]
     on_refused: Callable[[], None]
     on_given_back: Callable[[str, bool], None]
+    on_spans: Callable[[dict[str, Any]], None] = ignore_spans
     screen: Callable[[dict[str, Any], list[bytes]], Frame] | None = None
     raw_left: int = 0
     ending: dict[str, Any] | None = None

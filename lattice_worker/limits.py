@@ -14,6 +14,7 @@ class Limits:
         log_bytes: the most output of one attempt that is logged.
         message_bytes: the largest message.
         chunk_bytes: the largest chunk of streamed output; 0 when the server takes no chunks.
+        takes_calls: whether the server lets attempts call tasks.
         question_bytes: the largest question, and the largest answer; 0 when the server takes no questions.
     """
 
@@ -22,3 +23,4 @@ class Limits:
     message_bytes: int = MESSAGE_LIMIT_BYTES
     question_bytes: int = 0
     chunk_bytes: int = 0
+    takes_calls: bool = False

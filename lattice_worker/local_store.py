@@ -60,6 +60,11 @@ class LocalStore:
                 waits += [self._fetch(artifact) for artifact in self._absent(binding, upstream)]
         return waits
 
+    def fetching(self, payloads: Iterable[payload_pb2.Payload]) -> list[asyncio.Task[Any]]:
+        """Return the transfers of values that are not here yet."""
+        bindings = (payload_pb2.Binding(payload=payload) for payload in payloads)
+        return [self._fetch(artifact) for binding in bindings for artifact in self._absent(binding, {})]
+
     def drop(self, artifact_ids: Iterable[str]) -> None:
         """Delete artifacts that no task needs any more: those in transfer as soon as they arrive."""
         artifact_ids = list(artifact_ids)

@@ -11,7 +11,7 @@ from typing import TextIO
 HANDLER = "lattice"
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
-FIELDS = ("run_id", "task_id", "attempt", "node_id", "worker_id", "session_id", "lease_id", "error_id")
+FIELDS = ("run_id", "task_id", "attempt", "node_id", "worker_id", "session_id", "lease_id", "error_id", "trace_id")
 
 
 def set_up(form: str = "text", level: str = "warning") -> logging.StreamHandler[TextIO]:

@@ -24,13 +24,21 @@ Leases = LeaseMachine[worker_pb2.Assignment, worker_pb2.Report, convert.Outputs]
 class Outbox:
     """The outgoing messages of one worker. `open` begins a stream; nothing is sent on it before `resume`.
 
-    `last_answer` returns the number of the last answer to a question that has arrived.
+    `last_answer` returns the number of the last answer to a question that has arrived, `runners` the counts of runners
+    for a heartbeat.
     """
 
-    def __init__(self, leases: Leases, limits: Limits, last_answer: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        leases: Leases,
+        limits: Limits,
+        last_answer: Callable[[], int] = lambda: 0,
+        runners: Callable[[], Iterable[worker_pb2.RunnerCount]] = tuple,
+    ) -> None:
         self._limits = limits
         self._leases = leases
         self._last_answer = last_answer
+        self._runners = runners
         self._pending: list[worker_pb2.Report] = []
         self._unknown: list[str] = []
         self._is_beat_due = False
@@ -100,6 +108,7 @@ class Outbox:
                 held_lease_ids=self._leases.held(),
                 assignment_sequence=self._leases.received,
                 send_time=convert.timestamp(time.time_ns()),
+                runners=self._runners(),
             )
         is_draining = self._draining is not None and not self._has_said_draining
         unknown, self._unknown = self._unknown, []

@@ -16,6 +16,7 @@ from lattice_worker.runner_handle import Runner
 from lattice_worker.sandbox.policy import DOCKER, SECCOMP, SUBPROCESS
 from lattice_worker.sandbox.results import LARGEST_INLINE_BYTES, inlined, screened
 from lattice_worker.streams import WINDOW_BYTES, WINDOW_CHUNKS
+from lattice_worker.tracing import trace_parent
 
 WINDOW = (WINDOW_CHUNKS, WINDOW_BYTES)
 # The levels of sandboxes by their numbers in the contract; nothing for no sandbox.
@@ -85,10 +86,13 @@ class Preparation:
             "inline_limit": self._limits.inline_bytes,
             "log_limit": self._limits.log_bytes,
             "question_limit": self._limits.question_bytes,
+            "takes_calls": self._limits.takes_calls,
             "chunk_limit": self._limits.chunk_bytes,
             "chunk_window": WINDOW,
             "timeout": convert.seconds(assignment.timeout),
         }
+        if parent := trace_parent(assignment):
+            header["trace"] = parent
         if runner.sandbox is not None:
             header["items"] = [
                 {name: inlined(found, blobs) for name, found in item.items()} for item in header["items"]

@@ -1,17 +1,20 @@
-"""The questions of attempts, from the process that asks to the server and back.
+"""The questions and the calls of attempts, from the process that asks to the server and back.
 
-Rule: a question gets one answer, or ends with its lease; an answer that arrives twice, or late, is ignored.
+Rule: each gets one answer, or ends with its lease; an answer that arrives twice, or late, is ignored.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
 
-from lattice.v1 import worker_pb2
+from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
 
 from lattice_worker import convert
 from lattice_worker.limits import Limits
+from lattice_worker.local_store import LocalStore, MissingError
 from lattice_worker.runner_handle import Runner
+from lattice_worker.sandbox.results import InputError, inlined
 
 # Of one lease. The server has a limit for a run.
 MAX_UNANSWERED = 1000
@@ -21,8 +24,10 @@ NOT_HERE = "the server is of a version that puts no questions to callers"
 class Questions:
     """The questions of all leases that have no answer yet. `emit` takes reports."""
 
-    def __init__(self, emit: Callable[[worker_pb2.Report], None], limits: Limits) -> None:
+    def __init__(self, emit: Callable[[worker_pb2.Report], None], limits: Limits, local_store: LocalStore) -> None:
         self._limits = limits
+        self._local_store = local_store
+        self._fetching: set[asyncio.Task[None]] = set()
         self.last_answer = 0
         self._emit = emit
         self._unanswered: dict[str, dict[int, Runner]] = {}
@@ -30,22 +35,23 @@ class Questions:
     def ask(
         self, assignment: worker_pb2.Assignment, runner: Runner, header: dict[str, Any], blobs: list[bytes]
     ) -> None:
-        """Report a question. Raises an exception when the header is not that of a question."""
-        report, number = _report(assignment, header, blobs)
+        """Report a question, or a wait for a called task. Raises an exception when the header is of neither."""
+        is_call = header["kind"] == "await"
+        report, number = (_wait if is_call else _report)(assignment, header, blobs)
         lease_id = assignment.lease_id
         unanswered = self._unanswered.setdefault(lease_id, {})
         if number in unanswered:
             raise ValueError(f"question {number} is asked twice")
         size = report.asked.payload.ByteSize()
         limit_bytes = self._limits.question_bytes
-        if limit_bytes and size <= limit_bytes and len(unanswered) < MAX_UNANSWERED:
+        if (is_call or limit_bytes) and (is_call or size <= limit_bytes) and len(unanswered) < MAX_UNANSWERED:
             unanswered[number] = runner
             self._emit(report)
             return
         why = NOT_HERE
-        if size > limit_bytes > 0:
+        if size > limit_bytes > 0 and not is_call:
             why = f"what is asked takes {size} bytes; a question may have {limit_bytes}, and so may its answer"
-        elif limit_bytes:
+        elif limit_bytes or is_call:
             why = f"{MAX_UNANSWERED} questions of the attempt wait for an answer"
         runner.answer(lease_id, {"number": number, "unanswered": why}, ())
 
@@ -53,8 +59,39 @@ class Questions:
         """Hand an answer of the server to the process that waits for it."""
         self.last_answer = max(self.last_answer, message.sequence)
         runner = self._unanswered.get(message.lease_id, {}).pop(message.number, None)
-        if runner is not None:
+        if runner is None:
+            return
+        if not message.HasField("outputs"):
             runner.answer(message.lease_id, *_frame(message))
+        elif missing := self._local_store.fetching(message.outputs.outputs.values()):
+            task = asyncio.get_running_loop().create_task(self._answer_call(message, runner, missing))
+            self._fetching.add(task)
+            task.add_done_callback(self._fetching.discard)
+        else:
+            runner.answer(message.lease_id, *self._outputs_frame(message, runner))
+
+    async def _answer_call(self, message: worker_pb2.Answer, runner: Runner, missing: list[asyncio.Task[Any]]) -> None:
+        """Answer a call once the large values of its answer are here."""
+        try:
+            for wait in missing:
+                await asyncio.shield(wait)  # Others may wait for the same.
+            header, blobs = self._outputs_frame(message, runner)
+        except (MissingError, OSError) as error:
+            header, blobs = _failed(message, f"the value of the called task is not here: {error}"), []
+        runner.answer(message.lease_id, header, blobs)
+
+    def _outputs_frame(self, message: worker_pb2.Answer, runner: Runner) -> tuple[dict[str, Any], list[bytes]]:
+        blobs: list[bytes] = []
+        found = {}
+        for name, payload in sorted(message.outputs.outputs.items()):
+            binding = payload_pb2.Binding(payload=payload)
+            found[name] = convert.binding_tree(binding, self._local_store.directory, blobs, {})
+        if runner.sandbox is not None:
+            try:
+                found = {name: inlined(tree, blobs) for name, tree in found.items()}
+            except InputError as error:
+                return _failed(message, str(error)), []
+        return {"number": message.number, "outputs": found}, blobs
 
     def forget(self, lease_id: str) -> None:
         """Drop the questions of a lease that is over."""
@@ -80,6 +117,25 @@ def _report(
     return report, number
 
 
+def _wait(assignment: worker_pb2.Assignment, header: dict[str, Any], _: list[bytes]) -> tuple[worker_pb2.Report, int]:
+    number = header["number"]
+    if type(number) is not int or number < 1:
+        raise ValueError(f"there is no wait {number!r}")
+    report = convert.report(assignment.lease_id, time.time_ns())
+    report.awaits.number, report.awaits.task_id = number, str(header["task"])
+    return report, number
+
+
+def _failed(message: worker_pb2.Answer, text: str) -> dict[str, Any]:
+    return {"number": message.number, "failure": {"type": "", "message": text, "kind": "PAYLOAD"}}
+
+
+def _kind(failure: errors_pb2.Failure) -> str:
+    if failure.kind not in errors_pb2.FailureKind.values():  # Of a server of a later version.
+        return str(failure.kind)
+    return errors_pb2.FailureKind.Name(failure.kind).removeprefix("FAILURE_KIND_")
+
+
 def _frame(message: worker_pb2.Answer) -> tuple[dict[str, Any], list[bytes]]:
     header: dict[str, Any] = {"number": message.number}
     match message.WhichOneof("answer"):
@@ -89,6 +145,6 @@ def _frame(message: worker_pb2.Answer) -> tuple[dict[str, Any], list[bytes]]:
             return header | {"value": {"type": payload.media_type or convert.JSON, "blob": 0}}, [data]
         case "failure":
             failure = message.failure
-            return header | {"failure": {"type": failure.type, "message": failure.message}}, []
+            return header | {"failure": {"type": failure.type, "message": failure.message, "kind": _kind(failure)}}, []
         case _:
             return header | {"unanswered": message.unanswered}, []

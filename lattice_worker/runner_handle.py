@@ -12,7 +12,7 @@ from typing import Any
 
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.crash import Crash
-from lattice_worker.invocation import Frame, Invocation, RunnerKey, failed
+from lattice_worker.invocation import Frame, Invocation, RunnerKey, failed, ignore_spans
 from lattice_worker.runner.frames import FrameTooLargeError
 from lattice_worker.runner_process import Listener, RunnerProcess, Starter, start_process
 from lattice_worker.sandbox.supervisor import Supervisor
@@ -193,8 +193,12 @@ class Runner:
             case "spawn":
                 self._staging.publish(self.folder, header["made"])
                 invocation.on_spawn(header["task"], blobs)
-            case "ask":
+            case "ask" | "await":
                 invocation.on_ask(header, blobs)
+            case "spans":
+                # Once: a process that sends more could fill the memory of the agent.
+                take, invocation.on_spans = invocation.on_spans, ignore_spans
+                take(header)
             case "chunk" | "progress":
                 invocation.on_stream(header, blobs)
             case "describing":

@@ -6,7 +6,8 @@ makes room for others, and spares are replaced in the background.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Container, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterable
 
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.containers.config import EngineConfig
@@ -49,6 +50,7 @@ class Pool:
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
         self.retired: Container[str] = ()
+        self.started: Counter[str] = Counter()  # Runners by level of isolation, for metrics.
         self.on_gone: Callable[[], None] = lambda: None
 
     async def warm(self) -> None:
@@ -103,6 +105,10 @@ class Pool:
                 self._idle.remove(runner)
                 runner.kill()
 
+    def all(self) -> Collection[Runner]:
+        """Return all runners."""
+        return self._all
+
     def uses(self, bundle: str) -> bool:
         """Whether a runner has a bundle."""
         return any(bundle == runner.key.bundle or bundle in runner.read_paths for runner in self._all)
@@ -139,6 +145,7 @@ class Pool:
         starter = sandbox if isinstance(sandbox, ContainerSupervisor) else self._zygotes
         await runner.start(starter, is_async=is_async)
         self._all.add(runner)
+        self.started["" if sandbox is None else sandbox.policy.level] += 1
         return runner
 
     def _refill(self) -> None:

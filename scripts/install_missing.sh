@@ -1,11 +1,12 @@
 #!/bin/sh
 # Installs what the project needs from the system and a bare Debian machine lacks. Quick when nothing is missing.
 #
-# Usage: scripts/install_missing.sh python|nodejs|go|network|docker|postgres
+# Usage: scripts/install_missing.sh python|nodejs|go|network|docker|postgres|prometheus
 #
 # As root with apt-get it installs; otherwise it says what to install. Without Python's venv nothing can go on;
 # without Node.js or Go the tests of those examples are skipped, without a network of namespaces those of clusters,
-# without Docker those of containers, and without PostgreSQL those of its journal.
+# without Docker those of containers, without PostgreSQL those of its journal, and without Prometheus the one in which
+# it reads metrics.
 set -eu
 
 packages=""
@@ -30,11 +31,17 @@ network)
     command -v ip >/dev/null && command -v ss >/dev/null || packages="iproute2"
     command -v openssl >/dev/null || packages="$packages openssl"
     ;;
+prometheus)
+    command -v prometheus >/dev/null && command -v promtool >/dev/null || packages="prometheus"
+    ;;
 docker)
     command -v dockerd >/dev/null && command -v runc >/dev/null || packages="docker.io runc"
     ;;
 postgres)
     command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || packages="postgresql"
+    ;;
+prometheus)
+    command -v prometheus >/dev/null && command -v promtool >/dev/null || packages="prometheus"
     ;;
 esac
 [ -n "$packages" ] || exit 0

@@ -14,7 +14,7 @@ before = dict(os.environ)
 package = importlib.import_module(sys.argv[1])
 names = [found.name for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
 for name in names:
-    if not name.endswith(("__main__", "runner.spawned")):  # programs
+    if not name.endswith(("__main__", "runner.spawned", "worker.doctor")):  # programs
         importlib.import_module(name)
 changed = sorted(name for name, _ in set(before.items()) ^ set(os.environ.items()) if not name.startswith("RAY_"))
 print(json.dumps([len(names), changed]))

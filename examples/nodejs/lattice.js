@@ -8,6 +8,7 @@ import grpc from "@grpc/grpc-js";
 import { loadSync } from "@grpc/proto-loader";
 
 import { dialling } from "./dial.js";
+import { untagged } from "./tagged.js";
 
 const PROTO = fileURLToPath(new URL("../../proto", import.meta.url));
 const FILES = ["lattice/v1/workflow.proto", "lattice/v1/results.proto"];
@@ -20,6 +21,7 @@ const MIN_BACKOFF_MS = 100;
 const MAX_BACKOFF_MS = 2000;
 const CALL_LIMIT_MS = 20_000;
 const PATIENCE_MS = 30_000;
+const TAGGED = "application/vnd.lattice.tagged+json";
 
 /** Python source as a function of a workflow; `name` is the function to call in it. */
 export const source = (name, code) => ({ python: { source: { name, code } } });
@@ -134,8 +136,12 @@ const answer = (service, method, request) =>
     service[method](request, options, (error, response) => (error ? reject(error) : resolve(response)));
   });
 
-/** Outputs as plain values. Only JSON is readable from every language; other encodings stay payloads. */
+/** Outputs as plain values. JSON and tagged JSON are readable from every language; other encodings stay payloads. */
 export function decoded(outputs = {}) {
-  const read = (payload) => (payload.content === "json" ? JSON.parse(payload.json) : payload);
+  const read = (payload) => {
+    if (payload.content === "json") return JSON.parse(payload.json);
+    const isTagged = payload.media_type === TAGGED && payload.content === "data";
+    return isTagged ? untagged(payload.data.toString()) : payload;
+  };
   return Object.fromEntries(Object.entries(outputs).map(([name, payload]) => [name, read(payload)]));
 }

@@ -3,12 +3,13 @@
 Rule: they change nothing, and read a bounded number of runs and tasks.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Sequence
 
 from lattice.v1 import cluster_pb2, resources_pb2, run_pb2, task_pb2
 
 from lattice_client.cli.findings import ERROR, OK, SKIPPED, WARNING, Finding
+from lattice_client.cli.graph_rows import brief
 from lattice_client.cli.progress import span
 from lattice_client.cli.server_checks import Answer
 from lattice_client.client import AsyncLatticeClient
@@ -62,17 +63,28 @@ def node_checks(nodes: Sequence[cluster_pb2.Node], answer: Answer) -> list[Findi
 
 
 def isolation_checks(nodes: Sequence[cluster_pb2.Node]) -> list[Finding]:
-    """Return how many nodes offer each level of isolation."""
-    counts = Counter(level for node in nodes for level in node.isolations)
-    names = {
-        resources_pb2.Isolation.Name(level).removeprefix("ISOLATION_").lower(): count
-        for level, count in sorted(counts.items())
-        if level in resources_pb2.Isolation.values()
-    }
+    """Return how many nodes offer each level of isolation, and why others do not offer it."""
     if not nodes:
         return []
-    text = ", ".join(f"{name} by {count} of {len(nodes)} nodes" for name, count in names.items())
-    return [Finding("cluster", "isolation", OK, f"offered: {text or 'none'}")]
+    counts = Counter(level for node in nodes for level in node.isolations)
+    text = ", ".join(f"{_level(level)} by {count} of {len(nodes)} nodes" for level, count in sorted(counts.items()))
+    found = [Finding("cluster", "isolation", OK, f"offered: {text or 'none'}")]
+    refusals: dict[tuple[int, str], list[str]] = defaultdict(list)
+    for node in nodes:
+        for refusal in node.isolation_refusals:
+            refusals[refusal.isolation, refusal.reason].append(node.node_id)
+    for (level, reason), names in refusals.items():
+        text = f"not offered by {brief(names)}: {reason}"
+        advice = f"only tasks that ask for {_level(level)} need it; docs/isolation.md says how to set it up"
+        # A cluster may do without a level: the nodes were tried, and tasks that ask for it are refused in words.
+        found.append(Finding("cluster", f"isolation {_level(level)}", SKIPPED, text, advice))
+    return found
+
+
+def _level(number: int) -> str:
+    if number not in resources_pb2.Isolation.values():
+        return f"level {number}"
+    return resources_pb2.Isolation.Name(resources_pb2.Isolation.ValueType(number)).removeprefix("ISOLATION_").lower()
 
 
 async def _queue_check(

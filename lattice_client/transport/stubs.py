@@ -1,6 +1,8 @@
-"""Owns the stubs of the contract's services on one gRPC channel. Rule: every call carries the client's token."""
+"""Owns the stubs of the contract's services on one gRPC channel.
 
-import functools
+Rule: every call carries the client's token, and names the caller's span if there is one.
+"""
+
 from typing import Any, cast
 
 from lattice.v1 import (
@@ -13,12 +15,14 @@ from lattice.v1 import (
     workflow_pb2_grpc,
 )
 
+from lattice_client.transport.tracing import Headers, trace_headers
+
 
 class Stubs:
     """The stubs on one channel. The stubs of a blocking channel are typed as if their calls could be awaited."""
 
     def __init__(self, channel: Any, token: str | None) -> None:
-        channel = channel if token is None else Signed(channel, token)
+        channel = Signed(channel, token)
         self.workflows: workflow_pb2_grpc.WorkflowServiceAsyncStub
         self.tasks: task_pb2_grpc.TaskServiceAsyncStub
         self.results: results_pb2_grpc.ResultsServiceAsyncStub
@@ -36,16 +40,25 @@ class Stubs:
 
 
 class Signed:
-    """A channel for stubs that adds a token to every call.
+    """A channel for stubs that adds headers to every call: a token, if there is one, and the caller's span.
 
     gRPC's interceptors are not used: they wrap each call in a task, and each message of a stream in another one.
     """
 
-    def __init__(self, channel: Any, token: str) -> None:
+    def __init__(self, channel: Any, token: str | None) -> None:
         self._channel = channel
-        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._metadata: Headers = () if token is None else (("authorization", f"Bearer {token}"),)
 
     def __getattr__(self, kind: str) -> Any:
         """Return the factory of one kind of call: `unary_unary`, `unary_stream`, `stream_unary` or `stream_stream`."""
         factory = getattr(self._channel, kind)
-        return lambda *args, **kwargs: functools.partial(factory(*args, **kwargs), metadata=self._metadata)
+
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            method = factory(*args, **kwargs)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return method(*args, metadata=(*self._metadata, *trace_headers()), **kwargs)
+
+            return call
+
+        return stub

@@ -141,6 +141,7 @@ class FailureKind(Enum):
     OUTPUT_SIZE = "output_size"
     SANDBOX_SETUP = "sandbox_setup"
     UNTRUSTED_INPUT = "untrusted_input"
+    NESTED_RESOURCES = "nested_resources"
 
 
 RETRIED_BY_DEFAULT = frozenset(

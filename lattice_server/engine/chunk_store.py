@@ -5,6 +5,7 @@ streamed least recently loses its oldest chunks first.
 """
 
 from lattice_server.core.messages import Fact, RunFinished, TaskProgressed, TaskStarted, TaskStreamed
+from lattice_server.core.trust import stamped
 from lattice_server.engine.chunk_log import Progress, RunChunks, TaskStream
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_log import ENDS
@@ -65,9 +66,9 @@ class ChunkStore:
             self._grow(entry, task_id, stream, more)
 
     def _append(self, entry: RunEntry, event: TaskStreamed, stream: TaskStream) -> None:
-        before = stream.kept_bytes
+        before, level = stream.kept_bytes, entry.run.tasks[event.task_id].spec.isolation
         for payload in event.chunks:
-            stream.append(payload)
+            stream.append(stamped(payload, level))
         while len(stream) > 1 and (len(stream) > self._max_chunks or stream.kept_bytes > self._max_bytes):
             stream.drop_oldest()
         self._grow(entry, event.task_id, stream, stream.kept_bytes - before)

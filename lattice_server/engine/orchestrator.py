@@ -18,6 +18,7 @@ from lattice_server.core.messages import (
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
+    TaskAwaits,
     TaskCancelled,
     TaskEvent,
     TaskExplained,
@@ -37,6 +38,7 @@ from lattice_server.core.run.open_run import NOT_OPEN, answer_to
 from lattice_server.core.run.reuse import Earlier, workflow_of
 from lattice_server.core.steps import finish
 from lattice_server.core.tenancy import UNNAMED, Reach
+from lattice_server.engine import calls
 from lattice_server.engine.admission import Admission
 from lattice_server.engine.artifact_store import ArtifactStore
 from lattice_server.engine.bus import MessageBus
@@ -106,6 +108,7 @@ class Orchestrator:
         self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks, journal)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
         self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
+        self.observers = self._driver.observers
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
         self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs, journal)
@@ -251,6 +254,9 @@ class Orchestrator:
                 # Past the run's machine: chunks change no state, and there may be thousands a second.
                 if entry := self.runs.get(effect.run_id):
                     self.chunks.take(entry, effect)
+            elif isinstance(effect, TaskAwaits):
+                if entry := self.runs.get(effect.run_id):
+                    posts += calls.begin(entry, effect)
             elif isinstance(effect, TaskExplained | NodesDescribed):
                 self.queries.answer(effect)
             elif isinstance(effect, NodesChanged):
@@ -259,7 +265,10 @@ class Orchestrator:
             elif isinstance(effect, SettleArtifacts):
                 self._store.settle(effect.artifacts)
             else:
-                self._sessions.perform(effect)
+                observed = effect
+                for observer in self.observers:
+                    observed = observer.perform(observed)
+                self._sessions.perform(observed)
         self._bus.post(posts)
 
     def _tell_run(self, entry: RunEntry, event: ToRun, now: float, posts: list[SchedulerEvent]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lattice_server.core.messages import AnswerQuestion, ToSession, WelcomeWorker
-from lattice_server.core.model import Function
+from lattice_server.core.model import Function, Isolation
 from lattice_server.engine.clock_offset import WorkerClock
 from lattice_server.engine.code_store import SentCode
 
@@ -156,6 +156,8 @@ class Session:
         self.connection = connection
         self.is_connected = True
         self.last_sequence = 0
+        # How many of the worker's processes are busy and idle, by level of isolation; for metrics.
+        self.runners: dict[Isolation, tuple[int, int]] = {}
         self._answers: deque[AnswerQuestion] = deque()
         self._last_answer = 0
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lattice_server.core.messages import SchedulerEvent
+from lattice_server.core.messages import Fact, SchedulerEvent, WorkerEffect
 from lattice_server.core.model import Capacity
+from lattice_server.engine.run_entry import RunEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,16 @@ class Membership:
 
     ray: RayCluster | None
     over: asyncio.Future[str]
+
+
+class Observer(Protocol):
+    """Is told what happens on the main thread, for metrics and traces. It decides nothing and never raises."""
+
+    def note(self, entry: RunEntry, fact: Fact) -> None:
+        """Take a fact of a run, after it was added to the log of the run."""
+
+    def perform(self, effect: WorkerEffect) -> WorkerEffect:
+        """Take an effect of the scheduler that goes to a worker, and return it; a lease may get `trace_parents`."""
 
 
 class ExecutorError(Exception):

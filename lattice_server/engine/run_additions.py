@@ -77,7 +77,7 @@ class RunAdditions:
             self._stores.hold_code(entry, finish(functions_of(event.tasks)))
         except ExhaustedError as error:
             refusal = error
-        return entry.run.spawn(event.task_id, event.tasks, now, refusal)
+        return entry.run.spawn(event.task_id, event.tasks, now, refusal, is_called=event.is_called)
 
     def _checking(self, tasks: Sequence[TaskSpec]) -> Steps[dict[str, Function]]:
         yield from self._admission.checking(tasks)

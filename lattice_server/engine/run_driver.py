@@ -25,10 +25,11 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.run.open_run import HolderEffect
 from lattice_server.core.run.run import Effect
-from lattice_server.engine import run_logging
+from lattice_server.engine import calls, run_logging
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.ended_runs import EndedRuns
+from lattice_server.engine.ports import Observer
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_log import ENDS
@@ -61,6 +62,7 @@ class RunDriver:
         self._ended = ended
         self._slices = slices
         self._answer = answer
+        self.observers: list[Observer] = []
         self._chunks = chunks
         self._journal = journal
 
@@ -115,6 +117,8 @@ class RunDriver:
                     self._pass_on(entry, effect)
                 case _:
                     self._publish(entry, effect)
+                    if entry.calls:
+                        own += calls.ended(entry, effect)
         if entry.on_effects is not None and effects:
             entry.on_effects(effects)
         if posts is None:
@@ -141,6 +145,8 @@ class RunDriver:
             entry.stream.news.set()
         if entry.chunks is not None:
             self._chunks.note(entry, fact)
+        for observer in self.observers:
+            observer.note(entry, fact)
         run_logging.note(entry, fact)
 
     def _pass_on(self, entry: RunEntry, effect: HolderEffect) -> None:

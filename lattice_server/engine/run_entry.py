@@ -48,7 +48,9 @@ class RunEntry:
         open_run: the machine of its caller, if it was opened by `OpenRun`.
         stream: the newest stream of that caller.
         grace: the timer that cancels an open run without a stream.
+        trace_id: the trace of the run, for its log lines; empty when it is not traced.
         chunks: what its tasks stream, once there is a chunk or a reader.
+        calls: the callers, leases and numbers of the waits for called tasks, by the id of these.
         is_continuing: whether a slice that submits more of its tasks is queued.
         is_transient: whether it means nothing after a restart of the server, so that it is not recorded.
         recorded: how many of its events are in the journal.
@@ -79,7 +81,9 @@ class RunEntry:
     open_run: OpenRun | None = None
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
+    trace_id: str = ""
     chunks: RunChunks | None = None
+    calls: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
     is_continuing: bool = False
     is_transient: bool = False
     recorded: int = 0

@@ -13,18 +13,19 @@ def note(entry: RunEntry, fact: Effect) -> None:
     """Log a fact of a run that an operator looks for: its start and end, and attempts that fail."""
     if not log.isEnabledFor(logging.INFO):
         return
+    about = {"run_id": entry.run_id, "trace_id": entry.trace_id}
     match fact:
         case RunStarted():
-            log.info("a run of %d tasks starts", fact.task_count, extra={"run_id": entry.run_id})
+            log.info("a run of %d tasks starts", fact.task_count, extra=about)
         case RunFinished():
             kind = "" if fact.failure is None else f": {fact.failure.kind.value}"
-            log.info("the run ended as %s%s", fact.state.value, kind, extra={"run_id": entry.run_id})
+            log.info("the run ended as %s%s", fact.state.value, kind, extra=about)
         case TaskRetrying() | TaskFailed():
             failure = fact.failure
             what = "the attempt failed and is retried" if isinstance(fact, TaskRetrying) else "the task failed"
             named = f"{failure.kind.value} {failure.type}".rstrip()
             node_id = entry.run.tasks[fact.task_id].node_id
-            about = {"run_id": entry.run_id, "task_id": fact.task_id, "attempt": fact.attempt, "node_id": node_id}
-            log.info("%s: %s", what, named, extra=about)
+            which = {"task_id": fact.task_id, "attempt": fact.attempt, "node_id": node_id}
+            log.info("%s: %s", what, named, extra=about | which)
         case _:
             pass

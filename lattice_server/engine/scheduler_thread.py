@@ -26,6 +26,8 @@ class SchedulerThread:
 
     def __init__(self, machine: Scheduler, bus: MessageBus, on_failure: Callable[[], object]) -> None:
         self.machine = machine
+        # Takes the number of events of each pass, and its duration in seconds; to be set before the start.
+        self.on_pass: Callable[[int, float], None] | None = None
         self._bus = bus
         self._on_failure = on_failure
         self._is_stopping = threading.Event()
@@ -72,4 +74,6 @@ class SchedulerThread:
                 # An event that breaks an invariant must not end scheduling for all runs.
                 log.exception("the scheduler could not take %s and skips it", type(event).__name__)
         self._bus.publish(self.machine.tick(now))
+        if self.on_pass is not None:
+            self.on_pass(len(events), time.monotonic() - now)
         return True

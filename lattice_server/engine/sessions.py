@@ -6,7 +6,7 @@ Rule: an outbox belongs to a connection; a session may have several connections,
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from itertools import count
 
@@ -112,6 +112,10 @@ class Sessions:
         """Return the time of a session's last message, in seconds since the epoch; zero when unknown."""
         session = self._sessions.get(session_id)
         return time.time() - (time.monotonic() - session.connection.heard_at) if session else 0.0
+
+    def all(self) -> Collection[Session]:
+        """Return all sessions."""
+        return self._sessions.values()
 
     def of_node(self, node_id: str) -> Session | None:
         """Return the session that serves a node."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -22,11 +22,21 @@ log = logging.getLogger(__name__)
 
 
 class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
-    """Ends calls whose handler raised: a `LatticeError` with its status, any other exception as a bug with an id."""
+    """Ends calls whose handler raised: a `LatticeError` with its status, any other exception as a bug with an id.
 
-    def __init__(self, limits: MessageLimits, slices: Slices, answers: DurableAnswers | None = None) -> None:
+    `on_error` is called with the reason of each error.
+    """
+
+    def __init__(
+        self,
+        limits: MessageLimits,
+        slices: Slices,
+        answers: DurableAnswers | None = None,
+        on_error: Callable[[str], None] | None = None,
+    ) -> None:
         super().__init__()
         self._answers = answers
+        self._on_error = on_error
         self._limits = limits
         self._slices = slices
         self._readers: dict[str, RequestDeserializer] = {}
@@ -107,5 +117,7 @@ class ErrorInterceptor(AsyncExceptionToStatusInterceptor):
             # Only the ids of a request are logged; its values belong to the caller.
             ids = {field: getattr(request_or_iterator, field, "") for field in ("run_id", "task_id", "node_id")}
             log.error("%s failed", method_name, exc_info=bug, extra={**ex.metadata, **ids})
+        if self._on_error is not None:
+            self._on_error(ex.reason)
         status = status_of(ex)
         await context.abort(status.code, status.details, status.trailing_metadata)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -28,8 +28,6 @@ from lattice.v1 import (
     workflow_pb2,
     workflow_pb2_grpc,
 )
-from opentelemetry import trace
-from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
 from lattice_server.config import ServerConfig
 from lattice_server.engine.slices import Slices
@@ -103,20 +101,14 @@ class RpcServer:
         authentication: Authentication | None,
         slices: Slices,
         answers: DurableAnswers | None = None,
+        observers: Sequence[grpc.aio.ServerInterceptor] = (),
+        on_error: Callable[[str], None] | None = None,
     ) -> None:
         self._config = config
         self.local_target = f"unix:{local_path}"
         limits = MessageLimits(config.message_limit_bytes, config.message_limit_tasks)
-        interceptors: list[Any] = [ErrorInterceptor(limits, slices, answers)]
-        # Without a provider spans are dropped, and the interceptor would add a third to the time of every call.
-        if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-            # A span as long as the life of a worker is of no use.
-            long_streams = filters.any_of(
-                filters.method_name("Connect"), filters.method_name("WatchRun"), filters.method_name("OpenRun")
-            )
-            tracing = aio_server_interceptor(filter_=filters.negate(long_streams))  # type: ignore[no-untyped-call]
-            # Outermost, so that it sees the status of an error.
-            interceptors.insert(0, tracing)
+        # Observers see the status of an error.
+        interceptors: list[Any] = [*observers, ErrorInterceptor(limits, slices, answers, on_error)]
         trust = TrustInterceptor()
         guard = trust if authentication is None else AuthenticationInterceptor(authentication)
         self._server = _server(config, [*interceptors, guard])

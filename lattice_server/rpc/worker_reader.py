@@ -16,8 +16,11 @@ from lattice_server.core.model import Artifact, Failure, FailureKind, Function, 
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.outbox import Connection, Session
 from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.spans import SpanSink
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.convert.payloads import question_from_proto
+from lattice_server.rpc.convert.resources import ISOLATION_FROM_PROTO
+from lattice_server.rpc.convert.spans import spans_from_proto
 from lattice_server.rpc.convert.streams import progressed_event, streamed_event
 from lattice_server.rpc.convert.times import drain_deadline_from_proto, seconds_from
 from lattice_server.rpc.convert.workers import artifacts_in_report, report_to_event
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 class WorkerReader:
     """Turns the messages of workers into events of the scheduler; one serves all streams.
 
-    `check_possible` raises LatticeError for tasks that no node can run.
+    `check_possible` raises LatticeError for tasks that no node can run. `spans` takes the spans of tasks, if any.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class WorkerReader:
         question_limit_bytes: int,
         chunk_limit_bytes: int,
         check_possible: Callable[[Sequence[TaskSpec]], None],
+        spans: SpanSink | None = None,
     ) -> None:
         self._bus = bus
         self._sessions = sessions
@@ -52,6 +56,9 @@ class WorkerReader:
         self._question_limit_bytes = question_limit_bytes
         self._chunk_limit_bytes = chunk_limit_bytes
         self._check_possible = check_possible
+        self._spans = spans
+        # Takes a level of isolation and how many processes a worker has started for it.
+        self.on_runners_started: Callable[[str, int], None] | None = None
 
     async def read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
         """Read a stream to its end, then close the connection."""
@@ -100,6 +107,17 @@ class WorkerReader:
         self._bus.post(events)
         connection.acknowledgement.add(session.last_sequence)
 
+    def _take_spans(self, report: worker_pb2.Report, session_id: str, connection: Connection) -> None:
+        if self._spans is None:
+            return
+        ahead_s = 0.0
+        if report.HasField("time"):
+            time_s = seconds_from(report.time)
+            connection.clock.note(time_s, connection.heard_at)
+            ahead_s = time_s - connection.clock.at(time_s) - (time.time() - time.monotonic())
+        spans = spans_from_proto(report.traced, int(ahead_s * 1e9))
+        self._spans.take_spans(session_id, report.lease_id, report.item, spans)
+
     def _events_of(
         self, report: worker_pb2.Report, session_id: str, connection: Connection
     ) -> list[messages.SchedulerEvent]:
@@ -108,6 +126,9 @@ class WorkerReader:
                 return [self._spawned_event(report, session_id)]
             case "asked":
                 return self._asked_events(report, session_id)
+            case "traced":
+                self._take_spans(report, session_id, connection)
+                return []
             case "streamed":
                 return [streamed_event(report, session_id, self._chunk_limit_bytes)]
             case "progressed":
@@ -120,6 +141,12 @@ class WorkerReader:
         check_heartbeat(heartbeat)
         held = frozenset(heartbeat.held_lease_ids)
         self._assigned.release(session, held, heartbeat.assignment_sequence)
+        session.runners = {}
+        for count in heartbeat.runners:
+            if (level := ISOLATION_FROM_PROTO.get(count.isolation)) is not None:
+                session.runners[level] = max(0, count.busy), max(0, count.idle)
+                if self.on_runners_started is not None and count.started > 0:
+                    self.on_runners_started(level.value, count.started)
         self._bus.post([messages.WorkerHeartbeat(session.session_id, held, heartbeat.assignment_sequence)])
 
     def _spawned_event(self, report: worker_pb2.Report, session_id: str) -> messages.AttemptSpawned:
@@ -128,7 +155,7 @@ class WorkerReader:
             functions = self._parser.spawned_functions(report.spawned.functions)
             tasks = self._parser.tasks(report.spawned.tasks, functions)
             self._check_possible(tasks)
-            return messages.AttemptSpawned(*named, tasks)
+            return messages.AttemptSpawned(*named, tasks, is_called=report.spawned.called)
         except LatticeError as error:
             is_impossible = error.reason == "UNSATISFIABLE_RESOURCES"
             kind = FailureKind.RESOURCES if is_impossible else FailureKind.PAYLOAD

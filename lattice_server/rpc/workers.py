@@ -17,6 +17,7 @@ from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.outbox import Connection
 from lattice_server.engine.sessions import Sessions
+from lattice_server.engine.spans import SpanSink
 from lattice_server.rpc import callers
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
 from lattice_server.rpc.callers import Caller, no_longer_valid
@@ -46,6 +47,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         assigned: AssignedArtifacts,
         server_id: str,
         check_possible: Callable[[Sequence[TaskSpec]], None],
+        spans: SpanSink | None = None,
     ) -> None:
         self._config = config
         self._bus = bus
@@ -57,7 +59,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._server_id = server_id
         self._admission = WorkerAdmission(sessions, machines)
         limits = config.question_limit_bytes, config.chunk_limit_bytes
-        self._reader = WorkerReader(bus, sessions, parser, assigned, *limits, check_possible)
+        self._reader = WorkerReader(bus, sessions, parser, assigned, *limits, check_possible, spans)
+
+    def observe_runners(self, started: Callable[[str, int], None]) -> None:
+        """Have `started` called with a level of isolation and how many processes a worker has started for it."""
+        self._reader.on_runners_started = started
 
     def close_all(self) -> None:
         """Close every worker's stream because the server stops, and refuse new ones."""

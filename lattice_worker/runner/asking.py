@@ -27,9 +27,9 @@ class AnswerError(QuestionError):
 
     __module__ = "lattice_worker.context"
 
-    def __init__(self, message: str, type: str = "") -> None:
+    def __init__(self, message: str, type: str = "", kind: str = "") -> None:
         super().__init__(message, type)
-        self.type = type
+        self.type, self.kind = type, kind
 
     def __str__(self) -> str:
         message = str(self.args[0])
@@ -49,6 +49,14 @@ class Questions:
 
     def ask(self, item: int, name: str, payload: dict[str, Any], blobs: Sequence[bytes]) -> "Future[Any]":
         """Ask; the future has the encoded answer or a QuestionError. Raises that when the invocation is over."""
+        header = {"kind": "ask", "id": self._name, "item": item, "name": name, "payload": payload}
+        return self._send(header, blobs)
+
+    def wait(self, task_id: str) -> "Future[Any]":
+        """Wait for a called task; the future has its encoded outputs, an AnswerError or a QuestionError."""
+        return self._send({"kind": "await", "id": self._name, "item": 0, "task": task_id}, ())
+
+    def _send(self, header: dict[str, Any], blobs: Sequence[bytes]) -> "Future[Any]":
         answer: Future[Any] = Future()
         with self._lock:
             if self._is_over:
@@ -56,8 +64,7 @@ class Questions:
             number = next(self._numbers)
             self._waiting[number] = answer
             self._channel.listen()
-        header = {"kind": "ask", "id": self._name, "item": item, "number": number, "name": name, "payload": payload}
-        self._channel.send(header, blobs)
+        self._channel.send(header | {"number": number}, blobs)
         return answer
 
     def take(self, header: dict[str, Any], blobs: list[bytes]) -> None:
@@ -70,7 +77,9 @@ class Questions:
             waiting.set_exception(QuestionError(header["unanswered"]))
         elif "failure" in header:
             failure = header["failure"]
-            waiting.set_exception(AnswerError(failure["message"], failure["type"]))
+            waiting.set_exception(AnswerError(failure["message"], failure["type"], failure.get("kind", "")))
+        elif "outputs" in header:
+            waiting.set_result((header["outputs"], blobs))
         else:
             waiting.set_result((header["value"]["type"], blobs[header["value"]["blob"]]))
 

@@ -10,7 +10,9 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lattice_worker.runner import tracing
 from lattice_worker.runner.binding import bind_all
+from lattice_worker.runner.called import Call
 from lattice_worker.runner.calls import columns, takes_params_alone
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.functions import Loaded, load
@@ -52,6 +54,8 @@ class Program:
                 value = asyncio.run(value)
             if is_generator(value) and not output.header["batched"]:
                 value = stream(output, value, self._function(output.header))
+            if isinstance(value, Call):
+                value = value.result()
             outcome.take(value)
         return outcome.answer()
 
@@ -64,6 +68,8 @@ class Program:
                 value = await value
             if is_generator(value) and not output.header["batched"]:
                 value = await stream_async(output, value, self._function(output.header))
+            if isinstance(value, Call):
+                value = await value
             outcome.take(value)
         return outcome.answer()
 
@@ -94,6 +100,7 @@ class Program:
 
     def _call(self, header: dict[str, Any], blobs: list[bytes]) -> Any:
         function = self._load(header["digest"])
+        tracing.enter(header)
         style = self._definitions[header["digest"]][0]["call_style"]
         takes_params = style == "params" or (style == "auto" and takes_params_alone(function))
         if not header["batched"]:

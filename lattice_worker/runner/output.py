@@ -52,6 +52,9 @@ class Output:
         self._pending: list[tuple[str, str]] = []
         self._pending_bytes = 0
         self.questions = Questions(channel, header["id"])
+        # See `lattice_worker.runner.tracing`.
+        self.spans: list[dict[str, Any]] = []
+        self.spans_dropped = self.span_bytes = 0
         self.chunks = Chunks(channel, header)
 
     def write(self, stream: str, text: str) -> None:
@@ -84,6 +87,10 @@ class Output:
     def close(self) -> None:
         """Send pending text; a thread that outlives the invocation can neither write nor ask."""
         self.flush()
+        if self._is_open and (self.spans or self.spans_dropped):
+            spans, self.spans = self.spans, []
+            frame = {"kind": "spans", "id": self._invocation, "spans": spans, "dropped": self.spans_dropped}
+            self._channel.send(frame)
         self._is_open, self.is_cancelled = False, True
         self.questions.close()
         self.chunks.close()

@@ -98,6 +98,16 @@ def test_isolation_counts_the_nodes_of_each_level() -> None:
     assert isolation_checks(nodes)[0].found == "offered: none by 2 of 2 nodes, seccomp by 1 of 2 nodes"
 
 
+def test_a_refused_level_is_named_once_with_its_nodes_and_its_reason() -> None:
+    refusal = resources_pb2.IsolationRefusal(isolation=resources_pb2.ISOLATION_DOCKER, reason="no engine")
+    _, found = isolation_checks([node("a", isolation_refusals=[refusal]), node("b", isolation_refusals=[refusal])])
+    assert (found.name, found.status, found.found) == (
+        "isolation docker",
+        SKIPPED,
+        "not offered by a, b: no engine",
+    )
+
+
 @pytest.mark.parametrize(
     ("waited_s", "running", "nodes", "kind", "expected"),
     [

@@ -38,7 +38,7 @@ def test_no_level_is_offered_when_its_processes_are_refused(
     monkeypatch.setenv("LATTICE_TEST_BREAK", "limits")
     with caplog.at_level(logging.WARNING):
         assert with_pool(tmp_path, lambda pool: pool.levels()) == []
-    assert "isolation by seccomp is not offered: seccomp: missing: the limit CPU" in caplog.text
+    assert "isolation by seccomp is not offered: missing: the limit CPU" in caplog.text
 
 
 def test_lease_gets_no_runner_when_the_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

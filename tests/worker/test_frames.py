@@ -155,7 +155,7 @@ class Scene:
         local_store = LocalStore(str(folder), "n", staging, lambda: None)
         limits = Limits(question_bytes=100, chunk_bytes=100)
         self.reports = AttemptReports(local_store, limits, self._emit, self._ended)
-        self.questions, streams = Questions(self._emit, limits), Streams(self._emit, limits)
+        self.questions, streams = Questions(self._emit, limits, local_store), Streams(self._emit, limits)
         self.executor = AttemptExecutor(
             self.pool, local_store, self.reports, self.questions, streams, limits, lambda digest: None
         )

@@ -79,21 +79,29 @@ class NodeStatus(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeView(NodeSpec):
-    """A node at one moment; `attempts` counts those assigned to it."""
+    """A node at one moment; `attempts` counts those assigned to it, `free_gpu` the free GPUs and parts of GPUs."""
 
     session_id: str
     state: NodeStatus
     free: Capacity
     attempts: int
+    free_gpu: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class NodesDescribed(Query):
-    """The answer to `NodesRequested`, with the numbers of waiting tasks and of attempts assigned to workers."""
+    """The answer to `NodesRequested`, with the numbers of waiting tasks and of attempts assigned to workers.
+
+    `queued` of the waiting tasks could start now. The first in order of each group of them have waited for at most
+    `oldest_s` seconds. `leases` counts the leases of all workers.
+    """
 
     nodes: tuple[NodeView, ...]
     waiting: int
     running: int
+    queued: int = 0
+    oldest_s: float = 0.0
+    leases: int = 0
 
 
 Answer = TaskExplained | NodesDescribed

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from lattice_server.core.messages.calls import CallResult
 from lattice_server.core.messages.tasks import AttemptMessage
 from lattice_server.core.messages.workers import AttemptReport, LeaseMessage
-from lattice_server.core.model import Failure, Payload
+from lattice_server.core.model import Payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,13 @@ class QuestionAsked(AttemptMessage):
 
 @dataclass(frozen=True, slots=True)
 class AnswerQuestion(LeaseMessage):
-    """Send a worker the answer to a question: a value, a failure, or a sentence that says why there is no answer.
+    """Send a worker the answer to a question or a call: a value, a failure, or why there is no answer.
 
     `sequence` rises from 1 within a session; it is zero until the message is sent.
     """
 
     number: int
-    answer: Payload | Failure | str
+    answer: Payload | CallResult
     sequence: int = 0
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lattice_server.core.messages.calls import AttemptAwaits, CallEnded, TaskAwaits
 from lattice_server.core.messages.queries import Answer, ExplainRequested, NodesRequested
 from lattice_server.core.messages.questions import AnswerQuestion, AttemptAsked, QuestionAsked
 from lattice_server.core.messages.streams import AttemptProgressed, AttemptStreamed, TaskProgressed, TaskStreamed
@@ -47,6 +48,8 @@ SchedulerEvent = (
     | WorkerEvent
     | AttemptAsked
     | AttemptStreamed
+    | AttemptAwaits
+    | CallEnded
     | AttemptProgressed
 )
 ToSession = LeaseEffect | SessionEffect | AnswerQuestion
@@ -57,6 +60,7 @@ SchedulerEffect = (
     | TasksSpawned
     | QuestionAsked
     | TaskStreamed
+    | TaskAwaits
     | TaskProgressed
     | WorkerEffect
     | Answer

@@ -28,7 +28,10 @@ class AttemptMessage(TaskMessage):
 
 @dataclass(frozen=True, slots=True)
 class TaskStarted(AttemptMessage):
-    """An attempt started on a worker, as the member at position `item` of a lease."""
+    """An attempt started on a worker, as the member at position `item` of a lease.
+
+    `queued_at` and `sent_at` are the monotonic times when it was queued, and sent to its worker.
+    """
 
     node_id: str
     node_ip: str
@@ -36,6 +39,8 @@ class TaskStarted(AttemptMessage):
     at: float | None = None
     lease_id: str = field(default="", compare=False, repr=False)
     item: int = field(default=0, compare=False, repr=False)
+    queued_at: float | None = None
+    sent_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +102,10 @@ class TaskReturned(TaskMessage):
 
 @dataclass(frozen=True, slots=True)
 class TasksSpawned(TaskMessage):
-    """A running task added others to its run."""
+    """A running task added others to its run; it waits for those that it called."""
 
     tasks: tuple[TaskSpec, ...]
+    is_called: bool = False
 
 
 TaskEvent = TaskStarted | TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskSkipped | TaskLogged

@@ -104,10 +104,11 @@ class AttemptFailed(AttemptReport):
 
 @dataclass(frozen=True, slots=True)
 class AttemptSpawned(AttemptReport):
-    """An attempt adds tasks to its run. A `refusal` says why its request is invalid."""
+    """An attempt adds tasks to its run, or calls them. A `refusal` says why its request is invalid."""
 
     tasks: tuple[TaskSpec, ...]
     refusal: Failure | None = None
+    is_called: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,10 @@ class AttemptInputs(AttemptMessage):
 
 @dataclass(frozen=True, slots=True)
 class Assign(LeaseMessage):
-    """Send a lease to a worker; `sequence` rises from 1 within a session."""
+    """Send a lease to a worker; `sequence` rises from 1 within a session.
+
+    `trace_parents` names the span of each attempt, or nothing for one that is not traced; empty when none is.
+    """
 
     sequence: int
     slot: int
@@ -163,6 +167,7 @@ class Assign(LeaseMessage):
     gpu_indices: tuple[int, ...]
     timeout_s: float | None
     after_lease_id: str = ""
+    trace_parents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,10 @@ class Endings:
     def fail_after(self, task_id: str, failure: Failure, now: float) -> None:
         """Apply the failure policy of the workflow after a task failed or was cancelled."""
         named = failure_of_run(task_id, failure)
-        if self._policy is FailurePolicy.FINISH_INDEPENDENT:
+        if self._table.records[task_id].is_called:
+            # The task that called it has the failure, and decides.
+            self.skip_dependents(task_id, named, now)
+        elif self._policy is FailurePolicy.FINISH_INDEPENDENT:
             self._status.failure = self._status.failure or named
             self.skip_dependents(task_id, named, now)
         elif self._status.is_running:

@@ -20,6 +20,8 @@ from lattice_server.core.trust import is_weaker
 
 # How many tasks that wait for one task only are sent early: when it ends, the scheduler queues all of them at once.
 MAX_PROMISED = 500
+# Called tasks go before others of their tenant, the deepest first: a process waits for each.
+CALLED_S = 1e9
 
 
 @dataclass(slots=True, eq=False)
@@ -89,7 +91,8 @@ class Handover:
                 self._priority + spec.priority,
                 after,
                 self._tenant,
-                self._ranking(started_at, self._table.open_tasks, spec.task_id),
+                self._ranking(started_at, self._table.open_tasks, spec.task_id)
+                - CALLED_S * record.depth * record.is_called,
                 self._dag.split.get(spec.task_id, ()),
                 history,
             )

@@ -146,7 +146,7 @@ class Run:
         found = []
         for task_id in self.dag.final_task_ids():
             record = self.tasks[task_id]
-            if not record.item_of:
+            if not record.item_of and not record.is_called:
                 found += [task_id, *(record.items or ())]
         return found
 
@@ -185,7 +185,12 @@ class Run:
             self._progress.begin(event.task_id, record, now)
         if record.state not in TASK_TERMINAL:
             self._progress.take(event, record, now)
-        return self._settle(now)
+        effects = self._settle(now)
+        if record.calls and record.state in TASK_TERMINAL:
+            calls, record.calls = record.calls, ()
+            for called in calls:
+                effects += self.cancel_task(called, f"task {event.task_id!r}, which called it, has ended", now)
+        return effects
 
     def cancel(self, reason: str, now: float) -> list[Effect]:
         """Cancel the run; a run that has ended or is stopping stays as it is."""
@@ -263,11 +268,18 @@ class Run:
         return self._settle(now)
 
     def spawn(
-        self, parent: str, added: Sequence[TaskSpec], now: float, refusal: ExhaustedError | None = None
+        self,
+        parent: str,
+        added: Sequence[TaskSpec],
+        now: float,
+        refusal: ExhaustedError | None = None,
+        *,
+        is_called: bool = False,
     ) -> list[Effect]:
         """Add tasks on behalf of a running task, which fails if they cannot be added, or if there is a `refusal`.
 
-        They are isolated at least as it is. Tasks that an earlier attempt of it added stay as they are.
+        They are isolated at least as it is. Tasks that an earlier attempt of it added stay as they are. The failure of
+        a task that `is_called` does not fail the run.
         """
         record = self.tasks[parent]
         level = record.spec.isolation
@@ -284,6 +296,10 @@ class Run:
             # The task may succeed before the scheduler receives the request.
             record.cancelled = failure
             return [CancelRequested(self.run_id, (parent,), failure)]
+        if is_called:
+            for spec in new:
+                self.tasks[spec.task_id].is_called = True
+            record.calls += tuple(spec.task_id for spec in new)
         return self._settle(now)
 
     def explain(self, task_id: str, now: float) -> Explanation:

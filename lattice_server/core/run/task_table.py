@@ -21,7 +21,8 @@ class TaskRecord:
     scheduler while it waited for the last one. `cancelled` is why it was asked to end.
 
     A mapped task does not run itself: once its list is known, its `items` run, and `open_items` counts the items that
-    have not ended. `item_of` is the mapped task of an item, `spawned_by` the task that added this one.
+    have not ended. `item_of` is the mapped task of an item, `spawned_by` the task that added this one. A task that
+    `is_called` was added to be waited for: its failure is that task's to handle. `calls` are the tasks that it called.
 
     `is_reused` tells that its outputs are those of the run that this one retries.
     """
@@ -44,6 +45,8 @@ class TaskRecord:
     open_items: int = 0
     item_of: str = ""
     spawned_by: str = ""
+    is_called: bool = False
+    calls: tuple[str, ...] = ()
     depth: int = 0
     duration_s: float | None = None
     is_reused: bool = False

@@ -86,11 +86,12 @@ class Attempts:
         """Take the loss of leases of a node whose worker will not end them."""
         held = self._placer.table.of_node(node)
         # A lease that waits for its input cannot have begun.
-        is_alone = len(held) == 1 and not held[0].waits_for_input
+        running = [lease for lease in held if not lease.slot.is_parked]
+        is_alone = len(running or held) == 1 and not held[0].waits_for_input
         for lease in lost:
             for task in lease.members():
                 task.shape, task.cohort = self._registry.exclusive(task.shape), 0
-            if not is_alone:
+            if not is_alone or (running and lease.slot.is_parked):
                 self.requeue(lease, failure, now)
                 continue
             # It is charged even if its start was not reported in time.

@@ -55,7 +55,9 @@ class LeaseReports:
         where = (node.node_id, node.spec.node_ip, lease.slot.gpu_indices)
         for item, task in enumerate(lease.tasks):
             if item not in lease.ended:
-                self._emit(TaskStarted(*task.named, *where, started_at, lease.lease_id, item))
+                # A task that follows another one is never queued.
+                times = (task.waiting_since or lease.sent_at, lease.sent_at)
+                self._emit(TaskStarted(*task.named, *where, started_at, lease.lease_id, item, *times))
 
     def end_member(self, lease: Lease, task: Task, now: float) -> None:
         """Note that one member of a lease has ended; with the last one the lease is released."""

@@ -143,6 +143,8 @@ class LeaseTable:
         if is_first:
             # Only the end of the first lease is progress of the slot.
             slot.progress_at, slot.is_slow = now, False
+            if slot.is_parked and len(slot.lease_ids):
+                self._unpark(slot)
             clocks.hold(lease.tenant, -lease.share, now)
             if slot.lease_ids:
                 following = self.leases[next(iter(slot.lease_ids))]
@@ -214,6 +216,14 @@ class LeaseTable:
                 ahead[lease.tenant] += lease.share * lease.expected_s
         assert attempts == {node.node_id: node.attempts for node in nodes.values() if node.attempts}
         self._clocks.check(held, ahead)
+
+    def _unpark(self, slot: Slot) -> None:
+        """Take the CPUs for the leases behind a parked one that has ended, if they are free.
+
+        These were revoked when it was parked. The worker may begin one before it reads that, which is a short time.
+        """
+        if self._registry.nodes[slot.node_id].has_room_for(slot):
+            self._registry.unpark(slot)
 
     def _close(self, slot: Slot, shape: Shape) -> None:
         self._registry.release(slot)

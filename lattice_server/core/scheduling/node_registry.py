@@ -138,6 +138,18 @@ class NodeRegistry:
         node.release(slot)
         self.index.update(node)
 
+    def park(self, slot: Slot) -> None:
+        """Free the CPUs of a slot whose first lease waits for called tasks."""
+        node = self.nodes[slot.node_id]
+        node.park(slot)
+        self.index.update(node)
+
+    def unpark(self, slot: Slot) -> None:
+        """Take the CPUs of a parked slot again."""
+        node = self.nodes[slot.node_id]
+        node.unpark(slot)
+        self.index.update(node)
+
     def shape(self, spec: TaskSpec) -> Shape:
         """Return the needs of a task: the same object for equal ones, which is quick to look up."""
         return self._interned(shape_of(spec))

@@ -21,7 +21,8 @@ class Slot:
 
     `progress_at` is when the first lease became first, and `is_slow` tells that it runs longer than others should wait
     behind it. `backlog_s` is how long all of them are expected to run. Its calls count towards the key of
-    `concurrency`. `is_exclusive` tells that its one lease is the only one of its node.
+    `concurrency`. `is_exclusive` tells that its one lease is the only one of its node. A slot that `is_parked` holds
+    devices and memory only, because its first lease waits for tasks that it called.
     """
 
     slot_id: int
@@ -35,6 +36,7 @@ class Slot:
     progress_at: float = 0.0
     is_slow: bool = False
     is_exclusive: bool = False
+    is_parked: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +45,8 @@ class Node:
 
     `detached_at` is when its session's stream broke, `drain_at` when the leases of a draining node are requeued.
     `assignments` counts the ones sent in the session, `attempts` the ones of the node's leases. `is_exclusive` tells
-    that its one slot is the only one it may have.
+    that its one slot is the only one it may have, parked slots aside, of which it has `parked`. A node that `owes_cpu`
+    to a parked slot takes no new slots.
     """
 
     spec: NodeSpec
@@ -63,6 +66,8 @@ class Node:
     free_gpu_memory_bytes: dict[int, int] = field(init=False)
     slots: dict[int, Slot] = field(default_factory=dict)
     is_exclusive: bool = False
+    owes_cpu: bool = False
+    parked: int = 0
 
     def __post_init__(self) -> None:
         capacity = self.spec.capacity
@@ -89,7 +94,9 @@ class Node:
 
     def admits(self, *, is_exclusive: bool) -> bool:
         """Whether one more slot may be on this node, or, if it is to be exclusive, the only one."""
-        return not self.slots if is_exclusive else not self.is_exclusive
+        if self.owes_cpu:
+            return False
+        return all(slot.is_parked for slot in self.slots.values()) if is_exclusive else not self.is_exclusive
 
     def devices_for(
         self, wanted: Resources, *, besides: Resources | None = None, on: tuple[int, ...] = ()
@@ -127,26 +134,53 @@ class Node:
         """Take the resources of a slot."""
         self._move(slot, -1)
         self.slots[slot.slot_id] = slot
-        self.is_exclusive = slot.is_exclusive
+        self.is_exclusive = slot.is_exclusive or self.is_exclusive
 
     def release(self, slot: Slot) -> None:
         """Free the resources of a slot."""
         del self.slots[slot.slot_id]
         self._move(slot, 1)
-        if not self.slots:
+        if slot.is_exclusive:
             self.is_exclusive = False
+        if not self.slots:
             # Sums of many fractions drift.
             self.free_cpu = self.spec.capacity.cpu
             self.free_gpu = dict.fromkeys(self.free_gpu, 1.0)
 
-    def _move(self, slot: Slot, sign: int) -> None:
-        wanted = slot.resources
-        self.free_cpu += sign * wanted.cpu
-        self.free_memory_bytes += sign * wanted.memory_bytes
+    def park(self, slot: Slot) -> None:
+        """Free what a slot needs to run; it need not be alone on the node any more."""
+        if slot.is_exclusive:
+            slot.is_exclusive = self.is_exclusive = False
+        self._run(slot, 1)
+        slot.is_parked = True
+        self.parked += 1
+
+    def unpark(self, slot: Slot) -> None:
+        """Take what a parked slot needs to run."""
+        self._run(slot, -1)
+        slot.is_parked = False
+        self.parked -= 1
+
+    def has_room_for(self, slot: Slot) -> bool:
+        """Whether the CPUs of a parked slot are free."""
+        has_slot = self.free_async_slots > 0 if slot.is_async else self.free_slots > 0
+        return has_slot and self.free_cpu + EPSILON >= slot.resources.cpu and not self.is_exclusive
+
+    def _run(self, slot: Slot, sign: int) -> None:
+        """Free, or take, what a slot needs to run."""
+        self.free_cpu += sign * slot.resources.cpu
         if slot.is_async:
             self.free_async_slots += sign
         else:
             self.free_slots += sign
+
+    def _move(self, slot: Slot, sign: int) -> None:
+        wanted = slot.resources
+        self.free_memory_bytes += sign * wanted.memory_bytes
+        if slot.is_parked:
+            self.parked -= sign
+        else:
+            self._run(slot, sign)
         share = share_of_device(wanted)
         for index in slot.gpu_indices:
             self.free_gpu[index] += sign * share
@@ -175,18 +209,23 @@ class Node:
             state=status,
             free=Capacity(self.free_cpu, self.free_memory_bytes, gpus, self.free_slots, self.free_async_slots),
             attempts=self.attempts,
+            free_gpu=sum(self.free_gpu.values()),
         )
 
     def check(self) -> None:
         """Assert that free and reserved add up to the capacity."""
         slots = list(self.slots.values())
-        assert abs(self.free_cpu + sum(s.resources.cpu for s in slots) - self.spec.capacity.cpu) < 1e-6
+        running = [slot for slot in slots if not slot.is_parked]
+        assert self.parked == len(slots) - len(running)
+        assert abs(self.free_cpu + sum(s.resources.cpu for s in running) - self.spec.capacity.cpu) < 1e-6
         assert self.free_cpu > -1e-6
         assert self.free_memory_bytes >= 0
         reserved = sum(s.resources.memory_bytes for s in slots)
         assert self.free_memory_bytes + reserved == self.spec.capacity.memory_bytes
-        assert self.free_slots + sum(not s.is_async for s in slots) == self.spec.capacity.slots
-        assert self.free_async_slots + sum(s.is_async for s in slots) == self.spec.capacity.async_slots
+        assert self.free_slots + sum(not s.is_async for s in running) == self.spec.capacity.slots
+        assert self.free_async_slots + sum(s.is_async for s in running) == self.spec.capacity.async_slots
+        assert self.free_slots >= 0
+        assert self.free_async_slots >= 0
         assert all(-1e-6 < free < 1 + 1e-6 for free in self.free_gpu.values())
         for gpu in self.spec.capacity.gpus:
             on = [slot.resources for slot in slots if gpu.index in slot.gpu_indices]
@@ -197,7 +236,7 @@ class Node:
         assert all(slot.lease_ids for slot in slots), "a slot without a lease holds resources"
         assert (self.session is SessionState.DETACHED) == (self.detached_at is not None)
         assert self.is_exclusive == any(slot.is_exclusive for slot in slots)
-        leases = sum(len(slot.lease_ids) for slot in slots)
+        leases = sum(len(slot.lease_ids) for slot in slots if not slot.is_parked)
         assert not self.is_exclusive or leases == 1, "an exclusive lease is not alone on its node"
 
 

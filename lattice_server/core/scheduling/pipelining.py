@@ -65,7 +65,12 @@ class Pipeline:
             return None
         slot = min(slots, key=lambda slot: (self._is_long(slot, now), slot.backlog_s, len(slot.lease_ids)))
         node = self._registry.nodes[slot.node_id]
-        if self._is_long(slot, now) or not node.takes_work or not self._has_room(slot, expected_s, now):
+        if (
+            self._is_long(slot, now)
+            or not node.takes_work
+            or node.owes_cpu
+            or not self._has_room(slot, expected_s, now)
+        ):
             return None
         if reserved_for(node) not in {None, group}:
             return None
@@ -83,6 +88,7 @@ class Pipeline:
         lease = self._table.leases[task.lease_id]
         if (
             lease.state is LeaseState.REVOKED
+            or lease.slot.is_parked
             or len(lease.tasks) > 1
             or not self._registry.nodes[lease.slot.node_id].takes_work
         ):
@@ -123,6 +129,11 @@ class Pipeline:
         """Revoke the leases of a node behind the first ones of its slots."""
         for slot in node.slots.values():
             self._revoke(slot)
+
+    def vacate_slot(self, slot: Slot) -> None:
+        """Revoke the leases behind the first one of a slot, and send no more: it waits for called tasks."""
+        slot.is_slow = True
+        self._revoke(slot)
 
     def next_deadline(self) -> float | None:
         """Return when `revoke_overdue` is due next."""

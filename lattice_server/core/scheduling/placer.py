@@ -22,7 +22,8 @@ from lattice_server.core.scheduling.work import Task, TaskGroup
 class Placer:
     """Turns queued tasks into leases, and releases leases.
 
-    `_full` are the shapes that could neither be placed nor sent ahead since the last release.
+    `on_release` is called with each lease before it is released. `_full` are the shapes that could neither be placed
+    nor sent ahead since the last release.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Placer:
         self.reservations = Reservations(registry, self.permits)
         self.table = LeaseTable(registry, self.queue.clocks, self.permits, numbers, epoch, emit)
         self.pipeline = Pipeline(registry, self.table, self.queue.tenants, emit)
+        self.on_release: Callable[[Lease], None] = lambda lease: None
         self._registry = registry
         self._full: set[Shape] = set()
         self._is_due = False
@@ -76,6 +78,7 @@ class Placer:
     def release(self, lease: Lease, now: float) -> None:
         """Release a lease."""
         self.note_change()
+        self.on_release(lease)
         self.table.release(lease, now)
         self.pipeline.note_released(lease.slot)
         if lease.slot.concurrency is not None:

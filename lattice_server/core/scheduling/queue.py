@@ -138,6 +138,13 @@ class Queue:
         for tenant in self.tenants.values():
             yield from tenant.groups.values()
 
+    def load(self, now: float) -> tuple[int, float]:
+        """Return how many tasks are queued, and how many seconds the first one of a group has waited at most."""
+        groups = list(self.groups())
+        heads = (head for group in groups if (head := group.head()) is not None)
+        since = min((head.waiting_since for head in heads), default=now)
+        return sum(group.count for group in groups), now - since
+
     def next_due(self) -> float | None:
         """Return when the next batch that waits for more tasks is due."""
         return self._due.next_at()

@@ -95,7 +95,7 @@ class Reservations:
             self._unblock(shape)
         dropped = []
         for group, node in self.items():
-            is_here = self._registry.nodes.get(node.node_id) is node and node.takes_work
+            is_here = self._registry.nodes.get(node.node_id) is node and node.takes_work and not node.parked
             if not group.count or not is_here:
                 self._drop(group)
                 self._permits.release(group.concurrency)
@@ -125,7 +125,8 @@ class Reservations:
         nodes = [
             node
             for node in self._registry.index.suited(shape)
-            if node.node_id not in self._groups and self._registry.could_run(shape, node)
+            # Called tasks must find room beside the leases that wait for them.
+            if node.node_id not in self._groups and not node.parked and self._registry.could_run(shape, node)
         ]
         if nodes:
             node = max(nodes, key=lambda node: _nearness(node, shape))

@@ -10,6 +10,7 @@ from typing import assert_never
 from lattice_server.core.messages import (
     ArtifactsReported,
     AttemptAsked,
+    AttemptAwaits,
     AttemptFailed,
     AttemptLogged,
     AttemptProgressed,
@@ -17,6 +18,7 @@ from lattice_server.core.messages import (
     AttemptStarted,
     AttemptStreamed,
     AttemptSucceeded,
+    CallEnded,
     CancelRequested,
     DrainRequested,
     ExplainRequested,
@@ -27,6 +29,7 @@ from lattice_server.core.messages import (
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
+    TaskAwaits,
     TaskExplained,
     TaskLogged,
     TaskProgressed,
@@ -47,6 +50,7 @@ from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.node_sessions import NodeSessions
 from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.placer import Placer
+from lattice_server.core.scheduling.waits import Waits
 from lattice_server.core.scheduling.work import Task
 from lattice_server.core.trust import stamped
 
@@ -72,6 +76,8 @@ class Scheduler:
         self._reports = LeaseReports(self._registry, self._placer, emit)
         self._tasks = LiveTasks(self._registry, self._placer, numbers, emit)
         self._attempts = Attempts(self._registry, self._placer, self._reports, self._tasks, numbers, emit)
+        self._waits = Waits(self._registry, self._placer, self._tasks.by_key, emit, self._attempts.end_early)
+        self._placer.on_release = self._waits.forget
         self._sessions = NodeSessions(self._registry, self._placer, self._reports, self._attempts, numbers, epoch, emit)
 
     @property
@@ -105,7 +111,9 @@ class Scheduler:
         self._attempts.end_overdue(now)
         self._tasks.queue_retries(now)
         self._placer.pipeline.revoke_overdue(now)
+        self._waits.resume()
         self._placer.place_queued(now)
+        self._waits.refuse_stuck(now)
         effects = list(self._effects)
         self._effects.clear()
         return effects
@@ -120,9 +128,12 @@ class Scheduler:
         self._registry.check()
         self._placer.check()
         self._tasks.check(self.leases)
+        self._waits.check()
 
     def take(self, event: SchedulerEvent, now: float) -> None:
         """Take one event; its effects come with the next `tick`."""
+        if not isinstance(event, AttemptLogged | AttemptStreamed | AttemptProgressed | WorkerHeartbeat):
+            self._waits.note_change()
         match event:
             case AttemptSucceeded():
                 self._attempts.succeed(event, now)
@@ -135,6 +146,13 @@ class Scheduler:
             case AttemptLogged() | AttemptSpawned() | AttemptAsked() | AttemptStreamed() | AttemptProgressed():
                 if found := self._reports.started(event, None, now):
                     self._pass_on(event, found[1], now)
+            case AttemptAwaits():
+                if found := self._reports.started(event, None, now):
+                    self._waits.begin(found[0], event, found[1].ready.run_id)
+                    where = (event.lease_id, event.number, event.called_id)
+                    self._effects.append(TaskAwaits(*found[1].named, *where))
+            case CallEnded():
+                self._waits.end(event)
             case LeaseReturned():
                 self._attempts.take_returned(event, now)
             case CancelRequested():
@@ -164,7 +182,7 @@ class Scheduler:
             case AttemptLogged():
                 self._effects.append(TaskLogged(*task.named, event.is_error, event.text, event.is_truncated))
             case AttemptSpawned(refusal=None):
-                self._effects.append(TasksSpawned(*task.key, event.tasks))
+                self._effects.append(TasksSpawned(*task.key, event.tasks, event.is_called))
             case AttemptStreamed(refusal=None):
                 chunks = tuple(stamped(chunk, task.shape.isolation) for chunk in event.chunks)
                 self._effects.append(TaskStreamed(*task.named, chunks))
@@ -185,7 +203,10 @@ class Scheduler:
             case NodesRequested():
                 nodes = tuple(node.view() for node in self.nodes.values())
                 running = sum(node.attempts for node in nodes)
-                self._effects.append(NodesDescribed(query.request_id, nodes, len(self.tasks) - running, running))
+                queued, oldest_s = self._placer.queue.load(now)
+                waiting = len(self.tasks) - running
+                load = (waiting, running, queued, oldest_s, len(self.leases))
+                self._effects.append(NodesDescribed(query.request_id, nodes, *load))
             case ExplainRequested():
                 task = self.tasks.get((query.run_id, query.task_id))
                 explained = explain(task, self._placer, self._registry, now) if task else None

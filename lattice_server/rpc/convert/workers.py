@@ -11,6 +11,7 @@ from lattice_server.core.errors import InvalidError
 from lattice_server.core.messages import (
     AnswerQuestion,
     Assign,
+    CallOutputs,
     CloseSession,
     DrainWorker,
     RevokeLease,
@@ -75,6 +76,8 @@ def report_to_event(report: worker_pb2.Report, session_id: str, clock: WorkerClo
     named = (session_id, report.lease_id, report.item)
     at = clock.at(seconds_from(report.time)) if report.HasField("time") else None
     match report.WhichOneof("fact"):
+        case "awaits":
+            return messages.AttemptAwaits(*named, report.awaits.number, report.awaits.task_id)
         case "succeeded":
             try:
                 return _success_event(report.succeeded, named, at)
@@ -167,6 +170,7 @@ def welcome_to_proto(effect: WelcomeWorker, config: ServerConfig, server_id: str
         message_limit_bytes=config.worker_message_limit_bytes,
         question_limit_bytes=config.question_limit_bytes,
         chunk_limit_bytes=config.chunk_limit_bytes,
+        takes_calls=True,
     )
 
 
@@ -185,6 +189,7 @@ def add_assignment(response: worker_pb2.ConnectResponse, effect: Assign) -> work
         batched=effect.is_batched,
         split_outputs=effect.split_outputs,
         sequence=effect.sequence,
+        trace_parents=effect.trace_parents,
     )
     if effect.timeout_s is not None:
         message.timeout.CopyFrom(duration(effect.timeout_s))
@@ -203,6 +208,10 @@ def answer_to_proto(effect: AnswerQuestion) -> worker_pb2.Answer:
             message.unanswered = effect.answer
         case Failure():
             message.failure.CopyFrom(failure_to_proto(effect.answer) or errors_pb2.Failure())
+        case CallOutputs():
+            message.outputs.SetInParent()
+            for name, found in effect.answer.outputs.items():
+                fill_payload(message.outputs.outputs[name], found)
         case payload:
             fill_payload(message.payload, payload)
     return message

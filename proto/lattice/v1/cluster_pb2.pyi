@@ -80,6 +80,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     ACTIVE_RUNS_FIELD_NUMBER: builtins.int
     QUEUED_TASKS_FIELD_NUMBER: builtins.int
     RUNNING_ATTEMPTS_FIELD_NUMBER: builtins.int
+    METRICS_URL_FIELD_NUMBER: builtins.int
     CURRENT_TIME_FIELD_NUMBER: builtins.int
     STORES_FIELD_NUMBER: builtins.int
     version: builtins.str
@@ -102,6 +103,8 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     """Tasks that wait for resources."""
     running_attempts: builtins.int
     """Attempts assigned to workers."""
+    metrics_url: builtins.str
+    """Where Prometheus reads the metrics of the server; empty when it serves none."""
     @property
     def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The optional parts of the protocol that this server has: `drafts` (`WorkflowSpec.draft_id`),
@@ -142,11 +145,12 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         active_runs: builtins.int = ...,
         queued_tasks: builtins.int = ...,
         running_attempts: builtins.int = ...,
+        metrics_url: builtins.str = ...,
         current_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         stores: collections.abc.Iterable[Global___StoreUsage] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["current_time", b"current_time", "limits", b"limits", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "current_time", b"current_time", "executor", b"executor", "features", b"features", "limits", b"limits", "pid", b"pid", "protocol_version", b"protocol_version", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "server_epoch", b"server_epoch", "start_time", b"start_time", "stores", b"stores", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active_runs", b"active_runs", "current_time", b"current_time", "executor", b"executor", "features", b"features", "limits", b"limits", "metrics_url", b"metrics_url", "pid", b"pid", "protocol_version", b"protocol_version", "queued_tasks", b"queued_tasks", "ray_address", b"ray_address", "running_attempts", b"running_attempts", "server_epoch", b"server_epoch", "start_time", b"start_time", "stores", b"stores", "version", b"version"]) -> None: ...
 
 Global___GetServerInfoResponse: typing_extensions.TypeAlias = GetServerInfoResponse
 

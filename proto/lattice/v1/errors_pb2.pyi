@@ -64,6 +64,8 @@ class _FailureKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """An input is a pickle that a stricter isolated task produced; the task was not run, because to unpickle it would run
     code of that task's choice.
     """
+    FAILURE_KIND_NESTED_RESOURCES: _FailureKind.ValueType  # 20
+    """A called task can never start beside what tasks that wait for calls hold; no code of it was run."""
 
 class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper):
     """The class of a failure."""
@@ -102,6 +104,8 @@ FAILURE_KIND_UNTRUSTED_INPUT: FailureKind.ValueType  # 15
 """An input is a pickle that a stricter isolated task produced; the task was not run, because to unpickle it would run
 code of that task's choice.
 """
+FAILURE_KIND_NESTED_RESOURCES: FailureKind.ValueType  # 20
+"""A called task can never start beside what tasks that wait for calls hold; no code of it was run."""
 Global___FailureKind: typing_extensions.TypeAlias = FailureKind
 
 class _ErrorReason:

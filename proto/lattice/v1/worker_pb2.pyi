@@ -511,6 +511,7 @@ class Welcome(google.protobuf.message.Message):
     MESSAGE_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     QUESTION_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     CHUNK_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    TAKES_CALLS_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
@@ -529,6 +530,8 @@ class Welcome(google.protobuf.message.Message):
     """The longest question to a caller, in bytes; zero when this server supports no questions."""
     chunk_limit_bytes: builtins.int
     """The longest chunk of streamed output, in bytes; zero when this server takes no chunks."""
+    takes_calls: builtins.bool
+    """Whether attempts may call tasks, by `AttemptSpawned.called` and `AttemptAwaits`."""
     @property
     def heartbeat_interval(self) -> google.protobuf.duration_pb2.Duration:
         """How often either side sends a heartbeat."""
@@ -567,9 +570,10 @@ class Welcome(google.protobuf.message.Message):
         message_limit_bytes: builtins.int = ...,
         question_limit_bytes: builtins.int = ...,
         chunk_limit_bytes: builtins.int = ...,
+        takes_calls: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit", "takes_calls", b"takes_calls"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 
@@ -582,6 +586,7 @@ class Heartbeat(google.protobuf.message.Message):
     HELD_LEASE_IDS_FIELD_NUMBER: builtins.int
     ASSIGNMENT_SEQUENCE_FIELD_NUMBER: builtins.int
     SEND_TIME_FIELD_NUMBER: builtins.int
+    RUNNERS_FIELD_NUMBER: builtins.int
     assignment_sequence: builtins.int
     """The number of the last assignment it received in this session. Of the leases assigned up to that number, those not
     held are lost; leases with later numbers are still on their way.
@@ -596,17 +601,52 @@ class Heartbeat(google.protobuf.message.Message):
         the last messages is taken for the difference of the clocks.
         """
 
+    @property
+    def runners(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RunnerCount]:
+        """The processes that run users' code, for metrics; one entry for each level of isolation."""
+
     def __init__(
         self,
         *,
         held_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         assignment_sequence: builtins.int = ...,
         send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        runners: collections.abc.Iterable[Global___RunnerCount] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["send_time", b"send_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids", "send_time", b"send_time"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assignment_sequence", b"assignment_sequence", "held_lease_ids", b"held_lease_ids", "runners", b"runners", "send_time", b"send_time"]) -> None: ...
 
 Global___Heartbeat: typing_extensions.TypeAlias = Heartbeat
+
+@typing.final
+class RunnerCount(google.protobuf.message.Message):
+    """How many processes a worker has for one level of isolation."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ISOLATION_FIELD_NUMBER: builtins.int
+    BUSY_FIELD_NUMBER: builtins.int
+    IDLE_FIELD_NUMBER: builtins.int
+    STARTED_FIELD_NUMBER: builtins.int
+    isolation: lattice.v1.resources_pb2.Isolation.ValueType
+    """The level."""
+    busy: builtins.int
+    """Processes that run attempts."""
+    idle: builtins.int
+    """Processes that wait for an attempt, those that never ran one included."""
+    started: builtins.int
+    """Processes started since the last heartbeat."""
+    def __init__(
+        self,
+        *,
+        isolation: lattice.v1.resources_pb2.Isolation.ValueType = ...,
+        busy: builtins.int = ...,
+        idle: builtins.int = ...,
+        started: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy", b"busy", "idle", b"idle", "isolation", b"isolation", "started", b"started"]) -> None: ...
+
+Global___RunnerCount: typing_extensions.TypeAlias = RunnerCount
 
 @typing.final
 class Assignment(google.protobuf.message.Message):
@@ -628,6 +668,7 @@ class Assignment(google.protobuf.message.Message):
     SPLIT_OUTPUTS_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
+    TRACE_PARENTS_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease in reports."""
     slot: builtins.int
@@ -670,6 +711,12 @@ class Assignment(google.protobuf.message.Message):
     def split_outputs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Outputs that are lists and whose items the server needs one by one, in `AttemptSucceeded.split`."""
 
+    @property
+    def trace_parents(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The span of each attempt, by position, as a `traceparent` of W3C Trace Context; an empty text for an attempt that
+        is not traced. Empty when no attempt is. Spans that the worker reports are children of these.
+        """
+
     def __init__(
         self,
         *,
@@ -687,9 +734,10 @@ class Assignment(google.protobuf.message.Message):
         split_outputs: collections.abc.Iterable[builtins.str] | None = ...,
         sequence: builtins.int = ...,
         tenant: builtins.str = ...,
+        trace_parents: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["resources", b"resources", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout", "trace_parents", b"trace_parents"]) -> None: ...
 
 Global___Assignment: typing_extensions.TypeAlias = Assignment
 
@@ -760,8 +808,10 @@ class Report(google.protobuf.message.Message):
     RETURNED_FIELD_NUMBER: builtins.int
     SPAWNED_FIELD_NUMBER: builtins.int
     ASKED_FIELD_NUMBER: builtins.int
+    AWAITS_FIELD_NUMBER: builtins.int
     STREAMED_FIELD_NUMBER: builtins.int
     PROGRESSED_FIELD_NUMBER: builtins.int
+    TRACED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The report's number in its session, dense from 1."""
     lease_id: builtins.str
@@ -805,12 +855,20 @@ class Report(google.protobuf.message.Message):
         """The attempt asks the caller that holds its run open."""
 
     @property
+    def awaits(self) -> Global___AttemptAwaits:
+        """The attempt waits for the end of a task that it called."""
+
+    @property
     def streamed(self) -> Global___AttemptStreamed:
         """The attempt streams chunks of its output."""
 
     @property
     def progressed(self) -> Global___AttemptProgressed:
         """The attempt says how far it is."""
+
+    @property
+    def traced(self) -> Global___AttemptTraced:
+        """The spans of a traced attempt, reported before its end."""
 
     def __init__(
         self,
@@ -826,12 +884,14 @@ class Report(google.protobuf.message.Message):
         returned: Global___LeaseReturned | None = ...,
         spawned: Global___AttemptSpawned | None = ...,
         asked: Global___AttemptAsked | None = ...,
+        awaits: Global___AttemptAwaits | None = ...,
         streamed: Global___AttemptStreamed | None = ...,
         progressed: Global___AttemptProgressed | None = ...,
+        traced: Global___AttemptTraced | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "log", b"log", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["asked", b"asked", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "streamed", "progressed"] | None: ...
+    def HasField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "log", b"log", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "awaits", "streamed", "progressed", "traced"] | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
 
@@ -944,6 +1004,11 @@ class AttemptSpawned(google.protobuf.message.Message):
 
     TASKS_FIELD_NUMBER: builtins.int
     FUNCTIONS_FIELD_NUMBER: builtins.int
+    CALLED_FIELD_NUMBER: builtins.int
+    called: builtins.bool
+    """Whether the attempt calls the tasks: it waits for them by `AttemptAwaits`, they are cancelled when its task ends,
+    and their failure does not fail the run.
+    """
     @property
     def tasks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.TaskSpec]:
         """The tasks; they may refer to any task of the run and to each other."""
@@ -957,10 +1022,33 @@ class AttemptSpawned(google.protobuf.message.Message):
         *,
         tasks: collections.abc.Iterable[lattice.v1.task_pb2.TaskSpec] | None = ...,
         functions: collections.abc.Mapping[builtins.str, lattice.v1.task_pb2.Function] | None = ...,
+        called: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["functions", b"functions", "tasks", b"tasks"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["called", b"called", "functions", b"functions", "tasks", b"tasks"]) -> None: ...
 
 Global___AttemptSpawned: typing_extensions.TypeAlias = AttemptSpawned
+
+@typing.final
+class AttemptAwaits(google.protobuf.message.Message):
+    """The attempt waits for the end of a task that it called. Meanwhile it holds no CPUs."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    TASK_ID_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Names the wait within its lease, in one sequence with `AttemptAsked.number`."""
+    task_id: builtins.str
+    """The called task."""
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        task_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "task_id", b"task_id"]) -> None: ...
+
+Global___AttemptAwaits: typing_extensions.TypeAlias = AttemptAwaits
 
 @typing.final
 class AttemptAsked(google.protobuf.message.Message):
@@ -990,6 +1078,194 @@ class AttemptAsked(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["name", b"name", "number", b"number", "payload", b"payload"]) -> None: ...
 
 Global___AttemptAsked: typing_extensions.TypeAlias = AttemptAsked
+
+@typing.final
+class AttemptTraced(google.protobuf.message.Message):
+    """The spans of one attempt that `Assignment.trace_parents` named. They belong to the trace of the attempt, whatever they
+    say. The server ignores those of a lease that has ended, and spans beyond 512.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SPANS_FIELD_NUMBER: builtins.int
+    DROPPED_FIELD_NUMBER: builtins.int
+    dropped: builtins.int
+    """How many spans the worker left out, because there were too many."""
+    @property
+    def spans(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Span]:
+        """The spans, in any order."""
+
+    def __init__(
+        self,
+        *,
+        spans: collections.abc.Iterable[Global___Span] | None = ...,
+        dropped: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dropped", b"dropped", "spans", b"spans"]) -> None: ...
+
+Global___AttemptTraced: typing_extensions.TypeAlias = AttemptTraced
+
+@typing.final
+class Span(google.protobuf.message.Message):
+    """A timed operation inside an attempt."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class AttributesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___SpanValue: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___SpanValue | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    SPAN_ID_FIELD_NUMBER: builtins.int
+    PARENT_SPAN_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    START_TIME_FIELD_NUMBER: builtins.int
+    END_TIME_FIELD_NUMBER: builtins.int
+    ATTRIBUTES_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    span_id: builtins.bytes
+    """Names it within its trace: 8 bytes, not all zero."""
+    parent_span_id: builtins.bytes
+    """The span it is part of, which is one of the same report; otherwise it is part of the attempt's."""
+    name: builtins.str
+    """Its name, of at most 256 characters."""
+    kind: builtins.int
+    """Its kind, as in OpenTelemetry: 1 internal, 2 server, 3 client, 4 producer, 5 consumer."""
+    failed: builtins.bool
+    """Whether the operation failed."""
+    message: builtins.str
+    """Why it failed, for people."""
+    @property
+    def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """Its start, on the worker's clock."""
+
+    @property
+    def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """Its end, on the worker's clock."""
+
+    @property
+    def attributes(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___SpanValue]:
+        """Its attributes, at most 64."""
+
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SpanEvent]:
+        """What happened during it, such as an exception; at most 64."""
+
+    def __init__(
+        self,
+        *,
+        span_id: builtins.bytes = ...,
+        parent_span_id: builtins.bytes = ...,
+        name: builtins.str = ...,
+        kind: builtins.int = ...,
+        start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        attributes: collections.abc.Mapping[builtins.str, Global___SpanValue] | None = ...,
+        events: collections.abc.Iterable[Global___SpanEvent] | None = ...,
+        failed: builtins.bool = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["end_time", b"end_time", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attributes", b"attributes", "end_time", b"end_time", "events", b"events", "failed", b"failed", "kind", b"kind", "message", b"message", "name", b"name", "parent_span_id", b"parent_span_id", "span_id", b"span_id", "start_time", b"start_time"]) -> None: ...
+
+Global___Span: typing_extensions.TypeAlias = Span
+
+@typing.final
+class SpanEvent(google.protobuf.message.Message):
+    """Something that happened during a span."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class AttributesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___SpanValue: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___SpanValue | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NAME_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    ATTRIBUTES_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """When it happened, on the worker's clock."""
+
+    @property
+    def attributes(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___SpanValue]:
+        """Its attributes, at most 64."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        attributes: collections.abc.Mapping[builtins.str, Global___SpanValue] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attributes", b"attributes", "name", b"name", "time", b"time"]) -> None: ...
+
+Global___SpanEvent: typing_extensions.TypeAlias = SpanEvent
+
+@typing.final
+class SpanValue(google.protobuf.message.Message):
+    """The value of an attribute."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: builtins.int
+    INTEGER_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    TRUTH_FIELD_NUMBER: builtins.int
+    text: builtins.str
+    """A text of at most 4096 characters."""
+    integer: builtins.int
+    """A whole number."""
+    number: builtins.float
+    """A number."""
+    truth: builtins.bool
+    """A truth value."""
+    def __init__(
+        self,
+        *,
+        text: builtins.str = ...,
+        integer: builtins.int = ...,
+        number: builtins.float = ...,
+        truth: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["integer", b"integer", "number", b"number", "text", b"text", "truth", b"truth", "value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["integer", b"integer", "number", b"number", "text", b"text", "truth", b"truth", "value", b"value"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["value", b"value"]) -> typing.Literal["text", "integer", "number", "truth"] | None: ...
+
+Global___SpanValue: typing_extensions.TypeAlias = SpanValue
 
 @typing.final
 class AttemptStreamed(google.protobuf.message.Message):
@@ -1037,7 +1313,7 @@ Global___AttemptProgressed: typing_extensions.TypeAlias = AttemptProgressed
 
 @typing.final
 class Answer(google.protobuf.message.Message):
-    """Answers a question of an attempt. An answer for a lease that has ended is ignored."""
+    """Answers a question of an attempt, or tells it the end of a called task. An answer for a lease that has ended is ignored."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1047,6 +1323,7 @@ class Answer(google.protobuf.message.Message):
     PAYLOAD_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
     UNANSWERED_FIELD_NUMBER: builtins.int
+    OUTPUTS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The answer's number in its session, dense from 1."""
     lease_id: builtins.str
@@ -1061,7 +1338,11 @@ class Answer(google.protobuf.message.Message):
 
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
-        """The error of the caller's code that should have answered."""
+        """The error of the caller's code that should have answered, or the failure of the called task."""
+
+    @property
+    def outputs(self) -> Global___CallOutputs:
+        """The outputs of the called task that the attempt awaits."""
 
     def __init__(
         self,
@@ -1072,12 +1353,51 @@ class Answer(google.protobuf.message.Message):
         payload: lattice.v1.payload_pb2.Payload | None = ...,
         failure: lattice.v1.errors_pb2.Failure | None = ...,
         unanswered: builtins.str = ...,
+        outputs: Global___CallOutputs | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "payload", b"payload", "unanswered", b"unanswered"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "lease_id", b"lease_id", "number", b"number", "payload", b"payload", "sequence", b"sequence", "unanswered", b"unanswered"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["payload", "failure", "unanswered"] | None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "outputs", b"outputs", "payload", b"payload", "unanswered", b"unanswered"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "failure", b"failure", "lease_id", b"lease_id", "number", b"number", "outputs", b"outputs", "payload", b"payload", "sequence", b"sequence", "unanswered", b"unanswered"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["payload", "failure", "unanswered", "outputs"] | None: ...
 
 Global___Answer: typing_extensions.TypeAlias = Answer
+
+@typing.final
+class CallOutputs(google.protobuf.message.Message):
+    """The outputs of a called task."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class OutputsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> lattice.v1.payload_pb2.Payload: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: lattice.v1.payload_pb2.Payload | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    OUTPUTS_FIELD_NUMBER: builtins.int
+    @property
+    def outputs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Payload]:
+        """By name; large ones are artifacts."""
+
+    def __init__(
+        self,
+        *,
+        outputs: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.Payload] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["outputs", b"outputs"]) -> None: ...
+
+Global___CallOutputs: typing_extensions.TypeAlias = CallOutputs
 
 @typing.final
 class AttemptFailed(google.protobuf.message.Message):

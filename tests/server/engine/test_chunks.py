@@ -1,6 +1,7 @@
 """The chunks of tasks in the server: numbers, positions of readers, attempts, retention."""
 
 import asyncio
+from collections import defaultdict
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_server.core.messages import RunFinished, TaskProgressed, TaskStarted, TaskStreamed
-from lattice_server.core.model import Payload
+from lattice_server.core.model import Isolation, Payload
 from lattice_server.core.states import RunState
 from lattice_server.engine.chunk_log import Batch, Chunk, Progress, RunChunks, TaskStream
 from lattice_server.engine.chunk_store import ChunkStore, log_of
@@ -21,7 +22,9 @@ JSON = "application/json"
 
 def a_run(key: str = "r", tenant: str = "") -> Any:
     """Return the parts of a run that the store reads."""
-    log, run = SimpleNamespace(is_complete=False), SimpleNamespace(tenant=tenant)
+    spec = SimpleNamespace(isolation=Isolation.NONE)
+    tasks: Any = defaultdict(lambda: SimpleNamespace(spec=spec))
+    log, run = SimpleNamespace(is_complete=False), SimpleNamespace(tenant=tenant, tasks=tasks)
     return SimpleNamespace(key=key, run=run, log=log, chunks=None)
 
 

@@ -1,0 +1,272 @@
+"""Exports metrics and spans by OpenTelemetry.
+
+Rule: this module is the server's only importer of OpenTelemetry, and is imported only by a server that is to export.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import grpc
+from opentelemetry import context, propagate, trace
+from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
+from opentelemetry.sdk.environment_variables import OTEL_METRIC_EXPORT_INTERVAL
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    Gauge,
+    Histogram,
+    HistogramDataPoint,
+    Metric,
+    MetricExporter,
+    MetricExportResult,
+    MetricsData,
+    NumberDataPoint,
+    ResourceMetrics,
+    ScopeMetrics,
+    Sum,
+)
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from lattice_server.engine.spans import ReportedSpan, Scalar
+from lattice_server.telemetry.catalogue import Kind
+from lattice_server.telemetry.meters import Distribution, Reading
+
+log = logging.getLogger(__name__)
+
+INTERVAL_MS = 60_000.0
+CUMULATIVE = AggregationTemporality.CUMULATIVE
+
+
+def resource_of(version: str, instance_id: str) -> Resource:
+    """Return the description of a server. `OTEL_SERVICE_NAME` and `OTEL_RESOURCE_ATTRIBUTES` take precedence."""
+    named = {"service.name": "lattice-server", "service.version": version, "service.instance.id": instance_id}
+    given = Resource.create().attributes
+    if str(given.get("service.name", "")).startswith("unknown_service"):
+        given = {name: value for name, value in given.items() if name != "service.name"}
+    return Resource({**named, **given})
+
+
+def metric_exporter(kind: str) -> MetricExporter:
+    """Return the exporter of a kind of `--metrics`; `OTEL_EXPORTER_OTLP_*` say where it sends. Raises ImportError."""
+    made: Any
+    match kind:
+        case "otlp":
+            from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
+
+            made = GrpcExporter()
+        case "otlp-http":
+            from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
+
+            made = HttpExporter()
+        case _:
+            from opentelemetry.sdk.metrics.export import ConsoleMetricExporter
+
+            made = ConsoleMetricExporter()
+    exporter: MetricExporter = made
+    return exporter
+
+
+class MetricExport:
+    """Exports the readings that `read` returns: every minute, or as `OTEL_METRIC_EXPORT_INTERVAL` says, and at the end.
+
+    All sums are cumulative since the start of the server.
+    """
+
+    def __init__(
+        self, exporter: MetricExporter, resource: Resource, read: Callable[[], Awaitable[Sequence[Reading]]]
+    ) -> None:
+        self._exporter, self._resource, self._read = exporter, resource, read
+        self._started_ns = time.time_ns()
+        self._interval_s = float(os.environ.get(OTEL_METRIC_EXPORT_INTERVAL) or INTERVAL_MS) / 1000
+
+    async def run(self) -> None:
+        """Export; for ever."""
+        while True:
+            # The interval is the user's.
+            await asyncio.sleep(self._interval_s)
+            await self.export()
+
+    async def export(self) -> None:
+        """Export once. A receiver that is away is logged; the next export has the same sums and later ones."""
+        try:
+            data = metrics_data(await self._read(), self._resource, self._started_ns, time.time_ns())
+            if await asyncio.to_thread(self._exporter.export, data) is not MetricExportResult.SUCCESS:
+                log.warning("the metrics could not be exported; the next export has their sums")
+        except Exception:
+            log.exception("the metrics could not be exported")
+
+    async def stop(self) -> None:
+        """Export what was counted since the last export, and close the exporter."""
+        await self.export()
+        await asyncio.to_thread(self._exporter.shutdown)
+
+
+def metrics_data(readings: Iterable[Reading], resource: Resource, started_ns: int, now_ns: int) -> MetricsData:
+    """Return readings as the data of an exporter. Times are in nanoseconds since the epoch."""
+    scope = InstrumentationScope("lattice_server")
+    metrics = [_metric(reading, started_ns, now_ns) for reading in readings if reading.values]
+    return MetricsData([ResourceMetrics(resource, [ScopeMetrics(scope, metrics, "")], "")])
+
+
+def _metric(reading: Reading, started_ns: int, now_ns: int) -> Metric:
+    instrument = reading.instrument
+    numbers, distributions = [], []
+    for labels, value in reading.values.items():
+        attributes = dict(zip(instrument.labels, labels, strict=True))
+        if isinstance(value, Distribution):
+            count, bounds = sum(value.counts), instrument.bounds
+            point = (attributes, started_ns, now_ns, count, value.total, value.counts, bounds)
+            # Least and greatest are not kept: the buckets tell as much as their bounds.
+            distributions.append(HistogramDataPoint(*point, min=float("inf"), max=float("-inf")))
+        else:
+            numbers.append(NumberDataPoint(attributes, started_ns, now_ns, value))
+    data: Sum | Gauge | Histogram
+    match instrument.kind:
+        case Kind.COUNTER:
+            data = Sum(numbers, CUMULATIVE, is_monotonic=True)
+        case Kind.UP_DOWN:
+            data = Sum(numbers, CUMULATIVE, is_monotonic=False)
+        case Kind.GAUGE:
+            data = Gauge(numbers)
+        case Kind.HISTOGRAM:
+            data = Histogram(distributions, CUMULATIVE)
+    return Metric(instrument.name, instrument.description, instrument.unit, data)
+
+
+# Spans.
+
+Span = trace.Span
+# OpenTelemetry's own numbers of kinds in messages begin at 1, those of its API at 0.
+KINDS = (SpanKind.INTERNAL, SpanKind.SERVER, SpanKind.CLIENT, SpanKind.PRODUCER, SpanKind.CONSUMER)
+
+
+def span_exporter(kind: str) -> SpanExporter:
+    """Return the exporter of a kind of `--traces`; `OTEL_EXPORTER_OTLP_*` say where it sends. Raises ImportError."""
+    made: Any
+    match kind:
+        case "otlp":
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
+
+            made = GrpcExporter()
+        case "otlp-http":
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
+
+            made = HttpExporter()
+        case _:
+            from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+
+            made = ConsoleSpanExporter()
+    exporter: SpanExporter = made
+    return exporter
+
+
+class Spans:
+    """Makes spans and exports them in batches; `OTEL_TRACES_SAMPLER` and `OTEL_BSP_*` hold.
+
+    By default every trace that the caller did not begin is sampled, and any other as the caller says.
+    """
+
+    def __init__(self, exporter: SpanExporter, resource: Resource) -> None:
+        self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._processor = BatchSpanProcessor(exporter)
+        self.provider.add_span_processor(self._processor)
+        self._tracer = self.provider.get_tracer("lattice_server")
+        self._resource = resource
+
+    def begin(self, name: str, start_ns: int, attributes: Mapping[str, Scalar]) -> Span | None:
+        """Begin a span of the call that is being served; None when its trace is not sampled."""
+        span = self._tracer.start_span(name, attributes=attributes, start_time=start_ns)
+        return span if span.is_recording() else None
+
+    def child(
+        self,
+        parent: Span,
+        name: str,
+        start_ns: int,
+        attributes: Mapping[str, Scalar],
+        link: Span | None = None,
+        *,
+        is_remote_work: bool = False,
+    ) -> Span:
+        """Begin a span below another one; `link` names a span that it follows."""
+        links = None if link is None else [Link(link.get_span_context())]
+        kind = SpanKind.CONSUMER if is_remote_work else SpanKind.INTERNAL
+        below = trace.set_span_in_context(parent, context.Context())
+        return self._tracer.start_span(name, below, kind, attributes, links, start_time=start_ns)
+
+    def note(self, span: Span, attributes: Mapping[str, Scalar]) -> None:
+        """Add attributes to a span."""
+        span.set_attributes(attributes)
+
+    def event(self, span: Span, name: str, time_ns: int) -> None:
+        """Add an event to a span."""
+        span.add_event(name, timestamp=time_ns)
+
+    def end(self, span: Span, end_ns: int, error_type: str = "") -> None:
+        """End a span; with the type of an error, as failed."""
+        if error_type:
+            span.set_attribute("error.type", error_type)
+            span.set_status(Status(StatusCode.ERROR, error_type))
+        span.end(end_ns)
+
+    def traceparent(self, span: Span) -> str:
+        """Return the text by which a process names a span as a parent."""
+        found = span.get_span_context()
+        return f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}"
+
+    def write(self, attempt: Span, span: ReportedSpan, parent_id: int | None) -> None:
+        """Export a span of a task in the trace of its attempt, below that or below another span of the task."""
+        top = attempt.get_span_context()
+        if span.span_id == top.span_id:
+            return
+        own = SpanContext(top.trace_id, span.span_id, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+        parent = top if parent_id is None else SpanContext(top.trace_id, parent_id, is_remote=True)
+        self._processor.on_end(
+            ReadableSpan(
+                span.name,
+                own,
+                parent,
+                self._resource,
+                dict(span.attributes),
+                [Event(event.name, dict(event.attributes), event.time_ns) for event in span.events],
+                kind=KINDS[span.kind - 1],
+                status=Status(StatusCode.ERROR, span.message or None) if span.is_failed else Status(),
+                start_time=span.start_ns,
+                end_time=span.end_ns,
+                instrumentation_scope=InstrumentationScope("lattice_task"),
+            )
+        )
+
+    async def stop(self) -> None:
+        """Export what is left, and close the exporter."""
+        await asyncio.to_thread(self.provider.shutdown)
+
+
+class _Parents(grpc.aio.ServerInterceptor):
+    """Makes the span of the caller the current one of each call."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        """Read the headers. The context is that of the call, and ends with it."""
+        headers = dict(handler_call_details.invocation_metadata or ())
+        context.attach(propagate.extract(headers))
+        return await continuation(handler_call_details)
+
+
+def call_tracing(provider: Any = None) -> list[Any]:
+    """Return the interceptors that trace calls, by default with the provider of the process."""
+    # A span as long as the life of a worker is of no use.
+    streams = (filters.method_name(name) for name in ("Connect", "WatchRun", "OpenRun", "Watch"))
+    calls = filters.negate(filters.any_of(*streams))
+    return [_Parents(), aio_server_interceptor(provider, filter_=calls)]  # type: ignore[no-untyped-call]
+
+
+def has_provider() -> bool:
+    """Whether the process has a provider of its own, such as that of an application around the server."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)

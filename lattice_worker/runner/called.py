@@ -1,0 +1,63 @@
+"""Called tasks: tasks that an invocation added to its run and waits for."""
+
+import asyncio
+from collections.abc import Generator
+from concurrent.futures import Future
+from typing import Any
+
+from lattice_worker.runner.asking import AnswerError, Questions
+from lattice_worker.runner.binding import bind_all
+
+
+class CallError(Exception):
+    """A called task did not succeed; `kind` and `type` say why, such as USER_ERROR and ValueError."""
+
+    __module__ = "lattice_worker.context"
+
+    def __init__(self, message: str, task_id: str = "", kind: str = "", type: str = "") -> None:
+        super().__init__(message, task_id, kind, type)
+        self.task_id, self.kind, self.type = task_id, kind, type
+
+    def __str__(self) -> str:
+        error = f"{self.type}: {self.args[0]}" if self.type else str(self.args[0])
+        return f"task {self.task_id!r} failed ({self.kind}): {error}"
+
+
+class Call:
+    """A called task. It runs at once; `await call`, or `call.result()`, waits for its value.
+
+    The value is the task's only output, or a dict of its outputs by name.
+    """
+
+    def __init__(self, questions: Questions, task_id: str, output_names: tuple[str, ...]) -> None:
+        self.task_id = task_id
+        self._questions = questions
+        self._output_names = output_names
+
+    def result(self) -> Any:
+        """Wait for the value, in this thread. In a coroutine use `await`.
+
+        Raises:
+            CallError: the task failed, or was cancelled.
+            QuestionError: the attempt is over.
+        """
+        return self._value(self._questions.wait(self.task_id))
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._waited().__await__()
+
+    async def _waited(self) -> Any:
+        answer = self._questions.wait(self.task_id)
+        await asyncio.wait([asyncio.wrap_future(answer)])
+        return self._value(answer)
+
+    def _value(self, answer: "Future[Any]") -> Any:
+        try:
+            outputs, blobs = answer.result()
+        except AnswerError as error:
+            raise CallError(str(error.args[0]), self.task_id, error.kind, error.type) from None
+        values = bind_all(outputs, blobs)
+        return values[self._output_names[0]] if (*values,) == self._output_names[:1] == self._output_names else values
+
+    def __repr__(self) -> str:
+        return f"Call(task_id={self.task_id!r})"

@@ -1,0 +1,66 @@
+"""The dashboard and the alerts: each query names metrics, labels and values that exist."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lattice_server.core.model import FailureKind
+from lattice_server.telemetry.catalogue import INSTRUMENTS, Kind
+from lattice_server.telemetry.prometheus import sample_name
+
+DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
+ALERTS = DEPLOY / "prometheus-alerts.yml"
+NAME = re.compile(r"\b(?:lattice|rpc|process)_[a-z_]+\b")
+LABELS = re.compile(r"((?:lattice|rpc|process)_[a-z_]+)\{([^}]*)\}")
+BY = re.compile(r"by \(([^)]*)\)")
+SUFFIXES = ("_bucket", "_sum", "_count")
+
+
+def samples() -> dict[str, set[str]]:
+    """Return the labels of each sample of the catalogue."""
+    found: dict[str, set[str]] = {}
+    for instrument in INSTRUMENTS:
+        labels = {label.replace(".", "_") for label in instrument.labels}
+        suffixes = SUFFIXES if instrument.kind is Kind.HISTOGRAM else ("",)
+        for suffix in suffixes:
+            found[sample_name(instrument) + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
+    return found
+
+
+def queries() -> Iterator[str]:
+    """Yield the queries of the dashboard and of the alerts."""
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    for panel in dashboard["panels"]:
+        yield from (target["expr"] for target in panel["targets"])
+    yield from re.findall(r"expr: (?:>-\n)?(.*?)\n +(?:for|labels):", ALERTS.read_text(), re.DOTALL)
+
+
+def test_each_query_names_metrics_and_labels_of_the_catalogue() -> None:
+    known, all_queries = samples(), list(queries())
+    assert len(all_queries) > 30
+    for query in all_queries:
+        labels_of_names = re.sub(r"by \([^)]*\)|\{[^}]*\}", "", query)
+        named = set(NAME.findall(labels_of_names))
+        assert named <= known.keys(), query
+        for by in BY.findall(query):
+            assert {label.strip() for label in by.split(",")} <= set().union(*(known[name] for name in named)), query
+        for name, labels in LABELS.findall(query):
+            assert set(re.findall(r"(\w+)=", labels)) <= known[name] | {"job"}, query
+
+
+def test_kinds_of_failures_in_alerts_exist() -> None:
+    kinds = re.findall(r'failure_kind="(\w+)"', ALERTS.read_text())
+    assert len(kinds) == 2
+    assert set(kinds) <= {kind.value for kind in FailureKind}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="scripts/install_missing.sh prometheus")
+@pytest.mark.exhaustive
+def test_promtool_accepts_the_alerts() -> None:
+    checked = subprocess.run(["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
