@@ -1,4 +1,4 @@
-"""The addresses of services and language models, as `lattice_worker.context` gives them to tasks."""
+"""How tasks reach services and language models: what `context.service` and `context.llm` return."""
 
 import importlib
 from dataclasses import dataclass, field
