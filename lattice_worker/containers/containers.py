@@ -149,6 +149,16 @@ class Containers:
     async def close(self) -> None:
         """End all containers, and wait until the engine has removed them."""
         self._is_closed = True
+        try:
+            await self._end_all()
+        finally:
+            # Also when a second signal ends the worker at once: the engine removes the containers by itself.
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                os.close(self._lock)
+                self._folder = ""
+
+    async def _end_all(self) -> None:
         for container in list(self._live.values()):
             container.kill()
         with contextlib.suppress(TimeoutError):
@@ -159,10 +169,6 @@ class Containers:
         if self._engine is not None:
             await self._engine.close()
             self._engine = None
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            os.close(self._lock)
-            self._folder = ""
 
     async def _connection(self, container: Container, listener: socket.socket) -> socket.socket:
         """Return the connection of a container that was started. Raises EngineError."""
