@@ -298,10 +298,10 @@ def test_a_lease_fails_when_its_isolation_cannot_be_set_up(tmp_path: Path) -> No
 
 def test_an_output_that_cannot_travel_is_a_payload_failure(tmp_path: Path) -> None:
     async def scenario(both: Pair) -> None:
-        both.stream.assign("a", lambda: (number for number in range(3)))
+        both.stream.assign("a", lambda: __import__("threading").Lock())
         failure = (await both.stream.end("a")).failed.failure
         assert failure.kind == errors_pb2.FAILURE_KIND_PAYLOAD
-        assert "generator" in failure.message
+        assert "lock" in failure.message
 
     play(scenario, tmp_path)
 
