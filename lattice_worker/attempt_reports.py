@@ -84,7 +84,7 @@ class AttemptReports:
         return excess
 
     def trace(self, assignment: worker_pb2.Assignment, frame: dict[str, Any]) -> None:
-        """Report the spans of a traced attempt; those that fit into no message are left out."""
+        """Report the spans of a traced attempt; leave out spans that are too large for a message."""
         if not any(assignment.trace_parents):
             return
         report = convert.report(assignment.lease_id, time.time_ns())

@@ -242,8 +242,8 @@ def ask_future(name: str, payload: Any = None, *, item: int | None = None) -> An
 def service(name: str, *, item: int | None = None) -> Endpoint:
     """Return the address of an instance of a service, which is started if there is none; wait until it is ready.
 
-    The instance is the one with the fewest requests among those that this node reaches. The service does not become
-    idle while the attempt runs. In a coroutine use `service_async`.
+    Of the instances that this node reaches, the call returns the one with the fewest requests. The service does not
+    become idle while the attempt runs. In a coroutine use `service_async`.
 
     Raises:
         AnswerError: there is no such service, it cannot start, or this node does not reach it.

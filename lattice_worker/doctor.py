@@ -30,7 +30,7 @@ from lattice_worker.sandbox.policy import DOCKER, LEVELS
 MIB, GIB = 2**20, 2**30
 MIN_DISK_BYTES, FULL_DISK_BYTES = GIB, 64 * MIB
 MIN_DESCRIPTORS = 4096
-# What a failed step of a seal usually means, by a part of its message.
+# The usual remedy for a failed step of a seal, by a part of its message.
 CAUSES = {
     "container engine": "only tasks with isolation='docker' need it: docs/isolation.md says how to set it up",
     "image": "only tasks with isolation='docker' need it: docs/isolation.md says how it is built",
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def machine_checks() -> Iterator[Check]:
-    """Yield what is known of the resources of this machine."""
+    """Yield the checks of the resources of this machine."""
     offer = host.capacity(WorkerConfig(target="", worker_id="", node_id="", store_directory=""))
     gpus = f"{len(offer.gpus)} GPUs" if offer.gpus else "no GPU"
     text = f"a worker here offers {offer.cpu:g} CPUs, {offer.memory_bytes / GIB:.1f} GiB of memory, {gpus}"

@@ -1,4 +1,4 @@
-"""What a running task streams: chunks, how far it is, and log records. `lattice_worker.context` has it for tasks."""
+"""The streams of a running task: chunks, progress and log records. Tasks use them by `lattice_worker.context`."""
 
 import logging
 import math

@@ -83,7 +83,7 @@ class FunctionUse:
 
 @dataclass
 class History:
-    """The attempts of a run, in the order of their starts; those that wait are last."""
+    """The attempts of a run, in the order of their starts; queued attempts are last."""
 
     begin_s: float
     now_s: float
@@ -109,7 +109,7 @@ class History:
         return sorted(uses, key=lambda use: (-(use.slowdown or 0), use.node_id))
 
     def functions(self) -> list[FunctionUse]:
-        """Return the use of each function, the one that ran the longest in all first."""
+        """Return the use of each function; the function with the longest total run time is first."""
         found: dict[str, list[Attempt]] = defaultdict(list)
         for attempt in self.attempts:
             found[attempt.function].append(attempt)
@@ -123,7 +123,7 @@ class History:
         return [use for _, use in sorted(uses, key=lambda pair: (-pair[0], pair[1].function))]
 
     def _slowdowns(self) -> dict[str, float]:
-        """Return by node the run time of its attempts over what they would have taken elsewhere, by medians.
+        """Return by node its run time over the run time on other nodes, both from the medians of each function.
 
         Long functions count more: the times of short ones are mostly noise.
         """
@@ -227,7 +227,7 @@ class Recorder:
             yield self._new(task_id, task.attempt + 1 if earlier else 0, min(ready_s, now_s), task.display_name)
 
     def _critical_path(self, now_s: float) -> list[str]:
-        """Return the tasks that ended last of what the next one waited for, from the first to the last of the run."""
+        """Return the critical path in order: before each task comes the predecessor that ended last."""
 
         def end_s(task_id: str) -> float:
             end = self._last[task_id].end_s
@@ -246,7 +246,7 @@ def predecessors_of(
 ) -> Callable[[str], Sequence[str]]:
     """Return a function from a task to the tasks that it waits for.
 
-    A mapped task never runs: its items stand for it, and they wait for what it waits for.
+    A mapped task never runs: its items stand for it, and have its predecessors.
     """
     nodes: Mapping[str, workflow_pb2.GraphTask] = {task.task_id: task for task in graph}
     mapped = {task.task_id for task in tasks if task.HasField("item_count")}

@@ -22,7 +22,7 @@ MAX_RUNS, MAX_TASKS = 20, 5
 
 
 async def cluster_checks(client: AsyncLatticeClient, answer: Answer) -> AsyncIterator[Finding]:
-    """Yield what is known of the nodes and the queue."""
+    """Yield the findings about the nodes and the queue."""
     try:
         nodes = await client.nodes()
         for finding in (*node_checks(nodes, answer), *isolation_checks(nodes)):
@@ -36,7 +36,7 @@ async def cluster_checks(client: AsyncLatticeClient, answer: Answer) -> AsyncIte
 
 
 def node_checks(nodes: Sequence[cluster_pb2.Node], answer: Answer) -> list[Finding]:
-    """Return what is known of the nodes: one finding for all that are healthy, and one for each other one."""
+    """Return the findings about the nodes: one for all healthy nodes, and one for each other node."""
     if not nodes:
         advice = "start one with `lattice start --worker --addr ...`; a server without --num-cpus 0 has one of its own"
         return [Finding("cluster", "nodes", ERROR, "there is no node: no task can run", advice)]

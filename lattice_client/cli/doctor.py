@@ -1,4 +1,4 @@
-"""Owns `lattice doctor`: what is wrong with this machine, a server and its cluster, and what to do about it."""
+"""Owns `lattice doctor`: the faults of this machine, a server and its cluster, and advice about them."""
 
 import asyncio
 from collections.abc import Iterator

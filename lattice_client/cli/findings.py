@@ -14,11 +14,11 @@ STYLES = {OK: "green", WARNING: "yellow", ERROR: "red", SKIPPED: "dim"}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         area: `client`, `machine`, `server` or `cluster`.
-        name: what was checked.
+        name: the checked part.
         status: `ok`, `warning`, `error`, or `skipped` for a check that could not be made.
         found: one line for people.
         advice: what to do; empty for `ok`.

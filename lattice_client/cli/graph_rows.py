@@ -77,7 +77,7 @@ def progress_of(task: run_pb2.TaskRun) -> str:
 def groups_of(
     graph: Sequence[workflow_pb2.GraphTask], tasks: Mapping[str, run_pb2.TaskRun], *, is_grouped: bool
 ) -> list[Group]:
-    """Return the groups of a graph, each after those that its tasks wait for. Ungrouped, each task is one."""
+    """Return the groups of a graph, each after the groups of its predecessors. An ungrouped task is a group."""
     nodes = {task.task_id: task for task in graph if task.task_id in tasks}
 
     def above(node: workflow_pb2.GraphTask) -> list[str]:
@@ -105,7 +105,7 @@ def groups_of(
 
 
 def _ordered(above: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the tasks, each after those that it waits for; the order of definition where that is so already."""
+    """Return the tasks, each after its predecessors; in the order of definition where that order already fits."""
     seen: set[str] = set()
     for name, before in above.items():
         if not seen.issuperset(before):

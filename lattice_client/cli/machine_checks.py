@@ -1,4 +1,4 @@
-"""Owns the checks of this machine: the client's packages, Ray, and what a worker could offer here.
+"""Owns the checks of this machine: the client's packages, Ray, and the resources that a worker could offer.
 
 Rule: the packages of servers and workers are run in processes of their own and not imported: they may be missing, and
 importing Ray takes seconds.

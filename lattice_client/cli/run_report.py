@@ -89,7 +89,7 @@ def _failures(tasks: Sequence[run_pb2.TaskRun]) -> list[tuple[run_pb2.TaskRun, i
 async def _waiting(
     client: AsyncLatticeClient, tasks: Sequence[run_pb2.TaskRun], graph: Sequence[workflow_pb2.GraphTask]
 ) -> list[Waiting]:
-    """Explain some of the queued tasks, of each function first one; those that wait for the same are counted once."""
+    """Explain some queued tasks, first one of each function; tasks that wait for the same cause are counted once."""
     functions = {node.task_id: node.function_name for node in graph}
     queued: dict[str, list[str]] = defaultdict(list)
     for task in tasks:

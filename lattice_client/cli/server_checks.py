@@ -38,7 +38,7 @@ class Answer:
 
 
 async def connection_checks(server: Server) -> AsyncIterator[Finding]:
-    """Yield what is known of the way to a server, up to the first error."""
+    """Yield the findings about the connection to a server, up to the first error."""
     try:
         dialled = dial(server.target, **server.security())
     except (TargetError, SecurityError) as error:
@@ -121,7 +121,7 @@ async def ask(client: AsyncLatticeClient) -> Answer | Finding:
 
 
 def answer_checks(answer: Answer) -> list[Finding]:
-    """Return what the server's description of itself says about versions, clock and stores."""
+    """Return the findings about the versions, the clock and the stores in the server's description of itself."""
     info = answer.info
     took_ms = (answer.received_s - answer.sent_s) * 1000
     text = f"answered in {took_ms:.0f}ms: {info.executor} executor, process {info.pid}"

@@ -83,7 +83,7 @@ def print_timeline(history: History, limit: int) -> None:
 
 
 def most_telling(history: History, limit: int) -> list[Attempt]:
-    """Return at most `limit` attempts in their order: the critical path, failures, those that took longest."""
+    """Return at most `limit` attempts in their order: the critical path, failures, the longest ones."""
 
     def key(indexed: tuple[int, Attempt]) -> tuple[bool, bool, float]:
         attempt = indexed[1]

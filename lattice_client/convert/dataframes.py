@@ -2,8 +2,8 @@
 
 pandas and pyarrow are imported only for such values. The client and the runner have the same file.
 
-Rule: the decoder returns a value or raises DataError, whatever the bytes are. It accepts only what the encoder writes:
-uncompressed batches, and columns whose every value takes room in the stream, so that few bytes do not become many.
+Rule: for any bytes the decoder returns a value or raises DataError. It accepts only the encoder's form: uncompressed
+batches, and columns whose every value takes room in the stream, so that few bytes do not become many.
 """
 
 import importlib.util

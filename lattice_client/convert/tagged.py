@@ -3,7 +3,7 @@
 A tag is an object with one key, which begins with `$`; `docs/contract.md` lists the tags. The client and the runner
 have the same file.
 
-Rule: `decode` returns a value or raises DataError, whatever the bytes are. `encode` returns None for a value that would
+Rule: for any bytes `decode` returns a value or raises DataError. `encode` returns None for a value that would
 not be decoded exactly.
 """
 

@@ -91,7 +91,7 @@ class Answers:
         return _listed(method, args, kwargs)
 
     def restore(self, state: dict[int, Any]) -> None:
-        """Apply what a call changed in values of the graph's process."""
+        """Apply the changes that a call made to values of the graph's process."""
         for number, changed in state.items():
             item = self._references.objects[number]
             if hasattr(item, "_visited_ns"):

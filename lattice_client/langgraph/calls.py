@@ -1,4 +1,4 @@
-"""Owns one call of a node: it sends the arguments, answers the node's questions, and returns what the node returns.
+"""Owns one call of a node: it sends the arguments, answers the node's questions, and returns the node's result.
 
 Rule: the thread that made the call, or its event loop, has the effects of the node, in the context of the call.
 """
@@ -233,7 +233,7 @@ class Call:
 
 
 async def _ended(inbox: "asyncio.Queue[Asked | Ended]") -> None:
-    """Wait, for a limited time, for the end of a cancelled call, so that its work is over when the caller goes on."""
+    """Wait, for a limited time, for the end of a cancelled call, so that its work is over when the caller continues."""
     try:
         async with asyncio.timeout(CANCEL_S):
             while not isinstance(await inbox.get(), Ended):

@@ -41,7 +41,7 @@ class LangGraphClient:
         return Runner(self._client, self._loop)
 
     def task(self, function: Any = None, /, **settings: Any) -> Any:
-        """Wrap a function, so that a call runs on the server and returns or raises what the function does.
+        """Wrap a function, so that a call runs on the server and has the function's result or exception.
 
         Use it bare, with `resources={...}`, or with options of `@task`, such as `cpu=2`. A coroutine function stays
         one. Also partial functions, objects that can be called, tools, Runnables and compiled graphs can be wrapped;

@@ -1,7 +1,7 @@
 """Owns the encoding of exceptions between the process of a graph and its nodes.
 
 Rule: an exception keeps its class, arguments, attributes, notes and causes; its `__init__` is not called again, since
-the arguments of `__init__` are often not those that the exception keeps.
+an exception often keeps other arguments than `__init__` had.
 """
 
 import traceback

@@ -68,7 +68,7 @@ def _kind_of(cls: type) -> str:
 
 
 class LocalReferences:
-    """The live objects of one call: those that its config names, and all objects of `CLASSES`."""
+    """The live objects of one call: the objects in its config, and all objects of `CLASSES`."""
 
     def __init__(self, config: RunnableConfig | None) -> None:
         self.objects: list[Any] = []

@@ -152,7 +152,7 @@ class Session:
         return args, kwargs
 
     def state(self) -> dict[int, Any]:
-        """Return what the call changed in stand-ins that hold values, by the number of the object."""
+        """Return the changed values of stand-ins that hold values, by the number of the object."""
         found: dict[int, Any] = {}
         for number, item in self._proxies.items():
             match self._references[id(item)][0]:
@@ -263,7 +263,7 @@ async def run_async(function: Callable[..., Coroutine[Any, Any, Any]], message: 
 
 
 class _Unreachable:
-    """The references of a call in a sandbox: what they stand for raises when it is used."""
+    """The references of a call in a sandbox: using the object of a reference raises."""
 
     def reference_of(self, item: Any) -> Any:
         return None

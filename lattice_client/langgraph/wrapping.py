@@ -14,7 +14,7 @@ from lattice_client.langgraph.stubs import RunnableStub, Runner, name_of
 
 
 def wrapped(runner: Runner, function: Any, settings: Mapping[str, Any]) -> Any:
-    """Return the stub of something that a graph can have as a node, a tool or a task. Raises TaskDefinitionError."""
+    """Return the stub of a node, a tool or a task of a graph. Raises TaskDefinitionError."""
     reductions.install()
     options = dict(settings)
     name = options.pop("name", None) or name_of(function)

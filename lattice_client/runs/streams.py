@@ -110,7 +110,7 @@ async def values(api: RunApi, run_id: str, task: Streaming, on_restart: OnRestar
             index = 0
         if chunk.index > index:
             text = f"chunks {index} to {chunk.index - 1} of task {chunk.task_id!r} are not kept any more"
-            raise errors.StreamInterruptedError(run_id, f"{text}; `chunks()` yields those that are")
+            raise errors.StreamInterruptedError(run_id, f"{text}; `chunks()` yields the remaining chunks")
         expected[chunk.task_id] = chunk.attempt, chunk.index + (not chunk.is_restart)
         if not chunk.is_restart:
             yield chunk

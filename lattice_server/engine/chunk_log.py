@@ -99,7 +99,7 @@ class TaskStream:
 
 @dataclass(slots=True)
 class Batch:
-    """What one message to a reader carries: chunks and progress by task id."""
+    """The content of one message to a reader: chunks and progress by task id."""
 
     chunks: list[tuple[str, Chunk]] = field(default_factory=list)
     progress: dict[str, Progress] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class RunChunks:
                 future.set_result(None)
 
     async def follow(self, task_id: str, after: Mapping[str, int], is_over: Callable[[], bool]) -> AsyncIterator[Batch]:
-        """Yield what is new, until `is_over` and all was yielded.
+        """Yield new chunks and progress, until `is_over` and all were yielded.
 
         Args:
             task_id: the task, or the mapped task of the items, whose chunks are wanted; empty for all tasks.
@@ -190,7 +190,7 @@ class _Position:
         self._unread: dict[str, None] = {}
 
     def next(self) -> Batch | None:
-        """Return what is new, up to a bound; None when nothing is."""
+        """Return new chunks and progress, up to a bound; None when there are none."""
         changed, self._seen = self._log.changed_since(self._seen)
         self._unread |= dict.fromkeys(filter(self._is_wanted, changed))
         batch = Batch()

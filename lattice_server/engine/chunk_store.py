@@ -29,7 +29,7 @@ class ChunkStore:
         self._max_bytes = max_bytes
 
     def take(self, entry: RunEntry, event: TaskStreamed | TaskProgressed) -> None:
-        """Take what an attempt streams; that of a run that has ended is dropped."""
+        """Take a chunk or the progress of an attempt; drop it when the run has ended."""
         if entry.log.is_complete:
             return
         log = log_of(entry)

@@ -48,7 +48,7 @@ class RecordedEvent:
 
 
 class RunCodec(Protocol):
-    """Encodes and decodes. Decoding raises ValueError or LatticeError for bytes that are not what they should be."""
+    """Encodes and decodes. Decoding raises ValueError or LatticeError for invalid bytes."""
 
     def settings(self, entry: RunEntry, parameters: Mapping[str, Payload]) -> bytes:
         """Return the settings of a run that is being accepted."""

@@ -1,4 +1,4 @@
-"""Owns what is written to the journal about runs and stored workflows, on the main thread.
+"""Owns the records of runs and stored workflows in the journal, on the main thread.
 
 Rule: a decision about accepted work is appended before anything waits for it; new work that cannot be recorded is
 refused. Answers wait for the newest append, see `wait`.
@@ -63,7 +63,7 @@ class RunJournal:
 
     @property
     def is_durable(self) -> bool:
-        """Whether everything that was appended is durable."""
+        """Whether all appended records are durable."""
         return self._newest <= self._durability.number
 
     async def wait(self) -> None:
@@ -159,7 +159,7 @@ class RunJournal:
         self._append([WorkflowDeleted(number)])
 
     def freeze(self) -> None:
-        """Record nothing more. What was recorded before becomes durable; answers about anything else are not sent."""
+        """Record nothing more. Earlier records become durable; answers about later changes are not sent."""
         self._newest, self._is_frozen = NEVER, True
 
     def _addition(self, entry: RunEntry, tasks: Sequence[TaskSpec]) -> TasksDefined:
@@ -187,7 +187,7 @@ class RunJournal:
         try:
             self._newest = self.journal.append(records)
         except JournalError as error:
-            # The server is about to stop. Until then, no caller is told of anything that is not recorded.
+            # The server is about to stop. Until then, no answer reports an unrecorded change.
             if self._newest != NEVER:
                 log.critical("the journal takes nothing more: %s", error)
             self._newest = NEVER

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """What the journal has of one run, besides its code."""
+    """The records of one run in the journal, besides its code."""
 
     stored: StoredRun
     settings: bytes

@@ -9,7 +9,7 @@ Scalar = str | int | float | bool
 
 @dataclass(frozen=True, slots=True)
 class SpanEvent:
-    """Something that happened during a span, at a time in nanoseconds since the epoch."""
+    """A timed event during a span; the time is in nanoseconds since the epoch."""
 
     name: str
     time_ns: int

@@ -133,7 +133,7 @@ class WorkflowStore:
         self.workflows[key_of(stored.workflow_id, stored.tenant)] = entry
 
     def _record(self, entry: WorkflowEntry) -> None:
-        """Record a new workflow. Raises ExhaustedError, UnavailableError, after releasing what it references."""
+        """Record a new workflow. Raises ExhaustedError, UnavailableError, after releasing its references."""
         if self._journal is None:
             return
         try:

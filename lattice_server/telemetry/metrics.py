@@ -76,7 +76,7 @@ class Metrics:
 def address_of(given: str, environment: Mapping[str, str]) -> tuple[str, int]:
     """Return where Prometheus reads the metrics: by default a free port of the loopback interface.
 
-    Raises TelemetryError when what is given is not `host:port`.
+    Raises TelemetryError when the given address is not `host:port`.
     """
     host = environment.get("OTEL_EXPORTER_PROMETHEUS_HOST") or "127.0.0.1"
     address = given or f"{host}:{environment.get('OTEL_EXPORTER_PROMETHEUS_PORT') or 0}"

@@ -103,7 +103,7 @@ class MetricExport:
             log.exception("the metrics could not be exported")
 
     async def stop(self) -> None:
-        """Export what was counted since the last export, and close the exporter."""
+        """Export the metrics once more, and close the exporter."""
         await self.export()
         await asyncio.to_thread(self._exporter.shutdown)
 
@@ -245,7 +245,7 @@ class Spans:
         )
 
     async def stop(self) -> None:
-        """Export what is left, and close the exporter."""
+        """Export the remaining spans, and close the exporter."""
         await asyncio.to_thread(self.provider.shutdown)
 
 

@@ -15,7 +15,7 @@ from lattice_server.telemetry.meters import Counter, Histogram, Reading, totals
 
 
 class RpcMeter(grpc.aio.ServerInterceptor):
-    """An interceptor outside of those that end calls with a status, so that it sees the status."""
+    """An interceptor outside of the interceptors that end calls with a status, so that it sees the status."""
 
     def __init__(self) -> None:
         self._durations = Histogram(catalogue.CALL_DURATION)

@@ -28,6 +28,6 @@ class Tracing:
             self.interceptors = otel.call_tracing()
 
     async def stop(self) -> None:
-        """Export what is left."""
+        """Export the remaining spans."""
         if self._spans is not None:
             await self._spans.stop()

@@ -1,6 +1,6 @@
 """The containers of one agent: started on demand, each connected by a socket of its own, and removed at their end.
 
-Rule: a container lives as long as its connection. What an agent that was killed left behind, its next one removes.
+Rule: a container lives as long as its connection. The containers of a killed agent are removed by the next agent.
 """
 
 import asyncio

@@ -18,11 +18,11 @@ BUILD = "build it on this machine by `python -m lattice_worker.containers.image`
 
 
 class EngineError(Exception):
-    """The engine cannot be reached, or did not do what it was asked."""
+    """The engine cannot be reached, or a request to it failed."""
 
 
 class Engine:
-    """One connection. `listen` comes before the containers that it is to tell about."""
+    """One connection. Call `listen` before starting the containers whose events it reports."""
 
     def __init__(self, docker: Any, config: EngineConfig) -> None:
         self._docker = docker

@@ -1,6 +1,6 @@
 """The system call profile of containers, in the form that container engines take, made from the table of the filter.
 
-Rule: the profile allows what the filter allows, and `seccomp`, by which a process in the container loads that filter.
+Rule: the profile allows the calls of the filter, and `seccomp`, by which a process in the container loads that filter.
 The filter is exact where the form is not: it ends processes that use another architecture's calls.
 """
 

@@ -1,6 +1,6 @@
 """The files of the sandbox image: this machine's Python, the runner, chosen packages, and the libraries of all these.
 
-Rule: nothing is downloaded, and nothing of this machine is taken but what is listed here.
+Rule: nothing is downloaded, and only the files listed here are taken from this machine.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ PREFIX = "/opt/lattice"
 PYTHON = f"{PREFIX}/bin/python3"
 FOLDER = f"{PREFIX}/lib/python{sys.version_info.major}.{sys.version_info.minor}"
 SITE = f"{FOLDER}/site-packages"
-# Of the standard library what no task imports, and the machine's own packages.
+# Parts of the standard library that no task imports, and the machine's own packages.
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo"})
 LEFT_OUT |= {"test", "tests", "__pycache__"}
 PROGRAMS = (
@@ -110,7 +110,7 @@ class Rootfs:
             status = os.fstat(file.fileno())
             info.size, info.mtime = status.st_size, int(status.st_mtime)
             start = file.read(4)
-            # Every user may read it; a program may be run, and gives nobody the rights of its owner.
+            # Every user may read it; a program may be run, but is never setuid.
             info.mode = 0o755 if status.st_mode & 0o111 or start == b"\x7fELF" else 0o644
             file.seek(0)
             self._archive.addfile(info, file)
@@ -138,7 +138,7 @@ class Rootfs:
 
     def _libraries(self) -> None:
         for path in sorted({*_needed_by(self._binaries), *_loaded()}):
-            # One that lies beside what needs it was written with that.
+            # A library inside a package was written with the package.
             if f"{os.sep}site-packages{os.sep}" not in path:
                 is_usual = path.startswith(USUAL_LIBRARIES)
                 self._file(os.path.realpath(path), path if is_usual else f"/usr/lib/{os.path.basename(path)}")

@@ -1,4 +1,4 @@
-"""What the engine is asked for: one container of a policy."""
+"""The request for one container of a policy to the engine."""
 
 import json
 import os

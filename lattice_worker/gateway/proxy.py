@@ -168,7 +168,7 @@ class Proxy:
         url = f"{endpoint}{path}" if is_outside else f"http://{endpoint}{path}"
         try:
             async with self._client.post(url, json=sent, headers=_headers(request, route)) as answer:
-                # What a provider answers is the task's to see, with the time after which it may ask again.
+                # The task gets a provider's answer as it is, with the time after which it may retry.
                 if answer.status in ELSEWHERE and not is_outside:
                     raise _Elsewhere(f"{instance_id} answered with {answer.status}")
                 headers = {name: answer.headers[name] for name in RETURNED if name in answer.headers}

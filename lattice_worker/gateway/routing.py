@@ -1,4 +1,4 @@
-"""Which instance gets a request. Rule: pure; what the server says replaces what was known."""
+"""Owns the choice of the instance for a request. Rule: pure; new routes of the server replace the earlier ones."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping

@@ -2,8 +2,8 @@
 
 NumPy, pandas and pyarrow are imported only for values of theirs. The client and the runner have the same file.
 
-Rule: a decoder returns a value or raises DataError, whatever the bytes are, and allocates no more than a small multiple
-of them. An encoder returns None for a value that would not be decoded exactly.
+Rule: for any bytes a decoder returns a value or raises DataError, and allocates no more than a small multiple of their
+size. An encoder returns None for a value that would not be decoded exactly.
 """
 
 import io

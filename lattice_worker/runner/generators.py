@@ -30,7 +30,7 @@ def encoded_chunk(value: Any, output: Output) -> tuple[str, bytes]:
 
 
 def stream(output: Output, generator: Any, function: Callable[..., Any]) -> Any:
-    """Stream what a generator yields; return its output."""
+    """Stream each value of a generator; return its output."""
     if inspect.isasyncgen(generator):
         return asyncio.run(stream_async(output, generator, function))
     return _stream_here(output, generator, function)

@@ -169,7 +169,7 @@ INNER: tuple[Step, ...] = (
     ("landlock", _landlock),
     ("filter", _filter),
 )
-# Those that a container engine leaves to the runner.
+# The steps that a container engine leaves to the runner.
 CONTAINER: tuple[Step, ...] = (
     ("scratch", _scratch),
     ("environment", _environment),

@@ -17,7 +17,7 @@ from lattice_worker.services.output import Output
 
 # An instance that starts is checked so often at first, and then less often.
 QUICK_S, QUICK_FOR_S, SLOW_S = 0.25, 5.0, 1.0
-# Linux tells nobody of new connections, so that they are counted again and again.
+# Linux does not report new connections: they are counted at this interval.
 LOAD_S = 1.0
 # Lines that come together are reported together.
 COALESCE_S = 0.05

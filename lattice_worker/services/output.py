@@ -1,6 +1,6 @@
 """The lines that a program writes, until they are reported. Rule: a slow reader never blocks the program.
 
-The newest lines are kept; a note takes the place of those that were dropped. Secrets are masked before a line is kept.
+The newest lines are kept; a note takes the place of dropped lines. Secrets are masked before a line is kept.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""`lattice doctor`: its findings, what it says to do about them, and its exit status."""
+"""`lattice doctor`: its findings, its advice, and its exit status."""
 
 import json
 import socket
@@ -49,7 +49,7 @@ def node(node_id: str = "n1", state: int = READY, seen_s: float = 1000, **fields
         (970.0, WARNING, "at least 30.0 s behind this one"),
     ],
 )
-def test_clock_differs_by_what_the_time_of_the_call_cannot_explain(server_s: float, status: str, text: str) -> None:
+def test_clock_difference_excludes_the_duration_of_the_call(server_s: float, status: str, text: str) -> None:
     found = clock_check(answer(current_time=timestamp(server_s)))
     assert found.status == status
     assert text in found.found

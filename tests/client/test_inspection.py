@@ -228,7 +228,7 @@ def test_timeline_draws_bars_at_a_terminal(address: str, client: LatticeClient) 
     assert max(len(line) for line in shown.splitlines() if "\u2588" in line) <= 80
 
 
-def test_timeline_of_a_running_run_shows_what_waits(address: str, client: LatticeClient, waiting: Run) -> None:
+def test_timeline_shows_queued_tasks_when_the_run_is_active(address: str, client: LatticeClient, waiting: Run) -> None:
     workflow = client.create_workflow()
     workflow.add_task(wide)
     run = workflow.run()

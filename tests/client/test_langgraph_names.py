@@ -1,6 +1,6 @@
 """LangGraph's private names that the client uses, and the page that lists the compared graphs.
 
-A new version of LangGraph that adds a name fails here: the name may be something that a node reaches.
+A new version of LangGraph that adds a name fails here, because nodes may use the value of that name.
 """
 
 from dataclasses import fields
@@ -25,7 +25,7 @@ def test_every_private_key_of_a_config_is_known() -> None:
     assert {key for key in keys if key.startswith("__pregel_")} == CARRIED | NOT_CARRIED
 
 
-def test_the_fields_of_what_a_node_reaches_are_known() -> None:
+def test_fields_of_runtime_execution_info_and_scratchpad_are_known() -> None:
     assert {found.name for found in fields(Runtime)} == {
         "context",
         "store",

@@ -43,7 +43,7 @@ def histories(draw: st.DrawFn) -> History:
 
 
 def check_trace(trace: dict[str, Any]) -> None:
-    """Assert what the Trace Event Format asks of a file: fields, nesting on each thread, and pairs."""
+    """Assert that a file is in the Trace Event Format: fields, nesting on each thread, and pairs."""
     assert json.loads(json.dumps(trace, allow_nan=False)) == trace
     threads: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     opened: dict[tuple[str, int, int], int] = {}

@@ -58,7 +58,7 @@ def _wait(path: str, process: "subprocess.Popen[bytes]", log: str) -> None:
                 probe.connect(path)
                 return
             except OSError:
-                time.sleep(0.05)  # The engine tells nobody when it listens.
+                time.sleep(0.05)  # The engine sends no message when it listens.
     raise AssertionError(f"the engine did not start: {Path(log).read_text()}")
 
 

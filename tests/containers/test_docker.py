@@ -71,7 +71,7 @@ def value(address: str, function: Callable[..., Any], *args: Any, policy: Policy
 
 
 def listed(address: str) -> list[dict[str, Any]]:
-    """Return all containers of an engine, also those that have ended."""
+    """Return all containers of an engine, ended ones included."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address.removeprefix("unix://"))
         connection.sendall(b"GET /containers/json?all=1 HTTP/1.0\r\nHost: engine\r\n\r\n")
@@ -162,7 +162,7 @@ def verdicts(address: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", attempts.ATTEMPTS)
 def test_attempt_has_the_verdict_of_the_level_seccomp(name: str, verdicts: dict[str, str]) -> None:
     expected = attempts.ATTEMPTS[name].seccomp
-    # The control group counts processes, whatever the limit of their user is.
+    # The control group counts processes independently of the limit of their user.
     if expected and name != "raise_limit_of_processes":
         assert verdicts[name].startswith(expected)
 
@@ -349,7 +349,7 @@ asyncio.run(main())
         states = {each["State"] for each in listed(address)}
         agent.kill()
     assert states == {"running", "created"}
-    # The engine removes the container whose connection ended, and the next agent the one that was never started.
+    # The engine removes the container whose connection ended. The next agent removes the unstarted one.
     settle(lambda: {each["State"] for each in listed(address)} == {"created"})
     assert value(address, abs, -1) == 1
     assert listed(address) == []

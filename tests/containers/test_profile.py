@@ -17,7 +17,7 @@ CLONE_THREAD, CLONE_NEWUSER, CLONE_NEWNET = 0x00010000, 0x10000000, 0x40000000
 
 
 def decide(found: dict[str, Any], name: str, *args: int) -> int:
-    """Return what an engine makes of a call, as the filter's verdict."""
+    """Return the decision of an engine about a call, as a verdict of the filter."""
     answers = set()
     for rule in found["syscalls"]:
         if name in rule["names"] and all(_holds(condition, args) for condition in rule.get("args", ())):

@@ -1,4 +1,4 @@
-"""The files of the sandbox image: what is taken of this machine, and what is not."""
+"""The files of the sandbox image: which files of this machine it has, and which it leaves out."""
 
 import io
 import sys

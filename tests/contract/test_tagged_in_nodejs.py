@@ -44,7 +44,7 @@ def read_by_node(texts: list[str]) -> list[Any]:
     return found
 
 
-def test_nodejs_reads_what_a_runner_writes() -> None:
+def test_nodejs_decodes_tagged_json_of_a_runner() -> None:
     inner = [1]
     values = {
         "tuple": ((1, "a"), [1, "a"]),

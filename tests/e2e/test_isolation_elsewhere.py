@@ -1,4 +1,4 @@
-"""Sandboxes of workers that Ray starts, and of machines that joined: what holds on a local worker holds there."""
+"""Sandboxes of workers that Ray starts, and of machines that joined: the same isolation as on a local worker."""
 
 import ctypes
 import os

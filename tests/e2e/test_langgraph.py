@@ -133,7 +133,7 @@ def test_a_decorated_node_reaches_the_stream_the_store_and_interrupts(local: str
     assert item.value == {"v": "x"}
 
 
-def test_an_exception_of_a_node_is_the_original_when_it_cannot_be_made_by_its_arguments(local: str) -> None:
+def test_node_exception_is_restored_when_its_arguments_do_not_fit_its_class(local: str) -> None:
     @LangGraphClient(local).task
     async def fails(text: str) -> None:
         raise QuotaError("ann", 5)
@@ -193,7 +193,7 @@ def test_a_cancelled_invocation_ends_its_nodes(local: str, client_of_local: Latt
     assert room.notes() == ["+in"]
 
 
-def test_compile_refuses_what_cannot_run_there(local: str) -> None:
+def test_compile_refuses_a_node_that_cannot_be_pickled_and_unknown_options(local: str) -> None:
     lattice, lock = LangGraphClient(local), threading.Lock()
 
     def holds_lock(state: State) -> dict[str, Any]:
@@ -283,9 +283,7 @@ def test_values_larger_than_a_question_cross_in_both_directions(local: str) -> N
     assert [len(items[0][1]), items[1][1]["stores"]["words"]] == [size, [size]]
 
 
-def test_a_node_is_not_run_again_silently_when_its_attempt_was_lost_after_it_had_written(
-    local: str, tmp_path: Path
-) -> None:
+def test_call_of_a_node_fails_when_its_attempt_was_lost_after_writing_to_the_stream(local: str, tmp_path: Path) -> None:
     first = tmp_path / "first"
 
     @LangGraphClient(local).task(retries=1)

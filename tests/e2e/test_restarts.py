@@ -70,7 +70,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
 
 
 def aside(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Make a call on a thread; return a function that waits for what it returned."""
+    """Make a call on a thread; return a function that waits for its result."""
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.append(call()))
     thread.start()

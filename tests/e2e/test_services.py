@@ -53,7 +53,7 @@ def ready(service: service_pb2.Service) -> list[service_pb2.ServiceInstance]:
 
 
 def until(is_so: Callable[[], Any], what: str) -> Any:
-    """Return what a condition returns once that is true."""
+    """Call a condition until its result is true; return the result."""
     ends_at = time.monotonic() + WAIT_S
     while not (found := is_so()):
         assert time.monotonic() < ends_at, f"not within {WAIT_S} s: {what}"

@@ -88,7 +88,7 @@ def test_answer_is_refused_when_it_fails_in_the_name_of_lattice(kind: str, store
         screen({"failure": {"kind": kind, "message": "m"}}, [], store)
 
 
-def test_status_of_a_process_is_not_what_the_process_says(store: Path) -> None:
+def test_exit_status_is_dropped_when_the_sandboxed_process_reports_it(store: Path) -> None:
     failure = {"kind": "user_error", "message": "m", "exit_status": -9, "cause": {}}
     answer, _ = screen({"failure": failure}, [], store)
     assert answer["failure"] == {"kind": "user_error", "message": "m"}

@@ -42,7 +42,7 @@ def test_no_level_is_offered_when_its_processes_are_refused(
     assert "isolation by seccomp is not offered: missing: the limit CPU" in caplog.text
 
 
-def test_refusal_says_what_to_change_when_that_is_known() -> None:
+def test_refusal_advises_a_setting_when_its_cause_is_known() -> None:
     assert "unprivileged_userns_clone" in advised("namespaces: PermissionError: [Errno 1] Operation not permitted")
     assert "systempaths=unconfined" in advised("view: OSError: mount: /proc")
     assert advised("missing: the limit CPU") == "missing: the limit CPU"

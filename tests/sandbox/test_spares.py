@@ -89,7 +89,7 @@ def test_spares_end_when_their_policy_is_idle_or_dropped(monkeypatch: pytest.Mon
     asyncio.run(scenario())
 
 
-def test_spares_of_the_policy_that_was_used_least_recently_end_when_there_are_too_many() -> None:
+def test_spares_of_the_least_recently_used_policy_are_evicted_over_the_limit() -> None:
     async def scenario() -> list[bool]:
         waiting = Spares(Makes(), 1)
         policies = [dataclasses.replace(ONE, memory_bytes=number) for number in range(spares.MAX_POLICIES + 1)]

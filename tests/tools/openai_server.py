@@ -3,7 +3,7 @@
     python openai_server.py HOST PORT [--delay SECONDS] [--fault FAULT]
 
 It answers with the words of the last message, one a chunk, and names its process in `system_fingerprint`. `--fault`
-names what goes wrong in every answer: `cut` closes the connection after two words, `silent` ends the stream without a
+names the fault of every answer: `cut` closes the connection after two words, `silent` ends the stream without a
 reason to finish, `abort` finishes with the reason `abort`, `busy` answers with 503.
 """
 

@@ -1,4 +1,4 @@
-"""Chunks of attempts and the window of those that the server has not acknowledged, with a real worker."""
+"""Chunks of attempts and the window of unacknowledged chunks, with a real worker."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ CHUNKS = 3 * WINDOW_CHUNKS
 
 @pytest.mark.slow
 class TestWithWorker:
-    """With a real worker, and a head that acknowledges what the test says."""
+    """With a real worker, and a head that acknowledges the chunks that a test names."""
 
     def play(self, scenario: Callable[[Pair], Coroutine[Any, Any, None]], folder: Path) -> None:
         """Play a scenario with a worker."""

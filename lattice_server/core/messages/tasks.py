@@ -102,7 +102,7 @@ class TaskReturned(TaskMessage):
 
 @dataclass(frozen=True, slots=True)
 class TasksSpawned(TaskMessage):
-    """A running task added others to its run; it waits for those that it called."""
+    """A running task added tasks to its run; with `is_called` it waits for them."""
 
     tasks: tuple[TaskSpec, ...]
     is_called: bool = False

@@ -115,7 +115,7 @@ class Restoration:
                 self._end(self._record(fact.task_id), fact, at, queued_s)
 
     def resume(self, now: float) -> None:
-        """Have the tasks that can continue sent to the scheduler, and end those that the run was to stop.
+        """Send the tasks that can continue to the scheduler, and end the tasks that the run was to stop.
 
         The attempts that ran are over. Their tasks are queued again, which is no retry of their policy.
         """
@@ -225,7 +225,7 @@ class Restoration:
             depth = 0 if parent is None else parent.depth + 1
             addition = finish(adding(self._dag, added, self._values.parameters.keys(), fact.parent_task_id, depth))
             if tuple(addition.records) != fact.task_ids:
-                raise RestorationError("the definitions of added tasks are not those that an event names")
+                raise RestorationError("the definitions of added tasks do not match the task ids of their event")
             addition.extension.apply(self._dag)
             self._table.extend(addition.records)
             if parent is not None and is_called:

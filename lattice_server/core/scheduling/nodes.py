@@ -148,7 +148,7 @@ class Node:
             self.free_gpu = dict.fromkeys(self.free_gpu, 1.0)
 
     def park(self, slot: Slot) -> None:
-        """Free what a slot needs to run; it need not be alone on the node any more."""
+        """Free a slot and its CPUs; it need not be alone on the node any more."""
         if slot.is_exclusive:
             slot.is_exclusive = self.is_exclusive = False
         self._run(slot, 1)
@@ -156,7 +156,7 @@ class Node:
         self.parked += 1
 
     def unpark(self, slot: Slot) -> None:
-        """Take what a parked slot needs to run."""
+        """Occupy a parked slot and its CPUs again."""
         self._run(slot, -1)
         slot.is_parked = False
         self.parked -= 1
@@ -167,7 +167,7 @@ class Node:
         return has_slot and self.free_cpu + EPSILON >= slot.resources.cpu and not self.is_exclusive
 
     def _run(self, slot: Slot, sign: int) -> None:
-        """Free, or take, what a slot needs to run."""
+        """Free, or occupy, a slot and its CPUs."""
         self.free_cpu += sign * slot.resources.cpu
         if slot.is_async:
             self.free_async_slots += sign

@@ -23,7 +23,7 @@ Key = tuple[str, str]
 
 @dataclass(slots=True, eq=False)
 class Waits:
-    """The parked leases, what they wait for, and the answers that wait for CPUs, in the order in which they came."""
+    """The parked leases, the tasks that they wait for, and the answers that wait for CPUs, in order of arrival."""
 
     _registry: NodeRegistry
     _placer: Placer
@@ -173,7 +173,7 @@ class Waits:
 
 
 def _may_lack(task: Task) -> bool:
-    """Whether a task needs anything that parked leases do not give back."""
+    """Whether a task needs GPUs, memory or a permit, which parked leases do not release."""
     wanted = task.shape.resources
     return bool(wanted.gpu or wanted.gpu_memory_bytes or wanted.memory_bytes or task.concurrency)
 

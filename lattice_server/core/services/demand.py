@@ -11,7 +11,7 @@ SHRINK_DELAY_S = 60.0
 
 
 class Demand:
-    """The use of one service: who waits for it, who has its address, and how many requests its instances serve."""
+    """The use of one service: the numbers of waiters, of attempts that have its address, and of requests in flight."""
 
     def __init__(self, *, is_asleep: bool) -> None:
         self.waiting = self.users = self.in_flight = 0
@@ -22,7 +22,7 @@ class Demand:
 
     @property
     def is_used(self) -> bool:
-        """Whether there are requests, tasks that may make some, or somebody who waits."""
+        """Whether there are requests, attempts that may make some, or waiters."""
         return bool(self.waiting or self.users or self.in_flight)
 
     def wanted(self, spec: ServiceSpec) -> int:

@@ -62,6 +62,6 @@ def _devices(resources: Resources) -> tuple[str, ...]:
     if resources.gpu > 1:
         return "--tensor-parallel-size", str(int(resources.gpu))
     if 0 < resources.gpu < 1:
-        # It is a part of the whole memory of the device, and what is not free at the start fails it; so round down.
+        # It is a share of the whole memory of the device. The start fails when the share is not free: round down.
         return "--gpu-memory-utilization", f"{math.floor(resources.gpu * 1000) / 1000:g}"
     return ()

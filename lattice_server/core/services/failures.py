@@ -1,4 +1,4 @@
-"""Owns the class of a failure by what a program wrote before it ended. Rule: the first pattern that matches decides.
+"""Owns the class of a failure by the last output of a program. Rule: the first pattern that matches decides.
 
 Engines write the cause first and its consequences after it, so that the lines are read from the top.
 """
@@ -73,7 +73,7 @@ def _kind_of(exit_status: int | None, signal: int, lines: Sequence[str], is_engi
 
 
 def _line_of(kind: FailureKind, lines: Sequence[str], is_engine: bool) -> str:
-    """Return the line that says the cause: the one that matched, or else the last one."""
+    """Return the line with the cause: the line that matched, or else the last line."""
     patterns = [pattern for found, pattern in (_MODEL_PATTERNS if is_engine else _PATTERNS) if found is kind]
     for line in lines:
         if any(re.search(pattern, line, re.IGNORECASE) for pattern in patterns):

@@ -16,7 +16,7 @@ from lattice_server.core.states import transition
 UNUSED = frozenset({InstanceState.QUEUED, InstanceState.STARTING})
 # Instances of an older definition serve until the new ones are ready, unless these wait for resources for so long.
 REPLACE_WAIT_S = 5.0
-# The order in which instances are given up: first those that serve nobody.
+# The order in which instances are stopped: first the instances that serve no requests.
 _GIVEN_UP_FIRST = {
     InstanceState.QUEUED: 0,
     InstanceState.UNHEALTHY: 1,

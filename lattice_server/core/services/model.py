@@ -137,7 +137,7 @@ INSTANCE_TRANSITIONS: Mapping[InstanceState, Set[InstanceState]] = {
     InstanceState.STOPPING: {InstanceState.ENDED},
     InstanceState.ENDED: frozenset(),
 }
-# The states in which an instance counts among those that are wanted.
+# The states in which an instance counts towards the wanted number.
 WANTED_STATES = frozenset({InstanceState.QUEUED, InstanceState.STARTING, InstanceState.READY, InstanceState.UNHEALTHY})
 
 

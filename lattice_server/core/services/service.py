@@ -84,7 +84,7 @@ class Service:
             return ServiceState.READY if ready else ServiceState.IDLE
         return ServiceState.DEGRADED if ready else ServiceState.STARTING
 
-    # What it decides.
+    # Decisions.
 
     def start(self, now: float) -> list[Effect]:
         """Begin."""

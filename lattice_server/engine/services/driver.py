@@ -1,6 +1,6 @@
 """Carries out the decisions of the machines of services, on the main thread: runs of instances, timers and answers.
 
-Rule: what runs and instances report is taken in turn, from the event loop, so that a machine never runs inside another.
+Rule: the event loop takes reports of runs and instances in turn, so that no machine runs inside another one.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 class ServiceDriver:
     """Drives the machines of services.
 
-    `function` is what the task of an instance runs. `on_routes` is called when other instances of a service than before
+    `function` is the code of an instance's task. `on_routes` is called when other instances of a service than before
     take requests, `on_gone` when a service has ended.
     """
 

@@ -2,7 +2,7 @@
 
 A gateway is a run of the server's own with one task, pinned to its node. It asks for the routes it does not have yet,
 for the meaning of a key it sees for the first time, and to wait for a model that has no instance.
-Rule: what a gateway may not know any more is told to it before anything new.
+Rule: each answer with new routes names the keys that have ended since the last answer.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Owns how an instance becomes a run with one task, and how the end of that run becomes the end of the instance.
 
-Rule: the task has no inputs: what an instance needs is the answer to its first question, so that no graph, event or
+Rule: the task has no inputs: the program of an instance is the answer to its first question, so that no graph, event or
 log of the run shows it.
 """
 
@@ -63,7 +63,7 @@ def refusal(error: LatticeError) -> ServiceFailure:
 
 
 def program_of(spec: ServiceSpec, instance: Instance) -> dict[str, Any]:
-    """Return what an instance is told first."""
+    """Return the answer to the first question of an instance."""
     health = spec.health
     return {
         "instance_id": instance.instance_id,

@@ -14,7 +14,7 @@ PREFIX = "lk-"
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a key allows: requests to one service of a tenant."""
+    """The grant of a key: requests to one service of a tenant."""
 
     tenant: str
     service: str
@@ -41,7 +41,7 @@ class Keys:
         return of_use[service]
 
     def find(self, key: str) -> Grant | None:
-        """Return what a key allows; None when it is not valid."""
+        """Return the grant of a key; None when the key is not valid."""
         return self._grants.get(key)
 
     def nodes(self) -> set[str]:

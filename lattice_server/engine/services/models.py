@@ -103,7 +103,7 @@ class Models:
 
 
 def reachable(instances: Iterable[Instance], node_id: str) -> list[Instance]:
-    """Return the instances that processes on a node reach: those on it first, or else those that listen for others."""
+    """Return the instances that processes on a node reach: those on it if any, else those of cluster reach."""
     present = list(instances)
     here = [found for found in present if found.node_id == node_id]
     return here or [found for found in present if found.spec.reach is Reach.CLUSTER]

@@ -1,4 +1,4 @@
-"""Owns the services of all tenants, and who waits for and uses each, on the main thread.
+"""Owns the services of all tenants, and the waiters and users of each, on the main thread.
 
 Rule: a service is found by its name within its tenant; a task reaches the services of its own tenant only.
 """
@@ -28,7 +28,7 @@ AttemptEnd = TaskSucceeded | TaskFailed | TaskCancelled | TaskRetrying
 
 
 class Services:
-    """The services. `function` is what the task of an instance runs, `gateway` that of a gateway."""
+    """The services. `function` is the function of an instance's task, `gateway` the function of a gateway's task."""
 
     def __init__(self, orchestrator: Orchestrator, function: Function, gateway: Function) -> None:
         self._orchestrator = orchestrator

@@ -29,7 +29,7 @@ FAILURE_POLICY_FROM_PROTO = {
     workflow_pb2.FAILURE_POLICY_FINISH_INDEPENDENT: FailurePolicy.FINISH_INDEPENDENT,
 }
 FAILURE_POLICY_TO_PROTO = {core: proto for proto, core in FAILURE_POLICY_FROM_PROTO.items()}
-# What was accepted fits, whatever the limits are now.
+# An accepted graph is restored, even if it exceeds the present limits.
 NO_LIMIT = 1 << 62
 
 

@@ -28,7 +28,7 @@ from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO
 from lattice_server.rpc.convert.times import seconds_from
 
 RUN_STATE_FROM_PROTO = {proto: core for core, proto in RUN_STATE_TO_PROTO.items()}
-NO_LIMIT = 1 << 62  # What was accepted fits, whatever the limits are now.
+NO_LIMIT = 1 << 62  # An accepted value is restored, even over the present limits.
 
 
 def event_from_proto(key: str, message: run_pb2.RunEvent, report: worker_pb2.Report) -> RecordedEvent:

@@ -1,4 +1,4 @@
-"""Converts the spans of attempts. Rule: a worker is not trusted with sizes: what is over a limit is cut or left out."""
+"""Converts the spans of attempts. Rule: a worker is not trusted with sizes: content over a limit is cut or left out."""
 
 from collections.abc import Mapping
 from itertools import islice

@@ -134,7 +134,7 @@ class LlmSpec(google.protobuf.message.Message):
 
     @property
     def arguments(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Further arguments of the engine, after those that Lattice sets."""
+        """Further arguments of the engine, after the arguments that Lattice sets."""
 
     @property
     def resources(self) -> lattice.v1.resources_pb2.Resources:

@@ -585,7 +585,7 @@ class Service(google.protobuf.message.Message):
 
     @property
     def instances(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ServiceInstance]:
-        """Its instances that have not ended, and the one that ended last."""
+        """Its instances that have not ended, and the instance that ended last."""
 
     @property
     def failure(self) -> Global___ServiceFailure:

@@ -633,7 +633,7 @@ class RunnerCount(google.protobuf.message.Message):
     busy: builtins.int
     """Processes that run attempts."""
     idle: builtins.int
-    """Processes that wait for an attempt, those that never ran one included."""
+    """Processes that wait for an attempt, including new ones that have run no attempt."""
     started: builtins.int
     """Processes started since the last heartbeat."""
     def __init__(
@@ -1081,8 +1081,8 @@ Global___AttemptAsked: typing_extensions.TypeAlias = AttemptAsked
 
 @typing.final
 class AttemptTraced(google.protobuf.message.Message):
-    """The spans of one attempt that `Assignment.trace_parents` named. They belong to the trace of the attempt, whatever they
-    say. The server ignores those of a lease that has ended, and spans beyond 512.
+    """The spans of one attempt that `Assignment.trace_parents` named. They belong to the trace of the attempt, also if they
+    name another one. The server ignores the spans of a lease that has ended, and spans beyond 512.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -1188,7 +1188,7 @@ Global___Span: typing_extensions.TypeAlias = Span
 
 @typing.final
 class SpanEvent(google.protobuf.message.Message):
-    """Something that happened during a span."""
+    """A timed event during a span."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -1,4 +1,4 @@
-"""Scenarios of what a node reaches in the graph's process: stores, streams, interrupts, callbacks, models, tools."""
+"""Scenarios of nodes that use objects of the graph's process: stores, streams, interrupts, callbacks, models, tools."""
 
 import asyncio
 import json
@@ -247,7 +247,7 @@ async def callbacks(compile: Compile, call: Caller) -> Any:
 
 
 class Model(BaseChatModel):
-    """A chat model without network: it calls each bound tool once, and then repeats what the tools returned."""
+    """A chat model without network: it calls each bound tool once, and then repeats their results."""
 
     tools: tuple[str, ...] = ()
 
@@ -357,7 +357,7 @@ def failing(text: str) -> str:
 def injected(
     text: str, state: Annotated[Any, InjectedState], store: Annotated[Any, InjectedStore], config: RunnableConfig
 ) -> str:
-    """Use what the graph injects."""
+    """Use the arguments that the graph injects."""
     store.put(("tools",), "used", {"text": text})
     get_stream_writer()(f"tool of {len(state['messages'])}")
     return f"{text} {config['configurable']['user']}"

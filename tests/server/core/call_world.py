@@ -36,7 +36,7 @@ DONE = {"out": Payload("application/json", "1")}
 
 @dataclass
 class Program:
-    """What a task does: it calls tasks, all at once or one after the other, and succeeds.
+    """The behaviour of a task: it calls tasks, all at once or one after the other, and succeeds.
 
     One that `catches` succeeds when a call fails too; any other fails with it. One that `fails` fails after its calls.
     """
@@ -80,7 +80,7 @@ class World:
         self._perform(self.run.start({}, 0.0))
 
     def play(self, stop_after: int | None = None) -> None:
-        """Go on until nothing is left to do; with `stop_after` cancel the run after so many steps."""
+        """Take steps until none is left; with `stop_after` cancel the run after so many steps."""
         for step in range(100_000):
             if step == stop_after:
                 self._perform(self.run.cancel("enough", self.now))

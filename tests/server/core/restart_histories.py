@@ -45,7 +45,7 @@ def restored(histories: RunHistories) -> Run:
 
 
 def comparable(record: Any) -> tuple[Any, ...]:
-    """Return what a reader can see of a task that has ended."""
+    """Return the fields of an ended task that a reader can see."""
     return (
         record.is_called,
         record.spec,

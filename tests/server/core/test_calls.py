@@ -153,7 +153,7 @@ def test_called_tasks_are_cancelled_with_the_task_that_called_them() -> None:
     assert not scene.machine.leases
 
 
-def test_an_answer_waits_until_the_parked_lease_has_its_cpu_again_and_goes_before_new_work() -> None:
+def test_answer_waits_for_the_cpu_of_its_parked_lease_and_precedes_new_tasks() -> None:
     scene = Scene(node(cpu=1.0))
     scene.tell(ready("p"), ready("later"))
     lease = scene.leases["p"]

@@ -1,4 +1,4 @@
-"""What a caller is told of the tasks that it called."""
+"""Answers to a caller about the tasks that it called."""
 
 from types import SimpleNamespace
 from typing import Any

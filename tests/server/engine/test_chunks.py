@@ -62,7 +62,7 @@ OPERATIONS = st.lists(
 
 
 @given(OPERATIONS, st.sampled_from([3, 1000]))
-def test_a_reader_gets_each_kept_chunk_once_when_it_breaks_and_attempts_are_repeated(
+def test_reader_gets_each_kept_chunk_once_across_reconnects_and_retries(
     operations: list[tuple[str, str, int]], max_chunks: int
 ) -> None:
     async def scenario() -> None:
@@ -143,7 +143,7 @@ def test_the_store_keeps_its_bounds_and_the_newest_chunk_of_each_task(steps: lis
     assert not store._streams
 
 
-def test_a_tenant_over_its_share_loses_its_own_oldest_chunks_of_the_task_that_streamed_least_recently() -> None:
+def test_least_recently_streaming_task_loses_chunks_when_its_tenant_is_over_its_share() -> None:
     store = ChunkStore(Bound(20_000, share=0.5))
     old, new, other = a_run("old", "a"), a_run("new", "a"), a_run("other", "b")
     store.take(other, streamed("t", 1, *range(10)))

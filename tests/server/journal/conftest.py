@@ -20,7 +20,7 @@ KILLS = frozenset({"commit.before_commit", "commit.after_commit", "chores.after_
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as exhaustive what needs PostgreSQL, and most of the tests that kill a process."""
+    """Mark as exhaustive the tests that need PostgreSQL, and most of the tests that kill a process."""
     for item in items:
         if item.path.parent != Path(__file__).parent:
             continue

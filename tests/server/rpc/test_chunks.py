@@ -116,7 +116,7 @@ def test_a_reader_is_told_that_an_attempt_replaces_an_earlier_one() -> None:
     play(scenario)
 
 
-def test_a_chunk_that_is_too_large_or_unreadable_fails_its_attempt_and_not_the_worker() -> None:
+def test_chunk_fails_only_its_attempt_when_it_is_too_large_or_unreadable() -> None:
     async def scenario(head: Scene) -> None:
         worker, _ = await head.worker()
         sequence = 0
@@ -159,7 +159,7 @@ def test_progress_is_shown_to_readers_and_of_the_task() -> None:
     play(scenario)
 
 
-def test_100_readers_get_all_chunks_and_one_that_vanishes_or_does_not_read_holds_up_none() -> None:
+def test_100_readers_get_all_chunks_when_other_readers_disconnect_or_do_not_read() -> None:
     async def scenario(head: Scene) -> None:
         worker, _ = await head.worker()
         run_id = await a_run(head)
@@ -191,7 +191,7 @@ def test_100_readers_get_all_chunks_and_one_that_vanishes_or_does_not_read_holds
         (results_pb2.WatchChunksRequest(run_id="r", after_sequence={"t": -1}), grpc.StatusCode.INVALID_ARGUMENT),
     ],
 )
-def test_a_reader_is_refused_when_it_names_what_is_not_there(
+def test_reader_is_refused_when_its_run_task_or_sequence_is_not_valid(
     request_: results_pb2.WatchChunksRequest, reason: grpc.StatusCode
 ) -> None:
     async def scenario(head: Scene) -> None:

@@ -1,4 +1,4 @@
-"""Servers on one journal, one after the other: what a caller finds after a restart. None of them has workers."""
+"""Servers on one journal, one after the other: runs and workflows after a restart. None of the servers has workers."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -75,7 +75,7 @@ def test_a_run_waits_as_before_when_the_server_was_restarted(tmp_path: Path) -> 
             get(caller, "unknown")
 
 
-def test_all_runs_are_listed_once_and_newest_first_when_some_are_only_in_the_journal(tmp_path: Path) -> None:
+def test_runs_are_listed_once_newest_first_when_some_are_only_in_the_journal(tmp_path: Path) -> None:
     with started(tmp_path) as caller:
         for number in range(5):
             run(caller, f"r{number}")

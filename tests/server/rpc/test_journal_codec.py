@@ -1,4 +1,4 @@
-"""What is written to the journal reads back as it was."""
+"""Records of the journal decode to the values that were encoded."""
 
 from dataclasses import replace
 from random import Random

@@ -13,7 +13,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 
 
 class Receiver(metrics_service_pb2_grpc.MetricsServiceServicer, trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps what it received. `address` is where it listens."""
+    """Keeps the requests that it received, and listens at `address`."""
 
     def __init__(self) -> None:
         self.address = ""

@@ -1,4 +1,4 @@
-"""The list of metrics: the golden file, the page, and what a server really exports."""
+"""The list of metrics: the golden file, the page, and the metrics that a server exports."""
 
 import re
 from pathlib import Path

@@ -97,7 +97,7 @@ async def test_server_exports_each_metric_of_the_catalogue_with_its_labels(tmp_p
     assert labelled(samples, "lattice_node_cpu_capacity") == {("local",): 2}
     # On a busy machine the worker may reconnect.
     assert labelled(samples, "lattice_worker_sessions_total")[("joined",)] == 1
-    # One process for each CPU waits, and the ones that ran something; at the other levels one that is sealed.
+    # One process for each CPU is idle, and each process that ran an attempt; at other levels one sealed process is.
     assert labelled(samples, "lattice_runners")["none", "busy"] == 0
     assert labelled(samples, "lattice_runners")["none", "idle"] >= 2
     assert labelled(samples, "lattice_runner_starts_total")[("none",)] >= 2

@@ -1,4 +1,4 @@
-"""The class of a failure by what a program wrote."""
+"""The class of a failure by the output of a program."""
 
 import pytest
 
