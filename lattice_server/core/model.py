@@ -307,7 +307,10 @@ DEFAULT_RESOURCES = Resources()
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """The definition of one task of a workflow. `over` names the input whose list the task is mapped over."""
+    """The definition of one task of a workflow.
+
+    `over` names the input whose list the task is mapped over. `is_service` tells that it does not end by itself.
+    """
 
     task_id: str
     function: Function
@@ -327,6 +330,7 @@ class TaskSpec:
     concurrency_key: str = ""
     over: str = ""
     condition: Condition | None = None
+    is_service: bool = False
 
 
 class FailurePolicy(Enum):

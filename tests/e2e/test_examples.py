@@ -35,7 +35,7 @@ def test_the_research_agent_publishes_only_when_it_is_approved(local: str) -> No
     approved, refused = _run(local, "research_agent"), _run(local, "research_agent", "--refuse")
     for shown in (approved, refused):
         assert re.search(r"- query: \[35(\.0)?, \"2015/", shown)
-        assert re.search(r"- search: \S+\.md: \w", shown)
+        assert re.search(r"- search: \S+\.md: \S", shown)
         assert "! publish this?" in shown
     assert "Done; published: " in approved
     assert "Done; the report was refused" in refused

@@ -84,11 +84,17 @@ class Attempts:
 
     def lose(self, node: Node, lost: Sequence[Lease], failure: Failure, now: float) -> None:
         """Take the loss of leases of a node whose worker will not end them."""
-        held = self._placer.table.of_node(node)
+        held = [lease for lease in self._placer.table.of_node(node) if not lease.slot.is_service]
         # A lease that waits for its input cannot have begun.
         running = [lease for lease in held if not lease.slot.is_parked]
         is_alone = len(running or held) == 1 and not held[0].waits_for_input
         for lease in lost:
+            if lease.slot.is_service:
+                # Its owner starts another one. Alone on a node it would keep all others out for ever.
+                self._reports.note_start(lease, now)
+                for task in self._reports.dissolve(lease, now):
+                    self._tasks.fail(task, failure, now)
+                continue
             for task in lease.members():
                 task.shape, task.cohort = self._registry.exclusive(task.shape), 0
             if not is_alone or (running and lease.slot.is_parked):

@@ -106,6 +106,7 @@ class LeaseTable:
             concurrency,
             progress_at=now,
             is_exclusive=shape.is_exclusive,
+            is_service=shape.is_service,
         )
         self._registry.take(node, slot)
         self._slots.setdefault((shape, concurrency), {})[slot.slot_id] = slot

@@ -21,8 +21,9 @@ class Slot:
 
     `progress_at` is when the first lease became first, and `is_slow` tells that it runs longer than others should wait
     behind it. `backlog_s` is how long all of them are expected to run. Its calls count towards the key of
-    `concurrency`. `is_exclusive` tells that its one lease is the only one of its node. A slot that `is_parked` holds
-    devices and memory only, because its first lease waits for tasks that it called.
+    `concurrency`. `is_exclusive` tells that its one lease is the only one of its node, services aside. `is_service`
+    tells that its lease does not end by itself. A slot that `is_parked` holds devices and memory only, because its
+    first lease waits for tasks that it called.
     """
 
     slot_id: int
@@ -36,6 +37,7 @@ class Slot:
     progress_at: float = 0.0
     is_slow: bool = False
     is_exclusive: bool = False
+    is_service: bool = False
     is_parked: bool = False
 
 
@@ -92,11 +94,20 @@ class Node:
         """Change the session's state. Raises InvalidTransition."""
         self.session = transition("session", self.session_id, self.session, state, SESSION_TRANSITIONS)
 
-    def admits(self, *, is_exclusive: bool) -> bool:
-        """Whether one more slot may be on this node, or, if it is to be exclusive, the only one."""
+    def admits(self, *, is_exclusive: bool, is_service: bool = False) -> bool:
+        """Whether one more slot may be on this node, or, if it is to be exclusive, the only one.
+
+        Services are not counted and not kept out: an exclusive lease would wait for their end, which does not come.
+        """
         if self.owes_cpu:
             return False
-        return all(slot.is_parked for slot in self.slots.values()) if is_exclusive else not self.is_exclusive
+        if is_exclusive:
+            return not self.attempts_beside_services()
+        return is_service or not self.is_exclusive
+
+    def attempts_beside_services(self) -> int:
+        """Return the number of leases that run here and end by themselves."""
+        return sum(len(s.lease_ids) for s in self.slots.values() if not s.is_parked and not s.is_service)
 
     def devices_for(
         self, wanted: Resources, *, besides: Resources | None = None, on: tuple[int, ...] = ()
@@ -236,8 +247,8 @@ class Node:
         assert all(slot.lease_ids for slot in slots), "a slot without a lease holds resources"
         assert (self.session is SessionState.DETACHED) == (self.detached_at is not None)
         assert self.is_exclusive == any(slot.is_exclusive for slot in slots)
-        leases = sum(len(slot.lease_ids) for slot in slots if not slot.is_parked)
-        assert not self.is_exclusive or leases == 1, "an exclusive lease is not alone on its node"
+        is_alone = self.attempts_beside_services() == 1
+        assert not self.is_exclusive or is_alone, "an exclusive lease is not alone on its node"
 
 
 def _is_whole(gpu: Gpu, free: Mapping[int, float], memory: Mapping[int, int]) -> bool:

@@ -57,7 +57,7 @@ class Pipeline:
         or could run one of the `blocked` shapes. None when there is no slot.
         """
         shape, head = group.shape, group.head()
-        if shape.is_async or shape.is_exclusive or group.key.policy is not None or head is None:
+        if shape.is_async or shape.is_exclusive or shape.is_service or group.key.policy is not None or head is None:
             return None
         expected_s = self.expected_s(head)
         slots = self._table.slots((shape, group.concurrency))

@@ -15,7 +15,7 @@ class Shape:
     """The needs of a task that placement considers; tasks of one shape are interchangeable to it.
 
     `entrypoint` is the name of a function that workers have; empty when its code is sent. `is_exclusive` tells that a
-    lease of this shape is the only one on its node.
+    lease of this shape is the only one on its node, and `is_service` that it does not end by itself.
     """
 
     resources: Resources
@@ -25,6 +25,7 @@ class Shape:
     entrypoint: str = ""
     runtime: Runtime = ANY_RUNTIME
     is_exclusive: bool = False
+    is_service: bool = False
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -40,7 +41,8 @@ def shape_of(spec: TaskSpec) -> Shape:
     """Return the needs of a task."""
     function = spec.function
     where = (spec.isolation, spec.node_selector)
-    return Shape(spec.resources, function.is_async, *where, function.entrypoint, function.runtime)
+    code = (function.entrypoint, function.runtime)
+    return Shape(spec.resources, function.is_async, *where, *code, is_service=spec.is_service)
 
 
 def suits(shape: Shape, node: NodeSpec) -> bool:
@@ -72,7 +74,9 @@ def devices_on(node: Node, shape: Shape, reserved: Shape | None = None) -> tuple
 
     `reserved` is the shape that the node is reserved for, if any.
     """
-    if not node.fits(shape.resources, shape.is_async) or not node.admits(is_exclusive=shape.is_exclusive):
+    if not node.fits(shape.resources, shape.is_async):
+        return None
+    if not node.admits(is_exclusive=shape.is_exclusive, is_service=shape.is_service):
         return None
     devices = node.devices_for(shape.resources)
     if devices is None or (reserved is not None and not leaves_room(shape, devices, node, reserved)):
@@ -84,10 +88,10 @@ def leaves_room(shape: Shape, devices: tuple[int, ...], node: Node, reserved: Sh
     """Whether `shape` may run on `node` beside a reservation for the shape `reserved`.
 
     A resource may be used down to the reserved amount. One with less than that free may not be used at all, so that it
-    becomes free. An exclusive reservation is for the whole node.
+    becomes free. An exclusive reservation is for the whole node, services aside.
     """
     wanted, needed = shape.resources, reserved.resources
-    if reserved.is_exclusive or not _spares(node.free_cpu, wanted.cpu, needed.cpu):
+    if (reserved.is_exclusive and not shape.is_service) or not _spares(node.free_cpu, wanted.cpu, needed.cpu):
         return False
     if not _spares(node.free_memory_bytes, wanted.memory_bytes, needed.memory_bytes):
         return False

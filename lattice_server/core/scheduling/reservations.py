@@ -149,5 +149,5 @@ class Reservations:
 
 def _nearness(node: Node, shape: Shape) -> tuple[float, float, float]:
     """Return a key that is greatest for the node that is likely to have room for a shape first."""
-    leases = sum(len(slot.lease_ids) for slot in node.slots.values()) if shape.is_exclusive else 0
+    leases = node.attempts_beside_services() if shape.is_exclusive else 0
     return -leases, sum(node.free_gpu.values()) if shape.resources.gpu else 0.0, node.free_cpu

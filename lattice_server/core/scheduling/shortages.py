@@ -56,7 +56,7 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
         return [Shortage(name, "it is being drained")]
     if node.session is not SessionState.CONNECTED:
         return [Shortage(name, "its worker is not connected")]
-    if not node.admits(is_exclusive=shape.is_exclusive):
+    if not node.admits(is_exclusive=shape.is_exclusive, is_service=shape.is_service):
         return [Shortage(name, _exclusion(shape, node))]
     if node.free_cpu + EPSILON < wanted.cpu:
         found.append(Shortage(name, "cpu", wanted.cpu, max(0.0, node.free_cpu)))
@@ -72,7 +72,7 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
 def _exclusion(shape: Shape, node: Node) -> str:
     if not shape.is_exclusive:
         return "the task on it runs alone on its node because a worker was lost under it"
-    held = sum(len(slot.lease_ids) for slot in node.slots.values())
+    held = node.attempts_beside_services()
     others = "another attempt is" if held == 1 else f"{held} other attempts are"
     return f"{others} on it, and the task runs alone on its node because a worker was lost under it"
 

@@ -129,6 +129,7 @@ class Gateways:
             resources=Resources(cpu=0.0),
             retry=ONCE,
             node_selector=((NODE_LABEL, gateway.node_id),),
+            is_service=True,
         )
         run_id = f"gateway-{uuid4().hex}"
         try:

@@ -39,6 +39,7 @@ def start_run(orchestrator: Orchestrator, service: ServiceEntry, instance: Insta
         resources=spec.resources,
         retry=ONCE,
         node_selector=spec.node_selector,
+        is_service=True,
     )
     run_id = f"service-{instance.instance_id}-{uuid4().hex[:8]}"
     entry, _ = orchestrator.start_run(

@@ -109,6 +109,31 @@ def test_a_task_that_runs_alone_waits_until_its_node_is_empty() -> None:
     )
 
 
+def test_a_task_that_runs_alone_and_a_service_share_a_node() -> None:
+    scene = Scene(node())
+    scene.tell(ready("service", is_service=True, resources=Resources(0.0)), ready("a"), ready("b"))
+    scene.tell(LOST)
+    scene.tell(node("n"))
+    assert scene.tell(ready("again", is_service=True, retry=ONE_LOSS)) == ["again"], "a service is not kept out"
+    assert scene.succeed("a") == ["b"], "a service is not waited for"
+    assert scene.tell(ready("c")) == []
+    assert scene.succeed("b") == ["c"]
+
+
+def test_a_lost_service_ends_and_is_not_run_alone() -> None:
+    scene = Scene(node())
+    scene.tell(ready("service", is_service=True, retry=ONE_LOSS), ready("a", retry=ONE_LOSS))
+    scene.start("service", "a")
+    scene.tell(LOST)
+    assert scene.ends() == {"service": "failed", "a": "failed"}, "beside services alone is alone"
+
+
+def test_no_task_is_sent_behind_a_service() -> None:
+    scene = warmed()
+    assert scene.tell(ready("service", is_service=True)) == ["service"]
+    assert scene.tell(ready("after"), ready("other", is_service=True)) == []
+
+
 def test_a_loss_of_a_draining_node_charges_no_attempt_and_none_runs_alone() -> None:
     scene = Scene(node())
     scene.tell(ready("a", retry=ONE_LOSS))
