@@ -98,6 +98,8 @@ def records(place: Path) -> set[str]:
     return {str(path.relative_to(place)) for path in (*place.glob("*"), *place.glob("ray/*")) if path.suffix != ".err"}
 
 
+# It starts Ray four times; `test_an_existing_ray_is_shared_and_left_running` has a Ray of a user too.
+@pytest.mark.exhaustive
 def test_the_ray_of_a_user_is_separate_from_that_of_lattice(place: Path) -> None:
     with lattice(place) as (client, worker, log):
         gcs = client.server_info().ray_address
