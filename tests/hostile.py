@@ -80,6 +80,21 @@ def _endless() -> Any:
         yield 7
 
 
+def _short() -> Any:
+    yield 7
+    return 7
+
+
+def _locks() -> Any:
+    yield 7
+    yield threading.Lock()
+
+
+def _fails() -> Any:
+    yield 7
+    raise Odd("str")
+
+
 def _deep() -> list[Any]:
     found: list[Any] = []
     for _ in range(100_000):
@@ -148,13 +163,19 @@ VALUES: dict[str, Any] = {
 }
 UNPICKLABLE: dict[str, Any] = {
     "lock": threading.Lock,
-    "generator-object": _endless,
     "frame": sys._getframe,
     "deep": _deep,
     "value-raises": lambda: Value(["odd-str"]),
     "value-exits": lambda: Value(["exit"]),
     "value-is-interrupted": lambda: Value(["interrupt"]),
     "value-is-nothing": lambda: Value(["nothing"]),
+}
+# A generator is streamed, unless it is inside another value: then it cannot be pickled.
+GENERATORS: dict[str, Any] = {
+    "generator-object": _endless,
+    "generator-ends": _short,
+    "generator-locks": _locks,
+    "generator-fails": _fails,
 }
 
 
@@ -233,6 +254,10 @@ KINDS: dict[str, set[str]] = {
     **{word: {""} for word in VALUES},
     **{word: {PAYLOAD} for word in UNPICKLABLE},
     **{word: {CRASHED} for word in DEATHS},
+    "generator-object": {TIMEOUT},
+    "generator-ends": {""},
+    "generator-locks": {PAYLOAD},
+    "generator-fails": {FAILED},
     "circle": {""},
     "memory": {"OUT_OF_MEMORY"},
     "never": {TIMEOUT},
@@ -243,6 +268,9 @@ KINDS: dict[str, set[str]] = {
 # A coroutine that does not give up the event loop runs out of time, and with it all others.
 BLOCKING = {"never", "closes", "slow", "thread-exits"}
 KINDS_ASYNC = KINDS | {word: {*KINDS[word], TIMEOUT, CRASHED} for word in BLOCKING}
+# The functions of these forms return a list of what `act` returns.
+KINDS_IN_LIST = KINDS | {word: {PAYLOAD} for word in GENERATORS}
+KINDS_OF_FORM = {"process": KINDS, "async": KINDS_ASYNC, "batch": KINDS_IN_LIST, "map": KINDS_IN_LIST}
 
 
 def act(plan: Plan) -> Any:
@@ -254,6 +282,8 @@ def act(plan: Plan) -> Any:
         return VALUES[end]
     if end in UNPICKLABLE:
         return UNPICKLABLE[end]()
+    if end in GENERATORS:
+        return GENERATORS[end]()
     if end in DEATHS:
         return DEATHS[end]()
     match end:
@@ -295,8 +325,8 @@ def plan_of(choice: random.Random) -> Plan:
     return [*choice.sample(sorted(LEFT), choice.choice([0, 0, 1, 2, 4])), choice.choice(sorted(KINDS))]
 
 
-def is_expected(plan: Plan, kind: str, value: Any, *, is_async: bool = False) -> bool:
-    """Whether an attempt at a plan may end with this kind of failure, or, for no kind, with this value."""
-    if kind not in (KINDS_ASYNC if is_async else KINDS)[plan[-1]]:
+def is_expected(plan: Plan, kind: str, value: Any, form: str = "process") -> bool:
+    """Whether an attempt may end with this kind of failure, or, for no kind, with this value."""
+    if kind not in KINDS_OF_FORM[form][plan[-1]]:
         return False
     return bool(kind) or plan[-1] == "circle" or value == VALUES.get(plan[-1], 7)

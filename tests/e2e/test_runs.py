@@ -18,6 +18,7 @@ from lattice_client import (
     LangGraphClient,
     LatticeClient,
     NotFoundError,
+    PreconditionError,
     RunCancelledError,
     TaskDefinitionError,
     TaskFailedError,
@@ -240,7 +241,7 @@ def test_an_invalid_input_is_named_when_the_run_is_submitted(client: LatticeClie
 def test_unsupported_options_are_refused(client: LatticeClient) -> None:
     workflow = client.create_workflow()
     workflow.add_task(task(isolation="docker")(lambda: 1))
-    with pytest.raises(InvalidArgumentError, match="this server"):
+    with pytest.raises(PreconditionError, match=r"could ever run tasks\[0\], .*: it cannot isolate by docker \("):
         workflow.run()
 
 

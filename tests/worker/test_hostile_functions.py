@@ -134,7 +134,7 @@ def test_every_lease_ends_once_when_its_function_is_hostile(
                 assert plan[-1] in {"number", "garbage"}
             elif not (is_blocked and kind == "TIMEOUT"):
                 value = None if kind else value_in(report, form)
-                assert is_expected(plan, kind, value, is_async=form == "async"), (plan, report, plans)
+                assert is_expected(plan, kind, value, form), (plan, report, plans)
         await worker.check_calm()
 
     runner.run(example())

@@ -1,6 +1,7 @@
 """Spans that workers report: their limits, and that they stay inside the trace of their attempt."""
 
 import asyncio
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,8 +71,20 @@ class Scene:
 
     def exported(self) -> dict[str, ReadableSpan]:
         """Return the spans by name."""
-        asyncio.run(self._spans.stop())
+        assert self._spans.provider.force_flush()
         return {span.name: span for span in self._exporter.get_finished_spans()}
+
+    def stop(self) -> None:
+        """End the thread that exports spans."""
+        asyncio.run(self._spans.stop())
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    """A scene whose thread ends with the test."""
+    made = Scene()
+    yield made
+    made.stop()
 
 
 def parent_of(span: ReadableSpan) -> int:
@@ -80,8 +93,7 @@ def parent_of(span: ReadableSpan) -> int:
     return span.parent.span_id
 
 
-def test_spans_stay_below_their_attempt_when_they_name_foreign_parents() -> None:
-    scene = Scene()
+def test_spans_stay_below_their_attempt_when_they_name_foreign_parents(scene: Scene) -> None:
     parent = scene.assign()
     _, trace_id, attempt_id, _ = parent.split("-")
     run_id = int(scene.entry.trace_id[:16], 16)
@@ -102,44 +114,40 @@ def test_spans_stay_below_their_attempt_when_they_name_foreign_parents() -> None
 @pytest.mark.parametrize(
     "where", [("other", "lease", 0), ("session", "other", 0), ("session", "lease", 1), ("session", "lease", -1)]
 )
-def test_spans_are_ignored_when_the_session_does_not_have_the_attempt(where: tuple[str, str, int]) -> None:
-    scene = Scene()
+def test_spans_are_ignored_when_the_session_does_not_have_the_attempt(
+    scene: Scene, where: tuple[str, str, int]
+) -> None:
     scene.assign()
     scene.tracer.take_spans(*where, [reported(1)])
     assert scene.exported() == {}
 
 
-def test_spans_are_ignored_when_their_attempt_has_ended() -> None:
-    scene = Scene()
+def test_spans_are_ignored_when_their_attempt_has_ended(scene: Scene) -> None:
     scene.assign()
     scene.note(messages.TaskSucceeded("r", "t", 1, {}))
     scene.tracer.take_spans(*WORKER, 0, [reported(1)])
     assert scene.exported().keys() == {"attempt work"}
 
 
-def test_spans_are_ignored_when_their_attempt_has_too_many() -> None:
-    scene = Scene()
+def test_spans_are_ignored_when_their_attempt_has_too_many(scene: Scene) -> None:
     scene.assign()
     for start in range(0, 1000, 100):
         scene.tracer.take_spans(*WORKER, 0, [reported(start + number + 1) for number in range(100)])
     assert len(scene.exported()) == MAX_SPANS
 
 
-def test_lease_names_the_same_span_when_it_is_sent_again() -> None:
-    scene = Scene()
+def test_lease_names_the_same_span_when_it_is_sent_again(scene: Scene) -> None:
     assert scene.assign() == scene.assign()
     assert scene.assign(lease_id="another") != scene.assign()
 
 
-def test_lease_names_no_span_when_its_run_is_not_traced() -> None:
-    scene = Scene()
+def test_lease_names_no_span_when_its_run_is_not_traced(scene: Scene) -> None:
     assert scene.assign(run_id="other") == ""
     scene.note(messages.RunFinished(RunState.SUCCEEDED, None))
     assert scene.assign() == ""
 
 
-def test_retry_links_to_the_attempt_that_failed() -> None:
-    scene = Scene()
+def test_retry_links_to_the_attempt_that_failed(scene: Scene) -> None:
     first = scene.assign()
     scene.note(messages.TaskRetrying("r", "t", 1, Failure(FailureKind.WORKER_LOST, "gone"), 0.0))
     scene.assign(2, "lease-2")
@@ -153,8 +161,7 @@ def test_retry_links_to_the_attempt_that_failed() -> None:
     assert f"{link.context.span_id:016x}" == first.split("-")[2]
 
 
-def test_attempts_end_with_their_run_when_they_are_still_out() -> None:
-    scene = Scene()
+def test_attempts_end_with_their_run_when_they_are_still_out(scene: Scene) -> None:
     scene.assign()
     scene.note(messages.RunFinished(RunState.CANCELLED, None))
     spans = scene.exported()
