@@ -123,8 +123,11 @@ class TestWithWorker:
                 assert await stream.value(f"o{others}") == 1
                 acknowledged = streamed_by(stream, "flood")
                 stream.say(acknowledged_sequence=stream.reports[-1].sequence)
-            assert others >= CHUNKS // WINDOW_CHUNKS
-            assert await stream.value("flood")
+            # The last window needs no acknowledgement, so no wait may be seen in it.
+            assert others >= CHUNKS // WINDOW_CHUNKS - 1
+            # The end may have been read together with that of another task.
+            facts = stream.of("flood")
+            assert "succeeded" in facts or await stream.value("flood")
 
         self.play(scenario, tmp_path)
 
