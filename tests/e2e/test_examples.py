@@ -12,6 +12,8 @@ from tests.e2e.conftest import LATTICE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
+OTHERS = ("data_analysis", "rag", "research_agent")
+REPEATED = pytest.mark.exhaustive
 
 
 def _run(address: str, example: str, *arguments: str) -> str:
@@ -22,7 +24,8 @@ def _run(address: str, example: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("example", ["agent", "data_analysis", "rag", "research_agent"])
+# The other examples run with `lattice run` in tests of their own.
+@pytest.mark.parametrize("example", ["agent", *(pytest.param(name, marks=REPEATED) for name in OTHERS)])
 def test_an_example_runs_with_python_too(address: str, example: str) -> None:
     command = [sys.executable, str(EXAMPLES / example / "main.py")]
     environment = {**os.environ, "LATTICE_TARGET": address}
