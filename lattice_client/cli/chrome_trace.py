@@ -30,11 +30,11 @@ def chrome_trace(history: History, run_id: str, name: str) -> dict[str, Any]:
     for node_id, pid in pids.items():
         events += [_named("process_name", pid, 0, f"node {node_id}"), *_sorted(pid, pid)]
     slices: dict[tuple[str, int], dict[str, Any]] = {}
-    for node_id, lanes in lanes_of(history).items():
-        for lane, attempts in enumerate(lanes):
-            events.append(_named("thread_name", pids[node_id], lane, f"slot {lane + 1}"))
+    for node_id, tracks in tracks_of(history).items():
+        for track, attempts in enumerate(tracks):
+            events.append(_named("thread_name", pids[node_id], track, f"slot {track + 1}"))
             for attempt in attempts:
-                slices[attempt.task_id, attempt.number] = _slice(history, attempt, pids[node_id], lane)
+                slices[attempt.task_id, attempt.number] = _slice(history, attempt, pids[node_id], track)
     events += slices.values()
     for number, attempt in enumerate(history.attempts):
         begin, end = at_us(attempt.ready_s), at_us(attempt.ready_s + attempt.queued_s(history.now_s))
@@ -49,9 +49,9 @@ def chrome_trace(history: History, run_id: str, name: str) -> dict[str, Any]:
     }
 
 
-def lanes_of(history: History) -> dict[str, list[list[Attempt]]]:
-    """Return by node its attempts in as few lanes as keep those of a lane from overlapping."""
-    lanes: dict[str, list[list[Attempt]]] = defaultdict(list)
+def tracks_of(history: History) -> dict[str, list[list[Attempt]]]:
+    """Return by node its attempts in as few tracks as keep those of a track from overlapping."""
+    tracks: dict[str, list[list[Attempt]]] = defaultdict(list)
     free: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for attempt in history.attempts:
         if attempt.start_s is None:
@@ -59,13 +59,13 @@ def lanes_of(history: History) -> dict[str, list[list[Attempt]]]:
         end_s = attempt.start_s + attempt.ran_s(history.now_s)
         waiting = free[attempt.node_id]
         if waiting and waiting[0][0] <= attempt.start_s:
-            _, lane = heapq.heappop(waiting)
+            _, track = heapq.heappop(waiting)
         else:
-            lane = len(lanes[attempt.node_id])
-            lanes[attempt.node_id].append([])
-        lanes[attempt.node_id][lane].append(attempt)
-        heapq.heappush(waiting, (end_s, lane))
-    return dict(sorted(lanes.items()))
+            track = len(tracks[attempt.node_id])
+            tracks[attempt.node_id].append([])
+        tracks[attempt.node_id][track].append(attempt)
+        heapq.heappush(waiting, (end_s, track))
+    return dict(sorted(tracks.items()))
 
 
 def _slice(history: History, attempt: Attempt, pid: int, tid: int) -> dict[str, Any]:

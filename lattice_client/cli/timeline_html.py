@@ -5,7 +5,7 @@ from dataclasses import asdict
 from html import escape
 
 from lattice_client.cli.attempts import Attempt, History
-from lattice_client.cli.chrome_trace import lanes_of
+from lattice_client.cli.chrome_trace import tracks_of
 from lattice_client.cli.progress import fine_span
 from lattice_client.cli.terminal import one_line
 from lattice_client.cli.timeline import (
@@ -18,7 +18,7 @@ from lattice_client.cli.timeline import (
 )
 
 WIDTH, ROW, NAMES = 1000, 18, 260
-# Rows of single attempts; the lanes below show all attempts.
+# Rows of single attempts; the tracks below show all attempts.
 MAX_ROWS = 300
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2em; color: #1b1f24; background: #fff }
@@ -57,10 +57,10 @@ def html_page(history: History, run_id: str, title: str, state: str) -> str:
         *_table(FUNCTION_COLUMNS, (function_cells(asdict(use)) for use in history.functions())),
         "<h2>Attempts by node</h2>",
     ]
-    for node_id, lanes in lanes_of(history).items():
+    for node_id, tracks in tracks_of(history).items():
         parts.append(f"<h3>{_text(node_id)}</h3>")
-        bars = (_run(history, attempt, lane) for lane, attempts in enumerate(lanes) for attempt in attempts)
-        parts += _svg(history, len(lanes), bars)
+        bars = (_run(history, attempt, track) for track, attempts in enumerate(tracks) for attempt in attempts)
+        parts += _svg(history, len(tracks), bars)
     return "\n".join([*parts, "</body></html>\n"])
 
 

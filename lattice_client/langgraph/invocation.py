@@ -69,7 +69,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_forever()
         for task in asyncio.all_tasks(loop):
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.sleep(0))  # The cancelled tasks run once more.
     finally:
         loop.close()
 

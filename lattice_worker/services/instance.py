@@ -106,7 +106,7 @@ class Instance:
         await self._report(state="ready", endpoint=endpoint)
         failures = 0
         while True:
-            await asyncio.sleep(checked["interval_s"])
+            await asyncio.sleep(checked["interval_s"])  # How often a program is checked is the user's choice.
             try:
                 await health.check(self._host, self._port, checked["http_path"], checked["timeout_s"])
             except health.CheckError as error:

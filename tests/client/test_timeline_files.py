@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 from hypothesis import given
 
 from lattice_client.cli.attempts import History
-from lattice_client.cli.chrome_trace import QUEUE_PID, chrome_trace, lanes_of
+from lattice_client.cli.chrome_trace import QUEUE_PID, chrome_trace, tracks_of
 from lattice_client.cli.timeline import most_telling
 from lattice_client.cli.timeline_html import MAX_ROWS, html_page
 from tests.client.histories import FAILURE, Script
@@ -111,7 +111,7 @@ def test_lanes_are_as_few_as_attempts_ran_at_once() -> None:
     script = Script()
     for number in range(20):
         script.ran(f"t{number}", number, number + 2)
-    assert {node: len(lanes) for node, lanes in lanes_of(script.history()).items()} == {"n1": 2}
+    assert {node: len(tracks) for node, tracks in tracks_of(script.history()).items()} == {"n1": 2}
 
 
 class Page(HTMLParser):

@@ -6,7 +6,7 @@ import os
 from lattice_worker.rawoutput import RawOutput
 
 
-def test_output_belongs_to_the_invocation_that_was_named_before_the_read_when_it_ends_meanwhile() -> None:
+def test_output_has_its_writer_when_the_invocation_ends_during_the_read() -> None:
     read, write = os.pipe()
     named, taken = [7], []
 

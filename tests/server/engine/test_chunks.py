@@ -143,7 +143,7 @@ def test_the_store_keeps_its_bounds_and_the_newest_chunk_of_each_task(steps: lis
     assert not store._streams
 
 
-def test_least_recently_streaming_task_loses_chunks_when_its_tenant_is_over_its_share() -> None:
+def test_idlest_task_loses_chunks_when_its_tenant_is_full() -> None:
     store = ChunkStore(Bound(20_000, share=0.5))
     old, new, other = a_run("old", "a"), a_run("new", "a"), a_run("other", "b")
     store.take(other, streamed("t", 1, *range(10)))

@@ -73,7 +73,8 @@ def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
     return call
 
 
-async def turns() -> None:
+async def rounds() -> None:
+    """Let the event loop run what it can."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -82,7 +83,7 @@ async def turns() -> None:
 async def test_an_answer_waits_until_its_change_is_durable() -> None:
     scene = Scene()
     answer = asyncio.ensure_future(scene.answers.wrap(scene.change)(None, None))
-    await turns()
+    await rounds()
     assert not answer.done()
     scene.durability.durable(1)
     assert await answer == "changed"
@@ -94,7 +95,7 @@ async def test_each_message_of_a_stream_waits_until_its_change_is_durable() -> N
     stream = scene.answers.wrap(scene.follow)(None, None)
     for number in range(2):
         message = asyncio.ensure_future(anext(stream))
-        await turns()
+        await rounds()
         assert not message.done()
         scene.durability.durable(number + 1)
         assert await message == number
@@ -107,7 +108,7 @@ async def test_an_answer_is_refused_when_its_change_will_never_be_durable(is_tol
     scene = Scene()
     scene.appended.is_broken = is_told_first
     answer = asyncio.ensure_future(scene.answers.wrap(scene.change)(None, None))
-    await turns()
+    await rounds()
     assert not answer.done()
     scene.durability.failed(JournalBrokenError("the disk is gone"))
     with pytest.raises(UnavailableError, match="the disk is gone") as caught:
@@ -121,6 +122,6 @@ async def test_no_change_is_recorded_or_answered_when_the_journal_is_frozen() ->
     scene.journal.freeze()
     answer = asyncio.ensure_future(scene.answers.wrap(scene.change)(None, None))
     scene.durability.durable(1)
-    await turns()
+    await rounds()
     assert (scene.appended.number, answer.done()) == (0, False)
     answer.cancel()
