@@ -14,7 +14,7 @@ MAX_LINE_BYTES = 16 * 1024
 # The size of one report; a question may have 1 MiB.
 REPORT_BYTES = 256 * 1024
 CHUNK_BYTES = 64 * 1024
-MASK = "***"
+MASK = b"***"
 # A shorter value occurs by chance, and would mask harmless text.
 MIN_SECRET = 8
 
@@ -26,7 +26,9 @@ class Output:
         self.news = asyncio.Event()
         self._lines: deque[str] = deque()
         self._dropped = 0
-        self._masked = masked_forms(secrets)
+        self._masked = [form.encode(errors="replace") for form in masked_forms(secrets)]
+        # A piece of a line is cut where no secret can lie on both sides.
+        self._held_bytes = max((len(form) - 1 for form in self._masked), default=0)
 
     async def read(self, stream: asyncio.StreamReader) -> None:
         """Take all that is written to a stream, to its end."""
@@ -36,7 +38,10 @@ class Output:
             for line in whole:
                 self._add(line)
             # A line without an end, such as a progress bar, is cut in pieces.
-            while len(rest) > MAX_LINE_BYTES:
+            while len(rest) > MAX_LINE_BYTES + self._held_bytes:
+                if (masked := self._mask(rest)) != rest:
+                    rest = masked
+                    continue
                 self._add(rest[:MAX_LINE_BYTES])
                 rest = rest[MAX_LINE_BYTES:]
         if rest:
@@ -47,14 +52,17 @@ class Output:
         self._add(text.encode(errors="replace"))
 
     def _add(self, line: bytes) -> None:
-        text = line[:MAX_LINE_BYTES].decode(errors="replace").rpartition("\r")[2]
-        for form in self._masked:
-            text = text.replace(form, MASK)
-        self._lines.append(text)
+        shown = self._mask(line.rpartition(b"\r")[2])[:MAX_LINE_BYTES]
+        self._lines.append(shown.decode(errors="replace"))
         if len(self._lines) > MAX_LINES:
             self._lines.popleft()
             self._dropped += 1
         self.news.set()
+
+    def _mask(self, line: bytes) -> bytes:
+        for form in self._masked:
+            line = line.replace(form, MASK)
+        return line
 
     def take(self) -> list[str]:
         """Return the lines of the next report."""
