@@ -26,6 +26,8 @@ ELSEWHERE = frozenset({502, 503, 504})
 # Of a request that is passed on, and of an answer.
 PASSED = ("accept", "content-type", "x-request-id", "user-agent")
 RETURNED = ("content-type", "x-request-id", "retry-after", "openai-processing-ms")
+ENDED_KEY = ("invalid_api_key", "the key is not valid on this node: it ends with its task")
+BEGUN = "lattice.begun"  # Of a request whose answer has begun.
 REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
 
 
@@ -93,11 +95,15 @@ class Proxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         try:
             key, service = await self._allowed(request)
-            task = asyncio.current_task()
-            assert task is not None
+            task = asyncio.create_task(self._pass(request, service))
             self._open.setdefault(key, set()).add(task)
             try:
-                return await self._pass(request, service)
+                return await task
+            except asyncio.CancelledError:
+                handler = asyncio.current_task()
+                if BEGUN in request or (handler is not None and handler.cancelling()):
+                    raise  # An answer cannot be begun anew, and a caller that is gone gets none.
+                raise Refusal(401, *ENDED_KEY) from None
             finally:
                 self._open[key].discard(task)
                 if not self._open[key]:
@@ -110,7 +116,7 @@ class Proxy:
         key = given[7:] if given[:7].lower() == "bearer " else request.headers.get("x-api-key", "")
         service = await self._service_of(key.strip()) if key else None
         if service is None:
-            raise Refusal(401, "invalid_api_key", "the key is not valid on this node: it ends with its task")
+            raise Refusal(401, *ENDED_KEY)
         return key.strip(), service
 
     async def _pass(self, request: web.Request, service: str) -> web.StreamResponse:
@@ -191,6 +197,7 @@ class Proxy:
                     if response is None:
                         response = web.StreamResponse(status=answer.status, headers=headers)
                         response.headers["x-accel-buffering"] = "no"
+                        request[BEGUN] = True
                         await response.prepare(request)
                     await response.write(event)
                 if watch.is_aborted:

@@ -66,6 +66,10 @@ class Models:
         """Tell the gateways that other instances take requests."""
         self._gateways.update()
 
+    def forget(self) -> None:
+        """End the gateways, which hold a slot of their nodes each, when the last model is gone and no attempt left."""
+        self._leave()
+
     def revoke(self, uses: Iterable[Use]) -> None:
         """End the keys of attempts."""
         if ended := self._keys.revoke(uses):
@@ -78,7 +82,9 @@ class Models:
         self._leave()
 
     def _leave(self) -> None:
-        self._gateways.leave(self._gateways.nodes() - self._nodes - self._keys.nodes())
+        has_models = any(entry.machine.spec.engine for entry in self._services())
+        wanted = self._nodes if has_models else frozenset()
+        self._gateways.leave(self._gateways.nodes() - wanted - self._keys.nodes())
 
     def _routes(self, node_id: str) -> Mapping[str, Any]:
         found = {}

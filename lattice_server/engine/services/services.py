@@ -246,6 +246,7 @@ class Services:
 
     def _forget(self, entry: ServiceEntry) -> None:
         del self._services[key_of(entry.name, entry.tenant)]
+        self._models.forget()
         self._answer_waiting(entry)
         entry.wake()
 
