@@ -17,6 +17,7 @@ class WorkerConfig:
         server: the address that clients in tasks connect to.
         host_fd: a socket to the parent process, which fetches artifacts of other nodes.
         engine: the container engine of the isolation level `docker`.
+        egress_networks: networks that are not public, and that tasks may connect to when they list servers there.
         tls_ca, tls_cert, tls_key: PEM files.
     """
 
@@ -39,3 +40,4 @@ class WorkerConfig:
     exit_on_close: bool = False
     host_fd: int | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
+    egress_networks: str = ""

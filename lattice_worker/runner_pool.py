@@ -13,6 +13,7 @@ from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.containers import Containers
 from lattice_worker.containers.supervisor import ContainerSupervisor
+from lattice_worker.egress.agent import Egress
 from lattice_worker.idle_runners import IdleRunners
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_handle import Runner
@@ -37,6 +38,7 @@ class Pool:
         staging: ArtifactStaging,
         zygotes: Zygotes | None = None,
         engine: EngineConfig | None = None,
+        egress: Egress | None = None,
     ) -> None:
         self._wanted = spares
         self._staging = staging
@@ -46,7 +48,10 @@ class Pool:
         self._idle = IdleRunners()
         self._shared = SharedRunners()
         self._containers = Containers(engine or EngineConfig())
-        self._sandboxed = SandboxRunners(lambda sandbox: self._start_unused(sandbox=sandbox), self._containers)
+        self._egress = egress or Egress()
+        self._sandboxed = SandboxRunners(
+            lambda sandbox: self._start_unused(sandbox=sandbox), self._containers, self._egress
+        )
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
         self.retired: Container[str] = ()
@@ -62,6 +67,10 @@ class Pool:
     async def levels(self) -> list[str]:
         """Return the levels of isolation that can be set up on this machine."""
         return await self._sandboxed.levels()
+
+    async def network_levels(self, levels: Iterable[str]) -> list[str]:
+        """Return which of these levels restrict the servers that a task may connect to."""
+        return await self._sandboxed.network_levels(levels)
 
     def level_refusals(self) -> dict[str, str]:
         """Return by level why it cannot be set up on this machine; filled by `levels`."""
@@ -122,9 +131,11 @@ class Pool:
         for runner in list(self._all):
             runner.kill()
         self._zygotes.close()
+        self._egress.close()
 
     async def wait_closed(self) -> None:
         """Wait until the containers are removed. `close` comes first."""
+        await self._egress.wait_closed()
         await self._containers.close()
 
     def check(self) -> None:

@@ -18,6 +18,7 @@ from lattice_server.core.messages import (
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
+    TaskAccessedNetwork,
     TaskAwaits,
     TaskCancelled,
     TaskEvent,
@@ -69,6 +70,7 @@ TASK_EVENTS = (
     TaskSkipped,
     TaskReturned,
     TaskLogged,
+    TaskAccessedNetwork,
     TasksSpawned,
     QuestionAsked,
 )

@@ -12,6 +12,7 @@ from lattice_server.core.messages import (
     Fact,
     RunEvent,
     RunFinished,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -132,6 +133,8 @@ def _content_bytes(fact: Fact) -> int:
             return outputs + sum(payload.kept_bytes for items in fact.split.values() for payload in items)
         case TaskLogged():
             return sys.getsizeof(fact.text)
+        case TaskAccessedNetwork():
+            return sys.getsizeof(fact.access.host) + sys.getsizeof(fact.access.message)
         case TaskFailed() | TaskRetrying():
             return _failure_bytes(fact.failure)
         case TasksAdded():

@@ -22,6 +22,7 @@ from lattice_worker.sandbox.steps import (
     Sandbox,
     Step,
     make_namespaces,
+    make_network,
     make_undumpable,
     make_view,
     set_parent_death,
@@ -46,6 +47,7 @@ def seal(policy: Policy, folder: str) -> dict[str, Any]:
     if policy.has_namespaces:
         before = facts.namespaces()
         take(sandbox, ("namespaces", make_namespaces))
+        take(sandbox, ("network", make_network))
         _become_first(sandbox)
         if facts.namespaces()["mnt"] == before["mnt"]:
             raise SealError("mount namespace: this process has none of its own")

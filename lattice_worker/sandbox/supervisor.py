@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lattice_worker.egress.agent import Egress
+from lattice_worker.egress.sandbox_network import SandboxNetwork
 from lattice_worker.sandbox import facts, memory
 from lattice_worker.sandbox.cpu import ProcessorTime
 from lattice_worker.sandbox.policy import MIB, Policy
@@ -26,8 +28,9 @@ class SandboxError(Exception):
 class Supervisor:
     """Supervises the process of one sandbox."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, egress: Egress | None = None) -> None:
         self.policy = policy
+        self.network = SandboxNetwork(policy.network, egress)
         # A view of its own is built on an empty folder. Without one the process is given a folder on disk.
         self._scratch = "" if policy.has_namespaces else tempfile.mkdtemp(prefix="lattice-scratch-")
         self.sealed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -60,7 +63,7 @@ class Supervisor:
 
     def verify(self, found: Mapping[str, Any]) -> None:
         """Accept a process or refuse it, by the facts it reports of itself."""
-        missing = facts.missing(self.policy, found, facts.namespaces(), os.stat("/").st_dev)
+        missing = facts.missing(self.policy, found, facts.namespaces(), os.stat("/").st_dev) + self.network.missing()
         if missing:
             self.refuse(f"missing: {'; '.join(missing)}")
         elif not self.sealed.done():
@@ -108,6 +111,7 @@ class Supervisor:
     def close(self) -> None:
         """Stop watching: the process has ended."""
         self.refuse("the process ended before it was sealed")
+        self.network.close()
         if self._watching is not None:
             self._watching.cancel()
 

@@ -70,6 +70,7 @@ def test_agent_that_is_not_root_seals_its_sandboxes_too() -> None:
         "write_scratch": "done",
         "write_outside": "PermissionError",
     }
+    assert found["seccomp"]["network"] == "HTTP/1.1 403 Forbidden not_listed"
     assert found["seccomp"]["result"] == {
         "list_root": "PermissionError",
         "signal_agent": "ProcessLookupError",

@@ -13,6 +13,7 @@ from lattice_server.core.messages import (
     RunCancelling,
     RunFinished,
     RunStarted,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -109,7 +110,7 @@ class Restoration:
                 self._start(self._record(fact.task_id), fact, at)
             case TaskRetrying():
                 self._retry(self._record(fact.task_id), fact)
-            case TaskLogged():
+            case TaskLogged() | TaskAccessedNetwork():
                 pass
             case _:
                 self._end(self._record(fact.task_id), fact, at, queued_s)

@@ -10,6 +10,7 @@ from lattice_server.core.messages import (
     RunEvent,
     RunFinished,
     RunStarted,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -21,6 +22,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure
 from lattice_server.core.run.task_table import TaskRecord
+from lattice_server.rpc.convert.network import access_to_proto
 from lattice_server.rpc.convert.payloads import failure_to_proto, fill_payload
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO, queued_s
 from lattice_server.rpc.convert.times import fill_duration, timestamp
@@ -89,6 +91,13 @@ def _task_skipped(body: run_pb2.TaskSkipped, fact: TaskSkipped, event: RunEvent,
     _set_failure(body, fact.failure)
 
 
+def _task_network_access(
+    body: run_pb2.TaskNetworkAccess, fact: TaskAccessedNetwork, event: RunEvent, tasks: Tasks
+) -> None:
+    body.task_id, body.attempt = fact.task_id, fact.attempt
+    body.access.CopyFrom(access_to_proto(fact.access))
+
+
 def _task_log(body: run_pb2.TaskLog, fact: TaskLogged, event: RunEvent, tasks: Tasks) -> None:
     _set_attempt(body, fact, tasks)
     body.stream = run_pb2.LOG_STREAM_STDERR if fact.is_error else run_pb2.LOG_STREAM_STDOUT
@@ -108,6 +117,7 @@ EVENTS: dict[type, tuple[str, Callable[[Any, Any, RunEvent, Tasks], None]]] = {
     TaskCancelled: ("task_cancelled", _task_ended),
     TaskSkipped: ("task_skipped", _task_skipped),
     TaskLogged: ("task_log", _task_log),
+    TaskAccessedNetwork: ("task_network_access", _task_network_access),
 }
 
 

@@ -12,6 +12,7 @@ from lattice_server.core.messages import (
     RunEvent,
     RunFinished,
     RunStarted,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -23,6 +24,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure, Payload
 from lattice_server.engine.run_codec import RecordedEvent
+from lattice_server.rpc.convert.network import access_from_proto
 from lattice_server.rpc.convert.payloads import failure_from_proto, payload_from_proto
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO
 from lattice_server.rpc.convert.times import seconds_from
@@ -95,6 +97,10 @@ def _task_log(key: str, body: run_pb2.TaskLog, *_: Any) -> Fact:
     return TaskLogged(key, body.task_id, body.attempt, is_error, body.text, body.truncated)
 
 
+def _task_network_access(key: str, body: run_pb2.TaskNetworkAccess, *_: Any) -> Fact:
+    return TaskAccessedNetwork(key, body.task_id, body.attempt, access_from_proto(body.access))
+
+
 # The function that makes the fact of each field of `RunEvent`.
 FACTS: dict[str, Callable[[str, Any, worker_pb2.Report, float], Fact]] = {
     "run_started": _run_started,
@@ -108,6 +114,7 @@ FACTS: dict[str, Callable[[str, Any, worker_pb2.Report, float], Fact]] = {
     "task_cancelled": _task_cancelled,
     "task_skipped": _task_skipped,
     "task_log": _task_log,
+    "task_network_access": _task_network_access,
 }
 
 

@@ -8,10 +8,13 @@ from lattice.v1 import task_pb2
 
 from lattice_server.core.messages import (
     Fact,
+    NetworkAccess,
+    NetworkVerdict,
     RunCancelling,
     RunEvent,
     RunFinished,
     RunStarted,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -77,6 +80,11 @@ KINDS: list[Fact] = [
     TaskSkipped(KEY, "a", None),
     TaskSkipped(KEY, "a", FAILURE),
     TaskLogged(KEY, "a", 1, True, "text\n", True),
+    *(
+        TaskAccessedNetwork(KEY, "a", 1, NetworkAccess("a.b", 443, verdict, "why", "1.2.3.4", 5, 6, 7, is_final))
+        for verdict in NetworkVerdict
+        for is_final in (False, True)
+    ),
 ]
 
 
@@ -110,6 +118,14 @@ def test_tasks_that_a_task_called_read_back_as_called(entry: RunEntry) -> None:
     assert not codec.read_event(KEY, *codec.event(entry, event)).is_called
     entry.run.tasks["b"].is_called = True
     assert codec.read_event(KEY, *codec.event(entry, event)).is_called
+
+
+def test_servers_of_a_sandbox_read_back_as_they_were() -> None:
+    task = TaskSpec("a", FUNCTION, "a", isolation=Isolation.SECCOMP, network=("a.b:443", "*.c:80"))
+    codec = ContractCodec(CodeStore())
+    code = {item.digest: item.encode() for item in codec.code([FUNCTION])}
+    found = finish(codec.read_workflow(finish(codec.workflow(WorkflowSpec((task,)))), code.__getitem__))
+    assert found.tasks[0].network == ("a.b:443", "*.c:80")
 
 
 def test_all_kinds_of_events_are_read() -> None:
