@@ -56,7 +56,8 @@ def body(
         "HostConfig": host,
         "Hostname": "lattice",
         "Labels": labels,
-        "NetworkDisabled": True,
+        # With a network the engine writes the names of the servers to `/etc/hosts`, and gives no interface either.
+        "NetworkDisabled": not policy.network,
         "User": f"{UID}:{UID}",
     }
 

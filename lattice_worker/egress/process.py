@@ -46,7 +46,7 @@ async def _serve(control: socket.socket, networks: Sequence[Network]) -> None:
     proxies = Proxies(control, networks)
 
     def read() -> None:
-        data, descriptors, _, _ = socket.recv_fds(control, PACKET_BYTES, MAX_LISTENERS, socket.MSG_DONTWAIT)
+        data, descriptors, _, _ = socket.recv_fds(control, PACKET_BYTES, MAX_LISTENERS)
         if not data:
             os._exit(0)  # Threads that resolve names are not waited for.
         proxies.take(json.loads(data), descriptors)

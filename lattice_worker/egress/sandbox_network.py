@@ -25,6 +25,7 @@ class SandboxNetwork:
         if not self._servers:
             return None
         self._agent, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._agent.setblocking(False)
         return theirs
 
     def missing(self) -> list[str]:

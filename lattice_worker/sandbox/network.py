@@ -94,9 +94,12 @@ def hand_over(servers: Sequence[str]) -> None:
 
 
 def received(agent: socket.socket, servers: Sequence[str]) -> list[int]:
-    """Return the descriptors of the listening sockets that `hand_over` sent; fewer when it did not."""
+    """Return the descriptors of the listening sockets that `hand_over` sent; none when it did not.
+
+    `agent` does not block.
+    """
     try:
-        _, descriptors, _, _ = socket.recv_fds(agent, 1, MAX_LISTENERS, socket.MSG_DONTWAIT)
+        _, descriptors, _, _ = socket.recv_fds(agent, 1, MAX_LISTENERS)
     except BlockingIOError:
         return []
     if len(descriptors) != len(endpoints(servers)):

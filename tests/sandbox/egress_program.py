@@ -1,4 +1,7 @@
-"""A program: sandboxes with an allow list of servers, on an internet of the tests' own. Prints all outcomes as JSON."""
+"""A program: sandboxes with an allow list of servers, on an internet of the tests' own. Prints all outcomes as JSON.
+
+With the address of a container engine it tries the level `docker`, and the others without.
+"""
 
 import asyncio
 import json
@@ -11,8 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
+
+from lattice_worker.containers.config import EngineConfig
+from lattice_worker.containers.containers import Containers
+from lattice_worker.containers.supervisor import ContainerSupervisor
 from lattice_worker.egress.agent import Egress
-from lattice_worker.sandbox.policy import LEVELS, policy_of
+from lattice_worker.sandbox.policy import LEVELS, container_policy, policy_of
 from tests.sandbox import connections
 from tests.sandbox.boxes import Box, boxes
 from tests.sandbox.internet import internet
@@ -20,7 +28,11 @@ from tests.sandbox.internet import internet
 
 async def rows(start: Callable[..., Any], level: str, ca: str) -> dict[str, Any]:
     """Return how each attempt ended, and the accesses that the agent was told of meanwhile."""
-    box: Box = await start(policy_of(level, network=connections.SERVERS))
+    return await rows_in(await start(policy_of(level, network=connections.SERVERS)), ca)
+
+
+async def rows_in(box: Box, ca: str) -> dict[str, Any]:
+    """Return the same for a box."""
     found = await box.run(_outcomes, ca)
     connection = box.supervisor.network.connection
     assert connection is not None
@@ -94,6 +106,25 @@ async def main(folder: Path, ca: str) -> dict[str, Any]:
     return found
 
 
+async def in_container(address: str, ca: str) -> dict[str, Any]:
+    """Return how each attempt ended in a container, and the accesses that the agent was told of meanwhile."""
+    cloudpickle.register_pickle_by_value(connections)
+    containers, egress = Containers(EngineConfig(address)), Egress()
+    policy = container_policy(network=connections.SERVERS)
+    box = Box(policy, Path(), supervisor := ContainerSupervisor(policy, containers, egress))
+    own = socket.create_server(("0.0.0.0", 8000))
+    try:
+        return {"docker": await rows_in(await box.start(supervisor), ca)}
+    finally:
+        own.close()
+        await box.close()
+        await containers.close()
+        egress.close()
+        await egress.wait_closed()
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="lattice-tests-") as temporary, internet(Path(temporary)) as authority:
-        json.dump(asyncio.run(main(Path(temporary), authority.read_text())), sys.stdout)
+        text = authority.read_text()
+        scenario = in_container(sys.argv[1], text) if sys.argv[1:] else main(Path(temporary), text)
+        json.dump(asyncio.run(scenario), sys.stdout)
