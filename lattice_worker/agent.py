@@ -34,6 +34,7 @@ from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
 from lattice_worker.runner_counts import runner_counts
 from lattice_worker.runner_pool import Pool
+from lattice_worker.sandbox.policy import LEVELS
 from lattice_worker.streams import Streams
 from lattice_worker.zygotes import Zygotes
 
@@ -59,6 +60,7 @@ class Agent:
             Zygotes(config.server),
             config.engine,
             Egress(config.egress_networks),
+            config.named_group,
         )
         store = config.store_directory
         incoming = self._staging.incoming
@@ -197,6 +199,7 @@ class Agent:
                 if level in refusals
             ],
             network_isolations=[number for number, level in ISOLATIONS.items() if level in self._network_levels],
+            memory_enforcement=self._memory_enforcement(),
             runtime=host.runtime(),
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,
@@ -206,6 +209,12 @@ class Agent:
             stored_artifact_ids=self._local_store.stored(),
             reported_artifact_ids=self._listed,
         )
+
+    def _memory_enforcement(self) -> resources_pb2.MemoryEnforcement.ValueType:
+        if self._levels.isdisjoint(LEVELS):
+            return resources_pb2.MEMORY_ENFORCEMENT_UNSPECIFIED
+        has_groups = self._pool.has_groups
+        return resources_pb2.MEMORY_ENFORCEMENT_CGROUP if has_groups else resources_pb2.MEMORY_ENFORCEMENT_MEASURED
 
     def _take(self, response: worker_pb2.ConnectResponse) -> None:
         """Handle a message, in the order of its fields."""

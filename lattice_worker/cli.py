@@ -96,6 +96,7 @@ def _config(flags: argparse.Namespace, directory: str, token: str) -> WorkerConf
         exit_on_close=flags.exit_on_close,
         host_fd=flags.host_fd,
         engine=EngineConfig.of(os.environ),
+        named_group=os.environ.get("LATTICE_CGROUP"),
         egress_networks=_networks(os.environ.get("LATTICE_EGRESS_NETWORKS", "")),
     )
 

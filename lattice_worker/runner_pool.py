@@ -39,6 +39,7 @@ class Pool:
         zygotes: Zygotes | None = None,
         engine: EngineConfig | None = None,
         egress: Egress | None = None,
+        named_group: str | None = None,
     ) -> None:
         self._wanted = spares
         self._staging = staging
@@ -50,7 +51,7 @@ class Pool:
         self._containers = Containers(engine or EngineConfig())
         self._egress = egress or Egress()
         self._sandboxed = SandboxRunners(
-            lambda sandbox: self._start_unused(sandbox=sandbox), self._containers, self._egress
+            lambda sandbox: self._start_unused(sandbox=sandbox), self._containers, self._egress, named_group
         )
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -71,6 +72,11 @@ class Pool:
     async def network_levels(self, levels: Iterable[str]) -> list[str]:
         """Return which of these levels restrict the servers that a task may connect to."""
         return await self._sandboxed.network_levels(levels)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the kernel limits the memory of sandboxes that are forked."""
+        return self._sandboxed.has_groups
 
     def level_refusals(self) -> dict[str, str]:
         """Return by level why it cannot be set up on this machine; filled by `levels`."""
@@ -134,9 +140,20 @@ class Pool:
         self._egress.close()
 
     async def wait_closed(self) -> None:
-        """Wait until the containers are removed. `close` comes first."""
+        """Wait until control groups and containers are removed. `close` comes first."""
+        # Also when a second signal ends the worker at once: processes that were killed end soon.
+        groups = asyncio.ensure_future(self._close_groups())
+        try:
+            await asyncio.shield(groups)
+        except asyncio.CancelledError:
+            await groups
+            raise
         await self._egress.wait_closed()
         await self._containers.close()
+
+    async def _close_groups(self) -> None:
+        await self._zygotes.wait_closed()
+        await self._sandboxed.close_groups()
 
     def check(self) -> None:
         """Assert that each runner that takes invocations runs one or can be taken."""

@@ -11,6 +11,7 @@ from lattice_worker.egress.agent import Egress
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_handle import Runner
 from lattice_worker.sandbox.advice import advised
+from lattice_worker.sandbox.memory_groups import GroupError, MemoryGroups
 from lattice_worker.sandbox.policy import DOCKER, LEVELS, Policy, container_policy, policy_of
 from lattice_worker.sandbox.spares import Spares
 from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
@@ -29,18 +30,35 @@ class SandboxRunners:
     """
 
     def __init__(
-        self, start: Callable[[Supervisor], Awaitable[Runner]], containers: Containers, egress: Egress
+        self,
+        start: Callable[[Supervisor], Awaitable[Runner]],
+        containers: Containers,
+        egress: Egress,
+        named_group: str | None = None,
     ) -> None:
         self._start = start
         self._containers = containers
         self._egress = egress
+        self._named_group = named_group
+        self._groups: MemoryGroups | None = None
         self.refusals: dict[str, str] = {}
         self._spares: Spares[Runner] = Spares(self._seal, SPARES)
 
     async def levels(self) -> list[str]:
         """Return the levels of isolation that can be set up here: a process was sealed for each and accepted."""
+        try:
+            self._groups = await MemoryGroups.open(self._named_group)
+        except GroupError as error:
+            log.warning("isolation by %s is not offered: %s", " and ".join(LEVELS), error)
+            self.refusals |= dict.fromkeys(LEVELS, str(error))
+            return [DOCKER] if await self._offers_containers() else []
         offered = await asyncio.gather(*map(self._offers, LEVELS), self._offers_containers())
         return [level for level, is_offered in zip((*LEVELS, DOCKER), offered, strict=True) if is_offered]
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the kernel limits the memory of forked processes."""
+        return self._groups is not None
 
     async def network_levels(self, levels: Iterable[str]) -> list[str]:
         """Return which of these levels restrict a task to some servers: a process was sealed for each and accepted."""
@@ -71,6 +89,12 @@ class SandboxRunners:
     def close(self) -> None:
         """End the runners that wait."""
         self._spares.close()
+
+    async def close_groups(self) -> None:
+        """Remove the control groups. All processes have to have ended."""
+        if self._groups is not None:
+            await asyncio.to_thread(self._groups.close)
+            self._groups = None
 
     async def _offers(self, level: str, network: tuple[str, ...] = ()) -> bool:
         policy = _policy(RunnerKey(isolation=level, network=network))
@@ -104,7 +128,7 @@ class SandboxRunners:
         if policy.is_container:
             supervisor: Supervisor = ContainerSupervisor(policy, self._containers, self._egress)
         else:
-            supervisor = Supervisor(policy, self._egress)
+            supervisor = Supervisor(policy, self._egress, self._groups)
         try:
             runner = await self._start(supervisor)
         except BaseException:

@@ -6,9 +6,9 @@ socket, or dies, it kills all of them and exits.
 
 The agent sends JSON, one object a packet: `{"fork": ID, "mode": MODE}` with the descriptors of the control socket, the
 standard output, the standard error, the claims and the marks, and of the socket that takes the listening sockets of a
-sandbox with a network; and `{"kill": ID}`. With `"sandbox": {"policy": POLICY,
-"folder": PATH}` the runner seals itself first. The zygote answers `{"forked": ID, "pid": PID}` or `{"failed": ID,
-"errno": N}`, and sends `{"ended": ID, "status": STATUS, "cpu": SECONDS}` once for each.
+sandbox with a network; and `{"kill": ID}`. With `"sandbox": {"policy": POLICY, "folder": PATH, "group": PATH}` the
+runner seals itself first. The zygote answers `{"forked": ID, "pid": PID}` or `{"failed": ID, "errno": N}`, and sends
+`{"ended": ID, "status": STATUS, "cpu": SECONDS}` once for each.
 """
 
 import contextlib
@@ -156,7 +156,7 @@ class Zygote:
 def _sealed(sandbox: dict[str, Any]) -> dict[str, Any]:
     """Seal this process and return its report about itself. A process that cannot be sealed reports that and ends."""
     try:
-        return seal.seal(Policy.from_json(sandbox["policy"]), sandbox["folder"])
+        return seal.seal(Policy.from_json(sandbox["policy"]), sandbox["folder"], sandbox.get("group", ""))
     except seal.SealError as error:
         process.refuse(str(error))
         os._exit(1)

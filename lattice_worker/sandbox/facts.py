@@ -45,8 +45,22 @@ def gather(scratch: str) -> dict[str, Any]:
         "home": os.environ.get("HOME", ""),
         "descriptors": _descriptors(),
         "interfaces": network.interfaces(),
+        "group": memory_group(),
         "probes": {name: _errno_of(probe) for name, probe in PROBES.items()},
     }
+
+
+def memory_group() -> str:
+    """Return the path of this process's control group for memory; empty for none."""
+    found = ""
+    with open("/proc/self/cgroup") as file:
+        for line in file:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if "memory" in controllers.split(","):
+                return path
+            if not controllers:  # The group of version 2, which has the memory unless version 1 has it.
+                found = path
+    return found
 
 
 def _descriptors() -> list[int]:

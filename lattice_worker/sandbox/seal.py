@@ -21,6 +21,7 @@ from lattice_worker.sandbox.steps import (
     OUTER,
     Sandbox,
     Step,
+    enter_group,
     make_namespaces,
     make_network,
     make_undumpable,
@@ -37,13 +38,14 @@ class SealError(Exception):
     """A step of the seal failed; the message names it."""
 
 
-def seal(policy: Policy, folder: str) -> dict[str, Any]:
+def seal(policy: Policy, folder: str, group: str = "") -> dict[str, Any]:
     """Seal this process and return the facts about it, see `facts.gather`. With namespaces it returns in a grandchild.
 
     Raises SealError.
     """
     uid = FIRST_UID + os.getpid() if policy.is_root else os.getuid()
-    sandbox = Sandbox(policy, folder, uid, os.getppid())
+    sandbox = Sandbox(policy, folder, uid, os.getppid(), group)
+    take(sandbox, ("group", enter_group))
     if policy.has_namespaces:
         before = facts.namespaces()
         take(sandbox, ("namespaces", make_namespaces))

@@ -26,12 +26,16 @@ SECURE_BITS = 0x1 | 0x2 | 0x20 | 0x40 | 0x80  # No privileges for root, no capab
 
 @dataclass(slots=True)
 class Sandbox:
-    """One process that is being sealed. `folder` is empty and its own; `parent` is whose end is to end it."""
+    """One process that is being sealed. `folder` is empty and its own; `parent` is whose end is to end it.
+
+    `group` is the file by which it enters its control group; empty for none.
+    """
 
     policy: Policy
     folder: str
     uid: int
     parent: int
+    group: str = ""
 
     @property
     def scratch(self) -> str:
@@ -48,6 +52,13 @@ Step = tuple[str, Callable[[Sandbox], None]]
 
 
 # Steps of the first process of a namespace and of the runner.
+
+
+def enter_group(sandbox: Sandbox) -> None:
+    """Enter the control group that limits the memory of this process and of all that it starts."""
+    if sandbox.group:
+        with open(sandbox.group, "w") as file:
+            file.write("0")
 
 
 def make_namespaces(sandbox: Sandbox) -> None:

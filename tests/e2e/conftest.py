@@ -12,6 +12,7 @@ import pytest
 from lattice_client import LatticeClient
 from tests.e2e.net import starting
 from tests.e2e.rooms import Room
+from tests.sandbox.conftest import delegated_group  # noqa: F401  # a fixture
 
 LATTICE = str(Path(sys.executable).parent / "lattice")
 CONFIG = Path(__file__).parent / "server.toml"

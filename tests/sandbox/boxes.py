@@ -14,6 +14,7 @@ from lattice_worker.control_socket import Control
 from lattice_worker.egress.agent import Egress
 from lattice_worker.runner.values import decode_value
 from lattice_worker.runner_process import Starter
+from lattice_worker.sandbox.memory_groups import MemoryGroups
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.zygote import Process
@@ -27,9 +28,14 @@ class Box:
     """One sealed process."""
 
     def __init__(
-        self, found: Policy, folder: Path, supervisor: Supervisor | None = None, egress: Egress | None = None
+        self,
+        found: Policy,
+        folder: Path,
+        supervisor: Supervisor | None = None,
+        egress: Egress | None = None,
+        groups: MemoryGroups | None = None,
     ) -> None:
-        self.supervisor = supervisor or Supervisor(found, egress)
+        self.supervisor = supervisor or Supervisor(found, egress, groups)
         self.accesses: list[dict[str, Any]] = []
         self.has_lost_network = False
         self._folder = str(folder)
@@ -129,15 +135,18 @@ class Box:
 
 
 @contextlib.asynccontextmanager
-async def boxes(folder: Path, egress: Egress | None = None) -> AsyncIterator[Callable[[Policy], Any]]:
+async def boxes(
+    folder: Path, egress: Egress | None = None, named_group: str = ""
+) -> AsyncIterator[Callable[[Policy], Any]]:
     """Have a zygote while the block runs; the block gets a function that starts a box of a policy."""
+    groups = await MemoryGroups.open(named_group)
     zygotes = Zygotes()
     made: list[Box] = []
 
     async def start(found: Policy) -> Box:
         own = folder / str(len(made))
         own.mkdir()
-        made.append(Box(found, own, egress=egress))
+        made.append(Box(found, own, None, egress, groups))
         return await made[-1].start(zygotes)
 
     try:
@@ -148,6 +157,8 @@ async def boxes(folder: Path, egress: Egress | None = None) -> AsyncIterator[Cal
         zygotes.close()
         for zygote in zygotes._current.values():
             await zygote.process.wait()
+        if groups is not None:
+            groups.close()
 
 
 def in_box(found: Policy, folder: Path, function: Callable[..., Any], *args: Any) -> Any:
