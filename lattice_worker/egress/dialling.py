@@ -47,7 +47,7 @@ class Dialler:
         permitted = [(family, address) for family, address in found if not refusals[address]]
         if not permitted:
             first = found[0][1]
-            raise Refusal(tally.ADDRESS_REFUSED, f"{host} is {refusals[first]}".replace(" is is ", " is "), first)
+            raise Refusal(tally.ADDRESS_REFUSED, f"{host}: {refusals[first]}", first)
         error: OSError | None = None
         for family, address in permitted:
             try:

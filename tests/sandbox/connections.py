@@ -192,20 +192,24 @@ def name_with_a_user(_: str) -> str:
 # Names that stand for addresses that no sandbox may reach.
 
 
-def _resolved(name: str, access: str) -> None:
+def _resolved(label: str, name: str, access: str = "address_refused") -> None:
     def run(_: str) -> str:
         return _ask(_connect(name), f"GET / HTTP/1.1\r\nHost: {name}\r\n\r\n".encode()).decode()
 
-    run.__name__ = f"server_that_is_{name.partition('.')[0]}"
+    run.__name__ = label
     row(REFUSED, f"{name} {access}")(run)
 
 
-for _name in ("metadata.test:80", "inner.test:80", "azure.test:80", "own.test:8000", "loopback.test:8000"):
-    _resolved(_name, "address_refused")
-for _name in ("zero.test:8000", "mapped.test:80", "embedded.test:80"):
-    _resolved(_name, "address_refused")
-_resolved("missing.test:443", "unresolved")
-_resolved("closed.test:444", "unreachable")
+_resolved("name_of_the_metadata_service", "metadata.test:80")
+_resolved("name_of_an_inner_address", "inner.test:80")
+_resolved("name_of_the_metadata_service_of_azure", "azure.test:80")
+_resolved("name_of_the_node", "own.test:8000")
+_resolved("name_of_the_loopback", "loopback.test:8000")
+_resolved("name_of_the_zero_address", "zero.test:8000")
+_resolved("name_of_an_inner_address_mapped_to_ipv6", "mapped.test:80")
+_resolved("name_of_an_inner_address_embedded_in_ipv6", "embedded.test:80")
+_resolved("name_without_an_address", "missing.test:443", "unresolved")
+_resolved("port_without_a_server", "closed.test:444", "unreachable")
 
 
 @row(REFUSED, "rebind.test:80 address_refused", "10.9.9.9")
@@ -265,7 +269,7 @@ def body_of_two_lengths(_: str) -> str:
 
 
 @row(DONE, "api.test:80 allowed", "one request")
-def second_request_for_another_host(_: str) -> str:
+def first_of_two_requests_without_the_second(_: str) -> str:
     one = b"GET /first HTTP/1.1\r\nHost: api.test\r\n\r\n"
     found = _ask(_connect("api.test:80"), one + one.replace(b"api", b"other").replace(b"first", b"second"))
     assert b"/first" in found

@@ -16,7 +16,7 @@ from lattice_worker.egress import addresses
 from lattice_worker.egress.servers import AllowList, authority
 from lattice_worker.sandbox.network import endpoints
 from lattice_worker.sandbox.policy import LEVELS
-from tests.sandbox import connections
+from tests.sandbox import connections, table
 
 needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2"
@@ -175,3 +175,8 @@ def test_authority_is_refused_when_it_names_no_server(text: str) -> None:
 def test_each_name_has_one_address_and_each_port_a_socket() -> None:
     found = [(each.host, each.address, each.port) for each in endpoints(["a.b:443", "a.b:80", "*.c:443", "d.e:443"])]
     assert found[1:] == [("a.b", "127.1.0.1", 443), ("a.b", "127.1.0.1", 80), ("d.e", "127.1.0.2", 443)]
+
+
+def test_page_has_the_tables_of_what_the_tests_try() -> None:
+    page = table.PAGE.read_text()
+    assert page == table.written(page), "run `python -m tests.sandbox.table`"
