@@ -33,7 +33,7 @@ def mutants() -> list[dict[str, str]]:
 def is_noticed(mutant: dict[str, str], folder: Path) -> bool:
     """Whether a test fails with a break."""
     for name in COPIED:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("node_modules", "__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("node_modules", "__pycache__", ".build"))
     for path in [*ROOT.glob("*.md"), ROOT / "pyproject.toml"]:
         shutil.copy(path, folder)
     broken = folder / mutant["file"]

@@ -1,6 +1,6 @@
 """A program: sandboxes of an agent that is not root. Prints the verdicts of two attempts and the facts as JSON.
 
-It is started by root, and becomes a plain user that can read the interpreter.
+It is started by root, and becomes a plain user that can read the interpreter. With arguments it becomes that program.
 """
 
 import asyncio
@@ -99,5 +99,7 @@ def attempt(agent: int) -> dict[str, str]:
 
 if __name__ == "__main__":
     become_plain_user()
+    if sys.argv[1:]:
+        os.execv(sys.argv[1], sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="lattice-tests-") as temporary:
         json.dump(asyncio.run(main(Path(temporary))), sys.stdout)

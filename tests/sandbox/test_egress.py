@@ -39,6 +39,8 @@ def found() -> dict[str, Any]:
 def test_connection_ends_as_its_row_says(level: str, name: str, found: dict[str, Any]) -> None:
     row, outcome = connections.ROWS[name], found[level]["outcomes"][name]
     assert (outcome.startswith(row.outcome), row.text in outcome) == (True, True), outcome
+    accesses = [f"{access['host']}:{access['port']} {access['verdict']}" for access in found[level]["final"]]
+    assert not row.access or row.access in accesses
 
 
 @needs_namespaces
