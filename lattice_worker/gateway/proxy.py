@@ -27,7 +27,7 @@ ELSEWHERE = frozenset({502, 503, 504})
 PASSED = ("accept", "content-type", "x-request-id", "user-agent")
 RETURNED = ("content-type", "x-request-id", "retry-after", "openai-processing-ms")
 ENDED_KEY = ("invalid_api_key", "the key is not valid on this node: it ends with its task")
-BEGUN = "lattice.begun"  # Of a request whose answer has begun.
+BEGUN = web.RequestKey("begun", bool)  # Of a request whose answer has begun.
 REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
 
 
