@@ -228,11 +228,12 @@ def rpc_server(
     if metrics is not None:
         workers.observe_runners(metrics.runs.note_runners)
     limit_bytes = config.question_limit_bytes
+    tasks = TaskServicer(orchestrator, parser, cache)
     server = RpcServer(
         config,
         str(engine.store.directory / SOCKET),
-        WorkflowServicer(orchestrator, engine.workflows, engine.drafts, parser, cache, slices, limit_bytes),
-        TaskServicer(orchestrator, parser, cache),
+        WorkflowServicer(orchestrator, engine.workflows, engine.drafts, parser, cache, slices, limit_bytes, tasks.run),
+        tasks,
         ResultsServicer(orchestrator, slices),
         ArtifactServicer(engine.store, engine.transfers, assigned),
         ClusterServicer(engine.bus, engine.sessions, cache, orchestrator.queries, describe),
