@@ -5,6 +5,7 @@ what the stream may have sent.
 """
 
 import itertools
+import sys
 import threading
 import weakref
 from typing import cast
@@ -82,7 +83,8 @@ class Executions:
         return None if sent is None else sent[0].task
 
     def _is_small(self, request: workflow_pb2.RunWorkflowRequest | task_pb2.RunTaskRequest) -> bool:
-        return self._is_reached and request.ByteSize() <= MAX_REQUEST_BYTES and not trace_headers()
+        is_offered = self._is_reached and not _is_patched()
+        return is_offered and request.ByteSize() <= MAX_REQUEST_BYTES and not trace_headers()
 
     async def _send(self, request: Request) -> tuple[Response, Execution] | None:
         stream = self._stream()
@@ -114,7 +116,7 @@ class Executions:
                 if stream is None or stream.is_broken:
                     call = self._channel.open_bidi(self._channel.workflows.ExecuteWorkflows)
                     stream = kept[_Stream] = _Stream(call)
-                    weakref.finalize(self, call.abandon).atexit = False
+                    weakref.finalize(self, stream.abandon).atexit = False
                     self._channel.beside(stream.read)
         return cast(_Stream, stream)
 
@@ -138,6 +140,10 @@ class _Stream:
             box.put(None)
         return Execution(self, number, box)
 
+    def abandon(self) -> None:
+        """Cancel the stream. May be called from any thread, and by a finalizer."""
+        self._call.abandon()
+
     async def read(self) -> None:
         """Deliver the answers, to the end of the stream."""
         try:
@@ -153,3 +159,9 @@ class _Stream:
             self._call.abandon()
             for box in list(self.waiting.values()):
                 box.put(None)
+
+
+def _is_patched() -> bool:
+    """Whether gevent has replaced threads in this program: a stream that waits could hold up all its greenlets."""
+    found = sys.modules.get("gevent.monkey")
+    return found is not None and bool(found.is_module_patched("threading"))

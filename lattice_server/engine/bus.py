@@ -48,9 +48,8 @@ class MessageBus:
         if not events:
             return
         self._batches.append(events)
-        if self._step is None or threading.get_ident() != self._loop_thread:
-            self.wake()
-        elif len(events) > MAX_EVENTS_HERE or len(self._batches) > MAX_EVENTS_HERE:
+        is_much = len(events) > MAX_EVENTS_HERE or len(self._batches) > MAX_EVENTS_HERE
+        if is_much or self._step is None or threading.get_ident() != self._loop_thread:
             self.wake()
         elif not self._is_stepping:
             self._is_stepping = True

@@ -25,23 +25,28 @@ MAX_OPEN = 4096
 Requests = AsyncIterator[workflow_pb2.ExecuteWorkflowsRequest]
 Start = Callable[[workflow_pb2.RunWorkflowRequest], Awaitable[tuple[RunEntry, bool]]]
 RunTask = Callable[[task_pb2.RunTaskRequest], Awaitable[task_pb2.RunTaskResponse]]
+Recall = Callable[[workflow_pb2.RunWorkflowRequest | task_pb2.RunTaskRequest], Awaitable[None]]
 Response = workflow_pb2.ExecuteWorkflowsResponse
 
 
 class ExecutionStreams:
-    """The streams. `start` starts the run of a request; `run_task` runs one task, and returns when it has ended."""
+    """The streams. `start` starts the run of a request; `run_task` runs one task, and returns when it has ended.
 
-    def __init__(self, orchestrator: Orchestrator, slices: Slices, start: Start, run_task: RunTask) -> None:
+    `recall` is called before with each request for a run.
+    """
+
+    def __init__(
+        self, orchestrator: Orchestrator, slices: Slices, start: Start, run_task: RunTask, recall: Recall | None
+    ) -> None:
         self._orchestrator = orchestrator
         self._slices = slices
-        self._start = start
-        self._run_task = run_task
+        self._handlers = start, run_task, recall
         self._streams: set[_Stream] = set()
         self._is_stopping = False
 
     async def serve(self, requests: Requests) -> AsyncGenerator[Response]:
         """Serve one stream. Raises LatticeError for a message that is too large or cannot be read."""
-        stream = _Stream(self._start, self._run_task, is_read=self._is_stopping)
+        stream = _Stream(*self._handlers, is_read=self._is_stopping)
         self._streams.add(stream)
         reading = asyncio.create_task(stream.read(requests))
         try:
@@ -69,9 +74,10 @@ class ExecutionStreams:
 class _Stream:
     """One stream: takes requests, and has the responses that are due."""
 
-    def __init__(self, start: Start, run_task: RunTask, *, is_read: bool) -> None:
+    def __init__(self, start: Start, run_task: RunTask, recall: Recall | None, *, is_read: bool) -> None:
         self._start = start
         self._run_task = run_task
+        self._recall = recall
         # Responses, and ended runs, whose responses are made when they are sent.
         self._due: deque[Response | tuple[int, RunEntry]] = deque()
         self._open: dict[int, Callable[[], object]] = {}  # How each run on the stream is left.
@@ -113,7 +119,10 @@ class _Stream:
             if len(self._open) >= MAX_OPEN:
                 text = f"{MAX_OPEN} runs of this stream have not ended; start others by another call"
                 raise ExhaustedError("TOO_MANY_OPEN_RUNS", text)
-            match request.WhichOneof("start"):
+            kind = request.WhichOneof("start")
+            if kind is not None and self._recall is not None:
+                await self._recall(getattr(request, kind))
+            match kind:
                 case "run":
                     entry, created = await self._start(request.run)
                     accepted = workflow_pb2.RunAccepted(run_id=entry.run_id, created=created)

@@ -21,7 +21,7 @@ from lattice_server.rpc.convert.runs import (
     workflow_to_proto,
 )
 from lattice_server.rpc.convert.tasks import check_id
-from lattice_server.rpc.executions import ExecutionStreams, RunTask
+from lattice_server.rpc.executions import ExecutionStreams, Recall, RunTask
 from lattice_server.rpc.graph_builder import GraphBuilder
 from lattice_server.rpc.handlers import Context
 from lattice_server.rpc.open_runs import OpenRunStreams
@@ -46,6 +46,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         slices: Slices,
         question_limit_bytes: int,
         run_task: RunTask,
+        recall: Recall | None,
     ) -> None:
         self._orchestrator = orchestrator
         self._library = library
@@ -54,7 +55,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         graphs = GraphBuilder(parser, drafts, slices)
         self._starter = RunStarter(orchestrator, library, drafts, parser, graphs)
         self._editor = WorkflowEditor(orchestrator, library, drafts, parser, graphs, slices)
-        self._executions = ExecutionStreams(orchestrator, slices, self._starter.start, run_task)
+        self._executions = ExecutionStreams(orchestrator, slices, self._starter.start, run_task, recall)
         self._open_runs = OpenRunStreams(orchestrator, question_limit_bytes, self._starter.start_open, self._add_tasks)
 
     async def CreateWorkflow(
