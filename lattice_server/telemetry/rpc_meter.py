@@ -13,6 +13,9 @@ import grpc
 from lattice_server.telemetry import catalogue
 from lattice_server.telemetry.meters import Counter, Histogram, Reading, totals
 
+# By their numbers. A handler that set none has ended with OK.
+NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
+
 
 class RpcMeter(grpc.aio.ServerInterceptor):
     """An interceptor outside of the interceptors that end calls with a status, so that it sees the status."""
@@ -20,6 +23,7 @@ class RpcMeter(grpc.aio.ServerInterceptor):
     def __init__(self) -> None:
         self._durations = Histogram(catalogue.CALL_DURATION)
         self._messages = Counter(catalogue.STREAM_MESSAGES)
+        self._streams = Counter(catalogue.STREAM_CALLS)
         self._errors = Counter(catalogue.ERRORS)
         self._open: dict[str, int] = {}
         self._wrapped: dict[str, tuple[Any, Any]] = {}
@@ -31,7 +35,8 @@ class RpcMeter(grpc.aio.ServerInterceptor):
     def read(self) -> list[Reading]:
         """Return all numbers."""
         streams = totals(catalogue.STREAMS, [((method,), count) for method, count in self._open.items()])
-        return [self._durations.read(), self._messages.read(), self._errors.read(), streams]
+        counted = (self._durations, self._messages, self._streams, self._errors)
+        return [*(meter.read() for meter in counted), streams]
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap a handler. Methods that no servicer has are not counted, because callers choose their names."""
@@ -64,35 +69,35 @@ class RpcMeter(grpc.aio.ServerInterceptor):
     def _unary(self, behave: Any, method: str) -> Any:
         async def call(request: Any, context: Any) -> Any:
             started = time.perf_counter()
-            status = "UNKNOWN"
+            error: BaseException | None = None
             try:
-                response = await behave(request, context)
-                status = _status(context)
-                return response
-            except asyncio.CancelledError:
-                status = "CANCELLED"
-                raise
-            except BaseException:
-                status = _status(context) if context.code() else "UNKNOWN"
+                return await behave(request, context)
+            except BaseException as raised:
+                error = raised
                 raise
             finally:
-                self._durations.record(time.perf_counter() - started, method, status)
+                self._durations.record(time.perf_counter() - started, method, _status(context, error))
 
         return call
 
     def _reading(self, behave: Any, method: str) -> Any:
         async def call(requests: AsyncIterator[Any], context: Any) -> Any:
             self._opened(method, 1)
+            error: BaseException | None = None
             try:
                 return await behave(self._counted(requests, method, "received"), context)
+            except BaseException as raised:
+                error = raised
+                raise
             finally:
-                self._opened(method, -1)
+                self._ended(method, context, error)
 
         return call
 
     def _writing(self, behave: Any, method: str) -> Any:
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
             self._opened(method, 1)
+            error: BaseException | None = None
             try:
                 if hasattr(request, "__aiter__"):
                     request = self._counted(request, method, "received")
@@ -104,8 +109,11 @@ class RpcMeter(grpc.aio.ServerInterceptor):
                 else:
                     # A handler that writes by itself, such as `Health.Watch`; see `_wrap`.
                     await answered
+            except BaseException as raised:
+                error = raised
+                raise
             finally:
-                self._opened(method, -1)
+                self._ended(method, context, error)
 
         return call
 
@@ -117,10 +125,17 @@ class RpcMeter(grpc.aio.ServerInterceptor):
     def _opened(self, method: str, by: int) -> None:
         self._open[method] = self._open.get(method, 0) + by
 
+    def _ended(self, method: str, context: Any, error: BaseException | None) -> None:
+        self._opened(method, -1)
+        self._streams.add(method, _status(context, error))
 
-def _status(context: Any) -> str:
-    """Return the name of the status of a call. A handler that set none ends with OK."""
+
+def _status(context: Any, error: BaseException | None) -> str:
+    """Return the name of the status of a call that ended with an error, or without one."""
+    # A stream whose caller has left is closed.
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "CANCELLED"
     code = context.code()
-    if isinstance(code, grpc.StatusCode):
-        return code.name
-    return next((known.name for known in grpc.StatusCode if known.value[0] == code), "OK")
+    if error is not None and not code:
+        return "UNKNOWN"
+    return code.name if isinstance(code, grpc.StatusCode) else NAMES.get(code, "OK")

@@ -18,7 +18,7 @@ from lattice_server.core.messages import (
     WelcomeWorker,
     WorkerEffect,
 )
-from lattice_server.core.model import Artifact, Failure, Function
+from lattice_server.core.model import Artifact, Failure, Function, Isolation
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.telemetry import catalogue
@@ -39,7 +39,9 @@ class RunMeter:
         self._output_size = Histogram(catalogue.OUTPUT_SIZE)
         self._wait, self._dispatch = Histogram(catalogue.QUEUE_WAIT), Histogram(catalogue.DISPATCH)
         self._sessions = Counter(catalogue.SESSIONS)
-        self._runner_starts = Counter(catalogue.RUNNER_STARTS)
+        self._calls = Counter(catalogue.TASK_CALLS)
+        self._call_duration = Histogram(catalogue.TASK_CALL_DURATION)
+        self._sandboxed = Counter(catalogue.SANDBOX_ATTEMPTS)
 
     def note(self, entry: RunEntry, fact: Fact) -> None:
         """Count a fact of a run."""
@@ -54,10 +56,14 @@ class RunMeter:
                 if record.items is None and not record.is_reused:
                     self._task_duration.record(fact.duration_s, task, "succeeded")
                     self._note_outputs(fact)
+                    if record.spec.isolation is not Isolation.NONE:
+                        self._sandboxed.add(record.spec.isolation.value, "")
+                if record.is_called:
+                    self._note_call(record, "succeeded")
             case TaskRetrying():
                 record = entry.run.tasks[fact.task_id]
                 self._retries.add(fact.failure.kind.value)
-                self._note_failed_attempt(record)
+                self._note_failed_attempt(record, fact.failure)
             case TaskFailed() | TaskCancelled() | TaskSkipped():
                 self._note_unsuccessful(entry.run.tasks[fact.task_id], fact)
             case RunStarted():
@@ -82,10 +88,6 @@ class RunMeter:
                 pass
         return effect
 
-    def note_runners(self, isolation: str, started: int) -> None:
-        """Count processes that a worker has started."""
-        self._runner_starts.add(isolation, by=started)
-
     def read(self) -> list[Reading]:
         """Return all numbers."""
         counted = (
@@ -100,7 +102,9 @@ class RunMeter:
             self._wait,
             self._dispatch,
             self._sessions,
-            self._runner_starts,
+            self._calls,
+            self._call_duration,
+            self._sandboxed,
         )
         return [Reading(catalogue.RUN_EVENTS, {(): self._events}), *(meter.read() for meter in counted)]
 
@@ -125,13 +129,22 @@ class RunMeter:
         kind = "" if failure is None else failure.kind.value
         self._task_ends.add(self._name_of(record.spec.function), outcome, kind)
         if isinstance(fact, TaskFailed):
-            self._note_failed_attempt(record)
+            self._note_failed_attempt(record, fact.failure)
+        if record.is_called:
+            self._note_call(record, outcome)
 
-    def _note_failed_attempt(self, record: TaskRecord) -> None:
+    def _note_call(self, record: TaskRecord, outcome: str) -> None:
+        self._calls.add(outcome)
+        if record.queued_at is not None and record.ended_at is not None:
+            self._call_duration.record(record.ended_at - record.queued_at)
+
+    def _note_failed_attempt(self, record: TaskRecord, failure: Failure) -> None:
         """Count the time of an attempt that failed, if it had started."""
         if record.started_at is not None and record.items is None:
             ended_at = time.monotonic() if record.ended_at is None else record.ended_at
             self._task_duration.record(ended_at - record.started_at, self._name_of(record.spec.function), "failed")
+        if record.spec.isolation is not Isolation.NONE:
+            self._sandboxed.add(record.spec.isolation.value, failure.kind.value)
 
     def _name_of(self, function: Function) -> str:
         """Return the value of the label `task`: the name of the function, since ids of tasks have no bound."""
