@@ -1,4 +1,4 @@
-"""Counts the commits of the journal, on its thread. The main thread copies the numbers; see `scheduler_meter`."""
+"""Counts the commits of the journal, on its thread; the main thread reads the numbers."""
 
 from lattice_server.telemetry import catalogue
 from lattice_server.telemetry.meters import Counter, Histogram, Reading
