@@ -1,7 +1,13 @@
 """Metrics and traces as a receiver of OTLP gets them from a server with a worker."""
 
 import asyncio
+import json
+import re
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import grpc
@@ -14,17 +20,22 @@ from opentelemetry.sdk.trace import TracerProvider
 from lattice_client import AsyncLatticeClient, LatticeClient, context, task
 from lattice_server.telemetry.catalogue import INSTRUMENTS, Kind
 from tests.server.apps import NoWorkers, serving
-from tests.server.telemetry.receiver import attributes_of, receiving
+from tests.server.telemetry.receiver import Receiver, attributes_of, receiving, receiving_http
 from tests.server.telemetry.workload import double, fail_once, measured, on_a_loop
+
+LATTICE = str(Path(sys.executable).parent / "lattice")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "receiving_kind"), [("otlp", receiving), ("otlp-http", receiving_http)])
 @on_a_loop
-async def test_receiver_gets_metrics_with_the_types_and_units_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with receiving() as receiver:
+async def test_receiver_gets_metrics_with_the_types_and_units_of_the_catalogue(
+    monkeypatch: pytest.MonkeyPatch, kind: str, receiving_kind: Callable[[], AbstractAsyncContextManager[Receiver]]
+) -> None:
+    async with receiving_kind() as receiver:
         receiver.name_to(monkeypatch)
         monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
-        async with measured(metrics="otlp") as (app, client):
+        async with measured(metrics=kind, traces=kind) as (app, client):
             assert await client.run_task(double, {"x": 2}) == {"result": 4}
             assert app.metrics_url == ""
         found = receiver.metrics()
@@ -51,6 +62,32 @@ async def test_receiver_gets_metrics_with_the_types_and_units_of_the_catalogue(m
     resource = attributes_of(receiver.resource_metrics[-1].resource)
     assert resource["service.name"] == "lattice-server"
     assert resource["deployment.environment"] == "test"
+    run = next(span for span in receiver.spans() if span.name == "invoke_workflow double")
+    assert {span.name for span in receiver.spans() if span.trace_id == run.trace_id} >= {"attempt double"}
+
+
+@pytest.mark.slow
+def test_console_has_metrics_and_spans_as_json() -> None:
+    kinds = ["--metrics", "console", "--traces", "console"]
+    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--num-cpus", "1", *kinds]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            address = re.search(r"127\.0\.0\.1:\d+", server.stdout.readline())
+            assert address is not None
+            with LatticeClient(address.group()) as client:
+                assert client.run_task(double, {"x": 2}) == {"result": 4}
+        finally:
+            server.terminate()
+        printed, found, position = server.stdout.read(), [], 0
+    while (start := printed.find("{\n", position)) >= 0:
+        value, position = json.JSONDecoder().raw_decode(printed, start)
+        found.append(value)
+    (exported,) = [value for value in found if "resource_metrics" in value]
+    metrics = {metric["name"]: metric for metric in exported["resource_metrics"][0]["scope_metrics"][0]["metrics"]}
+    (point,) = metrics["lattice.task.duration"]["data"]["data_points"]
+    assert (point["count"], point["attributes"]) == (1, {"task": "double", "outcome": "succeeded"})
+    assert "invoke_workflow double" in {value.get("name") for value in found}
 
 
 @pytest.mark.slow

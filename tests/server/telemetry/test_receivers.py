@@ -13,6 +13,7 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
+from opentelemetry import trace
 
 from lattice_client import AsyncLatticeClient, context, task
 from tests.server.apps import NoWorkers, serving
@@ -74,6 +75,15 @@ def begin(folder: str) -> str:
         return folder
 
 
+@task(node_selector={"at": "left"}, isolation="subprocess")
+def seal(folder: str) -> str:
+    """Make a span in a sandbox, and try to name another trace."""
+    other = trace.SpanContext(1, 1, is_remote=True, trace_flags=trace.TraceFlags(trace.TraceFlags.SAMPLED))
+    below = trace.set_span_in_context(trace.NonRecordingSpan(other))
+    with context.tracer().start_as_current_span("on the inside", below, links=[trace.Link(other)]):
+        return folder
+
+
 @task(node_selector={"at": "right"}, retries=1, retry_backoff=0.0)
 def finish(folder: str) -> str:
     """Make a span on the other node, and fail the first time."""
@@ -103,7 +113,8 @@ async def test_run_over_two_nodes_with_a_retry_is_one_trace(monkeypatch: pytest.
                         await asyncio.sleep(0.1)
                 workflow = client.create_workflow("over two nodes")
                 first = workflow.add_task(begin, {"folder": str(tmp_path)})
-                workflow.add_task(finish, {"folder": first.output})
+                sealed = workflow.add_task(seal, {"folder": first.output})
+                workflow.add_task(finish, {"folder": sealed.output})
                 run = await client.run(workflow)
                 await run.result()
         spans = receiver.spans()
@@ -115,6 +126,7 @@ async def test_run_over_two_nodes_with_a_retry_is_one_trace(monkeypatch: pytest.
     }
     assert {(*key, attributes_of(span)["lattice.node.id"]) for key, span in attempts.items()} == {
         ("attempt begin", 1, "left"),
+        ("attempt seal", 1, "left"),
         ("attempt finish", 1, "right"),
         ("attempt finish", 2, "right"),
     }
@@ -122,7 +134,9 @@ async def test_run_over_two_nodes_with_a_retry_is_one_trace(monkeypatch: pytest.
     assert attributes_of(failed)["error.type"] == "user_error"
     assert [link.span_id for link in kept.links] == [failed.span_id]
     own = [(span.name, by_id[span.parent_span_id]) for span in ours if span.name.startswith("on the")]
+    assert attributes_of(attempts["attempt seal", 1])["lattice.isolation"] == "subprocess"
     assert sorted((name, parent.name, attributes_of(parent)["lattice.attempt"]) for name, parent in own) == [
+        ("on the inside", "attempt seal", 1),
         ("on the left", "attempt begin", 1),
         ("on the right", "attempt finish", 1),
         ("on the right", "attempt finish", 2),
