@@ -27,6 +27,7 @@ from lattice_client.transport.channel import (
 from lattice_client.transport.interrupts import calling
 from lattice_client.transport.security import Security
 from lattice_client.transport.stubs import Stubs
+from lattice_client.transport.tracing import call_span
 
 if TYPE_CHECKING:
     from grpc.aio import (
@@ -60,7 +61,7 @@ class BlockingChannel(Channel):
 
     async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
         """Return the answer of a call. Raises RequestError, ClientClosedError, LimitReachedError."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return cast(R, calling(cast(Any, method), request, timeout=left_s()))
 
     async def stream(self, method: "UnaryStreamMultiCallable[Q, R]", request: Q) -> AsyncIterator[R]:
@@ -76,7 +77,7 @@ class BlockingChannel(Channel):
 
     async def upload(self, method: "StreamUnaryMultiCallable[Q, R]", messages: Iterable[Q]) -> R:
         """Send messages; return the answer. Raises as `call`."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return cast(R, calling(cast(Any, method), iter(messages), timeout=left_s()))
 
     async def begin(
@@ -84,7 +85,7 @@ class BlockingChannel(Channel):
     ) -> tuple[R, OpenCall[R]]:
         """Start a call of two messages; return the first one. Raises as `call`."""
         self._unreleased.release()
-        with self._closing():
+        with self._closing(), call_span(method):
             found: MessageStream[R] = MessageStream(calling(cast(Any, method), request, timeout=left_s()))
             first = found.read()
         assert first is not None, "the server answers before it ends the call"

@@ -23,6 +23,7 @@ from tests.server.apps import NoWorkers, serving
 from tests.server.telemetry.receiver import Receiver, attributes_of, receiving, receiving_http
 from tests.server.telemetry.workload import double, fail_once, measured, on_a_loop
 
+SERVER, CLIENT = trace_pb2.Span.SPAN_KIND_SERVER, trace_pb2.Span.SPAN_KIND_CLIENT
 LATTICE = str(Path(sys.executable).parent / "lattice")
 
 
@@ -282,3 +283,39 @@ async def test_blocking_client_and_open_runs_name_the_span_of_the_caller(monkeyp
     # No span for a call that lasts as long as the run: the run is right below the caller's span.
     held = runs["invoke_workflow held"]
     assert (held.trace_id, held.parent_span_id) == (opened.trace_id.to_bytes(16), opened.span_id.to_bytes(8))
+
+
+@pytest.mark.slow
+@on_a_loop
+async def test_calls_of_a_program_that_instruments_grpc_are_spans_of_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with receiving() as receiver:
+        receiver.name_to(monkeypatch)
+        async with serving(traces="otlp", session_ttl_s=30.0) as app:
+            await app.ready()
+            command = (sys.executable, "-m", "tests.server.telemetry.instrumented", app.address)
+            program = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+            _, printed = await program.communicate()
+            assert program.returncode == 0, printed.decode()
+        spans = receiver.spans()
+    by_id = {span.span_id: span for span in spans}
+    execute = "/lattice.v1.WorkflowService/ExecuteWorkflow"
+    for program_name, workflow in (("blocks", "blocking"), ("suspends", "suspending")):
+        run = next(span for span in spans if span.name == f"invoke_workflow {workflow}")
+        served = by_id[run.parent_span_id]
+        sent = by_id[served.parent_span_id]
+        assert [(span.name, span.kind) for span in (served, sent)] == [(execute, SERVER), (execute, CLIENT)]
+        assert by_id[sent.parent_span_id].name == program_name
+        assert attributes_of(sent) == {
+            "rpc.system": "grpc",
+            "rpc.service": "lattice.v1.WorkflowService",
+            "rpc.method": "ExecuteWorkflow",
+            "rpc.grpc.status_code": 0,
+        }
+        # One span of each call, none of streams.
+        assert sum(span.kind == CLIENT and span.name == execute for span in spans) == 2
+    refused = [span for span in spans if span.kind == CLIENT and span.status.code == trace_pb2.Status.STATUS_CODE_ERROR]
+    assert [(span.name, attributes_of(span)["rpc.grpc.status_code"]) for span in refused] == [
+        ("/lattice.v1.WorkflowService/GetRun", grpc.StatusCode.NOT_FOUND.value[0])
+    ]
+    names = {span.name.rpartition("/")[2] for span in spans if span.kind == CLIENT}
+    assert not names & {"WatchRun", "WatchChunks", "OpenRun"}
