@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import math
 import shutil
 import sys
+import time
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,8 +19,10 @@ from opentelemetry import trace
 
 from lattice_client import AsyncLatticeClient, context, task
 from tests.server.apps import NoWorkers, serving
+from tests.server.telemetry.load import SETTINGS, load, until
 from tests.server.telemetry.receiver import attributes_of, receiving
-from tests.server.telemetry.workload import double, measured, on_a_loop
+from tests.server.telemetry.test_deploy import panel_queries
+from tests.server.telemetry.workload import measured, on_a_loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 LATTICE = str(Path(sys.executable).parent / "lattice")
@@ -47,10 +51,8 @@ def queried(port: int, query: str) -> list[float] | None:
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="scripts/install_missing.sh prometheus")
 @on_a_loop
-async def test_prometheus_reads_the_metrics_of_a_server(tmp_path: Path, unused_port: int) -> None:
-    async with measured() as (app, client):
-        for _ in range(3):
-            await client.run_task(double, {"x": 1})
+async def test_each_query_of_the_dashboard_returns_data_after_a_scripted_load(tmp_path: Path, unused_port: int) -> None:
+    async with measured(journal=str(tmp_path / "journal"), **SETTINGS) as (app, client):
         target = app.metrics_url.removeprefix("http://").removesuffix("/metrics")
         config = {
             "global": {"scrape_interval": "1s"},
@@ -59,13 +61,21 @@ async def test_prometheus_reads_the_metrics_of_a_server(tmp_path: Path, unused_p
         (tmp_path / "prometheus.yml").write_text(json.dumps(config))
         flags = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
         async with running("prometheus", *flags, f"--web.listen-address=127.0.0.1:{unused_port}"):
-            async with asyncio.timeout(WAIT_S):
-                while await asyncio.to_thread(queried, unused_port, "up") != [1]:
-                    await asyncio.sleep(0.2)
-            count = 'lattice_tasks_total{task="double",outcome="succeeded"}'
-            assert queried(unused_port, count) == [3]
-            assert queried(unused_port, "lattice_queue_wait_seconds_count") == [3]
-            assert queried(unused_port, "sum(lattice_nodes)") == [1]
+
+            async def has(query: str) -> bool:
+                found = await asyncio.to_thread(queried, unused_port, query.replace("$__rate_interval", "5m"))
+                return any(math.isfinite(value) for value in found or ())
+
+            await until(lambda: has("up == 1"))
+            # Twice: a series begins with its first value, of which it has no rate.
+            for name in ("first", "second"):
+                (folder := tmp_path / name).mkdir()
+                await load(client, folder, lambda: until(lambda: has("lattice_calls_waiting > 0")))
+            missing, ends_at = list(panel_queries()), time.monotonic() + WAIT_S
+            while (missing := [query for query in missing if not await has(query)]) and time.monotonic() < ends_at:
+                await asyncio.sleep(0.5)
+            assert missing == []
+            assert queried(unused_port, 'lattice_runs_total{workflow="chain",outcome="succeeded"}') == [2]
 
 
 @task(node_selector={"at": "left"})
