@@ -188,13 +188,17 @@ def metrics_of(config: ServerConfig, engine: Engine) -> "Metrics | None":
         from lattice_server.telemetry.metrics import Metrics
         from lattice_server.telemetry.state import State
 
-        state = State(engine.orchestrator, engine.sessions, engine.usages)
+        journal = None if engine.journal is None else engine.journal.journal
+        state = State(engine.orchestrator, engine.sessions, engine.services, journal, engine.usages)
         metrics = Metrics(config, state, __version__, engine.epoch)
     except ImportError as error:
         text = f'metrics need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
         raise TelemetryError(text) from None
     engine.orchestrator.observers.append(metrics.runs)
+    engine.services.observers.append(metrics.services)
     engine.scheduler.on_pass = metrics.scheduler.note_pass
+    if journal is not None:
+        journal.on_commit = metrics.journal.note_commit
     return metrics
 
 
@@ -226,7 +230,7 @@ def rpc_server(
         None if tracing is None else tracing.runs,
     )
     if metrics is not None:
-        workers.observe_runners(metrics.runs.note_runners)
+        workers.observe_runners(metrics.workers.note_runners)
     limit_bytes = config.question_limit_bytes
     answers = None
     if engine.journal is not None and orchestrator.restorer is not None:

@@ -29,6 +29,7 @@ from lattice_client.transport.channel import (
 from lattice_client.transport.interrupts import calling
 from lattice_client.transport.security import Security
 from lattice_client.transport.stubs import Stubs
+from lattice_client.transport.tracing import call_span
 
 if TYPE_CHECKING:
     from grpc.aio import (
@@ -62,7 +63,7 @@ class BlockingChannel(Channel):
 
     async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
         """Return the answer of a call. Raises RequestError, ClientClosedError, LimitReachedError."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return cast(R, calling(cast(Any, method), request, timeout=left_s()))
 
     async def stream(self, method: "UnaryStreamMultiCallable[Q, R]", request: Q) -> AsyncIterator[R]:
@@ -78,7 +79,7 @@ class BlockingChannel(Channel):
 
     async def upload(self, method: "StreamUnaryMultiCallable[Q, R]", messages: Iterable[Q]) -> R:
         """Send messages; return the answer. Raises as `call`."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return cast(R, calling(cast(Any, method), iter(messages), timeout=left_s()))
 
     def open_bidi(self, method: "StreamStreamMultiCallable[Q, R]") -> BidiCall[Q, R]:

@@ -15,7 +15,7 @@ from lattice.v1 import (
     workflow_pb2_grpc,
 )
 
-from lattice_client.transport.tracing import Headers, trace_headers
+from lattice_client.transport.tracing import Headers, trace_headers, uninstrumented
 
 
 class Stubs:
@@ -61,8 +61,10 @@ class Signed:
             method = factory(*args, **kwargs)
 
             def call(*args: Any, **kwargs: Any) -> Any:
-                return method(*args, metadata=(*self._metadata, *trace_headers()), **kwargs)
+                with uninstrumented():
+                    return method(*args, metadata=(*self._metadata, *trace_headers()), **kwargs)
 
+            call.__name__ = args[0]  # Such as `/lattice.v1.TaskService/GetTask`.
             return call
 
         return stub

@@ -21,6 +21,7 @@ from lattice_client.transport.channel import (
 )
 from lattice_client.transport.security import Security
 from lattice_client.transport.stubs import Stubs
+from lattice_client.transport.tracing import call_span
 
 if TYPE_CHECKING:
     from grpc.aio import (
@@ -57,7 +58,7 @@ class AsyncChannel(Channel):
 
     async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
         """Return the answer of a call. Raises RequestError, ClientClosedError."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return await method(request)
 
     async def stream(self, method: "UnaryStreamMultiCallable[Q, R]", request: Q) -> AsyncIterator[R]:
@@ -73,7 +74,7 @@ class AsyncChannel(Channel):
 
     async def upload(self, method: "StreamUnaryMultiCallable[Q, R]", messages: Iterable[Q]) -> R:
         """Send messages; return the answer. Raises as `call`."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return await method(_each(messages))
 
     def open_bidi(self, method: "StreamStreamMultiCallable[Q, R]") -> BidiCall[Q, R]:
