@@ -10,9 +10,9 @@ $(VENV)/.stamp: pyproject.toml
 .PHONY: setup test lint proto
 setup: $(VENV)/.stamp nodejs go network docker
 
-# One test of each behaviour. Three processes, because tests wait much of the time; PYTEST_FLAGS="-n 0" runs all in one.
+# One test of each behaviour. Four processes, because tests wait much of the time; PYTEST_FLAGS="-n 0" runs all in one.
 test: setup
-	$(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n 4 $(PYTEST_FLAGS)
 
 # To run at each change: all but the tests that start servers, or processes in great numbers.
 .PHONY: check
@@ -22,7 +22,7 @@ check: lint
 # Also the repetitions that `make test` leaves out: tests whose behaviour another test has, and most generated examples.
 .PHONY: test-all
 test-all: setup postgres prometheus
-	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
+	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 4 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 # The tests of the client that start no server, on Python 3.13 and without Ray.
 PYTHON_3_13 ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python))
