@@ -21,6 +21,9 @@ from tests.examples import share
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# What is imported and collected is kept: collections of garbage begin with the first test.
+gc.disable()
+
 # Tests serve in their own process, which starts workers: see `lattice_server/__init__.py`. Read when gRPC is imported.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
@@ -71,6 +74,7 @@ def pytest_collection_finish() -> None:
 
     Each server in a test makes one when it starts.
     """
+    gc.enable()
     gc.collect()
     gc.freeze()
 
