@@ -45,8 +45,8 @@ async def test_metrics_count_runs_tasks_and_calls(tmp_path: Path) -> None:
                 await channel.unary_unary("/any.Name/AtAll")(b"")
             await asyncio.sleep(1.1)  # One sample of the lag.
             page = await page_of(app)
-            async with asyncio.timeout(30):  # Until the worker's next heartbeat.
-                while not labelled(samples_of(page), "lattice_runner_starts_total"):
+            async with asyncio.timeout(30):  # Until a heartbeat of the worker after its last attempt.
+                while labelled(samples_of(page), "lattice_runners").get(("none", "busy")) != 0:
                     await asyncio.sleep(0.1)
                     page = await page_of(app)
     samples = samples_of(page)
