@@ -266,6 +266,10 @@ class AsyncLatticeClient:
         """Cancel a run. Raises NotFoundError."""
         return await self.api.calls.cancel_run(run_id, reason)
 
+    async def signal_run(self, run_id: str, name: str, value: Any = None) -> None:
+        """Send a signal to a run. Raises NotFoundError, and the errors of `AsyncRun.signal`."""
+        await self.api.calls.signal_run(run_id, name, value)
+
     async def retry_run(self, run_id: str, new_run_id: str = "") -> AsyncRun:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.
 

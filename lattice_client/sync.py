@@ -227,6 +227,10 @@ class LatticeClient:
         """Cancel a run. Raises NotFoundError."""
         return blocking(self.twin.cancel_run(run_id, reason))
 
+    def signal_run(self, run_id: str, name: str, value: Any = None) -> None:
+        """Send a signal to a run. Raises NotFoundError, and the errors of `AsyncRun.signal`."""
+        blocking(self.twin.signal_run(run_id, name, value))
+
     def retry_run(self, run_id: str, new_run_id: str = "") -> Run:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.
 

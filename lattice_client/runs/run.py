@@ -140,6 +140,17 @@ class AsyncRun(RunId):
         """Cancel the run."""
         await self.api.calls.cancel_run(self, reason)
 
+    async def signal(self, name: str, value: Any = None) -> None:
+        """Send a signal to the run: `context.wait_for(name)` returns the value in tasks of it. It is kept until then.
+
+        Raises:
+            TaskDefinitionError: the value cannot be pickled, or is larger than the server's limit.
+            InvalidArgumentError: the name is empty or too long.
+            PreconditionError: the run has ended.
+            ResourceExhaustedError: the run has got as many signals as it may.
+        """
+        await self.api.calls.signal_run(self, name, value)
+
     async def retry(self, new_run_id: str = "") -> "AsyncRun":
         """Start a run that repeats the unfinished tasks of this one; see `AsyncLatticeClient.retry_run`."""
         retried = AsyncRun.of(await self.api.calls.retry_run(self, new_run_id), self.api)

@@ -102,6 +102,13 @@ class Run(RunId):
         """Cancel the run."""
         blocking(self.twin.cancel(reason))
 
+    def signal(self, name: str, value: Any = None) -> None:
+        """Send a signal to the run: `context.wait_for(name)` returns the value in tasks of it. See `AsyncRun.signal`.
+
+        Raises TaskDefinitionError, InvalidArgumentError, PreconditionError, ResourceExhaustedError.
+        """
+        blocking(self.twin.signal(name, value))
+
     def retry(self, new_run_id: str = "") -> "Run":
         """Start a run that repeats the unfinished tasks of this one; see `LatticeClient.retry_run`."""
         return Run.of(blocking(self.twin.retry(new_run_id)))

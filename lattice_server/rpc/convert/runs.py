@@ -76,6 +76,7 @@ def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
         tenant=run.tenant,
         priority=run.priority,
         open=run.is_open,
+        awaited_signals=run.signals.awaited(),
     )
     # Each start of a run answers with this message; to make the parts apart and copy them takes three times as long.
     fill_timestamp(message.create_time, entry.created_s)

@@ -150,6 +150,8 @@ class _WaitKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """It does not wait: a worker runs it."""
     WAIT_KIND_ENDED: _WaitKind.ValueType  # 9
     """It does not wait: it has ended."""
+    WAIT_KIND_SIGNAL: _WaitKind.ValueType  # 10
+    """Its attempt waits for a signal; see `WorkflowService.SignalRun`."""
 
 class WaitKind(_WaitKind, metaclass=_WaitKindEnumTypeWrapper):
     """The class of a reason to wait."""
@@ -174,6 +176,8 @@ WAIT_KIND_RUNNING: WaitKind.ValueType  # 8
 """It does not wait: a worker runs it."""
 WAIT_KIND_ENDED: WaitKind.ValueType  # 9
 """It does not wait: it has ended."""
+WAIT_KIND_SIGNAL: WaitKind.ValueType  # 10
+"""Its attempt waits for a signal; see `WorkflowService.SignalRun`."""
 Global___WaitKind: typing_extensions.TypeAlias = WaitKind
 
 @typing.final

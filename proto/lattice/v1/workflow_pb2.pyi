@@ -1241,6 +1241,57 @@ class CancelRunResponse(google.protobuf.message.Message):
 Global___CancelRunResponse: typing_extensions.TypeAlias = CancelRunResponse
 
 @typing.final
+class SignalRunRequest(google.protobuf.message.Message):
+    """Request of `WorkflowService.SignalRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    name: builtins.str
+    """The name of the signal, of 1 to 128 characters."""
+    request_id: builtins.str
+    """Makes the call safe to repeat; see the service."""
+    @property
+    def value(self) -> lattice.v1.payload_pb2.Payload:
+        """Its value, inline and of at most `Limits.question_bytes`."""
+
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        name: builtins.str = ...,
+        value: lattice.v1.payload_pb2.Payload | None = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "request_id", b"request_id", "run_id", b"run_id", "value", b"value"]) -> None: ...
+
+Global___SignalRunRequest: typing_extensions.TypeAlias = SignalRunRequest
+
+@typing.final
+class SignalRunResponse(google.protobuf.message.Message):
+    """Response of `WorkflowService.SignalRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """Which value of this name it is, from 0."""
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index"]) -> None: ...
+
+Global___SignalRunResponse: typing_extensions.TypeAlias = SignalRunResponse
+
+@typing.final
 class RetryRunRequest(google.protobuf.message.Message):
     """Request of `WorkflowService.RetryRun`. The new run has the workflow, parameters, labels, priority, timeout and tenant
     of the old one. A task that succeeded is not run again if the tasks it depends on are not either and its outputs are

@@ -137,6 +137,11 @@ class WorkflowServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.FromString,
                 _registered_method=True)
+        self.SignalRun = channel.unary_unary(
+                '/lattice.v1.WorkflowService/SignalRun',
+                request_serializer=lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_workflow__pb2.SignalRunResponse.FromString,
+                _registered_method=True)
         self.RetryRun = channel.unary_unary(
                 '/lattice.v1.WorkflowService/RetryRun',
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.RetryRunRequest.SerializeToString,
@@ -280,6 +285,15 @@ class WorkflowServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SignalRun(self, request, context):
+        """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
+        until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
+        attempt reads all from the first one on. Idempotent by `request_id`, for as long as the run lasts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RetryRun(self, request, context):
         """Starts a run that takes over the finished tasks of one that has ended, and runs the others. Idempotent by
         `new_run_id`.
@@ -355,6 +369,11 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'SignalRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignalRun,
+                    request_deserializer=lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_workflow__pb2.SignalRunResponse.SerializeToString,
             ),
             'RetryRun': grpc.unary_unary_rpc_method_handler(
                     servicer.RetryRun,
@@ -751,6 +770,33 @@ class WorkflowService(object):
             '/lattice.v1.WorkflowService/CancelRun',
             lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.SerializeToString,
             lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignalRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lattice.v1.WorkflowService/SignalRun',
+            lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.SerializeToString,
+            lattice_dot_v1_dot_workflow__pb2.SignalRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

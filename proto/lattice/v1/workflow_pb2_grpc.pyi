@@ -233,6 +233,22 @@ _WorkflowServiceCancelRunType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceSignalRunType = typing_extensions.TypeVar(
+    '_WorkflowServiceSignalRunType',
+    grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
+    ],
+)
+
 _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     '_WorkflowServiceRetryRunType',
     grpc.UnaryUnaryMultiCallable[
@@ -249,7 +265,7 @@ _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceRetryRunType]):
+class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceSignalRunType, _WorkflowServiceRetryRunType]):
     """Defines, runs, lists and cancels.
 
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
@@ -345,6 +361,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.CancelRunResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.SignalRunRequest,
+            lattice.v1.workflow_pb2.SignalRunResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.RetryRunRequest,
             lattice.v1.workflow_pb2.RetryRunResponse,
         ],
@@ -405,6 +425,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.CancelRunResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.SignalRunRequest,
+            lattice.v1.workflow_pb2.SignalRunResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.RetryRunRequest,
             lattice.v1.workflow_pb2.RetryRunResponse,
         ],
@@ -454,6 +478,12 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     CancelRun: _WorkflowServiceCancelRunType
     """Cancels a run. A run that has ended stays as it is."""
+
+    SignalRun: _WorkflowServiceSignalRunType
+    """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
+    until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
+    attempt reads all from the first one on. Idempotent by `request_id`, for as long as the run lasts.
+    """
 
     RetryRun: _WorkflowServiceRetryRunType
     """Starts a run that takes over the finished tasks of one that has ended, and runs the others. Idempotent by
@@ -512,6 +542,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.CancelRunRequest,
         lattice.v1.workflow_pb2.CancelRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.RetryRunRequest,
@@ -669,6 +703,17 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.CancelRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.CancelRunResponse]]:
         """Cancels a run. A run that has ended stays as it is."""
+
+    @abc.abstractmethod
+    def SignalRun(
+        self,
+        request: lattice.v1.workflow_pb2.SignalRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lattice.v1.workflow_pb2.SignalRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.SignalRunResponse]]:
+        """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
+        until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
+        attempt reads all from the first one on. Idempotent by `request_id`, for as long as the run lasts.
+        """
 
     @abc.abstractmethod
     def RetryRun(
