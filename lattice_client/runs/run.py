@@ -11,6 +11,7 @@ from lattice_client.convert.events import RunEvent
 from lattice_client.convert.results import declared_by
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope, TaskOutput
+from lattice_client.graph.settings import disconnect_grace_s
 from lattice_client.graph.workflow import Graph
 from lattice_client.runs import streams
 from lattice_client.runs.api import RunApi
@@ -23,6 +24,8 @@ class AsyncRun(RunId):
 
     api: RunApi
     _call: StartCall | None
+    # After how many seconds without this client the run is cancelled, if it was started so.
+    grace_s: float | None
     answer: results_pb2.GetResultResponse | None
     # A weak reference to the graph that started the run, if this client did; and the tasks added later.
     graph: Callable[[], Graph[Any] | None]
@@ -33,7 +36,7 @@ class AsyncRun(RunId):
     def of(cls, run_id: str, api: RunApi, call: StartCall | None = None) -> Self:
         """Return the run with an id. `call` started it and ends with its result."""
         run = cls(run_id)
-        run.api, run._call, run.answer = api, call, None
+        run.api, run._call, run.answer, run.grace_s = api, call, None, None
         run.graph, run._added, run.declared = _unknown, weakref.WeakSet(), {}
         if call is not None:
             # Without the run its result cannot be asked for, so that the call is cancelled.
@@ -41,7 +44,12 @@ class AsyncRun(RunId):
         return run
 
     async def result(
-        self, timeout: float | None = None, *, partial: bool = False, trust_pickles: bool = False
+        self,
+        timeout: float | None = None,
+        *,
+        partial: bool = False,
+        trust_pickles: bool = False,
+        cancel_on_disconnect: bool | float = False,
     ) -> dict[str, Any]:
         """Wait for the end of the run and return the outputs of its final tasks, on which no other task depends.
 
@@ -52,6 +60,9 @@ class AsyncRun(RunId):
         With `partial` a failed or cancelled run does not raise: each task, and each item of a mapped task, that did not
         succeed is None.
 
+        With `cancel_on_disconnect` the run is cancelled when this call ends before it: by a timeout, by cancellation,
+        or because this client is disconnected for a second, or the given number of seconds.
+
         Raises:
             TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
             RunTimeoutError: the run exceeded its time limit.
@@ -61,7 +72,8 @@ class AsyncRun(RunId):
             UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial), trust_pickles)
+        grace_s = disconnect_grace_s(cancel_on_disconnect)
+        found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial, grace_s), trust_pickles)
         return found
 
     async def output(
@@ -83,11 +95,15 @@ class AsyncRun(RunId):
         """
         return decoded(await self.fetched_output(task, timeout), trust_pickles)
 
-    async def fetched_result(self, timeout: float | None = None, partial: bool = False) -> Any:
+    async def fetched_result(
+        self, timeout: float | None = None, partial: bool = False, grace_s: float | None = None
+    ) -> Any:
         """Wait for the end; return the fetched result, or the error, for `decoded`."""
         async with self.api.reader.limited(self, timeout):
             if self.answer is None:
-                self.answer = await self.api.reader.ended(self, self._call)
+                # The call that started the run does not tie it to this wait.
+                call = self._call if grace_s is None else None
+                self.answer = await self.api.reader.ended(self, call, grace_s or self.grace_s)
             return await self.api.reader.result_in(self.answer, partial, self.declared)
 
     async def fetched_output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:

@@ -58,6 +58,7 @@ from lattice_server.engine.run_starter import RunStarter, StartSettings
 from lattice_server.engine.run_stores import RunStores
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
+from lattice_server.engine.tethers import Tethers
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +110,14 @@ class Orchestrator:
         stores = RunStores(store, code, admission)
         self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks, journal)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
+        self.tethers = Tethers(self._driver)
         self.signals = RunSignals(self._driver, admission)
         self.observers = self._driver.observers
         self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
-        self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs, journal)
+        callers = (self.open_runs, self.tethers)
+        self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, *callers, journal)
         self._additions = RunAdditions(store, stores, admission, self._driver, self._slices, journal)
         self.journal = journal
         self.restorer: RunRestorer | None = None

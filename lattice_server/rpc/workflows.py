@@ -118,8 +118,9 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         """Start a run; answer again when it has ended."""
         entry, created = await self._starter.start(request.run)
         accepted = workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
-        yield workflow_pb2.ExecuteWorkflowResponse(accepted=accepted)
-        await entry.log.completed()
+        with self._orchestrator.tethers.held(entry, entry.disconnect_grace_s):
+            yield workflow_pb2.ExecuteWorkflowResponse(accepted=accepted)
+            await entry.log.completed()
         yield workflow_pb2.ExecuteWorkflowResponse(ended=await result_to_proto(entry, self._slices))
         self._orchestrator.ended.note_read(entry)
 

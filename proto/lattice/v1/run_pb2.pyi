@@ -210,6 +210,7 @@ class Run(google.protobuf.message.Message):
     RETRIED_RUN_ID_FIELD_NUMBER: builtins.int
     OPEN_FIELD_NUMBER: builtins.int
     AWAITED_SIGNALS_FIELD_NUMBER: builtins.int
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run."""
     workflow_id: builtins.str
@@ -266,6 +267,10 @@ class Run(google.protobuf.message.Message):
     def awaited_signals(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The names of the signals that its attempts wait for now."""
 
+    @property
+    def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
+        """The run is cancelled when its caller is disconnected for this long; unset for a run that outlives its caller."""
+
     def __init__(
         self,
         *,
@@ -288,9 +293,10 @@ class Run(google.protobuf.message.Message):
         retried_run_id: builtins.str = ...,
         open: builtins.bool = ...,
         awaited_signals: collections.abc.Iterable[builtins.str] | None = ...,
+        cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time", "task_counts", b"task_counts", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["awaited_signals", b"awaited_signals", "create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "open", b"open", "parameters", b"parameters", "priority", b"priority", "retried_run_id", b"retried_run_id", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "task_counts", b"task_counts", "tenant", b"tenant", "timeout", b"timeout", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time", "task_counts", b"task_counts", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["awaited_signals", b"awaited_signals", "cancel_on_disconnect", b"cancel_on_disconnect", "create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "open", b"open", "parameters", b"parameters", "priority", b"priority", "retried_run_id", b"retried_run_id", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "task_counts", b"task_counts", "tenant", b"tenant", "timeout", b"timeout", "workflow_id", b"workflow_id"]) -> None: ...
 
 Global___Run: typing_extensions.TypeAlias = Run
 

@@ -579,6 +579,7 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     TIMEOUT_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     workflow_id: builtins.str
@@ -609,6 +610,13 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
         """The run fails when it takes longer; above zero, unset means no limit."""
 
+    @property
+    def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
+        """Ties the run to its caller: it is cancelled when no call has held it for this long. It is held by the
+        `ExecuteWorkflow` and `OpenRun` streams of this request, and by `GetResult` with `cancel_on_disconnect`. Above zero;
+        unset means that a disconnect never ends the run, and for an open run `Limits.open_run_grace`.
+        """
+
     def __init__(
         self,
         *,
@@ -621,9 +629,10 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         tenant: builtins.str = ...,
         request_id: builtins.str = ...,
+        cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "labels", b"labels", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["workflow_id", "workflow"] | None: ...
 
 Global___RunWorkflowRequest: typing_extensions.TypeAlias = RunWorkflowRequest

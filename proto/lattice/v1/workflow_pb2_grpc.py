@@ -60,10 +60,11 @@ class WorkflowServiceStub(object):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     def __init__(self, channel):
@@ -184,10 +185,11 @@ class WorkflowServiceServicer(object):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     def CreateWorkflow(self, request, context):
@@ -423,10 +425,11 @@ class WorkflowService(object):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     @staticmethod

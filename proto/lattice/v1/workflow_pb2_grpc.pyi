@@ -300,10 +300,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     @typing.overload
@@ -588,10 +589,11 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     @abc.abstractmethod

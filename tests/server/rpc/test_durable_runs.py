@@ -148,6 +148,25 @@ def test_signals_survive_a_restart_and_a_repeated_one_counts_once(tmp_path: Path
             send(caller, "s", "five")
 
 
+def test_a_run_is_tied_to_its_caller_after_a_restart_too(tmp_path: Path) -> None:
+    def start(caller: Caller, run_id: str, grace_s: float) -> run_pb2.Run:
+        request = workflow_pb2.RunWorkflowRequest(run_id=run_id, workflow=graph(task("a")))
+        request.cancel_on_disconnect.FromNanoseconds(int(grace_s * 1e9))
+        return caller.workflows.RunWorkflow(request).run
+
+    with started(tmp_path) as caller:
+        kept = start(caller, "kept", 600.0)
+        assert kept.cancel_on_disconnect.seconds == 600
+        start(caller, "left", 0.5)
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+            start(caller, "wrong", 0.0)
+        assert list(refusal.violations) == ["cancel_on_disconnect"]
+    with started(tmp_path) as caller:
+        *_, last = caller.results.WatchRun(results_pb2.WatchRunRequest(run_id="left"))
+        assert last.events[-1].run_finished.failure.message == "its caller was disconnected for 0.5 s"
+        assert get(caller, "kept") == kept
+
+
 def test_a_signal_is_refused_by_field(tmp_path: Path) -> None:
     with started(tmp_path) as caller:
         run(caller, "r")
