@@ -229,6 +229,7 @@ class Agent:
         self._limits.question_bytes = welcome.question_limit_bytes
         self._limits.chunk_bytes = welcome.chunk_limit_bytes
         self._limits.takes_calls = welcome.takes_calls
+        self._limits.takes_signals = welcome.takes_signals
         is_new = not welcome.resumed and welcome.session_id != self._leases.session_id
         unacknowledged = self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         self._local_store.drop(welcome.drop_artifact_ids)

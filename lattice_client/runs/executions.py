@@ -26,10 +26,14 @@ MAX_WAITING = 1000
 
 
 class Execution:
-    """A run, or a task, that was sent over a stream, over which its answers come."""
+    """A run, or a task, that was sent over a stream, over which its answers come.
 
-    def __init__(self, stream: "_Stream", number: int, box: Mailbox[Response | None]) -> None:
+    A run that ends with its caller `is_alone` on its stream: the server cancels it when the stream is left.
+    """
+
+    def __init__(self, stream: "_Stream", number: int, box: Mailbox[Response | None], *, is_alone: bool) -> None:
         self._stream = stream
+        self._is_alone = is_alone
         self._number = number
         self._box = box
 
@@ -44,13 +48,20 @@ class Execution:
         """
         if not self._box.is_here():
             return None
-        found = await self._box.get()
+        try:
+            found = await self._box.get()
+        except BaseException:
+            if self._is_alone:
+                self.abandon()
+            raise
         self._box.put(found)  # For the next reader.
         return found
 
     def abandon(self) -> None:
         """Wait no more. May be called from any thread, and by a finalizer."""
         self._stream.waiting.pop(self._number, None)
+        if self._is_alone:
+            self._stream.abandon()
 
 
 class Executions:
@@ -67,30 +78,33 @@ class Executions:
 
     async def start(self, request: workflow_pb2.RunWorkflowRequest) -> Execution | None:
         """Start a run. None when a call has to start it. Raises RequestError when the server refuses it."""
+        if request.HasField("cancel_on_disconnect") and not _is_patched():
+            return (await self._send(Request(run=request), self._new_stream(), is_alone=True))[1]
         if not self._is_small(request):
             return None
-        sent = await self._send(Request(run=request))
-        return None if sent is None else sent[1]
+        return (await self._send(Request(run=request), self._stream()))[1]
 
     async def run_task(self, request: task_pb2.RunTaskRequest) -> task_pb2.RunTaskResponse | None:
         """Run one task; return the server's answer, as `TaskService.RunTask`.
 
         None when a call has to run it. Raises RequestError when the server refuses it.
         """
-        if not self._is_small(request):
+        if request.HasField("cancel_on_disconnect") or not self._is_small(request):
             return None
-        sent = await self._send(Request(task=request))
-        return None if sent is None else sent[0].task
+        answer, _ = await self._send(Request(task=request), self._stream())
+        return None if answer is None else answer.task
 
     def _is_small(self, request: workflow_pb2.RunWorkflowRequest | task_pb2.RunTaskRequest) -> bool:
         is_offered = self._is_reached and not _is_patched()
         return is_offered and request.ByteSize() <= MAX_REQUEST_BYTES and not trace_headers()
 
-    async def _send(self, request: Request) -> tuple[Response, Execution] | None:
-        stream = self._stream()
+    async def _send(
+        self, request: Request, stream: "_Stream", *, is_alone: bool = False
+    ) -> tuple[Response | None, Execution | None]:
+        """Send a request; return its first answer and what is to come. None when a call has to be made."""
         if len(stream.waiting) >= MAX_WAITING:
-            return None
-        execution = stream.send(request, self._channel.mailbox())
+            return None, None
+        execution = stream.send(request, self._channel.mailbox(), is_alone=is_alone)
         try:
             answer = await execution.accepted()
         except BaseException:
@@ -99,11 +113,12 @@ class Executions:
         if answer is None:
             # A call tells why, or comes through.
             self._is_reached = False
-            return None
+            return None, None
         if answer.HasField("refused"):
+            execution.abandon()
             refusal = statuses.from_refusal(answer.refused)
             if isinstance(refusal, errors.UnavailableError) or refusal.reason == "TOO_MANY_OPEN_RUNS":
-                return None
+                return None, None
             raise refusal
         return answer, execution
 
@@ -114,11 +129,14 @@ class Executions:
             with self._lock:
                 stream = kept.get(_Stream)
                 if stream is None or stream.is_broken:
-                    call = self._channel.open_bidi(self._channel.workflows.ExecuteWorkflows)
-                    stream = kept[_Stream] = _Stream(call)
-                    weakref.finalize(self, stream.abandon).atexit = False
-                    self._channel.beside(stream.read)
+                    stream = kept[_Stream] = self._new_stream()
         return cast(_Stream, stream)
+
+    def _new_stream(self) -> "_Stream":
+        stream = _Stream(self._channel.open_bidi(self._channel.workflows.ExecuteWorkflows))
+        weakref.finalize(self, stream.abandon).atexit = False
+        self._channel.beside(stream.read)
+        return stream
 
 
 class _Stream:
@@ -130,7 +148,7 @@ class _Stream:
         self.waiting: dict[int, Mailbox[Response | None]] = {}
         self.is_broken = False
 
-    def send(self, request: Request, box: Mailbox[Response | None]) -> Execution:
+    def send(self, request: Request, box: Mailbox[Response | None], *, is_alone: bool) -> Execution:
         """Send a request, whose answers are put into a mailbox, or None when the stream breaks."""
         number = request.number = next(self._numbers)
         self.waiting[number] = box
@@ -138,7 +156,7 @@ class _Stream:
         if self.is_broken:
             # It broke before the mailbox was known.
             box.put(None)
-        return Execution(self, number, box)
+        return Execution(self, number, box, is_alone=is_alone)
 
     def abandon(self) -> None:
         """Cancel the stream. May be called from any thread, and by a finalizer."""

@@ -13,7 +13,7 @@ from lattice_client.convert.inputs import Binder
 from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
-from lattice_client.graph.settings import RunSettings, TaskRunSettings, check_settings
+from lattice_client.graph.settings import RunSettings, TaskRunSettings, check_settings, disconnect_grace_s
 from lattice_client.graph.workflow import Graph
 from lattice_client.runs.artifacts import Transfer
 from lattice_client.runs.executions import Execution, Executions
@@ -174,12 +174,14 @@ class Starter:
     def _common(self, settings: TaskRunSettings, run_id: str = "") -> dict[str, Any]:
         """Return the fields that the requests for a run of one task and of a workflow share."""
         timeout = settings.get("timeout")
+        grace_s = disconnect_grace_s(settings.get("cancel_on_disconnect", False))
         return {
             "run_id": run_id or f"run-{uuid4().hex}",
             "tenant": self._tenant,
             "labels": settings.get("labels"),
             "priority": settings.get("priority", 0),
             "timeout": None if timeout is None else duration(timeout),
+            "cancel_on_disconnect": None if grace_s is None else duration(grace_s),
         }
 
     async def _spec_of(self, graph: Graph[Any]) -> workflow_pb2.WorkflowSpec:

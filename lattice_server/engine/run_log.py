@@ -12,6 +12,7 @@ from lattice_server.core.messages import (
     Fact,
     RunEvent,
     RunFinished,
+    SignalReceived,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -148,6 +149,8 @@ def _content_bytes(fact: Fact) -> int:
         case TaskSucceeded():
             outputs = sum(payload.kept_bytes for payload in fact.outputs.values())
             return outputs + sum(payload.kept_bytes for items in fact.split.values() for payload in items)
+        case SignalReceived():
+            return fact.value.kept_bytes
         case TaskLogged():
             return sys.getsizeof(fact.text)
         case TaskFailed() | TaskRetrying():

@@ -55,6 +55,7 @@ NEEDED: Mapping[str, frozenset[Scope]] = {
     "/lattice.v1.WorkflowService/OpenRun": SUBMIT,
     "/lattice.v1.WorkflowService/RetryRun": SUBMIT,
     "/lattice.v1.WorkflowService/RunWorkflow": SUBMIT,
+    "/lattice.v1.WorkflowService/SignalRun": SUBMIT,
 }
 
 

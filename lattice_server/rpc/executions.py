@@ -5,6 +5,7 @@ order. A caller that does not read its answers has at most `MAX_OPEN` runs on a 
 """
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -16,6 +17,7 @@ from lattice_server.core.errors import ExhaustedError, LatticeError, invalid_fie
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.slices import Slices
+from lattice_server.engine.tethers import Tethers
 from lattice_server.rpc.convert.runs import result_to_proto
 from lattice_server.rpc.statuses import internal_error, refusal_of
 
@@ -40,7 +42,7 @@ class ExecutionStreams:
     ) -> None:
         self._orchestrator = orchestrator
         self._slices = slices
-        self._handlers = start, run_task, recall
+        self._handlers = start, run_task, recall, orchestrator.tethers
         self._streams: set[_Stream] = set()
         self._is_stopping = False
 
@@ -74,10 +76,13 @@ class ExecutionStreams:
 class _Stream:
     """One stream: takes requests, and has the responses that are due."""
 
-    def __init__(self, start: Start, run_task: RunTask, recall: Recall | None, *, is_read: bool) -> None:
+    def __init__(
+        self, start: Start, run_task: RunTask, recall: Recall | None, tethers: Tethers, *, is_read: bool
+    ) -> None:
         self._start = start
         self._run_task = run_task
         self._recall = recall
+        self._tethers = tethers
         # Responses, and ended runs, whose responses are made when they are sent.
         self._due: deque[Response | tuple[int, RunEntry]] = deque()
         self._open: dict[int, Callable[[], object]] = {}  # How each run on the stream is left.
@@ -128,7 +133,10 @@ class _Stream:
                     accepted = workflow_pb2.RunAccepted(run_id=entry.run_id, created=created)
                     self._put(Response(number=number, accepted=accepted))
                     ended = partial(self._end, number, entry)
-                    self._open[number] = partial(entry.log.forget, ended)
+                    leaving = contextlib.ExitStack()
+                    leaving.callback(entry.log.forget, ended)
+                    leaving.enter_context(self._tethers.held(entry, entry.disconnect_grace_s))
+                    self._open[number] = leaving.close
                     entry.log.when_complete(ended)
                 case "task":
                     # A task of its own, because it waits for the end of the run.
@@ -140,7 +148,7 @@ class _Stream:
             self._put(_refusal(number, error))
 
     def _end(self, number: int, entry: RunEntry) -> None:
-        del self._open[number]
+        self._open.pop(number)()
         self._put((number, entry))
 
     async def _answer(self, number: int, request: task_pb2.RunTaskRequest) -> None:

@@ -127,6 +127,13 @@ def held(room: str) -> None:
     rooms.enter(room, "held")
 
 
+@task
+def asks(room: str) -> list[Any]:
+    found = [context.wait_for("sent"), context.wait_for("later")]
+    rooms.note(room, "asked")
+    return found
+
+
 def told(event: RunEvent) -> tuple[Any, ...]:
     """Return an event without its rounded times."""
     data = {key: value for key, value in event.data.items() if key not in {"queue_time_s", "duration_s"}}
@@ -153,6 +160,20 @@ def test_a_run_ends_with_its_result_when_the_server_is_killed_in_the_middle(head
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     notes = room.notes()
     assert (notes.count("first"), notes.count("-second"), notes.count("third")) == (1, 1, 1)
+
+
+def test_signals_and_tasks_that_wait_for_them_survive_a_server_that_is_killed(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        workflow = client.create_workflow()
+        workflow.add_task(asks, {"room": room})
+        run = workflow.run()
+        run.signal("sent", "before")
+        rooms.until(run, "signal_awaited", "asks")
+        head.restart()
+        run.signal("later", "after")
+        assert run.result(timeout=RESULT_S) == {"result": ["before", "after"]}
+        assert list(run.events())[-1].data["unread_signals"] == []
+    assert room.notes() == ["asked"]
 
 
 def test_a_run_that_grows_keeps_its_ended_items_when_the_server_is_killed(head: Head, room: Room) -> None:

@@ -579,6 +579,7 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     TIMEOUT_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     workflow_id: builtins.str
@@ -609,6 +610,13 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
         """The run fails when it takes longer; above zero, unset means no limit."""
 
+    @property
+    def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
+        """Ties the run to its caller: it is cancelled when no call has held it for this long. It is held by the
+        `ExecuteWorkflow` and `OpenRun` streams of this request, and by `GetResult` with `cancel_on_disconnect`. Above zero;
+        unset means that a disconnect never ends the run, and for an open run `Limits.open_run_grace`.
+        """
+
     def __init__(
         self,
         *,
@@ -621,9 +629,10 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         tenant: builtins.str = ...,
         request_id: builtins.str = ...,
+        cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "labels", b"labels", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["workflow_id", "workflow"] | None: ...
 
 Global___RunWorkflowRequest: typing_extensions.TypeAlias = RunWorkflowRequest
@@ -1337,6 +1346,57 @@ class CancelRunResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["run", b"run"]) -> None: ...
 
 Global___CancelRunResponse: typing_extensions.TypeAlias = CancelRunResponse
+
+@typing.final
+class SignalRunRequest(google.protobuf.message.Message):
+    """Request of `WorkflowService.SignalRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    name: builtins.str
+    """The name of the signal, of 1 to 128 characters."""
+    request_id: builtins.str
+    """Makes the call safe to repeat; see the service."""
+    @property
+    def value(self) -> lattice.v1.payload_pb2.Payload:
+        """Its value, inline and of at most `Limits.question_bytes`."""
+
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        name: builtins.str = ...,
+        value: lattice.v1.payload_pb2.Payload | None = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "request_id", b"request_id", "run_id", b"run_id", "value", b"value"]) -> None: ...
+
+Global___SignalRunRequest: typing_extensions.TypeAlias = SignalRunRequest
+
+@typing.final
+class SignalRunResponse(google.protobuf.message.Message):
+    """Response of `WorkflowService.SignalRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """Which value of this name it is, from 0."""
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index"]) -> None: ...
+
+Global___SignalRunResponse: typing_extensions.TypeAlias = SignalRunResponse
 
 @typing.final
 class RetryRunRequest(google.protobuf.message.Message):

@@ -60,10 +60,11 @@ class WorkflowServiceStub(object):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     def __init__(self, channel):
@@ -142,6 +143,11 @@ class WorkflowServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.FromString,
                 _registered_method=True)
+        self.SignalRun = channel.unary_unary(
+                '/lattice.v1.WorkflowService/SignalRun',
+                request_serializer=lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_workflow__pb2.SignalRunResponse.FromString,
+                _registered_method=True)
         self.RetryRun = channel.unary_unary(
                 '/lattice.v1.WorkflowService/RetryRun',
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.RetryRunRequest.SerializeToString,
@@ -184,10 +190,11 @@ class WorkflowServiceServicer(object):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     def CreateWorkflow(self, request, context):
@@ -293,6 +300,15 @@ class WorkflowServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SignalRun(self, request, context):
+        """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
+        until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
+        attempt reads all from the first one on. Idempotent by `request_id`, for as long as the run lasts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RetryRun(self, request, context):
         """Starts a run that takes over the finished tasks of one that has ended, and runs the others. Idempotent by
         `new_run_id`.
@@ -374,6 +390,11 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.SerializeToString,
             ),
+            'SignalRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignalRun,
+                    request_deserializer=lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_workflow__pb2.SignalRunResponse.SerializeToString,
+            ),
             'RetryRun': grpc.unary_unary_rpc_method_handler(
                     servicer.RetryRun,
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.RetryRunRequest.FromString,
@@ -422,10 +443,11 @@ class WorkflowService(object):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     @staticmethod
@@ -796,6 +818,33 @@ class WorkflowService(object):
             '/lattice.v1.WorkflowService/CancelRun',
             lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.SerializeToString,
             lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignalRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lattice.v1.WorkflowService/SignalRun',
+            lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.SerializeToString,
+            lattice_dot_v1_dot_workflow__pb2.SignalRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

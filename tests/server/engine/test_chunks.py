@@ -230,7 +230,7 @@ def test_readers_that_leave_are_forgotten() -> None:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
         assert not log._waiting
-        assert log._readers == 0
+        assert log.readers == 0
 
     asyncio.run(scenario())
 

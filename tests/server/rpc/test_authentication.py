@@ -79,6 +79,7 @@ MAY_CALL = {
     "lattice.v1.WorkflowService.ListWorkflows": READERS,
     "lattice.v1.WorkflowService.OpenRun": SUBMITTERS,
     "lattice.v1.WorkflowService.RunWorkflow": SUBMITTERS,
+    "lattice.v1.WorkflowService.SignalRun": SUBMITTERS,
 }
 SUBJECTS = ["nobody", *SCOPES, "operator", "the server's worker"]
 # The answers to an empty request that passed authorisation.
