@@ -232,11 +232,18 @@ def rpc_server(
     if metrics is not None:
         workers.observe_runners(metrics.workers.note_runners)
     limit_bytes = config.question_limit_bytes
+    answers = None
+    if engine.journal is not None and orchestrator.restorer is not None:
+        answers = DurableAnswers(engine.journal, orchestrator.restorer)
+    recall = None if answers is None else answers.recall
+    tasks = TaskServicer(orchestrator, parser, cache)
     server = RpcServer(
         config,
         str(engine.store.directory / SOCKET),
-        WorkflowServicer(orchestrator, engine.workflows, engine.drafts, parser, cache, slices, limit_bytes),
-        TaskServicer(orchestrator, parser, cache),
+        WorkflowServicer(
+            orchestrator, engine.workflows, engine.drafts, parser, cache, slices, limit_bytes, tasks.run, recall
+        ),
+        tasks,
         ResultsServicer(orchestrator, slices),
         ArtifactServicer(engine.store, engine.transfers, assigned),
         ClusterServicer(engine.bus, engine.sessions, cache, orchestrator.queries, describe),
@@ -245,9 +252,7 @@ def rpc_server(
         LlmServicer(engine.services, cache),
         authentication,
         slices,
-        None
-        if engine.journal is None or orchestrator.restorer is None
-        else DurableAnswers(engine.journal, orchestrator.restorer),
+        answers,
         [*([] if tracing is None else tracing.interceptors), *([] if metrics is None else [metrics.calls])],
         None if metrics is None else metrics.calls.note_error,
     )

@@ -19,10 +19,14 @@ from lattice_client.transport.tracing import Headers, trace_headers, uninstrumen
 
 
 class Stubs:
-    """The stubs on one channel. The stubs of a blocking channel are typed as if their calls could be awaited."""
+    """The stubs on one channel, and what is `kept` as long as they are.
+
+    The stubs of a blocking channel are typed as if their calls could be awaited.
+    """
 
     def __init__(self, channel: Any, token: str | None) -> None:
         channel = Signed(channel, token)
+        self.kept: dict[Any, Any] = {}
         self.workflows: workflow_pb2_grpc.WorkflowServiceAsyncStub
         self.tasks: task_pb2_grpc.TaskServiceAsyncStub
         self.results: results_pb2_grpc.ResultsServiceAsyncStub

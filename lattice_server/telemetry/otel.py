@@ -236,10 +236,13 @@ class _Parents(grpc.aio.ServerInterceptor):
         return await continuation(handler_call_details)
 
 
+UNTRACED = ("Connect", "ExecuteWorkflows", "OpenRun", "Watch", "WatchRun")
+
+
 def call_tracing(provider: Any = None) -> list[Any]:
     """Return the interceptors that trace calls, by default with the provider of the process."""
-    # A span as long as the life of a worker is of no use.
-    streams = (filters.method_name(name) for name in ("Connect", "WatchRun", "OpenRun", "Watch"))
+    # A span as long as the life of a worker is of no use. The runs of one stream are no parts of one trace.
+    streams = (filters.method_name(name) for name in UNTRACED)
     calls = filters.negate(filters.any_of(*streams))
     return [_Parents(), aio_server_interceptor(provider, filter_=calls)]  # type: ignore[no-untyped-call]
 

@@ -28,8 +28,8 @@ ELSEWHERE = frozenset({502, 503, 504})
 PASSED = ("accept", "content-type", "x-request-id", "user-agent")
 RETURNED = ("content-type", "x-request-id", "retry-after", "openai-processing-ms")
 ENDED_KEY = ("invalid_api_key", "the key is not valid on this node: it ends with its task")
-BEGUN = "lattice.begun"  # Of a request whose answer has begun.
-SERVICE = "lattice.service"  # Of a request whose key is valid.
+BEGUN = web.RequestKey("begun", bool)  # Of a request whose answer has begun.
+SERVICE = web.RequestKey("service", str)  # Of a request whose key is valid.
 CALLER_GONE = 499  # The status of a request without an answer, because its caller left.
 REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
 

@@ -18,7 +18,7 @@ from lattice_server.telemetry.metrics import address_of
 from tests.server.apps import NoWorkers, build, serving
 from tests.server.telemetry.workload import double, fail, fail_once, labelled, measured, on_a_loop, page_of, samples_of
 
-METHODS = "lattice.v1.TaskService/GetTask", "lattice.v1.WorkflowService/ExecuteWorkflow"
+METHODS = "lattice.v1.TaskService/GetTask", "lattice.v1.WorkflowService/RunWorkflow"
 
 
 @pytest.mark.slow
@@ -45,8 +45,8 @@ async def test_metrics_count_runs_tasks_and_calls(tmp_path: Path) -> None:
                 await channel.unary_unary("/any.Name/AtAll")(b"")
             await asyncio.sleep(1.1)  # One sample of the lag.
             page = await page_of(app)
-            async with asyncio.timeout(30):  # Until the worker's next heartbeat.
-                while not labelled(samples_of(page), "lattice_runner_starts_total"):
+            async with asyncio.timeout(30):  # Until a heartbeat of the worker after its last attempt.
+                while labelled(samples_of(page), "lattice_runners").get(("none", "busy")) != 0:
                     await asyncio.sleep(0.1)
                     page = await page_of(app)
     samples = samples_of(page)
@@ -78,7 +78,7 @@ async def test_metrics_count_runs_tasks_and_calls(tmp_path: Path) -> None:
     assert not any("any.Name" in str(labels) for _, labels in samples)
     assert labelled(samples, "lattice_server_errors_total") == {("RUN_NOT_FOUND",): 1}
     assert labelled(samples, "lattice_server_streams")[("lattice.v1.WorkerService/Connect",)] == 1
-    assert labelled(samples, "lattice_server_streams")[(METHODS[1],)] == 0
+    assert labelled(samples, "rpc_server_call_duration_seconds_count")[METHODS[1], "OK"] == 1
     assert labelled(samples, "lattice_nodes") == {("ready",): 1, ("detached",): 0, ("draining",): 0}
     assert labelled(samples, "lattice_node_cpu_capacity") == {("local",): 2}
     # On a busy machine the worker may reconnect.

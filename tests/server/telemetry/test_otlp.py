@@ -106,7 +106,7 @@ async def test_run_is_one_trace_of_its_run_waits_and_attempts(monkeypatch: pytes
             app._tracing.runs.check([])
         spans = receiver.spans()
     run_span = next(span for span in spans if span.name == "invoke_workflow chain")
-    call = next(span for span in spans if span.name.endswith("/ExecuteWorkflow"))
+    call = next(span for span in spans if span.name.endswith("/RunWorkflow"))
     assert run_span.parent_span_id == call.span_id
     assert attributes_of(run_span)["lattice.run.id"] == run.run_id
     assert attributes_of(run_span)["lattice.run.outcome"] == "succeeded"
@@ -209,7 +209,7 @@ async def test_spans_of_tasks_are_in_the_trace_of_the_caller(monkeypatch: pytest
     assert len(ids) == len(spans)
     ours = [span for span in spans if span.trace_id == own.trace_id.to_bytes(16)]
     named = {span.name: span for span in ours}
-    call = named["lattice.v1.WorkflowService/ExecuteWorkflow".replace("lattice", "/lattice", 1)]
+    call = named["lattice.v1.WorkflowService/RunWorkflow".replace("lattice", "/lattice", 1)]
     assert call.parent_span_id == own.span_id.to_bytes(8)
     attempt = named["attempt traced"]
     outer, inner, failing = named["outer"], named["inner"], named["failing"]
@@ -298,7 +298,7 @@ async def test_calls_of_a_program_that_instruments_grpc_are_spans_of_its_trace(m
             assert program.returncode == 0, printed.decode()
         spans = receiver.spans()
     by_id = {span.span_id: span for span in spans}
-    execute = "/lattice.v1.WorkflowService/ExecuteWorkflow"
+    execute = "/lattice.v1.WorkflowService/RunWorkflow"
     for program_name, workflow in (("blocks", "blocking"), ("suspends", "suspending")):
         run = next(span for span in spans if span.name == f"invoke_workflow {workflow}")
         served = by_id[run.parent_span_id]
@@ -308,7 +308,7 @@ async def test_calls_of_a_program_that_instruments_grpc_are_spans_of_its_trace(m
         assert attributes_of(sent) == {
             "rpc.system": "grpc",
             "rpc.service": "lattice.v1.WorkflowService",
-            "rpc.method": "ExecuteWorkflow",
+            "rpc.method": "RunWorkflow",
             "rpc.grpc.status_code": 0,
         }
         # One span of each call, none of streams.

@@ -153,4 +153,4 @@ async def test_run_over_two_nodes_with_a_retry_is_one_trace(monkeypatch: pytest.
     ]
     # Every span but the caller's call has its parent in the trace.
     orphans = [span.name for span in ours if span.parent_span_id not in by_id]
-    assert orphans == ["/lattice.v1.WorkflowService/ExecuteWorkflow"]
+    assert orphans == ["/lattice.v1.WorkflowService/RunWorkflow"]
