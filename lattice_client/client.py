@@ -112,12 +112,10 @@ class AsyncLatticeClient:
 
     async def close(self) -> None:
         """Close the connection; runs continue."""
-        self.api.starter.close()
         await self.api.channel.close()
 
     def shut(self) -> None:
         """Close the connections of all event loops, from any thread."""
-        self.api.starter.close()
         self.api.channel.shut()
 
     def create_workflow(self, name: str = "", failure_policy: str = "fail_fast") -> AsyncLatticeWorkflow:
@@ -150,7 +148,7 @@ class AsyncLatticeClient:
             RequestError: the server refused it.
         """
         started = await self.api.starter.run(graph, run_id, **settings)
-        run = AsyncRun.of(started.run_id, self.api, started.call)
+        run = AsyncRun.of(started.run_id, self.api, started.execution)
         run.note_graph(graph)
         return run
 

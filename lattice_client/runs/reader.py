@@ -21,7 +21,8 @@ from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import TaskOutput
 from lattice_client.runs.artifacts import Transfer
 from lattice_client.runs.decoding import Part
-from lattice_client.runs.ids import RunId, StartCall, task_id_of
+from lattice_client.runs.executions import Execution
+from lattice_client.runs.ids import RunId, task_id_of
 from lattice_client.runs.paging import PAGE_SIZE, pages
 from lattice_client.transport.channel import Channel
 from lattice_client.transport.reconnection import OnLoss, Reconnection, limited
@@ -77,9 +78,9 @@ class Reader:
         """Limit the duration of a block; see `reconnection.limited`."""
         return limited(self._rpc, run_id, timeout, task_id, allowed_s)
 
-    async def ended(self, run_id: str, call: StartCall | None = None) -> results_pb2.GetResultResponse:
-        """Wait for a run's end; return the server's answer. `call` started the run. Raises RequestError."""
-        last = None if call is None else await call.last()
+    async def ended(self, run_id: str, execution: Execution | None = None) -> results_pb2.GetResultResponse:
+        """Wait for a run's end; return the server's answer. `execution` started the run. Raises RequestError."""
+        last = None if execution is None else await execution.ended()
         return await self._get_result(run_id) if last is None else last.ended
 
     async def result_in(

@@ -15,14 +15,15 @@ from lattice_client.graph.workflow import Graph
 from lattice_client.runs import streams
 from lattice_client.runs.api import RunApi
 from lattice_client.runs.decoding import decoded
-from lattice_client.runs.ids import RunId, StartCall, task_id_of
+from lattice_client.runs.executions import Execution
+from lattice_client.runs.ids import RunId, task_id_of
 
 
 class AsyncRun(RunId):
     """A run: its id as a text, with methods that read and change the run."""
 
     api: RunApi
-    _call: StartCall | None
+    _execution: Execution | None
     answer: results_pb2.GetResultResponse | None
     # A weak reference to the graph that started the run, if this client did; and the tasks added later.
     graph: Callable[[], Graph[Any] | None]
@@ -30,14 +31,14 @@ class AsyncRun(RunId):
     declared: dict[str, Sequence[str]]
 
     @classmethod
-    def of(cls, run_id: str, api: RunApi, call: StartCall | None = None) -> Self:
-        """Return the run with an id. `call` started it and ends with its result."""
+    def of(cls, run_id: str, api: RunApi, execution: Execution | None = None) -> Self:
+        """Return the run with an id. `execution` started it, and brings its result."""
         run = cls(run_id)
-        run.api, run._call, run.answer = api, call, None
+        run.api, run._execution, run.answer = api, execution, None
         run.graph, run._added, run.declared = _unknown, weakref.WeakSet(), {}
-        if call is not None:
-            # Without the run its result cannot be asked for, so that the call is cancelled.
-            weakref.finalize(run, call.abandon).atexit = False
+        if execution is not None:
+            # Without the run its result cannot be asked for.
+            weakref.finalize(run, execution.abandon).atexit = False
         return run
 
     async def result(
@@ -87,7 +88,7 @@ class AsyncRun(RunId):
         """Wait for the end; return the fetched result, or the error, for `decoded`."""
         async with self.api.reader.limited(self, timeout):
             if self.answer is None:
-                self.answer = await self.api.reader.ended(self, self._call)
+                self.answer = await self.api.reader.ended(self, self._execution)
             return await self.api.reader.result_in(self.answer, partial, self.declared)
 
     async def fetched_output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:

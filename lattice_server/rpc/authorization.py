@@ -46,6 +46,7 @@ NEEDED: Mapping[str, frozenset[Scope]] = {
     "/lattice.v1.WorkflowService/CreateWorkflow": SUBMIT,
     "/lattice.v1.WorkflowService/DeleteWorkflow": SUBMIT,
     "/lattice.v1.WorkflowService/ExecuteWorkflow": SUBMIT,
+    "/lattice.v1.WorkflowService/ExecuteWorkflows": SUBMIT,
     "/lattice.v1.WorkflowService/GetRun": READ,
     "/lattice.v1.WorkflowService/GetRunGraph": READ,
     "/lattice.v1.WorkflowService/GetWorkflow": READ,

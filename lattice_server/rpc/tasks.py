@@ -35,6 +35,10 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
 
     async def RunTask(self, request: task_pb2.RunTaskRequest, context: Context) -> task_pb2.RunTaskResponse:
         """Run one task as a run of its own."""
+        return await self.run(request)
+
+    async def run(self, request: task_pb2.RunTaskRequest) -> task_pb2.RunTaskResponse:
+        """Run one task as a run of its own; return when it has ended, or its wait is over. Raises LatticeError."""
         wait_s = wait_from_proto(request.wait, "wait")
         check_request_id(request.request_id)
         request_id = request.request_id

@@ -21,6 +21,7 @@ from lattice_server.rpc.convert.runs import (
     workflow_to_proto,
 )
 from lattice_server.rpc.convert.tasks import check_id
+from lattice_server.rpc.executions import ExecutionStreams, Recall, RunTask
 from lattice_server.rpc.graph_builder import GraphBuilder
 from lattice_server.rpc.handlers import Context
 from lattice_server.rpc.open_runs import OpenRunStreams
@@ -44,6 +45,8 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         cache: RequestCache,
         slices: Slices,
         question_limit_bytes: int,
+        run_task: RunTask,
+        recall: Recall | None,
     ) -> None:
         self._orchestrator = orchestrator
         self._library = library
@@ -52,6 +55,7 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         graphs = GraphBuilder(parser, drafts, slices)
         self._starter = RunStarter(orchestrator, library, drafts, parser, graphs)
         self._editor = WorkflowEditor(orchestrator, library, drafts, parser, graphs, slices)
+        self._executions = ExecutionStreams(orchestrator, slices, self._starter.start, run_task, recall)
         self._open_runs = OpenRunStreams(orchestrator, question_limit_bytes, self._starter.start_open, self._add_tasks)
 
     async def CreateWorkflow(
@@ -117,6 +121,18 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         await entry.log.completed()
         yield workflow_pb2.ExecuteWorkflowResponse(ended=await result_to_proto(entry, self._slices))
         self._orchestrator.ended.note_read(entry)
+
+    async def ExecuteWorkflows(
+        self, request_iterator: AsyncIterator[workflow_pb2.ExecuteWorkflowsRequest], context: Context
+    ) -> AsyncIterator[workflow_pb2.ExecuteWorkflowsResponse]:
+        """Start runs; answer again when each has ended."""
+        async with contextlib.aclosing(self._executions.serve(request_iterator)) as responses:
+            async for response in responses:
+                yield response
+
+    def stop(self) -> None:
+        """End the streams that wait for nothing; see `ExecutionStreams.stop`."""
+        self._executions.stop()
 
     async def OpenRun(
         self, request_iterator: AsyncIterator[workflow_pb2.OpenRunRequest], context: Context

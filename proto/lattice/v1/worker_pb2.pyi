@@ -628,6 +628,8 @@ class RunnerCount(google.protobuf.message.Message):
     BUSY_FIELD_NUMBER: builtins.int
     IDLE_FIELD_NUMBER: builtins.int
     STARTED_FIELD_NUMBER: builtins.int
+    WAITED_FIELD_NUMBER: builtins.int
+    START_DURATIONS_FIELD_NUMBER: builtins.int
     isolation: lattice.v1.resources_pb2.Isolation.ValueType
     """The level."""
     busy: builtins.int
@@ -636,6 +638,12 @@ class RunnerCount(google.protobuf.message.Message):
     """Processes that wait for an attempt, including new ones that have run no attempt."""
     started: builtins.int
     """Processes started since the last heartbeat."""
+    waited: builtins.int
+    """Attempts since the last heartbeat for which no process waited, so that one was started."""
+    @property
+    def start_durations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[google.protobuf.duration_pb2.Duration]:
+        """How long processes took that became ready for attempts since the last heartbeat; at most 1,000."""
+
     def __init__(
         self,
         *,
@@ -643,8 +651,10 @@ class RunnerCount(google.protobuf.message.Message):
         busy: builtins.int = ...,
         idle: builtins.int = ...,
         started: builtins.int = ...,
+        waited: builtins.int = ...,
+        start_durations: collections.abc.Iterable[google.protobuf.duration_pb2.Duration] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["busy", b"busy", "idle", b"idle", "isolation", b"isolation", "started", b"started"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy", b"busy", "idle", b"idle", "isolation", b"isolation", "start_durations", b"start_durations", "started", b"started", "waited", b"waited"]) -> None: ...
 
 Global___RunnerCount: typing_extensions.TypeAlias = RunnerCount
 

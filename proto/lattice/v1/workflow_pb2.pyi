@@ -703,6 +703,104 @@ class ExecuteWorkflowResponse(google.protobuf.message.Message):
 Global___ExecuteWorkflowResponse: typing_extensions.TypeAlias = ExecuteWorkflowResponse
 
 @typing.final
+class ExecuteWorkflowsRequest(google.protobuf.message.Message):
+    """A run to start by `WorkflowService.ExecuteWorkflows`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    TASK_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Names the run in the responses; chosen by the caller, different for each run of the stream that has not ended."""
+    @property
+    def run(self) -> Global___RunWorkflowRequest:
+        """A workflow."""
+
+    @property
+    def task(self) -> lattice.v1.task_pb2.RunTaskRequest:
+        """A single task. It is answered once, when it has ended or `RunTaskRequest.wait` has passed."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        run: Global___RunWorkflowRequest | None = ...,
+        task: lattice.v1.task_pb2.RunTaskRequest | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["run", b"run", "start", b"start", "task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "run", b"run", "start", b"start", "task", b"task"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["start", b"start"]) -> typing.Literal["run", "task"] | None: ...
+
+Global___ExecuteWorkflowsRequest: typing_extensions.TypeAlias = ExecuteWorkflowsRequest
+
+@typing.final
+class ExecuteWorkflowsResponse(google.protobuf.message.Message):
+    """Response of `WorkflowService.ExecuteWorkflows`. Those for one run come in order, those for others in between."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    ACCEPTED_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
+    TASK_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """The run; `ExecuteWorkflowsRequest.number`."""
+    @property
+    def accepted(self) -> Global___RunAccepted:
+        """The run was accepted."""
+
+    @property
+    def ended(self) -> lattice.v1.results_pb2.GetResultResponse:
+        """The run ended; the last message for it."""
+
+    @property
+    def task(self) -> lattice.v1.task_pb2.RunTaskResponse:
+        """The answer for a single task; the last message for it."""
+
+    @property
+    def refused(self) -> lattice.v1.errors_pb2.Refusal:
+        """The run was refused, and nothing changed; the last message for it."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        accepted: Global___RunAccepted | None = ...,
+        ended: lattice.v1.results_pb2.GetResultResponse | None = ...,
+        task: lattice.v1.task_pb2.RunTaskResponse | None = ...,
+        refused: lattice.v1.errors_pb2.Refusal | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "ended", b"ended", "message", b"message", "refused", b"refused", "task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "ended", b"ended", "message", b"message", "number", b"number", "refused", b"refused", "task", b"task"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["accepted", "ended", "task", "refused"] | None: ...
+
+Global___ExecuteWorkflowsResponse: typing_extensions.TypeAlias = ExecuteWorkflowsResponse
+
+@typing.final
+class RunAccepted(google.protobuf.message.Message):
+    """A run was accepted."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    CREATED_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    created: builtins.bool
+    """Whether this request created the run."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        created: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["created", b"created", "run_id", b"run_id"]) -> None: ...
+
+Global___RunAccepted: typing_extensions.TypeAlias = RunAccepted
+
+@typing.final
 class OpenRunRequest(google.protobuf.message.Message):
     """All that the caller of `WorkflowService.OpenRun` has to send at one moment. The server processes the fields in the
     order of their numbers.

@@ -112,6 +112,11 @@ class WorkflowServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowResponse.FromString,
                 _registered_method=True)
+        self.ExecuteWorkflows = channel.stream_stream(
+                '/lattice.v1.WorkflowService/ExecuteWorkflows',
+                request_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsResponse.FromString,
+                _registered_method=True)
         self.OpenRun = channel.stream_stream(
                 '/lattice.v1.WorkflowService/OpenRun',
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.OpenRunRequest.SerializeToString,
@@ -241,6 +246,14 @@ class WorkflowServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExecuteWorkflows(self, request_iterator, context):
+        """Starts runs, any number over one stream, and answers for each twice, as `ExecuteWorkflow` does, which costs less than
+        a call for each. A refused run is a message and does not end the stream. The runs continue when the stream breaks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenRun(self, request_iterator, context):
         """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream
         with a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. Later refusals are
@@ -330,6 +343,11 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
                     servicer.ExecuteWorkflow,
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowResponse.SerializeToString,
+            ),
+            'ExecuteWorkflows': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExecuteWorkflows,
+                    request_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsResponse.SerializeToString,
             ),
             'OpenRun': grpc.stream_stream_rpc_method_handler(
                     servicer.OpenRun,
@@ -616,6 +634,33 @@ class WorkflowService(object):
             '/lattice.v1.WorkflowService/ExecuteWorkflow',
             lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowRequest.SerializeToString,
             lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExecuteWorkflows(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lattice.v1.WorkflowService/ExecuteWorkflows',
+            lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsRequest.SerializeToString,
+            lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -153,6 +153,22 @@ _WorkflowServiceExecuteWorkflowType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceExecuteWorkflowsType = typing_extensions.TypeVar(
+    '_WorkflowServiceExecuteWorkflowsType',
+    grpc.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+)
+
 _WorkflowServiceOpenRunType = typing_extensions.TypeVar(
     '_WorkflowServiceOpenRunType',
     grpc.StreamStreamMultiCallable[
@@ -249,7 +265,7 @@ _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceRetryRunType]):
+class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceExecuteWorkflowsType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceRetryRunType]):
     """Defines, runs, lists and cancels.
 
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
@@ -325,6 +341,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
         ],
         grpc.StreamStreamMultiCallable[
+            lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+            lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
             lattice.v1.workflow_pb2.OpenRunRequest,
             lattice.v1.workflow_pb2.OpenRunResponse,
         ],
@@ -385,6 +405,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
         ],
         grpc.aio.StreamStreamMultiCallable[
+            lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+            lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
             lattice.v1.workflow_pb2.OpenRunRequest,
             lattice.v1.workflow_pb2.OpenRunResponse,
         ],
@@ -433,6 +457,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     ExecuteWorkflow: _WorkflowServiceExecuteWorkflowType
     """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
+
+    ExecuteWorkflows: _WorkflowServiceExecuteWorkflowsType
+    """Starts runs, any number over one stream, and answers for each twice, as `ExecuteWorkflow` does, which costs less than
+    a call for each. A refused run is a message and does not end the stream. The runs continue when the stream breaks.
+    """
 
     OpenRun: _WorkflowServiceOpenRunType
     """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream
@@ -492,6 +521,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         lattice.v1.workflow_pb2.ExecuteWorkflowRequest,
         lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
     ],
     grpc.aio.StreamStreamMultiCallable[
         lattice.v1.workflow_pb2.OpenRunRequest,
@@ -623,6 +656,16 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[lattice.v1.workflow_pb2.ExecuteWorkflowResponse], collections.abc.AsyncIterator[lattice.v1.workflow_pb2.ExecuteWorkflowResponse]]:
         """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
+
+    @abc.abstractmethod
+    def ExecuteWorkflows(
+        self,
+        request_iterator: _MaybeAsyncIterator[lattice.v1.workflow_pb2.ExecuteWorkflowsRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[lattice.v1.workflow_pb2.ExecuteWorkflowsResponse], collections.abc.AsyncIterator[lattice.v1.workflow_pb2.ExecuteWorkflowsResponse]]:
+        """Starts runs, any number over one stream, and answers for each twice, as `ExecuteWorkflow` does, which costs less than
+        a call for each. A refused run is a message and does not end the stream. The runs continue when the stream breaks.
+        """
 
     @abc.abstractmethod
     def OpenRun(

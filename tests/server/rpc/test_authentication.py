@@ -71,6 +71,7 @@ MAY_CALL = {
     "lattice.v1.WorkflowService.CreateWorkflow": SUBMITTERS,
     "lattice.v1.WorkflowService.DeleteWorkflow": SUBMITTERS,
     "lattice.v1.WorkflowService.ExecuteWorkflow": SUBMITTERS,
+    "lattice.v1.WorkflowService.ExecuteWorkflows": SUBMITTERS,
     "lattice.v1.WorkflowService.GetRun": READERS,
     "lattice.v1.WorkflowService.GetRunGraph": READERS,
     "lattice.v1.WorkflowService.GetWorkflow": READERS,
