@@ -24,6 +24,7 @@ from lattice_worker.attempt_executor import AttemptExecutor
 from lattice_worker.attempt_reports import AttemptReports
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES, check_cancelled, opened
 from lattice_worker.config import WorkerConfig
+from lattice_worker.egress.agent import Egress
 from lattice_worker.lease_machine import LeaseMachine
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
@@ -32,6 +33,7 @@ from lattice_worker.peer_fetch import PeerFetcher
 from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
 from lattice_worker.runner_pool import Pool
+from lattice_worker.sandbox.policy import LEVELS
 from lattice_worker.streams import Streams
 from lattice_worker.zygotes import Zygotes
 
@@ -51,7 +53,14 @@ class Agent:
         self._config = config
         self._capacity = host.capacity(config)
         self._staging = ArtifactStaging(config.store_directory)
-        self._pool = Pool(max(1, int(self._capacity.cpu)), self._staging, Zygotes(config.server), config.engine)
+        self._pool = Pool(
+            max(1, int(self._capacity.cpu)),
+            self._staging,
+            Zygotes(config.server),
+            config.engine,
+            Egress(config.egress_networks),
+            config.named_group,
+        )
         store = config.store_directory
         incoming = self._staging.incoming
         self._fetcher = None if config.host_fd is None else PeerFetcher(config.host_fd, store, incoming)
@@ -75,6 +84,7 @@ class Agent:
         self._heard_at = 0.0
         self._is_welcome = False
         self._levels: frozenset[str] = frozenset()  # Of isolation, that can be set up here.
+        self._network_levels: frozenset[str] = frozenset()  # Of them those that restrict servers.
         self._listed: frozenset[str] = frozenset()
         self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
         self._uploads = Uploads(self._local_store)
@@ -92,6 +102,7 @@ class Agent:
             await self._fetcher.start()
         warming = asyncio.create_task(self._pool.warm())
         self._levels = frozenset(await self._pool.levels())
+        self._network_levels = frozenset(await self._pool.network_levels(self._levels))
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._serve_stream():
@@ -186,6 +197,8 @@ class Agent:
                 for number, level in ISOLATIONS.items()
                 if level in refusals
             ],
+            network_isolations=[number for number, level in ISOLATIONS.items() if level in self._network_levels],
+            memory_enforcement=self._memory_enforcement(),
             runtime=host.runtime(),
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,
@@ -195,6 +208,12 @@ class Agent:
             stored_artifact_ids=self._local_store.stored(),
             reported_artifact_ids=self._listed,
         )
+
+    def _memory_enforcement(self) -> resources_pb2.MemoryEnforcement.ValueType:
+        if self._levels.isdisjoint(LEVELS):
+            return resources_pb2.MEMORY_ENFORCEMENT_UNSPECIFIED
+        has_groups = self._pool.has_groups
+        return resources_pb2.MEMORY_ENFORCEMENT_CGROUP if has_groups else resources_pb2.MEMORY_ENFORCEMENT_MEASURED
 
     def _take(self, response: worker_pb2.ConnectResponse) -> None:
         """Handle a message, in the order of its fields."""

@@ -13,6 +13,7 @@ from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.containers import Containers
 from lattice_worker.containers.supervisor import ContainerSupervisor
+from lattice_worker.egress.agent import Egress
 from lattice_worker.idle_runners import IdleRunners
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_counts import RunnerCounts
@@ -38,6 +39,8 @@ class Pool:
         staging: ArtifactStaging,
         zygotes: Zygotes | None = None,
         engine: EngineConfig | None = None,
+        egress: Egress | None = None,
+        named_group: str | None = None,
     ) -> None:
         self._wanted = spares
         self._staging = staging
@@ -47,7 +50,10 @@ class Pool:
         self._idle = IdleRunners()
         self._shared = SharedRunners()
         self._containers = Containers(engine or EngineConfig())
-        self._sandboxed = SandboxRunners(lambda sandbox: self._start_unused(sandbox=sandbox), self._containers)
+        self._egress = egress or Egress()
+        self._sandboxed = SandboxRunners(
+            lambda sandbox: self._start_unused(sandbox=sandbox), self._containers, self._egress, named_group
+        )
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
         self.retired: Container[str] = ()
@@ -63,6 +69,15 @@ class Pool:
     async def levels(self) -> list[str]:
         """Return the levels of isolation that can be set up on this machine."""
         return await self._sandboxed.levels()
+
+    async def network_levels(self, levels: Iterable[str]) -> list[str]:
+        """Return which of these levels restrict the servers that a task may connect to."""
+        return await self._sandboxed.network_levels(levels)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the kernel limits the memory of sandboxes that are forked."""
+        return self._sandboxed.has_groups
 
     def level_refusals(self) -> dict[str, str]:
         """Return by level why it cannot be set up on this machine; filled by `levels`."""
@@ -126,10 +141,23 @@ class Pool:
         for runner in list(self._all):
             runner.kill()
         self._zygotes.close()
+        self._egress.close()
 
     async def wait_closed(self) -> None:
-        """Wait until the containers are removed. `close` comes first."""
+        """Wait until control groups and containers are removed. `close` comes first."""
+        # Also when a second signal ends the worker at once: processes that were killed end soon.
+        groups = asyncio.ensure_future(self._close_groups())
+        try:
+            await asyncio.shield(groups)
+        except asyncio.CancelledError:
+            await groups
+            raise
+        await self._egress.wait_closed()
         await self._containers.close()
+
+    async def _close_groups(self) -> None:
+        await self._zygotes.wait_closed()
+        await self._sandboxed.close_groups()
 
     def check(self) -> None:
         """Assert that each runner that takes invocations runs one or can be taken."""

@@ -113,6 +113,8 @@ class TaskSettings:
         priority: of your queued tasks, those of higher priority start first.
         node_selector: labels that the node must have.
         isolation: none, subprocess, seccomp or docker.
+        network: the servers that a task with isolation may connect to, each `name:port`, such as
+            `api.example.com:443` or `*.example.com:443`. Without any it has no network.
     """
 
     retries: int = 0
@@ -128,6 +130,7 @@ class TaskSettings:
     priority: int = 0
     node_selector: Mapping[str, str] | None = field(default=None)
     isolation: str = "none"
+    network: Sequence[str] = ()
 
     def to_proto(self, label: str) -> task_pb2.TaskSpec:
         """Return the settings as part of a task. Raises TaskDefinitionError naming the task and the setting."""
@@ -155,6 +158,8 @@ class TaskSettings:
             priority=self.priority,
             node_selector=labels,
         )
+        if servers := self._network(label):
+            spec.sandbox.network.extend(servers)
         if self.retries:
             spec.retry.CopyFrom(self._retry(label))
         elif self.retry_on or self.retry_backoff is not None:
@@ -170,6 +175,15 @@ class TaskSettings:
         elif self.batch_timeout is not None:
             raise _bad(label, "batch_timeout", "used together with batch_size")
         return spec
+
+    def _network(self, label: str) -> Sequence[str]:
+        servers = self.network
+        if isinstance(servers, str) or not all(isinstance(server, str) for server in servers):
+            raise _bad(label, "network", f"a list of texts such as 'api.example.com:443', not {servers!r}")
+        if servers and self.isolation == "none":
+            levels = ", ".join(level for level in ISOLATIONS if level != "none")
+            raise _bad(label, "network", f"used together with isolation, one of {levels}")
+        return servers
 
     def _retry(self, label: str) -> task_pb2.RetryPolicy:
         policy = task_pb2.RetryPolicy(max_attempts=self.retries + 1)

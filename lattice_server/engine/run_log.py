@@ -13,6 +13,7 @@ from lattice_server.core.messages import (
     RunEvent,
     RunFinished,
     SignalReceived,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -153,6 +154,8 @@ def _content_bytes(fact: Fact) -> int:
             return fact.value.kept_bytes
         case TaskLogged():
             return sys.getsizeof(fact.text)
+        case TaskAccessedNetwork():
+            return sys.getsizeof(fact.access.host) + sys.getsizeof(fact.access.message)
         case TaskFailed() | TaskRetrying():
             return _failure_bytes(fact.failure)
         case TasksAdded():

@@ -13,6 +13,7 @@ import pytest
 from lattice_client import LatticeClient
 from tests.e2e.net import starting
 from tests.e2e.rooms import Room
+from tests.sandbox.conftest import delegated_group  # noqa: F401  # a fixture
 
 LATTICE = str(Path(sys.executable).parent / "lattice")
 # What `lattice start --head` turns into, after it has imported all commands.

@@ -1,6 +1,7 @@
 """Owns the messages that cross between threads. Rule: an event is named in the past tense, an effect as a command."""
 
 from lattice_server.core.messages.calls import *  # noqa: F403
+from lattice_server.core.messages.network import *  # noqa: F403
 from lattice_server.core.messages.queries import *  # noqa: F403
 from lattice_server.core.messages.questions import *  # noqa: F403
 from lattice_server.core.messages.runs import *  # noqa: F403

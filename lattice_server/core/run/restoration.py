@@ -16,6 +16,7 @@ from lattice_server.core.messages import (
     SignalAwaited,
     SignalReceived,
     SignalTaken,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -116,7 +117,7 @@ class Restoration:
                 self._retry(self._record(fact.task_id), fact)
             case SignalReceived() | SignalAwaited() | SignalTaken():
                 self._signals.apply(fact)
-            case TaskLogged():
+            case TaskLogged() | TaskAccessedNetwork():
                 pass
             case _:
                 self._end(self._record(fact.task_id), fact, at, queued_s)

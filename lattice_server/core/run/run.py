@@ -36,7 +36,7 @@ from lattice_server.core.run.status import Effect, RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable, tabulating
 from lattice_server.core.states import TASK_TERMINAL, RunState, TaskState
 from lattice_server.core.steps import Steps, finish
-from lattice_server.core.trust import raised
+from lattice_server.core.trust import confined
 
 __all__ = ["Bounds", "Effect", "Run"]
 
@@ -287,8 +287,7 @@ class Run:
         a task that `is_called` does not fail the run.
         """
         record = self.tasks[parent]
-        level = record.spec.isolation
-        new = [raised(spec, level) for spec in added if not self._growth.is_spawn_of(parent, spec.task_id)]
+        new = [confined(spec, record.spec) for spec in added if not self._growth.is_spawn_of(parent, spec.task_id)]
         if not self._status.is_running or record.state in TASK_TERMINAL or not new:
             return []
         try:

@@ -9,6 +9,7 @@ from typing import assert_never
 
 from lattice_server.core.messages import (
     ArtifactsReported,
+    AttemptAccessedNetwork,
     AttemptAsked,
     AttemptAwaits,
     AttemptFailed,
@@ -29,6 +30,7 @@ from lattice_server.core.messages import (
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
+    TaskAccessedNetwork,
     TaskAwaits,
     TaskExplained,
     TaskLogged,
@@ -54,7 +56,8 @@ from lattice_server.core.scheduling.waits import Waits
 from lattice_server.core.scheduling.work import Task
 from lattice_server.core.trust import stamped
 
-PassedOn = AttemptLogged | AttemptSpawned | AttemptAsked | AttemptStreamed | AttemptProgressed
+Told = AttemptLogged | AttemptAccessedNetwork | AttemptStreamed | AttemptProgressed
+PassedOn = Told | AttemptSpawned | AttemptAsked
 
 
 class Scheduler:
@@ -132,7 +135,7 @@ class Scheduler:
 
     def take(self, event: SchedulerEvent, now: float) -> None:
         """Take one event; its effects come with the next `tick`."""
-        if not isinstance(event, AttemptLogged | AttemptStreamed | AttemptProgressed | WorkerHeartbeat):
+        if not isinstance(event, Told | WorkerHeartbeat):
             self._waits.note_change()
         match event:
             case AttemptSucceeded():
@@ -143,7 +146,14 @@ class Scheduler:
                 self._reports.started(event, event.at, now)
             case AttemptFailed():
                 self._attempts.fail(event, now)
-            case AttemptLogged() | AttemptSpawned() | AttemptAsked() | AttemptStreamed() | AttemptProgressed():
+            case (
+                AttemptLogged()
+                | AttemptAccessedNetwork()
+                | AttemptSpawned()
+                | AttemptAsked()
+                | AttemptStreamed()
+                | AttemptProgressed()
+            ):
                 if found := self._reports.started(event, None, now):
                     self._pass_on(event, found[1], now)
             case AttemptAwaits():
@@ -182,6 +192,8 @@ class Scheduler:
         match event:
             case AttemptLogged():
                 self._effects.append(TaskLogged(*task.named, event.is_error, event.text, event.is_truncated))
+            case AttemptAccessedNetwork():
+                self._effects.append(TaskAccessedNetwork(*task.named, event.access))
             case AttemptSpawned(refusal=None):
                 self._effects.append(TasksSpawned(*task.key, event.tasks, event.is_called))
             case AttemptStreamed(refusal=None):

@@ -13,6 +13,7 @@ from lattice_server.core.messages import (
     SignalAwaited,
     SignalReceived,
     SignalTaken,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -24,6 +25,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure
 from lattice_server.core.run.task_table import TaskRecord
+from lattice_server.rpc.convert.network import access_to_proto
 from lattice_server.rpc.convert.payloads import failure_to_proto, fill_payload
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO, queued_s
 from lattice_server.rpc.convert.times import fill_duration, timestamp
@@ -93,6 +95,13 @@ def _task_skipped(body: run_pb2.TaskSkipped, fact: TaskSkipped, event: RunEvent,
     _set_failure(body, fact.failure)
 
 
+def _task_network_access(
+    body: run_pb2.TaskNetworkAccess, fact: TaskAccessedNetwork, event: RunEvent, tasks: Tasks
+) -> None:
+    body.task_id, body.attempt = fact.task_id, fact.attempt
+    body.access.CopyFrom(access_to_proto(fact.access))
+
+
 def _task_log(body: run_pb2.TaskLog, fact: TaskLogged, event: RunEvent, tasks: Tasks) -> None:
     _set_attempt(body, fact, tasks)
     body.stream = run_pb2.LOG_STREAM_STDERR if fact.is_error else run_pb2.LOG_STREAM_STDOUT
@@ -130,6 +139,7 @@ EVENTS: dict[type, tuple[str, Callable[[Any, Any, RunEvent, Tasks], None]]] = {
     SignalReceived: ("signal_received", _signal_received),
     SignalAwaited: ("signal_awaited", _signal_awaited),
     SignalTaken: ("signal_taken", _signal_taken),
+    TaskAccessedNetwork: ("task_network_access", _task_network_access),
 }
 
 

@@ -15,6 +15,7 @@ from lattice_server.core.messages import (
     SignalAwaited,
     SignalReceived,
     SignalTaken,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -26,6 +27,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure, Payload
 from lattice_server.engine.run_codec import RecordedEvent
+from lattice_server.rpc.convert.network import access_from_proto
 from lattice_server.rpc.convert.payloads import failure_from_proto, payload_from_proto
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO
 from lattice_server.rpc.convert.times import seconds_from
@@ -98,6 +100,10 @@ def _task_log(key: str, body: run_pb2.TaskLog, *_: Any) -> Fact:
     return TaskLogged(key, body.task_id, body.attempt, is_error, body.text, body.truncated)
 
 
+def _task_network_access(key: str, body: run_pb2.TaskNetworkAccess, *_: Any) -> Fact:
+    return TaskAccessedNetwork(key, body.task_id, body.attempt, access_from_proto(body.access))
+
+
 def _signal_received(key: str, body: run_pb2.SignalReceived, *_: Any) -> Fact:
     return SignalReceived(body.name, body.index, payload_from_proto(body.value, "value", NO_LIMIT), body.request_id)
 
@@ -123,6 +129,7 @@ FACTS: dict[str, Callable[[str, Any, worker_pb2.Report, float], Fact]] = {
     "task_cancelled": _task_cancelled,
     "task_skipped": _task_skipped,
     "task_log": _task_log,
+    "task_network_access": _task_network_access,
     "signal_received": _signal_received,
     "signal_awaited": _signal_awaited,
     "signal_taken": _signal_taken,

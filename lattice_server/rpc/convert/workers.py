@@ -23,6 +23,7 @@ from lattice_server.core.model import Artifact, Failure, FailureKind
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.clock_offset import WorkerClock
 from lattice_server.engine.ports import Machine, Membership
+from lattice_server.rpc.convert.network import access_from_proto
 from lattice_server.rpc.convert.payloads import (
     failure_from_proto,
     failure_to_proto,
@@ -33,6 +34,7 @@ from lattice_server.rpc.convert.payloads import (
 from lattice_server.rpc.convert.resources import (
     ISOLATION_FROM_PROTO,
     ISOLATION_TO_PROTO,
+    LIMITS_BY_CGROUP,
     capacity_from_proto,
     resources_to_proto,
     runtime_from_proto,
@@ -67,6 +69,10 @@ def hello_to_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHel
             for refusal in hello.isolation_refusals
             if refusal.isolation in ISOLATION_FROM_PROTO
         },
+        network_isolations=frozenset(
+            ISOLATION_FROM_PROTO[level] for level in hello.network_isolations if level in ISOLATION_FROM_PROTO
+        ),
+        limits_memory_by_cgroup=LIMITS_BY_CGROUP.get(hello.memory_enforcement),
         greeting=greeting,
     )
 
@@ -94,6 +100,8 @@ def report_to_event(report: worker_pb2.Report, session_id: str, clock: WorkerClo
             written = report.log
             is_error = written.stream == run_pb2.LOG_STREAM_STDERR
             return messages.AttemptLogged(*named, is_error, written.text, written.truncated)
+        case "network_access":
+            return messages.AttemptAccessedNetwork(*named, access_from_proto(report.network_access))
         case "returned":
             return messages.LeaseReturned(session_id, report.lease_id, report.returned.reason)
         case _:
@@ -200,6 +208,8 @@ def add_assignment(response: worker_pb2.ConnectResponse, effect: Assign) -> work
         sequence=effect.sequence,
         trace_parents=effect.trace_parents,
     )
+    if effect.network:
+        message.sandbox.network.extend(effect.network)
     if effect.timeout_s is not None:
         message.timeout.CopyFrom(duration(effect.timeout_s))
     for member in effect.attempts:

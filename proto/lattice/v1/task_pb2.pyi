@@ -237,6 +237,7 @@ class TaskSpec(google.protobuf.message.Message):
     CONCURRENCY_KEY_FIELD_NUMBER: builtins.int
     OVER_FIELD_NUMBER: builtins.int
     CONDITION_FIELD_NUMBER: builtins.int
+    SANDBOX_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """Names the task within its workflow: 1 to 128 characters, no line breaks."""
     display_name: builtins.str
@@ -295,6 +296,10 @@ class TaskSpec(google.protobuf.message.Message):
     def condition(self) -> Global___Condition:
         """Whether the task runs at all."""
 
+    @property
+    def sandbox(self) -> Global___SandboxPolicy:
+        """What the sandbox of an attempt allows beyond its isolation level."""
+
     def __init__(
         self,
         *,
@@ -315,12 +320,37 @@ class TaskSpec(google.protobuf.message.Message):
         concurrency_key: builtins.str = ...,
         over: builtins.str = ...,
         condition: Global___Condition | None = ...,
+        sandbox: Global___SandboxPolicy | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "batch", b"batch", "condition", b"condition", "max_parallel", b"max_parallel", "resources", b"resources", "retry", b"retry", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "condition", b"condition", "display_name", b"display_name", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "over", b"over", "priority", b"priority", "resources", b"resources", "retry", b"retry", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "batch", b"batch", "condition", b"condition", "max_parallel", b"max_parallel", "resources", b"resources", "retry", b"retry", "sandbox", b"sandbox", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "condition", b"condition", "display_name", b"display_name", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "over", b"over", "priority", b"priority", "resources", b"resources", "retry", b"retry", "sandbox", b"sandbox", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_max_parallel", b"_max_parallel"]) -> typing.Literal["max_parallel"] | None: ...
 
 Global___TaskSpec: typing_extensions.TypeAlias = TaskSpec
+
+@typing.final
+class SandboxPolicy(google.protobuf.message.Message):
+    """What the sandbox of an attempt allows beyond its isolation level."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NETWORK_FIELD_NUMBER: builtins.int
+    @property
+    def network(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The servers that the attempt may connect to, at most 64, each `NAME:PORT`; empty means no network. The name is a
+        host name in ASCII, such as `api.example.com`, or `*.example.com` for every name below `example.com`; it is no
+        address. Connections carry TLS or HTTP. Only for levels above `ISOLATION_NONE`, where a node that enforces the list
+        is needed (`Node.network_isolations`).
+        """
+
+    def __init__(
+        self,
+        *,
+        network: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["network", b"network"]) -> None: ...
+
+Global___SandboxPolicy: typing_extensions.TypeAlias = SandboxPolicy
 
 @typing.final
 class Condition(google.protobuf.message.Message):

@@ -404,6 +404,8 @@ class Hello(google.protobuf.message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
     SEND_TIME_FIELD_NUMBER: builtins.int
     ISOLATION_REFUSALS_FIELD_NUMBER: builtins.int
+    NETWORK_ISOLATIONS_FIELD_NUMBER: builtins.int
+    MEMORY_ENFORCEMENT_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Names the worker; stable over its reconnects, unique among workers."""
     session_id: builtins.str
@@ -422,6 +424,8 @@ class Hello(google.protobuf.message.Message):
     """The version of this protocol that the worker speaks: 1. The server closes the stream of a worker with another
     version, with reason VERSION.
     """
+    memory_enforcement: lattice.v1.resources_pb2.MemoryEnforcement.ValueType
+    """What enforces the memory limit of its levels `ISOLATION_SUBPROCESS` and `ISOLATION_SECCOMP`."""
     @property
     def capacity(self) -> lattice.v1.resources_pb2.Capacity:
         """The capacity of the node."""
@@ -465,6 +469,10 @@ class Hello(google.protobuf.message.Message):
     def isolation_refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.resources_pb2.IsolationRefusal]:
         """The isolation levels it cannot set up, and why."""
 
+    @property
+    def network_isolations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.resources_pb2.Isolation.ValueType]:
+        """The isolation levels at which it enforces `SandboxPolicy.network`."""
+
     def __init__(
         self,
         *,
@@ -486,9 +494,11 @@ class Hello(google.protobuf.message.Message):
         protocol_version: builtins.int = ...,
         send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         isolation_refusals: collections.abc.Iterable[lattice.v1.resources_pb2.IsolationRefusal] | None = ...,
+        network_isolations: collections.abc.Iterable[lattice.v1.resources_pb2.Isolation.ValueType] | None = ...,
+        memory_enforcement: lattice.v1.resources_pb2.MemoryEnforcement.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity", "runtime", b"runtime", "send_time", b"send_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "memory_enforcement", b"memory_enforcement", "network_isolations", b"network_isolations", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -683,6 +693,7 @@ class Assignment(google.protobuf.message.Message):
     SEQUENCE_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     TRACE_PARENTS_FIELD_NUMBER: builtins.int
+    SANDBOX_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease in reports."""
     slot: builtins.int
@@ -731,6 +742,10 @@ class Assignment(google.protobuf.message.Message):
         is not traced. Empty when no attempt is. Spans that the worker reports are children of these.
         """
 
+    @property
+    def sandbox(self) -> lattice.v1.task_pb2.SandboxPolicy:
+        """What the sandbox allows beyond the isolation level."""
+
     def __init__(
         self,
         *,
@@ -749,9 +764,10 @@ class Assignment(google.protobuf.message.Message):
         sequence: builtins.int = ...,
         tenant: builtins.str = ...,
         trace_parents: collections.abc.Iterable[builtins.str] | None = ...,
+        sandbox: lattice.v1.task_pb2.SandboxPolicy | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["resources", b"resources", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout", "trace_parents", b"trace_parents"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["resources", b"resources", "sandbox", b"sandbox", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sandbox", b"sandbox", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout", "trace_parents", b"trace_parents"]) -> None: ...
 
 Global___Assignment: typing_extensions.TypeAlias = Assignment
 
@@ -826,6 +842,7 @@ class Report(google.protobuf.message.Message):
     STREAMED_FIELD_NUMBER: builtins.int
     PROGRESSED_FIELD_NUMBER: builtins.int
     TRACED_FIELD_NUMBER: builtins.int
+    NETWORK_ACCESS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The report's number in its session, dense from 1."""
     lease_id: builtins.str
@@ -884,6 +901,10 @@ class Report(google.protobuf.message.Message):
     def traced(self) -> Global___AttemptTraced:
         """The spans of a traced attempt, reported before its end."""
 
+    @property
+    def network_access(self) -> lattice.v1.run_pb2.NetworkAccess:
+        """The attempt connected to a server, or was refused a connection."""
+
     def __init__(
         self,
         *,
@@ -902,10 +923,11 @@ class Report(google.protobuf.message.Message):
         streamed: Global___AttemptStreamed | None = ...,
         progressed: Global___AttemptProgressed | None = ...,
         traced: Global___AttemptTraced | None = ...,
+        network_access: lattice.v1.run_pb2.NetworkAccess | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "log", b"log", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "awaits", "streamed", "progressed", "traced"] | None: ...
+    def HasField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "log", b"log", "network_access", b"network_access", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "network_access", b"network_access", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "awaits", "streamed", "progressed", "traced", "network_access"] | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
 
