@@ -68,7 +68,7 @@ STREAM_CALLS = _counter(
     "lattice.server.stream.calls",
     "{call}",
     (*METHOD, "rpc.response.status_code"),
-    "Streaming calls that ended; a caller that left ended them as CANCELLED.",
+    "Streaming calls that ended, by the status that the server gave them.",
 )
 ERRORS = _counter(
     "lattice.server.errors", "{error}", ("reason",), "Calls that ended with an error, by the reason sent to the caller."

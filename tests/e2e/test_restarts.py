@@ -17,7 +17,7 @@ import pytest
 from lattice_client import LatticeClient, Run, RunCancelledError, RunEvent, UnavailableError, task
 from lattice_worker import context
 from tests.e2e import rooms
-from tests.e2e.conftest import LATTICE
+from tests.e2e.conftest import HEAD
 from tests.e2e.rooms import Room
 
 # Each test ends a server and starts it again; the next test continues with that one.
@@ -38,7 +38,7 @@ class Head:
 
     def command(self) -> list[str]:
         flags = ["--port", str(self.port), "--executor", "local", "--num-cpus", "2", "--journal", str(self.journal)]
-        return [LATTICE, "start", "--head", *flags]
+        return [*HEAD, *flags]
 
     def start(self) -> None:
         self._process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, text=True)
