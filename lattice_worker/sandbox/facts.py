@@ -133,8 +133,8 @@ def missing(policy: Policy, facts: Mapping[str, Any], own: Mapping[str, str], ro
         checks["an empty bounding set"] = int(status["CapBnd"], 16) == 0
         checks["a file system view of its own"] = facts["root_device"] != root_device
         kinds = [kind for kind in NAMESPACES if kind != "user" or not policy.is_root]
-        checks["no network interface but the loopback"] = set(facts["interfaces"]) <= {"lo"}
         checks |= {f"a {kind} namespace": facts["namespaces"][kind] != own[kind] for kind in kinds}
+        checks["no network interface but the loopback"] = set(facts["interfaces"]) <= {"lo"}
     if landlock.abi() and not policy.is_container:
         checks["Landlock"] = probes["list_root"] == errno.EACCES
     if policy.has_filter:
