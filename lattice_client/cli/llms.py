@@ -16,8 +16,8 @@ from lattice_client.cli.services import (
     show_services,
     stop,
 )
+from lattice_client.graph.environment import Secret
 from lattice_client.services.llms import ENGINES
-from lattice_client.services.spec import Secret
 
 
 @click.group()

@@ -9,7 +9,7 @@ from lattice.v1 import service_pb2
 
 from lattice_client.cli.options import Server, address, as_dict, as_json, connected, print_json, show
 from lattice_client.cli.terminal import one_line, say
-from lattice_client.services.spec import Secret
+from lattice_client.graph.environment import Secret
 
 COLUMNS = ("service", "state", "ready", "in flight", "restarts", "endpoint", "detail")
 INSTANCE_COLUMNS = ("instance", "state", "node", "endpoint", "in flight", "run")

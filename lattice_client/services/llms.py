@@ -9,9 +9,10 @@ from uuid import uuid4
 from lattice.v1 import llm_pb2, service_pb2
 
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.graph.environment import Secret
 from lattice_client.runs.driver import blocking
 from lattice_client.services.calls import AsyncServices
-from lattice_client.services.spec import Secret, spec_of
+from lattice_client.services.spec import spec_of
 from lattice_client.transport.channel import Channel
 from lattice_client.transport.requests import made
 

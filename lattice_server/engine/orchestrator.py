@@ -55,6 +55,7 @@ from lattice_server.engine.run_registry import RunRegistry
 from lattice_server.engine.run_restorer import RunRestorer
 from lattice_server.engine.run_starter import RunStarter, StartSettings
 from lattice_server.engine.run_stores import RunStores
+from lattice_server.engine.secrets import NO_SECRETS
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
 
@@ -108,6 +109,7 @@ class Orchestrator:
         self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks, journal)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
         self.observers = self._driver.observers
+        self.secrets = self._driver.secrets
         self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
@@ -203,7 +205,12 @@ class Orchestrator:
         )
 
     async def add_tasks(
-        self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int | None, reach: Reach = UNNAMED
+        self,
+        run_id: str,
+        tasks: Sequence[TaskSpec],
+        expected_revision: int | None,
+        reach: Reach = UNNAMED,
+        secrets: Mapping[str, str] = NO_SECRETS,
     ) -> RunEntry:
         """Add tasks to a run that has not ended, in slices.
 
@@ -212,7 +219,7 @@ class Orchestrator:
             ExhaustedError, InvalidError, NotFoundError, PreconditionError: see `start_run` and `Run.append`.
         """
         entry = self.run(run_id, reach)
-        await self._additions.add(entry, tasks, expected_revision, reach)
+        await self._additions.add(entry, tasks, expected_revision, reach, secrets)
         return entry
 
     async def explain(self, run_id: str, task_id: str, reach: Reach = UNNAMED) -> Explanation:

@@ -49,6 +49,9 @@ class LiveTasks:
         key = (ready.run_id, spec.task_id)
         if key in self.by_key:
             return
+        if ready.refusal is not None:
+            self._emit(TaskFailed(*key, ready.history.attempts, ready.refusal))
+            return
         shape = self._registry.shape(spec)
         task = Task(ready, shape, concurrency_of(spec), next(self._numbers), ready.inputs, now)
         history = ready.history

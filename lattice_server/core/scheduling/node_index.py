@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from itertools import count
 from operator import itemgetter
 
-from lattice_server.core.model import Isolation, Runtime
+from lattice_server.core.model import Isolation
+from lattice_server.core.runtime import Runtime
 from lattice_server.core.scheduling.nodes import EPSILON, Node
 from lattice_server.core.scheduling.placement import Shape, devices_on, suits
 

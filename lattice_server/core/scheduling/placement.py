@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
-from lattice_server.core.model import ANY_RUNTIME, Isolation, NodeSpec, Resources, Runtime, TaskSpec
+from lattice_server.core.model import Isolation, NodeSpec, Resources, TaskSpec
+from lattice_server.core.runtime import ANY_RUNTIME, Runtime
 from lattice_server.core.scheduling.nodes import EPSILON, Node
 
 NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"

@@ -20,15 +20,14 @@ from lattice_server.core.services.model import (
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.services.entry import ServiceEntry
 from lattice_server.engine.services.log import LogLine
+from lattice_server.rpc.convert.environment import check_size, check_variable
 from lattice_server.rpc.convert.functions import function_from_proto
 from lattice_server.rpc.convert.resources import resources_from_proto, resources_to_proto
 from lattice_server.rpc.convert.times import duration, fill_timestamp, limit_from_proto, timestamp
 
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MAX_REPLICAS = 1000
 MAX_ARGUMENTS, MAX_ARGUMENT_BYTES = 1000, 64 * 1024
-MAX_ENVIRONMENT_BYTES = 128 * 1024
 MAX_FUNCTION_BYTES = 256 * 1024
 # Of a service that has no instances until it is used, when its caller names no time.
 DEFAULT_IDLE_S = 300.0
@@ -142,15 +141,11 @@ def _environment(
     found, secrets = {}, set()
     for name, value in messages.items():
         which = value.WhichOneof("source")
-        if not VARIABLE.fullmatch(name) or name.startswith("LATTICE_"):
-            raise invalid_field(field, f"{name!r} is no name of a variable, or one of Lattice's own")
-        if which is None or "\0" in (text := value.plain or value.secret):
-            raise invalid_field(f'{field}["{name}"]', "needs a value without zero bytes")
-        found[name] = text
+        check_variable(name, None if which is None else value.plain or value.secret, field)
+        found[name] = value.plain or value.secret
         if which == "secret":
             secrets.add(name)
-    if sum(len(name) + len(text.encode()) for name, text in found.items()) > MAX_ENVIRONMENT_BYTES:
-        raise invalid_field(field, f"has over {MAX_ENVIRONMENT_BYTES} bytes")
+    check_size(found, field)
     return found, frozenset(secrets)
 
 

@@ -20,9 +20,9 @@ from lattice_server.core.model import (
     OutputRef,
     Resources,
     RetryPolicy,
-    Runtime,
     TaskSpec,
 )
+from lattice_server.core.runtime import Runtime
 from tests.server.core.checked_scheduler import CheckedScheduler
 from tests.server.core.graphs import SYNC, VALUE, hello, task
 from tests.server.core.watcher import Watcher
