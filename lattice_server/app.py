@@ -96,7 +96,7 @@ class App:
             path = Path(self.config.tokens_file)
             found.append(follow(path, "--tokens-file", read_tokens, self._authentication.replace))
         if self.config.secrets_file:
-            replace = self._engine.orchestrator.secrets.replace
+            replace = self._engine.orchestrator.requirements.secrets.replace
             found.append(follow(Path(self.config.secrets_file), "--secrets", read_secrets, replace))
         if self._rpc.certificates is not None:
             found.append(self._rpc.certificates.follow())

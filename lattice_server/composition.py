@@ -111,8 +111,9 @@ class Engine:
             ChunkStore(Bound(config.chunk_bytes, share)),
         )
         if config.secrets_file:
-            self.orchestrator.secrets.replace(read_secrets(Path(config.secrets_file)))
-        self.services = Services(self.orchestrator, function_of_worker(INSTANCE), function_of_worker(GATEWAY))
+            self.orchestrator.requirements.secrets.replace(read_secrets(Path(config.secrets_file)))
+        functions = function_of_worker(INSTANCE), function_of_worker(GATEWAY)
+        self.services = Services(self.orchestrator, *functions, self.bus.post)
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )

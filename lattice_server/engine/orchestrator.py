@@ -17,6 +17,7 @@ from lattice_server.core.messages import (
     QuestionAsked,
     SchedulerEffect,
     SchedulerEvent,
+    ServiceNeeded,
     SettleArtifacts,
     TaskAwaits,
     TaskCancelled,
@@ -109,8 +110,9 @@ class Orchestrator:
         self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks, journal)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
         self.observers = self._driver.observers
-        self.secrets = self._driver.secrets
+        self.requirements = self._driver.requirements
         self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
+        self.on_needed: Callable[[ServiceNeeded], object] = lambda needed: None
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
         self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs, journal)
@@ -269,6 +271,8 @@ class Orchestrator:
             elif isinstance(effect, NodesChanged):
                 self._admission.know(effect.nodes)
                 self.on_nodes(effect.nodes)
+            elif isinstance(effect, ServiceNeeded):
+                self.on_needed(effect)
             elif isinstance(effect, SettleArtifacts):
                 self._store.settle(effect.artifacts)
             else:

@@ -56,7 +56,7 @@ class RunAdditions:
     ) -> None:
         """Add tasks of a caller, in slices. Raises as `Orchestrator.add_tasks`."""
         run, tenant = entry.run, entry.run.tenant
-        self._driver.secrets.check(tasks, {**entry.secrets, **secrets}, tenant)
+        self._driver.requirements.check(tasks, {**entry.secrets, **secrets}, tenant)
         expect_revision(f"run {entry.run_id!r}", run.revision, expected_revision)
         self._admission.check_room(len(tasks), TASK_BYTES * len(tasks), tenant)
         functions = await self._slices.finish(self._checking(tasks))

@@ -32,11 +32,11 @@ from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.ended_runs import EndedRuns
 from lattice_server.engine.ports import Observer
+from lattice_server.engine.requirements import Requirements
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_log import ENDS
 from lattice_server.engine.run_stores import RunStores
-from lattice_server.engine.secrets import SecretStore
 from lattice_server.engine.slices import Slices
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class RunDriver:
         self.observers: list[Observer] = []
         self._chunks = chunks
         self._journal = journal
-        self.secrets = SecretStore()
+        self.requirements = Requirements()
 
     @contextmanager
     def change(
@@ -143,7 +143,7 @@ class RunDriver:
 
     def _filled(self, entry: RunEntry, ready: TaskReady) -> TaskReady:
         """Return a task with the values of its environment, or with its failure when one is gone."""
-        found = self.secrets.environment(ready.spec, entry.secrets, entry.run.tenant)
+        found = self.requirements.secrets.environment(ready.spec, entry.secrets, entry.run.tenant)
         if found is NO_ENVIRONMENT:
             return ready
         return replace(ready, refusal=found) if isinstance(found, Failure) else replace(ready, environment=found)

@@ -89,7 +89,7 @@ class RunStarter:
             self._store.check(named, settings.get("reach", UNNAMED))
         if settings.get("earlier") is None:
             # In a run that retries another one, tasks whose secrets are gone fail, and the others run.
-            self._driver.secrets.check(spec.tasks, settings.get("secrets", NO_SECRETS), tenant)
+            self._driver.requirements.check(spec.tasks, settings.get("secrets", NO_SECRETS), tenant)
         yield from self._admission.checking(spec.tasks)
         table = yield from tabulating(key_of(run_id or f"run-{uuid4().hex}", tenant), graph)
         functions = yield from functions_of(spec.tasks)

@@ -3,10 +3,9 @@
 Rule: a definition names a secret; only what is sent to the worker of an attempt has its value.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from lattice_server.core.environment import NO_ENVIRONMENT, Environment
-from lattice_server.core.errors import invalid_field
 from lattice_server.core.model import Failure, FailureKind, TaskSpec
 
 # Secrets by tenant and name.
@@ -24,14 +23,9 @@ class SecretStore:
         """Replace the secrets of all tenants."""
         self._secrets = secrets
 
-    def check(self, tasks: Iterable[TaskSpec], given: Mapping[str, str], tenant: str) -> None:
-        """Raise InvalidError when a task names a secret that is neither `given` nor one of its tenant."""
-        own = self._secrets.get(tenant, NO_SECRETS)
-        for index, spec in enumerate(tasks):
-            for variable, name in spec.secrets:
-                if name not in given and name not in own:
-                    field = f'tasks[{index}].environment["{variable}"].secret'
-                    raise invalid_field(field, f"there is no secret {name!r}")
+    def has(self, name: str, tenant: str) -> bool:
+        """Whether the server has a secret of a tenant."""
+        return name in self._secrets.get(tenant, NO_SECRETS)
 
     def environment(self, spec: TaskSpec, given: Mapping[str, str], tenant: str) -> Environment | Failure:
         """Return the environment of the attempts of a task; a failure when a secret has no value any more."""

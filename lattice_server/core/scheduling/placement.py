@@ -16,7 +16,8 @@ class Shape:
     """The needs of a task that placement considers; tasks of one shape are interchangeable to it.
 
     `entrypoint` is the name of a function that workers have; empty when its code is sent. `is_exclusive` tells that a
-    lease of this shape is the only one on its node, and `is_service` that it does not end by itself.
+    lease of this shape is the only one on its node, and `is_service` that it does not end by itself. `nodes` are those
+    that reach the services it needs; None for all.
     """
 
     resources: Resources
@@ -27,12 +28,13 @@ class Shape:
     runtime: Runtime = ANY_RUNTIME
     is_exclusive: bool = False
     is_service: bool = False
+    nodes: frozenset[str] | None = None
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # A shape is hashed several times for every task, and is built once.
         key = (self.resources, self.is_async, self.isolation, self.node_selector)
-        object.__setattr__(self, "_hash", hash((*key, self.entrypoint, self.runtime, self.is_exclusive)))
+        object.__setattr__(self, "_hash", hash((*key, self.entrypoint, self.runtime, self.is_exclusive, self.nodes)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -49,6 +51,8 @@ def shape_of(spec: TaskSpec) -> Shape:
 def suits(shape: Shape, node: NodeSpec) -> bool:
     """Whether `node` may run `shape`, whatever resources it has."""
     if shape.isolation not in node.isolations or not has_code(shape, node):
+        return False
+    if shape.nodes is not None and node.node_id not in shape.nodes:
         return False
     return all(node.label(k) == v for k, v in shape.node_selector)
 

@@ -14,6 +14,11 @@ from lattice_server.engine.services.log import ServiceLog
 Use = tuple[str, str, int]  # The key of a run, a task of it and its attempt.
 
 
+def use_of(question: QuestionAsked) -> Use:
+    """Return the attempt that asks a question."""
+    return question.run_id, question.task_id, question.attempt
+
+
 @dataclass(slots=True)
 class InstanceRun:
     """The run of an instance.
