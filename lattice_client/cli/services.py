@@ -103,10 +103,11 @@ def show_services(found: list[service_pb2.Service], as_json: bool) -> None:
         for service in found:
             print_json(as_dict(service))
         return
-    show(COLUMNS, map(_row, found), wrapped="detail")
+    show(COLUMNS, map(row_of, found), wrapped="detail")
 
 
-def _row(service: service_pb2.Service) -> tuple[str, ...]:
+def row_of(service: service_pb2.Service) -> tuple[str, ...]:
+    """Return the cells of a service in a list."""
     ready = [one for one in service.instances if one.state == service_pb2.INSTANCE_STATE_READY]
     in_flight = sum(one.in_flight for one in ready)
     endpoint = ready[0].endpoint if ready else ""

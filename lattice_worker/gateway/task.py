@@ -11,7 +11,9 @@ from typing import Any
 from aiohttp import web
 
 from lattice_worker import context
-from lattice_worker.gateway.proxy import Proxy, Refusal
+from lattice_worker.gateway.permits import Permits
+from lattice_worker.gateway.proxy import Proxy
+from lattice_worker.gateway.refusals import Refusal
 from lattice_worker.gateway.routing import Routing
 
 HOST = "127.0.0.1"
@@ -32,7 +34,8 @@ class Gateway:
         self._routing = Routing()
         self._services: dict[str, str] = {}
         self._news = asyncio.Event()  # Set, and replaced, when routes arrive.
-        self._proxy = Proxy(self._routing, self._service_of, self._wait)
+        self._permits = Permits(context.ask_async)
+        self._proxy = Proxy(self._routing, self._service_of, self._wait, self._permits)
 
     async def run(self) -> dict[str, Any]:
         """Serve until the server does not know this gateway any more."""
@@ -43,11 +46,16 @@ class Gateway:
             await web.SockSite(runner, listener).start()
             host, port = listener.getsockname()
             await context.ask_async("lattice/gateway.ready", {"endpoint": f"{host}:{port}"})
-            with suppress(context.QuestionError):
-                while True:
-                    self._take(await context.ask_async("lattice/gateway.routes"))
+            with suppress(ExceptionGroup):  # Of errors of questions: the server does not know this gateway.
+                async with asyncio.TaskGroup() as serving:
+                    serving.create_task(self._permits.serve())
+                    serving.create_task(self._follow())
         await runner.cleanup()
         return {}
+
+    async def _follow(self) -> None:
+        while True:
+            self._take(await context.ask_async("lattice/gateway.routes"))
 
     def _take(self, news: dict[str, Any]) -> None:
         self._routing.update(news["services"])

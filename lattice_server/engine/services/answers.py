@@ -23,6 +23,8 @@ GATEWAY_READY = "lattice/gateway.ready"
 GATEWAY_ROUTES = "lattice/gateway.routes"
 GATEWAY_KEY = "lattice/gateway.key"
 GATEWAY_WAIT = "lattice/gateway.wait"
+GATEWAY_BUDGET = "lattice/gateway.budget"
+GATEWAY_PERMITS = "lattice/gateway.permits"
 JSON = "application/json"
 
 

@@ -80,6 +80,7 @@ class Services:
                 raise ExhaustedError("TOO_MANY_SERVICES", text)
             entry = self._services[key] = ServiceEntry(Service(spec), tenant, bundle)
             self._driver.begin(entry)
+            self._models.update()
             self._needs.tell(entry)
             self._note_use(entry)
             return entry, True

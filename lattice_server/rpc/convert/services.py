@@ -1,12 +1,14 @@
 """Converts services and their parts. Rule: a definition is checked here, and a secret is never converted back."""
 
 import re
+import time
 from collections.abc import Mapping
 
 from lattice.v1 import service_pb2, task_pb2
 
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.model import Bundle, Function
+from lattice_server.core.services.budgets import Use
 from lattice_server.core.services.instances import Instance
 from lattice_server.core.services.model import (
     FailureKind,
@@ -178,9 +180,18 @@ def service_to_proto(entry: ServiceEntry) -> service_pb2.Service:
     )
     if (failure := machine.starts.given_up or machine.starts.last) is not None:
         found.failure.CopyFrom(failure_to_proto(failure))
+    if entry.budget is not None:
+        _fill_use(found.budget_use, entry.budget.use(time.monotonic()), time.time())
     if machine.starts.not_before is not None:
         fill_timestamp(found.next_start_time, machine.starts.not_before + entry.offset_s)
     return found
+
+
+def _fill_use(message: service_pb2.LlmBudgetUse, use: Use, now_s: float) -> None:
+    message.requests, message.tokens, message.open = use.requests, use.tokens, use.open
+    message.waiting, message.permitted, message.refused = use.waiting, use.permitted, use.refused
+    if use.blocked_s > 0:
+        fill_timestamp(message.blocked_until, now_s + use.blocked_s)
 
 
 def _instance_to_proto(entry: ServiceEntry, instance: Instance) -> service_pb2.ServiceInstance:
@@ -235,6 +246,15 @@ def _spec_to_proto(spec: ServiceSpec) -> service_pb2.ServiceSpec:
         engine=spec.engine,
         base_url=spec.base_url,
     )
+    if (limits := spec.budget) is not None:
+        found.budget.CopyFrom(
+            service_pb2.LlmBudget(
+                requests_per_minute=limits.requests_per_minute,
+                tokens_per_minute=limits.tokens_per_minute,
+                concurrency=limits.concurrency,
+                window=duration(limits.window_s),
+            )
+        )
     if spec.base_url:
         return found
     if spec.command:
