@@ -12,7 +12,7 @@ from lattice_client.convert.events import RunEvent, message_of
 from lattice_client.graph.environment import Env, checked
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
-from lattice_client.graph.settings import RunSettings, TaskRunSettings
+from lattice_client.graph.settings import RunSettings, TaskRunSettings, disconnect_grace_s
 from lattice_client.graph.workflow import Graph, single
 from lattice_client.runs.api import RunApi
 from lattice_client.runs.decoding import decoded
@@ -119,12 +119,10 @@ class AsyncLatticeClient:
 
     async def close(self) -> None:
         """Close the connection; runs continue."""
-        self.api.starter.close()
         await self.api.channel.close()
 
     def shut(self) -> None:
         """Close the connections of all event loops, from any thread."""
-        self.api.starter.close()
         self.api.channel.shut()
 
     def create_workflow(
@@ -159,7 +157,8 @@ class AsyncLatticeClient:
             RequestError: the server refused it.
         """
         started = await self.api.starter.run(graph, run_id, **settings)
-        run = AsyncRun.of(started.run_id, self.api, started.call)
+        run = AsyncRun.of(started.run_id, self.api, started.execution)
+        run.grace_s = disconnect_grace_s(settings.get("cancel_on_disconnect", False))
         run.note_graph(graph)
         return run
 
@@ -175,7 +174,7 @@ class AsyncLatticeClient:
         """Open a run that accepts tasks until it is closed: `async with client.open_run() as run`, or `await` it.
 
         The server cancels the run when this client is disconnected for longer than `Limits.open_run_grace`, by default
-        30 s.
+        30 s; `cancel_on_disconnect` sets another time.
 
         Args:
             name: the display name of the run.
@@ -203,18 +202,21 @@ class AsyncLatticeClient:
         labels: Mapping[str, str] | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        cancel_on_disconnect: bool | float = False,
         trust_pickles: bool = False,
         **misplaced: Never,
     ) -> dict[str, Any]:
         """Run one task as a run of its own and return its outputs.
 
-        `labels`, `priority` and `timeout` are the settings of the run; see `TaskRunSettings`. `trust_pickles` is as for
-        the client.
+        `labels`, `priority`, `timeout` and `cancel_on_disconnect` are the settings of the run; see `TaskRunSettings`.
+        `trust_pickles` is as for the client.
 
         Raises TaskDefinitionError, TaskFailedError, RunTimeoutError, RequestError.
         """
         added = single(task, inputs, misplaced)
-        response = await self.api.starter.run_task(added, labels=labels, priority=priority, timeout=timeout)
+        settings: TaskRunSettings = {"labels": labels, "priority": priority, "timeout": timeout}
+        settings["cancel_on_disconnect"] = cancel_on_disconnect
+        response = await self.api.starter.run_task(added, **settings)
         found: dict[str, Any] = decoded(await self.api.reader.outcome_of(response, added), trust_pickles)
         return found
 
@@ -274,6 +276,10 @@ class AsyncLatticeClient:
     async def cancel_run(self, run_id: str, reason: str = "") -> run_pb2.Run:
         """Cancel a run. Raises NotFoundError."""
         return await self.api.calls.cancel_run(run_id, reason)
+
+    async def signal_run(self, run_id: str, name: str, value: Any = None) -> None:
+        """Send a signal to a run. Raises NotFoundError, and the errors of `AsyncRun.signal`."""
+        await self.api.calls.signal_run(run_id, name, value)
 
     async def retry_run(self, run_id: str, new_run_id: str = "") -> AsyncRun:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.

@@ -31,7 +31,6 @@ from lattice_worker.outbox import Leases, Outbox
 from lattice_worker.peer_fetch import PeerFetcher
 from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
-from lattice_worker.runner_counts import runner_counts
 from lattice_worker.runner_pool import Pool
 from lattice_worker.streams import Streams
 from lattice_worker.zygotes import Zygotes
@@ -69,7 +68,7 @@ class Agent:
             self._leases,
             self._limits,
             lambda: self._questions.last_answer,
-            lambda: runner_counts(self._pool.all(), self._pool.started),
+            lambda: self._pool.counts.take(self._pool.all()),
         )
         self._heartbeat_s = FIRST_BEAT_S
         self._silence_limit_s = DIAL_S
@@ -230,6 +229,7 @@ class Agent:
         self._limits.question_bytes = welcome.question_limit_bytes
         self._limits.chunk_bytes = welcome.chunk_limit_bytes
         self._limits.takes_calls = welcome.takes_calls
+        self._limits.takes_signals = welcome.takes_signals
         is_new = not welcome.resumed and welcome.session_id != self._leases.session_id
         unacknowledged = self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         self._local_store.drop(welcome.drop_artifact_ids)

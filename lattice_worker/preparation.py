@@ -91,6 +91,7 @@ class Preparation:
             "log_limit": self._limits.log_bytes,
             "question_limit": self._limits.question_bytes,
             "takes_calls": self._limits.takes_calls,
+            "takes_signals": self._limits.takes_signals,
             "chunk_limit": self._limits.chunk_bytes,
             "chunk_window": WINDOW,
             "timeout": convert.seconds(assignment.timeout),

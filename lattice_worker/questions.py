@@ -1,4 +1,4 @@
-"""The questions and the calls of attempts, from the process that asks to the server and back.
+"""The questions, calls and awaited signals of attempts, from the process that asks to the server and back.
 
 Rule: each gets one answer, or ends with its lease; an answer that arrives twice, or late, is ignored.
 """
@@ -18,6 +18,7 @@ from lattice_worker.sandbox.results import InputError, inlined
 
 # Of one lease. The server has a limit for a run.
 MAX_UNANSWERED = 1000
+MAX_NAME_LENGTH = 128
 NOT_HERE = "the server is of a version that puts no questions to callers"
 
 
@@ -35,7 +36,7 @@ class Questions:
     def ask(
         self, assignment: worker_pb2.Assignment, runner: Runner, header: dict[str, Any], blobs: list[bytes]
     ) -> None:
-        """Report a question, or a wait for a called task. Raises an exception when the header is of neither."""
+        """Report a question, or a wait for a call or a signal. Raises an exception when the header is of none."""
         is_call = header["kind"] == "await"
         report, number = (_wait if is_call else _report)(assignment, header, blobs)
         lease_id = assignment.lease_id
@@ -122,7 +123,13 @@ def _wait(assignment: worker_pb2.Assignment, header: dict[str, Any], _: list[byt
     if type(number) is not int or number < 1:
         raise ValueError(f"there is no wait {number!r}")
     report = convert.report(assignment.lease_id, time.time_ns())
-    report.awaits.number, report.awaits.task_id = number, str(header["task"])
+    report.awaits.number = number
+    if "signal" not in header:
+        report.awaits.task_id = str(header["task"])
+        return report, number
+    report.awaits.signal.name = str(header["signal"])[:MAX_NAME_LENGTH]
+    if (timeout_s := header["timeout"]) is not None:
+        report.awaits.signal.timeout.FromNanoseconds(int(timeout_s * 1e9))
     return report, number
 
 

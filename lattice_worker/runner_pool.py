@@ -6,7 +6,7 @@ makes room for others, and spares are replaced in the background.
 
 import asyncio
 import contextlib
-from collections import Counter
+import time
 from collections.abc import Callable, Collection, Container, Iterable
 
 from lattice_worker.artifact_staging import ArtifactStaging
@@ -15,6 +15,7 @@ from lattice_worker.containers.containers import Containers
 from lattice_worker.containers.supervisor import ContainerSupervisor
 from lattice_worker.idle_runners import IdleRunners
 from lattice_worker.invocation import RunnerKey
+from lattice_worker.runner_counts import RunnerCounts
 from lattice_worker.runner_handle import Runner
 from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.sandbox_runners import SandboxRunners
@@ -50,7 +51,7 @@ class Pool:
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
         self.retired: Container[str] = ()
-        self.started: Counter[str] = Counter()  # Runners by level of isolation, for metrics.
+        self.counts = RunnerCounts()  # For metrics.
         self.on_gone: Callable[[], None] = lambda: None
 
     async def warm(self) -> None:
@@ -69,13 +70,16 @@ class Pool:
 
     async def take(self, key: RunnerKey) -> Runner:
         """Return a runner that can run one more invocation. Raises OSError and SandboxError."""
+        if (idle := self.take_idle(key)) is not None:
+            return idle
+        self.counts.waited[key.isolation] += 1
         if key.isolation:
             return await self._sandboxed.take(key)
         if key.is_async:
             runner = await self._shared.get_or_start(key, self._start)
             self._idle.remove(runner)
             return runner
-        return self.take_idle(key) or await self._start(key)
+        return await self._start(key)
 
     def take_idle(self, key: RunnerKey) -> Runner | None:
         """Return a runner that can run one more invocation now, or None."""
@@ -141,11 +145,13 @@ class Pool:
         return runner
 
     async def _start_unused(self, *, is_async: bool = False, sandbox: Supervisor | None = None) -> Runner:
+        started, level = time.monotonic(), "" if sandbox is None else sandbox.policy.level
         runner = Runner(self._staging, self._put_back, self._forget, sandbox)
         starter = sandbox if isinstance(sandbox, ContainerSupervisor) else self._zygotes
         await runner.start(starter, is_async=is_async)
         self._all.add(runner)
-        self.started["" if sandbox is None else sandbox.policy.level] += 1
+        self.counts.started[level] += 1
+        runner.when_ready(lambda: self.counts.note_ready(level, time.monotonic() - started))
         return runner
 
     def _refill(self) -> None:

@@ -92,6 +92,10 @@ def _print_plain(event: RunEvent, lines: Lines) -> None:
     failure = event.data.get("failure")
     outputs = event.data.get("outputs")
     shown = f"{failure['kind']}: {failure['message']}" if failure else written(outputs) if outputs else ""
+    if signal := event.data.get("name"):
+        shown = f"{signal} {written({'value': event.data['value']})}" if "value" in event.data else signal
+    if unread := event.data.get("unread_signals"):
+        shown = f"{shown} no task took signal {' '.join(unread)}"
     if added := event.data.get("task_ids"):
         shown = f"{len(added)} tasks"
     echo(event.type, label_of(event.task_id, event.data.get("display_name", "")), " ".join(shown.split()))

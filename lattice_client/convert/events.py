@@ -50,9 +50,11 @@ async def event_of(message: run_pb2.RunEvent, decode: Decode, declared: Declared
             case "outputs":
                 found = ordered(value, declared.get(body.task_id.partition("[")[0], ()))
                 data["outputs"] = await decode_all(body.task_id, found, decode)
+            case "value":
+                data["value"] = await decode(value, f"signal {body.name!r}")
             case "failure":
                 data["failure"] = failure_of(value) if body.HasField("failure") else None
-            case "gpu_indices" | "task_ids":
+            case "gpu_indices" | "task_ids" | "unread_signals":
                 data[field.name] = list(value)
             case "state":
                 data["state"] = run_pb2.RunState.Name(value).removeprefix("RUN_STATE_").lower()

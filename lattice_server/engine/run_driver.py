@@ -16,6 +16,7 @@ from lattice_server.core.errors import LatticeError
 from lattice_server.core.messages import (
     AnswerQuestion,
     AskHolder,
+    CallEnded,
     CancelRequested,
     Fact,
     RunFinished,
@@ -27,6 +28,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.run.open_run import HolderEffect
 from lattice_server.core.run.run import Effect
+from lattice_server.core.run.signals import SignalEffect
 from lattice_server.engine import calls, run_logging
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.chunk_store import ChunkStore
@@ -41,7 +43,8 @@ from lattice_server.engine.slices import Slices
 
 log = logging.getLogger(__name__)
 
-Effects = Sequence[Effect | HolderEffect]
+AnyEffect = Effect | HolderEffect | SignalEffect
+Effects = Sequence[AnyEffect]
 
 
 class RunDriver:
@@ -117,7 +120,7 @@ class RunDriver:
             match effect:
                 case TaskReady():
                     own.append(self._filled(entry, effect))
-                case CancelRequested():
+                case CancelRequested() | CallEnded():
                     own.append(effect)
                 case AskHolder() | WithdrawQuestion() | AnswerQuestion():
                     self._pass_on(entry, effect)

@@ -36,7 +36,7 @@ class DurableAnswers:
 
     async def _one(self, request: Any, answer: Any) -> Any:
         try:
-            await self._recall(request)
+            await self.recall(request)
         except BaseException:
             answer.close()
             raise
@@ -46,12 +46,13 @@ class DurableAnswers:
 
     async def _each(self, request: Any, answers: Any) -> AsyncIterator[Any]:
         async with contextlib.aclosing(answers):
-            await self._recall(request)
+            await self.recall(request)
             async for answer in answers:
                 await self._journal.wait()
                 yield answer
 
-    async def _recall(self, request: Any) -> None:
+    async def recall(self, request: Any) -> None:
+        """Read the ended run that a request names from the journal, if it is there."""
         named = getattr(request, "run", request)
         run_id = getattr(named, "run_id", "")
         if not run_id or not isinstance(run_id, str):

@@ -5,7 +5,6 @@ Rule: a key that the server has ended is refused from then on, and its open requ
 
 import asyncio
 import socket
-from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -14,6 +13,7 @@ from lattice_worker import context
 from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.proxy import Proxy
 from lattice_worker.gateway.refusals import Refusal
+from lattice_worker.gateway.reports import Reports
 from lattice_worker.gateway.routing import Routing
 
 HOST = "127.0.0.1"
@@ -35,21 +35,27 @@ class Gateway:
         self._services: dict[str, str] = {}
         self._news = asyncio.Event()  # Set, and replaced, when routes arrive.
         self._permits = Permits(context.ask_async)
-        self._proxy = Proxy(self._routing, self._service_of, self._wait, self._permits)
+        self._reports = Reports()
+        self._proxy = Proxy(self._routing, self._service_of, self._wait, self._permits, self._reports.note)
 
     async def run(self) -> dict[str, Any]:
         """Serve until the server does not know this gateway any more."""
         started = await context.ask_async("lattice/gateway.start")
+        reporting = asyncio.create_task(self._reports.run()) if started.get("reports") else None
         runner = web.AppRunner(self._proxy.application(), access_log=None, handler_cancellation=True)
         await runner.setup()
         with _listening(str(started["endpoint"])) as listener:
             await web.SockSite(runner, listener).start()
             host, port = listener.getsockname()
             await context.ask_async("lattice/gateway.ready", {"endpoint": f"{host}:{port}"})
-            with suppress(ExceptionGroup):  # Of errors of questions: the server does not know this gateway.
+            try:
                 async with asyncio.TaskGroup() as serving:
                     serving.create_task(self._permits.serve())
                     serving.create_task(self._follow())
+            except* context.QuestionError:
+                pass  # The server does not know this gateway any more.
+        if reporting is not None:
+            reporting.cancel()
         await runner.cleanup()
         return {}
 

@@ -230,6 +230,9 @@ def test_engine_stops_when_the_caller_leaves_or_its_key_ends() -> None:
             leave(task)
             await ended.wait()
             await asyncio.gather(task, return_exceptions=True)
+        # The first got no answer, since its caller was gone; the second was told why its engine was stopped.
+        answer = task.result()
+        assert (answer.status, (await answer.json())["error"]["code"]) == (401, "invalid_api_key")
 
     scenario(run)
 

@@ -13,6 +13,9 @@ from lattice_server.core.messages import (
     RunCancelling,
     RunFinished,
     RunStarted,
+    SignalAwaited,
+    SignalReceived,
+    SignalTaken,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -30,6 +33,7 @@ from lattice_server.core.run.endings import Endings, failure_of_run
 from lattice_server.core.run.growth import Growth
 from lattice_server.core.run.handover import Handover
 from lattice_server.core.run.limits import items_of
+from lattice_server.core.run.signals import Signals
 from lattice_server.core.run.status import RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable
 from lattice_server.core.states import TASK_TERMINAL, RunState, TaskState
@@ -70,6 +74,7 @@ class Restoration:
     _handover: Handover
     _endings: Endings
     _growth: Growth
+    _signals: Signals
     _policy: FailurePolicy
     _attempts: dict[str, _Attempts] = field(default_factory=dict)
 
@@ -109,6 +114,8 @@ class Restoration:
                 self._start(self._record(fact.task_id), fact, at)
             case TaskRetrying():
                 self._retry(self._record(fact.task_id), fact)
+            case SignalReceived() | SignalAwaited() | SignalTaken():
+                self._signals.apply(fact)
             case TaskLogged():
                 pass
             case _:

@@ -152,9 +152,10 @@ class Scheduler:
                     self._pass_on(event, found[1], now)
             case AttemptAwaits():
                 if found := self._reports.started(event, None, now):
-                    self._waits.begin(found[0], event, found[1].ready.run_id)
-                    where = (event.lease_id, event.number, event.called_id)
-                    self._effects.append(TaskAwaits(*found[1].named, *where))
+                    self._waits.begin(found[0], event, found[1].ready.run_id, now)
+                    lease_id, number = event.lease_id, event.number
+                    awaits = TaskAwaits(*found[1].named, lease_id, number, event.called_id, event.signal)
+                    self._effects.append(awaits)
             case CallEnded():
                 self._waits.end(event)
             case LeaseReturned():
@@ -215,7 +216,8 @@ class Scheduler:
                 self._effects.append(NodesDescribed(query.request_id, nodes, *load))
             case ExplainRequested():
                 task = self.tasks.get((query.run_id, query.task_id))
-                explained = explain(task, self._placer, self._registry, self._needs, now) if task else None
+                about = (self._placer, self._registry, self._waits, self._needs)
+                explained = explain(task, *about, now) if task else None
                 self._effects.append(TaskExplained(query.request_id, explained))
             case _:
                 assert_never(query)

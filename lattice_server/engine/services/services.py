@@ -24,6 +24,7 @@ from lattice_server.core.services.model import ServiceSpec, ServiceState
 from lattice_server.core.services.service import Service
 from lattice_server.core.tenancy import SEPARATOR, Reach, Shelf, key_of
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.ports import ServiceObserver
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.services import answers
 from lattice_server.engine.services.addresses import Addresses
@@ -52,8 +53,9 @@ class Services:
     ) -> None:
         self._orchestrator = orchestrator
         self._services: Shelf[ServiceEntry] = Shelf()
-        self._driver = ServiceDriver(orchestrator, function)
-        self._models = Models(orchestrator, gateway, self._services.values, self._answer_all)
+        self.observers: list[ServiceObserver] = []
+        self._driver = ServiceDriver(orchestrator, function, self.observers)
+        self._models = Models(orchestrator, gateway, self._services.values, self._answer_all, self.observers)
         self._driver.on_routes = self._note_routes
         self._driver.on_gone = self._forget
         self._addresses = Addresses(orchestrator, self._models)
@@ -99,6 +101,10 @@ class Services:
         if entry is None:
             raise NotFoundError("SERVICE_NOT_FOUND", f"there is no service {name!r}", metadata={"name": name})
         return entry
+
+    def all(self) -> Collection[ServiceEntry]:
+        """Return the services of all tenants."""
+        return self._services.values()
 
     def within(self, reach: Reach) -> list[ServiceEntry]:
         """Return the services within reach, by name."""

@@ -10,6 +10,9 @@ from lattice_server.core.messages import (
     RunEvent,
     RunFinished,
     RunStarted,
+    SignalAwaited,
+    SignalReceived,
+    SignalTaken,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -49,6 +52,7 @@ def _run_cancelling(body: run_pb2.RunCancelling, fact: RunCancelling, event: Run
 
 def _run_finished(body: run_pb2.RunFinished, fact: RunFinished, event: RunEvent, tasks: Tasks) -> None:
     body.state = RUN_STATE_TO_PROTO[fact.state]
+    body.unread_signals.extend(fact.unread_signals)
     _set_failure(body, fact.failure)
 
 
@@ -95,6 +99,21 @@ def _task_log(body: run_pb2.TaskLog, fact: TaskLogged, event: RunEvent, tasks: T
     body.text, body.truncated = fact.text, fact.is_truncated
 
 
+def _signal_received(body: run_pb2.SignalReceived, fact: SignalReceived, event: RunEvent, tasks: Tasks) -> None:
+    body.name, body.index, body.request_id = fact.name, fact.index, fact.request_id
+    fill_payload(body.value, fact.value)
+
+
+def _signal_awaited(body: run_pb2.SignalAwaited, fact: SignalAwaited, event: RunEvent, tasks: Tasks) -> None:
+    _set_attempt(body, fact, tasks)
+    body.name = fact.name
+
+
+def _signal_taken(body: run_pb2.SignalTaken, fact: SignalTaken, event: RunEvent, tasks: Tasks) -> None:
+    _set_attempt(body, fact, tasks)
+    body.name, body.index = fact.name, fact.index
+
+
 # The field of `RunEvent` for each kind of event, and the function that fills it.
 EVENTS: dict[type, tuple[str, Callable[[Any, Any, RunEvent, Tasks], None]]] = {
     RunStarted: ("run_started", _run_started),
@@ -108,6 +127,9 @@ EVENTS: dict[type, tuple[str, Callable[[Any, Any, RunEvent, Tasks], None]]] = {
     TaskCancelled: ("task_cancelled", _task_ended),
     TaskSkipped: ("task_skipped", _task_skipped),
     TaskLogged: ("task_log", _task_log),
+    SignalReceived: ("signal_received", _signal_received),
+    SignalAwaited: ("signal_awaited", _signal_awaited),
+    SignalTaken: ("signal_taken", _signal_taken),
 }
 
 

@@ -77,7 +77,7 @@ def report_to_event(report: worker_pb2.Report, session_id: str, clock: WorkerClo
     at = clock.at(seconds_from(report.time)) if report.HasField("time") else None
     match report.WhichOneof("fact"):
         case "awaits":
-            return messages.AttemptAwaits(*named, report.awaits.number, report.awaits.task_id)
+            return _awaits_event(report.awaits, named)
         case "succeeded":
             try:
                 return _success_event(report.succeeded, named, at)
@@ -98,6 +98,14 @@ def report_to_event(report: worker_pb2.Report, session_id: str, clock: WorkerClo
             return messages.LeaseReturned(session_id, report.lease_id, report.returned.reason)
         case _:
             return None
+
+
+def _awaits_event(awaits: worker_pb2.AttemptAwaits, named: tuple[str, str, int]) -> messages.AttemptAwaits:
+    signal = None
+    if awaits.HasField("signal"):
+        timeout_s = seconds_from(awaits.signal.timeout) if awaits.signal.HasField("timeout") else None
+        signal = messages.AwaitedSignal(awaits.signal.name, timeout_s)
+    return messages.AttemptAwaits(*named, awaits.number, awaits.task_id, signal)
 
 
 def _success_event(
@@ -171,6 +179,7 @@ def welcome_to_proto(effect: WelcomeWorker, config: ServerConfig, server_id: str
         question_limit_bytes=config.question_limit_bytes,
         chunk_limit_bytes=config.chunk_limit_bytes,
         takes_calls=True,
+        takes_signals=True,
     )
 
 

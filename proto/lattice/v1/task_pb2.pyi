@@ -150,7 +150,9 @@ class _WaitKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """It does not wait: a worker runs it."""
     WAIT_KIND_ENDED: _WaitKind.ValueType  # 9
     """It does not wait: it has ended."""
-    WAIT_KIND_SERVICE: _WaitKind.ValueType  # 10
+    WAIT_KIND_SIGNAL: _WaitKind.ValueType  # 10
+    """Its attempt waits for a signal; see `WorkflowService.SignalRun`."""
+    WAIT_KIND_SERVICE: _WaitKind.ValueType  # 11
     """A service that it needs is not ready."""
 
 class WaitKind(_WaitKind, metaclass=_WaitKindEnumTypeWrapper):
@@ -176,7 +178,9 @@ WAIT_KIND_RUNNING: WaitKind.ValueType  # 8
 """It does not wait: a worker runs it."""
 WAIT_KIND_ENDED: WaitKind.ValueType  # 9
 """It does not wait: it has ended."""
-WAIT_KIND_SERVICE: WaitKind.ValueType  # 10
+WAIT_KIND_SIGNAL: WaitKind.ValueType  # 10
+"""Its attempt waits for a signal; see `WorkflowService.SignalRun`."""
+WAIT_KIND_SERVICE: WaitKind.ValueType  # 11
 """A service that it needs is not ready."""
 Global___WaitKind: typing_extensions.TypeAlias = WaitKind
 
@@ -743,6 +747,7 @@ class RunTaskRequest(google.protobuf.message.Message):
     TIMEOUT_FIELD_NUMBER: builtins.int
     SECRETS_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     tenant: builtins.str
@@ -781,6 +786,10 @@ class RunTaskRequest(google.protobuf.message.Message):
     def secrets(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """See `RunWorkflowRequest.secrets`."""
 
+    @property
+    def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
+        """Ties the run to its caller, whose call holds it while it waits. See `RunWorkflowRequest.cancel_on_disconnect`."""
+
     def __init__(
         self,
         *,
@@ -795,9 +804,10 @@ class RunTaskRequest(google.protobuf.message.Message):
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         secrets: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         request_id: builtins.str = ...,
+        cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "task", b"task", "timeout", b"timeout", "wait", b"wait"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "labels", b"labels", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "secrets", b"secrets", "task", b"task", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "cancel_on_disconnect", b"cancel_on_disconnect", "function", b"function", "task", b"task", "timeout", b"timeout", "wait", b"wait"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "cancel_on_disconnect", b"cancel_on_disconnect", "function", b"function", "labels", b"labels", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "secrets", b"secrets", "task", b"task", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait"]) -> None: ...
 
 Global___RunTaskRequest: typing_extensions.TypeAlias = RunTaskRequest
 

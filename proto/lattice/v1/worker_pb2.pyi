@@ -512,6 +512,7 @@ class Welcome(google.protobuf.message.Message):
     QUESTION_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     CHUNK_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     TAKES_CALLS_FIELD_NUMBER: builtins.int
+    TAKES_SIGNALS_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
@@ -532,6 +533,8 @@ class Welcome(google.protobuf.message.Message):
     """The longest chunk of streamed output, in bytes; zero when this server takes no chunks."""
     takes_calls: builtins.bool
     """Whether attempts may call tasks, by `AttemptSpawned.called` and `AttemptAwaits`."""
+    takes_signals: builtins.bool
+    """Whether attempts may wait for signals, by `AttemptAwaits.signal`."""
     @property
     def heartbeat_interval(self) -> google.protobuf.duration_pb2.Duration:
         """How often either side sends a heartbeat."""
@@ -571,9 +574,10 @@ class Welcome(google.protobuf.message.Message):
         question_limit_bytes: builtins.int = ...,
         chunk_limit_bytes: builtins.int = ...,
         takes_calls: builtins.bool = ...,
+        takes_signals: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit", "takes_calls", b"takes_calls"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit", "takes_calls", b"takes_calls", "takes_signals", b"takes_signals"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 
@@ -628,6 +632,8 @@ class RunnerCount(google.protobuf.message.Message):
     BUSY_FIELD_NUMBER: builtins.int
     IDLE_FIELD_NUMBER: builtins.int
     STARTED_FIELD_NUMBER: builtins.int
+    WAITED_FIELD_NUMBER: builtins.int
+    START_DURATIONS_FIELD_NUMBER: builtins.int
     isolation: lattice.v1.resources_pb2.Isolation.ValueType
     """The level."""
     busy: builtins.int
@@ -636,6 +642,12 @@ class RunnerCount(google.protobuf.message.Message):
     """Processes that wait for an attempt, including new ones that have run no attempt."""
     started: builtins.int
     """Processes started since the last heartbeat."""
+    waited: builtins.int
+    """Attempts since the last heartbeat for which no process waited, so that one was started."""
+    @property
+    def start_durations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[google.protobuf.duration_pb2.Duration]:
+        """How long processes took that became ready for attempts since the last heartbeat; at most 1,000."""
+
     def __init__(
         self,
         *,
@@ -643,8 +655,10 @@ class RunnerCount(google.protobuf.message.Message):
         busy: builtins.int = ...,
         idle: builtins.int = ...,
         started: builtins.int = ...,
+        waited: builtins.int = ...,
+        start_durations: collections.abc.Iterable[google.protobuf.duration_pb2.Duration] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["busy", b"busy", "idle", b"idle", "isolation", b"isolation", "started", b"started"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy", b"busy", "idle", b"idle", "isolation", b"isolation", "start_durations", b"start_durations", "started", b"started", "waited", b"waited"]) -> None: ...
 
 Global___RunnerCount: typing_extensions.TypeAlias = RunnerCount
 
@@ -886,7 +900,7 @@ class Report(google.protobuf.message.Message):
 
     @property
     def awaits(self) -> Global___AttemptAwaits:
-        """The attempt waits for the end of a task that it called."""
+        """The attempt waits for the end of a task that it called, or for a signal."""
 
     @property
     def streamed(self) -> Global___AttemptStreamed:
@@ -1060,25 +1074,61 @@ Global___AttemptSpawned: typing_extensions.TypeAlias = AttemptSpawned
 
 @typing.final
 class AttemptAwaits(google.protobuf.message.Message):
-    """The attempt waits for the end of a task that it called. Meanwhile it holds no CPUs."""
+    """The attempt waits for the end of a task that it called, or for a signal. Meanwhile it holds no CPUs."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NUMBER_FIELD_NUMBER: builtins.int
     TASK_ID_FIELD_NUMBER: builtins.int
+    SIGNAL_FIELD_NUMBER: builtins.int
     number: builtins.int
     """Names the wait within its lease, in one sequence with `AttemptAsked.number`."""
     task_id: builtins.str
-    """The called task."""
+    """The called task; empty when the attempt waits for a signal."""
+    @property
+    def signal(self) -> Global___AwaitedSignal:
+        """The signal; only if `Welcome.takes_signals`."""
+
     def __init__(
         self,
         *,
         number: builtins.int = ...,
         task_id: builtins.str = ...,
+        signal: Global___AwaitedSignal | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["number", b"number", "task_id", b"task_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["signal", b"signal"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "signal", b"signal", "task_id", b"task_id"]) -> None: ...
 
 Global___AttemptAwaits: typing_extensions.TypeAlias = AttemptAwaits
+
+@typing.final
+class AwaitedSignal(google.protobuf.message.Message):
+    """A signal that an attempt waits for. `Answer.payload` has its value. Each attempt gets the values of a name in the
+    order in which they were sent, from the first one on, each once.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    TIMEOUT_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name, of 1 to 128 characters."""
+    @property
+    def timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """After this time the answer is a failure of kind TIMEOUT, and the next wait gets the value that this one would have
+        got; unset means no limit.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        timeout: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "timeout", b"timeout"]) -> None: ...
+
+Global___AwaitedSignal: typing_extensions.TypeAlias = AwaitedSignal
 
 @typing.final
 class AttemptAsked(google.protobuf.message.Message):
@@ -1343,7 +1393,7 @@ Global___AttemptProgressed: typing_extensions.TypeAlias = AttemptProgressed
 
 @typing.final
 class Answer(google.protobuf.message.Message):
-    """Answers a question of an attempt, or tells it the end of a called task. An answer for a lease that has ended is ignored."""
+    """Answers a question of an attempt, or ends its wait for a called task or a signal. An answer for a lease that has ended is ignored."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1364,11 +1414,13 @@ class Answer(google.protobuf.message.Message):
     """Why no caller answers, for people."""
     @property
     def payload(self) -> lattice.v1.payload_pb2.Payload:
-        """The value the caller answered with."""
+        """The value the caller answered with, or the value of the signal."""
 
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
-        """The error of the caller's code that should have answered, or the failure of the called task."""
+        """The error of the caller's code that should have answered, the failure of the called task, or why there is no
+        signal.
+        """
 
     @property
     def outputs(self) -> Global___CallOutputs:

@@ -153,6 +153,22 @@ _WorkflowServiceExecuteWorkflowType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceExecuteWorkflowsType = typing_extensions.TypeVar(
+    '_WorkflowServiceExecuteWorkflowsType',
+    grpc.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+)
+
 _WorkflowServiceOpenRunType = typing_extensions.TypeVar(
     '_WorkflowServiceOpenRunType',
     grpc.StreamStreamMultiCallable[
@@ -233,6 +249,22 @@ _WorkflowServiceCancelRunType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceSignalRunType = typing_extensions.TypeVar(
+    '_WorkflowServiceSignalRunType',
+    grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
+    ],
+)
+
 _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     '_WorkflowServiceRetryRunType',
     grpc.UnaryUnaryMultiCallable[
@@ -249,7 +281,7 @@ _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceRetryRunType]):
+class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceExecuteWorkflowsType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceSignalRunType, _WorkflowServiceRetryRunType]):
     """Defines, runs, lists and cancels.
 
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
@@ -284,10 +316,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     @typing.overload
@@ -325,6 +358,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
         ],
         grpc.StreamStreamMultiCallable[
+            lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+            lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
             lattice.v1.workflow_pb2.OpenRunRequest,
             lattice.v1.workflow_pb2.OpenRunResponse,
         ],
@@ -343,6 +380,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
         grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.CancelRunRequest,
             lattice.v1.workflow_pb2.CancelRunResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.SignalRunRequest,
+            lattice.v1.workflow_pb2.SignalRunResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.RetryRunRequest,
@@ -385,6 +426,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
         ],
         grpc.aio.StreamStreamMultiCallable[
+            lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+            lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
             lattice.v1.workflow_pb2.OpenRunRequest,
             lattice.v1.workflow_pb2.OpenRunResponse,
         ],
@@ -403,6 +448,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
         grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.CancelRunRequest,
             lattice.v1.workflow_pb2.CancelRunResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.SignalRunRequest,
+            lattice.v1.workflow_pb2.SignalRunResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.RetryRunRequest,
@@ -434,6 +483,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     ExecuteWorkflow: _WorkflowServiceExecuteWorkflowType
     """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
 
+    ExecuteWorkflows: _WorkflowServiceExecuteWorkflowsType
+    """Starts runs, any number over one stream, and answers for each twice, as `ExecuteWorkflow` does, which costs less than
+    a call for each. A refused run is a message and does not end the stream. The runs continue when the stream breaks.
+    """
+
     OpenRun: _WorkflowServiceOpenRunType
     """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream
     with a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. Later refusals are
@@ -454,6 +508,12 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     CancelRun: _WorkflowServiceCancelRunType
     """Cancels a run. A run that has ended stays as it is."""
+
+    SignalRun: _WorkflowServiceSignalRunType
+    """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
+    until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
+    attempt reads all from the first one on. Idempotent by `request_id`, for as long as the run lasts.
+    """
 
     RetryRun: _WorkflowServiceRetryRunType
     """Starts a run that takes over the finished tasks of one that has ended, and runs the others. Idempotent by
@@ -494,6 +554,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
         lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
     ],
     grpc.aio.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
         lattice.v1.workflow_pb2.OpenRunRequest,
         lattice.v1.workflow_pb2.OpenRunResponse,
     ],
@@ -512,6 +576,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.CancelRunRequest,
         lattice.v1.workflow_pb2.CancelRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.RetryRunRequest,
@@ -554,10 +622,11 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     @abc.abstractmethod
@@ -625,6 +694,16 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
 
     @abc.abstractmethod
+    def ExecuteWorkflows(
+        self,
+        request_iterator: _MaybeAsyncIterator[lattice.v1.workflow_pb2.ExecuteWorkflowsRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[lattice.v1.workflow_pb2.ExecuteWorkflowsResponse], collections.abc.AsyncIterator[lattice.v1.workflow_pb2.ExecuteWorkflowsResponse]]:
+        """Starts runs, any number over one stream, and answers for each twice, as `ExecuteWorkflow` does, which costs less than
+        a call for each. A refused run is a message and does not end the stream. The runs continue when the stream breaks.
+        """
+
+    @abc.abstractmethod
     def OpenRun(
         self,
         request_iterator: _MaybeAsyncIterator[lattice.v1.workflow_pb2.OpenRunRequest],
@@ -669,6 +748,17 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.CancelRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.CancelRunResponse]]:
         """Cancels a run. A run that has ended stays as it is."""
+
+    @abc.abstractmethod
+    def SignalRun(
+        self,
+        request: lattice.v1.workflow_pb2.SignalRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lattice.v1.workflow_pb2.SignalRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.SignalRunResponse]]:
+        """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
+        until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
+        attempt reads all from the first one on. Idempotent by `request_id`, for as long as the run lasts.
+        """
 
     @abc.abstractmethod
     def RetryRun(

@@ -12,6 +12,9 @@ from lattice_server.core.messages import (
     RunEvent,
     RunFinished,
     RunStarted,
+    SignalAwaited,
+    SignalReceived,
+    SignalTaken,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -67,7 +70,7 @@ KINDS: list[Fact] = [
     RunStarted("w", 3),
     RunCancelling(FAILURE),
     RunFinished(RunState.SUCCEEDED, None),
-    RunFinished(RunState.FAILED, FAILURE),
+    RunFinished(RunState.FAILED, FAILURE, ("approval", "other")),
     TasksAdded(("a", "b"), "a", 4),
     TaskStarted(KEY, "a", 2, "n", "10.0.0.1", (0, 1), None, "e-7", 5),
     TaskSucceeded(KEY, "a", 2, {"x": VALUE, "y": LARGE}, {"x": ITEMS}, 0.25),
@@ -77,6 +80,9 @@ KINDS: list[Fact] = [
     TaskSkipped(KEY, "a", None),
     TaskSkipped(KEY, "a", FAILURE),
     TaskLogged(KEY, "a", 1, True, "text\n", True),
+    SignalReceived("approval", 1, ITEMS[1], "request"),
+    SignalAwaited(KEY, "a", 2, "approval"),
+    SignalTaken(KEY, "a", 2, "approval", 1),
 ]
 
 
