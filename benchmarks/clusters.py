@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from benchmarks.shapes import GIB
 from lattice_server.core.messages import WorkerHello
-from lattice_server.core.model import Capacity, Gpu, Isolation, Runtime
+from lattice_server.core.model import Capacity, Gpu, Isolation
+from lattice_server.core.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from lattice_client.errors import (
 )
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.graph.entrypoint import entrypoint
+from lattice_client.graph.environment import secret
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Parameter, TaskOutput
 from lattice_client.graph.task import task
@@ -44,7 +45,6 @@ from lattice_client.runs.questions import Question
 from lattice_client.runs.run import AsyncRun
 from lattice_client.runs.streams import Chunk, Progress
 from lattice_client.runs.sync_run import OpenRun, Run
-from lattice_client.services.spec import secret
 from lattice_client.sync import LatticeClient, LatticeWorkflow
 
 __all__ = [

@@ -9,6 +9,7 @@ from typing import Any, Never, NoReturn, Self, Unpack
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.convert.events import RunEvent, message_of
+from lattice_client.graph.environment import Env, checked
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
 from lattice_client.graph.settings import RunSettings, TaskRunSettings, disconnect_grace_s
@@ -69,7 +70,8 @@ class AsyncLatticeClient:
 
     `tenant` is the tenant of its runs in fair share. While the server has too much work, a run is submitted again for
     `admission_timeout` seconds; then ResourceExhaustedError is raised. With `trust_pickles` it unpickles values of
-    sandboxed tasks, by which such a task can run code in this process. `SecurityOptions` describes the other arguments.
+    sandboxed tasks, by which such a task can run code in this process. `env` has environment variables of all its
+    tasks, as for `@task`. `SecurityOptions` describes the other arguments.
     The client connects with the first call. Raises TargetError when the target is not an address, SecurityError when
     the connection would not be secure.
     """
@@ -81,20 +83,25 @@ class AsyncLatticeClient:
         tenant: str = "",
         admission_timeout: float = ADMISSION_TIMEOUT_S,
         trust_pickles: bool = False,
+        env: Env | None = None,
         **security: Unpack[SecurityOptions],
     ) -> None:
-        self._use(AsyncChannel(dial(target, **security)), tenant, admission_timeout, trust_pickles)
+        self._use(AsyncChannel(dial(target, **security)), tenant, admission_timeout, trust_pickles, env)
 
     @classmethod
-    def over(cls, channel: Channel, tenant: str, admission_timeout: float, trust_pickles: bool) -> Self:
+    def over(
+        cls, channel: Channel, tenant: str, admission_timeout: float, trust_pickles: bool, env: Env | None = None
+    ) -> Self:
         """Return a client over a channel."""
         client = cls.__new__(cls)
-        client._use(channel, tenant, admission_timeout, trust_pickles)
+        client._use(channel, tenant, admission_timeout, trust_pickles, env)
         return client
 
-    def _use(self, channel: Channel, tenant: str, admission_timeout: float, trust_pickles: bool) -> None:
+    def _use(
+        self, channel: Channel, tenant: str, admission_timeout: float, trust_pickles: bool, env: Env | None
+    ) -> None:
         self.target = channel.target
-        self.api = RunApi.over(channel, tenant, admission_timeout, trust_pickles)
+        self.api = RunApi.over(channel, tenant, admission_timeout, trust_pickles, checked("the client", env))
         self.services = AsyncServices(channel, tenant)
         self.llm = AsyncLlms(channel, tenant)
 
@@ -118,9 +125,11 @@ class AsyncLatticeClient:
         """Close the connections of all event loops, from any thread."""
         self.api.channel.shut()
 
-    def create_workflow(self, name: str = "", failure_policy: str = "fail_fast") -> AsyncLatticeWorkflow:
+    def create_workflow(
+        self, name: str = "", failure_policy: str = "fail_fast", *, env: Env | None = None
+    ) -> AsyncLatticeWorkflow:
         """Return an empty workflow; nothing is sent. See `LatticeClient.create_workflow`."""
-        return AsyncLatticeWorkflow(self, name, failure_policy=failure_policy)
+        return AsyncLatticeWorkflow(self, name, failure_policy=failure_policy, env=env)
 
     def get_workflow(self, workflow_id: str) -> AsyncLatticeWorkflow:
         """Return a workflow that is stored on the server, to run it by its id."""

@@ -11,6 +11,7 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 from lattice_client import errors
 from lattice_client.client import AsyncLatticeClient
 from lattice_client.convert.events import message_of
+from lattice_client.graph.environment import Env
 from lattice_client.graph.settings import RunSettings, TaskRunSettings
 from lattice_client.graph.workflow import Graph
 from lattice_client.runs.decoding import decoded
@@ -68,7 +69,8 @@ class LatticeClient:
 
     `tenant` is the tenant of its runs in fair share. While the server has too much work, a run is submitted again for
     `admission_timeout` seconds; then ResourceExhaustedError is raised. With `trust_pickles` it unpickles values of
-    sandboxed tasks, by which such a task can run code in this process. `SecurityOptions` describes the other arguments.
+    sandboxed tasks, by which such a task can run code in this process. `env` has environment variables of all its
+    tasks, as for `@task`. `SecurityOptions` describes the other arguments.
     The client connects with the first call. Raises TargetError when the target is not an address, SecurityError when
     the connection would not be secure.
     """
@@ -80,11 +82,12 @@ class LatticeClient:
         tenant: str = "",
         admission_timeout: float = ADMISSION_TIMEOUT_S,
         trust_pickles: bool = False,
+        env: Env | None = None,
         **security: Unpack[SecurityOptions],
     ) -> None:
         self._dialled = dial(target, **security)
         self.target = self._dialled.address
-        self._settings = tenant, admission_timeout, trust_pickles
+        self._settings = tenant, admission_timeout, trust_pickles, env
         # An asyncio client over calls that block; `blocking` runs its coroutines.
         self.twin = AsyncLatticeClient.over(BlockingChannel(self._dialled), *self._settings)
 
@@ -122,12 +125,15 @@ class LatticeClient:
         if "aio" in self.__dict__:
             self.aio.shut()
 
-    def create_workflow(self, name: str = "", failure_policy: str = "fail_fast") -> LatticeWorkflow:
+    def create_workflow(
+        self, name: str = "", failure_policy: str = "fail_fast", *, env: Env | None = None
+    ) -> LatticeWorkflow:
         """Return an empty workflow; nothing is sent.
 
-        When a task fails, `fail_fast` stops the run; `finish_independent` stops only the tasks that depend on it.
+        When a task fails, `fail_fast` stops the run; `finish_independent` stops only the tasks that depend on it. `env`
+        has environment variables of all its tasks, as for `@task`; those of a task come before them.
         """
-        return LatticeWorkflow(self, name, failure_policy=failure_policy)
+        return LatticeWorkflow(self, name, failure_policy=failure_policy, env=env)
 
     def get_workflow(self, workflow_id: str) -> LatticeWorkflow:
         """Return a workflow that is stored on the server, to run it by its id."""

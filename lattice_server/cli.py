@@ -17,6 +17,7 @@ from lattice_server.config import METRICS, TRACES, ServerConfig
 from lattice_server.configfile import ConfigError, read_config
 from lattice_server.flags import Flags, noting, secured
 from lattice_server.joining import become_worker
+from lattice_server.secrets_file import read_secrets
 from lattice_server.tokens import read_tokens
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,13 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
     type=FILE,
     envvar="LATTICE_TOKENS_FILE",
     help="The subjects, tenants and scopes of tokens; see docs/security.md.",
+)
+@click.option(
+    "--secrets",
+    "secrets_file",
+    type=FILE,
+    envvar="LATTICE_SECRETS_FILE",
+    help="Secrets that tasks may name, by tenant; see docs/tasks.md.",
 )
 @click.option("--insecure", is_flag=True, help="Serve, or join, beyond this machine without TLS or a token.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=CONFIG_HELP)
@@ -130,7 +138,10 @@ def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
     if flags.ray_address and (flags.executor != "ray" or not flags.num_cpus):
         raise click.UsageError("--ray-address needs --executor ray, and --num-cpus for the CPUs to reserve")
     tokens_file = base.tokens_file if flags.tokens_file is None else str(flags.tokens_file.absolute())
+    secrets_file = base.secrets_file if flags.secrets_file is None else str(flags.secrets_file.absolute())
     with secured():
+        if secrets_file:
+            read_secrets(Path(secrets_file))
         token = security.read_token(flags.token_file, os.environ)
         if tokens_file:
             read_tokens(Path(tokens_file))
@@ -148,6 +159,7 @@ def _config(flags: Flags, base: ServerConfig) -> ServerConfig:
         tls=tls,
         token=token,
         tokens_file=tokens_file,
+        secrets_file=secrets_file,
         executor=flags.executor,
         node_ip=flags.node_ip or "",
         ray_address=flags.ray_address or "",

@@ -55,6 +55,7 @@ from lattice_server.rpc.spec_parser import SpecParser
 from lattice_server.rpc.tasks import TaskServicer
 from lattice_server.rpc.workers import WorkerServicer
 from lattice_server.rpc.workflows import WorkflowServicer
+from lattice_server.secrets_file import read_secrets
 from lattice_server.telemetry import TelemetryError
 from lattice_server.tokens import ANY_TENANT, Scope, credential, digest_of, read_tokens
 
@@ -109,7 +110,10 @@ class Engine:
             self.journal,
             ChunkStore(Bound(config.chunk_bytes, share)),
         )
-        self.services = Services(self.orchestrator, function_of_worker(INSTANCE), function_of_worker(GATEWAY))
+        if config.secrets_file:
+            self.orchestrator.requirements.secrets.replace(read_secrets(Path(config.secrets_file)))
+        functions = function_of_worker(INSTANCE), function_of_worker(GATEWAY)
+        self.services = Services(self.orchestrator, *functions, self.bus.post)
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )

@@ -58,12 +58,13 @@ class ServerTls:
 class ServerConfig:
     """The settings of `lattice start --head`. Sizes in bytes, times in seconds.
 
-    A worker without a message for `session_ttl_s` is lost, and its attempts are requeued. Ray listens on `node_ip`, by
-    default on the address of the server. With a `ray_address`, `ray_workers` workers are placed in that Ray cluster,
-    each with `num_cpus` and `num_gpus`. An open run without a stream for `open_run_grace_s` is cancelled; questions to
-    callers, and their answers, have at most `question_limit_bytes`. A `token` has all scopes, and a `tokens_file` has
-    the scopes of other tokens; without either, every caller has all scopes. Large values are files in a folder of
-    `store_folder`; by default in `/dev/shm` if 256 MiB of it are free when the server starts, or else in `TMPDIR`.
+    A worker without a message for `session_ttl_s` is lost, and its attempts are requeued. Ray listens on `node_ip`,
+    by default on the address of the server. With a `ray_address`, `ray_workers` workers are placed in that Ray
+    cluster, each with `num_cpus` and `num_gpus`. An open run without a stream for `open_run_grace_s` is cancelled;
+    questions to callers, and their answers, have at most `question_limit_bytes`. A `token` has all scopes, and a
+    `tokens_file` has the scopes of other tokens; without either, every caller has all scopes. A `secrets_file` has
+    secrets of tasks. Large values are files in a folder of `store_folder`; by default in `/dev/shm` if 256 MiB of
+    it are free when the server starts, or else in `TMPDIR`.
 
     One tenant may have `tenant_share` of each of the server's stores; `live_run_bytes` bounds the memory of live runs,
     `draft_bytes` that of graphs sent in parts, and `chunk_bytes` that of the streamed output of tasks, of which one
@@ -87,6 +88,7 @@ class ServerConfig:
     tls: ServerTls | None = None
     token: str | None = field(default=None, repr=False)
     tokens_file: str = ""
+    secrets_file: str = ""
     executor: str = bounded("ray", is_flag=True)
     num_cpus: float | None = None
     num_gpus: int | None = None

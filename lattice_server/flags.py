@@ -39,6 +39,7 @@ class Flags:
     tls_ca: Path | None
     token_file: Path | None
     tokens_file: Path | None
+    secrets_file: Path | None
     insecure: bool
     config_file: Path | None
     metrics: str | None

@@ -22,12 +22,14 @@ from datetime import datetime
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lattice_server.security import SecurityError
 from lattice_server.watching import changes
 
 log = logging.getLogger(__name__)
+
+Content = TypeVar("Content")
 
 MAX_FILE_BYTES = 4 * 1024 * 1024
 MAX_NAME = 128
@@ -103,7 +105,7 @@ def read_tokens(path: Path) -> tuple[Credential, ...]:
     """Return the credentials of a tokens file. Raises SecurityError when it is unsafe, unreadable or malformed."""
     source = f"--tokens-file {path}"
     try:
-        found = tomllib.loads(_read(path).decode())
+        found = tomllib.loads(read_private(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SecurityError(f"{source}: it is not TOML in UTF-8: {error}") from None
     except OSError as error:
@@ -123,23 +125,24 @@ def read_tokens(path: Path) -> tuple[Credential, ...]:
     return made
 
 
-async def follow(path: Path, apply: Callable[[tuple[Credential, ...]], object]) -> None:
-    """Pass the credentials of a tokens file to `apply` whenever the file changes; never returns.
+async def follow(path: Path, flag: str, read: Callable[[Path], Content], apply: Callable[[Content], object]) -> None:
+    """Pass what `read` returns of a file to `apply` whenever the file changes; never returns.
 
-    A file that is unsafe or malformed is logged and not applied: the earlier credentials stay valid.
+    A file that is unsafe or malformed is logged and not applied: what it had before stays valid.
     """
     try:
         async for _ in changes(path):
             try:
-                apply(read_tokens(path))
+                apply(read(path))
             except SecurityError as error:
-                log.error("%s; the tokens stay as they were", error)
+                log.error("%s; its earlier content stays valid", error)
     except OSError as error:
-        log.error("--tokens-file %s: its changes cannot be watched: %s", path, error.strerror)
-    log.error("--tokens-file %s: its changes are no longer watched; restart the server to watch them", path)
+        log.error("%s %s: its changes cannot be watched: %s", flag, path, error.strerror)
+    log.error("%s %s: its changes are no longer watched; restart the server to watch them", flag, path)
 
 
-def _read(path: Path) -> bytes:
+def read_private(path: Path) -> bytes:
+    """Return the content of a file that only this user may read. Raises OSError, SecurityError."""
     # Not blocking: a pipe without a writer would otherwise hold the server up.
     with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
         # The opened file is checked: its name may refer to another file by now.

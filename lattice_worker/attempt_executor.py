@@ -20,6 +20,7 @@ from lattice_worker.execution import Execution
 from lattice_worker.invocation import Invocation, RunnerKey, failed
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore, MissingError
+from lattice_worker.masking import Log, Masker
 from lattice_worker.pipelining import MAX_PIPELINED
 from lattice_worker.preparation import ISOLATIONS, Preparation
 from lattice_worker.questions import Questions
@@ -259,15 +260,17 @@ class AttemptExecutor:
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, execution: Execution, runner: Runner
     ) -> Invocation:
         lease_id = assignment.lease_id
+        log: Log = partial(self._reports.log, lease_id)
+        masker = execution.masker = Masker.of(assignment)
         header, blobs = self._preparation.frame(assignment, function, execution.upstream, runner)
         return Invocation(
             lease_id,
             header,
             blobs,
-            on_log=lambda stream, text, truncated: self._reports.log(lease_id, stream, text, truncated),
+            on_log=log if masker is None else partial(masker.log, log),
             on_spawn=lambda task, parts: self._spawn(assignment, function, task, parts),
             on_ask=lambda asked, parts: self.questions.ask(assignment, runner, asked, parts),
-            on_spans=lambda frame: self._reports.trace(assignment, frame),
+            on_spans=lambda frame: self._reports.trace(assignment, frame if masker is None else masker.value(frame)),
             on_stream=lambda told, parts: self._stream(assignment, runner, told, parts),
             on_access=lambda access: self._reports.access(lease_id, access),
             on_end=lambda answer, parts: self._end(assignment, answer, parts, runner.connection),
@@ -304,6 +307,8 @@ class AttemptExecutor:
         """Return a lease whose runner died; another lease may be the cause."""
         if is_suspect:
             self._suspects.add(assignment)
+        if (masker := self._execution(assignment.lease_id).masker) is not None:
+            masker.release(partial(self._reports.log, assignment.lease_id))
         self._forget(assignment.lease_id)
         self._reports.give_back(assignment.lease_id, reason)
 
@@ -318,6 +323,9 @@ class AttemptExecutor:
         connection: Connection | None = None,
     ) -> None:
         _note("the attempt ended", assignment)
+        if (masker := self._execution(assignment.lease_id).masker) is not None:
+            masker.release(partial(self._reports.log, assignment.lease_id))
+            answer = masker.answer(answer, blobs)
         self._forget(assignment.lease_id)
         if outcomes.has_crashed(answer):
             self._suspects.add(assignment)

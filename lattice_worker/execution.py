@@ -7,6 +7,7 @@ from lattice.v1 import worker_pb2
 
 from lattice_worker import convert
 from lattice_worker.invocation import Invocation
+from lattice_worker.masking import Masker
 from lattice_worker.runner_handle import Runner
 
 
@@ -22,6 +23,7 @@ class Execution:
             is started; when the runner's pipeline does not hold it any more, it has to be sent again.
         has_begun: whether it runs.
         timer: ends it when its time is up.
+        masker: masks the secrets of the lease, if it has any.
     """
 
     upstream: convert.Outputs | None = None
@@ -30,6 +32,7 @@ class Execution:
     sent: tuple[Runner, Invocation] | None = None
     has_begun: bool = False
     timer: asyncio.TimerHandle | None = None
+    masker: Masker | None = None
 
     @property
     def pipelined_on(self) -> Runner | None:

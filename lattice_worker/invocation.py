@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lattice_worker.sandbox.policy import THREADS
@@ -18,7 +18,8 @@ class RunnerKey:
     `owner` is a lease that has a runner to itself; otherwise it is empty. `isolation` is the level of its sandbox, in
     which numerical libraries start `threads` threads; it is empty without a sandbox. `memory_bytes` is the limit of a
     container, 0 for the default; other sandboxes are given theirs with the invocation. `network` are the servers that
-    a sandbox may connect to.
+    a sandbox may connect to. `variables` are those of the environment of a task, by name and value, and may hold
+    secrets.
     """
 
     tenant: str = ""
@@ -30,6 +31,8 @@ class RunnerKey:
     threads: int = 1
     memory_bytes: int = 0
     network: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    has_secrets: bool = False
 
     def environment(self) -> dict[str, str]:
         """Return the variables of the runners of this key."""
@@ -37,7 +40,8 @@ class RunnerKey:
         devices = ",".join(map(str, self.gpu_indices))
         # The order in which the indices were counted; CUDA's own puts the fastest first.
         found = {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        return found | dict.fromkeys(THREADS, str(self.threads)) if self.isolation else found
+        threads = dict.fromkeys(THREADS, str(self.threads)) if self.isolation else {}
+        return threads | dict(self.variables) | found
 
 
 def ignore_spans(frame: dict[str, Any]) -> None:

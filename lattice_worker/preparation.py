@@ -40,11 +40,14 @@ class Preparation:
         isolation = ISOLATIONS.get(assignment.isolation, "")
         is_async = concurrency == task_pb2.CONCURRENCY_ASYNC and not isolation
         is_alone = concurrency == task_pb2.CONCURRENCY_FRESH_PROCESS or suspects.includes(assignment)
-        owner = assignment.lease_id if is_alone or isolation else ""
+        variables = tuple(sorted(assignment.environment.items()))
+        owner = assignment.lease_id if is_alone or isolation or variables else ""
         gpus, threads = tuple(assignment.gpu_indices), max(1, math.ceil(assignment.resources.cpu))
         memory_bytes = assignment.resources.memory_bytes if isolation == DOCKER else 0
         network = tuple(assignment.sandbox.network) if isolation else ()
-        return RunnerKey(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads, memory_bytes, network)
+        environment = (variables, bool(assignment.secret_variables))
+        sandbox = (isolation, threads, memory_bytes, network)
+        return RunnerKey(assignment.tenant, bundle, gpus, is_async, owner, *sandbox, *environment)
 
     def missing(
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, upstream: convert.Outputs | None

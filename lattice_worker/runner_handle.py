@@ -57,7 +57,10 @@ class Runner:
     def adopt(self, key: RunnerKey) -> None:
         """Assign the runner to a key, once and for all."""
         self.key = key
-        self._send({"kind": "adopt", "environment": key.environment()})
+        # A sandbox hides its processes itself, and the memory of one that hid itself could not be counted.
+        is_hidden = key.has_secrets and not key.isolation
+        frame = {"kind": "adopt", "environment": key.environment()}
+        self._send(frame | {"has_secrets": key.has_secrets, "is_hidden": is_hidden})
 
     def when_ready(self, call: Callable[[], None]) -> None:
         """Call once the process has started up and can run an invocation."""

@@ -4,11 +4,14 @@ import shlex
 from typing import Any
 
 import click
+from lattice.v1 import service_pb2
 
-from lattice_client.cli.options import Server, address, as_json, connected
+from lattice_client.cli.options import Server, address, as_json, connected, show
 from lattice_client.cli.services import (
+    COLUMNS,
     logs,
     resource_options,
+    row_of,
     say_started,
     scale,
     settings_of,
@@ -16,8 +19,10 @@ from lattice_client.cli.services import (
     show_services,
     stop,
 )
+from lattice_client.graph.environment import Secret
 from lattice_client.services.llms import ENGINES
-from lattice_client.services.spec import Secret
+
+BUDGET_COLUMNS = ("requests", "tokens", "waiting")
 
 
 @click.group()
@@ -33,6 +38,9 @@ def llm() -> None:
 @click.option("--argument", "arguments", multiple=True, help="A further argument of the engine.")
 @click.option("--base-url", default="", help="The URL of a provider outside of the cluster.")
 @click.option("--api-key-env", default="", metavar="NAME", help="The variable with the key of the provider.")
+@click.option("--requests-per-minute", type=click.IntRange(1), help="Requests a minute; more of them wait.")
+@click.option("--tokens-per-minute", type=click.IntRange(1), help="Tokens of prompts and answers a minute.")
+@click.option("--limit-window", type=click.FloatRange(1, 3600), help="Seconds over which these are counted.  [60]")
 @click.option("--health", default="", metavar="PATH", help="A path that has to answer by HTTP.")
 @click.argument("name")
 @click.argument("model", default="")
@@ -63,7 +71,25 @@ def start(server: Server, name: str, model: str, engine: str | None, command: st
 def list_llms(server: Server, as_json: bool) -> None:
     """List language models."""
     with connected(server) as client:
-        show_services(client.llm.list(), as_json)
+        found = client.llm.list()
+    if as_json:
+        show_services(found, as_json)
+    else:
+        rows = ((*row_of(service), *_budget_row(service)) for service in found)
+        show((*COLUMNS, *BUDGET_COLUMNS), rows, wrapped="detail")
+
+
+def _budget_row(service: service_pb2.Service) -> tuple[str, ...]:
+    """Return the use of a budget, and its limits of one window."""
+    if not service.HasField("budget_use"):
+        return "", "", ""
+    use, limits = service.budget_use, service.spec.budget
+    part = limits.window.ToTimedelta().total_seconds() / 60
+    requests, tokens = (
+        f"/{max(1, int(limit * part))}" if limit else ""
+        for limit in (limits.requests_per_minute, limits.tokens_per_minute)
+    )
+    return f"{use.requests}{requests}", f"{use.tokens}{tokens}", str(use.waiting)
 
 
 for shared in (show_service, scale, stop, logs):

@@ -9,7 +9,7 @@ from lattice.v1 import service_pb2
 
 from lattice_client.cli.options import Server, address, as_dict, as_json, connected, print_json, show
 from lattice_client.cli.terminal import one_line, say
-from lattice_client.services.spec import Secret
+from lattice_client.graph.environment import Secret
 
 COLUMNS = ("service", "state", "ready", "in flight", "restarts", "endpoint", "detail")
 INSTANCE_COLUMNS = ("instance", "state", "node", "endpoint", "in flight", "run")
@@ -103,10 +103,11 @@ def show_services(found: list[service_pb2.Service], as_json: bool) -> None:
         for service in found:
             print_json(as_dict(service))
         return
-    show(COLUMNS, map(_row, found), wrapped="detail")
+    show(COLUMNS, map(row_of, found), wrapped="detail")
 
 
-def _row(service: service_pb2.Service) -> tuple[str, ...]:
+def row_of(service: service_pb2.Service) -> tuple[str, ...]:
+    """Return the cells of a service in a list."""
     ready = [one for one in service.instances if one.state == service_pb2.INSTANCE_STATE_READY]
     in_flight = sum(one.in_flight for one in ready)
     endpoint = ready[0].endpoint if ready else ""

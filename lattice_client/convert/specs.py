@@ -13,6 +13,7 @@ from lattice_client.code.freshness import file_at
 from lattice_client.convert.inputs import Binder, Store
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.deferred import UNSET
+from lattice_client.graph.environment import Env, fill, values_of
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
 
@@ -22,14 +23,18 @@ FAILURE_POLICIES = {
 }
 
 
-async def tasks_of(tasks: Collection[LatticeTask], store: Store, scope: Scope) -> workflow_pb2.WorkflowSpec:
+async def tasks_of(tasks: Collection[LatticeTask], store: Store, scope: Scope, env: Env) -> workflow_pb2.WorkflowSpec:
     """Return tasks as one message without their code; see `fill_code`. Large inputs are uploaded.
+
+    A task has the variables of `env` that it does not define itself.
 
     Raises TaskDefinitionError when a task is wired to an output of another run.
     """
     spec, names = workflow_pb2.WorkflowSpec(), _names(tasks)
     for task in tasks:
-        await _fill_task(spec.tasks.add(), task, names[id(task.definition)], store, scope)
+        message = spec.tasks.add()
+        await _fill_task(message, task, names[id(task.definition)], store, scope)
+        fill(message.environment, env)
     return spec
 
 
@@ -61,6 +66,12 @@ def fill_code(spec: workflow_pb2.WorkflowSpec, tasks: Collection[LatticeTask], k
                 spec.bundles.append(bundle)
 
 
+def secrets_of(tasks: Iterable[LatticeTask], env: Env) -> dict[str, str]:
+    """Return the values of the secrets that tasks and an environment name, as far as this process has them."""
+    definitions = {id(task.definition): task.definition for task in tasks}.values()
+    return values_of((definition.form.environment for definition in definitions), [env])
+
+
 def _names(tasks: Iterable[LatticeTask]) -> dict[int, str]:
     """Return the names of the functions of tasks in their message, by the identity of the definition."""
     names: dict[int, str] = {}
@@ -72,10 +83,11 @@ def _names(tasks: Iterable[LatticeTask]) -> dict[int, str]:
     return names
 
 
-async def task_of(task: LatticeTask, function: str, store: Store) -> task_pb2.TaskSpec:
+async def task_of(task: LatticeTask, function: str, store: Store, env: Env) -> task_pb2.TaskSpec:
     """Return the message of a task that runs alone. Raises TaskDefinitionError."""
     message = task_pb2.TaskSpec()
     await _fill_task(message, task, function, store, Scope(lambda output: False, ()))
+    fill(message.environment, env)
     return message
 
 

@@ -11,6 +11,7 @@ from lattice.v1 import resources_pb2
 
 from lattice_client.code.bundle import Item
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.graph.environment import Env
 from lattice_client.graph.settings import TaskSettings
 
 MIB = 1024 * 1024
@@ -42,6 +43,8 @@ class TaskOptions(TypedDict, total=False):
     node_selector: Mapping[str, str] | None
     isolation: str
     network: Sequence[str]
+    env: Env | None
+    needs_llm: str | Sequence[str]
     modules: Sequence[Item]
     exclude: Sequence[str]
     fresh_process: bool

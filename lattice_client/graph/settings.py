@@ -8,6 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import errors_pb2, resources_pb2, task_pb2
 
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.graph.environment import Env, checked, fill
 
 ISOLATIONS = {
     "none": resources_pb2.ISOLATION_NONE,
@@ -115,6 +116,10 @@ class TaskSettings:
         isolation: none, subprocess, seccomp or docker.
         network: the servers that a task with isolation may connect to, each `name:port`, such as
             `api.example.com:443` or `*.example.com:443`. Without any it has no network.
+        env: environment variables, besides those of the worker; a value is a text or `secret("NAME")`. An attempt with
+            any has a process of its own.
+        needs_llm: the name of a language model, or several: an attempt starts when they are ready, on a node that
+            reaches them. A model that is idle is started.
     """
 
     retries: int = 0
@@ -131,6 +136,8 @@ class TaskSettings:
     node_selector: Mapping[str, str] | None = field(default=None)
     isolation: str = "none"
     network: Sequence[str] = ()
+    env: Env | None = field(default=None, repr=False)
+    needs_llm: str | Sequence[str] = ()
 
     def to_proto(self, label: str) -> task_pb2.TaskSpec:
         """Return the settings as part of a task. Raises TaskDefinitionError naming the task and the setting."""
@@ -157,9 +164,11 @@ class TaskSettings:
             concurrency_key=self.concurrency_key,
             priority=self.priority,
             node_selector=labels,
+            services=self._services(label),
         )
         if servers := self._network(label):
             spec.sandbox.network.extend(servers)
+        fill(spec.environment, checked(f"task {label!r}", self.env))
         if self.retries:
             spec.retry.CopyFrom(self._retry(label))
         elif self.retry_on or self.retry_backoff is not None:
@@ -184,6 +193,12 @@ class TaskSettings:
             levels = ", ".join(level for level in ISOLATIONS if level != "none")
             raise _bad(label, "network", f"used together with isolation, one of {levels}")
         return servers
+
+    def _services(self, label: str) -> list[str]:
+        names = [self.needs_llm] if isinstance(self.needs_llm, str) else list(self.needs_llm)
+        if not all(isinstance(name, str) and name for name in names):
+            raise _bad(label, "needs_llm", f"the name of a model, or a list of names, not {self.needs_llm!r}")
+        return names
 
     def _retry(self, label: str) -> task_pb2.RetryPolicy:
         policy = task_pb2.RetryPolicy(max_attempts=self.retries + 1)

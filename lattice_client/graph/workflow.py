@@ -6,6 +6,7 @@ from typing import Any, Generic, Never, TypeVar
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.definition import BoundTask, TaskDefinition, define
+from lattice_client.graph.environment import Env, checked
 from lattice_client.graph.names import check_text
 from lattice_client.graph.nodes import Condition, LatticeTask, called, condition_of, example_output
 from lattice_client.graph.outputs import Outputs, Parameter, Scope, TaskOutput
@@ -20,7 +21,12 @@ class Graph(Generic[Client]):
     """The tasks and edges of a workflow, and the client that runs it."""
 
     def __init__(
-        self, client: Client, name: str = "", workflow_id: str = "", failure_policy: str = "fail_fast"
+        self,
+        client: Client,
+        name: str = "",
+        workflow_id: str = "",
+        failure_policy: str = "fail_fast",
+        env: Env | None = None,
     ) -> None:
         if failure_policy not in FAILURE_POLICIES:
             raise TaskDefinitionError(f"failure_policy must be one of {', '.join(FAILURE_POLICIES)}")
@@ -28,6 +34,7 @@ class Graph(Generic[Client]):
         self.name = name
         self.workflow_id = workflow_id
         self.failure_policy = failure_policy
+        self.env = checked("the workflow", env)
         self.tasks: dict[str, LatticeTask] = {}
         self.parameters: dict[str, Parameter] = {}
         self._numbers: dict[str, int] = {}

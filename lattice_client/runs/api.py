@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
+from lattice_client.graph.environment import Env
 from lattice_client.runs.artifacts import Transfer
 from lattice_client.runs.calls import Calls
 from lattice_client.runs.reader import Reader
@@ -21,8 +22,8 @@ class RunApi:
     calls: Calls
 
     @classmethod
-    def over(cls, channel: Channel, tenant: str, admission_timeout_s: float, trust_pickles: bool) -> Self:
+    def over(cls, channel: Channel, tenant: str, admission_timeout_s: float, trust_pickles: bool, env: Env) -> Self:
         """Return the calls over a channel; see `AsyncLatticeClient` for the settings."""
         transfer = Transfer(channel, trust_pickles)
-        starter = Starter(channel, transfer, tenant, admission_timeout_s)
+        starter = Starter(channel, transfer, tenant, admission_timeout_s, env)
         return cls(channel, transfer, starter, Reader(channel, transfer), Calls(channel))

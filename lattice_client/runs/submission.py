@@ -11,6 +11,7 @@ from lattice_client import errors
 from lattice_client.convert import specs
 from lattice_client.convert.inputs import Binder
 from lattice_client.graph.deferred import UNSET
+from lattice_client.graph.environment import Env
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
 from lattice_client.graph.settings import RunSettings, TaskRunSettings, check_settings, disconnect_grace_s
@@ -25,6 +26,7 @@ from lattice_client.transport.requests import building, duration, made
 
 # How long a call is repeated while the server has too much work.
 ADMISSION_TIMEOUT_S = 600.0
+NO_ENV: Env = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,9 @@ class Started:
 class Starter:
     """Starts runs."""
 
-    def __init__(self, channel: Channel, transfer: Transfer, tenant: str, admission_timeout_s: float) -> None:
+    def __init__(self, channel: Channel, transfer: Transfer, tenant: str, admission_timeout_s: float, env: Env) -> None:
         self._rpc = channel
+        self._env = env
         self._transfer = transfer
         self._tenant = tenant
         self._sender = Sender(channel, admission_timeout_s)
@@ -53,6 +56,7 @@ class Starter:
         with building():
             request = made(workflow_pb2.RunWorkflowRequest, **self._common(settings, run_id))
         request.workflow.CopyFrom(await self._spec_of(graph))
+        request.secrets.update(self._secrets_of(graph))
         return request
 
     async def run(self, graph: Graph[Any], run_id: str = "", **settings: Unpack[RunSettings]) -> Started:
@@ -67,6 +71,7 @@ class Starter:
             request = made(workflow_pb2.RunWorkflowRequest, **self._common(settings, run_id))
             for name, value in parameters.items():
                 request.parameters[name].CopyFrom(await self._parameter(name, value))
+            request.secrets.update(self._secrets_of(graph))
         if is_stored:
             request.workflow_id = graph.workflow_id
             return await self._sender.admitted(lambda: self._start(request))
@@ -89,7 +94,8 @@ class Starter:
         specs.pack_code([task])
         with building():
             request = made(task_pb2.RunTaskRequest, wait=duration(WAIT_S), **self._common(settings))
-            request.task.CopyFrom(await specs.task_of(task, "", self._transfer.store))
+            request.task.CopyFrom(await specs.task_of(task, "", self._transfer.store, self._env))
+            request.secrets.update(specs.secrets_of([task], self._env))
         function, _ = task.definition.packed
 
         async def call() -> task_pb2.RunTaskResponse:
@@ -130,14 +136,14 @@ class Starter:
         return await self._sender.accepted(call, message)
 
     async def add_tasks(
-        self, run_id: str, tasks: Sequence[LatticeTask], scope: Scope, expected_revision: int | None
+        self, run_id: str, tasks: Sequence[LatticeTask], scope: Scope, expected_revision: int | None, env: Env = NO_ENV
     ) -> int:
         """Add tasks to a run; return its revision. Raises TaskDefinitionError, RequestError."""
 
         async def add(request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
             return await self._rpc.call(self._rpc.workflows.AddTasks, request)
 
-        return await self.add_by(add, run_id, tasks, scope, expected_revision)
+        return await self.add_by(add, run_id, tasks, scope, expected_revision, env)
 
     async def add_by(
         self,
@@ -146,11 +152,14 @@ class Starter:
         tasks: Sequence[LatticeTask],
         scope: Scope,
         expected_revision: int | None,
+        env: Env = NO_ENV,
     ) -> int:
         """As `add_tasks`, where `add` sends the request. Raises also the exceptions of `add`."""
         specs.pack_code(tasks)
         with building():
-            message = GraphMessage(await specs.tasks_of(tasks, self._transfer.store, scope))
+            env = {**self._env, **env}
+            message = GraphMessage(await specs.tasks_of(tasks, self._transfer.store, scope, env))
+            secrets = specs.secrets_of(tasks, env)
         # The same id for all repetitions, so that the server adds the tasks once.
         request_id = uuid4().hex
 
@@ -166,6 +175,7 @@ class Starter:
                 expected_revision=expected_revision,
                 request_id=request_id,
                 source_draft_id=last.draft_id,
+                secrets=secrets,
             )
             return (await add(request)).revision
 
@@ -188,13 +198,17 @@ class Starter:
         """Return a workflow without its code."""
         specs.pack_code(graph.tasks.values())
         with building():
-            spec = await specs.tasks_of(graph.tasks.values(), self._transfer.store, graph.scope)
+            env = {**self._env, **graph.env}
+            spec = await specs.tasks_of(graph.tasks.values(), self._transfer.store, graph.scope, env)
             spec.display_name = graph.name
             spec.failure_policy = specs.FAILURE_POLICIES[graph.failure_policy]
             for name, parameter in graph.parameters.items():
                 if parameter.default is not UNSET:
                     spec.parameters[name].CopyFrom(await self._parameter(name, parameter.default))
         return spec
+
+    def _secrets_of(self, graph: Graph[Any]) -> dict[str, str]:
+        return specs.secrets_of(graph.tasks.values(), {**self._env, **graph.env})
 
     async def _parameter(self, name: str, value: Any) -> payload_pb2.Payload:
         no_outputs = Scope(lambda output: False, ())

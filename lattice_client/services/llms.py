@@ -9,11 +9,12 @@ from uuid import uuid4
 from lattice.v1 import llm_pb2, service_pb2
 
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.graph.environment import Secret
 from lattice_client.runs.driver import blocking
 from lattice_client.services.calls import AsyncServices
-from lattice_client.services.spec import Secret, spec_of
+from lattice_client.services.spec import spec_of
 from lattice_client.transport.channel import Channel
-from lattice_client.transport.requests import made
+from lattice_client.transport.requests import duration, made
 
 ENGINES = {
     "vllm": llm_pb2.LLM_ENGINE_VLLM,
@@ -23,6 +24,9 @@ ENGINES = {
 }
 
 
+MAX_WINDOW_S = 3600
+
+
 class LlmSettings(TypedDict, total=False):
     """The settings of a model. Times are in seconds.
 
@@ -30,8 +34,17 @@ class LlmSettings(TypedDict, total=False):
         arguments: further arguments of the engine.
         base_url: the URL of a provider, which ends with the version of its API, such as `https://api.openai.com/v1`.
         api_key: the key of a provider, as `secret("NAME")`; gateways add it to requests, and no task has it.
+        requests_per_minute, tokens_per_minute: how much of the model may be used, by all nodes together; requests
+            beyond that wait.
+        limit_window: the seconds over which the provider counts, by default 60: one that allows 10 requests a second
+            has 600 a minute and a window of 1.
+        concurrency: of a provider, how many requests there may be at once; else as in `ServiceSettings`.
         others: see `ServiceSettings`.
     """
+
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    limit_window: float | None
 
     arguments: Sequence[str]
     base_url: str
@@ -48,6 +61,24 @@ class LlmSettings(TypedDict, total=False):
     node_selector: Mapping[str, str]
     start_timeout: float | None
     health: str
+
+
+def _budget(name: str, settings: LlmSettings, *, is_provider: bool) -> service_pb2.LlmBudget | None:
+    """Take the settings of a budget out; return it, or None without limits. Raises TaskDefinitionError."""
+    limits = {"requests_per_minute": settings.pop("requests_per_minute", None)}
+    limits["tokens_per_minute"] = settings.pop("tokens_per_minute", None)
+    limits["concurrency"] = settings.pop("concurrency", None) if is_provider else None
+    window_s = settings.pop("limit_window", None)
+    given = {key: value for key, value in limits.items() if value is not None}
+    for key, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise TaskDefinitionError(f"model {name!r}: {key} must be a whole number from 1, not {value!r}")
+    if window_s is not None and (not given or isinstance(window_s, bool) or not 1 <= window_s <= MAX_WINDOW_S):
+        text = f"limit_window must be seconds from 1 to {MAX_WINDOW_S}, beside a limit, not {window_s!r}"
+        raise TaskDefinitionError(f"model {name!r}: {text}")
+    if not given:
+        return None
+    return service_pb2.LlmBudget(**given, window=None if window_s is None else duration(window_s))
 
 
 class AsyncLlms(AsyncServices):
@@ -90,6 +121,7 @@ class AsyncLlms(AsyncServices):
         chosen = engine or ("openai" if command else "provider" if base_url else "vllm")
         if chosen not in ENGINES:
             raise TaskDefinitionError(f"model {name!r}: engine must be one of {', '.join(ENGINES)}, not {engine!r}")
+        budget = _budget(name, settings, is_provider=chosen == "provider")
         arguments = list(settings.pop("arguments", ()))
         program = shlex.split(command) if isinstance(command, str) else list(command)
         found, _ = spec_of(name, ["engine"], settings)
@@ -109,6 +141,7 @@ class AsyncLlms(AsyncServices):
             node_selector=found.node_selector,
             health_path=found.health.http_path,
             base_url=base_url,
+            budget=budget,
             api_key=None if key is None else service_pb2.EnvironmentValue(secret=key.value()),
         )
         request = made(llm_pb2.StartLlmRequest, spec=spec, tenant=self._own_tenant, request_id=uuid4().hex)

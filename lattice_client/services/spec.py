@@ -1,42 +1,19 @@
 """Owns the definition of a service in Python. Rule: a wrong setting raises before anything is sent."""
 
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from lattice.v1 import service_pb2, task_pb2
 
 from lattice_client.code.function import pack
 from lattice_client.errors import TaskDefinitionError
+from lattice_client.graph.environment import Secret
 from lattice_client.graph.options import resources_of
 from lattice_client.transport.requests import building, duration
 
 REACHES = {"node": service_pb2.SERVICE_REACH_NODE, "cluster": service_pb2.SERVICE_REACH_CLUSTER}
 MAX_S = 30 * 24 * 3600
-
-
-@dataclass(frozen=True, slots=True)
-class Secret:
-    """A value of this process's environment that is sent as a secret; see `secret`."""
-
-    name: str
-
-    def value(self) -> str:
-        """Return the value. Raises TaskDefinitionError when the environment does not have it."""
-        found = os.environ.get(self.name)
-        if not found:
-            raise TaskDefinitionError(f"secret({self.name!r}): the environment has no variable of this name")
-        return found
-
-
-def secret(name: str) -> Secret:
-    """Return a reference to a variable of this process's environment, for `env` of a service.
-
-    Its value is read when the service is started. No answer of the server shows it, and it is masked in logs.
-    """
-    return Secret(name)
 
 
 class ServiceSettings(TypedDict, total=False):

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from lattice_server.core.environment import Variables
+from lattice_server.core.runtime import ANY_RUNTIME, Runtime
+
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
@@ -142,6 +145,8 @@ class FailureKind(Enum):
     SANDBOX_SETUP = "sandbox_setup"
     UNTRUSTED_INPUT = "untrusted_input"
     NESTED_RESOURCES = "nested_resources"
+    SECRET_MISSING = "secret_missing"
+    SERVICE_FAILED = "service_failed"
 
 
 RETRIED_BY_DEFAULT = frozenset(map(FailureKind, ("user_error", "crashed", "out_of_memory", "timeout", "cpu_time")))
@@ -191,29 +196,6 @@ class RetryPolicy:
         except OverflowError:
             return self.max_backoff_s
         return min(self.max_backoff_s, self.initial_backoff_s * growth)
-
-
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """A language, and a version in parts between dots, that run a user's code. Empty means any."""
-
-    language: str = ""
-    version: str = ""
-
-    def admits(self, other: "Runtime") -> bool:
-        """Whether code that needs this runtime runs on another one, whose version begins with the same parts."""
-        if not self.language:
-            return True
-        return self.language == other.language and f"{other.version}.".startswith(
-            f"{self.version}." * bool(self.version)
-        )
-
-    def __str__(self) -> str:
-        """Return it as text."""
-        return f"{self.language} {self.version}".rstrip()
-
-
-ANY_RUNTIME = Runtime()
 
 
 NODE_LABEL = "lattice/node"
@@ -306,6 +288,8 @@ class TaskSpec:
 
     `over` names the input whose list the task is mapped over. `is_service` tells that it does not end by itself.
     `network` are the servers that its sandbox may connect to, each `name:port`.
+    `variables` are those of its environment by name and value, `secrets` those by name and name of the secret.
+    `services` are the names of the services that it needs.
     """
 
     task_id: str
@@ -328,6 +312,9 @@ class TaskSpec:
     condition: Condition | None = None
     is_service: bool = False
     network: tuple[str, ...] = ()
+    variables: Variables = ()
+    secrets: Variables = ()
+    services: tuple[str, ...] = ()
 
 
 class FailurePolicy(Enum):

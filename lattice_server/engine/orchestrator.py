@@ -17,6 +17,7 @@ from lattice_server.core.messages import (
     QuestionAsked,
     SchedulerEffect,
     SchedulerEvent,
+    ServiceNeeded,
     SettleArtifacts,
     TaskAccessedNetwork,
     TaskAwaits,
@@ -57,6 +58,7 @@ from lattice_server.engine.run_restorer import RunRestorer
 from lattice_server.engine.run_signals import RunSignals
 from lattice_server.engine.run_starter import RunStarter, StartSettings
 from lattice_server.engine.run_stores import RunStores
+from lattice_server.engine.secrets import NO_SECRETS
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.tethers import Tethers
@@ -115,7 +117,9 @@ class Orchestrator:
         self.tethers = Tethers(self._driver)
         self.signals = RunSignals(self._driver, admission)
         self.observers = self._driver.observers
+        self.requirements = self._driver.requirements
         self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
+        self.on_needed: Callable[[ServiceNeeded], object] = lambda needed: None
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
         callers = (self.open_runs, self.tethers)
@@ -211,7 +215,12 @@ class Orchestrator:
         )
 
     async def add_tasks(
-        self, run_id: str, tasks: Sequence[TaskSpec], expected_revision: int | None, reach: Reach = UNNAMED
+        self,
+        run_id: str,
+        tasks: Sequence[TaskSpec],
+        expected_revision: int | None,
+        reach: Reach = UNNAMED,
+        secrets: Mapping[str, str] = NO_SECRETS,
     ) -> RunEntry:
         """Add tasks to a run that has not ended, in slices.
 
@@ -220,7 +229,7 @@ class Orchestrator:
             ExhaustedError, InvalidError, NotFoundError, PreconditionError: see `start_run` and `Run.append`.
         """
         entry = self.run(run_id, reach)
-        await self._additions.add(entry, tasks, expected_revision, reach)
+        await self._additions.add(entry, tasks, expected_revision, reach, secrets)
         return entry
 
     async def explain(self, run_id: str, task_id: str, reach: Reach = UNNAMED) -> Explanation:
@@ -267,6 +276,8 @@ class Orchestrator:
             elif isinstance(effect, NodesChanged):
                 self._admission.know(effect.nodes)
                 self.on_nodes(effect.nodes)
+            elif isinstance(effect, ServiceNeeded):
+                self.on_needed(effect)
             elif isinstance(effect, SettleArtifacts):
                 self._store.settle(effect.artifacts)
             else:

@@ -4,7 +4,7 @@ Rule: an addition is made as a whole; one that is refused changes nothing.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lattice_server.core.errors import ExhaustedError
 from lattice_server.core.messages import TasksSpawned
@@ -19,6 +19,7 @@ from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import TASK_BYTES, RunEntry
 from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_stores import RunStores, functions_of
+from lattice_server.engine.secrets import NO_SECRETS
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.workflow_store import expect_revision
 
@@ -46,10 +47,16 @@ class RunAdditions:
         self._journal = journal
 
     async def add(
-        self, entry: RunEntry, tasks: Sequence[TaskSpec], expected_revision: int | None, reach: Reach
+        self,
+        entry: RunEntry,
+        tasks: Sequence[TaskSpec],
+        expected_revision: int | None,
+        reach: Reach,
+        secrets: Mapping[str, str] = NO_SECRETS,
     ) -> None:
         """Add tasks of a caller, in slices. Raises as `Orchestrator.add_tasks`."""
         run, tenant = entry.run, entry.run.tenant
+        self._driver.requirements.check(tasks, {**entry.secrets, **secrets}, tenant)
         expect_revision(f"run {entry.run_id!r}", run.revision, expected_revision)
         self._admission.check_room(len(tasks), TASK_BYTES * len(tasks), tenant)
         functions = await self._slices.finish(self._checking(tasks))
@@ -62,6 +69,8 @@ class RunAdditions:
         self._store.check((artifact.artifact_id for artifact in extension.artifacts), reach)
         self._stores.hold_code(entry, functions)
         entry.definition = definition
+        if not run.is_terminal:
+            entry.secrets |= secrets
         with self._driver.change(entry, uploader=reach.tenant) as perform:
             try:
                 perform(run.add(addition, time.monotonic()))

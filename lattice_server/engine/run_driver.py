@@ -7,9 +7,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import assert_never
 from uuid import uuid4
 
+from lattice_server.core.environment import NO_ENVIRONMENT
 from lattice_server.core.errors import LatticeError
 from lattice_server.core.messages import (
     AnswerQuestion,
@@ -32,6 +34,7 @@ from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.chunk_store import ChunkStore
 from lattice_server.engine.ended_runs import EndedRuns
 from lattice_server.engine.ports import Observer
+from lattice_server.engine.requirements import Requirements
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_log import ENDS
@@ -68,6 +71,7 @@ class RunDriver:
         self.observers: list[Observer] = []
         self._chunks = chunks
         self._journal = journal
+        self.requirements = Requirements()
 
     @contextmanager
     def change(
@@ -114,7 +118,9 @@ class RunDriver:
             effects = [*entry.open_run.withdraw(effects), *effects]
         for effect in effects:
             match effect:
-                case TaskReady() | CancelRequested() | CallEnded():
+                case TaskReady():
+                    own.append(self._filled(entry, effect))
+                case CancelRequested() | CallEnded():
                     own.append(effect)
                 case AskHolder() | WithdrawQuestion() | AnswerQuestion():
                     self._pass_on(entry, effect)
@@ -137,6 +143,13 @@ class RunDriver:
         elif entry.run.is_unsettled and not entry.is_continuing:
             entry.is_continuing = True
             self._slices.call(lambda: self._continue(entry))
+
+    def _filled(self, entry: RunEntry, ready: TaskReady) -> TaskReady:
+        """Return a task with the values of its environment, or with its failure when one is gone."""
+        found = self.requirements.secrets.environment(ready.spec, entry.secrets, entry.run.tenant)
+        if found is NO_ENVIRONMENT:
+            return ready
+        return replace(ready, refusal=found) if isinstance(found, Failure) else replace(ready, environment=found)
 
     def _publish(self, entry: RunEntry, fact: Fact) -> None:
         if isinstance(fact, TaskSucceeded):
@@ -175,6 +188,7 @@ class RunDriver:
         if entry.ended_s is None:
             entry.stop_timers()
             entry.ended_s = time.time()
+            entry.secrets.clear()
             if self._journal is not None:
                 self._journal.end(entry)
             self._stores.release(entry)

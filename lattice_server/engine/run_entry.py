@@ -62,6 +62,7 @@ class RunEntry:
         recorded: how many of its events are in the journal.
         definition: the encoded tasks that a caller is about to add, for the journal.
         on_effects: is called with the decisions of its machines, after they were carried out.
+        secrets: the values of its callers' secrets, by name, until it ends.
     """
 
     run: Run
@@ -99,6 +100,7 @@ class RunEntry:
     recorded: int = 0
     definition: bytes | None = None
     on_effects: Callable[[Sequence[Effect | HolderEffect | SignalEffect]], object] | None = None
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times of a fact; `offset_s` is how far wall time is ahead of the machines' monotonic time.

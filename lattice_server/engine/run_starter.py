@@ -25,6 +25,7 @@ from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import RunEntry, run_bytes
 from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_stores import RunStores, functions_of
+from lattice_server.engine.secrets import NO_SECRETS
 from lattice_server.engine.tethers import Tethers
 
 
@@ -41,6 +42,7 @@ class StartSettings(TypedDict):
     request_id: NotRequired[str]
     reach: NotRequired[Reach]
     is_transient: NotRequired[bool]
+    secrets: NotRequired[Mapping[str, str]]
     disconnect_grace_s: NotRequired[float | None]
 
 
@@ -89,6 +91,9 @@ class RunStarter:
         if settings.get("earlier") is None:
             named = (artifact.artifact_id for artifact in (*graph.artifacts, *_artifacts_of(parameters)))
             self._store.check(named, settings.get("reach", UNNAMED))
+        if settings.get("earlier") is None:
+            # In a run that retries another one, tasks whose secrets are gone fail, and the others run.
+            self._driver.requirements.check(spec.tasks, settings.get("secrets", NO_SECRETS), tenant)
         yield from self._admission.checking(spec.tasks)
         table = yield from tabulating(key_of(run_id or f"run-{uuid4().hex}", tenant), graph)
         functions = yield from functions_of(spec.tasks)
@@ -151,6 +156,7 @@ class RunStarter:
             settings.get("request_id", ""),
             timeout_s=settings.get("timeout_s"),
             is_transient=settings.get("is_transient", False),
+            secrets=dict(settings.get("secrets", NO_SECRETS)),
             disconnect_grace_s=settings.get("disconnect_grace_s"),
         )
 

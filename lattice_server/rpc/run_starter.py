@@ -10,6 +10,7 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.engine.workflow_store import WorkflowStore
 from lattice_server.rpc import callers
+from lattice_server.rpc.convert.environment import secrets_from_proto
 from lattice_server.rpc.convert.tasks import check_id, check_request_id
 from lattice_server.rpc.convert.times import disconnect_grace_from_proto, limit_from_proto
 from lattice_server.rpc.fingerprints import drop_pickles
@@ -40,6 +41,9 @@ class RunStarter:
         The request is changed. Raises LatticeError.
         """
         request.tenant, reach = callers.tenant_named(request.tenant), callers.reach()
+        # Taken out at once: nothing that is made of the request, such as its fingerprint, may hold them.
+        secrets = secrets_from_proto(request.secrets)
+        request.ClearField("secrets")
         check_id(request.run_id, "run_id")
         check_request_id(request.request_id)
         graph, spec = await self._source(request, reach, is_open)
@@ -65,6 +69,7 @@ class RunStarter:
             disconnect_grace_s=disconnect_grace_from_proto(request),
             is_open=is_open,
             reach=reach,
+            secrets=secrets,
         )
         if graph is not None:
             self._drafts.use_up(graph.draft_key)

@@ -13,6 +13,7 @@ from lattice_server.core.tenancy import Reach
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.rpc import callers
+from lattice_server.rpc.convert.environment import secrets_from_proto
 from lattice_server.rpc.convert.runs import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
 from lattice_server.rpc.convert.tasks import check_request_id, explanation_to_proto
 from lattice_server.rpc.convert.times import disconnect_grace_from_proto, limit_from_proto, wait_from_proto
@@ -42,6 +43,8 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
         wait_s, grace_s = wait_from_proto(request.wait, "wait"), disconnect_grace_from_proto(request)
         check_request_id(request.request_id)
         request_id = request.request_id
+        secrets = secrets_from_proto(request.secrets)
+        request.ClearField("secrets")
         bundles = [request.bundle] if request.HasField("bundle") else []
         name = request.task.function or FUNCTION_NAME
         request.tenant, reach = callers.tenant_named(request.tenant), callers.reach()
@@ -66,6 +69,7 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             timeout_s=limit_from_proto(request, "timeout", "timeout"),
             disconnect_grace_s=grace_s,
             reach=reach,
+            secrets=secrets,
         )
         with self._orchestrator.tethers.held(entry, grace_s):
             await self._wait(entry, task.task_id, wait_s)

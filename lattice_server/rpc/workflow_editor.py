@@ -16,6 +16,7 @@ from lattice_server.engine.run_entry import fingerprint
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.workflow_store import WorkflowEntry, WorkflowStore, expect_revision
 from lattice_server.rpc import callers
+from lattice_server.rpc.convert.environment import secrets_from_proto
 from lattice_server.rpc.convert.runs import definition_of, workflow_to_proto
 from lattice_server.rpc.convert.tasks import check_id
 from lattice_server.rpc.graph_builder import GraphBuilder, merged
@@ -67,6 +68,8 @@ class WorkflowEditor:
     async def add_tasks(self, request: workflow_pb2.AddTasksRequest) -> workflow_pb2.AddTasksResponse:
         """Add tasks to a stored workflow, a run or a draft."""
         parent = request.WhichOneof("parent")
+        if request.secrets and parent != "run_id":
+            raise invalid_field("secrets", "only a run has secrets")
         if request.source_draft_id and parent != "run_id":
             raise invalid_field("source_draft_id", "only the tasks of a run can come from a draft")
         match parent:
@@ -101,11 +104,13 @@ class WorkflowEditor:
 
     async def _add_to_run(self, request: workflow_pb2.AddTasksRequest) -> int:
         reach = callers.reach()
+        secrets = secrets_from_proto(request.secrets)
+        request.ClearField("secrets")
         tenant = self._orchestrator.run(request.run_id, reach).run.tenant
         tasks = await self._graphs.added(request, reach, tenant)
         if not tasks:
             raise invalid_field("tasks", "there is nothing to add")
-        entry = await self._orchestrator.add_tasks(request.run_id, tasks, _expected_revision(request), reach)
+        entry = await self._orchestrator.add_tasks(request.run_id, tasks, _expected_revision(request), reach, secrets)
         self._drafts.use_up(key_of(request.source_draft_id, reach.tenant))
         return entry.run.revision
 

@@ -8,13 +8,18 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
+from lattice_worker.gateway.permits import ImpossibleError, Permits
+from lattice_worker.gateway.refusals import LimitedError, Refusal
 from lattice_worker.gateway.routing import Route, Routing
-from lattice_worker.gateway.stream import EventError, Watch, error_body, error_event
+from lattice_worker.gateway.sent import Sent
+from lattice_worker.gateway.stream import EventError, Watch, error_event
+from lattice_worker.gateway.usage import Estimates
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +27,8 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/respo
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 CONNECT_S = 5.0
 MAX_TRIES = 3
+# How often a request is made that its provider refuses because of a limit.
+MAX_LIMITED = 10
 # Answers of an engine that does not serve now, which another instance may serve.
 ELSEWHERE = frozenset({502, 503, 504})
 # Of a request that is passed on, and of an answer.
@@ -34,26 +41,10 @@ CALLER_GONE = 499  # The status of a request without an answer, because its call
 REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
 
 
-class Refusal(Exception):
-    """A request is refused with a status, a code and a sentence."""
-
-    def __init__(self, status: int, code: str, message: str, *, retry_after_s: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.retry_after_s = status, code, message, retry_after_s
-
-    def response(self) -> web.Response:
-        """Return the answer. The gateway has tried already, so that a client must not."""
-        headers = {"x-should-retry": "false"}
-        if self.retry_after_s is not None:
-            headers = {"retry-after": str(self.retry_after_s)}
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        body = error_body(self.message, self.code, kind)
-        return web.json_response(body, status=self.status, headers=headers)
-
-
 class Proxy:
     """Serves the API of OpenAI. `service_of` returns the service of a key, `wait` waits for an instance of one.
 
+    `permits` has the requests wait for which a model has no budget now.
     `note` is called at the end of each request with its service, or "", the status and the duration in seconds.
     """
 
@@ -62,11 +53,14 @@ class Proxy:
         routing: Routing,
         service_of: Callable[[str], Awaitable[str | None]],
         wait: Callable[[str], Awaitable[None]],
+        permits: Permits,
         note: Callable[[str, int, float], object] = lambda service, status, seconds: None,
     ) -> None:
         self._routing = routing
         self._service_of = service_of
         self._wait = wait
+        self._permits = permits
+        self._estimates: dict[str, Estimates] = {}
         self._note = note
         self._client: aiohttp.ClientSession
         self._open: dict[str, set[asyncio.Task[Any]]] = {}
@@ -112,7 +106,7 @@ class Proxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         try:
             key, service = await self._allowed(request)
-            task = asyncio.create_task(self._pass(request, service))
+            task = asyncio.create_task(self._permitted(request, service))
             self._open.setdefault(key, set()).add(task)
             try:
                 return await task
@@ -137,9 +131,38 @@ class Proxy:
         request[SERVICE] = service
         return key.strip(), service
 
-    async def _pass(self, request: web.Request, service: str) -> web.StreamResponse:
-        """Pass a request to an instance; to another one when the first does not answer."""
+    async def _permitted(self, request: web.Request, service: str) -> web.StreamResponse:
+        """Pass a request on when the budget of its model permits it; again if the provider refuses it all the same."""
         body = await self._body(request, service)
+        if self._routing.choose(service) is None:
+            # Its route may be on its way, and a permit is for a request that is made at once.
+            await self._ready(service)
+        route = self._routing.find(service)
+        if route is None or not route.has_budget:
+            return await self._pass(request, service, Sent(body))
+        estimates = self._estimates.setdefault(service, Estimates())
+        estimate = estimates.of(body, request.path, route.tokens)
+        for number in range(1, MAX_LIMITED + 1):
+            try:
+                permit = await self._permits.acquire(service, estimate.tokens, is_again=number > 1)
+            except ImpossibleError as error:
+                raise Refusal(400, "budget_impossible", str(error)) from None
+            note = partial(self._permits.note_answer, permit)
+            sent = Sent(body, note, route.tokens is not None, is_last=number == MAX_LIMITED)
+            try:
+                return await self._pass(request, service, sent)
+            except LimitedError:
+                pass
+            finally:
+                if sent.limited is None:
+                    estimates.learn(estimate, sent.usage)
+                    self._permits.end(permit, sent.usage.tokens(estimate))
+                else:
+                    self._permits.refuse(permit, sent.limited.retry_after_s)
+        raise AssertionError("the caller gets the last answer, whatever it is")
+
+    async def _pass(self, request: web.Request, service: str, sent: Sent) -> web.StreamResponse:
+        """Pass a request to an instance; to another one when the first does not answer."""
         tried: list[str] = []
         why = ""
         while len(tried) < MAX_TRIES:
@@ -153,7 +176,7 @@ class Proxy:
             tried.append(instance_id)
             self._routing.begin(instance_id)
             try:
-                return await self._try(request, service, body, instance_id, endpoint)
+                return await self._try(request, service, sent, instance_id, endpoint)
             except _Elsewhere as elsewhere:
                 why = str(elsewhere)
             finally:
@@ -181,34 +204,43 @@ class Proxy:
             raise Refusal(503, "replica_out_of_reach", text)
 
     async def _try(
-        self, request: web.Request, service: str, body: dict[str, Any], instance_id: str, endpoint: str
+        self, request: web.Request, service: str, sent: Sent, instance_id: str, endpoint: str
     ) -> web.StreamResponse:
         route = self._routing.find(service)
         if route is None:
             raise Refusal(404, "model_not_found", f"there is no model {_name(service)!r} any more")
-        sent = {**body, "model": route.model or body["model"]}
+        body = sent.body_for(route, request.path)
         is_outside = "://" in endpoint
         path = request.path_qs.removeprefix("/v1") if is_outside else request.path_qs
         url = f"{endpoint}{path}" if is_outside else f"http://{endpoint}{path}"
         try:
-            async with self._client.post(url, json=sent, headers=_headers(request, route)) as answer:
+            async with self._client.post(url, json=body, headers=_headers(request, route)) as answer:
+                if answer.ok:
+                    sent.note_answer()
                 # The task gets a provider's answer as it is, with the time after which it may retry.
                 if answer.status in ELSEWHERE and not is_outside:
                     raise _Elsewhere(f"{instance_id} answered with {answer.status}")
                 headers = {name: answer.headers[name] for name in RETURNED if name in answer.headers}
                 headers["x-lattice-instance"] = instance_id
                 if answer.content_type == "text/event-stream":
-                    return await self._stream(request, answer, headers, instance_id)
+                    return await self._stream(request, answer, headers, instance_id, sent)
                 whole = await answer.read()
+                sent.note_whole(answer.status, answer.headers, whole)
         except REQUEST_ERRORS as error:
             raise _Elsewhere(f"{instance_id}: {type(error).__name__}: {error}") from error
         return web.Response(body=whole, status=answer.status, headers=headers)
 
     async def _stream(
-        self, request: web.Request, answer: aiohttp.ClientResponse, headers: dict[str, str], instance_id: str
+        self,
+        request: web.Request,
+        answer: aiohttp.ClientResponse,
+        headers: dict[str, str],
+        instance_id: str,
+        sent: Sent,
     ) -> web.StreamResponse:
         """Pass a stream on event by event. Before its first event nothing has gone to the caller."""
-        watch, response, why = Watch(), None, ""
+        watch, response, why = Watch(hides_usage=sent.hides_usage), None, ""
+        sent.usage = watch.usage
         try:
             async for chunk in answer.content.iter_any():
                 for event in watch.feed(chunk):

@@ -10,13 +10,16 @@ from typing import Any
 class Route:
     """One model: its name for the engine, the key of the engine, and its instances by name.
 
-    It `is_away` when its instances are ready on other nodes only, and listen there for those nodes alone.
+    It `is_away` when its instances are ready on other nodes only, and listen there for those nodes alone. One that
+    `has_budget` needs a permit for each request; `tokens` is its limit of tokens in a window, if any.
     """
 
     model: str
     key: str
     replicas: Mapping[str, str]
     is_away: bool = False
+    has_budget: bool = False
+    tokens: int | None = None
 
 
 class Routing:
@@ -28,10 +31,7 @@ class Routing:
 
     def update(self, services: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace the routes."""
-        self._routes = {
-            name: Route(found["model"], found["key"], found["replicas"], found["is_away"])
-            for name, found in services.items()
-        }
+        self._routes = {name: Route(**found) for name, found in services.items()}
 
     def find(self, service: str) -> Route | None:
         """Return a route."""

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from lattice_worker.gateway.usage import Usage
+
 # Of the responses API; each ends a whole answer, or says itself that it failed.
 RESPONSE_ENDS = frozenset({"response.completed", "response.failed", "response.incomplete", "error"})
 ABORTED = "abort"
@@ -19,10 +21,12 @@ class EventError(Exception):
 
 
 class Watch:
-    """Reads a stream of server-sent events as it passes."""
+    """Reads a stream of server-sent events as it passes; with `hides_usage` without those that only report it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, hides_usage: bool = False) -> None:
         self._rest = b""
+        self._hides_usage = hides_usage
+        self.usage = Usage()
         self.is_complete = False
         self.is_aborted = False
 
@@ -35,12 +39,15 @@ class Watch:
         if len(self._rest) > MAX_EVENT_BYTES:
             raise EventError(f"an event has over {MAX_EVENT_BYTES} bytes")
         for event in events:
-            self._note(event)
+            is_shown = self._note(event)
             if self.is_aborted:
                 return
-            yield event + b"\n\n"
+            if is_shown:
+                yield event + b"\n\n"
 
-    def _note(self, event: bytes) -> None:
+    def _note(self, event: bytes) -> bool:
+        """Take an event; return whether the caller gets it."""
+        is_shown = True
         for line in event.split(b"\n"):
             if not line.startswith(b"data:"):
                 continue
@@ -50,12 +57,16 @@ class Watch:
                 continue  # `[DONE]`
             if isinstance(found, dict):
                 self._note_data(found)
+                reports = self.usage.note(found)
+                is_shown = not (self._hides_usage and reports and not found.get("choices"))
+        return is_shown
 
     def _note_data(self, found: dict[str, Any]) -> None:
         if found.get("type") in RESPONSE_ENDS or found.get("error"):
             # An error that the engine reports is passed on, and needs no second one.
             self.is_complete = True
         choices = found.get("choices")
+        self.usage.chunks += bool(choices) or str(found.get("type", "")).endswith(".delta")
         for choice in choices if isinstance(choices, list) else ():
             reason = choice.get("finish_reason") if isinstance(choice, dict) else None
             if reason == ABORTED:

@@ -5,13 +5,14 @@ Rule: a key that the server has ended is refused from then on, and its open requ
 
 import asyncio
 import socket
-from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
 
 from lattice_worker import context
-from lattice_worker.gateway.proxy import Proxy, Refusal
+from lattice_worker.gateway.permits import Permits
+from lattice_worker.gateway.proxy import Proxy
+from lattice_worker.gateway.refusals import Refusal
 from lattice_worker.gateway.reports import Reports
 from lattice_worker.gateway.routing import Routing
 
@@ -33,8 +34,9 @@ class Gateway:
         self._routing = Routing()
         self._services: dict[str, str] = {}
         self._news = asyncio.Event()  # Set, and replaced, when routes arrive.
+        self._permits = Permits(context.ask_async)
         self._reports = Reports()
-        self._proxy = Proxy(self._routing, self._service_of, self._wait, self._reports.note)
+        self._proxy = Proxy(self._routing, self._service_of, self._wait, self._permits, self._reports.note)
 
     async def run(self) -> dict[str, Any]:
         """Serve until the server does not know this gateway any more."""
@@ -46,13 +48,20 @@ class Gateway:
             await web.SockSite(runner, listener).start()
             host, port = listener.getsockname()
             await context.ask_async("lattice/gateway.ready", {"endpoint": f"{host}:{port}"})
-            with suppress(context.QuestionError):
-                while True:
-                    self._take(await context.ask_async("lattice/gateway.routes"))
+            try:
+                async with asyncio.TaskGroup() as serving:
+                    serving.create_task(self._permits.serve())
+                    serving.create_task(self._follow())
+            except* context.QuestionError:
+                pass  # The server does not know this gateway any more.
         if reporting is not None:
             reporting.cancel()
         await runner.cleanup()
         return {}
+
+    async def _follow(self) -> None:
+        while True:
+            self._take(await context.ask_async("lattice/gateway.routes"))
 
     def _take(self, news: dict[str, Any]) -> None:
         self._routing.update(news["services"])

@@ -17,6 +17,7 @@ import traceback
 from typing import Any
 
 from lattice_worker.runner import children, signals, starting
+from lattice_worker.runner.adoption import adopt
 from lattice_worker.runner.attempt import Attempt
 from lattice_worker.runner.eventloop import Loop, show_own_tasks
 from lattice_worker.runner.frames import Channel
@@ -100,7 +101,7 @@ class _Invocations:
         header, blobs = frame
         match header["kind"]:
             case "adopt":
-                os.environ.update(header["environment"])
+                adopt(header)
                 self._shared.capture()
             case "function":
                 self._program.define(header, blobs)

@@ -6,10 +6,10 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 from lattice_worker.runner import aio, threads
+from lattice_worker.runner.adoption import adopt
 from lattice_worker.runner.claims import Claims
 from lattice_worker.runner.frames import Channel
 from lattice_worker.runner.inbox import Inbox
@@ -65,7 +65,7 @@ def serve(channel: Channel, claims: Claims, facts: dict[str, Any] | None = None)
         header, blobs = frame
         match header["kind"]:
             case "adopt":
-                adopt(header["environment"])
+                adopt(header)
                 baseline.capture()
             case "function":
                 program.define(header, blobs)
@@ -99,11 +99,6 @@ def _run(
     answer["has_raw"] = has_unread_output()
     channel.send(answer, parts)
     return bool(answer["has_raw"])
-
-
-def adopt(environment: Mapping[str, str]) -> None:
-    """Set the environment variables of the key that this process is assigned to."""
-    os.environ.update(environment)
 
 
 def _ignore(*_: object) -> None:

@@ -4,19 +4,16 @@ The newest lines are kept; a note takes the place of dropped lines. Secrets are 
 """
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import Iterable
-from urllib.parse import quote
+
+from lattice_worker.masking import MASK, masked_forms
 
 MAX_LINES = 2000
 MAX_LINE_BYTES = 16 * 1024
 # The size of one report; a question may have 1 MiB.
 REPORT_BYTES = 256 * 1024
 CHUNK_BYTES = 64 * 1024
-MASK = b"***"
-# A shorter value occurs by chance, and would mask harmless text.
-MIN_SECRET = 8
 
 
 class Output:
@@ -61,7 +58,7 @@ class Output:
 
     def _mask(self, line: bytes) -> bytes:
         for form in self._masked:
-            line = line.replace(form, MASK)
+            line = line.replace(form, MASK.encode())
         return line
 
     def take(self) -> list[str]:
@@ -77,13 +74,3 @@ class Output:
         if not self._lines:
             self.news.clear()
         return found
-
-
-def masked_forms(secrets: Iterable[str]) -> tuple[str, ...]:
-    """Return the texts that show a secret: as it is, as JSON and as a part of a URL; the longest first."""
-    forms: set[str] = set()
-    for secret in secrets:
-        for part in {secret, *secret.splitlines()}:
-            if len(part) >= MIN_SECRET:
-                forms |= {part, json.dumps(part)[1:-1], quote(part, safe=""), repr(part)[1:-1]}
-    return tuple(sorted(forms, key=len, reverse=True))

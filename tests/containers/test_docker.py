@@ -19,7 +19,7 @@ import cloudpickle
 import numpy as np
 import pytest
 
-from lattice_client import LatticeClient, TaskFailedError, task
+from lattice_client import LatticeClient, TaskFailedError, secret, task
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.containers import LABEL, Containers
@@ -89,7 +89,9 @@ def settle(is_done: Callable[[], bool]) -> None:
 # One test of the level through a server; the others are for `make test-all`.
 
 
-def test_tasks_run_in_containers_of_their_own(address: str) -> None:
+def test_tasks_run_in_containers_of_their_own(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_TEST_KEY", "key-of-a-container")
+
     @task
     def make() -> Any:
         return np.arange(200_000)
@@ -103,6 +105,11 @@ def test_tasks_run_in_containers_of_their_own(address: str) -> None:
     @task(isolation="docker")
     def look(values: Any) -> list[Any]:
         return [os.getuid(), os.getcwd(), os.listdir("."), socket.gethostname(), int(values.sum())]
+
+    @task(isolation="docker")
+    def tell() -> list[str]:
+        print(f"the key is {os.environ['KEY']}")
+        return [os.environ["KEY"], os.environ["CITY"]]
 
     @task(isolation="docker", resources={"cpu": 1, "cpu_mem": 128})
     def use_children() -> None:
@@ -120,6 +127,11 @@ def test_tasks_run_in_containers_of_their_own(address: str) -> None:
         workflow.add_task(look, {"values": doubled.output})
         found = workflow.run().result(timeout=60)["result"]
         assert found == [65532, "/tmp", [], "lattice", 2 * sum(range(200_000))]
+        secretive = client.create_workflow(env={"KEY": secret("LATTICE_TEST_KEY"), "CITY": "Paris"})
+        secretive.add_task(tell)
+        run = secretive.run()
+        assert run.result(timeout=60)["result"] == ["key-of-a-container", "Paris"]
+        assert [event.data["text"] for event in run.events() if event.type == "task_log"] == ["the key is ***\n"]
         failing = client.create_workflow()
         failing.add_task(use_children)
         with pytest.raises(TaskFailedError) as raised:

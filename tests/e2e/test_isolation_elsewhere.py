@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from lattice.v1 import resources_pb2
 
-from lattice_client import LatticeClient, PreconditionError, TaskFailedError, UntrustedPayloadError, task
+from lattice_client import LatticeClient, PreconditionError, TaskFailedError, UntrustedPayloadError, secret, task
 from tests.e2e.clusters import cluster
 from tests.e2e.conftest import served
 from tests.e2e.net import LATTICE, needs_network
@@ -216,3 +216,20 @@ def test_limits_hold(elsewhere: LatticeClient, level: str) -> None:
 def test_node_offers_both_levels(elsewhere: LatticeClient) -> None:
     levels = {resources_pb2.Isolation.Name(level) for node in elsewhere.nodes() for level in node.isolations}
     assert {"ISOLATION_SUBPROCESS", "ISOLATION_SECCOMP"} <= levels
+
+
+@pytest.mark.parametrize("level", ["none", *LEVELS])
+def test_a_secret_reaches_a_task_and_is_masked_in_its_log(
+    elsewhere: LatticeClient, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THE_KEY", "key-of-a-distant-task")
+
+    def tell() -> str:
+        print(f"the key is {os.environ['KEY']}")
+        return os.environ["KEY"]
+
+    workflow = elsewhere.create_workflow(env={"KEY": secret("THE_KEY")})
+    workflow.add_task(task(isolation=level)(tell))
+    found = workflow.run()
+    assert found.result(timeout=100)["result"] == "key-of-a-distant-task"
+    assert [event.data["text"] for event in found.events() if event.type == "task_log"] == ["the key is ***\n"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from lattice.v1 import service_pb2
+from lattice.v1 import service_pb2, task_pb2
 
 from lattice_client import (
     InvalidArgumentError,
@@ -221,3 +221,39 @@ def test_the_command_line_starts_and_stops_a_model(address: str) -> None:
     assert lattice("list").stdout.splitlines()[1].startswith("shell\tready\t1/1")
     assert "shell-1: the model is loaded" in lattice("logs", "shell").stdout
     assert lattice("stop", "shell").stdout == "Service shell is stopped.\n"
+
+
+@task(cpu=0.1, needs_llm="tiny")
+def chat_tiny(text: str) -> list[Any]:
+    found = context.llm("tiny")
+    return list(post(found.base_url, found.api_key, "completions", {"model": "tiny", "prompt": text}))
+
+
+def test_task_that_needs_a_model_starts_it_and_waits_for_it(
+    client: LatticeClient, started: Callable[..., Any], room: Room
+) -> None:
+    command = ["sh", "-c", 'until [ -e "$0/open" ]; do sleep 0.02; done; exec "$@"', room, *COMMAND]
+    started("tiny", command=command, replicas=0, wait=False)
+    assert client.services.get("tiny").state == service_pb2.SERVICE_STATE_IDLE
+    workflow = client.create_workflow()
+    workflow.add_task(chat_tiny, {"text": "x y"})
+    run = workflow.run()
+    until(lambda: client.services.get("tiny").wanted == 1, "the model is started by the task")
+    reasons = client.explain(run, "chat_tiny").reasons
+    assert [task_pb2.WaitKind.Name(one.kind) for one in reasons] == ["WAIT_KIND_SERVICE"]
+    assert reasons[0].message.startswith("service 'tiny' is not ready: it is ")
+    room.open()
+    status, body = run.result(timeout=WAIT_S)["result"]
+    assert (status, json.loads(body)["choices"][0]["message"]["content"]) == (200, "x y")
+
+
+def test_need_of_a_model_that_there_is_not_is_refused_and_one_that_cannot_start_fails_its_task(
+    client: LatticeClient, started: Callable[..., Any]
+) -> None:
+    with pytest.raises(InvalidArgumentError, match="no service 'tiny'"):
+        client.run_task(chat_tiny, {"text": "x"})
+    with pytest.raises(ServiceFailedError):
+        started("tiny", command=["/no/such/program"])
+    with pytest.raises(TaskFailedError, match="cannot start") as caught:
+        client.run_task(chat_tiny, {"text": "x"})
+    assert caught.value.kind == "SERVICE_FAILED"

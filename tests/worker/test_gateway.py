@@ -11,9 +11,12 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_worker.gateway.proxy import Proxy, Refusal
+from lattice_worker.gateway.permits import Permits
+from lattice_worker.gateway.proxy import Proxy
+from lattice_worker.gateway.refusals import Refusal, is_limit, retry_after_s
 from lattice_worker.gateway.routing import Routing
 from lattice_worker.gateway.stream import Watch
+from lattice_worker.gateway.usage import Estimates, Usage
 
 SERVICE = "tiny\ntenant"
 
@@ -103,7 +106,7 @@ class World:
         self.waits = 0
         self.allowed = {"key": SERVICE}
         self.noted: list[tuple[str, int]] = []
-        self.proxy = Proxy(self.routing, self.service_of, self.wait, self.note)
+        self.proxy = Proxy(self.routing, self.service_of, self.wait, Permits(self.ask), self.note)
         self.runners: list[web.AppRunner] = []
 
     def note(self, service: str, status: int, seconds: float) -> None:
@@ -112,6 +115,9 @@ class World:
 
     async def service_of(self, key: str) -> str | None:
         return self.allowed.get(key)
+
+    async def ask(self, name: str, value: object = None) -> None:
+        raise AssertionError(f"no model here has a budget: {name}")
 
     async def wait(self, service: str) -> None:
         self.waits += 1
@@ -291,3 +297,52 @@ def test_models_are_those_of_the_key() -> None:
             assert [model["id"] for model in (await answer.json())["data"]] == ["tiny"]
 
     scenario(run)
+
+
+def test_stream_hides_the_use_that_only_the_gateway_asked_for_and_counts_it() -> None:
+    use = event(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7})
+    sent = word("a") + word("", "stop") + use + b"data: [DONE]\n\n"
+    for hides in (True, False):
+        watch = Watch(hides_usage=hides)
+        passed = b"".join(watch.feed(sent))
+        assert passed == (sent.replace(use, b"") if hides else sent)
+        assert watch.usage.tokens(Estimates().of({}, "", None)) == 7
+    watch = Watch()
+    list(watch.feed(word("a") + word("b") + word("", "stop")))
+    assert watch.usage.tokens(Estimates().of({"prompt": "12345678"}, "", None)) == 2 + 3
+
+
+def test_estimates_learn_from_answers() -> None:
+    estimates, body = Estimates(), {"messages": [{"role": "user", "content": "x" * 396}]}
+    first = estimates.of(body, "/v1/chat/completions", None)
+    assert (first.prompt, first.tokens) == (100, 115 + 1024)
+    assert estimates.of(body, "/v1/chat/completions", 500).tokens == 500
+    assert estimates.of({**body, "max_tokens": 10, "n": 2}, "/v1/chat/completions", 50).tokens == 115 + 20
+    assert estimates.of({"input": ["y" * 40], "dimensions": 9}, "/v1/embeddings", None).tokens == 12
+    for _ in range(10):
+        estimates.learn(first, Usage(150, 7))
+    assert estimates.of(body, "/v1/chat/completions", None).tokens == 150 + 7
+    picture = {"messages": [{"content": [{"image_url": {"url": "data:image/png;base64," + "A" * 100_000}}]}]}
+    assert estimates.of(picture, "", None).prompt == 1000
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "expected"),
+    [
+        (429, {"retry-after": "3"}, {}, 3.0),
+        (429, {"retry-after-ms": "250", "retry-after": "1"}, {}, 0.25),
+        (429, {}, {"error": {"code": "rate_limit_exceeded"}}, None),
+        (529, {"retry-after": "soon"}, {"error": {"type": "overloaded_error"}}, None),
+        (503, {"retry-after": "2"}, {}, 2.0),
+        (429, {"retry-after": "Thu, 01 Jan 2099 00:00:00 GMT"}, {}, 3600.0),
+        (429, {"retry-after": "-5"}, [], 0.0),
+        (429, {"retry-after": "1"}, {"error": {"code": "insufficient_quota"}}, "passed on"),
+        (503, {}, {}, "passed on"),
+        (500, {"retry-after": "1"}, {}, "passed on"),
+    ],
+)
+def test_refusals_because_of_a_limit_and_their_times(
+    status: int, headers: dict[str, str], body: object, expected: float | str | None
+) -> None:
+    found = retry_after_s(headers) if is_limit(status, headers, json.dumps(body).encode()) else "passed on"
+    assert found == expected

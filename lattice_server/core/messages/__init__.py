@@ -6,6 +6,7 @@ from lattice_server.core.messages.queries import *  # noqa: F403
 from lattice_server.core.messages.questions import *  # noqa: F403
 from lattice_server.core.messages.runs import *  # noqa: F403
 from lattice_server.core.messages.scheduler import *  # noqa: F403
+from lattice_server.core.messages.services import *  # noqa: F403
 from lattice_server.core.messages.signals import *  # noqa: F403
 from lattice_server.core.messages.streams import *  # noqa: F403
 from lattice_server.core.messages.tasks import *  # noqa: F403

@@ -39,6 +39,7 @@ class ReasonKind(Enum):
     RUNNING = "running"  # It does not wait: a worker runs it.
     ENDED = "ended"  # It does not wait: it has ended.
     SIGNAL = "signal"  # Its attempt waits for a signal.
+    SERVICE = "service"  # A service that it needs is not ready.
 
 
 @dataclass(frozen=True, slots=True)

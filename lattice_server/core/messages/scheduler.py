@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from lattice_server.core.messages.calls import AttemptAwaits, CallEnded, TaskAwaits
 from lattice_server.core.messages.queries import Answer, ExplainRequested, NodesRequested
 from lattice_server.core.messages.questions import AnswerQuestion, AttemptAsked, QuestionAsked
+from lattice_server.core.messages.services import ServiceChanged, ServiceNeeded
 from lattice_server.core.messages.streams import AttemptProgressed, AttemptStreamed, TaskProgressed, TaskStreamed
 from lattice_server.core.messages.tasks import CancelRequested, TaskEvent, TaskReady, TaskReturned, TasksSpawned
 from lattice_server.core.messages.workers import (
@@ -51,6 +52,7 @@ SchedulerEvent = (
     | AttemptAwaits
     | CallEnded
     | AttemptProgressed
+    | ServiceChanged
 )
 ToSession = LeaseEffect | SessionEffect | AnswerQuestion
 WorkerEffect = WelcomeWorker | ForgetSession | ToSession
@@ -66,4 +68,5 @@ SchedulerEffect = (
     | Answer
     | NodesChanged
     | SettleArtifacts
+    | ServiceNeeded
 )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lattice_server.core.environment import NO_ENVIRONMENT, Environment
 from lattice_server.core.messages.network import NetworkAccess
 from lattice_server.core.model import Binding, Failure, Outputs, Payload, TaskSpec
 
@@ -140,7 +141,8 @@ class TaskReady:
 
     Fair share is counted by `tenant`. Among the tasks of one tenant, the one with the lowest `rank` in seconds goes
     first; each level of `priority` takes `work.PRIORITY_S` seconds off. `split_outputs` names the outputs that other
-    tasks are mapped over. `history` counts the attempts that an earlier life of the server made.
+    tasks are mapped over. `history` counts the attempts that an earlier life of the server made. `environment` has the
+    values of its variables. With a `refusal` it fails at once.
     """
 
     run_id: str
@@ -152,6 +154,8 @@ class TaskReady:
     rank: float = 0.0
     split_outputs: tuple[str, ...] = ()
     history: AttemptHistory = NO_HISTORY
+    environment: Environment = NO_ENVIRONMENT
+    refusal: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lattice_server.core.environment import NO_ENVIRONMENT, Environment
 from lattice_server.core.messages.network import NetworkAccess
 from lattice_server.core.messages.tasks import AttemptMessage, Split
 from lattice_server.core.model import (
@@ -178,6 +179,7 @@ class Assign(LeaseMessage):
     after_lease_id: str = ""
     trace_parents: tuple[str, ...] = ()
     network: tuple[str, ...] = ()
+    environment: Environment = NO_ENVIRONMENT
 
 
 @dataclass(frozen=True, slots=True)

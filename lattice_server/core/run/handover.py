@@ -148,6 +148,9 @@ class Handover:
             return False
         if not records[source].is_with_scheduler or not self._status.is_running:
             return False
+        if record.spec.secrets or record.spec.services:
+            # Whether there is a value of each secret, and an instance of each service, is known when it may start.
+            return False
         # Whether the task may be given an output is known when there is one.
         if is_weaker(record.spec.isolation, records[source].spec.isolation) or self._values.untrusted(record.spec):
             return False

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from lattice_server.core.messages import Explanation, Reason, ReasonKind
+from lattice_server.core.scheduling.needs import Needs
 from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.placer import Placer
 from lattice_server.core.scheduling.shortages import shortages
@@ -15,7 +16,7 @@ MAX_WAITS = 20  # How many waits of an attempt are described.
 MAX_AHEAD = 1000  # Up to how many tasks, tenants or nodes are counted.
 
 
-def explain(task: Task, placer: Placer, registry: NodeRegistry, waits: Waits, now: float) -> Explanation:
+def explain(task: Task, placer: Placer, registry: NodeRegistry, waits: Waits, needs: Needs, now: float) -> Explanation:
     """Return why a task that the scheduler has is not running, since when, and when it may start."""
     if task.lease_id:
         return _explain_leased(task, placer, waits, now)
@@ -27,6 +28,8 @@ def explain(task: Task, placer: Placer, registry: NodeRegistry, waits: Waits, no
         wait_s = max(0.0, task.retry_at - now)
         text = f"attempt {task.attempt} failed; the next one may start in {wait_s:.1f} s"
         return Explanation((Reason(ReasonKind.RETRY, text),), 0.0, wait_s)
+    if task in needs.waiting:
+        return Explanation(needs.reasons(task), now - needs.waiting[task], None)
     assert task.group is not None, "a task is in one place"
     reasons = tuple(_waiting(task, task.group, placer, registry, now))
     return Explanation(reasons, now - task.waiting_since, _start_in_s(task, task.group, placer, registry, now))

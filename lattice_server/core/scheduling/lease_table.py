@@ -182,6 +182,7 @@ class LeaseTable:
             timeout_s=spec.attempt_timeout_s,
             after_lease_id="" if first.follows is None else lease.after_lease_id,
             network=spec.network,
+            environment=first.ready.environment,
         )
 
     def end_member(self, lease: Lease, task: Task) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.messages import (
     AttemptSucceeded,
+    ServiceChanged,
     TaskCancelled,
     TaskFailed,
     TaskReady,
@@ -20,6 +21,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.scheduling import chains
 from lattice_server.core.scheduling.lease_table import Lease
+from lattice_server.core.scheduling.needs import Needs
 from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.permits import concurrency_of
 from lattice_server.core.scheduling.placer import Placer
@@ -37,6 +39,7 @@ class LiveTasks:
 
     _registry: NodeRegistry
     _placer: Placer
+    _needs: Needs
     _numbers: Iterator[int]
     _emit: Callable[[TaskEffect], None]
     by_key: dict[tuple[str, str], Task] = field(default_factory=dict)
@@ -49,19 +52,22 @@ class LiveTasks:
         key = (ready.run_id, spec.task_id)
         if key in self.by_key:
             return
+        if ready.refusal is not None:
+            self._emit(TaskFailed(*key, ready.history.attempts, ready.refusal))
+            return
         shape = self._registry.shape(spec)
         task = Task(ready, shape, concurrency_of(spec), next(self._numbers), ready.inputs, now)
         history = ready.history
         task.attempt, task.failures, task.losses = history.attempts, history.failures, history.losses
         if not ready.after:
-            self.by_key[key] = task
+            self._add(task)
             self._start(task, now)
             return
         source = self.by_key.get((ready.run_id, ready.after))
         if source is None or source.ending is not None:
             self._emit(TaskReturned(*key))
             return
-        self.by_key[key] = task
+        self._add(task)
         chains.follow(task, source)
         if source.lease_id:
             self._placer.send_along(source, now)
@@ -135,6 +141,12 @@ class LiveTasks:
         else:
             self._emit(TaskFailed(*task.named, task.ending, ended_at))
 
+    def change_service(self, event: ServiceChanged, now: float) -> None:
+        """Queue the tasks that waited for a service, or that other nodes than before may run."""
+        for task in self._needs.change(event):
+            self._placer.queue.discard(task)
+            self._queue(task, now)
+
     def timed_out(self, now: float) -> Iterator[Task]:
         """Take out the tasks whose total time limit has passed."""
         return self._timeouts.due(now)
@@ -158,9 +170,10 @@ class LiveTasks:
         assert all(task.retry_at is not None for task in backing_off)
         leased = [task for lease in leases.values() for task in lease.members()]
         following = [task for task in self.by_key.values() if task.follows is not None and not task.lease_id]
-        places = [id(task) for task in (*waiting, *backing_off, *leased, *following)]
+        places = [id(task) for task in (*waiting, *backing_off, *leased, *following, *self._needs.waiting)]
         assert len(places) == len(set(places)), "a task is in two places"
         assert set(places) == {id(task) for task in self.by_key.values()}, "a task is nowhere"
+        self._needs.check(self.by_key.values())
         timed = {id(task) for task in self._timeouts}
         for key, task in self.by_key.items():
             assert key == task.key
@@ -178,13 +191,23 @@ class LiveTasks:
 
     def _queue(self, task: Task, now: float) -> None:
         task.retry_at = None
-        if not task.is_over and task.follows is None:
+        if task.is_over or task.follows is not None:
+            return
+        if (failure := self._needs.failure_of(task)) is not None:
+            task.ending = failure
+            self.end(task)
+        elif self._needs.may_queue(task, now):
             self._placer.queue.push(task, now)
+
+    def _add(self, task: Task) -> None:
+        self.by_key[task.key] = task
+        self._needs.add(task)
 
     def _forget(self, task: Task) -> None:
         task.is_over = True
         self._backoff.discard(task)
         self._timeouts.discard(task)
+        self._needs.forget(task)
         del self.by_key[task.key]
 
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from itertools import count
 from operator import itemgetter
 
-from lattice_server.core.model import Isolation, Runtime
+from lattice_server.core.model import Isolation
+from lattice_server.core.runtime import Runtime
 from lattice_server.core.scheduling.nodes import EPSILON, Node
 from lattice_server.core.scheduling.placement import Shape, devices_on, suits
 
 # A node's free GPUs, its free CPUs as a negative number, and a number that breaks ties.
 Entry = tuple[float, float, int, Node]
-Needs = tuple[Isolation, bool, tuple[tuple[str, str], ...], str, Runtime]
+Needs = tuple[Isolation, bool, tuple[tuple[str, str], ...], str, Runtime, frozenset[str] | None]
 
 MAX_LISTS = 64
 INFINITY = float("inf")
@@ -103,7 +104,8 @@ class NodeIndex:
             assert entries == sorted(entry for entry in self._entries.values() if suits(shape, entry[3].spec))
 
     def _suited(self, shape: Shape) -> list[Entry]:
-        needs = (shape.isolation, bool(shape.network), shape.node_selector, shape.entrypoint, shape.runtime)
+        network = bool(shape.network)
+        needs = (shape.isolation, network, shape.node_selector, shape.entrypoint, shape.runtime, shape.nodes)
         found = self._lists.get(needs)
         if found is None:
             entries = sorted(entry for entry in self._entries.values() if suits(shape, entry[3].spec))

@@ -158,6 +158,10 @@ class NodeRegistry:
         """Return a shape whose lease is the only one on its node."""
         return shape if shape.is_exclusive else self._interned(replace(shape, is_exclusive=True))
 
+    def within(self, shape: Shape, nodes: frozenset[str] | None) -> Shape:
+        """Return a shape that only these nodes run; None for all."""
+        return shape if shape.nodes == nodes else self._interned(replace(shape, nodes=nodes))
+
     def could_run(self, shape: Shape, node: Node) -> bool:
         """Whether a node could run `shape` if nothing else ran there and it accepted leases."""
         key = (shape, node.node_id)

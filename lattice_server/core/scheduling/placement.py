@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
-from lattice_server.core.model import ANY_RUNTIME, Isolation, NodeSpec, Resources, Runtime, TaskSpec
+from lattice_server.core.model import Isolation, NodeSpec, Resources, TaskSpec
+from lattice_server.core.runtime import ANY_RUNTIME, Runtime
 from lattice_server.core.scheduling.nodes import EPSILON, Node
 
 NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
@@ -16,7 +17,7 @@ class Shape:
 
     `entrypoint` is the name of a function that workers have; empty when its code is sent. `is_exclusive` tells that a
     lease of this shape is the only one on its node, and `is_service` that it does not end by itself. `network` are the
-    servers that its sandbox may connect to.
+    servers that its sandbox may connect to. `nodes` are those that reach the services it needs; None for all.
     """
 
     resources: Resources
@@ -28,12 +29,13 @@ class Shape:
     is_exclusive: bool = False
     is_service: bool = False
     network: tuple[str, ...] = ()
+    nodes: frozenset[str] | None = None
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # A shape is hashed several times for every task, and is built once.
         key = (self.resources, self.is_async, self.isolation, self.node_selector)
-        object.__setattr__(self, "_hash", hash((*key, self.entrypoint, self.runtime, self.is_exclusive)))
+        object.__setattr__(self, "_hash", hash((*key, self.entrypoint, self.runtime, self.is_exclusive, self.nodes)))
 
     def __hash__(self) -> int:
         return self._hash
@@ -50,6 +52,8 @@ def shape_of(spec: TaskSpec) -> Shape:
 def suits(shape: Shape, node: NodeSpec) -> bool:
     """Whether `node` may run `shape`, whatever resources it has."""
     if not isolates(shape, node) or not has_code(shape, node):
+        return False
+    if shape.nodes is not None and node.node_id not in shape.nodes:
         return False
     return all(node.label(k) == v for k, v in shape.node_selector)
 

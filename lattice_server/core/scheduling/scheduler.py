@@ -29,6 +29,7 @@ from lattice_server.core.messages import (
     QuestionAsked,
     SchedulerEffect,
     SchedulerEvent,
+    ServiceChanged,
     SettleArtifacts,
     TaskAccessedNetwork,
     TaskAwaits,
@@ -48,6 +49,7 @@ from lattice_server.core.scheduling.explain import explain
 from lattice_server.core.scheduling.lease_reports import LeaseReports
 from lattice_server.core.scheduling.lease_table import Lease
 from lattice_server.core.scheduling.live_tasks import LiveTasks
+from lattice_server.core.scheduling.needs import Needs
 from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.node_sessions import NodeSessions
 from lattice_server.core.scheduling.nodes import Node
@@ -77,7 +79,8 @@ class Scheduler:
         self._registry = NodeRegistry(session_ttl_s)
         self._placer = Placer(self._registry, numbers, epoch, emit, limits or {})
         self._reports = LeaseReports(self._registry, self._placer, emit)
-        self._tasks = LiveTasks(self._registry, self._placer, numbers, emit)
+        self._needs = Needs(self._registry, emit)
+        self._tasks = LiveTasks(self._registry, self._placer, self._needs, numbers, emit)
         self._attempts = Attempts(self._registry, self._placer, self._reports, self._tasks, numbers, emit)
         self._waits = Waits(self._registry, self._placer, self._tasks.by_key, emit, self._attempts.end_early)
         self._placer.on_release = self._waits.forget
@@ -117,6 +120,7 @@ class Scheduler:
         self._waits.resume()
         self._placer.place_queued(now)
         self._waits.refuse_stuck(now)
+        self._needs.report()
         effects = list(self._effects)
         self._effects.clear()
         return effects
@@ -182,6 +186,8 @@ class Scheduler:
                 self._sessions.take_lost(event, now)
             case DrainRequested():
                 self._sessions.drain(event, now)
+            case ServiceChanged():
+                self._tasks.change_service(event, now)
             case NodesRequested() | ExplainRequested():
                 self._answer(event, now)
             case _:
@@ -222,7 +228,8 @@ class Scheduler:
                 self._effects.append(NodesDescribed(query.request_id, nodes, *load))
             case ExplainRequested():
                 task = self.tasks.get((query.run_id, query.task_id))
-                explained = explain(task, self._placer, self._registry, self._waits, now) if task else None
+                about = (self._placer, self._registry, self._waits, self._needs)
+                explained = explain(task, *about, now) if task else None
                 self._effects.append(TaskExplained(query.request_id, explained))
             case _:
                 assert_never(query)

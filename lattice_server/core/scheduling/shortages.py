@@ -55,6 +55,8 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
         if node.spec.label(key) != value:
             has = node.spec.label(key) or ""
             return [Shortage(name, f"its label {key} is {has!r}, not {value!r}")]
+    if shape.nodes is not None and name not in shape.nodes:
+        return [Shortage(name, "it reaches no instance of a service that the task needs")]
     if node.state is not NodeState.READY:
         return [Shortage(name, "it is being drained")]
     if node.session is not SessionState.CONNECTED:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from zlib import crc32
 
+from lattice_server.core.environment import NO_ENVIRONMENT, Environment
 from lattice_server.core.messages import TaskReady
 from lattice_server.core.model import BatchPolicy, BatchScope, Binding, Failure
 from lattice_server.core.references import inline_bytes
@@ -90,6 +91,7 @@ class GroupKey:
     policy: BatchPolicy | None = None
     run_id: str = ""
     cohort: int = 0
+    environment: Environment = NO_ENVIRONMENT
 
 
 def group_key(task: Task) -> GroupKey | tuple[Shape, Concurrency | None]:
@@ -103,7 +105,7 @@ def group_key(task: Task) -> GroupKey | tuple[Shape, Concurrency | None]:
         return task.shape, task.concurrency
     run_id = ready.run_id if policy.scope is BatchScope.RUN else ""
     call = (spec.function.digest, spec.outputs, ready.split_outputs, spec.attempt_timeout_s)
-    return GroupKey(task.shape, task.concurrency, *call, policy, run_id, task.cohort)
+    return GroupKey(task.shape, task.concurrency, *call, policy, run_id, task.cohort, ready.environment)
 
 
 # Entries of heaps: what orders them, the number of the task's stay in the queue, and the task.

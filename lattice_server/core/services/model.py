@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from lattice_server.core.model import DEFAULT_RESOURCES, Resources
+from lattice_server.core.services.budgets import Limits
 
 
 class Reach(Enum):
@@ -57,6 +58,7 @@ class ServiceSpec:
     engine: str = ""
     base_url: str = ""
     api_key: str = field(default="", repr=False)
+    budget: Limits | None = None
 
 
 class FailureKind(Enum):

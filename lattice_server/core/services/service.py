@@ -131,17 +131,18 @@ class Service:
     def next_deadline(self) -> float | None:
         """Return when `tick` is due next, or None."""
         found = [instance.deadline() for instance in self.instances.values()]
-        found += [*self.demand.deadlines(self.spec), self._replace_deadline()]
+        found += [*self.demand.deadlines(self.spec), replacement_at(self.instances.values(), self.revision)]
         if self._missing() > 0:
             found.append(self.starts.not_before)
         return min((at for at in found if at is not None), default=None)
 
     def _define(self, spec: ServiceSpec) -> None:
-        if spec != self.spec or self.starts.given_up is not None or self.is_stopping:
-            self.spec = spec
+        # Another budget changes nothing of the instances.
+        if replace(spec, budget=self.spec.budget) != self.spec or self.starts.given_up is not None or self.is_stopping:
             self.revision += 1
             self.starts = Restarts()
             self.demand.is_asleep = spec.replicas == 0
+        self.spec = spec
         self.is_stopping = False
 
     def _scale(self, event: Scaled) -> None:
@@ -258,14 +259,10 @@ class Service:
         current = [found for found in present if found.revision == self.revision]
         older = [found for found in present if found.revision != self.revision]
         are_ready = sum(found.state is InstanceState.READY for found in current) >= self.wanted
-        if not are_ready and ((at := self._replace_deadline()) is None or now < at):
+        if not are_ready and ((at := replacement_at(self.instances.values(), self.revision)) is None or now < at):
             # Older ones that are not ready would only take resources from the new ones.
             older = [found for found in older if found.state is not InstanceState.READY]
         return older + victims(current, max(0, len(current) - self.wanted))
-
-    def _replace_deadline(self) -> float | None:
-        """Return when older instances make room for those of the present definition that wait for resources."""
-        return replacement_at(self.instances.values(), self.revision)
 
     def _start_one(self, now: float) -> StartInstance:
         self._numbers += 1

@@ -24,6 +24,8 @@ GATEWAY_ROUTES = "lattice/gateway.routes"
 GATEWAY_KEY = "lattice/gateway.key"
 GATEWAY_REPORT = "lattice/gateway.report"
 GATEWAY_WAIT = "lattice/gateway.wait"
+GATEWAY_BUDGET = "lattice/gateway.budget"
+GATEWAY_PERMITS = "lattice/gateway.permits"
 JSON = "application/json"
 
 

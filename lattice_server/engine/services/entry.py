@@ -6,12 +6,18 @@ from dataclasses import dataclass, field
 
 from lattice_server.core.messages import QuestionAsked
 from lattice_server.core.model import Bundle
+from lattice_server.core.services.budgets import Budget
 from lattice_server.core.services.model import ServiceFailure
 from lattice_server.core.services.service import Service
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.services.log import ServiceLog
 
 Use = tuple[str, str, int]  # The key of a run, a task of it and its attempt.
+
+
+def use_of(question: QuestionAsked) -> Use:
+    """Return the attempt that asks a question."""
+    return question.run_id, question.task_id, question.attempt
 
 
 @dataclass(slots=True)
@@ -44,6 +50,7 @@ class ServiceEntry:
         waiting: the questions of tasks that wait for it to be ready, by question.
         calls: how many calls wait for it to be ready.
         users: the attempts that were given its address.
+        budget: how much of it may be used, if it is a model with a budget.
         timer: calls the machine's tick.
         offset_s: how far wall time is ahead of monotonic time.
     """
@@ -56,6 +63,7 @@ class ServiceEntry:
     waiting: dict[str, QuestionAsked] = field(default_factory=dict)
     calls: int = 0
     users: set[Use] = field(default_factory=set)
+    budget: Budget | None = None
     timer: asyncio.TimerHandle | None = None
     offset_s: float = field(default_factory=lambda: time.time() - time.monotonic())
     _watching: set[asyncio.Future[None]] = field(default_factory=set)

@@ -54,7 +54,10 @@ class Gateway:
 
 
 class Gateways:
-    """The gateways by node. `routes` returns the routes for a node, `on_ready` is called when a gateway listens."""
+    """The gateways by node. `routes` returns the routes for a node, `on_ready` is called when a gateway listens.
+
+    `on_lost` takes the key of the run of each gateway that has ended.
+    """
 
     def __init__(
         self,
@@ -62,12 +65,14 @@ class Gateways:
         function: Function,
         routes: Routes,
         on_ready: Callable[[], None],
+        on_lost: Callable[[str], None],
         observers: Sequence[ServiceObserver],
     ) -> None:
         self._orchestrator = orchestrator
         self._function = function
         self._routes = routes
         self._on_ready = on_ready
+        self._on_lost = on_lost
         self._observers = observers
         self._gateways: dict[str, Gateway] = {}
         self._of_run: dict[str, Gateway] = {}
@@ -128,6 +133,7 @@ class Gateways:
         for node_id in node_ids & self._gateways.keys():
             gateway = self._gateways.pop(node_id)
             if gateway.run is not None and self._of_run.pop(gateway.run.key, None) is not None:
+                self._on_lost(gateway.run.key)
                 self._orchestrator.cancel_run(gateway.run.run_id, "its node is left")
 
     def nodes(self) -> Set[str]:
@@ -179,6 +185,7 @@ class Gateways:
         if not entry.run.is_terminal or entry.key not in self._of_run:
             return
         del self._of_run[entry.key]
+        self._on_lost(entry.key)
         gateway.is_ready, gateway.question, gateway.is_behind, gateway.revoked = False, None, True, []
         self._orchestrator.ended.note_read(entry)
         if self._orchestrator.is_stopping:

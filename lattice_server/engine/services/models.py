@@ -15,6 +15,7 @@ from lattice_server.core.tenancy import key_of
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import ServiceObserver
 from lattice_server.engine.services import answers
+from lattice_server.engine.services.budgets import Budgets, of_route
 from lattice_server.engine.services.entry import ServiceEntry, Use
 from lattice_server.engine.services.gateways import Gateways
 from lattice_server.engine.services.keys import Keys
@@ -34,14 +35,19 @@ class Models:
         self._orchestrator = orchestrator
         self._services = services
         self._keys = Keys()
-        self._gateways = Gateways(orchestrator, function, self._routes, on_ready, observers)
+        self._budgets = Budgets(orchestrator.answer)
+        self._gateways = Gateways(orchestrator, function, self._routes, on_ready, self._budgets.lose, observers)
         self._nodes: frozenset[str] = frozenset()
 
     def serve(self, question: QuestionAsked) -> bool:
         """Take a question of a gateway; False when none asks it, or when it waits for a service."""
         if not self._gateways.is_gateway(question) or question.name == answers.GATEWAY_WAIT:
             return False
-        if question.name == answers.GATEWAY_KEY:
+        if question.name == answers.GATEWAY_BUDGET:
+            self._budgets.report(question)
+        elif question.name == answers.GATEWAY_PERMITS:
+            self._budgets.wait(question)
+        elif question.name == answers.GATEWAY_KEY:
             grant = self._keys.find(str(answers.content_of(question).get("key", "")))
             is_here = grant is not None and grant.node_id == self._gateways.node_of(question)
             value = {"service": key_of(grant.service, grant.tenant)} if grant is not None and is_here else {}
@@ -65,7 +71,8 @@ class Models:
         return True
 
     def update(self) -> None:
-        """Tell the gateways that other instances take requests."""
+        """Take the definitions of models, and tell the gateways that other instances take requests."""
+        self._budgets.define(self._services())
         self._gateways.update()
 
     def forget(self) -> None:
@@ -98,6 +105,7 @@ class Models:
                     "key": spec.api_key,
                     "replicas": {entry.name: spec.base_url},
                     "is_away": False,
+                    **of_route(spec),
                 }
             elif spec.engine:
                 replicas = reachable(entry.machine.ready, node_id)
@@ -106,6 +114,7 @@ class Models:
                     "key": spec.environment.get(KEY_VARIABLE, ""),
                     "replicas": {one.instance_id: one.endpoint for one in replicas},
                     "is_away": bool(entry.machine.ready) and not replicas,
+                    **of_route(spec),
                 }
         return found
 

@@ -5,11 +5,19 @@ Rule: a service is found by its name within its tenant; a task reaches the servi
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from lattice_server.core.errors import ExhaustedError, LatticeError, NotFoundError
-from lattice_server.core.messages import QuestionAsked, TaskCancelled, TaskFailed, TaskRetrying, TaskSucceeded
+from lattice_server.core.messages import (
+    QuestionAsked,
+    SchedulerEvent,
+    ServiceNeeded,
+    TaskCancelled,
+    TaskFailed,
+    TaskRetrying,
+    TaskSucceeded,
+)
 from lattice_server.core.model import Bundle, Function, NodeSpec
 from lattice_server.core.services.messages import Defined, NodesChanged, Scaled, Stopped, UseChanged
 from lattice_server.core.services.model import ServiceSpec, ServiceState
@@ -19,9 +27,11 @@ from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.ports import ServiceObserver
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.services import answers
+from lattice_server.engine.services.addresses import Addresses
 from lattice_server.engine.services.driver import ServiceDriver
-from lattice_server.engine.services.entry import ServiceEntry, Use
-from lattice_server.engine.services.models import Models, reachable
+from lattice_server.engine.services.entry import ServiceEntry, Use, use_of
+from lattice_server.engine.services.models import Models
+from lattice_server.engine.services.task_needs import TaskNeeds
 
 MAX_SERVICES = 1000  # Of one tenant.
 SETTLED = frozenset({ServiceState.READY, ServiceState.DEGRADED, ServiceState.FAILED, ServiceState.STOPPING})
@@ -29,9 +39,18 @@ AttemptEnd = TaskSucceeded | TaskFailed | TaskCancelled | TaskRetrying
 
 
 class Services:
-    """The services. `function` is the function of an instance's task, `gateway` the function of a gateway's task."""
+    """The services. `function` is the function of an instance's task, `gateway` the function of a gateway's task.
 
-    def __init__(self, orchestrator: Orchestrator, function: Function, gateway: Function) -> None:
+    `post` sends events to the scheduler.
+    """
+
+    def __init__(
+        self,
+        orchestrator: Orchestrator,
+        function: Function,
+        gateway: Function,
+        post: Callable[[Sequence[SchedulerEvent]], None],
+    ) -> None:
         self._orchestrator = orchestrator
         self._services: Shelf[ServiceEntry] = Shelf()
         self.observers: list[ServiceObserver] = []
@@ -39,9 +58,13 @@ class Services:
         self._models = Models(orchestrator, gateway, self._services.values, self._answer_all, self.observers)
         self._driver.on_routes = self._note_routes
         self._driver.on_gone = self._forget
+        self._addresses = Addresses(orchestrator, self._models)
+        self._needs = TaskNeeds(post)
         self._used: dict[str, set[tuple[ServiceEntry, Use]]] = {}  # By the key of a run.
         orchestrator.on_question = self._ask
         orchestrator.on_nodes = self._know_nodes
+        orchestrator.on_needed = lambda needed: asyncio.get_running_loop().call_soon(self._note_needed, needed)
+        orchestrator.requirements.has_service = lambda name, tenant: self.find(name, Reach(tenant)) is not None
 
     def __len__(self) -> int:
         return len(self._services)
@@ -59,6 +82,9 @@ class Services:
                 raise ExhaustedError("TOO_MANY_SERVICES", text)
             entry = self._services[key] = ServiceEntry(Service(spec), tenant, bundle)
             self._driver.begin(entry)
+            self._models.update()
+            self._needs.tell(entry)
+            self._note_use(entry)
             return entry, True
         entry.bundle = bundle
         before = entry.machine.revision
@@ -115,6 +141,11 @@ class Services:
                 while not entry.machine.is_gone:
                     await entry.changed()
 
+    def _note_needed(self, needed: ServiceNeeded) -> None:
+        self._needs.note(needed)
+        if (entry := self._services.get(needed.key)) is not None:
+            self._note_use(entry)
+
     # Questions of tasks.
 
     def _ask(self, run: RunEntry, question: QuestionAsked) -> bool:
@@ -151,7 +182,7 @@ class Services:
             self._orchestrator.answer(answers.refused(question, "ServiceNotFoundError", text))
             return
         if not is_of_gateway:
-            self._used.setdefault(run.key, set()).add((entry, _use_of(question)))
+            self._used.setdefault(run.key, set()).add((entry, use_of(question)))
             run.on_effects = run.on_effects or partial(self._observe, run)
         entry.waiting[question.question_id] = question
         self._note_use(entry)
@@ -160,6 +191,8 @@ class Services:
     def _note_routes(self, entry: ServiceEntry) -> None:
         if entry.machine.spec.engine:
             self._models.update()
+        if not entry.machine.is_gone:
+            self._needs.tell(entry)
         self._answer_waiting(entry)
 
     def _know_nodes(self, nodes: tuple[NodeSpec, ...]) -> None:
@@ -177,50 +210,9 @@ class Services:
             self._answer_waiting(entry)
 
     def _answer_waiting(self, entry: ServiceEntry) -> None:
-        """Answer the tasks that wait for a service which is ready, or which has failed."""
-        machine = entry.machine
-        if machine.takes_requests:
-            for question in list(entry.waiting.values()):
-                self._give(entry, question)
-        elif machine.state in {ServiceState.FAILED, ServiceState.STOPPING}:
-            failure = machine.starts.given_up
-            why = "it is being stopped" if failure is None else failure.message
-            for question in entry.waiting.values():
-                text = f"service {entry.name!r} has no instance: {why}"
-                self._orchestrator.answer(answers.refused(question, "ServiceFailedError", text))
-            entry.waiting.clear()
-        else:
-            return
-        self._note_use(entry)
-
-    def _give(self, entry: ServiceEntry, question: QuestionAsked) -> None:
-        """Give a task the address it waits for; that of a gateway may have to wait until the gateway has started."""
-        if question.name == answers.GATEWAY_WAIT:
-            del entry.waiting[question.question_id]
-            self._orchestrator.answer(answers.answered(question, {}))
-            return
-        use, node_id = _use_of(question), self._node_of(question)
-        if question.name == answers.LLM:
-            if self._models.give(entry, question, use, node_id):
-                entry.users.add(use)
-                del entry.waiting[question.question_id]
-            return
-        found = reachable(entry.machine.ready, node_id)
-        del entry.waiting[question.question_id]
-        if not found:
-            nodes = ", ".join(sorted({instance.node_id for instance in entry.machine.ready}))
-            text = f"service {entry.name!r} listens on the loopback address of {nodes}, and this task runs on {node_id}"
-            text += "; start the service with reach='cluster', or give the task a node_selector"
-            self._orchestrator.answer(answers.refused(question, "ServiceUnreachableError", text))
-            return
-        best = min(found, key=lambda instance: (instance.in_flight, instance.number))
-        entry.users.add(use)
-        value = {"endpoint": best.endpoint, "instance_id": best.instance_id, "model": entry.machine.spec.model}
-        self._orchestrator.answer(answers.answered(question, value))
-
-    def _node_of(self, question: QuestionAsked) -> str:
-        run = self._orchestrator.runs.get(question.run_id)
-        return "" if run is None else run.run.tasks[question.task_id].node_id
+        """Answer the tasks that wait for a service, if it is ready or has failed."""
+        if self._addresses.answer(entry):
+            self._note_use(entry)
 
     def _observe(self, run: RunEntry, effects: Sequence[object]) -> None:
         """End the uses of the attempts that ended."""
@@ -240,7 +232,7 @@ class Services:
         self._models.revoke({use for _, use in over})
         for entry, use in over:
             entry.users.discard(use)
-            asked = [name for name, found in entry.waiting.items() if _use_of(found) == use]
+            asked = [name for name, found in entry.waiting.items() if use_of(found) == use]
             for name in asked:
                 del entry.waiting[name]
             self._note_use(entry)
@@ -248,14 +240,13 @@ class Services:
     def _note_use(self, entry: ServiceEntry) -> None:
         """Tell the machine how much a service is used."""
         if not entry.machine.is_gone:
-            self._driver.post(entry, UseChanged(len(entry.waiting) + entry.calls, len(entry.users)))
+            waiting, others = self._needs.count(entry)
+            use = UseChanged(len(entry.waiting) + entry.calls + waiting, len(entry.users) + others)
+            self._driver.post(entry, use)
 
     def _forget(self, entry: ServiceEntry) -> None:
         del self._services[key_of(entry.name, entry.tenant)]
+        self._needs.forget(entry)
         self._models.forget()
         self._answer_waiting(entry)
         entry.wake()
-
-
-def _use_of(question: QuestionAsked) -> Use:
-    return question.run_id, question.task_id, question.attempt

@@ -7,13 +7,16 @@ from urllib.parse import urlsplit
 from lattice.v1 import llm_pb2, service_pb2
 
 from lattice_server.core.errors import invalid_field
+from lattice_server.core.services.budgets import MINUTE_S, Limits
 from lattice_server.core.services.engines import KEY_VARIABLE, OPENAI, TRANSFORMERS, VLLM, engine_of
 from lattice_server.core.services.model import ServiceSpec
 from lattice_server.rpc.convert.resources import resources_from_proto
 from lattice_server.rpc.convert.services import NAME, spec_from_proto
+from lattice_server.rpc.convert.times import limit_from_proto
 
 START_TIMEOUT_S = 600
 PROVIDER = "provider"
+MAX_WINDOW_S = 3600
 ENGINES = {
     llm_pb2.LLM_ENGINE_VLLM: VLLM,
     llm_pb2.LLM_ENGINE_TRANSFORMERS: TRANSFORMERS,
@@ -51,7 +54,8 @@ def llm_from_proto(message: llm_pb2.LlmSpec) -> ServiceSpec:
         spec.start_timeout.seconds = START_TIMEOUT_S
     found = spec_from_proto(spec)
     environment = {**engine.environment, **found.environment}
-    return replace(found, environment=environment, model=engine.served_model, engine=kind)
+    budget = _budget(message)
+    return replace(found, environment=environment, model=engine.served_model, engine=kind, budget=budget)
 
 
 def _provider(message: llm_pb2.LlmSpec) -> ServiceSpec:
@@ -72,7 +76,25 @@ def _provider(message: llm_pb2.LlmSpec) -> ServiceSpec:
         engine=PROVIDER,
         base_url=message.base_url.rstrip("/"),
         api_key=key,
+        budget=_budget(message),
     )
+
+
+def _budget(message: llm_pb2.LlmSpec) -> Limits | None:
+    """Return the budget of a model; None without one. Raises InvalidError."""
+    if not message.HasField("budget"):
+        return None
+    found, field = message.budget, "spec.budget"
+    limits: dict[str, int] = {}
+    for name in ("requests_per_minute", "tokens_per_minute", "concurrency"):
+        if found.HasField(name):
+            limits[name] = getattr(found, name)
+            if limits[name] < 1:
+                raise invalid_field(f"{field}.{name}", "must be at least 1")
+    window_s = limit_from_proto(found, "window", f"{field}.window") or MINUTE_S
+    if not 1 <= window_s <= MAX_WINDOW_S:
+        raise invalid_field(f"{field}.window", f"must be from 1 s to {MAX_WINDOW_S} s")
+    return Limits(**limits, window_s=window_s)
 
 
 def with_key(spec: ServiceSpec, earlier: ServiceSpec | None) -> ServiceSpec:

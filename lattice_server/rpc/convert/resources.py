@@ -3,7 +3,8 @@
 from lattice.v1 import resources_pb2
 
 from lattice_server.core.errors import invalid_field
-from lattice_server.core.model import Capacity, Gpu, Isolation, Resources, Runtime
+from lattice_server.core.model import Capacity, Gpu, Isolation, Resources
+from lattice_server.core.runtime import Runtime
 
 ISOLATION_FROM_PROTO = {
     resources_pb2.ISOLATION_UNSPECIFIED: Isolation.NONE,

@@ -1,12 +1,14 @@
 """Converts services and their parts. Rule: a definition is checked here, and a secret is never converted back."""
 
 import re
+import time
 from collections.abc import Mapping
 
 from lattice.v1 import service_pb2, task_pb2
 
 from lattice_server.core.errors import invalid_field
 from lattice_server.core.model import Bundle, Function
+from lattice_server.core.services.budgets import Use
 from lattice_server.core.services.instances import Instance
 from lattice_server.core.services.model import (
     FailureKind,
@@ -20,15 +22,14 @@ from lattice_server.core.services.model import (
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.services.entry import ServiceEntry
 from lattice_server.engine.services.log import LogLine
+from lattice_server.rpc.convert.environment import check_size, check_variable
 from lattice_server.rpc.convert.functions import function_from_proto
 from lattice_server.rpc.convert.resources import resources_from_proto, resources_to_proto
 from lattice_server.rpc.convert.times import duration, fill_timestamp, limit_from_proto, timestamp
 
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MAX_REPLICAS = 1000
 MAX_ARGUMENTS, MAX_ARGUMENT_BYTES = 1000, 64 * 1024
-MAX_ENVIRONMENT_BYTES = 128 * 1024
 MAX_FUNCTION_BYTES = 256 * 1024
 # Of a service that has no instances until it is used, when its caller names no time.
 DEFAULT_IDLE_S = 300.0
@@ -142,15 +143,11 @@ def _environment(
     found, secrets = {}, set()
     for name, value in messages.items():
         which = value.WhichOneof("source")
-        if not VARIABLE.fullmatch(name) or name.startswith("LATTICE_"):
-            raise invalid_field(field, f"{name!r} is no name of a variable, or one of Lattice's own")
-        if which is None or "\0" in (text := value.plain or value.secret):
-            raise invalid_field(f'{field}["{name}"]', "needs a value without zero bytes")
-        found[name] = text
+        check_variable(name, None if which is None else value.plain or value.secret, field)
+        found[name] = value.plain or value.secret
         if which == "secret":
             secrets.add(name)
-    if sum(len(name) + len(text.encode()) for name, text in found.items()) > MAX_ENVIRONMENT_BYTES:
-        raise invalid_field(field, f"has over {MAX_ENVIRONMENT_BYTES} bytes")
+    check_size(found, field)
     return found, frozenset(secrets)
 
 
@@ -183,9 +180,18 @@ def service_to_proto(entry: ServiceEntry) -> service_pb2.Service:
     )
     if (failure := machine.starts.given_up or machine.starts.last) is not None:
         found.failure.CopyFrom(failure_to_proto(failure))
+    if entry.budget is not None:
+        _fill_use(found.budget_use, entry.budget.use(time.monotonic()), time.time())
     if machine.starts.not_before is not None:
         fill_timestamp(found.next_start_time, machine.starts.not_before + entry.offset_s)
     return found
+
+
+def _fill_use(message: service_pb2.LlmBudgetUse, use: Use, now_s: float) -> None:
+    message.requests, message.tokens, message.open = use.requests, use.tokens, use.open
+    message.waiting, message.permitted, message.refused = use.waiting, use.permitted, use.refused
+    if use.blocked_s > 0:
+        fill_timestamp(message.blocked_until, now_s + use.blocked_s)
 
 
 def _instance_to_proto(entry: ServiceEntry, instance: Instance) -> service_pb2.ServiceInstance:
@@ -240,6 +246,15 @@ def _spec_to_proto(spec: ServiceSpec) -> service_pb2.ServiceSpec:
         engine=spec.engine,
         base_url=spec.base_url,
     )
+    if (limits := spec.budget) is not None:
+        found.budget.CopyFrom(
+            service_pb2.LlmBudget(
+                requests_per_minute=limits.requests_per_minute,
+                tokens_per_minute=limits.tokens_per_minute,
+                concurrency=limits.concurrency,
+                window=duration(limits.window_s),
+            )
+        )
     if spec.base_url:
         return found
     if spec.command:

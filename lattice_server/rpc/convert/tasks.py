@@ -17,6 +17,7 @@ from lattice_server.core.model import (
     TaskSpec,
 )
 from lattice_server.core.scheduling.batching import BatchRule, by_rule
+from lattice_server.rpc.convert.environment import environment_from_proto, fill_environment
 from lattice_server.rpc.convert.network import network_from_proto
 from lattice_server.rpc.convert.payloads import (
     FAILURE_KIND_FROM_PROTO,
@@ -42,6 +43,7 @@ MAX_ATTEMPTS = 10_000
 MAX_MULTIPLIER = 1000.0
 MAX_BATCH = 100_000
 MAX_PARALLEL = (1 << 31) - 1
+MAX_SERVICES = 16
 DEFAULT_RETRY = RetryPolicy()
 
 Number = TypeVar("Number", int, float)
@@ -131,6 +133,7 @@ def task_from_proto(
         name: binding_from_proto(binding, f'{field}.inputs["{name}"]', inline_limit_bytes)
         for name, binding in message.inputs.items()
     }
+    variables, secrets = environment_from_proto(message.environment, f"{field}.environment")
     return TaskSpec(
         task_id=task_id,
         function=function,
@@ -153,7 +156,20 @@ def task_from_proto(
         condition=condition_from_proto(message.condition, f"{field}.condition", inline_limit_bytes)
         if message.HasField("condition")
         else None,
+        variables=variables,
+        secrets=secrets,
+        services=services_from_proto(message.services, f"{field}.services"),
     )
+
+
+def services_from_proto(names: Sequence[str], field: str) -> tuple[str, ...]:
+    """Return the names of the services that a task needs, each once. Raises InvalidError."""
+    for index, name in enumerate(names):
+        if not name or len(name) > MAX_ID_LENGTH or not name.isprintable():
+            raise invalid_field(f"{field}[{index}]", "must be the name of a service")
+    if len(names) > MAX_SERVICES:
+        raise invalid_field(field, f"names over {MAX_SERVICES} services")
+    return tuple(sorted(set(names)))
 
 
 def batch_from_proto(message: task_pb2.TaskSpec, field: str, rules: Sequence[BatchRule]) -> BatchPolicy:
@@ -198,9 +214,11 @@ def task_to_spec(spec: TaskSpec) -> task_pb2.TaskSpec:
         over=spec.over,
         batch=None if spec.batch is None else _batch_to_proto(spec.batch),
         condition=None if spec.condition is None else _condition_to_proto(spec.condition),
+        services=spec.services,
     )
     if spec.network:
         message.sandbox.network.extend(spec.network)
+    fill_environment(message.environment, spec.variables, spec.secrets)
     for name, binding in spec.inputs.items():
         fill_binding(message.inputs[name], binding)
     if spec.attempt_timeout_s is not None:

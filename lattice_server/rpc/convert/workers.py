@@ -207,6 +207,8 @@ def add_assignment(response: worker_pb2.ConnectResponse, effect: Assign) -> work
         split_outputs=effect.split_outputs,
         sequence=effect.sequence,
         trace_parents=effect.trace_parents,
+        environment=dict(effect.environment.variables),
+        secret_variables=effect.environment.secrets,
     )
     if effect.network:
         message.sandbox.network.extend(effect.network)

@@ -66,6 +66,10 @@ class _FailureKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """
     FAILURE_KIND_NESTED_RESOURCES: _FailureKind.ValueType  # 20
     """A called task can never start beside what tasks that wait for calls hold; no code of it was run."""
+    FAILURE_KIND_SECRET_MISSING: _FailureKind.ValueType  # 21
+    """The server has no value any more of a secret that the task needs; no code of it was run."""
+    FAILURE_KIND_SERVICE_FAILED: _FailureKind.ValueType  # 22
+    """A service that the task needs cannot start; no code of the attempt was run."""
 
 class FailureKind(_FailureKind, metaclass=_FailureKindEnumTypeWrapper):
     """The class of a failure."""
@@ -106,6 +110,10 @@ code of that task's choice.
 """
 FAILURE_KIND_NESTED_RESOURCES: FailureKind.ValueType  # 20
 """A called task can never start beside what tasks that wait for calls hold; no code of it was run."""
+FAILURE_KIND_SECRET_MISSING: FailureKind.ValueType  # 21
+"""The server has no value any more of a secret that the task needs; no code of it was run."""
+FAILURE_KIND_SERVICE_FAILED: FailureKind.ValueType  # 22
+"""A service that the task needs cannot start; no code of the attempt was run."""
 Global___FailureKind: typing_extensions.TypeAlias = FailureKind
 
 class _ErrorReason:

@@ -110,6 +110,7 @@ class LlmSpec(google.protobuf.message.Message):
     HEALTH_PATH_FIELD_NUMBER: builtins.int
     BASE_URL_FIELD_NUMBER: builtins.int
     API_KEY_FIELD_NUMBER: builtins.int
+    BUDGET_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Names the model and its service; requests name it as their model. See `ServiceSpec.name`."""
     model: builtins.str
@@ -160,6 +161,10 @@ class LlmSpec(google.protobuf.message.Message):
     def api_key(self) -> lattice.v1.service_pb2.EnvironmentValue:
         """The key of `LLM_ENGINE_PROVIDER`. Gateways add it to requests; no task and no answer has it."""
 
+    @property
+    def budget(self) -> lattice.v1.service_pb2.LlmBudget:
+        """How much of it may be used; unset means without limits."""
+
     def __init__(
         self,
         *,
@@ -179,9 +184,10 @@ class LlmSpec(google.protobuf.message.Message):
         health_path: builtins.str = ...,
         base_url: builtins.str = ...,
         api_key: lattice.v1.service_pb2.EnvironmentValue | None = ...,
+        budget: lattice.v1.service_pb2.LlmBudget | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "concurrency", b"concurrency", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "arguments", b"arguments", "base_url", b"base_url", "command", b"command", "concurrency", b"concurrency", "engine", b"engine", "environment", b"environment", "health_path", b"health_path", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "budget", b"budget", "concurrency", b"concurrency", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "api_key", b"api_key", "arguments", b"arguments", "base_url", b"base_url", "budget", b"budget", "command", b"command", "concurrency", b"concurrency", "engine", b"engine", "environment", b"environment", "health_path", b"health_path", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_concurrency", b"_concurrency"]) -> typing.Literal["concurrency"] | None: ...
     @typing.overload

@@ -269,6 +269,7 @@ class ServiceSpec(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     ENGINE_FIELD_NUMBER: builtins.int
     BASE_URL_FIELD_NUMBER: builtins.int
+    BUDGET_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Names the service within its tenant: 1 to 63 lower-case letters, digits and hyphens; it begins with a letter."""
     replicas: builtins.int
@@ -331,6 +332,10 @@ class ServiceSpec(google.protobuf.message.Message):
     def stop_grace(self) -> google.protobuf.duration_pb2.Duration:
         """How long an instance has between SIGTERM and SIGKILL; unset means 10 s."""
 
+    @property
+    def budget(self) -> Global___LlmBudget:
+        """Only for services of `LlmService`: how much of the model may be used."""
+
     def __init__(
         self,
         *,
@@ -352,9 +357,10 @@ class ServiceSpec(google.protobuf.message.Message):
         model: builtins.str = ...,
         engine: builtins.str = ...,
         base_url: builtins.str = ...,
+        budget: Global___LlmBudget | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "command", b"command", "concurrency", b"concurrency", "drain_timeout", b"drain_timeout", "function", b"function", "health", b"health", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "program", b"program", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout", "stop_grace", b"stop_grace"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "base_url", b"base_url", "command", b"command", "concurrency", b"concurrency", "drain_timeout", b"drain_timeout", "engine", b"engine", "environment", b"environment", "function", b"function", "health", b"health", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "program", b"program", "reach", b"reach", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout", "stop_grace", b"stop_grace"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "budget", b"budget", "command", b"command", "concurrency", b"concurrency", "drain_timeout", b"drain_timeout", "function", b"function", "health", b"health", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "program", b"program", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout", "stop_grace", b"stop_grace"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_max_replicas", b"_max_replicas", "_replicas", b"_replicas", "base_url", b"base_url", "budget", b"budget", "command", b"command", "concurrency", b"concurrency", "drain_timeout", b"drain_timeout", "engine", b"engine", "environment", b"environment", "function", b"function", "health", b"health", "idle_timeout", b"idle_timeout", "max_replicas", b"max_replicas", "model", b"model", "name", b"name", "node_selector", b"node_selector", "program", b"program", "reach", b"reach", "replicas", b"replicas", "resources", b"resources", "start_timeout", b"start_timeout", "stop_grace", b"stop_grace"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_concurrency", b"_concurrency"]) -> typing.Literal["concurrency"] | None: ...
     @typing.overload
@@ -365,6 +371,96 @@ class ServiceSpec(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["program", b"program"]) -> typing.Literal["command", "function"] | None: ...
 
 Global___ServiceSpec: typing_extensions.TypeAlias = ServiceSpec
+
+@typing.final
+class LlmBudget(google.protobuf.message.Message):
+    """How much of a model may be used, by all nodes together. Requests over the budget wait at the gateways, and tenants that
+    share it take turns. A model of a provider shares its budget with all that have the same URL, model and key.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: builtins.int
+    CONCURRENCY_FIELD_NUMBER: builtins.int
+    WINDOW_FIELD_NUMBER: builtins.int
+    requests_per_minute: builtins.int
+    """Requests a minute; unset means no limit."""
+    tokens_per_minute: builtins.int
+    """Tokens of prompts and answers together a minute; unset means no limit. Before an answer its tokens are estimated,
+    after it those that it reports count.
+    """
+    concurrency: builtins.int
+    """Requests at once; unset means no limit."""
+    @property
+    def window(self) -> google.protobuf.duration_pb2.Duration:
+        """The time over which the limits of a minute are counted, from 1 s to 1 hour: a provider that allows 10 requests a
+        second has 600 a minute and a window of 1 s. Unset means a minute.
+        """
+
+    def __init__(
+        self,
+        *,
+        requests_per_minute: builtins.int | None = ...,
+        tokens_per_minute: builtins.int | None = ...,
+        concurrency: builtins.int | None = ...,
+        window: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_requests_per_minute", b"_requests_per_minute", "_tokens_per_minute", b"_tokens_per_minute", "concurrency", b"concurrency", "requests_per_minute", b"requests_per_minute", "tokens_per_minute", b"tokens_per_minute", "window", b"window"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_concurrency", b"_concurrency", "_requests_per_minute", b"_requests_per_minute", "_tokens_per_minute", b"_tokens_per_minute", "concurrency", b"concurrency", "requests_per_minute", b"requests_per_minute", "tokens_per_minute", b"tokens_per_minute", "window", b"window"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_concurrency", b"_concurrency"]) -> typing.Literal["concurrency"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_requests_per_minute", b"_requests_per_minute"]) -> typing.Literal["requests_per_minute"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_tokens_per_minute", b"_tokens_per_minute"]) -> typing.Literal["tokens_per_minute"] | None: ...
+
+Global___LlmBudget: typing_extensions.TypeAlias = LlmBudget
+
+@typing.final
+class LlmBudgetUse(google.protobuf.message.Message):
+    """The use of a budget at one moment."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    OPEN_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    BLOCKED_UNTIL_FIELD_NUMBER: builtins.int
+    PERMITTED_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
+    requests: builtins.int
+    """Requests that count now."""
+    tokens: builtins.int
+    """Tokens that count now."""
+    open: builtins.int
+    """Requests that have not ended."""
+    waiting: builtins.int
+    """Requests that wait for their turn."""
+    permitted: builtins.int
+    """Requests that were permitted since the budget exists."""
+    refused: builtins.int
+    """How often the provider answered that a limit was exceeded."""
+    @property
+    def blocked_until(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """The provider asked for no requests until then; unset without such a time."""
+
+    def __init__(
+        self,
+        *,
+        requests: builtins.int = ...,
+        tokens: builtins.int = ...,
+        open: builtins.int = ...,
+        waiting: builtins.int = ...,
+        blocked_until: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        permitted: builtins.int = ...,
+        refused: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["blocked_until", b"blocked_until"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["blocked_until", b"blocked_until", "open", b"open", "permitted", b"permitted", "refused", b"refused", "requests", b"requests", "tokens", b"tokens", "waiting", b"waiting"]) -> None: ...
+
+Global___LlmBudgetUse: typing_extensions.TypeAlias = LlmBudgetUse
 
 @typing.final
 class ServiceCommand(google.protobuf.message.Message):
@@ -567,6 +663,7 @@ class Service(google.protobuf.message.Message):
     NEXT_START_TIME_FIELD_NUMBER: builtins.int
     WAITING_FIELD_NUMBER: builtins.int
     USERS_FIELD_NUMBER: builtins.int
+    BUDGET_USE_FIELD_NUMBER: builtins.int
     revision: builtins.int
     """Counts its definitions from 1."""
     state: Global___ServiceState.ValueType
@@ -578,7 +675,7 @@ class Service(google.protobuf.message.Message):
     waiting: builtins.int
     """How many tasks and calls wait for it to be ready."""
     users: builtins.int
-    """How many running tasks were given its address."""
+    """How many running tasks were given its address, or need it."""
     @property
     def spec(self) -> Global___ServiceSpec:
         """Its definition; secrets have no value."""
@@ -595,6 +692,10 @@ class Service(google.protobuf.message.Message):
     def next_start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When the next instance is started after failures."""
 
+    @property
+    def budget_use(self) -> Global___LlmBudgetUse:
+        """The use of `ServiceSpec.budget`; unset without a budget."""
+
     def __init__(
         self,
         *,
@@ -608,9 +709,10 @@ class Service(google.protobuf.message.Message):
         next_start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         waiting: builtins.int = ...,
         users: builtins.int = ...,
+        budget_use: Global___LlmBudgetUse | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["failure", b"failure", "next_start_time", b"next_start_time", "spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "instances", b"instances", "next_start_time", b"next_start_time", "restarts", b"restarts", "revision", b"revision", "spec", b"spec", "state", b"state", "users", b"users", "waiting", b"waiting", "wanted", b"wanted"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["budget_use", b"budget_use", "failure", b"failure", "next_start_time", b"next_start_time", "spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["budget_use", b"budget_use", "failure", b"failure", "instances", b"instances", "next_start_time", b"next_start_time", "restarts", b"restarts", "revision", b"revision", "spec", b"spec", "state", b"state", "users", b"users", "waiting", b"waiting", "wanted", b"wanted"]) -> None: ...
 
 Global___Service: typing_extensions.TypeAlias = Service
 

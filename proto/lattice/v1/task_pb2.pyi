@@ -152,6 +152,8 @@ class _WaitKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """It does not wait: it has ended."""
     WAIT_KIND_SIGNAL: _WaitKind.ValueType  # 10
     """Its attempt waits for a signal; see `WorkflowService.SignalRun`."""
+    WAIT_KIND_SERVICE: _WaitKind.ValueType  # 11
+    """A service that it needs is not ready."""
 
 class WaitKind(_WaitKind, metaclass=_WaitKindEnumTypeWrapper):
     """The class of a reason to wait."""
@@ -178,6 +180,8 @@ WAIT_KIND_ENDED: WaitKind.ValueType  # 9
 """It does not wait: it has ended."""
 WAIT_KIND_SIGNAL: WaitKind.ValueType  # 10
 """Its attempt waits for a signal; see `WorkflowService.SignalRun`."""
+WAIT_KIND_SERVICE: WaitKind.ValueType  # 11
+"""A service that it needs is not ready."""
 Global___WaitKind: typing_extensions.TypeAlias = WaitKind
 
 @typing.final
@@ -220,6 +224,24 @@ class TaskSpec(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class EnvironmentEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___TaskVariable: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___TaskVariable | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     TASK_ID_FIELD_NUMBER: builtins.int
     DISPLAY_NAME_FIELD_NUMBER: builtins.int
     FUNCTION_FIELD_NUMBER: builtins.int
@@ -237,6 +259,8 @@ class TaskSpec(google.protobuf.message.Message):
     CONCURRENCY_KEY_FIELD_NUMBER: builtins.int
     OVER_FIELD_NUMBER: builtins.int
     CONDITION_FIELD_NUMBER: builtins.int
+    ENVIRONMENT_FIELD_NUMBER: builtins.int
+    SERVICES_FIELD_NUMBER: builtins.int
     SANDBOX_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """Names the task within its workflow: 1 to 128 characters, no line breaks."""
@@ -297,6 +321,18 @@ class TaskSpec(google.protobuf.message.Message):
         """Whether the task runs at all."""
 
     @property
+    def environment(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___TaskVariable]:
+        """Variables of the environment of its attempts, besides those of the worker. An attempt with any has a process of its
+        own. At most 256, with 128 KiB of names and values; names that begin with `LATTICE_` are the server's.
+        """
+
+    @property
+    def services(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Services, by name, that have to be ready before an attempt starts; one that is idle is started. The attempt runs on a
+        node that reaches an instance of each. INVALID_ARGUMENT when there is no such service.
+        """
+
+    @property
     def sandbox(self) -> Global___SandboxPolicy:
         """What the sandbox of an attempt allows beyond its isolation level."""
 
@@ -320,10 +356,12 @@ class TaskSpec(google.protobuf.message.Message):
         concurrency_key: builtins.str = ...,
         over: builtins.str = ...,
         condition: Global___Condition | None = ...,
+        environment: collections.abc.Mapping[builtins.str, Global___TaskVariable] | None = ...,
+        services: collections.abc.Iterable[builtins.str] | None = ...,
         sandbox: Global___SandboxPolicy | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "batch", b"batch", "condition", b"condition", "max_parallel", b"max_parallel", "resources", b"resources", "retry", b"retry", "sandbox", b"sandbox", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "condition", b"condition", "display_name", b"display_name", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "over", b"over", "priority", b"priority", "resources", b"resources", "retry", b"retry", "sandbox", b"sandbox", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "condition", b"condition", "display_name", b"display_name", "environment", b"environment", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "over", b"over", "priority", b"priority", "resources", b"resources", "retry", b"retry", "sandbox", b"sandbox", "services", b"services", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_max_parallel", b"_max_parallel"]) -> typing.Literal["max_parallel"] | None: ...
 
 Global___TaskSpec: typing_extensions.TypeAlias = TaskSpec
@@ -351,6 +389,33 @@ class SandboxPolicy(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["network", b"network"]) -> None: ...
 
 Global___SandboxPolicy: typing_extensions.TypeAlias = SandboxPolicy
+
+@typing.final
+class TaskVariable(google.protobuf.message.Message):
+    """A variable of the environment of a task."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLAIN_FIELD_NUMBER: builtins.int
+    SECRET_FIELD_NUMBER: builtins.int
+    plain: builtins.str
+    """The value itself, which is shown with the task."""
+    secret: builtins.str
+    """The name of a secret: one of the `secrets` of the request that starts the run or adds the task, or else one that
+    the server has for the tenant. INVALID_ARGUMENT when there is no such secret. Its value is in no event, log,
+    journal or answer, and is masked in what attempts write and raise if it has at least 8 characters.
+    """
+    def __init__(
+        self,
+        *,
+        plain: builtins.str = ...,
+        secret: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["plain", b"plain", "secret", b"secret", "source", b"source"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["plain", b"plain", "secret", b"secret", "source", b"source"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["plain", "secret"] | None: ...
+
+Global___TaskVariable: typing_extensions.TypeAlias = TaskVariable
 
 @typing.final
 class Condition(google.protobuf.message.Message):
@@ -685,6 +750,22 @@ class RunTaskRequest(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class SecretsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     RUN_ID_FIELD_NUMBER: builtins.int
     TASK_FIELD_NUMBER: builtins.int
     FUNCTION_FIELD_NUMBER: builtins.int
@@ -694,6 +775,7 @@ class RunTaskRequest(google.protobuf.message.Message):
     TENANT_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    SECRETS_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
@@ -731,6 +813,10 @@ class RunTaskRequest(google.protobuf.message.Message):
         """The run fails when it takes longer; above zero, unset means no limit."""
 
     @property
+    def secrets(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """See `RunWorkflowRequest.secrets`."""
+
+    @property
     def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
         """Ties the run to its caller, whose call holds it while it waits. See `RunWorkflowRequest.cancel_on_disconnect`."""
 
@@ -746,11 +832,12 @@ class RunTaskRequest(google.protobuf.message.Message):
         tenant: builtins.str = ...,
         priority: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        secrets: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         request_id: builtins.str = ...,
         cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["bundle", b"bundle", "cancel_on_disconnect", b"cancel_on_disconnect", "function", b"function", "task", b"task", "timeout", b"timeout", "wait", b"wait"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "cancel_on_disconnect", b"cancel_on_disconnect", "function", b"function", "labels", b"labels", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "task", b"task", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "cancel_on_disconnect", b"cancel_on_disconnect", "function", b"function", "labels", b"labels", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "secrets", b"secrets", "task", b"task", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait"]) -> None: ...
 
 Global___RunTaskRequest: typing_extensions.TypeAlias = RunTaskRequest
 

@@ -678,6 +678,22 @@ class Assignment(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class EnvironmentEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     LEASE_ID_FIELD_NUMBER: builtins.int
     SLOT_FIELD_NUMBER: builtins.int
     FUNCTION_DIGEST_FIELD_NUMBER: builtins.int
@@ -693,6 +709,8 @@ class Assignment(google.protobuf.message.Message):
     SEQUENCE_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     TRACE_PARENTS_FIELD_NUMBER: builtins.int
+    ENVIRONMENT_FIELD_NUMBER: builtins.int
+    SECRET_VARIABLES_FIELD_NUMBER: builtins.int
     SANDBOX_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease in reports."""
@@ -743,6 +761,16 @@ class Assignment(google.protobuf.message.Message):
         """
 
     @property
+    def environment(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Variables of the environment of the attempts. They may hold secrets: a worker neither logs nor stores them, and
+        serves the lease by a process that it does not use again.
+        """
+
+    @property
+    def secret_variables(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Which of them are secrets: a worker masks their values in what the attempts write and raise."""
+
+    @property
     def sandbox(self) -> lattice.v1.task_pb2.SandboxPolicy:
         """What the sandbox allows beyond the isolation level."""
 
@@ -764,10 +792,12 @@ class Assignment(google.protobuf.message.Message):
         sequence: builtins.int = ...,
         tenant: builtins.str = ...,
         trace_parents: collections.abc.Iterable[builtins.str] | None = ...,
+        environment: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        secret_variables: collections.abc.Iterable[builtins.str] | None = ...,
         sandbox: lattice.v1.task_pb2.SandboxPolicy | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["resources", b"resources", "sandbox", b"sandbox", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sandbox", b"sandbox", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout", "trace_parents", b"trace_parents"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "environment", b"environment", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sandbox", b"sandbox", "secret_variables", b"secret_variables", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout", "trace_parents", b"trace_parents"]) -> None: ...
 
 Global___Assignment: typing_extensions.TypeAlias = Assignment
 

@@ -273,6 +273,22 @@ class AddTasksRequest(google.protobuf.message.Message):
         def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class SecretsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     RUN_ID_FIELD_NUMBER: builtins.int
     DRAFT_ID_FIELD_NUMBER: builtins.int
@@ -282,6 +298,7 @@ class AddTasksRequest(google.protobuf.message.Message):
     EXPECTED_REVISION_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     SOURCE_DRAFT_ID_FIELD_NUMBER: builtins.int
+    SECRETS_FIELD_NUMBER: builtins.int
     workflow_id: builtins.str
     """A stored workflow."""
     run_id: builtins.str
@@ -311,6 +328,12 @@ class AddTasksRequest(google.protobuf.message.Message):
     def bundles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.task_pb2.CodeBundle]:
         """The bundles those functions name."""
 
+    @property
+    def secrets(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Values of secrets that the tasks name; see `RunWorkflowRequest.secrets`. Only for tasks added to a run, whose
+        secrets of the same names they replace.
+        """
+
     def __init__(
         self,
         *,
@@ -323,9 +346,10 @@ class AddTasksRequest(google.protobuf.message.Message):
         expected_revision: builtins.int | None = ...,
         request_id: builtins.str = ...,
         source_draft_id: builtins.str = ...,
+        secrets: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "draft_id", b"draft_id", "expected_revision", b"expected_revision", "parent", b"parent", "run_id", b"run_id", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "bundles", b"bundles", "draft_id", b"draft_id", "expected_revision", b"expected_revision", "functions", b"functions", "parent", b"parent", "request_id", b"request_id", "run_id", b"run_id", "source_draft_id", b"source_draft_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_expected_revision", b"_expected_revision", "bundles", b"bundles", "draft_id", b"draft_id", "expected_revision", b"expected_revision", "functions", b"functions", "parent", b"parent", "request_id", b"request_id", "run_id", b"run_id", "secrets", b"secrets", "source_draft_id", b"source_draft_id", "tasks", b"tasks", "workflow_id", b"workflow_id"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_expected_revision", b"_expected_revision"]) -> typing.Literal["expected_revision"] | None: ...
     @typing.overload
@@ -570,6 +594,22 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class SecretsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     RUN_ID_FIELD_NUMBER: builtins.int
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     WORKFLOW_FIELD_NUMBER: builtins.int
@@ -578,6 +618,7 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
+    SECRETS_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
@@ -611,6 +652,13 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         """The run fails when it takes longer; above zero, unset means no limit."""
 
     @property
+    def secrets(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Values of secrets that tasks name, by name; see `TaskVariable.secret`. The server keeps them in memory until the run
+        ends, and does not compare them with those of an earlier call. After a restart of the server, and in a run that
+        retries this one, tasks that need them fail with SECRET_MISSING.
+        """
+
+    @property
     def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
         """Ties the run to its caller: it is cancelled when no call has held it for this long. It is held by the
         `ExecuteWorkflow` and `OpenRun` streams of this request, and by `GetResult` with `cancel_on_disconnect`. Above zero;
@@ -628,11 +676,12 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         priority: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         tenant: builtins.str = ...,
+        secrets: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         request_id: builtins.str = ...,
         cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "labels", b"labels", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "labels", b"labels", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "secrets", b"secrets", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["workflow_id", "workflow"] | None: ...
 
 Global___RunWorkflowRequest: typing_extensions.TypeAlias = RunWorkflowRequest

@@ -3,17 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from lattice_server.core.messages import WorkerHello
-from lattice_server.core.model import (
-    Binding,
-    Capacity,
-    Function,
-    Isolation,
-    OutputRef,
-    Payload,
-    Runtime,
-    TaskSpec,
-    WorkflowSpec,
-)
+from lattice_server.core.model import Binding, Capacity, Function, Isolation, OutputRef, Payload, TaskSpec, WorkflowSpec
+from lattice_server.core.runtime import Runtime
 
 SYNC = Function("sha256:sync", is_async=False, definition=None)
 VALUE = Payload("application/json", "1")

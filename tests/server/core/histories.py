@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lattice_server.core import messages
-from lattice_server.core.messages import Assign, ExplainRequested, TaskExplained, TaskReady, WorkerHello
+from lattice_server.core.messages import Assign, ExplainRequested, ServiceChanged, TaskExplained, TaskReady, WorkerHello
 from lattice_server.core.model import (
     BatchPolicy,
     BatchScope,
@@ -20,9 +20,10 @@ from lattice_server.core.model import (
     OutputRef,
     Resources,
     RetryPolicy,
-    Runtime,
     TaskSpec,
 )
+from lattice_server.core.runtime import Runtime
+from lattice_server.core.scheduling.needs import UNKNOWN
 from tests.server.core.checked_scheduler import CheckedScheduler
 from tests.server.core.graphs import SYNC, VALUE, hello, task
 from tests.server.core.watcher import Watcher
@@ -36,6 +37,8 @@ NEWER = Function("sha256:newer", is_async=False, definition=None, runtime=Runtim
 STOPPED = Failure(FailureKind.CANCELLED, "stopped")
 LIMITS = {"db": 2, "api": 1}
 NODES = ["n1", "n2", "n3"]
+SERVICES = ["m", "n", "m\nx", "n\nx", "m\ny", "n\ny"]
+CONDITIONS = ["ready", "near", "not", "failed", "gone"]  # Of services.
 
 resources = st.sampled_from(
     [
@@ -93,6 +96,7 @@ def specs(draw: st.DrawFn) -> TaskSpec:
         total_timeout_s=draw(st.sampled_from([None, None, 0.5, 5.0])),
         attempt_timeout_s=draw(st.sampled_from([None, 1.0])),
         node_selector=draw(st.sampled_from([(), (), (("zone", "a"),)])),
+        services=draw(st.sampled_from([(), (), (), (), ("m",), ("m", "n")])),
     )
     return replace(made, function=draw(st.sampled_from([SYNC, SYNC, SYNC, OTHER, ASYNC, NAMED, FOREIGN, NEWER])))
 
@@ -154,6 +158,16 @@ class SchedulerHistories(RuleBasedStateMachine):
     @rule(node=st.sampled_from(NODES), cpu=st.sampled_from([1.0, 4.0]), gpus=st.integers(0, 3), own=own)
     def join(self, node: str, cpu: float, gpus: int, own: tuple[str, ...]) -> None:
         self.tell(worker(node, cpu, gpus, own))
+
+    @rule(
+        key=st.sampled_from(["m", "n", "m\nx", "n\nx"]),
+        condition=st.sampled_from(["ready", "near", "not", "failed", "gone"]),
+    )
+    def change_service(self, key: str, condition: str) -> None:
+        failure = Failure(FailureKind.SERVICE_FAILED, "it cannot start") if condition == "failed" else None
+        nodes = frozenset(NODES[:1]) if condition == "near" else None
+        detail = UNKNOWN if condition == "gone" else ""
+        self.tell(ServiceChanged(key, condition in {"ready", "near"}, nodes, detail, failure))
 
     @precondition(lambda self: self.watcher.offered)
     @rule(data=st.data(), duration=durations, outputs=st.sampled_from([{"out": VALUE}] * 4 + [{}]))
@@ -262,7 +276,8 @@ class SchedulerHistories(RuleBasedStateMachine):
         self.watcher.check(self.now)
 
     def teardown(self) -> None:
-        """With nodes that can run anything, and whose workers succeed in all, everything ends."""
+        """With services, and nodes that can run anything and whose workers succeed in all, everything ends."""
+        self.tell(*[ServiceChanged(key, is_ready=True) for key in SERVICES])
         # Drained nodes do not come back.
         new = [worker(node_id, 8.0, 3) for node_id in [*NODES, "z"]] + [worker("foreign", 8.0, 3, BOTH)]
         self.tell(*[replace(hello, worker_id=f"new-{hello.worker_id}") for hello in new])

@@ -6,17 +6,8 @@ from typing import Any
 
 from lattice_server.core import messages
 from lattice_server.core.messages import Assign, Explanation, Reason, TaskExplained, TaskReady
-from lattice_server.core.model import (
-    ANY_RUNTIME,
-    Binding,
-    Capacity,
-    Failure,
-    FailureKind,
-    Function,
-    Gpu,
-    OutputRef,
-    Runtime,
-)
+from lattice_server.core.model import Binding, Capacity, Failure, FailureKind, Function, Gpu, OutputRef
+from lattice_server.core.runtime import ANY_RUNTIME, Runtime
 from lattice_server.core.scheduling.scheduler import Scheduler
 from tests.server.core.graphs import VALUE, hello, task
 

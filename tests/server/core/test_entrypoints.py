@@ -3,7 +3,7 @@
 import pytest
 
 from lattice_server.core.messages import NodesDescribed, NodesRequested, WorkerLost
-from lattice_server.core.model import ANY_RUNTIME, Runtime
+from lattice_server.core.runtime import ANY_RUNTIME, Runtime
 from lattice_server.core.scheduling.placement import Shape, shape_of
 from lattice_server.core.scheduling.shortages import impossibility
 from tests.server.core.scenes import Scene, node, ready

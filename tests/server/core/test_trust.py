@@ -15,12 +15,12 @@ from lattice_server.core.model import (
     OutputRef,
     Parameter,
     Payload,
-    Runtime,
     TaskSpec,
     WorkflowSpec,
 )
 from lattice_server.core.run import dag
 from lattice_server.core.run.run import Run
+from lattice_server.core.runtime import Runtime
 from lattice_server.core.trust import is_weaker, stamped_all
 from tests.server.core.graphs import SYNC, VALUE
 

@@ -1,0 +1,16 @@
+"""Owns the environment of attempts. Rule: no text that is made of it shows a value."""
+
+from dataclasses import dataclass, field
+
+Variables = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The variables of an attempt by name and value; `secrets` are the names of those that are secrets."""
+
+    variables: Variables = field(default=(), repr=False)
+    secrets: tuple[str, ...] = ()
+
+
+NO_ENVIRONMENT = Environment()

@@ -1,0 +1,231 @@
+"""Budgets of models: requests beyond a provider's limit wait at the gateways, of all tasks, tenants and nodes."""
+
+import asyncio
+import json
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from lattice_client import LatticeClient, TaskDefinitionError, context, secret, task
+from lattice_client.cli.main import main
+from tests.e2e.rooms import WAIT_S
+
+
+class Provider(ThreadingHTTPServer):
+    """A provider that takes so many requests, and tokens, in any window of time, and refuses the others."""
+
+    request_queue_size = 1024
+    daemon_threads = True
+
+    def __init__(self, window_s: float, requests: int, tokens: int = 1 << 30, delay_s: float = 0.0) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.window_s, self.requests, self.tokens, self.delay_s = window_s, requests, tokens, delay_s
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.taken: list[tuple[float, str]] = []
+        self.statuses: Counter[int] = Counter()
+        self.next_refusals: deque[str] = deque()  # Their `Retry-After`.
+        self.at_once = self.most_at_once = 0
+        self._counted: deque[tuple[float, int]] = deque()
+        self._lock = threading.Lock()
+
+    def take(self, key: str, tokens: int) -> tuple[int, dict[str, str]]:
+        """Count a request; return the status of its answer, and headers."""
+        with self._lock:
+            now = time.monotonic()
+            while self._counted and self._counted[0][0] <= now - self.window_s:
+                self._counted.popleft()
+            used = sum(count for _, count in self._counted)
+            status, headers = 200, {}
+            if self.next_refusals:
+                status, headers = 429, {"retry-after": self.next_refusals.popleft()}
+            elif len(self._counted) >= self.requests or used + tokens > self.tokens:
+                status = 429
+            else:
+                self._counted.append((now, tokens))
+                self.taken.append((now, key))
+            self.statuses[status] += 1
+            return status, headers
+
+    def count(self, change: int) -> None:
+        """Count the requests at one time."""
+        with self._lock:
+            self.at_once += change
+            self.most_at_once = max(self.most_at_once, self.at_once)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request with its number of tokens: those of the prompt, and as many as it asks for."""
+
+    protocol_version = "HTTP/1.1"
+    server: Provider
+
+    def do_POST(self) -> None:
+        """Answer, or refuse."""
+        self.server.count(1)
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        prompt, output = len(body["prompt"].split()), body["tokens"]
+        status, headers = self.server.take(self.headers["authorization"], prompt + output)
+        usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+        choice = {"index": 0, "text": "x", "finish_reason": "stop"}
+        answer = {"choices": [choice], "usage": usage} if status == 200 else {"error": {"code": "rate_limit_exceeded"}}
+        data = json.dumps(answer).encode()
+        time.sleep(self.server.delay_s)
+        self.server.count(-1)
+        self.send_response(status)
+        for name, value in {**headers, "content-type": "application/json", "content-length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Write no line for each request."""
+
+
+@pytest.fixture
+def provide() -> Iterator[Callable[..., Provider]]:
+    """Starts providers, and stops them when the test ends."""
+    found: list[Provider] = []
+
+    def start(*arguments: Any, **more: Any) -> Provider:
+        found.append(Provider(*arguments, **more))
+        threading.Thread(target=found[-1].serve_forever, daemon=True).start()
+        return found[-1]
+
+    yield start
+    for one in found:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.fixture
+def models(client: LatticeClient) -> Iterator[LatticeClient]:
+    """The client, whose models are stopped when the test ends."""
+    yield client
+    for service in client.llm.list():
+        client.services.stop(service.spec.name, timeout=WAIT_S)
+
+
+@task(cpu=0.01)
+async def ask_many(count: int, tokens: int = 1, max_tokens: int | None = None) -> list[int]:
+    """Make requests at once; return their statuses."""
+    import aiohttp
+
+    model = await context.llm_async("gpt")
+    body = {"model": "gpt", "prompt": "one two", "tokens": tokens}
+    if max_tokens is not None:
+        body["max_tokens"] = max_tokens
+    headers = {"authorization": f"Bearer {model.api_key}"}
+    async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def ask() -> int:
+            async with session.post(f"{model.base_url}/completions", json=body) as answer:
+                await answer.read()
+                return answer.status
+
+        return await asyncio.gather(*(ask() for _ in range(count)))
+
+
+def run_many(client: LatticeClient, tasks: int, **inputs: Any) -> Counter[int]:
+    """Run tasks side by side; return how often each status came."""
+    workflow = client.create_workflow()
+    for number in range(tasks):
+        workflow.add_task(ask_many, inputs, task_id=f"t{number}")
+    found = workflow.run().result(timeout=4 * WAIT_S)
+    answers = [found["result"]] if tasks == 1 else [one["result"] for one in found.values()]
+    return Counter(status for one in answers for status in one)
+
+
+def test_hundreds_of_requests_of_many_tasks_get_no_refusal(
+    models: LatticeClient, provide: Callable[..., Provider]
+) -> None:
+    provider = provide(2.0, 150)
+    models.llm.start("gpt", base_url=provider.url, requests_per_minute=4500, limit_window=2.0)
+    assert run_many(models, 16, count=25) == {200: 400}
+    assert provider.statuses == {200: 400}
+    use = models.services.get("gpt").budget_use
+    assert (use.permitted, use.refused, use.open, use.waiting) == (400, 0, 0, 0)
+
+
+def test_tokens_are_estimated_and_replaced_by_those_that_were_used(
+    models: LatticeClient, provide: Callable[..., Provider]
+) -> None:
+    provider = provide(1.0, 1000, tokens=600)
+    models.llm.start("gpt", base_url=provider.url, tokens_per_minute=36_000, limit_window=1.0)
+    # Each may have 100 tokens and uses 12, so that 50 in a window fit when the use is known.
+    assert run_many(models, 2, count=60, tokens=10, max_tokens=100) == {200: 120}
+    assert provider.statuses == {200: 120}
+    assert run_many(models, 1, count=1, max_tokens=700) == {400: 1}
+
+
+def test_requests_at_once_are_limited(models: LatticeClient, provide: Callable[..., Provider]) -> None:
+    provider = provide(1.0, 1000, delay_s=0.02)
+    models.llm.start("gpt", base_url=provider.url, concurrency=3)
+    assert run_many(models, 4, count=10) == {200: 40}
+    assert provider.most_at_once == 3
+
+
+def test_time_of_a_refusal_stops_all_requests_and_no_task_sees_it(
+    models: LatticeClient, provide: Callable[..., Provider]
+) -> None:
+    provider = provide(1.0, 1000)
+    provider.next_refusals.append("1")
+    models.llm.start("gpt", base_url=provider.url, requests_per_minute=600, concurrency=1)
+    began = time.monotonic()
+    assert run_many(models, 3, count=3) == {200: 9}
+    assert provider.statuses == {200: 9, 429: 1}
+    assert min(at for at, _ in provider.taken) >= began + 1.0
+    assert models.services.get("gpt").budget_use.refused == 1
+
+
+def test_budget_is_shown_and_wrong_ones_are_refused(
+    models: LatticeClient, address: str, provide: Callable[..., Provider]
+) -> None:
+    provider = provide(1.0, 1000)
+
+    def lattice(*arguments: str) -> Any:
+        return CliRunner(env={"LATTICE_TARGET": address}).invoke(main, ["llm", *arguments])
+
+    flags = ["--requests-per-minute", "120", "--tokens-per-minute", "60000", "--limit-window", "30"]
+    assert lattice("start", "gpt", "--base-url", provider.url, *flags).exit_code == 0
+    assert run_many(models, 1, count=2) == {200: 2}
+    heading, row = (line.split("\t") for line in lattice("list").stdout.splitlines())
+    shown = dict(zip(heading, row, strict=True))
+    assert (shown["requests"], shown["tokens"], shown["waiting"]) == ("2/60", "6/30000", "0")
+    for wrong in ({"requests_per_minute": 0}, {"limit_window": 5}, {"tokens_per_minute": 1.5}):
+        with pytest.raises(TaskDefinitionError, match=next(iter(wrong))):
+            models.llm.start("gpt", base_url=provider.url, **wrong)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+def test_tenants_share_the_limit_of_a_key_and_use_nearly_all_of_it(
+    address: str, provide: Callable[..., Provider], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROVIDER_KEY", "key-of-the-provider")
+    limit, window_s, tenants, tasks, count = 60, 15.0, ("red", "blue"), 10, 15
+    provider, statuses = provide(window_s, limit), Counter[int]()
+
+    def run(tenant: str) -> None:
+        with LatticeClient(address, tenant=tenant) as client:
+            key = secret("PROVIDER_KEY")
+            client.llm.start("gpt", base_url=provider.url, api_key=key, requests_per_minute=240, limit_window=window_s)
+            statuses.update(run_many(client, tasks, count=count))
+            client.services.stop("gpt", timeout=WAIT_S)
+
+    threads = [threading.Thread(target=run, args=(tenant,)) for tenant in tenants]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wanted = len(tenants) * tasks * count
+    assert statuses == {200: wanted}
+    assert provider.statuses == {200: wanted}
+    times = [at for at, _ in provider.taken]
+    windows = wanted / limit - 1  # Those that pass between the first burst and the last.
+    assert windows * window_s / (times[-limit] - times[0]) >= 0.9
