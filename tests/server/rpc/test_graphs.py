@@ -84,6 +84,8 @@ def rich_task() -> task_pb2.TaskSpec:
         concurrency_key="api",
         over="over",
         condition=task_pb2.Condition(output=output("c").output, equals=json_payload("8"), negated=True),
+        environment={"A": task_pb2.TaskVariable(plain="x"), "B": task_pb2.TaskVariable(secret="key")},
+        services=["m", "n"],
     )
 
 
