@@ -58,10 +58,14 @@ def served(*flags: str, statuses: Sequence[int] = (0,)) -> Iterator[str]:
         line = process.stdout.readline()
     found = re.search(r"127\.0\.0\.1:\d+", line)
     assert found, f"the server said {line!r}"
-    yield found.group()
-    started = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    assert process.wait(30) in statuses
+    try:
+        yield found.group()
+    finally:
+        # Also when the test fails: the next one would share its cores with this server.
+        started = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        status = process.wait(30)
+    assert status in statuses
     assert not psutil.wait_procs(started, timeout=30)[1]
 
 
