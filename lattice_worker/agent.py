@@ -192,6 +192,10 @@ class Agent:
             protocol_version=PROTOCOL_VERSION,
             send_time=convert.timestamp(time.time_ns()),
             held_lease_ids=self._leases.held(),
+            held_leases=[
+                worker_pb2.HeldLease(lease_id=lease_id, ended=ended, waits=self._questions.waits(lease_id))
+                for lease_id, ended in self._leases.adoptable().items()
+            ],
             pid=os.getpid(),
             stored_artifact_ids=self._local_store.stored(),
             reported_artifact_ids=self._listed,
@@ -230,19 +234,33 @@ class Agent:
         self._limits.question_bytes = welcome.question_limit_bytes
         self._limits.chunk_bytes = welcome.chunk_limit_bytes
         self._limits.takes_calls = welcome.takes_calls
-        is_new = not welcome.resumed and welcome.session_id != self._leases.session_id
-        unacknowledged = self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
+        if welcome.resumed or welcome.session_id == self._leases.session_id:
+            self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
+        else:
+            self._begin(welcome.session_id, frozenset(welcome.adopted_lease_ids))
         self._local_store.drop(welcome.drop_artifact_ids)
-        if is_new:
-            self._questions.reset()
+        self._executor.code.renew()
+        self._is_welcome = True
+        self._outbox.resume(self._leases.reports.unacknowledged())
+        if unknown := self._executor.missing_code():
+            self._outbox.ask(unknown)
+
+    def _begin(self, session_id: str, adopted: frozenset[str]) -> None:
+        """Begin a new session, with the leases of the old one that the server has adopted."""
+        reports = self._leases.reports.unacknowledged()
+        self._leases.welcome(session_id, False, (), adopted)
+        for question in self._questions.reset(adopted):
+            # One whose report is not acknowledged is asked by that.
+            if not any(report is question for report in reports):
+                self._leases.report(question.lease_id, question)
+        if adopted:
+            for report in reports:
+                if report.lease_id not in adopted:
+                    self._local_store.drop(convert.artifacts_in(report))
+        else:
             # Artifacts that were made since the hello: their reports were for the old session, and are dropped.
             self._local_store.drop(self._staging.reported - self._listed)
             self._staging.settle(self._listed)
-        self._executor.code.renew()
-        self._is_welcome = True
-        self._outbox.resume(unacknowledged)
-        if unknown := self._executor.missing_code():
-            self._outbox.ask(unknown)
 
     def _emit(self, report: worker_pb2.Report) -> None:
         if self._leases.holds(report.lease_id):

@@ -6,10 +6,12 @@ Rule: a run changes only by the decisions of its machine.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Unpack
 
 from lattice_server.core.errors import PreconditionError, UnavailableError
 from lattice_server.core.messages import (
+    AcknowledgeReports,
     AnswerQuestion,
     Explanation,
     NodesChanged,
@@ -264,12 +266,21 @@ class Orchestrator:
                 self.on_nodes(effect.nodes)
             elif isinstance(effect, SettleArtifacts):
                 self._store.settle(effect.artifacts)
+            elif isinstance(effect, AcknowledgeReports):
+                self._acknowledge(effect)
             else:
                 observed = effect
                 for observer in self.observers:
                     observed = observer.perform(observed)
                 self._sessions.perform(observed)
         self._bus.post(posts)
+
+    def _acknowledge(self, effect: AcknowledgeReports) -> None:
+        acknowledge = partial(self._sessions.acknowledge, effect.session_id, effect.sequence)
+        if self.journal is None:
+            acknowledge()
+        else:
+            self.journal.when_durable(acknowledge)
 
     def _tell_run(self, entry: RunEntry, event: ToRun, now: float, posts: list[SchedulerEvent]) -> None:
         try:

@@ -73,6 +73,10 @@ class RunJournal:
         except JournalError as error:
             raise _stopping(error) from None
 
+    def when_durable(self, call: Callable[[], object]) -> None:
+        """Call something once all that is appended by now is durable; never when it never will be."""
+        self._durability.when(self._newest, call)
+
     def accept(self, entry: RunEntry, definition: bytes, parameters: Mapping[str, Payload]) -> None:
         """Record a run that is about to start.
 

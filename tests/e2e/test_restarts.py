@@ -1,8 +1,6 @@
 """A server that is killed with SIGKILL and started again on the same journal: runs continue, and results stay."""
 
 import random
-import signal
-import socket
 import subprocess
 import threading
 import time
@@ -11,54 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from lattice_client import LatticeClient, Run, RunCancelledError, RunEvent, UnavailableError, task
 from lattice_worker import context
 from tests.e2e import rooms
-from tests.e2e.conftest import LATTICE
+from tests.e2e.heads import Head
 from tests.e2e.rooms import Room
 
 # Each test starts two servers, one after the other.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 RESULT_S = 60.0
-
-
-class Head:
-    """A server on one port and one journal, over several lives."""
-
-    def __init__(self, journal: Path) -> None:
-        self.journal = journal
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.address = f"127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[str] | None = None
-
-    def command(self) -> list[str]:
-        flags = ["--port", str(self.port), "--executor", "local", "--num-cpus", "2", "--journal", str(self.journal)]
-        return [LATTICE, "start", "--head", *flags]
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        assert self.address in self._process.stdout.readline()
-
-    def restart(self) -> None:
-        """Kill the server and start it again; then wait until its old workers have ended by themselves."""
-        assert self._process is not None
-        workers = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait(30)
-        self.start()
-        assert not psutil.wait_procs(workers, 30)[1]
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            assert self._process.wait(30) == 0
-            self._process = None
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from lattice_server.core.messages.questions import AnswerQuestion, AttemptAsked,
 from lattice_server.core.messages.streams import AttemptProgressed, AttemptStreamed, TaskProgressed, TaskStreamed
 from lattice_server.core.messages.tasks import CancelRequested, TaskEvent, TaskReady, TaskReturned, TasksSpawned
 from lattice_server.core.messages.workers import (
+    AcknowledgeReports,
     ForgetSession,
     LeaseEffect,
     SessionEffect,
@@ -66,4 +67,5 @@ SchedulerEffect = (
     | Answer
     | NodesChanged
     | SettleArtifacts
+    | AcknowledgeReports
 )

@@ -126,12 +126,27 @@ NO_HISTORY = AttemptHistory()
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierLease:
+    """A lease by which an earlier life of the server started the newest attempt at a task, as member `item`.
+
+    `started_at` is in monotonic seconds.
+    """
+
+    lease_id: str
+    item: int
+    node_id: str
+    gpu_indices: tuple[int, ...]
+    started_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskReady:
     """A task may start: its inputs are known, or will be once task `after` of its run succeeds.
 
     Fair share is counted by `tenant`. Among the tasks of one tenant, the one with the lowest `rank` in seconds goes
     first; each level of `priority` takes `work.PRIORITY_S` seconds off. `split_outputs` names the outputs that other
-    tasks are mapped over. `history` counts the attempts that an earlier life of the server made.
+    tasks are mapped over. `history` counts the attempts that an earlier life of the server made; the newest of them may
+    still run, by an `earlier` lease. Its time limit counts from `since`; None means now.
     """
 
     run_id: str
@@ -143,6 +158,8 @@ class TaskReady:
     rank: float = 0.0
     split_outputs: tuple[str, ...] = ()
     history: AttemptHistory = NO_HISTORY
+    earlier: EarlierLease | None = None
+    since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Owns the tasks that the scheduler has: their admission, backoff, time limits and end.
 
-Rule: a task is in exactly one place: behind another task, queued, in backoff, or in a lease. A task in a lease may
-follow another one as well, with which it was sent.
+Rule: a task is in exactly one place: behind another task, queued, in backoff, in a lease, or in one of an earlier life
+of the server. A task in a lease may follow another one as well, with which it was sent.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.messages import (
     AttemptSucceeded,
+    HeldLease,
     TaskCancelled,
     TaskFailed,
     TaskReady,
@@ -19,8 +20,10 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.scheduling import chains
+from lattice_server.core.scheduling.earlier_leases import EarlierLeases
 from lattice_server.core.scheduling.lease_table import Lease
 from lattice_server.core.scheduling.node_registry import NodeRegistry
+from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.permits import concurrency_of
 from lattice_server.core.scheduling.placer import Placer
 from lattice_server.core.scheduling.work import Task
@@ -28,6 +31,7 @@ from lattice_server.core.trust import stamped_all
 
 # A batch that fails like this is halved until the member at fault is alone.
 BISECTED = frozenset({FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY})
+RESTARTED = "the server was restarted while the attempt ran, and"
 TaskEffect = TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskReturned
 
 
@@ -39,6 +43,7 @@ class LiveTasks:
     _placer: Placer
     _numbers: Iterator[int]
     _emit: Callable[[TaskEffect], None]
+    earlier: EarlierLeases
     by_key: dict[tuple[str, str], Task] = field(default_factory=dict)
     _backoff: Deadlines[Task] = field(default_factory=Deadlines)
     _timeouts: Deadlines[Task] = field(default_factory=Deadlines)
@@ -53,6 +58,12 @@ class LiveTasks:
         task = Task(ready, shape, concurrency_of(spec), next(self._numbers), ready.inputs, now)
         history = ready.history
         task.attempt, task.failures, task.losses = history.attempts, history.failures, history.losses
+        if ready.earlier is not None:
+            self.by_key[key] = task
+            self._time(task, now)
+            if not self.earlier.admit(task, ready.earlier, now):
+                self._retry_unclaimed(task, "its concurrency key allows fewer calls now", now)
+            return
         if not ready.after:
             self.by_key[key] = task
             self._start(task, now)
@@ -65,6 +76,18 @@ class LiveTasks:
         chains.follow(task, source)
         if source.lease_id:
             self._placer.send_along(source, now)
+
+    def claim(self, node: Node, held: tuple[HeldLease, ...], now: float) -> list[HeldLease]:
+        """Return the leases of an earlier life of the server that a new node continues; queue the tasks of others."""
+        adopted, left = self.earlier.claim(node, held, now)
+        for task in left:
+            self._retry_unclaimed(task, f"the worker of node {node.node_id!r} does not have it any more", now)
+        return adopted
+
+    def queue_unclaimed(self, now: float) -> None:
+        """Queue the tasks whose workers did not come back after a restart of the server."""
+        for task in self.earlier.overdue(now):
+            self._retry_unclaimed(task, "its worker did not come back", now)
 
     def requeue(self, task: Task, now: float) -> None:
         """Queue a task that is in no lease any more, or end it if it must end."""
@@ -146,7 +169,7 @@ class LiveTasks:
 
     def next_deadline(self) -> float | None:
         """Return when a backoff or a time limit passes next."""
-        due = (self._backoff.next_at(), self._timeouts.next_at())
+        due = (self._backoff.next_at(), self._timeouts.next_at(), self.earlier.next_deadline())
         return min((at for at in due if at is not None), default=None)
 
     def check(self, leases: Mapping[str, Lease]) -> None:
@@ -158,7 +181,7 @@ class LiveTasks:
         assert all(task.retry_at is not None for task in backing_off)
         leased = [task for lease in leases.values() for task in lease.members()]
         following = [task for task in self.by_key.values() if task.follows is not None and not task.lease_id]
-        places = [id(task) for task in (*waiting, *backing_off, *leased, *following)]
+        places = [id(task) for task in (*waiting, *backing_off, *leased, *following, *self.earlier.tasks())]
         assert len(places) == len(set(places)), "a task is in two places"
         assert set(places) == {id(task) for task in self.by_key.values()}, "a task is nowhere"
         timed = {id(task) for task in self._timeouts}
@@ -170,11 +193,17 @@ class LiveTasks:
 
     def _start(self, task: Task, now: float) -> None:
         """Queue a task that has its inputs, unless a worker has it; its time limit counts from now."""
-        limit_s = task.ready.spec.total_timeout_s
-        if limit_s is not None:
-            self._timeouts.set(task, now + limit_s)
+        self._time(task, now)
         if not task.lease_id:
             self._queue(task, now)
+
+    def _time(self, task: Task, now: float) -> None:
+        limit_s, since = task.ready.spec.total_timeout_s, task.ready.since
+        if limit_s is not None:
+            self._timeouts.set(task, (now if since is None else since) + limit_s)
+
+    def _retry_unclaimed(self, task: Task, why: str, now: float) -> None:
+        self.retry_uncharged(task, Failure(FailureKind.WORKER_LOST, f"{RESTARTED} {why}"), now)
 
     def _queue(self, task: Task, now: float) -> None:
         task.retry_at = None
@@ -185,6 +214,7 @@ class LiveTasks:
         task.is_over = True
         self._backoff.discard(task)
         self._timeouts.discard(task)
+        self.earlier.discard(task)
         del self.by_key[task.key]
 
 

@@ -8,6 +8,7 @@ from itertools import count
 from typing import assert_never
 
 from lattice_server.core.messages import (
+    AcknowledgeReports,
     ArtifactsReported,
     AttemptAsked,
     AttemptAwaits,
@@ -26,6 +27,7 @@ from lattice_server.core.messages import (
     NodesDescribed,
     NodesRequested,
     QuestionAsked,
+    ReportsRead,
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
@@ -42,6 +44,7 @@ from lattice_server.core.messages import (
     WorkerLost,
 )
 from lattice_server.core.scheduling.attempts import Attempts
+from lattice_server.core.scheduling.earlier_leases import EarlierLeases
 from lattice_server.core.scheduling.explain import explain
 from lattice_server.core.scheduling.lease_reports import LeaseReports
 from lattice_server.core.scheduling.lease_table import Lease
@@ -74,11 +77,13 @@ class Scheduler:
         self._registry = NodeRegistry(session_ttl_s)
         self._placer = Placer(self._registry, numbers, epoch, emit, limits or {})
         self._reports = LeaseReports(self._registry, self._placer, emit)
-        self._tasks = LiveTasks(self._registry, self._placer, numbers, emit)
+        earlier = EarlierLeases(self._registry, self._placer)
+        self._tasks = LiveTasks(self._registry, self._placer, numbers, emit, earlier)
         self._attempts = Attempts(self._registry, self._placer, self._reports, self._tasks, numbers, emit)
         self._waits = Waits(self._registry, self._placer, self._tasks.by_key, emit, self._attempts.end_early)
         self._placer.on_release = self._waits.forget
-        self._sessions = NodeSessions(self._registry, self._placer, self._reports, self._attempts, numbers, epoch, emit)
+        parts = (self._registry, self._placer, self._reports, self._attempts, self._tasks)
+        self._sessions = NodeSessions(*parts, numbers, epoch, emit)
 
     @property
     def tasks(self) -> Mapping[tuple[str, str], Task]:
@@ -110,6 +115,7 @@ class Scheduler:
         self._sessions.tick(now)
         self._attempts.end_overdue(now)
         self._tasks.queue_retries(now)
+        self._tasks.queue_unclaimed(now)
         self._placer.pipeline.revoke_overdue(now)
         self._waits.resume()
         self._placer.place_queued(now)
@@ -126,7 +132,8 @@ class Scheduler:
     def check(self) -> None:
         """Assert every invariant; tests call it after each step."""
         self._registry.check()
-        self._placer.check()
+        self._placer.check(self._tasks.earlier.permits())
+        self._tasks.earlier.check()
         self._tasks.check(self.leases)
         self._waits.check()
 
@@ -161,8 +168,11 @@ class Scheduler:
                         self._attempts.end_early(task, event.failure, now)
             case ArtifactsReported():
                 self._effects.append(SettleArtifacts(event.artifacts))
+            case ReportsRead():
+                self._effects.append(AcknowledgeReports(event.session_id, event.sequence))
             case WorkerHello():
-                self._sessions.greet(event, now)
+                for wait in self._sessions.greet(event, now):
+                    self.take(wait, now)
             case WorkerDetached():
                 self._sessions.detach(event, now)
             case WorkerHeartbeat():
@@ -209,7 +219,8 @@ class Scheduler:
                 self._effects.append(NodesDescribed(query.request_id, nodes, *load))
             case ExplainRequested():
                 task = self.tasks.get((query.run_id, query.task_id))
-                explained = explain(task, self._placer, self._registry, now) if task else None
+                parts = (self._placer, self._registry, self._tasks.earlier)
+                explained = explain(task, *parts, now) if task else None
                 self._effects.append(TaskExplained(query.request_id, explained))
             case _:
                 assert_never(query)

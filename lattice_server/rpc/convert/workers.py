@@ -68,6 +68,10 @@ def hello_to_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHel
             if refusal.isolation in ISOLATION_FROM_PROTO
         },
         greeting=greeting,
+        held=tuple(
+            messages.HeldLease(held.lease_id, held.ended, tuple((wait.number, wait.task_id) for wait in held.waits))
+            for held in hello.held_leases
+        ),
     )
 
 
@@ -171,6 +175,7 @@ def welcome_to_proto(effect: WelcomeWorker, config: ServerConfig, server_id: str
         question_limit_bytes=config.question_limit_bytes,
         chunk_limit_bytes=config.chunk_limit_bytes,
         takes_calls=True,
+        adopted_lease_ids=effect.adopted_lease_ids,
     )
 
 
