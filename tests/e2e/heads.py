@@ -20,7 +20,7 @@ class Head:
         self.address = f"127.0.0.1:{self.port}"
         self._flags = flags or ("--num-cpus", "2")
         self._process: subprocess.Popen[str] | None = None
-        self._agents: dict[str, subprocess.Popen[str]] = {}
+        self.agents: dict[str, subprocess.Popen[str]] = {}
 
     def command(self) -> list[str]:
         flags = ["--port", str(self.port), "--executor", "local", "--journal", str(self.journal), *self._flags]
@@ -37,7 +37,7 @@ class Head:
         agent = subprocess.Popen([LATTICE, "start", "--worker", *flags], stdout=subprocess.PIPE, text=True)
         assert agent.stdout is not None
         assert f"as node {node_id}" in agent.stdout.readline()
-        self._agents[node_id] = agent
+        self.agents[node_id] = agent
         return agent
 
     def kill(self) -> None:
@@ -50,7 +50,7 @@ class Head:
 
     def kill_agent(self, node_id: str) -> None:
         """Kill an agent."""
-        agent = self._agents.pop(node_id)
+        agent = self.agents.pop(node_id)
         agent.kill()
         agent.wait(30)
 
@@ -71,9 +71,9 @@ class Head:
 
     def close(self) -> None:
         """Stop the server and all agents."""
-        for agent in self._agents.values():
+        for agent in self.agents.values():
             agent.terminate()
         self.stop()
-        for agent in self._agents.values():
+        for agent in self.agents.values():
             agent.kill()
             agent.wait(30)
