@@ -266,6 +266,10 @@ class AsyncLatticeClient:
         """Cancel a run. Raises NotFoundError."""
         return await self.api.calls.cancel_run(run_id, reason)
 
+    async def delete_run(self, run_id: str) -> None:
+        """Delete a run that has ended. Raises NotFoundError, and PreconditionError when the run has not ended."""
+        await self.api.calls.delete_run(run_id)
+
     async def retry_run(self, run_id: str, new_run_id: str = "") -> AsyncRun:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.
 

@@ -227,6 +227,10 @@ class LatticeClient:
         """Cancel a run. Raises NotFoundError."""
         return blocking(self.twin.cancel_run(run_id, reason))
 
+    def delete_run(self, run_id: str) -> None:
+        """Delete a run that has ended. Raises NotFoundError, and PreconditionError when the run has not ended."""
+        blocking(self.twin.delete_run(run_id))
+
     def retry_run(self, run_id: str, new_run_id: str = "") -> Run:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.
 

@@ -71,6 +71,11 @@ class Calls:
         request = made(workflow_pb2.CancelRunRequest, run_id=run_id, reason=reason, request_id=uuid4().hex)
         return (await self._rpc.call(self._rpc.workflows.CancelRun, request)).run
 
+    async def delete_run(self, run_id: str) -> None:
+        """Delete a run that has ended."""
+        request = made(workflow_pb2.DeleteRunRequest, run_id=run_id, request_id=uuid4().hex)
+        await self._rpc.call(self._rpc.workflows.DeleteRun, request)
+
     async def cancel_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
         """Cancel one task of a run."""
         request = made(task_pb2.CancelTaskRequest, run_id=run_id, task_id=task_id, request_id=uuid4().hex)

@@ -233,6 +233,16 @@ class Orchestrator:
             perform(entry.run.cancel(reason or "cancelled by the caller", time.monotonic()))
         return entry
 
+    def delete_run(self, run_id: str, reach: Reach = UNNAMED) -> None:
+        """Delete a run that has ended. Raises NotFoundError, and PreconditionError when it has not ended."""
+        is_recorded = self.restorer is not None and self.restorer.delete(run_id, reach)
+        if is_recorded and self.runs.find(run_id, reach) is None:
+            return
+        entry = self.run(run_id, reach)
+        if not entry.run.is_terminal:
+            raise PreconditionError("RUN_NOT_ENDED", f"run {run_id!r} is {entry.run.state.value}; cancel it first")
+        self.ended.drop(entry)
+
     def cancel_task(self, run_id: str, task_id: str, reach: Reach = UNNAMED) -> RunEntry:
         """Cancel one task. Raises NotFoundError."""
         entry = self.task(run_id, task_id, reach)

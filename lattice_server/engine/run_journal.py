@@ -21,6 +21,7 @@ from lattice_server.engine.journal_records import (
     Record,
     ResultsRead,
     RunAccepted,
+    RunDeleted,
     RunEnded,
     TasksDefined,
     WorkflowDeleted,
@@ -135,6 +136,10 @@ class RunJournal:
     def close(self, entry: RunEntry) -> None:
         """Record that the caller of an open run closes it."""
         self._append([TasksDefined(entry.number, b"")])
+
+    def delete(self, run: int) -> None:
+        """Record that a run which has ended is deleted."""
+        self._append([RunDeleted(run)])
 
     def note_read(self, entry: RunEntry) -> None:
         """Record that a caller was given the results of a run."""

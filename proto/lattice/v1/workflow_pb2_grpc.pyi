@@ -233,6 +233,22 @@ _WorkflowServiceCancelRunType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceDeleteRunType = typing_extensions.TypeVar(
+    '_WorkflowServiceDeleteRunType',
+    grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.DeleteRunRequest,
+        lattice.v1.workflow_pb2.DeleteRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.DeleteRunRequest,
+        lattice.v1.workflow_pb2.DeleteRunResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.DeleteRunRequest,
+        lattice.v1.workflow_pb2.DeleteRunResponse,
+    ],
+)
+
 _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     '_WorkflowServiceRetryRunType',
     grpc.UnaryUnaryMultiCallable[
@@ -249,7 +265,7 @@ _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceRetryRunType]):
+class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceDeleteRunType, _WorkflowServiceRetryRunType]):
     """Defines, runs, lists and cancels.
 
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
@@ -345,6 +361,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.CancelRunResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.DeleteRunRequest,
+            lattice.v1.workflow_pb2.DeleteRunResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.RetryRunRequest,
             lattice.v1.workflow_pb2.RetryRunResponse,
         ],
@@ -405,6 +425,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.CancelRunResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.DeleteRunRequest,
+            lattice.v1.workflow_pb2.DeleteRunResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.RetryRunRequest,
             lattice.v1.workflow_pb2.RetryRunResponse,
         ],
@@ -454,6 +478,9 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     CancelRun: _WorkflowServiceCancelRunType
     """Cancels a run. A run that has ended stays as it is."""
+
+    DeleteRun: _WorkflowServiceDeleteRunType
+    """Deletes a run that has ended, with its events and results. One that is deleted already is not found."""
 
     RetryRun: _WorkflowServiceRetryRunType
     """Starts a run that takes over the finished tasks of one that has ended, and runs the others. Idempotent by
@@ -512,6 +539,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.CancelRunRequest,
         lattice.v1.workflow_pb2.CancelRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.DeleteRunRequest,
+        lattice.v1.workflow_pb2.DeleteRunResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.RetryRunRequest,
@@ -669,6 +700,14 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.CancelRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.CancelRunResponse]]:
         """Cancels a run. A run that has ended stays as it is."""
+
+    @abc.abstractmethod
+    def DeleteRun(
+        self,
+        request: lattice.v1.workflow_pb2.DeleteRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lattice.v1.workflow_pb2.DeleteRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.DeleteRunResponse]]:
+        """Deletes a run that has ended, with its events and results. One that is deleted already is not found."""
 
     @abc.abstractmethod
     def RetryRun(
