@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from lattice_client import LatticeClient, Run, RunCancelledError, RunEvent, UnavailableError, task
+from lattice_client import (
+    LatticeClient,
+    NotFoundError,
+    Run,
+    RunCancelledError,
+    RunEvent,
+    TaskFailedError,
+    UnavailableError,
+    task,
+)
 from lattice_worker import context
 from tests.e2e import rooms
 from tests.e2e.heads import Head
@@ -220,6 +229,37 @@ def steps(client: LatticeClient, room: str, run_id: str) -> Run:
     for place in range(5):
         last = workflow.add_task(step, {"folder": room, "name": f"{run_id}/{place}", "value": last}).output
     return workflow.run(run_id)
+
+
+@task
+def large() -> bytes:
+    return bytes(1_000_000)
+
+
+@task
+def length(value: bytes, room: str) -> int:
+    rooms.enter(room, "length")
+    return len(value)
+
+
+def test_a_task_whose_large_input_was_lost_with_the_server_fails_with_the_reason(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        workflow = client.create_workflow()
+        made = workflow.add_task(large, {}, task_name="large")
+        workflow.add_task(length, {"value": made.output, "room": room}, task_name="length")
+        run = workflow.run()
+        rooms.entered(run, "length")
+        ended = client.create_workflow()
+        ended.add_task(large, {}, task_name="large")
+        result = ended.run()
+        rooms.until(result, "run_finished", "")
+        head.restart()
+        room.open()
+        with pytest.raises(TaskFailedError, match="an input's value is no longer in the store of this node") as failed:
+            run.result(timeout=RESULT_S)
+        assert failed.value.kind == "PAYLOAD"
+        with pytest.raises(NotFoundError):
+            client.get_run(result.run_id).result(timeout=RESULT_S)
 
 
 @pytest.mark.exhaustive
