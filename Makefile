@@ -1,18 +1,21 @@
 PYTHON ?= python3
 VENV := .venv
+# The parts of the set-up wait for different servers, and each of the checks uses one processor.
+MAKEFLAGS += --jobs=4
 
+# Python compiles what is imported, which is a fifth of what is installed.
 $(VENV)/.stamp: pyproject.toml
 	PYTHON=$(PYTHON) scripts/install_missing.sh python
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -e ".[dev,examples]"
+	$(VENV)/bin/pip install -q --no-compile -e ".[dev,examples]"
 	touch $@
 
 .PHONY: setup test lint proto
-setup: $(VENV)/.stamp nodejs go network docker
+setup: $(VENV)/.stamp nodejs go network docker proto-tools
 
-# One test of each behaviour. Three processes, because tests wait much of the time; PYTEST_FLAGS="-n 0" runs all in one.
+# One test of each behaviour. Four processes, because tests wait much of the time; PYTEST_FLAGS="-n 0" runs all in one.
 test: setup
-	$(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n 4 $(PYTEST_FLAGS)
 
 # To run at each change: all but the tests that start servers, or processes in great numbers.
 .PHONY: check
@@ -22,7 +25,7 @@ check: lint
 # Also the repetitions that `make test` leaves out: tests whose behaviour another test has, and most generated examples.
 .PHONY: test-all
 test-all: setup postgres prometheus
-	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 3 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
+	LATTICE_EXAMPLES=$${LATTICE_EXAMPLES:-5} $(VENV)/bin/python -m pytest -n 4 $(PYTEST_FLAGS) -m "exhaustive or not exhaustive"
 
 # The tests of the client that start no server, on Python 3.13 and without Ray.
 PYTHON_3_13 ?= $(lastword python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python))
@@ -35,11 +38,20 @@ test-3.13: .venv-3.13/.stamp
 	.venv-3.13/bin/pip install -q -e ".[server,langgraph,test]"
 	touch $@
 
-lint: $(VENV)/.stamp
+.PHONY: lint-types lint-imports lint-style lint-contract
+lint: lint-types lint-imports lint-style lint-contract
+
+lint-types: $(VENV)/.stamp
+	$(VENV)/bin/mypy
+
+lint-imports: $(VENV)/.stamp
+	$(VENV)/bin/lint-imports --no-logo
+
+lint-style: $(VENV)/.stamp
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
-	$(VENV)/bin/lint-imports --no-logo
+
+lint-contract: $(VENV)/.stamp
 	$(VENV)/bin/buf lint
 	BUF=$(VENV)/bin/buf scripts/lint_breaking.sh
 
@@ -48,6 +60,11 @@ lint: $(VENV)/.stamp
 baseline: $(VENV)/.stamp
 	$(VENV)/bin/buf build --as-file-descriptor-set --exclude-source-info -o proto/lattice_v1.binpb
 	sha256sum proto/lattice_v1.binpb
+
+# All that the set-up needs from the system, in one call of the package manager.
+.PHONY: system
+system:
+	PYTHON=$(PYTHON) scripts/install_missing.sh python nodejs go network docker
 
 # The Node.js examples, and tools of tests. On a machine that has no Node.js and may not install it, their tests are
 # skipped.
@@ -97,9 +114,9 @@ postgres:
 	scripts/install_missing.sh postgres
 
 # The oldest supported generator: its code runs on every newer protobuf runtime.
-.venv-proto/.stamp:
+.venv-proto/.stamp: | $(VENV)/.stamp
 	$(PYTHON) -m venv .venv-proto
-	.venv-proto/bin/pip install -q grpcio-tools==1.76.0 mypy-protobuf==3.7.0 setuptools==80.9.0
+	.venv-proto/bin/pip install -q --no-compile grpcio-tools==1.76.0 mypy-protobuf==3.7.0 setuptools==80.9.0
 	touch $@
 
 .PHONY: proto-tools

@@ -18,7 +18,8 @@ from benchmarks import lattice_side, ray_side
 from benchmarks.report import write
 from lattice_client import LatticeClient
 
-CLIENTS = 16
+# The processes and threads of the sixteen clients of W4. Ray is at its best with one driver: several thrash.
+CLIENTS = {"lattice": (4, 4), "ray tasks": (1, 16), "ray actors": (1, 16)}
 SCALE = (1_000, 10_000, 100_000)
 Samples = dict[str, dict[str, list[float]]]
 
@@ -106,9 +107,10 @@ def _sides(
 
 def _many(side: str, address: str, seconds: float = 4.0) -> Callable[[], float]:
     def run() -> float:
-        command = [sys.executable, "-m", "benchmarks.clients", side, address, str(seconds)]
+        processes, threads = CLIENTS[side]
+        command = [sys.executable, "-m", "benchmarks.clients", side, address, str(threads), str(seconds)]
         pipes: dict[str, int] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        started = [subprocess.Popen(command, text=True, **pipes) for _ in range(CLIENTS)]  # type: ignore[call-overload]
+        started = [subprocess.Popen(command, text=True, **pipes) for _ in range(processes)]  # type: ignore[call-overload]
         for process in started:
             _said(process, "ready")
         for process in started:

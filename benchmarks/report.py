@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-GOALS = {"W1": 0.7, "W2": 0.3, "W3": 0.3, "W4": 1.2, "W5": 0.7, "W6": 1.2}
+GOALS = {"W1": 1.0, "W2": 0.25, "W3": 0.25, "W4": 1.0, "W5": 0.7, "W6": 0.3}
 MEANING = {
     "W1": "one no-op task, s",
     "W2": "chain of 50, s a hop",

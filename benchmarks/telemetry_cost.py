@@ -1,7 +1,8 @@
-"""Measures the processor time that metrics cost a task: `python -m benchmarks.telemetry_cost`, on an idle machine.
+"""Measures the processor time that metrics cost: `python -m benchmarks.telemetry_cost`, on an idle machine.
 
-A server without metrics and one with metrics take turns with graphs of tasks that do nothing. The processor time of
-each server, of its workers and of the client is divided by the number of tasks.
+A server without metrics and one with metrics take turns with graphs of tasks that do nothing, and with runs of one such
+task. The processor time of each server, and that of the server, its workers and the client together, is given in
+seconds for 10,000 tasks.
 """
 
 import os
@@ -19,8 +20,8 @@ from lattice_client import LatticeClient, task
 
 LATTICE = str(Path(sys.executable).parent / "lattice")
 VARIANTS = {"none": [], "metrics": ["--metrics", "prometheus"]}
-TASKS = 1000
-ROUNDS = 10
+ROUNDS = 16
+PER = 10_000
 
 
 @task
@@ -43,36 +44,64 @@ def served(*flags: str) -> Iterator[tuple[str, psutil.Process]]:
             process.terminate()
 
 
-def cpu_s(process: psutil.Process) -> float:
-    """Return the processor time of a process and all below it, and of this process."""
-    total = sum(os.times()[:2])
-    for found in (process, *process.children(recursive=True)):
-        times = found.cpu_times()
-        total += times.user + times.system
-    return total
+def cpu_s(process: psutil.Process) -> tuple[float, float]:
+    """Return the processor time of a process, and of it, all below it and this process together."""
+    own = _time_of(process.pid)
+    return own, own + sum(_time_of(found.pid) for found in process.children(recursive=True)) + _time_of(os.getpid())
+
+
+def _time_of(pid: int) -> float:
+    """Return the processor time of the threads of a process; that of psutil is exact to 10 ms only."""
+    files = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(file.read_text().split()[0]) for file in files) / 1e9
+
+
+def graph(client: LatticeClient) -> int:
+    """Run a graph; return how many tasks it has."""
+    workflow = client.create_workflow("cost")
+    for index in range(2000):
+        workflow.add_task(nothing, {"x": index}, f"t{index}")
+    workflow.run().result(timeout=300)
+    return 2000
+
+
+def runs(client: LatticeClient) -> int:
+    """Run tasks one by one; return how many."""
+    for index in range(300):
+        client.run_task(nothing, {"x": index})
+    return 300
 
 
 def main() -> None:
-    """Measure and print medians."""
+    """Measure and print means, and the standard errors of differences."""
     with ExitStack() as stack:
         servers = {}
         for name, flags in VARIANTS.items():
             address, process = stack.enter_context(served(*flags))
             servers[name] = stack.enter_context(LatticeClient(address)), process
-        costs: dict[str, list[float]] = {name: [] for name in servers}
-        for number in range(ROUNDS + 1):
-            for name, (client, process) in servers.items():
-                workflow = client.create_workflow("cost")
-                for index in range(TASKS):
-                    workflow.add_task(nothing, {"x": index}, f"t{index}")
-                before = cpu_s(process)
-                workflow.run().result(timeout=300)
-                if number:  # The first round warms up.
-                    costs[name].append((cpu_s(process) - before) / TASKS * 1e6)
-        for name, found in costs.items():
-            differences = [own - bare for own, bare in zip(found, costs["none"], strict=True)]
-            more = f"{statistics.median(differences):+.0f} (from {min(differences):+.0f} to {max(differences):+.0f})"
-            print(f"{name:20} {statistics.median(found):6.0f} us a task, {more}")
+        for work in (graph, runs):
+            costs: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
+            for number in range(ROUNDS + 1):
+                for name in sorted(servers, reverse=bool(number % 2)):
+                    client, process = servers[name]
+                    before = cpu_s(process)
+                    tasks = work(client)
+                    after = cpu_s(process)
+                    if number:  # The first round warms up.
+                        server, everyone = (
+                            (end - start) / tasks * PER for start, end in zip(before, after, strict=True)
+                        )
+                        costs[name].append((server, everyone))
+            _print(work.__name__, costs)
+
+
+def _print(work: str, costs: dict[str, list[tuple[float, float]]]) -> None:
+    for position, where in enumerate(("server", "all processes")):
+        bare, own = ([cost[position] for cost in costs[name]] for name in ("none", "metrics"))
+        differences = [one - other for one, other in zip(own, bare, strict=True)]
+        error = statistics.stdev(differences) / len(differences) ** 0.5
+        means = f"{statistics.mean(bare):.2f} s without, {statistics.mean(own):.2f} s with"
+        print(f"{work:6} {where:14} {means}: {statistics.mean(differences):+.3f} s (± {error:.3f}) for {PER} tasks")
 
 
 if __name__ == "__main__":

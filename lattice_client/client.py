@@ -11,7 +11,7 @@ from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 from lattice_client.convert.events import RunEvent, message_of
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
-from lattice_client.graph.settings import RunSettings, TaskRunSettings
+from lattice_client.graph.settings import RunSettings, TaskRunSettings, disconnect_grace_s
 from lattice_client.graph.workflow import Graph, single
 from lattice_client.runs.api import RunApi
 from lattice_client.runs.decoding import decoded
@@ -112,12 +112,10 @@ class AsyncLatticeClient:
 
     async def close(self) -> None:
         """Close the connection; runs continue."""
-        self.api.starter.close()
         await self.api.channel.close()
 
     def shut(self) -> None:
         """Close the connections of all event loops, from any thread."""
-        self.api.starter.close()
         self.api.channel.shut()
 
     def create_workflow(self, name: str = "", failure_policy: str = "fail_fast") -> AsyncLatticeWorkflow:
@@ -150,7 +148,8 @@ class AsyncLatticeClient:
             RequestError: the server refused it.
         """
         started = await self.api.starter.run(graph, run_id, **settings)
-        run = AsyncRun.of(started.run_id, self.api, started.call)
+        run = AsyncRun.of(started.run_id, self.api, started.execution)
+        run.grace_s = disconnect_grace_s(settings.get("cancel_on_disconnect", False))
         run.note_graph(graph)
         return run
 
@@ -166,7 +165,7 @@ class AsyncLatticeClient:
         """Open a run that accepts tasks until it is closed: `async with client.open_run() as run`, or `await` it.
 
         The server cancels the run when this client is disconnected for longer than `Limits.open_run_grace`, by default
-        30 s.
+        30 s; `cancel_on_disconnect` sets another time.
 
         Args:
             name: the display name of the run.
@@ -194,18 +193,21 @@ class AsyncLatticeClient:
         labels: Mapping[str, str] | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        cancel_on_disconnect: bool | float = False,
         trust_pickles: bool = False,
         **misplaced: Never,
     ) -> dict[str, Any]:
         """Run one task as a run of its own and return its outputs.
 
-        `labels`, `priority` and `timeout` are the settings of the run; see `TaskRunSettings`. `trust_pickles` is as for
-        the client.
+        `labels`, `priority`, `timeout` and `cancel_on_disconnect` are the settings of the run; see `TaskRunSettings`.
+        `trust_pickles` is as for the client.
 
         Raises TaskDefinitionError, TaskFailedError, RunTimeoutError, RequestError.
         """
         added = single(task, inputs, misplaced)
-        response = await self.api.starter.run_task(added, labels=labels, priority=priority, timeout=timeout)
+        settings: TaskRunSettings = {"labels": labels, "priority": priority, "timeout": timeout}
+        settings["cancel_on_disconnect"] = cancel_on_disconnect
+        response = await self.api.starter.run_task(added, **settings)
         found: dict[str, Any] = decoded(await self.api.reader.outcome_of(response, added), trust_pickles)
         return found
 
@@ -269,6 +271,10 @@ class AsyncLatticeClient:
     async def delete_run(self, run_id: str) -> None:
         """Delete a run that has ended. Raises NotFoundError, and PreconditionError when the run has not ended."""
         await self.api.calls.delete_run(run_id)
+
+    async def signal_run(self, run_id: str, name: str, value: Any = None) -> None:
+        """Send a signal to a run. Raises NotFoundError, and the errors of `AsyncRun.signal`."""
+        await self.api.calls.signal_run(run_id, name, value)
 
     async def retry_run(self, run_id: str, new_run_id: str = "") -> AsyncRun:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.

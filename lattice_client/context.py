@@ -145,6 +145,30 @@ async def ask_async(name: str, payload: Any = None, *, item: int | None = None) 
     return await _implementation().ask_async(name, payload, item=item)
 
 
+def wait_for(name: str, timeout: float | None = None) -> Any:
+    """Wait for a signal, and return its value: `run.signal(name, value)` and `lattice runs signal` send it.
+
+    While the task waits, its CPUs are free for others; its GPUs and memory are not. A signal that was sent before is
+    kept. Several values of one name are a list: the first wait of an attempt returns the first, the next one the
+    second. Each task gets all of them, and so does a repeated attempt. In a coroutine use `wait_for_async`.
+
+    Args:
+        name: the name of the signal, of 1 to 128 characters.
+        timeout: how many seconds to wait; None for as long as it takes.
+
+    Raises:
+        TimeoutError: the time is up. The next wait gets the value that this one would have got.
+        context.QuestionError: an argument is wrong.
+        RuntimeError: called outside a task, or in a batched call.
+    """
+    return _implementation().wait_for(name, timeout)
+
+
+async def wait_for_async(name: str, timeout: float | None = None) -> Any:
+    """As `wait_for`, without blocking other coroutines."""
+    return await _implementation().wait_for_async(name, timeout)
+
+
 def tracer() -> Any:
     """Return a tracer of OpenTelemetry, whose spans are part of the trace of the run.
 

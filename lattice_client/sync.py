@@ -149,6 +149,7 @@ class LatticeClient:
         labels: Mapping[str, str] | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        cancel_on_disconnect: bool | float = False,
         trust_pickles: bool = False,
         **misplaced: Never,
     ) -> dict[str, Any]:
@@ -157,6 +158,7 @@ class LatticeClient:
         Raises TaskDefinitionError, TaskFailedError, RunTimeoutError, RequestError.
         """
         settings: Any = {"labels": labels, "priority": priority, "timeout": timeout, "trust_pickles": trust_pickles}
+        settings["cancel_on_disconnect"] = cancel_on_disconnect
         return blocking(self.twin.run_task(task, inputs, **settings, **misplaced))
 
     def open_run(
@@ -171,7 +173,7 @@ class LatticeClient:
         """Open a run that accepts tasks until it is closed: `with client.open_run() as run`.
 
         The server cancels the run when this client is disconnected for longer than `Limits.open_run_grace`, by default
-        30 s.
+        30 s; `cancel_on_disconnect` sets another time.
 
         Args:
             name: the display name of the run.
@@ -230,6 +232,10 @@ class LatticeClient:
     def delete_run(self, run_id: str) -> None:
         """Delete a run that has ended. Raises NotFoundError, and PreconditionError when the run has not ended."""
         blocking(self.twin.delete_run(run_id))
+
+    def signal_run(self, run_id: str, name: str, value: Any = None) -> None:
+        """Send a signal to a run. Raises NotFoundError, and the errors of `AsyncRun.signal`."""
+        blocking(self.twin.signal_run(run_id, name, value))
 
     def retry_run(self, run_id: str, new_run_id: str = "") -> Run:
         """Start a run that takes the outputs of the succeeded tasks of an ended run, and runs its other tasks.

@@ -190,13 +190,17 @@ def metrics_of(config: ServerConfig, engine: Engine) -> "Metrics | None":
         from lattice_server.telemetry.metrics import Metrics
         from lattice_server.telemetry.state import State
 
-        state = State(engine.orchestrator, engine.sessions, engine.usages)
+        journal = None if engine.journal is None else engine.journal.journal
+        state = State(engine.orchestrator, engine.sessions, engine.services, journal, engine.usages)
         metrics = Metrics(config, state, __version__, engine.epoch)
     except ImportError as error:
         text = f'metrics need more packages: pip install "lattice-control-plane[telemetry]" ({error})'
         raise TelemetryError(text) from None
     engine.orchestrator.observers.append(metrics.runs)
+    engine.services.observers.append(metrics.services)
     engine.scheduler.on_pass = metrics.scheduler.note_pass
+    if journal is not None:
+        journal.on_commit = metrics.journal.note_commit
     return metrics
 
 
@@ -228,13 +232,20 @@ def rpc_server(
         None if tracing is None else tracing.runs,
     )
     if metrics is not None:
-        workers.observe_runners(metrics.runs.note_runners)
+        workers.observe_runners(metrics.workers.note_runners)
     limit_bytes = config.question_limit_bytes
+    answers = None
+    if engine.journal is not None and orchestrator.restorer is not None:
+        answers = DurableAnswers(engine.journal, orchestrator.restorer)
+    recall = None if answers is None else answers.recall
+    tasks = TaskServicer(orchestrator, parser, cache)
     server = RpcServer(
         config,
         str(engine.store.directory / SOCKET),
-        WorkflowServicer(orchestrator, engine.workflows, engine.drafts, parser, cache, slices, limit_bytes),
-        TaskServicer(orchestrator, parser, cache),
+        WorkflowServicer(
+            orchestrator, engine.workflows, engine.drafts, parser, cache, slices, limit_bytes, tasks.run, recall
+        ),
+        tasks,
         ResultsServicer(orchestrator, slices),
         ArtifactServicer(engine.store, engine.transfers, assigned),
         ClusterServicer(engine.bus, engine.sessions, cache, orchestrator.queries, describe),
@@ -243,9 +254,7 @@ def rpc_server(
         LlmServicer(engine.services, cache),
         authentication,
         slices,
-        None
-        if engine.journal is None or orchestrator.restorer is None
-        else DurableAnswers(engine.journal, orchestrator.restorer),
+        answers,
         [*([] if tracing is None else tracing.interceptors), *([] if metrics is None else [metrics.calls])],
         None if metrics is None else metrics.calls.note_error,
     )

@@ -23,13 +23,19 @@ class GarbageCollection:
     def __init__(self, is_idle: Callable[[], bool]) -> None:
         self._is_idle = is_idle
         self._before = gc.get_threshold()
+        self._has_frozen = False
         self._timer: asyncio.TimerHandle | None = None
         self._next_at = 0.0
 
     def start(self) -> None:
-        """Exempt the modules and parts that are loaded by now from collections, and set the thresholds."""
-        gc.collect()
-        gc.freeze()
+        """Exempt the modules and parts that are loaded by now from collections, and set the thresholds.
+
+        A program that has done the former itself, and serves within its own process, is left with what it chose.
+        """
+        self._has_frozen = not gc.get_freeze_count()
+        if self._has_frozen:
+            gc.collect()
+            gc.freeze()
         gc.set_threshold(YOUNG, MIDDLE, NEVER)
 
     def stop(self) -> None:
@@ -37,7 +43,8 @@ class GarbageCollection:
         if self._timer is not None:
             self._timer.cancel()
         gc.set_threshold(*self._before)
-        gc.unfreeze()
+        if self._has_frozen:
+            gc.unfreeze()
 
     def request(self) -> None:
         """Have a full collection made as soon as the server is idle, unless one was made a short time ago."""

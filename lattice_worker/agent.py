@@ -17,13 +17,14 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
 
-from lattice_worker import convert, host
+from lattice_worker import adoption, convert, host
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.artifact_upload import Uploads
 from lattice_worker.attempt_executor import AttemptExecutor
 from lattice_worker.attempt_reports import AttemptReports
 from lattice_worker.channel import MESSAGE_LIMIT_BYTES, check_cancelled, opened
 from lattice_worker.config import WorkerConfig
+from lattice_worker.egress.agent import Egress
 from lattice_worker.lease_machine import LeaseMachine
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
@@ -31,8 +32,8 @@ from lattice_worker.outbox import Leases, Outbox
 from lattice_worker.peer_fetch import PeerFetcher
 from lattice_worker.preparation import ISOLATIONS
 from lattice_worker.questions import Questions
-from lattice_worker.runner_counts import runner_counts
 from lattice_worker.runner_pool import Pool
+from lattice_worker.sandbox.policy import LEVELS
 from lattice_worker.streams import Streams
 from lattice_worker.zygotes import Zygotes
 
@@ -52,7 +53,14 @@ class Agent:
         self._config = config
         self._capacity = host.capacity(config)
         self._staging = ArtifactStaging(config.store_directory)
-        self._pool = Pool(max(1, int(self._capacity.cpu)), self._staging, Zygotes(config.server), config.engine)
+        self._pool = Pool(
+            max(1, int(self._capacity.cpu)),
+            self._staging,
+            Zygotes(config.server),
+            config.engine,
+            Egress(config.egress_networks),
+            config.named_group,
+        )
         store = config.store_directory
         incoming = self._staging.incoming
         self._fetcher = None if config.host_fd is None else PeerFetcher(config.host_fd, store, incoming)
@@ -69,13 +77,14 @@ class Agent:
             self._leases,
             self._limits,
             lambda: self._questions.last_answer,
-            lambda: runner_counts(self._pool.all(), self._pool.started),
+            lambda: self._pool.counts.take(self._pool.all()),
         )
         self._heartbeat_s = FIRST_BEAT_S
         self._silence_limit_s = DIAL_S
         self._heard_at = 0.0
         self._is_welcome = False
         self._levels: frozenset[str] = frozenset()  # Of isolation, that can be set up here.
+        self._network_levels: frozenset[str] = frozenset()  # Of them those that restrict servers.
         self._listed: frozenset[str] = frozenset()
         self._artifacts: artifact_pb2_grpc.ArtifactServiceAsyncStub | None = None
         self._uploads = Uploads(self._local_store)
@@ -93,6 +102,7 @@ class Agent:
             await self._fetcher.start()
         warming = asyncio.create_task(self._pool.warm())
         self._levels = frozenset(await self._pool.levels())
+        self._network_levels = frozenset(await self._pool.network_levels(self._levels))
         backoff_s = MIN_BACKOFF_S
         try:
             while not await self._serve_stream():
@@ -187,19 +197,24 @@ class Agent:
                 for number, level in ISOLATIONS.items()
                 if level in refusals
             ],
+            network_isolations=[number for number, level in ISOLATIONS.items() if level in self._network_levels],
+            memory_enforcement=self._memory_enforcement(),
             runtime=host.runtime(),
             version=VERSION,
             protocol_version=PROTOCOL_VERSION,
             send_time=convert.timestamp(time.time_ns()),
             held_lease_ids=self._leases.held(),
-            held_leases=[
-                worker_pb2.HeldLease(lease_id=lease_id, ended=ended, waits=self._questions.waits(lease_id))
-                for lease_id, ended in self._leases.adoptable().items()
-            ],
+            held_leases=adoption.held_leases(self._leases, self._questions),
             pid=os.getpid(),
             stored_artifact_ids=self._local_store.stored(),
             reported_artifact_ids=self._listed,
         )
+
+    def _memory_enforcement(self) -> resources_pb2.MemoryEnforcement.ValueType:
+        if self._levels.isdisjoint(LEVELS):
+            return resources_pb2.MEMORY_ENFORCEMENT_UNSPECIFIED
+        has_groups = self._pool.has_groups
+        return resources_pb2.MEMORY_ENFORCEMENT_CGROUP if has_groups else resources_pb2.MEMORY_ENFORCEMENT_MEASURED
 
     def _take(self, response: worker_pb2.ConnectResponse) -> None:
         """Handle a message, in the order of its fields."""
@@ -234,6 +249,7 @@ class Agent:
         self._limits.question_bytes = welcome.question_limit_bytes
         self._limits.chunk_bytes = welcome.chunk_limit_bytes
         self._limits.takes_calls = welcome.takes_calls
+        self._limits.takes_signals = welcome.takes_signals
         if welcome.resumed or welcome.session_id == self._leases.session_id:
             self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
         else:
@@ -247,17 +263,8 @@ class Agent:
 
     def _begin(self, session_id: str, adopted: frozenset[str]) -> None:
         """Begin a new session, with the leases of the old one that the server has adopted."""
-        reports = self._leases.reports.unacknowledged()
-        self._leases.welcome(session_id, False, (), adopted)
-        for question in self._questions.reset(adopted):
-            # One whose report is not acknowledged is asked by that.
-            if not any(report is question for report in reports):
-                self._leases.report(question.lease_id, question)
-        if adopted:
-            for report in reports:
-                if report.lease_id not in adopted:
-                    self._local_store.drop(convert.artifacts_in(report))
-        else:
+        adoption.begin(session_id, adopted, self._leases, self._questions, self._local_store)
+        if not adopted:
             # Artifacts that were made since the hello: their reports were for the old session, and are dropped.
             self._local_store.drop(self._staging.reported - self._listed)
             self._staging.settle(self._listed)

@@ -15,6 +15,7 @@ from lattice_worker import convert, outcomes
 from lattice_worker.attempt_reports import AttemptReports
 from lattice_worker.code_cache import CodeCache
 from lattice_worker.crash import Suspects
+from lattice_worker.egress.agent import Connection
 from lattice_worker.execution import Execution
 from lattice_worker.invocation import Invocation, RunnerKey, failed
 from lattice_worker.limits import Limits
@@ -268,7 +269,8 @@ class AttemptExecutor:
             on_ask=lambda asked, parts: self.questions.ask(assignment, runner, asked, parts),
             on_spans=lambda frame: self._reports.trace(assignment, frame),
             on_stream=lambda told, parts: self._stream(assignment, runner, told, parts),
-            on_end=lambda answer, parts: self._end(assignment, answer, parts),
+            on_access=lambda access: self._reports.access(lease_id, access),
+            on_end=lambda answer, parts: self._end(assignment, answer, parts, runner.connection),
             on_refused=lambda: self._start_again(assignment),
             on_given_back=lambda reason, is_suspect: self._give_back(assignment, reason, is_suspect=is_suspect),
             screen=None if runner.sandbox is None else partial(self._preparation.screened, runner),
@@ -308,12 +310,18 @@ class AttemptExecutor:
     def _fail(self, assignment: worker_pb2.Assignment, kind: str, message: str) -> None:
         self._end(assignment, failed(kind, message), [])
 
-    def _end(self, assignment: worker_pb2.Assignment, answer: dict[str, Any], blobs: list[bytes]) -> None:
+    def _end(
+        self,
+        assignment: worker_pb2.Assignment,
+        answer: dict[str, Any],
+        blobs: list[bytes],
+        connection: Connection | None = None,
+    ) -> None:
         _note("the attempt ended", assignment)
         self._forget(assignment.lease_id)
         if outcomes.has_crashed(answer):
             self._suspects.add(assignment)
-        self._reports.end(assignment, answer, blobs)
+        self._reports.end(assignment, answer, blobs, connection)
 
     def _forget(self, lease_id: str) -> None:
         if (execution := self._executions.pop(lease_id, None)) is not None:

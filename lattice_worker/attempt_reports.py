@@ -6,12 +6,13 @@ Rule: a lease ends in one report for each of its attempts, or in one that return
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from lattice.v1 import task_pb2, worker_pb2
 
 from lattice_worker import convert, outcomes
+from lattice_worker.egress.agent import Connection
 from lattice_worker.limits import Limits
 from lattice_worker.local_store import LocalStore
 from lattice_worker.tracing import traced_from_frame, traced_item
@@ -71,6 +72,13 @@ class AttemptReports:
             report.log.truncated = truncated
             self._emit(report)
 
+    def access(self, lease_id: str, access: dict[str, Any], *, is_final: bool = False) -> None:
+        """Report the accesses of a sandbox to a server: the first of them, or all of them."""
+        report = convert.report(lease_id, time.time_ns())
+        report.network_access.CopyFrom(convert.network_access(access))
+        report.network_access.final = is_final
+        self._emit(report)
+
     def spawn(
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, task: dict[str, Any], blobs: list[bytes]
     ) -> str:
@@ -101,8 +109,17 @@ class AttemptReports:
         self._emit(convert.returned(lease_id, reason))
         self._on_ended(lease_id, None)
 
-    def end(self, assignment: worker_pb2.Assignment, answer: dict[str, Any], blobs: list[bytes]) -> None:
-        """Report the end of every attempt of a lease."""
+    def end(
+        self,
+        assignment: worker_pb2.Assignment,
+        answer: dict[str, Any],
+        blobs: list[bytes],
+        connection: Connection | None = None,
+    ) -> None:
+        """Report the end of every attempt of a lease; before it all accesses of a sandbox with a `connection`."""
+        if connection is not None:
+            self._keep(self._end_connected(assignment, answer, blobs, connection))
+            return
         self._unreported.pop(assignment.lease_id, None)
         size, limit_bytes = len(assignment.attempts), self._limits.message_bytes
         level = convert.produced_at(assignment)
@@ -111,9 +128,19 @@ class AttemptReports:
             self._report_end(assignment.lease_id, answer, outcomes.reports_of(*asked))
             return
         # Meanwhile the event loop sends heartbeats and serves other leases.
-        task = asyncio.get_running_loop().create_task(self._end_large(asked, answer))
+        self._keep(self._end_large(asked, answer))
+
+    def _keep(self, ending: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(ending)
         self._converting.add(task)
         task.add_done_callback(self._converting.discard)
+
+    async def _end_connected(
+        self, assignment: worker_pb2.Assignment, answer: dict[str, Any], blobs: list[bytes], connection: Connection
+    ) -> None:
+        for access in await connection.close():
+            self.access(assignment.lease_id, access, is_final=True)
+        self.end(assignment, answer, blobs)
 
     async def _end_large(self, asked: tuple[Any, ...], answer: dict[str, Any]) -> None:
         try:

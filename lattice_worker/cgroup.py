@@ -43,14 +43,23 @@ def processes(root: Path = ROOT) -> int | None:
 
 def count(controller: str, name: str, root: Path = ROOT) -> int:
     """Return a counter of the events of this process's own group, such as `oom_kill` of `memory`; 0 where unknown."""
-    for found, group in _groups(root):
-        if found in {"", controller}:
-            for file in (f"{controller}.events", f"{controller}.oom_control"):
-                for line in _lines(group / file):
-                    key, _, value = line.partition(" ")
-                    if key == name:
-                        return int(value)
+    group = own(controller, root) or own("", root)
+    return 0 if group is None else count_in(group, controller, name)
+
+
+def count_in(group: Path, controller: str, name: str) -> int:
+    """Return a counter of the events of a group; 0 where unknown."""
+    for file in (f"{controller}.events", f"{controller}.oom_control"):
+        for line in _lines(group / file):
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
     return 0
+
+
+def own(controller: str, root: Path = ROOT) -> Path | None:
+    """Return this process's group of a controller of version 1, or with an empty name its group of version 2."""
+    return next((group for found, group in _groups(root) if found == controller), None)
 
 
 def _groups(root: Path) -> Iterator[tuple[str, Path]]:

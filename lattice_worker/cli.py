@@ -22,6 +22,7 @@ from lattice_worker.artifact_staging import DISK, locked
 from lattice_worker.channel import ChannelError, check
 from lattice_worker.config import HEAD_STORE, WorkerConfig
 from lattice_worker.containers.config import EngineConfig
+from lattice_worker.egress.addresses import networks_of
 from lattice_worker.node_join import Joiner
 
 PR_SET_PDEATHSIG = 1
@@ -95,7 +96,18 @@ def _config(flags: argparse.Namespace, directory: str, token: str) -> WorkerConf
         exit_on_close=flags.exit_on_close,
         host_fd=flags.host_fd,
         engine=EngineConfig.of(os.environ),
+        named_group=os.environ.get("LATTICE_CGROUP"),
+        egress_networks=_networks(os.environ.get("LATTICE_EGRESS_NETWORKS", "")),
     )
+
+
+def _networks(text: str) -> str:
+    """Return a list of networks. Exits when it is none: without them the worker would refuse servers."""
+    try:
+        networks_of(text)
+    except ValueError as error:
+        sys.exit(f"lattice_worker: LATTICE_EGRESS_NETWORKS must be networks such as 10.1.0.0/16, by commas: {error}")
+    return text
 
 
 @contextlib.contextmanager

@@ -17,6 +17,9 @@ class WorkerConfig:
         server: the address that clients in tasks connect to.
         host_fd: a socket to the parent process, which fetches artifacts of other nodes.
         engine: the container engine of the isolation level `docker`.
+        named_group: the control group below which those of sandboxes are made; None for one that systemd delegates,
+            empty for none.
+        egress_networks: networks that are not public, and that tasks may connect to when they list servers there.
         tls_ca, tls_cert, tls_key: PEM files.
     """
 
@@ -39,3 +42,5 @@ class WorkerConfig:
     exit_on_close: bool = False
     host_fd: int | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
+    egress_networks: str = ""
+    named_group: str | None = None

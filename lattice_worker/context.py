@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lattice_worker.endpoints import Endpoint, Llm
-from lattice_worker.runner import tracing
+from lattice_worker.runner import awaited, tracing
 from lattice_worker.runner.artifacts import Encoder
 from lattice_worker.runner.asking import AnswerError, QuestionError, decoded
 from lattice_worker.runner.blame import refusal
@@ -63,6 +63,8 @@ __all__ = [
     "service_async",
     "spawn",
     "tracer",
+    "wait_for",
+    "wait_for_async",
 ]
 
 MAX_NAME_LENGTH = 128
@@ -196,6 +198,22 @@ def ask(name: str, payload: Any = None, *, item: int | None = None) -> Any:
 async def ask_async(name: str, payload: Any = None, *, item: int | None = None) -> Any:
     """As `ask`, without blocking other coroutines."""
     return decoded(await asyncio.wrap_future(_asked(name, payload, item)))
+
+
+def wait_for(name: str, timeout: float | None = None) -> Any:
+    """Wait for a signal, which `run.signal(name, value)` sends, and return its value. See `lattice_client.context`.
+
+    Raises:
+        TimeoutError: the signal was not sent within `timeout` seconds.
+        QuestionError: the name or the timeout is wrong, or the server takes no signals.
+        RuntimeError: there is no task running here, or it is a batch.
+    """
+    return awaited.wait(_output(), name, timeout)
+
+
+async def wait_for_async(name: str, timeout: float | None = None) -> Any:
+    """As `wait_for`, without blocking other coroutines."""
+    return await awaited.wait_async(_output(), name, timeout)
 
 
 def tracer() -> Any:

@@ -179,3 +179,9 @@ def log_stream(name: str) -> run_pb2.LogStream.ValueType:
 def seconds(duration: Duration) -> float:
     """Return a duration in seconds."""
     return duration.seconds + duration.nanos / 1e9
+
+
+def network_access(access: Mapping[str, Any]) -> run_pb2.NetworkAccess:
+    """Return the message of the accesses of a sandbox to one server."""
+    verdict = run_pb2.NetworkVerdict.Value(f"NETWORK_VERDICT_{access['verdict'].upper()}")
+    return run_pb2.NetworkAccess(**{**access, "verdict": verdict})

@@ -17,7 +17,8 @@ class RunnerKey:
 
     `owner` is a lease that has a runner to itself; otherwise it is empty. `isolation` is the level of its sandbox, in
     which numerical libraries start `threads` threads; it is empty without a sandbox. `memory_bytes` is the limit of a
-    container, 0 for the default; other sandboxes are given theirs with the invocation.
+    container, 0 for the default; other sandboxes are given theirs with the invocation. `network` are the servers that
+    a sandbox may connect to.
     """
 
     tenant: str = ""
@@ -28,6 +29,7 @@ class RunnerKey:
     isolation: str = ""
     threads: int = 1
     memory_bytes: int = 0
+    network: tuple[str, ...] = ()
 
     def environment(self) -> dict[str, str]:
         """Return the variables of the runners of this key."""
@@ -42,6 +44,10 @@ def ignore_spans(frame: dict[str, Any]) -> None:
     """Do nothing with spans."""
 
 
+def ignore_access(access: dict[str, Any]) -> None:
+    """Do nothing with an access to a server."""
+
+
 @dataclass(slots=True)
 class Invocation:
     """One call of a function. `name` is the lease, `header` and `blobs` are the frame that starts it.
@@ -51,6 +57,7 @@ class Invocation:
         on_spawn: takes the header and the blobs of a spawned task.
         on_ask: takes the header and the blobs of a question.
         on_spans: takes the header of the spans of a traced attempt.
+        on_access: takes the first access of a sandbox to each server.
         on_stream: takes the header and the blobs of a chunk, or the header that says how far it is.
         on_end: takes the header and the blobs of the answer.
         on_refused: called when the runner ends without having begun the invocation.
@@ -74,6 +81,7 @@ class Invocation:
     on_refused: Callable[[], None]
     on_given_back: Callable[[str, bool], None]
     on_spans: Callable[[dict[str, Any]], None] = ignore_spans
+    on_access: Callable[[dict[str, Any]], None] = ignore_access
     screen: Callable[[dict[str, Any], list[bytes]], Frame] | None = None
     raw_left: int = 0
     ending: dict[str, Any] | None = None

@@ -15,6 +15,7 @@ class Limits:
         message_bytes: the largest message.
         chunk_bytes: the largest chunk of streamed output; 0 when the server takes no chunks.
         takes_calls: whether the server lets attempts call tasks.
+        takes_signals: whether the server lets attempts wait for signals.
         question_bytes: the largest question, and the largest answer; 0 when the server takes no questions.
     """
 
@@ -24,3 +25,4 @@ class Limits:
     question_bytes: int = 0
     chunk_bytes: int = 0
     takes_calls: bool = False
+    takes_signals: bool = False

@@ -43,7 +43,8 @@ class Preparation:
         owner = assignment.lease_id if is_alone or isolation else ""
         gpus, threads = tuple(assignment.gpu_indices), max(1, math.ceil(assignment.resources.cpu))
         memory_bytes = assignment.resources.memory_bytes if isolation == DOCKER else 0
-        return RunnerKey(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads, memory_bytes)
+        network = tuple(assignment.sandbox.network) if isolation else ()
+        return RunnerKey(assignment.tenant, bundle, gpus, is_async, owner, isolation, threads, memory_bytes, network)
 
     def missing(
         self, assignment: worker_pb2.Assignment, function: task_pb2.Function, upstream: convert.Outputs | None
@@ -87,6 +88,7 @@ class Preparation:
             "log_limit": self._limits.log_bytes,
             "question_limit": self._limits.question_bytes,
             "takes_calls": self._limits.takes_calls,
+            "takes_signals": self._limits.takes_signals,
             "chunk_limit": self._limits.chunk_bytes,
             "chunk_window": WINDOW,
             "timeout": convert.seconds(assignment.timeout),

@@ -1,4 +1,4 @@
-"""The questions and the calls of attempts, from the process that asks to the server and back.
+"""The questions, calls and awaited signals of attempts, from the process that asks to the server and back.
 
 Rule: each gets one answer, or ends with its lease; an answer that arrives twice, or late, is ignored.
 """
@@ -18,6 +18,7 @@ from lattice_worker.sandbox.results import InputError, inlined
 
 # Of one lease. The server has a limit for a run.
 MAX_UNANSWERED = 1000
+MAX_NAME_LENGTH = 128
 NOT_HERE = "the server is of a version that puts no questions to callers"
 
 
@@ -30,15 +31,18 @@ class Questions:
         self._fetching: set[asyncio.Task[None]] = set()
         self.last_answer = 0
         self._emit = emit
+        self._reading: set[str] = set()
         self._unanswered: dict[str, dict[int, tuple[Runner, worker_pb2.Report]]] = {}
 
     def ask(
         self, assignment: worker_pb2.Assignment, runner: Runner, header: dict[str, Any], blobs: list[bytes]
     ) -> None:
-        """Report a question, or a wait for a called task. Raises an exception when the header is of neither."""
+        """Report a question, or a wait for a call or a signal. Raises an exception when the header is of none."""
         is_call = header["kind"] == "await"
         report, number = (_wait if is_call else _report)(assignment, header, blobs)
         lease_id = assignment.lease_id
+        if report.awaits.HasField("signal"):
+            self._reading.add(lease_id)
         unanswered = self._unanswered.setdefault(lease_id, {})
         if number in unanswered:
             raise ValueError(f"question {number} is asked twice")
@@ -97,6 +101,11 @@ class Questions:
     def forget(self, lease_id: str) -> None:
         """Drop the questions of a lease that is over."""
         self._unanswered.pop(lease_id, None)
+        self._reading.discard(lease_id)
+
+    def reads_signals(self, lease_id: str) -> bool:
+        """Whether an attempt has waited for a signal: only the present server knows which values it has got."""
+        return lease_id in self._reading
 
     def waits(self, lease_id: str) -> list[worker_pb2.AttemptAwaits]:
         """Return the waits of a lease that have no answer."""
@@ -131,7 +140,13 @@ def _wait(assignment: worker_pb2.Assignment, header: dict[str, Any], _: list[byt
     if type(number) is not int or number < 1:
         raise ValueError(f"there is no wait {number!r}")
     report = convert.report(assignment.lease_id, time.time_ns())
-    report.awaits.number, report.awaits.task_id = number, str(header["task"])
+    report.awaits.number = number
+    if "signal" not in header:
+        report.awaits.task_id = str(header["task"])
+        return report, number
+    report.awaits.signal.name = str(header["signal"])[:MAX_NAME_LENGTH]
+    if (timeout_s := header["timeout"]) is not None:
+        report.awaits.signal.timeout.FromNanoseconds(int(timeout_s * 1e9))
     return report, number
 
 

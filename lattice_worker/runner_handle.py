@@ -12,6 +12,7 @@ from typing import Any
 
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.crash import Crash
+from lattice_worker.egress.agent import Connection
 from lattice_worker.invocation import Frame, Invocation, RunnerKey, failed, ignore_spans
 from lattice_worker.runner.frames import FrameTooLargeError
 from lattice_worker.runner_process import Listener, RunnerProcess, Starter, start_process
@@ -70,6 +71,7 @@ class Runner:
         if self.sandbox is not None:
             limit_bytes = invocation.header["memory_limit"]
             self.sandbox.watch(self.process.process.pid, limit_bytes, self.key.threads, self._fail_running)
+            self.sandbox.network.open(invocation.on_access, self._lose_network)
 
     def send_ahead(self, invocation: Invocation) -> None:
         """Pipeline an invocation: the process runs it after those it was sent before. `begin` has to follow."""
@@ -114,6 +116,11 @@ class Runner:
         """The paths of this machine that its sandbox shows, such as a bundle."""
         return () if self.sandbox is None else self.sandbox.policy.read_paths
 
+    @property
+    def connection(self) -> Connection | None:
+        """What connects its sandbox to servers."""
+        return None if self.sandbox is None else self.sandbox.network.connection
+
     def kill(self) -> None:
         """Kill the process and its descendants."""
         self.is_fit = False
@@ -156,6 +163,10 @@ class Runner:
             self._fail_running("output_size" if is_too_large else "internal", text)
             return
         self.kill()
+
+    def _lose_network(self) -> None:
+        """End the invocation that runs: what connected it to servers is gone."""
+        self._fail_running("internal", "the proxy that connects it to servers has ended")
 
     def _fail_running(self, kind: str, message: str) -> None:
         """End the invocations that run as failures of a kind, and kill the process."""

@@ -6,15 +6,17 @@ makes room for others, and spares are replaced in the background.
 
 import asyncio
 import contextlib
-from collections import Counter
+import time
 from collections.abc import Callable, Collection, Container, Iterable
 
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.containers.config import EngineConfig
 from lattice_worker.containers.containers import Containers
 from lattice_worker.containers.supervisor import ContainerSupervisor
+from lattice_worker.egress.agent import Egress
 from lattice_worker.idle_runners import IdleRunners
 from lattice_worker.invocation import RunnerKey
+from lattice_worker.runner_counts import RunnerCounts
 from lattice_worker.runner_handle import Runner
 from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.sandbox_runners import SandboxRunners
@@ -37,6 +39,8 @@ class Pool:
         staging: ArtifactStaging,
         zygotes: Zygotes | None = None,
         engine: EngineConfig | None = None,
+        egress: Egress | None = None,
+        named_group: str | None = None,
     ) -> None:
         self._wanted = spares
         self._staging = staging
@@ -46,11 +50,14 @@ class Pool:
         self._idle = IdleRunners()
         self._shared = SharedRunners()
         self._containers = Containers(engine or EngineConfig())
-        self._sandboxed = SandboxRunners(lambda sandbox: self._start_unused(sandbox=sandbox), self._containers)
+        self._egress = egress or Egress()
+        self._sandboxed = SandboxRunners(
+            lambda sandbox: self._start_unused(sandbox=sandbox), self._containers, self._egress, named_group
+        )
         self._refilling: asyncio.Task[None] | None = None
         self._is_closed = False
         self.retired: Container[str] = ()
-        self.started: Counter[str] = Counter()  # Runners by level of isolation, for metrics.
+        self.counts = RunnerCounts()  # For metrics.
         self.on_gone: Callable[[], None] = lambda: None
 
     async def warm(self) -> None:
@@ -63,19 +70,31 @@ class Pool:
         """Return the levels of isolation that can be set up on this machine."""
         return await self._sandboxed.levels()
 
+    async def network_levels(self, levels: Iterable[str]) -> list[str]:
+        """Return which of these levels restrict the servers that a task may connect to."""
+        return await self._sandboxed.network_levels(levels)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the kernel limits the memory of sandboxes that are forked."""
+        return self._sandboxed.has_groups
+
     def level_refusals(self) -> dict[str, str]:
         """Return by level why it cannot be set up on this machine; filled by `levels`."""
         return dict(self._sandboxed.refusals)
 
     async def take(self, key: RunnerKey) -> Runner:
         """Return a runner that can run one more invocation. Raises OSError and SandboxError."""
+        if (idle := self.take_idle(key)) is not None:
+            return idle
+        self.counts.waited[key.isolation] += 1
         if key.isolation:
             return await self._sandboxed.take(key)
         if key.is_async:
             runner = await self._shared.get_or_start(key, self._start)
             self._idle.remove(runner)
             return runner
-        return self.take_idle(key) or await self._start(key)
+        return await self._start(key)
 
     def take_idle(self, key: RunnerKey) -> Runner | None:
         """Return a runner that can run one more invocation now, or None."""
@@ -122,10 +141,23 @@ class Pool:
         for runner in list(self._all):
             runner.kill()
         self._zygotes.close()
+        self._egress.close()
 
     async def wait_closed(self) -> None:
-        """Wait until the containers are removed. `close` comes first."""
+        """Wait until control groups and containers are removed. `close` comes first."""
+        # Also when a second signal ends the worker at once: processes that were killed end soon.
+        groups = asyncio.ensure_future(self._close_groups())
+        try:
+            await asyncio.shield(groups)
+        except asyncio.CancelledError:
+            await groups
+            raise
+        await self._egress.wait_closed()
         await self._containers.close()
+
+    async def _close_groups(self) -> None:
+        await self._zygotes.wait_closed()
+        await self._sandboxed.close_groups()
 
     def check(self) -> None:
         """Assert that each runner that takes invocations runs one or can be taken."""
@@ -141,11 +173,13 @@ class Pool:
         return runner
 
     async def _start_unused(self, *, is_async: bool = False, sandbox: Supervisor | None = None) -> Runner:
+        started, level = time.monotonic(), "" if sandbox is None else sandbox.policy.level
         runner = Runner(self._staging, self._put_back, self._forget, sandbox)
         starter = sandbox if isinstance(sandbox, ContainerSupervisor) else self._zygotes
         await runner.start(starter, is_async=is_async)
         self._all.add(runner)
-        self.started["" if sandbox is None else sandbox.policy.level] += 1
+        self.counts.started[level] += 1
+        runner.when_ready(lambda: self.counts.note_ready(level, time.monotonic() - started))
         return runner
 
     def _refill(self) -> None:

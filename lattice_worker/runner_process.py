@@ -103,8 +103,11 @@ async def start_process(
         given.callback(os.close, memory)
         marks = StepMarks(memory)
         undo.callback(marks.close)
-        descriptors = (theirs.fileno(), out_write, err_write, pipeline.claims, memory)
+        descriptors = [theirs.fileno(), out_write, err_write, pipeline.claims, memory]
         request = None if sandbox is None else sandbox.request(folder)
+        if sandbox is not None and (network := sandbox.network.handover()) is not None:
+            descriptors.append(network.fileno())
+            given.callback(network.close)
         process = await starter.fork("async" if is_async else "process", descriptors, request)
         undo.pop_all()
     limit_bytes = MAX_FRAME_BYTES if sandbox is None else sandbox.frame_bytes

@@ -2,14 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Container
+from collections.abc import Awaitable, Callable, Container, Iterable
 
 from lattice_worker.containers.containers import Containers
 from lattice_worker.containers.engine import EngineError
 from lattice_worker.containers.supervisor import ContainerSupervisor
+from lattice_worker.egress.agent import Egress
 from lattice_worker.invocation import RunnerKey
 from lattice_worker.runner_handle import Runner
 from lattice_worker.sandbox.advice import advised
+from lattice_worker.sandbox.memory_groups import GroupError, MemoryGroups
 from lattice_worker.sandbox.policy import DOCKER, LEVELS, Policy, container_policy, policy_of
 from lattice_worker.sandbox.spares import Spares
 from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
@@ -18,6 +20,7 @@ log = logging.getLogger(__name__)
 
 SPARES = 1  # Of each policy.
 SEAL_S = 60.0
+NETWORK = ("lattice.invalid:443",)  # Of the trial; nothing connects to it.
 
 
 class SandboxRunners:
@@ -26,16 +29,42 @@ class SandboxRunners:
     `refusals` are the levels that cannot be set up here, with the reasons, once `levels` has tried.
     """
 
-    def __init__(self, start: Callable[[Supervisor], Awaitable[Runner]], containers: Containers) -> None:
+    def __init__(
+        self,
+        start: Callable[[Supervisor], Awaitable[Runner]],
+        containers: Containers,
+        egress: Egress,
+        named_group: str | None = None,
+    ) -> None:
         self._start = start
         self._containers = containers
+        self._egress = egress
+        self._named_group = named_group
+        self._groups: MemoryGroups | None = None
         self.refusals: dict[str, str] = {}
         self._spares: Spares[Runner] = Spares(self._seal, SPARES)
 
     async def levels(self) -> list[str]:
         """Return the levels of isolation that can be set up here: a process was sealed for each and accepted."""
+        try:
+            self._groups = await MemoryGroups.open(self._named_group)
+        except GroupError as error:
+            log.warning("isolation by %s is not offered: %s", " and ".join(LEVELS), error)
+            self.refusals |= dict.fromkeys(LEVELS, str(error))
+            return [DOCKER] if await self._offers_containers() else []
         offered = await asyncio.gather(*map(self._offers, LEVELS), self._offers_containers())
         return [level for level, is_offered in zip((*LEVELS, DOCKER), offered, strict=True) if is_offered]
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the kernel limits the memory of forked processes."""
+        return self._groups is not None
+
+    async def network_levels(self, levels: Iterable[str]) -> list[str]:
+        """Return which of these levels restrict a task to some servers: a process was sealed for each and accepted."""
+        found = [level for level in levels if policy_of(level).has_namespaces]
+        offered = await asyncio.gather(*(self._offers(level, NETWORK) for level in found))
+        return [level for level, is_offered in zip(found, offered, strict=True) if is_offered]
 
     async def take(self, key: RunnerKey) -> Runner:
         """Return a runner that was never used. Raises OSError and SandboxError."""
@@ -61,11 +90,24 @@ class SandboxRunners:
         """End the runners that wait."""
         self._spares.close()
 
-    async def _offers(self, level: str) -> bool:
-        policy = _policy(RunnerKey(isolation=level))
+    async def close_groups(self) -> None:
+        """Remove the control groups. All processes have to have ended."""
+        if self._groups is not None:
+            await asyncio.to_thread(self._groups.close)
+            self._groups = None
+
+    async def _offers(self, level: str, network: tuple[str, ...] = ()) -> bool:
+        policy = _policy(RunnerKey(isolation=level, network=network))
         try:
-            self._spares.add(policy, await self._seal(policy))
+            runner = await self._seal(policy)
+            if network:
+                runner.kill()
+                return True
+            self._spares.add(policy, runner)
         except (OSError, SandboxError) as error:
+            if network:
+                log.warning("servers that a task may connect to are not restricted at %s: %s", level, error)
+                return False
             self.refusals[level] = advised(str(error).removeprefix(f"{level}: "))
             log.warning("isolation by %s is not offered: %s", level, self.refusals[level])
             return False
@@ -83,7 +125,10 @@ class SandboxRunners:
 
     async def _seal(self, policy: Policy) -> Runner:
         """Start a runner that is sealed and accepted. Raises OSError and SandboxError."""
-        supervisor = ContainerSupervisor(policy, self._containers) if policy.is_container else Supervisor(policy)
+        if policy.is_container:
+            supervisor: Supervisor = ContainerSupervisor(policy, self._containers, self._egress)
+        else:
+            supervisor = Supervisor(policy, self._egress, self._groups)
         try:
             runner = await self._start(supervisor)
         except BaseException:
@@ -104,5 +149,8 @@ def _policy(key: RunnerKey) -> Policy:
     if key.isolation == DOCKER:
         if key.gpu_indices:
             raise SandboxError("docker: a container is given no GPU; isolation='seccomp' gives one")
-        return container_policy(key.bundle, key.memory_bytes, key.threads)
-    return policy_of(key.isolation, key.bundle, key.gpu_indices)
+        return container_policy(key.bundle, key.memory_bytes, key.threads, key.network)
+    policy = policy_of(key.isolation, key.bundle, key.gpu_indices, key.network)
+    if policy.network and not policy.has_namespaces:
+        raise SandboxError(f"{key.isolation}: a worker that is not root restricts no network; isolation='seccomp' does")
+    return policy

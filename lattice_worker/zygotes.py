@@ -45,6 +45,11 @@ class Zygotes:
         for zygote in self._current.values():
             zygote.close()
 
+    async def wait_closed(self) -> None:
+        """Wait until the zygotes, and with them all processes, have ended. `close` comes first."""
+        for zygote in self._current.values():
+            await zygote.process.wait()
+
     def _clean(self, zygote: Zygote) -> None:
         task = asyncio.get_running_loop().create_task(self._end_orphans(zygote))
         self._cleaning.add(task)

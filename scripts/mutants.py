@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("lattice_client", "lattice_server", "lattice_worker", "proto", "tests", "docs", "examples", "benchmarks")
+LEFT_OUT = ("node_modules", "__pycache__", ".build")
 LIMIT_S = 300
 
 
@@ -33,7 +34,7 @@ def mutants() -> list[dict[str, str]]:
 def is_noticed(mutant: dict[str, str], folder: Path) -> bool:
     """Whether a test fails with a break."""
     for name in COPIED:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("node_modules", "__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
     for path in [*ROOT.glob("*.md"), ROOT / "pyproject.toml"]:
         shutil.copy(path, folder)
     broken = folder / mutant["file"]

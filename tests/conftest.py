@@ -4,6 +4,7 @@ With LATTICE_REQUIRE_ALL=1, as in CI, a skip is a failure, unless it waits for a
 processes; `lattice stop` of one finds no server of another.
 """
 
+import gc
 import os
 import sys
 import tempfile
@@ -19,6 +20,9 @@ from tests.examples import share
 # Hundreds of Python processes are started; each would compile Lattice where the environment keeps byte code from disk.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# What is imported and collected is kept: collections of garbage begin with the first test.
+gc.disable()
 
 # Tests serve in their own process, which starts workers: see `lattice_server/__init__.py`. Read when gRPC is imported.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -62,6 +66,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from tests.groups import rank_of
 
         items.sort(key=lambda item: rank_of(item.nodeid))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Exempt all tests and modules from garbage collections: one that looks through them takes a quarter of a second.
+
+    Each server in a test makes one when it starts.
+    """
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

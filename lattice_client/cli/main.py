@@ -105,8 +105,16 @@ def nodes(context: click.Context, server: Server, as_json: bool) -> None:
     ]
     show(("node", "state", "address", "cpu free", "GiB free", "gpus", "attempts"), rows, wrapped="node")
     for node in found:
+        if node.memory_enforcement in LIMITED:
+            say(f"{node.node_id}: the memory of sandboxes is {LIMITED[node.memory_enforcement]}")
         for refusal in node.isolation_refusals:
             say(f"{node.node_id} does not offer isolation {_level(refusal)}: {one_line(refusal.reason)}")
+
+
+LIMITED = {
+    resources_pb2.MEMORY_ENFORCEMENT_CGROUP: "limited by the kernel (cgroup)",
+    resources_pb2.MEMORY_ENFORCEMENT_MEASURED: "measured by the worker every 50 ms",
+}
 
 
 def _level(refusal: resources_pb2.IsolationRefusal) -> str:

@@ -112,6 +112,8 @@ class Progress:
                 row = self._row_of(event)
                 newest = self._lines.open_line(event), *(line for _, line in reversed(completed))
                 row.note = next(filter(str.strip, newest), row.note)
+            case "signal_awaited":
+                self._row_of(event).note = f"waits for signal {event.data['name']!r}"
             case kind if kind in MOVES:
                 self._move(event)
         return [self._prefixed(task_id, line) for task_id, line in completed]

@@ -1,7 +1,8 @@
 """Owns the commands `lattice runs ...`. Rule: a failed or cancelled run is one message and exit status 1."""
 
 import asyncio
-import signal
+import json
+import signal as signals
 
 import click
 from lattice.v1 import run_pb2, task_pb2
@@ -18,12 +19,14 @@ RUN_COLUMNS = ("run", "name", "state", "tasks", "since (UTC)")
 
 @click.group()
 def runs() -> None:
-    """List, show, watch, cancel, delete and retry runs; read their output and times."""
+    """List, show, watch, signal, cancel, delete and retry runs; read their output and times."""
 
 
 def state_of(run: run_pb2.Run) -> str:
-    """Return the state of a run, and whether it is open."""
-    return run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower() + ", open" * run.open
+    """Return the state of a run, whether it is open, and the signals that it waits for."""
+    state = run_pb2.RunState.Name(run.state).removeprefix("RUN_STATE_").lower() + ", open" * run.open
+    names = [one_line(name) for name in run.awaited_signals]
+    return f"{state}, waits for signal {' '.join(names)}" if names else state
 
 
 def run_row(run: run_pb2.Run) -> tuple[str, ...]:
@@ -86,6 +89,23 @@ def cancel(server: Server, as_json: bool, run_id: str) -> None:
 
 @runs.command()
 @address
+@click.argument("run_id")
+@click.argument("name")
+@click.argument("value", default="null")
+def signal(server: Server, run_id: str, name: str, value: str) -> None:
+    """Send a signal to a run, for `context.wait_for(NAME)` in tasks of it. VALUE is JSON, such as true or '"yes"'."""
+    try:
+        decoded = json.loads(value)
+    except ValueError as error:
+        text = f"{value!r} is not JSON ({error}); a text is written with quotes, as '\"yes\"'"
+        raise click.BadParameter(text, param_hint="VALUE") from None
+    with connected(server) as client:
+        client.signal_run(run_id, name, decoded)
+    say(f"Run {run_id} has got signal {name}.")
+
+
+@runs.command()
+@address
 @as_json
 @click.argument("run_id")
 def retry(server: Server, as_json: bool, run_id: str) -> None:
@@ -129,4 +149,4 @@ def watch(server: Server, as_json: bool, run_id: str) -> None:
         asyncio.run(watch_run(server, run_id, as_json))
     except KeyboardInterrupt:
         say(f"The run continues; `lattice runs cancel {run_id}` would end it.", err=True)
-        raise SystemExit(128 + signal.SIGINT) from None
+        raise SystemExit(128 + signals.SIGINT) from None

@@ -5,7 +5,7 @@ Rule: no value is unpickled; only JSON is decoded.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,9 +92,25 @@ def _print_plain(event: RunEvent, lines: Lines) -> None:
     failure = event.data.get("failure")
     outputs = event.data.get("outputs")
     shown = f"{failure['kind']}: {failure['message']}" if failure else written(outputs) if outputs else ""
+    if signal := event.data.get("name"):
+        shown = f"{signal} {written({'value': event.data['value']})}" if "value" in event.data else signal
+    if unread := event.data.get("unread_signals"):
+        shown = f"{shown} no task took signal {' '.join(unread)}"
+    if event.type == "task_network_access":
+        shown = _access(event.data)
     if added := event.data.get("task_ids"):
         shown = f"{len(added)} tasks"
     echo(event.type, label_of(event.task_id, event.data.get("display_name", "")), " ".join(shown.split()))
+
+
+def _access(data: Mapping[str, Any]) -> str:
+    """Return what an attempt had of one server as text."""
+    verdict = data["verdict"].replace("_", " ")
+    text = f"{data['host'] or 'other servers'}:{data['port']} {verdict}"
+    if data["final"]:
+        size = f", {data['sent_bytes']} bytes sent, {data['received_bytes']} received"
+        return f"{text}: {data['connections']} connections{size if data['verdict'] == 'allowed' else ''}"
+    return printable(f"{text}: {data['message']}" if data["message"] else text).plain
 
 
 async def _watch_live(client: AsyncLatticeClient, run: run_pb2.Run) -> None:

@@ -50,9 +50,11 @@ async def event_of(message: run_pb2.RunEvent, decode: Decode, declared: Declared
             case "outputs":
                 found = ordered(value, declared.get(body.task_id.partition("[")[0], ()))
                 data["outputs"] = await decode_all(body.task_id, found, decode)
+            case "value":
+                data["value"] = await decode(value, f"signal {body.name!r}")
             case "failure":
                 data["failure"] = failure_of(value) if body.HasField("failure") else None
-            case "gpu_indices" | "task_ids":
+            case "gpu_indices" | "task_ids" | "unread_signals":
                 data[field.name] = list(value)
             case "state":
                 data["state"] = run_pb2.RunState.Name(value).removeprefix("RUN_STATE_").lower()
@@ -60,11 +62,20 @@ async def event_of(message: run_pb2.RunEvent, decode: Decode, declared: Declared
                 data["stream"] = "stderr" if value == run_pb2.LOG_STREAM_STDERR else "stdout"
             case "duration" | "queue_time":
                 data[f"{field.name}_s"] = value.ToNanoseconds() / 1e9 if body.HasField(field.name) else None
+            case "access":
+                data |= _access_of(value)
             case "retry_time":
                 data["retry_time_s"] = value.ToNanoseconds() / 1e9
             case _:
                 data[field.name] = value
     return RunEvent(message.sequence, message.time.ToNanoseconds() / 1e9, kind, data.get("task_id", ""), data)
+
+
+def _access_of(access: run_pb2.NetworkAccess) -> dict[str, Any]:
+    """Return the fields of a fact about connections, its verdict as a word such as `not_listed`."""
+    verdict = run_pb2.NetworkVerdict.Name(access.verdict).removeprefix("NETWORK_VERDICT_").lower()
+    plain = {field.name: getattr(access, field.name) for field in access.DESCRIPTOR.fields}
+    return {**plain, "verdict": verdict}
 
 
 def message_of(event: RunEvent, workflow_id: str, run_id: str) -> dict[str, Any] | None:

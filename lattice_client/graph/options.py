@@ -41,6 +41,7 @@ class TaskOptions(TypedDict, total=False):
     priority: int
     node_selector: Mapping[str, str] | None
     isolation: str
+    network: Sequence[str]
     modules: Sequence[Item]
     exclude: Sequence[str]
     fresh_process: bool

@@ -21,6 +21,8 @@ MAX_INT = 2**31 - 1
 MAX_RETRIES = 9_999
 MAX_BATCH = 100_000
 MAX_WAIT_S = 30 * 24 * 3600
+# For how long a run that ends with its client waits for the client to connect again.
+DISCONNECT_GRACE_S = 1.0
 # The longest time limit of a run that fits the contract.
 MAX_TIMEOUT_S = 10**11
 Choice = TypeVar("Choice")
@@ -39,11 +41,14 @@ class TaskRunSettings(TypedDict, total=False):
         labels: names and values by which `list_runs` finds the run.
         priority: of this tenant's queued tasks, those of higher priority start first.
         timeout: seconds after which the run fails.
+        cancel_on_disconnect: whether the run is cancelled when this client is disconnected for a second, such as by the
+            end of its process, or when nothing refers to the run any more. A number is another time in seconds.
     """
 
     labels: Mapping[str, str] | None
     priority: int
     timeout: float | None
+    cancel_on_disconnect: bool | float
 
 
 class RunSettings(TaskRunSettings, total=False):
@@ -53,6 +58,7 @@ class RunSettings(TaskRunSettings, total=False):
         labels: names and values by which `list_runs` finds the run.
         priority: of this tenant's queued tasks, those of higher priority start first.
         timeout: seconds after which the run fails.
+        cancel_on_disconnect: see `TaskRunSettings`.
         parameters: values of the workflow's parameters, by name.
     """
 
@@ -68,11 +74,21 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     parameters = settings.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise TaskDefinitionError(f'a run\'s parameters are one dict, {{"name": ...}}, not {parameters!r}')
+    disconnect_grace_s(settings.get("cancel_on_disconnect", False))
     timeout = settings.get("timeout")
     if timeout is None:
         return
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_S:
         raise TaskDefinitionError(f"a run's timeout must be seconds above 0, not {timeout!r}")
+
+
+def disconnect_grace_s(given: Any) -> float | None:
+    """Return after how many seconds without its client a run is cancelled, or None. Raises TaskDefinitionError."""
+    if isinstance(given, bool):
+        return DISCONNECT_GRACE_S if given else None
+    if not isinstance(given, int | float) or not 0 < given <= MAX_WAIT_S:
+        raise TaskDefinitionError(f"cancel_on_disconnect must be true, false or seconds above 0, not {given!r}")
+    return float(given)
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,8 @@ class TaskSettings:
         priority: of your queued tasks, those of higher priority start first.
         node_selector: labels that the node must have.
         isolation: none, subprocess, seccomp or docker.
+        network: the servers that a task with isolation may connect to, each `name:port`, such as
+            `api.example.com:443` or `*.example.com:443`. Without any it has no network.
     """
 
     retries: int = 0
@@ -112,6 +130,7 @@ class TaskSettings:
     priority: int = 0
     node_selector: Mapping[str, str] | None = field(default=None)
     isolation: str = "none"
+    network: Sequence[str] = ()
 
     def to_proto(self, label: str) -> task_pb2.TaskSpec:
         """Return the settings as part of a task. Raises TaskDefinitionError naming the task and the setting."""
@@ -139,6 +158,8 @@ class TaskSettings:
             priority=self.priority,
             node_selector=labels,
         )
+        if servers := self._network(label):
+            spec.sandbox.network.extend(servers)
         if self.retries:
             spec.retry.CopyFrom(self._retry(label))
         elif self.retry_on or self.retry_backoff is not None:
@@ -154,6 +175,15 @@ class TaskSettings:
         elif self.batch_timeout is not None:
             raise _bad(label, "batch_timeout", "used together with batch_size")
         return spec
+
+    def _network(self, label: str) -> Sequence[str]:
+        servers = self.network
+        if isinstance(servers, str) or not all(isinstance(server, str) for server in servers):
+            raise _bad(label, "network", f"a list of texts such as 'api.example.com:443', not {servers!r}")
+        if servers and self.isolation == "none":
+            levels = ", ".join(level for level in ISOLATIONS if level != "none")
+            raise _bad(label, "network", f"used together with isolation, one of {levels}")
+        return servers
 
     def _retry(self, label: str) -> task_pb2.RetryPolicy:
         policy = task_pb2.RetryPolicy(max_attempts=self.retries + 1)

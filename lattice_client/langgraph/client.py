@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
+from lattice_client.graph.settings import disconnect_grace_s
 from lattice_client.langgraph.invocation import Loop
 from lattice_client.sync import LatticeClient
 from lattice_client.transport.security import SecurityOptions
@@ -16,12 +17,21 @@ class LangGraphClient:
     """Runs nodes, tools and tasks of LangGraph graphs on a server.
 
     `task` wraps one function; `compile` takes a whole graph. Results are those of plain LangGraph; docs/langgraph.md
-    lists the differences. It connects as `LatticeClient` does.
+    lists the differences. It connects as `LatticeClient` does. An invocation is cancelled when this client is
+    disconnected for 30 s, or with `cancel_on_disconnect` for one second, or that many.
     """
 
-    def __init__(self, target: str | None = None, **security: Unpack[SecurityOptions]) -> None:
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        cancel_on_disconnect: bool | float = False,
+        **security: Unpack[SecurityOptions],
+    ) -> None:
+        disconnect_grace_s(cancel_on_disconnect)
         self._client = LatticeClient(target, **security)
         self._loop = Loop()
+        self._cancel_on_disconnect = cancel_on_disconnect
 
     def __enter__(self) -> Self:
         return self
@@ -38,7 +48,7 @@ class LangGraphClient:
     def _runner(self) -> "Runner":
         from lattice_client.langgraph.stubs import Runner
 
-        return Runner(self._client, self._loop)
+        return Runner(self._client, self._loop, cancel_on_disconnect=self._cancel_on_disconnect)
 
     def task(self, function: Any = None, /, **settings: Any) -> Any:
         """Wrap a function, so that a call runs on the server and has the function's result or exception.

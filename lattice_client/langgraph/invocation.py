@@ -104,11 +104,14 @@ class Started:
 class Invocation:
     """One open run, opened by the first call. Each call of a node is a task of it."""
 
-    def __init__(self, client: AsyncLatticeClient, loop: Loop, name: str) -> None:
+    def __init__(
+        self, client: AsyncLatticeClient, loop: Loop, name: str, *, cancel_on_disconnect: bool | float = False
+    ) -> None:
         self.run_id = ""
         self._client = client
         self._loop = loop
         self._name = name
+        self._cancel_on_disconnect = cancel_on_disconnect
         self._opening: asyncio.Task[AsyncOpenRun] | None = None
         self._routes: dict[str, Deliver] = {}
         self._numbers: dict[str, itertools.count[int]] = {}
@@ -168,7 +171,8 @@ class Invocation:
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> AsyncOpenRun:
-        run = await self._client.open_run(self._name, on_question=self._ask)
+        tie = self._cancel_on_disconnect
+        run = await self._client.open_run(self._name, on_question=self._ask, cancel_on_disconnect=tie)
         self.run_id = str(run)
         return run
 

@@ -25,14 +25,15 @@ from lattice_client.sync import LatticeClient
 class Runner:
     """Makes stubs, and runs their calls in the open run of the present invocation, or in one of their own."""
 
-    def __init__(self, client: LatticeClient, loop: Loop) -> None:
+    def __init__(self, client: LatticeClient, loop: Loop, *, cancel_on_disconnect: bool | float = False) -> None:
         self._client = client
+        self._cancel_on_disconnect = cancel_on_disconnect
         self._loop = loop
         self._stubs: dict[int, tuple[Any, Any]] = {}
 
     def invocation(self, name: str) -> Invocation:
         """Return the invocation of a graph, whose run is opened by its first call."""
-        return Invocation(self._client.aio, self._loop, name)
+        return Invocation(self._client.aio, self._loop, name, cancel_on_disconnect=self._cancel_on_disconnect)
 
     def definition(
         self, function: Callable[..., Any], name: str, settings: Mapping[str, Any]

@@ -1,12 +1,14 @@
 """Owns the calls that read or change runs, stored workflows and nodes. Rule: a repeated call changes nothing more."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 from uuid import uuid4
 
 from lattice.v1 import cluster_pb2, run_pb2, task_pb2, workflow_pb2
 
 from lattice_client.convert.events import run_state
 from lattice_client.runs.paging import PAGE_SIZE, pages
+from lattice_client.runs.questions import inline_payload
 from lattice_client.transport.channel import Channel
 from lattice_client.transport.requests import duration, made
 
@@ -75,6 +77,13 @@ class Calls:
         """Delete a run that has ended."""
         request = made(workflow_pb2.DeleteRunRequest, run_id=run_id, request_id=uuid4().hex)
         await self._rpc.call(self._rpc.workflows.DeleteRun, request)
+
+    async def signal_run(self, run_id: str, name: str, value: Any) -> None:
+        """Send a signal to a run."""
+        limit_bytes = (await self._rpc.limits()).question_bytes
+        payload = inline_payload(value, f"the value of signal {name!r}", limit_bytes)
+        request = made(workflow_pb2.SignalRunRequest, run_id=run_id, name=name, value=payload, request_id=uuid4().hex)
+        await self._rpc.call(self._rpc.workflows.SignalRun, request)
 
     async def cancel_task(self, run_id: str, task_id: str) -> run_pb2.TaskRun:
         """Cancel one task of a run."""

@@ -71,7 +71,8 @@ def decoded(found: Any, trust_pickles: bool = False) -> Any:
         case list():
             return [decoded(value, trust_pickles) for value in found]
         case RunEvent():
-            return replace(found, data=decoded(found.data, trust_pickles)) if "outputs" in found.data else found
+            has_values = "outputs" in found.data or "value" in found.data
+            return replace(found, data=decoded(found.data, trust_pickles)) if has_values else found
         case RunError():
             try:
                 raise _rebuilt(found, trust_pickles)

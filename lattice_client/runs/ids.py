@@ -2,16 +2,10 @@
 
 from types import MappingProxyType
 
-from lattice.v1 import workflow_pb2
-
 from lattice_client.convert.results import Declared
 from lattice_client.errors import TaskDefinitionError
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import TaskOutput
-from lattice_client.transport.channel import OpenCall
-
-# The call that started a run, and that ends with the run's result.
-StartCall = OpenCall[workflow_pb2.ExecuteWorkflowResponse]
 
 
 class RunId(str):

@@ -14,7 +14,7 @@ from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import TaskOutput
-from lattice_client.graph.settings import TaskRunSettings
+from lattice_client.graph.settings import TaskRunSettings, disconnect_grace_s
 from lattice_client.graph.workflow import Graph
 from lattice_client.runs.answering import AnsweringTasks, Questions, answer_by
 from lattice_client.runs.api import RunApi
@@ -64,7 +64,8 @@ class AsyncOpenRun(AsyncRun):
         """
         opening = await api.starter.opening(request.graph, request.run_id, request.settings)
         limits = await api.channel.limits()
-        grace_s = limits.open_run_grace.ToNanoseconds() / 1e9
+        grace_s = disconnect_grace_s(request.settings.get("cancel_on_disconnect", False))
+        grace_s = grace_s or limits.open_run_grace.ToNanoseconds() / 1e9
         stream = OpenRunStream(api.channel, workflow_pb2.OpenRunOpening(run=opening), grace_s)
         questions = Questions(stream, limits.question_bytes, api.transfer.trust_pickles)
         await stream.open()
@@ -157,10 +158,12 @@ class AsyncOpenRun(AsyncRun):
                 return await self.api.reader.output_in(ended, self, task)
             return await self.api.reader.output_of(self, task)
 
-    async def fetched_result(self, timeout: float | None = None, partial: bool = False) -> Any:
+    async def fetched_result(
+        self, timeout: float | None = None, partial: bool = False, grace_s: float | None = None
+    ) -> Any:
         """Close the run and wait for its end; return the fetched result, or the error, for `decoded`."""
         await self.close(timeout)
-        return await super().fetched_result(timeout, partial)
+        return await super().fetched_result(timeout, partial, grace_s)
 
     async def as_completed(self, tasks: Iterable[LatticeTask]) -> AsyncIterator[LatticeTask]:
         """Yield tasks of the run in the order in which they end, including failed ones."""

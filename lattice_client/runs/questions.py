@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from lattice.v1 import errors_pb2, workflow_pb2
+from lattice.v1 import errors_pb2, payload_pb2, workflow_pb2
 
 from lattice_client import errors
 from lattice_client.convert import payloads
@@ -58,17 +58,8 @@ class Question:
         Raises TaskDefinitionError when the value cannot be pickled, or is larger than the server's limit; the question
         can then be answered with another value.
         """
-        try:
-            media_type, data = payloads.encode(value)
-        except Exception as error:
-            text = f"the answer to {self!r} cannot be pickled: {type(error).__name__}: {error}"
-            raise errors.TaskDefinitionError(text) from error
-        message = workflow_pb2.QuestionAnswer(question_id=self.question_id)
-        message.payload.CopyFrom(payloads.inline(media_type, data))
-        if (size := message.payload.ByteSize()) > self._limit_bytes:
-            text = f"the answer to {self!r} has {size} bytes, and the limit is {self._limit_bytes}"
-            raise errors.TaskDefinitionError(f"{text}: give the task a larger value as an input")
-        return self._send(message)
+        payload = inline_payload(value, f"the answer to {self!r}", self._limit_bytes)
+        return self._send(workflow_pb2.QuestionAnswer(question_id=self.question_id, payload=payload))
 
     def fail(self, error: BaseException | str) -> bool:
         """Answer with an error, of which the task gets the type and the text. Returns as `answer`."""
@@ -79,6 +70,20 @@ class Question:
             failure.type = _sendable(type(error).__qualname__)
             failure.message = _sendable(_text_of(error))
         return self._send(workflow_pb2.QuestionAnswer(question_id=self.question_id, failure=failure))
+
+
+def inline_payload(value: Any, what: str, limit_bytes: int) -> payload_pb2.Payload:
+    """Return a value as an inline payload. Raises TaskDefinitionError when it cannot be pickled, or is too large."""
+    try:
+        media_type, data = payloads.encode(value)
+    except Exception as error:
+        text = f"{what} cannot be pickled: {type(error).__name__}: {error}"
+        raise errors.TaskDefinitionError(text) from error
+    payload = payloads.inline(media_type, data)
+    if (size := payload.ByteSize()) > limit_bytes:
+        text = f"{what} has {size} bytes, and the limit is {limit_bytes}"
+        raise errors.TaskDefinitionError(f"{text}: give the task a larger value as an input")
+    return payload
 
 
 def _text_of(error: BaseException) -> str:

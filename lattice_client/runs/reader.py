@@ -21,10 +21,11 @@ from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import TaskOutput
 from lattice_client.runs.artifacts import Transfer
 from lattice_client.runs.decoding import Part
-from lattice_client.runs.ids import RunId, StartCall, task_id_of
+from lattice_client.runs.executions import Execution
+from lattice_client.runs.ids import RunId, task_id_of
 from lattice_client.runs.paging import PAGE_SIZE, pages
 from lattice_client.transport.channel import Channel
-from lattice_client.transport.reconnection import OnLoss, Reconnection, limited
+from lattice_client.transport.reconnection import MAX_BACKOFF_S, OnLoss, Reconnection, limited
 from lattice_client.transport.requests import duration, made
 
 if TYPE_CHECKING:
@@ -77,10 +78,15 @@ class Reader:
         """Limit the duration of a block; see `reconnection.limited`."""
         return limited(self._rpc, run_id, timeout, task_id, allowed_s)
 
-    async def ended(self, run_id: str, call: StartCall | None = None) -> results_pb2.GetResultResponse:
-        """Wait for a run's end; return the server's answer. `call` started the run. Raises RequestError."""
-        last = None if call is None else await call.last()
-        return await self._get_result(run_id) if last is None else last.ended
+    async def ended(
+        self, run_id: str, execution: Execution | None = None, grace_s: float | None = None
+    ) -> results_pb2.GetResultResponse:
+        """Wait for a run's end; return the server's answer. Raises RequestError.
+
+        `execution` started the run. With `grace_s` the run ends with this client, see `disconnect_grace_s`.
+        """
+        last = None if execution is None else await execution.ended()
+        return await self._get_result(run_id, grace_s) if last is None else last.ended
 
     async def result_in(
         self,
@@ -95,10 +101,13 @@ class Reader:
 
     async def outcome_of(self, response: task_pb2.RunTaskResponse, task: LatticeTask) -> Any:
         """Wait for the end of a task that runs alone; return its fetched outputs, or its error."""
+        tie = response.run.cancel_on_disconnect
+        grace_s = tie.ToNanoseconds() / 1e9 if response.run.HasField("cancel_on_disconnect") else None
         if response.run.state == run_pb2.RUN_STATE_SUCCEEDED:
             outputs = results.ordered(response.task.outputs, task.definition.outputs)
             return await results.decode_all(response.task.task_id, outputs, self._transfer.fetch)
-        return await self.result_in(await self.ended(response.run.run_id), declared=results.declared_by([task]))
+        ended = await self.ended(response.run.run_id, grace_s=grace_s)
+        return await self.result_in(ended, declared=results.declared_by([task]))
 
     async def error_of(self, run: run_pb2.Run) -> errors.RunError | None:
         """Return the error of an ended run, with the display name of the failed task; None when the run succeeded."""
@@ -174,15 +183,25 @@ class Reader:
                 if not is_complete:
                     await reconnection.wait(error)
 
-    async def _get_result(self, run_id: str) -> results_pb2.GetResultResponse:
+    async def _get_result(self, run_id: str, grace_s: float | None) -> results_pb2.GetResultResponse:
         request = made(results_pb2.GetResultRequest, run_id=run_id, wait=duration(WAIT_S))
-        return await self._until(run_id, self._rpc.results.GetResult, request, lambda r: r.run.state in TERMINAL)
+        backoff_s = MAX_BACKOFF_S
+        if grace_s is not None:
+            request.cancel_on_disconnect.CopyFrom(duration(grace_s))
+            backoff_s = min(backoff_s, grace_s / 10)
+        call = self._rpc.results.GetResult
+        return await self._until(run_id, call, request, lambda r: r.run.state in TERMINAL, backoff_s)
 
     async def _until(
-        self, run_id: str, method: "UnaryUnaryMultiCallable[Q, R]", request: Q, is_over: Callable[[R], bool]
+        self,
+        run_id: str,
+        method: "UnaryUnaryMultiCallable[Q, R]",
+        request: Q,
+        is_over: Callable[[R], bool],
+        max_backoff_s: float = MAX_BACKOFF_S,
     ) -> R:
         """Repeat a call that waits on the server until its response says that the wait is over. Raises RequestError."""
-        reconnection = Reconnection(self._rpc, run_id)
+        reconnection = Reconnection(self._rpc, run_id, max_backoff_s=max_backoff_s)
         while True:
             try:
                 response = await self._rpc.call(method, request)

@@ -11,18 +11,22 @@ from lattice_client.convert.events import RunEvent
 from lattice_client.convert.results import declared_by
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope, TaskOutput
+from lattice_client.graph.settings import disconnect_grace_s
 from lattice_client.graph.workflow import Graph
 from lattice_client.runs import streams
 from lattice_client.runs.api import RunApi
 from lattice_client.runs.decoding import decoded
-from lattice_client.runs.ids import RunId, StartCall, task_id_of
+from lattice_client.runs.executions import Execution
+from lattice_client.runs.ids import RunId, task_id_of
 
 
 class AsyncRun(RunId):
     """A run: its id as a text, with methods that read and change the run."""
 
     api: RunApi
-    _call: StartCall | None
+    _execution: Execution | None
+    # After how many seconds without this client the run is cancelled, if it was started so.
+    grace_s: float | None
     answer: results_pb2.GetResultResponse | None
     # A weak reference to the graph that started the run, if this client did; and the tasks added later.
     graph: Callable[[], Graph[Any] | None]
@@ -30,18 +34,23 @@ class AsyncRun(RunId):
     declared: dict[str, Sequence[str]]
 
     @classmethod
-    def of(cls, run_id: str, api: RunApi, call: StartCall | None = None) -> Self:
-        """Return the run with an id. `call` started it and ends with its result."""
+    def of(cls, run_id: str, api: RunApi, execution: Execution | None = None) -> Self:
+        """Return the run with an id. `execution` started it, and brings its result."""
         run = cls(run_id)
-        run.api, run._call, run.answer = api, call, None
+        run.api, run._execution, run.answer, run.grace_s = api, execution, None, None
         run.graph, run._added, run.declared = _unknown, weakref.WeakSet(), {}
-        if call is not None:
-            # Without the run its result cannot be asked for, so that the call is cancelled.
-            weakref.finalize(run, call.abandon).atexit = False
+        if execution is not None:
+            # Without the run its result cannot be asked for.
+            weakref.finalize(run, execution.abandon).atexit = False
         return run
 
     async def result(
-        self, timeout: float | None = None, *, partial: bool = False, trust_pickles: bool = False
+        self,
+        timeout: float | None = None,
+        *,
+        partial: bool = False,
+        trust_pickles: bool = False,
+        cancel_on_disconnect: bool | float = False,
     ) -> dict[str, Any]:
         """Wait for the end of the run and return the outputs of its final tasks, on which no other task depends.
 
@@ -52,6 +61,9 @@ class AsyncRun(RunId):
         With `partial` a failed or cancelled run does not raise: each task, and each item of a mapped task, that did not
         succeed is None.
 
+        With `cancel_on_disconnect` the run is cancelled when this call ends before it: by a timeout, by cancellation,
+        or because this client is disconnected for a second, or the given number of seconds.
+
         Raises:
             TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
             RunTimeoutError: the run exceeded its time limit.
@@ -61,7 +73,8 @@ class AsyncRun(RunId):
             UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial), trust_pickles)
+        grace_s = disconnect_grace_s(cancel_on_disconnect)
+        found: dict[str, Any] = decoded(await self.fetched_result(timeout, partial, grace_s), trust_pickles)
         return found
 
     async def output(
@@ -83,11 +96,15 @@ class AsyncRun(RunId):
         """
         return decoded(await self.fetched_output(task, timeout), trust_pickles)
 
-    async def fetched_result(self, timeout: float | None = None, partial: bool = False) -> Any:
+    async def fetched_result(
+        self, timeout: float | None = None, partial: bool = False, grace_s: float | None = None
+    ) -> Any:
         """Wait for the end; return the fetched result, or the error, for `decoded`."""
         async with self.api.reader.limited(self, timeout):
             if self.answer is None:
-                self.answer = await self.api.reader.ended(self, self._call)
+                # The stream that started the run does not tie it to this wait.
+                execution = self._execution if grace_s is None else None
+                self.answer = await self.api.reader.ended(self, execution, grace_s or self.grace_s)
             return await self.api.reader.result_in(self.answer, partial, self.declared)
 
     async def fetched_output(self, task: LatticeTask | TaskOutput | str, timeout: float | None = None) -> Any:
@@ -139,6 +156,17 @@ class AsyncRun(RunId):
     async def cancel(self, reason: str = "") -> None:
         """Cancel the run."""
         await self.api.calls.cancel_run(self, reason)
+
+    async def signal(self, name: str, value: Any = None) -> None:
+        """Send a signal to the run: `context.wait_for(name)` returns the value in tasks of it. It is kept until then.
+
+        Raises:
+            TaskDefinitionError: the value cannot be pickled, or is larger than the server's limit.
+            InvalidArgumentError: the name is empty or too long.
+            PreconditionError: the run has ended.
+            ResourceExhaustedError: the run has got as many signals as it may.
+        """
+        await self.api.calls.signal_run(self, name, value)
 
     async def retry(self, new_run_id: str = "") -> "AsyncRun":
         """Start a run that repeats the unfinished tasks of this one; see `AsyncLatticeClient.retry_run`."""

@@ -13,10 +13,10 @@ from lattice_client.convert.inputs import Binder
 from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import Scope
-from lattice_client.graph.settings import RunSettings, TaskRunSettings, check_settings
+from lattice_client.graph.settings import RunSettings, TaskRunSettings, check_settings, disconnect_grace_s
 from lattice_client.graph.workflow import Graph
 from lattice_client.runs.artifacts import Transfer
-from lattice_client.runs.ids import StartCall
+from lattice_client.runs.executions import Execution, Executions
 from lattice_client.runs.parts import ENVELOPE_BYTES, GraphMessage, Parts
 from lattice_client.runs.reader import WAIT_S
 from lattice_client.runs.sending import Sender
@@ -25,32 +25,25 @@ from lattice_client.transport.requests import building, duration, made
 
 # How long a call is repeated while the server has too much work.
 ADMISSION_TIMEOUT_S = 600.0
-# The most runs whose result is read from the call that started them; others are read by calls of their own.
-MAX_OPEN_CALLS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A started run, and the call that ends with its result, if any."""
+    """A started run, and how its result comes, unless it has to be asked for."""
 
     run_id: str
-    call: StartCall | None = None
+    execution: Execution | None = None
 
 
 class Starter:
-    """Starts runs. `_open` are the calls that end with the result of their run."""
+    """Starts runs."""
 
     def __init__(self, channel: Channel, transfer: Transfer, tenant: str, admission_timeout_s: float) -> None:
         self._rpc = channel
         self._transfer = transfer
         self._tenant = tenant
         self._sender = Sender(channel, admission_timeout_s)
-        self._open: set[StartCall] = set()
-
-    def close(self) -> None:
-        """Cancel the calls that would bring results."""
-        for call in list(self._open):
-            call.abandon()
+        self._executions = Executions(channel)
 
     async def opening(
         self, graph: Graph[Any], run_id: str, settings: TaskRunSettings
@@ -114,7 +107,10 @@ class Starter:
             request.ClearField("bundle")
             for bundle in code.bundles:
                 request.bundle.CopyFrom(bundle)
-            return await self._rpc.call(self._rpc.tasks.RunTask, request)
+            if (answer := await self._executions.run_task(request)) is None:
+                answer = await self._rpc.call(self._rpc.tasks.RunTask, request)
+                self._executions.note_call()
+            return answer
 
         response = await self._sender.accepted(call)
         self._sender.known_code.add(function.digest)
@@ -178,12 +174,14 @@ class Starter:
     def _common(self, settings: TaskRunSettings, run_id: str = "") -> dict[str, Any]:
         """Return the fields that the requests for a run of one task and of a workflow share."""
         timeout = settings.get("timeout")
+        grace_s = disconnect_grace_s(settings.get("cancel_on_disconnect", False))
         return {
             "run_id": run_id or f"run-{uuid4().hex}",
             "tenant": self._tenant,
             "labels": settings.get("labels"),
             "priority": settings.get("priority", 0),
             "timeout": None if timeout is None else duration(timeout),
+            "cancel_on_disconnect": None if grace_s is None else duration(grace_s),
         }
 
     async def _spec_of(self, graph: Graph[Any]) -> workflow_pb2.WorkflowSpec:
@@ -203,13 +201,11 @@ class Starter:
         return await Binder(f"parameter {name!r}", self._transfer.store, no_outputs).payload_of(value)
 
     async def _start(self, request: workflow_pb2.RunWorkflowRequest) -> Started:
-        if len(self._open) < MAX_OPEN_CALLS:
-            execute = workflow_pb2.ExecuteWorkflowRequest(run=request)
-            first, call = await self._rpc.begin(self._rpc.workflows.ExecuteWorkflow, execute, self._open.discard)
-            self._open.add(call)
-            return Started(first.accepted.run.run_id, call)
-        answer = await self._rpc.call(self._rpc.workflows.RunWorkflow, request)
-        return Started(answer.run.run_id)
+        execution = await self._executions.start(request)
+        if execution is None:
+            await self._rpc.call(self._rpc.workflows.RunWorkflow, request)
+            self._executions.note_call()
+        return Started(request.run_id, execution)
 
 
 def _check_parameters(graph: Graph[Any], given: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from lattice_client.graph.deferred import UNSET
 from lattice_client.graph.definition import TaskDefinition
 from lattice_client.graph.nodes import LatticeTask
 from lattice_client.graph.outputs import TaskOutput
+from lattice_client.graph.settings import disconnect_grace_s
 from lattice_client.runs import streams
 from lattice_client.runs.decoding import decoded
 from lattice_client.runs.driver import blocking, iterate
@@ -32,13 +33,19 @@ class Run(RunId):
         return found
 
     def result(
-        self, timeout: float | None = None, *, partial: bool = False, trust_pickles: bool = False
+        self,
+        timeout: float | None = None,
+        *,
+        partial: bool = False,
+        trust_pickles: bool = False,
+        cancel_on_disconnect: bool | float = False,
     ) -> dict[str, Any]:
         """Wait for the end of the run and return the outputs of its final tasks, on which no other task depends.
 
         For a graph with one final task this is a dict of its outputs by name. For a graph with several it is a dict of
         such dicts by task id, in which a skipped task is None. With `partial` a failed or cancelled run does not raise:
-        each task that did not succeed is None. See `AsyncRun.result`.
+        each task that did not succeed is None. With `cancel_on_disconnect` the run is cancelled when this call ends
+        before it, by a timeout, an interrupt or the end of this process. See `AsyncRun.result`.
 
         Raises:
             TaskFailedError: a task failed; its cause is the original exception when it can be rebuilt.
@@ -48,7 +55,9 @@ class Run(RunId):
             UntrustedPayloadError: a value is a pickle of a sandboxed task; with `trust_pickles` it is unpickled.
             DecodeError: a value cannot be decoded here.
         """
-        found: dict[str, Any] = decoded(blocking(self.twin.fetched_result(timeout, partial), self), trust_pickles)
+        grace_s = disconnect_grace_s(cancel_on_disconnect)
+        fetched = blocking(self.twin.fetched_result(timeout, partial, grace_s), self)
+        found: dict[str, Any] = decoded(fetched, trust_pickles)
         return found
 
     def output(
@@ -101,6 +110,13 @@ class Run(RunId):
     def cancel(self, reason: str = "") -> None:
         """Cancel the run."""
         blocking(self.twin.cancel(reason))
+
+    def signal(self, name: str, value: Any = None) -> None:
+        """Send a signal to the run: `context.wait_for(name)` returns the value in tasks of it. See `AsyncRun.signal`.
+
+        Raises TaskDefinitionError, InvalidArgumentError, PreconditionError, ResourceExhaustedError.
+        """
+        blocking(self.twin.signal(name, value))
 
     def retry(self, new_run_id: str = "") -> "Run":
         """Start a run that repeats the unfinished tasks of this one; see `LatticeClient.retry_run`."""

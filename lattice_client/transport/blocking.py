@@ -1,12 +1,14 @@
 """Owns the connection whose calls block the calling thread. Rule: a call uses no other thread of this package.
 
+The answers to runs are read from their stream by one thread, since any of the waiting threads may stop waiting first.
+
 A blocking gRPC call returns to Python every 0.2 s, so that signals, such as Ctrl-C, are handled meanwhile.
 """
 
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
@@ -15,18 +17,19 @@ from grpc.experimental import ChannelOptions
 from lattice_client import errors
 from lattice_client.transport import forks
 from lattice_client.transport.blocking_bidi import BlockingBidiCall, BlockingSteps
-from lattice_client.transport.blocking_calls import BlockingOpenCall, MessageStream, UnreleasedCalls, deadline, left_s
+from lattice_client.transport.blocking_calls import BlockingMailbox, MessageStream, UnreleasedCalls, deadline, left_s
 from lattice_client.transport.channel import (
     BidiCall,
     Channel,
     LimitReachedError,
-    OpenCall,
+    Mailbox,
     Steps,
     options_for,
 )
 from lattice_client.transport.interrupts import calling
 from lattice_client.transport.security import Security
 from lattice_client.transport.stubs import Stubs
+from lattice_client.transport.tracing import call_span
 
 if TYPE_CHECKING:
     from grpc.aio import (
@@ -60,7 +63,7 @@ class BlockingChannel(Channel):
 
     async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
         """Return the answer of a call. Raises RequestError, ClientClosedError, LimitReachedError."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return cast(R, calling(cast(Any, method), request, timeout=left_s()))
 
     async def stream(self, method: "UnaryStreamMultiCallable[Q, R]", request: Q) -> AsyncIterator[R]:
@@ -76,24 +79,21 @@ class BlockingChannel(Channel):
 
     async def upload(self, method: "StreamUnaryMultiCallable[Q, R]", messages: Iterable[Q]) -> R:
         """Send messages; return the answer. Raises as `call`."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return cast(R, calling(cast(Any, method), iter(messages), timeout=left_s()))
-
-    async def begin(
-        self, method: "UnaryStreamMultiCallable[Q, R]", request: Q, on_end: Callable[[OpenCall[R]], object]
-    ) -> tuple[R, OpenCall[R]]:
-        """Start a call of two messages; return the first one. Raises as `call`."""
-        self._unreleased.release()
-        with self._closing():
-            found: MessageStream[R] = MessageStream(calling(cast(Any, method), request, timeout=left_s()))
-            first = found.read()
-        assert first is not None, "the server answers before it ends the call"
-        return first, BlockingOpenCall(found, self._unreleased, on_end)
 
     def open_bidi(self, method: "StreamStreamMultiCallable[Q, R]") -> BidiCall[Q, R]:
         """Start a bidirectional stream. Raises ClientClosedError, ForkError."""
         with self._closing():
             return BlockingBidiCall(cast(Any, method), self._closing, left_s)
+
+    def mailbox(self) -> Mailbox[Any]:
+        """Return a mailbox for any thread."""
+        return BlockingMailbox()
+
+    def beside(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a coroutine in a thread of its own, which ends with the program."""
+        threading.Thread(target=_finish, args=[work], name="lattice-answers", daemon=True).start()
 
     def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:
         """Return a `Steps` that runs in the waiting threads."""
@@ -157,3 +157,9 @@ def _connect(dialled: Security) -> tuple[grpc.Channel, Stubs]:
         channel = grpc.secure_channel(dialled.address, dialled.credentials, options=options)
     forks.use(channel)
     return channel, Stubs(channel, dialled.token)
+
+
+def _finish(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine whose calls block to its end."""
+    with suppress(StopIteration):
+        work().send(None)

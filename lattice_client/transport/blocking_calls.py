@@ -1,9 +1,8 @@
 """Owns calls that a thread reads while it blocks. Rule: gRPC's memory of a call is released by the next call."""
 
-import threading
+import queue
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar, cast
@@ -11,7 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 import grpc
 
 from lattice_client.transport import forks
-from lattice_client.transport.channel import LimitReachedError, OpenCall
+from lattice_client.transport.channel import LimitReachedError, Mailbox
 from lattice_client.transport.interrupts import calling
 
 R = TypeVar("R")
@@ -84,66 +83,23 @@ class UnreleasedCalls:
                 self._streams.popleft().release()
 
 
-class BlockingOpenCall(OpenCall[R], Generic[R]):
-    """A call of two messages, whose last message is read by the first thread that waits for it."""
+class BlockingMailbox(Mailbox[R], Generic[R]):
+    """Items for the threads that wait for them."""
 
-    def __init__(
-        self, stream: MessageStream[R], unreleased: UnreleasedCalls, on_end: Callable[[OpenCall[R]], object]
-    ) -> None:
-        self._stream: MessageStream[R] | None = stream
-        self._unreleased = unreleased
-        self._on_end = on_end
-        self._last: R | None = None
-        self._reading = threading.Lock()
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[R] = queue.SimpleQueue()
 
-    async def last(self) -> R | None:
-        """Wait for the last message. Raises LimitReachedError, which ends the call."""
-        limit_s = left_s()
-        if not self._reading.acquire(timeout=-1 if limit_s is None else limit_s):
-            raise LimitReachedError
+    def put(self, item: R) -> None:
+        """Add an item, from any thread."""
+        self._items.put(item)
+
+    async def get(self) -> R:
+        """Wait for an item, and take it. Raises LimitReachedError."""
         try:
-            if self._stream is not None:
-                self._last = self._read(self._stream, limit_s)
-            return self._last
-        finally:
-            self._end()
-            self._reading.release()
+            return self._items.get(timeout=left_s())
+        except queue.Empty:
+            raise LimitReachedError from None
 
-    def _read(self, stream: MessageStream[R], limit_s: float | None) -> R | None:
-        timer = None
-        if limit_s is not None:
-            # The deadline of a started call cannot be changed.
-            timer = threading.Timer(limit_s, stream.cancel)
-            timer.daemon = True
-            timer.start()
-        try:
-            last = stream.read()
-        except grpc.RpcError:
-            if left_s() == 0:
-                raise LimitReachedError from None
-            return None
-        else:
-            # The server ends the call with this message, so that it need not be cancelled.
-            self._stream = None
-            self._unreleased.add(stream)
-            self._on_end(self)
-            return last
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    def abandon(self) -> None:
-        """Cancel the call; a thread that waits for its last message gets None."""
-        if self._reading.acquire(blocking=False):
-            try:
-                self._end()
-            finally:
-                self._reading.release()
-        elif (stream := self._stream) is not None:
-            stream.cancel()
-
-    def _end(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            self._unreleased.cancel(stream)
-            self._on_end(self)
+    def is_here(self) -> bool:
+        """Every thread may call `get`."""
+        return True

@@ -6,7 +6,7 @@ those of a `BlockingChannel` block the thread: such a coroutine runs to its end 
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, cast
 
@@ -73,16 +73,20 @@ class LimitReachedError(Exception):
     """The time limit of a block passed; see `Channel.limit`."""
 
 
-class OpenCall(ABC, Generic[R]):
-    """A call of two messages: the first was read, the last was not."""
+class Mailbox(ABC, Generic[R]):
+    """Items for a coroutine that waits for them."""
 
     @abstractmethod
-    async def last(self) -> R | None:
-        """Wait for the last message. None when the call failed, or belongs to another event loop."""
+    def put(self, item: R) -> None:
+        """Add an item. Over asyncio only the event loop of the mailbox may call this."""
 
     @abstractmethod
-    def abandon(self) -> None:
-        """Cancel the call. May be called from any thread, and by a finalizer."""
+    async def get(self) -> R:
+        """Wait for an item, and take it. Raises LimitReachedError."""
+
+    @abstractmethod
+    def is_here(self) -> bool:
+        """Whether the running event loop, or thread, may call `get`."""
 
 
 class BidiCall(ABC, Generic[Q, R]):
@@ -190,14 +194,20 @@ class Channel(ABC):
         """Send messages; return the answer. Raises as `call`."""
 
     @abstractmethod
-    async def begin(
-        self, method: "UnaryStreamMultiCallable[Q, R]", request: Q, on_end: Callable[[OpenCall[R]], object]
-    ) -> tuple[R, OpenCall[R]]:
-        """Start a call of two messages; return the first one. `on_end` is called when it ends. Raises as `call`."""
-
-    @abstractmethod
     def open_bidi(self, method: "StreamStreamMultiCallable[Q, R]") -> BidiCall[Q, R]:
         """Start a bidirectional stream. Raises ClientClosedError, ForkError."""
+
+    @abstractmethod
+    def mailbox(self) -> Mailbox[Any]:
+        """Return a mailbox of the current event loop."""
+
+    @abstractmethod
+    def beside(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a coroutine beside the caller: in a task of the event loop, or in a thread of its own."""
+
+    def kept(self) -> dict[Any, Any]:
+        """Return what is kept as long as the connection of the current thread or event loop. Raises as `call`."""
+        return self._stubs().kept
 
     @abstractmethod
     def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:

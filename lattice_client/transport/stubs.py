@@ -15,14 +15,18 @@ from lattice.v1 import (
     workflow_pb2_grpc,
 )
 
-from lattice_client.transport.tracing import Headers, trace_headers
+from lattice_client.transport.tracing import Headers, trace_headers, uninstrumented
 
 
 class Stubs:
-    """The stubs on one channel. The stubs of a blocking channel are typed as if their calls could be awaited."""
+    """The stubs on one channel, and what is `kept` as long as they are.
+
+    The stubs of a blocking channel are typed as if their calls could be awaited.
+    """
 
     def __init__(self, channel: Any, token: str | None) -> None:
         channel = Signed(channel, token)
+        self.kept: dict[Any, Any] = {}
         self.workflows: workflow_pb2_grpc.WorkflowServiceAsyncStub
         self.tasks: task_pb2_grpc.TaskServiceAsyncStub
         self.results: results_pb2_grpc.ResultsServiceAsyncStub
@@ -57,8 +61,10 @@ class Signed:
             method = factory(*args, **kwargs)
 
             def call(*args: Any, **kwargs: Any) -> Any:
-                return method(*args, metadata=(*self._metadata, *trace_headers()), **kwargs)
+                with uninstrumented():
+                    return method(*args, metadata=(*self._metadata, *trace_headers()), **kwargs)
 
+            call.__name__ = args[0]  # Such as `/lattice.v1.TaskService/GetTask`.
             return call
 
         return stub

@@ -2,9 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import grpc
 
@@ -15,12 +15,13 @@ from lattice_client.transport.channel import (
     BidiCall,
     Channel,
     LimitReachedError,
-    OpenCall,
+    Mailbox,
     Steps,
     options_for,
 )
 from lattice_client.transport.security import Security
 from lattice_client.transport.stubs import Stubs
+from lattice_client.transport.tracing import call_span
 
 if TYPE_CHECKING:
     from grpc.aio import (
@@ -41,6 +42,7 @@ class AsyncChannel(Channel):
         super().__init__(dialled)
         self._connections: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, Stubs]] = {}
         self._lock = threading.Lock()
+        self._beside: set[asyncio.Task[None]] = set()  # The event loop itself keeps no task.
 
     def _stubs(self) -> Stubs:
         if self.is_closed:
@@ -56,7 +58,7 @@ class AsyncChannel(Channel):
 
     async def call(self, method: "UnaryUnaryMultiCallable[Q, R]", request: Q) -> R:
         """Return the answer of a call. Raises RequestError, ClientClosedError."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return await method(request)
 
     async def stream(self, method: "UnaryStreamMultiCallable[Q, R]", request: Q) -> AsyncIterator[R]:
@@ -72,22 +74,23 @@ class AsyncChannel(Channel):
 
     async def upload(self, method: "StreamUnaryMultiCallable[Q, R]", messages: Iterable[Q]) -> R:
         """Send messages; return the answer. Raises as `call`."""
-        with self._closing():
+        with self._closing(), call_span(method):
             return await method(_each(messages))
-
-    async def begin(
-        self, method: "UnaryStreamMultiCallable[Q, R]", request: Q, on_end: Callable[[OpenCall[R]], object]
-    ) -> tuple[R, OpenCall[R]]:
-        """Start a call of two messages; return the first one. Raises as `call`."""
-        with self._closing():
-            call = method(request)
-            first = cast(R, await call.read())
-        return first, AsyncOpenCall(call, on_end)
 
     def open_bidi(self, method: "StreamStreamMultiCallable[Q, R]") -> BidiCall[Q, R]:
         """Start a bidirectional stream. Raises ClientClosedError, ForkError."""
         with self._closing():
             return AsyncBidiCall(method, self._closing)
+
+    def mailbox(self) -> Mailbox[Any]:
+        """Return a mailbox of the running event loop."""
+        return AsyncMailbox()
+
+    def beside(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a coroutine in a task of the running event loop."""
+        task = asyncio.create_task(work())
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
 
     def steps(self, step: Callable[[], Awaitable[bool]]) -> Steps:
         """Return a `Steps` that runs in a task of the running loop."""
@@ -174,30 +177,21 @@ async def _each(messages: Iterable[Q]) -> AsyncIterator[Q]:
         yield message
 
 
-class AsyncOpenCall(OpenCall[R], Generic[R]):
-    """A call of two messages, whose last message is read by a task of its event loop."""
+class AsyncMailbox(Mailbox[R], Generic[R]):
+    """Items for the coroutines of one event loop."""
 
-    def __init__(self, call: Any, on_end: Callable[[OpenCall[R]], object]) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._reading = asyncio.create_task(_last(call))
-        self._reading.add_done_callback(lambda _: on_end(self))
+        self._items: asyncio.Queue[R] = asyncio.Queue()
 
-    async def last(self) -> R | None:
-        """Wait for the last message; None on another event loop."""
-        if self._loop is not asyncio.get_running_loop():
-            return None
-        await asyncio.wait([self._reading])
-        return None if self._reading.cancelled() else cast("R | None", self._reading.result())
+    def put(self, item: R) -> None:
+        """Add an item."""
+        self._items.put_nowait(item)
 
-    def abandon(self) -> None:
-        """Cancel the call."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._reading.cancel)
+    async def get(self) -> R:
+        """Wait for an item, and take it."""
+        return await self._items.get()
 
-
-async def _last(call: Any) -> Any:
-    try:
-        last = await call.read()
-    except grpc.aio.AioRpcError:
-        return None
-    return None if last is grpc.aio.EOF else last
+    def is_here(self) -> bool:
+        """Whether the running event loop is that of the mailbox."""
+        return self._loop is asyncio.get_running_loop()

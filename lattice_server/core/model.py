@@ -144,15 +144,7 @@ class FailureKind(Enum):
     NESTED_RESOURCES = "nested_resources"
 
 
-RETRIED_BY_DEFAULT = frozenset(
-    {
-        FailureKind.USER_ERROR,
-        FailureKind.CRASHED,
-        FailureKind.OUT_OF_MEMORY,
-        FailureKind.TIMEOUT,
-        FailureKind.CPU_TIME,
-    }
-)
+RETRIED_BY_DEFAULT = frozenset(map(FailureKind, ("user_error", "crashed", "out_of_memory", "timeout", "cpu_time")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +223,8 @@ NODE_LABEL = "lattice/node"
 class NodeSpec:
     """A node and the worker that serves it. A worker with `entrypoints` runs only those; any other runs Python.
 
-    `isolation_refusals` says why it does not offer a level, in words for people.
+    `isolation_refusals` says why it does not offer a level, in words for people. `network_isolations` are the levels at
+    which it enforces `TaskSpec.network`. `limits_memory_by_cgroup` is None when the worker does not say.
     """
 
     node_id: str
@@ -245,6 +238,8 @@ class NodeSpec:
     pid: int
     entrypoints: frozenset[str] = frozenset()
     isolation_refusals: Mapping[Isolation, str] = field(default_factory=dict)
+    network_isolations: frozenset[Isolation] = frozenset()
+    limits_memory_by_cgroup: bool | None = None
 
     def label(self, key: str) -> str | None:
         """Return the value of a label; every node has its own id as `NODE_LABEL`."""
@@ -310,6 +305,7 @@ class TaskSpec:
     """The definition of one task of a workflow.
 
     `over` names the input whose list the task is mapped over. `is_service` tells that it does not end by itself.
+    `network` are the servers that its sandbox may connect to, each `name:port`.
     """
 
     task_id: str
@@ -331,6 +327,7 @@ class TaskSpec:
     over: str = ""
     condition: Condition | None = None
     is_service: bool = False
+    network: tuple[str, ...] = ()
 
 
 class FailurePolicy(Enum):

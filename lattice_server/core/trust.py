@@ -51,6 +51,14 @@ def is_trusted(payload: Payload, level: Isolation) -> bool:
     return payload.media_type in DATA or not is_weaker(level, payload.produced_at)
 
 
-def raised(spec: TaskSpec, level: Isolation) -> TaskSpec:
-    """Return a task that a task of this level adds: at the level of its parent, or its own if that is stricter."""
-    return replace(spec, isolation=level) if is_weaker(spec.isolation, level) else spec
+def confined(spec: TaskSpec, parent: TaskSpec) -> TaskSpec:
+    """Return a task that another one adds: at the level of its parent, or its own if that is stricter.
+
+    Of the servers that it asks for, it may connect to those of a sandboxed parent.
+    """
+    if parent.isolation is Isolation.NONE:
+        return spec
+    if is_weaker(spec.isolation, parent.isolation):
+        spec = replace(spec, isolation=parent.isolation)
+    allowed = tuple(server for server in spec.network if server in parent.network)
+    return spec if allowed == spec.network else replace(spec, network=allowed)

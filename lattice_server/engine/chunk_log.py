@@ -106,13 +106,13 @@ class Batch:
 
 
 class RunChunks:
-    """The streams of one run's tasks; lives on the main thread."""
+    """The streams of one run's tasks, and how many `readers` they have; lives on the main thread."""
 
     def __init__(self) -> None:
         self.streams: OrderedDict[str, TaskStream] = OrderedDict()  # By the time of their last change.
         self._changes = 0
         self._waiting: dict[asyncio.Future[None], None] = {}
-        self._readers = 0
+        self.readers = 0
 
     def stream(self, task_id: str) -> TaskStream:
         """Return the stream of a task, which is about to change."""
@@ -141,7 +141,7 @@ class RunChunks:
         """
         position = _Position(self, task_id, after)
         loop = asyncio.get_running_loop()
-        self._readers += 1
+        self.readers += 1
         try:
             while True:
                 over = is_over()
@@ -153,11 +153,11 @@ class RunChunks:
                     continue
                 sent_at = loop.time()
                 yield batch
-                if not over and (wait_s := sent_at + self._readers * READER_INTERVAL_S - loop.time()) > 0:
+                if not over and (wait_s := sent_at + self.readers * READER_INTERVAL_S - loop.time()) > 0:
                     # Messages to many readers would leave the thread no time for anything else.
                     await asyncio.sleep(wait_s)
         finally:
-            self._readers -= 1
+            self.readers -= 1
 
     def changed_since(self, change: int) -> tuple[list[str], int]:
         """Return the tasks whose streams changed after a change, and the newest change."""

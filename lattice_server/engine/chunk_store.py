@@ -19,10 +19,14 @@ MAX_BYTES = 16 * 1024 * 1024
 
 
 class ChunkStore:
-    """The chunks of all runs, by tenant; lives on the main thread."""
+    """The chunks of all runs, by tenant; lives on the main thread.
+
+    It has taken `taken` chunks with `taken_bytes`, and dropped `dropped` of them because of a bound.
+    """
 
     def __init__(self, bound: Bound = STORE_BOUND, max_chunks: int = MAX_CHUNKS, max_bytes: int = MAX_BYTES) -> None:
         self.usage = Usage("streamed output", bound)
+        self.taken = self.taken_bytes = self.dropped = 0
         self._evictable = Evictable(self.usage)
         self._streams: dict[str, TaskStream] = {}
         self._max_chunks = max_chunks
@@ -69,8 +73,11 @@ class ChunkStore:
         before, level = stream.kept_bytes, entry.run.tasks[event.task_id].spec.isolation
         for payload in event.chunks:
             stream.append(stamped(payload, level))
+        self.taken += len(event.chunks)
+        self.taken_bytes += stream.kept_bytes - before
         while len(stream) > 1 and (len(stream) > self._max_chunks or stream.kept_bytes > self._max_bytes):
             stream.drop_oldest()
+            self.dropped += 1
         self._grow(entry, event.task_id, stream, stream.kept_bytes - before)
 
     def _grow(self, entry: RunEntry, task_id: str, stream: TaskStream, more_bytes: int) -> None:
@@ -85,6 +92,7 @@ class ChunkStore:
         stream = self._streams[name]
         if len(stream) > 1:
             self.usage.add(tenant, -stream.drop_oldest())
+            self.dropped += 1
         else:
             self._evictable.discard(tenant, name)  # It can be evicted again once it has grown.
 

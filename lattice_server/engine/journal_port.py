@@ -3,7 +3,7 @@
 An appended record is durable once the listener was called with its commit number.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +12,10 @@ from lattice_server.engine.journal_records import DroppedRun, Record, StoredEven
 
 GIB = 1024 * 1024 * 1024
 DAY_S = 86_400.0
+
+
+# Takes of a commit: its records, their bytes, its duration, and the longest time that one of them has waited.
+OnCommit = Callable[[int, int, float, float], object]
 
 
 class JournalError(Exception):
@@ -124,8 +128,10 @@ class Journal(Protocol):
     """The log of all accepted work, in order, over the life of many servers.
 
     `epoch` counts the times the journal was opened, from 1. The next run must have a number above `last_run`, the next
-    workflow one above `last_workflow`.
+    workflow one above `last_workflow`. `on_commit` is called after each commit, on the journal's thread.
     """
+
+    on_commit: OnCommit | None
 
     @property
     def epoch(self) -> int:

@@ -27,7 +27,8 @@ class OpenRuns:
 
     def open(self, entry: RunEntry) -> None:
         """Have a new run wait for its stream, for the grace time."""
-        entry.open_run = OpenRun(entry.run, self._grace_s, time.monotonic())
+        grace_s = entry.disconnect_grace_s or self._grace_s
+        entry.open_run = OpenRun(entry.run, grace_s, time.monotonic())
         self._set_timer(entry)
 
     def hold(self, entry: RunEntry) -> CallerStream:

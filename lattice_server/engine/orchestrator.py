@@ -20,6 +20,7 @@ from lattice_server.core.messages import (
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
+    TaskAccessedNetwork,
     TaskAwaits,
     TaskCancelled,
     TaskEvent,
@@ -55,10 +56,12 @@ from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_registry import RunRegistry
 from lattice_server.engine.run_restorer import RunRestorer
+from lattice_server.engine.run_signals import RunSignals
 from lattice_server.engine.run_starter import RunStarter, StartSettings
 from lattice_server.engine.run_stores import RunStores
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.slices import Slices
+from lattice_server.engine.tethers import Tethers
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +74,12 @@ TASK_EVENTS = (
     TaskSkipped,
     TaskReturned,
     TaskLogged,
+    TaskAccessedNetwork,
     TasksSpawned,
     QuestionAsked,
+    TaskAwaits,
 )
-ToRun = TaskEvent | TaskReturned | TasksSpawned | QuestionAsked
+ToRun = TaskEvent | TaskReturned | TasksSpawned | QuestionAsked | TaskAwaits
 
 
 class Orchestrator:
@@ -109,11 +114,14 @@ class Orchestrator:
         stores = RunStores(store, code, admission)
         self._driver = RunDriver(bus, stores, registry.ended, self._slices, sessions.perform, self.chunks, journal)
         self.open_runs = OpenRuns(open_run_grace_s, self._driver)
+        self.tethers = Tethers(self._driver)
+        self.signals = RunSignals(self._driver, admission)
         self.observers = self._driver.observers
         self.on_nodes: Callable[[tuple[NodeSpec, ...]], object] = lambda nodes: None
         # Takes the questions that are for the server; the others are for the caller of the run.
         self.on_question: Callable[[RunEntry, QuestionAsked], bool] = lambda entry, question: False
-        self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, self.open_runs, journal)
+        callers = (self.open_runs, self.tethers)
+        self._starter = RunStarter(registry.runs, store, stores, admission, self._driver, *callers, journal)
         self._additions = RunAdditions(store, stores, admission, self._driver, self._slices, journal)
         self.journal = journal
         self.restorer: RunRestorer | None = None
@@ -266,9 +274,6 @@ class Orchestrator:
                 # Past the run's machine: chunks change no state, and there may be thousands a second.
                 if entry := self.runs.get(effect.run_id):
                     self.chunks.take(entry, effect)
-            elif isinstance(effect, TaskAwaits):
-                if entry := self.runs.get(effect.run_id):
-                    posts += calls.begin(entry, effect)
             elif isinstance(effect, TaskExplained | NodesDescribed):
                 self.queries.answer(effect)
             elif isinstance(effect, NodesChanged):
@@ -298,6 +303,10 @@ class Orchestrator:
                 match event:
                     case TasksSpawned():
                         perform(self._additions.spawn(entry, event, now))
+                    case TaskAwaits(signal=None):
+                        posts += calls.begin(entry, event)
+                    case TaskAwaits():
+                        perform(self.signals.wait(entry, event, now))
                     case QuestionAsked() if self.on_question(entry, event):
                         pass
                     case QuestionAsked():

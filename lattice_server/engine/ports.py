@@ -7,7 +7,9 @@ from typing import Protocol
 
 from lattice_server.core.messages import Fact, SchedulerEvent, WorkerEffect
 from lattice_server.core.model import Capacity
+from lattice_server.core.services.messages import Event
 from lattice_server.engine.run_entry import RunEntry
+from lattice_server.engine.services.entry import ServiceEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,21 @@ class Observer(Protocol):
 
     def perform(self, effect: WorkerEffect) -> WorkerEffect:
         """Take an effect of the scheduler that goes to a worker, and return it; a lease may get `trace_parents`."""
+
+
+# Takes the counts of a worker since its last heartbeat: the level of isolation, how many processes it started for it,
+# how many attempts waited for one, and how many seconds those took that became ready.
+OnRunners = Callable[[str, int, int, Sequence[float]], object]
+
+
+class ServiceObserver(Protocol):
+    """Is told what happens to services on the main thread, for metrics. It decides nothing and never raises."""
+
+    def note(self, service: ServiceEntry, event: Event, now: float) -> None:
+        """Take an event of a service, after its machine took it at a monotonic time."""
+
+    def note_request(self, service: str, status: int, duration_s: float) -> None:
+        """Take a request that a gateway answered; `service` is empty when the key of the request was not valid."""
 
 
 class ExecutorError(Exception):

@@ -28,6 +28,7 @@ class RunSettings:
     parameters: Mapping[str, Payload]
     retried_run_id: str
     is_open: bool
+    disconnect_grace_s: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from lattice_server.core.errors import LatticeError
 from lattice_server.core.messages import (
     AnswerQuestion,
     AskHolder,
+    CallEnded,
     CancelRequested,
     Fact,
     RunFinished,
@@ -25,6 +26,7 @@ from lattice_server.core.messages import (
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.run.open_run import HolderEffect
 from lattice_server.core.run.run import Effect
+from lattice_server.core.run.signals import SignalEffect
 from lattice_server.engine import calls, run_logging
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.chunk_store import ChunkStore
@@ -38,7 +40,8 @@ from lattice_server.engine.slices import Slices
 
 log = logging.getLogger(__name__)
 
-Effects = Sequence[Effect | HolderEffect]
+AnyEffect = Effect | HolderEffect | SignalEffect
+Effects = Sequence[AnyEffect]
 
 
 class RunDriver:
@@ -111,7 +114,7 @@ class RunDriver:
             effects = [*entry.open_run.withdraw(effects), *effects]
         for effect in effects:
             match effect:
-                case TaskReady() | CancelRequested():
+                case TaskReady() | CancelRequested() | CallEnded():
                     own.append(effect)
                 case AskHolder() | WithdrawQuestion() | AnswerQuestion():
                     self._pass_on(entry, effect)

@@ -9,6 +9,8 @@ from lattice_server.core.messages import TaskStarted
 from lattice_server.core.model import Artifact, Function
 from lattice_server.core.run.open_run import HolderEffect, OpenRun
 from lattice_server.core.run.run import Effect, Run
+from lattice_server.core.run.signals import SignalEffect
+from lattice_server.core.run.tether import Tether
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.caller_stream import CallerStream
 from lattice_server.engine.chunk_log import RunChunks
@@ -47,8 +49,12 @@ class RunEntry:
         began_s: when the first task started.
         open_run: the machine of its caller, if it was opened by `OpenRun`.
         stream: the newest stream of that caller.
+        signal_timer: the timer of attempts that wait for a signal.
         grace: the timer that cancels an open run without a stream.
         trace_id: the trace of the run, for its log lines; empty when it is not traced.
+        disconnect_grace_s: after how many seconds without its caller it is cancelled; None for the default of its kind.
+        tether: the machine of the calls that hold it, if one does so for a grace time.
+        tether_timer: the timer of that grace time.
         chunks: what its tasks stream, once there is a chunk or a reader.
         calls: the callers, leases and numbers of the waits for called tasks, by the id of these.
         is_continuing: whether a slice that submits more of its tasks is queued.
@@ -81,6 +87,10 @@ class RunEntry:
     open_run: OpenRun | None = None
     stream: CallerStream | None = None
     grace: asyncio.TimerHandle | None = None
+    signal_timer: asyncio.TimerHandle | None = None
+    disconnect_grace_s: float | None = None
+    tether: Tether | None = None
+    tether_timer: asyncio.TimerHandle | None = None
     trace_id: str = ""
     chunks: RunChunks | None = None
     calls: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
@@ -88,7 +98,7 @@ class RunEntry:
     is_transient: bool = False
     recorded: int = 0
     definition: bytes | None = None
-    on_effects: Callable[[Sequence[Effect | HolderEffect]], object] | None = None
+    on_effects: Callable[[Sequence[Effect | HolderEffect | SignalEffect]], object] | None = None
 
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times of a fact; `offset_s` is how far wall time is ahead of the machines' monotonic time.
@@ -107,10 +117,10 @@ class RunEntry:
 
     def stop_timers(self) -> None:
         """Cancel the timers of the run."""
-        for timer in (self.expiry, self.grace):
+        for timer in (self.expiry, self.grace, self.signal_timer, self.tether_timer):
             if timer is not None:
                 timer.cancel()
-        self.expiry = self.grace = None
+        self.expiry = self.grace = self.signal_timer = self.tether_timer = None
 
     @property
     def key(self) -> str:

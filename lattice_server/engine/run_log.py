@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from lattice_server.core.errors import RangeError
@@ -12,6 +12,8 @@ from lattice_server.core.messages import (
     Fact,
     RunEvent,
     RunFinished,
+    SignalReceived,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -46,7 +48,7 @@ class RunLog:
         self.is_complete = False
         self._waiting: dict[asyncio.Future[None], None] = {}
         self._ends: dict[str, asyncio.Event] = {}
-        self._complete: asyncio.Event = asyncio.Event()
+        self._complete: dict[Callable[[], object], None] = {}
 
     def append(self, fact: Fact, time_s: float) -> None:
         """Number a fact and wake the readers that wait for one."""
@@ -59,7 +61,9 @@ class RunLog:
                 self._cut(self._outputs.popleft())
         if isinstance(fact, RunFinished):
             self.is_complete = True
-            self._complete.set()
+            complete, self._complete = self._complete, {}
+            for call in complete:
+                call()
         if self._ends and isinstance(fact, ENDS) and (end := self._ends.pop(fact.task_id, None)) is not None:
             end.set()
         waiting, self._waiting = self._waiting, {}
@@ -117,11 +121,27 @@ class RunLog:
         """Wait for the end of a task that has not ended."""
         await self._ends.setdefault(task_id, asyncio.Event()).wait()
 
+    def when_complete(self, call: Callable[[], object]) -> None:
+        """Call a function at the run's end, or now if it has ended. The function must not change the run."""
+        if self.is_complete:
+            call()
+        else:
+            self._complete[call] = None
+
+    def forget(self, call: Callable[[], object]) -> None:
+        """Do not call a function of `when_complete` any more."""
+        self._complete.pop(call, None)
+
     async def completed(self, wait_s: float | None = None) -> None:
         """Wait for the run's end, for `wait_s` seconds at most."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_s):
-                await self._complete.wait()
+        ended = asyncio.Event()
+        self.when_complete(ended.set)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await ended.wait()
+        finally:
+            self.forget(ended.set)
 
 
 def _content_bytes(fact: Fact) -> int:
@@ -130,8 +150,12 @@ def _content_bytes(fact: Fact) -> int:
         case TaskSucceeded():
             outputs = sum(payload.kept_bytes for payload in fact.outputs.values())
             return outputs + sum(payload.kept_bytes for items in fact.split.values() for payload in items)
+        case SignalReceived():
+            return fact.value.kept_bytes
         case TaskLogged():
             return sys.getsizeof(fact.text)
+        case TaskAccessedNetwork():
+            return sys.getsizeof(fact.access.host) + sys.getsizeof(fact.access.message)
         case TaskFailed() | TaskRetrying():
             return _failure_bytes(fact.failure)
         case TasksAdded():

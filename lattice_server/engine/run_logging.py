@@ -20,6 +20,9 @@ def note(entry: RunEntry, fact: Effect) -> None:
         case RunFinished():
             kind = "" if fact.failure is None else f": {fact.failure.kind.value}"
             log.info("the run ended as %s%s", fact.state.value, kind, extra=about)
+            if fact.unread_signals:
+                # Their names are the caller's own.
+                log.warning("no task took a value of %d of the run's signals", len(fact.unread_signals), extra=about)
         case TaskRetrying() | TaskFailed():
             failure = fact.failure
             what = "the attempt failed and is retried" if isinstance(fact, TaskRetrying) else "the task failed"

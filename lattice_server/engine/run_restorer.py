@@ -201,6 +201,7 @@ class RunRestorer:
             sum(payload.kept_bytes for payload in settings.parameters.values()),
             stored.request_id,
             timeout_s=settings.timeout_s,
+            disconnect_grace_s=settings.disconnect_grace_s,
         )
         made = _Made(entry, run.restoring(), functions, settings.parameters)
         yield from self._applying(made, recorded, definitions)

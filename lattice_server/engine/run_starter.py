@@ -25,6 +25,7 @@ from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import RunEntry, run_bytes
 from lattice_server.engine.run_journal import RunJournal
 from lattice_server.engine.run_stores import RunStores, functions_of
+from lattice_server.engine.tethers import Tethers
 
 
 class StartSettings(TypedDict):
@@ -40,6 +41,7 @@ class StartSettings(TypedDict):
     request_id: NotRequired[str]
     reach: NotRequired[Reach]
     is_transient: NotRequired[bool]
+    disconnect_grace_s: NotRequired[float | None]
 
 
 class Prepared(NamedTuple):
@@ -64,6 +66,7 @@ class RunStarter:
         admission: Admission,
         driver: RunDriver,
         open_runs: OpenRuns,
+        tethers: Tethers,
         journal: RunJournal | None = None,
     ) -> None:
         self._runs = runs
@@ -72,6 +75,7 @@ class RunStarter:
         self._admission = admission
         self._driver = driver
         self._open_runs = open_runs
+        self._tethers = tethers
         self._journal = journal
         self._numbers = count(1 if journal is None else journal.journal.last_run + 1)
 
@@ -120,6 +124,8 @@ class RunStarter:
             entry.expiry = asyncio.get_running_loop().call_later(left_s, self._expire, entry, entry.timeout_s)
         if entry.run.is_open:
             self._open_runs.open(entry)
+        elif entry.disconnect_grace_s is not None:
+            self._tethers.begin(entry, entry.disconnect_grace_s)
 
     def _entry(self, prepared: Prepared, fingerprint: str, settings: StartSettings) -> RunEntry:
         run = Run(
@@ -145,6 +151,7 @@ class RunStarter:
             settings.get("request_id", ""),
             timeout_s=settings.get("timeout_s"),
             is_transient=settings.get("is_transient", False),
+            disconnect_grace_s=settings.get("disconnect_grace_s"),
         )
 
     def _expire(self, entry: RunEntry, limit_s: float) -> None:

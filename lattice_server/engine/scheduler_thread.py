@@ -1,4 +1,8 @@
-"""Owns the scheduler's thread. Rule: it sleeps on its inbox until an event or its machine's next deadline."""
+"""Owns the scheduler's machine and its thread. Rule: one thread at a time has the machine.
+
+The thread sleeps until many events, or an event of another thread, are posted, or the machine's next deadline. The main
+thread takes few events by itself; see `MessageBus`.
+"""
 
 import logging
 import math
@@ -17,7 +21,7 @@ PAUSES_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 
 class SchedulerThread:
-    """Drives a scheduler machine on a thread of its own; no other thread touches the machine while it runs.
+    """Drives a scheduler machine; nothing else touches the machine while it runs.
 
     A machine that raises at every tick places nothing, and its effects are lost: runs would wait for ever on a server
     that looks healthy. So after some tries the thread calls `on_failure` and ends. The server then stops, its callers
@@ -30,12 +34,16 @@ class SchedulerThread:
         self.on_pass: Callable[[int, float], None] | None = None
         self._bus = bus
         self._on_failure = on_failure
+        self._has_machine = threading.Lock()
+        self._failed = 0  # The ticks in a row that raised.
+        self._sleeps_until = -math.inf
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lattice-scheduler", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+        self._bus.step_by(self._step_here)
 
     def stop(self) -> None:
         """Let the thread finish its inbox and wait for it."""
@@ -44,26 +52,45 @@ class SchedulerThread:
         self._thread.join()
 
     def _run(self) -> None:
-        failed = 0
-        while failed <= len(PAUSES_S):
+        while self._failed <= len(PAUSES_S):
             try:
-                if not self._step(is_again=failed > 0):
-                    return
-                failed = 0
+                if not self._failed:
+                    self._sleep()
+                with self._has_machine:
+                    if not self._pass():
+                        return
             except Exception:
-                failed += 1
-                log.exception("the scheduler could not place queued tasks, %d times in a row", failed)
-                if failed <= len(PAUSES_S):
-                    # Not on the inbox: each event would cause another try, and another line in the log.
-                    self._is_stopping.wait(PAUSES_S[failed - 1])
-        log.critical("the scheduler has failed %d times in a row and gives up", failed)
+                self._note_failure()
+            if 0 < self._failed <= len(PAUSES_S):
+                # Not on the inbox: each event would cause another try, and another line in the log.
+                self._is_stopping.wait(PAUSES_S[self._failed - 1])
+        log.critical("the scheduler has failed %d times in a row and gives up", self._failed)
         self._on_failure()
 
-    def _step(self, *, is_again: bool) -> bool:
-        """Wait for events unless the last tick is repeated, take them and tick; return False after the bus closed."""
-        deadline = -math.inf if is_again else self.machine.next_deadline()
-        timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-        events = self._bus.next_events(timeout_s)
+    def _sleep(self) -> None:
+        with self._has_machine:
+            deadline = self.machine.next_deadline()
+            self._sleeps_until = math.inf if deadline is None else deadline
+        self._bus.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def _step_here(self) -> bool:
+        """Take the posted events on the main thread; return False when the scheduler's thread has to."""
+        if not self._has_machine.acquire(blocking=False):
+            return False
+        try:
+            if self._failed or not self._pass():
+                return False
+            deadline = self.machine.next_deadline()
+            return deadline is None or deadline >= self._sleeps_until
+        except Exception:
+            self._note_failure()
+            return False
+        finally:
+            self._has_machine.release()
+
+    def _pass(self) -> bool:
+        """Take the posted events and tick; return False after the bus closed."""
+        events = self._bus.take()
         if events is None:
             return False
         now = time.monotonic()
@@ -74,6 +101,11 @@ class SchedulerThread:
                 # An event that breaks an invariant must not end scheduling for all runs.
                 log.exception("the scheduler could not take %s and skips it", type(event).__name__)
         self._bus.publish(self.machine.tick(now))
+        self._failed = 0
         if self.on_pass is not None:
             self.on_pass(len(events), time.monotonic() - now)
         return True
+
+    def _note_failure(self) -> None:
+        self._failed += 1
+        log.exception("the scheduler could not place queued tasks, %d times in a row", self._failed)

@@ -4,6 +4,7 @@ A single record waits for one commit. Under load the commits become larger, not 
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
@@ -17,6 +18,7 @@ from lattice_server.engine.journal_port import (
     JournalListener,
     JournalReader,
     JournalStats,
+    OnCommit,
 )
 from lattice_server.engine.journal_records import (
     Code,
@@ -53,6 +55,7 @@ class GroupCommit:
         self._listener = listener
         self._limits = limits
         self.epoch = backend.opened.epoch
+        self.on_commit: OnCommit | None = None
         self._order = Order(dict(backend.opened.live), backend.opened.last_run, backend.opened.last_workflow)
         self._queue = _Queue(limits)
         self._thread = threading.Thread(target=self._run, name="lattice-journal", daemon=True)
@@ -128,10 +131,14 @@ class GroupCommit:
 
     def _commit(self, batch: "_Batch") -> None:
         failpoint("commit.before_begin")
+        started_at = time.monotonic()
         changes = self._backend.commit(batch.records, batch.size_bytes) if batch.records else Changes()
+        ended_at = time.monotonic()
         failpoint("commit.after_commit")
         self._queue.finish(batch)
         self._listener.durable(batch.number)
+        if self.on_commit is not None and batch.records:
+            self.on_commit(len(batch.records), batch.size_bytes, ended_at - started_at, ended_at - batch.oldest_at)
         failpoint("commit.after_acknowledge")
         self._settle(changes)
 
@@ -152,9 +159,10 @@ class GroupCommit:
 
 @dataclass(slots=True)
 class _Batch:
-    """The records of some appends, committed together, and the commit number of the last of them."""
+    """The records of some appends, the first at `oldest_at`, and the commit number of the last of them."""
 
     records: list[Record]
+    oldest_at: float = 0.0
     appends: int = 0
     size_bytes: int = 0
     number: int = 0
@@ -166,7 +174,7 @@ class _Queue:
     def __init__(self, limits: Limits) -> None:
         self.pending_bytes = 0
         self._limits = limits
-        self._waiting: deque[tuple[Sequence[Record], int]] = deque()
+        self._waiting: deque[tuple[Sequence[Record], int, float]] = deque()
         self._number = 0
         self._taken = 0
         self._is_closed = False
@@ -180,7 +188,7 @@ class _Queue:
                 raise JournalBrokenError(str(self._failure or "the journal is closed"))
             order.check(records)
             size = sum(map(_size_of, records))
-            self._waiting.append((records, size))
+            self._waiting.append((records, size, time.monotonic()))
             self.pending_bytes += size
             self._number += 1
             self._changed.notify()
@@ -193,9 +201,9 @@ class _Queue:
                 self._changed.wait()
             if self._is_closed and not self._waiting:
                 return None
-            batch = _Batch([])
+            batch = _Batch([], self._waiting[0][2] if self._waiting else 0.0)
             while self._waiting and len(batch.records) < self._limits.commit_records:
-                records, size = self._waiting[0]
+                records, size, _ = self._waiting[0]
                 if batch.records and batch.size_bytes + size > self._limits.commit_bytes:
                     break
                 self._waiting.popleft()

@@ -47,6 +47,7 @@ NEEDED: Mapping[str, frozenset[Scope]] = {
     "/lattice.v1.WorkflowService/DeleteRun": SUBMIT,
     "/lattice.v1.WorkflowService/DeleteWorkflow": SUBMIT,
     "/lattice.v1.WorkflowService/ExecuteWorkflow": SUBMIT,
+    "/lattice.v1.WorkflowService/ExecuteWorkflows": SUBMIT,
     "/lattice.v1.WorkflowService/GetRun": READ,
     "/lattice.v1.WorkflowService/GetRunGraph": READ,
     "/lattice.v1.WorkflowService/GetWorkflow": READ,
@@ -55,6 +56,7 @@ NEEDED: Mapping[str, frozenset[Scope]] = {
     "/lattice.v1.WorkflowService/OpenRun": SUBMIT,
     "/lattice.v1.WorkflowService/RetryRun": SUBMIT,
     "/lattice.v1.WorkflowService/RunWorkflow": SUBMIT,
+    "/lattice.v1.WorkflowService/SignalRun": SUBMIT,
 }
 
 

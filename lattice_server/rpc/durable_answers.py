@@ -38,7 +38,7 @@ class DurableAnswers:
 
     async def _one(self, request: Any, answer: Any) -> Any:
         try:
-            await self._recall(request)
+            await self.recall(request)
         except BaseException:
             answer.close()
             raise
@@ -48,12 +48,13 @@ class DurableAnswers:
 
     async def _each(self, request: Any, answers: Any) -> AsyncIterator[Any]:
         async with contextlib.aclosing(answers):
-            await self._recall(request)
+            await self.recall(request)
             async for answer in answers:
                 await self._journal.wait()
                 yield answer
 
-    async def _recall(self, request: Any) -> None:
+    async def recall(self, request: Any) -> None:
+        """Read the ended run that a request names from the journal, if it is there."""
         if isinstance(request, workflow_pb2.DeleteRunRequest):
             return  # A run is deleted without being read.
         named = getattr(request, "run", request)

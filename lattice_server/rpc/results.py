@@ -16,7 +16,7 @@ from lattice_server.rpc.chunking import in_parts
 from lattice_server.rpc.convert.events import event_to_proto
 from lattice_server.rpc.convert.runs import result_to_proto
 from lattice_server.rpc.convert.streams import batch_to_proto
-from lattice_server.rpc.convert.times import wait_from_proto
+from lattice_server.rpc.convert.times import disconnect_grace_from_proto, wait_from_proto
 from lattice_server.rpc.handlers import Context
 
 
@@ -76,7 +76,9 @@ class ResultsServicer(results_pb2_grpc.ResultsServiceServicer):
     async def GetResult(self, request: results_pb2.GetResultRequest, context: Context) -> results_pb2.GetResultResponse:
         """Return a run and the outputs of its final tasks."""
         entry = self._orchestrator.run(request.run_id, callers.reach())
-        await entry.log.completed(wait_from_proto(request.wait, "wait"))
+        wait_s, grace_s = wait_from_proto(request.wait, "wait"), disconnect_grace_from_proto(request)
+        with self._orchestrator.tethers.held(entry, grace_s):
+            await entry.log.completed(wait_s)
         response = await result_to_proto(entry, self._slices)
         self._orchestrator.ended.note_read(entry)
         return response

@@ -11,7 +11,7 @@ from lattice_server.engine.run_entry import RunEntry, fingerprint
 from lattice_server.engine.workflow_store import WorkflowStore
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.tasks import check_id, check_request_id
-from lattice_server.rpc.convert.times import limit_from_proto
+from lattice_server.rpc.convert.times import disconnect_grace_from_proto, limit_from_proto
 from lattice_server.rpc.fingerprints import drop_pickles
 from lattice_server.rpc.graph_builder import GraphBuilder, SubmittedGraph
 from lattice_server.rpc.spec_parser import SpecParser
@@ -62,6 +62,7 @@ class RunStarter:
             request_id=request_id,
             workflow_id=request.workflow_id,
             timeout_s=limit_from_proto(request, "timeout", "timeout"),
+            disconnect_grace_s=disconnect_grace_from_proto(request),
             is_open=is_open,
             reach=reach,
         )

@@ -111,6 +111,7 @@ class RpcServer:
         interceptors: list[Any] = [*observers, ErrorInterceptor(limits, slices, answers, on_error)]
         trust = TrustInterceptor()
         guard = trust if authentication is None else AuthenticationInterceptor(authentication)
+        self._workflows = workflows
         self._server = _server(config, [*interceptors, guard])
         self._local_server = _server(config, [*interceptors, trust])
         self.certificates = None if config.tls is None else Certificates(config.tls)
@@ -152,6 +153,7 @@ class RpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls and end the running ones within `grace_s` seconds."""
+        self._workflows.stop()
         await asyncio.gather(self._server.stop(grace_s), self._local_server.stop(grace_s))
 
 

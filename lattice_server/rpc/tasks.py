@@ -15,7 +15,7 @@ from lattice_server.engine.run_entry import RunEntry
 from lattice_server.rpc import callers
 from lattice_server.rpc.convert.runs import TASK_STATE_TO_PROTO, run_to_proto, task_to_proto
 from lattice_server.rpc.convert.tasks import check_request_id, explanation_to_proto
-from lattice_server.rpc.convert.times import limit_from_proto, wait_from_proto
+from lattice_server.rpc.convert.times import disconnect_grace_from_proto, limit_from_proto, wait_from_proto
 from lattice_server.rpc.fingerprints import task_fingerprint
 from lattice_server.rpc.handlers import Context
 from lattice_server.rpc.paging import is_full, number_after, page
@@ -35,7 +35,11 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
 
     async def RunTask(self, request: task_pb2.RunTaskRequest, context: Context) -> task_pb2.RunTaskResponse:
         """Run one task as a run of its own."""
-        wait_s = wait_from_proto(request.wait, "wait")
+        return await self.run(request)
+
+    async def run(self, request: task_pb2.RunTaskRequest) -> task_pb2.RunTaskResponse:
+        """Run one task as a run of its own; return when it has ended, or its wait is over. Raises LatticeError."""
+        wait_s, grace_s = wait_from_proto(request.wait, "wait"), disconnect_grace_from_proto(request)
         check_request_id(request.request_id)
         request_id = request.request_id
         bundles = [request.bundle] if request.HasField("bundle") else []
@@ -60,9 +64,11 @@ class TaskServicer(task_pb2_grpc.TaskServiceServicer):
             fingerprint=task_fingerprint(request, functions[name]),
             request_id=request_id,
             timeout_s=limit_from_proto(request, "timeout", "timeout"),
+            disconnect_grace_s=grace_s,
             reach=reach,
         )
-        await self._wait(entry, task.task_id, wait_s)
+        with self._orchestrator.tethers.held(entry, grace_s):
+            await self._wait(entry, task.task_id, wait_s)
         shown = task_to_proto(entry, task.task_id)
         response = task_pb2.RunTaskResponse(run=run_to_proto(entry), created=created, task=shown)
         self._orchestrator.ended.note_read(entry)

@@ -15,6 +15,7 @@ from lattice_server.core.messages import AnswerQuestion, AttemptAsked
 from lattice_server.core.model import Artifact, Failure, FailureKind, Function, TaskSpec
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.outbox import Connection, Session
+from lattice_server.engine.ports import OnRunners
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.spans import SpanSink
 from lattice_server.rpc.assigned_artifacts import AssignedArtifacts
@@ -30,6 +31,8 @@ from lattice_server.rpc.request_deserializer import unreadable
 from lattice_server.rpc.spec_parser import SpecParser
 
 log = logging.getLogger(__name__)
+
+MAX_DURATIONS = 1000  # Of one level in one heartbeat.
 
 
 class WorkerReader:
@@ -57,8 +60,7 @@ class WorkerReader:
         self._chunk_limit_bytes = chunk_limit_bytes
         self._check_possible = check_possible
         self._spans = spans
-        # Takes a level of isolation and how many processes a worker has started for it.
-        self.on_runners_started: Callable[[str, int], None] | None = None
+        self.on_runners: OnRunners | None = None
 
     async def read(self, requests: AsyncIterator[worker_pb2.ConnectRequest], connection: Connection) -> None:
         """Read a stream to its end, then close the connection."""
@@ -145,8 +147,9 @@ class WorkerReader:
         for count in heartbeat.runners:
             if (level := ISOLATION_FROM_PROTO.get(count.isolation)) is not None:
                 session.runners[level] = max(0, count.busy), max(0, count.idle)
-                if self.on_runners_started is not None and count.started > 0:
-                    self.on_runners_started(level.value, count.started)
+                if self.on_runners is not None:
+                    starts = [seconds_from(duration) for duration in count.start_durations[:MAX_DURATIONS]]
+                    self.on_runners(level.value, max(0, count.started), max(0, count.waited), starts)
         self._bus.post([messages.WorkerHeartbeat(session.session_id, held, heartbeat.assignment_sequence)])
 
     def _spawned_event(self, report: worker_pb2.Report, session_id: str) -> messages.AttemptSpawned:

@@ -16,6 +16,7 @@ from lattice_server.core.model import Failure, FailureKind, TaskSpec
 from lattice_server.engine.artifact_transfer import Transfers
 from lattice_server.engine.bus import MessageBus
 from lattice_server.engine.outbox import Connection
+from lattice_server.engine.ports import OnRunners
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.spans import SpanSink
 from lattice_server.rpc import callers
@@ -61,9 +62,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         limits = config.question_limit_bytes, config.chunk_limit_bytes
         self._reader = WorkerReader(bus, sessions, parser, assigned, *limits, check_possible, spans)
 
-    def observe_runners(self, started: Callable[[str, int], None]) -> None:
-        """Have `started` called with a level of isolation and how many processes a worker has started for it."""
-        self._reader.on_runners_started = started
+    def observe_runners(self, observer: OnRunners) -> None:
+        """Have the counts of workers given to an observer."""
+        self._reader.on_runners = observer
 
     def close_all(self) -> None:
         """Close every worker's stream because the server stops, and refuse new ones."""

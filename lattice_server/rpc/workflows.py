@@ -7,12 +7,16 @@ from itertools import islice
 
 from lattice.v1 import workflow_pb2, workflow_pb2_grpc
 
+from lattice_server.core.errors import invalid_field
+from lattice_server.core.model import Isolation
+from lattice_server.core.trust import is_trusted
 from lattice_server.engine.draft_graphs import DraftGraphs
 from lattice_server.engine.orchestrator import Orchestrator
 from lattice_server.engine.run_entry import fingerprint
 from lattice_server.engine.slices import Slices
 from lattice_server.engine.workflow_store import WorkflowStore
 from lattice_server.rpc import callers
+from lattice_server.rpc.convert.payloads import question_from_proto
 from lattice_server.rpc.convert.runs import (
     graph_task_to_proto,
     result_to_proto,
@@ -20,7 +24,8 @@ from lattice_server.rpc.convert.runs import (
     run_to_view,
     workflow_to_proto,
 )
-from lattice_server.rpc.convert.tasks import check_id
+from lattice_server.rpc.convert.tasks import check_id, check_request_id
+from lattice_server.rpc.executions import ExecutionStreams, Recall, RunTask
 from lattice_server.rpc.graph_builder import GraphBuilder
 from lattice_server.rpc.handlers import Context
 from lattice_server.rpc.open_runs import OpenRunStreams
@@ -44,14 +49,18 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         cache: RequestCache,
         slices: Slices,
         question_limit_bytes: int,
+        run_task: RunTask,
+        recall: Recall | None,
     ) -> None:
         self._orchestrator = orchestrator
         self._library = library
         self._cache = cache
         self._slices = slices
+        self._question_limit_bytes = question_limit_bytes
         graphs = GraphBuilder(parser, drafts, slices)
         self._starter = RunStarter(orchestrator, library, drafts, parser, graphs)
         self._editor = WorkflowEditor(orchestrator, library, drafts, parser, graphs, slices)
+        self._executions = ExecutionStreams(orchestrator, slices, self._starter.start, run_task, recall)
         self._open_runs = OpenRunStreams(orchestrator, question_limit_bytes, self._starter.start_open, self._add_tasks)
 
     async def CreateWorkflow(
@@ -113,10 +122,23 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
         """Start a run; answer again when it has ended."""
         entry, created = await self._starter.start(request.run)
         accepted = workflow_pb2.RunWorkflowResponse(run=run_to_proto(entry), created=created)
-        yield workflow_pb2.ExecuteWorkflowResponse(accepted=accepted)
-        await entry.log.completed()
+        with self._orchestrator.tethers.held(entry, entry.disconnect_grace_s):
+            yield workflow_pb2.ExecuteWorkflowResponse(accepted=accepted)
+            await entry.log.completed()
         yield workflow_pb2.ExecuteWorkflowResponse(ended=await result_to_proto(entry, self._slices))
         self._orchestrator.ended.note_read(entry)
+
+    async def ExecuteWorkflows(
+        self, request_iterator: AsyncIterator[workflow_pb2.ExecuteWorkflowsRequest], context: Context
+    ) -> AsyncIterator[workflow_pb2.ExecuteWorkflowsResponse]:
+        """Start runs; answer again when each has ended."""
+        async with contextlib.aclosing(self._executions.serve(request_iterator)) as responses:
+            async for response in responses:
+                yield response
+
+    def stop(self) -> None:
+        """End the streams that wait for nothing; see `ExecutionStreams.stop`."""
+        self._executions.stop()
 
     async def OpenRun(
         self, request_iterator: AsyncIterator[workflow_pb2.OpenRunRequest], context: Context
@@ -174,6 +196,18 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
             return workflow_pb2.DeleteRunResponse()
 
         return await self._cache.once(request, delete)
+
+    async def SignalRun(
+        self, request: workflow_pb2.SignalRunRequest, context: Context
+    ) -> workflow_pb2.SignalRunResponse:
+        """Send a signal to a run."""
+        check_request_id(request.request_id)
+        value = question_from_proto(request.value, self._question_limit_bytes, "value")
+        if not is_trusted(value, Isolation.NONE):
+            raise invalid_field("value", "it is a pickle of a sandboxed task, which a task would have to unpickle")
+        entry = self._orchestrator.run(request.run_id, callers.reach())
+        index = self._orchestrator.signals.send(entry, request.name, value, request.request_id)
+        return workflow_pb2.SignalRunResponse(index=index)
 
     async def RetryRun(self, request: workflow_pb2.RetryRunRequest, context: Context) -> workflow_pb2.RetryRunResponse:
         """Start a run that takes over what another one finished."""

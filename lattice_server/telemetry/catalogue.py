@@ -64,6 +64,12 @@ STREAMS = _up_down("lattice.server.streams", "{stream}", METHOD, "Streaming call
 STREAM_MESSAGES = _counter(
     "lattice.server.stream.messages", "{message}", (*METHOD, "direction"), "Messages of streaming calls."
 )
+STREAM_CALLS = _counter(
+    "lattice.server.stream.calls",
+    "{call}",
+    (*METHOD, "rpc.response.status_code"),
+    "Streaming calls that ended, by the status that the server gave them.",
+)
 ERRORS = _counter(
     "lattice.server.errors", "{error}", ("reason",), "Calls that ended with an error, by the reason sent to the caller."
 )
@@ -93,6 +99,17 @@ TASK_DURATION = _histogram(
     "lattice.task.duration", "s", ("task", "outcome"), "Time that the function of an attempt ran.", LONG_S
 )
 OUTPUT_SIZE = _histogram("lattice.output.size", "By", ("place",), "Size of an output of a task.", SIZE_BYTES)
+
+CHUNKS = _counter("lattice.chunks", "{chunk}", (), "Chunks of streamed output that the server took.")
+CHUNK_BYTES = _counter("lattice.chunks.io", "By", (), "Memory of these chunks when they were taken.")
+CHUNKS_DROPPED = _counter("lattice.chunks.dropped", "{chunk}", (), "Chunks that were dropped because of a bound.")
+CHUNK_READERS = _up_down("lattice.chunk.readers", "{reader}", (), "Readers of streamed output.")
+
+TASK_CALLS = _counter("lattice.calls", "{call}", ("outcome",), "Tasks that another task called, and that ended.")
+TASK_CALL_DURATION = _histogram(
+    "lattice.call.duration", "s", (), "Time from when a called task could start to its end.", LONG_S
+)
+CALLS_WAITING = _up_down("lattice.calls.waiting", "{call}", (), "Calls whose end an attempt waits for.")
 
 QUEUE_WAIT = _histogram(
     "lattice.queue.wait", "s", (), "Time from when a task could start to when it was sent to a worker.", LONG_S
@@ -125,6 +142,56 @@ RUNNERS = _up_down(
     "lattice.runners", "{runner}", ("isolation", "state"), "Processes of workers that run, or wait to run, attempts."
 )
 RUNNER_STARTS = _counter("lattice.runner.starts", "{runner}", ("isolation",), "Processes that workers started.")
+
+RUNNER_WAITS = _counter(
+    "lattice.runner.waits",
+    "{attempt}",
+    ("isolation",),
+    "Attempts for which no process waited, so that one was started.",
+)
+RUNNER_START = _histogram(
+    "lattice.runner.start.duration", "s", ("isolation",), "Time until a started process could run attempts.", SHORT_S
+)
+SANDBOX_ATTEMPTS = _counter(
+    "lattice.sandbox.attempts",
+    "{attempt}",
+    ("isolation", "failure_kind"),
+    "Attempts in sandboxes that ended; without a kind of failure they succeeded.",
+)
+
+SERVICES = _up_down("lattice.services", "{service}", ("state",), "Services.")
+INSTANCES = _up_down("lattice.service.instances", "{instance}", ("state",), "Instances of services.")
+INSTANCE_START = _histogram(
+    "lattice.service.start.duration",
+    "s",
+    ("service", "start"),
+    "Time from the need for an instance to its readiness; a start is cold when no other instance was ready.",
+    LONG_S,
+)
+RESTARTS = _counter("lattice.service.restarts", "{instance}", ("service", "reason"), "Instances that failed.")
+GATEWAY_REQUESTS = _counter(
+    "lattice.gateway.requests",
+    "{request}",
+    ("service", "http.response.status_code"),
+    "Requests of tasks to models that gateways answered; without a service their key was not valid.",
+)
+GATEWAY_DURATION = _histogram(
+    "lattice.gateway.request.duration", "s", ("service",), "Time of such a request to the end of its answer.", LONG_S
+)
+
+JOURNAL_COMMIT = _histogram("lattice.journal.commit.duration", "s", (), "Time of a commit of the journal.", SHORT_S)
+JOURNAL_LAG = _histogram(
+    "lattice.journal.lag",
+    "s",
+    (),
+    "Time until a record was durable, of the one that waited longest in each commit.",
+    SHORT_S,
+)
+JOURNAL_RECORDS = _counter("lattice.journal.records", "{record}", (), "Records that are durable.")
+JOURNAL_BYTES = _counter("lattice.journal.io", "By", (), "Bytes of these records.")
+JOURNAL_PENDING = _up_down("lattice.journal.pending", "By", (), "Bytes of records that wait for a commit.")
+JOURNAL_SIZE = _up_down("lattice.journal.size", "By", ("part",), "Bytes of the files of the journal.")
+JOURNAL_RUNS = _up_down("lattice.journal.runs", "{run}", ("state",), "Runs in the journal.")
 
 STORE_USAGE = _up_down("lattice.store.usage", "By", ("store",), "Bytes in a store of the server.")
 STORE_LIMIT = _up_down("lattice.store.limit", "By", ("store",), "Bytes that a store of the server may have.")

@@ -4,15 +4,18 @@ The SDK of OpenTelemetry takes 16 µs for one value of a histogram, and a task t
 0034. So values are counted here, and the SDK gets the totals when they are exported.
 """
 
-from bisect import bisect_left
+import threading
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lattice_server.telemetry.catalogue import Instrument
 
 Labels = tuple[str, ...]
 OTHER = "_OTHER"
 MAX_NAMES = 200
+MAX_PENDING = 500
 
 
 @dataclass(slots=True)
@@ -22,9 +25,13 @@ class Distribution:
     counts: list[int]
     total: float = 0.0
 
-    def copy(self) -> "Distribution":
-        """Return the present numbers."""
-        return Distribution(list(self.counts), self.total)
+    def with_values(self, values: Sequence[float], bounds: Sequence[float]) -> "Distribution":
+        """Return the numbers with more values. A negative value counts as zero."""
+        # Many at once take a fifth of the time of one after the other.
+        ordered = sorted(values)
+        cumulative = [0, *(bisect_right(ordered, bound) for bound in bounds), len(ordered)]
+        counts = [own + cumulative[i + 1] - cumulative[i] for i, own in enumerate(self.counts)]
+        return Distribution(counts, self.total + sum(ordered[bisect_left(ordered, 0.0) :]))
 
 
 Value = float | Distribution
@@ -38,42 +45,55 @@ class Reading:
     values: Mapping[Labels, Value]
 
 
-@dataclass(slots=True, eq=False)
 class Counter:
     """Counts by labels, on one thread."""
 
-    instrument: Instrument
-    _values: dict[Labels, float] = field(default_factory=dict)
+    def __init__(self, instrument: Instrument) -> None:
+        self.instrument = instrument
+        self._values: defaultdict[Labels, float] = defaultdict(int)
 
     def add(self, *labels: str, by: float = 1) -> None:
         """Add to the count of some labels."""
-        self._values[labels] = self._values.get(labels, 0) + by
+        self._values[labels] += by
 
     def read(self) -> Reading:
         """Return the counts."""
         return Reading(self.instrument, dict(self._values))
 
 
-@dataclass(slots=True, eq=False)
 class Histogram:
-    """Distributions by labels, on one thread."""
+    """Distributions by labels. One thread records; any thread reads.
 
-    instrument: Instrument
-    _values: dict[Labels, Distribution] = field(default_factory=dict)
+    Values are kept, and counted when there are `MAX_PENDING`.
+    """
+
+    def __init__(self, instrument: Instrument) -> None:
+        self.instrument = instrument
+        self._empty = Distribution([0] * (len(instrument.bounds) + 1))
+        self._counted: dict[Labels, Distribution] = {}
+        self._pending: dict[Labels, list[float]] = {}
+        # So that a reader sees a value either as pending or as counted.
+        self._counting = threading.Lock()
 
     def record(self, value: float, *labels: str) -> None:
         """Add a value to the distribution of some labels. A negative value counts as zero."""
-        found = self._values.get(labels)
-        bounds = self.instrument.bounds
-        if found is None:
-            found = self._values[labels] = Distribution([0] * (len(bounds) + 1))
-        value = max(value, 0.0)
-        found.counts[bisect_left(bounds, value)] += 1
-        found.total += value
+        pending = self._pending.get(labels)
+        if pending is None:
+            pending = self._pending[labels] = []
+        pending.append(value)
+        if len(pending) >= MAX_PENDING:
+            with self._counting:
+                self._counted[labels] = self._with(labels, pending)
+                pending.clear()
 
     def read(self) -> Reading:
         """Return the distributions."""
-        return Reading(self.instrument, {labels: found.copy() for labels, found in list(self._values.items())})
+        with self._counting:
+            found = {labels: self._with(labels, list(pending)) for labels, pending in list(self._pending.items())}
+        return Reading(self.instrument, found)
+
+    def _with(self, labels: Labels, values: Sequence[float]) -> Distribution:
+        return self._counted.get(labels, self._empty).with_values(values, self.instrument.bounds)
 
 
 class Names:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 from lattice_server.config import ServerConfig
 from lattice_server.telemetry import TelemetryError
+from lattice_server.telemetry.journal_meter import JournalMeter
 from lattice_server.telemetry.meters import Reading
 from lattice_server.telemetry.prometheus import PrometheusServer, serve
 from lattice_server.telemetry.rpc_meter import RpcMeter
 from lattice_server.telemetry.run_meter import RunMeter
 from lattice_server.telemetry.scheduler_meter import SchedulerMeter
+from lattice_server.telemetry.service_meter import ServiceMeter
 from lattice_server.telemetry.state import State
+from lattice_server.telemetry.worker_meter import WorkerMeter
 
 if TYPE_CHECKING:
     from lattice_server.telemetry.otel import MetricExport
@@ -30,6 +33,7 @@ class Metrics:
 
     def __init__(self, config: ServerConfig, state: State, version: str, epoch: str) -> None:
         self.runs, self.calls, self.scheduler = RunMeter(), RpcMeter(), SchedulerMeter()
+        self.journal, self.services, self.workers = JournalMeter(), ServiceMeter(), WorkerMeter()
         self.url = ""
         self._address = address_of(config.metrics_address, os.environ)
         self._state = state
@@ -40,7 +44,7 @@ class Metrics:
             from lattice_server.telemetry import otel
 
             resource = otel.resource_of(version, epoch)
-            self._export = otel.MetricExport(otel.metric_exporter(config.metrics), resource, self.read)
+            self._export = otel.MetricExport(otel.exporter("metrics", config.metrics), resource, self.read)
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -59,7 +63,8 @@ class Metrics:
 
     async def read(self) -> Sequence[Reading]:
         """Return all numbers at one moment, on the main thread."""
-        counted = (*self.runs.read(), *self.calls.read(), *self.scheduler.read())
+        meters = (self.runs, self.calls, self.scheduler, self.journal, self.services, self.workers)
+        counted = [reading for meter in meters for reading in meter.read()]
         return [*counted, *await self._state.read()]
 
     async def stop(self) -> None:

@@ -6,6 +6,7 @@ Rule: this module is the server's only importer of OpenTelemetry, and is importe
 import asyncio
 import logging
 import os
+import pkgutil
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -53,24 +54,20 @@ def resource_of(version: str, instance_id: str) -> Resource:
     return Resource({**named, **given})
 
 
-def metric_exporter(kind: str) -> MetricExporter:
-    """Return the exporter of a kind of `--metrics`; `OTEL_EXPORTER_OTLP_*` say where it sends. Raises ImportError."""
-    made: Any
-    match kind:
-        case "otlp":
-            from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
+# The exporters by the kind of `--metrics` and of `--traces`; `OTEL_EXPORTER_OTLP_*` say where they send.
+EXPORTERS = {
+    ("metrics", "otlp"): "opentelemetry.exporter.otlp.proto.grpc.metric_exporter:OTLPMetricExporter",
+    ("metrics", "otlp-http"): "opentelemetry.exporter.otlp.proto.http.metric_exporter:OTLPMetricExporter",
+    ("metrics", "console"): "opentelemetry.sdk.metrics.export:ConsoleMetricExporter",
+    ("traces", "otlp"): "opentelemetry.exporter.otlp.proto.grpc.trace_exporter:OTLPSpanExporter",
+    ("traces", "otlp-http"): "opentelemetry.exporter.otlp.proto.http.trace_exporter:OTLPSpanExporter",
+    ("traces", "console"): "opentelemetry.sdk.trace.export:ConsoleSpanExporter",
+}
 
-            made = GrpcExporter()
-        case "otlp-http":
-            from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
 
-            made = HttpExporter()
-        case _:
-            from opentelemetry.sdk.metrics.export import ConsoleMetricExporter
-
-            made = ConsoleMetricExporter()
-    exporter: MetricExporter = made
-    return exporter
+def exporter(signal: str, kind: str) -> Any:
+    """Return the exporter of a kind for `metrics` or for `traces`. Raises ImportError when its package is missing."""
+    return pkgutil.resolve_name(EXPORTERS[signal, kind])()
 
 
 class MetricExport:
@@ -145,26 +142,6 @@ def _metric(reading: Reading, started_ns: int, now_ns: int) -> Metric:
 Span = trace.Span
 # OpenTelemetry's own numbers of kinds in messages begin at 1, those of its API at 0.
 KINDS = (SpanKind.INTERNAL, SpanKind.SERVER, SpanKind.CLIENT, SpanKind.PRODUCER, SpanKind.CONSUMER)
-
-
-def span_exporter(kind: str) -> SpanExporter:
-    """Return the exporter of a kind of `--traces`; `OTEL_EXPORTER_OTLP_*` say where it sends. Raises ImportError."""
-    made: Any
-    match kind:
-        case "otlp":
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-
-            made = GrpcExporter()
-        case "otlp-http":
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-
-            made = HttpExporter()
-        case _:
-            from opentelemetry.sdk.trace.export import ConsoleSpanExporter
-
-            made = ConsoleSpanExporter()
-    exporter: SpanExporter = made
-    return exporter
 
 
 class Spans:
@@ -259,10 +236,13 @@ class _Parents(grpc.aio.ServerInterceptor):
         return await continuation(handler_call_details)
 
 
+UNTRACED = ("Connect", "ExecuteWorkflows", "OpenRun", "Watch", "WatchRun")
+
+
 def call_tracing(provider: Any = None) -> list[Any]:
     """Return the interceptors that trace calls, by default with the provider of the process."""
-    # A span as long as the life of a worker is of no use.
-    streams = (filters.method_name(name) for name in ("Connect", "WatchRun", "OpenRun", "Watch"))
+    # A span as long as the life of a worker is of no use. The runs of one stream are no parts of one trace.
+    streams = (filters.method_name(name) for name in UNTRACED)
     calls = filters.negate(filters.any_of(*streams))
     return [_Parents(), aio_server_interceptor(provider, filter_=calls)]  # type: ignore[no-untyped-call]
 

@@ -13,15 +13,20 @@ import grpc
 from lattice_server.telemetry import catalogue
 from lattice_server.telemetry.meters import Counter, Histogram, Reading, totals
 
+# By their numbers too. A handler that set none has ended with OK.
+NAMES = {key: status.name for status in grpc.StatusCode for key in (status, status.value[0])}
+# A call whose caller has left is cancelled, and its stream closed.
+LEFT = (asyncio.CancelledError, GeneratorExit)
+
 
 class RpcMeter(grpc.aio.ServerInterceptor):
     """An interceptor outside of the interceptors that end calls with a status, so that it sees the status."""
 
     def __init__(self) -> None:
         self._durations = Histogram(catalogue.CALL_DURATION)
-        self._messages = Counter(catalogue.STREAM_MESSAGES)
+        self._stream_ends = Counter(catalogue.STREAM_CALLS)
         self._errors = Counter(catalogue.ERRORS)
-        self._open: dict[str, int] = {}
+        self._streams: dict[str, _Streams] = {}
         self._wrapped: dict[str, tuple[Any, Any]] = {}
 
     def note_error(self, reason: str) -> None:
@@ -30,8 +35,16 @@ class RpcMeter(grpc.aio.ServerInterceptor):
 
     def read(self) -> list[Reading]:
         """Return all numbers."""
-        streams = totals(catalogue.STREAMS, [((method,), count) for method, count in self._open.items()])
-        return [self._durations.read(), self._messages.read(), self._errors.read(), streams]
+        streams = self._streams.items()
+        messages = [((method, "sent"), float(found.sent)) for method, found in streams if found.sent]
+        messages += [((method, "received"), float(found.received)) for method, found in streams if found.received]
+        return [
+            self._durations.read(),
+            self._stream_ends.read(),
+            self._errors.read(),
+            totals(catalogue.STREAMS, [((method,), found.open) for method, found in streams]),
+            totals(catalogue.STREAM_MESSAGES, messages),
+        ]
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         """Wrap a handler. Methods that no servicer has are not counted, because callers choose their names."""
@@ -53,74 +66,92 @@ class RpcMeter(grpc.aio.ServerInterceptor):
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary, method), **kwargs)
         if handler.stream_unary:
-            made = self._reading(handler.stream_unary, method)
+            made = self._reading(handler.stream_unary, self._stream(method))
             return grpc.stream_unary_rpc_method_handler(made, **kwargs)
         if handler.unary_stream:
-            made = self._writing(handler.unary_stream, method)
+            made = self._writing(handler.unary_stream, self._stream(method))
             return grpc.unary_stream_rpc_method_handler(made, **kwargs)
-        made = self._writing(handler.stream_stream, method)
+        made = self._writing(handler.stream_stream, self._stream(method), reads=True)
         return grpc.stream_stream_rpc_method_handler(made, **kwargs)
 
     def _unary(self, behave: Any, method: str) -> Any:
         async def call(request: Any, context: Any) -> Any:
             started = time.perf_counter()
-            status = "UNKNOWN"
+            error: BaseException | None = None
             try:
-                response = await behave(request, context)
-                status = _status(context)
-                return response
-            except asyncio.CancelledError:
-                status = "CANCELLED"
-                raise
-            except BaseException:
-                status = _status(context) if context.code() else "UNKNOWN"
+                return await behave(request, context)
+            except BaseException as raised:
+                error = raised
                 raise
             finally:
-                self._durations.record(time.perf_counter() - started, method, status)
+                self._durations.record(time.perf_counter() - started, method, _status(context, error))
 
         return call
 
-    def _reading(self, behave: Any, method: str) -> Any:
+    def _stream(self, method: str) -> "_Streams":
+        return self._streams.setdefault(method, _Streams(method, self._stream_ends))
+
+    def _reading(self, behave: Any, streams: "_Streams") -> Any:
         async def call(requests: AsyncIterator[Any], context: Any) -> Any:
-            self._opened(method, 1)
+            streams.open += 1
+            error: BaseException | None = None
             try:
-                return await behave(self._counted(requests, method, "received"), context)
+                return await behave(streams.counted(requests), context)
+            except BaseException as raised:
+                error = raised
+                raise
             finally:
-                self._opened(method, -1)
+                streams.end(context, error)
 
         return call
 
-    def _writing(self, behave: Any, method: str) -> Any:
+    def _writing(self, behave: Any, streams: "_Streams", *, reads: bool = False) -> Any:
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-            self._opened(method, 1)
+            streams.open += 1
+            error: BaseException | None = None
             try:
-                if hasattr(request, "__aiter__"):
-                    request = self._counted(request, method, "received")
-                answered = behave(request, context)
+                answered = behave(streams.counted(request) if reads else request, context)
                 if hasattr(answered, "__aiter__"):
                     async for response in answered:
-                        self._messages.add(method, "sent")
+                        streams.sent += 1
                         yield response
                 else:
                     # A handler that writes by itself, such as `Health.Watch`; see `_wrap`.
                     await answered
+            except BaseException as raised:
+                error = raised
+                raise
             finally:
-                self._opened(method, -1)
+                streams.end(context, error)
 
         return call
 
-    async def _counted(self, messages: AsyncIterator[Any], method: str, direction: str) -> AsyncIterator[Any]:
+
+class _Streams:
+    """The streaming calls of one method: how many are open, and how many messages there were."""
+
+    def __init__(self, method: str, ends: Counter) -> None:
+        self.open = self.sent = self.received = 0
+        self._method = method
+        self._ends = ends
+
+    async def counted(self, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Yield the messages of a caller."""
         async for message in messages:
-            self._messages.add(method, direction)
+            self.received += 1
             yield message
 
-    def _opened(self, method: str, by: int) -> None:
-        self._open[method] = self._open.get(method, 0) + by
+    def end(self, context: Any, error: BaseException | None) -> None:
+        """Count the end of a call."""
+        self.open -= 1
+        self._ends.add(self._method, _status(context, error))
 
 
-def _status(context: Any) -> str:
-    """Return the name of the status of a call. A handler that set none ends with OK."""
+def _status(context: Any, error: BaseException | None) -> str:
+    """Return the name of the status of a call that ended with an error, or without one."""
+    if error is not None and isinstance(error, LEFT):
+        return "CANCELLED"
     code = context.code()
-    if isinstance(code, grpc.StatusCode):
-        return code.name
-    return next((known.name for known in grpc.StatusCode if known.value[0] == code), "OK")
+    if error is not None and not code:
+        return "UNKNOWN"
+    return NAMES.get(code, "OK")

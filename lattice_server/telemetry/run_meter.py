@@ -1,6 +1,7 @@
 """Counts runs, tasks and sessions by the facts of runs and the effects of the scheduler, on the main thread."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lattice_server.core.messages import (
@@ -18,7 +19,7 @@ from lattice_server.core.messages import (
     WelcomeWorker,
     WorkerEffect,
 )
-from lattice_server.core.model import Artifact, Failure, Function
+from lattice_server.core.model import Artifact, Failure, Function, Isolation
 from lattice_server.core.run.task_table import TaskRecord
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.telemetry import catalogue
@@ -39,35 +40,48 @@ class RunMeter:
         self._output_size = Histogram(catalogue.OUTPUT_SIZE)
         self._wait, self._dispatch = Histogram(catalogue.QUEUE_WAIT), Histogram(catalogue.DISPATCH)
         self._sessions = Counter(catalogue.SESSIONS)
-        self._runner_starts = Counter(catalogue.RUNNER_STARTS)
+        self._calls = Counter(catalogue.TASK_CALLS)
+        self._call_duration = Histogram(catalogue.TASK_CALL_DURATION)
+        self._sandboxed = Counter(catalogue.SANDBOX_ATTEMPTS)
+        self._by_type: dict[type[Fact], Callable[[RunEntry, Any], None]] = {
+            RunStarted: self._note_run_start,
+            RunFinished: self._note_run_end,
+            TaskStarted: self._note_start,
+            TaskSucceeded: self._note_success,
+            TaskRetrying: self._note_retry,
+            **dict.fromkeys((TaskFailed, TaskCancelled, TaskSkipped), self._note_unsuccessful),
+        }
 
     def note(self, entry: RunEntry, fact: Fact) -> None:
         """Count a fact of a run."""
         self._events += 1
-        match fact:
-            case TaskStarted():
-                self._note_start(entry.run.tasks[fact.task_id], fact)
-            case TaskSucceeded():
-                record = entry.run.tasks[fact.task_id]
-                task = self._name_of(record.spec.function)
-                self._task_ends.add(task, "succeeded", "")
-                if record.items is None and not record.is_reused:
-                    self._task_duration.record(fact.duration_s, task, "succeeded")
-                    self._note_outputs(fact)
-            case TaskRetrying():
-                record = entry.run.tasks[fact.task_id]
-                self._retries.add(fact.failure.kind.value)
-                self._note_failed_attempt(record)
-            case TaskFailed() | TaskCancelled() | TaskSkipped():
-                self._note_unsuccessful(entry.run.tasks[fact.task_id], fact)
-            case RunStarted():
-                self._started.add(self._workflows.bounded(entry.run.spec.display_name))
-            case RunFinished():
-                labels = self._workflows.bounded(entry.run.spec.display_name), fact.state.value
-                self._ended.add(*labels)
-                self._run_duration.record(time.time() - entry.created_s, *labels)
-            case _:
-                pass
+        if (count := self._by_type.get(type(fact))) is not None:
+            count(entry, fact)
+
+    def _note_run_start(self, entry: RunEntry, _: RunStarted) -> None:
+        self._started.add(self._workflows.bounded(entry.run.spec.display_name))
+
+    def _note_run_end(self, entry: RunEntry, fact: RunFinished) -> None:
+        workflow, outcome = self._workflows.bounded(entry.run.spec.display_name), fact.state.value
+        self._ended.add(workflow, outcome)
+        self._run_duration.record(time.time() - entry.created_s, workflow, outcome)
+
+    def _note_success(self, entry: RunEntry, fact: TaskSucceeded) -> None:
+        record = entry.run.tasks[fact.task_id]
+        spec = record.spec
+        task = self._name_of(spec.function)
+        self._task_ends.add(task, "succeeded", "")
+        if record.items is None and not record.is_reused:
+            self._task_duration.record(fact.duration_s, task, "succeeded")
+            self._note_outputs(fact)
+            if spec.isolation is not Isolation.NONE:
+                self._sandboxed.add(spec.isolation.value, "")
+        if record.is_called:
+            self._note_call(record, "succeeded")
+
+    def _note_retry(self, entry: RunEntry, fact: TaskRetrying) -> None:
+        self._retries.add(fact.failure.kind.value)
+        self._note_failed_attempt(entry.run.tasks[fact.task_id], fact.failure)
 
     def perform(self, effect: WorkerEffect) -> WorkerEffect:
         """Count an effect that goes to a worker."""
@@ -81,10 +95,6 @@ class RunMeter:
             case _:
                 pass
         return effect
-
-    def note_runners(self, isolation: str, started: int) -> None:
-        """Count processes that a worker has started."""
-        self._runner_starts.add(isolation, by=started)
 
     def read(self) -> list[Reading]:
         """Return all numbers."""
@@ -100,12 +110,14 @@ class RunMeter:
             self._wait,
             self._dispatch,
             self._sessions,
-            self._runner_starts,
+            self._calls,
+            self._call_duration,
+            self._sandboxed,
         )
         return [Reading(catalogue.RUN_EVENTS, {(): self._events}), *(meter.read() for meter in counted)]
 
-    def _note_start(self, record: TaskRecord, fact: TaskStarted) -> None:
-        self._attempts.add(record.spec.isolation.value)
+    def _note_start(self, entry: RunEntry, fact: TaskStarted) -> None:
+        self._attempts.add(entry.run.tasks[fact.task_id].spec.isolation.value)
         if fact.sent_at is not None and fact.queued_at is not None:
             self._wait.record(fact.sent_at - fact.queued_at)
             if fact.at is not None:
@@ -119,19 +131,29 @@ class RunMeter:
             else:
                 self._output_size.record(len(content), "inline")
 
-    def _note_unsuccessful(self, record: TaskRecord, fact: TaskFailed | TaskCancelled | TaskSkipped) -> None:
+    def _note_unsuccessful(self, entry: RunEntry, fact: TaskFailed | TaskCancelled | TaskSkipped) -> None:
+        record = entry.run.tasks[fact.task_id]
         outcome = {TaskFailed: "failed", TaskCancelled: "cancelled", TaskSkipped: "skipped"}[type(fact)]
         failure: Failure | None = fact.failure
         kind = "" if failure is None else failure.kind.value
         self._task_ends.add(self._name_of(record.spec.function), outcome, kind)
         if isinstance(fact, TaskFailed):
-            self._note_failed_attempt(record)
+            self._note_failed_attempt(record, fact.failure)
+        if record.is_called:
+            self._note_call(record, outcome)
 
-    def _note_failed_attempt(self, record: TaskRecord) -> None:
+    def _note_call(self, record: TaskRecord, outcome: str) -> None:
+        self._calls.add(outcome)
+        if record.queued_at is not None and record.ended_at is not None:
+            self._call_duration.record(record.ended_at - record.queued_at)
+
+    def _note_failed_attempt(self, record: TaskRecord, failure: Failure) -> None:
         """Count the time of an attempt that failed, if it had started."""
         if record.started_at is not None and record.items is None:
             ended_at = time.monotonic() if record.ended_at is None else record.ended_at
             self._task_duration.record(ended_at - record.started_at, self._name_of(record.spec.function), "failed")
+        if record.spec.isolation is not Isolation.NONE:
+            self._sandboxed.add(record.spec.isolation.value, failure.kind.value)
 
     def _name_of(self, function: Function) -> str:
         """Return the value of the label `task`: the name of the function, since ids of tasks have no bound."""

@@ -13,8 +13,11 @@ import psutil
 
 from lattice_server.core.messages import NodesDescribed, NodeStatus, NodeView
 from lattice_server.core.model import Isolation
+from lattice_server.core.services.model import InstanceState, ServiceState
 from lattice_server.core.states import RUN_TERMINAL, TASK_TERMINAL, RunState, TaskState
+from lattice_server.engine.journal_port import Journal, JournalStats
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.services.services import Services
 from lattice_server.engine.sessions import Sessions
 from lattice_server.engine.usage import Usage
 from lattice_server.telemetry import catalogue
@@ -27,8 +30,16 @@ LAG_INTERVAL_S = 1.0
 class State:
     """The state of one server."""
 
-    def __init__(self, orchestrator: Orchestrator, sessions: Sessions, usages: Callable[[], Iterable[Usage]]) -> None:
+    def __init__(
+        self,
+        orchestrator: Orchestrator,
+        sessions: Sessions,
+        services: Services,
+        journal: Journal | None,
+        usages: Callable[[], Iterable[Usage]],
+    ) -> None:
         self._orchestrator, self._sessions, self._usages = orchestrator, sessions, usages
+        self._services, self._journal = services, journal
         self._process = psutil.Process()
         self._lag = Histogram(catalogue.LOOP_LAG)
 
@@ -44,9 +55,14 @@ class State:
     async def read(self) -> list[Reading]:
         """Return all numbers."""
         described = await self._orchestrator.queries.nodes()
+        # It reads the sizes of files, or asks a database.
+        stored = [] if self._journal is None else _stored(await asyncio.to_thread(self._journal.stats))
         return [
             self._lag.read(),
+            *stored,
             *self._work(described),
+            *self._streamed(),
+            *self._serving(),
             *_nodes(described),
             self._runners(),
             *self._stores(),
@@ -60,9 +76,25 @@ class State:
         for run in live:
             tasks.update(run.counts)
         yield _by_state(catalogue.TASKS_ACTIVE, tasks, set(TaskState) - TASK_TERMINAL)
+        waits = (len(waits) for entry in self._orchestrator.runs.values() for waits in entry.calls.values())
+        yield totals(catalogue.CALLS_WAITING, [((), sum(waits))])
         yield totals(catalogue.QUEUE_SIZE, [((), described.queued)])
         yield totals(catalogue.QUEUE_AGE, [((), described.oldest_s)])
         yield totals(catalogue.LEASES, [((), described.leases)])
+
+    def _streamed(self) -> Iterator[Reading]:
+        chunks = self._orchestrator.chunks
+        yield totals(catalogue.CHUNKS, [((), chunks.taken)])
+        yield totals(catalogue.CHUNK_BYTES, [((), chunks.taken_bytes)])
+        yield totals(catalogue.CHUNKS_DROPPED, [((), chunks.dropped)])
+        logs = (entry.chunks for entry in self._orchestrator.runs.values() if entry.chunks is not None)
+        yield totals(catalogue.CHUNK_READERS, [((), sum(log.readers for log in logs))])
+
+    def _serving(self) -> Iterator[Reading]:
+        machines = [entry.machine for entry in self._services.all()]
+        yield _by_state(catalogue.SERVICES, Counter(machine.state for machine in machines), ServiceState)
+        instances = Counter(found.state for machine in machines for found in machine.instances.values())
+        yield _by_state(catalogue.INSTANCES, instances, set(InstanceState) - {InstanceState.ENDED})
 
     def _runners(self) -> Reading:
         counts: list[tuple[Labels, float]] = [((Isolation.NONE.value, state), 0) for state in ("busy", "idle")]
@@ -82,6 +114,15 @@ class State:
             yield totals(catalogue.CPU_TIME, [(("user",), cpu.user), (("system",), cpu.system)])
             yield totals(catalogue.MEMORY, [((), self._process.memory_info().rss)])
             yield totals(catalogue.DESCRIPTORS, [((), self._process.num_fds())])
+
+
+def _stored(stats: JournalStats) -> list[Reading]:
+    parts = {"data": stats.file_bytes - stats.free_bytes, "free": stats.free_bytes, "log": stats.log_bytes}
+    return [
+        totals(catalogue.JOURNAL_PENDING, [((), stats.pending_bytes)]),
+        totals(catalogue.JOURNAL_SIZE, [((part,), size) for part, size in parts.items()]),
+        totals(catalogue.JOURNAL_RUNS, [(("live",), stats.live_runs), (("ended",), stats.ended_runs)]),
+    ]
 
 
 def _nodes(described: NodesDescribed) -> Iterator[Reading]:

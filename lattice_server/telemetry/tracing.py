@@ -21,7 +21,7 @@ class Tracing:
         self.runs: RunTracer | None = None
         self._spans: otel.Spans | None = None
         if kind != "none":
-            self._spans = otel.Spans(otel.span_exporter(kind), otel.resource_of(version, epoch))
+            self._spans = otel.Spans(otel.exporter("traces", kind), otel.resource_of(version, epoch))
             self.runs = RunTracer(self._spans)
             self.interceptors = otel.call_tracing(self._spans.provider)
         elif otel.has_provider():

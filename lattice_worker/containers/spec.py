@@ -7,6 +7,7 @@ from typing import Any
 
 from lattice_worker.containers.profile import profile
 from lattice_worker.runner.container import SOCKET
+from lattice_worker.sandbox import network
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.view import MAX_FILES, SCRATCH, SHARED_MEMORY
 
@@ -23,6 +24,7 @@ def body(
     """
     scratch = f"rw,exec,nosuid,nodev,size={policy.scratch_bytes},nr_inodes={MAX_FILES},mode=700,uid={UID},gid={UID}"
     shared = f"rw,noexec,nosuid,nodev,size={policy.shared_memory_bytes},nr_inodes={MAX_FILES},mode=700"
+    rules = profile(platform.machine(), has_network=bool(policy.network))
     host: dict[str, Any] = {
         "AutoRemove": True,
         "CapDrop": ["ALL"],
@@ -39,9 +41,13 @@ def body(
         # The first process is one more.
         "PidsLimit": policy.processes + 1,
         "ReadonlyRootfs": True,
-        "SecurityOpt": ["no-new-privileges", f"seccomp={json.dumps(profile(platform.machine()))}"],
+        "SecurityOpt": ["no-new-privileges", f"seccomp={json.dumps(rules)}"],
         "Tmpfs": {SCRATCH: scratch, SHARED_MEMORY: f"{shared},uid={UID},gid={UID}"},
     }
+    if policy.network:
+        host["ExtraHosts"] = [f"{name}:{address}" for name, address in network.hosts(policy.network).items()]
+        # The listening sockets have the ports of the servers, and the container has no capabilities.
+        host["Sysctls"] = {"net.ipv4.ip_unprivileged_port_start": "0"}
     if runtime:
         host["Runtime"] = runtime
     return {
@@ -50,7 +56,8 @@ def body(
         "HostConfig": host,
         "Hostname": "lattice",
         "Labels": labels,
-        "NetworkDisabled": True,
+        # With a network the engine writes the names of the servers to `/etc/hosts`, and gives no interface either.
+        "NetworkDisabled": not policy.network,
         "User": f"{UID}:{UID}",
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lattice_worker.containers.containers import Container, Containers
 from lattice_worker.containers.engine import EngineError
+from lattice_worker.egress.agent import Egress
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import SandboxError, Supervisor
 from lattice_worker.zygote import Process
@@ -19,8 +20,8 @@ from lattice_worker.zygote import Process
 class ContainerSupervisor(Supervisor):
     """Supervises one container, and starts it in the place of a zygote."""
 
-    def __init__(self, policy: Policy, containers: Containers) -> None:
-        super().__init__(policy)
+    def __init__(self, policy: Policy, containers: Containers, egress: Egress | None = None) -> None:
+        super().__init__(policy, egress)
         self._containers = containers
         self._container: Container | None = None
         self._on_excess: Callable[[str, str], None] = lambda _kind, _message: None
@@ -64,10 +65,8 @@ def missing(policy: Policy, found: Mapping[str, Any]) -> list[str]:
     checks = {
         "the engine's system call filter": found["profile"] == "2",
         "a root folder that is read-only": found["root_is_read_only"],
-        "no network interface": set(found["interfaces"]) <= {"lo"},
         # The engine's profile cannot refuse this.
         "the exact system call filter": found["type_on_terminal"] == errno.EPERM,
-        "no internet sockets": found["internet_socket"] == errno.EPERM,
         "the memory limit": _is_limited(found["memory_bytes"], policy.memory_bytes),
         "the CPU limit": _is_limited(found["cpus"], policy.cpus),
         "the limit of processes": _is_limited(found["processes"], policy.processes + 1),

@@ -6,6 +6,7 @@ Rule: another instance is tried only while no byte of an answer has gone to the 
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -27,7 +28,9 @@ ELSEWHERE = frozenset({502, 503, 504})
 PASSED = ("accept", "content-type", "x-request-id", "user-agent")
 RETURNED = ("content-type", "x-request-id", "retry-after", "openai-processing-ms")
 ENDED_KEY = ("invalid_api_key", "the key is not valid on this node: it ends with its task")
-BEGUN = "lattice.begun"  # Of a request whose answer has begun.
+BEGUN = web.RequestKey("begun", bool)  # Of a request whose answer has begun.
+SERVICE = web.RequestKey("service", str)  # Of a request whose key is valid.
+CALLER_GONE = 499  # The status of a request without an answer, because its caller left.
 REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError)
 
 
@@ -49,17 +52,22 @@ class Refusal(Exception):
 
 
 class Proxy:
-    """Serves the API of OpenAI. `service_of` returns the service of a key, `wait` waits for an instance of one."""
+    """Serves the API of OpenAI. `service_of` returns the service of a key, `wait` waits for an instance of one.
+
+    `note` is called at the end of each request with its service, or "", the status and the duration in seconds.
+    """
 
     def __init__(
         self,
         routing: Routing,
         service_of: Callable[[str], Awaitable[str | None]],
         wait: Callable[[str], Awaitable[None]],
+        note: Callable[[str, int, float], object] = lambda service, status, seconds: None,
     ) -> None:
         self._routing = routing
         self._service_of = service_of
         self._wait = wait
+        self._note = note
         self._client: aiohttp.ClientSession
         self._open: dict[str, set[asyncio.Task[Any]]] = {}
 
@@ -68,7 +76,7 @@ class Proxy:
         made = web.Application(client_max_size=MAX_REQUEST_BYTES)
         made.router.add_get("/v1/models", self._models)
         for path in PATHS:
-            made.router.add_post(path, self._handle)
+            made.router.add_post(path, self._noted)
         made.cleanup_ctx.append(self._session)
         return made
 
@@ -91,6 +99,15 @@ class Proxy:
             return refusal.response()
         model = {"id": _name(service), "object": "model", "created": 0, "owned_by": "lattice"}
         return web.json_response({"object": "list", "data": [model]})
+
+    async def _noted(self, request: web.Request) -> web.StreamResponse:
+        started, status = time.monotonic(), CALLER_GONE
+        try:
+            response = await self._handle(request)
+            status = response.status
+            return response
+        finally:
+            self._note(request.get(SERVICE, ""), status, time.monotonic() - started)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -117,6 +134,7 @@ class Proxy:
         service = await self._service_of(key.strip()) if key else None
         if service is None:
             raise Refusal(401, *ENDED_KEY)
+        request[SERVICE] = service
         return key.strip(), service
 
     async def _pass(self, request: web.Request, service: str) -> web.StreamResponse:

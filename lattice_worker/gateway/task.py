@@ -12,6 +12,7 @@ from aiohttp import web
 
 from lattice_worker import context
 from lattice_worker.gateway.proxy import Proxy, Refusal
+from lattice_worker.gateway.reports import Reports
 from lattice_worker.gateway.routing import Routing
 
 HOST = "127.0.0.1"
@@ -32,11 +33,13 @@ class Gateway:
         self._routing = Routing()
         self._services: dict[str, str] = {}
         self._news = asyncio.Event()  # Set, and replaced, when routes arrive.
-        self._proxy = Proxy(self._routing, self._service_of, self._wait)
+        self._reports = Reports()
+        self._proxy = Proxy(self._routing, self._service_of, self._wait, self._reports.note)
 
     async def run(self) -> dict[str, Any]:
         """Serve until the server does not know this gateway any more."""
         started = await context.ask_async("lattice/gateway.start")
+        reporting = asyncio.create_task(self._reports.run()) if started.get("reports") else None
         runner = web.AppRunner(self._proxy.application(), access_log=None, handler_cancellation=True)
         await runner.setup()
         with _listening(str(started["endpoint"])) as listener:
@@ -46,6 +49,8 @@ class Gateway:
             with suppress(context.QuestionError):
                 while True:
                     self._take(await context.ask_async("lattice/gateway.routes"))
+        if reporting is not None:
+            reporting.cancel()
         await runner.cleanup()
         return {}
 

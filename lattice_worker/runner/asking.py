@@ -46,6 +46,8 @@ class Questions:
         self._lock = threading.Lock()
         self._waiting: dict[int, Future[Any]] = {}
         self._is_over = False
+        # Waits for signals that no coroutine waits for any more, oldest first, by name; see `awaited`.
+        self.given_up: dict[str, list[Future[Any]]] = {}
 
     def ask(self, item: int, name: str, payload: dict[str, Any], blobs: Sequence[bytes]) -> "Future[Any]":
         """Ask; the future has the encoded answer or a QuestionError. Raises that when the invocation is over."""
@@ -55,6 +57,11 @@ class Questions:
     def wait(self, task_id: str) -> "Future[Any]":
         """Wait for a called task; the future has its encoded outputs, an AnswerError or a QuestionError."""
         return self._send({"kind": "await", "id": self._name, "item": 0, "task": task_id}, ())
+
+    def wait_for(self, name: str, timeout_s: float | None) -> "Future[Any]":
+        """Wait for a signal; the future has its encoded value, an AnswerError or a QuestionError."""
+        header = {"kind": "await", "id": self._name, "item": 0, "signal": name, "timeout": timeout_s}
+        return self._send(header, ())
 
     def _send(self, header: dict[str, Any], blobs: Sequence[bytes]) -> "Future[Any]":
         answer: Future[Any] = Future()

@@ -21,7 +21,7 @@ from typing import Any
 import lattice_worker.context  # noqa: F401  # tasks find it among the loaded modules
 from lattice_worker import cgroup
 from lattice_worker.runner import process
-from lattice_worker.runner.zygote import DESCRIPTORS, REQUEST_BYTES, become_runner
+from lattice_worker.runner.zygote import DESCRIPTORS, MAX_DESCRIPTORS, REQUEST_BYTES, become_runner
 from lattice_worker.sandbox import facts, libc, seal, syscall_filter
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.steps import CONTAINER, Sandbox
@@ -35,8 +35,8 @@ def main() -> None:
         agent.connect(SOCKET)
         libc.prctl(libc.PR_SET_DUMPABLE, 0)
         syscall_filter.program()  # Before there is an invocation to wait for it.
-        data, descriptors, _, _ = socket.recv_fds(agent, REQUEST_BYTES, DESCRIPTORS)
-        if len(descriptors) == DESCRIPTORS:
+        data, descriptors, _, _ = socket.recv_fds(agent, REQUEST_BYTES, MAX_DESCRIPTORS)
+        if len(descriptors) >= DESCRIPTORS:
             wakeups, wakeup = os.pipe()
             os.set_blocking(wakeups, False)
             os.set_blocking(wakeup, False)
@@ -101,8 +101,6 @@ def _facts(sandbox: Sandbox, profile: str) -> dict[str, Any]:
         "container": {
             "profile": profile,
             "root_is_read_only": bool(os.statvfs("/").f_flag & os.ST_RDONLY),
-            "interfaces": _interfaces(),
-            "internet_socket": _errno_of(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()),
             "type_on_terminal": _errno_of(lambda: fcntl.ioctl(0, syscall_filter.TIOCSTI, b"x")),
             "memory_bytes": limits.memory_bytes,
             "cpus": limits.cpus,
@@ -117,12 +115,6 @@ def _facts(sandbox: Sandbox, profile: str) -> dict[str, Any]:
 def _status(name: str) -> str:
     with open("/proc/self/status") as file:
         return next((line.split(":")[1].strip() for line in file if line.startswith(f"{name}:")), "")
-
-
-def _interfaces() -> list[str]:
-    """Return the network interfaces of this process."""
-    with open("/proc/net/dev") as file:
-        return [line.split(":")[0].strip() for line in file if ":" in line]
 
 
 def _errno_of(call: Callable[[], object]) -> int:

@@ -5,9 +5,10 @@ their orphans: it tells the agent of each runner that ended, and kills every oth
 socket, or dies, it kills all of them and exits.
 
 The agent sends JSON, one object a packet: `{"fork": ID, "mode": MODE}` with the descriptors of the control socket, the
-standard output, the standard error, the claims and the marks; and `{"kill": ID}`. With `"sandbox": {"policy": POLICY,
-"folder": PATH}` the runner seals itself first. The zygote answers `{"forked": ID, "pid": PID}` or `{"failed": ID,
-"errno": N}`, and sends `{"ended": ID, "status": STATUS, "cpu": SECONDS}` once for each.
+standard output, the standard error, the claims and the marks, and of the socket that takes the listening sockets of a
+sandbox with a network; and `{"kill": ID}`. With `"sandbox": {"policy": POLICY, "folder": PATH, "group": PATH}` the
+runner seals itself first. The zygote answers `{"forked": ID, "pid": PID}` or `{"failed": ID, "errno": N}`, and sends
+`{"ended": ID, "status": STATUS, "cpu": SECONDS}` once for each.
 """
 
 import contextlib
@@ -32,8 +33,9 @@ from lattice_worker.sandbox.policy import Policy
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-REQUEST_BYTES = 16384
+REQUEST_BYTES = 65536
 DESCRIPTORS = 5
+MAX_DESCRIPTORS = 6  # With that of a sandbox's network.
 HIGH = 64  # Above all that a runner's descriptors are moved to.
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -89,7 +91,7 @@ class Zygote:
 
     def _take(self) -> bool:
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._control, REQUEST_BYTES, DESCRIPTORS)
+            data, descriptors, _, _ = socket.recv_fds(self._control, REQUEST_BYTES, MAX_DESCRIPTORS)
         except ConnectionResetError:
             return False
         if not data:
@@ -154,7 +156,7 @@ class Zygote:
 def _sealed(sandbox: dict[str, Any]) -> dict[str, Any]:
     """Seal this process and return its report about itself. A process that cannot be sealed reports that and ends."""
     try:
-        return seal.seal(Policy.from_json(sandbox["policy"]), sandbox["folder"])
+        return seal.seal(Policy.from_json(sandbox["policy"]), sandbox["folder"], sandbox.get("group", ""))
     except seal.SealError as error:
         process.refuse(str(error))
         os._exit(1)
@@ -175,12 +177,13 @@ def become_runner(parent: int, descriptors: list[int]) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    control, out, err, claims, marks = (os.dup2(d, HIGH + i) for i, d in enumerate(descriptors))
+    control, out, err, claims, marks, *network = (os.dup2(d, HIGH + i) for i, d in enumerate(descriptors))
     null = os.open(os.devnull, os.O_RDONLY)
-    for target, source in enumerate((null, out, err, control, claims, marks)):
+    kept = (null, out, err, control, claims, marks, *network)
+    for target, source in enumerate(kept):
         os.dup2(source, target, inheritable=target < 3)
-    os.closerange(6, HIGH + DESCRIPTORS)
+    os.closerange(len(kept), HIGH + MAX_DESCRIPTORS)
     for name in os.listdir("/proc/self/fd"):
-        if int(name) >= 6:
+        if int(name) >= len(kept):
             with contextlib.suppress(OSError):  # The one by which the list was read.
                 os.close(int(name))

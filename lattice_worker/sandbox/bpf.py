@@ -4,6 +4,7 @@ import struct
 from collections.abc import Mapping, Sequence
 
 Instruction = tuple[int, int, int, int]  # Code, jumps when true and when false, constant.
+Code = Instruction | list[Instruction]  # That ends with a verdict.
 
 LOAD_WORD = 0x20
 AND = 0x54
@@ -35,10 +36,17 @@ def refuse(number: int) -> Instruction:
     return answer(ERRNO | number)
 
 
-def if_among(offset: int, values: Sequence[int], then: Instruction, otherwise: Instruction) -> list[Instruction]:
-    """Compare a word with some values."""
-    compares = [(JUMP_EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
-    return [load(offset), *compares, otherwise, then]
+def if_among(offset: int, values: Sequence[int], then: Code, otherwise: Code, mask: int = 0) -> list[Instruction]:
+    """Compare a word, or the bits of it in a mask, with some values."""
+    one, other = _listed(then), _listed(otherwise)
+    masked = [(AND, 0, 0, mask)] if mask else []
+    # To the code that follows the other one.
+    compares = [(JUMP_EQUAL, len(values) - index - 1 + len(other), 0, value) for index, value in enumerate(values)]
+    return [load(offset), *masked, *compares, *other, *one]
+
+
+def _listed(code: Code) -> list[Instruction]:
+    return code if isinstance(code, list) else [code]
 
 
 def if_any_bit(offset: int, mask: int, then: Instruction, otherwise: Instruction) -> list[Instruction]:

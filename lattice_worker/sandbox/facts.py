@@ -8,10 +8,11 @@ import contextlib
 import errno
 import os
 import resource
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lattice_worker.sandbox import landlock, libc
+from lattice_worker.sandbox import landlock, libc, network
 from lattice_worker.sandbox.policy import ENVIRONMENT, Policy
 
 NAMESPACES = ("mnt", "pid", "net", "ipc", "uts", "user")
@@ -43,8 +44,23 @@ def gather(scratch: str) -> dict[str, Any]:
         "variables": sorted(os.environ),
         "home": os.environ.get("HOME", ""),
         "descriptors": _descriptors(),
+        "interfaces": network.interfaces(),
+        "group": memory_group(),
         "probes": {name: _errno_of(probe) for name, probe in PROBES.items()},
     }
+
+
+def memory_group() -> str:
+    """Return the path of this process's control group for memory; empty for none."""
+    found = ""
+    with open("/proc/self/cgroup") as file:
+        for line in file:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if "memory" in controllers.split(","):
+                return path
+            if not controllers:  # The group of version 2, which has the memory unless version 1 has it.
+                found = path
+    return found
 
 
 def _descriptors() -> list[int]:
@@ -75,6 +91,8 @@ PROBES: dict[str, Callable[[], object]] = {
     "write_root": lambda: os.mkdir("/lattice-probe"),
     "write_scratch": _write_scratch,
     "unshare_nothing": lambda: libc.unshare(0),
+    "open_stream": lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).close(),
+    "open_datagrams": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close(),
 }
 
 
@@ -91,7 +109,7 @@ def missing(policy: Policy, facts: Mapping[str, Any], own: Mapping[str, str], ro
         "CORE": 0,
         **({"NPROC": policy.processes} if policy.has_user_of_its_own else {}),
     }
-    allowed = ENVIRONMENT | OWN_VARIABLES
+    allowed = ENVIRONMENT | OWN_VARIABLES | (network.VARIABLES.keys() if policy.network else set())
     extra = [name for name in facts["variables"] if name not in allowed and not name.startswith("LC_")]
     uids = {int(uid) for uid in status["Uid"].split()}
     checks = {
@@ -115,10 +133,14 @@ def missing(policy: Policy, facts: Mapping[str, Any], own: Mapping[str, str], ro
         checks["an empty bounding set"] = int(status["CapBnd"], 16) == 0
         checks["a file system view of its own"] = facts["root_device"] != root_device
         kinds = [kind for kind in NAMESPACES if kind != "user" or not policy.is_root]
+        checks["no network interface but the loopback"] = set(facts["interfaces"]) <= {"lo"}
         checks |= {f"a {kind} namespace": facts["namespaces"][kind] != own[kind] for kind in kinds}
     if landlock.abi() and not policy.is_container:
         checks["Landlock"] = probes["list_root"] == errno.EACCES
     if policy.has_filter:
         is_filtered = status["Seccomp"] == "2" and probes["unshare_nothing"] == errno.EPERM
         checks["a system call filter"] = is_filtered
+        checks["no internet sockets but those of TCP"] = probes["open_datagrams"] == errno.EPERM
+        if not policy.network:
+            checks["no internet sockets"] = probes["open_stream"] == errno.EPERM
     return [name for name, holds in checks.items() if not holds]

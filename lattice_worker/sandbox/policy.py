@@ -40,6 +40,7 @@ class Policy:
     `has_namespaces` says whether it gets namespaces and a file system view of its own: always at `seccomp` and
     `docker`, and at `subprocess` when the agent is root. `is_root` says that the agent, or the container engine, is
     root, so that the process gets another user. `read_paths` are seen beside the system's and the interpreter's.
+    `network` are the servers that it may connect to, each `NAME:PORT`.
     `memory_bytes` and `time_s` are for tasks that set no limits of their own. `cpus` bounds a container.
     `skipped_step` is a step of the seal that a test leaves out.
     """
@@ -48,6 +49,7 @@ class Policy:
     is_root: bool
     read_paths: tuple[str, ...] = ()
     devices: tuple[str, ...] = DEVICES
+    network: tuple[str, ...] = ()
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     cpus: int = 0
     time_s: int = 300
@@ -83,27 +85,29 @@ class Policy:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Policy":
         """Return the policy that `to_json` made."""
-        lists = {name: tuple(found[name]) for name in ("read_paths", "devices")}
+        lists = {name: tuple(found[name]) for name in ("read_paths", "devices", "network")}
         return cls(**found | lists)
 
 
-def policy_of(level: str, bundle: str = "", gpu_indices: tuple[int, ...] = ()) -> Policy:
-    """Return the policy of a level on this machine, for code that lies in a folder and uses these GPUs."""
+def policy_of(level: str, bundle: str = "", gpu_indices: tuple[int, ...] = (), network: tuple[str, ...] = ()) -> Policy:
+    """Return the policy of a level on this machine, for code in a folder that uses these GPUs and servers."""
     return Policy(
         level,
         os.geteuid() == 0,
         (bundle,) if bundle else (),
         (*DEVICES, *gpu_devices(gpu_indices)),
+        network,
         skipped_step=os.environ.get("LATTICE_TEST_BREAK", ""),
     )
 
 
-def container_policy(bundle: str = "", memory_bytes: int = 0, cpus: int = 1) -> Policy:
+def container_policy(bundle: str = "", memory_bytes: int = 0, cpus: int = 1, network: tuple[str, ...] = ()) -> Policy:
     """Return the policy of a container for code that lies in a folder. Without a memory limit it has the default."""
     return Policy(
         DOCKER,
         True,
         (bundle,) if bundle else (),
+        network=network,
         memory_bytes=memory_bytes or DEFAULT_MEMORY_BYTES,
         cpus=cpus,
         skipped_step=os.environ.get("LATTICE_TEST_BREAK", ""),

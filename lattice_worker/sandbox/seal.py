@@ -21,7 +21,9 @@ from lattice_worker.sandbox.steps import (
     OUTER,
     Sandbox,
     Step,
+    enter_group,
     make_namespaces,
+    make_network,
     make_undumpable,
     make_view,
     set_parent_death,
@@ -36,16 +38,18 @@ class SealError(Exception):
     """A step of the seal failed; the message names it."""
 
 
-def seal(policy: Policy, folder: str) -> dict[str, Any]:
+def seal(policy: Policy, folder: str, group: str = "") -> dict[str, Any]:
     """Seal this process and return the facts about it, see `facts.gather`. With namespaces it returns in a grandchild.
 
     Raises SealError.
     """
     uid = FIRST_UID + os.getpid() if policy.is_root else os.getuid()
-    sandbox = Sandbox(policy, folder, uid, os.getppid())
+    sandbox = Sandbox(policy, folder, uid, os.getppid(), group)
+    take(sandbox, ("group", enter_group))
     if policy.has_namespaces:
         before = facts.namespaces()
         take(sandbox, ("namespaces", make_namespaces))
+        take(sandbox, ("network", make_network))
         _become_first(sandbox)
         if facts.namespaces()["mnt"] == before["mnt"]:
             raise SealError("mount namespace: this process has none of its own")

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lattice_worker.sandbox import landlock, libc, syscall_filter, view
+from lattice_worker.sandbox import landlock, libc, network, syscall_filter, view
 from lattice_worker.sandbox.policy import (
     SYSTEM_FILES,
     SYSTEM_PATHS,
@@ -26,12 +26,16 @@ SECURE_BITS = 0x1 | 0x2 | 0x20 | 0x40 | 0x80  # No privileges for root, no capab
 
 @dataclass(slots=True)
 class Sandbox:
-    """One process that is being sealed. `folder` is empty and its own; `parent` is whose end is to end it."""
+    """One process that is being sealed. `folder` is empty and its own; `parent` is whose end is to end it.
+
+    `group` is the file by which it enters its control group; empty for none.
+    """
 
     policy: Policy
     folder: str
     uid: int
     parent: int
+    group: str = ""
 
     @property
     def scratch(self) -> str:
@@ -48,6 +52,13 @@ Step = tuple[str, Callable[[Sandbox], None]]
 
 
 # Steps of the first process of a namespace and of the runner.
+
+
+def enter_group(sandbox: Sandbox) -> None:
+    """Enter the control group that limits the memory of this process and of all that it starts."""
+    if sandbox.group:
+        with open(sandbox.group, "w") as file:
+            file.write("0")
 
 
 def make_namespaces(sandbox: Sandbox) -> None:
@@ -73,6 +84,12 @@ def make_namespaces(sandbox: Sandbox) -> None:
                 file.write(text)
 
 
+def make_network(sandbox: Sandbox) -> None:
+    """Hand the listening sockets of an allow list to the agent."""
+    if sandbox.policy.network:
+        network.hand_over(sandbox.policy.network)
+
+
 def make_view(sandbox: Sandbox) -> None:
     """Move into a file system view of the sandbox's own."""
     view.build(sandbox.policy, sandbox.read_paths, sandbox.folder, sandbox.uid)
@@ -86,7 +103,8 @@ def _scratch(sandbox: Sandbox) -> None:
 def _environment(sandbox: Sandbox) -> None:
     kept = environment_of(dict(os.environ))
     os.environ.clear()
-    os.environ.update(kept | {"HOME": sandbox.scratch, "TMPDIR": sandbox.scratch, "USER": "task", "LOGNAME": "task"})
+    own = {"HOME": sandbox.scratch, "TMPDIR": sandbox.scratch, "USER": "task", "LOGNAME": "task"}
+    os.environ.update(kept | own | (network.VARIABLES if sandbox.policy.network else {}))
 
 
 def _bounding_set(sandbox: Sandbox) -> None:
@@ -152,7 +170,7 @@ def _landlock(sandbox: Sandbox) -> None:
 
 def _filter(sandbox: Sandbox) -> None:
     if sandbox.policy.has_filter:
-        libc.load_filter(syscall_filter.program())
+        libc.load_filter(syscall_filter.program(has_network=bool(sandbox.policy.network)))
 
 
 OUTER: tuple[Step, ...] = (
@@ -171,6 +189,7 @@ INNER: tuple[Step, ...] = (
 )
 # The steps that a container engine leaves to the runner.
 CONTAINER: tuple[Step, ...] = (
+    ("network", make_network),
     ("scratch", _scratch),
     ("environment", _environment),
     ("limits", _limits),

@@ -11,8 +11,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lattice_worker.egress.agent import Egress
+from lattice_worker.egress.sandbox_network import SandboxNetwork
 from lattice_worker.sandbox import facts, memory
 from lattice_worker.sandbox.cpu import ProcessorTime
+from lattice_worker.sandbox.memory_groups import MemoryGroup, MemoryGroups
 from lattice_worker.sandbox.policy import MIB, Policy
 from lattice_worker.sandbox.results import require_values
 
@@ -26,8 +29,12 @@ class SandboxError(Exception):
 class Supervisor:
     """Supervises the process of one sandbox."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, egress: Egress | None = None, groups: MemoryGroups | None = None) -> None:
         self.policy = policy
+        self._limit_bytes = policy.memory_bytes
+        self._groups = groups
+        self._group: MemoryGroup | None = None
+        self.network = SandboxNetwork(policy.network, egress)
         # A view of its own is built on an empty folder. Without one the process is given a folder on disk.
         self._scratch = "" if policy.has_namespaces else tempfile.mkdtemp(prefix="lattice-scratch-")
         self.sealed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -41,8 +48,11 @@ class Supervisor:
         return self.policy.output_bytes + MIB
 
     def request(self, folder: str) -> dict[str, Any]:
-        """Return the request for the zygote; `folder` is empty and the process's own."""
-        return {"policy": self.policy.to_json(), "folder": self._scratch or folder}
+        """Return the request for the zygote; `folder` is empty and the process's own. Raises OSError."""
+        if self._groups is not None:
+            self._group = self._groups.make(self.policy.memory_bytes)
+        entry = "" if self._group is None else self._group.entry
+        return {"policy": self.policy.to_json(), "folder": self._scratch or folder, "group": entry}
 
     def inspect(self, header: Mapping[str, Any]) -> None:
         """Act on a frame of the process before anything else does. Raises ProtocolError when it must not be sent."""
@@ -60,7 +70,9 @@ class Supervisor:
 
     def verify(self, found: Mapping[str, Any]) -> None:
         """Accept a process or refuse it, by the facts it reports of itself."""
-        missing = facts.missing(self.policy, found, facts.namespaces(), os.stat("/").st_dev)
+        missing = facts.missing(self.policy, found, facts.namespaces(), os.stat("/").st_dev) + self.network.missing()
+        if self._group is not None and not found["group"].endswith(f"/{self._group.name}"):
+            missing.append("a control group of its own")
         if missing:
             self.refuse(f"missing: {'; '.join(missing)}")
         elif not self.sealed.done():
@@ -76,15 +88,21 @@ class Supervisor:
 
         `on_excess` is called once, with the kind and the message of the failure, when one is above its limit.
         """
-        watching = self._watch(pid, limit_bytes or self.policy.memory_bytes, self.policy.cpu_s * cpus, on_excess)
+        limit_bytes = limit_bytes or self.policy.memory_bytes
+        if self._group is not None:
+            try:
+                self._group.limit(limit_bytes)
+            except OSError as error:
+                on_excess("sandbox_setup", f"its memory could not be limited to {limit_bytes} bytes: {error}")
+                return
+        watching = self._watch(pid, limit_bytes, self.policy.cpu_s * cpus, on_excess)
         self._watching = asyncio.get_running_loop().create_task(watching)
 
     async def _watch(self, pid: int, limit_bytes: int, limit_s: int, on_excess: Callable[[str, str], None]) -> None:
-        # Neither gives notice of its growth; where there is no cgroup, both have to be asked for.
-        time = ProcessorTime(pid)
+        # Neither gives notice of its growth. With a group the kernel kills one process, and the others are ended here.
+        time, self._limit_bytes = ProcessorTime(pid), limit_bytes
         while True:
-            if (used_bytes := await asyncio.to_thread(memory.used_bytes, pid, limit_bytes)) > limit_bytes:
-                text = f"its processes used {used_bytes} bytes of memory, and the limit is {limit_bytes}"
+            if text := await asyncio.to_thread(self._memory_excess, pid, limit_bytes):
                 on_excess("out_of_memory", text)
                 return
             if (used_s := await asyncio.to_thread(time.used_s)) > limit_s:
@@ -93,11 +111,22 @@ class Supervisor:
                 return
             await asyncio.sleep(WATCH_S)
 
+    def _memory_excess(self, pid: int, limit_bytes: int) -> str:
+        """Return how the processes are above their limit of memory; empty when they are not."""
+        if self._group is not None:
+            return f"its processes ran out of memory, and the limit is {limit_bytes}" if self._group.has_run_out else ""
+        used_bytes = memory.used_bytes(pid, limit_bytes)
+        if used_bytes <= limit_bytes:
+            return ""
+        return f"its processes used {used_bytes} bytes of memory, and the limit is {limit_bytes}"
+
     def crash(self, status: int, cpu_s: float) -> tuple[str, str] | None:
         """Return the kind and the message of the failure that an exit status stands for, or None for none of a limit.
 
         `cpu_s` is the processor time that the process and its children had.
         """
+        if self._group is not None and status == -signal.SIGKILL and self._group.has_run_out:
+            return "out_of_memory", f"its processes ran out of memory, and the limit is {self._limit_bytes}"
         is_late = cpu_s >= self.policy.cpu_s
         if status == -signal.SIGXCPU or (status == -signal.SIGKILL and is_late):
             return "cpu_time", f"it used more than {self.policy.cpu_s} s of processor time"
@@ -108,11 +137,14 @@ class Supervisor:
     def close(self) -> None:
         """Stop watching: the process has ended."""
         self.refuse("the process ended before it was sealed")
+        self.network.close()
         if self._watching is not None:
             self._watching.cancel()
 
     def discard(self) -> None:
-        """Delete the files that the process wrote. Its descendants have to have ended."""
+        """Delete the files that the process wrote, and its group. Its descendants have to have ended."""
+        if self._group is not None and self._groups is not None:
+            self._groups.remove(self._group)
         if self._scratch:
             # By descriptors, so that links lead nowhere.
             shutil.rmtree(self._scratch, ignore_errors=True)

@@ -16,6 +16,9 @@ X32_BIT = 0x40000000  # Calls of the x32 table say that they are of x86-64.
 
 NEW_NAMESPACES = 0x7E020000  # The flags of `clone` that make namespaces.
 AF_UNIX = 1
+INTERNET = (2, 10)  # AF_INET and AF_INET6.
+SOCK_STREAM, SOCKET_TYPES = 1, 0xF  # The other bits of a type are flags.
+IPPROTO_TCP = 6
 TIOCSTI, TIOCLINUX = 0x5412, 0x541C  # These write to a terminal as if a person did.
 PERSONALITIES = (0, 0xFFFFFFFF)  # Linux itself, and the question which one it is.
 
@@ -36,14 +39,38 @@ def is_supported(machine: str = "") -> bool:
     return (machine or platform.machine()) in ARCHITECTURES
 
 
+# With an allow list of servers there are sockets of TCP as well: they reach the loopback of the sandbox.
+TCP: bpf.Rule = tuple(
+    bpf.if_among(
+        bpf.argument(0),
+        (AF_UNIX,),
+        _ALLOW,
+        bpf.if_among(
+            bpf.argument(0),
+            INTERNET,
+            bpf.if_among(
+                bpf.argument(1),
+                (SOCK_STREAM,),
+                bpf.if_among(bpf.argument(2), (0, IPPROTO_TCP), _ALLOW, _REFUSE),
+                _REFUSE,
+                mask=SOCKET_TYPES,
+            ),
+            _REFUSE,
+        ),
+    )
+)
+
+
 @functools.cache
-def program(machine: str = "") -> bytes:
+def program(machine: str = "", *, has_network: bool = False) -> bytes:
     """Return the filter for an architecture, by default this machine's, as the kernel takes it."""
     machine = machine or platform.machine()
     architecture, numbers = ARCHITECTURES[machine]
     rules: dict[int, bpf.Rule] = {numbers[name]: (_ALLOW,) for name in ALLOWED if name in numbers}
     rules |= {numbers[name]: (_REFUSE,) for name in REFUSED if name in numbers}
     rules |= {numbers[name]: rule for name, rule in JUDGED.items()}
+    if has_network:
+        rules[numbers["socket"]] = TCP
     kill = bpf.answer(bpf.KILL_PROCESS)
     start = [
         bpf.load(bpf.ARCHITECTURE_OFFSET),

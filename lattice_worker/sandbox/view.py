@@ -6,7 +6,7 @@ process's own. The rest of the machine is not mounted, so it has no path there.
 
 import os
 
-from lattice_worker.sandbox import libc
+from lattice_worker.sandbox import libc, network
 from lattice_worker.sandbox.policy import SYSTEM_FILES, SYSTEM_PATHS, Policy
 
 SCRATCH = "/tmp"
@@ -28,11 +28,15 @@ def build(policy: Policy, read_paths: tuple[str, ...], folder: str, uid: int) ->
         os.makedirs(folder + path)
         data = f"size={size},nr_inodes={MAX_FILES},mode=700,uid={uid},gid={uid}"
         libc.mount("tmpfs", folder + path, "tmpfs", flags, data)
+    own = {"/etc/passwd": PASSWD.format(uid=uid), "/etc/group": GROUP.format(uid=uid)}
+    if policy.network:
+        own["/etc/hosts"] = network.hosts_file(policy.network)
     for path in (*SYSTEM_PATHS, *SYSTEM_FILES, *read_paths):
-        _show(path, folder)
-    for path, text in (("/etc/passwd", PASSWD), ("/etc/group", GROUP)):
+        if path not in own:
+            _show(path, folder)
+    for path, text in own.items():
         with open(folder + path, "w") as file:
-            file.write(text.format(uid=uid))
+            file.write(text)
     for device in policy.devices:
         _bind(device, folder + device)
         libc.mount("", folder + device, flags=libc.MS_REMOUNT | libc.MS_BIND | libc.MS_NOSUID | libc.MS_NOEXEC)

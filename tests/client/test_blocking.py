@@ -1,5 +1,5 @@
-"""The synchronous client's calls run in the caller's thread, and leave nothing behind when they are not read to their
-end."""
+"""The synchronous client: its calls run in the caller's thread, one thread reads the answers to runs, and nothing stays
+behind of what is not waited for."""
 
 import gc
 import threading
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lattice_client import LatticeClient, NotFoundError, Run, TaskFailedError, task
-from lattice_client.runs.submission import MAX_OPEN_CALLS
+from lattice_client.runs import executions
 from lattice_client.transport.blocking import BlockingChannel
 from lattice_client.transport.blocking_calls import MessageStream
 from tests.server.apps import NoWorkers, serving_aside
@@ -54,57 +54,90 @@ def start(client: LatticeClient, x: int = 1) -> Run:
     return workflow.run()
 
 
-def test_calls_start_no_thread(client: LatticeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[threading.Thread] = []
+def waiting(client: LatticeClient) -> int:
+    """Return how many runs wait on the client's stream."""
+    (stream,) = client.twin.api.channel.kept().values()
+    return len(stream.waiting)
+
+
+def test_one_thread_reads_the_answers_to_all_runs(client: LatticeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
     begin = threading.Thread.start
 
     def noted(self: threading.Thread) -> None:
         # The server of this process starts threads of its own.
         if threading.current_thread() is threading.main_thread():
-            started.append(self)
+            started.append(self.name)
         begin(self)
 
     monkeypatch.setattr(threading.Thread, "start", noted)
-    run = start(client)
-    assert run.result() == {"result": 2}
-    assert [event.type for event in run.events()][-1] == "run_finished"
-    assert client.run_task(double, {"x": 2}) == {"result": 4}
-    assert started == []
+    with LatticeClient(client.target) as own:
+        run = start(own)
+        assert run.result() == {"result": 2}
+        assert [event.type for event in run.events()][-1] == "run_finished"
+        assert started == [], "the first run needs a call only"
+        assert [start(own, x).result() for x in range(3)] == [{"result": 2 * x} for x in range(3)]
+        assert own.run_task(double, {"x": 2}) == {"result": 4}
+        assert started.count("lattice-answers") == 1
+        assert waiting(own) == 0
 
 
-def test_calls_are_released_when_they_were_read_to_the_end(
+def test_events_are_released_when_they_were_read_to_the_end(
     client: LatticeClient, streams: list[MessageStream[Any]]
 ) -> None:
     run = start(client)
     run.result()
     list(run.events())
-    other = start(client)
-    assert [stream.is_kept for stream in streams] == [False, False, True]
-    assert other.result() == {"result": 2}
+    start(client).result()
+    assert [stream.is_kept for stream in streams] == [False]
 
 
-def test_calls_of_refused_runs_are_released(client: LatticeClient, streams: list[MessageStream[Any]]) -> None:
+def test_refused_runs_raise_and_are_not_waited_for(client: LatticeClient) -> None:
+    start(client).result()
     for _ in range(3):
-        with pytest.raises(NotFoundError):
+        with pytest.raises(NotFoundError, match="nothing") as caught:
             client.get_workflow("nothing").run()
-    other = start(client)
-    assert [stream.is_kept for stream in streams] == [False] * 3 + [True]
-    assert other.result() == {"result": 2}
+        assert caught.value.reason == "WORKFLOW_NOT_FOUND"
+    assert start(client).result() == {"result": 2}
+    assert waiting(client) == 0
 
 
-def test_calls_of_dropped_runs_are_released_with_the_next_call(streams: list[MessageStream[Any]]) -> None:
+def test_dropped_runs_are_waited_for_no_more_and_continue() -> None:
     with waiting_client() as client:
-        runs = [start(client) for _ in range(3)]
-        next(runs[0].events())
+        runs = [start(client) for _ in range(4)]
         with pytest.raises(TimeoutError):
             runs[1].result(timeout=0.05)
-        assert all(stream.is_kept for stream in streams)
+        assert waiting(client) == 3, "the first was started by a call"
         run_ids = [str(run) for run in runs]
         del runs
         gc.collect()
-        other = start(client)
-        assert [stream.is_kept for stream in streams] == [False] * 4 + [True]
-        assert [client.get_run(run_id).status() for run_id in [*run_ids, other]] == ["running"] * 4
+        assert waiting(client) == 0
+        assert [client.get_run(run_id).status() for run_id in run_ids] == ["running"] * 4
+
+
+def test_client_that_is_dropped_ends_its_stream_and_its_thread() -> None:
+    def reading() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "lattice-answers"}
+
+    with waiting_client() as other:
+        before = reading()
+        client = LatticeClient(other.target)
+        start(client)
+        start(client)
+        (thread,) = reading() - before
+        del client
+        gc.collect()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_runs_are_started_by_calls_when_the_stream_breaks(client: LatticeClient) -> None:
+    runs = [start(client, x) for x in range(3)]
+    (stream,) = client.twin.api.channel.kept().values()
+    stream.abandon()
+    assert [run.result() for run in runs] == [{"result": 2 * x} for x in range(3)]
+    assert [start(client, x).result() for x in range(3)] == [{"result": 2 * x} for x in range(3)]
+    assert not next(iter(client.twin.api.channel.kept().values())).is_broken, "there is another one"
 
 
 def test_result_is_the_same_in_all_waiting_threads(client: LatticeClient) -> None:
@@ -114,12 +147,14 @@ def test_result_is_the_same_in_all_waiting_threads(client: LatticeClient) -> Non
             assert list(pool.map(lambda _, run=run: run.result(timeout=60), range(8))) == [{"result": 2 * x}] * 8
 
 
-def test_runs_beyond_the_open_streams_have_results(client: LatticeClient, streams: list[MessageStream[Any]]) -> None:
-    runs = [start(client, x) for x in range(MAX_OPEN_CALLS + 6)]
-    assert len(streams) == MAX_OPEN_CALLS
-    assert [run.result() for run in runs] == [{"result": 2 * x} for x in range(len(runs))]
-    start(client).result()
-    assert len(streams) == MAX_OPEN_CALLS + 1
+def test_runs_beyond_those_of_a_stream_have_results(client: LatticeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executions, "MAX_WAITING", 3)
+    with waiting_client() as idle:
+        runs = [start(idle, x) for x in range(8)]
+        assert waiting(idle) == 3
+        assert [run.status() for run in runs] == ["running"] * 8
+    runs = [start(client, x) for x in range(8)]
+    assert [run.result() for run in runs] == [{"result": 2 * x} for x in range(8)]
 
 
 def test_a_failure_comes_by_the_stream_and_by_a_later_call_alike(client: LatticeClient) -> None:

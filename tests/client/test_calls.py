@@ -67,19 +67,18 @@ class Server(
         artifact = payload_pb2.Artifact(artifact_id="a", size_bytes=sum(self.parts), node_id="head")
         return artifact_pb2.WriteArtifactResponse(artifact=artifact)
 
-    async def ExecuteWorkflow(
-        self, request: workflow_pb2.ExecuteWorkflowRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[workflow_pb2.ExecuteWorkflowResponse]:
+    async def RunWorkflow(
+        self, request: workflow_pb2.RunWorkflowRequest, context: grpc.aio.ServicerContext
+    ) -> workflow_pb2.RunWorkflowResponse:
         """Take a run, unless the server is full."""
-        self.calls["ExecuteWorkflow"] += 1
-        if self.calls["ExecuteWorkflow"] <= self.is_full:
+        self.calls["RunWorkflow"] += 1
+        if self.calls["RunWorkflow"] <= self.is_full:
             again = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=1_000_000))
             await fail(context, code_pb2.RESOURCE_EXHAUSTED, again)
-        spec = request.run.workflow
+        spec = request.workflow
         assert [found.python.WhichOneof("code") for found in spec.functions.values()] == ["pickle"]
         assert spec.tasks[0].inputs["data"].payload.artifact.size_bytes >= len(LARGE)
-        run = run_pb2.Run(run_id=request.run.run_id)
-        yield workflow_pb2.ExecuteWorkflowResponse(accepted=workflow_pb2.RunWorkflowResponse(run=run))
+        return workflow_pb2.RunWorkflowResponse(run=run_pb2.Run(run_id=request.run_id))
 
     async def AddTasks(
         self, request: workflow_pb2.AddTasksRequest, context: grpc.aio.ServicerContext
@@ -149,7 +148,7 @@ def test_large_input_is_uploaded_once_when_the_run_is_submitted_again() -> None:
         workflow = client.create_workflow()
         workflow.add_task(size, {"data": LARGE})
         await workflow.run()
-        assert server.calls == {"GetServerInfo": 1, "WriteArtifact": 1, "ExecuteWorkflow": 4}
+        assert server.calls == {"GetServerInfo": 1, "WriteArtifact": 1, "RunWorkflow": 4}
 
     play(scenario)
 

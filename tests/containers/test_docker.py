@@ -30,7 +30,7 @@ from lattice_worker.sandbox.policy import DOCKER, LEVELS, MIB, Policy, container
 from lattice_worker.sandbox.supervisor import SandboxError
 from tests.containers.engines import Gate, engine, lack
 from tests.e2e.conftest import served
-from tests.sandbox import attempts, test_honest_code
+from tests.sandbox import attempts, connections, test_honest_code
 from tests.sandbox.boxes import Box
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.skipif(bool(lack()), reason=lack())]
@@ -273,6 +273,33 @@ def test_first_process_outlives_signals_of_the_task(address: str) -> None:
         return [*found, *os.listdir("/lattice")]
 
     assert value(address, attack) == ["PermissionError", "PermissionError"]
+
+
+@pytest.fixture(scope="module")
+def connected(address: str) -> dict[str, Any]:
+    """How each attempt to connect to a server ended in one container, and the accesses of it."""
+    command = [sys.executable, "-m", "tests.sandbox.egress_program", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout)["docker"])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", connections.ROWS)
+def test_connection_ends_as_its_row_says(name: str, connected: dict[str, Any]) -> None:
+    row, outcome = connections.ROWS[name], connected["outcomes"][name]
+    assert (outcome.startswith(row.outcome), row.text in outcome) == (True, True), outcome
+    accesses = [f"{access['host']}:{access['port']} {access['verdict']}" for access in connected["final"]]
+    assert not row.access or row.access in accesses
+
+
+@pytest.mark.exhaustive
+def test_container_is_refused_when_it_does_not_hand_its_listening_sockets_over(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATTICE_TEST_BREAK", "network")
+    with pytest.raises(SandboxError, match="the listening sockets of its network"):
+        value(address, os.getpid, policy=container_policy(network=("a.invalid:443",)))
 
 
 @pytest.mark.exhaustive

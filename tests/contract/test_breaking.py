@@ -41,7 +41,7 @@ def test_contract_breaks_nothing_of_its_baseline() -> None:
 
 
 def test_addition_passes_when_it_takes_a_reserved_number(copied: Path) -> None:
-    change(copied, "cluster.proto", "  reserved 16 to 24;\n", "  string zone = 16;\n  reserved 17 to 24;\n")
+    change(copied, "cluster.proto", "  reserved 18 to 24;\n", "  string zone = 18;\n  reserved 19 to 24;\n")
     found = breaking(copied)
     assert found.returncode == 0, found.stdout + found.stderr
 

@@ -3,17 +3,21 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lattice_client import LatticeClient
 from tests.e2e.net import starting
 from tests.e2e.rooms import Room
+from tests.sandbox.conftest import delegated_group  # noqa: F401  # a fixture
 
 LATTICE = str(Path(sys.executable).parent / "lattice")
+# What `lattice start --head` turns into, after it has imported all commands.
+HEAD = [sys.executable, "-m", "lattice_server", "start", "--head"]
 CONFIG = Path(__file__).parent / "server.toml"
 # An executor only starts workers. So `make test` runs on Ray these files, and the tests of others that depend on the
 # processes and the environment of a worker. `make test-all` runs all files on both executors.
@@ -45,9 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @contextmanager
-def served(*flags: str) -> Iterator[str]:
-    """Run a server while the block runs; yield its address."""
-    command = [LATTICE, "start", "--head", "--port", "0", *flags]
+def served(*flags: str, statuses: Sequence[int] = (0,)) -> Iterator[str]:
+    """Run a server while the block runs; yield its address. It ends with such a status, and leaves no process."""
+    command = [*HEAD, "--port", "0", *flags]
     with starting("ray" if "ray" in flags else "local"):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -55,8 +59,10 @@ def served(*flags: str) -> Iterator[str]:
     found = re.search(r"127\.0\.0\.1:\d+", line)
     assert found, f"the server said {line!r}"
     yield found.group()
+    started = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    assert process.wait(30) == 0
+    assert process.wait(30) in statuses
+    assert not psutil.wait_procs(started, timeout=30)[1]
 
 
 @pytest.fixture(scope="session")

@@ -79,18 +79,7 @@ def test_machines_join_ray_and_exchange_values(two: Cluster, room: Room) -> None
     assert {node.node_ip for node in two.nodes().values()} == {machine.address for machine in two.machines[:2]}
 
 
-def test_a_machine_offers_its_gpus_through_ray(two: Cluster) -> None:
-    agent = two.join(two.machines[2], "c", "--num-cpus", "1", "--num-gpus", "2", "--gpu-memory", "8192")
-    node = two.nodes()["c"]
-    assert [(gpu.index, gpu.memory_bytes) for gpu in node.capacity.gpus] == [(0, 2**33), (1, 2**33)]
-    assert two.client.run_task(devices, {}) == {"result": ""}
-    whole = task(gpu=2)(devices.function)
-    assert two.client.run_task(whole, {}) == {"result": "0,1"}
-    agent.terminate()
-    assert agent.wait(GONE_S) == 0
-
-
-def test_a_machine_joins_and_drains_by_the_commands_of_the_page(two: Cluster, tmp_path: Path) -> None:
+def test_a_machine_joins_with_its_gpus_and_drains_by_the_commands_of_the_page(two: Cluster, tmp_path: Path) -> None:
     section = re.findall(r"^## Joining\n(.*?)^## ", PAGE.read_text(), re.MULTILINE | re.DOTALL)[0]
     join, look = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     variables, start = join.splitlines()
@@ -98,9 +87,15 @@ def test_a_machine_joins_and_drains_by_the_commands_of_the_page(two: Cluster, tm
     typed = variables.replace("10.1.2.3:50051", two.address).replace("cert.pem", two.env["LATTICE_TLS_CA"])
     (tmp_path / "token").write_text(two.env["LATTICE_TOKEN"])
     machine = two.machines[2]
-    worker = machine.start("sh", "-c", f"cd {tmp_path}; {path}; {typed}; exec {start}")
+    offers = "--num-gpus 2 --gpu-memory 8192"
+    worker = machine.start("sh", "-c", f"cd {tmp_path}; {path}; {typed}; exec {start} {offers}")
     machine.hear(worker, "as node second")
     two.until_node("second", READY)
+    node = two.nodes()["second"]
+    assert [(gpu.index, gpu.memory_bytes) for gpu in node.capacity.gpus] == [(0, 2**33), (1, 2**33)]
+    assert two.client.run_task(devices, {}) == {"result": ""}
+    whole = task(gpu=2)(devices.function)
+    assert two.client.run_task(whole, {}) == {"result": "0,1"}
     shown = two.head.run("sh", "-c", f"cd {tmp_path}; {path}; {typed}; {look}")
     assert re.search(r"^second\tready", shown, re.MULTILINE)
     assert "draining" in shown

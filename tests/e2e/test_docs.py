@@ -46,7 +46,8 @@ def _blocks(name: str) -> list[Block]:
     return found
 
 
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("scheduling", "client", "langgraph", "streams", "calls")))
+NAMES = ("scheduling", "client", "langgraph", "streams", "calls", "signals")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 BLOCKS = [block for page in PAGES for block in _blocks(page)]
 # The lines of this script's parallel tasks come in any order.
 UNORDERED = "First script"

@@ -34,18 +34,25 @@ def test_an_example_runs_with_python_too(address: str, example: str) -> None:
     assert done.stdout
 
 
-def test_the_research_agent_publishes_only_when_it_is_approved(local: str) -> None:
-    approved, refused = _run(local, "research_agent"), _run(local, "research_agent", "--refuse")
-    for shown in (approved, refused):
-        assert re.search(r"- query: \[35(\.0)?, \"2015/", shown)
-        assert re.search(r"- search: \S+\.md: \S", shown)
-        assert "! publish this?" in shown
-    assert "Done; published: " in approved
-    assert "Done; the report was refused" in refused
+@pytest.mark.parametrize(
+    ("arguments", "ending"),
+    [([], "Done; published: "), pytest.param(["--refuse"], "Done; the report was refused", marks=REPEATED)],
+)
+def test_the_research_agent_publishes_only_when_it_is_approved(arguments: list[str], ending: str, local: str) -> None:
+    shown = _run(local, "research_agent", *arguments)
+    assert re.search(r"- query: \[35(\.0)?, \"2015/", shown)
+    assert re.search(r"- search: \S+\.md: \S", shown)
+    assert "! publish this?" in shown
+    assert ending in shown
 
 
-def test_the_agent_answers_with_its_three_tools(address: str) -> None:
-    answer = _run(address, "agent")
+@pytest.fixture(scope="module")
+def answer(address: str) -> str:
+    """What the agent prints when it is asked what it asks itself."""
+    return _run(address, "agent")
+
+
+def test_the_agent_answers_with_its_three_tools(answer: str) -> None:
     passage = re.search(r"→ (\S+\.md): (.*crash.*)", answer)
     assert passage
     assert any(
@@ -55,8 +62,8 @@ def test_the_agent_answers_with_its_three_tools(address: str) -> None:
     assert "365 * 24 / 7\n  → 1251.4285714285713\n" in answer
 
 
-def test_the_agent_shows_when_each_task_ran(address: str) -> None:
-    lines = re.findall(r"(\w+) +([\d.]+) to +([\d.]+) ms +█+", _run(address, "agent"))
+def test_the_agent_shows_when_each_task_ran(answer: str) -> None:
+    lines = re.findall(r"(\w+) +([\d.]+) to +([\d.]+) ms +█+", answer)
     begins = {name: float(begin) for name, begin, _ in lines}
     ends = {name: float(end) for name, _, end in lines}
     tools = {"search", "query", "calculate"}

@@ -38,7 +38,7 @@ def test_memory_of_a_worker_stays_when_many_functions_are_called_once() -> None:
         worker = psutil.Process(node.worker_pid)
         before = memory_bytes(worker)
         first = large()
-        for _ in range(3 * FILLED):
+        for _ in range(FILLED):
             client.run_task(large())
         client.run_task(first)
         for _ in range(FILLED + 1):

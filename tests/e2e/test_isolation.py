@@ -1,5 +1,6 @@
 """Tasks that ask for a level of isolation, through a server and its workers."""
 
+import mmap
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ import pytest
 from lattice.v1 import resources_pb2
 
 from lattice_client import LatticeClient, TaskFailedError, task
+from tests.client.shell import call
 from tests.e2e.conftest import OFFERS, served
 
 LEVELS = ("subprocess", "seccomp")
@@ -136,3 +138,28 @@ def test_node_lists_the_levels_it_can_set_up(sandboxed: LatticeClient) -> None:
     (node,) = sandboxed.nodes()
     levels = {resources_pb2.Isolation.Name(level) for level in node.isolations}
     assert levels == {"ISOLATION_NONE", "ISOLATION_SUBPROCESS", "ISOLATION_SECCOMP"}
+
+
+def test_kernel_limits_memory_when_a_control_group_is_delegated(
+    delegated_group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use_memory() -> None:
+        # Shared memory, which no limit of a process counts.
+        area = mmap.mmap(-1, 400 * MIB)
+        for offset in range(0, len(area), 4096):
+            area[offset] = 1
+        time.sleep(60)
+
+    monkeypatch.setenv("LATTICE_CGROUP", str(delegated_group))
+    with served("--executor", "local", *OFFERS) as address, LatticeClient(address) as client:
+        kind, message = failure(client, use_memory, "seccomp", resources={"cpu": 1, "cpu_mem": 200})
+        (node,) = client.nodes()
+        assert "the memory of sandboxes is limited by the kernel (cgroup)" in call(address, "nodes").stdout
+    assert kind == "OUT_OF_MEMORY"
+    assert f"its processes ran out of memory, and the limit is {200 * MIB}" in message
+    assert node.memory_enforcement == resources_pb2.MEMORY_ENFORCEMENT_CGROUP
+
+
+def test_node_says_that_it_measures_memory_when_no_control_group_is_delegated(sandboxed: LatticeClient) -> None:
+    (node,) = sandboxed.nodes()
+    assert node.memory_enforcement == resources_pb2.MEMORY_ENFORCEMENT_MEASURED

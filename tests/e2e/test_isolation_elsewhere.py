@@ -2,7 +2,11 @@
 
 import ctypes
 import os
+import re
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +16,11 @@ from typing import Any
 import pytest
 from lattice.v1 import resources_pb2
 
-from lattice_client import LatticeClient, TaskFailedError, UntrustedPayloadError, task
+from lattice_client import LatticeClient, PreconditionError, TaskFailedError, UntrustedPayloadError, task
 from tests.e2e.clusters import cluster
 from tests.e2e.conftest import served
+from tests.e2e.net import LATTICE, needs_network
+from tests.sandbox import plain_user
 
 pytestmark = pytest.mark.exhaustive
 
@@ -42,7 +48,41 @@ def _on_machine_that_joined_ray(folder: Path) -> Iterator[LatticeClient]:
         yield found.client
 
 
-@pytest.fixture(scope="module", params=[_on_ray, _on_joined_machine, _on_machine_that_joined_ray])
+@contextmanager
+def _of_plain_user(folder: Path) -> Iterator[LatticeClient]:
+    """A client of a server and a worker of a user that is not root."""
+    os.chown(folder, plain_user.UID, plain_user.UID)
+    own = {"HOME": str(folder), "TMPDIR": str(folder), "XDG_RUNTIME_DIR": str(folder)}
+    command = [sys.executable, "-m", "tests.sandbox.plain_user", LATTICE, "start", "--head", "--port", "0"]
+    command += ["--executor", "local", "--num-cpus", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | own) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r"127\.0\.0\.1:\d+", process.stdout.readline())
+            assert found is not None
+            with LatticeClient(found.group()) as client:
+                yield client
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[LatticeClient]:
+    """A client of a server and a worker of a user that is not root."""
+    # Its folders have to be reachable for that user, which those of pytest are not.
+    with tempfile.TemporaryDirectory(prefix="lattice-tests-") as folder, _of_plain_user(Path(folder)) as client:
+        yield client
+
+
+# Hosts are network namespaces, which are root's to make.
+@pytest.fixture(
+    scope="module",
+    params=[
+        _on_ray,
+        pytest.param(_on_joined_machine, marks=needs_network),
+        pytest.param(_on_machine_that_joined_ray, marks=needs_network),
+    ],
+)
 def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LatticeClient]:
     """A client of a cluster whose worker was started by Ray, or on another machine."""
     with request.param(tmp_path_factory.mktemp("elsewhere")) as client:
@@ -123,6 +163,20 @@ def run(client: LatticeClient, function: Callable[..., Any], level: str, **setti
 @pytest.mark.parametrize("holds", ROWS)
 def test_sandbox_holds(elsewhere: LatticeClient, holds: Callable[[], bool], level: str) -> None:
     assert run(elsewhere, holds, level)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a plain user that can read the interpreter")
+@pytest.mark.parametrize("holds", ROWS)
+def test_sandbox_of_a_plain_user_holds(plain: LatticeClient, holds: Callable[[], bool]) -> None:
+    assert run(plain, holds, "seccomp")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a plain user that can read the interpreter")
+def test_worker_of_a_plain_user_restricts_servers_at_seccomp_only(plain: LatticeClient) -> None:
+    (node,) = plain.nodes()
+    assert [resources_pb2.Isolation.Name(level) for level in node.network_isolations] == ["ISOLATION_SECCOMP"]
+    with pytest.raises(PreconditionError, match="at isolation subprocess it cannot restrict which servers"):
+        run(plain, os.getpid, "subprocess", network=["a.invalid:443"])
 
 
 @pytest.mark.parametrize("level", LEVELS)

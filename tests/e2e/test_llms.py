@@ -100,6 +100,15 @@ def test_a_task_chats_with_a_model_by_its_name(client: LatticeClient, started: C
     assert [service.spec.name for service in client.llm.list()] == ["tiny"]
 
 
+def test_the_gateway_ends_with_the_last_model(client: LatticeClient, started: Callable[..., Any]) -> None:
+    started("tiny")
+    assert answer(client, "tiny", "x")[0] == 200
+    client.services.stop("tiny", timeout=WAIT_S)
+    until(lambda: all(node.free == node.capacity for node in client.nodes()), "the node is free again")
+    started("tiny")
+    assert answer(client, "tiny", "x")[0] == 200
+
+
 def test_a_key_is_refused_when_its_attempt_has_ended_and_for_other_models(
     client: LatticeClient, started: Callable[..., Any]
 ) -> None:

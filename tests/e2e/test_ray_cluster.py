@@ -1,7 +1,6 @@
 """Runs survive the death of Ray, and an existing Ray is used without an effect on its other users."""
 
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ import psutil
 import pytest
 
 from lattice_client import LatticeClient, Run, task
-from tests.e2e.conftest import LATTICE, served
+from tests.e2e.conftest import served
 from tests.e2e.rays import ACCESS, machine_address, ray_head
 from tests.e2e.rooms import WAIT_S, Room, enter, entered, until
 
@@ -28,8 +27,9 @@ def stay(room: str) -> str:
 
 @contextmanager
 def two_cpus(*flags: str) -> Iterator[LatticeClient]:
-    """A client of a server that has two CPUs of a Ray."""
-    with served("--executor", "ray", "--num-cpus", "2", *flags) as address, LatticeClient(address) as client:
+    """A client of a server that has two CPUs of a Ray; the test may end the server."""
+    flags = ("--executor", "ray", "--num-cpus", "2", *flags)
+    with served(*flags, statuses=(0, -signal.SIGKILL)) as address, LatticeClient(address) as client:
         yield client
 
 
@@ -45,17 +45,22 @@ def processes(client: LatticeClient) -> list[psutil.Process]:
     return psutil.Process(client.server_info().pid).children(recursive=True)
 
 
+STOPPED, KILLED = signal.SIGTERM, signal.SIGKILL
+
+
 @pytest.mark.parametrize(
-    "victims",
+    ("victims", "ending"),
     [
-        ["raylet"],
-        pytest.param(["ray_driver"], marks=pytest.mark.exhaustive),
-        pytest.param(["ray::WorkerHost", "gcs_server"], marks=pytest.mark.exhaustive),
+        (["raylet"], KILLED),
+        pytest.param(["ray_driver"], STOPPED, marks=pytest.mark.exhaustive),
+        pytest.param(["ray::WorkerHost", "gcs_server"], STOPPED, marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_run_succeeds_when_a_process_of_ray_dies(victims: list[str], tmp_path: Path) -> None:
+def test_a_run_succeeds_when_a_process_of_ray_dies_and_no_process_is_left(
+    victims: list[str], ending: signal.Signals, tmp_path: Path
+) -> None:
     with two_cpus() as client:
-        server, ours = client.server_info().pid, []
+        server, ours = psutil.Process(client.server_info().pid), []
         for number, victim in enumerate(victims):
             room = Room(tmp_path / str(number))
             Path(room).mkdir()
@@ -70,22 +75,12 @@ def test_a_run_succeeds_when_a_process_of_ray_dies(victims: list[str], tmp_path:
             assert running.result(timeout=WAIT_S) == queued.result(timeout=WAIT_S) == STAYED
             failures = [e.data["failure"]["kind"] for e in running.events() if e.type == "task_retrying"]
             assert failures == ["WORKER_LOST"]
-            assert client.server_info().pid == server
+            assert client.server_info().pid == server.pid
             assert {"gcs_server", "raylet"} <= {process.name() for process in processes(client)}
         ours += processes(client)
-    # The Ray that died left nothing either: none of all these processes is left.
-    assert not [p for p in ours if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-
-def test_ray_ends_with_a_server_that_is_killed() -> None:
-    command = [LATTICE, "start", "--head", "--port", "0", "--num-cpus", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        assert "listening" in server.stdout.readline()
-        started = psutil.Process(server.pid).children(recursive=True)
-        assert {"gcs_server", "raylet"} <= {process.name() for process in started}
-        server.kill()
-    _, alive = psutil.wait_procs(started, timeout=WAIT_S / 2)
+        server.send_signal(ending)
+        # The Ray that died left nothing either.
+        _, alive = psutil.wait_procs(ours, timeout=WAIT_S / 2)
     assert not alive
 
 

@@ -26,15 +26,15 @@ from tests.e2e import rooms
 from tests.e2e.heads import Head
 from tests.e2e.rooms import Room
 
-# Each test starts two servers, one after the other.
+# Each test ends a server and starts it again; the next test continues with that one.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 RESULT_S = 60.0
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[Head]:
-    found = Head(tmp_path / "journal")
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    found = Head(tmp_path_factory.mktemp("head") / "journal")
     found.start()
     yield found
     found.stop()
@@ -98,9 +98,16 @@ def held(room: str) -> None:
     rooms.enter(room, "held")
 
 
+@task
+def asks(room: str) -> list[Any]:
+    found = [context.wait_for("sent"), context.wait_for("later")]
+    rooms.note(room, "asked")
+    return found
+
+
 def told(event: RunEvent) -> tuple[Any, ...]:
     """Return an event without its rounded times."""
-    data = {key: value for key, value in event.data.items() if key != "queue_time_s"}
+    data = {key: value for key, value in event.data.items() if key not in {"queue_time_s", "duration_s"}}
     return event.sequence, pytest.approx(event.time_s, abs=1e-6), event.type, data
 
 
@@ -124,6 +131,20 @@ def test_a_run_ends_with_its_result_when_the_server_is_killed_in_the_middle(head
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     notes = room.notes()
     assert (notes.count("first"), notes.count("-second"), notes.count("third")) == (1, 1, 1)
+
+
+def test_signals_and_tasks_that_wait_for_them_survive_a_server_that_is_killed(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        workflow = client.create_workflow()
+        workflow.add_task(asks, {"room": room})
+        run = workflow.run()
+        run.signal("sent", "before")
+        rooms.until(run, "signal_awaited", "asks")
+        head.restart()
+        run.signal("later", "after")
+        assert run.result(timeout=RESULT_S) == {"result": ["before", "after"]}
+        assert list(run.events())[-1].data["unread_signals"] == []
+    assert room.notes() == ["asked"]
 
 
 def test_a_run_that_grows_keeps_its_ended_items_when_the_server_is_killed(head: Head, room: Room) -> None:
@@ -159,9 +180,10 @@ def test_ended_runs_and_stored_workflows_are_there_after_a_restart(head: Head, r
         workflow = client.create_workflow()
         workflow.add_task(first, {"room": room})
         workflow.store("kept")
-        before = len(room.notes())
+        before, known = len(room.notes()), len(client.list_runs())
         head.restart()
         assert client.list_runs()[0].run_id == ended.run_id
+        assert len(client.list_runs()) == known
         assert client.describe_run(ended.run_id) == shown
         assert client.get_run(ended.run_id).result(timeout=RESULT_S) == {"result": 3}
         assert list(map(told, client.get_run(ended.run_id).events())) == list(map(told, events))
@@ -171,8 +193,8 @@ def test_ended_runs_and_stored_workflows_are_there_after_a_restart(head: Head, r
         retried = client.retry_run(ended.run_id)
         assert retried.result(timeout=RESULT_S) == {"result": 3}
         assert len(room.notes()) == before + 1, "the retried run had all results"
-        assert [found.run_id for found in client.list_runs()][-1] == ended.run_id
-        assert len(client.list_runs()) == 3
+        assert [found.run_id for found in client.list_runs()][2] == ended.run_id
+        assert len(client.list_runs()) == known + 2
 
 
 def test_a_run_ends_with_its_result_when_the_server_is_stopped_in_the_middle(head: Head, room: Room) -> None:

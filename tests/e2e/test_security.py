@@ -108,6 +108,22 @@ def safe(made: Certificates, token_file: Path, tmp_path_factory: pytest.TempPath
         yield found
 
 
+@pytest.fixture(scope="module")
+def private(made: Certificates, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with TLS that asks callers for certificates, and has its token from the environment."""
+    errors = tmp_path_factory.mktemp("private") / "stderr"
+    flags = ["--tls-cert", str(made.cert), "--tls-key", str(made.key), "--tls-ca", str(made.ca)]
+    with served(errors, *flags, LATTICE_TOKEN=TOKEN) as found:
+        yield found
+    assert errors.read_text() == ""
+
+
+def credentials_of(made: Certificates) -> dict[str, str]:
+    """Return the variables of a caller with a certificate and the token."""
+    files = {"CA": made.ca, "CERT": made.caller_cert, "KEY": made.caller_key}
+    return {"LATTICE_TOKEN": TOKEN, **{f"LATTICE_TLS_{name}": str(path) for name, path in files.items()}}
+
+
 def test_a_script_with_large_values_works_with_tls_and_a_token(
     safe: Served, made: Certificates, tmp_path: Path
 ) -> None:
@@ -163,13 +179,13 @@ def test_the_token_appears_nowhere(safe: Served, made: Certificates) -> None:
     assert TOKEN not in safe.errors.read_text()
 
 
-def test_a_token_of_the_environment_is_not_passed_to_child_processes(tmp_path: Path) -> None:
-    with served(tmp_path / "stderr", LATTICE_TOKEN=TOKEN) as found:
-        children = psutil.Process(found.process.pid).children(recursive=True)
-        assert len(children) >= 2
-        assert not [process for process in children if TOKEN in json.dumps(process.environ())]
-        assert found.line("status").returncode == 1
-        assert found.line("status", LATTICE_TOKEN=TOKEN).returncode == 0
+def test_a_token_of_the_environment_is_not_passed_to_child_processes(private: Served, made: Certificates) -> None:
+    children = psutil.Process(private.process.pid).children(recursive=True)
+    assert len(children) >= 2
+    assert not [process for process in children if TOKEN in json.dumps(process.environ())]
+    known = credentials_of(made)
+    assert private.line("status", **known).returncode == 0
+    assert private.line("status", **(known | {"LATTICE_TOKEN": ""})).returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -193,41 +209,36 @@ def test_a_caller_with_wrong_credentials_is_told_the_setting(
     assert TOKEN not in done.stderr
 
 
-def test_a_server_is_refused_when_its_certificate_is_for_another_name(made: Certificates, tmp_path: Path) -> None:
-    with served(
-        tmp_path / "stderr", "--host", "127.0.0.2", "--tls-cert", str(made.cert), "--tls-key", str(made.key)
-    ) as found:
-        done = found.line("status", "--tls-ca", str(made.ca))
-        assert done.returncode == 1
-        assert "is for another name" in done.stderr
+def test_a_server_is_refused_when_its_certificate_is_for_another_name(made: Certificates) -> None:
+    tls = ServerTls(made.cert.read_bytes(), made.key.read_bytes(), None)
+    with serving_aside(NoWorkers(), host="127.0.0.2", tls=tls) as address:
+        command = [LATTICE, "status", "--addr", address, "--tls-ca", str(made.ca)]
+        done = subprocess.run(command, env=BARE, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert done.returncode == 1
+    assert "is for another name" in done.stderr
 
 
-def test_a_server_may_ask_for_certificates(made: Certificates, tmp_path: Path) -> None:
-    pair = ["--tls-cert", str(made.cert), "--tls-key", str(made.key)]
-    with served(tmp_path / "stderr", *pair, "--tls-ca", str(made.ca)) as found:
-        own = {"LATTICE_TLS_CERT": str(made.caller_cert), "LATTICE_TLS_KEY": str(made.caller_key)}
-        assert found.line("status", "--tls-ca", str(made.ca), **own).returncode == 0
-        done = found.line("status", "--tls-ca", str(made.ca))
-        assert done.returncode == 1
-        assert "if it requires client certificates, set LATTICE_TLS_CERT and LATTICE_TLS_KEY" in done.stderr
-        unsigned = certificates(tmp_path)
-        own = {"LATTICE_TLS_CERT": str(unsigned.caller_cert), "LATTICE_TLS_KEY": str(unsigned.caller_key)}
-        assert found.line("status", "--tls-ca", str(made.ca), **own).returncode == 1
+def test_a_server_may_ask_for_certificates(private: Served, made: Certificates, tmp_path: Path) -> None:
+    known = credentials_of(made)
+    assert private.line("status", **known).returncode == 0
+    done = private.line("status", LATTICE_TOKEN=TOKEN, LATTICE_TLS_CA=str(made.ca))
+    assert done.returncode == 1
+    assert "if it requires client certificates, set LATTICE_TLS_CERT and LATTICE_TLS_KEY" in done.stderr
+    unsigned = credentials_of(certificates(tmp_path)) | {"LATTICE_TLS_CA": str(made.ca)}
+    assert private.line("status", **unsigned).returncode == 1
 
 
-def test_nothing_is_logged_when_a_caller_does_not_speak_tls(made: Certificates, tmp_path: Path) -> None:
-    pair = ["--tls-cert", str(made.cert), "--tls-key", str(made.key)]
-    with served(tmp_path / "stderr", *pair, LATTICE_TOKEN=TOKEN) as found:
-        host, _, port = found.address.rpartition(":")
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01nothing", b"\x00" * 100):
-            with socket.create_connection((host, int(port)), timeout=WAIT_S) as stranger:
-                stranger.sendall(said)
-                stranger.shutdown(socket.SHUT_WR)
-                with contextlib.suppress(ConnectionError):
-                    while stranger.recv(1000):  # until the server closes the connection
-                        pass
-        assert found.line("status", "--tls-ca", str(made.ca), LATTICE_TOKEN=TOKEN).returncode == 0
-    assert (tmp_path / "stderr").read_text() == ""
+def test_nothing_is_logged_when_a_caller_does_not_speak_tls(private: Served, made: Certificates) -> None:
+    host, _, port = private.address.rpartition(":")
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01nothing", b"\x00" * 100):
+        with socket.create_connection((host, int(port)), timeout=WAIT_S) as stranger:
+            stranger.sendall(said)
+            stranger.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while stranger.recv(1000):  # until the server closes the connection
+                    pass
+    assert private.line("status", **credentials_of(made)).returncode == 0
+    assert private.errors.read_text() == ""
 
 
 def test_a_health_check_needs_no_token(safe: Served, made: Certificates) -> None:

@@ -11,8 +11,10 @@ from typing import Any, Self
 import cloudpickle
 
 from lattice_worker.control_socket import Control
+from lattice_worker.egress.agent import Egress
 from lattice_worker.runner.values import decode_value
 from lattice_worker.runner_process import Starter
+from lattice_worker.sandbox.memory_groups import MemoryGroups
 from lattice_worker.sandbox.policy import Policy
 from lattice_worker.sandbox.supervisor import Supervisor
 from lattice_worker.zygote import Process
@@ -25,8 +27,17 @@ LOG_BYTES = 100_000
 class Box:
     """One sealed process."""
 
-    def __init__(self, found: Policy, folder: Path, supervisor: Supervisor | None = None) -> None:
-        self.supervisor = supervisor or Supervisor(found)
+    def __init__(
+        self,
+        found: Policy,
+        folder: Path,
+        supervisor: Supervisor | None = None,
+        egress: Egress | None = None,
+        groups: MemoryGroups | None = None,
+    ) -> None:
+        self.supervisor = supervisor or Supervisor(found, egress, groups)
+        self.accesses: list[dict[str, Any]] = []
+        self.has_lost_network = False
         self._folder = str(folder)
         self.facts: dict[str, Any] = {}
         self.logs = ""
@@ -39,17 +50,26 @@ class Box:
         null = os.open(os.devnull, os.O_RDWR)
         marks = os.memfd_create("marks")
         try:
-            given = (theirs.fileno(), null, 2, null, marks)
+            given = [theirs.fileno(), null, 2, null, marks]
+            network = self.supervisor.network.handover()
+            if network is not None:
+                given.append(network.fileno())
             self.process: Process = await starter.fork("process", given, self.supervisor.request(self._folder))
         finally:
             theirs.close()
             os.close(null)
             os.close(marks)
+            if network is not None:
+                network.close()
         self.control = Control(ours, self._take, print, lambda: None)
         self.process.ended.add_done_callback(self._end)
         async with asyncio.timeout(TIMEOUT_S):
             await self.supervisor.sealed
+        self.supervisor.network.open(self.accesses.append, self._lose_network)
         return self
+
+    def _lose_network(self) -> None:
+        self.has_lost_network = True
 
     def _end(self, _ended: "asyncio.Future[int]") -> None:
         self.control.drain()
@@ -115,15 +135,18 @@ class Box:
 
 
 @contextlib.asynccontextmanager
-async def boxes(folder: Path) -> AsyncIterator[Callable[[Policy], Any]]:
+async def boxes(
+    folder: Path, egress: Egress | None = None, named_group: str = ""
+) -> AsyncIterator[Callable[[Policy], Any]]:
     """Have a zygote while the block runs; the block gets a function that starts a box of a policy."""
+    groups = await MemoryGroups.open(named_group)
     zygotes = Zygotes()
     made: list[Box] = []
 
     async def start(found: Policy) -> Box:
         own = folder / str(len(made))
         own.mkdir()
-        made.append(Box(found, own))
+        made.append(Box(found, own, None, egress, groups))
         return await made[-1].start(zygotes)
 
     try:
@@ -134,6 +157,8 @@ async def boxes(folder: Path) -> AsyncIterator[Callable[[Policy], Any]]:
         zygotes.close()
         for zygote in zygotes._current.values():
             await zygote.process.wait()
+        if groups is not None:
+            groups.close()
 
 
 def in_box(found: Policy, folder: Path, function: Callable[..., Any], *args: Any) -> Any:

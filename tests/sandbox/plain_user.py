@@ -1,16 +1,18 @@
 """A program: sandboxes of an agent that is not root. Prints the verdicts of two attempts and the facts as JSON.
 
-It is started by root, and becomes a plain user that can read the interpreter.
+It is started by root, and becomes a plain user that can read the interpreter. With arguments it becomes that program.
 """
 
 import asyncio
 import json
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from lattice_worker.egress.agent import Egress
 from lattice_worker.sandbox import facts, libc
 from lattice_worker.sandbox.policy import LEVELS, interpreter_paths, policy_of
 from lattice_worker.sandbox.supervisor import SandboxError
@@ -42,7 +44,8 @@ async def main(folder: Path) -> dict[str, Any]:
     from tests.sandbox.boxes import boxes
 
     found: dict[str, Any] = {}
-    async with boxes(folder) as start:
+    egress = Egress()
+    async with boxes(folder, egress) as start:
         for level in LEVELS:
             try:
                 box = await start(policy_of(level))
@@ -51,9 +54,28 @@ async def main(folder: Path) -> dict[str, Any]:
                     "missing": facts.missing(policy_of(level), box.facts, namespaces, root),
                     "result": await box.run(attempt, os.getpid()),
                 }
+                found[level]["network"] = await _with_network(start, level)
             except SandboxError as error:
                 found[level] = {"missing": [str(error)]}
+    egress.close()
+    await egress.wait_closed()
     return found
+
+
+async def _with_network(start: Any, level: str) -> str:
+    """Return what a request comes to that the list of servers does not have."""
+    if not policy_of(level).has_namespaces:
+        return ""
+    box = await start(policy_of(level, network=("a.invalid:443",)))
+    found = await box.run(request)
+    return f"{found} {box.accesses[0]['verdict']}"
+
+
+def request() -> str:
+    """Ask the proxy for a server."""
+    with socket.create_connection(("127.0.0.1", 3128), 10) as sock:
+        sock.sendall(b"CONNECT b.invalid:443 HTTP/1.1\r\nHost: b.invalid\r\n\r\n")
+        return sock.recv(4096).split(b"\r\n")[0].decode()
 
 
 def attempt(agent: int) -> dict[str, str]:
@@ -77,5 +99,7 @@ def attempt(agent: int) -> dict[str, str]:
 
 if __name__ == "__main__":
     become_plain_user()
+    if sys.argv[1:]:
+        os.execv(sys.argv[1], sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="lattice-tests-") as temporary:
         json.dump(asyncio.run(main(Path(temporary))), sys.stdout)

@@ -18,6 +18,8 @@ from tests.sandbox.boxes import boxes, in_box
 
 # A process that changed its user cannot be dumped anyway.
 REDUNDANT = {"dumpable"} if os.geteuid() == 0 else {"bounding_set", "parent_death"}
+SERVERS = ("a.invalid:443",)
+needs_views = pytest.mark.skipif(os.geteuid() != 0, reason="a sandbox at `subprocess` has a network for root only")
 STEPS = [name for name, _ in (*steps.OUTER, *steps.INNER)] + ["view", "mount", "pid", "net", "ipc", "uts"]
 
 
@@ -48,6 +50,48 @@ def test_process_is_refused_when_a_step_of_the_seal_is_left_out(level: str, tmp_
     assert asyncio.run(scenario()) <= REDUNDANT | (set() if level == SECCOMP else {"filter"})
 
 
+@needs_views
+@pytest.mark.parametrize("level", LEVELS)
+def test_process_with_servers_is_refused_when_a_step_is_left_out(level: str, tmp_path: Path) -> None:
+    async def scenario() -> set[str]:
+        accepted = set()
+        async with boxes(tmp_path) as start:
+            await start(policy_of(level, network=SERVERS))
+            for step in ("network", "net", "view", "filter", "environment"):
+                try:
+                    await start(dataclasses.replace(policy_of(level, network=SERVERS), skipped_step=step))
+                except SandboxError:
+                    continue
+                accepted.add(step)
+        return accepted
+
+    assert asyncio.run(scenario()) == (set() if level == SECCOMP else {"filter"})
+
+
+@pytest.mark.parametrize(
+    ("servers", "name", "value", "said"),
+    [
+        ((), "interfaces", ["lo", "eth0"], "no network interface but the loopback"),
+        (SERVERS, "interfaces", ["lo", "eth0"], "no network interface but the loopback"),
+        ((), "open_stream", 0, "no internet sockets"),
+        ((), "open_datagrams", 0, "no internet sockets but those of TCP"),
+        (SERVERS, "open_datagrams", 0, "no internet sockets but those of TCP"),
+    ],
+)
+def test_part_is_named_when_the_network_is_open(
+    servers: tuple[str, ...], name: str, value: Any, said: str, tmp_path: Path
+) -> None:
+    async def scenario() -> dict[str, Any]:
+        async with boxes(tmp_path) as start:
+            return dict((await start(policy_of(SECCOMP, network=servers))).facts)
+
+    found = asyncio.run(scenario())
+    place = found["probes"] if name in found["probes"] else found
+    place[name] = value
+    policy = policy_of(SECCOMP, network=servers)
+    assert facts.missing(policy, found, facts.namespaces(), os.stat("/").st_dev) == [said]
+
+
 def test_step_to_leave_out_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATTICE_TEST_BREAK", "limits")
     assert policy_of(SECCOMP).skipped_step == "limits"
@@ -70,6 +114,7 @@ def test_agent_that_is_not_root_seals_its_sandboxes_too() -> None:
         "write_scratch": "done",
         "write_outside": "PermissionError",
     }
+    assert found["seccomp"]["network"] == "HTTP/1.1 403 Forbidden not_listed"
     assert found["seccomp"]["result"] == {
         "list_root": "PermissionError",
         "signal_agent": "ProcessLookupError",

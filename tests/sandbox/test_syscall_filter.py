@@ -29,6 +29,8 @@ def run(program: bytes, number: int, architecture: int, args: tuple[int, ...] = 
                 (accumulator,) = struct.unpack_from("<I", data, constant)
             case bpf.JUMP:
                 position += constant
+            case bpf.AND:
+                accumulator &= constant
             case bpf.JUMP_EQUAL:
                 position += when_true if accumulator == constant else when_false
             case bpf.JUMP_AT_LEAST:
@@ -122,3 +124,25 @@ def test_filter_allows_the_call_when_its_rule_is_left_out(name: str, monkeypatch
         assert verdict("x86_64", name, 2, 0x5412) == bpf.ALLOW
     finally:
         syscall_filter.program.cache_clear()
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ((1, 1, 0), bpf.ALLOW),
+        *(
+            ((family, 1 | flags, protocol), bpf.ALLOW)
+            for family in (2, 10)
+            for flags in (0, 0o2004000)
+            for protocol in (0, 6)
+        ),
+        *(((family, kind, 0), EPERM) for family in (2, 10) for kind in (0, 2, 3, 5, 10, 0o2004002)),
+        *(((2, 1, protocol), EPERM) for protocol in (1, 17, 132, 262)),
+        *(((family, 1, 0), EPERM) for family in (0, 16, 17, 31, 38, 40, 44)),
+    ],
+)
+def test_filter_with_servers_allows_sockets_of_tcp_besides(machine: str, args: tuple[int, ...], expected: int) -> None:
+    program = syscall_filter.program(machine, has_network=True)
+    assert run(program, TABLES[machine]["socket"], AUDIT[machine], args) == expected
+    assert run(program, TABLES[machine]["unshare"], AUDIT[machine]) == EPERM

@@ -102,8 +102,13 @@ class World:
         self.routing = Routing()
         self.waits = 0
         self.allowed = {"key": SERVICE}
-        self.proxy = Proxy(self.routing, self.service_of, self.wait)
+        self.noted: list[tuple[str, int]] = []
+        self.proxy = Proxy(self.routing, self.service_of, self.wait, self.note)
         self.runners: list[web.AppRunner] = []
+
+    def note(self, service: str, status: int, seconds: float) -> None:
+        assert 0 <= seconds < 60
+        self.noted.append((service, status))
 
     async def service_of(self, key: str) -> str | None:
         return self.allowed.get(key)
@@ -168,6 +173,31 @@ def test_request_is_answered_by_another_instance_when_the_first_does_not_answer(
     scenario(run)
 
 
+def test_each_request_is_noted_with_its_service_and_status() -> None:
+    async def run(world: World, client: aiohttp.ClientSession) -> None:
+        has_begun = asyncio.Event()
+
+        async def endless(_: web.Request) -> web.Response:
+            has_begun.set()
+            await asyncio.Event().wait()
+            return web.Response()
+
+        url = f"{await world.start(echo)}/chat/completions"
+        await client.post(url, json=BODY)
+        await client.post(url, json={"model": "other"})
+        await client.post(url, json=BODY, headers={"authorization": "Bearer guessed"})
+        url = f"{await world.start(endless)}/chat/completions"
+        asking = asyncio.create_task(client.post(url, json=BODY))
+        await has_begun.wait()
+        asking.cancel()
+        while len(world.noted) < 4:
+            await asyncio.sleep(0.01)
+        # 499: the caller has left.
+        assert world.noted == [(SERVICE, 200), (SERVICE, 404), ("", 401), (SERVICE, 499)]
+
+    scenario(run)
+
+
 def test_error_of_an_engine_is_passed_on_and_not_tried_again() -> None:
     async def run(world: World, client: aiohttp.ClientSession) -> None:
         calls = []
@@ -224,6 +254,9 @@ def test_engine_stops_when_the_caller_leaves_or_its_key_ends() -> None:
             leave(task)
             await ended.wait()
             await asyncio.gather(task, return_exceptions=True)
+        # The first got no answer, since its caller was gone; the second was told why its engine was stopped.
+        answer = task.result()
+        assert (answer.status, (await answer.json())["error"]["code"]) == (401, "invalid_api_key")
 
     scenario(run)
 

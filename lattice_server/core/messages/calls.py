@@ -1,27 +1,30 @@
-"""Owns the messages about calls: tasks that an attempt added and whose ends it waits for."""
+"""Owns the messages about waits of attempts: for the ends of tasks that they called, and for signals."""
 
 from dataclasses import dataclass
 
+from lattice_server.core.messages.signals import AwaitedSignal
 from lattice_server.core.messages.tasks import AttemptMessage
 from lattice_server.core.messages.workers import AttemptReport
-from lattice_server.core.model import Failure, Outputs
+from lattice_server.core.model import Failure, Outputs, Payload
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptAwaits(AttemptReport):
-    """An attempt waits for the end of a task that it added; `number` identifies the wait within its lease."""
+    """An attempt waits for the end of a task that it added, or for a signal; `number` names the wait in its lease."""
 
     number: int
     called_id: str
+    signal: AwaitedSignal | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TaskAwaits(AttemptMessage):
-    """An attempt at a task waits for the end of another one."""
+    """An attempt at a task waits for the end of another one, or for a signal."""
 
     lease_id: str
     number: int
     called_id: str
+    signal: AwaitedSignal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,8 @@ class CallOutputs:
     outputs: Outputs
 
 
-# The end of a called task, or a sentence that says why it cannot be waited for.
-CallResult = CallOutputs | Failure | str
+# The end of a called task, the value of a signal, or a sentence that says why there is nothing to wait for.
+CallResult = CallOutputs | Payload | Failure | str
 
 
 @dataclass(frozen=True, slots=True)

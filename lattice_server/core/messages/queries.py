@@ -38,6 +38,7 @@ class ReasonKind(Enum):
     RETRY = "retry"  # An attempt failed and the next one may not start yet.
     RUNNING = "running"  # It does not wait: a worker runs it.
     ENDED = "ended"  # It does not wait: it has ended.
+    SIGNAL = "signal"  # Its attempt waits for a signal.
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,13 +35,13 @@ class QuestionAsked(AttemptMessage):
 
 @dataclass(frozen=True, slots=True)
 class AnswerQuestion(LeaseMessage):
-    """Send a worker the answer to a question or a call: a value, a failure, or why there is no answer.
+    """Send a worker the answer to a question, a call or a wait for a signal: a value, a failure, or why there is none.
 
     `sequence` rises from 1 within a session; it is zero until the message is sent.
     """
 
     number: int
-    answer: Payload | CallResult
+    answer: CallResult
     sequence: int = 0
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lattice_server.core.messages.signals import SignalEvent
 from lattice_server.core.messages.tasks import TaskEvent
 from lattice_server.core.model import Failure
 from lattice_server.core.states import RunState
@@ -34,13 +35,14 @@ class RunCancelling:
 
 @dataclass(frozen=True, slots=True)
 class RunFinished:
-    """The run ended."""
+    """The run ended; no attempt got some of the values that were sent of `unread_signals`."""
 
     state: RunState
     failure: Failure | None
+    unread_signals: tuple[str, ...] = ()
 
 
-Fact = RunStarted | TasksAdded | RunCancelling | RunFinished | TaskEvent
+Fact = RunStarted | TasksAdded | RunCancelling | RunFinished | TaskEvent | SignalEvent
 
 
 @dataclass(frozen=True, slots=True)

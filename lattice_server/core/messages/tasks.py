@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lattice_server.core.messages.network import NetworkAccess
 from lattice_server.core.model import Binding, Failure, Outputs, Payload, TaskSpec
 
 Split = Mapping[str, Sequence[Payload]]
@@ -96,6 +97,13 @@ class TaskLogged(AttemptMessage):
 
 
 @dataclass(frozen=True, slots=True)
+class TaskAccessedNetwork(AttemptMessage):
+    """An attempt at a task connected to a server, or was refused a connection."""
+
+    access: NetworkAccess
+
+
+@dataclass(frozen=True, slots=True)
 class TaskReturned(TaskMessage):
     """The scheduler returns a task that was to run after another one, which has ended already."""
 
@@ -108,7 +116,8 @@ class TasksSpawned(TaskMessage):
     is_called: bool = False
 
 
-TaskEvent = TaskStarted | TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskSkipped | TaskLogged
+TaskEnd = TaskSucceeded | TaskFailed | TaskCancelled | TaskSkipped
+TaskEvent = TaskStarted | TaskRetrying | TaskEnd | TaskLogged | TaskAccessedNetwork
 
 # From the orchestrator to the scheduler.
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lattice_server.core.messages.network import NetworkAccess
 from lattice_server.core.messages.tasks import AttemptMessage, Split
 from lattice_server.core.model import (
     Artifact,
@@ -135,6 +136,13 @@ class AttemptLogged(AttemptReport):
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptAccessedNetwork(AttemptReport):
+    """An attempt connected to a server, or was refused a connection."""
+
+    access: NetworkAccess
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseReturned(LeaseMessage):
     """A worker returns a lease unfinished, through no fault of its tasks. Without a report of a start, none began."""
 
@@ -176,6 +184,7 @@ class Assign(LeaseMessage):
     """Send a lease to a worker; `sequence` rises from 1 within a session.
 
     `trace_parents` names the span of each attempt, or nothing for one that is not traced; empty when none is.
+    `network` are the servers that a sandbox may connect to.
     """
 
     sequence: int
@@ -192,6 +201,7 @@ class Assign(LeaseMessage):
     timeout_s: float | None
     after_lease_id: str = ""
     trace_parents: tuple[str, ...] = ()
+    network: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +282,7 @@ WorkerEvent = (
     | AttemptSucceeded
     | AttemptFailed
     | AttemptLogged
+    | AttemptAccessedNetwork
     | AttemptSpawned
     | ReportsRead
     | ArtifactsReported

@@ -96,7 +96,7 @@ class OpenRun:
         question = self._questions.pop(question_id, None)
         return None if question is None else answer_to(question, answer)
 
-    def withdraw(self, effects: Sequence[Effect | HolderEffect]) -> list[HolderEffect]:
+    def withdraw(self, effects: Sequence[object]) -> list[HolderEffect]:
         """Withdraw the questions of the attempts that end with these effects."""
         if not self._questions:
             return []

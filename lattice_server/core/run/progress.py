@@ -5,6 +5,7 @@ from typing import assert_never
 
 from lattice_server.core.messages import (
     CancelRequested,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskEvent,
     TaskFailed,
@@ -51,7 +52,7 @@ class Progress:
                 if record.first_started_at is None:
                     record.first_started_at = started_at
                 self._status.emit(event)
-            case TaskLogged():
+            case TaskLogged() | TaskAccessedNetwork():
                 self._status.emit(event)
             case TaskRetrying():
                 if record.state is TaskState.RUNNING:

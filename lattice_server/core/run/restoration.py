@@ -14,6 +14,10 @@ from lattice_server.core.messages import (
     RunCancelling,
     RunFinished,
     RunStarted,
+    SignalAwaited,
+    SignalReceived,
+    SignalTaken,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -31,6 +35,7 @@ from lattice_server.core.run.endings import Endings, failure_of_run
 from lattice_server.core.run.growth import Growth
 from lattice_server.core.run.handover import Handover
 from lattice_server.core.run.limits import items_of
+from lattice_server.core.run.signals import Signals
 from lattice_server.core.run.status import RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable
 from lattice_server.core.states import TASK_TERMINAL, RunState, TaskState
@@ -72,6 +77,7 @@ class Restoration:
     _handover: Handover
     _endings: Endings
     _growth: Growth
+    _signals: Signals
     _policy: FailurePolicy
     _attempts: dict[str, _Attempts] = field(default_factory=dict)
 
@@ -111,7 +117,9 @@ class Restoration:
                 self._start(self._record(fact.task_id), fact, at)
             case TaskRetrying():
                 self._retry(self._record(fact.task_id), fact)
-            case TaskLogged():
+            case SignalReceived() | SignalAwaited() | SignalTaken():
+                self._signals.apply(fact)
+            case TaskLogged() | TaskAccessedNetwork():
                 pass
             case _:
                 self._end(self._record(fact.task_id), fact, at, queued_s)

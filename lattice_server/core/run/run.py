@@ -14,6 +14,7 @@ from lattice_server.core.messages import (
     RunStarted,
     TaskCancelled,
     TaskEvent,
+    TaskLogged,
     TaskReturned,
 )
 from lattice_server.core.model import Failure, FailureKind, Payload, TaskSpec, WorkflowSpec
@@ -30,11 +31,12 @@ from lattice_server.core.run.ordering import Ranking, least_left_aged
 from lattice_server.core.run.progress import Progress
 from lattice_server.core.run.restoration import Restoration
 from lattice_server.core.run.reuse import Earlier
+from lattice_server.core.run.signals import Signals
 from lattice_server.core.run.status import Effect, RunStatus
 from lattice_server.core.run.task_table import TaskRecord, TaskTable, tabulating
 from lattice_server.core.states import TASK_TERMINAL, RunState, TaskState
 from lattice_server.core.steps import Steps, finish
-from lattice_server.core.trust import raised
+from lattice_server.core.trust import confined
 
 __all__ = ["Bounds", "Effect", "Run"]
 
@@ -88,6 +90,7 @@ class Run:
         self.tasks: Mapping[str, TaskRecord] = self._table.records
         self.counts: Mapping[TaskState, int] = self._table.counts
         self._status = status = RunStatus(run_id, is_open)
+        self.signals = Signals(status)
         self._values = values = Values(self.tasks, spec.parameters)
         self._handover = Handover(status, self._table, dag, values, priority, tenant, ranking, slice_tasks)
         self._endings = Endings(status, self._table, dag, self._handover, spec.failure_policy)
@@ -162,7 +165,7 @@ class Run:
     def restoring(self) -> Restoration:
         """Return the restoration of this run, which has not started; then `resume` is called instead of `start`."""
         parts = (self._status, self._table, self.dag, self._values, self._handover, self._endings, self._growth)
-        return Restoration(*parts, self.spec.failure_policy)
+        return Restoration(*parts, self.signals, self.spec.failure_policy)
 
     def resume(self, restoration: Restoration, now: float) -> list[Effect]:
         """Continue the run after its restoration: send its tasks, or stop them if it was to stop."""
@@ -180,6 +183,8 @@ class Run:
     def handle(self, event: TaskEvent | TaskReturned, now: float) -> list[Effect]:
         """Take one event about a task; events about a task that has ended are ignored."""
         record = self.tasks[event.task_id]
+        if not isinstance(event, TaskLogged):
+            self.signals.forget(event.task_id)
         if record.state is TaskState.BLOCKED and record.is_promised and record.missing == 0:
             # The scheduler queued it by itself, and this run has not come to it yet.
             self._progress.begin(event.task_id, record, now)
@@ -222,7 +227,7 @@ class Run:
                 status.emit(TaskCancelled(self.run_id, task_id, record.attempt, stopped))
         status.is_open, status.failure = False, failure
         status.become(RunState.FAILED)
-        status.emit(RunFinished(status.state, failure))
+        status.emit(RunFinished(status.state, failure, self.signals.unread()))
         return status.take_effects()
 
     def cancel_task(self, task_id: str, reason: str, now: float) -> list[Effect]:
@@ -282,8 +287,7 @@ class Run:
         a task that `is_called` does not fail the run.
         """
         record = self.tasks[parent]
-        level = record.spec.isolation
-        new = [raised(spec, level) for spec in added if not self._growth.is_spawn_of(parent, spec.task_id)]
+        new = [confined(spec, record.spec) for spec in added if not self._growth.is_spawn_of(parent, spec.task_id)]
         if not self._status.is_running or record.state in TASK_TERMINAL or not new:
             return []
         try:
@@ -309,6 +313,7 @@ class Run:
     def check(self) -> None:
         """Assert every invariant; tests call it after each step."""
         invariants.check(self._status, self._table, self.dag, self._handover)
+        self.signals.check([task_id for task_id, record in self.tasks.items() if record.state is TaskState.RUNNING])
 
     def _stop(self, failure: Failure, now: float) -> list[Effect]:
         if not self._status.is_running:
@@ -334,6 +339,6 @@ class Run:
                 if record.state is TaskState.BLOCKED and self._status.is_running:
                     self._progress.begin(task_id, record, now)
         if not self._table.open_tasks and not self.is_open and not self.is_terminal:
-            self._status.finish()
+            self._status.finish(self.signals.unread())
             self._progress.earlier = None
         return self._status.take_effects()

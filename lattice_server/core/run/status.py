@@ -34,7 +34,7 @@ class RunStatus:
         """Change the state. Raises InvalidTransition."""
         self.state = transition("run", self.run_id, self.state, state, RUN_TRANSITIONS)
 
-    def finish(self) -> None:
+    def finish(self, unread_signals: tuple[str, ...]) -> None:
         """End the run: its failure decides how."""
         if self.failure is None:
             self.become(RunState.SUCCEEDED)
@@ -42,7 +42,7 @@ class RunStatus:
             self.become(RunState.CANCELLED)
         else:
             self.become(RunState.FAILED)
-        self.emit(RunFinished(self.state, self.failure))
+        self.emit(RunFinished(self.state, self.failure, unread_signals))
 
     def emit(self, effect: Effect) -> None:
         """Add an effect."""

@@ -8,16 +8,20 @@ from lattice_server.core.scheduling.earlier_leases import EarlierLeases
 from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.placer import Placer
 from lattice_server.core.scheduling.shortages import shortages
+from lattice_server.core.scheduling.waits import Wait, Waits
 from lattice_server.core.scheduling.work import Task, TaskGroup
 
 MAX_NODES = 20  # How many nodes are described.
+MAX_WAITS = 20  # How many waits of an attempt are described.
 MAX_AHEAD = 1000  # Up to how many tasks, tenants or nodes are counted.
 
 
-def explain(task: Task, placer: Placer, registry: NodeRegistry, earlier: EarlierLeases, now: float) -> Explanation:
+def explain(
+    task: Task, placer: Placer, registry: NodeRegistry, waits: Waits, earlier: EarlierLeases, now: float
+) -> Explanation:
     """Return why a task that the scheduler has is not running, since when, and when it may start."""
     if task.lease_id:
-        return _explain_leased(task, placer, now)
+        return _explain_leased(task, placer, waits, now)
     if task in earlier:
         node_id = earlier.node_of(task)
         text = f"attempt {task.attempt} ran on node {node_id!r} when the server was restarted, and may still run there"
@@ -35,12 +39,15 @@ def explain(task: Task, placer: Placer, registry: NodeRegistry, earlier: Earlier
     return Explanation(reasons, now - task.waiting_since, _start_in_s(task, task.group, placer, registry, now))
 
 
-def _explain_leased(task: Task, placer: Placer, now: float) -> Explanation:
+def _explain_leased(task: Task, placer: Placer, waits: Waits, now: float) -> Explanation:
     lease = placer.table.leases[task.lease_id]
     node_id = lease.slot.node_id
     if task.ending is not None:
         text = f"it is being stopped on node {node_id!r}: {task.ending.message}"
         return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), 0.0, None)
+    if found := waits.of(lease.lease_id):
+        reasons = tuple(_wait_reason(task, wait, node_id) for wait in found[:MAX_WAITS])
+        return Explanation(reasons, now - min(wait.since for wait in found), None)
     if lease.started_at is not None:
         text = f"attempt {task.attempt} runs on node {node_id!r}"
         return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), now - lease.started_at, 0.0)
@@ -55,6 +62,14 @@ def _explain_leased(task: Task, placer: Placer, now: float) -> Explanation:
         return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), waited_s, 0.0)
     text = f"it was sent to node {node_id!r}, behind {ahead} short ones"
     return Explanation((Reason(ReasonKind.TURN, text, node_id=node_id),), waited_s, lease.slot.backlog_s)
+
+
+def _wait_reason(task: Task, wait: Wait, node_id: str) -> Reason:
+    about = f"attempt {task.attempt} on node {node_id!r} waits for"
+    if wait.signal:
+        return Reason(ReasonKind.SIGNAL, f"{about} signal {wait.signal!r}", node_id=node_id)
+    called = wait.key[1]
+    return Reason(ReasonKind.INPUT, f"{about} task {called!r}, which it called", called, node_id)
 
 
 def _waiting(task: Task, group: TaskGroup, placer: Placer, registry: NodeRegistry, now: float) -> Iterator[Reason]:

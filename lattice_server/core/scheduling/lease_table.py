@@ -185,6 +185,7 @@ class LeaseTable:
             gpu_indices=lease.slot.gpu_indices,
             timeout_s=spec.attempt_timeout_s,
             after_lease_id="" if first.follows is None else lease.after_lease_id,
+            network=spec.network,
         )
 
     def end_member(self, lease: Lease, task: Task) -> bool:

@@ -16,7 +16,7 @@ from lattice_server.core.scheduling.placement import Shape, devices_on, suits
 
 # A node's free GPUs, its free CPUs as a negative number, and a number that breaks ties.
 Entry = tuple[float, float, int, Node]
-Needs = tuple[Isolation, tuple[tuple[str, str], ...], str, Runtime]
+Needs = tuple[Isolation, bool, tuple[tuple[str, str], ...], str, Runtime]
 
 MAX_LISTS = 64
 INFINITY = float("inf")
@@ -103,7 +103,7 @@ class NodeIndex:
             assert entries == sorted(entry for entry in self._entries.values() if suits(shape, entry[3].spec))
 
     def _suited(self, shape: Shape) -> list[Entry]:
-        needs = (shape.isolation, shape.node_selector, shape.entrypoint, shape.runtime)
+        needs = (shape.isolation, bool(shape.network), shape.node_selector, shape.entrypoint, shape.runtime)
         found = self._lists.get(needs)
         if found is None:
             entries = sorted(entry for entry in self._entries.values() if suits(shape, entry[3].spec))

@@ -233,6 +233,8 @@ class Node:
             spec.pid,
             spec.entrypoints,
             spec.isolation_refusals,
+            spec.network_isolations,
+            spec.limits_memory_by_cgroup,
             session_id=self.session_id,
             state=status,
             free=Capacity(self.free_cpu, self.free_memory_bytes, gpus, self.free_slots, self.free_async_slots),

@@ -15,7 +15,8 @@ class Shape:
     """The needs of a task that placement considers; tasks of one shape are interchangeable to it.
 
     `entrypoint` is the name of a function that workers have; empty when its code is sent. `is_exclusive` tells that a
-    lease of this shape is the only one on its node, and `is_service` that it does not end by itself.
+    lease of this shape is the only one on its node, and `is_service` that it does not end by itself. `network` are the
+    servers that its sandbox may connect to.
     """
 
     resources: Resources
@@ -26,6 +27,7 @@ class Shape:
     runtime: Runtime = ANY_RUNTIME
     is_exclusive: bool = False
     is_service: bool = False
+    network: tuple[str, ...] = ()
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -42,14 +44,19 @@ def shape_of(spec: TaskSpec) -> Shape:
     function = spec.function
     where = (spec.isolation, spec.node_selector)
     code = (function.entrypoint, function.runtime)
-    return Shape(spec.resources, function.is_async, *where, *code, is_service=spec.is_service)
+    return Shape(spec.resources, function.is_async, *where, *code, is_service=spec.is_service, network=spec.network)
 
 
 def suits(shape: Shape, node: NodeSpec) -> bool:
     """Whether `node` may run `shape`, whatever resources it has."""
-    if shape.isolation not in node.isolations or not has_code(shape, node):
+    if not isolates(shape, node) or not has_code(shape, node):
         return False
     return all(node.label(k) == v for k, v in shape.node_selector)
+
+
+def isolates(shape: Shape, node: NodeSpec) -> bool:
+    """Whether `node` has the isolation of `shape`, and at that level enforces the servers it may connect to."""
+    return shape.isolation in (node.network_isolations & node.isolations if shape.network else node.isolations)
 
 
 def has_code(shape: Shape, node: NodeSpec) -> bool:

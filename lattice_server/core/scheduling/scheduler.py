@@ -10,6 +10,7 @@ from typing import assert_never
 from lattice_server.core.messages import (
     AcknowledgeReports,
     ArtifactsReported,
+    AttemptAccessedNetwork,
     AttemptAsked,
     AttemptAwaits,
     AttemptFailed,
@@ -31,6 +32,7 @@ from lattice_server.core.messages import (
     SchedulerEffect,
     SchedulerEvent,
     SettleArtifacts,
+    TaskAccessedNetwork,
     TaskAwaits,
     TaskExplained,
     TaskLogged,
@@ -57,7 +59,8 @@ from lattice_server.core.scheduling.waits import Waits
 from lattice_server.core.scheduling.work import Task
 from lattice_server.core.trust import stamped
 
-PassedOn = AttemptLogged | AttemptSpawned | AttemptAsked | AttemptStreamed | AttemptProgressed
+Told = AttemptLogged | AttemptAccessedNetwork | AttemptStreamed | AttemptProgressed
+PassedOn = Told | AttemptSpawned | AttemptAsked
 
 
 class Scheduler:
@@ -139,7 +142,7 @@ class Scheduler:
 
     def take(self, event: SchedulerEvent, now: float) -> None:
         """Take one event; its effects come with the next `tick`."""
-        if not isinstance(event, AttemptLogged | AttemptStreamed | AttemptProgressed | WorkerHeartbeat):
+        if not isinstance(event, Told | WorkerHeartbeat):
             self._waits.note_change()
         match event:
             case AttemptSucceeded():
@@ -150,14 +153,22 @@ class Scheduler:
                 self._reports.started(event, event.at, now)
             case AttemptFailed():
                 self._attempts.fail(event, now)
-            case AttemptLogged() | AttemptSpawned() | AttemptAsked() | AttemptStreamed() | AttemptProgressed():
+            case (
+                AttemptLogged()
+                | AttemptAccessedNetwork()
+                | AttemptSpawned()
+                | AttemptAsked()
+                | AttemptStreamed()
+                | AttemptProgressed()
+            ):
                 if found := self._reports.started(event, None, now):
                     self._pass_on(event, found[1], now)
             case AttemptAwaits():
                 if found := self._reports.started(event, None, now):
-                    self._waits.begin(found[0], event, found[1].ready.run_id)
-                    where = (event.lease_id, event.number, event.called_id)
-                    self._effects.append(TaskAwaits(*found[1].named, *where))
+                    self._waits.begin(found[0], event, found[1].ready.run_id, now)
+                    lease_id, number = event.lease_id, event.number
+                    awaits = TaskAwaits(*found[1].named, lease_id, number, event.called_id, event.signal)
+                    self._effects.append(awaits)
             case CallEnded():
                 self._waits.end(event)
             case LeaseReturned():
@@ -191,6 +202,8 @@ class Scheduler:
         match event:
             case AttemptLogged():
                 self._effects.append(TaskLogged(*task.named, event.is_error, event.text, event.is_truncated))
+            case AttemptAccessedNetwork():
+                self._effects.append(TaskAccessedNetwork(*task.named, event.access))
             case AttemptSpawned(refusal=None):
                 self._effects.append(TasksSpawned(*task.key, event.tasks, event.is_called))
             case AttemptStreamed(refusal=None):
@@ -219,7 +232,7 @@ class Scheduler:
                 self._effects.append(NodesDescribed(query.request_id, nodes, *load))
             case ExplainRequested():
                 task = self.tasks.get((query.run_id, query.task_id))
-                parts = (self._placer, self._registry, self._tasks.earlier)
+                parts = (self._placer, self._registry, self._waits, self._tasks.earlier)
                 explained = explain(task, *parts, now) if task else None
                 self._effects.append(TaskExplained(query.request_id, explained))
             case _:

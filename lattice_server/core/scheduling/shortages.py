@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lattice_server.core.model import NodeSpec, Resources
 from lattice_server.core.scheduling.nodes import EPSILON, Node
-from lattice_server.core.scheduling.placement import Shape, has_code, has_runtime
+from lattice_server.core.scheduling.placement import Shape, has_code, has_runtime, isolates
 from lattice_server.core.states import NodeState, SessionState
 
 UNITS = {20: "MiB", 30: "GiB", 40: "TiB"}
@@ -42,6 +42,9 @@ def shortages(shape: Shape, node: Node) -> list[Shortage]:
     if shape.isolation not in node.spec.isolations:
         why = node.spec.isolation_refusals.get(shape.isolation, "")
         return [Shortage(name, f"it cannot isolate by {shape.isolation.value}{why and f' ({why})'}")]
+    if not isolates(shape, node.spec):
+        level = shape.isolation.value
+        return [Shortage(name, f"at isolation {level} it cannot restrict which servers a task connects to")]
     if not has_runtime(shape, node.spec):
         return [Shortage(name, f"it runs {node.spec.runtime}, and the function is for {shape.runtime}")]
     if not has_code(shape, node.spec):

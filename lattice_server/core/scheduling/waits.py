@@ -1,6 +1,7 @@
-"""Owns the leases whose attempts wait for tasks that they called. Such a lease is parked: it has given its CPUs back.
+"""Owns the leases whose attempts wait, for tasks that they called or for signals. Such a lease is parked: it has given
+its CPUs back.
 
-Rules: a lease is parked while its attempt waits for any call, and is told of the last one when it has its CPUs again.
+Rules: a lease is parked while its attempt waits for anything, and is told of the last one when it has its CPUs again.
 A node that owes CPUs to a parked lease takes no new lease. A call whose task could never start beside the GPUs, the
 memory and the permits of parked leases fails, so that leases never wait for each other in a circle.
 """
@@ -21,6 +22,15 @@ from lattice_server.core.scheduling.work import Task
 Key = tuple[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A wait since `since`, in monotonic seconds: for the end of a task, or for a signal. No task has the id ""."""
+
+    key: Key
+    signal: str
+    since: float
+
+
 @dataclass(slots=True, eq=False)
 class Waits:
     """The parked leases, the tasks that they wait for, and the answers that wait for CPUs, in order of arrival."""
@@ -30,15 +40,16 @@ class Waits:
     _tasks: Mapping[Key, Task]
     _emit: Callable[[AnswerQuestion], None]
     _refuse: Callable[[Task, Failure, float], None]
-    _open: dict[str, dict[int, Key]] = field(default_factory=dict)
+    _open: dict[str, dict[int, Wait]] = field(default_factory=dict)
     _parked: dict[str, dict[str, Lease]] = field(default_factory=lambda: defaultdict(dict))  # By node.
     _answers: dict[str, tuple[int, CallResult]] = field(default_factory=dict)  # By lease.
     _is_due: bool = False
 
-    def begin(self, lease: Lease, event: AttemptAwaits, run_id: str) -> None:
-        """Park a lease, unless it is, because its attempt waits for a task."""
+    def begin(self, lease: Lease, event: AttemptAwaits, run_id: str, now: float) -> None:
+        """Park a lease, unless it is, because its attempt waits for a task or a signal."""
         waits = self._open.setdefault(lease.lease_id, {})
-        waits[event.number] = (run_id, event.called_id)
+        key = (run_id, event.called_id if event.signal is None else "")
+        waits[event.number] = Wait(key, "" if event.signal is None else event.signal.name, now)
         if not lease.slot.is_parked:
             self._placer.pipeline.vacate_slot(lease.slot)
             self._registry.park(lease.slot)
@@ -49,7 +60,7 @@ class Waits:
         self._is_due = True
 
     def end(self, event: CallEnded) -> None:
-        """Take the end of a call; its attempt is told now, or when the lease has its CPUs again."""
+        """Take the end of a wait; its attempt is told now, or when the lease has its CPUs again."""
         lease = self._placer.table.leases.get(event.lease_id)
         waits = self._open.get(event.lease_id, {})
         if lease is None or waits.pop(event.number, None) is None:
@@ -68,13 +79,13 @@ class Waits:
         if not (self._is_due and self._open):
             return
         self._is_due = False
-        keys = dict.fromkeys(key for waits in self._open.values() for key in waits.values())
+        keys = dict.fromkeys(wait.key for waits in self._open.values() for wait in waits.values())
         for key in reversed(keys):  # The newest first: it failed last to see that there is no room.
             task = self._tasks.get(key)
             if task is None or task.group is None or not _may_lack(task) or self._fits(task, self._all()):
                 continue
             stuck = self._stuck()
-            if any(key in self._open[lease_id].values() for lease_id in stuck):
+            if any(wait.key == key for lease_id in stuck for wait in self._open[lease_id].values()):
                 reason = self._reason(task, stuck.values())
                 self._refuse(task, Failure(FailureKind.NESTED_RESOURCES, reason), now)
 
@@ -93,6 +104,10 @@ class Waits:
             if node.owes_cpu != (node.node_id in owing):
                 node.owes_cpu = not node.owes_cpu
                 self._placer.note_change()
+
+    def of(self, lease_id: str) -> list[Wait]:
+        """Return what the attempt of a lease waits for."""
+        return list(self._open.get(lease_id, {}).values())
 
     def forget(self, lease: Lease) -> None:
         """Forget a lease that is being released."""
@@ -138,10 +153,10 @@ class Waits:
 
     def _can_go_on(self, lease: Lease, left: Mapping[str, Lease]) -> bool:
         """Whether all tasks that a lease waits for can end while the leases `left` stay parked."""
-        for key in self._open[lease.lease_id].values():
-            task = self._tasks.get(key)
+        for wait in self._open[lease.lease_id].values():
+            task = self._tasks.get(wait.key)
             if task is None:
-                continue  # It has ended, or is not sent yet.
+                continue  # It has ended, or is not sent yet; or a caller will send the signal.
             if task.lease_id in left or (task.group is not None and not self._fits(task, left.values())):
                 return False
         return True

@@ -1,7 +1,7 @@
 """Owns the records of a service's instances. Rule: a state changes only by `Instance.move`, which checks the table."""
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lattice_server.core.services.model import (
     INSTANCE_TRANSITIONS,
@@ -27,7 +27,11 @@ _GIVEN_UP_FIRST = {
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """One instance. `since` is when it entered its state, `started_at` when its program started; both monotonic."""
+    """One instance. Times are monotonic seconds.
+
+    `since` is when it entered its state, `queued_at` when it was needed, `started_at` when its program started,
+    `ready_at` when it was ready for the first time.
+    """
 
     instance_id: str
     number: int
@@ -41,13 +45,24 @@ class Instance:
     in_flight: int = 0
     detail: str = ""
     started_at: float | None = None
-    has_been_ready: bool = False
+    ready_at: float | None = None
     failure: ServiceFailure | None = None
+    queued_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin in the queue."""
+        self.queued_at = self.since
 
     def move(self, state: InstanceState, now: float) -> None:
         """Enter a state. Raises InvalidTransition."""
         self.state = transition("instance", self.instance_id, self.state, state, INSTANCE_TRANSITIONS)
         self.since = now
+
+    def become_ready(self, endpoint: str, now: float) -> None:
+        """Take requests at an endpoint. Raises InvalidTransition."""
+        self.move(InstanceState.READY, now)
+        self.endpoint, self.detail = endpoint, ""
+        self.ready_at = now if self.ready_at is None else self.ready_at
 
     @property
     def is_wanted(self) -> bool:

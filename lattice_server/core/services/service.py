@@ -177,8 +177,7 @@ class Service:
     def _become_ready(self, instance: Instance, event: InstanceReady, now: float) -> list[Effect]:
         if instance.state not in {InstanceState.STARTING, InstanceState.UNHEALTHY}:
             return []
-        instance.move(InstanceState.READY, now)
-        instance.endpoint, instance.detail, instance.has_been_ready = event.endpoint, "", True
+        instance.become_ready(event.endpoint, now)
         self.starts.ready()
         return [RoutesChanged()]
 

@@ -22,6 +22,7 @@ GATEWAY_START = "lattice/gateway.start"
 GATEWAY_READY = "lattice/gateway.ready"
 GATEWAY_ROUTES = "lattice/gateway.routes"
 GATEWAY_KEY = "lattice/gateway.key"
+GATEWAY_REPORT = "lattice/gateway.report"
 GATEWAY_WAIT = "lattice/gateway.wait"
 JSON = "application/json"
 

@@ -35,6 +35,7 @@ from lattice_server.core.services.messages import (
 )
 from lattice_server.core.tenancy import Reach, id_of
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.ports import ServiceObserver
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.services import answers, instance_runs
 from lattice_server.engine.services.entry import InstanceRun, ServiceEntry
@@ -49,8 +50,9 @@ class ServiceDriver:
     take requests, `on_gone` when a service has ended.
     """
 
-    def __init__(self, orchestrator: Orchestrator, function: Function) -> None:
+    def __init__(self, orchestrator: Orchestrator, function: Function, observers: Sequence[ServiceObserver]) -> None:
         self._orchestrator = orchestrator
+        self._observers = observers
         self._function = function
         self._instances: dict[str, tuple[ServiceEntry, str]] = {}  # By the key of their run.
         self.on_routes: Callable[[ServiceEntry], None] = lambda service: None
@@ -62,7 +64,11 @@ class ServiceDriver:
 
     def post(self, service: ServiceEntry, event: Event) -> None:
         """Have the machine of a service take an event."""
-        self._perform(service, service.machine.handle(event, time.monotonic()))
+        now = time.monotonic()
+        effects = service.machine.handle(event, now)
+        for observer in self._observers:
+            observer.note(service, event, now)
+        self._perform(service, effects)
 
     def serve(self, question: QuestionAsked) -> bool:
         """Take a question of an instance; False when no instance asks it."""

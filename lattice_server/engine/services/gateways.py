@@ -15,7 +15,9 @@ from uuid import uuid4
 from lattice_server.core.errors import LatticeError
 from lattice_server.core.messages import QuestionAsked
 from lattice_server.core.model import NODE_LABEL, Function, Resources, TaskSpec, WorkflowSpec
+from lattice_server.core.tenancy import SEPARATOR
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.ports import ServiceObserver
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.services import answers
 from lattice_server.engine.services.instance_runs import ONCE
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LABEL = "lattice/gateway"
 RESTART_S = 1.0
+MAX_REPORTED = 1000  # Requests of one report.
 Routes = Callable[[str], Mapping[str, Any]]
 
 
@@ -54,12 +57,18 @@ class Gateways:
     """The gateways by node. `routes` returns the routes for a node, `on_ready` is called when a gateway listens."""
 
     def __init__(
-        self, orchestrator: Orchestrator, function: Function, routes: Routes, on_ready: Callable[[], None]
+        self,
+        orchestrator: Orchestrator,
+        function: Function,
+        routes: Routes,
+        on_ready: Callable[[], None],
+        observers: Sequence[ServiceObserver],
     ) -> None:
         self._orchestrator = orchestrator
         self._function = function
         self._routes = routes
         self._on_ready = on_ready
+        self._observers = observers
         self._gateways: dict[str, Gateway] = {}
         self._of_run: dict[str, Gateway] = {}
 
@@ -80,18 +89,32 @@ class Gateways:
         return self._of_run[question.run_id].node_id
 
     def serve(self, question: QuestionAsked) -> None:
-        """Take a question of a gateway about itself: `gateway.start`, `gateway.ready` or `gateway.routes`."""
+        """Take a question of a gateway about itself: `start`, `ready`, `routes` or `report`."""
         gateway = self._of_run[question.run_id]
         match question.name:
             case answers.GATEWAY_START:
-                self._orchestrator.answer(answers.answered(question, {"endpoint": gateway.endpoint}))
+                start = {"endpoint": gateway.endpoint, "reports": bool(self._observers)}
+                self._orchestrator.answer(answers.answered(question, start))
             case answers.GATEWAY_READY:
                 gateway.endpoint, gateway.is_ready = str(answers.content_of(question).get("endpoint", "")), True
                 self._orchestrator.answer(answers.answered(question, {}))
                 self._on_ready()
+            case answers.GATEWAY_REPORT:
+                self._take_report(answers.content_of(question).get("requests"))
+                self._orchestrator.answer(answers.answered(question, {}))
             case _:
                 gateway.question = question
                 self._send(gateway)
+
+    def _take_report(self, requests: object) -> None:
+        """Tell the observers about requests; entries of another form are ignored."""
+        for request in requests[:MAX_REPORTED] if isinstance(requests, list) else ():
+            match request:
+                case [str(service), int(status), int(seconds) | float(seconds)]:
+                    for observer in self._observers:
+                        observer.note_request(service.partition(SEPARATOR)[0], status, seconds)
+                case _:
+                    continue
 
     def update(self, revoked: Sequence[str] = ()) -> None:
         """Tell all gateways that routes have changed, and which keys have ended."""

@@ -3,7 +3,7 @@
 Rule: a gateway accepts a key only as long as the attempt that it was given to runs.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lattice_server.core.messages import QuestionAsked
@@ -13,6 +13,7 @@ from lattice_server.core.services.instances import Instance
 from lattice_server.core.services.model import Reach
 from lattice_server.core.tenancy import key_of
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.ports import ServiceObserver
 from lattice_server.engine.services import answers
 from lattice_server.engine.services.entry import ServiceEntry, Use
 from lattice_server.engine.services.gateways import Gateways
@@ -28,11 +29,12 @@ class Models:
         function: Function,
         services: Callable[[], Iterable[ServiceEntry]],
         on_ready: Callable[[], None],
+        observers: Sequence[ServiceObserver],
     ) -> None:
         self._orchestrator = orchestrator
         self._services = services
         self._keys = Keys()
-        self._gateways = Gateways(orchestrator, function, self._routes, on_ready)
+        self._gateways = Gateways(orchestrator, function, self._routes, on_ready, observers)
         self._nodes: frozenset[str] = frozenset()
 
     def serve(self, question: QuestionAsked) -> bool:

@@ -16,6 +16,7 @@ from lattice_server.core.services.model import ServiceSpec, ServiceState
 from lattice_server.core.services.service import Service
 from lattice_server.core.tenancy import SEPARATOR, Reach, Shelf, key_of
 from lattice_server.engine.orchestrator import Orchestrator
+from lattice_server.engine.ports import ServiceObserver
 from lattice_server.engine.run_entry import RunEntry
 from lattice_server.engine.services import answers
 from lattice_server.engine.services.driver import ServiceDriver
@@ -33,8 +34,9 @@ class Services:
     def __init__(self, orchestrator: Orchestrator, function: Function, gateway: Function) -> None:
         self._orchestrator = orchestrator
         self._services: Shelf[ServiceEntry] = Shelf()
-        self._driver = ServiceDriver(orchestrator, function)
-        self._models = Models(orchestrator, gateway, self._services.values, self._answer_all)
+        self.observers: list[ServiceObserver] = []
+        self._driver = ServiceDriver(orchestrator, function, self.observers)
+        self._models = Models(orchestrator, gateway, self._services.values, self._answer_all, self.observers)
         self._driver.on_routes = self._note_routes
         self._driver.on_gone = self._forget
         self._used: dict[str, set[tuple[ServiceEntry, Use]]] = {}  # By the key of a run.
@@ -73,6 +75,10 @@ class Services:
         if entry is None:
             raise NotFoundError("SERVICE_NOT_FOUND", f"there is no service {name!r}", metadata={"name": name})
         return entry
+
+    def all(self) -> Collection[ServiceEntry]:
+        """Return the services of all tenants."""
+        return self._services.values()
 
     def within(self, reach: Reach) -> list[ServiceEntry]:
         """Return the services within reach, by name."""

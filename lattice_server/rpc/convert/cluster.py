@@ -9,7 +9,12 @@ from lattice_server.core.messages import NodeStatus, NodeView
 from lattice_server.core.run.open_run import MAX_QUESTIONS
 from lattice_server.engine.usage import Usage
 from lattice_server.rpc.chunking import PART_BYTES, UPLOAD_CHUNK_BYTES
-from lattice_server.rpc.convert.resources import ISOLATION_TO_PROTO, capacity_to_proto, runtime_to_proto
+from lattice_server.rpc.convert.resources import (
+    ISOLATION_TO_PROTO,
+    MEMORY_ENFORCEMENT,
+    capacity_to_proto,
+    runtime_to_proto,
+)
 from lattice_server.rpc.convert.tasks import MAX_ID_LENGTH
 from lattice_server.rpc.convert.times import MAX_WAIT_S, duration, timestamp
 from lattice_server.rpc.paging import DEFAULT_PAGE, MAX_PAGE
@@ -40,6 +45,8 @@ def node_to_proto(node: NodeView, heartbeat_s: float | None) -> cluster_pb2.Node
         ],
         runtime=runtime_to_proto(node.runtime),
         entrypoints=sorted(node.entrypoints),
+        network_isolations=sorted(ISOLATION_TO_PROTO[level] for level in node.network_isolations),
+        memory_enforcement=MEMORY_ENFORCEMENT[node.limits_memory_by_cgroup],
     )
 
 

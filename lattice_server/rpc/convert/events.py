@@ -10,6 +10,10 @@ from lattice_server.core.messages import (
     RunEvent,
     RunFinished,
     RunStarted,
+    SignalAwaited,
+    SignalReceived,
+    SignalTaken,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -21,6 +25,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure
 from lattice_server.core.run.task_table import TaskRecord
+from lattice_server.rpc.convert.network import access_to_proto
 from lattice_server.rpc.convert.payloads import failure_to_proto, fill_payload
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO, queued_s
 from lattice_server.rpc.convert.times import fill_duration, timestamp
@@ -49,6 +54,7 @@ def _run_cancelling(body: run_pb2.RunCancelling, fact: RunCancelling, event: Run
 
 def _run_finished(body: run_pb2.RunFinished, fact: RunFinished, event: RunEvent, tasks: Tasks) -> None:
     body.state = RUN_STATE_TO_PROTO[fact.state]
+    body.unread_signals.extend(fact.unread_signals)
     _set_failure(body, fact.failure)
 
 
@@ -89,10 +95,32 @@ def _task_skipped(body: run_pb2.TaskSkipped, fact: TaskSkipped, event: RunEvent,
     _set_failure(body, fact.failure)
 
 
+def _task_network_access(
+    body: run_pb2.TaskNetworkAccess, fact: TaskAccessedNetwork, event: RunEvent, tasks: Tasks
+) -> None:
+    body.task_id, body.attempt = fact.task_id, fact.attempt
+    body.access.CopyFrom(access_to_proto(fact.access))
+
+
 def _task_log(body: run_pb2.TaskLog, fact: TaskLogged, event: RunEvent, tasks: Tasks) -> None:
     _set_attempt(body, fact, tasks)
     body.stream = run_pb2.LOG_STREAM_STDERR if fact.is_error else run_pb2.LOG_STREAM_STDOUT
     body.text, body.truncated = fact.text, fact.is_truncated
+
+
+def _signal_received(body: run_pb2.SignalReceived, fact: SignalReceived, event: RunEvent, tasks: Tasks) -> None:
+    body.name, body.index, body.request_id = fact.name, fact.index, fact.request_id
+    fill_payload(body.value, fact.value)
+
+
+def _signal_awaited(body: run_pb2.SignalAwaited, fact: SignalAwaited, event: RunEvent, tasks: Tasks) -> None:
+    _set_attempt(body, fact, tasks)
+    body.name = fact.name
+
+
+def _signal_taken(body: run_pb2.SignalTaken, fact: SignalTaken, event: RunEvent, tasks: Tasks) -> None:
+    _set_attempt(body, fact, tasks)
+    body.name, body.index = fact.name, fact.index
 
 
 # The field of `RunEvent` for each kind of event, and the function that fills it.
@@ -108,6 +136,10 @@ EVENTS: dict[type, tuple[str, Callable[[Any, Any, RunEvent, Tasks], None]]] = {
     TaskCancelled: ("task_cancelled", _task_ended),
     TaskSkipped: ("task_skipped", _task_skipped),
     TaskLogged: ("task_log", _task_log),
+    SignalReceived: ("signal_received", _signal_received),
+    SignalAwaited: ("signal_awaited", _signal_awaited),
+    SignalTaken: ("signal_taken", _signal_taken),
+    TaskAccessedNetwork: ("task_network_access", _task_network_access),
 }
 
 

@@ -130,6 +130,7 @@ class ContractCodec:
             },
             retried_run_id=message.retried_run_id,
             is_open=message.open,
+            disconnect_grace_s=limit_from_proto(message, "cancel_on_disconnect", "cancel_on_disconnect"),
         )
 
     def read_workflow(self, data: bytes, code: ReadCode) -> Steps[WorkflowSpec]:

@@ -74,15 +74,15 @@ def payload_from_proto(message: payload_pb2.Payload, field: str, inline_limit_by
     return Payload(message.media_type or JSON, content, level)
 
 
-def question_from_proto(message: payload_pb2.Payload, limit_bytes: int) -> Payload:
-    """Return the content of a question, or the answer to one. Raises InvalidError unless it is small and inline."""
+def question_from_proto(message: payload_pb2.Payload, limit_bytes: int, field: str = "payload") -> Payload:
+    """Return the content of a question, its answer, or a signal. Raises InvalidError unless it is small and inline."""
     size = message.ByteSize()
     if size > limit_bytes or message.HasField("artifact"):
         found = "an artifact" if message.HasField("artifact") else f"{size} bytes"
-        limit = f"a question or its answer travels inline and may have {limit_bytes} bytes"
+        limit = f"a question, its answer and a signal travel inline and may have {limit_bytes} bytes"
         remedy = "pass a larger value as an input of the task, or return it as an output"
-        raise invalid_field("payload", f"it is {found}, and {limit}; {remedy}")
-    return payload_from_proto(message, "payload", limit_bytes)
+        raise invalid_field(field, f"it is {found}, and {limit}; {remedy}")
+    return payload_from_proto(message, field, limit_bytes)
 
 
 def artifact_from_proto(message: payload_pb2.Artifact, field: str) -> Artifact:

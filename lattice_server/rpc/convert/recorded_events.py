@@ -12,6 +12,10 @@ from lattice_server.core.messages import (
     RunEvent,
     RunFinished,
     RunStarted,
+    SignalAwaited,
+    SignalReceived,
+    SignalTaken,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -23,6 +27,7 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure, Payload
 from lattice_server.engine.run_codec import RecordedEvent
+from lattice_server.rpc.convert.network import access_from_proto
 from lattice_server.rpc.convert.payloads import failure_from_proto, payload_from_proto
 from lattice_server.rpc.convert.runs import RUN_STATE_TO_PROTO
 from lattice_server.rpc.convert.times import seconds_from
@@ -55,7 +60,7 @@ def _run_cancelling(key: str, body: run_pb2.RunCancelling, *_: Any) -> Fact:
 
 def _run_finished(key: str, body: run_pb2.RunFinished, *_: Any) -> Fact:
     failure = _failure(body.failure) if body.HasField("failure") else None
-    return RunFinished(RUN_STATE_FROM_PROTO[body.state], failure)
+    return RunFinished(RUN_STATE_FROM_PROTO[body.state], failure, tuple(body.unread_signals))
 
 
 def _tasks_added(key: str, body: run_pb2.TasksAdded, *_: Any) -> Fact:
@@ -95,6 +100,22 @@ def _task_log(key: str, body: run_pb2.TaskLog, *_: Any) -> Fact:
     return TaskLogged(key, body.task_id, body.attempt, is_error, body.text, body.truncated)
 
 
+def _task_network_access(key: str, body: run_pb2.TaskNetworkAccess, *_: Any) -> Fact:
+    return TaskAccessedNetwork(key, body.task_id, body.attempt, access_from_proto(body.access))
+
+
+def _signal_received(key: str, body: run_pb2.SignalReceived, *_: Any) -> Fact:
+    return SignalReceived(body.name, body.index, payload_from_proto(body.value, "value", NO_LIMIT), body.request_id)
+
+
+def _signal_awaited(key: str, body: run_pb2.SignalAwaited, *_: Any) -> Fact:
+    return SignalAwaited(key, body.task_id, body.attempt, body.name)
+
+
+def _signal_taken(key: str, body: run_pb2.SignalTaken, *_: Any) -> Fact:
+    return SignalTaken(key, body.task_id, body.attempt, body.name, body.index)
+
+
 # The function that makes the fact of each field of `RunEvent`.
 FACTS: dict[str, Callable[[str, Any, worker_pb2.Report, float], Fact]] = {
     "run_started": _run_started,
@@ -108,6 +129,10 @@ FACTS: dict[str, Callable[[str, Any, worker_pb2.Report, float], Fact]] = {
     "task_cancelled": _task_cancelled,
     "task_skipped": _task_skipped,
     "task_log": _task_log,
+    "task_network_access": _task_network_access,
+    "signal_received": _signal_received,
+    "signal_awaited": _signal_awaited,
+    "signal_taken": _signal_taken,
 }
 
 

@@ -15,6 +15,12 @@ ISOLATION_FROM_PROTO = {
 ISOLATION_TO_PROTO = {
     core: proto for proto, core in ISOLATION_FROM_PROTO.items() if proto != resources_pb2.ISOLATION_UNSPECIFIED
 }
+MEMORY_ENFORCEMENT: dict[bool | None, resources_pb2.MemoryEnforcement.ValueType] = {
+    None: resources_pb2.MEMORY_ENFORCEMENT_UNSPECIFIED,
+    False: resources_pb2.MEMORY_ENFORCEMENT_MEASURED,
+    True: resources_pb2.MEMORY_ENFORCEMENT_CGROUP,
+}
+LIMITS_BY_CGROUP = {number: is_so for is_so, number in MEMORY_ENFORCEMENT.items()}
 # By the names of resources in the scheduler's reasons to wait.
 RESOURCE_KIND_TO_PROTO = {
     "cpu": resources_pb2.RESOURCE_KIND_CPU,

@@ -76,6 +76,7 @@ def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
         tenant=run.tenant,
         priority=run.priority,
         open=run.is_open,
+        awaited_signals=run.signals.awaited(),
     )
     # Each start of a run answers with this message; to make the parts apart and copy them takes three times as long.
     fill_timestamp(message.create_time, entry.created_s)
@@ -83,6 +84,8 @@ def run_to_proto(entry: RunEntry, *, is_brief: bool = False) -> run_pb2.Run:
     fill_timestamp(message.end_time, entry.ended_s)
     if entry.timeout_s is not None:
         fill_duration(message.timeout, entry.timeout_s)
+    if entry.disconnect_grace_s is not None:
+        fill_duration(message.cancel_on_disconnect, entry.disconnect_grace_s)
     message.task_counts.total = len(run.tasks)
     for state, count in run.counts.items():
         if count:

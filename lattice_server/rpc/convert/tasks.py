@@ -17,6 +17,7 @@ from lattice_server.core.model import (
     TaskSpec,
 )
 from lattice_server.core.scheduling.batching import BatchRule, by_rule
+from lattice_server.rpc.convert.network import network_from_proto
 from lattice_server.rpc.convert.payloads import (
     FAILURE_KIND_FROM_PROTO,
     FAILURE_KIND_TO_PROTO,
@@ -141,6 +142,7 @@ def task_from_proto(
         retry=retry_from_proto(message.retry, f"{field}.retry") if message.HasField("retry") else DEFAULT_RETRY,
         attempt_timeout_s=limit_from_proto(message.timeout, "attempt", f"{field}.timeout.attempt"),
         isolation=isolation,
+        network=network_from_proto(message.sandbox.network, isolation, f"{field}.sandbox.network"),
         node_selector=tuple(sorted(message.node_selector.items())),
         priority=message.priority,
         total_timeout_s=limit_from_proto(message.timeout, "total", f"{field}.timeout.total"),
@@ -197,6 +199,8 @@ def task_to_spec(spec: TaskSpec) -> task_pb2.TaskSpec:
         batch=None if spec.batch is None else _batch_to_proto(spec.batch),
         condition=None if spec.condition is None else _condition_to_proto(spec.condition),
     )
+    if spec.network:
+        message.sandbox.network.extend(spec.network)
     for name, binding in spec.inputs.items():
         fill_binding(message.inputs[name], binding)
     if spec.attempt_timeout_s is not None:

@@ -3,7 +3,7 @@
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from lattice.v1 import cluster_pb2, worker_pb2
+from lattice.v1 import cluster_pb2, results_pb2, task_pb2, worker_pb2, workflow_pb2
 
 from lattice_server.core.errors import invalid_field
 
@@ -67,6 +67,13 @@ def limit_from_proto(message: Message, name: str, field: str) -> float | None:
     if not 0 < seconds <= MONTH_S:
         raise invalid_field(field, f"must be above 0 and at most {MONTH_S:.0f} s; leave it out for no limit")
     return seconds
+
+
+def disconnect_grace_from_proto(
+    message: workflow_pb2.RunWorkflowRequest | task_pb2.RunTaskRequest | results_pb2.GetResultRequest,
+) -> float | None:
+    """Return after how many seconds without its caller a run is cancelled; None for never. Raises InvalidError."""
+    return limit_from_proto(message, "cancel_on_disconnect", "cancel_on_disconnect")
 
 
 def drain_deadline_from_proto(message: worker_pb2.Draining | cluster_pb2.DrainNodeRequest) -> float | None:

@@ -23,6 +23,7 @@ from lattice_server.core.model import Artifact, Failure, FailureKind
 from lattice_server.core.tenancy import id_of
 from lattice_server.engine.clock_offset import WorkerClock
 from lattice_server.engine.ports import Machine, Membership
+from lattice_server.rpc.convert.network import access_from_proto
 from lattice_server.rpc.convert.payloads import (
     failure_from_proto,
     failure_to_proto,
@@ -33,6 +34,7 @@ from lattice_server.rpc.convert.payloads import (
 from lattice_server.rpc.convert.resources import (
     ISOLATION_FROM_PROTO,
     ISOLATION_TO_PROTO,
+    LIMITS_BY_CGROUP,
     capacity_from_proto,
     resources_to_proto,
     runtime_from_proto,
@@ -67,6 +69,10 @@ def hello_to_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHel
             for refusal in hello.isolation_refusals
             if refusal.isolation in ISOLATION_FROM_PROTO
         },
+        network_isolations=frozenset(
+            ISOLATION_FROM_PROTO[level] for level in hello.network_isolations if level in ISOLATION_FROM_PROTO
+        ),
+        limits_memory_by_cgroup=LIMITS_BY_CGROUP.get(hello.memory_enforcement),
         greeting=greeting,
         held=tuple(
             messages.HeldLease(held.lease_id, held.ended, tuple((wait.number, wait.task_id) for wait in held.waits))
@@ -81,7 +87,7 @@ def report_to_event(report: worker_pb2.Report, session_id: str, clock: WorkerClo
     at = clock.at(seconds_from(report.time)) if report.HasField("time") else None
     match report.WhichOneof("fact"):
         case "awaits":
-            return messages.AttemptAwaits(*named, report.awaits.number, report.awaits.task_id)
+            return _awaits_event(report.awaits, named)
         case "succeeded":
             try:
                 return _success_event(report.succeeded, named, at)
@@ -98,10 +104,20 @@ def report_to_event(report: worker_pb2.Report, session_id: str, clock: WorkerClo
             written = report.log
             is_error = written.stream == run_pb2.LOG_STREAM_STDERR
             return messages.AttemptLogged(*named, is_error, written.text, written.truncated)
+        case "network_access":
+            return messages.AttemptAccessedNetwork(*named, access_from_proto(report.network_access))
         case "returned":
             return messages.LeaseReturned(session_id, report.lease_id, report.returned.reason)
         case _:
             return None
+
+
+def _awaits_event(awaits: worker_pb2.AttemptAwaits, named: tuple[str, str, int]) -> messages.AttemptAwaits:
+    signal = None
+    if awaits.HasField("signal"):
+        timeout_s = seconds_from(awaits.signal.timeout) if awaits.signal.HasField("timeout") else None
+        signal = messages.AwaitedSignal(awaits.signal.name, timeout_s)
+    return messages.AttemptAwaits(*named, awaits.number, awaits.task_id, signal)
 
 
 def _success_event(
@@ -176,6 +192,7 @@ def welcome_to_proto(effect: WelcomeWorker, config: ServerConfig, server_id: str
         chunk_limit_bytes=config.chunk_limit_bytes,
         takes_calls=True,
         adopted_lease_ids=effect.adopted_lease_ids,
+        takes_signals=True,
     )
 
 
@@ -196,6 +213,8 @@ def add_assignment(response: worker_pb2.ConnectResponse, effect: Assign) -> work
         sequence=effect.sequence,
         trace_parents=effect.trace_parents,
     )
+    if effect.network:
+        message.sandbox.network.extend(effect.network)
     if effect.timeout_s is not None:
         message.timeout.CopyFrom(duration(effect.timeout_s))
     for member in effect.attempts:

@@ -400,6 +400,8 @@ class Node(google.protobuf.message.Message):
     RUNTIME_FIELD_NUMBER: builtins.int
     ENTRYPOINTS_FIELD_NUMBER: builtins.int
     ISOLATION_REFUSALS_FIELD_NUMBER: builtins.int
+    NETWORK_ISOLATIONS_FIELD_NUMBER: builtins.int
+    MEMORY_ENFORCEMENT_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     """Names the node."""
     hostname: builtins.str
@@ -414,6 +416,8 @@ class Node(google.protobuf.message.Message):
     """The operating system's id of the worker process."""
     attempts: builtins.int
     """Attempts assigned to it."""
+    memory_enforcement: lattice.v1.resources_pb2.MemoryEnforcement.ValueType
+    """What enforces the memory limit of its levels `ISOLATION_SUBPROCESS` and `ISOLATION_SECCOMP`."""
     @property
     def capacity(self) -> lattice.v1.resources_pb2.Capacity:
         """All that it offers."""
@@ -446,6 +450,10 @@ class Node(google.protobuf.message.Message):
     def isolation_refusals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[lattice.v1.resources_pb2.IsolationRefusal]:
         """The isolation levels it cannot set up, and why."""
 
+    @property
+    def network_isolations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.resources_pb2.Isolation.ValueType]:
+        """The isolation levels at which it enforces `SandboxPolicy.network`."""
+
     def __init__(
         self,
         *,
@@ -464,9 +472,11 @@ class Node(google.protobuf.message.Message):
         runtime: lattice.v1.resources_pb2.Runtime | None = ...,
         entrypoints: collections.abc.Iterable[builtins.str] | None = ...,
         isolation_refusals: collections.abc.Iterable[lattice.v1.resources_pb2.IsolationRefusal] | None = ...,
+        network_isolations: collections.abc.Iterable[lattice.v1.resources_pb2.Isolation.ValueType] | None = ...,
+        memory_enforcement: lattice.v1.resources_pb2.MemoryEnforcement.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity", "free", b"free", "heartbeat_time", b"heartbeat_time", "runtime", b"runtime"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "capacity", b"capacity", "entrypoints", b"entrypoints", "free", b"free", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "runtime", b"runtime", "state", b"state", "worker_id", b"worker_id", "worker_pid", b"worker_pid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "capacity", b"capacity", "entrypoints", b"entrypoints", "free", b"free", "heartbeat_time", b"heartbeat_time", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "memory_enforcement", b"memory_enforcement", "network_isolations", b"network_isolations", "node_id", b"node_id", "node_ip", b"node_ip", "runtime", b"runtime", "state", b"state", "worker_id", b"worker_id", "worker_pid", b"worker_pid"]) -> None: ...
 
 Global___Node: typing_extensions.TypeAlias = Node
 

@@ -205,6 +205,10 @@ class _ErrorReasonEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     """NOT_FOUND: no such service."""
     ERROR_REASON_TOO_MANY_SERVICES: _ErrorReason.ValueType  # 61
     """RESOURCE_EXHAUSTED: the tenant has as many services as it may."""
+    ERROR_REASON_TOO_MANY_SIGNALS: _ErrorReason.ValueType  # 62
+    """RESOURCE_EXHAUSTED: the run has got as many signals as it may."""
+    ERROR_REASON_TOO_MANY_OPEN_RUNS: _ErrorReason.ValueType  # 80
+    """RESOURCE_EXHAUSTED: a stream of `ExecuteWorkflows` waits for as many runs as it may; start more by other calls."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The reasons in `google.rpc.ErrorInfo`, without the prefix `ERROR_REASON_`. Reasons are stable: programs may
@@ -302,6 +306,10 @@ ERROR_REASON_SERVICE_NOT_FOUND: ErrorReason.ValueType  # 60
 """NOT_FOUND: no such service."""
 ERROR_REASON_TOO_MANY_SERVICES: ErrorReason.ValueType  # 61
 """RESOURCE_EXHAUSTED: the tenant has as many services as it may."""
+ERROR_REASON_TOO_MANY_SIGNALS: ErrorReason.ValueType  # 62
+"""RESOURCE_EXHAUSTED: the run has got as many signals as it may."""
+ERROR_REASON_TOO_MANY_OPEN_RUNS: ErrorReason.ValueType  # 80
+"""RESOURCE_EXHAUSTED: a stream of `ExecuteWorkflows` waits for as many runs as it may; start more by other calls."""
 Global___ErrorReason: typing_extensions.TypeAlias = ErrorReason
 
 @typing.final

@@ -83,6 +83,30 @@ ISOLATION_DOCKER: Isolation.ValueType  # 4
 """A container."""
 Global___Isolation: typing_extensions.TypeAlias = Isolation
 
+class _MemoryEnforcement:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _MemoryEnforcementEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_MemoryEnforcement.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    MEMORY_ENFORCEMENT_UNSPECIFIED: _MemoryEnforcement.ValueType  # 0
+    """Not said, as by workers that have no sandboxes."""
+    MEMORY_ENFORCEMENT_MEASURED: _MemoryEnforcement.ValueType  # 1
+    """The worker measures the memory of the processes now and then, and ends them when it is above the limit."""
+    MEMORY_ENFORCEMENT_CGROUP: _MemoryEnforcement.ValueType  # 2
+    """The kernel: each attempt has a control group of its own."""
+
+class MemoryEnforcement(_MemoryEnforcement, metaclass=_MemoryEnforcementEnumTypeWrapper):
+    """What enforces the memory limit of attempts in processes of their own. The kernel always enforces it in containers."""
+
+MEMORY_ENFORCEMENT_UNSPECIFIED: MemoryEnforcement.ValueType  # 0
+"""Not said, as by workers that have no sandboxes."""
+MEMORY_ENFORCEMENT_MEASURED: MemoryEnforcement.ValueType  # 1
+"""The worker measures the memory of the processes now and then, and ends them when it is above the limit."""
+MEMORY_ENFORCEMENT_CGROUP: MemoryEnforcement.ValueType  # 2
+"""The kernel: each attempt has a control group of its own."""
+Global___MemoryEnforcement: typing_extensions.TypeAlias = MemoryEnforcement
+
 @typing.final
 class Resources(google.protobuf.message.Message):
     """The resources one attempt of a task needs while it runs. Unset fields take the server's defaults: one CPU for a task

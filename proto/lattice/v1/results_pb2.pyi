@@ -209,20 +209,28 @@ class GetResultRequest(google.protobuf.message.Message):
 
     RUN_ID_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
     @property
     def wait(self) -> google.protobuf.duration_pb2.Duration:
         """Waits up to this long for the run to end before answering; at most 5 minutes."""
 
+    @property
+    def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
+        """Ties the run to this caller: the call holds the run while it waits, and the run is cancelled when no call has held
+        it for this long. Above zero. See `RunWorkflowRequest.cancel_on_disconnect`.
+        """
+
     def __init__(
         self,
         *,
         run_id: builtins.str = ...,
         wait: google.protobuf.duration_pb2.Duration | None = ...,
+        cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["wait", b"wait"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["run_id", b"run_id", "wait", b"wait"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "wait", b"wait"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "run_id", b"run_id", "wait", b"wait"]) -> None: ...
 
 Global___GetResultRequest: typing_extensions.TypeAlias = GetResultRequest
 

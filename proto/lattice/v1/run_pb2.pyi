@@ -127,6 +127,50 @@ TASK_STATE_SKIPPED: TaskState.ValueType  # 7
 """Never started: a task it depends on did not succeed, or a condition was not met."""
 Global___TaskState: typing_extensions.TypeAlias = TaskState
 
+class _NetworkVerdict:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _NetworkVerdictEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_NetworkVerdict.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    NETWORK_VERDICT_UNSPECIFIED: _NetworkVerdict.ValueType  # 0
+    """Not set; never sent by this server."""
+    NETWORK_VERDICT_ALLOWED: _NetworkVerdict.ValueType  # 1
+    """The server was connected."""
+    NETWORK_VERDICT_NOT_LISTED: _NetworkVerdict.ValueType  # 2
+    """Refused: `SandboxPolicy.network` has no such name and port."""
+    NETWORK_VERDICT_ADDRESS_REFUSED: _NetworkVerdict.ValueType  # 3
+    """Refused: the name stands for an address of this machine or of an inner network only."""
+    NETWORK_VERDICT_UNRESOLVED: _NetworkVerdict.ValueType  # 4
+    """The name could not be resolved."""
+    NETWORK_VERDICT_UNREACHABLE: _NetworkVerdict.ValueType  # 5
+    """The server did not take the connection."""
+    NETWORK_VERDICT_NAME_DIFFERS: _NetworkVerdict.ValueType  # 6
+    """Refused: TLS or HTTP named another server than the one connected to."""
+    NETWORK_VERDICT_MALFORMED: _NetworkVerdict.ValueType  # 7
+    """Refused: what was sent is neither TLS nor a request."""
+
+class NetworkVerdict(_NetworkVerdict, metaclass=_NetworkVerdictEnumTypeWrapper):
+    """What a worker decided about a connection of a sandbox."""
+
+NETWORK_VERDICT_UNSPECIFIED: NetworkVerdict.ValueType  # 0
+"""Not set; never sent by this server."""
+NETWORK_VERDICT_ALLOWED: NetworkVerdict.ValueType  # 1
+"""The server was connected."""
+NETWORK_VERDICT_NOT_LISTED: NetworkVerdict.ValueType  # 2
+"""Refused: `SandboxPolicy.network` has no such name and port."""
+NETWORK_VERDICT_ADDRESS_REFUSED: NetworkVerdict.ValueType  # 3
+"""Refused: the name stands for an address of this machine or of an inner network only."""
+NETWORK_VERDICT_UNRESOLVED: NetworkVerdict.ValueType  # 4
+"""The name could not be resolved."""
+NETWORK_VERDICT_UNREACHABLE: NetworkVerdict.ValueType  # 5
+"""The server did not take the connection."""
+NETWORK_VERDICT_NAME_DIFFERS: NetworkVerdict.ValueType  # 6
+"""Refused: TLS or HTTP named another server than the one connected to."""
+NETWORK_VERDICT_MALFORMED: NetworkVerdict.ValueType  # 7
+"""Refused: what was sent is neither TLS nor a request."""
+Global___NetworkVerdict: typing_extensions.TypeAlias = NetworkVerdict
+
 class _LogStream:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -209,6 +253,8 @@ class Run(google.protobuf.message.Message):
     PARAMETERS_FIELD_NUMBER: builtins.int
     RETRIED_RUN_ID_FIELD_NUMBER: builtins.int
     OPEN_FIELD_NUMBER: builtins.int
+    AWAITED_SIGNALS_FIELD_NUMBER: builtins.int
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run."""
     workflow_id: builtins.str
@@ -261,6 +307,14 @@ class Run(google.protobuf.message.Message):
     def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, lattice.v1.payload_pb2.Payload]:
         """The values of its parameters by name, the workflow's defaults included; only with `VIEW_FULL`."""
 
+    @property
+    def awaited_signals(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The names of the signals that its attempts wait for now."""
+
+    @property
+    def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
+        """The run is cancelled when its caller is disconnected for this long; unset for a run that outlives its caller."""
+
     def __init__(
         self,
         *,
@@ -282,9 +336,11 @@ class Run(google.protobuf.message.Message):
         parameters: collections.abc.Mapping[builtins.str, lattice.v1.payload_pb2.Payload] | None = ...,
         retried_run_id: builtins.str = ...,
         open: builtins.bool = ...,
+        awaited_signals: collections.abc.Iterable[builtins.str] | None = ...,
+        cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time", "task_counts", b"task_counts", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "open", b"open", "parameters", b"parameters", "priority", b"priority", "retried_run_id", b"retried_run_id", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "task_counts", b"task_counts", "tenant", b"tenant", "timeout", b"timeout", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "create_time", b"create_time", "end_time", b"end_time", "failure", b"failure", "start_time", b"start_time", "task_counts", b"task_counts", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["awaited_signals", b"awaited_signals", "cancel_on_disconnect", b"cancel_on_disconnect", "create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "failure", b"failure", "labels", b"labels", "open", b"open", "parameters", b"parameters", "priority", b"priority", "retried_run_id", b"retried_run_id", "revision", b"revision", "run_id", b"run_id", "sequence", b"sequence", "start_time", b"start_time", "state", b"state", "task_counts", b"task_counts", "tenant", b"tenant", "timeout", b"timeout", "workflow_id", b"workflow_id"]) -> None: ...
 
 Global___Run: typing_extensions.TypeAlias = Run
 
@@ -495,6 +551,10 @@ class RunEvent(google.protobuf.message.Message):
     TASK_SKIPPED_FIELD_NUMBER: builtins.int
     TASK_LOG_FIELD_NUMBER: builtins.int
     TASKS_ADDED_FIELD_NUMBER: builtins.int
+    SIGNAL_RECEIVED_FIELD_NUMBER: builtins.int
+    SIGNAL_AWAITED_FIELD_NUMBER: builtins.int
+    SIGNAL_TAKEN_FIELD_NUMBER: builtins.int
+    TASK_NETWORK_ACCESS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The event's number in its run."""
     @property
@@ -545,6 +605,22 @@ class RunEvent(google.protobuf.message.Message):
     def tasks_added(self) -> Global___TasksAdded:
         """The run grew."""
 
+    @property
+    def signal_received(self) -> Global___SignalReceived:
+        """A caller sent a signal."""
+
+    @property
+    def signal_awaited(self) -> Global___SignalAwaited:
+        """An attempt waits for a signal that was not sent yet."""
+
+    @property
+    def signal_taken(self) -> Global___SignalTaken:
+        """An attempt got the value of a signal."""
+
+    @property
+    def task_network_access(self) -> Global___TaskNetworkAccess:
+        """An attempt connected to a server, or was refused a connection."""
+
     def __init__(
         self,
         *,
@@ -561,10 +637,14 @@ class RunEvent(google.protobuf.message.Message):
         task_skipped: Global___TaskSkipped | None = ...,
         task_log: Global___TaskLog | None = ...,
         tasks_added: Global___TasksAdded | None = ...,
+        signal_received: Global___SignalReceived | None = ...,
+        signal_awaited: Global___SignalAwaited | None = ...,
+        signal_taken: Global___SignalTaken | None = ...,
+        task_network_access: Global___TaskNetworkAccess | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["event", b"event", "run_cancelling", b"run_cancelling", "run_finished", b"run_finished", "run_started", b"run_started", "task_cancelled", b"task_cancelled", "task_failed", b"task_failed", "task_log", b"task_log", "task_retrying", b"task_retrying", "task_skipped", b"task_skipped", "task_started", b"task_started", "task_succeeded", b"task_succeeded", "tasks_added", b"tasks_added", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["event", b"event", "run_cancelling", b"run_cancelling", "run_finished", b"run_finished", "run_started", b"run_started", "sequence", b"sequence", "task_cancelled", b"task_cancelled", "task_failed", b"task_failed", "task_log", b"task_log", "task_retrying", b"task_retrying", "task_skipped", b"task_skipped", "task_started", b"task_started", "task_succeeded", b"task_succeeded", "tasks_added", b"tasks_added", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["run_started", "run_cancelling", "run_finished", "task_started", "task_succeeded", "task_retrying", "task_failed", "task_cancelled", "task_skipped", "task_log", "tasks_added"] | None: ...
+    def HasField(self, field_name: typing.Literal["event", b"event", "run_cancelling", b"run_cancelling", "run_finished", b"run_finished", "run_started", b"run_started", "signal_awaited", b"signal_awaited", "signal_received", b"signal_received", "signal_taken", b"signal_taken", "task_cancelled", b"task_cancelled", "task_failed", b"task_failed", "task_log", b"task_log", "task_network_access", b"task_network_access", "task_retrying", b"task_retrying", "task_skipped", b"task_skipped", "task_started", b"task_started", "task_succeeded", b"task_succeeded", "tasks_added", b"tasks_added", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["event", b"event", "run_cancelling", b"run_cancelling", "run_finished", b"run_finished", "run_started", b"run_started", "sequence", b"sequence", "signal_awaited", b"signal_awaited", "signal_received", b"signal_received", "signal_taken", b"signal_taken", "task_cancelled", b"task_cancelled", "task_failed", b"task_failed", "task_log", b"task_log", "task_network_access", b"task_network_access", "task_retrying", b"task_retrying", "task_skipped", b"task_skipped", "task_started", b"task_started", "task_succeeded", b"task_succeeded", "tasks_added", b"tasks_added", "time", b"time"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["run_started", "run_cancelling", "run_finished", "task_started", "task_succeeded", "task_retrying", "task_failed", "task_cancelled", "task_skipped", "task_log", "tasks_added", "signal_received", "signal_awaited", "signal_taken", "task_network_access"] | None: ...
 
 Global___RunEvent: typing_extensions.TypeAlias = RunEvent
 
@@ -619,22 +699,125 @@ class RunFinished(google.protobuf.message.Message):
 
     STATE_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    UNREAD_SIGNALS_FIELD_NUMBER: builtins.int
     state: Global___RunState.ValueType
     """How it ended."""
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
         """Why, unless it succeeded."""
 
+    @property
+    def unread_signals(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The names of the signals of which a value was sent that no attempt took."""
+
     def __init__(
         self,
         *,
         state: Global___RunState.ValueType = ...,
         failure: lattice.v1.errors_pb2.Failure | None = ...,
+        unread_signals: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["failure", b"failure"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["failure", b"failure", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["failure", b"failure", "state", b"state", "unread_signals", b"unread_signals"]) -> None: ...
 
 Global___RunFinished: typing_extensions.TypeAlias = RunFinished
+
+@typing.final
+class SignalReceived(google.protobuf.message.Message):
+    """A caller sent a signal; see `WorkflowService.SignalRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name."""
+    index: builtins.int
+    """Which value of this name it is, from 0."""
+    request_id: builtins.str
+    """That of the call."""
+    @property
+    def value(self) -> lattice.v1.payload_pb2.Payload:
+        """Its value."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        index: builtins.int = ...,
+        value: lattice.v1.payload_pb2.Payload | None = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index", "name", b"name", "request_id", b"request_id", "value", b"value"]) -> None: ...
+
+Global___SignalReceived: typing_extensions.TypeAlias = SignalReceived
+
+@typing.final
+class SignalAwaited(google.protobuf.message.Message):
+    """An attempt waits for a signal that was not sent yet."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task."""
+    attempt: builtins.int
+    """The number of the attempt, from 1."""
+    name: builtins.str
+    """The name of the signal."""
+    display_name: builtins.str
+    """The task's name, for people."""
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        attempt: builtins.int = ...,
+        name: builtins.str = ...,
+        display_name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "display_name", b"display_name", "name", b"name", "task_id", b"task_id"]) -> None: ...
+
+Global___SignalAwaited: typing_extensions.TypeAlias = SignalAwaited
+
+@typing.final
+class SignalTaken(google.protobuf.message.Message):
+    """An attempt got the value of a signal."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: builtins.int
+    INDEX_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task."""
+    attempt: builtins.int
+    """The number of the attempt, from 1."""
+    name: builtins.str
+    """The name of the signal."""
+    display_name: builtins.str
+    """The task's name, for people."""
+    index: builtins.int
+    """Which value of this name it got, from 0."""
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        attempt: builtins.int = ...,
+        name: builtins.str = ...,
+        display_name: builtins.str = ...,
+        index: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "display_name", b"display_name", "index", b"index", "name", b"name", "task_id", b"task_id"]) -> None: ...
+
+Global___SignalTaken: typing_extensions.TypeAlias = SignalTaken
 
 @typing.final
 class TaskStarted(google.protobuf.message.Message):
@@ -906,6 +1089,90 @@ class TasksAdded(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["display_names", b"display_names", "parent_task_id", b"parent_task_id", "revision", b"revision", "task_ids", b"task_ids"]) -> None: ...
 
 Global___TasksAdded: typing_extensions.TypeAlias = TasksAdded
+
+@typing.final
+class TaskNetworkAccess(google.protobuf.message.Message):
+    """The connections of one attempt to one server so far that ended with the same verdict. There is an event for the first
+    of them, at once, and one with the totals when the attempt has ended. Of what a batch does its first item has the
+    events.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    ACCESS_FIELD_NUMBER: builtins.int
+    task_id: builtins.str
+    """The task."""
+    attempt: builtins.int
+    """The attempt, from 1."""
+    @property
+    def access(self) -> Global___NetworkAccess:
+        """The connections."""
+
+    def __init__(
+        self,
+        *,
+        task_id: builtins.str = ...,
+        attempt: builtins.int = ...,
+        access: Global___NetworkAccess | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["access", b"access"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["access", b"access", "attempt", b"attempt", "task_id", b"task_id"]) -> None: ...
+
+Global___TaskNetworkAccess: typing_extensions.TypeAlias = TaskNetworkAccess
+
+@typing.final
+class NetworkAccess(google.protobuf.message.Message):
+    """The connections of an attempt to one server that ended with the same verdict."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: builtins.int
+    PORT_FIELD_NUMBER: builtins.int
+    VERDICT_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    CONNECTIONS_FIELD_NUMBER: builtins.int
+    SENT_BYTES_FIELD_NUMBER: builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: builtins.int
+    FINAL_FIELD_NUMBER: builtins.int
+    host: builtins.str
+    """The name that the attempt gave; empty when it gave none that can be read, and for all further names once an attempt
+    has tried 100 servers.
+    """
+    port: builtins.int
+    """The port; zero when none was given."""
+    verdict: Global___NetworkVerdict.ValueType
+    """What the worker decided."""
+    message: builtins.str
+    """The reason in words, for people."""
+    address: builtins.str
+    """The address of the newest connection; empty when none was made."""
+    connections: builtins.int
+    """How many connections were tried."""
+    sent_bytes: builtins.int
+    """Bytes that the server was sent."""
+    received_bytes: builtins.int
+    """Bytes that the server sent."""
+    final: builtins.bool
+    """Whether these are the totals of the attempt."""
+    def __init__(
+        self,
+        *,
+        host: builtins.str = ...,
+        port: builtins.int = ...,
+        verdict: Global___NetworkVerdict.ValueType = ...,
+        message: builtins.str = ...,
+        address: builtins.str = ...,
+        connections: builtins.int = ...,
+        sent_bytes: builtins.int = ...,
+        received_bytes: builtins.int = ...,
+        final: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "connections", b"connections", "final", b"final", "host", b"host", "message", b"message", "port", b"port", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes", "verdict", b"verdict"]) -> None: ...
+
+Global___NetworkAccess: typing_extensions.TypeAlias = NetworkAccess
 
 @typing.final
 class TaskLog(google.protobuf.message.Message):

@@ -150,6 +150,8 @@ class _WaitKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """It does not wait: a worker runs it."""
     WAIT_KIND_ENDED: _WaitKind.ValueType  # 9
     """It does not wait: it has ended."""
+    WAIT_KIND_SIGNAL: _WaitKind.ValueType  # 10
+    """Its attempt waits for a signal; see `WorkflowService.SignalRun`."""
 
 class WaitKind(_WaitKind, metaclass=_WaitKindEnumTypeWrapper):
     """The class of a reason to wait."""
@@ -174,6 +176,8 @@ WAIT_KIND_RUNNING: WaitKind.ValueType  # 8
 """It does not wait: a worker runs it."""
 WAIT_KIND_ENDED: WaitKind.ValueType  # 9
 """It does not wait: it has ended."""
+WAIT_KIND_SIGNAL: WaitKind.ValueType  # 10
+"""Its attempt waits for a signal; see `WorkflowService.SignalRun`."""
 Global___WaitKind: typing_extensions.TypeAlias = WaitKind
 
 @typing.final
@@ -233,6 +237,7 @@ class TaskSpec(google.protobuf.message.Message):
     CONCURRENCY_KEY_FIELD_NUMBER: builtins.int
     OVER_FIELD_NUMBER: builtins.int
     CONDITION_FIELD_NUMBER: builtins.int
+    SANDBOX_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """Names the task within its workflow: 1 to 128 characters, no line breaks."""
     display_name: builtins.str
@@ -291,6 +296,10 @@ class TaskSpec(google.protobuf.message.Message):
     def condition(self) -> Global___Condition:
         """Whether the task runs at all."""
 
+    @property
+    def sandbox(self) -> Global___SandboxPolicy:
+        """What the sandbox of an attempt allows beyond its isolation level."""
+
     def __init__(
         self,
         *,
@@ -311,12 +320,37 @@ class TaskSpec(google.protobuf.message.Message):
         concurrency_key: builtins.str = ...,
         over: builtins.str = ...,
         condition: Global___Condition | None = ...,
+        sandbox: Global___SandboxPolicy | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "batch", b"batch", "condition", b"condition", "max_parallel", b"max_parallel", "resources", b"resources", "retry", b"retry", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "condition", b"condition", "display_name", b"display_name", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "over", b"over", "priority", b"priority", "resources", b"resources", "retry", b"retry", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "batch", b"batch", "condition", b"condition", "max_parallel", b"max_parallel", "resources", b"resources", "retry", b"retry", "sandbox", b"sandbox", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_parallel", b"_max_parallel", "after", b"after", "batch", b"batch", "concurrency_key", b"concurrency_key", "condition", b"condition", "display_name", b"display_name", "function", b"function", "inputs", b"inputs", "isolation", b"isolation", "max_parallel", b"max_parallel", "node_selector", b"node_selector", "outputs", b"outputs", "over", b"over", "priority", b"priority", "resources", b"resources", "retry", b"retry", "sandbox", b"sandbox", "task_id", b"task_id", "timeout", b"timeout"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_max_parallel", b"_max_parallel"]) -> typing.Literal["max_parallel"] | None: ...
 
 Global___TaskSpec: typing_extensions.TypeAlias = TaskSpec
+
+@typing.final
+class SandboxPolicy(google.protobuf.message.Message):
+    """What the sandbox of an attempt allows beyond its isolation level."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NETWORK_FIELD_NUMBER: builtins.int
+    @property
+    def network(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The servers that the attempt may connect to, at most 64, each `NAME:PORT`; empty means no network. The name is a
+        host name in ASCII, such as `api.example.com`, or `*.example.com` for every name below `example.com`; it is no
+        address. Connections carry TLS or HTTP. Only for levels above `ISOLATION_NONE`, where a node that enforces the list
+        is needed (`Node.network_isolations`).
+        """
+
+    def __init__(
+        self,
+        *,
+        network: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["network", b"network"]) -> None: ...
+
+Global___SandboxPolicy: typing_extensions.TypeAlias = SandboxPolicy
 
 @typing.final
 class Condition(google.protobuf.message.Message):
@@ -661,6 +695,7 @@ class RunTaskRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     tenant: builtins.str
@@ -695,6 +730,10 @@ class RunTaskRequest(google.protobuf.message.Message):
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
         """The run fails when it takes longer; above zero, unset means no limit."""
 
+    @property
+    def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
+        """Ties the run to its caller, whose call holds it while it waits. See `RunWorkflowRequest.cancel_on_disconnect`."""
+
     def __init__(
         self,
         *,
@@ -708,9 +747,10 @@ class RunTaskRequest(google.protobuf.message.Message):
         priority: builtins.int = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         request_id: builtins.str = ...,
+        cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "task", b"task", "timeout", b"timeout", "wait", b"wait"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "function", b"function", "labels", b"labels", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "task", b"task", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "cancel_on_disconnect", b"cancel_on_disconnect", "function", b"function", "task", b"task", "timeout", b"timeout", "wait", b"wait"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "cancel_on_disconnect", b"cancel_on_disconnect", "function", b"function", "labels", b"labels", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "task", b"task", "tenant", b"tenant", "timeout", b"timeout", "wait", b"wait"]) -> None: ...
 
 Global___RunTaskRequest: typing_extensions.TypeAlias = RunTaskRequest
 

@@ -407,6 +407,8 @@ class Hello(google.protobuf.message.Message):
     SEND_TIME_FIELD_NUMBER: builtins.int
     ISOLATION_REFUSALS_FIELD_NUMBER: builtins.int
     HELD_LEASES_FIELD_NUMBER: builtins.int
+    NETWORK_ISOLATIONS_FIELD_NUMBER: builtins.int
+    MEMORY_ENFORCEMENT_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Names the worker; stable over its reconnects, unique among workers."""
     session_id: builtins.str
@@ -425,6 +427,8 @@ class Hello(google.protobuf.message.Message):
     """The version of this protocol that the worker speaks: 1. The server closes the stream of a worker with another
     version, with reason VERSION.
     """
+    memory_enforcement: lattice.v1.resources_pb2.MemoryEnforcement.ValueType
+    """What enforces the memory limit of its levels `ISOLATION_SUBPROCESS` and `ISOLATION_SECCOMP`."""
     @property
     def capacity(self) -> lattice.v1.resources_pb2.Capacity:
         """The capacity of the node."""
@@ -472,6 +476,10 @@ class Hello(google.protobuf.message.Message):
     def held_leases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___HeldLease]:
         """The leases that a server which was started again may adopt: those of `held_lease_ids` that have started."""
 
+    @property
+    def network_isolations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.resources_pb2.Isolation.ValueType]:
+        """The isolation levels at which it enforces `SandboxPolicy.network`."""
+
     def __init__(
         self,
         *,
@@ -494,9 +502,11 @@ class Hello(google.protobuf.message.Message):
         send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         isolation_refusals: collections.abc.Iterable[lattice.v1.resources_pb2.IsolationRefusal] | None = ...,
         held_leases: collections.abc.Iterable[Global___HeldLease] | None = ...,
+        network_isolations: collections.abc.Iterable[lattice.v1.resources_pb2.Isolation.ValueType] | None = ...,
+        memory_enforcement: lattice.v1.resources_pb2.MemoryEnforcement.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity", "runtime", b"runtime", "send_time", b"send_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "held_leases", b"held_leases", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "held_leases", b"held_leases", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "memory_enforcement", b"memory_enforcement", "network_isolations", b"network_isolations", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -549,6 +559,7 @@ class Welcome(google.protobuf.message.Message):
     CHUNK_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     TAKES_CALLS_FIELD_NUMBER: builtins.int
     ADOPTED_LEASE_IDS_FIELD_NUMBER: builtins.int
+    TAKES_SIGNALS_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
@@ -569,6 +580,8 @@ class Welcome(google.protobuf.message.Message):
     """The longest chunk of streamed output, in bytes; zero when this server takes no chunks."""
     takes_calls: builtins.bool
     """Whether attempts may call tasks, by `AttemptSpawned.called` and `AttemptAwaits`."""
+    takes_signals: builtins.bool
+    """Whether attempts may wait for signals, by `AttemptAwaits.signal`."""
     @property
     def heartbeat_interval(self) -> google.protobuf.duration_pb2.Duration:
         """How often either side sends a heartbeat."""
@@ -616,9 +629,10 @@ class Welcome(google.protobuf.message.Message):
         chunk_limit_bytes: builtins.int = ...,
         takes_calls: builtins.bool = ...,
         adopted_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
+        takes_signals: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adopted_lease_ids", b"adopted_lease_ids", "chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit", "takes_calls", b"takes_calls"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adopted_lease_ids", b"adopted_lease_ids", "chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit", "takes_calls", b"takes_calls", "takes_signals", b"takes_signals"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 
@@ -673,6 +687,8 @@ class RunnerCount(google.protobuf.message.Message):
     BUSY_FIELD_NUMBER: builtins.int
     IDLE_FIELD_NUMBER: builtins.int
     STARTED_FIELD_NUMBER: builtins.int
+    WAITED_FIELD_NUMBER: builtins.int
+    START_DURATIONS_FIELD_NUMBER: builtins.int
     isolation: lattice.v1.resources_pb2.Isolation.ValueType
     """The level."""
     busy: builtins.int
@@ -681,6 +697,12 @@ class RunnerCount(google.protobuf.message.Message):
     """Processes that wait for an attempt, including new ones that have run no attempt."""
     started: builtins.int
     """Processes started since the last heartbeat."""
+    waited: builtins.int
+    """Attempts since the last heartbeat for which no process waited, so that one was started."""
+    @property
+    def start_durations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[google.protobuf.duration_pb2.Duration]:
+        """How long processes took that became ready for attempts since the last heartbeat; at most 1,000."""
+
     def __init__(
         self,
         *,
@@ -688,8 +710,10 @@ class RunnerCount(google.protobuf.message.Message):
         busy: builtins.int = ...,
         idle: builtins.int = ...,
         started: builtins.int = ...,
+        waited: builtins.int = ...,
+        start_durations: collections.abc.Iterable[google.protobuf.duration_pb2.Duration] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["busy", b"busy", "idle", b"idle", "isolation", b"isolation", "started", b"started"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["busy", b"busy", "idle", b"idle", "isolation", b"isolation", "start_durations", b"start_durations", "started", b"started", "waited", b"waited"]) -> None: ...
 
 Global___RunnerCount: typing_extensions.TypeAlias = RunnerCount
 
@@ -714,6 +738,7 @@ class Assignment(google.protobuf.message.Message):
     SEQUENCE_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     TRACE_PARENTS_FIELD_NUMBER: builtins.int
+    SANDBOX_FIELD_NUMBER: builtins.int
     lease_id: builtins.str
     """Names the lease in reports."""
     slot: builtins.int
@@ -762,6 +787,10 @@ class Assignment(google.protobuf.message.Message):
         is not traced. Empty when no attempt is. Spans that the worker reports are children of these.
         """
 
+    @property
+    def sandbox(self) -> lattice.v1.task_pb2.SandboxPolicy:
+        """What the sandbox allows beyond the isolation level."""
+
     def __init__(
         self,
         *,
@@ -780,9 +809,10 @@ class Assignment(google.protobuf.message.Message):
         sequence: builtins.int = ...,
         tenant: builtins.str = ...,
         trace_parents: collections.abc.Iterable[builtins.str] | None = ...,
+        sandbox: lattice.v1.task_pb2.SandboxPolicy | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["resources", b"resources", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout", "trace_parents", b"trace_parents"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["resources", b"resources", "sandbox", b"sandbox", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["after_lease_id", b"after_lease_id", "attempts", b"attempts", "batched", b"batched", "function_digest", b"function_digest", "gpu_indices", b"gpu_indices", "isolation", b"isolation", "lease_id", b"lease_id", "outputs", b"outputs", "resources", b"resources", "sandbox", b"sandbox", "sequence", b"sequence", "slot", b"slot", "split_outputs", b"split_outputs", "tenant", b"tenant", "timeout", b"timeout", "trace_parents", b"trace_parents"]) -> None: ...
 
 Global___Assignment: typing_extensions.TypeAlias = Assignment
 
@@ -857,6 +887,7 @@ class Report(google.protobuf.message.Message):
     STREAMED_FIELD_NUMBER: builtins.int
     PROGRESSED_FIELD_NUMBER: builtins.int
     TRACED_FIELD_NUMBER: builtins.int
+    NETWORK_ACCESS_FIELD_NUMBER: builtins.int
     sequence: builtins.int
     """The report's number in its session, dense from 1."""
     lease_id: builtins.str
@@ -901,7 +932,7 @@ class Report(google.protobuf.message.Message):
 
     @property
     def awaits(self) -> Global___AttemptAwaits:
-        """The attempt waits for the end of a task that it called."""
+        """The attempt waits for the end of a task that it called, or for a signal."""
 
     @property
     def streamed(self) -> Global___AttemptStreamed:
@@ -914,6 +945,10 @@ class Report(google.protobuf.message.Message):
     @property
     def traced(self) -> Global___AttemptTraced:
         """The spans of a traced attempt, reported before its end."""
+
+    @property
+    def network_access(self) -> lattice.v1.run_pb2.NetworkAccess:
+        """The attempt connected to a server, or was refused a connection."""
 
     def __init__(
         self,
@@ -933,10 +968,11 @@ class Report(google.protobuf.message.Message):
         streamed: Global___AttemptStreamed | None = ...,
         progressed: Global___AttemptProgressed | None = ...,
         traced: Global___AttemptTraced | None = ...,
+        network_access: lattice.v1.run_pb2.NetworkAccess | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "log", b"log", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "awaits", "streamed", "progressed", "traced"] | None: ...
+    def HasField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "log", b"log", "network_access", b"network_access", "progressed", b"progressed", "returned", b"returned", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["asked", b"asked", "awaits", b"awaits", "fact", b"fact", "failed", b"failed", "item", b"item", "lease_id", b"lease_id", "log", b"log", "network_access", b"network_access", "progressed", b"progressed", "returned", b"returned", "sequence", b"sequence", "spawned", b"spawned", "started", b"started", "streamed", b"streamed", "succeeded", b"succeeded", "time", b"time", "traced", b"traced"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["fact", b"fact"]) -> typing.Literal["started", "succeeded", "failed", "log", "returned", "spawned", "asked", "awaits", "streamed", "progressed", "traced", "network_access"] | None: ...
 
 Global___Report: typing_extensions.TypeAlias = Report
 
@@ -1075,25 +1111,61 @@ Global___AttemptSpawned: typing_extensions.TypeAlias = AttemptSpawned
 
 @typing.final
 class AttemptAwaits(google.protobuf.message.Message):
-    """The attempt waits for the end of a task that it called. Meanwhile it holds no CPUs."""
+    """The attempt waits for the end of a task that it called, or for a signal. Meanwhile it holds no CPUs."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NUMBER_FIELD_NUMBER: builtins.int
     TASK_ID_FIELD_NUMBER: builtins.int
+    SIGNAL_FIELD_NUMBER: builtins.int
     number: builtins.int
     """Names the wait within its lease, in one sequence with `AttemptAsked.number`."""
     task_id: builtins.str
-    """The called task."""
+    """The called task; empty when the attempt waits for a signal."""
+    @property
+    def signal(self) -> Global___AwaitedSignal:
+        """The signal; only if `Welcome.takes_signals`."""
+
     def __init__(
         self,
         *,
         number: builtins.int = ...,
         task_id: builtins.str = ...,
+        signal: Global___AwaitedSignal | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["number", b"number", "task_id", b"task_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["signal", b"signal"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "signal", b"signal", "task_id", b"task_id"]) -> None: ...
 
 Global___AttemptAwaits: typing_extensions.TypeAlias = AttemptAwaits
+
+@typing.final
+class AwaitedSignal(google.protobuf.message.Message):
+    """A signal that an attempt waits for. `Answer.payload` has its value. Each attempt gets the values of a name in the
+    order in which they were sent, from the first one on, each once.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    TIMEOUT_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Its name, of 1 to 128 characters."""
+    @property
+    def timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """After this time the answer is a failure of kind TIMEOUT, and the next wait gets the value that this one would have
+        got; unset means no limit.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        timeout: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "timeout", b"timeout"]) -> None: ...
+
+Global___AwaitedSignal: typing_extensions.TypeAlias = AwaitedSignal
 
 @typing.final
 class AttemptAsked(google.protobuf.message.Message):
@@ -1358,7 +1430,7 @@ Global___AttemptProgressed: typing_extensions.TypeAlias = AttemptProgressed
 
 @typing.final
 class Answer(google.protobuf.message.Message):
-    """Answers a question of an attempt, or tells it the end of a called task. An answer for a lease that has ended is ignored."""
+    """Answers a question of an attempt, or ends its wait for a called task or a signal. An answer for a lease that has ended is ignored."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1379,11 +1451,13 @@ class Answer(google.protobuf.message.Message):
     """Why no caller answers, for people."""
     @property
     def payload(self) -> lattice.v1.payload_pb2.Payload:
-        """The value the caller answered with."""
+        """The value the caller answered with, or the value of the signal."""
 
     @property
     def failure(self) -> lattice.v1.errors_pb2.Failure:
-        """The error of the caller's code that should have answered, or the failure of the called task."""
+        """The error of the caller's code that should have answered, the failure of the called task, or why there is no
+        signal.
+        """
 
     @property
     def outputs(self) -> Global___CallOutputs:

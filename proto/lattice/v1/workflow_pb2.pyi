@@ -579,6 +579,7 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     TIMEOUT_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    CANCEL_ON_DISCONNECT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """Names the run and makes the call idempotent; the server picks one when empty."""
     workflow_id: builtins.str
@@ -609,6 +610,13 @@ class RunWorkflowRequest(google.protobuf.message.Message):
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
         """The run fails when it takes longer; above zero, unset means no limit."""
 
+    @property
+    def cancel_on_disconnect(self) -> google.protobuf.duration_pb2.Duration:
+        """Ties the run to its caller: it is cancelled when no call has held it for this long. It is held by the
+        `ExecuteWorkflow` and `OpenRun` streams of this request, and by `GetResult` with `cancel_on_disconnect`. Above zero;
+        unset means that a disconnect never ends the run, and for an open run `Limits.open_run_grace`.
+        """
+
     def __init__(
         self,
         *,
@@ -621,9 +629,10 @@ class RunWorkflowRequest(google.protobuf.message.Message):
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         tenant: builtins.str = ...,
         request_id: builtins.str = ...,
+        cancel_on_disconnect: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["labels", b"labels", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "source", b"source", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel_on_disconnect", b"cancel_on_disconnect", "labels", b"labels", "parameters", b"parameters", "priority", b"priority", "request_id", b"request_id", "run_id", b"run_id", "source", b"source", "tenant", b"tenant", "timeout", b"timeout", "workflow", b"workflow", "workflow_id", b"workflow_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["source", b"source"]) -> typing.Literal["workflow_id", "workflow"] | None: ...
 
 Global___RunWorkflowRequest: typing_extensions.TypeAlias = RunWorkflowRequest
@@ -701,6 +710,104 @@ class ExecuteWorkflowResponse(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["accepted", "ended"] | None: ...
 
 Global___ExecuteWorkflowResponse: typing_extensions.TypeAlias = ExecuteWorkflowResponse
+
+@typing.final
+class ExecuteWorkflowsRequest(google.protobuf.message.Message):
+    """A run to start by `WorkflowService.ExecuteWorkflows`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    TASK_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Names the run in the responses; chosen by the caller, different for each run of the stream that has not ended."""
+    @property
+    def run(self) -> Global___RunWorkflowRequest:
+        """A workflow."""
+
+    @property
+    def task(self) -> lattice.v1.task_pb2.RunTaskRequest:
+        """A single task. It is answered once, when it has ended or `RunTaskRequest.wait` has passed."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        run: Global___RunWorkflowRequest | None = ...,
+        task: lattice.v1.task_pb2.RunTaskRequest | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["run", b"run", "start", b"start", "task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "run", b"run", "start", b"start", "task", b"task"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["start", b"start"]) -> typing.Literal["run", "task"] | None: ...
+
+Global___ExecuteWorkflowsRequest: typing_extensions.TypeAlias = ExecuteWorkflowsRequest
+
+@typing.final
+class ExecuteWorkflowsResponse(google.protobuf.message.Message):
+    """Response of `WorkflowService.ExecuteWorkflows`. Those for one run come in order, those for others in between."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    ACCEPTED_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
+    TASK_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """The run; `ExecuteWorkflowsRequest.number`."""
+    @property
+    def accepted(self) -> Global___RunAccepted:
+        """The run was accepted."""
+
+    @property
+    def ended(self) -> lattice.v1.results_pb2.GetResultResponse:
+        """The run ended; the last message for it."""
+
+    @property
+    def task(self) -> lattice.v1.task_pb2.RunTaskResponse:
+        """The answer for a single task; the last message for it."""
+
+    @property
+    def refused(self) -> lattice.v1.errors_pb2.Refusal:
+        """The run was refused, and nothing changed; the last message for it."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        accepted: Global___RunAccepted | None = ...,
+        ended: lattice.v1.results_pb2.GetResultResponse | None = ...,
+        task: lattice.v1.task_pb2.RunTaskResponse | None = ...,
+        refused: lattice.v1.errors_pb2.Refusal | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "ended", b"ended", "message", b"message", "refused", b"refused", "task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "ended", b"ended", "message", b"message", "number", b"number", "refused", b"refused", "task", b"task"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["accepted", "ended", "task", "refused"] | None: ...
+
+Global___ExecuteWorkflowsResponse: typing_extensions.TypeAlias = ExecuteWorkflowsResponse
+
+@typing.final
+class RunAccepted(google.protobuf.message.Message):
+    """A run was accepted."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    CREATED_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    created: builtins.bool
+    """Whether this request created the run."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        created: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["created", b"created", "run_id", b"run_id"]) -> None: ...
+
+Global___RunAccepted: typing_extensions.TypeAlias = RunAccepted
 
 @typing.final
 class OpenRunRequest(google.protobuf.message.Message):
@@ -1275,6 +1382,57 @@ class DeleteRunResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___DeleteRunResponse: typing_extensions.TypeAlias = DeleteRunResponse
+
+@typing.final
+class SignalRunRequest(google.protobuf.message.Message):
+    """Request of `WorkflowService.SignalRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    name: builtins.str
+    """The name of the signal, of 1 to 128 characters."""
+    request_id: builtins.str
+    """Makes the call safe to repeat; see the service."""
+    @property
+    def value(self) -> lattice.v1.payload_pb2.Payload:
+        """Its value, inline and of at most `Limits.question_bytes`."""
+
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        name: builtins.str = ...,
+        value: lattice.v1.payload_pb2.Payload | None = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "request_id", b"request_id", "run_id", b"run_id", "value", b"value"]) -> None: ...
+
+Global___SignalRunRequest: typing_extensions.TypeAlias = SignalRunRequest
+
+@typing.final
+class SignalRunResponse(google.protobuf.message.Message):
+    """Response of `WorkflowService.SignalRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: builtins.int
+    index: builtins.int
+    """Which value of this name it is, from 0."""
+    def __init__(
+        self,
+        *,
+        index: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["index", b"index"]) -> None: ...
+
+Global___SignalRunResponse: typing_extensions.TypeAlias = SignalRunResponse
 
 @typing.final
 class RetryRunRequest(google.protobuf.message.Message):

@@ -60,10 +60,11 @@ class WorkflowServiceStub(object):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     def __init__(self, channel):
@@ -112,6 +113,11 @@ class WorkflowServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowResponse.FromString,
                 _registered_method=True)
+        self.ExecuteWorkflows = channel.stream_stream(
+                '/lattice.v1.WorkflowService/ExecuteWorkflows',
+                request_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsResponse.FromString,
+                _registered_method=True)
         self.OpenRun = channel.stream_stream(
                 '/lattice.v1.WorkflowService/OpenRun',
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.OpenRunRequest.SerializeToString,
@@ -141,6 +147,11 @@ class WorkflowServiceStub(object):
                 '/lattice.v1.WorkflowService/DeleteRun',
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.DeleteRunRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_workflow__pb2.DeleteRunResponse.FromString,
+                _registered_method=True)
+        self.SignalRun = channel.unary_unary(
+                '/lattice.v1.WorkflowService/SignalRun',
+                request_serializer=lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_workflow__pb2.SignalRunResponse.FromString,
                 _registered_method=True)
         self.RetryRun = channel.unary_unary(
                 '/lattice.v1.WorkflowService/RetryRun',
@@ -184,10 +195,11 @@ class WorkflowServiceServicer(object):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     def CreateWorkflow(self, request, context):
@@ -246,6 +258,14 @@ class WorkflowServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExecuteWorkflows(self, request_iterator, context):
+        """Starts runs, any number over one stream, and answers for each twice, as `ExecuteWorkflow` does, which costs less than
+        a call for each. A refused run is a message and does not end the stream. The runs continue when the stream breaks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenRun(self, request_iterator, context):
         """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream
         with a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. Later refusals are
@@ -287,6 +307,15 @@ class WorkflowServiceServicer(object):
 
     def DeleteRun(self, request, context):
         """Deletes a run that has ended, with its events and results. One that is deleted already is not found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SignalRun(self, request, context):
+        """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
+        until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
+        attempt reads all from the first one on. Idempotent by `request_id`, for as long as the run lasts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -343,6 +372,11 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowResponse.SerializeToString,
             ),
+            'ExecuteWorkflows': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExecuteWorkflows,
+                    request_deserializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsResponse.SerializeToString,
+            ),
             'OpenRun': grpc.stream_stream_rpc_method_handler(
                     servicer.OpenRun,
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.OpenRunRequest.FromString,
@@ -372,6 +406,11 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
                     servicer.DeleteRun,
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.DeleteRunRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_workflow__pb2.DeleteRunResponse.SerializeToString,
+            ),
+            'SignalRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignalRun,
+                    request_deserializer=lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_workflow__pb2.SignalRunResponse.SerializeToString,
             ),
             'RetryRun': grpc.unary_unary_rpc_method_handler(
                     servicer.RetryRun,
@@ -421,10 +460,11 @@ class WorkflowService(object):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     @staticmethod
@@ -644,6 +684,33 @@ class WorkflowService(object):
             _registered_method=True)
 
     @staticmethod
+    def ExecuteWorkflows(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lattice.v1.WorkflowService/ExecuteWorkflows',
+            lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsRequest.SerializeToString,
+            lattice_dot_v1_dot_workflow__pb2.ExecuteWorkflowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def OpenRun(request_iterator,
             target,
             options=(),
@@ -795,6 +862,33 @@ class WorkflowService(object):
             '/lattice.v1.WorkflowService/DeleteRun',
             lattice_dot_v1_dot_workflow__pb2.DeleteRunRequest.SerializeToString,
             lattice_dot_v1_dot_workflow__pb2.DeleteRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignalRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lattice.v1.WorkflowService/SignalRun',
+            lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.SerializeToString,
+            lattice_dot_v1_dot_workflow__pb2.SignalRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -153,6 +153,22 @@ _WorkflowServiceExecuteWorkflowType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceExecuteWorkflowsType = typing_extensions.TypeVar(
+    '_WorkflowServiceExecuteWorkflowsType',
+    grpc.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+)
+
 _WorkflowServiceOpenRunType = typing_extensions.TypeVar(
     '_WorkflowServiceOpenRunType',
     grpc.StreamStreamMultiCallable[
@@ -249,6 +265,22 @@ _WorkflowServiceDeleteRunType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceSignalRunType = typing_extensions.TypeVar(
+    '_WorkflowServiceSignalRunType',
+    grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
+    ],
+)
+
 _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     '_WorkflowServiceRetryRunType',
     grpc.UnaryUnaryMultiCallable[
@@ -265,7 +297,7 @@ _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceDeleteRunType, _WorkflowServiceRetryRunType]):
+class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceExecuteWorkflowsType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceDeleteRunType, _WorkflowServiceSignalRunType, _WorkflowServiceRetryRunType]):
     """Defines, runs, lists and cancels.
 
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
@@ -300,10 +332,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     @typing.overload
@@ -341,6 +374,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
         ],
         grpc.StreamStreamMultiCallable[
+            lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+            lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
             lattice.v1.workflow_pb2.OpenRunRequest,
             lattice.v1.workflow_pb2.OpenRunResponse,
         ],
@@ -363,6 +400,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
         grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.DeleteRunRequest,
             lattice.v1.workflow_pb2.DeleteRunResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.SignalRunRequest,
+            lattice.v1.workflow_pb2.SignalRunResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.RetryRunRequest,
@@ -405,6 +446,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
         ],
         grpc.aio.StreamStreamMultiCallable[
+            lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+            lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
             lattice.v1.workflow_pb2.OpenRunRequest,
             lattice.v1.workflow_pb2.OpenRunResponse,
         ],
@@ -427,6 +472,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
         grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.DeleteRunRequest,
             lattice.v1.workflow_pb2.DeleteRunResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.SignalRunRequest,
+            lattice.v1.workflow_pb2.SignalRunResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.RetryRunRequest,
@@ -458,6 +507,11 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
     ExecuteWorkflow: _WorkflowServiceExecuteWorkflowType
     """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
 
+    ExecuteWorkflows: _WorkflowServiceExecuteWorkflowsType
+    """Starts runs, any number over one stream, and answers for each twice, as `ExecuteWorkflow` does, which costs less than
+    a call for each. A refused run is a message and does not end the stream. The runs continue when the stream breaks.
+    """
+
     OpenRun: _WorkflowServiceOpenRunType
     """Starts a run that accepts tasks while this stream is open, or takes one over. A refused opening ends the stream
     with a status; a caller sends nothing more before it has read `OpenRunResponse.accepted`. Later refusals are
@@ -481,6 +535,12 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     DeleteRun: _WorkflowServiceDeleteRunType
     """Deletes a run that has ended, with its events and results. One that is deleted already is not found."""
+
+    SignalRun: _WorkflowServiceSignalRunType
+    """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
+    until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
+    attempt reads all from the first one on. Idempotent by `request_id`, for as long as the run lasts.
+    """
 
     RetryRun: _WorkflowServiceRetryRunType
     """Starts a run that takes over the finished tasks of one that has ended, and runs the others. Idempotent by
@@ -521,6 +581,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
         lattice.v1.workflow_pb2.ExecuteWorkflowResponse,
     ],
     grpc.aio.StreamStreamMultiCallable[
+        lattice.v1.workflow_pb2.ExecuteWorkflowsRequest,
+        lattice.v1.workflow_pb2.ExecuteWorkflowsResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
         lattice.v1.workflow_pb2.OpenRunRequest,
         lattice.v1.workflow_pb2.OpenRunResponse,
     ],
@@ -543,6 +607,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.DeleteRunRequest,
         lattice.v1.workflow_pb2.DeleteRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.SignalRunRequest,
+        lattice.v1.workflow_pb2.SignalRunResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.RetryRunRequest,
@@ -585,10 +653,11 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
     An open run ends when its caller has closed it and its tasks have ended. A running attempt may ask the caller that
     holds the stream a question and waits for the one answer.
 
-    A disconnect never ends a run, unless it is open. A caller that loses an `ExecuteWorkflow` stream waits with
+    A disconnect never ends a run, unless it is open, or its caller asked for that by `cancel_on_disconnect`. A caller that loses an `ExecuteWorkflow` stream waits with
     `ResultsService.GetResult`. A caller that loses an `OpenRun` stream opens another one that names the run: the newest
     stream holds it, unanswered questions are asked again, and no end of a task is missed. An open run that no stream has
-    held for `Limits.open_run_grace` is cancelled. Any other run is cancelled by `CancelRun` only.
+    held for `Limits.open_run_grace`, or `cancel_on_disconnect`, is cancelled. Any other run is cancelled by `CancelRun`
+    only.
     """
 
     @abc.abstractmethod
@@ -656,6 +725,16 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         """Starts a run, and answers again when it has ended. Idempotent by `run_id`."""
 
     @abc.abstractmethod
+    def ExecuteWorkflows(
+        self,
+        request_iterator: _MaybeAsyncIterator[lattice.v1.workflow_pb2.ExecuteWorkflowsRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[lattice.v1.workflow_pb2.ExecuteWorkflowsResponse], collections.abc.AsyncIterator[lattice.v1.workflow_pb2.ExecuteWorkflowsResponse]]:
+        """Starts runs, any number over one stream, and answers for each twice, as `ExecuteWorkflow` does, which costs less than
+        a call for each. A refused run is a message and does not end the stream. The runs continue when the stream breaks.
+        """
+
+    @abc.abstractmethod
     def OpenRun(
         self,
         request_iterator: _MaybeAsyncIterator[lattice.v1.workflow_pb2.OpenRunRequest],
@@ -708,6 +787,17 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.DeleteRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.DeleteRunResponse]]:
         """Deletes a run that has ended, with its events and results. One that is deleted already is not found."""
+
+    @abc.abstractmethod
+    def SignalRun(
+        self,
+        request: lattice.v1.workflow_pb2.SignalRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lattice.v1.workflow_pb2.SignalRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.SignalRunResponse]]:
+        """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
+        until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
+        attempt reads all from the first one on. Idempotent by `request_id`, for as long as the run lasts.
+        """
 
     @abc.abstractmethod
     def RetryRun(

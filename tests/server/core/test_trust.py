@@ -137,3 +137,12 @@ def test_spawned_task_is_isolated_at_least_as_its_parent(level: Isolation) -> No
     run.spawn("maker", [TaskSpec("maker/child", SYNC, isolation=level)], 1.0)
     child = run.tasks["maker/child"].spec
     assert child.isolation is (Isolation.DOCKER if level is Isolation.DOCKER else Isolation.SECCOMP)
+
+
+@pytest.mark.parametrize("level", Isolation)
+def test_spawned_task_may_connect_to_servers_of_a_sandboxed_parent_only(level: Isolation) -> None:
+    run, _ = run_of(TaskSpec("maker", SYNC, outputs=("out",), isolation=level, network=("a.b:443", "*.c:443")))
+    run.handle(TaskStarted("r", "maker", 1, "n", "ip", ()), 1.0)
+    wider = ("a.b:443", "a.b:80", "x.c:443", "evil.com:443")
+    run.spawn("maker", [TaskSpec("maker/child", SYNC, isolation=Isolation.SECCOMP, network=wider)], 1.0)
+    assert run.tasks["maker/child"].spec.network == (wider if level is Isolation.NONE else ("a.b:443",))

@@ -99,6 +99,15 @@ def test_a_full_collection_waits_until_the_server_is_idle(monkeypatch: pytest.Mo
     asyncio.run(scenario())
 
 
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """Undo for a test what `tests/conftest.py` has done for all."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("unfrozen")
 def test_the_thresholds_of_the_process_are_restored_when_the_server_stops() -> None:
     before = gc.get_threshold()
     collection = GarbageCollection(lambda: True)
@@ -109,3 +118,13 @@ def test_the_thresholds_of_the_process_are_restored_when_the_server_stops() -> N
     finally:
         collection.stop()
     assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0
+
+
+def test_objects_stay_frozen_when_the_process_had_frozen_them_before_the_server_started() -> None:
+    before = gc.get_freeze_count()
+    assert before > 0
+    collection = GarbageCollection(lambda: True)
+    collection.start()
+    collection.stop()
+    assert gc.get_freeze_count() == before

@@ -419,7 +419,7 @@ def test_a_fact_one_run_cannot_take_ends_that_run_and_no_other(caplog: pytest.Lo
         (named,) = re.findall("internal error (.*);", last.failure.message)
         record = next(record for record in caplog.records if record.getMessage() == "the run ends by a bug")
         assert vars(record).items() >= {"run_id": "bad", "error_id": named}.items()
-        asked = [event for event in bus.next_events(0.0) or [] if isinstance(event, CancelRequested)]
+        asked = [event for event in bus.take() or [] if isinstance(event, CancelRequested)]
         assert [(event.run_id, event.task_ids) for event in asked] == [("bad", ("t", "u"))]
         finish(orchestrator, "bad")
         orchestrator.deliver([unknown])

@@ -29,6 +29,12 @@ def event(number: int) -> WorkerDetached:
     return WorkerDetached(str(number))
 
 
+def next_events(bus: MessageBus, timeout_s: float | None = None) -> list[SchedulerEvent] | None:
+    """Wait for events; take them."""
+    bus.wait(timeout_s)
+    return bus.take()
+
+
 def play(scenario: Callable[[MessageBus], Any]) -> None:
     """Play a scenario with a fresh bus on a loop of its own."""
 
@@ -52,7 +58,7 @@ def test_events_cross_in_order_from_any_number_of_threads() -> None:
         seen: list[int] = []
 
         def consume() -> None:
-            while (events := bus.next_events(None)) is not None:
+            while (events := next_events(bus)) is not None:
                 seen.extend(int(e.session_id) for e in events if isinstance(e, WorkerDetached))
 
         def produce(start: int) -> None:
@@ -121,16 +127,16 @@ def test_events_posted_before_the_end_are_still_read() -> None:
         bus.post([])
         bus.post([event(2)])
         bus.close()
-        assert bus.next_events(None) == [event(1), event(2)]
-        assert bus.next_events(None) is None
+        assert next_events(bus) == [event(1), event(2)]
+        assert next_events(bus) is None
 
     play(scenario)
 
 
 def test_a_wait_ends_empty_when_its_time_is_over() -> None:
     async def scenario(bus: MessageBus) -> None:
-        assert bus.next_events(0.0) == []
-        assert bus.next_events(0.001) == []
+        assert next_events(bus, 0.0) == []
+        assert next_events(bus, 0.001) == []
 
     play(scenario)
 
@@ -138,7 +144,7 @@ def test_a_wait_ends_empty_when_its_time_is_over() -> None:
 def test_a_wait_may_be_as_long_as_a_duration_can_be() -> None:
     async def scenario(bus: MessageBus) -> None:
         bus.post([event(1)])
-        assert bus.next_events(315_576_000_000.0) == [event(1)]
+        assert next_events(bus, 315_576_000_000.0) == [event(1)]
 
     play(scenario)
 

@@ -72,6 +72,7 @@ MAY_CALL = {
     "lattice.v1.WorkflowService.DeleteRun": SUBMITTERS,
     "lattice.v1.WorkflowService.DeleteWorkflow": SUBMITTERS,
     "lattice.v1.WorkflowService.ExecuteWorkflow": SUBMITTERS,
+    "lattice.v1.WorkflowService.ExecuteWorkflows": SUBMITTERS,
     "lattice.v1.WorkflowService.GetRun": READERS,
     "lattice.v1.WorkflowService.GetRunGraph": READERS,
     "lattice.v1.WorkflowService.GetWorkflow": READERS,
@@ -79,6 +80,7 @@ MAY_CALL = {
     "lattice.v1.WorkflowService.ListWorkflows": READERS,
     "lattice.v1.WorkflowService.OpenRun": SUBMITTERS,
     "lattice.v1.WorkflowService.RunWorkflow": SUBMITTERS,
+    "lattice.v1.WorkflowService.SignalRun": SUBMITTERS,
 }
 SUBJECTS = ["nobody", *SCOPES, "operator", "the server's worker"]
 # The answers to an empty request that passed authorisation.

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from lattice.v1 import results_pb2, run_pb2, task_pb2, workflow_pb2
+from lattice.v1 import payload_pb2, resources_pb2, results_pb2, run_pb2, task_pb2, workflow_pb2
 
 from tests.server.apps import NoWorkers, serving_aside
 from tests.server.rpc.callers import Caller, calling, graph, output, refused, task
@@ -158,3 +158,66 @@ def test_an_ended_run_is_deleted_without_being_read(tmp_path: Path, is_damaged: 
         assert listed(caller, 10) == ["kept"]
         with refused(grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND"):
             get(caller, "r")
+
+
+def test_signals_survive_a_restart_and_a_repeated_one_counts_once(tmp_path: Path) -> None:
+    def send(caller: Caller, name: str, request_id: str, text: str = "1") -> int:
+        request = workflow_pb2.SignalRunRequest(run_id="r", name=name, request_id=request_id)
+        request.value.json = text
+        return caller.workflows.SignalRun(request).index
+
+    with started(tmp_path) as caller:
+        run(caller, "r")
+        assert [send(caller, "s", "one"), send(caller, "s", "two"), send(caller, "t", "three")] == [0, 1, 0]
+    with started(tmp_path) as caller:
+        assert [send(caller, "s", "two"), send(caller, "s", "four")] == [1, 2]
+        with refused(grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_CONFLICT"):
+            send(caller, "s", "two", "2")
+        cancel(caller, "r")
+        events = [e for m in caller.results.WatchRun(results_pb2.WatchRunRequest(run_id="r")) for e in m.events]
+        found = [(e.signal_received.name, e.signal_received.index) for e in events if e.HasField("signal_received")]
+        assert found == [("s", 0), ("s", 1), ("t", 0), ("s", 2)]
+        assert list(events[-1].run_finished.unread_signals) == ["s", "t"]
+        with refused(grpc.StatusCode.FAILED_PRECONDITION, "RUN_ENDED"):
+            send(caller, "s", "five")
+
+
+def test_a_run_is_tied_to_its_caller_after_a_restart_too(tmp_path: Path) -> None:
+    def start(caller: Caller, run_id: str, grace_s: float) -> run_pb2.Run:
+        request = workflow_pb2.RunWorkflowRequest(run_id=run_id, workflow=graph(task("a")))
+        request.cancel_on_disconnect.FromNanoseconds(int(grace_s * 1e9))
+        return caller.workflows.RunWorkflow(request).run
+
+    with started(tmp_path) as caller:
+        kept = start(caller, "kept", 600.0)
+        assert kept.cancel_on_disconnect.seconds == 600
+        start(caller, "left", 0.5)
+        with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+            start(caller, "wrong", 0.0)
+        assert list(refusal.violations) == ["cancel_on_disconnect"]
+    with started(tmp_path) as caller:
+        *_, last = caller.results.WatchRun(results_pb2.WatchRunRequest(run_id="left"))
+        assert last.events[-1].run_finished.failure.message == "its caller was disconnected for 0.5 s"
+        assert get(caller, "kept") == kept
+
+
+def test_a_signal_is_refused_by_field(tmp_path: Path) -> None:
+    with started(tmp_path) as caller:
+        run(caller, "r")
+        value = payload_pb2.Payload(json="1")
+        pickled = payload_pb2.Payload(media_type="x", data=b"1", produced_at=resources_pb2.ISOLATION_SECCOMP)
+        large = payload_pb2.Payload(media_type="x", data=bytes(2 << 20))
+        cases: list[tuple[str, payload_pb2.Payload | None, str]] = [
+            ("", value, "name"),
+            ("x" * 129, value, "name"),
+            ("s", None, "value"),
+            ("s", pickled, "value"),
+            ("s", large, "value"),
+        ]
+        for name, payload, field in cases:
+            request = workflow_pb2.SignalRunRequest(run_id="r", name=name, value=payload)
+            with refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD") as refusal:
+                caller.workflows.SignalRun(request)
+            assert list(refusal.violations) == [field]
+        with refused(grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND"):
+            caller.workflows.SignalRun(workflow_pb2.SignalRunRequest(run_id="other", name="s", value=value))

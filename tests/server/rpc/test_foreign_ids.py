@@ -26,6 +26,8 @@ CREATED = frozenset(
         "WorkflowService.AddTasks draft_id",
         "WorkflowService.CreateWorkflow workflow_id",
         "WorkflowService.ExecuteWorkflow run.run_id",
+        "WorkflowService.ExecuteWorkflows run.run_id",
+        "WorkflowService.ExecuteWorkflows task.run_id",
         "WorkflowService.OpenRun additions.draft_id",
         "WorkflowService.OpenRun additions.run_id",
         "WorkflowService.OpenRun additions.workflow_id",
@@ -37,7 +39,7 @@ CREATED = frozenset(
 
 
 # Messages in requests that have such fields.
-CONTAINERS = frozenset({"WorkflowSpec", "RunWorkflowRequest", "AddTasksRequest", "OpenRunOpening"})
+CONTAINERS = frozenset({"WorkflowSpec", "RunWorkflowRequest", "AddTasksRequest", "OpenRunOpening", "RunTaskRequest"})
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,18 @@ REQUESTS: dict[str, Callable[[Names], Message]] = {
     "WorkflowService.ExecuteWorkflow run.workflow_id": lambda n: workflow_pb2.ExecuteWorkflowRequest(
         run=Run(workflow_id=n.workflow_id)
     ),
+    "WorkflowService.ExecuteWorkflows run.workflow.draft_id": lambda n: workflow_pb2.ExecuteWorkflowsRequest(
+        run=Run(workflow=Spec(draft_id=n.draft_id))
+    ),
+    "WorkflowService.ExecuteWorkflows run.workflow.tasks.inputs": lambda n: workflow_pb2.ExecuteWorkflowsRequest(
+        run=Run(workflow=n.graph)
+    ),
+    "WorkflowService.ExecuteWorkflows run.workflow_id": lambda n: workflow_pb2.ExecuteWorkflowsRequest(
+        run=Run(workflow_id=n.workflow_id)
+    ),
+    "WorkflowService.ExecuteWorkflows task.task.inputs": lambda n: workflow_pb2.ExecuteWorkflowsRequest(
+        task=task_pb2.RunTaskRequest(function=function(), task=n.reading)
+    ),
     "WorkflowService.GetRun run_id": lambda n: workflow_pb2.GetRunRequest(run_id=n.run_id),
     "WorkflowService.GetRunGraph run_id": lambda n: workflow_pb2.GetRunGraphRequest(run_id=n.run_id),
     "WorkflowService.GetWorkflow workflow_id": lambda n: workflow_pb2.GetWorkflowRequest(workflow_id=n.workflow_id),
@@ -116,6 +130,9 @@ REQUESTS: dict[str, Callable[[Names], Message]] = {
     ),
     "WorkflowService.OpenRun opening.run_id": lambda n: workflow_pb2.OpenRunRequest(opening={"run_id": n.run_id}),
     "WorkflowService.RetryRun run_id": lambda n: workflow_pb2.RetryRunRequest(run_id=n.run_id),
+    "WorkflowService.SignalRun run_id": lambda n: workflow_pb2.SignalRunRequest(
+        run_id=n.run_id, name="s", value=payload_pb2.Payload(json="1")
+    ),
     "WorkflowService.RunWorkflow parameters": lambda n: Run(
         workflow=graph(task("t", inputs={"x": {"parameter": "p"}})), parameters=n.parameters
     ),
@@ -145,7 +162,7 @@ def furnished(owner: Caller) -> Names:
 
 
 def status_of(caller: Caller, name: str, request: Message) -> Code:
-    """Return the status with which a call ends, or OK at its first response."""
+    """Return the status with which a call ends, or that of its first response: OK unless it is a refusal."""
     method = next(method for method in METHODS if method.full_name == f"lattice.v1.{name}")
     kind = "stream" if method.client_streaming else "unary", "stream" if method.server_streaming else "unary"
     stub = getattr(caller.channel, "_".join(kind))(
@@ -156,8 +173,10 @@ def status_of(caller: Caller, name: str, request: Message) -> Code:
     try:
         response = stub(iter([request]) if method.client_streaming else request, timeout=10)
         if method.server_streaming:
-            next(iter(response), None)
+            first = next(iter(response), None)
             response.cancel()
+            if first is not None and "refused" in first.DESCRIPTOR.fields_by_name and first.HasField("refused"):
+                return next(code for code in Code if code.value[0] == first.refused.code)
     except grpc.RpcError as error:
         found: Any = error
         code: Code = found.code()
@@ -192,4 +211,6 @@ def test_call_answers_not_found_when_an_id_is_another_tenants(callers: tuple[Cal
         request = Add(run_id=run(other).run.run_id, source_draft_id=names.draft_id)
     assert status_of(other, method, request) is Code.NOT_FOUND
     own = REQUESTS[name](names)
+    if method == "ResultsService.WatchChunks":  # It ends with the run, which has no chunks.
+        owner.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id=names.run_id))
     assert status_of(owner, method, own) is not Code.NOT_FOUND

@@ -8,10 +8,16 @@ from lattice.v1 import task_pb2
 
 from lattice_server.core.messages import (
     Fact,
+    NetworkAccess,
+    NetworkVerdict,
     RunCancelling,
     RunEvent,
     RunFinished,
     RunStarted,
+    SignalAwaited,
+    SignalReceived,
+    SignalTaken,
+    TaskAccessedNetwork,
     TaskCancelled,
     TaskFailed,
     TaskLogged,
@@ -67,7 +73,7 @@ KINDS: list[Fact] = [
     RunStarted("w", 3),
     RunCancelling(FAILURE),
     RunFinished(RunState.SUCCEEDED, None),
-    RunFinished(RunState.FAILED, FAILURE),
+    RunFinished(RunState.FAILED, FAILURE, ("approval", "other")),
     TasksAdded(("a", "b"), "a", 4),
     TaskStarted(KEY, "a", 2, "n", "10.0.0.1", (0, 1), None, "e-7", 5),
     TaskSucceeded(KEY, "a", 2, {"x": VALUE, "y": LARGE}, {"x": ITEMS}, 0.25),
@@ -77,6 +83,14 @@ KINDS: list[Fact] = [
     TaskSkipped(KEY, "a", None),
     TaskSkipped(KEY, "a", FAILURE),
     TaskLogged(KEY, "a", 1, True, "text\n", True),
+    SignalReceived("approval", 1, ITEMS[1], "request"),
+    SignalAwaited(KEY, "a", 2, "approval"),
+    SignalTaken(KEY, "a", 2, "approval", 1),
+    *(
+        TaskAccessedNetwork(KEY, "a", 1, NetworkAccess("a.b", 443, verdict, "why", "1.2.3.4", 5, 6, 7, is_final))
+        for verdict in NetworkVerdict
+        for is_final in (False, True)
+    ),
 ]
 
 
@@ -110,6 +124,14 @@ def test_tasks_that_a_task_called_read_back_as_called(entry: RunEntry) -> None:
     assert not codec.read_event(KEY, *codec.event(entry, event)).is_called
     entry.run.tasks["b"].is_called = True
     assert codec.read_event(KEY, *codec.event(entry, event)).is_called
+
+
+def test_servers_of_a_sandbox_read_back_as_they_were() -> None:
+    task = TaskSpec("a", FUNCTION, "a", isolation=Isolation.SECCOMP, network=("a.b:443", "*.c:80"))
+    codec = ContractCodec(CodeStore())
+    code = {item.digest: item.encode() for item in codec.code([FUNCTION])}
+    found = finish(codec.read_workflow(finish(codec.workflow(WorkflowSpec((task,)))), code.__getitem__))
+    assert found.tasks[0].network == ("a.b:443", "*.c:80")
 
 
 def test_all_kinds_of_events_are_read() -> None:

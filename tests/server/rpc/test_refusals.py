@@ -162,6 +162,18 @@ def test_run_is_refused_when_it_has_no_tasks(idle: Caller) -> None:
     ("unserved", "field"),
     [
         (task(isolation=99), "tasks[0].isolation"),
+        (task(sandbox={"network": ["a.b:443"]}), "tasks[0].sandbox.network"),
+        (task(isolation=3, sandbox={"network": ["a.b:443"] * 65}), "tasks[0].sandbox.network"),
+        *(
+            (task(isolation=3, sandbox={"network": ["a.b:443", server]}), "tasks[0].sandbox.network[1]")
+            for server in (
+                *("", "a.b", "a.b:", ":443", "a.b:0", "a.b:65536", "a.b:0443", "a.b:443 ", "a.b:443\n", "a b:443"),
+                *("*:443", "*.*.b:443", "a.*.b:443", "*a.b:443", ".a.b:443", "a..b:443", "a.b.:443", "-a.b:443"),
+                *("1.2.3.4:443", "1.2.3:443", "16909060:443", "0x7f.1:443", "a.0x7f:443", "a.127:443", "0x:443"),
+                *("[::1]:443", "::1:443", "http://a.b:443", "a.b:443/x", "x@a.b:443", "bücher.de:443", "a" * 64 + ":1"),
+                f"{'a.' * 127}b:443",
+            )
+        ),
     ],
 )
 def test_task_is_refused_when_it_needs_an_unsupported_isolation(

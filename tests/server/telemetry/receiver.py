@@ -1,7 +1,10 @@
-"""A receiver of OTLP: a gRPC server with the collector's services."""
+"""Receivers of OTLP: a gRPC server with the collector's services, and an HTTP server with its paths."""
 
+import asyncio
+import gzip
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import grpc
@@ -27,6 +30,10 @@ class Receiver(metrics_service_pb2_grpc.MetricsServiceServicer, trace_service_pb
 
     async def Export(self, request: Any, context: object) -> Any:
         """Take an export of either service."""
+        return self.take(request)
+
+    def take(self, request: Any) -> Any:
+        """Keep a request, and return the answer."""
         if isinstance(request, metrics_service_pb2.ExportMetricsServiceRequest):
             self.resource_metrics += request.resource_metrics
             return metrics_service_pb2.ExportMetricsServiceResponse()
@@ -59,6 +66,43 @@ async def receiving() -> AsyncIterator[Receiver]:
         yield receiver
     finally:
         await server.stop(None)
+
+
+PATHS = {
+    "/v1/metrics": metrics_service_pb2.ExportMetricsServiceRequest,
+    "/v1/traces": trace_service_pb2.ExportTraceServiceRequest,
+}
+
+
+@asynccontextmanager
+async def receiving_http() -> AsyncIterator[Receiver]:
+    """Receive over HTTP while the block runs."""
+    receiver = Receiver()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers.get("content-encoding") == "gzip":
+                body = gzip.decompress(body)
+            assert self.headers["content-type"] == "application/x-protobuf"
+            answer = receiver.take(PATHS[self.path].FromString(body)).SerializeToString()
+            self.send_response(200)
+            self.send_header("content-type", "application/x-protobuf")
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            """Write no line for each request."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        receiver.address = f"127.0.0.1:{server.server_port}"
+        serving = asyncio.create_task(asyncio.to_thread(server.serve_forever, 0.05))
+        try:
+            yield receiver
+        finally:
+            await asyncio.to_thread(server.shutdown)
+            await serving
 
 
 def attributes_of(found: Any) -> dict[str, Any]:

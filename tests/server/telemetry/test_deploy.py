@@ -15,6 +15,7 @@ from lattice_server.telemetry.prometheus import sample_name
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 ALERTS = DEPLOY / "prometheus-alerts.yml"
+TESTS = DEPLOY / "prometheus-alerts.test.yml"
 NAME = re.compile(r"\b(?:lattice|rpc|process)_[a-z_]+\b")
 LABELS = re.compile(r"((?:lattice|rpc|process)_[a-z_]+)\{([^}]*)\}")
 BY = re.compile(r"by \(([^)]*)\)")
@@ -32,11 +33,16 @@ def samples() -> dict[str, set[str]]:
     return found
 
 
-def queries() -> Iterator[str]:
-    """Yield the queries of the dashboard and of the alerts."""
+def panel_queries() -> Iterator[str]:
+    """Yield the queries of the dashboard."""
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     for panel in dashboard["panels"]:
         yield from (target["expr"] for target in panel["targets"])
+
+
+def queries() -> Iterator[str]:
+    """Yield the queries of the dashboard and of the alerts."""
+    yield from panel_queries()
     yield from re.findall(r"expr: (?:>-\n)?(.*?)\n +(?:for|labels):", ALERTS.read_text(), re.DOTALL)
 
 
@@ -54,13 +60,15 @@ def test_each_query_names_metrics_and_labels_of_the_catalogue() -> None:
 
 
 def test_kinds_of_failures_in_alerts_exist() -> None:
-    kinds = re.findall(r'failure_kind="(\w+)"', ALERTS.read_text())
+    kinds = set(re.findall(r'failure_kind="(\w+)"', ALERTS.read_text()))
     assert len(kinds) == 2
-    assert set(kinds) <= {kind.value for kind in FailureKind}
+    assert kinds <= {kind.value for kind in FailureKind}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="scripts/install_missing.sh prometheus")
 @pytest.mark.exhaustive
-def test_promtool_accepts_the_alerts() -> None:
-    checked = subprocess.run(["promtool", "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr
+@pytest.mark.parametrize("check", [("check", ALERTS), ("test", TESTS)])
+def test_promtool_accepts_the_alerts_and_their_tests(check: tuple[str, Path]) -> None:
+    command = ["promtool", check[0], "rules", check[1].name]
+    checked = subprocess.run(command, cwd=DEPLOY, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

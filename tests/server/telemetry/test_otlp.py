@@ -1,7 +1,13 @@
 """Metrics and traces as a receiver of OTLP gets them from a server with a worker."""
 
 import asyncio
+import json
+import re
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import grpc
@@ -14,17 +20,23 @@ from opentelemetry.sdk.trace import TracerProvider
 from lattice_client import AsyncLatticeClient, LatticeClient, context, task
 from lattice_server.telemetry.catalogue import INSTRUMENTS, Kind
 from tests.server.apps import NoWorkers, serving
-from tests.server.telemetry.receiver import attributes_of, receiving
+from tests.server.telemetry.receiver import Receiver, attributes_of, receiving, receiving_http
 from tests.server.telemetry.workload import double, fail_once, measured, on_a_loop
+
+SERVER, CLIENT = trace_pb2.Span.SPAN_KIND_SERVER, trace_pb2.Span.SPAN_KIND_CLIENT
+LATTICE = str(Path(sys.executable).parent / "lattice")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "receiving_kind"), [("otlp", receiving), ("otlp-http", receiving_http)])
 @on_a_loop
-async def test_receiver_gets_metrics_with_the_types_and_units_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with receiving() as receiver:
+async def test_receiver_gets_metrics_with_the_types_and_units_of_the_catalogue(
+    monkeypatch: pytest.MonkeyPatch, kind: str, receiving_kind: Callable[[], AbstractAsyncContextManager[Receiver]]
+) -> None:
+    async with receiving_kind() as receiver:
         receiver.name_to(monkeypatch)
         monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
-        async with measured(metrics="otlp") as (app, client):
+        async with measured(metrics=kind, traces=kind) as (app, client):
             assert await client.run_task(double, {"x": 2}) == {"result": 4}
             assert app.metrics_url == ""
         found = receiver.metrics()
@@ -51,6 +63,32 @@ async def test_receiver_gets_metrics_with_the_types_and_units_of_the_catalogue(m
     resource = attributes_of(receiver.resource_metrics[-1].resource)
     assert resource["service.name"] == "lattice-server"
     assert resource["deployment.environment"] == "test"
+    run = next(span for span in receiver.spans() if span.name == "invoke_workflow double")
+    assert {span.name for span in receiver.spans() if span.trace_id == run.trace_id} >= {"attempt double"}
+
+
+@pytest.mark.slow
+def test_console_has_metrics_and_spans_as_json() -> None:
+    kinds = ["--metrics", "console", "--traces", "console"]
+    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--num-cpus", "1", *kinds]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            address = re.search(r"127\.0\.0\.1:\d+", server.stdout.readline())
+            assert address is not None
+            with LatticeClient(address.group()) as client:
+                assert client.run_task(double, {"x": 2}) == {"result": 4}
+        finally:
+            server.terminate()
+        printed, found, position = server.stdout.read(), [], 0
+    while (start := printed.find("{\n", position)) >= 0:
+        value, position = json.JSONDecoder().raw_decode(printed, start)
+        found.append(value)
+    (exported,) = [value for value in found if "resource_metrics" in value]
+    metrics = {metric["name"]: metric for metric in exported["resource_metrics"][0]["scope_metrics"][0]["metrics"]}
+    (point,) = metrics["lattice.task.duration"]["data"]["data_points"]
+    assert (point["count"], point["attributes"]) == (1, {"task": "double", "outcome": "succeeded"})
+    assert "invoke_workflow double" in {value.get("name") for value in found}
 
 
 @pytest.mark.slow
@@ -68,7 +106,7 @@ async def test_run_is_one_trace_of_its_run_waits_and_attempts(monkeypatch: pytes
             app._tracing.runs.check([])
         spans = receiver.spans()
     run_span = next(span for span in spans if span.name == "invoke_workflow chain")
-    call = next(span for span in spans if span.name.endswith("/ExecuteWorkflow"))
+    call = next(span for span in spans if span.name.endswith("/RunWorkflow"))
     assert run_span.parent_span_id == call.span_id
     assert attributes_of(run_span)["lattice.run.id"] == run.run_id
     assert attributes_of(run_span)["lattice.run.outcome"] == "succeeded"
@@ -171,7 +209,7 @@ async def test_spans_of_tasks_are_in_the_trace_of_the_caller(monkeypatch: pytest
     assert len(ids) == len(spans)
     ours = [span for span in spans if span.trace_id == own.trace_id.to_bytes(16)]
     named = {span.name: span for span in ours}
-    call = named["lattice.v1.WorkflowService/ExecuteWorkflow".replace("lattice", "/lattice", 1)]
+    call = named["lattice.v1.WorkflowService/RunWorkflow".replace("lattice", "/lattice", 1)]
     assert call.parent_span_id == own.span_id.to_bytes(8)
     attempt = named["attempt traced"]
     outer, inner, failing = named["outer"], named["inner"], named["failing"]
@@ -245,3 +283,39 @@ async def test_blocking_client_and_open_runs_name_the_span_of_the_caller(monkeyp
     # No span for a call that lasts as long as the run: the run is right below the caller's span.
     held = runs["invoke_workflow held"]
     assert (held.trace_id, held.parent_span_id) == (opened.trace_id.to_bytes(16), opened.span_id.to_bytes(8))
+
+
+@pytest.mark.slow
+@on_a_loop
+async def test_calls_of_a_program_that_instruments_grpc_are_spans_of_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with receiving() as receiver:
+        receiver.name_to(monkeypatch)
+        async with serving(traces="otlp", session_ttl_s=30.0) as app:
+            await app.ready()
+            command = (sys.executable, "-m", "tests.server.telemetry.instrumented", app.address)
+            program = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+            _, printed = await program.communicate()
+            assert program.returncode == 0, printed.decode()
+        spans = receiver.spans()
+    by_id = {span.span_id: span for span in spans}
+    execute = "/lattice.v1.WorkflowService/RunWorkflow"
+    for program_name, workflow in (("blocks", "blocking"), ("suspends", "suspending")):
+        run = next(span for span in spans if span.name == f"invoke_workflow {workflow}")
+        served = by_id[run.parent_span_id]
+        sent = by_id[served.parent_span_id]
+        assert [(span.name, span.kind) for span in (served, sent)] == [(execute, SERVER), (execute, CLIENT)]
+        assert by_id[sent.parent_span_id].name == program_name
+        assert attributes_of(sent) == {
+            "rpc.system": "grpc",
+            "rpc.service": "lattice.v1.WorkflowService",
+            "rpc.method": "RunWorkflow",
+            "rpc.grpc.status_code": 0,
+        }
+        # One span of each call, none of streams.
+        assert sum(span.kind == CLIENT and span.name == execute for span in spans) == 2
+    refused = [span for span in spans if span.kind == CLIENT and span.status.code == trace_pb2.Status.STATUS_CODE_ERROR]
+    assert [(span.name, attributes_of(span)["rpc.grpc.status_code"]) for span in refused] == [
+        ("/lattice.v1.WorkflowService/GetRun", grpc.StatusCode.NOT_FOUND.value[0])
+    ]
+    names = {span.name.rpartition("/")[2] for span in spans if span.kind == CLIENT}
+    assert not names & {"WatchRun", "WatchChunks", "OpenRun"}

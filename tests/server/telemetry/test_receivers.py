@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import math
 import shutil
 import sys
+import time
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,11 +15,14 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
+from opentelemetry import trace
 
 from lattice_client import AsyncLatticeClient, context, task
 from tests.server.apps import NoWorkers, serving
+from tests.server.telemetry.load import SETTINGS, load, until
 from tests.server.telemetry.receiver import attributes_of, receiving
-from tests.server.telemetry.workload import double, measured, on_a_loop
+from tests.server.telemetry.test_deploy import panel_queries
+from tests.server.telemetry.workload import measured, on_a_loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 LATTICE = str(Path(sys.executable).parent / "lattice")
@@ -46,10 +51,8 @@ def queried(port: int, query: str) -> list[float] | None:
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="scripts/install_missing.sh prometheus")
 @on_a_loop
-async def test_prometheus_reads_the_metrics_of_a_server(tmp_path: Path, unused_port: int) -> None:
-    async with measured() as (app, client):
-        for _ in range(3):
-            await client.run_task(double, {"x": 1})
+async def test_each_query_of_the_dashboard_returns_data_after_a_scripted_load(tmp_path: Path, unused_port: int) -> None:
+    async with measured(journal=str(tmp_path / "journal"), **SETTINGS) as (app, client):
         target = app.metrics_url.removeprefix("http://").removesuffix("/metrics")
         config = {
             "global": {"scrape_interval": "1s"},
@@ -58,19 +61,36 @@ async def test_prometheus_reads_the_metrics_of_a_server(tmp_path: Path, unused_p
         (tmp_path / "prometheus.yml").write_text(json.dumps(config))
         flags = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
         async with running("prometheus", *flags, f"--web.listen-address=127.0.0.1:{unused_port}"):
-            async with asyncio.timeout(WAIT_S):
-                while await asyncio.to_thread(queried, unused_port, "up") != [1]:
-                    await asyncio.sleep(0.2)
-            count = 'lattice_tasks_total{task="double",outcome="succeeded"}'
-            assert queried(unused_port, count) == [3]
-            assert queried(unused_port, "lattice_queue_wait_seconds_count") == [3]
-            assert queried(unused_port, "sum(lattice_nodes)") == [1]
+
+            async def has(query: str) -> bool:
+                found = await asyncio.to_thread(queried, unused_port, query.replace("$__rate_interval", "5m"))
+                return any(math.isfinite(value) for value in found or ())
+
+            await until(lambda: has("up == 1"))
+            # Twice: a series begins with its first value, of which it has no rate.
+            for name in ("first", "second"):
+                (folder := tmp_path / name).mkdir()
+                await load(client, folder, lambda: until(lambda: has("lattice_calls_waiting > 0")))
+            missing, ends_at = list(panel_queries()), time.monotonic() + WAIT_S
+            while (missing := [query for query in missing if not await has(query)]) and time.monotonic() < ends_at:
+                await asyncio.sleep(0.5)
+            assert missing == []
+            assert queried(unused_port, 'lattice_runs_total{workflow="chain",outcome="succeeded"}') == [2]
 
 
 @task(node_selector={"at": "left"})
 def begin(folder: str) -> str:
     """Make a span on one node."""
     with context.tracer().start_as_current_span("on the left"):
+        return folder
+
+
+@task(node_selector={"at": "left"}, isolation="subprocess")
+def seal(folder: str) -> str:
+    """Make a span in a sandbox, and try to name another trace."""
+    other = trace.SpanContext(1, 1, is_remote=True, trace_flags=trace.TraceFlags(trace.TraceFlags.SAMPLED))
+    below = trace.set_span_in_context(trace.NonRecordingSpan(other))
+    with context.tracer().start_as_current_span("on the inside", below, links=[trace.Link(other)]):
         return folder
 
 
@@ -103,7 +123,8 @@ async def test_run_over_two_nodes_with_a_retry_is_one_trace(monkeypatch: pytest.
                         await asyncio.sleep(0.1)
                 workflow = client.create_workflow("over two nodes")
                 first = workflow.add_task(begin, {"folder": str(tmp_path)})
-                workflow.add_task(finish, {"folder": first.output})
+                sealed = workflow.add_task(seal, {"folder": first.output})
+                workflow.add_task(finish, {"folder": sealed.output})
                 run = await client.run(workflow)
                 await run.result()
         spans = receiver.spans()
@@ -115,6 +136,7 @@ async def test_run_over_two_nodes_with_a_retry_is_one_trace(monkeypatch: pytest.
     }
     assert {(*key, attributes_of(span)["lattice.node.id"]) for key, span in attempts.items()} == {
         ("attempt begin", 1, "left"),
+        ("attempt seal", 1, "left"),
         ("attempt finish", 1, "right"),
         ("attempt finish", 2, "right"),
     }
@@ -122,11 +144,13 @@ async def test_run_over_two_nodes_with_a_retry_is_one_trace(monkeypatch: pytest.
     assert attributes_of(failed)["error.type"] == "user_error"
     assert [link.span_id for link in kept.links] == [failed.span_id]
     own = [(span.name, by_id[span.parent_span_id]) for span in ours if span.name.startswith("on the")]
+    assert attributes_of(attempts["attempt seal", 1])["lattice.isolation"] == "subprocess"
     assert sorted((name, parent.name, attributes_of(parent)["lattice.attempt"]) for name, parent in own) == [
+        ("on the inside", "attempt seal", 1),
         ("on the left", "attempt begin", 1),
         ("on the right", "attempt finish", 1),
         ("on the right", "attempt finish", 2),
     ]
     # Every span but the caller's call has its parent in the trace.
     orphans = [span.name for span in ours if span.parent_span_id not in by_id]
-    assert orphans == ["/lattice.v1.WorkflowService/ExecuteWorkflow"]
+    assert orphans == ["/lattice.v1.WorkflowService/RunWorkflow"]

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import ParamSpec
@@ -45,6 +45,12 @@ def fail_once(folder: str) -> str:
         marker.touch()
         raise ValueError("the first time")
     return "done"
+
+
+@task
+def count(n: int) -> Iterator[int]:
+    """Stream numbers."""
+    yield from range(n)
 
 
 @task
