@@ -277,6 +277,10 @@ class AsyncLatticeClient:
         """Cancel a run. Raises NotFoundError."""
         return await self.api.calls.cancel_run(run_id, reason)
 
+    async def delete_run(self, run_id: str) -> None:
+        """Delete a run that has ended. Raises NotFoundError, and PreconditionError when the run has not ended."""
+        await self.api.calls.delete_run(run_id)
+
     async def signal_run(self, run_id: str, name: str, value: Any = None) -> None:
         """Send a signal to a run. Raises NotFoundError, and the errors of `AsyncRun.signal`."""
         await self.api.calls.signal_run(run_id, name, value)

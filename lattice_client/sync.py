@@ -235,6 +235,10 @@ class LatticeClient:
         """Cancel a run. Raises NotFoundError."""
         return blocking(self.twin.cancel_run(run_id, reason))
 
+    def delete_run(self, run_id: str) -> None:
+        """Delete a run that has ended. Raises NotFoundError, and PreconditionError when the run has not ended."""
+        blocking(self.twin.delete_run(run_id))
+
     def signal_run(self, run_id: str, name: str, value: Any = None) -> None:
         """Send a signal to a run. Raises NotFoundError, and the errors of `AsyncRun.signal`."""
         blocking(self.twin.signal_run(run_id, name, value))

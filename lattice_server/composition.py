@@ -77,9 +77,11 @@ class Engine:
 
     def __init__(self, config: ServerConfig, on_failure: Callable[[], object]) -> None:
         share = config.tenant_share
-        self.epoch = secrets.token_hex(4)
         self.code = CodeStore(Bound(config.code_bytes, share))
         self.journal = _journal(config, self._dropped, on_failure, self.code)
+        # Random as well: a journal that is copied back from a backup counts the same lives again.
+        number = 0 if self.journal is None else self.journal.journal.epoch
+        self.epoch = f"{number:x}.{secrets.token_hex(4)}"
         self.slices = Slices()
         self.bus = MessageBus(asyncio.get_running_loop())
         self.sessions = Sessions(config.silence_limit_s)

@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from lattice.v1 import artifact_pb2_grpc, resources_pb2, worker_pb2, worker_pb2_grpc
 
-from lattice_worker import convert, host
+from lattice_worker import adoption, convert, host
 from lattice_worker.artifact_staging import ArtifactStaging
 from lattice_worker.artifact_upload import Uploads
 from lattice_worker.attempt_executor import AttemptExecutor
@@ -204,6 +204,7 @@ class Agent:
             protocol_version=PROTOCOL_VERSION,
             send_time=convert.timestamp(time.time_ns()),
             held_lease_ids=self._leases.held(),
+            held_leases=adoption.held_leases(self._leases, self._questions),
             pid=os.getpid(),
             stored_artifact_ids=self._local_store.stored(),
             reported_artifact_ids=self._listed,
@@ -249,19 +250,24 @@ class Agent:
         self._limits.chunk_bytes = welcome.chunk_limit_bytes
         self._limits.takes_calls = welcome.takes_calls
         self._limits.takes_signals = welcome.takes_signals
-        is_new = not welcome.resumed and welcome.session_id != self._leases.session_id
-        unacknowledged = self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
+        if welcome.resumed or welcome.session_id == self._leases.session_id:
+            self._leases.welcome(welcome.session_id, welcome.resumed, welcome.drop_lease_ids)
+        else:
+            self._begin(welcome.session_id, frozenset(welcome.adopted_lease_ids))
         self._local_store.drop(welcome.drop_artifact_ids)
-        if is_new:
-            self._questions.reset()
+        self._executor.code.renew()
+        self._is_welcome = True
+        self._outbox.resume(self._leases.reports.unacknowledged())
+        if unknown := self._executor.missing_code():
+            self._outbox.ask(unknown)
+
+    def _begin(self, session_id: str, adopted: frozenset[str]) -> None:
+        """Begin a new session, with the leases of the old one that the server has adopted."""
+        adoption.begin(session_id, adopted, self._leases, self._questions, self._local_store)
+        if not adopted:
             # Artifacts that were made since the hello: their reports were for the old session, and are dropped.
             self._local_store.drop(self._staging.reported - self._listed)
             self._staging.settle(self._listed)
-        self._executor.code.renew()
-        self._is_welcome = True
-        self._outbox.resume(unacknowledged)
-        if unknown := self._executor.missing_code():
-            self._outbox.ask(unknown)
 
     def _emit(self, report: worker_pb2.Report) -> None:
         if self._leases.holds(report.lease_id):

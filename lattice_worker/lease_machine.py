@@ -16,7 +16,7 @@ A waiting lease that was pipelined may have begun in its runner: then it cannot 
 had started. A lease whose predecessor fails is revoked.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Generic, Protocol, TypeVar
 
 from lattice_worker.report_queue import ReportQueue
@@ -81,17 +81,23 @@ class LeaseMachine(Generic[Work, Report, Outputs]):
         """Whether a lease has not ended."""
         return self.slots.state(lease_id) is not LeaseState.UNKNOWN
 
-    def welcome(self, session_id: str, resumed: bool, dropped: Iterable[str]) -> list[Report]:
-        """Take the server's answer to a hello; return the reports to send again."""
-        if session_id == self.session_id and not resumed:
-            return self.reports.unacknowledged()  # The same answer came twice.
-        for lease_id in dropped if resumed else self.held():
-            self._drop(lease_id)
-        if not resumed:
-            self.session_id = session_id
-            self.received = 0
-            self.reports, self.slots = ReportQueue(), SlotTable()
-            self._seen.clear()
+    def adoptable(self) -> dict[str, bool]:
+        """Return the leases that another life of the server may continue, and of each whether it has ended."""
+        ended = {lease_id: True for lease_id in self.reports.leases() if not self.holds(lease_id)}
+        return ended | dict.fromkeys(self.slots.started(), False)
+
+    def welcome(
+        self, session_id: str, resumed: bool, dropped: Iterable[str], adopted: Collection[str] = ()
+    ) -> list[Report]:
+        """Take the server's answer to a hello; return the reports to send again.
+
+        A session that is not resumed begins with the leases that the server has adopted.
+        """
+        if resumed:
+            for lease_id in dropped:
+                self._drop(lease_id)
+        elif session_id != self.session_id:  # Otherwise the same answer came twice.
+            self._begin(session_id, adopted)
         return self.reports.unacknowledged()
 
     def assign(self, lease_id: str, slot: int, predecessor: str, sequence: int, work: Work) -> None:
@@ -144,6 +150,19 @@ class LeaseMachine(Generic[Work, Report, Outputs]):
             # A lease that cannot be started has ended by now.
             if self.holds(next_id) and not self._executor.has_ahead(next_id):
                 self._send_ahead(next_id)
+
+    def _begin(self, session_id: str, adopted: Collection[str]) -> None:
+        """Begin a session with these leases and the reports about them."""
+        for lease_id in self.held():
+            if lease_id not in adopted:
+                self._drop(lease_id)
+        reports = self.reports.items()
+        self.session_id, self.received = session_id, 0
+        self.reports, self.slots = ReportQueue(), self.slots.only(adopted)
+        self._seen.clear()
+        for lease_id, report in reports:
+            if lease_id in adopted:
+                self.report(lease_id, report)
 
     def _drop(self, lease_id: str) -> None:
         """End a lease that the server has given up."""

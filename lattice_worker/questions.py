@@ -5,7 +5,7 @@ Rule: each gets one answer, or ends with its lease; an answer that arrives twice
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lattice.v1 import errors_pb2, payload_pb2, worker_pb2
@@ -31,7 +31,8 @@ class Questions:
         self._fetching: set[asyncio.Task[None]] = set()
         self.last_answer = 0
         self._emit = emit
-        self._unanswered: dict[str, dict[int, Runner]] = {}
+        self._reading: set[str] = set()
+        self._unanswered: dict[str, dict[int, tuple[Runner, worker_pb2.Report]]] = {}
 
     def ask(
         self, assignment: worker_pb2.Assignment, runner: Runner, header: dict[str, Any], blobs: list[bytes]
@@ -40,13 +41,15 @@ class Questions:
         is_call = header["kind"] == "await"
         report, number = (_wait if is_call else _report)(assignment, header, blobs)
         lease_id = assignment.lease_id
+        if report.awaits.HasField("signal"):
+            self._reading.add(lease_id)
         unanswered = self._unanswered.setdefault(lease_id, {})
         if number in unanswered:
             raise ValueError(f"question {number} is asked twice")
         size = report.asked.payload.ByteSize()
         limit_bytes = self._limits.question_bytes
         if (is_call or limit_bytes) and (is_call or size <= limit_bytes) and len(unanswered) < MAX_UNANSWERED:
-            unanswered[number] = runner
+            unanswered[number] = runner, report
             self._emit(report)
             return
         why = NOT_HERE
@@ -59,9 +62,10 @@ class Questions:
     def answer(self, message: worker_pb2.Answer) -> None:
         """Hand an answer of the server to the process that waits for it."""
         self.last_answer = max(self.last_answer, message.sequence)
-        runner = self._unanswered.get(message.lease_id, {}).pop(message.number, None)
-        if runner is None:
+        asked = self._unanswered.get(message.lease_id, {}).pop(message.number, None)
+        if asked is None:
             return
+        runner = asked[0]
         if not message.HasField("outputs"):
             runner.answer(message.lease_id, *_frame(message))
         elif missing := self._local_store.fetching(message.outputs.outputs.values()):
@@ -97,10 +101,23 @@ class Questions:
     def forget(self, lease_id: str) -> None:
         """Drop the questions of a lease that is over."""
         self._unanswered.pop(lease_id, None)
+        self._reading.discard(lease_id)
 
-    def reset(self) -> None:
-        """Begin a new session: the server numbers its answers anew."""
+    def reads_signals(self, lease_id: str) -> bool:
+        """Whether an attempt has waited for a signal: only the present server knows which values it has got."""
+        return lease_id in self._reading
+
+    def waits(self, lease_id: str) -> list[worker_pb2.AttemptAwaits]:
+        """Return the waits of a lease that have no answer."""
+        return [report.awaits for report in self._reports(lease_id) if report.HasField("awaits")]
+
+    def reset(self, adopted: Iterable[str]) -> list[worker_pb2.Report]:
+        """Begin a new session: the server numbers its answers anew. Return the open questions of adopted leases."""
         self.last_answer = 0
+        return [report for lease in adopted for report in self._reports(lease) if report.HasField("asked")]
+
+    def _reports(self, lease_id: str) -> list[worker_pb2.Report]:
+        return [report for _, report in self._unanswered.get(lease_id, {}).values()]
 
 
 def _report(

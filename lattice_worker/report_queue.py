@@ -34,6 +34,10 @@ class ReportQueue(Generic[Report]):
         """Return the leases of the reports, repeated."""
         return [lease_id for _, lease_id, _ in self._reports]
 
+    def items(self) -> list[tuple[str, Report]]:
+        """Return all reports, each with its lease."""
+        return [(lease_id, report) for _, lease_id, report in self._reports]
+
     def unacknowledged(self) -> list[Report]:
         """Return all reports, to be sent again on a new stream."""
         return [report for _, _, report in self._reports]

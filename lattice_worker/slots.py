@@ -3,6 +3,7 @@
 Rule: the leases of one slot are started one after the other, in the order in which they came.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
@@ -35,6 +36,17 @@ class SlotTable(Generic[Work]):
     def leases(self) -> list[str]:
         """Return all leases, in the order in which they came."""
         return list(self._slot_of)
+
+    def started(self) -> list[str]:
+        """Return the leases that have started."""
+        return [slot.started for slot in self._slots.values()]
+
+    def only(self, lease_ids: Collection[str]) -> "SlotTable[Work]":
+        """Return a table with these of the started leases, each in a slot that no assignment names."""
+        found: SlotTable[Work] = SlotTable()
+        for number, lease_id in enumerate((found for found in self.started() if found in lease_ids), 1):
+            found._slots[-number], found._slot_of[lease_id] = _Slot(lease_id), -number
+        return found
 
     @property
     def has_waiting(self) -> bool:

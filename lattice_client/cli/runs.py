@@ -19,7 +19,7 @@ RUN_COLUMNS = ("run", "name", "state", "tasks", "since (UTC)")
 
 @click.group()
 def runs() -> None:
-    """List, show, watch, signal, cancel and retry runs; read their output and times."""
+    """List, show, watch, signal, cancel, delete and retry runs; read their output and times."""
 
 
 def state_of(run: run_pb2.Run) -> str:
@@ -57,6 +57,16 @@ def list_runs(server: Server, as_json: bool, limit: int, states: tuple[str, ...]
             print_json(as_dict(run))
     else:
         show(RUN_COLUMNS, map(run_row, found), wrapped="name")
+
+
+@runs.command()
+@address
+@click.argument("run_id")
+def delete(server: Server, run_id: str) -> None:
+    """Delete a run that has ended, with its events and results."""
+    with connected(server) as client:
+        client.delete_run(run_id)
+    say(f"Run {run_id} is deleted.")
 
 
 @runs.command()

@@ -73,6 +73,11 @@ class Calls:
         request = made(workflow_pb2.CancelRunRequest, run_id=run_id, reason=reason, request_id=uuid4().hex)
         return (await self._rpc.call(self._rpc.workflows.CancelRun, request)).run
 
+    async def delete_run(self, run_id: str) -> None:
+        """Delete a run that has ended."""
+        request = made(workflow_pb2.DeleteRunRequest, run_id=run_id, request_id=uuid4().hex)
+        await self._rpc.call(self._rpc.workflows.DeleteRun, request)
+
     async def signal_run(self, run_id: str, name: str, value: Any) -> None:
         """Send a signal to a run."""
         limit_bytes = (await self._rpc.limits()).question_bytes

@@ -108,6 +108,10 @@ class EndedRuns:
             self._retire(tenant, key)
         self._evict(tenant)
 
+    def drop(self, entry: RunEntry) -> None:
+        """Evict a run that has ended."""
+        self._drop(entry.run.tenant, entry.key)
+
     def _expire(self) -> None:
         """Make history of the runs whose time to live is over."""
         now = self._clock()

@@ -6,10 +6,12 @@ Rule: a run changes only by the decisions of its machine.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Unpack
 
 from lattice_server.core.errors import PreconditionError, UnavailableError
 from lattice_server.core.messages import (
+    AcknowledgeReports,
     AnswerQuestion,
     Explanation,
     NodesChanged,
@@ -248,6 +250,16 @@ class Orchestrator:
             perform(entry.run.cancel(reason or "cancelled by the caller", time.monotonic()))
         return entry
 
+    def delete_run(self, run_id: str, reach: Reach = UNNAMED) -> None:
+        """Delete a run that has ended. Raises NotFoundError, and PreconditionError when it has not ended."""
+        is_recorded = self.restorer is not None and self.restorer.delete(run_id, reach)
+        if is_recorded and self.runs.find(run_id, reach) is None:
+            return
+        entry = self.run(run_id, reach)
+        if not entry.run.is_terminal:
+            raise PreconditionError("RUN_NOT_ENDED", f"run {run_id!r} is {entry.run.state.value}; cancel it first")
+        self.ended.drop(entry)
+
     def cancel_task(self, run_id: str, task_id: str, reach: Reach = UNNAMED) -> RunEntry:
         """Cancel one task. Raises NotFoundError."""
         entry = self.task(run_id, task_id, reach)
@@ -280,12 +292,21 @@ class Orchestrator:
                 self.on_needed(effect)
             elif isinstance(effect, SettleArtifacts):
                 self._store.settle(effect.artifacts)
+            elif isinstance(effect, AcknowledgeReports):
+                self._acknowledge(effect)
             else:
                 observed = effect
                 for observer in self.observers:
                     observed = observer.perform(observed)
                 self._sessions.perform(observed)
         self._bus.post(posts)
+
+    def _acknowledge(self, effect: AcknowledgeReports) -> None:
+        acknowledge = partial(self._sessions.acknowledge, effect.session_id, effect.sequence)
+        if self.journal is None:
+            acknowledge()
+        else:
+            self.journal.when_durable(acknowledge)
 
     def _tell_run(self, entry: RunEntry, event: ToRun, now: float, posts: list[SchedulerEvent]) -> None:
         try:

@@ -42,7 +42,7 @@ class Acknowledgement:
         self._is_timed = False
 
     def add(self, sequence: int) -> None:
-        """Note that one more message has brought reports, which are received up to `sequence`."""
+        """Note that one more message has brought reports, which can be acknowledged up to `sequence`."""
         self._sequence = sequence
         self._messages += 1
         if self._messages >= ACK_AFTER_MESSAGES:

@@ -21,6 +21,7 @@ from lattice_server.engine.journal_records import (
     Record,
     ResultsRead,
     RunAccepted,
+    RunDeleted,
     RunEnded,
     TasksDefined,
     WorkflowDeleted,
@@ -72,6 +73,10 @@ class RunJournal:
             await self._durability.wait(self._newest)
         except JournalError as error:
             raise _stopping(error) from None
+
+    def when_durable(self, call: Callable[[], object]) -> None:
+        """Call something once all that is appended by now is durable; never when it never will be."""
+        self._durability.when(self._newest, call)
 
     def accept(self, entry: RunEntry, definition: bytes, parameters: Mapping[str, Payload]) -> None:
         """Record a run that is about to start.
@@ -131,6 +136,10 @@ class RunJournal:
     def close(self, entry: RunEntry) -> None:
         """Record that the caller of an open run closes it."""
         self._append([TasksDefined(entry.number, b"")])
+
+    def delete(self, run: int) -> None:
+        """Record that a run which has ended is deleted."""
+        self._append([RunDeleted(run)])
 
     def note_read(self, entry: RunEntry) -> None:
         """Record that a caller was given the results of a run."""

@@ -79,6 +79,7 @@ class RunRestorer:
         self._journal = journal
         self._slices = slices
         self.ended_numbers: Shelf[int] = Shelf()
+        self._deleted: set[int] = set()  # Until the journal has done it.
         self._recalls: dict[int, asyncio.Task[None]] = {}
         journal.on_end = self._note_end
 
@@ -104,10 +105,20 @@ class RunRestorer:
     def _note_end(self, entry: RunEntry) -> None:
         self.ended_numbers[entry.key] = entry.number
 
+    def delete(self, run_id: str, reach: Reach) -> bool:
+        """Delete an ended run from the journal without reading it; return whether the journal has it."""
+        number = self.ended_numbers.find(run_id, reach)
+        if number is None or number in self._deleted:
+            return False
+        self._deleted.add(number)
+        self._journal.delete(number)
+        return True
+
     def forget(self, dropped: Sequence[DroppedRun]) -> None:
         """Note that the journal has deleted runs."""
         for run in dropped:
             key = key_of(run.run_id, run.tenant)
+            self._deleted.discard(run.run)
             if self.ended_numbers.get(key) == run.run:
                 del self.ended_numbers[key]
                 self._ended.note_evicted(key, run.fingerprint)

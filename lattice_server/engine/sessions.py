@@ -87,6 +87,11 @@ class Sessions:
                 log.info("the stream broke; the worker may reconnect", extra=connection.named)
                 self.on_detached(session.session_id, silent_s)
 
+    def acknowledge(self, session_id: str, sequence: int) -> None:
+        """Tell a worker that it may forget its reports up to a number."""
+        if (session := self._sessions.get(session_id)) is not None:
+            session.connection.acknowledgement.add(sequence)
+
     async def watch(self, interval_s: float) -> None:
         """Send heartbeats on every connection, and abort silent ones; for ever."""
         looked_at = time.monotonic()
@@ -149,7 +154,7 @@ class Sessions:
                 self.on_detached(effect.session_id, 0.0)
             return
         connection.heard_at = time.monotonic()
-        session = self._sessions.get(effect.session_id) if effect.resumed else None
+        session = self._sessions.get(effect.session_id)
         if session is None:
             session = Session(effect.session_id, connection)
             self._sessions[effect.session_id] = session
@@ -158,7 +163,8 @@ class Sessions:
         connection.session = session
         log.info("the worker reconnected" if effect.resumed else "the worker joined", extra=connection.named)
         # The effects of older reports are done by now, because the scheduler took them before the hello.
-        listed = connection.stored if effect.resumed else connection.stored + connection.reported
+        is_continued = effect.resumed or effect.adopted_lease_ids
+        listed = connection.stored if is_continued else connection.stored + connection.reported
         connection.stored = connection.reported = ()
         connection.send(replace(effect, drop_artifact_ids=tuple(self.unneeded(listed))))
         for answer in session.unacknowledged():

@@ -44,6 +44,7 @@ NEEDED: Mapping[str, frozenset[Scope]] = {
     "/lattice.v1.WorkflowService/AddTasks": SUBMIT,
     "/lattice.v1.WorkflowService/CancelRun": SUBMIT,
     "/lattice.v1.WorkflowService/CreateWorkflow": SUBMIT,
+    "/lattice.v1.WorkflowService/DeleteRun": SUBMIT,
     "/lattice.v1.WorkflowService/DeleteWorkflow": SUBMIT,
     "/lattice.v1.WorkflowService/ExecuteWorkflow": SUBMIT,
     "/lattice.v1.WorkflowService/ExecuteWorkflows": SUBMIT,

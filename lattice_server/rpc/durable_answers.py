@@ -8,6 +8,8 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from lattice.v1 import workflow_pb2
+
 from lattice_server.core.errors import LatticeError
 from lattice_server.core.tenancy import Reach
 from lattice_server.engine.run_journal import RunJournal
@@ -53,6 +55,8 @@ class DurableAnswers:
 
     async def recall(self, request: Any) -> None:
         """Read the ended run that a request names from the journal, if it is there."""
+        if isinstance(request, workflow_pb2.DeleteRunRequest):
+            return  # A run is deleted without being read.
         named = getattr(request, "run", request)
         run_id = getattr(named, "run_id", "")
         if not run_id or not isinstance(run_id, str):

@@ -71,6 +71,9 @@ def _check_offer(offer: worker_pb2.Hello | worker_pb2.Join, field: str) -> None:
     _check_text(offer.runtime.version, f"{field}.runtime.version")
     _check_texts(offer.entrypoints, f"{field}.entrypoints", MAX_ENTRYPOINTS)
     _check_texts(offer.held_lease_ids, f"{field}.held_lease_ids", MAX_LEASES)
+    _check_texts((held.lease_id for held in offer.held_leases), f"{field}.held_leases", MAX_LEASES)
+    for held in offer.held_leases:
+        _check_texts((wait.task_id for wait in held.waits), f"{field}.held_leases.waits", MAX_LEASES)
     _check_texts(offer.stored_artifact_ids, f"{field}.stored_artifact_ids", MAX_ARTIFACTS)
     _check_texts(offer.reported_artifact_ids, f"{field}.reported_artifact_ids", MAX_ARTIFACTS)
 

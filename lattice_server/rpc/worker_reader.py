@@ -106,8 +106,8 @@ class WorkerReader:
                 events += self._events_of(report, session.session_id, connection)
         if artifacts:
             events.append(messages.ArtifactsReported(tuple(artifacts)))
+        events.append(messages.ReportsRead(session.session_id, session.last_sequence))
         self._bus.post(events)
-        connection.acknowledgement.add(session.last_sequence)
 
     def _take_spans(self, report: worker_pb2.Report, session_id: str, connection: Connection) -> None:
         if self._spans is None:

@@ -186,6 +186,17 @@ class WorkflowServicer(workflow_pb2_grpc.WorkflowServiceServicer):
 
         return await self._cache.once(request, cancel)
 
+    async def DeleteRun(
+        self, request: workflow_pb2.DeleteRunRequest, context: Context
+    ) -> workflow_pb2.DeleteRunResponse:
+        """Delete a run that has ended."""
+
+        async def delete() -> workflow_pb2.DeleteRunResponse:
+            self._orchestrator.delete_run(request.run_id, callers.reach())
+            return workflow_pb2.DeleteRunResponse()
+
+        return await self._cache.once(request, delete)
+
     async def SignalRun(
         self, request: workflow_pb2.SignalRunRequest, context: Context
     ) -> workflow_pb2.SignalRunResponse:

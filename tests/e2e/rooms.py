@@ -63,6 +63,14 @@ def until(run: Run, type_: str, *task_ids: str) -> None:
     raise AssertionError(f"no {type_} of {', '.join(missing)}")
 
 
+def noted(room: Room, text: str) -> None:
+    """Wait until a line was written into a room; no server tells of it."""
+    deadline = time.monotonic() + WAIT_S
+    while text not in room.notes():
+        assert time.monotonic() < deadline, f"{text!r} was not noted"
+        time.sleep(0.01)
+
+
 def entered(run: Run, *task_ids: str) -> None:
     """Wait until each of these tasks is in a room."""
     until(run, "task_log", *task_ids)

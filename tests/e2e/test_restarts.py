@@ -1,8 +1,6 @@
 """A server that is killed with SIGKILL and started again on the same journal: runs continue, and results stay."""
 
 import random
-import signal
-import socket
 import subprocess
 import threading
 import time
@@ -11,54 +9,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from lattice_client import LatticeClient, Run, RunCancelledError, RunEvent, UnavailableError, task
+from lattice_client import (
+    LatticeClient,
+    NotFoundError,
+    Run,
+    RunCancelledError,
+    RunEvent,
+    TaskFailedError,
+    UnavailableError,
+    task,
+)
 from lattice_worker import context
 from tests.e2e import rooms
-from tests.e2e.conftest import HEAD
+from tests.e2e.heads import Head
 from tests.e2e.rooms import Room
 
 # Each test ends a server and starts it again; the next test continues with that one.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 RESULT_S = 60.0
-
-
-class Head:
-    """A server on one port and one journal, over several lives."""
-
-    def __init__(self, journal: Path) -> None:
-        self.journal = journal
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.address = f"127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[str] | None = None
-
-    def command(self) -> list[str]:
-        flags = ["--port", str(self.port), "--executor", "local", "--num-cpus", "2", "--journal", str(self.journal)]
-        return [*HEAD, *flags]
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        assert self.address in self._process.stdout.readline()
-
-    def restart(self) -> None:
-        """Kill the server and start it again; then wait until its old workers have ended by themselves."""
-        assert self._process is not None
-        workers = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait(30)
-        self.start()
-        assert not psutil.wait_procs(workers, 30)[1]
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            assert self._process.wait(30) == 0
-            self._process = None
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +251,37 @@ def steps(client: LatticeClient, room: str, run_id: str) -> Run:
     for place in range(5):
         last = workflow.add_task(step, {"folder": room, "name": f"{run_id}/{place}", "value": last}).output
     return workflow.run(run_id)
+
+
+@task
+def large() -> bytes:
+    return bytes(1_000_000)
+
+
+@task
+def length(value: bytes, room: str) -> int:
+    rooms.enter(room, "length")
+    return len(value)
+
+
+def test_a_task_whose_large_input_was_lost_with_the_server_fails_with_the_reason(head: Head, room: Room) -> None:
+    with LatticeClient(head.address) as client:
+        workflow = client.create_workflow()
+        made = workflow.add_task(large, {}, task_name="large")
+        workflow.add_task(length, {"value": made.output, "room": room}, task_name="length")
+        run = workflow.run()
+        rooms.entered(run, "length")
+        ended = client.create_workflow()
+        ended.add_task(large, {}, task_name="large")
+        result = ended.run()
+        rooms.until(result, "run_finished", "")
+        head.restart()
+        room.open()
+        with pytest.raises(TaskFailedError, match="an input's value is no longer in the store of this node") as failed:
+            run.result(timeout=RESULT_S)
+        assert failed.value.kind == "PAYLOAD"
+        with pytest.raises(NotFoundError):
+            client.get_run(result.run_id).result(timeout=RESULT_S)
 
 
 @pytest.mark.exhaustive

@@ -9,6 +9,7 @@ from lattice_server.core.messages.services import ServiceChanged, ServiceNeeded
 from lattice_server.core.messages.streams import AttemptProgressed, AttemptStreamed, TaskProgressed, TaskStreamed
 from lattice_server.core.messages.tasks import CancelRequested, TaskEvent, TaskReady, TaskReturned, TasksSpawned
 from lattice_server.core.messages.workers import (
+    AcknowledgeReports,
     ForgetSession,
     LeaseEffect,
     SessionEffect,
@@ -69,4 +70,5 @@ SchedulerEffect = (
     | NodesChanged
     | SettleArtifacts
     | ServiceNeeded
+    | AcknowledgeReports
 )

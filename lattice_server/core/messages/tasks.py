@@ -136,13 +136,28 @@ NO_HISTORY = AttemptHistory()
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierLease:
+    """A lease by which an earlier life of the server started the newest attempt at a task, as member `item`.
+
+    `started_at` is in monotonic seconds.
+    """
+
+    lease_id: str
+    item: int
+    node_id: str
+    gpu_indices: tuple[int, ...]
+    started_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskReady:
     """A task may start: its inputs are known, or will be once task `after` of its run succeeds.
 
     Fair share is counted by `tenant`. Among the tasks of one tenant, the one with the lowest `rank` in seconds goes
     first; each level of `priority` takes `work.PRIORITY_S` seconds off. `split_outputs` names the outputs that other
-    tasks are mapped over. `history` counts the attempts that an earlier life of the server made. `environment` has the
-    values of its variables. With a `refusal` it fails at once.
+    tasks are mapped over. `history` counts the attempts that an earlier life of the server made; the newest of them may
+    still run, by an `earlier` lease. Its time limit counts from `since`; None means now. `environment` has the values
+    of its variables. With a `refusal` no attempt of it may start.
     """
 
     run_id: str
@@ -156,6 +171,8 @@ class TaskReady:
     history: AttemptHistory = NO_HISTORY
     environment: Environment = NO_ENVIRONMENT
     refusal: Failure | None = None
+    earlier: EarlierLease | None = None
+    since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,16 +36,30 @@ class LeaseMessage(SessionMessage):
 # From workers.
 
 
+@dataclass(frozen=True, slots=True)
+class HeldLease:
+    """A started lease of a worker. One that `has_ended` uses nothing; one that waits for called tasks uses no CPUs.
+
+    `waits` are the numbers of its waits and the tasks that they are for.
+    """
+
+    lease_id: str
+    has_ended: bool = False
+    waits: tuple[tuple[int, str], ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerHello(NodeSpec):
     """A worker connected. It resumes a session if `session_id` names one, and holds these leases of it.
 
-    `greeting` identifies the hello; the welcome that answers it carries the same number.
+    `greeting` identifies the hello; the welcome that answers it carries the same number. If the session is unknown,
+    `held` are the leases that can be adopted.
     """
 
     session_id: str
     held_lease_ids: tuple[str, ...]
     greeting: int = 0
+    held: tuple[HeldLease, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +151,16 @@ class LeaseReturned(LeaseMessage):
 
 
 @dataclass(frozen=True, slots=True)
+class ReportsRead(SessionMessage):
+    """Every report of a session up to a number came before this one.
+
+    The scheduler answers with `AcknowledgeReports` after all effects of those reports.
+    """
+
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
 class ArtifactsReported:
     """Reports that a worker sent before this one named these artifacts.
 
@@ -194,7 +218,10 @@ class RevokeLease(LeaseMessage):
 
 @dataclass(frozen=True, slots=True)
 class WelcomeWorker:
-    """Answer a hello; `resumed` tells whether its session continues. The artifact store adds `drop_artifact_ids`."""
+    """Answer a hello; `resumed` tells whether its session continues. The artifact store adds `drop_artifact_ids`.
+
+    A session that is not resumed begins with the leases in `adopted_lease_ids`.
+    """
 
     worker_id: str
     session_id: str
@@ -202,6 +229,14 @@ class WelcomeWorker:
     drop_lease_ids: tuple[str, ...]
     greeting: int = 0
     drop_artifact_ids: tuple[str, ...] = ()
+    adopted_lease_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AcknowledgeReports(SessionMessage):
+    """Acknowledge the reports of a session up to a number, once what follows from them is durable."""
+
+    sequence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +286,7 @@ WorkerEvent = (
     | AttemptLogged
     | AttemptAccessedNetwork
     | AttemptSpawned
+    | ReportsRead
     | ArtifactsReported
     | LeaseReturned
 )

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lattice_server.core.messages import NO_HISTORY, AttemptHistory, TaskReady
+from lattice_server.core.messages import NO_HISTORY, AttemptHistory, EarlierLease, TaskReady
 from lattice_server.core.model import Failure
 from lattice_server.core.references import resolve
 from lattice_server.core.run.bindings import Values
@@ -79,8 +79,15 @@ class Handover:
         self._left -= 1
         return self.ready.popleft()
 
-    def send(self, record: TaskRecord, now: float, after: str = "", history: AttemptHistory = NO_HISTORY) -> None:
-        """Send a task to the scheduler, to start at once or after another one."""
+    def send(
+        self,
+        record: TaskRecord,
+        now: float,
+        after: str = "",
+        history: AttemptHistory = NO_HISTORY,
+        earlier: EarlierLease | None = None,
+    ) -> None:
+        """Send a task to the scheduler, to start at once or after another one, or to continue an `earlier` lease."""
         spec, status = record.spec, self._status
         started_at = max(status.started_at, now - MAX_AGE_S)
         status.emit(
@@ -95,6 +102,8 @@ class Handover:
                 - CALLED_S * record.depth * record.is_called,
                 self._dag.split.get(spec.task_id, ()),
                 history,
+                earlier=earlier,
+                since=record.first_started_at,
             )
         )
 

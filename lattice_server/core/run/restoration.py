@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lattice_server.core.messages import (
     NO_HISTORY,
     AttemptHistory,
+    EarlierLease,
     Fact,
     RunCancelling,
     RunFinished,
@@ -55,10 +56,11 @@ class RestorationError(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Attempts:
-    """The attempts at one task: the number of the newest, and how many failed."""
+    """The attempts at one task: the number of the newest, its lease, and how many failed."""
 
     newest: int = 0
     failures: int = 0
+    lease: EarlierLease | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -125,7 +127,8 @@ class Restoration:
     def resume(self, now: float) -> None:
         """Send the tasks that can continue to the scheduler, and end the tasks that the run was to stop.
 
-        The attempts that ran are over. Their tasks are queued again, which is no retry of their policy.
+        The scheduler knows by the lease of an attempt whether it still runs. An attempt without one is over, and its
+        task is queued again, which is no retry of its policy.
         """
         status = self._status
         if status.is_terminal:
@@ -138,7 +141,7 @@ class Restoration:
                 record.failure = failure
                 cancelled = TaskCancelled(status.run_id, task_id, record.attempt, failure)
                 self._endings.end(record, TaskState.CANCELLED, cancelled, now)
-            elif record.state is TaskState.RUNNING:
+            elif record.state is TaskState.RUNNING and self._lease(task_id) is None:
                 self._table.move(record, TaskState.QUEUED)
                 record.failure = RESTARTED
                 status.emit(TaskRetrying(status.run_id, task_id, record.attempt, RESTARTED, 0.0))
@@ -154,6 +157,8 @@ class Restoration:
             if record.state is TaskState.QUEUED:
                 record.queued_at = now if record.queued_at is None else record.queued_at
                 handover.send(record, now, history=self._history(task_id))
+            elif record.state is TaskState.RUNNING and record.items is None:
+                handover.send(record, now, history=self._history(task_id), earlier=self._lease(task_id))
             elif record.state is TaskState.BLOCKED:
                 # The predecessors of each are looked at, as for tasks that are added to a run.
                 handover.added.append(task_id)
@@ -177,6 +182,10 @@ class Restoration:
         found = self._attempts.get(task_id)
         return NO_HISTORY if found is None else AttemptHistory(found.newest, found.failures)
 
+    def _lease(self, task_id: str) -> EarlierLease | None:
+        found = self._attempts.get(task_id)
+        return None if found is None else found.lease
+
     def _record(self, task_id: str) -> TaskRecord:
         record = self._table.records.get(task_id)
         if record is None:
@@ -188,7 +197,10 @@ class Restoration:
         record.attempt, record.node_id, record.started_at = fact.attempt, fact.node_id, at
         if record.first_started_at is None:
             record.first_started_at = at
-        self._attempts.setdefault(fact.task_id, _Attempts()).newest = fact.attempt
+        attempts = self._attempts.setdefault(fact.task_id, _Attempts())
+        attempts.newest = fact.attempt
+        where = (fact.node_id, fact.gpu_indices)
+        attempts.lease = EarlierLease(fact.lease_id, fact.item, *where, at) if fact.lease_id else None
 
     def _retry(self, record: TaskRecord, fact: TaskRetrying) -> None:
         self._move(record, TaskState.QUEUED)

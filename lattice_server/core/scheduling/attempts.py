@@ -86,7 +86,7 @@ class Attempts:
         """Take the loss of leases of a node whose worker will not end them."""
         held = [lease for lease in self._placer.table.of_node(node) if not lease.slot.is_service]
         # A lease that waits for its input cannot have begun.
-        running = [lease for lease in held if not lease.slot.is_parked]
+        running = [lease for lease in held if not (lease.slot.is_parked or lease.slot.is_over)]
         is_alone = len(running or held) == 1 and not held[0].waits_for_input
         for lease in lost:
             if lease.slot.is_service:
@@ -97,7 +97,7 @@ class Attempts:
                 continue
             for task in lease.members():
                 task.shape, task.cohort = self._registry.exclusive(task.shape), 0
-            if not is_alone or (running and lease.slot.is_parked):
+            if not is_alone or lease.slot.is_over or (running and lease.slot.is_parked):
                 self.requeue(lease, failure, now)
                 continue
             # It is charged even if its start was not reported in time.

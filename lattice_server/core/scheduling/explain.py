@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from lattice_server.core.messages import Explanation, Reason, ReasonKind
+from lattice_server.core.scheduling.earlier_leases import EarlierLeases
 from lattice_server.core.scheduling.needs import Needs
 from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.placer import Placer
@@ -16,10 +17,16 @@ MAX_WAITS = 20  # How many waits of an attempt are described.
 MAX_AHEAD = 1000  # Up to how many tasks, tenants or nodes are counted.
 
 
-def explain(task: Task, placer: Placer, registry: NodeRegistry, waits: Waits, needs: Needs, now: float) -> Explanation:
+def explain(
+    task: Task, placer: Placer, registry: NodeRegistry, waits: Waits, needs: Needs, earlier: EarlierLeases, now: float
+) -> Explanation:
     """Return why a task that the scheduler has is not running, since when, and when it may start."""
     if task.lease_id:
         return _explain_leased(task, placer, waits, now)
+    if task in earlier:
+        node_id = earlier.node_of(task)
+        text = f"attempt {task.attempt} ran on node {node_id!r} when the server was restarted, and may still run there"
+        return Explanation((Reason(ReasonKind.RUNNING, text, node_id=node_id),), now - task.admitted_at, 0.0)
     if task.follows is not None:
         source = task.follows.ready.spec.task_id
         reason = Reason(ReasonKind.INPUT, f"it waits for task {source!r}", task_id=source)

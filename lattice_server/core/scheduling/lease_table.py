@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
-from lattice_server.core.messages import Assign, AttemptInputs
+from lattice_server.core.messages import Assign, AttemptInputs, EarlierLease, HeldLease
 from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.nodes import Node, Slot
 from lattice_server.core.scheduling.permits import Concurrency, Permits
@@ -97,19 +97,8 @@ class LeaseTable:
         self, node: Node, shape: Shape, concurrency: Concurrency | None, devices: tuple[int, ...], now: float
     ) -> Slot:
         """Take the resources for a shape on a node; the permit is taken already."""
-        slot = Slot(
-            next(self._numbers),
-            node.node_id,
-            shape.resources,
-            shape.is_async,
-            devices,
-            concurrency,
-            progress_at=now,
-            is_exclusive=shape.is_exclusive,
-            is_service=shape.is_service,
-        )
-        self._registry.take(node, slot)
-        self._slots.setdefault((shape, concurrency), {})[slot.slot_id] = slot
+        slot = _slot(next(self._numbers), node, shape, concurrency, devices, now)
+        self._take(node, slot, shape)
         return slot
 
     def assign(self, tasks: list[Task], slot: Slot, expected_s: float, now: float) -> Lease:
@@ -121,17 +110,32 @@ class LeaseTable:
         lease = Lease(lease_id, list(tasks), slot, expected_s, first.shape, tenant, share, now, after_lease_id)
         for task in tasks:
             task.attempt += 1
-            task.lease_id = lease_id
-        if slot.lease_ids:
-            self._clocks.send_ahead(tenant, share * expected_s, now)
-        else:
-            self._clocks.hold(tenant, share, now)
-        self.leases[lease_id] = lease
-        slot.lease_ids[lease_id] = None
-        self._registry.nodes[slot.node_id].attempts += len(tasks)
-        slot.backlog_s += expected_s
+        self._add(lease, now)
         self._emit(self.assignment(lease))
         return lease
+
+    def adopt(
+        self, node: Node, tasks: list[Task], known: EarlierLease, held: HeldLease, expected_s: float, now: float
+    ) -> bool:
+        """Take over a started lease of an earlier life of the server, in a slot of its own; False without room for it.
+
+        It is expected to run for so long that no lease is sent behind it: its worker has it in another slot.
+        """
+        first = tasks[0]
+        shape, key = first.shape, None if held.has_ended else first.concurrency
+        slot = _slot(next(self._numbers), node, shape, key, known.gpu_indices, now)
+        slot.is_parked, slot.is_over = bool(held.waits) and not held.has_ended, held.has_ended
+        if not (node.has_all_of(slot) and self._permits.has_free(key)):
+            return False
+        self._permits.take(key)
+        self._take(node, slot, shape)
+        started_at, share = min(known.started_at, now), self._registry.share(shape)
+        tenant = first.ready.tenant
+        lease = Lease(known.lease_id, tasks, slot, expected_s, shape, tenant, share, started_at)
+        lease.move(LeaseState.STARTED)
+        lease.started_at = started_at
+        self._add(lease, now)
+        return True
 
     def release(self, lease: Lease, now: float) -> None:
         """Release a lease, and with the last one its slot."""
@@ -220,6 +224,24 @@ class LeaseTable:
         assert attempts == {node.node_id: node.attempts for node in nodes.values() if node.attempts}
         self._clocks.check(held, ahead)
 
+    def _take(self, node: Node, slot: Slot, shape: Shape) -> None:
+        self._registry.take(node, slot)
+        self._slots.setdefault((shape, slot.concurrency), {})[slot.slot_id] = slot
+
+    def _add(self, lease: Lease, now: float) -> None:
+        """Add a lease behind the others of its slot."""
+        slot = lease.slot
+        for task in lease.tasks:
+            task.lease_id = lease.lease_id
+        if slot.lease_ids:
+            self._clocks.send_ahead(lease.tenant, lease.share * lease.expected_s, now)
+        else:
+            self._clocks.hold(lease.tenant, lease.share, now)
+        self.leases[lease.lease_id] = lease
+        slot.lease_ids[lease.lease_id] = None
+        self._registry.nodes[slot.node_id].attempts += len(lease.tasks)
+        slot.backlog_s += lease.expected_s
+
     def _unpark(self, slot: Slot) -> None:
         """Take the CPUs for the leases behind a parked one that has ended, if they are free.
 
@@ -236,6 +258,20 @@ class LeaseTable:
         del slots[slot.slot_id]
         if not slots:
             del self._slots[kind]
+
+
+def _slot(number: int, node: Node, shape: Shape, key: Concurrency | None, devices: tuple[int, ...], now: float) -> Slot:
+    return Slot(
+        number,
+        node.node_id,
+        shape.resources,
+        shape.is_async,
+        devices,
+        key,
+        progress_at=now,
+        is_exclusive=shape.is_exclusive,
+        is_service=shape.is_service,
+    )
 
 
 def _check_lease(lease: Lease, node: Node) -> None:

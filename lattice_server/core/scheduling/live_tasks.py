@@ -1,7 +1,7 @@
 """Owns the tasks that the scheduler has: their admission, backoff, time limits and end.
 
-Rule: a task is in exactly one place: behind another task, queued, in backoff, or in a lease. A task in a lease may
-follow another one as well, with which it was sent.
+Rule: a task is in exactly one place: behind another task, queued, in backoff, in a lease, or in one of an earlier life
+of the server. A task in a lease may follow another one as well, with which it was sent.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lattice_server.core.deadlines import Deadlines
 from lattice_server.core.messages import (
     AttemptSucceeded,
+    HeldLease,
     ServiceChanged,
     TaskCancelled,
     TaskFailed,
@@ -20,9 +21,11 @@ from lattice_server.core.messages import (
 )
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.scheduling import chains
+from lattice_server.core.scheduling.earlier_leases import EarlierLeases
 from lattice_server.core.scheduling.lease_table import Lease
 from lattice_server.core.scheduling.needs import Needs
 from lattice_server.core.scheduling.node_registry import NodeRegistry
+from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.permits import concurrency_of
 from lattice_server.core.scheduling.placer import Placer
 from lattice_server.core.scheduling.work import Task
@@ -30,6 +33,7 @@ from lattice_server.core.trust import stamped_all
 
 # A batch that fails like this is halved until the member at fault is alone.
 BISECTED = frozenset({FailureKind.CRASHED, FailureKind.OUT_OF_MEMORY})
+RESTARTED = "the server was restarted while the attempt ran, and"
 TaskEffect = TaskSucceeded | TaskRetrying | TaskFailed | TaskCancelled | TaskReturned
 
 
@@ -42,6 +46,7 @@ class LiveTasks:
     _needs: Needs
     _numbers: Iterator[int]
     _emit: Callable[[TaskEffect], None]
+    earlier: EarlierLeases
     by_key: dict[tuple[str, str], Task] = field(default_factory=dict)
     _backoff: Deadlines[Task] = field(default_factory=Deadlines)
     _timeouts: Deadlines[Task] = field(default_factory=Deadlines)
@@ -52,13 +57,19 @@ class LiveTasks:
         key = (ready.run_id, spec.task_id)
         if key in self.by_key:
             return
-        if ready.refusal is not None:
+        if ready.refusal is not None and ready.earlier is None:
             self._emit(TaskFailed(*key, ready.history.attempts, ready.refusal))
             return
         shape = self._registry.shape(spec)
         task = Task(ready, shape, concurrency_of(spec), next(self._numbers), ready.inputs, now)
         history = ready.history
         task.attempt, task.failures, task.losses = history.attempts, history.failures, history.losses
+        if ready.earlier is not None:
+            self._add(task)
+            self._time(task, now)
+            if not self.earlier.admit(task, ready.earlier, now):
+                self._retry_unclaimed(task, "its concurrency key allows fewer calls now", now)
+            return
         if not ready.after:
             self._add(task)
             self._start(task, now)
@@ -71,6 +82,18 @@ class LiveTasks:
         chains.follow(task, source)
         if source.lease_id:
             self._placer.send_along(source, now)
+
+    def claim(self, node: Node, held: tuple[HeldLease, ...], now: float) -> list[HeldLease]:
+        """Return the leases of an earlier life of the server that a new node continues; queue the tasks of others."""
+        adopted, left = self.earlier.claim(node, held, now)
+        for task in left:
+            self._retry_unclaimed(task, f"the worker of node {node.node_id!r} does not have it any more", now)
+        return adopted
+
+    def queue_unclaimed(self, now: float) -> None:
+        """Queue the tasks whose workers did not come back after a restart of the server."""
+        for task in self.earlier.overdue(now):
+            self._retry_unclaimed(task, "its worker did not come back", now)
 
     def requeue(self, task: Task, now: float) -> None:
         """Queue a task that is in no lease any more, or end it if it must end."""
@@ -158,7 +181,7 @@ class LiveTasks:
 
     def next_deadline(self) -> float | None:
         """Return when a backoff or a time limit passes next."""
-        due = (self._backoff.next_at(), self._timeouts.next_at())
+        due = (self._backoff.next_at(), self._timeouts.next_at(), self.earlier.next_deadline())
         return min((at for at in due if at is not None), default=None)
 
     def check(self, leases: Mapping[str, Lease]) -> None:
@@ -170,7 +193,8 @@ class LiveTasks:
         assert all(task.retry_at is not None for task in backing_off)
         leased = [task for lease in leases.values() for task in lease.members()]
         following = [task for task in self.by_key.values() if task.follows is not None and not task.lease_id]
-        places = [id(task) for task in (*waiting, *backing_off, *leased, *following, *self._needs.waiting)]
+        apart = (*self._needs.waiting, *self.earlier.tasks())
+        places = [id(task) for task in (*waiting, *backing_off, *leased, *following, *apart)]
         assert len(places) == len(set(places)), "a task is in two places"
         assert set(places) == {id(task) for task in self.by_key.values()}, "a task is nowhere"
         self._needs.check(self.by_key.values())
@@ -183,17 +207,23 @@ class LiveTasks:
 
     def _start(self, task: Task, now: float) -> None:
         """Queue a task that has its inputs, unless a worker has it; its time limit counts from now."""
-        limit_s = task.ready.spec.total_timeout_s
-        if limit_s is not None:
-            self._timeouts.set(task, now + limit_s)
+        self._time(task, now)
         if not task.lease_id:
             self._queue(task, now)
+
+    def _time(self, task: Task, now: float) -> None:
+        limit_s, since = task.ready.spec.total_timeout_s, task.ready.since
+        if limit_s is not None:
+            self._timeouts.set(task, (now if since is None else since) + limit_s)
+
+    def _retry_unclaimed(self, task: Task, why: str, now: float) -> None:
+        self.retry_uncharged(task, Failure(FailureKind.WORKER_LOST, f"{RESTARTED} {why}"), now)
 
     def _queue(self, task: Task, now: float) -> None:
         task.retry_at = None
         if task.is_over or task.follows is not None:
             return
-        if (failure := self._needs.failure_of(task)) is not None:
+        if (failure := task.ready.refusal or self._needs.failure_of(task)) is not None:
             task.ending = failure
             self.end(task)
         elif self._needs.may_queue(task, now):
@@ -208,6 +238,7 @@ class LiveTasks:
         self._backoff.discard(task)
         self._timeouts.discard(task)
         self._needs.forget(task)
+        self.earlier.discard(task)
         del self.by_key[task.key]
 
 

@@ -51,7 +51,7 @@ class NodeRegistry:
 
     def join(self, hello: WorkerHello, session_id: str) -> Node:
         """Add a node."""
-        node = Node(hello, session_id)
+        node = Node(hello, session_id, replaced_session_id=hello.session_id)
         assert node.node_id not in self.nodes, "the older node of this id was removed"
         self.nodes[node.node_id] = node
         self._sessions[session_id] = node

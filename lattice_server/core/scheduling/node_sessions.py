@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 from lattice_server.core.messages import (
+    AttemptAwaits,
     CloseSession,
     DrainRequested,
     DrainWorker,
@@ -25,6 +26,7 @@ from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.scheduling.attempts import Attempts
 from lattice_server.core.scheduling.lease_reports import LeaseReports
 from lattice_server.core.scheduling.lease_table import Lease
+from lattice_server.core.scheduling.live_tasks import LiveTasks
 from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.nodes import Node
 from lattice_server.core.scheduling.placer import Placer
@@ -39,17 +41,24 @@ class NodeSessions:
     _placer: Placer
     _reports: LeaseReports
     _attempts: Attempts
+    _tasks: LiveTasks
     _numbers: Iterator[int]
     _epoch: str
     _emit: Callable[[WorkerEffect | NodesChanged], None]
 
-    def greet(self, hello: WorkerHello, now: float) -> None:
-        """Resume the session of a worker, or start a new one, which replaces that of another worker of the node."""
+    def greet(self, hello: WorkerHello, now: float) -> list[AttemptAwaits]:
+        """Resume the session of a worker, or start a new one, which replaces that of another worker of the node.
+
+        Returns the waits of the leases that the new session begins with.
+        """
         self._placer.note_change()
         node = self._registry.nodes.get(hello.node_id)
-        if node is not None and (node.spec.worker_id, node.session_id) == (hello.worker_id, hello.session_id):
-            self._resume(node, hello, now)
-            return
+        if node is not None and node.spec.worker_id == hello.worker_id:
+            # Without the session id of its welcome, it has not received that.
+            is_welcome = node.session_id == hello.session_id
+            if is_welcome or (hello.session_id and node.replaced_session_id == hello.session_id):
+                self._resume(node, hello, now, is_welcome=is_welcome)
+                return []
         if node is not None:
             why = "the worker connected again and had forgotten its work"
             if node.spec.worker_id != hello.worker_id:
@@ -58,10 +67,13 @@ class NodeSessions:
             self._emit(CloseSession(node.session_id, "SUPERSEDED", why))
             self._lose(node, why, now)
         node = self._registry.join(hello, f"{self._epoch}-{next(self._numbers)}")
-        self._emit(WelcomeWorker(hello.worker_id, node.session_id, False, hello.held_lease_ids, hello.greeting))
+        adopted = self._tasks.claim(node, hello.held, now)
+        self._welcome(node, hello, {found.lease_id for found in adopted}, is_welcome=False)
         self._emit(NodesChanged(self._registry.known()))
         if not self._registry.is_wanted(hello.worker_id):
             self._drain(node, None, now)
+        session_id = node.session_id
+        return [AttemptAwaits(session_id, found.lease_id, 0, *wait) for found in adopted for wait in found.waits]
 
     def detach(self, event: WorkerDetached, now: float) -> None:
         """Note that a session's stream broke or is silent."""
@@ -108,11 +120,17 @@ class NodeSessions:
             for lease in self._placer.table.of_node(node):
                 self._attempts.requeue(lease, failure, now)
 
-    def _resume(self, node: Node, hello: WorkerHello, now: float) -> None:
+    def _welcome(self, node: Node, hello: WorkerHello, known: Set[str], *, is_welcome: bool) -> None:
+        """Answer a hello; the worker continues the leases that are known."""
+        kept = () if is_welcome else tuple(held for held in hello.held_lease_ids if held in known)
+        dropped = tuple(held for held in hello.held_lease_ids if held not in known)
+        about = (hello.worker_id, node.session_id, is_welcome, dropped, hello.greeting)
+        self._emit(WelcomeWorker(*about, adopted_lease_ids=kept))
+
+    def _resume(self, node: Node, hello: WorkerHello, now: float, *, is_welcome: bool) -> None:
         self._registry.resume(node)
         held, leases = set(hello.held_lease_ids), self._placer.table.of_node(node)
-        dropped = tuple(held.difference(lease.lease_id for lease in leases))
-        self._emit(WelcomeWorker(hello.worker_id, node.session_id, True, dropped, hello.greeting))
+        self._welcome(node, hello, {lease.lease_id for lease in leases}, is_welcome=is_welcome)
         if node.state is NodeState.DRAINING:
             deadline_s = None if node.drain_at is None else max(0.0, node.drain_at - now)
             self._emit(DrainWorker(node.session_id, deadline_s))

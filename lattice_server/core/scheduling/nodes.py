@@ -23,7 +23,8 @@ class Slot:
     behind it. `backlog_s` is how long all of them are expected to run. Its calls count towards the key of
     `concurrency`. `is_exclusive` tells that its one lease is the only one of its node, services aside. `is_service`
     tells that its lease does not end by itself. A slot that `is_parked` holds devices and memory only, because its
-    first lease waits for tasks that it called.
+    first lease waits for tasks that it called. A slot that `is_over` holds nothing: its adopted lease has ended, and
+    only reports about it are on their way.
     """
 
     slot_id: int
@@ -39,6 +40,7 @@ class Slot:
     is_exclusive: bool = False
     is_service: bool = False
     is_parked: bool = False
+    is_over: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +50,7 @@ class Node:
     `detached_at` is when its session's stream broke, `drain_at` when the leases of a draining node are requeued.
     `assignments` counts the ones sent in the session, `attempts` the ones of the node's leases. `is_exclusive` tells
     that its one slot is the only one it may have, parked slots aside, of which it has `parked`. A node that `owes_cpu`
-    to a parked slot takes no new slots.
+    to a parked slot takes no new slots. Its worker had the session `replaced_session_id` before.
     """
 
     spec: NodeSpec
@@ -70,6 +72,7 @@ class Node:
     is_exclusive: bool = False
     owes_cpu: bool = False
     parked: int = 0
+    replaced_session_id: str = ""
 
     def __post_init__(self) -> None:
         capacity = self.spec.capacity
@@ -107,7 +110,8 @@ class Node:
 
     def attempts_beside_services(self) -> int:
         """Return the number of leases that run here and end by themselves."""
-        return sum(len(s.lease_ids) for s in self.slots.values() if not s.is_parked and not s.is_service)
+        slots = (s for s in self.slots.values() if not (s.is_parked or s.is_over or s.is_service))
+        return sum(len(s.lease_ids) for s in slots)
 
     def devices_for(
         self, wanted: Resources, *, besides: Resources | None = None, on: tuple[int, ...] = ()
@@ -140,6 +144,17 @@ class Node:
         """Whether `wanted` is free here, devices aside."""
         has_slot = self.free_async_slots > 0 if is_async else self.free_slots > 0
         return has_slot and self.free_cpu + EPSILON >= wanted.cpu and self.free_memory_bytes >= wanted.memory_bytes
+
+    def has_all_of(self, slot: Slot) -> bool:
+        """Whether all that a slot with given devices holds is free here."""
+        wanted, memory = slot.resources, self.free_gpu_memory_bytes
+        if slot.is_over:
+            return True
+        fitting = self.sharing(wanted, self.free_gpu, memory) if slot.gpu_indices else []
+        if any(i not in fitting or memory[i] < wanted.gpu_memory_bytes for i in slot.gpu_indices):
+            return False
+        has_memory = self.free_memory_bytes >= wanted.memory_bytes
+        return has_memory and (slot.is_parked or self.fits(wanted, slot.is_async))
 
     def take(self, slot: Slot) -> None:
         """Take the resources of a slot."""
@@ -187,6 +202,8 @@ class Node:
 
     def _move(self, slot: Slot, sign: int) -> None:
         wanted = slot.resources
+        if slot.is_over:
+            return
         self.free_memory_bytes += sign * wanted.memory_bytes
         if slot.is_parked:
             self.parked -= sign
@@ -227,7 +244,7 @@ class Node:
 
     def check(self) -> None:
         """Assert that free and reserved add up to the capacity."""
-        slots = list(self.slots.values())
+        slots = [slot for slot in self.slots.values() if not slot.is_over]
         running = [slot for slot in slots if not slot.is_parked]
         assert self.parked == len(slots) - len(running)
         assert abs(self.free_cpu + sum(s.resources.cpu for s in running) - self.spec.capacity.cpu) < 1e-6
@@ -246,7 +263,7 @@ class Node:
             assert self.free_gpu_memory_bytes[gpu.index] + sum(r.gpu_memory_bytes for r in on) == gpu.memory_bytes
             assert self.free_gpu_memory_bytes[gpu.index] >= 0
             assert len(on) <= 1 or all(wanted.gpu < 1 for wanted in on), "a whole device is shared"
-        assert all(slot.lease_ids for slot in slots), "a slot without a lease holds resources"
+        assert all(slot.lease_ids for slot in self.slots.values()), "a slot without a lease holds resources"
         assert (self.session is SessionState.DETACHED) == (self.detached_at is not None)
         assert self.is_exclusive == any(slot.is_exclusive for slot in slots)
         is_alone = self.attempts_beside_services() == 1

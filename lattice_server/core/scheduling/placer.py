@@ -5,13 +5,13 @@ shape that no node has room for once, and likewise a concurrency key without a f
 """
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from lattice_server.core.messages import Assign, RevokeLease
 from lattice_server.core.scheduling.lease_table import Lease, LeaseTable
 from lattice_server.core.scheduling.node_registry import NodeRegistry
 from lattice_server.core.scheduling.nodes import Node, Slot
-from lattice_server.core.scheduling.permits import Permits
+from lattice_server.core.scheduling.permits import Concurrency, Permits
 from lattice_server.core.scheduling.pipelining import AHEAD_S, Pipeline
 from lattice_server.core.scheduling.placement import Shape, devices_on
 from lattice_server.core.scheduling.queue import Candidates, Queue
@@ -94,13 +94,14 @@ class Placer:
         due = (self.pipeline.next_deadline(), self.queue.next_due(), self.reservations.next_deadline())
         return min((at for at in due if at is not None), default=None)
 
-    def check(self) -> None:
-        """Assert the invariants of the queue, the leases, permits and reservations."""
+    def check(self, permits: Iterable[Concurrency]) -> None:
+        """Assert the invariants of the queue, the leases, permits and reservations; others hold these `permits`."""
         self.queue.check()
         self.table.check()
         self.reservations.check()
         held = self.table.permits()
         held.update(group.concurrency for group, _ in self.reservations.items() if group.concurrency is not None)
+        held.update(permits)
         self.permits.check(held)
 
     def _may_place(self, now: float) -> bool:

@@ -8,6 +8,7 @@ from itertools import count
 from typing import assert_never
 
 from lattice_server.core.messages import (
+    AcknowledgeReports,
     ArtifactsReported,
     AttemptAccessedNetwork,
     AttemptAsked,
@@ -27,6 +28,7 @@ from lattice_server.core.messages import (
     NodesDescribed,
     NodesRequested,
     QuestionAsked,
+    ReportsRead,
     SchedulerEffect,
     SchedulerEvent,
     ServiceChanged,
@@ -45,6 +47,7 @@ from lattice_server.core.messages import (
     WorkerLost,
 )
 from lattice_server.core.scheduling.attempts import Attempts
+from lattice_server.core.scheduling.earlier_leases import EarlierLeases
 from lattice_server.core.scheduling.explain import explain
 from lattice_server.core.scheduling.lease_reports import LeaseReports
 from lattice_server.core.scheduling.lease_table import Lease
@@ -80,11 +83,13 @@ class Scheduler:
         self._placer = Placer(self._registry, numbers, epoch, emit, limits or {})
         self._reports = LeaseReports(self._registry, self._placer, emit)
         self._needs = Needs(self._registry, emit)
-        self._tasks = LiveTasks(self._registry, self._placer, self._needs, numbers, emit)
+        earlier = EarlierLeases(self._registry, self._placer)
+        self._tasks = LiveTasks(self._registry, self._placer, self._needs, numbers, emit, earlier)
         self._attempts = Attempts(self._registry, self._placer, self._reports, self._tasks, numbers, emit)
         self._waits = Waits(self._registry, self._placer, self._tasks.by_key, emit, self._attempts.end_early)
         self._placer.on_release = self._waits.forget
-        self._sessions = NodeSessions(self._registry, self._placer, self._reports, self._attempts, numbers, epoch, emit)
+        parts = (self._registry, self._placer, self._reports, self._attempts, self._tasks)
+        self._sessions = NodeSessions(*parts, numbers, epoch, emit)
 
     @property
     def tasks(self) -> Mapping[tuple[str, str], Task]:
@@ -116,6 +121,7 @@ class Scheduler:
         self._sessions.tick(now)
         self._attempts.end_overdue(now)
         self._tasks.queue_retries(now)
+        self._tasks.queue_unclaimed(now)
         self._placer.pipeline.revoke_overdue(now)
         self._waits.resume()
         self._placer.place_queued(now)
@@ -133,7 +139,8 @@ class Scheduler:
     def check(self) -> None:
         """Assert every invariant; tests call it after each step."""
         self._registry.check()
-        self._placer.check()
+        self._placer.check(self._tasks.earlier.permits())
+        self._tasks.earlier.check()
         self._tasks.check(self.leases)
         self._waits.check()
 
@@ -176,8 +183,11 @@ class Scheduler:
                         self._attempts.end_early(task, event.failure, now)
             case ArtifactsReported():
                 self._effects.append(SettleArtifacts(event.artifacts))
+            case ReportsRead():
+                self._effects.append(AcknowledgeReports(event.session_id, event.sequence))
             case WorkerHello():
-                self._sessions.greet(event, now)
+                for wait in self._sessions.greet(event, now):
+                    self.take(wait, now)
             case WorkerDetached():
                 self._sessions.detach(event, now)
             case WorkerHeartbeat():
@@ -228,8 +238,8 @@ class Scheduler:
                 self._effects.append(NodesDescribed(query.request_id, nodes, *load))
             case ExplainRequested():
                 task = self.tasks.get((query.run_id, query.task_id))
-                about = (self._placer, self._registry, self._waits, self._needs)
-                explained = explain(task, *about, now) if task else None
+                parts = (self._placer, self._registry, self._waits, self._needs, self._tasks.earlier)
+                explained = explain(task, *parts, now) if task else None
                 self._effects.append(TaskExplained(query.request_id, explained))
             case _:
                 assert_never(query)

@@ -74,6 +74,10 @@ def hello_to_event(hello: worker_pb2.Hello, greeting: int) -> messages.WorkerHel
         ),
         limits_memory_by_cgroup=LIMITS_BY_CGROUP.get(hello.memory_enforcement),
         greeting=greeting,
+        held=tuple(
+            messages.HeldLease(held.lease_id, held.ended, tuple((wait.number, wait.task_id) for wait in held.waits))
+            for held in hello.held_leases
+        ),
     )
 
 
@@ -187,6 +191,7 @@ def welcome_to_proto(effect: WelcomeWorker, config: ServerConfig, server_id: str
         question_limit_bytes=config.question_limit_bytes,
         chunk_limit_bytes=config.chunk_limit_bytes,
         takes_calls=True,
+        adopted_lease_ids=effect.adopted_lease_ids,
         takes_signals=True,
     )
 

@@ -154,7 +154,9 @@ class ConnectResponse(google.protobuf.message.Message):
     CLOSE_FIELD_NUMBER: builtins.int
     ANSWERS_FIELD_NUMBER: builtins.int
     acknowledged_sequence: builtins.int
-    """All reports up to this number were received: the worker forgets them. Zero acknowledges nothing."""
+    """All reports up to this number were received, and what follows from them is durable if the server has a journal: the
+    worker forgets them. Zero acknowledges nothing.
+    """
     @property
     def welcome(self) -> Global___Welcome:
         """Accepts a worker."""
@@ -404,6 +406,7 @@ class Hello(google.protobuf.message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
     SEND_TIME_FIELD_NUMBER: builtins.int
     ISOLATION_REFUSALS_FIELD_NUMBER: builtins.int
+    HELD_LEASES_FIELD_NUMBER: builtins.int
     NETWORK_ISOLATIONS_FIELD_NUMBER: builtins.int
     MEMORY_ENFORCEMENT_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
@@ -470,6 +473,10 @@ class Hello(google.protobuf.message.Message):
         """The isolation levels it cannot set up, and why."""
 
     @property
+    def held_leases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___HeldLease]:
+        """The leases that a server which was started again may adopt: those of `held_lease_ids` that have started."""
+
+    @property
     def network_isolations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[lattice.v1.resources_pb2.Isolation.ValueType]:
         """The isolation levels at which it enforces `SandboxPolicy.network`."""
 
@@ -494,13 +501,42 @@ class Hello(google.protobuf.message.Message):
         protocol_version: builtins.int = ...,
         send_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         isolation_refusals: collections.abc.Iterable[lattice.v1.resources_pb2.IsolationRefusal] | None = ...,
+        held_leases: collections.abc.Iterable[Global___HeldLease] | None = ...,
         network_isolations: collections.abc.Iterable[lattice.v1.resources_pb2.Isolation.ValueType] | None = ...,
         memory_enforcement: lattice.v1.resources_pb2.MemoryEnforcement.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["capacity", b"capacity", "runtime", b"runtime", "send_time", b"send_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "memory_enforcement", b"memory_enforcement", "network_isolations", b"network_isolations", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity", b"capacity", "entrypoints", b"entrypoints", "held_lease_ids", b"held_lease_ids", "held_leases", b"held_leases", "hostname", b"hostname", "isolation_refusals", b"isolation_refusals", "isolations", b"isolations", "labels", b"labels", "memory_enforcement", b"memory_enforcement", "network_isolations", b"network_isolations", "node_id", b"node_id", "node_ip", b"node_ip", "pid", b"pid", "protocol_version", b"protocol_version", "reported_artifact_ids", b"reported_artifact_ids", "runtime", b"runtime", "send_time", b"send_time", "session_id", b"session_id", "stored_artifact_ids", b"stored_artifact_ids", "version", b"version", "worker_id", b"worker_id"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
+
+@typing.final
+class HeldLease(google.protobuf.message.Message):
+    """A started lease of a worker, as it says hello."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
+    WAITS_FIELD_NUMBER: builtins.int
+    lease_id: builtins.str
+    """The lease."""
+    ended: builtins.bool
+    """Whether it has ended, so that only reports about it are left, and it uses nothing."""
+    @property
+    def waits(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AttemptAwaits]:
+        """The waits for called tasks that have no answer yet. A lease with a wait uses no CPUs."""
+
+    def __init__(
+        self,
+        *,
+        lease_id: builtins.str = ...,
+        ended: builtins.bool = ...,
+        waits: collections.abc.Iterable[Global___AttemptAwaits] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ended", b"ended", "lease_id", b"lease_id", "waits", b"waits"]) -> None: ...
+
+Global___HeldLease: typing_extensions.TypeAlias = HeldLease
 
 @typing.final
 class Welcome(google.protobuf.message.Message):
@@ -522,11 +558,12 @@ class Welcome(google.protobuf.message.Message):
     QUESTION_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     CHUNK_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     TAKES_CALLS_FIELD_NUMBER: builtins.int
+    ADOPTED_LEASE_IDS_FIELD_NUMBER: builtins.int
     TAKES_SIGNALS_FIELD_NUMBER: builtins.int
     session_id: builtins.str
     """Names the session; sent back in `Hello` to resume it."""
     resumed: builtins.bool
-    """Whether the session was resumed. If not, the worker drops all it holds."""
+    """Whether the session was resumed. If not, the worker drops all it holds, besides the leases in `adopted_lease_ids`."""
     inline_limit_bytes: builtins.int
     """Values longer than this are kept as artifacts, in bytes."""
     log_limit_bytes: builtins.int
@@ -567,6 +604,13 @@ class Welcome(google.protobuf.message.Message):
         the values of reports that were not sent before this stream's `Hello`.
         """
 
+    @property
+    def adopted_lease_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Of `Hello.held_leases`, those that continue in a session that was not resumed. The worker numbers their reports that
+        are not acknowledged anew, and sends them in this session. It asks their questions without an answer again.
+        Assignments use none of their slots.
+        """
+
     def __init__(
         self,
         *,
@@ -584,10 +628,11 @@ class Welcome(google.protobuf.message.Message):
         question_limit_bytes: builtins.int = ...,
         chunk_limit_bytes: builtins.int = ...,
         takes_calls: builtins.bool = ...,
+        adopted_lease_ids: collections.abc.Iterable[builtins.str] | None = ...,
         takes_signals: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["heartbeat_interval", b"heartbeat_interval", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit", "takes_calls", b"takes_calls", "takes_signals", b"takes_signals"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adopted_lease_ids", b"adopted_lease_ids", "chunk_limit_bytes", b"chunk_limit_bytes", "drop_artifact_ids", b"drop_artifact_ids", "drop_lease_ids", b"drop_lease_ids", "heartbeat_interval", b"heartbeat_interval", "inline_limit_bytes", b"inline_limit_bytes", "log_limit_bytes", b"log_limit_bytes", "message_limit_bytes", b"message_limit_bytes", "question_limit_bytes", b"question_limit_bytes", "resumed", b"resumed", "server_id", b"server_id", "session_id", b"session_id", "session_ttl", b"session_ttl", "silence_limit", b"silence_limit", "takes_calls", b"takes_calls", "takes_signals", b"takes_signals"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 

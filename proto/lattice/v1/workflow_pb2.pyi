@@ -1397,6 +1397,42 @@ class CancelRunResponse(google.protobuf.message.Message):
 Global___CancelRunResponse: typing_extensions.TypeAlias = CancelRunResponse
 
 @typing.final
+class DeleteRunRequest(google.protobuf.message.Message):
+    """Request of `WorkflowService.DeleteRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run. One that has not ended is refused with `RUN_NOT_ENDED`; one that is too large or too damaged to be read is
+    deleted like any other.
+    """
+    request_id: builtins.str
+    """Makes the call safe to repeat; see the service."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["request_id", b"request_id", "run_id", b"run_id"]) -> None: ...
+
+Global___DeleteRunRequest: typing_extensions.TypeAlias = DeleteRunRequest
+
+@typing.final
+class DeleteRunResponse(google.protobuf.message.Message):
+    """Response of `WorkflowService.DeleteRun`."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___DeleteRunResponse: typing_extensions.TypeAlias = DeleteRunResponse
+
+@typing.final
 class SignalRunRequest(google.protobuf.message.Message):
     """Request of `WorkflowService.SignalRun`."""
 

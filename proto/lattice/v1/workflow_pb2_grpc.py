@@ -143,6 +143,11 @@ class WorkflowServiceStub(object):
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.FromString,
                 _registered_method=True)
+        self.DeleteRun = channel.unary_unary(
+                '/lattice.v1.WorkflowService/DeleteRun',
+                request_serializer=lattice_dot_v1_dot_workflow__pb2.DeleteRunRequest.SerializeToString,
+                response_deserializer=lattice_dot_v1_dot_workflow__pb2.DeleteRunResponse.FromString,
+                _registered_method=True)
         self.SignalRun = channel.unary_unary(
                 '/lattice.v1.WorkflowService/SignalRun',
                 request_serializer=lattice_dot_v1_dot_workflow__pb2.SignalRunRequest.SerializeToString,
@@ -300,6 +305,13 @@ class WorkflowServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteRun(self, request, context):
+        """Deletes a run that has ended, with its events and results. One that is deleted already is not found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SignalRun(self, request, context):
         """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
         until the run ends, so it may be sent before an attempt waits. The values of one name are a list, of which each
@@ -389,6 +401,11 @@ def add_WorkflowServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.FromString,
                     response_serializer=lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'DeleteRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRun,
+                    request_deserializer=lattice_dot_v1_dot_workflow__pb2.DeleteRunRequest.FromString,
+                    response_serializer=lattice_dot_v1_dot_workflow__pb2.DeleteRunResponse.SerializeToString,
             ),
             'SignalRun': grpc.unary_unary_rpc_method_handler(
                     servicer.SignalRun,
@@ -818,6 +835,33 @@ class WorkflowService(object):
             '/lattice.v1.WorkflowService/CancelRun',
             lattice_dot_v1_dot_workflow__pb2.CancelRunRequest.SerializeToString,
             lattice_dot_v1_dot_workflow__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lattice.v1.WorkflowService/DeleteRun',
+            lattice_dot_v1_dot_workflow__pb2.DeleteRunRequest.SerializeToString,
+            lattice_dot_v1_dot_workflow__pb2.DeleteRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -249,6 +249,22 @@ _WorkflowServiceCancelRunType = typing_extensions.TypeVar(
     ],
 )
 
+_WorkflowServiceDeleteRunType = typing_extensions.TypeVar(
+    '_WorkflowServiceDeleteRunType',
+    grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.DeleteRunRequest,
+        lattice.v1.workflow_pb2.DeleteRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.DeleteRunRequest,
+        lattice.v1.workflow_pb2.DeleteRunResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.DeleteRunRequest,
+        lattice.v1.workflow_pb2.DeleteRunResponse,
+    ],
+)
+
 _WorkflowServiceSignalRunType = typing_extensions.TypeVar(
     '_WorkflowServiceSignalRunType',
     grpc.UnaryUnaryMultiCallable[
@@ -281,7 +297,7 @@ _WorkflowServiceRetryRunType = typing_extensions.TypeVar(
     ],
 )
 
-class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceExecuteWorkflowsType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceSignalRunType, _WorkflowServiceRetryRunType]):
+class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _WorkflowServiceAddTasksType, _WorkflowServiceAddEdgesType, _WorkflowServiceGetWorkflowType, _WorkflowServiceListWorkflowsType, _WorkflowServiceDeleteWorkflowType, _WorkflowServiceRunWorkflowType, _WorkflowServiceExecuteWorkflowType, _WorkflowServiceExecuteWorkflowsType, _WorkflowServiceOpenRunType, _WorkflowServiceGetRunType, _WorkflowServiceGetRunGraphType, _WorkflowServiceListRunsType, _WorkflowServiceCancelRunType, _WorkflowServiceDeleteRunType, _WorkflowServiceSignalRunType, _WorkflowServiceRetryRunType]):
     """Defines, runs, lists and cancels.
 
     The short way: one `ExecuteWorkflow` with the whole graph inline answers twice, when the run was accepted and when it
@@ -382,6 +398,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.CancelRunResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.DeleteRunRequest,
+            lattice.v1.workflow_pb2.DeleteRunResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.SignalRunRequest,
             lattice.v1.workflow_pb2.SignalRunResponse,
         ],
@@ -450,6 +470,10 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
             lattice.v1.workflow_pb2.CancelRunResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            lattice.v1.workflow_pb2.DeleteRunRequest,
+            lattice.v1.workflow_pb2.DeleteRunResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             lattice.v1.workflow_pb2.SignalRunRequest,
             lattice.v1.workflow_pb2.SignalRunResponse,
         ],
@@ -508,6 +532,9 @@ class WorkflowServiceStub(typing.Generic[_WorkflowServiceCreateWorkflowType, _Wo
 
     CancelRun: _WorkflowServiceCancelRunType
     """Cancels a run. A run that has ended stays as it is."""
+
+    DeleteRun: _WorkflowServiceDeleteRunType
+    """Deletes a run that has ended, with its events and results. One that is deleted already is not found."""
 
     SignalRun: _WorkflowServiceSignalRunType
     """Sends a signal to a run: a named value for the attempts that wait for it, such as a person's approval. It is kept
@@ -576,6 +603,10 @@ WorkflowServiceAsyncStub: typing_extensions.TypeAlias = WorkflowServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.CancelRunRequest,
         lattice.v1.workflow_pb2.CancelRunResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        lattice.v1.workflow_pb2.DeleteRunRequest,
+        lattice.v1.workflow_pb2.DeleteRunResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         lattice.v1.workflow_pb2.SignalRunRequest,
@@ -748,6 +779,14 @@ class WorkflowServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lattice.v1.workflow_pb2.CancelRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.CancelRunResponse]]:
         """Cancels a run. A run that has ended stays as it is."""
+
+    @abc.abstractmethod
+    def DeleteRun(
+        self,
+        request: lattice.v1.workflow_pb2.DeleteRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lattice.v1.workflow_pb2.DeleteRunResponse, collections.abc.Awaitable[lattice.v1.workflow_pb2.DeleteRunResponse]]:
+        """Deletes a run that has ended, with its events and results. One that is deleted already is not found."""
 
     @abc.abstractmethod
     def SignalRun(

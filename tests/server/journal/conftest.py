@@ -14,9 +14,8 @@ from tests.server.journal.listening import Listening
 from tests.server.journal.memory import MemoryJournal
 from tests.server.journal.postgres_server import PostgresServer, running_postgres
 
-# The kills of `make test`; `make test-all` has those at all points. At `chores.after_delete` files that nothing uses
-# were left in a few of some dozens of runs on a loaded machine; the cause is not known.
-KILLS = frozenset({"commit.before_commit", "commit.after_commit", "file.before_rename"})
+# The kills of `make test`; `make test-all` has those at all points.
+KILLS = frozenset({"commit.before_commit", "commit.after_commit", "chores.after_delete"})
 
 
 @pytest.hookimpl(tryfirst=True)

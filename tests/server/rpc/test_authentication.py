@@ -69,6 +69,7 @@ MAY_CALL = {
     "lattice.v1.WorkflowService.CancelRun": SUBMITTERS,
     "lattice.v1.WorkflowService.RetryRun": SUBMITTERS,
     "lattice.v1.WorkflowService.CreateWorkflow": SUBMITTERS,
+    "lattice.v1.WorkflowService.DeleteRun": SUBMITTERS,
     "lattice.v1.WorkflowService.DeleteWorkflow": SUBMITTERS,
     "lattice.v1.WorkflowService.ExecuteWorkflow": SUBMITTERS,
     "lattice.v1.WorkflowService.ExecuteWorkflows": SUBMITTERS,

@@ -126,6 +126,40 @@ def test_damaged_records_fail_only_calls_that_name_their_run(tmp_path: Path, is_
             assert get(caller, "whole").run_id == "whole"
 
 
+def delete(caller: Caller, run_id: str) -> None:
+    caller.workflows.DeleteRun(workflow_pb2.DeleteRunRequest(run_id=run_id))
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_an_ended_run_is_deleted_without_being_read(tmp_path: Path, is_damaged: bool) -> None:
+    with started(tmp_path) as caller:
+        run(caller, "r")
+        with refused(grpc.StatusCode.FAILED_PRECONDITION, "RUN_NOT_ENDED"):
+            delete(caller, "r")
+        run(caller, "kept")
+        cancel(caller, "kept")
+        cancel(caller, "r")
+        run(caller, "in memory")
+        cancel(caller, "in memory")
+        delete(caller, "in memory")
+        with refused(grpc.StatusCode.NOT_FOUND, "RUN_EVICTED"):
+            get(caller, "in memory")
+    if is_damaged:
+        with sqlite3.connect(tmp_path / "journal.sqlite") as database:
+            database.execute("UPDATE definitions SET cell = x'00' WHERE run = 1")
+        database.close()
+    with started(tmp_path) as caller:
+        delete(caller, "r")
+        with pytest.raises(grpc.RpcError) as again:
+            delete(caller, "r")
+        assert again.value.code() is grpc.StatusCode.NOT_FOUND
+        assert listed(caller, 10) == ["kept"]
+    with started(tmp_path) as caller:
+        assert listed(caller, 10) == ["kept"]
+        with refused(grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND"):
+            get(caller, "r")
+
+
 def test_signals_survive_a_restart_and_a_repeated_one_counts_once(tmp_path: Path) -> None:
     def send(caller: Caller, name: str, request_id: str, text: str = "1") -> int:
         request = workflow_pb2.SignalRunRequest(run_id="r", name=name, request_id=request_id)

@@ -130,6 +130,7 @@ REQUESTS: dict[str, Callable[[Names], Message]] = {
     ),
     "WorkflowService.OpenRun opening.run_id": lambda n: workflow_pb2.OpenRunRequest(opening={"run_id": n.run_id}),
     "WorkflowService.RetryRun run_id": lambda n: workflow_pb2.RetryRunRequest(run_id=n.run_id),
+    "WorkflowService.DeleteRun run_id": lambda n: workflow_pb2.DeleteRunRequest(run_id=n.run_id),
     "WorkflowService.SignalRun run_id": lambda n: workflow_pb2.SignalRunRequest(
         run_id=n.run_id, name="s", value=payload_pb2.Payload(json="1")
     ),
