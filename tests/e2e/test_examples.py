@@ -2,17 +2,24 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from itertools import pairwise
 from pathlib import Path
 
+import httpx
 import pytest
 
+from lattice_client import LatticeClient, RunCancelledError
 from tests.e2e.conftest import LATTICE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
-OTHERS = ("data_analysis", "rag", "research_agent")
+OTHERS = ("agent_loop", "data_analysis", "debate", "rag", "research_agent")
 REPEATED = pytest.mark.exhaustive
 
 
@@ -91,6 +98,65 @@ def test_retrieval_finds_the_passage(address: str) -> None:
     assert path == "proto/lattice/v1/payload.proto"
     assert "at most 256 KiB" in text
     assert 1 < int(line) < len((ROOT / path).read_text().splitlines())
+
+
+def test_the_agent_loop_answers_when_a_person_approves(local: str) -> None:
+    assert _run(local, "agent_loop").splitlines() == [
+        "- calls 1 x primes_below",
+        "- calls 25 x digit_sum",
+        "- calls 1 x add_up",
+        "- asks for approval of: 19, 37, 73; their sum is 129",
+        "19, 37, 73; their sum is 129",
+    ]
+
+
+def test_the_debate_adds_rounds_until_the_estimates_agree(local: str) -> None:
+    *rounds, verdict, tasks = _run(local, "debate", "3").splitlines()
+    estimates = [[float(number) for number in line.partition(": ")[2].split()] for line in rounds]
+    spreads = [max(found) - min(found) for found in estimates]
+    assert all(after < before for before, after in pairwise(spreads))
+    assert spreads[-1] <= 3.05 < spreads[-2]
+    assert verdict == f"about {sum(estimates[0]) / 4:.0f} rainy days a year, after {len(rounds)} rounds"
+    assert tasks == f"{5 * len(rounds)} tasks, of which the workflow had 5"
+
+
+def test_the_run_of_a_web_request_ends_with_its_client(local: str) -> None:
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(EXAMPLES / "web" / "main.py"), str(port)]
+    service = subprocess.Popen(command, env={**os.environ, "LATTICE_TARGET": local})
+    retrying = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    try:
+        with retrying as web, LatticeClient(local) as client:
+            found = _once_listening(lambda: web.get("/count", params={"words": "to be"}), service).json()
+            assert found["result"] == {"0-to": {"result": 2}, "1-be": {"result": 2}}
+            assert web.get("/stream", params={"words": "or not"}).text == "or not "
+            with suppress(httpx.ReadTimeout):
+                web.get("/count", params={"words": "left", "seconds": 600}, timeout=1.0)
+            with web.stream("GET", "/stream", params={"words": "or not " * 99, "seconds": 0.2}) as answer:
+                streamed = client.get_run(answer.headers["run-id"])
+                assert next(answer.iter_text()) == "or "
+            (counted,) = [run for run in client.list_runs(5) if run.display_name == "count"][:1]
+            for run, why in (
+                (client.get_run(counted.run_id), "its caller was disconnected"),
+                (streamed, "client left"),
+            ):
+                with pytest.raises(RunCancelledError, match=why):
+                    run.result(timeout=60)
+    finally:
+        service.terminate()
+        service.wait(30)
+
+
+def _once_listening(call: Callable[[], httpx.Response], service: subprocess.Popen[bytes]) -> httpx.Response:
+    """Repeat a call until the service listens."""
+    while True:
+        try:
+            return call()
+        except httpx.ConnectError:
+            assert service.poll() is None
+            time.sleep(0.05)
 
 
 def test_the_demo_runs_and_cleans_up() -> None:
