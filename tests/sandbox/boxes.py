@@ -101,7 +101,8 @@ class Box:
         """Have the sandbox call a function."""
         code = {"code": "pickle", "bundle": "", "name": "f", "function": "", "entrypoint": ""}
         styles = {"call_style": "keywords", "return_style": "value"}
-        self.control.send({"kind": "adopt", "environment": {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}})
+        environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self.control.send({"kind": "adopt", "environment": environment, "has_secrets": False, "is_hidden": False})
         pickle = cloudpickle.dumps(lambda: function(*args))
         self.control.send({"kind": "function", "digest": "d", **code, **styles}, [pickle])
         header = {"kind": "invoke", "id": "i", "digest": "d", "attempts": [["r", "t", 1]], "items": [{}]}
