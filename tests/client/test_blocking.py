@@ -1,6 +1,7 @@
 """The synchronous client: its calls run in the caller's thread, one thread reads the answers to runs, and nothing stays
 behind of what is not waited for."""
 
+import asyncio
 import gc
 import threading
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from lattice_client import LatticeClient, NotFoundError, Run, TaskFailedError, task
+from lattice_client import AsyncLatticeClient, LatticeClient, NotFoundError, Run, TaskFailedError, task
 from lattice_client.runs import executions
+from lattice_client.runs.driver import blocking
 from lattice_client.transport.blocking import BlockingChannel
-from lattice_client.transport.blocking_calls import MessageStream
-from tests.server.apps import NoWorkers, serving_aside
+from lattice_client.transport.blocking_calls import BlockingMailbox, MessageStream
+from lattice_client.transport.channel import BidiCall
+from tests.server.apps import NoWorkers, serving, serving_aside
 
 
 @task
@@ -190,3 +193,39 @@ def test_time_limit_ends_with_its_block() -> None:
             run.result(timeout=0.01)
         assert run.status() == "running"
         assert isinstance(client.twin.api.channel, BlockingChannel)
+
+
+class EndedStream(BidiCall[Any, Any]):
+    """A stream that the server has ended."""
+
+    def send(self, message: Any) -> None:
+        """Send into nothing."""
+
+    async def read(self) -> None:
+        """Return the end."""
+
+    def abandon(self) -> None:
+        """Do nothing."""
+
+
+def test_a_request_that_meets_the_end_of_the_stream_is_answered_by_none() -> None:
+    stream = executions._Stream(EndedStream())
+    blocking(stream.read())
+    sent = stream.send(executions.Request(), BlockingMailbox(), is_alone=False)
+    assert blocking(sent.accepted()) is None
+
+
+def test_a_run_that_a_stopping_server_refuses_is_started_by_a_call_that_is_repeated() -> None:
+    async def scenario() -> None:
+        async with serving(NoWorkers()) as app, AsyncLatticeClient(app.address) as client:
+            for x in range(2):
+                workflow = client.create_workflow()
+                workflow.add_task(double, {"x": x})
+                await workflow.run()
+            app._engine.orchestrator.is_stopping = True
+            asyncio.get_running_loop().call_later(0.05, setattr, app._engine.orchestrator, "is_stopping", False)
+            workflow = client.create_workflow()
+            workflow.add_task(double, {"x": 2})
+            assert await (await workflow.run()).status() == "running"
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))

@@ -300,3 +300,84 @@ def test_the_scheduler_wakes_by_itself_when_its_machine_is_due() -> None:
         await asyncio.to_thread(scheduler.stop)
 
     play(scenario)
+
+
+class Recording(Scheduler):
+    """A machine that notes the threads on which it takes events, and how many it took."""
+
+    def __init__(self) -> None:
+        super().__init__("e")
+        self.taken: list[int] = []
+
+    def take(self, event: SchedulerEvent, now: float) -> None:
+        """Note the thread."""
+        self.taken.append(threading.get_ident())
+
+
+@pytest.mark.parametrize(("batches", "size", "is_here"), [(1, 1, True), (1, 64, True), (1, 65, False), (64, 1, True)])
+def test_few_events_are_taken_on_the_main_thread_and_many_on_the_other(batches: int, size: int, is_here: bool) -> None:
+    async def scenario(bus: MessageBus) -> None:
+        machine = Recording()
+        scheduler = SchedulerThread(machine, bus, unexpected)
+        scheduler.start()
+        try:
+            for _ in range(batches):
+                bus.post([event(number) for number in range(size)])
+            while len(machine.taken) < batches * size:
+                await asyncio.sleep(0)
+            threads = set(machine.taken)
+            assert (threads == {threading.get_ident()}) if is_here else (threads != {threading.get_ident()})
+        finally:
+            await asyncio.to_thread(scheduler.stop)
+
+    play(scenario)
+
+
+def test_events_beyond_those_of_a_pass_are_taken_after_it() -> None:
+    async def scenario(bus: MessageBus) -> None:
+        machine = Recording()
+        scheduler = SchedulerThread(machine, bus, unexpected)
+        scheduler.start()
+        try:
+            for _ in range(10):
+                bus.post([event(number) for number in range(60)])
+            async with asyncio.timeout(5):
+                while len(machine.taken) < 600:
+                    await asyncio.sleep(0.001)
+        finally:
+            await asyncio.to_thread(scheduler.stop)
+
+    play(scenario)
+
+
+def test_the_thread_repeats_a_pass_that_raised_on_the_main_thread(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduling, "PAUSES_S", (0.0, TIMEOUT_S))
+
+    class Broken(Recording):
+        """A machine that cannot tick."""
+
+        ticks: tuple[int, ...] = ()
+
+        def tick(self, now: float) -> list[SchedulerEffect]:
+            self.ticks = (*self.ticks, threading.get_ident())
+            raise AssertionError("a broken invariant")
+
+    async def scenario(bus: MessageBus) -> None:
+        machine, here = Broken(), threading.get_ident()
+        scheduler = SchedulerThread(machine, bus, lambda: None)  # It gives up when it is stopped.
+        scheduler.start()
+        bus.post([event(1)])
+        while len(machine.ticks) < 2:
+            await asyncio.sleep(0)
+        # The thread pauses now; the main thread leaves it alone.
+        bus.post([event(2)])
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert [thread == here for thread in machine.ticks] == [True, False]
+        await asyncio.to_thread(scheduler.stop)
+
+    play(scenario)
+    assert "could not place queued tasks, 1 times in a row" in caplog.text
+    assert "could not place queued tasks, 2 times in a row" in caplog.text

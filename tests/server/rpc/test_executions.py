@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -178,3 +179,28 @@ def test_a_server_that_stops_ends_streams_that_wait_for_nothing_at_once(has_run:
             serving.close()
             # A server waits for the calls that have not ended, to the end of its grace.
             assert (time.monotonic() - begun >= grace_s) is has_run
+
+
+def test_a_result_that_was_read_from_the_stream_makes_room_for_others() -> None:
+    with serving_aside(retained_runs=1) as address, calling(address) as caller:
+        stream = Stream(caller)
+        for number in range(3):
+            stream.run(number, run_id=f"r{number}")
+            stream.hear("accepted", "ended")
+        stream.hang_up()
+        assert list(stream.call) == []
+        listed = caller.workflows.ListRuns(workflow_pb2.ListRunsRequest()).runs
+        assert [shown.run_id for shown in listed] == ["r2"]
+
+
+def test_a_run_that_is_only_in_the_journal_is_found_by_the_stream(tmp_path: Path) -> None:
+    settings = {"journal": str(tmp_path), "stop_grace_s": 0.1}
+    for created in (True, False):
+        with serving_aside(NoWorkers(), **settings) as address, calling(address) as caller:
+            stream = Stream(caller)
+            stream.run(1, run_id="r")
+            (accepted,) = stream.hear("accepted")
+            assert accepted.accepted.created is created
+            caller.workflows.CancelRun(workflow_pb2.CancelRunRequest(run_id="r"))
+            (ended,) = stream.hear("ended")
+            assert ended.ended.run.state == run_pb2.RUN_STATE_CANCELLED
