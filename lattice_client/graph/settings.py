@@ -43,7 +43,7 @@ class TaskRunSettings(TypedDict, total=False):
         priority: of this tenant's queued tasks, those of higher priority start first.
         timeout: seconds after which the run fails.
         cancel_on_disconnect: whether the run is cancelled when this client is disconnected for a second, such as by the
-            end of its process, or when nothing refers to the run any more. A number is another time in seconds.
+            end of its process, or when Python has freed the run. A number is another time in seconds.
     """
 
     labels: Mapping[str, str] | None
