@@ -19,7 +19,7 @@ from lattice_server.core.scheduling.work import Task
 
 @dataclass(slots=True, eq=False)
 class Unclaimed:
-    """One such lease: its members by position, without those that have ended. It holds a permit of its key."""
+    """One such lease: its running members by position. It holds a permit of its key."""
 
     known: EarlierLease
     concurrency: Concurrency | None

@@ -106,7 +106,7 @@ class Waits:
                 self._placer.note_change()
 
     def of(self, lease_id: str) -> list[Wait]:
-        """Return what the attempt of a lease waits for."""
+        """Return the open waits of the attempt of a lease."""
         return list(self._open.get(lease_id, {}).values())
 
     def forget(self, lease: Lease) -> None:
