@@ -45,7 +45,7 @@ class PeerFetcher:
     async def start(self) -> None:
         """Tell the parent process where this node's store is, and read its answers."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
-        self._say(store=self._store_directory)
+        self._send(store=self._store_directory)
         self._reading = asyncio.create_task(self._listen(reader))
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class PeerFetcher:
             async with self._turns:
                 part.touch()
                 wanted = {"node": node_id, "artifact": path.name, "size": size_bytes, "part": str(part)}
-                self._say(id=number, **wanted, patience_s=self._patience_s)
+                self._send(id=number, **wanted, patience_s=self._patience_s)
                 await self._ended(answers)
             part.rename(path)
             self._shunned.pop(node_id, None)
@@ -103,14 +103,14 @@ class PeerFetcher:
                 answer = json.loads(line)
                 if (answers := self._answers.get(answer["id"])) is not None:
                     answers.put_nowait(answer)
-        self._hang_up()
+        self._fail_all()
 
-    def _hang_up(self) -> None:
+    def _fail_all(self) -> None:
         self._writer = None
         for answers in self._answers.values():
             answers.put_nowait({"end": "the parent process of the worker is gone"})
 
-    def _say(self, **words: Any) -> None:
+    def _send(self, **words: Any) -> None:
         if self._writer is None:
             raise PeerFetchError("the parent process of the worker is gone")
         self._writer.write(json.dumps(words).encode() + b"\n")
