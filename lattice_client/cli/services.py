@@ -70,7 +70,12 @@ def _pair(text: str) -> tuple[str, str]:
 @click.argument("name")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def start(server: Server, name: str, command: tuple[str, ...], **given: Any) -> None:
-    """Start a service from a command, in which {host} and {port} are replaced by its address."""
+    """Start a service from a command, in which {host} and {port} are replaced by its address.
+
+    Options stand before NAME. All words after NAME are the command, without quotes around it:
+
+        lattice services start files python -m http.server {port} --bind {host}
+    """
     wait, timeout = given.pop("wait"), given.pop("timeout")
     settings = settings_of(given)
     with connected(server) as client:
