@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 from lattice_server.core.environment import Variables
 from lattice_server.core.runtime import ANY_RUNTIME, Runtime
+from lattice_server.core.symbol import Symbol
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Artifact:
     node_id: str
 
 
-class Isolation(Enum):
+class Isolation(Symbol):
     """How strictly an attempt is isolated, from the weakest to the strictest."""
 
     NONE = "none"
@@ -126,7 +126,7 @@ class Capacity:
     async_slots: int = 4096
 
 
-class FailureKind(Enum):
+class FailureKind(Symbol):
     """The class of a failure, which retry policies name."""
 
     USER_ERROR = "user_error"
@@ -253,7 +253,7 @@ class Function:
     size_bytes: int = 0
 
 
-class BatchScope(Enum):
+class BatchScope(Symbol):
     """Which tasks may be in one batch."""
 
     SERVER = "server"
@@ -317,7 +317,7 @@ class TaskSpec:
     services: tuple[str, ...] = ()
 
 
-class FailurePolicy(Enum):
+class FailurePolicy(Symbol):
     """How a failed task affects the others."""
 
     FAIL_FAST = "fail_fast"

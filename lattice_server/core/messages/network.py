@@ -1,10 +1,11 @@
 """Owns the facts about the connections of sandboxed attempts to servers."""
 
 from dataclasses import dataclass
-from enum import Enum
+
+from lattice_server.core.symbol import Symbol
 
 
-class NetworkVerdict(Enum):
+class NetworkVerdict(Symbol):
     """What a worker decided about a connection; every value but `ALLOWED` is a refusal or a failure."""
 
     ALLOWED = "allowed"

@@ -1,9 +1,9 @@
 """Owns the questions to the scheduler about waiting tasks and nodes, and its answers."""
 
 from dataclasses import dataclass
-from enum import Enum
 
 from lattice_server.core.model import Capacity, NodeSpec
+from lattice_server.core.symbol import Symbol
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class NodesRequested(Query):
     """A caller asks for the nodes and their free resources; `NodesDescribed` answers."""
 
 
-class ReasonKind(Enum):
+class ReasonKind(Symbol):
     """The class of a reason to wait."""
 
     INPUT = "input"  # Another task has to succeed first.
@@ -71,7 +71,7 @@ class TaskExplained(Query):
     explanation: Explanation | None
 
 
-class NodeStatus(Enum):
+class NodeStatus(Symbol):
     """The condition of a node and its session, as callers see it."""
 
     READY = "ready"  # Accepts leases.

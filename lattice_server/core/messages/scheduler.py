@@ -57,13 +57,9 @@ SchedulerEvent = (
 )
 ToSession = LeaseEffect | SessionEffect | AnswerQuestion
 WorkerEffect = WelcomeWorker | ForgetSession | ToSession
-SchedulerEffect = (
-    TaskEvent
-    | TaskReturned
-    | TasksSpawned
-    | QuestionAsked
-    | TaskStreamed
-    | TaskAwaits
+ToRun = TaskEvent | TaskReturned | TasksSpawned | QuestionAsked | TaskAwaits  # To the machine of a run.
+PastRuns = (
+    TaskStreamed
     | TaskProgressed
     | WorkerEffect
     | Answer
@@ -72,3 +68,4 @@ SchedulerEffect = (
     | ServiceNeeded
     | AcknowledgeReports
 )
+SchedulerEffect = ToRun | PastRuns

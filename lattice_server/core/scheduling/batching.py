@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import Enum
 
 from lattice_server.core.model import BatchPolicy
+from lattice_server.core.symbol import Symbol
 
 
-class NameMatch(Enum):
+class NameMatch(Symbol):
     """How a rule's pattern is compared with a task's name."""
 
     EXACT = "exact"

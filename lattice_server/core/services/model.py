@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from enum import Enum
 
 from lattice_server.core.model import DEFAULT_RESOURCES, Resources
 from lattice_server.core.services.budgets import Limits
+from lattice_server.core.symbol import Symbol
 
 
-class Reach(Enum):
+class Reach(Symbol):
     """Who reaches an instance."""
 
     NODE = "node"  # Processes on its node.
@@ -61,7 +61,7 @@ class ServiceSpec:
     budget: Limits | None = None
 
 
-class FailureKind(Enum):
+class FailureKind(Symbol):
     """The class of the failure of an instance."""
 
     COMMAND_NOT_FOUND = "command_not_found"
@@ -108,7 +108,7 @@ class ServiceFailure:
     last_lines: tuple[str, ...] = ()
 
 
-class InstanceState(Enum):
+class InstanceState(Symbol):
     """The state of an instance."""
 
     QUEUED = "queued"  # Waits for a lease.
@@ -143,7 +143,7 @@ INSTANCE_TRANSITIONS: Mapping[InstanceState, Set[InstanceState]] = {
 WANTED_STATES = frozenset({InstanceState.QUEUED, InstanceState.STARTING, InstanceState.READY, InstanceState.UNHEALTHY})
 
 
-class ServiceState(Enum):
+class ServiceState(Symbol):
     """The state of a service, which follows from its instances."""
 
     STARTING = "starting"  # No instance is ready yet.
