@@ -1,7 +1,6 @@
 """Owns the facts about the connections of sandboxed attempts to servers."""
 
-from dataclasses import dataclass
-
+from lattice_server.core.frozen import frozen
 from lattice_server.core.symbol import Symbol
 
 
@@ -17,7 +16,7 @@ class NetworkVerdict(Symbol):
     MALFORMED = "malformed"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NetworkAccess:
     """The connections of an attempt to one server that ended with one verdict; `message` is the reason, for people.
 

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import BatchPolicy
 from lattice_server.core.symbol import Symbol
 
@@ -16,7 +17,7 @@ class NameMatch(Symbol):
     REGEX = "regex"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BatchRule:
     """A size and a wait that replace those of batched tasks whose name the pattern fits."""
 

@@ -1,8 +1,9 @@
 """Owns the data types of services and the states of instances. Rule: all are frozen, none decides."""
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import DEFAULT_RESOURCES, Resources
 from lattice_server.core.services.budgets import Limits
 from lattice_server.core.symbol import Symbol
@@ -15,7 +16,7 @@ class Reach(Symbol):
     CLUSTER = "cluster"  # Whoever reaches its node.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HealthCheck:
     """How an instance is checked: an HTTP path, or without one a connection to its port."""
 
@@ -25,7 +26,7 @@ class HealthCheck:
     failures: int = 3
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServiceSpec:
     """The definition of a service.
 
@@ -97,7 +98,7 @@ PERMANENT = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ServiceFailure:
     """Why an instance ended, with the last lines of its program."""
 
