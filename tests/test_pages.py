@@ -1,11 +1,12 @@
 """The pages name files, folders, headings, settings, flags and commands that exist, and the defaults of settings."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from click import Command, Context, Group
+from click import Command, Context, Group, Option
 
 from lattice_client.cli.main import main
 from lattice_server.config import ServerConfig
@@ -33,14 +34,19 @@ OTHER_FLAGS = {
 }
 
 
-def _flags(command: Command) -> set[str]:
-    """Return the long flags of a command and of the commands below it."""
-    found = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
-    below = command.list_commands(Context(command)) if isinstance(command, Group) else []
-    return found.union(*(_flags(made) for name in below if (made := command.get_command(Context(command), name))))
+def _commands(command: Command) -> Iterator[Command]:
+    """Yield a command and the commands below it."""
+    yield command
+    if isinstance(command, Group):
+        for name in command.list_commands(Context(command)):
+            made = command.get_command(Context(command), name)
+            assert made is not None
+            yield from _commands(made)
 
 
-FLAGS = _flags(main) | {"--help"}
+COMMANDS = list(_commands(main))
+OPTIONS = [option for command in COMMANDS for option in command.params if isinstance(option, Option)]
+FLAGS = {name for option in OPTIONS for name in option.opts if name.startswith("--")} | {"--help"}
 
 
 def _anchors(page: Path) -> set[str]:
@@ -71,6 +77,11 @@ def test_a_page_names_settings_with_their_defaults(page: Path) -> None:
 def test_a_page_names_flags_that_the_commands_have(page: Path) -> None:
     found = set(FLAG.findall(page.read_text()))
     assert found <= FLAGS | OTHER_FLAGS.get(str(page.relative_to(ROOT)), set())
+
+
+def test_every_command_and_option_has_a_help_text() -> None:
+    assert not [command.name for command in COMMANDS if not command.help]
+    assert not [option.opts for option in OPTIONS if not option.help]
 
 
 def test_the_page_of_the_command_line_lists_every_command() -> None:
