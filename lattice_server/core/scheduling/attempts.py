@@ -38,7 +38,7 @@ class Attempts:
         lease, task = found
         if event.item == 0:
             # An attempt cannot have run for longer than its worker had the lease.
-            self._placer.note_duration(task, min(max(0.0, event.duration_s), now - lease.sent_at))
+            self._placer.learn(task, min(max(0.0, event.duration_s), now - lease.sent_at))
         ended_at = lease.time_of(event.at, now)
         self._reports.end_member(lease, task, now)
         self._tasks.succeed(task, event, now, ended_at)

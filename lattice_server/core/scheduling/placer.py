@@ -84,7 +84,7 @@ class Placer:
         if lease.slot.concurrency is not None:
             self.queue.reopen(lease.slot.concurrency.key)
 
-    def note_duration(self, task: Task, duration_s: float) -> None:
+    def learn(self, task: Task, duration_s: float) -> None:
         """Note how long an attempt of a task ran."""
         self.note_change()
         self.pipeline.note_duration(task, duration_s)
