@@ -1,8 +1,10 @@
 """The pages name files, folders, headings, settings, flags and commands that exist, and the defaults of settings."""
 
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,11 @@ def _commands(command: Command) -> Iterator[Command]:
             yield from _commands(made)
 
 
-COMMANDS = list(_commands(main))
+# Commands of other packages are entry points.
+ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lattice.commands"]
+LOADED = {name: EntryPoint(name, value, "lattice.commands").load() for name, value in ENTRY_POINTS.items()}
+TOP = {**main.commands, **LOADED}
+COMMANDS = [main, *(command for top in TOP.values() for command in _commands(top))]
 OPTIONS = [option for command in COMMANDS for option in command.params if isinstance(option, Option)]
 FLAGS = {name for option in OPTIONS for name in option.opts if name.startswith("--")} | {"--help"}
 
@@ -87,7 +93,7 @@ def test_every_command_and_option_has_a_help_text() -> None:
 def test_the_page_of_the_command_line_lists_every_command() -> None:
     usage = (ROOT / "docs" / "cli.md").read_text().partition("```")[2].partition("```")[0]
     listed = [line for line in usage.splitlines() if line.startswith("lattice")]
-    assert {line.split()[1] for line in listed} == set(main.list_commands(Context(main)))
+    assert {line.split()[1] for line in listed} == TOP.keys()
 
 
 def test_the_checks_of_pages_find_the_settings_and_flags_of_the_pages() -> None:
