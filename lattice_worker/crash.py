@@ -80,7 +80,8 @@ class Suspects:
 
     def includes(self, assignment: worker_pb2.Assignment) -> bool:
         """Whether a lease has an attempt of a suspect."""
-        return any((attempt.run_id, attempt.task_id) in self._tasks for attempt in assignment.attempts)
+        known = self._tasks
+        return bool(known) and any((attempt.run_id, attempt.task_id) in known for attempt in assignment.attempts)
 
 
 def _how(status: int) -> str:
