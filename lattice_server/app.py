@@ -22,7 +22,7 @@ from lattice_server.garbage import GarbageCollection
 from lattice_server.rpc.convert.cluster import FEATURES, PROTOCOL_VERSION, limits_to_proto, usage_to_proto
 from lattice_server.rpc.convert.times import timestamp
 from lattice_server.secrets_file import read_secrets
-from lattice_server.tokens import Scope, credential, digest_of, follow, new_token, read_tokens
+from lattice_server.tokens import Scope, credential, digest_of, new_token, read_tokens, reload_on_change
 
 log = logging.getLogger(__name__)
 
@@ -94,12 +94,12 @@ class App:
         found = [self._engine.sessions.watch(self.config.heartbeat_interval_s)]
         if self._authentication is not None and self.config.tokens_file:
             path = Path(self.config.tokens_file)
-            found.append(follow(path, "--tokens-file", read_tokens, self._authentication.replace))
+            found.append(reload_on_change(path, "--tokens-file", read_tokens, self._authentication.replace))
         if self.config.secrets_file:
             replace = self._engine.orchestrator.requirements.secrets.replace
-            found.append(follow(Path(self.config.secrets_file), "--secrets", read_secrets, replace))
+            found.append(reload_on_change(Path(self.config.secrets_file), "--secrets", read_secrets, replace))
         if self._rpc.certificates is not None:
-            found.append(self._rpc.certificates.follow())
+            found.append(self._rpc.certificates.reload_on_change())
         self._background += map(asyncio.create_task, found)
 
     def _is_idle(self) -> bool:

@@ -164,7 +164,7 @@ def tell(room: str) -> str:
     raise ValueError(f"refused: {value}")
 
 
-def test_no_secret_is_in_what_the_server_keeps_shows_or_writes(
+def test_server_stores_shows_and_writes_no_secret(
     server: Server, search: LatticeClient, room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UNTOLD", UNTOLD)
