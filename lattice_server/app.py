@@ -69,10 +69,13 @@ class App:
         Raises PortInUseError, ExecutorError, TelemetryError, after stopping the started parts.
         """
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        # Before the runs of the journal are made: full collections would look through all that are made by then.
+        self._garbage.start()
         try:
             self._engine.restore()
             port = await self._rpc.start()
         except BaseException:
+            self._garbage.stop()
             self._engine.close()
             raise
         self.address = self.config.address(port)
@@ -86,7 +89,6 @@ class App:
         except BaseException:
             await self.stop()
             raise
-        self._garbage.start()
         await self._rpc.set_serving(True)
 
     def _start_background(self) -> None:

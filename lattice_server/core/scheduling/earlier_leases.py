@@ -105,8 +105,7 @@ class EarlierLeases:
     def _take_out(self, lease: Unclaimed) -> None:
         del self._leases[lease.known.lease_id]
         self._deadlines.discard(lease)
-        self._placer.permits.release(lease.concurrency)
-        self._placer.note_change()
+        self._placer.release_permit(lease.concurrency)
         for task in lease.members.values():
             del self._of[task]
 

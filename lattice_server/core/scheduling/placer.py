@@ -84,6 +84,13 @@ class Placer:
         if lease.slot.concurrency is not None:
             self.queue.reopen(lease.slot.concurrency.key)
 
+    def release_permit(self, held: Concurrency | None) -> None:
+        """Release the permit of a lease of an earlier life of the server."""
+        self.note_change()
+        self.permits.release(held)
+        if held is not None:
+            self.queue.reopen(held.key)
+
     def learn(self, task: Task, duration_s: float) -> None:
         """Note how long an attempt of a task ran."""
         self.note_change()
