@@ -1,12 +1,10 @@
 """Budgets of models: requests beyond a provider's limit wait at the gateways, of all tasks, tenants and nodes."""
 
 import asyncio
-import json
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -14,77 +12,8 @@ from click.testing import CliRunner
 
 from lattice_client import LatticeClient, TaskDefinitionError, context, secret, task
 from lattice_client.cli.main import main
+from tests.e2e.providers import Provider
 from tests.e2e.rooms import WAIT_S
-
-
-class Provider(ThreadingHTTPServer):
-    """A provider that takes so many requests, and tokens, in any window of time, and refuses the others."""
-
-    request_queue_size = 1024
-    daemon_threads = True
-
-    def __init__(self, window_s: float, requests: int, tokens: int = 1 << 30, delay_s: float = 0.0) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.window_s, self.requests, self.tokens, self.delay_s = window_s, requests, tokens, delay_s
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        self.taken: list[tuple[float, str]] = []
-        self.statuses: Counter[int] = Counter()
-        self.next_refusals: deque[str] = deque()  # Their `Retry-After`.
-        self.at_once = self.most_at_once = 0
-        self._counted: deque[tuple[float, int]] = deque()
-        self._lock = threading.Lock()
-
-    def take(self, key: str, tokens: int) -> tuple[int, dict[str, str]]:
-        """Count a request; return the status of its answer, and headers."""
-        with self._lock:
-            now = time.monotonic()
-            while self._counted and self._counted[0][0] <= now - self.window_s:
-                self._counted.popleft()
-            used = sum(count for _, count in self._counted)
-            status, headers = 200, {}
-            if self.next_refusals:
-                status, headers = 429, {"retry-after": self.next_refusals.popleft()}
-            elif len(self._counted) >= self.requests or used + tokens > self.tokens:
-                status = 429
-            else:
-                self._counted.append((now, tokens))
-                self.taken.append((now, key))
-            self.statuses[status] += 1
-            return status, headers
-
-    def count(self, change: int) -> None:
-        """Count the requests at one time."""
-        with self._lock:
-            self.at_once += change
-            self.most_at_once = max(self.most_at_once, self.at_once)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers one request with its number of tokens: those of the prompt, and as many as it asks for."""
-
-    protocol_version = "HTTP/1.1"
-    server: Provider
-
-    def do_POST(self) -> None:
-        """Answer, or refuse."""
-        self.server.count(1)
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        prompt, output = len(body["prompt"].split()), body["tokens"]
-        status, headers = self.server.take(self.headers["authorization"], prompt + output)
-        usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-        choice = {"index": 0, "text": "x", "finish_reason": "stop"}
-        answer = {"choices": [choice], "usage": usage} if status == 200 else {"error": {"code": "rate_limit_exceeded"}}
-        data = json.dumps(answer).encode()
-        time.sleep(self.server.delay_s)
-        self.server.count(-1)
-        self.send_response(status)
-        for name, value in {**headers, "content-type": "application/json", "content-length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Write no line for each request."""
 
 
 @pytest.fixture

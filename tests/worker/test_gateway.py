@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lattice_worker.gateway.permits import Permits
 from lattice_worker.gateway.proxy import Proxy
 from lattice_worker.gateway.refusals import Refusal, is_limit, retry_after_s
-from lattice_worker.gateway.routing import Routing
+from lattice_worker.gateway.routing import Routing, Target
 from lattice_worker.gateway.stream import Watch
 from lattice_worker.gateway.usage import Estimates, Usage
 
@@ -63,21 +63,29 @@ def test_stream_of_other_forms_is_complete_when_it_says_so(sent: bytes, is_compl
     assert watch.is_complete is is_complete
 
 
-def test_routing_chooses_the_instance_with_the_fewest_requests() -> None:
+def chosen(routing: Routing, without: Sequence[str] = ()) -> str:
+    found = routing.choose(SERVICE, without)
+    assert found is not None
+    return found.instance_id
+
+
+def test_routing_chooses_the_instance_with_the_fewest_requests_and_of_equal_ones_that_of_its_node() -> None:
     routing = Routing()
     assert routing.choose(SERVICE) is None
-    route = {"model": "m", "key": "", "replicas": {"a": "h:1", "b": "h:2"}, "is_away": False}
+    route = {"model": "m", "key": "", "replicas": {"a": "h:1"}, "remote": {"b": ["h:2", "gateway-2"]}}
     routing.update({SERVICE: route})
+    assert routing.choose(SERVICE) == Target("a", "h:1")
     routing.begin("a")
-    assert routing.choose(SERVICE) == ("b", "h:2")
+    assert routing.choose(SERVICE) == Target("b", "h:2", "gateway-2")
     routing.begin("b")
+    assert chosen(routing) == "a"
     routing.begin("b")
-    assert routing.choose(SERVICE) == ("a", "h:1")
-    assert routing.choose(SERVICE, ["a"]) == ("b", "h:2")
+    assert chosen(routing) == "a"
+    assert chosen(routing, ["a"]) == "b"
     assert routing.choose(SERVICE, ["a", "b"]) is None
     routing.end("b")
     routing.end("b")
-    assert routing.choose(SERVICE) == ("b", "h:2")
+    assert chosen(routing) == "b"
 
 
 Engine = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -129,7 +137,7 @@ class World:
         for number, engine in enumerate(engines):
             runner, replicas[f"tiny-{number}"] = await _listening(engine)
             self.runners.append(runner)
-        self.routing.update({SERVICE: {"model": "real", "key": key, "replicas": replicas, "is_away": False}})
+        self.routing.update({SERVICE: {"model": "real", "key": key, "replicas": replicas}})
         runner, address = await _served(self.proxy.application())
         self.runners.insert(0, runner)
         return f"http://{address}/v1"
