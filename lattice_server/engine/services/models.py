@@ -58,12 +58,10 @@ class Models:
     def _tell_key(self, question: QuestionAsked) -> None:
         """Tell a gateway what a key is for, if the attempt is on its node, or on that of the gateway that passed it."""
         content = answers.content_of(question)
-        grant = self._keys.find(str(content.get("key", "")))
-        node_id: str | None = self._gateways.node_of(question)
-        if passed_by := str(content.get("gateway", "")):
-            node_id = self._gateways.node_named(passed_by)
-        is_known = grant is not None and grant.node_id == node_id
-        value = {"service": key_of(grant.service, grant.tenant)} if grant is not None and is_known else {}
+        passed_by = str(content.get("gateway", ""))
+        node_id = self._gateways.node_named(passed_by) if passed_by else self._gateways.node_of(question)
+        grant = self._keys.find(str(content.get("key", "")), node_id)
+        value = {} if grant is None else {"service": key_of(grant.service, grant.tenant)}
         self._orchestrator.answer(answers.answered(question, value))
 
     def waits(self, question: QuestionAsked) -> bool:
