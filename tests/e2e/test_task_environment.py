@@ -12,8 +12,10 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from lattice_client import InvalidArgumentError, LatticeClient, TaskDefinitionError, TaskFailedError, secret, task
+from lattice_client.cli.main import main
 from tests.e2e.conftest import LATTICE
 from tests.e2e.net import starting
 from tests.e2e.rooms import WAIT_S, Room, enter, entered
@@ -233,17 +235,53 @@ def test_a_wrong_environment_is_refused() -> None:
             task(env=env)(look.function)  # type: ignore[arg-type]  # as a caller without a type checker
 
 
-@pytest.mark.timeout(120)
-def test_a_run_whose_secret_is_gone_with_the_server_fails_typed(
+@task(cpu=0.1, env={"KEY": secret("CANARY")})
+def look_or_fail(folder: str) -> str:
+    if not (Path(folder) / "works").exists():
+        raise ValueError("it does not work yet")
+    return os.environ["KEY"]
+
+
+def test_a_retried_run_has_its_secrets_from_the_client_that_retries_it(
+    server: Server, search: LatticeClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = search.create_workflow()
+    workflow.add_task(look_or_fail, {"folder": str(tmp_path)})
+    run = workflow.run()
+    with pytest.raises(TaskFailedError, match="not work yet"):
+        run.result(timeout=WAIT_S)
+    (tmp_path / "works").touch()
+    with LatticeClient(server.address, tenant="search") as other:
+        # Of its own accord a client sends no variable that somebody else's run names.
+        with pytest.raises(InvalidArgumentError, match="CANARY again"):
+            other.retry_run(str(run))
+        with pytest.raises(TaskDefinitionError, match="NO_SUCH"):
+            other.retry_run(str(run), secrets=["NO_SUCH"])
+        assert other.retry_run(str(run), secrets=["CANARY"]).result(timeout=WAIT_S) == {"result": CANARY}
+    with LatticeClient(server.address, tenant="search", env={"OTHER": secret("CANARY")}) as other:
+        assert other.retry_run(str(run)).result(timeout=WAIT_S) == {"result": CANARY}
+    again = run.retry()
+    assert again.result(timeout=WAIT_S) == {"result": CANARY}
+    # Tasks whose results are taken over need none.
+    monkeypatch.delenv("CANARY")
+    assert again.retry().result(timeout=WAIT_S) == {"result": CANARY}
+    shown = CliRunner(env={"LATTICE_TARGET": server.address}).invoke(
+        main, ["runs", "retry", "--secret", "NO_SUCH", "x"]
+    )
+    assert "NO_SUCH" in shown.output
+
+
+@task(cpu=0.1)
+def stay(room: str) -> str:
+    enter(room, "stay")
+    return "KEY"
+
+
+@pytest.mark.timeout(180)
+def test_a_run_that_lost_its_secret_with_the_server_gets_it_by_a_repeated_start_or_fails_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: Room
 ) -> None:
     monkeypatch.setenv("CANARY", CANARY)
-
-    @task(cpu=0.1)
-    def stay(room: str) -> str:
-        enter(room, "stay")
-        return room
-
     head = Head(tmp_path / "journal")
     head.start()
     try:
@@ -253,12 +291,17 @@ def test_a_run_whose_secret_is_gone_with_the_server_fails_typed(
             workflow.add_task(
                 task(env={"KEY": secret("CANARY")})(look.function), {"names": [first.output]}, task_id="k"
             )
-            run = workflow.run()
-            entered(run, "stay")
+            lost, repeated = workflow.run("lost"), workflow.run("repeated")
+            entered(lost, "stay")
+            entered(repeated, "stay")
             head.restart()
+            assert str(workflow.run("repeated")) == "repeated"
             room.open()
+            assert client.get_run("repeated").result(timeout=WAIT_S) == {"result": {"KEY": CANARY}}
             with pytest.raises(TaskFailedError) as caught:
-                client.get_run(str(run)).result(timeout=WAIT_S)
+                client.get_run("lost").result(timeout=WAIT_S)
             assert caught.value.kind == "SECRET_MISSING"
+            found = client.retry_run("lost", secrets=["CANARY"]).result(timeout=WAIT_S)
+            assert found == {"result": {"KEY": CANARY}}
     finally:
         head.stop()
