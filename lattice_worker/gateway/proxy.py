@@ -213,7 +213,7 @@ class Proxy:
         try:
             async with self._client.post(target.url(request.path_qs), json=body, headers=headers, **secured) as answer:
                 if answer.ok:
-                    sent.note_answer()
+                    sent.note_answer(answer.headers)
                 # The task gets a provider's answer as it is, with the time after which it may retry.
                 if answer.status in ELSEWHERE and not target.is_outside:
                     raise _Elsewhere(f"{instance_id} answered with {answer.status}")

@@ -31,6 +31,7 @@ class Provider(ThreadingHTTPServer):
         self.taken: list[tuple[float, str]] = []
         self.statuses: Counter[int] = Counter()
         self.next_refusals: deque[str] = deque()  # Their `Retry-After`.
+        self.elsewhere: int | None = None  # How many requests of a window others use, if it tells what is left.
         self.at_once = self.most_at_once = 0
         self._counted: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
@@ -45,11 +46,15 @@ class Provider(ThreadingHTTPServer):
             status, headers = 200, {}
             if self.next_refusals:
                 status, headers = 429, {"retry-after": self.next_refusals.popleft()}
-            elif len(self._counted) >= self.requests or used + tokens > self.tokens:
+            elif len(self._counted) >= self.requests - (self.elsewhere or 0) or used + tokens > self.tokens:
                 status = 429
             else:
                 self._counted.append((now, tokens))
                 self.taken.append((now, key))
+            if self.elsewhere is not None:
+                left = max(0, self.requests - self.elsewhere - len(self._counted))
+                headers["x-ratelimit-remaining-requests"] = str(left)
+                headers["x-ratelimit-reset-requests"] = f"{self.window_s:g}s"
             self.statuses[status] += 1
             return status, headers
 

@@ -14,6 +14,7 @@ from lattice_client import LatticeClient, TaskDefinitionError, context, secret, 
 from lattice_client.cli.main import main
 from tests.e2e.providers import Provider
 from tests.e2e.rooms import WAIT_S
+from tests.e2e.test_services import until
 
 
 @pytest.fixture
@@ -70,6 +71,13 @@ def run_many(client: LatticeClient, tasks: int, **inputs: Any) -> Counter[int]:
     return Counter(status for one in answers for status in one)
 
 
+def check_use(client: LatticeClient, permitted: int) -> None:
+    """Check the use of the model, once the ends of its last requests are reported."""
+    until(lambda: not client.services.get("gpt").budget_use.open, "all requests have ended")
+    use = client.services.get("gpt").budget_use
+    assert (use.permitted, use.refused, use.waiting) == (permitted, 0, 0)
+
+
 def test_hundreds_of_requests_of_many_tasks_get_no_refusal(
     models: LatticeClient, provide: Callable[..., Provider]
 ) -> None:
@@ -77,8 +85,7 @@ def test_hundreds_of_requests_of_many_tasks_get_no_refusal(
     models.llm.start("gpt", base_url=provider.url, requests_per_minute=4500, limit_window=2.0)
     assert run_many(models, 16, count=25) == {200: 400}
     assert provider.statuses == {200: 400}
-    use = models.services.get("gpt").budget_use
-    assert (use.permitted, use.refused, use.open, use.waiting) == (400, 0, 0, 0)
+    check_use(models, 400)
 
 
 def test_tokens_are_estimated_and_replaced_by_those_that_were_used(
@@ -110,6 +117,20 @@ def test_time_of_a_refusal_stops_all_requests_and_no_task_sees_it(
     assert provider.statuses == {200: 9, 429: 1}
     assert min(at for at, _ in provider.taken) >= began + 1.0
     assert models.services.get("gpt").budget_use.refused == 1
+
+
+@pytest.mark.parametrize("elsewhere", [12, 0])
+def test_limits_that_a_provider_tells_hold_where_its_key_is_used_elsewhere_too(
+    models: LatticeClient, provide: Callable[..., Provider], elsewhere: int
+) -> None:
+    provider = provide(2.0, 20)
+    provider.elsewhere = elsewhere
+    models.llm.start("gpt", base_url=provider.url, requests_per_minute=600, limit_window=2.0)
+    assert run_many(models, 1, count=1) == {200: 1}
+    assert run_many(models, 1, count=15) == {200: 15}
+    # None is refused; with 8 requests in a window for us the last ones wait for the next window.
+    assert provider.statuses == {200: 16}
+    assert (provider.taken[-1][0] > provider.taken[0][0] + 2.0) is (elsewhere > 0)
 
 
 def test_budget_is_shown_and_wrong_ones_are_refused(

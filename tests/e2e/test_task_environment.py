@@ -146,6 +146,41 @@ def test_a_secret_of_the_server_is_for_its_tenant_only(server: Server, search: L
             again.run_task(look, {"names": ["KEY"]})
 
 
+OF_SERVER = {"LANG": "C.UTF-8", "TZ": "UTC", "PROVIDER_KEY": "x", "LATTICE_OWN": "y", "HOME": "/"}
+OF_EACH_TASK = {"PATH", "LANG", "TZ", "LATTICE_WORKER_ID", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HOME"}
+OF_SANDBOXES = {"TMPDIR", "USER", "LOGNAME"}
+THREADS = {f"{library}_NUM_THREADS" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+
+
+def test_a_task_has_the_variables_that_its_documentation_names(short_path: Path) -> None:
+    env = OF_SERVER | {"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(short_path)}
+    command = [LATTICE, "start", "--head", "--port", "0", "--executor", "local", "--num-cpus", "1"]
+    with starting("local"):
+        server = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        assert server.stdout is not None
+        address = server.stdout.readline().strip().rpartition(" ")[2]
+
+    def variables() -> dict[str, str]:
+        return dict(os.environ)
+
+    try:
+        with LatticeClient(address) as client:
+            found = {
+                level: client.run_task(task(isolation=level)(variables), {})["result"]
+                for level in ("none", "subprocess", "seccomp")
+            }
+    finally:
+        server.terminate()
+        server.wait(30)
+    # gRPC's is a setting of the worker's own.
+    of_worker = {"PROVIDER_KEY", "XDG_RUNTIME_DIR", "GRPC_VERBOSITY"}
+    assert found["none"].keys() == OF_EACH_TASK | {"LATTICE_TARGET"} | of_worker
+    assert (found["none"]["LATTICE_TARGET"], found["none"]["CUDA_VISIBLE_DEVICES"]) == (address, "")
+    for level in ("subprocess", "seccomp"):
+        assert found[level].keys() == OF_EACH_TASK | OF_SANDBOXES | THREADS
+        assert (found[level]["USER"], found[level]["OMP_NUM_THREADS"]) == ("task", "1")
+
+
 @task(cpu=0.1, env={"KEY": secret("UNTOLD"), "SERVERS": secret("untold")})
 def tell(room: str) -> str:
     import base64
