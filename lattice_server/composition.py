@@ -36,6 +36,7 @@ from lattice_server.engine.store_folder import SOCKET
 from lattice_server.engine.usage import Bound, Usage
 from lattice_server.engine.workflow_restorer import restore_workflows
 from lattice_server.engine.workflow_store import WorkflowStore
+from lattice_server.executors.bind_address import address_for_others
 from lattice_server.journal.sqlite import SqliteSettings, open_sqlite
 from lattice_server.journal.sqlite_database import Sync
 from lattice_server.rpc.artifacts import ArtifactServicer
@@ -115,7 +116,8 @@ class Engine:
         if config.secrets_file:
             self.orchestrator.requirements.secrets.replace(read_secrets(Path(config.secrets_file)))
         functions = function_of_worker(INSTANCE), function_of_worker(GATEWAY)
-        self.services = Services(self.orchestrator, *functions, self.bus.post)
+        interface = address_for_others(config.node_ip or config.host)
+        self.services = Services(self.orchestrator, *functions, self.bus.post, interface)
         self.scheduler = SchedulerThread(
             Scheduler(self.epoch, config.session_ttl_s, config.limits), self.bus, on_failure
         )

@@ -24,6 +24,7 @@ from tests.e2e.test_cluster import (
     stay,
     wait_and_measure,
 )
+from tests.e2e.test_llm_cluster import check_budget_of_two_nodes, check_model_of_another_node
 
 READY = cluster_pb2.NODE_STATE_READY
 PAGE = Path(__file__).parent.parent.parent / "docs" / "cluster.md"
@@ -261,3 +262,9 @@ def test_machines_join_again_when_the_head_restarts(two: Cluster, room: Room) ->
     assert passed_on(two, "head").result(timeout=WAIT_S) == {"result": MANY_BYTES}
     assert two.head.sent_bytes(PORT) - sent < MANY_BYTES / 10
     assert two.head.carried_bytes() - carried > MANY_BYTES
+
+
+def test_tasks_on_two_nodes_use_a_model_of_one_and_share_a_budget(two: Cluster) -> None:
+    check_model_of_another_node(two)
+    two.client.services.stop("tiny", timeout=WAIT_S)
+    check_budget_of_two_nodes(two)
