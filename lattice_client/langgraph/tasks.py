@@ -9,6 +9,7 @@ from typing import Any
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph._internal._runnable import RunnableCallable
 
+from lattice_client.langgraph.reductions import STUB
 from lattice_client.langgraph.stubs import Runner
 
 CALL = "__pregel_call"
@@ -26,8 +27,15 @@ def with_task_stubs(node: Any, runner: Runner) -> Any:
 
 
 def _calling(function: Any, runner: Runner) -> Any:
+    """Return a function whose tasks are stubs. In the code of a node, it is the function itself."""
     if function is None:
         return None
+    found: Any = _calling_tasks(function, runner)
+    setattr(found, STUB, function)
+    return found
+
+
+def _calling_tasks(function: Any, runner: Runner) -> Any:
     if inspect.iscoroutinefunction(function):
 
         async def coroutine(*args: Any, **kwargs: Any) -> Any:
