@@ -5,7 +5,8 @@ Reducers, edges, commands, checkpoints, retries, caching and the loop itself are
 
 import copy
 import functools
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ MAX_THREADS = 256
 Settings = Mapping[str, Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """Which nodes run where. `used` are the names that the graph has."""
 
@@ -92,7 +93,7 @@ def _swapped(runner: Runner, graph: Any, plan: Plan, prefix: str) -> Any:
     """Return a copy of a compiled graph whose nodes are stubs."""
     found = copy.copy(graph)
     if not hasattr(graph, "builder"):  # an entrypoint
-        found.nodes = {name: with_task_stubs(node, runner) for name, node in graph.nodes.items()}
+        found.nodes = {name: with_task_stubs(node, runner, plan) for name, node in graph.nodes.items()}
         return found
     found.nodes = {name: _node(runner, name, node, plan, prefix) for name, node in graph.nodes.items()}
     return found
@@ -266,7 +267,12 @@ def _within(invocation: Invocation, source: Iterator[Any]) -> Iterator[Any]:
                 current.reset(token)
             yield item
     finally:
-        source.close()  # type: ignore[attr-defined]
+        close: Callable[[], None] = source.close  # type: ignore[attr-defined]
+        if invocation.must_not_wait:
+            # It waits for its nodes, which end with the run.
+            threading.Thread(target=close, name="lattice-close", daemon=True).start()
+        else:
+            close()
 
 
 async def _within_async(invocation: Invocation, source: AsyncIterator[Any]) -> AsyncIterator[Any]:

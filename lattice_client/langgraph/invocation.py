@@ -190,6 +190,11 @@ class Invocation:
         except LatticeError:
             pass  # the calls of the run have raised it, or it concerns nothing that anyone waits for
 
+    @property
+    def must_not_wait(self) -> bool:
+        """Whether this thread must not wait for the run: the collector may end a forgotten generator in any thread."""
+        return self._loop.is_here
+
     def end(self) -> "Future[Any]":
         """End the run, from any thread; the future is done when it has ended."""
         return self._loop.submit(self.close())

@@ -29,6 +29,11 @@ class Loop:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is its thread, which must not wait for itself."""
+        return threading.current_thread() is self._thread
+
     def started(self) -> asyncio.AbstractEventLoop:
         """Return the loop, which runs."""
         with self._lock:

@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
@@ -24,6 +24,21 @@ from lattice_client.sync import LatticeClient
 
 # Each invocation of an entrypoint may define new `@task` functions.
 MAX_TASKS = 1024
+
+
+class TaskPlan(Protocol):
+    """Which `@task` functions of an entrypoint run where. `used` are the names that the graph has."""
+
+    @property
+    def local(self) -> frozenset[str]:
+        """The names of those that stay in the process of the graph."""
+
+    @property
+    def used(self) -> set[str]:
+        """The names that the graph has."""
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return the options of the task of a name."""
 
 
 class Runner:
@@ -103,15 +118,16 @@ class Runner:
         setattr(stub, STUB, original)
         return stub
 
-    def task_stub(self, function: Any) -> Any:
+    def task_stub(self, function: Any, plan: TaskPlan | None = None) -> Any:
         """Return the stub of a `@task`'s function, the same for the same function. Raises TaskDefinitionError."""
         is_stub = getattr(function, "__dict__", {}).get(STUB) is not None
-        return function if is_stub or not callable(function) else self._stub_of_task(function)
+        key: Any = plan
+        return function if is_stub or not callable(function) else self._stub_of_task(function, key)
 
-    def _new_task_stub(self, function: Any) -> Any:
+    def _new_task_stub(self, function: Any, plan: TaskPlan | None) -> Any:
         name = name_of(function)
         captures.check(function, f"task {name!r}")
-        return self.stub(function, name, {})
+        return self.stub(function, name, {} if plan is None else plan.settings(name))
 
 
 @contextmanager
@@ -120,7 +136,9 @@ def own(invocation: Invocation) -> Iterator[Invocation]:
     try:
         yield invocation
     finally:
-        invocation.end().result()
+        ending = invocation.end()
+        if not invocation.must_not_wait:
+            ending.result()
 
 
 async def ended_async(invocation: Invocation) -> None:

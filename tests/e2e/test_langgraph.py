@@ -18,6 +18,7 @@ import pytest
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
 from langgraph.pregel._loop import PregelLoop
 from langgraph.runtime import Runtime
@@ -25,7 +26,7 @@ from langgraph.store.base import BaseStore
 from langgraph.store.memory import InMemoryStore
 from langgraph.types import Command, Send, interrupt
 
-from lattice_client import LangGraphClient, LatticeClient, TaskDefinitionError
+from lattice_client import LangGraphClient, LatticeClient, RequestError, RunCancelledError, TaskDefinitionError
 from lattice_client.runs.open_run import AsyncOpenRun
 from tests.e2e.graphs import control, reaching
 from tests.e2e.graphs.control import QuotaError
@@ -338,10 +339,8 @@ def words_of(name: str) -> Any:
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_an_ended_invocation_is_forgotten(is_async: bool, local: str) -> None:
-    graph = graph_of(words_of("first"))
-    graph.add_edge(START, "first")
     with LangGraphClient(local) as lattice:
-        app = lattice.compile(graph)
+        app = lattice.compile(graph_of_first())
         for _ in range(2):
             asyncio.run(app.ainvoke(given())) if is_async else app.invoke(given())
         gc.collect()
@@ -362,3 +361,66 @@ def test_compile_refuses_a_node_that_changes_what_it_captures(local: str) -> Non
             lattice.compile(graph)
         lattice.compile(graph, local=["sees"]).invoke(given("x"))
     assert seen == ["x"]
+
+
+@task
+def sends(word: str) -> tuple[str, int]:
+    return word, os.getpid()
+
+
+def test_tasks_of_an_entrypoint_have_options_and_may_stay_here(local: str, client_of_local: LatticeClient) -> None:
+    seen: list[str] = []
+
+    @task(name="records")
+    def records(word: str) -> int:
+        seen.append(word)
+        return os.getpid()
+
+    def body(word: str) -> Any:
+        return sends(word).result(), records(word).result()
+
+    with LangGraphClient(local) as lattice:
+        with pytest.raises(TaskDefinitionError, match="no node 'send'; its nodes and tools: records, sends"):
+            lattice.compile(entrypoint()(body), local=["send"])
+        with pytest.raises(TaskDefinitionError, match="task 'records' cannot run on Lattice: its code changes seen"):
+            lattice.compile(entrypoint()(body)).invoke("a")
+        app = lattice.compile(entrypoint()(body), local=["records"], resources={"sends": {"cpu": 0.25}})
+        (word, elsewhere), here = app.invoke("b")
+        assert (word, seen) == ("b", ["b"])
+        assert elsewhere != here == os.getpid()
+        assert [sent.function_name for sent in client_of_local.run_graph(app.last_run_id)] == ["sends"]
+        too_large = lattice.compile(entrypoint()(body), local=["records"], resources={"sends": {"cpu": 100_000}})
+        with pytest.raises(RequestError, match="100000"):
+            too_large.invoke("c")
+
+
+def test_a_forgotten_stream_ends_in_the_thread_of_the_streams(
+    local: str, client_of_local: LatticeClient, room: Room
+) -> None:
+    def waits(state: State) -> dict[str, Any]:
+        enter(room, "waits")
+        return {}
+
+    graph = graph_of(words_of("first"), waits)
+    graph.add_edge(START, "first")
+    graph.add_edge(START, "waits")
+    with LangGraphClient(local) as lattice:
+        app = lattice.compile(graph)
+        held = [app.stream(given())]
+        assert next(held[0]) == {"first": {"words": ["first"]}}
+        # As when the collector runs there.
+        lattice._loop.call(held.clear)
+        run_id = lattice._loop.submit(noted(app)).result(30)
+        with pytest.raises(RunCancelledError):
+            client_of_local.get_run(run_id).result(timeout=30)
+        assert lattice.compile(graph_of_first()).invoke(given())["words"] == ["first"]
+
+
+async def noted(app: Any) -> str:
+    return str(app.last_run_id)
+
+
+def graph_of_first() -> Any:
+    graph = graph_of(words_of("first"))
+    graph.add_edge(START, "first")
+    return graph
