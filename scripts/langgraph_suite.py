@@ -61,9 +61,9 @@ class Suite:
         """Return `Runner.task_stub` for which a `@task` that cannot run on Lattice stays in this process."""
         from lattice_client import TaskDefinitionError
 
-        def task_stub(runner: Any, function: Any) -> Any:
+        def task_stub(runner: Any, function: Any, *more: Any) -> Any:
             try:
-                return stub_of(runner, function)
+                return stub_of(runner, function, *more)
             except TaskDefinitionError as error:
                 self._refused.append(str(error))
                 return function

@@ -132,7 +132,7 @@ def test_a_call_that_is_cancelled_at_once_ends() -> None:
         before.cancel()  # before it began
         loop.call(before.begin)
         after = Started(loop, ended.append, drive, "node")
-        loop.call(lambda: (after.begin(), after.cancel()))  # before its first step
+        loop.call(lambda: (loop.call(after.begin), after.cancel()))  # before its first step
         loop.submit(settled()).result(10)
         loop.submit(settled()).result(10)
         first, second = ended

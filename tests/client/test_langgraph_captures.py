@@ -136,6 +136,14 @@ def _closures() -> None:
         return seen
 
     @keeps
+    def has_an_inner_function_with_the_name(state: Any) -> Any:
+        def inner(seen: list[Any]) -> None:
+            seen.append(state)
+
+        inner([])
+        return seen
+
+    @keeps
     def changes_its_argument(state: Any) -> Any:
         state["seen"].append(len(seen))
         return state
