@@ -45,7 +45,7 @@ CONFIG_HELP = "A TOML file with limits, batching rules and bounds; see docs/sche
     type=click.Choice(["ray", "local"]),
     default="ray",
     show_default=True,
-    help="What starts workers: Ray, or the server itself, on this machine.",
+    help="Have Ray start the workers, or the server itself, on this machine.",
 )
 @click.option("--node-ip", metavar="ADDRESS", help="The address Ray listens on; by default that of the server.")
 @click.option("--ray-address", metavar="HOST:PORT", help="Place workers in this Ray cluster instead of starting Ray.")

@@ -42,7 +42,11 @@ def resource_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label that the node must have."),
         click.option(
-            "--reach", type=REACH, default="node", show_default=True, help="Who may call it: tasks of its node, or all."
+            "--reach",
+            type=REACH,
+            default="node",
+            show_default=True,
+            help="The tasks that reach it: those of its node, or all.",
         ),
         click.option("--wait/--no-wait", default=True, help="Wait until an instance is ready."),
         click.option("--timeout", type=amount, help="Seconds to wait at most."),
