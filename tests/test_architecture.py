@@ -24,7 +24,7 @@ LONG_CLASSES: set[str] = {
 LONG_FUNCTIONS: set[str] = {"lattice_server.rpc.request_deserializer:_scan"}
 CYCLIC: set[str] = set()
 # Of a package one module imports each of these libraries, except as listed.
-LIBRARIES = ("cloudpickle", "networkx", "opentelemetry", "ray")
+LIBRARIES = ("cloudpickle", "opentelemetry", "ray")
 SEVERAL_IMPORTERS: set[str] = {
     "lattice_server.executors.ray_driver",
     "lattice_server.executors.ray_transfer",

@@ -25,7 +25,7 @@ class Blocked:
         if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"{name} is blocked")
 BLOCKED = {
-    "ray", "networkx", "uvloop", "psutil", "opentelemetry", "langgraph", "orjson", "pynvml", "pythonjsonlogger",
+    "ray", "uvloop", "psutil", "opentelemetry", "langgraph", "orjson", "pynvml", "pythonjsonlogger",
     "asyncinotify", "grpc_interceptor", "grpc_health", "grpc_reflection", "lattice_server", "lattice_worker", "numpy",
 }
 sys.meta_path.insert(0, Blocked())

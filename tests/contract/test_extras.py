@@ -14,7 +14,6 @@ SERVER = {
     "grpc_interceptor",
     "grpc_reflection",
     "grpc_status",
-    "networkx",
     "opentelemetry",
 }
 OTHERS = {"langgraph", "ray"}

@@ -1,14 +1,12 @@
 """Owns the graph of a workflow: its validation and its growth.
 
-Rule: tasks that do not fit change nothing, and only this module imports networkx.
+Rule: tasks that do not fit change nothing.
 """
 
 import re
 from collections import ChainMap
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-
-import networkx as nx
 
 from lattice_server.core.errors import FieldViolation, InvalidError
 from lattice_server.core.model import Artifact, OutputRef, Parameter, Payload, TaskSpec, WorkflowSpec
@@ -274,21 +272,38 @@ def _link(tasks: Mapping[str, TaskSpec], edges: Mapping[str, Mapping[str, bool]]
 
     Earlier tasks cannot depend on new ones, so a cycle has new tasks only.
     """
-    graph: nx.DiGraph[str] = nx.DiGraph()
+    successors: dict[str, list[str]] = {}
+    waits: dict[str, int] = {}  # For how many other new tasks a task waits.
     for (target, sources), is_step in stepwise(edges.items()):
-        graph.add_edges_from((source, target) for source in sources if source in tasks)
+        inner = [source for source in sources if source in tasks]
+        waits[target] = len(inner)
+        for source in inner:
+            successors.setdefault(source, []).append(target)
         if is_step:
             yield
     linked: dict[str, tuple[str, ...]] = {}
-    try:
-        for source, is_step in stepwise(nx.topological_sort(graph)):
-            linked[source] = tuple(graph.successors(source))
-            graph.remove_node(source)  # Freed one by one: to free the whole graph at once takes long.
-            if is_step:
-                yield
-    except nx.NetworkXUnfeasible:
-        cycle = [source for source, _ in nx.find_cycle(graph)]
-        path = " -> ".join([*cycle, cycle[0]])
-        metadata = {"cycle": path[:1024]}
-        raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata=metadata) from None
+    ready = [task_id for task_id, number in waits.items() if not number]
+    for source, is_step in stepwise(ready):
+        linked[source] = tuple(successors.pop(source, ()))
+        for target in linked[source]:
+            waits[target] -= 1
+            if not waits[target]:
+                ready.append(target)
+        if is_step:
+            yield
+    if len(linked) < len(waits):
+        path = " -> ".join(_cycle(edges, [task_id for task_id in waits if task_id not in linked]))
+        raise InvalidError("WORKFLOW_CYCLE", f"the tasks form a cycle: {path}", metadata={"cycle": path[:1024]})
     return linked
+
+
+def _cycle(edges: Mapping[str, Iterable[str]], unsorted: Iterable[str]) -> list[str]:
+    """Return a cycle, from a task back to it. Each of the unsorted tasks depends on one of them."""
+    among = dict.fromkeys(unsorted)
+    path: dict[str, None] = {}
+    task_id = next(iter(among))
+    while task_id not in path:
+        path[task_id] = None
+        task_id = next(source for source in edges[task_id] if source in among)
+    backwards = [*path, task_id]
+    return backwards[backwards.index(task_id) :][::-1]
