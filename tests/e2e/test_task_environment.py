@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from lattice_client import InvalidArgumentError, LatticeClient, TaskDefinitionError, TaskFailedError, secret, task
-from tests.e2e.conftest import LATTICE
+from tests.commands import START
 from tests.e2e.net import starting
 from tests.e2e.rooms import WAIT_S, Room, enter, entered
 from tests.e2e.test_restarts import Head
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags += ["--metrics", "prometheus", "--log-level", "debug"]
     with starting("local"), (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [LATTICE, "start", "--head", "--port", "0", *flags], stdout=subprocess.PIPE, stderr=log, text=True
+            [*START, "--head", "--port", "0", *flags], stdout=subprocess.PIPE, stderr=log, text=True
         )
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]
