@@ -20,6 +20,7 @@ from lattice_server.engine.uploads import Name
 # The memory of a run and of one task, without the values that they receive and produce.
 RUN_BYTES = 4096
 TASK_BYTES = 3072
+TIMED = TaskStarted | ENDS
 
 
 @dataclass(slots=True)
@@ -107,7 +108,7 @@ class RunEntry:
 
         They are converted at once, because only wall time advances while the computer is suspended.
         """
-        if not isinstance(fact, TaskStarted | ENDS):
+        if not isinstance(fact, TIMED):
             return
         record = self.run.tasks[fact.task_id]
         if record.started_at is not None and (isinstance(fact, TaskStarted) or record.items is not None):

@@ -6,13 +6,14 @@ since its last commit may have been made or not; the next start reads which.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 from typing import Any
 
 import psycopg
 from psycopg import sql
 
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.journal_port import (
     JournalBrokenError,
     JournalDamagedError,
@@ -38,7 +39,7 @@ DISK_FULL = "53100"
 DAMAGED = ("XX001", "XX002")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PostgresSettings:
     """Which database a journal is in, as a connection string of libpq, and in which schema of it."""
 

@@ -8,9 +8,10 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.journal_port import (
     JournalBrokenError,
     JournalError,
@@ -46,7 +47,7 @@ LARGE_LOG = 8  # A log of so many times `checkpoint_bytes` is truncated even und
 COMMIT_BYTES = 4 * PAGE_BYTES  # About how much a commit adds to the log besides its values.
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SqliteSettings:
     """How a journal in SQLite is kept.
 

@@ -1,8 +1,9 @@
 """Owns whether a task may start on a node. Rule: pure functions of its needs, free resources and reservations."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.model import Isolation, NodeSpec, Resources, TaskSpec
 from lattice_server.core.runtime import ANY_RUNTIME, Runtime
 from lattice_server.core.scheduling.nodes import EPSILON, Node
@@ -11,7 +12,7 @@ NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 PYTHON = re.compile(f"{NAME}:{NAME}")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Shape:
     """The needs of a task that placement considers; tasks of one shape are interchangeable to it.
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages import AnswerQuestion, AttemptAwaits, CallEnded, CallResult
 from lattice_server.core.model import Failure, FailureKind
 from lattice_server.core.scheduling.lease_table import Lease
@@ -22,7 +23,7 @@ from lattice_server.core.scheduling.work import Task
 Key = tuple[str, str]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Wait:
     """A wait since `since`, in monotonic seconds: for the end of a task, or for a signal. No task has the id ""."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from lattice_server.core.environment import NO_ENVIRONMENT, Environment
+from lattice_server.core.frozen import frozen
 from lattice_server.core.messages import TaskReady
 from lattice_server.core.model import BatchPolicy, BatchScope, Binding, Failure
 from lattice_server.core.references import inline_bytes
@@ -74,7 +75,7 @@ class Task:
         return 0.5 + crc32(name.encode()) / 2**33
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GroupKey:
     """The properties that the tasks of one group share. The code and the way it is called count only if it is batched.
 

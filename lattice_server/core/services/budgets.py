@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lattice_server.core.frozen import frozen
+
 MINUTE_S = 60.0
 MAX_BACKOFF_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Limits:
     """The limits of one model; None for no limit. Those of a minute are counted over `window_s` seconds."""
 
@@ -79,7 +81,7 @@ class Request:
     expires_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Use:
     """The use of a budget at one moment; `blocked_s` is for how much longer its provider wants no requests."""
 

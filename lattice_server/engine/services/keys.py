@@ -5,14 +5,14 @@ A key is random and means nothing by itself; only a gateway that asks the server
 
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.services.entry import Use
 
 PREFIX = "lk-"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Grant:
     """The grant of a key: requests to one service of a tenant."""
 

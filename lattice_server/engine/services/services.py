@@ -61,7 +61,7 @@ class Services:
         self._addresses = Addresses(orchestrator, self._models)
         self._needs = TaskNeeds(post)
         self._used: dict[str, set[tuple[ServiceEntry, Use]]] = {}  # By the key of a run.
-        orchestrator.on_question = self._ask
+        orchestrator.events.on_question = self._ask
         orchestrator.on_nodes = self._know_nodes
         orchestrator.on_needed = lambda needed: asyncio.get_running_loop().call_soon(self._note_needed, needed)
         orchestrator.requirements.has_service = lambda name, tenant: self.find(name, Reach(tenant)) is not None
