@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ class App:
         self._background: list[asyncio.Task[None]] = []
         loop = asyncio.get_running_loop()
         self._engine = Engine(config, lambda: loop.call_soon_threadsafe(self.has_failed.set))
+        with ExitStack() as unfinished:
+            unfinished.callback(self._engine.close)
+            self._connect(config)
+            unfinished.pop_all()
+
+    def _connect(self, config: ServerConfig) -> None:
+        """Build the parts around the engine. Raises TelemetryError, SecurityError."""
         self._garbage = GarbageCollection(self._is_idle)
         self._engine.orchestrator.ended.on_add = self._garbage.request
         self._executor = executor_of(config, self._engine.store.directory)
@@ -186,11 +193,13 @@ async def serve(config: ServerConfig, announce: Callable[[str, str], None]) -> N
     _on_signals(stopping.set)
     app = App(config)
     await app.start()
-    await _first(app.ready(), stopping.wait(), app.has_failed.wait())
-    if not stopping.is_set() and not app.has_failed.is_set():
-        announce(app.address, app.metrics_url)
-    await _first(stopping.wait(), app.has_failed.wait())
-    await app.stop()
+    try:
+        await _first(app.ready(), stopping.wait(), app.has_failed.wait())
+        if not stopping.is_set() and not app.has_failed.is_set():
+            announce(app.address, app.metrics_url)
+        await _first(stopping.wait(), app.has_failed.wait())
+    finally:
+        await app.stop()
     if app.has_failed.is_set():
         raise SchedulerError("the scheduler or the journal failed, and the server stopped; its log says why")
 

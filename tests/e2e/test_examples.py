@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from lattice_client import LatticeClient, RunCancelledError
-from tests.e2e.conftest import LATTICE
+from tests.commands import LATTICE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"

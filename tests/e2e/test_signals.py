@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lattice_client import InvalidArgumentError, LatticeClient, PreconditionError, Run, TaskDefinitionError, task
-from tests.e2e.conftest import LATTICE
+from tests.commands import LATTICE
 
 WAIT_S = 60.0
 
