@@ -29,7 +29,6 @@ from lattice_server.core.messages import (
     WorkerEffect,
 )
 from lattice_server.core.model import NodeSpec, Payload, TaskSpec, WorkflowSpec
-from lattice_server.core.run.reuse import Earlier, workflow_of
 from lattice_server.core.steps import finish
 from lattice_server.core.tenancy import UNNAMED, Reach
 from lattice_server.engine.admission import Admission
@@ -40,6 +39,7 @@ from lattice_server.engine.code_store import CodeStore
 from lattice_server.engine.ended_runs import Retention
 from lattice_server.engine.open_runs import OpenRuns
 from lattice_server.engine.queries import SchedulerQueries
+from lattice_server.engine.retries import retry_of
 from lattice_server.engine.run_additions import RunAdditions
 from lattice_server.engine.run_driver import RunDriver
 from lattice_server.engine.run_entry import RunEntry
@@ -128,7 +128,7 @@ class Orchestrator:
             PreconditionError: no node could ever run one of its tasks.
             UnavailableError: the server is stopping.
         """
-        if entry := self.known(run_id, fingerprint, settings.get("tenant", ""), settings.get("request_id", "")):
+        if entry := self.known(run_id, fingerprint, *_named_by(settings)):
             return entry, False
         prepared = finish(self._starter.preparing(run_id, spec, parameters, settings))
         return self._starter.start(prepared, fingerprint, settings), True
@@ -143,26 +143,32 @@ class Orchestrator:
         **settings: Unpack[StartSettings],
     ) -> tuple[RunEntry, bool]:
         """Start a run as `start_run` does, in slices: other calls are served in between."""
-        tenant, request_id = settings.get("tenant", ""), settings.get("request_id", "")
-        if entry := self.known(run_id, fingerprint, tenant, request_id):
+        if entry := self.known(run_id, fingerprint, *_named_by(settings)):
             return entry, False
         prepared = await self._slices.finish(self._starter.preparing(run_id, spec, parameters, settings))
         # Another call with the same request may have started the run in between.
-        if entry := self.known(run_id, fingerprint, tenant, request_id):
+        if entry := self.known(run_id, fingerprint, *_named_by(settings)):
             return entry, False
         return self._starter.start(prepared, fingerprint, settings), True
 
-    def known(self, run_id: str, fingerprint: str, tenant: str, request_id: str = "") -> RunEntry | None:
+    def known(
+        self, run_id: str, fingerprint: str, tenant: str, request_id: str = "", secrets: Mapping[str, str] = NO_SECRETS
+    ) -> RunEntry | None:
         """Return a tenant's run that has this id and content, if there is one; see `RunRegistry.known`.
 
         Raises UnavailableError when the server is stopping.
         """
         if self.is_stopping:
             raise UnavailableError("SHUTTING_DOWN", "the server is stopping", retry_after_s=1.0)
-        return self._registry.known(run_id, fingerprint, tenant, request_id)
+        return self._registry.known(run_id, fingerprint, tenant, request_id, secrets)
 
     async def retry_run(
-        self, run_id: str, new_run_id: str, fingerprint: str, reach: Reach = UNNAMED
+        self,
+        run_id: str,
+        new_run_id: str,
+        fingerprint: str,
+        reach: Reach = UNNAMED,
+        secrets: Mapping[str, str] = NO_SECRETS,
     ) -> tuple[RunEntry, bool]:
         """Start a run that reuses the finished tasks of another one, or return the run that has this id and content.
 
@@ -172,22 +178,8 @@ class Orchestrator:
             ConflictError, ExhaustedError, InvalidError, UnavailableError: see `start_run`.
         """
         entry = self.run(run_id, reach)
-        old = entry.run
-        if not old.is_terminal:
-            text = f"run {run_id!r} is {old.state.value}; it can be retried when it has ended"
-            raise PreconditionError("RUN_NOT_ENDED", text)
-        return await self.submit(
-            new_run_id,
-            workflow_of(old.spec, old.tasks),
-            parameters=old.parameters,
-            labels=entry.labels,
-            priority=old.priority,
-            fingerprint=fingerprint,
-            tenant=old.tenant,
-            workflow_id=old.workflow_id,
-            timeout_s=entry.timeout_s,
-            earlier=Earlier(run_id, old.tasks, lambda artifact: self._store.held(artifact.artifact_id) is not None),
-        )
+        spec, parameters, settings = retry_of(entry, run_id, self._store, self.requirements, secrets)
+        return await self.submit(new_run_id, spec, parameters=parameters, fingerprint=fingerprint, **settings)
 
     async def add_tasks(
         self,
@@ -292,3 +284,8 @@ class Orchestrator:
 def _told_run(effect: SchedulerEffect) -> str:
     """Return the run whose machine an effect is an event of; nothing for other effects."""
     return effect.run_id if isinstance(effect, ToRun) else ""
+
+
+def _named_by(settings: StartSettings) -> tuple[str, str, Mapping[str, str]]:
+    """Return the tenant, the request id and the secrets of a call."""
+    return settings.get("tenant", ""), settings.get("request_id", ""), settings.get("secrets", NO_SECRETS)

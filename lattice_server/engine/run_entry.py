@@ -103,6 +103,11 @@ class RunEntry:
     on_effects: Callable[[Sequence[Effect | HolderEffect | SignalEffect]], object] | None = None
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
 
+    def supply(self, secrets: Mapping[str, str]) -> None:
+        """Take values of secrets from a repetition of the call that started the run; the server may have lost them."""
+        if not self.run.is_terminal:
+            self.secrets = {**secrets, **self.secrets}
+
     def note_times(self, fact: Effect | HolderEffect, offset_s: float) -> None:
         """Note the times of a fact; `offset_s` is how far wall time is ahead of the machines' monotonic time.
 

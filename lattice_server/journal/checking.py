@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.journal_port import JournalDamagedError, JournalReader
 from lattice_server.engine.journal_records import StoredRun
 from lattice_server.journal.stopped import StoppedJournal
@@ -11,7 +12,7 @@ from lattice_server.journal.uses import run_user, workflow_user
 PAGE_RUNS = 100
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Damage:
     """Records that cannot be read: `kind` is `run`, `workflow` or `database`; `tenant` and `name` say which one."""
 

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from lattice_server.core.frozen import frozen
 from lattice_server.engine.journal_port import JournalDamagedError, JournalError, JournalVersionError
 from lattice_server.journal.cells import Cells
 from lattice_server.journal.database import Database
@@ -17,7 +17,7 @@ from lattice_server.journal.sqlite_database import SqliteDatabase, connect
 from lattice_server.journal.sqlite_schema import APPLICATION_ID, MIGRATIONS
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StoppedJournal:
     """A journal that no server has open. `files` is None where all values lie in rows."""
 

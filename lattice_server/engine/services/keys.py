@@ -40,9 +40,10 @@ class Keys:
             self._grants[key] = Grant(tenant, service, use, node_id)
         return of_use[service]
 
-    def find(self, key: str) -> Grant | None:
-        """Return the grant of a key; None when the key is not valid."""
-        return self._grants.get(key)
+    def find(self, key: str, node_id: str | None) -> Grant | None:
+        """Return the grant of a key that a request from a node has; None when it is not valid, or not there."""
+        grant = self._grants.get(key)
+        return None if grant is None or grant.node_id != node_id else grant
 
     def nodes(self) -> set[str]:
         """Return the nodes of the attempts that have keys."""

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class Services:
     """The services. `function` is the function of an instance's task, `gateway` the function of a gateway's task.
 
-    `post` sends events to the scheduler.
+    `post` sends events to the scheduler. `interface` is the address of this machine for other machines.
     """
 
     def __init__(
@@ -53,12 +53,14 @@ class Services:
         function: Function,
         gateway: Function,
         post: Callable[[Sequence[SchedulerEvent]], None],
+        interface: str,
     ) -> None:
         self._orchestrator = orchestrator
         self._services: Shelf[ServiceEntry] = Shelf()
         self.observers: list[ServiceObserver] = []
         self._driver = ServiceDriver(orchestrator, function, self.observers)
-        self._models = Models(orchestrator, gateway, self._services.values, self._answer_all, self.observers)
+        services = self._services.values
+        self._models = Models(orchestrator, gateway, services, self._answer_all, self.observers, interface)
         self._driver.on_routes = self._note_routes
         self._driver.on_gone = self._forget
         self._addresses = Addresses(orchestrator, self._models)
