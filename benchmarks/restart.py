@@ -247,7 +247,7 @@ def _agent(address: str, node_id: str) -> subprocess.Popen[str]:
 
 
 def latency(folder: Path, rounds: int) -> None:
-    """Measure what a journal adds to a run of one task."""
+    """Measure the time that a journal adds to a run of one task."""
     samples: dict[str, list[float]] = {"memory": [], "sqlite, full": []}
     with ExitStack() as stack:
         clients = {}

@@ -8,11 +8,12 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from lattice_server.core.errors import LatticeError, PreconditionError
 from lattice_server.core.frozen import frozen
 from lattice_server.core.messages import TasksAdded, TaskSucceeded
-from lattice_server.core.model import Function, Payload, TaskSpec
+from lattice_server.core.model import Function, Payload, TaskSpec, WorkflowSpec
 from lattice_server.core.run import dag
 from lattice_server.core.run.restoration import Restoration, RestorationError
 from lattice_server.core.run.run import Run
@@ -33,6 +34,8 @@ from lattice_server.engine.workflow_restorer import code_of
 
 UNREADABLE = (JournalDamagedError, RestorationError, LatticeError, ValueError, KeyError)
 PAGE = 1000
+# Workflows that were read, by the tenant and the digest of the definition.
+Specs = dict[tuple[str, bytes], WorkflowSpec]
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +98,10 @@ class RunRestorer:
                     if key not in self.ended_numbers:
                         self.ended_numbers[key] = stored.run
                 before = page[-1].run
+            known: Specs = {}
             for stored in list(reader.live_runs()):
                 try:
-                    made = finish(self._making(_read(reader, stored)))
+                    made = finish(self._making(_read(reader, stored), known))
                     self._continue(made)
                 except UNREADABLE as error:
                     log.error("a run cannot be restored: %s", error, extra={"run_id": stored.run_id})
@@ -144,7 +148,7 @@ class RunRestorer:
             recorded = await asyncio.to_thread(self._read_ended, number)
             if recorded is None:
                 return
-            made = await self._slices.finish(self._making(recorded))
+            made = await self._slices.finish(self._making(recorded, {}))
         except UNREADABLE as error:
             log.error("a run cannot be read: %s", error, extra={"run_id": run_id})
             text = f"the records of run {run_id!r} are damaged, so it cannot be shown: {error}"
@@ -169,15 +173,18 @@ class RunRestorer:
         with self._journal.journal.reader() as reader:
             return code_of(reader, digest)
 
-    def _making(self, recorded: _Recorded) -> Steps[_Made]:
-        """Make a run and apply its events, in steps."""
+    def _making(self, recorded: _Recorded, known: Specs) -> Steps[_Made]:
+        """Make a run and apply its events, in steps. Runs with equal definitions share one workflow."""
         stored, codec = recorded.stored, self._journal.codec
         if stored.damage:
             raise JournalDamagedError(stored.damage)
         settings = codec.read_settings(recorded.settings)
         # An empty one notes that its caller closed the run.
         definitions = iter(definition for definition in recorded.definitions if definition)
-        spec = yield from codec.read_workflow(next(definitions), self._code)
+        definition = next(definitions)
+        key = (stored.tenant, sha256(definition).digest())
+        if (spec := known.get(key)) is None:
+            spec = known[key] = yield from codec.read_workflow(definition, self._code)
         functions = yield from functions_of(spec.tasks)
         graph = yield from dag.building(spec, settings.parameters)
         run = Run(

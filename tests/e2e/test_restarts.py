@@ -1,5 +1,6 @@
 """A server that is killed with SIGKILL and started again on the same journal: runs continue, and results stay."""
 
+import json
 import random
 import subprocess
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from lattice_client import (
     LatticeClient,
@@ -21,6 +23,7 @@ from lattice_client import (
     UnavailableError,
     task,
 )
+from lattice_server.journal_cli import journal
 from lattice_worker import context
 from tests.e2e import rooms
 from tests.e2e.heads import Head
@@ -228,7 +231,30 @@ def test_a_second_server_on_the_same_journal_is_refused_with_its_reason(head: He
     command[command.index("--port") + 1] = "0"
     refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 1
-    assert refused.stderr == f"Error: another server uses the journal in {head.journal}\n"
+    user = "another server, or a `lattice journal` command,"
+    assert refused.stderr == f"Error: {user} uses the journal in {head.journal}\n"
+
+
+def test_a_run_continues_from_a_backup_of_a_running_server(head: Head, room: Room, tmp_path: Path) -> None:
+    with LatticeClient(head.address) as client:
+        run = chain(client, room)
+        rooms.entered(run, "second")
+        copy = tmp_path / "copy"
+        assert CliRunner().invoke(journal, ["backup", str(head.journal), str(copy)]).exit_code == 0
+        room.open()
+        assert run.result(timeout=RESULT_S) == {"result": 3}
+    other = Head(copy)
+    other.start()
+    try:
+        with LatticeClient(other.address) as client:
+            assert client.get_run(run.run_id).result(timeout=RESULT_S) == {"result": 3}
+    finally:
+        other.stop()
+    assert CliRunner().invoke(journal, ["check", str(copy)]).exit_code == 0
+    exported = CliRunner().invoke(journal, ["export", str(copy), "--run", run.run_id]).output
+    ends = [line for line in map(json.loads, exported.splitlines()) if "task_succeeded" in line.get("event", {})]
+    assert [line["event"]["task_succeeded"]["task_id"] for line in ends] == ["first", "second", "third"]
+    assert room.notes() == ["first", "+second", "-second", "third", "+second", "-second", "third"]
 
 
 def test_a_journal_in_a_file_is_refused_with_its_reason(tmp_path: Path) -> None:

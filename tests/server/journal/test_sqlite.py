@@ -24,7 +24,8 @@ from lattice_server.engine.journal_port import (
 from lattice_server.engine.journal_records import Record, RunDeleted
 from lattice_server.journal.failpoints import FAILPOINTS
 from lattice_server.journal.group_commit import Limits
-from lattice_server.journal.sqlite import SqliteSettings, Sync, open_sqlite
+from lattice_server.journal.sqlite import SqliteBackend, SqliteSettings, Sync, open_sqlite
+from lattice_server.journal.sqlite_database import connect
 from tests.server.journal.listening import Listening, accepted, code, ended, event, store, whole
 
 LARGE = 40_000
@@ -116,21 +117,18 @@ def test_file_that_is_no_journal_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("sync", list(Sync))
 def test_log_is_synced_as_the_settings_say(folder: Path, sync: Sync) -> None:
-    levels: list[int] = []
-
-    def connect(path: Path, is_reader: bool) -> Any:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        if not is_reader:
-            connection.set_trace_callback(lambda sql: levels.append(sql.startswith("PRAGMA synchronous")))
-            made.append(connection)
-        return connection
-
     made: list[sqlite3.Connection] = []
-    journal = open_sqlite(folder, Listening(), SqliteSettings(sync=sync, connect=connect))
+
+    def connecting(path: Path, is_reader: bool) -> Any:
+        made.append(connect(path, is_reader))
+        return made[-1]
+
+    # Without the thread of a journal, which would use the connection at the same time.
+    backend = SqliteBackend(folder, SqliteSettings(sync=sync, connect=connecting))
     assert made[0].execute("PRAGMA synchronous").fetchone() == ({Sync.NORMAL: 1, Sync.FULL: 2}[sync],)
     assert made[0].execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert made[0].execute("PRAGMA auto_vacuum").fetchone() == (2,)
-    journal.close()
+    backend.close()
 
 
 def test_damaged_event_fails_only_its_run(folder: Path) -> None:

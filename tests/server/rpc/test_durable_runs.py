@@ -75,6 +75,15 @@ def test_a_run_waits_as_before_when_the_server_was_restarted(tmp_path: Path) -> 
             get(caller, "unknown")
 
 
+def test_runs_of_equal_workflows_are_apart_after_a_restart(tmp_path: Path) -> None:
+    with started(tmp_path) as caller:
+        before = {run_id: run(caller, run_id).run for run_id in ("r0", "r1", "r2")}
+    with started(tmp_path) as caller:
+        cancel(caller, "r1")
+        assert [get(caller, run_id) for run_id in ("r0", "r2")] == [before["r0"], before["r2"]]
+        assert get(caller, "r1").state == run_pb2.RUN_STATE_CANCELLED
+
+
 def test_runs_are_listed_once_newest_first_when_some_are_only_in_the_journal(tmp_path: Path) -> None:
     with started(tmp_path) as caller:
         for number in range(5):
